@@ -1,0 +1,67 @@
+"""The errors that ftlevel raises for its users, and the words they share.
+
+Every message says what is wrong, with the value; what was expected or is available; and the one
+thing to do. The library raises, only the command line turns an error into lines and an exit code.
+This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class FtlevelError(Exception):
+    """An error whose message is meant for the user; `exit_code` is what the command returns."""
+
+    exit_code = 1
+
+
+class ConfigError(FtlevelError):
+    """A flag, a recipe key or a combination of them is wrong. Nothing was loaded or written.
+
+    Attributes:
+        problems: one message a problem; `str(error)` joins them by newlines.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class InputError(ConfigError):
+    """A model, a data file or a directory that the user named cannot be used."""
+
+
+class RunError(FtlevelError):
+    """A run that was well configured failed: a non-finite loss, a dead adapter, a full disk."""
+
+
+class Interrupted(FtlevelError):  # noqa: N818 - it is not a failure
+    """The user pressed Ctrl-C; the message says what was kept."""
+
+    exit_code = 130
+
+
+def nearest(name: str, options: Iterable[str], count: int = 1) -> list[str]:
+    """Return the `count` options that look most like `name`, best first; none if none is near."""
+    names = list(dict.fromkeys(options))
+    folded = {option.lower().replace("_", "-"): option for option in names}
+    wish = name.lower().replace("_", "-")
+    close = difflib.get_close_matches(wish, list(folded), n=count, cutoff=0.6)
+    return [folded[match] for match in close]
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the option nearest to `name`, or an empty string."""
+    found = nearest(name, options)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def listing(names: Iterable[str], most: int = 12) -> str:
+    """Join `names` with commas; past `most` of them, say how many more there are."""
+    items = list(names)
+    shown = ", ".join(items[:most])
+    return shown if len(items) <= most else f"{shown} and {len(items) - most:,} more"

@@ -1,0 +1,1 @@
+"""Where models come from, how they are loaded, and which of their modules can be adapted."""
