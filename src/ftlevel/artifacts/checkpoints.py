@@ -73,3 +73,10 @@ def numbered(directory: Path) -> list[Path]:
     """Return the checkpoint-N directories of `directory`, by their step."""
     found = [(p, _NAME.fullmatch(p.name)) for p in directory.glob("checkpoint-*") if p.is_dir()]
     return [p for p, match in sorted(((p, m) for p, m in found if m), key=lambda i: int(i[1][1]))]
+
+
+def set_aside_newer(directory: Path, checkpoint: Path) -> None:
+    """Rename damaged checkpoints that are newer than `checkpoint` to rejected-N."""
+    found = numbered(directory)
+    for newer in found[found.index(checkpoint) + 1 :]:
+        newer.rename(newer.with_name(newer.name.replace("checkpoint", "rejected")))

@@ -86,3 +86,23 @@ def _has_fast_bfloat16(device: str) -> tuple[bool, str]:
         if supported is not None and supported():
             return True, f"CPU has {name}"
     return False, "the CPU has no bfloat16 instructions"
+
+
+def autocast(device: str, dtype: str) -> torch.autocast:
+    """Return the context in which a model computes in `dtype` while trained weights stay float32.
+
+    Training, evaluation, generation and the check of a saved adapter all run in it, so that they
+    see the same numbers.
+    """
+    return torch.autocast(device, dtype=DTYPES[dtype], enabled=dtype != "float32")
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Return the most memory used so far: of the GPU, or resident in this process."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

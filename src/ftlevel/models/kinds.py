@@ -1,10 +1,9 @@
-"""What kind of transformer a config describes, and which of its modules are a task's head."""
+"""What kind of transformer a config describes, and how long a sequence it takes."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from transformers.models.auto import modeling_auto
 
 ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
@@ -21,22 +20,6 @@ def model_kind(config: Any) -> ModelKind:
     if config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "encoder"
     return "decoder"
-
-
-def head_modules(model: torch.nn.Module) -> list[str]:
-    """Return the names of the direct children of `model` that are its task's head.
-
-    A head is a child with parameters of its own that is not the base model: `score`,
-    `classifier`, `pre_classifier`, `qa_outputs`, `classification_head`. The output embedding of
-    a language model is not one: it is pretrained.
-    """
-    base = getattr(model, "base_model_prefix", "")
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [
-        name
-        for name, child in model.named_children()
-        if name != base and child is not output and any(True for _ in child.parameters())
-    ]
 
 
 def max_positions(config: Any) -> int | None:

@@ -67,7 +67,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         ) from error
 
 
-def build_meta_model(config: Any, auto_class: str) -> Any:
+def build_task_model(config: Any, auto_class: str) -> Any:
     """Build the model on the meta device: every module with its shape, no weights, no memory.
 
     Raises:
