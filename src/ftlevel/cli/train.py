@@ -147,9 +147,10 @@ def train(
         return
     config = _read_config(context.params)
     from ftlevel.cli.screen import open_screen
-    from ftlevel.engine.train import train as run
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
+        from ftlevel.engine.train import train as run
+
         result = run(config, listener=screen, dry_run=dry_run)
     if as_json:
         typer.echo(json_module.dumps(result.summary, default=str))
@@ -164,6 +165,8 @@ def _read_config(parameters: dict[str, object]) -> TrainConfig:
         )
     layers = []
     path = recipe or positional
+    if path is None and parameters["resume"] and parameters["output_dir"]:
+        path = Path(str(parameters["output_dir"])) / "config.yaml"  # the run's own
     if isinstance(path, Path):
         layers.append(read_recipe(path))
     settings = parameters["settings"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from peft import LoraConfig
+from typing import Any
 
 from ftlevel.config.methods import LoraSpec
 
 
 def build(
     spec: LoraSpec, targets: list[str], task_type: str, heads: list[str], fan_in_fan_out: bool
-) -> LoraConfig:
+) -> Any:
     """Return PEFT's config for the resolved `targets`.
 
     Args:
@@ -19,6 +19,8 @@ def build(
         heads: modules that are trained and saved in full.
         fan_in_fan_out: whether the targets are Conv1D, whose weight is (in, out).
     """
+    from peft import LoraConfig  # here: it imports bitsandbytes, which logs when imported
+
     return LoraConfig(
         task_type=task_type,
         r=spec.r,
