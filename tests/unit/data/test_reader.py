@@ -137,3 +137,23 @@ def test_what_json_dumps_wrote_is_read_back(tmp_path: Path, seed: int) -> None:
     assert read_table(write(tmp_path, "x.jsonl", lines)).rows == rows
     array = json.dumps(rows, ensure_ascii=ascii_, indent=rng.choice([None, 2]))
     assert read_table(write(tmp_path, "x.json", array)).rows == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        (r"\ud83d\ude42", True),
+        (r"\uD83D\uDE42\ud83d\ude42", True),
+        (r"\\ud83d", True),  # a backslash and four letters
+        (r"\\\ud83d\ude42", True),
+        (r"\ud83d", False),
+        (r"\ude42", False),
+        (r"\ud83d\ud83d\ude42", False),
+        (r"\ud83d\ude42\ude42", False),
+        (r"\\ud83d\ude42", False),
+        (r"\ud83d\\ude42", False),
+    ],
+)
+def test_half_surrogates_are_found(tmp_path: Path, text: str, good: bool) -> None:
+    path = write(tmp_path, "x.jsonl", f'{{"text": "{text}"}}\n' + GOOD.replace(', "n": 1', ""))
+    assert len(read_table(path, "skip")) == 1 + good
