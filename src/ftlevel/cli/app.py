@@ -2,7 +2,105 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Callable, Collection
+from typing import Annotated, Any
+
+import typer
+
+from ftlevel import __version__
+from ftlevel.cli.grammar import Command
+from ftlevel.errors import FtlevelError
+
+HELP = "Fine-tune transformers efficiently: one grammar for every family, task and PEFT method."
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
+    "list-targets": (
+        "ftlevel.cli.list_targets:list_targets",
+        "Show which modules of a model or a family can be adapted.",
+    ),
+    "generate": (
+        "ftlevel.cli.generate:generate",
+        "Let a trained run, an adapter or a model write text.",
+    ),
+}
+"""Command → (where it is written, first line of its help; a test holds the two together)."""
+
+
+def build_app(wanted: Collection[str] = tuple(COMMANDS)) -> typer.Typer:
+    """Build the program; only `wanted` commands are imported, the others are shown by name.
+
+    Importing every command for `ftlevel --help` would cost more than showing it.
+    """
+    app = typer.Typer(
+        name="ftlevel",
+        help=HELP,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name, (place, summary) in COMMANDS.items():
+        function = _load(place) if name in wanted else _placeholder
+        help_text = None if name in wanted else summary
+        app.command(name=name, cls=Command, help=help_text)(function)
+    return app
+
+
+def _load(place: str) -> Callable[..., Any]:
+    module, _, attribute = place.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return function
+
+
+def _placeholder() -> None:
+    """Stand in for a command that this process does not run."""
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"ftlevel {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[  # noqa: ARG001 - eager, handled by its callback
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
 
 def main() -> None:
-    """Run the command line."""
-    raise SystemExit("skeleton")
+    """Run the command line and exit: 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
+    raise SystemExit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; every error ends here as a line."""
+    wanted = [a for a in arguments if not a.startswith("-")][:1]
+    try:
+        code = build_app(wanted)(args=arguments, prog_name="ftlevel", standalone_mode=False)
+    except typer.TyperException as error:  # an unknown flag, a missing argument, a bad number
+        _report(f"{error.format_message()} See: ftlevel {' '.join([*wanted, '--help'])}")
+        return 2
+    except typer.Abort:
+        _report("interrupted; nothing was kept.")
+        return 130
+    except FtlevelError as error:
+        if "--traceback" in arguments:
+            raise
+        _report(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _report("interrupted; nothing was kept.")
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _report(message: str) -> None:
+    for line in message.split("\n"):
+        typer.echo(f"ftlevel: {line}", err=True)

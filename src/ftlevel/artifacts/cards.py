@@ -1,0 +1,117 @@
+"""What lies beside an adapter so that it is used rightly: ftlevel.json, and a README for people."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.files import write_json
+from ftlevel.errors import InputError
+
+CARD = "ftlevel.json"
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """What must be known to use an adapter as it was trained.
+
+    Attributes:
+        method: as in `--method`; a `full` run holds a whole model.
+        task: as in `--task`.
+        base: the base model's `name`, `kind`, `revision` and weight `fingerprint`.
+        quantization: the quant section of the run.
+        dtype: compute precision.
+        prompt: fields of `PromptFormat`; empty for classification.
+        labels: class names by index; empty for generation.
+        heads: modules that were trained in full and are saved with the adapter.
+        padding_side: for batched generation.
+        max_length: in tokens.
+        data: name, row counts and fingerprint of the training data.
+        versions: of the libraries.
+    """
+
+    method: str
+    task: str
+    base: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    dtype: str
+    max_length: int
+    prompt: Mapping[str, str] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
+    padding_side: str = "right"
+    data: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        """Write ftlevel.json into `directory`."""
+        write_json(directory / CARD, {"format": 1, **asdict(self)})
+
+
+def read_card(directory: Path) -> AdapterCard:
+    """Read ftlevel.json of `directory`.
+
+    Raises:
+        InputError: it is missing or unreadable, or of a later format.
+    """
+    path = directory / CARD
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{directory} has no {CARD}, so it is not an adapter of ftlevel.") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}). Was a copy cut short?") from None
+    if fields.pop("format", None) != 1:
+        raise InputError(f"{path} was written by a later ftlevel. Install that version.")
+    return AdapterCard(**fields)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what decides a run's numbers."""
+    names = ("ftlevel", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_readme(summary: Mapping[str, Any]) -> str:
+    """Return the model card of a run: front matter for the Hub, what it is, how it did, its use."""
+    metrics = summary.get("metrics", {})
+    lines = [
+        "---",
+        f"base_model: {summary['model']['name']}",
+        "library_name: peft" if summary["method"] != "full" else "library_name: transformers",
+        "tags: [ftlevel, " + summary["method"] + "]",
+        f"pipeline_tag: {summary['task']}",
+        "---",
+        "",
+        f"# {Path(summary['run']).name}",
+        "",
+        f"`{summary['method']}` on `{summary['model']['name']}` for {summary['task']}, trained on "
+        f"`{summary['data']['name']}` ({summary['data']['train_rows']:,} rows, "
+        f"{summary['steps']:,} steps) by ftlevel {summary['versions'].get('ftlevel', '')}.",
+        "",
+    ]
+    if metrics:
+        lines += ["| metric | before | after |", "|---|---|---|"]
+        before = summary.get("metrics_before", {})
+        for name, value in metrics.items():
+            first = f"{before[name]:.4f}" if name in before else "–"
+            lines.append(f"| {name} | {first} | {value:.4f} |")
+        rows = summary["data"]["validation_rows"]
+        lines += ["", f"Measured on {rows:,} validation rows; text metrics on the first "
+                  f"{summary['data']['generated_rows']:,} of them.", ""]  # fmt: skip
+    lines += ["## Use", "", "```sh", f"ftlevel generate {summary['run']} --prompt \"…\"", "```", ""]
+    if summary["task"] == "text-classification":
+        lines[-3] = f"ftlevel train {summary['run']}/config.yaml   # trains it again"
+    lines += ["The settings are in `config.yaml`, the figures in `summary.json`.", ""]
+    return "\n".join(lines)

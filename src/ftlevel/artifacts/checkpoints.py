@@ -1,0 +1,82 @@
+"""Checkpoints that can be trusted: each has a manifest of its files, written last.
+
+A checkpoint without a manifest, or with a file that does not match it, was cut short; it is never
+resumed from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.fingerprint import file_fingerprint
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def certify(checkpoint: Path) -> None:
+    """Flush every file of `checkpoint` to the disk and write its manifest."""
+    files = {}
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[str(path.relative_to(checkpoint))] = {
+            "size": path.stat().st_size,
+            "sha256": file_fingerprint(path),
+        }
+    write_json(checkpoint / MANIFEST, {"files": files})
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with `checkpoint`, or None if every file is as it was written."""
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        return "it was not finished (no manifest)"
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError):
+        return "its manifest cannot be read"
+    for name, entry in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size:,} bytes, not {entry['size']:,}"
+        if file_fingerprint(path) != entry["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that is whole, and a line for each newer one that is not."""
+    rejected = []
+    for checkpoint in reversed(numbered(directory)):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint, rejected
+        rejected.append(f"{checkpoint.name}: {damage}")
+    return None, rejected
+
+
+def rotate(directory: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints."""
+    for checkpoint in numbered(directory)[:-keep]:
+        shutil.rmtree(checkpoint)
+
+
+def numbered(directory: Path) -> list[Path]:
+    """Return the checkpoint-N directories of `directory`, by their step."""
+    found = [(p, _NAME.fullmatch(p.name)) for p in directory.glob("checkpoint-*") if p.is_dir()]
+    return [p for p, match in sorted(((p, m) for p, m in found if m), key=lambda i: int(i[1][1]))]
+
+
+def set_aside_newer(directory: Path, checkpoint: Path) -> None:
+    """Rename damaged checkpoints that are newer than `checkpoint` to rejected-N."""
+    found = numbered(directory)
+    for newer in found[found.index(checkpoint) + 1 :]:
+        newer.rename(newer.with_name(newer.name.replace("checkpoint", "rejected")))

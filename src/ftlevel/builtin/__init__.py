@@ -1,0 +1,34 @@
+"""The models inside the package, small enough to ship and named `builtin:NAME`.
+
+Each is a directory beside this file that transformers loads as it is. This room only knows where
+they are; it must not import torch or transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ftlevel.errors import InputError, did_you_mean, listing
+
+MODELS: tuple[str, ...] = ("tiny-llama",)
+
+
+def model_path(name: str) -> Path:
+    """Return the directory of the built-in model `name`, which is given without "builtin:".
+
+    Raises:
+        InputError: there is no such model, or the installation lacks its weights.
+    """
+    if name not in MODELS:
+        raise InputError(
+            f"builtin:{name}: no such model in ftlevel.{did_you_mean(name, MODELS)}"
+            f" Available: {listing(f'builtin:{known}' for known in MODELS)}."
+        )
+    directory = Path(__file__).resolve().parent / name
+    if not (directory / "model.safetensors").is_file():
+        raise InputError(
+            f"builtin:{name}: {directory} has no model.safetensors, so this installation is not"
+            " complete. Install ftlevel again, or write the model with"
+            " scripts/pretrain_builtin.py."
+        )
+    return directory

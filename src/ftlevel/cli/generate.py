@@ -1,0 +1,3 @@
+"""x."""
+def generate(model: str) -> None:
+    """x."""

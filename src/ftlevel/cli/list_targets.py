@@ -1,0 +1,3 @@
+"""x."""
+def list_targets(model: str) -> None:
+    """x."""

@@ -1,0 +1,187 @@
+"""`ftlevel train`: flags, recipes and settings become one configuration, and the engine runs it."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ftlevel.cli.flags import flag, given_flags
+from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe, read_settings
+from ftlevel.errors import ConfigError
+
+# Optional[...] instead of `| None`: Typer evaluates these at run time on Python 3.10 as well.
+Text = Optional[str]  # noqa: UP045
+Int = Optional[int]  # noqa: UP045
+Float = Optional[float]  # noqa: UP045
+Switch = Optional[bool]  # noqa: UP045
+
+WHAT, HOW, RUN = "Model, data and method", "Optimisation", "Run"
+
+
+def train(
+    context: typer.Context,
+    recipe_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(metavar="[RECIPE]", help="A recipe, or the config.yaml of a run."),
+    ] = None,
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--recipe", help="A recipe; flags win over it.", rich_help_panel=WHAT),
+    ] = None,
+    method: Annotated[Text, flag("method.kind", "--method", panel=WHAT)] = None,
+    model: Annotated[
+        Text, flag("model.name_or_path", "--model", panel=WHAT)
+    ] = None,
+    dataset: Annotated[
+        Text, flag("data.dataset", "--dataset", panel=WHAT)
+    ] = None,
+    task: Annotated[Text, flag("task", "--task", panel=WHAT)] = None,
+    quant: Annotated[
+        Text, flag("quant.kind", "--quant", panel=WHAT)
+    ] = None,
+    quant_type: Annotated[
+        Text, flag("quant.quant_type", "--quant-type", panel=WHAT)
+    ] = None,
+    double_quant: Annotated[
+        Switch,
+        flag("quant.double_quant", "--double-quant/--no-double-quant", panel=WHAT),
+    ] = None,
+    lora_r: Annotated[Int, flag("method.r", "--lora-r", panel=WHAT)] = None,
+    lora_alpha: Annotated[Float, flag("method.lora_alpha", panel=WHAT)] = None,
+    lora_dropout: Annotated[Float, flag("method.lora_dropout", panel=WHAT)] = None,
+    target_modules: Annotated[
+        Text, flag("method.target_modules", "--target-modules", panel=WHAT)
+    ] = None,
+    dtype: Annotated[Text, flag("model.dtype", "--dtype", panel=WHAT)] = None,
+    bf16: Annotated[
+        Switch, typer.Option("--bf16", help="Short for --dtype bfloat16.", rich_help_panel=WHAT)
+    ] = None,
+    fp16: Annotated[
+        Switch, typer.Option("--fp16", help="Short for --dtype float16.", rich_help_panel=WHAT)
+    ] = None,
+    device: Annotated[Text, flag("model.device", panel=WHAT)] = None,
+    max_length: Annotated[
+        Text, flag("data.max_length", "--max-length", panel=WHAT)
+    ] = None,
+    overlong: Annotated[Text, flag("data.overlong", panel=WHAT)] = None,
+    validation_split: Annotated[Float, flag("data.validation_split", panel=WHAT)] = None,
+    max_samples: Annotated[
+        Int, flag("data.max_samples", "--max-samples", panel=WHAT)
+    ] = None,
+    on_bad_row: Annotated[Text, flag("data.on_bad_row", panel=WHAT)] = None,
+    num_train_epochs: Annotated[
+        Float, flag("train.num_train_epochs", "--num-train-epochs", panel=HOW)
+    ] = None,
+    max_steps: Annotated[Int, flag("train.max_steps", panel=HOW)] = None,
+    learning_rate: Annotated[
+        Float, flag("train.learning_rate", "--learning-rate", panel=HOW)
+    ] = None,
+    lr_scheduler_type: Annotated[Text, flag("train.lr_scheduler_type", panel=HOW)] = None,
+    warmup_steps: Annotated[Float, flag("train.warmup_steps", panel=HOW)] = None,
+    per_device_train_batch_size: Annotated[
+        Int,
+        flag("train.per_device_train_batch_size", panel=HOW),
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        Int, flag("train.gradient_accumulation_steps", panel=HOW)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        Switch,
+        flag(
+            "train.gradient_checkpointing",
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            panel=HOW,
+        ),
+    ] = None,
+    seed: Annotated[Int, flag("train.seed", panel=HOW)] = None,
+    logging_steps: Annotated[Int, flag("train.logging_steps", panel=HOW)] = None,
+    eval_steps: Annotated[Int, flag("train.eval_steps", panel=HOW)] = None,
+    eval_on_start: Annotated[
+        Switch, flag("train.eval_on_start", "--eval-on-start/--no-eval-on-start", panel=HOW)
+    ] = None,
+    save_steps: Annotated[Int, flag("train.save_steps", panel=RUN)] = None,
+    output_dir: Annotated[Text, flag("output.dir", "--output-dir", panel=RUN)] = None,
+    overwrite: Annotated[
+        Switch,
+        flag("output.overwrite", "--overwrite/--no-overwrite", panel=RUN),
+    ] = None,
+    resume: Annotated[Switch, flag("output.resume", "--resume/--no-resume", panel=RUN)] = None,
+    report_to: Annotated[Text, flag("output.report_to", panel=RUN)] = None,
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Set any field; repeatable.", rich_help_panel=RUN
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Resolve, check and show; train nothing.",
+                     rich_help_panel=RUN),
+    ] = False,  # fmt: skip
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object, nothing else.", rich_help_panel=RUN),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=RUN)
+    ] = False,
+    schema: Annotated[
+        bool,
+        typer.Option("--schema", help="Print the JSON schema of recipes.", rich_help_panel=RUN),
+    ] = False,
+    show_traceback: Annotated[  # noqa: ARG001 - read from argv by the program, where errors end
+        bool,
+        typer.Option("--traceback", help="Show where an error arose.", rich_help_panel=RUN),
+    ] = False,
+) -> None:
+    """Fine-tune a model on a file of examples.
+
+    With no --model and no --dataset, trains the built-in model on the built-in examples. Every
+    other field of a recipe can be set by --set section.key=value; --schema lists them all.
+    """
+    if schema:
+        typer.echo(json_module.dumps(TrainConfig.model_json_schema(), indent=2))
+        return
+    config = _read_config(context.params)
+    from ftlevel.cli.screen import open_screen
+    from ftlevel.engine.train import train as run
+
+    with open_screen(as_json=as_json, quiet=quiet) as screen:
+        result = run(config, listener=screen, dry_run=dry_run)
+    if as_json:
+        typer.echo(json_module.dumps(result.summary, default=str))
+
+
+def _read_config(parameters: dict[str, object]) -> TrainConfig:
+    """Merge recipe < --set < flags into one validated configuration."""
+    recipe, positional = parameters["recipe"], parameters["recipe_file"]
+    if recipe is not None and positional is not None:
+        raise ConfigError(
+            f"two recipes are given, {positional} and --recipe {recipe}. Give one of them."
+        )
+    layers = []
+    path = recipe or positional
+    if isinstance(path, Path):
+        layers.append(read_recipe(path))
+    settings = parameters["settings"]
+    layers.append(read_settings(settings if isinstance(settings, list) else []))
+    flags = given_flags(parameters)
+    _add_precision(flags, parameters)
+    return build_config([*layers, flags])
+
+
+def _add_precision(flags: Layer, parameters: dict[str, object]) -> None:
+    """Read --bf16 and --fp16, the spellings of transformers' own scripts."""
+    given = [name for name in ("bf16", "fp16") if parameters[name]]
+    if parameters["dtype"] is not None:
+        given.append("dtype")
+    if len(given) > 1:
+        raise ConfigError(
+            f"--{given[0]} and --{given[1]} both set the precision. Give one of them."
+        )
+    if given and given[0] != "dtype":
+        value = {"bf16": "bfloat16", "fp16": "float16"}[given[0]]
+        put(flags, ("model", "dtype"), value, f"--{given[0]}")

@@ -1,0 +1,42 @@
+"""The configuration: frozen pydantic sections, and how a command line becomes one.
+
+Importing this package never imports torch.
+"""
+
+from ftlevel.config.layers import Layer, build_config, put, read_recipe, read_settings
+from ftlevel.config.methods import SPECS, FullSpec, LoraSpec, MethodConfig, QloraSpec
+from ftlevel.config.sections import (
+    DEFAULT_DATASET,
+    DEFAULT_MODEL,
+    DataConfig,
+    ModelConfig,
+    OutputConfig,
+    QuantConfig,
+    Section,
+    TrainerConfig,
+)
+from ftlevel.config.train import TASKS, TaskName, TrainConfig
+
+__all__ = [
+    "DEFAULT_DATASET",
+    "DEFAULT_MODEL",
+    "SPECS",
+    "TASKS",
+    "DataConfig",
+    "FullSpec",
+    "Layer",
+    "LoraSpec",
+    "MethodConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "QloraSpec",
+    "QuantConfig",
+    "Section",
+    "TaskName",
+    "TrainConfig",
+    "TrainerConfig",
+    "build_config",
+    "put",
+    "read_recipe",
+    "read_settings",
+]

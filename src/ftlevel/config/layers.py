@@ -1,0 +1,253 @@
+"""From a recipe, `--set` and flags to one validated configuration.
+
+Raw values are merged first (defaults < recipe < `--set` < flags) and validated once; every value
+remembers where it came from, so that an error names the flag or the line of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ftlevel.config.methods import SPECS
+from ftlevel.config.train import TrainConfig
+from ftlevel.errors import ConfigError, did_you_mean, listing, nearest
+
+KeyPath = tuple[str, ...]
+
+SHORTHAND = {"model": "name_or_path", "method": "kind", "quant": "kind", "data": "dataset"}
+"""`method: lora` is short for `method: {kind: lora}`; likewise for these sections."""
+
+_TAGGED = {"method"}
+_TASK_ALIASES = {"causal-lm": "text-generation", "sequence-classification": "text-classification"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Raw values from one place, and for each its origin as the user would name it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+
+
+def read_recipe(path: Path) -> Layer:
+    """Read a YAML recipe, keeping the line of every key.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, not a mapping, or says a key twice.
+    """
+    import yaml  # here, because --help needs no YAML
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent else []
+        raise ConfigError(
+            f"recipe {path} does not exist.{did_you_mean(str(path), siblings)}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}.") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not valid YAML ({error.problem}).") from None
+    if node is None:
+        raise ConfigError(f"recipe {path} is empty. Give it at least a section, such as method.")
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:1: a recipe is a mapping of sections, such as method: lora.")
+    layer = Layer()
+    for key, line in _walk(node, ()):
+        origin = f"{path}:{line}"
+        if key in layer.origins:
+            raise ConfigError(
+                f"{origin}: key {'.'.join(key)!r} is given twice, first at {layer.origins[key]}."
+            )
+        layer.origins[key] = origin
+    layer.values.update(yaml.safe_load(text))
+    return layer
+
+
+def _walk(mapping: Any, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    """Yield each key path below a YAML mapping node, with its line from 1."""
+    for key_node, value_node in mapping.value:
+        key = (*prefix, str(key_node.value))
+        yield key, key_node.start_mark.line + 1
+        if value_node.id == "mapping":
+            yield from _walk(value_node, key)
+
+
+def read_settings(settings: Iterable[str]) -> Layer:
+    """Read `section.key=value` pairs; a value is YAML, so `[a, b]` and `true` are what they say.
+
+    Raises:
+        ConfigError: a setting has no `=` or no key, or its value is not YAML.
+    """
+    import yaml
+
+    layer = Layer()
+    for setting in settings:
+        dotted, equals, text = setting.partition("=")
+        if not equals or not dotted.strip():
+            raise ConfigError(f"--set {setting}: expected section.key=value, as in train.seed=1.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {setting}: the value is not valid YAML.") from None
+        put(layer, tuple(dotted.strip().split(".")), value, f"--set {dotted.strip()}")
+    return layer
+
+
+def put(layer: Layer, key: KeyPath, value: Any, origin: str) -> None:
+    """Set the value at `key` in `layer` (mutated), with its origin."""
+    target = layer.values
+    for part in key[:-1]:
+        inner = target.setdefault(part, {})
+        if not isinstance(inner, dict):
+            inner = target[part] = {SHORTHAND.get(part, part): inner}
+        target = inner
+    target[key[-1]] = value
+    layer.origins[key] = origin
+
+
+def build_config(layers: Iterable[Layer]) -> TrainConfig:
+    """Merge `layers`, later ones winning, and validate the result once.
+
+    Raises:
+        ConfigError: with all problems found, each naming the flag or the file and line.
+    """
+    merged: dict[str, Any] = {}
+    origins: dict[KeyPath, str] = {}
+    for layer in layers:
+        expanded = {k: _expand(k, v) for k, v in layer.values.items() if v is not None}
+        _merge(merged, expanded)
+        for key, origin in layer.origins.items():
+            short = len(key) == 1 and not isinstance(layer.values.get(key[0]), Mapping)
+            origins[(*key, SHORTHAND[key[0]]) if short and key[0] in SHORTHAND else key] = origin
+    if isinstance(merged.get("method"), dict) and "kind" not in merged["method"]:
+        merged["method"]["kind"] = "lora"
+    if isinstance(merged.get("task"), str):
+        task = merged["task"].strip().lower().replace("_", "-")
+        merged["task"] = _TASK_ALIASES.get(task, task)
+    try:
+        return TrainConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(explain(error, origins)) from None
+
+
+def _expand(section: str, value: Any) -> Any:
+    if section in SHORTHAND and not isinstance(value, Mapping):
+        return {SHORTHAND[section]: value}
+    return value
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def explain(error: ValidationError, origins: Mapping[KeyPath, str]) -> list[str]:
+    """Put each of pydantic's findings into ftlevel's words, with its origin."""
+    messages: list[str] = []
+    seen: set[KeyPath] = set()
+    for detail in error.errors():
+        key, kind = _key_and_method(detail)
+        if key and key in seen:  # the other branches of a union of values
+            continue
+        seen.add(key)
+        origin = _origin(key, origins)
+        if detail["type"] == "value_error" and not key:  # a rule between sections names its flags
+            messages += str(detail["ctx"]["error"]).split("\n")
+        elif detail["type"] == "extra_forbidden":
+            messages.append(f"{origin}: {_unknown_key(key, kind)}")
+        else:
+            messages.append(f"{origin}: {_bad_value(key, detail)}")
+    return list(dict.fromkeys(messages))
+
+
+def _key_and_method(detail: ErrorDetails) -> tuple[KeyPath, str | None]:
+    """Return the key as the user writes it, and the method whose field it would be."""
+    location = [str(part) for part in detail["loc"]]
+    if len(location) > 1 and location[0] in _TAGGED and location[1] in SPECS:
+        return (location[0], *location[2:]), location[1]
+    if detail["type"] == "union_tag_invalid":
+        return (*location, "kind"), None
+    if detail["type"] != "extra_forbidden":  # a union of values adds its branch to the location
+        while len(location) > 1 and location[-1] not in _fields_of(tuple(location[:-1])):
+            location.pop()
+    return tuple(location), None
+
+
+def _origin(key: KeyPath, origins: Mapping[KeyPath, str]) -> str:
+    """Return the origin of `key` or of the nearest section above it."""
+    for end in range(len(key), 0, -1):
+        if key[:end] in origins:
+            return origins[key[:end]]
+    return ".".join(key) or "configuration"
+
+
+def _unknown_key(key: KeyPath, kind: str | None) -> str:
+    dotted = ".".join(key)
+    if kind is not None:
+        owners = [name for name, spec in SPECS.items() if key[1] in spec.model_fields]
+        if owners:
+            return f"{dotted!r} belongs to method {listing(owners)}, and the method is {kind}."
+        siblings: Iterable[str] = SPECS[kind].model_fields
+    else:
+        siblings = _fields_of(key[:-1])
+    near = nearest(key[-1], siblings) or [name for name in siblings if _names_alike(key[-1], name)]
+    hint = f" Did you mean {'.'.join((*key[:-1], near[0]))!r}?" if near else ""
+    return f"unknown key {dotted!r}.{hint or ' Keys here: ' + listing(siblings, 30) + '.'}"
+
+
+_SYNONYMS = {
+    "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "lr": "learning_rate",
+    "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
+    "name": "name_or_path", "path": "name_or_path", "bits": "kind", "type": "kind",
+}  # fmt: skip
+
+
+def _names_alike(wrong: str, right: str) -> bool:
+    return _SYNONYMS.get(wrong) == right
+
+
+def _fields_of(section: KeyPath) -> list[str]:
+    model: type[BaseModel] = TrainConfig
+    for part in section:
+        info = model.model_fields.get(part)
+        annotation = info.annotation if info else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _bad_value(key: KeyPath, detail: ErrorDetails) -> str:
+    value, context = detail["input"], detail.get("ctx", {})
+    match detail["type"]:
+        case "literal_error" | "union_tag_invalid":
+            if detail["type"] == "union_tag_invalid":
+                value, expected = context["tag"], list(SPECS)
+            else:
+                expected = [word.strip("' ") for word in
+                            context["expected"].replace(" or ", ", ").split(",")]  # fmt: skip
+            hint = did_you_mean(str(value), expected)
+            return f"{value!r} is not known. Expected one of {listing(expected, 30)}.{hint}"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            sign = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<",
+                    "less_than_equal": "≤"}[detail["type"]]  # fmt: skip
+            bound = next(iter(context.values()))
+            return f"{value!r} is out of range: {'.'.join(key)} must be {sign} {bound}."
+        case "value_error":
+            return f"{value!r}: {context['error']}."
+        case _:
+            message = detail["msg"][0].lower() + detail["msg"][1:]
+            return f"{value!r} cannot be used for {'.'.join(key)}: {message}."

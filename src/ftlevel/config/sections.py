@@ -1,0 +1,181 @@
+"""The sections of a training configuration: frozen, closed to unknown keys, without behaviour.
+
+A field's help is written here once and feeds `--help`, the JSON schema and the docs. Names are
+those of transformers, PEFT and bitsandbytes. `None` and "auto" mean that ftlevel chooses and shows
+its choice with the reason.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+DEFAULT_MODEL = "builtin:tiny-llama"
+DEFAULT_DATASET = "builtin:docstrings"
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration; an unknown key, NaN and infinity are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
+    )
+
+
+class ModelConfig(Section):
+    """Which pretrained model, and how it is held in memory."""
+
+    name_or_path: str = Field(
+        DEFAULT_MODEL,
+        min_length=1,
+        description="Hub id, local directory, local .gguf file, or builtin:NAME.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Compute precision; auto takes bfloat16 where the device has it."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="Where to run; auto takes CUDA, then MPS, then the CPU."
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="Attention kernel; auto leaves the choice to transformers."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Off unless you say so."
+    )
+
+
+class QuantConfig(Section):
+    """How the frozen base weights are quantized while training (bitsandbytes)."""
+
+    kind: Literal["none", "4bit", "8bit"] = Field(
+        "none", description="Quantize the base weights: none, 4bit or 8bit."
+    )
+    quant_type: Literal["nf4", "fp4"] = Field(
+        "nf4", description="4-bit data type; nf4 is the better one (QLoRA, section 3)."
+    )
+    double_quant: bool = Field(
+        False, description="Quantize the 4-bit scales too: saves about 0.4 bit a weight."
+    )
+
+
+class DataConfig(Section):
+    """Where the examples come from and how a row becomes tokens."""
+
+    dataset: str = Field(
+        DEFAULT_DATASET,
+        min_length=1,
+        description="Local file or directory, Hub id, or builtin:docstrings.",
+    )
+    subset: str | None = Field(None, description="Configuration (subset) of a Hub data set.")
+    split: str | None = Field(None, description="Split to train on; the default is train.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="What ftlevel calls a column: what the data calls it, as in summary: abstract.",
+    )
+    validation_split: Share | None = Field(
+        None,
+        description="Share of the training rows held out for evaluation when the data has none.",
+    )
+    max_samples: Positive | None = Field(None, description="Use only the first N training rows.")
+    max_eval_samples: Positive | None = Field(
+        None, description="Use only the first N validation rows."
+    )
+    max_length: Positive | Literal["auto"] = Field(
+        "auto",
+        description="Longest row in tokens; auto is the longest row, within the model's positions.",
+    )
+    max_target_length: Positive = Field(
+        256, description="Longest target in tokens, for encoder-decoder models."
+    )
+    overlong: Literal["error", "drop", "truncate-prompt", "split"] = Field(
+        "error",
+        description="What happens to a row beyond max_length; an answer is never cut silently.",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="Stop at a row that cannot be read, or drop it and count it."
+    )
+
+    @field_validator("columns")
+    @classmethod
+    def _names_are_not_empty(cls, value: dict[str, str]) -> dict[str, str]:
+        if any(not key or not column for key, column in value.items()):
+            raise ValueError("a column's name is empty")
+        return value
+
+
+class TrainerConfig(Section):
+    """The optimisation; names are those of `transformers.TrainingArguments`."""
+
+    num_train_epochs: float = Field(
+        3.0, gt=0, le=10_000, description="How often the training rows are gone through."
+    )
+    max_steps: Positive | None = Field(
+        None, description="Stop after N optimizer steps, whatever the epochs say."
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Peak learning rate; the default depends on the method."
+    )
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = Field("linear", description="How the learning rate goes on after its peak.")
+    warmup_steps: float = Field(
+        0.0, ge=0, description="Steps of warm-up, or below 1 their share of all steps."
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm; 0 is off.")
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "adafactor", "adamw_8bit", "paged_adamw_8bit", "sgd"
+    ] = Field("adamw_torch", description="Optimizer, by transformers' name.")
+    per_device_train_batch_size: Positive = Field(8, description="Rows a device and micro-step.")
+    per_device_eval_batch_size: Positive | None = Field(
+        None, description="Rows a device in evaluation; the default is the training batch."
+    )
+    gradient_accumulation_steps: Positive = Field(
+        1, description="Micro-steps that make one optimizer step."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="Seed of the weights, the dropout and the data order."
+    )
+    logging_steps: Positive | None = Field(
+        None, description="Log every N steps; the default is about 20 times a run."
+    )
+    eval_steps: Positive | None = Field(
+        None, description="Evaluate every N steps; the default is at the end of each epoch."
+    )
+    eval_on_start: bool = Field(False, description="Evaluate the untrained model first.")
+    save_steps: Positive | None = Field(
+        None, description="Write a checkpoint every N steps; the default is none before the end."
+    )
+    save_total_limit: Positive = Field(2, description="How many checkpoints are kept.")
+    predict_with_generate: bool | None = Field(
+        None,
+        description="Score generated text (ROUGE) in evaluation; the default is by the task.",
+    )
+    max_generate_samples: Positive = Field(
+        32, description="How many validation rows are generated for scoring."
+    )
+    max_new_tokens: Positive = Field(64, description="Longest generated text in tokens.")
+
+
+class OutputConfig(Section):
+    """Where the run is written."""
+
+    dir: Path | None = Field(
+        None, description="Run directory; the default is a new one under runs/."
+    )
+    overwrite: bool = Field(False, description="Replace a run directory that exists.")
+    resume: bool = Field(
+        False, description="Go on from the newest whole checkpoint of the run directory."
+    )
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
+        "none", description="Experiment tracker that is sent the metrics."
+    )

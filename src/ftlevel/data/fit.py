@@ -1,0 +1,168 @@
+"""Make rows fit a length: what is too long is refused, dropped or shortened, never in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.errors import InputError
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Rows that fit, and what was done to the others.
+
+    Attributes:
+        rows: all of at most `max_length` tokens.
+        max_length: in tokens.
+        reason: why this length.
+        dropped: how many rows were left out.
+        shortened: how many lost the beginning of their prompt.
+        split: how many plain texts became several rows.
+    """
+
+    rows: list[Encoded]
+    max_length: int
+    reason: str
+    dropped: int = 0
+    shortened: int = 0
+    split: int = 0
+
+
+def fit_rows(
+    rows: Sequence[Encoded],
+    max_length: int | str,
+    positions: int | None,
+    overlong: str,
+    where: Callable[[int], str],
+) -> Fitted:
+    """Make `rows` fit `max_length` tokens.
+
+    Args:
+        rows: encoded rows.
+        max_length: the user's wish; "auto" is the longest row, within the model's positions.
+        positions: how many the model has, or None.
+        overlong: error, drop, truncate-prompt or split.
+        where: index of an example → where the user finds it, as `file:line`.
+
+    Raises:
+        InputError: the length is beyond the model's positions, or rows do not fit and `overlong`
+            is error, or nothing is left.
+    """
+    longest = max(len(row.input_ids) for row in rows)
+    if isinstance(max_length, int):
+        if positions is not None and max_length > positions:
+            raise InputError(
+                f"--max-length {max_length:,} is beyond the model's {positions:,} positions. "
+                f"Use at most {positions:,}."
+            )
+        limit, reason = max_length, ""
+    else:
+        limit = min(longest, positions) if positions else longest
+        reason = "auto: the longest row" if limit == longest else "auto: the model's positions"
+    fitting = [row for row in rows if len(row.input_ids) <= limit]
+    over = [row for row in rows if len(row.input_ids) > limit]
+    if not over:
+        return Fitted(list(rows), limit, reason)
+    if overlong == "error":
+        raise InputError(_too_long(over, len(rows), limit, longest, positions, where))
+    if overlong == "drop":
+        fitted = Fitted(fitting, limit, reason, dropped=len(over))
+    else:
+        change = split_text if overlong == "split" else _cut_prompt
+        result = [[row] if len(row.input_ids) <= limit else change(row, limit) for row in rows]
+        lost = sum(not pieces for pieces in result)
+        changed = len(over) - lost
+        fitted = Fitted(
+            [piece for pieces in result for piece in pieces],
+            limit,
+            reason,
+            dropped=lost,
+            shortened=0 if overlong == "split" else changed,
+            split=changed if overlong == "split" else 0,
+        )
+    if not fitted.rows:
+        raise InputError(
+            f"no row is left within --max-length {limit:,}: the shortest has "
+            f"{min(len(r.input_ids) for r in rows):,} tokens. Raise --max-length."
+        )
+    return fitted
+
+
+def _too_long(
+    over: Sequence[Encoded],
+    total: int,
+    limit: int,
+    longest: int,
+    positions: int | None,
+    where: Callable[[int], str],
+) -> str:
+    worst = max(over, key=lambda row: len(row.input_ids))
+    raise_it = positions is None or longest <= positions
+    fix = f"Raise --max-length to {longest:,} to keep all of them, or pass" if raise_it else "Pass"
+    return (
+        f"{len(over):,} of {total:,} rows are longer than {limit:,} tokens; the longest has "
+        f"{longest:,} ({where(worst.row)}). {fix} --overlong drop or truncate-prompt."
+    )
+
+
+def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
+    """Drop tokens from the beginning of the prompt; [] if the answer alone is too long.
+
+    The first token stays, which may be BOS. A row without a prompt of its own (a text with a
+    class) loses tokens before its last one instead, which may be SEP or EOS.
+    """
+    surplus = len(row.input_ids) - limit
+    if not isinstance(row.labels, list) or len(row.labels) != len(row.input_ids):
+        extras = {name: _middle_cut(v, limit) for name, v in row.extras.items()}
+        return [replace(row, input_ids=_middle_cut(row.input_ids, limit), extras=extras)]
+    prompt = next(i for i, label in enumerate(row.labels) if label != IGNORED)
+    if surplus > prompt - 1:
+        return []
+    ids, labels = row.input_ids, row.labels
+    return [
+        replace(
+            row,
+            input_ids=ids[:1] + ids[1 + surplus :],
+            labels=labels[:1] + labels[1 + surplus :],
+        )
+    ]
+
+
+def _middle_cut(values: list[int], limit: int) -> list[int]:
+    return values[: limit - 1] + values[-1:]
+
+
+def split_text(row: Encoded, limit: int) -> list[Encoded]:
+    """Cut a plain text into pieces of at most `limit` tokens; [] for a row with a prompt."""
+    if not isinstance(row.labels, list) or IGNORED in row.labels:
+        return []
+    starts = range(0, len(row.input_ids), limit)
+    pieces = [row.input_ids[start : start + limit] for start in starts]
+    return [replace(row, input_ids=ids, labels=list(ids)) for ids in pieces if len(ids) > 1]
+
+
+def fit_targets(
+    rows: Sequence[Encoded], limit: int, overlong: str, where: Callable[[int], str]
+) -> tuple[list[Encoded], int]:
+    """Leave out rows whose target is beyond `limit` tokens; an answer is never cut.
+
+    Returns:
+        The rows that are left, and how many were dropped.
+
+    Raises:
+        InputError: there are such rows and `overlong` is not drop.
+    """
+    over = [row for row in rows if isinstance(row.labels, list) and len(row.labels) > limit]
+    if not over:
+        return list(rows), 0
+    worst = max(over, key=lambda row: row.supervised)
+    if overlong != "drop":
+        raise InputError(
+            f"{len(over):,} of {len(rows):,} targets are longer than {limit:,} tokens; the longest "
+            f"has {worst.supervised:,} ({where(worst.row)}). Raise it by --set "
+            f"data.max_target_length={worst.supervised}, or pass --overlong drop."
+        )
+    too_long = {id(row) for row in over}
+    return [row for row in rows if id(row) not in too_long], len(over)

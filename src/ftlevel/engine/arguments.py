@@ -1,0 +1,97 @@
+"""The configuration in the words of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ftlevel.config import TrainConfig
+from ftlevel.config.sections import TrainerConfig
+from ftlevel.engine.evaluation import Evaluator
+from ftlevel.engine.resolve import Plan
+
+_LOGS_A_RUN = 20
+
+
+def count_steps(config: TrainerConfig, rows: int) -> int:
+    """Return how many optimizer steps a run over `rows` rows makes."""
+    micro_steps = math.ceil(rows / config.per_device_train_batch_size)
+    an_epoch = max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
+    return config.max_steps or math.ceil(config.num_train_epochs * an_epoch)
+
+
+def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
+    """Return the `TrainingArguments` of a run.
+
+    Args:
+        config: the configuration.
+        plan: the resolved facts.
+        checkpoints: directory of the checkpoint-N directories.
+    """
+    from transformers import TrainingArguments
+
+    train = config.train
+    steps = count_steps(train, len(plan.data.train))
+    evaluates = bool(plan.data.validation)
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=train.num_train_epochs,
+        max_steps=train.max_steps or -1,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim=train.optim,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        per_device_eval_batch_size=eval_batch_size(train),
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=train.seed,
+        data_seed=train.seed,
+        logging_strategy="steps",
+        logging_steps=train.logging_steps or max(1, steps // _LOGS_A_RUN),
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # the filter shows a NaN loss as 0.0
+        eval_strategy="no" if not evaluates else "steps" if train.eval_steps else "epoch",
+        eval_steps=train.eval_steps,
+        eval_on_start=evaluates and train.eval_on_start,
+        save_strategy="steps" if train.save_steps else "no",
+        save_steps=train.save_steps or 500,
+        save_total_limit=None,  # checkpoints are rotated by us, once they are certified
+        bf16=plan.dtype == "bfloat16",
+        fp16=plan.dtype == "float16",
+        use_cpu=plan.device == "cpu",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=config.output.report_to,
+        disable_tqdm=True,
+        dataloader_pin_memory=plan.device == "cuda",
+    )
+
+
+def eval_batch_size(train: TrainerConfig) -> int:
+    """Return how many rows a forward pass of the evaluation takes."""
+    return train.per_device_eval_batch_size or train.per_device_train_batch_size
+
+
+def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
+    """Return what scores the validation rows, or None if there are none."""
+    if not plan.data.validation:
+        return None
+    wish = config.train.predict_with_generate
+    generates = plan.task.generates if wish is None else wish and not plan.task.labelled
+    rows = min(config.train.max_generate_samples, len(plan.data.validation))
+    return Evaluator(
+        rows=plan.data.validation,
+        tokenizer=plan.tokenizer,
+        kind=plan.kind,
+        labelled=plan.task.labelled,
+        device=plan.device,
+        dtype=plan.dtype,
+        batch_size=eval_batch_size(config.train),
+        generated_rows=rows if generates else 0,
+        max_new_tokens=config.train.max_new_tokens,
+    )

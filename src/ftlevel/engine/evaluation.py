@@ -1,0 +1,142 @@
+"""Score a model on encoded rows: one way for training, for `evaluate` and for the checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ftlevel.data.collate import Collator, pad
+from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.models.hardware import autocast
+from ftlevel.tasks.metrics import LabelMeter, TokenMeter, rouge
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Everything that scoring needs beside the model.
+
+    Attributes:
+        rows: encoded validation rows.
+        tokenizer: decodes generated text and pads.
+        kind: kind of the model.
+        labelled: whether the targets are classes.
+        device: torch device type.
+        dtype: compute precision's name.
+        batch_size: rows a forward pass.
+        generated_rows: how many of the first rows are generated and scored by ROUGE; 0 for none.
+        max_new_tokens: longest generated text.
+    """
+
+    rows: Sequence[Encoded]
+    tokenizer: Any
+    kind: str
+    labelled: bool
+    device: str
+    dtype: str
+    batch_size: int
+    generated_rows: int = 0
+    max_new_tokens: int = 64
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Return the metrics of `model`, which is left in the mode it was in."""
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), autocast(self.device, self.dtype):
+                metrics = self._score(model)
+                if self.generated_rows:
+                    texts = self.generate(model)
+                    references = [self._reference(row) for row in self._generated()]
+                    metrics |= rouge(texts, references)
+        finally:
+            model.train(training)
+        return metrics
+
+    def _score(self, model: Any) -> dict[str, float]:
+        meter = LabelMeter() if self.labelled else TokenMeter(self.kind == "decoder")
+        collate = Collator(self.tokenizer.pad_token_id or 0)
+        by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
+        for rows in batches(by_length, self.batch_size):
+            batch = {k: v.to(self.device) for k, v in collate(rows).items()}
+            labels = batch["labels"] if self.kind == "encoder-decoder" and not self.labelled else (
+                batch.pop("labels")
+            )
+            meter.update(model(**batch).logits, labels)
+        return meter.compute()
+
+    def _generated(self) -> Sequence[Encoded]:
+        return self.rows[: self.generated_rows]
+
+    def generate(self, model: Any) -> list[str]:
+        """Return what `model` writes, greedily, for the first `generated_rows` rows."""
+        prompts = [self._prompt(row) for row in self._generated()]
+        return generate_texts(
+            model, self.tokenizer, prompts, self.device, self.batch_size, self.max_new_tokens
+        )
+
+    def _prompt(self, row: Encoded) -> list[int]:
+        """Return the ids before the last answer of `row`."""
+        if self.kind == "encoder-decoder" or not isinstance(row.labels, list):
+            return row.input_ids
+        return row.input_ids[: self._answer_start(row.labels)]
+
+    def _reference(self, row: Encoded) -> str:
+        labels = row.labels if isinstance(row.labels, list) else []
+        if self.kind != "encoder-decoder":
+            labels = labels[self._answer_start(labels) :]
+        ids = [label for label in labels if label != IGNORED]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    @staticmethod
+    def _answer_start(labels: list[int]) -> int:
+        """Return where the last run of supervised labels begins."""
+        end = len(labels)
+        while end and labels[end - 1] == IGNORED:
+            end -= 1
+        start = end
+        while start and labels[start - 1] != IGNORED:
+            start -= 1
+        return start
+
+
+def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Yield `rows` in runs of at most `size`."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    device: str,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Return what `model` writes after each prompt, greedily, without special tokens.
+
+    Prompts are padded on the left and generated in batches of like length; the order is kept.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    for indices in batches(order, batch_size):
+        ids = pad([prompts[i] for i in indices], pad_id, left=True).to(device)
+        mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=True).to(device)
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=pad_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        encoder_decoder = model.config.is_encoder_decoder
+        answers = written if encoder_decoder else written[:, ids.shape[1] :]
+        for i, answer in zip(indices, answers, strict=True):
+            texts[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    return texts

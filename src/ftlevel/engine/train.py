@@ -1,0 +1,248 @@
+"""Train: resolve → load → adapt → train → save → prove. Whoever reads this has read the product."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.cards import write_readme
+from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
+from ftlevel.config import TrainConfig
+from ftlevel.config.choices import Choice
+from ftlevel.engine.adapt import apply_method
+from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
+from ftlevel.engine.events import Listener, Silence
+from ftlevel.engine.proof import Proof, check_saved, probe_batch
+from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
+from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
+from ftlevel.engine.summary import build_card, build_summary, describe_base, dump_config
+from ftlevel.engine.trainer import FtlevelTrainer
+from ftlevel.engine.watch import Certify, GradientProof, Interrupt, Report
+from ftlevel.errors import Interrupted
+from ftlevel.models.hardware import DTYPES
+from ftlevel.models.loading import check_missing, load_model, quiet_libraries
+from ftlevel.models.quantization import build_quantization_config
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gave.
+
+    Attributes:
+        summary: what summary.json holds.
+        path: the run directory; None after a dry run.
+        model: the trained model, on its device; None after a dry run.
+        tokenizer: its tokenizer.
+    """
+
+    summary: Mapping[str, Any]
+    path: Path | None
+    model: Any
+    tokenizer: Any
+
+
+def train(
+    config: TrainConfig, *, listener: Listener | None = None, dry_run: bool = False
+) -> TrainResult:
+    """Fine-tune as `config` says and write a run directory.
+
+    Args:
+        config: the whole configuration.
+        listener: told of the run's course; nobody by default.
+        dry_run: resolve and check everything, train and write nothing.
+
+    Raises:
+        ConfigError: something is wrong that can be known before weights load.
+        RunError: training failed: a gradient that is missing or not finite, a saved adapter that
+            is not the trained one.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    listener = listener or Silence()
+    output = config.output
+    check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
+    with quiet_libraries():
+        listener.stage("read the data and the model's shape")
+        plan = resolve(config)
+        listener.choices("train", [*plan.choices, *_size_choices(config, plan)])
+        if dry_run:
+            summary = {"dry_run": True, "steps": count_steps(config.train, len(plan.data.train)),
+                       "data": plan.data.facts, "targets": plan.targets}  # fmt: skip
+            listener.end(summary)
+            return TrainResult(summary, None, None, plan.tokenizer)
+        run = open_run(
+            output.dir, default_name(config), overwrite=output.overwrite, resume=output.resume
+        )
+        return _train(config, plan, run, listener)
+
+
+def _train(config: TrainConfig, plan: Plan, run: RunDirectory, listener: Listener) -> TrainResult:
+    base_facts = describe_base(plan.source, plan.model_config)
+    origin = origin_of(config, plan, base_facts)
+    checkpoint = None
+    if config.output.resume:
+        check_same_run(run, origin)
+        checkpoint = find_checkpoint(run, listener)
+    else:
+        run.write_config(dump_config(config, plan))
+        write_json(run.checkpoints / "origin.json", origin)
+
+    listener.stage("load the model")
+    model = apply_method(
+        load_base(config, plan),
+        config.method,
+        plan.task,
+        plan.kind,
+        targets=plan.targets,
+        heads=plan.heads,
+        fan_in_fan_out=plan.fan_in_fan_out,
+    )
+    evaluator = build_evaluator(config, plan)
+    trainer = build_trainer(config, plan, model, evaluator, run)
+    gradients, interrupt = GradientProof(listener), Interrupt()
+    report = Report(listener, run.log, lambda: int(trainer.tokens_seen))
+    for callback in (report, gradients, interrupt,
+                     Certify(run.checkpoints, config.train.save_total_limit)):  # fmt: skip
+        trainer.add_callback(callback)
+
+    listener.stage("train")
+    with interrupt:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if interrupt.received and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(_what_was_kept(run, trainer.state))
+    trained_at = time.perf_counter()
+    if evaluator and not any("eval_loss" in r and r["step"] == trainer.state.global_step
+                             for r in report.records):  # fmt: skip
+        trainer.evaluate()
+
+    listener.stage("save and check")
+    save(model, plan, run, build_card(config, plan, base_facts), base_facts)
+    frozen, difference, effect = check_saved(
+        model,
+        run.adapter,
+        lambda: load_base(config, plan),
+        probe_batch(plan.data.validation or plan.data.train, plan.tokenizer.pad_token_id,
+                    plan.device),
+        device=plan.device,
+        dtype=plan.dtype,
+    )  # fmt: skip
+    rows = min(len(plan.data.train), 4)
+    proof = Proof(gradients.checked, len(gradients.idle), frozen, difference, effect, rows)
+    summary = build_summary(
+        config,
+        plan,
+        run=str(run.path),
+        base=base_facts,
+        model=model,
+        records=report.records,
+        proof=asdict(proof),
+        timings=_timings(report, trained_at, int(trainer.tokens_seen)),
+        generated_rows=evaluator.generated_rows if evaluator else 0,
+    )
+    run.write_summary(summary)
+    run.write_card(write_readme(summary))
+    shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
+    listener.end(summary)
+    return TrainResult(summary, run.path, model, plan.tokenizer)
+
+
+def load_base(config: TrainConfig, plan: Plan) -> Any:
+    """Load the base model of `plan` for training; new heads are drawn from the seed.
+
+    Raises:
+        InputError: its weights are damaged, or it lacks some.
+    """
+    from transformers import set_seed
+
+    set_seed(config.train.seed)
+    full = config.method.kind == "full"
+    dtype = DTYPES["float32" if full else plan.dtype]
+    model, missing = load_model(
+        plan.source,
+        plan.model_config,
+        plan.auto_class,
+        dtype=dtype,
+        device=plan.device,
+        quantization=build_quantization_config(config.quant, DTYPES[plan.dtype], plan.heads),
+        attn_implementation=config.model.attn_implementation,
+    )
+    check_missing(missing, plan.heads, plan.source.name)
+    return model
+
+
+def build_trainer(
+    config: TrainConfig, plan: Plan, model: Any, evaluator: Any, run: RunDirectory
+) -> FtlevelTrainer:
+    """Return the Trainer of the run, without any of the libraries' own printing."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from ftlevel.data.collate import Collator
+
+    trainer = FtlevelTrainer(
+        kind=plan.kind,
+        labelled=plan.task.labelled,
+        evaluator=evaluator,
+        model=model,
+        args=build_arguments(config, plan, run.checkpoints),
+        train_dataset=plan.data.train,
+        eval_dataset=plan.data.validation or None,
+        data_collator=Collator(plan.tokenizer.pad_token_id),
+    )
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    return trainer
+
+
+def save(model: Any, plan: Plan, run: RunDirectory, card: Any, base: Mapping[str, Any]) -> None:
+    """Write the adapter, or the whole model, with tokenizer and card; absent or whole."""
+    partial = run.adapter.with_name(".adapter.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    if hasattr(model, "peft_config"):
+        model.peft_config["default"].base_model_name_or_path = base["name"]
+        # "auto" would ask the Hub whether the vocabulary was resized.
+        model.save_pretrained(str(partial), save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(partial))
+    plan.tokenizer.save_pretrained(str(partial))
+    card.write(partial)
+    if run.adapter.exists():
+        shutil.rmtree(run.adapter)
+    partial.rename(run.adapter)
+
+
+def _size_choices(config: TrainConfig, plan: Plan) -> list[Choice]:
+    steps = count_steps(config.train, len(plan.data.train))
+    epochs = f"{config.train.num_train_epochs:g} epochs"
+    reason = "" if config.train.max_steps else f"{epochs} of {len(plan.data.train):,} rows"
+    trainable, total = count_trainable(config, plan)
+    return [
+        Choice("trainable", f"{trainable:,} of {total:,}", f"{trainable / total:.2%}"),
+        Choice("steps", f"{steps:,}", reason),
+    ]
+
+
+def _what_was_kept(run: RunDirectory, state: Any) -> str:
+    return (
+        f"interrupted after step {state.global_step:,} of {state.max_steps:,}; "
+        f"{run.checkpoints / f'checkpoint-{state.global_step}'} is kept, and there is no adapter "
+        f"yet. Go on with: ftlevel train --output-dir {run.path} --resume"
+    )
+
+
+def _timings(report: Report, trained_at: float, tokens: int) -> dict[str, float]:
+    """Return seconds: from the start of the process, of the steps, and tokens a second of these."""
+    import psutil
+
+    began = report.first_step_at or trained_at
+    since_start = time.time() - psutil.Process().create_time()
+    return {
+        "to_first_step_s": round(since_start - (time.perf_counter() - began), 3),
+        "train_s": round(report.step_seconds, 3),
+        "total_s": round(since_start, 3),
+        "tokens_per_s": round(tokens / report.step_seconds, 1) if report.step_seconds else 0.0,
+    }

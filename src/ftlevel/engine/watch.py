@@ -1,0 +1,224 @@
+"""Callbacks that watch a run: that it learns, that it stays finite, that it can be stopped."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ftlevel.artifacts import checkpoints
+from ftlevel.engine.events import Listener
+from ftlevel.errors import RunError, listing
+
+
+class GradientProof(TrainerCallback):  # type: ignore[misc]
+    """Stop when a tensor that should learn gets no gradient, or a gradient is not finite.
+
+    LoRA's A has an exactly zero gradient at the first step because B is zero; what is still zero
+    at the second step is reported as not learning.
+
+    Attributes:
+        checked: how many tensors had a gradient at the first step.
+        idle: tensors whose gradient was zero at the first two steps.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.checked = 0
+        self.idle: list[str] = []
+        self._zero_first: set[str] = set()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Look at every gradient of the optimizer step that is about to be made."""
+        trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if state.global_step == 0:
+            self._check_all_have_one(trainable)
+        sums = torch.stack([_absolute_sum(p.grad) for _, p in trainable])
+        if not bool(torch.isfinite(sums).all()):
+            bad = [n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)]
+            raise RunError(
+                f"the gradient is not finite at step {state.global_step + 1} ({len(bad):,} of "
+                f"{len(trainable):,} tensors, such as {bad[0]}). Training stopped before the "
+                "weights took it. Lower --learning-rate, or use --dtype float32."
+            )
+        if state.global_step < 2:
+            zero = {n for (n, _), s in zip(trainable, sums, strict=True) if s == 0}
+            if state.global_step == 0:
+                self._zero_first = zero
+            else:
+                self.idle = sorted(zero & self._zero_first)
+                if self.idle:
+                    self.listener.warn(
+                        f"{len(self.idle):,} of {len(trainable):,} trainable tensors have a zero "
+                        f"gradient in the first two steps: {listing(self.idle, 3)}."
+                    )
+
+    def _check_all_have_one(self, trainable: list[tuple[str, Any]]) -> None:
+        missing = [name for name, parameter in trainable if parameter.grad is None]
+        if missing:
+            raise RunError(
+                f"{len(missing):,} of {len(trainable):,} trainable tensors got no gradient at step "
+                f"1: {listing(missing, 3)}. They would stay as they began. This is a bug in "
+                "ftlevel or in the model's code; please report it with the command."
+            )
+        self.checked = len(trainable)
+
+
+def _absolute_sum(gradient: torch.Tensor | None) -> torch.Tensor:
+    return torch.zeros(()) if gradient is None else gradient.detach().abs().sum().float()
+
+
+class Interrupt(TrainerCallback):  # type: ignore[misc]
+    """Turn the first Ctrl-C or SIGTERM into a checkpoint at the end of the step, then stop.
+
+    A second one ends the process at once. Use as a context manager around training.
+
+    Attributes:
+        received: the signal's name, or empty.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._receive)
+            except ValueError:  # not in the main thread: the caller's handlers stay
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> TrainerControl:
+        """Save and stop, if a signal has come and the run is not over anyway."""
+        if self.received and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+class Certify(TrainerCallback):  # type: ignore[misc]
+    """Give each checkpoint its manifest, and delete old ones only after that."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory = directory
+        self.keep = keep
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Certify the checkpoint that was just written."""
+        checkpoints.certify(self.directory / f"checkpoint-{state.global_step}")
+        checkpoints.rotate(self.directory, self.keep)
+
+
+class Report(TrainerCallback):  # type: ignore[misc]
+    """Pass the run's course to the listener and to metrics.jsonl.
+
+    Attributes:
+        records: everything that was logged.
+        first_step_at: when the first step began, by `time.perf_counter`.
+        step_seconds: time spent in optimizer steps, without evaluation and saving.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        write: Callable[[Mapping[str, Any]], None],
+        tokens_seen: Callable[[], int],
+    ) -> None:
+        self.listener = listener
+        self.write = write
+        self.tokens_seen = tokens_seen
+        self.records: list[dict[str, Any]] = []
+        self.first_step_at: float | None = None
+        self.step_seconds = 0.0
+        self._step_began = 0.0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Say how many steps there are."""
+        self.listener.begin(state.max_steps)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Note when the step begins."""
+        self._step_began = time.perf_counter()
+        if self.first_step_at is None:
+            self.first_step_at = self._step_began
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Count a step."""
+        self.step_seconds += time.perf_counter() - self._step_began
+        self.listener.step(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one record: step, epoch, loss, learning_rate, grad_norm, tokens, elapsed_s."""
+        logs = dict(logs or {})
+        if "train_runtime" in logs:  # Trainer's own summary; ours has more
+            return
+        began = self.first_step_at or time.perf_counter()
+        record = {
+            "step": state.global_step,
+            **logs,
+            "tokens": self.tokens_seen(),
+            "elapsed_s": round(time.perf_counter() - began, 3),
+        }
+        self.records.append(record)
+        self.write(record)
+        self.listener.log(record)

@@ -1,0 +1,108 @@
+"""Which device and which precision a run uses, and why."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ftlevel.config.choices import Choice
+from ftlevel.errors import ConfigError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def choose_device(wish: str) -> Choice:
+    """Return the torch device type for `wish` (auto, cpu, cuda or mps).
+
+    Raises:
+        ConfigError: the wished device is not on this machine.
+    """
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if wish == "cuda" and not has_cuda:
+        raise ConfigError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
+    if wish == "mps" and not has_mps:
+        raise ConfigError("--device mps: torch finds no MPS device here. Use --device cpu.")
+    if wish != "auto":
+        return Choice("device", wish, describe_device(wish))
+    found = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    return Choice("device", found, f"auto: {describe_device(found)}")
+
+
+def describe_device(device: str) -> str:
+    """Say what the device is in a few words: its name, or the CPU's threads."""
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    if device == "mps":
+        return "Apple GPU"
+    return f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def choose_dtype(wish: str, device: str, method: str, model_type: str) -> Choice:
+    """Return the compute precision's name.
+
+    Weights that are trained are held in float32 in any case; this is what is multiplied in.
+
+    Raises:
+        ConfigError: float16 on a CPU, or for T5, whose activations overflow in it.
+    """
+    if wish == "float16":
+        if device == "cpu":
+            raise ConfigError(
+                "--dtype float16 cannot be used on the CPU. Use --dtype bfloat16 or float32."
+            )
+        if "t5" in model_type:
+            raise ConfigError(
+                f"--dtype float16 cannot be used with {model_type}: its feed-forward activations "
+                "overflow float16 and the loss becomes NaN. Use --dtype bfloat16 or float32."
+            )
+    if wish != "auto":
+        return Choice("dtype", wish, _held(method, wish))
+    fast, why = _has_fast_bfloat16(device)
+    name = "bfloat16" if fast else "float32"
+    held = _held(method, name)
+    return Choice("dtype", name, f"auto: {why}" + (f"; {held}" if held else ""))
+
+
+def _held(method: str, dtype: str) -> str:
+    return "weights in float32" if method == "full" and dtype != "float32" else ""
+
+
+def _has_fast_bfloat16(device: str) -> tuple[bool, str]:
+    if device == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        return has, "the GPU has bfloat16" if has else "the GPU has no bfloat16"
+    if device == "mps":
+        return False, "float32 is the safe choice on MPS"
+    for name, check in (
+        ("amx_tile", "_is_amx_tile_supported"),
+        ("avx512_bf16", "_is_avx512_bf16_supported"),
+    ):
+        supported = getattr(torch.cpu, check, None)  # not in every torch that we allow
+        if supported is not None and supported():
+            return True, f"CPU has {name}"
+    return False, "the CPU has no bfloat16 instructions"
+
+
+def autocast(device: str, dtype: str) -> torch.autocast:
+    """Return the context in which a model computes in `dtype` while trained weights stay float32.
+
+    Training, evaluation, generation and the check of a saved adapter all run in it, so that they
+    see the same numbers.
+    """
+    return torch.autocast(device, dtype=DTYPES[dtype], enabled=dtype != "float32")
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Return the most memory used so far: of the GPU, or resident in this process."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

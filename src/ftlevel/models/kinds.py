@@ -1,0 +1,40 @@
+"""What kind of transformer a config describes, and how long a sequence it takes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers.models.auto import modeling_auto
+
+ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
+
+
+def model_kind(config: Any) -> ModelKind:
+    """Return whether `config` is of an encoder, a decoder or an encoder-decoder.
+
+    A model type that has a masked-LM head in transformers is an encoder even where it also has a
+    causal one (BERT, RoBERTa).
+    """
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    if config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    return "decoder"
+
+
+def max_positions(config: Any) -> int | None:
+    """Return the longest sequence in tokens that the model was built for, or None if unbounded.
+
+    RoBERTa-like models number positions from `pad_token_id + 1` and lose that many.
+    """
+    if config.model_type in ("t5", "mt5", "umt5"):  # relative positions
+        return None
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        positions = getattr(config.get_text_config(), name, None)
+        if isinstance(positions, int) and positions > 0:
+            offset = config.model_type in _OFFSET_POSITIONS
+            return positions - (config.pad_token_id or 0) - 1 if offset else positions
+    return None
+
+
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "esm"}

@@ -1,0 +1,172 @@
+"""Load what a source holds: its config, its tokenizer, its shape on the meta device, its weights.
+
+Nothing here decides anything; it turns facts into objects and checks that all weights arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+
+from ftlevel.errors import InputError, listing
+from ftlevel.models.quantization import keep_trainable_layout
+from ftlevel.models.sources import ModelSource
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' warnings and progress bars off the screen inside the block."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    noisy = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate", "datasets")]
+    before = [logger.level for logger in noisy]
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for logger in noisy:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+        for logger, old in zip(noisy, before, strict=True):
+            logger.setLevel(old)
+
+
+def load_config(source: ModelSource, **overrides: Any) -> Any:
+    """Return the `PretrainedConfig` of `source`, with `overrides` such as `num_labels` applied.
+
+    Raises:
+        InputError: the directory's config is unreadable or of an unknown architecture.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            source.location, **source.arguments(), **overrides
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model {source.name}: {_first_line(error)}") from error
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """Return the tokenizer of `source`.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source.location, **source.arguments())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--model {source.name} has no usable tokenizer: {_first_line(error)}"
+        ) from error
+
+
+def build_task_model(config: Any, auto_class: str) -> Any:
+    """Build the model on the meta device: every module with its shape, no weights, no memory.
+
+    Raises:
+        InputError: the architecture has no model for the task.
+    """
+    try:
+        with torch.device("meta"), quiet_libraries():
+            return getattr(transformers, auto_class).from_config(config)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise InputError(
+            f"{config.model_type} has no {auto_class} in transformers {transformers.__version__}."
+        ) from None
+
+
+def load_model(
+    source: ModelSource,
+    config: Any,
+    auto_class: str,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    quantization: Any = None,
+    attn_implementation: str = "auto",
+) -> tuple[Any, list[str]]:
+    """Load the weights of `source` into a model in eval mode.
+
+    Returns:
+        The model, and the parameters that the checkpoint did not hold and that were drawn at
+        random (a new head's; `check_missing` says which are allowed).
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    arguments = source.arguments()
+    if attn_implementation != "auto":
+        arguments["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+        arguments["device_map"] = {"": "cuda:0" if device == "cuda" else device}
+    try:
+        with quiet_libraries():
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                source.location,
+                config=config,
+                dtype=dtype,
+                use_safetensors=None if source.gguf_file else True,
+                output_loading_info=True,
+                **arguments,
+            )
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError" and not isinstance(error, OSError):
+            raise
+        raise InputError(
+            f"--model {source.name}: its weights cannot be read ({_first_line(error)}). "
+            "Was a download or a copy cut short?"
+        ) from error
+    if source.gguf_file:
+        _forget_gguf(model)
+    if quantization is None:
+        model.to(device)
+    keep_trainable_layout(model)
+    return model, sorted(info["missing_keys"])
+
+
+def check_missing(missing: list[str], allowed: list[str], name: str) -> None:
+    """Refuse a checkpoint that lacks weights outside the modules `allowed` (by dotted prefix).
+
+    Raises:
+        InputError: naming what is missing; such weights would be random without a word.
+    """
+    lost = [key for key in missing if not any(_inside(key, module) for module in allowed)]
+    if lost:
+        raise InputError(
+            f"--model {name} lacks {len(lost)} weights of its architecture, such as "
+            f"{listing(lost, 3)}. They would be random. Check that config.json belongs to the "
+            "weights."
+        )
+
+
+def _inside(key: str, module: str) -> bool:
+    return key == module or key.startswith(module + ".")
+
+
+def _forget_gguf(model: Any) -> None:
+    """Make a model read from .gguf a plain one: its weights are dequantized already.
+
+    transformers 5.24 leaves marks that make `save_pretrained` refuse.
+    """
+    for holder, names in (
+        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
+        (model.config, ("quantization_config", "_pre_quantization_dtype")),
+    ):
+        for name in names:
+            if name in vars(holder):
+                delattr(holder, name)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

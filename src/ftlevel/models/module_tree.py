@@ -1,0 +1,190 @@
+"""Where things are in a model: its blocks, its linears, its heads, whatever the family.
+
+Generic: the blocks are the outermost `ModuleList`s whose members hold linears, so a family that no
+table names is read just as well. Works on the meta device and on quantized models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+Place = Literal["block", "router", "head", "other"]
+
+# Linears that choose experts, by their last name.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_INDEX_LETTERS = "ijklmn"
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """One linear of a model.
+
+    Attributes:
+        name: its full name in the model.
+        pattern: the name with letters for the indices of layers, `model.layers.{i}.mlp.up_proj`.
+        type: Linear, Conv1D or the class of a quantized linear.
+        place: `other` is outside blocks and heads, as BERT's pooler.
+    """
+
+    name: str
+    pattern: str
+    type: str
+    in_features: int
+    out_features: int
+    place: Place
+
+
+@dataclass(frozen=True)
+class ExpertParameter:
+    """One tensor of (experts, ·, ·) that holds a linear of every expert of a block."""
+
+    name: str
+    pattern: str
+    experts: int
+    in_features: int
+    out_features: int
+
+
+def linear_size(module: nn.Module) -> tuple[str, int, int] | None:
+    """Return (type, in, out) of a linear of any library, None for another module."""
+    if isinstance(module, Conv1D):
+        return "Conv1D", int(module.nx), int(module.nf)
+    fan_in, fan_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not isinstance(fan_in, int) or not isinstance(fan_out, int):
+        return None
+    is_plain = isinstance(module, nn.Linear) and type(module).__module__.startswith(
+        ("torch.", "transformers.")
+    )
+    return "Linear" if is_plain else type(module).__name__, fan_in, fan_out
+
+
+class ModuleTree:
+    """The names of a model's modules, sorted into blocks, heads and the rest."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.lists = {
+            name for name, part in self.modules.items() if isinstance(part, nn.ModuleList)
+        }
+        self.blocks = [
+            name for name in self.modules if name in self.lists and self._is_blocks(name)
+        ]
+        self.heads = self._find_heads()
+
+    def _is_blocks(self, name: str) -> bool:
+        parents = name.split(".")[:-1]
+        if any(".".join(parents[:end]) in self.lists for end in range(1, len(parents) + 1)):
+            return False
+        return any(
+            linear_size(part) is not None
+            for block in self.modules[name].children()
+            for part in block.modules()
+            if part is not block
+        )
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether the module of that name is inside a repeated block."""
+        return any(name.startswith(f"{block}.") for block in self.blocks)
+
+    def in_heads(self, name: str) -> bool:
+        """Whether the module of that name is a head or a part of one."""
+        return any(name == head or name.startswith(f"{head}.") for head in self.heads)
+
+    def _find_heads(self) -> list[str]:
+        base = getattr(self.model, "base_model", self.model)
+        if base is not self.model:
+            candidates = [name for name, part in self.model.named_children() if part is not base]
+        elif type(self.model).__name__.endswith("Model"):
+            return []  # a bare model has no head: BertModel's pooler is not one
+        else:  # T5 is its own base: its head stands beside encoder and decoder
+            candidates = [
+                name
+                for name, part in self.model.named_children()
+                if any(linear_size(inner) for inner in part.modules())
+            ]
+        return [
+            self._unwrap(name)
+            for name in candidates
+            if any(True for _ in self.modules[name].parameters())
+            and name not in self.blocks
+            and not any(block.startswith(f"{name}.") for block in self.blocks)
+        ]
+
+    def _unwrap(self, name: str) -> str:
+        """Go down through a module that only holds another one: `cls` is `cls.predictions`."""
+        children = list(self.modules[name].named_children())
+        if len(children) == 1 and any(True for _ in children[0][1].children()):
+            return self._unwrap(f"{name}.{children[0][0]}")
+        return name
+
+    def pattern(self, name: str) -> str:
+        """Replace the index of a layer, and of equal modules inside one, by a letter."""
+        parts, letters = name.split("."), iter(_INDEX_LETTERS)
+        for position, part in enumerate(parts):
+            holder = ".".join(name.split(".")[:position])
+            if not part.isdigit() or holder not in self.lists:
+                continue
+            members = {type(member) for member in self.modules[holder].children()}
+            if holder in self.blocks or len(members) == 1:
+                parts[position] = f"{{{next(letters)}}}"
+        return ".".join(parts)
+
+    def _place(self, name: str) -> Place:
+        if self.in_heads(name):
+            return "head"
+        if not self.in_blocks(name):
+            return "other"
+        parts = name.split(".")
+        return "router" if parts[-1] in _ROUTERS or "router" in parts else "block"
+
+    def linears(self) -> Iterator[LinearModule]:
+        """Yield every linear of the model, heads included, in the model's order."""
+        for name, module in self.modules.items():
+            size = linear_size(module)
+            if size is not None:
+                yield LinearModule(name, self.pattern(name), *size, self._place(name))
+
+    def experts(self) -> Iterator[ExpertParameter]:
+        """Yield the 3-D tensors of experts in the blocks."""
+        for owner, module in self.modules.items():
+            if not self.in_blocks(owner) or "expert" not in owner:
+                continue
+            # transformers keeps (experts, out, in) unless the class says `is_transposed`.
+            flip = bool(getattr(module, "is_transposed", False))
+            for key, value in module.named_parameters(recurse=False):
+                if value.ndim == 3:
+                    count, first, second = value.shape
+                    fan_in, fan_out = (first, second) if flip else (second, first)
+                    pattern = f"{self.pattern(owner)}.{key}"
+                    yield ExpertParameter(f"{owner}.{key}", pattern, count, fan_in, fan_out)
+
+    def norms(self) -> Iterator[tuple[str, str, int]]:
+        """Yield (pattern, type, width) of the norms outside the heads that have weights."""
+        for name, module in self.modules.items():
+            kind = type(module).__name__
+            own = list(module.parameters(recurse=False))
+            if own and re.search(r"norm", kind, re.IGNORECASE) and not self.in_heads(name):
+                yield self.pattern(name), kind, own[0].numel()
+
+    def embeddings(self) -> Iterator[tuple[str, str, int, int]]:
+        """Yield (pattern, type, rows, width) of the embeddings."""
+        for name, module in self.modules.items():
+            if isinstance(module, nn.Embedding):
+                kind = type(module).__name__
+                yield self.pattern(name), kind, module.num_embeddings, module.embedding_dim
+
+
+def find_heads(model: nn.Module) -> list[str]:
+    """Return the modules on top of the base model, as PEFT's `modules_to_save` would name them.
+
+    `["classifier"]`, `["pre_classifier", "classifier"]`, `["classification_head"]`, `["lm_head"]`,
+    `["cls.predictions"]`; none for a bare model.
+    """
+    return ModuleTree(model).heads

@@ -1,0 +1,174 @@
+"""Where a pretrained model comes from: a Hub id, a directory, a .gguf file, or builtin:NAME.
+
+Resolving touches the disk and, for a Hub id that is not cached, the network once for a moment;
+it reads no weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from ftlevel import builtin
+from ftlevel.errors import InputError, did_you_mean, listing
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
+_PROBE_SECONDS = 3.0
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that exists, and the arguments with which transformers loads it.
+
+    Attributes:
+        name: what the user typed.
+        kind: where it lies.
+        location: directory or Hub id, as `from_pretrained` takes it.
+        gguf_file: name of the file inside `location`, for a .gguf model.
+        revision: branch, tag or commit, for a Hub id.
+        local_files_only: do not ask the network, because there is none.
+        trust_remote_code: run the model's own Python code.
+    """
+
+    name: str
+    kind: Literal["hub", "directory", "gguf", "builtin"]
+    location: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments for `from_pretrained` of config, tokenizer and model."""
+        arguments: dict[str, Any] = {
+            "trust_remote_code": self.trust_remote_code,
+            "local_files_only": self.local_files_only,
+        }
+        if self.gguf_file:
+            arguments["gguf_file"] = self.gguf_file
+        if self.revision:
+            arguments["revision"] = self.revision
+        return arguments
+
+    @property
+    def path(self) -> Path | None:
+        """The file or directory on disk, if it is not a Hub id."""
+        if self.kind == "hub":
+            return None
+        return Path(self.location) / self.gguf_file if self.gguf_file else Path(self.location)
+
+
+def resolve_source(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelSource:
+    """Find the model called `name`.
+
+    Raises:
+        InputError: nothing of that name can be reached; the message lists the ways out.
+    """
+    if name.startswith("builtin:"):
+        directory = builtin.model_path(name.removeprefix("builtin:"))
+        return ModelSource(name, "builtin", str(directory), local_files_only=True)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        _check_file(path)
+        return ModelSource(name, "gguf", str(path.parent), path.name, local_files_only=True)
+    if path.is_dir():
+        _check_directory(path)
+        return ModelSource(
+            name,
+            "directory",
+            str(path),
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        )
+    if path.exists():
+        raise InputError(
+            f"--model {name} is a file. Expected a model directory, a .gguf file or a Hub id."
+        )
+    _check_looks_like_hub_id(name, path)
+    offline = _check_reachable(name, revision)
+    return ModelSource(name, "hub", name, None, revision, offline, trust_remote_code)
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        others = sorted(str(p) for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else []
+        raise InputError(f"--model {path} does not exist.{did_you_mean(str(path), others)}")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise InputError(
+            f"--model {path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'. "
+            "Was the download cut short?"
+        )
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        held = listing(sorted(p.name for p in path.iterdir()), 6) or "nothing"
+        raise InputError(
+            f"--model {path} has no config.json (it holds {held}). "
+            "Expected a directory that save_pretrained wrote."
+        )
+    if any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+        return
+    old = listing(sorted(p.name for p in path.glob("*.bin")), 3)
+    found = f"only pickled weights ({old}), which can run code when read" if old else "no weights"
+    raise InputError(
+        f"--model {path} holds {found}. Expected .safetensors files: save the model again with "
+        "save_pretrained."
+    )
+
+
+def _check_looks_like_hub_id(name: str, path: Path) -> None:
+    """Refuse what can only be a path: nothing is there."""
+    if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
+        return
+    parent = path.parent if path.parent.is_dir() else Path()
+    names = sorted(str(p) for p in parent.iterdir() if p.is_dir())
+    raise InputError(
+        f"--model {name} does not exist.{did_you_mean(name, names)} "
+        "Expected a directory, a .gguf file, a Hub id or builtin:tiny-llama."
+    )
+
+
+def _check_reachable(name: str, revision: str | None) -> bool:
+    """Return whether to stay offline for the Hub id `name`; refuse when it cannot be had."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = isinstance(
+        try_to_load_from_cache(name, "config.json", revision=revision or "main"), str
+    )
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set"
+    elif not _answers(constants.ENDPOINT):
+        why = f"{urlparse(constants.ENDPOINT).hostname} does not answer"
+    else:
+        return False
+    if cached:
+        return True
+    raise InputError(
+        f"--model {name}: no such directory here, not in the local cache, and {why}. "
+        f"Give a local directory or .gguf file, fetch it where there is a network "
+        f"(hf download {name}), or use --model builtin:tiny-llama."
+    )
+
+
+def _answers(endpoint: str) -> bool:
+    """Return whether the host takes a connection within seconds; a proxy is believed."""
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True
+    address = urlparse(endpoint)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        with socket.create_connection((address.hostname or "", port), timeout=_PROBE_SECONDS):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,323 @@
+"""Which linears of a model an adapter goes on: what there is, and what a wish picks.
+
+`all-linear` here is every linear of the blocks: never a head, an embedding, a router or a pooler.
+PEFT's own word includes task heads and poolers, so the names are resolved before PEFT sees them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.models.family_facts import FLOAT32_BYTES, lora_parameters
+from ftlevel.models.module_tree import LinearModule, ModuleTree, find_heads
+
+__all__ = [
+    "ExpertKind",
+    "LinearKind",
+    "ModelTargets",
+    "ModuleKind",
+    "adapter_bytes",
+    "build_meta_model",
+    "find_heads",
+    "inspect_model",
+    "lora_parameters",
+    "parse_wish",
+    "resolve_targets",
+]
+
+ALL_LINEAR = "all-linear"
+AUTO = "auto"
+_PLAIN_NAME = re.compile(r"[\w.\-]+(,[\w.\-]+)*")
+
+
+@dataclass(frozen=True)
+class LinearKind:
+    """The linears of a model that differ only in their layer.
+
+    Attributes:
+        all_linear: whether `all-linear` picks them.
+        default: whether they are adapted when nothing is asked; the same set today.
+    """
+
+    name: str
+    pattern: str
+    type: str
+    in_features: int
+    out_features: int
+    count: int
+    place: str
+    all_linear: bool
+    default: bool
+
+    def lora_parameters(self, r: int) -> int:
+        """Count what LoRA of rank `r` adds to all of them together."""
+        return self.count * lora_parameters(self.in_features, self.out_features, r)
+
+
+@dataclass(frozen=True)
+class ExpertKind:
+    """The expert tensors that differ only in their layer; `count` is the number of layers."""
+
+    name: str
+    pattern: str
+    experts: int
+    in_features: int
+    out_features: int
+    count: int
+
+    def lora_parameters(self, r: int) -> int:
+        """Count what LoRA of rank `r` adds through `target_parameters`."""
+        each = lora_parameters(self.in_features, self.out_features, r)
+        return self.count * self.experts * each
+
+
+@dataclass(frozen=True)
+class ModuleKind:
+    """Embeddings or norms that differ only in their layer; `shape` is that of the weight."""
+
+    pattern: str
+    type: str
+    shape: tuple[int, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class ModelTargets:
+    """What can be adapted in one model.
+
+    Attributes:
+        linears: those of the blocks, then those outside of blocks and heads.
+        heads: the names that `modules_to_save` would take.
+    """
+
+    model_type: str
+    class_name: str
+    linears: tuple[LinearKind, ...]
+    experts: tuple[ExpertKind, ...]
+    heads: tuple[str, ...]
+    norms: tuple[ModuleKind, ...]
+    embeddings: tuple[ModuleKind, ...]
+    total_parameters: int
+
+    def lora_parameters(self, r: int) -> int:
+        """Count the trainable parameters of LoRA of rank `r` on `all-linear`."""
+        return sum(kind.lora_parameters(r) for kind in self.linears if kind.all_linear)
+
+
+def adapter_bytes(parameters: int) -> int:
+    """Return the size of an adapter's weights in float32, as PEFT saves them by default."""
+    return parameters * FLOAT32_BYTES
+
+
+def build_meta_model(config: Any) -> nn.Module:
+    """Build the model that a transformers config describes, without weights.
+
+    The class is the one the checkpoint was saved with, so that its heads are real; else the
+    language model of its kind, else the bare model.
+    """
+    import transformers
+
+    for name in config.architectures or ():
+        model_class = getattr(transformers, name, None)
+        if model_class is not None:
+            with torch.device("meta"):
+                return model_class(config)
+    for auto in (
+        transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else None,
+        transformers.AutoModelForMaskedLM,
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModel,
+    ):
+        if auto is not None and type(config) in auto._model_mapping:
+            with torch.device("meta"):
+                return auto.from_config(config, trust_remote_code=False)
+    raise InputError(f"transformers has no model for model_type {config.model_type!r}.")
+
+
+def inspect_model(model: nn.Module) -> ModelTargets:
+    """Describe what can be adapted in `model`, usually one on the meta device."""
+    tree = ModuleTree(model)
+    linears = Counter(
+        (part.pattern, part.type, part.in_features, part.out_features, part.place)
+        for part in tree.linears()
+        if part.place != "head"
+    )
+    kinds = [
+        LinearKind(
+            name=pattern.rpartition(".")[2],
+            pattern=pattern,
+            type=kind,
+            in_features=fan_in,
+            out_features=fan_out,
+            count=count,
+            place=place,
+            all_linear=place == "block",
+            default=place == "block",
+        )
+        for (pattern, kind, fan_in, fan_out, place), count in linears.items()
+    ]
+    experts = Counter(
+        (part.pattern, part.experts, part.in_features, part.out_features) for part in tree.experts()
+    )
+    return ModelTargets(
+        model_type=_model_type(model),
+        class_name=type(model).__name__,
+        linears=tuple(sorted(kinds, key=lambda kind: kind.place == "other")),
+        experts=tuple(
+            ExpertKind(pattern.rpartition(".")[2], pattern, number, fan_in, fan_out, count)
+            for (pattern, number, fan_in, fan_out), count in experts.items()
+        ),
+        heads=tuple(tree.heads),
+        norms=tuple(
+            ModuleKind(pattern, kind, (width,), count)
+            for (pattern, kind, width), count in Counter(tree.norms()).items()
+        ),
+        embeddings=tuple(
+            ModuleKind(pattern, kind, (rows, width), count)
+            for (pattern, kind, rows, width), count in Counter(tree.embeddings()).items()
+        ),
+        total_parameters=sum(weight.numel() for weight in model.parameters()),
+    )
+
+
+def parse_wish(text: str) -> str | list[str]:
+    """Read a `--target-modules` value: a word, names joined by commas, or one regex."""
+    text = text.strip()
+    if text in (ALL_LINEAR, AUTO):
+        return text
+    compact = re.sub(r"\s*,\s*", ",", text)
+    return compact.split(",") if _PLAIN_NAME.fullmatch(compact) else text
+
+
+def resolve_targets(
+    model: nn.Module, wish: str | Sequence[str], *, model_name: str | None = None
+) -> list[str]:
+    """Turn a wish into the sorted full names of the linears that it picks.
+
+    A name of a list matches as in PEFT, a module of that name or one that ends in `.name`. Linears
+    of the blocks win: `dense` never reaches BERT's pooler or a head, a name that only exists
+    outside the blocks does. A regex must match the full name; heads are left out of what it finds.
+
+    Args:
+        model: the loaded model, quantized or not, or one on the meta device; not a PEFT model.
+        wish: `all-linear`, `auto`, one regex, names joined by commas, or a list of names.
+        model_name: what the messages call the model; its own name or `model_type` otherwise.
+
+    Raises:
+        InputError: a name or the regex matches nothing that can be adapted; one problem a name.
+    """
+    picker = _Picker(model, model_name)
+    if isinstance(wish, str):
+        wish = parse_wish(wish)
+    elif len(wish) == 1 and wish[0] in (ALL_LINEAR, AUTO):
+        wish = wish[0]
+    if isinstance(wish, str):
+        if wish in (ALL_LINEAR, AUTO):
+            return picker.all_linear()
+        return picker.by_regex(wish)
+    return picker.by_names(wish)
+
+
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+class _Picker:
+    """The linears of one model, and the messages about wishes that miss them."""
+
+    def __init__(self, model: nn.Module, model_name: str | None) -> None:
+        self.tree = ModuleTree(model)
+        self.linears: dict[str, LinearModule] = {part.name: part for part in self.tree.linears()}
+        own_name = getattr(getattr(model, "config", None), "name_or_path", "")
+        self.model_name = model_name or own_name or _model_type(model)
+
+    def all_linear(self) -> list[str]:
+        picked = sorted(name for name, part in self.linears.items() if part.place == "block")
+        if not picked:
+            raise InputError(f"--target-modules: {self.model_name} has no linear in its blocks.")
+        return picked
+
+    def by_names(self, names: Sequence[str]) -> list[str]:
+        picked: set[str] = set()
+        problems: list[str] = []
+        if not names:
+            problems.append(f"--target-modules: no names given. {self._available()}")
+        for name in names:
+            found = [full for full in self.tree.modules if f".{full}".endswith(f".{name}")]
+            linears = self._adaptable(found)
+            picked.update(linears)
+            if not linears:
+                problems.append(self._problem(name, found))
+        if problems:
+            raise InputError(problems)
+        return sorted(picked)
+
+    def by_regex(self, regex: str) -> list[str]:
+        try:
+            compiled = re.compile(regex)
+        except re.error as error:
+            raise InputError(
+                f"--target-modules: {regex!r} is not a regular expression ({error}). "
+                f"{self._available()}"
+            ) from error
+        found = [full for full in self.tree.modules if compiled.fullmatch(full)]
+        picked = [full for full in found if full in self.linears and not self.tree.in_heads(full)]
+        if not picked:
+            raise InputError(self._problem(regex, found, hint=False))
+        return sorted(picked)
+
+    def _adaptable(self, found: Sequence[str]) -> list[str]:
+        """Keep the linears of the blocks among the modules found; without any, the others."""
+        linears = [self.linears[full] for full in found if full in self.linears]
+        inside = [part.name for part in linears if part.place == "block"]
+        return inside or [part.name for part in linears if part.place in ("router", "other")]
+
+    def _problem(self, wish: str, found: Sequence[str], *, hint: bool = True) -> str:
+        what = f"--target-modules: {wish!r}"
+        heads = [full for full in found if self.tree.in_heads(full)]
+        if heads:
+            return f"{what} {self._head_reason(heads)} {self._available()}"
+        if found:
+            kinds = sorted({type(self.tree.modules[full]).__name__ for full in found})
+            what += f" matches no linear of {self.model_name}, only {listing(kinds)}."
+            return f"{what} {self._available()}"
+        experts = [part for part in self.tree.experts() if f".{part.name}".endswith(f".{wish}")]
+        if experts:
+            what += (
+                f" is a tensor of experts in {self.model_name}, not a module: PEFT reaches it by "
+                "target_parameters."
+            )
+            return f"{what} {self._available()}"
+        near = did_you_mean(wish, self._names()) if hint else ""
+        what += f" matches no module of {self.model_name}."
+        return f"{what} {self._available(near)}"
+
+    def _head_reason(self, heads: Sequence[str]) -> str:
+        get_output = getattr(self.tree.model, "get_output_embeddings", None)
+        output = get_output() if get_output is not None else None
+        parts = [part for head in self.tree.heads for part in self.tree.modules[head].modules()]
+        if output is not None and any(part is output for part in parts):
+            return (
+                f"is the output head of {self.model_name}: adapters go on the blocks, and it stays "
+                "as it is. Leave it out."
+            )
+        return (
+            f"is a task head of {self.model_name} ({listing(heads, most=3)}): heads are trained in "
+            "full and saved beside the adapter. Leave it out."
+        )
+
+    def _names(self) -> list[str]:
+        parts = (part for part in self.linears.values() if part.place == "block")
+        return sorted({part.pattern.rpartition(".")[2] for part in parts})
+
+    def _available(self, near: str = "") -> str:
+        names = listing(self._names())
+        return f"Linear modules here: {names}.{near} Try: ftlevel list-targets {self.model_name}"

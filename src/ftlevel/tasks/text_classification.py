@@ -1,0 +1,13 @@
+"""Text classification with a single label a text."""
+
+from ftlevel.tasks.base import Task
+
+_CLASS = "AutoModelForSequenceClassification"
+
+TASK = Task(
+    name="text-classification",
+    auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},
+    peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS", "encoder-decoder": "SEQ_CLS"},
+    headline="accuracy",
+    labelled=True,
+)

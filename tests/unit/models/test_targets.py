@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from ftlevel.errors import InputError
+from ftlevel.models.targets import (
+    adapter_bytes,
+    build_meta_model,
+    find_heads,
+    inspect_model,
+    lora_parameters,
+    parse_wish,
+    resolve_targets,
+)
+from unit.models.meta_models import build, tiny_config
+
+LLAMA_NAMES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+
+
+def causal_on_meta(config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def trainable(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def test_llama_2_7b_all_linear_is_exact() -> None:
+    model = causal_on_meta(LlamaConfig())
+    found = inspect_model(model)
+    assert found.lora_parameters(8) == 19_988_480
+    assert adapter_bytes(found.lora_parameters(8)) == 79_953_920
+    assert found.total_parameters == 6_738_415_616
+    assert len(resolve_targets(model, "all-linear")) == 7 * 32
+
+
+def test_gpt2_small_is_exact() -> None:
+    found = inspect_model(causal_on_meta(GPT2Config()))
+    assert found.total_parameters == 124_439_808  # the tied head counts once
+    assert found.lora_parameters(8) == 1_179_648
+    assert [(k.name, k.type, k.in_features, k.out_features, k.count) for k in found.linears] == [
+        ("c_attn", "Conv1D", 768, 2304, 12),
+        ("c_proj", "Conv1D", 768, 768, 12),
+        ("c_fc", "Conv1D", 768, 3072, 12),
+        ("c_proj", "Conv1D", 3072, 768, 12),
+    ]
+    assert found.heads == ("lm_head",)
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        ("llama", "text-generation"),
+        ("gpt2", "text-generation"),
+        ("bert", "masked-lm"),
+        ("albert", "masked-lm"),
+        ("deberta-v2", "masked-lm"),
+        ("t5", "summarization"),
+        ("bart", "summarization"),
+        ("mixtral", "text-generation"),
+    ],
+)
+def test_count_is_that_of_peft(family: str, task: str) -> None:
+    model = build(family, task, device="cpu")
+    expected = inspect_model(model).lora_parameters(4)
+    targets = resolve_targets(model, "all-linear")
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+    assert trainable(wrapped) == expected > 0
+
+
+def test_count_of_experts_is_that_of_peft() -> None:
+    model = build("mixtral", "text-generation", device="cpu")
+    experts = inspect_model(model).experts
+    assert [(kind.name, kind.experts, kind.count) for kind in experts] == [
+        ("gate_up_proj", 4, 2),
+        ("down_proj", 4, 2),
+    ]
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=4, target_modules=[], target_parameters=names)
+    wrapped = get_peft_model(model, config)
+    assert trainable(wrapped) == sum(kind.lora_parameters(4) for kind in experts)
+
+
+def test_transposed_experts_have_their_true_widths() -> None:
+    from transformers import GptOssConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 1, "head_dim": 16}
+    config = GptOssConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
+    experts = inspect_model(causal_on_meta(config)).experts
+    assert {e.name: (e.in_features, e.out_features) for e in experts} == {
+        "gate_up_proj": (64, 320),
+        "down_proj": (160, 64),
+    }
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification", "masked-lm"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", "deberta-v2"])
+def test_all_linear_leaves_out_heads_and_poolers(family: str, task: str) -> None:
+    model = build(family, task)
+    picked = resolve_targets(model, "all-linear")
+    outside = ("pooler", "classifier", "cls.", "lm_head", "head.", "vocab_", "decoder")
+    assert not [name for name in picked if any(part in name for part in outside)]
+    assert len({name.rpartition(".")[2] for name in picked}) >= 3
+
+
+def test_all_linear_of_encoder_decoder_has_both_stacks() -> None:
+    picked = resolve_targets(build("t5", "text-classification"), "all-linear")
+    assert {name.split(".")[1] for name in picked} == {"encoder", "decoder"}
+    assert len(picked) == 2 * 6 + 3 * 10
+    assert not [name for name in picked if "classification_head" in name]
+
+
+def test_all_linear_leaves_out_the_router_that_is_a_linear() -> None:
+    from transformers import Qwen2MoeConfig
+
+    config = Qwen2MoeConfig(
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        shared_expert_intermediate_size=32,
+        moe_intermediate_size=32,
+        vocab_size=200,
+    )
+    model = causal_on_meta(config)
+    picked = resolve_targets(model, "all-linear")
+    assert not [name for name in picked if name.endswith(("gate", "router"))]
+    assert "model.layers.0.mlp.shared_expert.gate_proj" in picked
+    kinds = {kind.name: kind for kind in inspect_model(model).linears}
+    assert kinds["shared_expert_gate"].place == "router"
+    assert resolve_targets(model, ["shared_expert_gate"]) == [
+        "model.layers.0.mlp.shared_expert_gate"
+    ]
+
+
+class Unknown(nn.Module):
+    """A model that no table knows, with blocks under names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 4)
+        self.steps = nn.ModuleList(nn.ModuleDict({"mix": nn.Linear(4, 8)}) for _ in range(3))
+        self.out = nn.Linear(4, 10)
+
+
+def test_unknown_family_has_blocks_too() -> None:
+    model = Unknown()
+    assert resolve_targets(model, "all-linear") == ["steps.0.mix", "steps.1.mix", "steps.2.mix"]
+    (mix,) = inspect_model(model).linears
+    assert (mix.pattern, mix.count, mix.lora_parameters(2)) == ("steps.{i}.mix", 3, 72)
+    assert find_heads(model) == ["out"]
+
+
+def test_model_without_blocks_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--target-modules: Linear has no linear in its blocks\."):
+        resolve_targets(nn.Linear(2, 2), "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "wish", "count", "one"),
+    [
+        ("llama", "text-generation", ["q_proj", "v_proj"], 4, "model.layers.1.self_attn.v_proj"),
+        ("llama", "text-generation", "q_proj, v_proj", 4, "model.layers.0.self_attn.q_proj"),
+        ("llama", "text-generation", "q_proj", 2, "model.layers.0.self_attn.q_proj"),
+        ("llama", "text-generation", r".*\.0\..*_proj", 7, "model.layers.0.mlp.up_proj"),
+        ("llama", "text-generation", ["layers.1.mlp.up_proj"], 1, "model.layers.1.mlp.up_proj"),
+        ("llama", "text-generation", ["all-linear"], 14, "model.layers.1.mlp.down_proj"),
+        ("gpt2", "text-generation", ["attn.c_proj"], 2, "transformer.h.0.attn.c_proj"),
+        ("gpt2", "text-generation", ["c_proj"], 4, "transformer.h.0.mlp.c_proj"),
+        ("bert", "masked-lm", ["dense"], 6, "bert.encoder.layer.0.intermediate.dense"),
+        ("bert", "text-classification", ["pooler.dense"], 1, "bert.pooler.dense"),
+        ("roberta", "text-classification", ["dense"], 6, "roberta.encoder.layer.1.output.dense"),
+        ("bert", "masked-lm", r".*dense", 6, "bert.encoder.layer.0.output.dense"),
+        ("bart", "summarization", ["q_proj"], 8, "model.decoder.layers.2.encoder_attn.q_proj"),
+    ],
+)
+def test_wishes(family: str, task: str, wish: Any, count: int, one: str) -> None:
+    picked = resolve_targets(build(family, task), wish)
+    assert len(picked) == count
+    assert one in picked
+    assert picked == sorted(picked)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "wish", "problems"),
+    [
+        (
+            "gpt2",
+            "text-generation",
+            ["q_projj"],
+            [
+                "--target-modules: 'q_projj' matches no module of gpt2. Linear modules here: "
+                "c_attn, c_fc, c_proj. Did you mean 'c_proj'? Try: ftlevel list-targets gpt2"
+            ],
+        ),
+        (
+            "llama",
+            "text-generation",
+            ["q_proj", "v_porj", "xyz"],
+            [
+                "--target-modules: 'v_porj' matches no module of llama. Linear modules here: "
+                f"{LLAMA_NAMES}. Did you mean 'v_proj'? Try: ftlevel list-targets llama",
+                "--target-modules: 'xyz' matches no module of llama. Linear modules here: "
+                f"{LLAMA_NAMES}. Try: ftlevel list-targets llama",
+            ],
+        ),
+        (
+            "gpt2",
+            "text-generation",
+            ["wte"],
+            [
+                "--target-modules: 'wte' matches no linear of gpt2, only Embedding. Linear modules "
+                "here: c_attn, c_fc, c_proj. Try: ftlevel list-targets gpt2"
+            ],
+        ),
+        (
+            "gpt2",
+            "text-generation",
+            ["lm_head"],
+            [
+                "--target-modules: 'lm_head' is the output head of gpt2: adapters go on the "
+                "blocks, and it stays as it is. Leave it out. Linear modules here: c_attn, c_fc, "
+                "c_proj. Try: ftlevel list-targets gpt2"
+            ],
+        ),
+        (
+            "gpt2",
+            "text-classification",
+            ["c_attn", "score"],
+            [
+                "--target-modules: 'score' is a task head of gpt2 (score): heads are trained in "
+                "full and saved beside the adapter. Leave it out. Linear modules here: c_attn, "
+                "c_fc, c_proj. Try: ftlevel list-targets gpt2"
+            ],
+        ),
+        (
+            "mixtral",
+            "text-generation",
+            ["experts.gate_up_proj"],
+            [
+                "--target-modules: 'experts.gate_up_proj' is a tensor of experts in mixtral, not a "
+                "module: PEFT reaches it by target_parameters. Linear modules here: k_proj, "
+                "o_proj, q_proj, v_proj. Try: ftlevel list-targets mixtral"
+            ],
+        ),
+        (
+            "gpt2",
+            "text-generation",
+            r".*\.q_proj$",
+            [
+                "--target-modules: '.*\\\\.q_proj$' matches no module of gpt2. Linear modules "
+                "here: c_attn, c_fc, c_proj. Try: ftlevel list-targets gpt2"
+            ],
+        ),
+        (
+            "gpt2",
+            "text-generation",
+            "(c_attn",
+            [
+                "--target-modules: '(c_attn' is not a regular expression (missing ), unterminated "
+                "subpattern at position 0). Linear modules here: c_attn, c_fc, c_proj. Try: "
+                "ftlevel list-targets gpt2"
+            ],
+        ),
+        (
+            "gpt2",
+            "text-generation",
+            [],
+            [
+                "--target-modules: no names given. Linear modules here: c_attn, c_fc, c_proj. Try: "
+                "ftlevel list-targets gpt2"
+            ],
+        ),
+    ],
+)
+def test_wishes_that_cannot_be_met(family: str, task: str, wish: Any, problems: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_targets(build(family, task), wish)
+    assert caught.value.problems == problems
+
+
+def test_messages_use_the_name_of_the_model() -> None:
+    with pytest.raises(InputError, match=r"of gpt2-xl\..*list-targets gpt2-xl$"):
+        resolve_targets(build("gpt2", "text-generation"), ["x"], model_name="gpt2-xl")
+
+
+@pytest.mark.parametrize(
+    ("text", "wish"),
+    [
+        ("all-linear", "all-linear"),
+        (" auto ", "auto"),
+        ("q_proj", ["q_proj"]),
+        ("q_proj, v_proj", ["q_proj", "v_proj"]),
+        ("attn.c_proj,c_fc", ["attn.c_proj", "c_fc"]),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+    ],
+)
+def test_parse_wish(text: str, wish: Any) -> None:
+    assert parse_wish(text) == wish
+
+
+def test_names_picked_mean_the_same_to_peft() -> None:
+    """PEFT shortens long lists to suffixes; they must not reach further than the names did."""
+    for family, task in [("bert", "masked-lm"), ("t5", "summarization"), ("roberta", "masked-lm")]:
+        model = build(family, task, device="cpu")
+        targets = resolve_targets(model, "all-linear")
+        wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+        assert sorted(wrapped.base_model.targeted_module_names) == targets
+
+
+def test_quantized_linears_keep_their_sizes() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = build("llama", "text-generation", device="cpu")
+    plain = resolve_targets(model, "all-linear")
+    for name in plain:
+        parent, _, leaf = name.rpartition(".")
+        old = model.get_submodule(name)
+        setattr(
+            model.get_submodule(parent),
+            leaf,
+            bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False),
+        )
+    assert resolve_targets(model, "all-linear") == plain
+    kinds = inspect_model(model).linears
+    assert {kind.type for kind in kinds} == {"Linear4bit"}
+    assert sum(kind.lora_parameters(4) for kind in kinds) == inspect_model(
+        build("llama", "text-generation")
+    ).lora_parameters(4)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "class_name"),
+    [
+        (["BertForSequenceClassification"], "BertForSequenceClassification"),
+        (None, "BertForMaskedLM"),
+        (["NotInTransformers"], "BertForMaskedLM"),
+    ],
+)
+def test_meta_model_is_of_the_saved_class(architectures: Any, class_name: str) -> None:
+    config = tiny_config("bert", architectures=architectures)
+    model = build_meta_model(config)
+    assert type(model).__name__ == class_name
+    assert all(weight.is_meta for weight in model.parameters())
+
+
+def test_meta_model_of_each_kind() -> None:
+    assert type(build_meta_model(tiny_config("t5"))).__name__ == "T5ForConditionalGeneration"
+    assert type(build_meta_model(tiny_config("llama"))).__name__ == "LlamaForCausalLM"
+
+
+def test_lora_parameters() -> None:
+    assert lora_parameters(4096, 11008, 8) == 8 * (4096 + 11008)
