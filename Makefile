@@ -1,0 +1,60 @@
+# make test    everything that must pass before a change is merged, in a virtual environment of its own
+# make demo    install ftlevel from this checkout and fine-tune a small real model with it
+# make lint    the linters and type checks alone
+# make clean   remove environments and caches; models, data and runs stay
+#
+# Variables can be set on the command line:
+#   make test PYTHON=python3.12 PYTEST_FLAGS='-n 8 -m "not slow"'
+#   make demo DEMO_FLAGS='--max-steps 10'
+#   make test PIP_FLAGS='--extra-index-url URL'      such as PyTorch's index of CPU builds
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?= -n 2
+DEMO_FLAGS ?=
+MODELS ?= .models
+TEST_DIR ?= .test
+DEMO_DIR ?= .demo
+
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+TEST_BIN := $(TEST_DIR)/venv/bin
+DEMO_BIN := $(DEMO_DIR)/venv/bin
+SOURCES := $(shell find src -name '*.py')
+
+.PHONY: help test demo lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
+
+# A stamp says that an environment is whole; a changed pyproject.toml makes a new one.
+$(TEST_DIR)/installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(TEST_DIR)/venv
+	$(TEST_BIN)/pip install --quiet $(PIP_FLAGS) -e '.[dev]'
+	@touch $@
+
+# The demo installs what a user would get, so it is rebuilt whenever the package changes.
+$(DEMO_DIR)/installed: pyproject.toml $(SOURCES)
+	$(PYTHON) -m venv --clear $(DEMO_DIR)/venv
+	$(DEMO_BIN)/pip install --quiet $(PIP_FLAGS) .
+	@touch $@
+
+lint: $(TEST_DIR)/installed
+	$(TEST_BIN)/ruff check
+	$(TEST_BIN)/ruff format --check
+	$(TEST_BIN)/mypy
+	$(TEST_BIN)/lint-imports
+
+test: lint
+	$(TEST_BIN)/python scripts/fetch_models.py --dir $(MODELS)
+	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python -m pytest $(PYTEST_FLAGS)
+
+demo: $(DEMO_DIR)/installed
+	$(DEMO_BIN)/python scripts/fetch_models.py smollm2 --dir $(MODELS)
+	$(DEMO_BIN)/ftlevel train --recipe recipes/demo.yaml $(DEMO_FLAGS)
+
+clean:
+	rm -rf $(TEST_DIR) $(DEMO_DIR) build dist
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
