@@ -10,9 +10,7 @@ import typer
 
 def generate(
     name: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to ask.")],
-    prompt: Annotated[
-        list[str], typer.Option("--prompt", "-p", help="What to say; repeatable.")
-    ],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to say; repeatable.")],
     compare_base: Annotated[
         bool, typer.Option("--compare-base", help="Show the base model's answer beside it.")
     ] = False,

@@ -1,3 +1,5 @@
 """x."""
+
+
 def list_targets(model: str) -> None:
-    """x."""
+    """X."""

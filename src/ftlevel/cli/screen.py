@@ -147,9 +147,11 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     for name, value in summary["metrics"].items():
         first = f"{before[name]:.4f} → " if name in before else ""
         yield f"  [bold]{name}[/bold] {first}{value:.4f}  [dim](validation)[/dim]"
-    frozen = f"{proof['frozen_tensors']:,} frozen tensors unchanged; " if (
-        proof["frozen_tensors"]
-    ) else ""
+    frozen = (
+        f"{proof['frozen_tensors']:,} frozen tensors unchanged; "
+        if (proof["frozen_tensors"])
+        else ""
+    )
     yield (
         f"  [bold]proof[/bold] {proof['gradient_tensors']:,} of {proof['gradient_tensors']:,} "
         f"trainable tensors had gradients; {frozen}reloaded and compared: logits differ by "
@@ -161,7 +163,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         f"peak memory {summary['memory']['peak_bytes'] / 2**30:.2f} GiB"
     )
     yield f"  [bold]saved[/bold] {summary['run']}"
-    yield f"  [bold]try it[/bold] ftlevel generate {summary['run']} --prompt \"…\""
+    yield f'  [bold]try it[/bold] ftlevel generate {summary["run"]} --prompt "…"'
 
 
 def _plain(text: str) -> str:

@@ -70,7 +70,7 @@ def digest_frozen(model: Any) -> dict[str, str]:
     return {
         _base_name(name): _digest(tensor)
         for name, tensor in model.named_parameters()
-        if not tensor.requires_grad and "lora_" not in name and "modules_to_save" not in name
+        if not tensor.requires_grad
     }
 
 

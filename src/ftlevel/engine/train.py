@@ -24,6 +24,7 @@ from ftlevel.engine.summary import build_card, build_summary, describe_base, dum
 from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.engine.watch import Certify, GradientProof, Interrupt, Report
 from ftlevel.errors import Interrupted
+from ftlevel.methods import Base
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model, quiet_libraries
 from ftlevel.models.quantization import build_quantization_config
@@ -79,15 +80,7 @@ def train(
 
 def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
     listener.stage("load the model")
-    model = apply_method(
-        load_base(config, plan),
-        config.method,
-        plan.task,
-        plan.kind,
-        targets=plan.targets,
-        heads=plan.heads,
-        fan_in_fan_out=plan.fan_in_fan_out,
-    )
+    model = apply_method(load_base(config, plan), config.method, base_of(config, plan))
     base_facts = describe_base(plan.source, plan.model_config)
     run, checkpoint = _open(config, plan, base_facts, listener)
     evaluator = build_evaluator(config, plan)
@@ -152,6 +145,19 @@ def _open(
     run.write_config(dump_config(config, plan))
     write_json(run.checkpoints / "origin.json", origin)
     return run, None
+
+
+def base_of(config: TrainConfig, plan: Plan) -> Base:
+    """Return what a method must know of the model that it is put onto."""
+    return Base(
+        config=plan.model_config,
+        kind=plan.kind,
+        task_type=plan.task.peft_types.get(plan.kind),
+        targets=plan.targets,
+        heads=plan.heads,
+        fan_in_fan_out=plan.fan_in_fan_out,
+        total_steps=count_steps(config.train, len(plan.data.train)),
+    )
 
 
 def load_base(config: TrainConfig, plan: Plan) -> Any:

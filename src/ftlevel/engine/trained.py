@@ -135,9 +135,7 @@ def _load_with_card(
     if not full:
         model = load_adapter(model, directory)
     prompt = PromptFormat(**card.prompt) if card.prompt else None
-    return Trained(
-        model.eval(), tokenizer, task, kind, device, dtype, prompt, card.labels, notes
-    )
+    return Trained(model.eval(), tokenizer, task, kind, device, dtype, prompt, card.labels, notes)
 
 
 def _load_plain(name: str, device: str) -> Trained:
