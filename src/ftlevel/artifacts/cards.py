@@ -41,7 +41,7 @@ class AdapterCard:
     quantization: Mapping[str, Any]
     dtype: str
     max_length: int
-    prompt: Mapping[str, str] = field(default_factory=dict)
+    prompt: Mapping[str, Any] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     padding_side: str = "right"

@@ -1,4 +1,4 @@
-"""What a run looks like: a table of choices, a progress bar in a terminal, plain lines in a pipe."""
+"""What a run looks like: its choices, a progress bar in a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 

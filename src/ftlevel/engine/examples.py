@@ -90,8 +90,10 @@ def load_examples(config: DataConfig, task: Task, seed: int) -> Loaded:
     if config.on_bad_row == "skip":
         train = drop_bad_rows(train, shape)
         validation = drop_bad_rows(validation, shape) if validation else validation
-    examples = to_examples(train, shape)
-    held_out = None if validation is None else to_examples(validation, shape)
+    examples: list[Any] = list(to_examples(train, shape))
+    held_out: list[Any] | None = None
+    if validation is not None:
+        held_out = list(to_examples(validation, shape))
     labels = None
     if task.labelled:
         labels = build_label_set(examples, train, shape.columns["label"])

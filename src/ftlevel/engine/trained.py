@@ -102,7 +102,7 @@ def _check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None
     found = base_fingerprint(source.path)
     if found != expected:
         raise InputError(
-            f"{directory} was trained on {card.base['name']} with the weights {expected[:12]}…, and "
+            f"{directory} was trained on {card.base['name']} with weights {expected[:12]}…, and "
             f"there are now other weights ({found[:12]}…). On them the adapter would be wrong "
             "without a word. Restore the base model, or train again."
         )

@@ -38,4 +38,4 @@ class LoraSpec(Section):
 class QloraSpec(LoraSpec):
     """LoRA on a quantized base (Dettmers et al., 2023): 4 bits unless `quant` says 8."""
 
-    kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]
+    kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]  # the union is told apart by it
