@@ -30,7 +30,7 @@ def list_targets(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, nothing else.")
     ] = False,
-    show_traceback: Annotated[  # noqa: ARG001 - read from argv by the program, where errors end
+    show_traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where an error arose.")
     ] = False,
 ) -> None:

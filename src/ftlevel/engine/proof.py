@@ -82,7 +82,7 @@ def _base_name(name: str) -> str:
 
 def _digest(tensor: torch.Tensor) -> str:
     plain = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(plain.numpy())).hexdigest()
+    return hashlib.sha256(plain.numpy().data).hexdigest()
 
 
 def check_saved(
