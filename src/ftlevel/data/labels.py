@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ftlevel.data.examples import Labelled
+from ftlevel.data.examples import Example, Labelled
 from ftlevel.data.table import Table
 from ftlevel.errors import InputError, listing
 
@@ -43,33 +43,34 @@ class LabelSet:
         return label in self.names if isinstance(label, str) else 0 <= label < len(self.names)
 
 
-def build_label_set(examples: Sequence[Labelled], table: Table, column: str) -> LabelSet:
+def build_label_set(examples: Sequence[Example], table: Table, column: str) -> LabelSet:
     """Find the classes of the training rows.
 
     Names are sorted, as numbers where all are digits. Numbers must be 0, 1, … without a gap. Names
     that the source declares for the column are taken as they are.
 
     Args:
-        examples: the converted rows of `table`.
+        examples: the converted rows of `table`, all `Labelled`.
         table: where they came from, for messages.
         column: the column of the label.
 
     Raises:
         InputError: fewer than two classes, numbers with gaps, or fractions.
     """
-    counts = Counter(example.label for example in examples)
+    rows = _as_labelled(examples)
+    counts = Counter(row.label for row in rows)
     if declared := table.label_names.get(column):
         labels = LabelSet(tuple(declared))
-        _check_known(labels, examples, table, f"is not one of the {len(labels)} declared classes")
+        _check_known(labels, rows, table, f"is not one of the {len(labels)} declared classes")
         _check_two(counts, table, column)
         return labels
     _check_two(counts, table, column)
     if all(isinstance(label, int) for label in counts):
-        _check_numbers({int(label) for label in counts}, examples, table, column)
+        _check_numbers({int(label) for label in counts}, rows, table, column)
         return LabelSet(tuple(str(number) for number in range(len(counts))))
     names = {str(label) for label in counts}
     if fraction := next((name for name in sorted(names) if _is_fraction(name)), None):
-        first = next(example for example in examples if str(example.label) == fraction)
+        first = next(row for row in rows if str(row.label) == fraction)
         raise InputError(
             f"{table.where(first.row)}: {column!r} is a fraction ({fraction}). Classes are names "
             "or whole numbers; to learn a quantity is regression, another problem type."
@@ -79,9 +80,17 @@ def build_label_set(examples: Sequence[Labelled], table: Table, column: str) -> 
     return LabelSet(tuple(sorted(names)))
 
 
-def check_labels(labels: LabelSet, examples: Sequence[Labelled], table: Table) -> None:
+def check_labels(labels: LabelSet, examples: Sequence[Example], table: Table) -> None:
     """Raise `InputError` if a row of another split has a class that training never sees."""
-    _check_known(labels, examples, table, "is no class of the training rows")
+    _check_known(labels, _as_labelled(examples), table, "is no class of the training rows")
+
+
+def _as_labelled(examples: Sequence[Example]) -> list[Labelled]:
+    """Return `examples`, which a caller must have converted for a classification task."""
+    rows = [example for example in examples if isinstance(example, Labelled)]
+    if len(rows) < len(examples):
+        raise TypeError("labels are found in the examples of a classification task only")
+    return rows
 
 
 def _check_known(
