@@ -39,7 +39,7 @@ class RunError(FtlevelError):
     """A run that was well configured failed: a non-finite loss, a dead adapter, a full disk."""
 
 
-class Interrupted(FtlevelError):  # noqa: N818 - it is not a failure
+class Interrupted(FtlevelError):
     """The user pressed Ctrl-C; the message says what was kept."""
 
     exit_code = 130

@@ -41,7 +41,7 @@ class AdapterCard:
     quantization: Mapping[str, Any]
     dtype: str
     max_length: int
-    prompt: Mapping[str, str] = field(default_factory=dict)
+    prompt: Mapping[str, Any] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     padding_side: str = "right"
@@ -63,7 +63,9 @@ def read_card(directory: Path) -> AdapterCard:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{directory} has no {CARD}, so it is not an adapter of ftlevel.") from None
+        raise InputError(
+            f"{directory} has no {CARD}, so it is not an adapter of ftlevel."
+        ) from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}). Was a copy cut short?") from None
     if fields.pop("format", None) != 1:
@@ -110,7 +112,7 @@ def write_readme(summary: Mapping[str, Any]) -> str:
         rows = summary["data"]["validation_rows"]
         lines += ["", f"Measured on {rows:,} validation rows; text metrics on the first "
                   f"{summary['data']['generated_rows']:,} of them.", ""]  # fmt: skip
-    lines += ["## Use", "", "```sh", f"ftlevel generate {summary['run']} --prompt \"…\"", "```", ""]
+    lines += ["## Use", "", "```sh", f'ftlevel generate {summary["run"]} --prompt "…"', "```", ""]
     if summary["task"] == "text-classification":
         lines[-3] = f"ftlevel train {summary['run']}/config.yaml   # trains it again"
     lines += ["The settings are in `config.yaml`, the figures in `summary.json`.", ""]

@@ -54,7 +54,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint that is whole, and a line for each newer one that is not."""
-    rejected = []
+    rejected: list[str] = []
     for checkpoint in reversed(numbered(directory)):
         damage = find_damage(checkpoint)
         if damage is None:

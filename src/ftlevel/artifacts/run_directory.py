@@ -90,28 +90,23 @@ def _check_replaceable(directory: Path, overwrite: bool) -> None:
         )
 
 
-def open_run(directory: Path | None, name: str, *, overwrite: bool, resume: bool) -> RunDirectory:
-    """Create the run directory, or open the one that is resumed.
+def open_run(directory: Path | None, name: str, *, overwrite: bool) -> RunDirectory:
+    """Create the run directory.
 
     Args:
         directory: the user's wish, or None for the first free runs/NAME-N.
         name: what the run is called if the user did not say.
         overwrite: delete a run that exists.
-        resume: keep it.
     """
     if directory is None:
         run = RunDirectory(_next_free(Path("runs"), name))
     else:
         if directory.exists() and overwrite:
             shutil.rmtree(directory)
-        directory.mkdir(parents=True, exist_ok=resume or not any(_entries(directory)))
+        directory.mkdir(parents=True, exist_ok=True)  # check_output has seen that it is empty
         run = RunDirectory(directory)
-    run.checkpoints.mkdir(exist_ok=True)
+    run.checkpoints.mkdir()
     return run
-
-
-def _entries(directory: Path) -> list[Path]:
-    return list(directory.iterdir()) if directory.is_dir() else []
 
 
 def _next_free(parent: Path, name: str) -> Path:

@@ -1,3 +1,185 @@
-"""x."""
-def list_targets(model: str) -> None:
-    """x."""
+"""`ftlevel list-targets`: which modules of a model or a family can be adapted."""
+
+from __future__ import annotations
+
+import json as json_module
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from ftlevel.engine.list_targets import LoraSize, TargetReport, TargetRow, split_pattern
+from ftlevel.engine.list_targets import list_targets as describe
+
+_NARROWEST = 80
+_GAP = "  "
+
+
+def list_targets(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|FAMILY",
+            help="A directory, a .gguf file, a Hub id, builtin:NAME, or a family such as llama.",
+        ),
+    ],
+    lora_r: Annotated[int, typer.Option("--lora-r", help="The rank to count for.", min=1)] = 8,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, nothing else.")
+    ] = False,
+    show_traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error arose.")
+    ] = False,
+) -> None:
+    """Show which modules of a model or a family can be adapted.
+
+    A family is answered from a table in an instant; a model from its configuration, without its
+    weights: shapes, counts, and what LoRA would add.
+    """
+    report = describe(model, lora_r)
+    if as_json:
+        typer.echo(json_module.dumps(asdict(report), indent=2, ensure_ascii=False))
+    else:
+        print_report(report)
+
+
+def print_report(report: TargetReport) -> None:
+    """Print the report as a table and the facts below it, 80 columns wide or more.
+
+    Written by hand and not with rich, whose import would be a third of the command's time.
+    """
+    width = max(_NARROWEST, shutil.get_terminal_size().columns)
+    typer.secho(_headline(report), bold=True)
+    typer.echo()
+    for line, bold in _table_lines(report):
+        typer.secho(line, bold=bold)
+    for text, number in _footnotes(report).items():
+        typer.echo(f"({number}) only: {text}")
+    typer.echo()
+    for label, text in _facts(report):
+        typer.echo(_fact_lines(label, text, width))
+
+
+def _headline(report: TargetReport) -> str:
+    parts = [report.name, report.kind]
+    if report.source == "model":
+        parts[1:1] = [report.family, *report.heads]
+    if report.total_parameters is not None:
+        parts.append(f"{report.total_parameters:,} parameters")
+    return ", ".join(parts)
+
+
+def _table_lines(report: TargetReport) -> Iterator[tuple[str, bool]]:
+    """Yield the lines of the table, and whether they are bold: a heading a block, its linears."""
+    title, cells = _cells(report)
+    every = [title, *(row for row in cells if len(row) > 1)]
+    widths = [max(len(row[column]) for row in every) for column in range(len(title))]
+    yield _join(title, widths), True
+    yield "-" * (sum(widths) + len(_GAP) * (len(widths) - 1)), False
+    for row in cells:
+        yield (row[0], True) if len(row) == 1 else (_join(row, widths), False)
+
+
+def _join(row: Sequence[str], widths: Sequence[int]) -> str:
+    """Align a row: the figures of a model, columns 3 and 4, to the right, text to the left."""
+    figures = range(3, len(row) - 1)
+    parts = [
+        cell.rjust(width) if column in figures else cell.ljust(width)
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return _GAP.join(parts).rstrip()
+
+
+def _cells(report: TargetReport) -> tuple[list[str], list[list[str]]]:
+    """Return the title row and the others; a row of one cell is the heading of a block."""
+    counted = report.source == "model"
+    numbers = ["Count", f"LoRA r={report.lora.r}"] if counted and report.lora else []
+    notes = _footnotes(report)
+    cells: list[list[str]] = []
+    block = None
+    for row in _by_block(report):
+        if row.block != block:
+            block = row.block
+            cells.append([block or "outside the blocks"])
+        figures = [f"{row.count:,}", f"{row.lora_parameters:,}"] if numbers else []
+        cells.append([f"  {row.path}", row.type, row.shape, *figures, _default_cell(row, notes)])
+    return ["Linear", "Type", "in -> out", *numbers, "Default"], cells
+
+
+def _by_block(report: TargetReport) -> list[TargetRow]:
+    """Order linears and experts by their block, in the order in which blocks first appear."""
+    rows = (*report.linears, *report.experts)
+    order = list(dict.fromkeys(row.block for row in rows))
+    return sorted(rows, key=lambda row: order.index(row.block))
+
+
+def _footnotes(report: TargetReport) -> dict[str, int]:
+    texts = dict.fromkeys(row.only for row in report.linears if row.only)
+    return {text: number for number, text in enumerate(texts, start=1)}
+
+
+def _default_cell(row: TargetRow, notes: dict[str, int]) -> str:
+    cell = "yes" if row.default else "-"
+    return f"{cell} ({notes[row.only]})" if row.only else cell
+
+
+def _fact_lines(label: str, text: str, width: int) -> str:
+    """Wrap a fact beside its label; a line break in it stays one."""
+    indent = " " * 12
+    lines = [
+        wrapped
+        for line in text.split("\n")
+        for wrapped in textwrap.wrap(
+            line, width - len(indent), break_on_hyphens=False, break_long_words=False
+        )
+    ]
+    return f"{label:<12}" + f"\n{indent}".join(lines)
+
+
+def _facts(report: TargetReport) -> list[tuple[str, str]]:
+    facts = [("all-linear", f"{', '.join(report.all_linear)} (the default)")]
+    if report.attention_only:
+        facts.append(("attention", f"{', '.join(report.attention_only)} (for --target-modules)"))
+    if report.target_parameters:
+        facts.append(("experts", f"target_parameters: {', '.join(report.target_parameters)}"))
+    heads = [f"{task}: {', '.join(names)}" for task, names in report.heads.items() if names]
+    facts.append(("heads", "\n".join(heads) or "none"))
+    facts.append(("", "Heads are never adapted; a task's new head is trained in full and saved."))
+    facts.append(("norms", _by_holder(report.norms) or "none with weights"))
+    facts.append(("embeddings", _by_holder(report.embeddings)))
+    if report.aliases:
+        facts.append(("same names", ", ".join(report.aliases)))
+    if report.note:
+        facts.append(("note", report.note))
+    if report.lora:
+        facts.append((f"LoRA r={report.lora.r}", _lora_text(report.lora)))
+    else:
+        facts.append(("LoRA", "r * (in + out) parameters for each linear."))
+    return facts
+
+
+def _by_holder(patterns: Sequence[str]) -> str:
+    """Write names a line a block, the block once: `model.layers.{i}: input_layernorm, ...`."""
+    lines: dict[str, list[str]] = {}
+    for pattern in patterns:
+        block, inside = split_pattern(pattern)
+        lines.setdefault(block, []).append(inside)
+    return "\n".join(
+        (f"{block}: " if block else "") + ", ".join(names) for block, names in lines.items()
+    )
+
+
+def _lora_text(lora: LoraSize) -> str:
+    share = f", {lora.share:.2%} of the model" if lora.share is not None else ""
+    return (
+        f"r * (in + out) parameters for each linear. {lora.of}, all-linear: "
+        f"{lora.trainable_parameters:,} trainable{share}; "
+        f"{_size(lora.adapter_bytes)} in float32."
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

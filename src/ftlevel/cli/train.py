@@ -32,19 +32,11 @@ def train(
         typer.Option("--recipe", help="A recipe; flags win over it.", rich_help_panel=WHAT),
     ] = None,
     method: Annotated[Text, flag("method.kind", "--method", panel=WHAT)] = None,
-    model: Annotated[
-        Text, flag("model.name_or_path", "--model", panel=WHAT)
-    ] = None,
-    dataset: Annotated[
-        Text, flag("data.dataset", "--dataset", panel=WHAT)
-    ] = None,
+    model: Annotated[Text, flag("model.name_or_path", "--model", panel=WHAT)] = None,
+    dataset: Annotated[Text, flag("data.dataset", "--dataset", panel=WHAT)] = None,
     task: Annotated[Text, flag("task", "--task", panel=WHAT)] = None,
-    quant: Annotated[
-        Text, flag("quant.kind", "--quant", panel=WHAT)
-    ] = None,
-    quant_type: Annotated[
-        Text, flag("quant.quant_type", "--quant-type", panel=WHAT)
-    ] = None,
+    quant: Annotated[Text, flag("quant.kind", "--quant", panel=WHAT)] = None,
+    quant_type: Annotated[Text, flag("quant.quant_type", "--quant-type", panel=WHAT)] = None,
     double_quant: Annotated[
         Switch,
         flag("quant.double_quant", "--double-quant/--no-double-quant", panel=WHAT),
@@ -63,14 +55,10 @@ def train(
         Switch, typer.Option("--fp16", help="Short for --dtype float16.", rich_help_panel=WHAT)
     ] = None,
     device: Annotated[Text, flag("model.device", panel=WHAT)] = None,
-    max_length: Annotated[
-        Text, flag("data.max_length", "--max-length", panel=WHAT)
-    ] = None,
+    max_length: Annotated[Text, flag("data.max_length", "--max-length", panel=WHAT)] = None,
     overlong: Annotated[Text, flag("data.overlong", panel=WHAT)] = None,
     validation_split: Annotated[Float, flag("data.validation_split", panel=WHAT)] = None,
-    max_samples: Annotated[
-        Int, flag("data.max_samples", "--max-samples", panel=WHAT)
-    ] = None,
+    max_samples: Annotated[Int, flag("data.max_samples", "--max-samples", panel=WHAT)] = None,
     on_bad_row: Annotated[Text, flag("data.on_bad_row", panel=WHAT)] = None,
     num_train_epochs: Annotated[
         Float, flag("train.num_train_epochs", "--num-train-epochs", panel=HOW)
@@ -118,9 +106,10 @@ def train(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Resolve, check and show; train nothing.",
-                     rich_help_panel=RUN),
-    ] = False,  # fmt: skip
+        typer.Option(
+            "--dry-run", help="Resolve, check and show; train nothing.", rich_help_panel=RUN
+        ),
+    ] = False,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print one JSON object, nothing else.", rich_help_panel=RUN),
@@ -132,7 +121,7 @@ def train(
         bool,
         typer.Option("--schema", help="Print the JSON schema of recipes.", rich_help_panel=RUN),
     ] = False,
-    show_traceback: Annotated[  # noqa: ARG001 - read from argv by the program, where errors end
+    show_traceback: Annotated[
         bool,
         typer.Option("--traceback", help="Show where an error arose.", rich_help_panel=RUN),
     ] = False,
@@ -147,9 +136,10 @@ def train(
         return
     config = _read_config(context.params)
     from ftlevel.cli.screen import open_screen
-    from ftlevel.engine.train import train as run
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
+        from ftlevel.engine.train import train as run
+
         result = run(config, listener=screen, dry_run=dry_run)
     if as_json:
         typer.echo(json_module.dumps(result.summary, default=str))
@@ -164,6 +154,8 @@ def _read_config(parameters: dict[str, object]) -> TrainConfig:
         )
     layers = []
     path = recipe or positional
+    if path is None and parameters["resume"] and parameters["output_dir"]:
+        path = Path(str(parameters["output_dir"])) / "config.yaml"  # the run's own
     if isinstance(path, Path):
         layers.append(read_recipe(path))
     settings = parameters["settings"]

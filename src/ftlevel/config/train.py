@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.methods import LoraSpec, MethodConfig
+from ftlevel.config.methods import LoraSpec, MethodConfig, QloraSpec
 from ftlevel.config.sections import (
     DataConfig,
     ModelConfig,
@@ -58,7 +58,7 @@ def _quantization_problems(config: TrainConfig) -> list[str]:
             f"--quant {quant.kind} cannot be used with --method full: {quant.kind[0]}-bit weights "
             "receive no gradients. Use --method qlora, or drop --quant."
         )
-    if quant.kind == "none" and method.kind == "qlora":
+    if quant.kind == "none" and isinstance(method, QloraSpec):
         problems.append(
             "--method qlora needs a quantized base, and --quant is none. "
             "Use --quant 4bit or 8bit, or --method lora."

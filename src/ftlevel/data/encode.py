@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftlevel.data.formats import Conversation, Labelled, Pair, PlainText
+from ftlevel.data.examples import Conversation, Labelled, Pair, PlainText
 from ftlevel.data.prompts import Message, PromptFormat, render_chat
 from ftlevel.errors import InputError
 

@@ -89,9 +89,7 @@ def render_chat(tokenizer: Any, messages: Sequence[Message]) -> Rendered:
     return Rendered(full, tuple(spans))
 
 
-def render(
-    tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = False
-) -> str:
+def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
     """Return the text of `messages` by the chat template.
 
     Raises:

@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ftlevel.config import FullSpec, MethodConfig
-from ftlevel.methods import BUILDERS
-from ftlevel.tasks import Task
+from ftlevel.errors import InputError
+from ftlevel.methods import METHODS, Base
 
 
-def apply_method(
-    model: Any,
-    method: MethodConfig,
-    task: Task,
-    kind: str,
-    *,
-    targets: Sequence[str],
-    heads: Sequence[str],
-    fan_in_fan_out: bool,
-) -> Any:
+def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
     """Return `model` with what `method` trains, in float32, and everything else frozen.
 
     Args:
         model: the loaded base (mutated by PEFT).
         method: the method's spec.
-        task: for PEFT's task type.
-        kind: kind of the model.
-        targets: full names of the modules to adapt.
-        heads: modules trained in full.
-        fan_in_fan_out: whether the targets are Conv1D.
+        base: facts of the model; its targets are full names of modules.
     """
     if isinstance(method, FullSpec):
         model.requires_grad_(True)
         return model
     from peft import get_peft_model
 
-    config = BUILDERS[method.kind](
-        method, compact_targets(model, targets), task.peft_types[kind], list(heads), fan_in_fan_out
-    )
-    adapted = get_peft_model(model, config)
+    compact = replace(base, targets=compact_targets(model, base.targets))
+    adapted = get_peft_model(model, METHODS[method.kind].build(method, compact))
     train_in_float32(adapted)
     return adapted
 
@@ -64,6 +50,8 @@ def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]
     that read adapter_config.json expect such names. Where none will do, the full names.
     """
     wanted = set(targets)
+    if not wanted:
+        return []
     leaves = [name for name, module in model.named_modules() if hasattr(module, "weight")]
     for depth in (1, 2, 3):
         short = {".".join(name.split(".")[-depth:]) for name in wanted}
@@ -76,15 +64,31 @@ def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]
 
 
 def load_adapter(base: Any, directory: Path) -> Any:
-    """Return `base` with the adapter saved in `directory`, in eval mode.
+    """Return `base` with the adapter saved in `directory`, in eval mode, its weights in float32.
 
     Raises:
-        RunError: the adapter lacks weights that its configuration promises, or has others.
+        InputError: the file lacks weights that its configuration promises, or has others.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    adapted = PeftModel.from_pretrained(base, str(directory), is_trainable=False)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            parameter.data = parameter.data.float()
+    # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
+    adapted = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
+    train_in_float32(adapted)
+    promised = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    found = _tensor_names(directory / "adapter_model.safetensors")
+    if promised != found:
+        odd = sorted(promised ^ found)
+        raise InputError(
+            f"{directory}: {len(promised - found):,} weights of the adapter are missing and "
+            f"{len(found - promised):,} are unknown, such as {odd[0]}. It does not belong to this "
+            "base model."
+        )
+    adapted.requires_grad_(False)
     return adapted.eval()
+
+
+def _tensor_names(path: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        return set(file.keys())

@@ -47,8 +47,10 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         per_device_train_batch_size=train.per_device_train_batch_size,
         per_device_eval_batch_size=eval_batch_size(train),
         gradient_accumulation_steps=train.gradient_accumulation_steps,
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing_kwargs=(
+            {"use_reentrant": False} if train.gradient_checkpointing else None
+        ),
         seed=train.seed,
         data_seed=train.seed,
         logging_strategy="steps",

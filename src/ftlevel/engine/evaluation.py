@@ -61,8 +61,10 @@ class Evaluator:
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
         for rows in batches(by_length, self.batch_size):
             batch = {k: v.to(self.device) for k, v in collate(rows).items()}
-            labels = batch["labels"] if self.kind == "encoder-decoder" and not self.labelled else (
-                batch.pop("labels")
+            labels = (
+                batch["labels"]
+                if self.kind == "encoder-decoder" and not self.labelled
+                else (batch.pop("labels"))
             )
             meter.update(model(**batch).logits, labels)
         return meter.compute()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftlevel.artifacts.fingerprint import rows_fingerprint
@@ -15,7 +15,7 @@ from ftlevel.data.fit import Fitted, fit_rows, fit_targets
 from ftlevel.data.formats import Format, detect_format
 from ftlevel.data.labels import LabelSet, build_label_set, check_labels
 from ftlevel.data.prompts import PromptFormat, choose_format
-from ftlevel.data.sources import Splits, hold_out, load_splits, take_first
+from ftlevel.data.sources import Splits, hold_out, load_splits
 from ftlevel.data.table import Table
 from ftlevel.errors import InputError
 from ftlevel.tasks import Task
@@ -81,16 +81,19 @@ def load_examples(config: DataConfig, task: Task, seed: int) -> Loaded:
     )
     if config.validation_split:
         splits = hold_out(splits, config.validation_split, seed)
-    splits = take_first(splits, config.max_samples)
     train, validation = splits.train, splits.validation
+    if config.max_samples and config.max_samples < len(train):
+        train = replace(train.take(range(config.max_samples)), dropped=train.dropped)
     if validation is not None and config.max_eval_samples:
         validation = validation.take(range(min(len(validation), config.max_eval_samples)))
     shape = detect_format(train.columns, task.name, config.columns)
     if config.on_bad_row == "skip":
         train = drop_bad_rows(train, shape)
         validation = drop_bad_rows(validation, shape) if validation else validation
-    examples = to_examples(train, shape)
-    held_out = None if validation is None else to_examples(validation, shape)
+    examples: list[Any] = list(to_examples(train, shape))
+    held_out: list[Any] | None = None
+    if validation is not None:
+        held_out = list(to_examples(validation, shape))
     labels = None
     if task.labelled:
         labels = build_label_set(examples, train, shape.columns["label"])
@@ -177,9 +180,7 @@ def _fit(
     fitted = fit_rows(rows, config.max_length, positions, config.overlong, table.where)
     if kind != "encoder-decoder" or task.labelled:
         return fitted
-    kept, dropped = fit_targets(
-        fitted.rows, config.max_target_length, config.overlong, table.where
-    )
+    kept, dropped = fit_targets(fitted.rows, config.max_target_length, config.overlong, table.where)
     if not kept:
         raise InputError(f"no target is within {config.max_target_length:,} tokens.")
     return Fitted(kept, fitted.max_length, fitted.reason, fitted.dropped + dropped,
@@ -223,8 +224,10 @@ def _choices(
     facts: dict[str, Any],
     prompt_format: PromptFormat | None,
 ) -> list[Choice]:
-    held = f"{len(validation):,} for validation" if validation else (
-        "no validation rows: --validation-split 0.05 would hold some out"
+    held = (
+        f"{len(validation):,} for validation"
+        if validation
+        else ("no validation rows: --validation-split 0.05 would hold some out")
     )
     tokens, supervised = facts["tokens"], facts["supervised"]
     choices = [

@@ -70,7 +70,7 @@ def digest_frozen(model: Any) -> dict[str, str]:
     return {
         _base_name(name): _digest(tensor)
         for name, tensor in model.named_parameters()
-        if not tensor.requires_grad and "lora_" not in name and "modules_to_save" not in name
+        if not tensor.requires_grad
     }
 
 
@@ -82,7 +82,7 @@ def _base_name(name: str) -> str:
 
 def _digest(tensor: torch.Tensor) -> str:
     plain = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy()).hexdigest()
+    return hashlib.sha256(plain.numpy().data).hexdigest()
 
 
 def check_saved(

@@ -13,6 +13,7 @@ from ftlevel.config.choices import Choice
 from ftlevel.config.methods import DEFAULT_LEARNING_RATE
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
 from ftlevel.engine.pad_token import choose_pad_token
+from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
@@ -126,10 +127,16 @@ def _targets(
     config: TrainConfig, meta: Any, source: ModelSource
 ) -> tuple[list[str], bool, list[Choice]]:
     """Return the resolved targets, whether they are Conv1D, and what to show of them."""
-    if not isinstance(config.method, LoraSpec):
+    method = METHODS.get(config.method.kind)
+    if method is None:
         return [], False, []
-    wish = config.method.target_modules
-    targets = resolve_targets(meta, wish, model_name=source.name)
+    wish = getattr(config.method, "target_modules", None)
+    if method.find_targets is not None and not wish:
+        targets = method.find_targets(config.method, meta)
+    elif wish:
+        targets = resolve_targets(meta, wish, model_name=source.name)
+    else:
+        return [], False, []
     modules = dict(meta.named_modules())
     kinds = {type(modules[name]).__name__ for name in targets}
     names = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))
@@ -164,8 +171,9 @@ def _method_choices(config: TrainConfig) -> list[Choice]:
         Choice(
             "batch",
             f"{batch} rows a step",
-            f"{train.per_device_train_batch_size} × {train.gradient_accumulation_steps} "
-            "accumulated" if train.gradient_accumulation_steps > 1 else "",
+            f"{train.per_device_train_batch_size} × {train.gradient_accumulation_steps} accumulated"
+            if train.gradient_accumulation_steps > 1
+            else "",
         )
     )
     return shown
@@ -192,4 +200,3 @@ def count_trainable(config: TrainConfig, plan: Plan) -> tuple[int, int]:
         trained += lora_parameters(fan_in, fan_out, config.method.r)
         trained += (fan_in if plan.fan_in_fan_out else fan_out) * config.method.use_dora
     return trained, total + trained
-

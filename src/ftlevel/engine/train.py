@@ -24,6 +24,7 @@ from ftlevel.engine.summary import build_card, build_summary, describe_base, dum
 from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.engine.watch import Certify, GradientProof, Interrupt, Report
 from ftlevel.errors import Interrupted
+from ftlevel.methods import Base
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model, quiet_libraries
 from ftlevel.models.quantization import build_quantization_config
@@ -74,33 +75,14 @@ def train(
                        "data": plan.data.facts, "targets": plan.targets}  # fmt: skip
             listener.end(summary)
             return TrainResult(summary, None, None, plan.tokenizer)
-        run = open_run(
-            output.dir, default_name(config), overwrite=output.overwrite, resume=output.resume
-        )
-        return _train(config, plan, run, listener)
+        return _train(config, plan, listener)
 
 
-def _train(config: TrainConfig, plan: Plan, run: RunDirectory, listener: Listener) -> TrainResult:
-    base_facts = describe_base(plan.source, plan.model_config)
-    origin = origin_of(config, plan, base_facts)
-    checkpoint = None
-    if config.output.resume:
-        check_same_run(run, origin)
-        checkpoint = find_checkpoint(run, listener)
-    else:
-        run.write_config(dump_config(config, plan))
-        write_json(run.checkpoints / "origin.json", origin)
-
+def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
     listener.stage("load the model")
-    model = apply_method(
-        load_base(config, plan),
-        config.method,
-        plan.task,
-        plan.kind,
-        targets=plan.targets,
-        heads=plan.heads,
-        fan_in_fan_out=plan.fan_in_fan_out,
-    )
+    model = apply_method(load_base(config, plan), config.method, base_of(config, plan))
+    base_facts = describe_base(plan.source, plan.model_config)
+    run, checkpoint = _open(config, plan, base_facts, listener)
     evaluator = build_evaluator(config, plan)
     trainer = build_trainer(config, plan, model, evaluator, run)
     gradients, interrupt = GradientProof(listener), Interrupt()
@@ -148,6 +130,34 @@ def _train(config: TrainConfig, plan: Plan, run: RunDirectory, listener: Listene
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
     listener.end(summary)
     return TrainResult(summary, run.path, model, plan.tokenizer)
+
+
+def _open(
+    config: TrainConfig, plan: Plan, base: Mapping[str, Any], listener: Listener
+) -> tuple[RunDirectory, Path | None]:
+    """Return the run directory, and the checkpoint to go on from when resuming."""
+    output, origin = config.output, origin_of(config, plan, base)
+    if output.resume and output.dir is not None:
+        run = RunDirectory(output.dir)
+        check_same_run(run, origin)
+        return run, find_checkpoint(run, listener)
+    run = open_run(output.dir, default_name(config), overwrite=output.overwrite)
+    run.write_config(dump_config(config, plan))
+    write_json(run.checkpoints / "origin.json", origin)
+    return run, None
+
+
+def base_of(config: TrainConfig, plan: Plan) -> Base:
+    """Return what a method must know of the model that it is put onto."""
+    return Base(
+        config=plan.model_config,
+        kind=plan.kind,
+        task_type=plan.task.peft_types.get(plan.kind),
+        targets=plan.targets,
+        heads=plan.heads,
+        fan_in_fan_out=plan.fan_in_fan_out,
+        total_steps=count_steps(config.train, len(plan.data.train)),
+    )
 
 
 def load_base(config: TrainConfig, plan: Plan) -> Any:

@@ -17,7 +17,7 @@ from ftlevel.engine.events import Listener
 from ftlevel.errors import RunError, listing
 
 
-class GradientProof(TrainerCallback):  # type: ignore[misc]
+class GradientProof(TrainerCallback):
     """Stop when a tensor that should learn gets no gradient, or a gradient is not finite.
 
     LoRA's A has an exactly zero gradient at the first step because B is zero; what is still zero
@@ -81,7 +81,7 @@ def _absolute_sum(gradient: torch.Tensor | None) -> torch.Tensor:
     return torch.zeros(()) if gradient is None else gradient.detach().abs().sum().float()
 
 
-class Interrupt(TrainerCallback):  # type: ignore[misc]
+class Interrupt(TrainerCallback):
     """Turn the first Ctrl-C or SIGTERM into a checkpoint at the end of the step, then stop.
 
     A second one ends the process at once. Use as a context manager around training.
@@ -125,7 +125,7 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
         return control
 
 
-class Certify(TrainerCallback):  # type: ignore[misc]
+class Certify(TrainerCallback):
     """Give each checkpoint its manifest, and delete old ones only after that."""
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -144,7 +144,7 @@ class Certify(TrainerCallback):  # type: ignore[misc]
         checkpoints.rotate(self.directory, self.keep)
 
 
-class Report(TrainerCallback):  # type: ignore[misc]
+class Report(TrainerCallback):
     """Pass the run's course to the listener and to metrics.jsonl.
 
     Attributes:

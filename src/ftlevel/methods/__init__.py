@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from ftlevel.methods import lora
+from ftlevel.methods.base import Base, Method
 
-BUILDERS: dict[str, Callable[..., Any]] = {"lora": lora.build, "qlora": lora.build}
-"""Method → function that makes its PEFT config; `full` has none."""
+METHODS: dict[str, Method] = {"lora": lora.METHOD, "qlora": lora.METHOD}
+"""Method → how it is put onto a model; `full` is not here, it needs nothing."""
+
+__all__ = ["METHODS", "Base", "Method"]

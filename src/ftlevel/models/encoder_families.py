@@ -197,7 +197,7 @@ _DEBERTA = replace(
             ),
             *_square(
                 (f"{_DEBERTA_ATTENTION}.pos_key_proj", f"{_DEBERTA_ATTENTION}.pos_query_proj"),
-                only="share_att_key is false",
+                only="configurations with share_att_key false",
             ),
             *_square(("attention.output.dense",)),
             *_BERT_FFN,

@@ -50,7 +50,7 @@ HIDDEN = "hidden"
 FFN = "ffn"
 Q_WIDTH = "heads*head_dim"
 KV_WIDTH = "kv_heads*head_dim"
-FUSED_QKV = "(heads+2*kv_heads)*head_dim"
+FUSED_QKV = "q+k+v widths"  # those of the three linears that it replaces
 THREE_HIDDEN = "3*hidden"
 TWO_FFN = "2*ffn"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,14 +24,20 @@ def quiet_libraries() -> Iterator[None]:
     """Keep the libraries' warnings and progress bars off the screen inside the block."""
     level = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    noisy = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate", "datasets")]
+    noisy = [
+        logging.getLogger(name)
+        for name in ("bitsandbytes", "accelerate", "datasets", "peft", "huggingface_hub")
+    ]
     before = [logger.level for logger in noisy]
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for logger in noisy:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning, UserWarning):
+                warnings.simplefilter("ignore", category)
+            yield
     finally:
         transformers.logging.set_verbosity(level)
         if bars:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -45,8 +46,9 @@ def keep_trainable_layout(model: torch.nn.Module) -> int:
     Returns:
         How many layers were set (mutated in place).
     """
-    import bitsandbytes as bnb
-
+    bnb = sys.modules.get("bitsandbytes")
+    if bnb is None:  # nothing is quantized, and importing it takes a second
+        return 0
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False

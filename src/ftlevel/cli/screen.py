@@ -1,0 +1,185 @@
+"""What a run looks like: its choices, a progress bar in a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ftlevel import __version__
+from ftlevel.config.choices import Choice
+
+_FIGURES = {
+    "loss": ("loss", "{:.4f}"),
+    "learning_rate": ("lr", "{:.2e}"),
+    "grad_norm": ("grad", "{:.3g}"),
+    "epoch": ("epoch", "{:.2f}"),
+}
+
+
+class Screen:
+    """Shows a run to a person, on stdout; with `--json` on stderr, and only in a terminal.
+
+    Args:
+        console: where to write.
+        quiet: write nothing but warnings.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self.console = console
+        self.quiet = quiet
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._total = 0
+        self._seen: tuple[float, int] | None = None
+
+    def stage(self, name: str) -> None:
+        """Say what is being done."""
+        self.close()
+        if not self.quiet:
+            self.console.print(f"[dim]· {name}[/dim]", highlight=False)
+
+    def choices(self, title: str, choices: Sequence[Choice]) -> None:
+        """Show every choice with its reason, a line each."""
+        if self.quiet:
+            return
+        self._line(f"[bold]ftlevel {__version__}[/bold] {title}")
+        if not self.console.is_terminal:
+            for choice in choices:
+                self._line(f"  {choice.name}: {_plain(str(choice))}")
+            return
+        table = Table(box=None, show_header=False, padding=(0, 1, 0, 2))
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for choice in choices:
+            reason = f" [dim]({_plain(choice.reason)})[/dim]" if choice.reason else ""
+            table.add_row(choice.name, f"{_plain(str(choice.value))}{reason}")
+        self.console.print(table, highlight=False)
+
+    def warn(self, message: str) -> None:
+        """Show a warning, even when quiet."""
+        self.console.print(f"[yellow]warning:[/yellow] {_plain(message)}", highlight=False)
+
+    def begin(self, total_steps: int) -> None:
+        """Start the bar, in a terminal."""
+        self._total = total_steps
+        if self.quiet or not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("  step {task.completed:,.0f}/{task.total:,.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("train", total=total_steps, figures="")
+
+    def step(self, step: int) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Show the figures of a training step or of an evaluation on a line."""
+        if self.quiet:
+            return
+        scores = {k.removeprefix("eval_"): v for k, v in record.items() if k.startswith("eval_")}
+        if scores:
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            self._line(f"  [green]evaluation at step {record['step']:,}[/green]  {shown}")
+            return
+        parts = [
+            f"{label} {form.format(record[key])}"
+            for key, (label, form) in _FIGURES.items()
+            if key in record
+        ]
+        parts.append(self._speed(record))
+        figures = "  ".join(part for part in parts if part)
+        if self._progress is not None:
+            self._progress.update(self._task, figures=figures)
+        self._line(f"  step {record['step']:>{len(str(self._total))}}/{self._total}  {figures}")
+
+    def _speed(self, record: Mapping[str, Any]) -> str:
+        """Return tokens a second since the last record."""
+        now = (float(record["elapsed_s"]), int(record["tokens"]))
+        before, self._seen = self._seen, now
+        if before is None or now[0] <= before[0]:
+            return ""
+        return f"{(now[1] - before[1]) / (now[0] - before[0]):,.0f} tok/s"
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """Say what came out and where it is."""
+        self.close()
+        if self.quiet:
+            return
+        if summary.get("dry_run"):
+            self.console.print(
+                "  dry run: everything was checked, nothing was trained or written.",
+                highlight=False,
+            )
+            return
+        for line in _result_lines(summary):
+            self.console.print(line, highlight=False)
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    proof, timings = summary["proof"], summary["timings"]
+    if summary["loss_first"] is not None:
+        yield f"  [bold]loss[/bold] {summary['loss_first']:.4f} → {summary['loss_last']:.4f}"
+    before = summary["metrics_before"]
+    for name, value in summary["metrics"].items():
+        first = f"{before[name]:.4f} → " if name in before else ""
+        yield f"  [bold]{name}[/bold] {first}{value:.4f}  [dim](validation)[/dim]"
+    frozen = (
+        f"{proof['frozen_tensors']:,} frozen tensors unchanged; "
+        if (proof["frozen_tensors"])
+        else ""
+    )
+    yield (
+        f"  [bold]proof[/bold] {proof['gradient_tensors']:,} of {proof['gradient_tensors']:,} "
+        f"trainable tensors had gradients; {frozen}reloaded and compared: logits differ by "
+        f"{proof['reload_difference']:.2g}, training moved them by {proof['adapter_effect']:.3g}"
+    )
+    yield (
+        f"  [bold]speed[/bold] {timings['tokens_per_s']:,.0f} tokens/s; "
+        f"{timings['total_s']:.1f} s in all, {timings['to_first_step_s']:.1f} s to the first step; "
+        f"peak memory {summary['memory']['peak_bytes'] / 2**30:.2f} GiB"
+    )
+    yield f"  [bold]saved[/bold] {summary['run']}"
+    yield f'  [bold]try it[/bold] ftlevel generate {summary["run"]} --prompt "…"'
+
+
+def _plain(text: str) -> str:
+    """Escape square brackets, which rich reads as markup."""
+    return text.replace("[", "\\[")
+
+
+@contextlib.contextmanager
+def open_screen(*, as_json: bool, quiet: bool) -> Iterator[Screen]:
+    """Give a screen that is cleaned up whatever happens."""
+    # Libraries draw progress bars through tqdm, which reads this when it is first imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    console = Console(stderr=as_json, soft_wrap=not sys.stdout.isatty())
+    silent = quiet or (as_json and not sys.stderr.isatty())
+    screen = Screen(console, quiet=silent)
+    try:
+        yield screen
+    finally:
+        screen.close()

@@ -1,0 +1,351 @@
+"""From rows to examples: the few canonical forms that every later room works on.
+
+Text is taken as it stands; nothing is trimmed or joined but an instruction and its input. What
+can't be learned from (no answer, no text, an unknown role) is collected and named by `path:line`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
+
+from ftlevel.data.formats import Format
+from ftlevel.data.table import BadRow, Row, Table, describe_bad, settle
+from ftlevel.data.uniform import kind_of
+from ftlevel.errors import InputError, did_you_mean, listing
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns with at least one of the assistant; `row` is the index into the table."""
+
+    messages: tuple[Message, ...]
+    row: int
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text to continue; `row` is the index into the table."""
+
+    text: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A text and what to make of it; `row` is the index into the table."""
+
+    source: str
+    target: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text, or two, with its class; `row` is the index into the table."""
+
+    text: str
+    text_pair: str | None
+    label: str | int
+    row: int
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """Words with one tag each; `row` is the index into the table."""
+
+    tokens: tuple[str, ...]
+    tags: tuple[str | int, ...]
+    row: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the spans of `context` that answer it, each a text and its start."""
+
+    context: str
+    question: str
+    answers: tuple[tuple[str, int], ...]
+    row: int
+
+
+Example: TypeAlias = Conversation | PlainText | Pair | Labelled | Tagged | Question
+
+
+class _Unusable(Exception):
+    """A row can't become an example; the message is the reason."""
+
+
+def to_examples(table: Table, format_: Format) -> list[Example]:
+    """Convert every row of `table`.
+
+    Raises:
+        InputError: naming the rows that can't be used, or a column that the table lacks.
+    """
+    examples, bad = _convert(table, format_)
+    if bad:
+        raise InputError(describe_bad(table, bad))
+    return examples
+
+
+def drop_bad_rows(table: Table, format_: Format) -> Table:
+    """Return `table` without the rows that `to_examples` would refuse, counted in `dropped`.
+
+    Raises:
+        InputError: no row is left, or the table lacks a column.
+    """
+    return settle(table, _convert(table, format_)[1], "skip")
+
+
+def _convert(table: Table, format_: Format) -> tuple[list[Example], list[BadRow]]:
+    lacking = [
+        repr(column)
+        for column in format_.columns.values()
+        if column not in table.columns and column.partition(".")[0] not in table.columns
+    ]
+    if lacking:
+        raise InputError(
+            f"{table.source}: has no column {listing(lacking)}. Columns: "
+            f"{listing(repr(name) for name in table.columns)}. Give every split the same columns."
+        )
+    build = _BUILDERS[format_.produces]
+    roles = _Roles(format_.columns, table)
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    for index, row in enumerate(table.rows):
+        roles.turn_to(row, index)
+        try:
+            examples.append(build(roles))
+        except _Unusable as error:
+            bad.append(BadRow(table.lines[index], str(error)))
+    return examples, bad
+
+
+class _Roles:
+    """The values of one row, by role."""
+
+    def __init__(self, columns: Mapping[str, str], table: Table) -> None:
+        self.columns = columns
+        self.table = table
+        self.row: Row = {}
+        self.index = 0
+
+    def turn_to(self, row: Row, index: int) -> None:
+        self.row, self.index = row, index
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.columns
+
+    def get(self, role: str) -> Any:
+        """Return the value of `role`; None where the format has no column for it."""
+        column = self.columns.get(role)
+        if column is None:
+            return None
+        if column in self.row:
+            return self.row[column]
+        value: Any = self.row
+        for part in column.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise _Unusable(f"{column!r} is not there ({part!r} is missing)")
+            value = value[part]
+        return value
+
+    def text(self, role: str) -> str:
+        """Return the text of `role`, which must not be empty."""
+        return _check_text(self.get(role), repr(self.columns[role]))
+
+    def text_or_empty(self, role: str) -> str:
+        """Return the text of `role`, or an empty string for null, or for no such column."""
+        value = self.get(role)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return ""
+        return _check_text(value, repr(self.columns[role]))
+
+
+def _check_text(value: object, what: str) -> str:
+    """Return `value` if it is a text with something in it."""
+    if type(value) is not str:
+        kind = kind_of(value)
+        raise _Unusable(f"{what} is {kind}" + ("" if value is None else ", not a string"))
+    if not value.strip():
+        raise _Unusable(f"{what} is empty")
+    return value
+
+
+def _conversation(roles: _Roles) -> Conversation:
+    return Conversation(tuple(_turns(roles)), roles.index)
+
+
+def _turns(roles: _Roles) -> list[Message]:
+    """Return the turns of a row in any of the dialogue shapes."""
+    for role in ("messages", "conversations"):
+        if role in roles:
+            turns = _parse_turns(roles.get(role), roles.columns[role])
+            break
+    else:
+        turns = _parse_prompt(roles)
+    if (system := roles.text_or_empty("system")) and turns[0].role != "system":
+        turns.insert(0, Message("system", system))
+    return turns
+
+
+def _parse_prompt(roles: _Roles) -> list[Message]:
+    """Return the two turns of a prompt, or an instruction with its input, and the answer."""
+    if "instruction" in roles:
+        ask = roles.text("instruction")
+        if more := roles.text_or_empty("input"):
+            ask = f"{ask}\n\n{more}"
+        return [Message("user", ask), Message("assistant", roles.text("output"))]
+    prompt, completion = roles.get("prompt"), roles.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        name = f"{roles.columns['prompt']} + {roles.columns['completion']}"
+        return _parse_turns([*prompt, *completion], name)
+    return [
+        Message("user", roles.text("prompt")),
+        Message("assistant", roles.text("completion")),
+    ]
+
+
+def _parse_turns(value: object, column: str) -> list[Message]:
+    """Return the turns of a list of objects, as OpenAI (role, content) or ShareGPT write them."""
+    if type(value) is not list:
+        raise _Unusable(f"{column!r} is {kind_of(value)}, where a list of turns is expected")
+    turns = [
+        turn
+        for number, item in enumerate(value, 1)
+        if (turn := _parse_turn(item, f"turn {number} of {column!r}")) is not None
+    ]
+    if not any(turn.role == "assistant" for turn in turns):
+        raise _Unusable(f"{column!r} has no assistant turn")
+    return turns
+
+
+def _parse_turn(item: object, what: str) -> Message | None:
+    """Return one turn; None for a system turn without text, which says nothing."""
+    if type(item) is not dict:
+        raise _Unusable(f"{what} is {kind_of(item)}, not an object with role and content")
+    role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
+    for key in (role_key, text_key):
+        if key not in item:
+            raise _Unusable(f"{what} has no {key!r} (keys: {listing(item)})")
+    for key in ("tool_calls", "function_call"):
+        if item.get(key):
+            raise _Unusable(f"{what} has {key!r}; tool calls can't be learned from yet")
+    if item.get("weight") == 0:
+        raise _Unusable(f"{what} has weight 0; turns can't be left out one by one yet")
+    role = item[role_key]
+    known = _ROLES.get(role) if isinstance(role, str) else None
+    if known is None:
+        hint = did_you_mean(str(role), _ROLES).strip().lower()
+        raise _Unusable(
+            f"{what} has the unknown role {role!r} "
+            f"({hint or 'known: system, user, assistant, human, gpt'})"
+        )
+    text = item[text_key]
+    if known == "system" and isinstance(text, str) and not text.strip():
+        return None
+    return Message(known, _check_text(text, f"{text_key!r} of {what}"))
+
+
+def _pair(roles: _Roles) -> Pair:
+    for source, target in (("document", "summary"), ("source", "target")):
+        if source in roles:
+            return Pair(roles.text(source), roles.text(target), roles.index)
+    turns = _turns(roles)
+    asked = [turn.content for turn in turns if turn.role != "assistant"]
+    order = [turn.role for turn in turns if turn.role != "system"]
+    if order != ["user", "assistant"]:
+        raise _Unusable(
+            f"has {len(order)} turns, where one question and one answer make a source and a target"
+        )
+    return Pair("\n\n".join(asked), turns[-1].content, roles.index)
+
+
+def _plain(roles: _Roles) -> PlainText:
+    return PlainText(roles.text("text"), roles.index)
+
+
+def _labelled(roles: _Roles) -> Labelled:
+    label = roles.get("label")
+    column = repr(roles.columns["label"])
+    if type(label) is bool:
+        label = "true" if label else "false"
+    elif type(label) is float:
+        _refuse_labels(
+            roles,
+            f"{column} is a fraction ({label}). Classes are names or whole numbers; to learn a "
+            "quantity is regression, another problem type",
+        )
+    elif type(label) is list:
+        _refuse_labels(
+            roles,
+            f"{column} is a list. Each row has one class here; several labels a row is "
+            "multi-label classification, another problem type",
+        )
+    elif type(label) is not int:
+        label = _check_text(label, column)
+    pair = roles.text("text_pair") if "text_pair" in roles else None
+    return Labelled(roles.text("text"), pair, label, roles.index)
+
+
+def _refuse_labels(roles: _Roles, reason: str) -> NoReturn:
+    """Refuse the whole table: to leave such rows out would leave none."""
+    raise InputError(f"{roles.table.where(roles.index)}: {reason}.")
+
+
+def _tagged(roles: _Roles) -> Tagged:
+    tokens, tags = roles.get("tokens"), roles.get("tags")
+    for role, value in (("tokens", tokens), ("tags", tags)):
+        if type(value) is not list:
+            raise _Unusable(f"{roles.columns[role]!r} is {kind_of(value)}, not a list")
+    if len(tokens) != len(tags):
+        raise _Unusable(f"has {len(tokens)} tokens, but {len(tags)} tags")
+    if not tokens:
+        raise _Unusable(f"{roles.columns['tokens']!r} is empty")
+    for number, (token, tag) in enumerate(zip(tokens, tags, strict=True), 1):
+        _check_text(token, f"token {number}")
+        if type(tag) is not int:
+            _check_text(tag, f"tag {number}")
+    return Tagged(tuple(tokens), tuple(tags), roles.index)
+
+
+def _question(roles: _Roles) -> Question:
+    context, question, found = roles.text("context"), roles.text("question"), roles.get("answers")
+    if type(found) is not dict or not {"text", "answer_start"} <= found.keys():
+        raise _Unusable(f"{roles.columns['answers']!r} lacks 'text' and 'answer_start'")
+    texts, starts = found["text"], found["answer_start"]
+    if type(texts) is not list or type(starts) is not list or len(texts) != len(starts):
+        raise _Unusable(f"{roles.columns['answers']!r} needs two lists of one length")
+    for text, start in zip(texts, starts, strict=True):
+        _check_text(text, "an answer")
+        if type(start) is not int or context[start : start + len(text)] != text:
+            raise _Unusable(f"the answer {text[:40]!r} does not stand at {start} of the context")
+    return Question(context, question, tuple(zip(texts, starts, strict=True)), roles.index)
+
+
+_BUILDERS: dict[str, Callable[[_Roles], Example]] = {
+    "conversation": _conversation,
+    "text": _plain,
+    "pair": _pair,
+    "labelled": _labelled,
+    "tagged": _tagged,
+    "question": _question,
+}

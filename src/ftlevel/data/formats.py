@@ -1,0 +1,286 @@
+"""Which column of a table means what for a task.
+
+A table has columns; a task wants roles ("document", "summary"). A format gives each role a column:
+by the names that published data sets use, or by the user's `--map`. `examples` converts the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from ftlevel.errors import InputError, did_you_mean, listing, nearest
+
+Produces: TypeAlias = Literal["conversation", "text", "pair", "labelled", "tagged", "question"]
+Names: TypeAlias = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the columns of a table are used for.
+
+    Attributes:
+        task: the task the format was found for.
+        name: of the shape, such as "prompt + completion".
+        produces: the kind of example that a row becomes.
+        columns: the column of each role; "answers.text" reaches into an object.
+        unused: the columns that no role takes.
+    """
+
+    task: str
+    name: str
+    produces: Produces
+    columns: Mapping[str, str]
+    unused: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> str:
+        """Which column is used for what, in one line."""
+        used = ", ".join(
+            repr(column) if role == column else f"{role} from {column!r}"
+            for role, column in self.columns.items()
+        )
+        idle = f"; not used: {listing(repr(name) for name in self.unused)}" if self.unused else ""
+        return f"{self.name}: {used}{idle}"
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A set of roles, each with the column names that it is known by, the best first.
+
+    `guessable` shapes are suggested also for columns whose names say nothing.
+    """
+
+    name: str
+    produces: Produces
+    required: Names
+    optional: Names = field(default_factory=dict)
+    guessable: bool = True
+
+    @property
+    def roles(self) -> Names:
+        return {**self.required, **self.optional}
+
+
+_SYSTEM = {"system": ("system", "system_prompt")}
+_LABEL = ("label", "labels", "class", "category", "sentiment")
+_TEXT = ("text", "sentence", "content", "review")
+
+
+def _dialogue_shapes(produces: Produces) -> tuple[_Shape, ...]:
+    """Return the shapes of prompts with answers, which several tasks accept."""
+    return (
+        _Shape("messages", produces, {"messages": ("messages",)}, _SYSTEM, False),
+        _Shape("conversations", produces, {"conversations": ("conversations",)}, _SYSTEM, False),
+        _Shape(
+            "prompt + completion",
+            produces,
+            {
+                "prompt": ("prompt", "question", "query"),
+                "completion": ("completion", "response", "answer"),
+            },
+            _SYSTEM,
+        ),
+        _Shape(
+            "instruction + output",
+            produces,
+            {"instruction": ("instruction",), "output": ("output", "response", "completion")},
+            {"input": ("input", "context"), **_SYSTEM},
+        ),
+    )
+
+
+def _classification_shapes() -> tuple[_Shape, ...]:
+    pairs = (
+        ("text", "text_pair"),
+        ("sentence1", "sentence2"),
+        ("premise", "hypothesis"),
+        ("question1", "question2"),
+        ("text1", "text2"),
+        ("question", "sentence"),
+    )
+    return (
+        *(
+            _Shape(
+                "text + text_pair + label",
+                "labelled",
+                {"text": (first,), "text_pair": (second,), "label": _LABEL},
+                guessable=False,
+            )
+            for first, second in pairs
+        ),
+        _Shape("text + label", "labelled", {"text": _TEXT, "label": _LABEL}),
+    )
+
+
+_PLAIN = _Shape("text", "text", {"text": ("text", "content")})
+
+# Of the shapes that fit, the first is taken: Alpaca's files have `instruction` and `output`, and
+# the two rendered once more as `text`.
+_SHAPES: dict[str, tuple[_Shape, ...]] = {
+    "text-generation": (*_dialogue_shapes("conversation"), _PLAIN),
+    "masked-lm": (_PLAIN,),
+    "summarization": (
+        _Shape(
+            "document + summary",
+            "pair",
+            {
+                "document": ("document", "article", "dialogue", "text"),
+                "summary": ("summary", "highlights"),
+            },
+        ),
+        *_dialogue_shapes("pair"),
+    ),
+    "translation": (
+        _Shape("source + target", "pair", {"source": ("source",), "target": ("target",)}),
+        *_dialogue_shapes("pair"),
+    ),
+    "text-classification": _classification_shapes(),
+    "token-classification": (
+        _Shape(
+            "tokens + tags",
+            "tagged",
+            {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "pos_tags", "labels")},
+        ),
+    ),
+    "question-answering": (
+        _Shape(
+            "context + question + answers",
+            "question",
+            {"context": ("context",), "question": ("question",), "answers": ("answers",)},
+            {"id": ("id",)},
+        ),
+    ),
+}
+
+
+def detect_format(
+    columns: Sequence[str], task: str, mapping: Mapping[str, str] | None = None
+) -> Format:
+    """Find the column of each role that `task` wants.
+
+    Args:
+        columns: the names that the table has.
+        task: its name, with dashes or underscores.
+        mapping: column by role, as given with `--map`; it goes before every known name.
+
+    Raises:
+        InputError: no shape of the task fits, or the mapping names what is not there.
+    """
+    task = task.replace("_", "-")
+    shapes = _SHAPES.get(task)
+    if shapes is None:
+        raise InputError(
+            f"--task {task}: no such task.{did_you_mean(task, _SHAPES)} Tasks: {listing(_SHAPES)}."
+        )
+    wanted = dict(mapping or {})
+    _check_mapping(columns, task, shapes, wanted)
+    for shape in shapes:
+        found = _match(shape, columns, wanted)
+        if found is not None and all(role in found for role in shape.required):
+            used = {column.partition(".")[0] for column in found.values()} | set(found.values())
+            unused = tuple(name for name in columns if name not in used)
+            return Format(task, shape.name, shape.produces, found, unused)
+    raise InputError(_describe_no_format(columns, task, wanted))
+
+
+def _check_mapping(
+    columns: Sequence[str], task: str, shapes: Sequence[_Shape], mapping: Mapping[str, str]
+) -> None:
+    """Raise unless each role of `mapping` is one of the task, and each column is there."""
+    roles = list(dict.fromkeys(role for shape in shapes for role in shape.roles))
+    problems = []
+    for role, column in mapping.items():
+        if role not in roles:
+            problems.append(
+                f"--map {role}={column}: --task {task} has no {role!r}."
+                f"{did_you_mean(role, roles)} It has: {listing(roles)}."
+            )
+        if column not in columns and column.partition(".")[0] not in columns:
+            problems.append(
+                f"--map {role}={column}: no column {column!r}.{did_you_mean(column, columns)} "
+                f"Columns: {listing(repr(name) for name in columns)}."
+            )
+    if problems:
+        raise InputError(problems)
+
+
+def _match(
+    shape: _Shape, columns: Sequence[str], mapping: Mapping[str, str]
+) -> dict[str, str] | None:
+    """Return the columns found for the roles of `shape`; None if it lacks a mapped role."""
+    if not mapping.keys() <= shape.roles.keys():
+        return None
+    folded = {column.lower(): column for column in reversed(columns)}
+    found: dict[str, str] = {}
+    taken = set(mapping.values())
+    for role, names in shape.roles.items():
+        column = mapping.get(role) or next(
+            (
+                hit
+                for name in names
+                if (hit := name if name in columns else folded.get(name)) and hit not in taken
+            ),
+            None,
+        )
+        if column:
+            found[role] = column
+            taken.add(column)
+    return found
+
+
+def _describe_no_format(columns: Sequence[str], task: str, mapping: Mapping[str, str]) -> str:
+    """Return the message for columns that fit no shape: what is there, wanted, and near."""
+    there = f"Columns: {listing(repr(name) for name in columns)}."
+    wants = listing(dict.fromkeys(shape.name for shape in _SHAPES[task]))
+    offers = [
+        offer for shape in _SHAPES[task] if (offer := _suggest(shape, columns, mapping)) is not None
+    ]
+    if not offers:
+        pairs = " ".join(f"--map {role}={column}" for role, column in mapping.items())
+        return f"{pairs}: no format of --task {task} has all of these. Formats: {wants}."
+    flags = min(offers, key=lambda offer: offer[0])[1]
+    other = None if mapping else _other_task(columns, task)
+    fits = f" These columns fit --task {other}." if other else ""
+    return (
+        f"--task {task}: the columns do not say what to learn. {there} "
+        f"Wanted is one of: {wants}. Say which is which: {flags}.{fits}"
+    )
+
+
+def _other_task(columns: Sequence[str], task: str) -> str | None:
+    """Return the first other task that the columns fit."""
+    for name, shapes in _SHAPES.items():
+        fits = any(
+            (_match(shape, columns, {}) or {}).keys() >= set(shape.required) for shape in shapes
+        )
+        if name != task and fits:
+            return name
+    return None
+
+
+def _suggest(
+    shape: _Shape, columns: Sequence[str], mapping: Mapping[str, str]
+) -> tuple[tuple[int, int, int], str] | None:
+    """Return how far `shape` is from `columns`, and the flags that would make it fit."""
+    found = _match(shape, columns, mapping)
+    if found is None:
+        return None
+    free = [name for name in columns if name not in found.values()]
+    missing = [role for role in shape.required if role not in found]
+    guesses: dict[str, str] = {}
+    for role in missing:
+        close = [hit for name in shape.required[role] for hit in nearest(name, free)]
+        if close:
+            guesses[role] = close[0]
+            free.remove(close[0])
+    evidence = len(found) + len(guesses)
+    if not evidence and not shape.guessable:
+        return None
+    lacking = max(0, len(missing) - len(guesses) - len(free))
+    pairs = dict(mapping)
+    for role in missing:
+        pairs[role] = guesses.get(role) or (free.pop(0) if free else "COLUMN")
+    flags = " ".join(f"--map {role}={column}" for role, column in pairs.items())
+    return (lacking, -evidence, len(missing) if evidence else 0), flags

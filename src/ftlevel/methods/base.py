@@ -1,0 +1,48 @@
+"""What a method is to the engine: how it finds its modules and how it becomes a `peft` config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ftlevel.config.sections import Section
+
+
+@dataclass(frozen=True)
+class Base:
+    """The facts of the model that a method is put onto.
+
+    Attributes:
+        config: the model's config.
+        kind: encoder, decoder or encoder-decoder.
+        task_type: PEFT's TaskType, or None for masked language models.
+        targets: modules that the method adapts, in the shortest names that PEFT reads as them.
+        heads: modules that are trained and saved in full.
+        fan_in_fan_out: whether the targets are Conv1D, whose weight is (in, out).
+        total_steps: optimizer steps of the run.
+    """
+
+    config: Any
+    kind: str
+    task_type: str | None
+    targets: list[str]
+    heads: list[str]
+    fan_in_fan_out: bool
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One PEFT method.
+
+    Attributes:
+        build: spec and base → `peft.PeftConfig`.
+        find_targets: spec and meta model → full names of the modules it adapts, sorted; None where
+            the spec's `target_modules` are linears that the user names.
+        targets_linears: whether `--target-modules` applies.
+    """
+
+    build: Callable[[Any, Base], Any]
+    find_targets: Callable[[Section, Any], list[str]] | None = None
+    targets_linears: bool = True
