@@ -31,7 +31,7 @@ def plain_verse(markup: str) -> str:
     for element in ("note", "title"):
         markup = re.sub(rf"<{element}.*?</{element}>", " ", markup, flags=re.DOTALL)
     words = squeeze(re.sub(r"<[^>]+>", "", markup))
-    return squeeze(re.sub(r" ([,.;:?!’”])", r"\1", words))  # noqa: RUF001 - the text's own quotes
+    return squeeze(re.sub(r" ([,.;:?!’”])", r"\1", words))
 
 
 def chapter_rows(chapters: Iterable[tuple[str, int, list[str]]]) -> Iterator[Row]:

@@ -51,7 +51,7 @@ NOT_NAMES = ("none", "May", "Of", "Island", "Islander", "Islanders")
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 DATE = rf"(?:\d{{1,2}} )?(?:(?:{MONTHS}) )?(?:1[0-9]|20)\d\d(?![\d,])"
 SENTENCE_END = re.compile(r"(?<=[a-z\d)][.;]) +(?=[A-Z])")
-TOKEN = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")  # noqa: RUF001 - the text's own apostrophe
+TOKEN = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
 
 
 class Country(NamedTuple):
