@@ -7,8 +7,9 @@
 
 Every command is started once to warm the disk cache and then `--runs` times; the commands take
 turns, so that a busy moment of the machine meets all of them. Times are from the start of the
-process. The first training step of `ftlevel train` stands beside a bare script that imports torch, transformers
-and peft, loads the same model and adds LoRA: what nobody can be faster than without loading less.
+process. The first training step of `ftlevel train` stands beside a bare script that imports torch,
+transformers and peft, loads the same model and adds LoRA: what nobody can be faster than without
+loading less.
 """
 
 from __future__ import annotations
