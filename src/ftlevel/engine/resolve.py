@@ -11,9 +11,10 @@ from typing import Any
 from ftlevel.config import DEFAULT_MODEL, LoraSpec, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.methods import DEFAULT_LEARNING_RATE
+from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
 from ftlevel.engine.pad_token import choose_pad_token
-from ftlevel.methods import METHODS
+from ftlevel.methods import METHODS, Base
 from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import (
@@ -164,8 +165,11 @@ def _method_choices(config: TrainConfig) -> list[Choice]:
         forms = [n for n, on in (("rsLoRA", method.use_rslora), ("DoRA", method.use_dora)) if on]
         detail = f"r {method.r}, alpha {method.lora_alpha:g}, dropout {method.lora_dropout:g}"
         shown.append(Choice("method", method.kind, ", ".join([detail, *forms])))
-    else:
+    elif method.kind == "full":
         shown.append(Choice("method", method.kind, "every weight is trained"))
+    else:
+        describe = METHODS[method.kind].describe
+        shown.append(Choice("method", method.kind, describe(method) if describe else ""))
     if quant.kind == "4bit":
         double = ", double quantization" if quant.double_quant else ""
         shown.append(Choice("base", f"4-bit {quant.quant_type}{double}", "heads kept in float"))
@@ -192,12 +196,17 @@ def default_name(config: TrainConfig) -> str:
     return f"{config.method.kind}-{model}-{data}"
 
 
-def count_trainable(config: TrainConfig, plan: Plan) -> tuple[int, int]:
-    """Return how many parameters are trained and how many the model has, without its weights."""
+def count_trainable(config: TrainConfig, plan: Plan, base: Base) -> tuple[int, int]:
+    """Return how many parameters are trained and how many the model has, without its weights.
+
+    Low-rank updates are counted by formula; another method is put onto the meta model.
+    """
     meta = build_task_model(plan.model_config, plan.auto_class)
     total = sum(p.numel() for p in meta.parameters())
     if not isinstance(config.method, LoraSpec):
-        return total, total
+        parameters = list(apply_method(meta, config.method, base).parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        return trained, sum(p.numel() for p in parameters)
     modules = dict(meta.named_modules())
     trained = sum(p.numel() for head in plan.heads for p in modules[head].parameters())
     for name in plan.targets:

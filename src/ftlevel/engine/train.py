@@ -229,7 +229,7 @@ def _size_choices(config: TrainConfig, plan: Plan) -> list[Choice]:
     steps = count_steps(config.train, len(plan.data.train))
     epochs = f"{config.train.num_train_epochs:g} epochs"
     reason = "" if config.train.max_steps else f"{epochs} of {len(plan.data.train):,} rows"
-    trainable, total = count_trainable(config, plan)
+    trainable, total = count_trainable(config, plan, base_of(config, plan))
     return [
         Choice("trainable", f"{trainable:,} of {total:,}", f"{trainable / total:.2%}"),
         Choice("steps", f"{steps:,}", reason),

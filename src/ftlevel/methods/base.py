@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.config.sections import Section
-
 
 @dataclass(frozen=True)
 class Base:
@@ -41,8 +39,10 @@ class Method:
         find_targets: spec and meta model → full names of the modules it adapts, sorted; None where
             the spec's `target_modules` are linears that the user names.
         targets_linears: whether `--target-modules` applies.
+        describe: spec → its settings in a line, for the screen.
     """
 
     build: Callable[[Any, Base], Any]
-    find_targets: Callable[[Section, Any], list[str]] | None = None
+    find_targets: Callable[[Any, Any], list[str]] | None = None
     targets_linears: bool = True
+    describe: Callable[[Any], str] | None = None

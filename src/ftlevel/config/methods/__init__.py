@@ -10,21 +10,33 @@ from typing import Annotated
 
 from pydantic import Field
 
+from ftlevel.config.methods.bottleneck import AdapterSpec
 from ftlevel.config.methods.full import FullSpec
 from ftlevel.config.methods.lora import LoraSpec, QloraSpec
 from ftlevel.config.sections import Section
 
-MethodConfig = Annotated[LoraSpec | QloraSpec | FullSpec, Field(discriminator="kind")]
+MethodConfig = Annotated[LoraSpec | QloraSpec | AdapterSpec | FullSpec, Field(discriminator="kind")]
 
-SPECS: dict[str, type[Section]] = {"lora": LoraSpec, "qlora": QloraSpec, "full": FullSpec}
+SPECS: dict[str, type[Section]] = {
+    "lora": LoraSpec,
+    "qlora": QloraSpec,
+    "adapter": AdapterSpec,
+    "full": FullSpec,
+}
 """Every method by its name, in the order in which they are listed to users."""
 
-DEFAULT_LEARNING_RATE: dict[str, float] = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
-"""Learning rate where the user gives none: QLoRA's (table 9) for low rank, BERT's for full."""
+DEFAULT_LEARNING_RATE: dict[str, float] = {
+    "lora": 2e-4,  # QLoRA, table 9
+    "qlora": 2e-4,
+    "adapter": 3e-4,  # the middle of Houlsby et al.'s sweep, section 3.2
+    "full": 2e-5,  # BERT's
+}
+"""Learning rate where the user gives none, from the method's paper."""
 
 __all__ = [
     "DEFAULT_LEARNING_RATE",
     "SPECS",
+    "AdapterSpec",
     "FullSpec",
     "LoraSpec",
     "MethodConfig",
