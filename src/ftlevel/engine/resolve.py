@@ -11,9 +11,11 @@ from typing import Any
 from ftlevel.config import DEFAULT_MODEL, LoraSpec, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.methods import DEFAULT_LEARNING_RATE
+from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
 from ftlevel.engine.pad_token import choose_pad_token
-from ftlevel.methods import METHODS
+from ftlevel.errors import ConfigError
+from ftlevel.methods import METHODS, Base
 from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
@@ -71,6 +73,7 @@ def resolve(config: TrainConfig) -> Plan:
     )
     bare = load_config(source)
     kind = model_kind(bare)
+    _check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, device.value, config.method.kind, bare.model_type)
@@ -82,7 +85,13 @@ def resolve(config: TrainConfig) -> Plan:
     heads = find_heads(meta) if task.labelled else []
     targets, conv1d, target_choices = _targets(config, meta, source)
     data = prepare_examples(
-        loaded, config.data, task, kind, tokenizer, model_config, max_positions(model_config)
+        loaded,
+        config.data,
+        task,
+        kind,
+        tokenizer,
+        model_config,
+        _text_positions(config, model_config),
     )
     learning_rate = config.train.learning_rate or DEFAULT_LEARNING_RATE[config.method.kind]
     choices = [
@@ -105,6 +114,35 @@ def resolve(config: TrainConfig) -> Plan:
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
         heads, targets, conv1d, learning_rate, data, choices,
     )  # fmt: skip
+
+
+def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
+    """Refuse a method that cannot be used on the model, for the task or on the quantization.
+
+    Raises:
+        ConfigError: with the reason, and what works.
+    """
+    method = METHODS.get(config.method.kind)
+    if method is None or method.refuse is None:
+        return
+    reason = method.refuse(config.method, model_config, kind, config.task, config.quant.kind)
+    if reason is not None:
+        raise ConfigError(f"--method {config.method.kind}: {reason}")
+
+
+def _text_positions(config: TrainConfig, model_config: Any) -> int | None:
+    """Return the longest sequence in tokens that the model leaves to the text."""
+    positions = max_positions(model_config)
+    method = METHODS.get(config.method.kind)
+    if positions is None or method is None or method.positions is None:
+        return positions
+    taken = method.positions(config.method)
+    if taken >= positions:
+        raise ConfigError(
+            f"--method {config.method.kind} with num_virtual_tokens {taken:,} leaves no room for "
+            f"text in the {positions:,} positions of {model_config.model_type}. Use fewer."
+        )
+    return positions - taken
 
 
 def _task_config(source: ModelSource, loaded: Loaded, tokenizer: Any) -> Any:
@@ -159,8 +197,11 @@ def _method_choices(config: TrainConfig) -> list[Choice]:
         forms = [n for n, on in (("rsLoRA", method.use_rslora), ("DoRA", method.use_dora)) if on]
         detail = f"r {method.r}, alpha {method.lora_alpha:g}, dropout {method.lora_dropout:g}"
         shown.append(Choice("method", method.kind, ", ".join([detail, *forms])))
-    else:
+    elif method.kind == "full":
         shown.append(Choice("method", method.kind, "every weight is trained"))
+    else:
+        describe = METHODS[method.kind].describe
+        shown.append(Choice("method", method.kind, describe(method) if describe else ""))
     if quant.kind == "4bit":
         double = ", double quantization" if quant.double_quant else ""
         shown.append(Choice("base", f"4-bit {quant.quant_type}{double}", "heads kept in float"))
@@ -187,12 +228,17 @@ def default_name(config: TrainConfig) -> str:
     return f"{config.method.kind}-{model}-{data}"
 
 
-def count_trainable(config: TrainConfig, plan: Plan) -> tuple[int, int]:
-    """Return how many parameters are trained and how many the model has, without its weights."""
+def count_trainable(config: TrainConfig, plan: Plan, base: Base) -> tuple[int, int]:
+    """Return how many parameters are trained and how many the model has, without its weights.
+
+    Low-rank updates are counted by formula; another method is put onto the meta model.
+    """
     meta = build_task_model(plan.model_config, plan.auto_class)
     total = sum(p.numel() for p in meta.parameters())
     if not isinstance(config.method, LoraSpec):
-        return total, total
+        parameters = list(apply_method(meta, config.method, base).parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        return trained, sum(p.numel() for p in parameters)
     modules = dict(meta.named_modules())
     trained = sum(p.numel() for head in plan.heads for p in modules[head].parameters())
     for name in plan.targets:

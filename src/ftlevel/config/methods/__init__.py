@@ -12,15 +12,34 @@ from pydantic import Field
 
 from ftlevel.config.methods.full import FullSpec
 from ftlevel.config.methods.lora import LoraSpec, QloraSpec
+from ftlevel.config.methods.prefix import PrefixSpec
+from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
 from ftlevel.config.sections import Section
 
-MethodConfig = Annotated[LoraSpec | QloraSpec | FullSpec, Field(discriminator="kind")]
+MethodConfig = Annotated[
+    LoraSpec | QloraSpec | PrefixSpec | PromptSpec | PTuningSpec | FullSpec,
+    Field(discriminator="kind"),
+]
 
-SPECS: dict[str, type[Section]] = {"lora": LoraSpec, "qlora": QloraSpec, "full": FullSpec}
+SPECS: dict[str, type[Section]] = {
+    "lora": LoraSpec,
+    "qlora": QloraSpec,
+    "prefix": PrefixSpec,
+    "prompt": PromptSpec,
+    "p-tuning": PTuningSpec,
+    "full": FullSpec,
+}
 """Every method by its name, in the order in which they are listed to users."""
 
-DEFAULT_LEARNING_RATE: dict[str, float] = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
-"""Learning rate where the user gives none: QLoRA's (table 9) for low rank, BERT's for full."""
+DEFAULT_LEARNING_RATE: dict[str, float] = {
+    "lora": 2e-4,  # QLoRA, table 9
+    "qlora": 2e-4,
+    "prefix": 1e-2,
+    "prompt": 3e-2,
+    "p-tuning": 1e-3,
+    "full": 2e-5,  # BERT's
+}
+"""Learning rate where the user gives none, from the method's paper."""
 
 __all__ = [
     "DEFAULT_LEARNING_RATE",
@@ -28,5 +47,8 @@ __all__ = [
     "FullSpec",
     "LoraSpec",
     "MethodConfig",
+    "PTuningSpec",
+    "PrefixSpec",
+    "PromptSpec",
     "QloraSpec",
 ]
