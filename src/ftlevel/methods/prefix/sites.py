@@ -44,12 +44,6 @@ def why_no_prefix(config: Any) -> str | None:
             f"the attention of {name} is more than scaled_dot_product_attention computes, which "
             "is what a prefix goes through"
         )
-    text = config.get_text_config()
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        return (
-            f"{name} caps its attention scores, which scaled_dot_product_attention, that a prefix "
-            "goes through, does not do"
-        )
-    if getattr(text, "kv_lora_rank", None):
+    if getattr(config.get_text_config(), "kv_lora_rank", None):
         return f"{name} has keys and values of unequal width (latent attention)"
     return None
