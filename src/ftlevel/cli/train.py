@@ -59,6 +59,15 @@ def train(
     overlong: Annotated[Text, flag("data.overlong", panel=WHAT)] = None,
     validation_split: Annotated[Float, flag("data.validation_split", panel=WHAT)] = None,
     max_samples: Annotated[Int, flag("data.max_samples", "--max-samples", panel=WHAT)] = None,
+    column_map: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--map",
+            metavar="NAME=COLUMN",
+            help="What the data calls a column: --map summary=abstract. Repeatable.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     on_bad_row: Annotated[Text, flag("data.on_bad_row", panel=WHAT)] = None,
     num_train_epochs: Annotated[
         Float, flag("train.num_train_epochs", "--num-train-epochs", panel=HOW)
@@ -155,14 +164,25 @@ def _read_config(parameters: dict[str, object]) -> TrainConfig:
     layers = []
     path = recipe or positional
     if path is None and parameters["resume"] and parameters["output_dir"]:
-        path = Path(str(parameters["output_dir"])) / "config.yaml"  # the run's own
+        own = Path(str(parameters["output_dir"])) / "config.yaml"
+        path = own if own.is_file() else None
     if isinstance(path, Path):
         layers.append(read_recipe(path))
     settings = parameters["settings"]
     layers.append(read_settings(settings if isinstance(settings, list) else []))
     flags = given_flags(parameters)
     _add_precision(flags, parameters)
+    _add_columns(flags, parameters["column_map"])
     return build_config([*layers, flags])
+
+
+def _add_columns(flags: Layer, pairs: object) -> None:
+    """Read --map NAME=COLUMN."""
+    for pair in pairs if isinstance(pairs, list) else []:
+        name, equals, column = pair.partition("=")
+        if not (name and equals and column):
+            raise ConfigError(f"--map {pair}: expected NAME=COLUMN, as in summary=abstract.")
+        put(flags, ("data", "columns", name), column, f"--map {name}")
 
 
 def _add_precision(flags: Layer, parameters: dict[str, object]) -> None:
