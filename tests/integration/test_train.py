@@ -180,9 +180,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_gives_the_unbroken_run(tmp_path:
     arguments = [*SHORT, "--epochs", "6", "--lora-dropout", "0.1", "--logging-steps", "1"]
     train(*arguments, out="whole")
     command = [sys.executable, "-m", "ftlevel", "train", *arguments, "--output-dir", "broken"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = Path("broken/metrics.jsonl")
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
