@@ -235,7 +235,9 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing(
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    code = run(["train", "--quiet", "--model", "broken", *SHORT, "--output-dir", "run"])
+    code = run(
+        ["train", "--quiet", "--model", "broken", *SHORT, "--overlong", "drop", "--output-dir", "run"]
+    )
     assert code == 1
     assert "not finite at step 1" in capsys.readouterr().err
     assert not Path("run/adapter").exists()
@@ -248,7 +250,7 @@ def test_an_adapter_is_refused_on_other_weights(
 
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama", chat=True), base)
-    train("--model", "base", *SHORT, "--max-steps", "1")
+    train("--model", "base", *SHORT, "--overlong", "drop", "--max-steps", "1")
     shutil.rmtree(base)
     shutil.copytree(tiny_model_dir("llama", chat=True, seed=1), base)
     assert run(["generate", "run", "--prompt", "x"]) == 2
@@ -267,7 +269,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(
     weights = load_file(base / "model.safetensors")
     del weights["model.layers.0.self_attn.q_proj.weight"]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    assert run(["train", "--quiet", "--model", "base", *SHORT]) == 2
+    assert run(["train", "--quiet", "--model", "base", *SHORT, "--overlong", "drop"]) == 2
     assert "lacks 1 weights of its architecture" in capsys.readouterr().err
     assert not Path("runs").exists()
 

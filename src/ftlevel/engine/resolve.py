@@ -18,7 +18,12 @@ from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS, Base
 from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import max_positions, model_kind
-from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
+from ftlevel.models.loading import (
+    build_task_model,
+    find_new_poolers,
+    load_config,
+    load_tokenizer,
+)
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads, lora_parameters, resolve_targets
 from ftlevel.tasks import TASKS, Task
@@ -82,7 +87,7 @@ def resolve(config: TrainConfig) -> Plan:
     pad = choose_pad_token(tokenizer)
     model_config = _task_config(source, loaded, tokenizer)
     meta = build_task_model(model_config, auto_class)
-    heads = find_heads(meta) if task.labelled else []
+    heads = [*find_new_poolers(meta, source), *find_heads(meta)] if task.labelled else []
     targets, conv1d, target_choices = _targets(config, meta, source)
     data = prepare_examples(
         loaded,
