@@ -118,7 +118,7 @@ def test_an_encoder_keeps_cls_first() -> None:
     base = build("bert", "seqcls")
     model = adapt(PROMPT, "bert", "seqcls", base)
     seen = []
-    base.bert.base_layer.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    base.bert.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     inputs = build_batch("bert", "seqcls")
     compute_logits(model, {n: inputs[n] for n in ("input_ids", "attention_mask")})
     with model.disable_adapter():
@@ -182,7 +182,7 @@ def test_only_the_prompt_is_left_of_p_tuning() -> None:
     model = adapt(LSTM, "llama", "causal")
     METHODS["p-tuning"].finish(model)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert trained == ["base_model.model.model.soft_prompt_embedding.default"]
+    assert trained == ["base_model.model.model.soft_prompt.soft_prompt_embedding.default"]
     assert model.peft_config["default"].encoder == "none"
 
 

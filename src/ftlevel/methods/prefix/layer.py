@@ -15,16 +15,22 @@ from torch import nn
 
 from ftlevel.methods.prefix.attention import Prefix, own_attention
 from ftlevel.methods.prefix.config import PrefixKvConfig
-from ftlevel.methods.wrapping import WrappingLayer, device_of
+from ftlevel.methods.virtual_tokens import VirtualTokenLayer, device_of
 
 INIT_STD = 0.02
 
 
-class PrefixLayer(WrappingLayer):
+class PrefixLayer(VirtualTokenLayer):
     """An attention that sees the prefixes of its active adapters, one after the other.
 
-    Several active adapters put theirs behind one another, as their keys have no order.
+    Several active adapters put theirs behind one another, as their keys have no order. Attributes
+    that the layer does not have are those of the attention, which it stands in for.
+
+    Args:
+        base_layer: the attention.
     """
+
+    base_layer: Any
 
     adapter_layer_names = (
         "prefix_kv_keys",
@@ -36,7 +42,8 @@ class PrefixLayer(WrappingLayer):
     other_param_names = ("encoders",)
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
+        super().__init__()
+        self.base_layer = base_layer
         self.prefix_kv_keys = nn.ParameterDict()
         self.prefix_kv_values = nn.ParameterDict()
         self.prefix_kv_embedding = nn.ParameterDict()
@@ -45,6 +52,14 @@ class PrefixLayer(WrappingLayer):
         # Which layer holds E and W₁; a plain dict, so that they are parameters of that one only.
         self.encoders: dict[str, PrefixLayer] = {}
         self.kv_heads, self.head_dim = kv_shape(base_layer)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
 
     def add_plain(self, adapter_name: str, config: PrefixKvConfig) -> None:
         """Add a prefix of plain keys and values, small and random."""

@@ -11,12 +11,12 @@ from ftlevel.methods.prefix.attention import ATTENTION, own_attention, register_
 from ftlevel.methods.prefix.config import PrefixKvConfig
 from ftlevel.methods.prefix.layer import PrefixLayer
 from ftlevel.methods.prefix.sites import find_attentions
-from ftlevel.methods.wrapping import WrappingTuner
+from ftlevel.methods.virtual_tokens import VirtualTokenTuner
 
 _REPLACED = ("sdpa", "eager", ATTENTION)
 
 
-class PrefixModel(WrappingTuner):
+class PrefixModel(VirtualTokenTuner):
     """Prefix tuning of a pretrained model, in all of its attentions.
 
     While it is on, the model computes attention by scaled_dot_product_attention, whatever
@@ -46,7 +46,34 @@ class PrefixModel(WrappingTuner):
         if implementation != ATTENTION:
             self.attention_before = implementation
 
-    def fill(self, layer: PrefixLayer, adapter_name: str, config: PrefixKvConfig) -> None:
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,  # noqa: ARG002 - PEFT's signature
+        parameter_name: str | None = None,  # noqa: ARG002 - PEFT's signature
+    ) -> None:
+        wrapped = isinstance(target, PrefixLayer)
+        layer: Any = target if wrapped else PrefixLayer(target)
+        self._fill(layer, adapter_name, peft_config)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if not wrapped:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self,
+        parent: nn.Module,
+        child_name: str,
+        new_module: nn.Module,
+        child: nn.Module,  # noqa: ARG002 - PEFT's signature
+    ) -> None:
+        """Put `new_module` where `child` is; PEFT's own looks for a weight, which these lack."""
+        setattr(parent, child_name, new_module)
+
+    def _fill(self, layer: PrefixLayer, adapter_name: str, config: PrefixKvConfig) -> None:
         """Add a prefix to `layer` (mutated)."""
         if not config.prefix_projection:
             layer.add_plain(adapter_name, config)

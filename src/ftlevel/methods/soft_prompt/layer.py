@@ -4,13 +4,15 @@
 
 (Lester et al., 2021, section 2.) The stack works on a sequence that is longer by the prompt; what
 comes out has the length of what went in, so heads, labels, spans and pooling are those of the base
-model. With P-tuning the prompt is the output of an encoder (Liu et al., 2021, section 3.2):
+model. Both are done by hooks on the stack, which keeps its place and the names inside it. With
+P-tuning the prompt is the output of an encoder (Liu et al., 2021, section 3.2):
 
     MLP:   W₃ relu(W₂ relu(W₁ E)),      LSTM:  W₂ relu(W₁ BiLSTM(E))
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +23,7 @@ from torch.nn import functional
 
 from ftlevel.methods.soft_prompt.config import SoftPromptConfig
 from ftlevel.methods.soft_prompt.layout import Layout
-from ftlevel.methods.wrapping import WrappingLayer, device_of
+from ftlevel.methods.virtual_tokens import VirtualTokenLayer
 
 INIT_STD = 0.02
 
@@ -37,8 +39,12 @@ class Settings:
     tokens_before: int
 
 
-class SoftPromptLayer(WrappingLayer):
-    """A stack with the prompts of its active adapters, one after the other."""
+class SoftPromptLayer(VirtualTokenLayer):
+    """The prompts of a stack, which it is a part of; those of active adapters follow one another.
+
+    Args:
+        stack: what takes the tokens (given hooks).
+    """
 
     adapter_layer_names = (
         "soft_prompt_embedding",
@@ -49,8 +55,8 @@ class SoftPromptLayer(WrappingLayer):
     )
     other_param_names = ("settings",)
 
-    def __init__(self, base_layer: Any) -> None:
-        super().__init__(base_layer)
+    def __init__(self, stack: Any) -> None:
+        super().__init__()
         self.soft_prompt_embedding = nn.ParameterDict()
         self.soft_prompt_lstm = nn.ModuleDict()
         self.soft_prompt_in = nn.ModuleDict()
@@ -58,22 +64,37 @@ class SoftPromptLayer(WrappingLayer):
         self.soft_prompt_out = nn.ModuleDict()
         self.settings: dict[str, Settings] = {}
         self.role: Role = "whole"
-        self.arguments = list(inspect.signature(base_layer.forward).parameters)
+        self.arguments = list(inspect.signature(stack.forward).parameters)
+        self._layout: Layout | None = None
+        self._hooks = [
+            stack.register_forward_pre_hook(functools.partial(_before, self), with_kwargs=True),
+            stack.register_forward_hook(functools.partial(_after, self)),
+        ]
 
-    def add_prompt(self, adapter_name: str, config: SoftPromptConfig, role: Role) -> None:
+    def leave(self) -> None:
+        """Take the hooks off the stack again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def add_prompt(
+        self, adapter_name: str, config: SoftPromptConfig, stack: Any, role: Role
+    ) -> None:
         """Add a prompt; a decoder gets none, and is only told of its encoder's."""
         self.role = role
         self.settings[adapter_name] = Settings(config.num_virtual_tokens, config.tokens_before)
         if role == "decoder":
             return
-        embedding = self.base_layer.get_input_embeddings()
+        embedding = stack.get_input_embeddings()
         begin = _initial_prompt(embedding, config).to(torch.float32)
         self.soft_prompt_embedding[adapter_name] = nn.Parameter(begin)
         if config.encoder != "none":
             self._add_encoder(adapter_name, config, begin.shape[1])
 
     def _add_encoder(self, name: str, config: SoftPromptConfig, width: int) -> None:
-        device, hidden = device_of(self.base_layer), config.encoder_hidden_size or width
+        device, hidden = (
+            self.soft_prompt_embedding[name].device,
+            config.encoder_hidden_size or width,
+        )
         if config.encoder == "LSTM":
             self.soft_prompt_lstm[name] = nn.LSTM(
                 width,
@@ -121,32 +142,35 @@ class SoftPromptLayer(WrappingLayer):
             return []
         return [name for name in self.active_adapters if name in self.settings]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the stack with the prompts of the active adapters.
-
-        Returns:
-            The stack's output; its hidden states have the length of the input, except an
-            encoder's, which are longer by the prompt.
+    def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the stack is called with: the longer sequence.
 
         Raises:
-            ValueError: a mask of four dimensions, or packed rows: the prompt cannot be put in.
+            ValueError: a mask of four dimensions, into which the prompt cannot be put.
         """
+        self._layout = None
         names = self.running()
         if not names:
-            return self.base_layer(*args, **kwargs)
+            return None
         call = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        cache = call.get("cache")
         if self.role == "decoder":
             self._extend_encoder_mask(names, call)
-            return self.base_layer(**call)
-        cache = call.get("cache")
-        if cache is not None and int(cache.get_seq_length()) > 0:
+        elif cache is not None and int(cache.get_seq_length()) > 0:
             self._continue(names, call)
-            return self.base_layer(**call)
-        layout = self._put_in(names, call)
-        output = self.base_layer(**call)
-        return output if self.role == "encoder" else _take_out(layout, output)
+        else:
+            layout = self._put_in(names, stack, call)
+            self._layout = None if self.role == "encoder" else layout
+        return (), call
 
-    def _layout(self, names: list[str], mask: torch.Tensor | None, rows: torch.Tensor) -> Layout:
+    def after(self, output: Any) -> Any:
+        """Return the output of the stack without what stands at the prompt."""
+        layout, self._layout = self._layout, None
+        return output if layout is None else _take_out(layout, output)
+
+    def _find_layout(
+        self, names: list[str], mask: torch.Tensor | None, rows: torch.Tensor
+    ) -> Layout:
         if mask is not None and mask.dim() != 2:
             raise ValueError(
                 f"a soft prompt cannot be put into an attention mask of {mask.dim()} dimensions, "
@@ -155,13 +179,13 @@ class SoftPromptLayer(WrappingLayer):
         length = sum(self.settings[name].length for name in names)
         return Layout.find(mask, rows, length, self.settings[names[0]].tokens_before)
 
-    def _put_in(self, names: list[str], call: dict[str, Any]) -> Layout:
+    def _put_in(self, names: list[str], stack: Any, call: dict[str, Any]) -> Layout:
         """Turn the arguments of a call into those of the longer sequence (mutated)."""
         embedded = call.get("inputs_embeds")
         if embedded is None:
-            embedded = self.base_layer.get_input_embeddings()(call["input_ids"])
+            embedded = stack.get_input_embeddings()(call["input_ids"])
         call["input_ids"] = None
-        layout = self._layout(names, call.get("attention_mask"), embedded)
+        layout = self._find_layout(names, call.get("attention_mask"), embedded)
         prompt = torch.cat([self.compute(name) for name in names]).to(embedded.dtype)
         call["inputs_embeds"] = layout.insert(embedded, prompt.expand(len(embedded), -1, -1))
         for name, extend in (
@@ -177,7 +201,7 @@ class SoftPromptLayer(WrappingLayer):
         """Tell a call that follows a cache of the prompt in it (mutated)."""
         mask = call.get("attention_mask")
         if mask is not None:
-            call["attention_mask"] = self._layout(names, mask, mask).extend_mask(mask)
+            call["attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)
         if call.get("position_ids") is not None:
             call["position_ids"] = call["position_ids"] + sum(
                 self.settings[name].length for name in names
@@ -187,7 +211,17 @@ class SoftPromptLayer(WrappingLayer):
         """Let a decoder see the prompt among the states of its encoder (mutated)."""
         mask = call.get("encoder_attention_mask")
         if mask is not None:
-            call["encoder_attention_mask"] = self._layout(names, mask, mask).extend_mask(mask)
+            call["encoder_attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)
+
+
+def _before(
+    layer: SoftPromptLayer, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return layer.before(stack, args, kwargs)
+
+
+def _after(layer: SoftPromptLayer, _stack: Any, _args: tuple[Any, ...], output: Any) -> Any:
+    return layer.after(output)
 
 
 def _take_out(layout: Layout, output: Any) -> Any:
