@@ -10,6 +10,9 @@ from ftlevel.config.methods import (
     FullSpec,
     LoraSpec,
     MethodConfig,
+    PrefixSpec,
+    PromptSpec,
+    PTuningSpec,
     QloraSpec,
 )
 from ftlevel.config.sections import (
@@ -37,6 +40,9 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "OutputConfig",
+    "PTuningSpec",
+    "PrefixSpec",
+    "PromptSpec",
     "QloraSpec",
     "QuantConfig",
     "Section",

@@ -36,6 +36,13 @@ def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
     return adapted
 
 
+def finish_method(model: Any, method: MethodConfig) -> None:
+    """Take from the trained `model` what only training needed (mutated)."""
+    finish = None if isinstance(method, FullSpec) else METHODS[method.kind].finish
+    if finish is not None:
+        finish(model)
+
+
 def train_in_float32(model: Any) -> None:
     """Hold every trainable parameter of `model` in float32 (mutated): updates are small.
 

@@ -14,6 +14,7 @@ from ftlevel.config.methods import DEFAULT_LEARNING_RATE
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
 from ftlevel.engine.pad_token import choose_pad_token
+from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS, Base
 from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import max_positions, model_kind
@@ -77,6 +78,7 @@ def resolve(config: TrainConfig) -> Plan:
     )
     bare = load_config(source)
     kind = model_kind(bare)
+    _check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, device.value, config.method.kind, bare.model_type)
@@ -88,7 +90,13 @@ def resolve(config: TrainConfig) -> Plan:
     heads = [*find_new_poolers(meta, source), *find_heads(meta)] if task.labelled else []
     targets, conv1d, target_choices = _targets(config, meta, source)
     data = prepare_examples(
-        loaded, config.data, task, kind, tokenizer, model_config, max_positions(model_config)
+        loaded,
+        config.data,
+        task,
+        kind,
+        tokenizer,
+        model_config,
+        _text_positions(config, model_config),
     )
     learning_rate = config.train.learning_rate or DEFAULT_LEARNING_RATE[config.method.kind]
     choices = [
@@ -111,6 +119,35 @@ def resolve(config: TrainConfig) -> Plan:
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
         heads, targets, conv1d, learning_rate, data, choices,
     )  # fmt: skip
+
+
+def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
+    """Refuse a method that cannot be used on the model, for the task or on the quantization.
+
+    Raises:
+        ConfigError: with the reason, and what works.
+    """
+    method = METHODS.get(config.method.kind)
+    if method is None or method.refuse is None:
+        return
+    reason = method.refuse(config.method, model_config, kind, config.task, config.quant.kind)
+    if reason is not None:
+        raise ConfigError(f"--method {config.method.kind}: {reason}")
+
+
+def _text_positions(config: TrainConfig, model_config: Any) -> int | None:
+    """Return the longest sequence in tokens that the model leaves to the text."""
+    positions = max_positions(model_config)
+    method = METHODS.get(config.method.kind)
+    if positions is None or method is None or method.positions is None:
+        return positions
+    taken = method.positions(config.method)
+    if taken >= positions:
+        raise ConfigError(
+            f"--method {config.method.kind} with num_virtual_tokens {taken:,} leaves no room for "
+            f"text in the {positions:,} positions of {model_config.model_type}. Use fewer."
+        )
+    return positions - taken
 
 
 def _task_config(source: ModelSource, loaded: Loaded, tokenizer: Any) -> Any:

@@ -14,7 +14,7 @@ from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.engine.adapt import apply_method
+from ftlevel.engine.adapt import apply_method, finish_method
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
@@ -102,6 +102,7 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
         trainer.evaluate()
 
     listener.stage("save and check")
+    finish_method(model, config.method)
     save(model, plan, run, build_card(config, plan, base_facts), base_facts)
     frozen, difference, effect = check_saved(
         model,
@@ -157,6 +158,7 @@ def base_of(config: TrainConfig, plan: Plan) -> Base:
         heads=plan.heads,
         fan_in_fan_out=plan.fan_in_fan_out,
         total_steps=count_steps(config.train, len(plan.data.train)),
+        tokenizer=plan.tokenizer,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ftlevel.methods import bottleneck, lora
+from ftlevel.methods import bottleneck, lora, prefix, soft_prompt
 from ftlevel.methods.base import Base, Method
 from ftlevel.methods.peft_types import ensure_registered
 
@@ -10,6 +10,9 @@ METHODS: dict[str, Method] = {
     "lora": lora.METHOD,
     "qlora": lora.METHOD,
     "adapter": bottleneck.METHOD,
+    "prefix": prefix.METHOD,
+    "prompt": soft_prompt.PROMPT,
+    "p-tuning": soft_prompt.P_TUNING,
 }
 """Method → how it is put onto a model; `full` is not here, it needs nothing."""
 

@@ -19,6 +19,7 @@ class Base:
         heads: modules that are trained and saved in full.
         fan_in_fan_out: whether the targets are Conv1D, whose weight is (in, out).
         total_steps: optimizer steps of the run.
+        tokenizer: the model's, for methods that begin with a text.
     """
 
     config: Any
@@ -28,6 +29,7 @@ class Base:
     heads: list[str]
     fan_in_fan_out: bool
     total_steps: int
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,17 @@ class Method:
             the spec's `target_modules` are linears that the user names.
         targets_linears: whether `--target-modules` applies.
         describe: spec → its settings in a line, for the screen.
+        refuse: spec, model config, kind of model, task and quantization → why the method cannot be
+            used there and the nearest thing that works, in sentences that follow `--method NAME: `;
+            None where it can. Asked before weights load.
+        positions: spec → positions of the model that the method takes from the text.
+        finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
     """
 
     build: Callable[[Any, Base], Any]
     find_targets: Callable[[Any, Any], list[str]] | None = None
     targets_linears: bool = True
     describe: Callable[[Any], str] | None = None
+    refuse: Callable[[Any, Any, str, str, str], str | None] | None = None
+    positions: Callable[[Any], int] | None = None
+    finish: Callable[[Any], None] | None = None
