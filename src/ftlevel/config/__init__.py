@@ -4,7 +4,14 @@ Importing this package never imports torch.
 """
 
 from ftlevel.config.layers import Layer, build_config, put, read_recipe, read_settings
-from ftlevel.config.methods import SPECS, FullSpec, LoraSpec, MethodConfig, QloraSpec
+from ftlevel.config.methods import (
+    SPECS,
+    AdaloraSpec,
+    FullSpec,
+    LoraSpec,
+    MethodConfig,
+    QloraSpec,
+)
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
@@ -22,6 +29,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "SPECS",
     "TASKS",
+    "AdaloraSpec",
     "DataConfig",
     "FullSpec",
     "Layer",
