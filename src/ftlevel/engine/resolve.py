@@ -17,6 +17,8 @@ from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.pad_token import choose_pad_token
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS, Base
+from ftlevel.methods.matrix import Cell, check_supported
+from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
@@ -77,6 +79,10 @@ def resolve(config: TrainConfig) -> Plan:
     bare = load_config(source)
     kind = model_kind(bare)
     auto_class = task.auto_class(kind, bare.model_type)
+    family = lookup_family(bare.model_type)
+    base = Cell("", bare.model_type, kind, task.name, config.quant.kind,
+                bool(family.target_parameters) if family else None)  # fmt: skip
+    check_supported(config.method, base)
     device = choose_device(config.model.device)
     dtype = _dtype(config, device.value, bare.model_type)
     loaded = load_examples(config.data, task, config.train.seed)

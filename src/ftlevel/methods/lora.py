@@ -44,7 +44,8 @@ def check(spec: LoraSpec, widths: Mapping[str, int]) -> None:
     names = listing(dict.fromkeys(name.rpartition(".")[2] for name in widths), 8)
     problems = [
         f"method.{field}: {pattern!r} matches none of the {len(widths):,} adapted modules "
-        f"({names}) and would be ignored. Give the end of a module's name, or a regular expression for it."
+        f"({names}) and would be ignored. Give the end of a module's name or a "
+        "regular expression."
         for field in ("rank_pattern", "alpha_pattern")
         for pattern in getattr(spec, field)
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in widths)  # as PEFT does
