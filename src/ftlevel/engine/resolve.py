@@ -21,7 +21,12 @@ from ftlevel.methods.matrix import Cell, check_supported
 from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import max_positions, model_kind
-from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
+from ftlevel.models.loading import (
+    build_task_model,
+    find_new_poolers,
+    load_config,
+    load_tokenizer,
+)
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, Task
@@ -90,7 +95,7 @@ def resolve(config: TrainConfig) -> Plan:
     pad = choose_pad_token(tokenizer)
     model_config = _task_config(source, loaded, tokenizer)
     meta = build_task_model(model_config, auto_class)
-    heads = find_heads(meta) if task.labelled else []
+    heads = [*find_new_poolers(meta, source), *find_heads(meta)] if task.labelled else []
     adapted = find_method_targets(config.method, meta, source.name, config.quant.kind)
     data = prepare_examples(
         loaded, config.data, task, kind, tokenizer, model_config, max_positions(model_config)
