@@ -180,9 +180,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_gives_the_unbroken_run(tmp_path:
     arguments = [*SHORT, "--epochs", "6", "--lora-dropout", "0.1", "--logging-steps", "1"]
     train(*arguments, out="whole")
     command = [sys.executable, "-m", "ftlevel", "train", *arguments, "--output-dir", "broken"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = Path("broken/metrics.jsonl")
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
@@ -238,7 +236,17 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing(
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     code = run(
-        ["train", "--quiet", "--model", "broken", *SHORT, "--overlong", "drop", "--output-dir", "run"]
+        [
+            "train",
+            "--quiet",
+            "--model",
+            "broken",
+            *SHORT,
+            "--overlong",
+            "drop",
+            "--output-dir",
+            "run",
+        ]
     )
     assert code == 1
     assert "not finite at step 1" in capsys.readouterr().err

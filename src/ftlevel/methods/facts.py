@@ -105,7 +105,7 @@ FACTS: dict[str, MethodFacts] = {
             {"target_parameters": ...},
         ),
         MethodFacts(
-            "adalora", "adalora", "--method adalora", "P · E · Q, whose rank is pruned by importance",
+            "adalora", "adalora", "--method adalora", "LoRA, its rank pruned by importance",
             _EXACT, "Zhang et al., 2023, arXiv:2303.10512", 29_985_408,
         ),
         MethodFacts(

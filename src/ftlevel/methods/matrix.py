@@ -1,8 +1,8 @@
 """What works with what: every refusal with its reason, and the nearest thing that works.
 
-One table feeds the engine, which refuses before weights load, `ftlevel list-methods`, docs/methods.md
-and the sweep that trains every cell. It imports nothing heavy. What a task needs of a model is in
-`ftlevel.tasks`; sizes that do not fit are found in the model itself.
+One table feeds the engine, which refuses before weights load, `ftlevel list-methods`,
+docs/methods.md and the sweep that trains every cell. It imports nothing heavy. What a task needs of
+a model is in `ftlevel.tasks`; sizes that do not fit are found in the model itself.
 """
 
 from __future__ import annotations
@@ -66,15 +66,16 @@ class Rule:
 
     @property
     def where(self) -> str:
-        """Name the cells beside the method: `gpt2 without --quant`."""
-        parts = [*sorted(self.families), *(f"{kind}s" for kind in sorted(self.kinds))]
-        parts += ["a base without experts"] * (self.experts is False)
-        parts += [f"--task {', '.join(sorted(self.tasks))}"] * bool(self.tasks)
+        """Name the cells beside the method: `with gpt2 and without --quant`."""
+        parts = [f"with {name}" for name in sorted(self.families)]
+        parts += [f"with {kind}s" for kind in sorted(self.kinds)]
+        parts += ["with a base without experts"] * (self.experts is False)
+        parts += [f"for {', '.join(sorted(self.tasks))}"] * bool(self.tasks)
         if self.quants == {"none"}:
-            parts.append("no --quant")
+            parts.append("without --quant")
         elif self.quants:
-            parts.append(f"--quant {', '.join(sorted(self.quants - {'none'}))}")
-        return ", ".join(parts) or "everything"
+            parts.append(f"with --quant {' or '.join(sorted(self.quants))}")
+        return " and ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         _rows("pissa", "olora"),
-        "it takes its start out of the base's weights, which cannot be quantized again without loss",
+        "it takes its start out of the base's weights, and what is left would be quantized anew",
         "Use --init default, or drop --quant.", quants=_QUANTIZED,
     ),
     Rule(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from ftlevel.config.methods.base import TargetModules
 from ftlevel.config.sections import Section
 
@@ -17,4 +19,6 @@ class Ia3Spec(Section):
     """
 
     kind: Literal["ia3"] = "ia3"
-    target_modules: TargetModules | None = None
+    target_modules: TargetModules | None = Field(
+        None, description="Linears to scale, by name; the default finds keys, values and the rest."
+    )
