@@ -6,6 +6,7 @@ Importing this package never imports torch.
 from ftlevel.config.layers import Layer, build_config, put, read_recipe, read_settings
 from ftlevel.config.methods import (
     SPECS,
+    AdaloraSpec,
     AdapterSpec,
     FullSpec,
     LoraSpec,
@@ -32,6 +33,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "SPECS",
     "TASKS",
+    "AdaloraSpec",
     "AdapterSpec",
     "DataConfig",
     "FullSpec",
