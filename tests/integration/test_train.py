@@ -180,9 +180,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_gives_the_unbroken_run(tmp_path:
     arguments = [*SHORT, "--epochs", "6", "--lora-dropout", "0.1", "--logging-steps", "1"]
     train(*arguments, out="whole")
     command = [sys.executable, "-m", "ftlevel", "train", *arguments, "--output-dir", "broken"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = Path("broken/metrics.jsonl")
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
@@ -237,7 +235,10 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing(
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    code = run(["train", "--quiet", "--model", "broken", *SHORT, "--output-dir", "run"])
+    code = run(
+        ["train", "--quiet", "--model", "broken", *SHORT, "--overlong", "drop",
+         "--output-dir", "run"]
+    )  # fmt: skip
     assert code == 1
     assert "not finite at step 1" in capsys.readouterr().err
     assert not Path("run/adapter").exists()
@@ -250,7 +251,7 @@ def test_an_adapter_is_refused_on_other_weights(
 
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama", chat=True), base)
-    train("--model", "base", *SHORT, "--max-steps", "1")
+    train("--model", "base", *SHORT, "--overlong", "drop", "--max-steps", "1")
     shutil.rmtree(base)
     shutil.copytree(tiny_model_dir("llama", chat=True, seed=1), base)
     assert run(["generate", "run", "--prompt", "x"]) == 2
@@ -269,7 +270,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(
     weights = load_file(base / "model.safetensors")
     del weights["model.layers.0.self_attn.q_proj.weight"]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    assert run(["train", "--quiet", "--model", "base", *SHORT]) == 2
+    assert run(["train", "--quiet", "--model", "base", *SHORT, "--overlong", "drop"]) == 2
     assert "lacks 1 weights of its architecture" in capsys.readouterr().err
     assert not Path("runs").exists()
 

@@ -15,7 +15,7 @@ from ftlevel.errors import InputError
 
 CARD = "ftlevel.json"
 
-PEFT_IMPORTS = {"adapter": "ftlevel.adapters"}
+PEFT_IMPORTS = dict.fromkeys(("adapter", "prefix", "prompt", "p-tuning"), "ftlevel.adapters")
 """Method → what a program must import before PEFT alone can load such an adapter."""
 
 

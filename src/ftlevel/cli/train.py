@@ -47,6 +47,10 @@ def train(
     target_modules: Annotated[
         Text, flag("method.target_modules", "--target-modules", panel=WHAT)
     ] = None,
+    dora: Annotated[Switch, flag("method.use_dora", "--dora/--no-dora", panel=WHAT)] = None,
+    rslora: Annotated[Switch, flag("method.use_rslora", "--rslora/--no-rslora", panel=WHAT)] = None,
+    init: Annotated[Text, flag("method.init_lora_weights", "--init", panel=WHAT)] = None,
+    lora_plus_ratio: Annotated[Float, flag("method.lora_plus_ratio", panel=WHAT)] = None,
     dtype: Annotated[Text, flag("model.dtype", "--dtype", panel=WHAT)] = None,
     bf16: Annotated[
         Switch, typer.Option("--bf16", help="Short for --dtype bfloat16.", rich_help_panel=WHAT)

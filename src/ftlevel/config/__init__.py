@@ -6,10 +6,14 @@ Importing this package never imports torch.
 from ftlevel.config.layers import Layer, build_config, put, read_recipe, read_settings
 from ftlevel.config.methods import (
     SPECS,
+    AdaloraSpec,
     AdapterSpec,
     FullSpec,
     LoraSpec,
     MethodConfig,
+    PrefixSpec,
+    PromptSpec,
+    PTuningSpec,
     QloraSpec,
 )
 from ftlevel.config.sections import (
@@ -29,6 +33,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "SPECS",
     "TASKS",
+    "AdaloraSpec",
     "AdapterSpec",
     "DataConfig",
     "FullSpec",
@@ -37,6 +42,9 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "OutputConfig",
+    "PTuningSpec",
+    "PrefixSpec",
+    "PromptSpec",
     "QloraSpec",
     "QuantConfig",
     "Section",

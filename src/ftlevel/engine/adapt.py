@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from ftlevel.config import FullSpec, MethodConfig
 from ftlevel.errors import InputError
 from ftlevel.methods import METHODS, Base, ensure_registered
+from ftlevel.methods.lora_start import as_plain_lora
 
 
 def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
@@ -34,6 +36,13 @@ def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
     )
     train_in_float32(adapted)
     return adapted
+
+
+def finish_method(model: Any, method: MethodConfig) -> None:
+    """Take from the trained `model` what only training needed (mutated)."""
+    finish = None if isinstance(method, FullSpec) else METHODS[method.kind].finish
+    if finish is not None:
+        finish(model)
 
 
 def train_in_float32(model: Any) -> None:
@@ -66,6 +75,20 @@ def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]
     return sorted(wanted)
 
 
+def save_adapter(model: Any, directory: Path, start: dict[str, Any]) -> None:
+    """Write the adapter of `model`, to be used on the untouched base.
+
+    Args:
+        model: a trained PEFT model.
+        directory: where to.
+        start: what `copy_start` returned before training.
+    """
+    with as_plain_lora(model, start) as state:
+        # "auto" would ask the Hub whether the vocabulary was resized.
+        more = {} if state is None else {"state_dict": state}
+        model.save_pretrained(str(directory), save_embedding_layers=False, **more)
+
+
 def load_adapter(base: Any, directory: Path) -> Any:
     """Return `base` with the adapter saved in `directory`, in eval mode, its weights in float32.
 
@@ -76,7 +99,10 @@ def load_adapter(base: Any, directory: Path) -> Any:
 
     ensure_registered()
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
-    adapted = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
+    with warnings.catch_warnings():
+        # PEFT reads AdaLoRA's ranks as LoRA's, does not know their names, and then applies them.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        adapted = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
     train_in_float32(adapted)
     promised = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     found = _tensor_names(directory / "adapter_model.safetensors")

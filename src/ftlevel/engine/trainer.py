@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +22,21 @@ class FtlevelTrainer(Trainer):
 
     Attributes:
         tokens_seen: tokens of training rows that went through the model, without padding.
+        penalty: model → what its method adds to the loss of an optimizer step, or None. It is in
+            the gradient alone: the loss that is logged is the one that evaluation measures.
     """
 
-    def __init__(self, *, kind: str, labelled: bool, evaluator: Any = None, **arguments: Any):
+    def __init__(
+        self,
+        *,
+        kind: str,
+        labelled: bool,
+        evaluator: Any = None,
+        penalty: Callable[[Any], torch.Tensor] | None = None,
+        **arguments: Any,
+    ):
         super().__init__(**arguments)
+        self.penalty = penalty
         self.kind = kind
         self.labelled = labelled
         self.evaluator = evaluator
@@ -55,6 +67,9 @@ class FtlevelTrainer(Trainer):
         total = functional.cross_entropy(logits.float(), targets, reduction="sum")
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
         loss = total / count
+        if self.penalty is not None and model.training:
+            extra = self.penalty(self.accelerator.unwrap_model(model))
+            loss = loss + (extra - extra.detach()) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(

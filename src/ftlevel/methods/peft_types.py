@@ -37,8 +37,15 @@ def ensure_registered() -> None:
 
     from ftlevel.methods.bottleneck.config import BOTTLENECK, BottleneckConfig
     from ftlevel.methods.bottleneck.model import BottleneckModel
+    from ftlevel.methods.prefix.config import PREFIX_KV, PrefixKvConfig
+    from ftlevel.methods.prefix.model import PrefixModel
+    from ftlevel.methods.soft_prompt.config import SOFT_PROMPT, SoftPromptConfig
+    from ftlevel.methods.soft_prompt.model import SoftPromptModel
 
-    if BOTTLENECK not in PEFT_TYPE_TO_TUNER_MAPPING:
-        register_peft_method(
-            name="bottleneck", config_cls=BottleneckConfig, model_cls=BottleneckModel
-        )
+    for peft_type, config, model in (
+        (BOTTLENECK, BottleneckConfig, BottleneckModel),
+        (PREFIX_KV, PrefixKvConfig, PrefixModel),
+        (SOFT_PROMPT, SoftPromptConfig, SoftPromptModel),
+    ):
+        if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+            register_peft_method(name=peft_type.value.lower(), config_cls=config, model_cls=model)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from ftlevel.errors import InputError, listing
 from ftlevel.models.quantization import keep_trainable_layout
@@ -139,6 +140,27 @@ def load_model(
         model.to(device)
     keep_trainable_layout(model)
     return model, sorted(info["missing_keys"])
+
+
+def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
+    """Return the poolers of `meta` that the checkpoint does not hold.
+
+    A masked language model is saved without one. It would be random, so it is trained and saved
+    like a head. Nothing is found for a .gguf file or a model that is not on this disk yet.
+    """
+    if source.path is None or source.path.is_file():
+        return []
+    held: set[str] = set()
+    for path in source.path.glob("*.safetensors"):
+        with safe_open(str(path), framework="pt") as file:
+            held.update(file.keys())
+    return [
+        name
+        for name, module in meta.named_modules()
+        if name.rpartition(".")[2] == "pooler"
+        and (own := [key for key, _ in module.named_parameters()])
+        and not any(stored.endswith(f"pooler.{own[0]}") for stored in held)
+    ]
 
 
 def check_missing(missing: list[str], allowed: list[str], name: str) -> None:

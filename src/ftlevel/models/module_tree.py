@@ -167,11 +167,27 @@ class ModuleTree:
 
     def norms(self) -> Iterator[tuple[str, str, int]]:
         """Yield (pattern, type, width) of the norms outside the heads that have weights."""
-        for name, module in self.modules.items():
-            kind = type(module).__name__
-            own = list(module.parameters(recurse=False))
-            if own and re.search(r"norm", kind, re.IGNORECASE) and not self.in_heads(name):
-                yield self.pattern(name), kind, own[0].numel()
+        for name in self.norm_names():
+            module = self.modules[name]
+            first = next(module.parameters(recurse=False))
+            yield self.pattern(name), type(module).__name__, first.numel()
+
+    def norm_names(self) -> list[str]:
+        """Return the full names of the norms outside the heads that have weights."""
+        return [
+            name
+            for name, module in self.modules.items()
+            if re.search(r"norm", type(module).__name__, re.IGNORECASE)
+            and any(True for _ in module.parameters(recurse=False))
+            and not self.in_heads(name)
+        ]
+
+    def layer(self, name: str) -> int | None:
+        """Return the index of the block that holds the module of that name, None outside."""
+        for block in self.blocks:
+            if name.startswith(f"{block}."):
+                return int(name[len(block) + 1 :].partition(".")[0])
+        return None
 
     def embeddings(self) -> Iterator[tuple[str, str, int, int]]:
         """Yield (pattern, type, rows, width) of the embeddings."""
