@@ -57,6 +57,6 @@ class AdapterSpec(Section):
         if self.reduction_factor is not None and self.bottleneck_dim is not None:
             raise ValueError(
                 f"reduction_factor {self.reduction_factor:g} and bottleneck_dim "
-                f"{self.bottleneck_dim} both set the width of the bottleneck. Give one of them."
+                f"{self.bottleneck_dim} both set the width of the bottleneck; give one of them"
             )
         return self
