@@ -10,7 +10,7 @@ from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, LoraSpec, MethodConfig, TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.config.methods import DEFAULT_LEARNING_RATE
+from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
@@ -108,7 +108,7 @@ def resolve(config: TrainConfig) -> Plan:
         model_config,
         _text_positions(config, model_config),
     )
-    learning_rate = config.train.learning_rate or DEFAULT_LEARNING_RATE[config.method.kind]
+    learning_rate = config.train.learning_rate or default_learning_rate(config.method)
     choices = [
         _model_choice(config, meta, source),
         Choice("task", task.name),
