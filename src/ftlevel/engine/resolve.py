@@ -15,11 +15,17 @@ from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_exa
 from ftlevel.engine.pad_token import choose_pad_token
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device, choose_dtype
-from ftlevel.models.kinds import max_positions, model_kind
-from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
+from ftlevel.models.kinds import model_kind
+from ftlevel.models.loading import build_task_model, label_overrides, load_config, load_tokenizer
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.models.targets import find_heads, lora_parameters, resolve_targets
+from ftlevel.models.targets import (
+    find_heads,
+    find_new_language_head,
+    lora_parameters,
+    resolve_targets,
+)
 from ftlevel.tasks import TASKS, Task
+from ftlevel.tasks.objectives import Objective, build_objective
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,9 @@ class Plan:
         tokenizer: the model's, with a padding token.
         device: torch device type.
         dtype: compute precision's name.
+        objective: what the model is trained on.
         heads: modules trained in full.
+        new_modules: where weights may be that the checkpoint lacks.
         targets: full names of the modules that get an update.
         fan_in_fan_out: whether these are Conv1D.
         learning_rate: the user's or the method's.
@@ -51,7 +59,9 @@ class Plan:
     tokenizer: Any
     device: str
     dtype: str
+    objective: Objective
     heads: list[str]
+    new_modules: list[str]
     targets: list[str]
     fan_in_fan_out: bool
     learning_rate: float
@@ -79,10 +89,17 @@ def resolve(config: TrainConfig) -> Plan:
     pad = choose_pad_token(tokenizer)
     model_config = _task_config(source, loaded, tokenizer)
     meta = build_task_model(model_config, auto_class)
-    heads = find_heads(meta) if task.labelled else []
+    heads, new_modules = _heads(task, meta)
     targets, conv1d, target_choices = _targets(config, meta, source)
     data = prepare_examples(
-        loaded, config.data, task, kind, tokenizer, model_config, max_positions(model_config)
+        loaded, config.data, task, kind, tokenizer, model_config, config.train.seed
+    )
+    objective = build_objective(
+        task,
+        kind,
+        problem_type=loaded.format.problem_type,
+        labels=loaded.labels.names if loaded.labels else (),
+        unanswerable=loaded.unanswerable,
     )
     learning_rate = config.train.learning_rate or DEFAULT_LEARNING_RATE[config.method.kind]
     choices = [
@@ -93,7 +110,7 @@ def resolve(config: TrainConfig) -> Plan:
         dtype,
         *_method_choices(config),
         *target_choices,
-        *([Choice("heads", ", ".join(heads), "trained in full and saved")] if heads else []),
+        *_head_choices(task, heads),
         *([pad] if pad else []),
         Choice(
             "learning rate",
@@ -103,20 +120,36 @@ def resolve(config: TrainConfig) -> Plan:
     ]
     return Plan(
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
-        heads, targets, conv1d, learning_rate, data, choices,
+        objective, heads, new_modules, targets, conv1d, learning_rate, data, choices,
     )  # fmt: skip
+
+
+def _heads(task: Task, meta: Any) -> tuple[list[str], list[str]]:
+    """Return the modules to train in full, and those whose weights a checkpoint may lack."""
+    if task.has_new_head:
+        heads = find_heads(meta)
+        return heads, heads
+    if task.target == "mask":
+        return find_new_language_head(meta)
+    return [], []
+
+
+def _head_choices(task: Task, heads: list[str]) -> list[Choice]:
+    if not heads:
+        return []
+    why = "trained in full and saved"
+    if task.target == "mask":
+        why = f"the checkpoint has no masked language head: new, {why}"
+    return [Choice("heads", ", ".join(heads), why)]
 
 
 def _task_config(source: ModelSource, loaded: Loaded, tokenizer: Any) -> Any:
     overrides: dict[str, Any] = {}
+    if loaded.format.produces == "labelled":
+        overrides["problem_type"] = loaded.format.problem_type
+        overrides["num_labels"] = 1  # of a quantity
     if loaded.labels is not None:
-        names = loaded.labels.names
-        overrides = {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
-            "problem_type": "single_label_classification",
-        }
+        overrides |= label_overrides(loaded.labels.names)
     config = load_config(source, **overrides)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id

@@ -22,7 +22,7 @@ from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
 from ftlevel.engine.summary import build_card, build_summary, describe_base, dump_config
 from ftlevel.engine.trainer import FtlevelTrainer
-from ftlevel.engine.watch import Certify, GradientProof, Interrupt, Report
+from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, Report
 from ftlevel.errors import Interrupted
 from ftlevel.methods import Base
 from ftlevel.models.hardware import DTYPES
@@ -87,7 +87,7 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
     trainer = build_trainer(config, plan, model, evaluator, run)
     gradients, interrupt = GradientProof(listener), Interrupt()
     report = Report(listener, run.log, lambda: int(trainer.tokens_seen))
-    for callback in (report, gradients, interrupt,
+    for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train),
                      Certify(run.checkpoints, config.train.save_total_limit)):  # fmt: skip
         trainer.add_callback(callback)
 
@@ -109,6 +109,7 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
         lambda: load_base(config, plan),
         probe_batch(plan.data.validation or plan.data.train, plan.tokenizer.pad_token_id,
                     plan.device),
+        objective=plan.objective,
         device=plan.device,
         dtype=plan.dtype,
     )  # fmt: skip
@@ -180,7 +181,7 @@ def load_base(config: TrainConfig, plan: Plan) -> Any:
         quantization=build_quantization_config(config.quant, DTYPES[plan.dtype], plan.heads),
         attn_implementation=config.model.attn_implementation,
     )
-    check_missing(missing, plan.heads, plan.source.name)
+    check_missing(missing, plan.new_modules, plan.source.name)
     return model
 
 
@@ -193,8 +194,7 @@ def build_trainer(
     from ftlevel.data.collate import Collator
 
     trainer = FtlevelTrainer(
-        kind=plan.kind,
-        labelled=plan.task.labelled,
+        objective=plan.objective,
         evaluator=evaluator,
         model=model,
         args=build_arguments(config, plan, run.checkpoints),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,15 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--model {source.name}: {_first_line(error)}") from error
+
+
+def label_overrides(names: Sequence[str]) -> dict[str, Any]:
+    """Return what `load_config` is given for classes or tags of these `names`."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
 
 
 def load_tokenizer(source: ModelSource) -> Any:
