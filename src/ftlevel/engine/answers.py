@@ -147,11 +147,12 @@ def _fill(trained: Trained, ask: Ask) -> list[Reply]:
     replies = []
     for text, row, logits in zip(texts, rows, _logits(trained, rows), strict=True):
         places = [i for i, token in enumerate(row.input_ids) if token == tokenizer.mask_token_id]
-        shares = logits[places].float().softmax(-1)
+        # An embedding may have more rows than the vocabulary has words.
+        shares = logits[places, : len(tokenizer)].float().softmax(-1)
         for best in shares.argmax(-1).tolist():
             text = text.replace(tokenizer.mask_token, tokenizer.decode([best]).strip(), 1)
         top = shares[0].topk(5)
-        words = [tokenizer.decode([token]).strip() for token in top.indices.tolist()]
+        words = tokenizer.convert_ids_to_tokens(top.indices.tolist())
         replies.append(Reply(text, dict(zip(words, top.values.tolist(), strict=True))))
     return replies
 

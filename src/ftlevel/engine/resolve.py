@@ -16,11 +16,18 @@ from ftlevel.engine.pad_token import choose_pad_token
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import model_kind
-from ftlevel.models.loading import build_task_model, label_overrides, load_config, load_tokenizer
+from ftlevel.models.loading import (
+    build_task_model,
+    checkpoint_tensors,
+    label_overrides,
+    load_config,
+    load_tokenizer,
+)
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import (
     find_heads,
     find_new_language_head,
+    find_new_poolers,
     lora_parameters,
     resolve_targets,
 )
@@ -89,7 +96,7 @@ def resolve(config: TrainConfig) -> Plan:
     pad = choose_pad_token(tokenizer)
     model_config = _task_config(source, loaded, tokenizer)
     meta = build_task_model(model_config, auto_class)
-    heads, new_modules = _heads(task, meta)
+    heads, new_modules = _heads(task, meta, source)
     targets, conv1d, target_choices = _targets(config, meta, source)
     data = prepare_examples(
         loaded, config.data, task, kind, tokenizer, model_config, config.train.seed
@@ -124,10 +131,12 @@ def resolve(config: TrainConfig) -> Plan:
     )  # fmt: skip
 
 
-def _heads(task: Task, meta: Any) -> tuple[list[str], list[str]]:
+def _heads(task: Task, meta: Any, source: ModelSource) -> tuple[list[str], list[str]]:
     """Return the modules to train in full, and those whose weights a checkpoint may lack."""
     if task.has_new_head:
-        heads = find_heads(meta)
+        tensors = checkpoint_tensors(source)
+        poolers = find_new_poolers(meta, tensors) if tensors is not None else []
+        heads = [*poolers, *find_heads(meta)]
         return heads, heads
     if task.target == "mask":
         return find_new_language_head(meta)

@@ -146,7 +146,8 @@ def _load_with_card(
         quantization=build_quantization_config(quant, DTYPES[dtype], card.heads),
     )
     # A language head that was new has a bias that is not trained and stays zero.
-    check_missing(missing, find_heads(model) if card.heads and not full else [], source.name)
+    new = [*card.heads, *find_heads(model)] if card.heads and not full else []
+    check_missing(missing, new, source.name)
     if not full:
         model = load_adapter(model, directory)
     prompt = PromptFormat(**card.prompt) if card.prompt else None

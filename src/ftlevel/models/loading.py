@@ -120,6 +120,8 @@ def load_model(
         InputError: a file is damaged.
     """
     arguments = source.arguments()
+    if mapping := rename_prefix(config, auto_class):
+        arguments["key_mapping"] = mapping
     if attn_implementation != "auto":
         arguments["attn_implementation"] = attn_implementation
     if quantization is not None:
@@ -148,6 +150,35 @@ def load_model(
         model.to(device)
     keep_trainable_layout(model)
     return model, sorted(info["missing_keys"])
+
+
+def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
+    """Return the `key_mapping` with which a family's checkpoint fits the class of a task.
+
+    In transformers 5.24 the question answering classes of Llama and Qwen call their base
+    `transformer`, where every other class and every checkpoint says `model`: no weight would be
+    found. Empty where the names agree.
+    """
+    families = transformers.AutoModel._model_mapping
+    classes = getattr(transformers, auto_class)._model_mapping
+    if type(config) not in families or type(config) not in classes:
+        return {}
+    usual = families[type(config)].base_model_prefix
+    here = classes[type(config)].base_model_prefix
+    return {} if here == usual else {rf"^{usual}\.": f"{here}."}
+
+
+def checkpoint_tensors(source: ModelSource) -> set[str] | None:
+    """Return the names of the tensors that a local model's files hold; None if not known."""
+    from safetensors import safe_open
+
+    if source.path is None or not source.path.is_dir():
+        return None
+    names: set[str] = set()
+    for path in source.path.glob("*.safetensors"):
+        with safe_open(str(path), framework="pt") as file:
+            names.update(file.keys())
+    return names or None
 
 
 def check_missing(missing: list[str], allowed: list[str], name: str) -> None:

@@ -22,6 +22,7 @@ from ftlevel.models.module_tree import (
     ModuleTree,
     find_heads,
     find_new_language_head,
+    find_new_poolers,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "build_meta_model",
     "find_heads",
     "find_new_language_head",
+    "find_new_poolers",
     "inspect_model",
     "lora_parameters",
     "parse_wish",
