@@ -236,18 +236,9 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing(
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     code = run(
-        [
-            "train",
-            "--quiet",
-            "--model",
-            "broken",
-            *SHORT,
-            "--overlong",
-            "drop",
-            "--output-dir",
-            "run",
-        ]
-    )
+        ["train", "--quiet", "--model", "broken", *SHORT, "--overlong", "drop",
+         "--output-dir", "run"]
+    )  # fmt: skip
     assert code == 1
     assert "not finite at step 1" in capsys.readouterr().err
     assert not Path("run/adapter").exists()

@@ -7,9 +7,13 @@ from ftlevel.config.layers import Layer, build_config, put, read_recipe, read_se
 from ftlevel.config.methods import (
     SPECS,
     AdaloraSpec,
+    AdapterSpec,
     FullSpec,
     LoraSpec,
     MethodConfig,
+    PrefixSpec,
+    PromptSpec,
+    PTuningSpec,
     QloraSpec,
 )
 from ftlevel.config.sections import (
@@ -30,6 +34,7 @@ __all__ = [
     "SPECS",
     "TASKS",
     "AdaloraSpec",
+    "AdapterSpec",
     "DataConfig",
     "FullSpec",
     "Layer",
@@ -37,6 +42,9 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "OutputConfig",
+    "PTuningSpec",
+    "PrefixSpec",
+    "PromptSpec",
     "QloraSpec",
     "QuantConfig",
     "Section",

@@ -12,7 +12,7 @@ import torch
 
 from ftlevel.config import FullSpec, MethodConfig
 from ftlevel.errors import InputError
-from ftlevel.methods import METHODS, Base
+from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.lora_start import as_plain_lora
 
 
@@ -20,7 +20,7 @@ def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
     """Return `model` with what `method` trains, in float32, and everything else frozen.
 
     Args:
-        model: the loaded base (mutated by PEFT).
+        model: the loaded base (mutated by PEFT), or its shape on the meta device.
         method: the method's spec.
         base: facts of the model; its targets are full names of modules.
     """
@@ -30,9 +30,19 @@ def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
     from peft import get_peft_model
 
     compact = replace(base, targets=compact_targets(model, base.targets))
-    adapted = get_peft_model(model, METHODS[method.kind].build(method, compact))
+    shape_only = next(model.parameters()).is_meta
+    adapted = get_peft_model(
+        model, METHODS[method.kind].build(method, compact), low_cpu_mem_usage=shape_only
+    )
     train_in_float32(adapted)
     return adapted
+
+
+def finish_method(model: Any, method: MethodConfig) -> None:
+    """Take from the trained `model` what only training needed (mutated)."""
+    finish = None if isinstance(method, FullSpec) else METHODS[method.kind].finish
+    if finish is not None:
+        finish(model)
 
 
 def train_in_float32(model: Any) -> None:
@@ -54,11 +64,11 @@ def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]
     wanted = set(targets)
     if not wanted:
         return []
-    leaves = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+    names = [name for name, _ in model.named_modules()]
     for depth in (1, 2, 3):
         short = {".".join(name.split(".")[-depth:]) for name in wanted}
         matched = {
-            name for name in leaves if any(name == s or name.endswith("." + s) for s in short)
+            name for name in names if any(name == s or name.endswith("." + s) for s in short)
         }
         if matched == wanted:
             return sorted(short)
@@ -87,6 +97,7 @@ def load_adapter(base: Any, directory: Path) -> Any:
     """
     from peft import PeftModel, get_peft_model_state_dict
 
+    ensure_registered()
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
     with warnings.catch_warnings():
         # PEFT reads AdaLoRA's ranks as LoRA's, does not know their names, and then applies them.

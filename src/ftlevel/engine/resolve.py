@@ -12,6 +12,7 @@ from ftlevel.config import DEFAULT_MODEL, LoraSpec, MethodConfig, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.methods import DEFAULT_LEARNING_RATE
 from ftlevel.config.methods.lora import INSIDE_BASE
+from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
 from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.pad_token import choose_pad_token
@@ -83,6 +84,7 @@ def resolve(config: TrainConfig) -> Plan:
     )
     bare = load_config(source)
     kind = model_kind(bare)
+    _check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
     family = lookup_family(bare.model_type)
     base = Cell("", bare.model_type, kind, task.name, config.quant.kind,
@@ -98,7 +100,13 @@ def resolve(config: TrainConfig) -> Plan:
     heads = [*find_new_poolers(meta, source), *find_heads(meta)] if task.labelled else []
     adapted = find_method_targets(config.method, meta, source.name, config.quant.kind)
     data = prepare_examples(
-        loaded, config.data, task, kind, tokenizer, model_config, max_positions(model_config)
+        loaded,
+        config.data,
+        task,
+        kind,
+        tokenizer,
+        model_config,
+        _text_positions(config, model_config),
     )
     learning_rate = config.train.learning_rate or DEFAULT_LEARNING_RATE[config.method.kind]
     choices = [
@@ -122,6 +130,35 @@ def resolve(config: TrainConfig) -> Plan:
         heads, adapted.modules, adapted.parameters, adapted.fan_in_fan_out, learning_rate, data,
         choices,
     )  # fmt: skip
+
+
+def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
+    """Refuse a method that cannot be used on the model, for the task or on the quantization.
+
+    Raises:
+        ConfigError: with the reason, and what works.
+    """
+    method = METHODS.get(config.method.kind)
+    if method is None or method.refuse is None:
+        return
+    reason = method.refuse(config.method, model_config, kind, config.task, config.quant.kind)
+    if reason is not None:
+        raise ConfigError(f"--method {config.method.kind}: {reason}")
+
+
+def _text_positions(config: TrainConfig, model_config: Any) -> int | None:
+    """Return the longest sequence in tokens that the model leaves to the text."""
+    positions = max_positions(model_config)
+    method = METHODS.get(config.method.kind)
+    if positions is None or method is None or method.positions is None:
+        return positions
+    taken = method.positions(config.method)
+    if taken >= positions:
+        raise ConfigError(
+            f"--method {config.method.kind} with num_virtual_tokens {taken:,} leaves no room for "
+            f"text in the {positions:,} positions of {model_config.model_type}. Use fewer."
+        )
+    return positions - taken
 
 
 def _dtype(config: TrainConfig, device: str, model_type: str) -> Choice:
@@ -216,14 +253,12 @@ def default_name(config: TrainConfig) -> str:
 def count_trainable(config: TrainConfig, plan: Plan, base: Base) -> tuple[int, int]:
     """Return how many parameters are trained and how many the model has, without its weights."""
     meta = build_task_model(plan.model_config, plan.auto_class)
-    total = sum(p.numel() for p in meta.parameters())
-    if config.method.kind == "full":
-        return total, total
-    from peft import get_peft_model
-
     method = config.method
     if isinstance(method, LoraSpec):  # how it begins changes no count, and needs weights
         method = method.model_copy(update={"init_lora_weights": "default"})
-    wrapped = get_peft_model(meta, METHODS[method.kind].build(method, base), low_cpu_mem_usage=True)
-    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in meta.parameters())
+    adapted = apply_method(meta, method, base)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    if method.kind == "full":
+        return total, total
     return trained, total + trained

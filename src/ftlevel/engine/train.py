@@ -14,7 +14,7 @@ from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
 from ftlevel.config import AdaloraSpec, LoraSpec, TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.engine.adapt import apply_method, save_adapter, train_in_float32
+from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
 from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
 from ftlevel.engine.eva import start_from_data
@@ -107,6 +107,7 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
         trainer.evaluate()
 
     listener.stage("save and check")
+    finish_method(model, config.method)
     save(model, plan, run, build_card(config, plan, base_facts), base_facts, start)
     frozen, difference, effect = check_saved(
         model,
@@ -162,6 +163,7 @@ def base_of(config: TrainConfig, plan: Plan) -> Base:
         heads=plan.heads,
         fan_in_fan_out=plan.fan_in_fan_out,
         total_steps=count_steps(config.train, len(plan.data.train)),
+        tokenizer=plan.tokenizer,
         parameters=plan.parameters,
     )
 

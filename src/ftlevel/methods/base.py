@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ftlevel.config.sections import Section
-
 
 @dataclass(frozen=True)
 class Base:
@@ -21,6 +19,7 @@ class Base:
         heads: modules that are trained and saved in full.
         fan_in_fan_out: whether the targets are Conv1D, whose weight is (in, out).
         total_steps: optimizer steps of the run.
+        tokenizer: the model's, for methods that begin with a text.
         parameters: tensors outside of linears that the method adapts, as those of experts.
     """
 
@@ -31,6 +30,7 @@ class Base:
     heads: list[str]
     fan_in_fan_out: bool
     total_steps: int
+    tokenizer: Any = None
     parameters: list[str] = field(default_factory=list)
 
 
@@ -43,6 +43,12 @@ class Method:
         find_targets: spec and meta model → full names of the modules it adapts, sorted; None where
             the spec's `target_modules` are linears that the user names.
         targets_linears: whether `--target-modules` applies.
+        describe: spec → its settings in a line, for the screen.
+        refuse: spec, model config, kind of model, task and quantization → why the method cannot be
+            used there and the nearest thing that works, in sentences that follow `--method NAME: `;
+            None where it can. Asked before weights load.
+        positions: spec → positions of the model that the method takes from the text.
+        finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
         adapts: `norms` where it trains every norm outside the heads.
         check: spec and the input width of each linear that it adapts → nothing; raises ConfigError
             where they do not fit.
@@ -50,8 +56,12 @@ class Method:
     """
 
     build: Callable[[Any, Base], Any]
-    find_targets: Callable[[Section, Any], list[str]] | None = None
+    find_targets: Callable[[Any, Any], list[str]] | None = None
     targets_linears: bool = True
+    describe: Callable[[Any], str] | None = None
+    refuse: Callable[[Any, Any, str, str, str], str | None] | None = None
+    positions: Callable[[Any], int] | None = None
+    finish: Callable[[Any], None] | None = None
     adapts: Literal["linears", "norms"] = "linears"
     check: Callable[[Any, Mapping[str, int]], None] | None = None
     penalty: Callable[[Any], Any] | None = None
