@@ -67,7 +67,7 @@ class Rule:
     @property
     def where(self) -> str:
         """Name the cells beside the method: `with gpt2 and without --quant`."""
-        parts = [f"with {name}" for name in sorted(self.families)]
+        parts = [f"with {' or '.join(sorted(self.families))}"] * bool(self.families)
         parts += [f"with {kind}s" for kind in sorted(self.kinds)]
         parts += ["with a base without experts"] * (self.experts is False)
         parts += [f"for {', '.join(sorted(self.tasks))}"] * bool(self.tasks)
@@ -131,6 +131,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _rows("eva"), "encoder and decoder see other inputs, and EVA takes one mask for both",
         "Use --init pissa or default.", kinds=frozenset({"encoder-decoder"}),
+    ),
+    Rule(
+        _rows("eva"), "some of its linears see other rows than those of the input, where EVA looks",
+        "Use --init pissa or default.", families=frozenset({"deberta-v2", "opt"}),
     ),
     Rule(
         _rows("experts"), "it has no experts in one tensor",
