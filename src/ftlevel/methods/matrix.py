@@ -15,9 +15,6 @@ from ftlevel.errors import ConfigError
 from ftlevel.methods.facts import FACTS, MethodFacts, rows_of
 
 _CONV1D = frozenset({"gpt2"})
-_HEADED = frozenset({"text-classification", "token-classification", "question-answering"})
-_TEXT = frozenset({"text-generation", "summarization", "translation"})
-_PROMPTS = frozenset({"prompt", "p-tuning"})
 _QUANTIZED = frozenset({"4bit", "8bit"})
 _ANY: frozenset[str] = frozenset()
 
@@ -153,14 +150,6 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _rows("loha", "lokr"), "PEFT multiplies the update with packed 4-bit weights",
         "Use --quant 8bit, or --method lora.", quants=frozenset({"4bit"}),
-    ),
-    Rule(
-        _PROMPTS, "PEFT has no prompt learning for masked language models",
-        "Use --method lora.", tasks=frozenset({"masked-lm"}),
-    ),
-    Rule(
-        _PROMPTS, "its classification heads take token ids only",
-        "Use --method lora.", kinds=frozenset({"encoder-decoder"}), tasks=_HEADED,
     ),
 )  # fmt: skip
 """Every refusal. The first that covers a cell is its reason."""
