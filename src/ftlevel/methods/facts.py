@@ -134,20 +134,20 @@ FACTS: dict[str, MethodFacts] = {
         ),
         MethodFacts(
             "adapter", "adapter", "--method adapter", "two small layers inside every block", "",
-            "Houlsby et al., 2019, arXiv:1902.00751", 0,
+            "Houlsby et al., 2019, arXiv:1902.00751", 134_496_256,
         ),
         MethodFacts(
             "prefix", "prefix", "--method prefix", "keys and values before every layer's own", "",
-            "Li and Liang, 2021, arXiv:2101.00190", 0,
+            "Li and Liang, 2021, arXiv:2101.00190", 5_242_880,
         ),
         MethodFacts(
             "prompt", "prompt", "--method prompt", "embeddings before the input", "",
-            "Lester et al., 2021, arXiv:2104.08691", 0,
+            "Lester et al., 2021, arXiv:2104.08691", 81_920,
         ),
         MethodFacts(
             "p-tuning", "p-tuning", "--method p-tuning",
             "embeddings before the input, from a small network", "",
-            "Liu et al., 2021, arXiv:2103.10385", 0,
+            "Liu et al., 2021, arXiv:2103.10385", 50_425_856,
         ),
         MethodFacts(
             "ln-tuning", "ln-tuning", "--method ln-tuning", "the norm layers", _EXACT,
