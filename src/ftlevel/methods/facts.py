@@ -137,7 +137,7 @@ FACTS: dict[str, MethodFacts] = {
             "Houlsby et al., 2019, arXiv:1902.00751", 134_496_256,
         ),
         MethodFacts(
-            "prefix", "prefix", "--method prefix", "keys and values before every layer's own", "",
+            "prefix", "prefix", "--method prefix", "keys and values in every attention", "",
             "Li and Liang, 2021, arXiv:2101.00190", 5_242_880,
         ),
         MethodFacts(
