@@ -92,10 +92,6 @@ def resolve(config: TrainConfig) -> Plan:
     kind = model_kind(bare)
     _check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
-    family = lookup_family(bare.model_type)
-    base = Cell("", bare.model_type, kind, task.name, config.quant.kind,
-                bool(family.target_parameters) if family else None)  # fmt: skip
-    check_supported(config.method, base)
     device = choose_device(config.model.device)
     dtype = _dtype(config, device.value, bare.model_type)
     loaded = load_examples(config.data, task, config.train.seed)
@@ -152,6 +148,10 @@ def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
     Raises:
         ConfigError: with the reason, and what works.
     """
+    family, quant = lookup_family(model_config.model_type), config.quant.kind
+    experts = bool(family.target_parameters) if family else None
+    base = Cell("", model_config.model_type, kind, config.task, quant, experts)
+    check_supported(config.method, base)
     method = METHODS.get(config.method.kind)
     if method is None or method.refuse is None:
         return
@@ -270,6 +270,9 @@ def _describe(method: MethodConfig) -> str:
         return ", ".join([detail, *(name for name, on in forms.items() if on)])
     if method.kind == "full":
         return "every weight is trained"
+    own = METHODS[method.kind].describe
+    if own is not None:
+        return own(method)
     fields = method.model_dump(exclude={"kind", "target_modules"})
     return ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None)
 

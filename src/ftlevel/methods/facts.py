@@ -134,7 +134,7 @@ FACTS: dict[str, MethodFacts] = {
         ),
         MethodFacts(
             "adapter", "adapter", "--method adapter", "two small layers inside every block", "",
-            "Houlsby et al., 2019, arXiv:1902.00751", 0,
+            "Houlsby et al., 2019, arXiv:1902.00751", 134_496_256,
         ),
         MethodFacts(
             "prefix", "prefix", "--method prefix", "keys and values in every attention", "",

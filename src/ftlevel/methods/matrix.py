@@ -2,7 +2,8 @@
 
 One table feeds the engine, which refuses before weights load, `ftlevel list-methods`,
 docs/methods.md and the sweep that trains every cell. It imports nothing heavy. What a task needs of
-a model is in `ftlevel.tasks`; sizes that do not fit are found in the model itself.
+a model is in `ftlevel.tasks`; sizes that do not fit are found in the model itself; what a method
+needs of a family that no table names is found by its `refuse`.
 """
 
 from __future__ import annotations
@@ -150,6 +151,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _rows("loha", "lokr"), "PEFT multiplies the update with packed 4-bit weights",
         "Use --quant 8bit, or --method lora.", quants=frozenset({"4bit"}),
+    ),
+    Rule(
+        _rows("prefix"), "it computes its attention itself, so there is no place for a prefix",
+        "Use --method prompt, or --method lora.", families=frozenset({"bloom", "falcon", "mpnet"}),
+    ),
+    Rule(
+        _rows("prefix"), "its attention is more than what a prefix goes through",
+        "Use --method prompt, or --method lora.", families=frozenset({"gemma2"}),
     ),
 )  # fmt: skip
 """Every refusal. The first that covers a cell is its reason."""

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from ftlevel.config import SPECS
+from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.facts import FACTS, rows_of
@@ -24,8 +25,6 @@ def llama_7b(layers: int):
 
 
 def count(row: str, layers: int) -> int:
-    from peft import get_peft_model
-
     model = llama_7b(layers)
     if row == "full":
         return sum(p.numel() for p in model.parameters())
@@ -34,7 +33,7 @@ def count(row: str, layers: int) -> int:
     spec = SPECS[facts.kind](**fields)
     adapted = find_method_targets(spec, model, "llama")
     base = Base(model.config, "decoder", "CAUSAL_LM", adapted.modules, [], False, 100)
-    model = get_peft_model(model, METHODS[spec.kind].build(spec, base), low_cpu_mem_usage=True)
+    model = apply_method(model, spec, base)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

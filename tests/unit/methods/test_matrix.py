@@ -9,9 +9,13 @@ import pytest
 import tiny_models
 from ftlevel.config import SPECS
 from ftlevel.errors import ConfigError
+from ftlevel.methods import METHODS
 from ftlevel.methods.facts import FACTS
 from ftlevel.methods.matrix import RULES, Cell, check_supported, find_limits, find_refusal
+from ftlevel.models.families import FAMILIES
 from matrix_cells import QUANTS, TinyCell, build_cells, expected_refusal, run_cell
+from unit.models.meta_models import tiny_config
+from unit.models.tiny_configs import TINY
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -73,6 +77,15 @@ def test_an_open_cell_is_refused_only_where_all_of_it_is():
     assert find_refusal(Cell("oft", "gpt2")) is None  # a quantized one works
     assert find_refusal(Cell("oft", "gpt2", quant="none")) is not None
     assert [rule.where for rule in find_limits(Cell("oft"))] == ["with gpt2 and without --quant"]
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_table_says_what_the_methods_find_out_themselves(family):
+    for kind, method in METHODS.items():
+        if method.refuse is not None:
+            cell = Cell(kind, family, FAMILIES[family].kind, None, "none")
+            own = method.refuse(SPECS[kind](), tiny_config(family), "", "", "none")
+            assert bool(own) == (find_refusal(cell) is not None), own
 
 
 def test_lora_is_never_refused():
