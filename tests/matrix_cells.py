@@ -20,7 +20,7 @@ import transformers
 import tiny_models
 from ftlevel.config import SPECS, QuantConfig
 from ftlevel.data.encode import Encoded
-from ftlevel.engine.adapt import apply_method, save_adapter
+from ftlevel.engine.adapt import apply_method, finish_method, save_adapter
 from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.method_targets import find_method_targets
@@ -35,11 +35,13 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
+from ftlevel.tasks.objectives import Objective, build_objective
 
 QUANTS = ("none", "4bit", "8bit")
 STEPS = 4
 _SMALL = {
     "r": 4, "init_r": 4, "target_r": 2, "oft_block_size": 8, "alpha": 4.0, "lora_alpha": 8.0,
+    "num_virtual_tokens": 4, "bottleneck_dim": 8,
 }  # fmt: skip
 _HEAD_OF_CLASS = {name: head for head, name in tiny_models.AUTO_CLASSES.items()}
 
@@ -191,13 +193,38 @@ def run_cell(cell: TinyCell) -> None:
     _train(model, batch, spec)
     with tempfile.TemporaryDirectory(prefix="ftlevel-matrix-") as folder:
         directory = Path(folder)
+        finish_method(model, spec)
         if hasattr(model, "peft_config"):
             save_adapter(model, directory, start)
         else:
             model.save_pretrained(directory)
         check_saved(
-            model, directory, lambda: fresh(cell), batch, device="cpu", dtype="float32"
-        )  # fmt: skip
+            model,
+            directory,
+            lambda: fresh(cell),
+            _with_labels(batch),
+            objective=objective_of(cell, base.kind),
+            device="cpu",
+            dtype="float32",
+        )
+
+
+def _with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `batch` in ftlevel's form, where a span is a row of labels."""
+    if "labels" in batch:
+        return batch
+    rest = {name: value for name, value in batch.items() if not name.endswith("_positions")}
+    return {**rest, "labels": torch.stack([batch["start_positions"], batch["end_positions"]], -1)}
+
+
+def objective_of(cell: TinyCell, kind: str) -> Objective:
+    """Return what a model of the cell is trained on."""
+    return build_objective(
+        TASKS[cell.tasks[0]],
+        kind,
+        problem_type="single_label_classification",
+        labels=("O", "B-A", "I-A"),
+    )
 
 
 def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any) -> None:

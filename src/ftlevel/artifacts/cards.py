@@ -30,7 +30,9 @@ class AdapterCard:
         quantization: the quant section of the run.
         dtype: compute precision.
         prompt: fields of `PromptFormat`; empty for classification.
-        labels: class names by index; empty for generation.
+        labels: names of classes or tags by index; empty where there are none.
+        options: what else the task must know: `problem_type` of classification, `doc_stride` and
+            `unanswerable` of question answering.
         heads: modules that were trained in full and are saved with the adapter.
         padding_side: for batched generation.
         max_length: in tokens.
@@ -47,6 +49,7 @@ class AdapterCard:
     max_length: int
     prompt: Mapping[str, Any] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
+    options: Mapping[str, Any] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
     padding_side: str = "right"
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -90,6 +93,19 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+_PIPELINE_TAGS = {"masked-lm": "fill-mask"}
+_PROMPTS = {
+    "question-answering": '--prompt "…?" --context "…"',
+    "masked-lm": '--prompt "… [MASK] …"',
+}
+
+
+def generate_command(run: str, task: str) -> str:
+    """Return the command that asks `run`, with what its `task` needs to be asked."""
+    asked = _PROMPTS.get(task, '--prompt "…"')
+    return f"ftlevel generate {run} {asked}"
+
+
 def write_readme(summary: Mapping[str, Any]) -> str:
     """Return the model card of a run: front matter for the Hub, what it is, how it did, its use."""
     metrics = summary.get("metrics", {})
@@ -98,7 +114,7 @@ def write_readme(summary: Mapping[str, Any]) -> str:
         f"base_model: {summary['model']['name']}",
         "library_name: peft" if summary["method"] != "full" else "library_name: transformers",
         "tags: [ftlevel, " + summary["method"] + "]",
-        f"pipeline_tag: {summary['task']}",
+        f"pipeline_tag: {_PIPELINE_TAGS.get(summary['task'], summary['task'])}",
         "---",
         "",
         f"# {Path(summary['run']).name}",
@@ -117,9 +133,7 @@ def write_readme(summary: Mapping[str, Any]) -> str:
         rows = summary["data"]["validation_rows"]
         lines += ["", f"Measured on {rows:,} validation rows; text metrics on the first "
                   f"{summary['data']['generated_rows']:,} of them.", ""]  # fmt: skip
-    lines += ["## Use", "", "```sh", f'ftlevel generate {summary["run"]} --prompt "…"', "```", ""]
-    if summary["task"] == "text-classification":
-        lines[-3] = f"ftlevel train {summary['run']}/config.yaml   # trains it again"
+    lines += ["## Use", "", "```sh", generate_command(summary["run"], summary["task"]), "```", ""]
     if summary["method"] in PEFT_IMPORTS:
         lines += _python_use(PEFT_IMPORTS[summary["method"]])
     lines += ["The settings are in `config.yaml`, the figures in `summary.json`.", ""]

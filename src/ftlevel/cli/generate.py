@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -11,6 +11,10 @@ import typer
 def generate(
     name: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to ask.")],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to say; repeatable.")],
+    context: Annotated[
+        Optional[str],  # noqa: UP045 - Typer evaluates it at run time on Python 3.10 as well
+        typer.Option("--context", help="The text in which a question's answer is looked for."),
+    ] = None,
     compare_base: Annotated[
         bool, typer.Option("--compare-base", help="Show the base model's answer beside it.")
     ] = False,
@@ -22,10 +26,11 @@ def generate(
         bool, typer.Option("--json", help="Print one JSON object, nothing else.")
     ] = False,
 ) -> None:
-    """Let a trained run, an adapter or a model write text.
+    """Let a trained run, an adapter or a model answer a prompt.
 
-    The prompt is laid out as in training, by the run's own template; a text-classification run
-    answers with a class. Decoding is greedy.
+    The prompt is laid out as in training, by the run's own template, and decoding is greedy. A
+    run answers as its task does: with text, a class, the classes above one half, a number, the
+    words with their tags, the words for each [MASK], or the span of --context that answers.
     """
     from ftlevel.cli.screen import open_screen
 
@@ -35,6 +40,7 @@ def generate(
         answers, notes = ask(
             name,
             prompt,
+            context=context,
             compare_base=compare_base,
             max_new_tokens=max_new_tokens,
             device=device,

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ftlevel import __version__
+from ftlevel.artifacts.cards import generate_command
 from ftlevel.config.choices import Choice
 
 _FIGURES = {
@@ -163,7 +164,8 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         f"peak memory {summary['memory']['peak_bytes'] / 2**30:.2f} GiB"
     )
     yield f"  [bold]saved[/bold] {summary['run']}"
-    yield f'  [bold]try it[/bold] ftlevel generate {summary["run"]} --prompt "…"'
+    command = generate_command(summary["run"], summary["task"])
+    yield f"  [bold]try it[/bold] {_plain(command)}"
 
 
 def _plain(text: str) -> str:

@@ -24,7 +24,11 @@ SHORTHAND = {"model": "name_or_path", "method": "kind", "quant": "kind", "data":
 """`method: lora` is short for `method: {kind: lora}`; likewise for these sections."""
 
 _TAGGED = {"method"}
-_TASK_ALIASES = {"causal-lm": "text-generation", "sequence-classification": "text-classification"}
+_TASK_ALIASES = {
+    "causal-lm": "text-generation",
+    "sequence-classification": "text-classification",
+    "fill-mask": "masked-lm",
+}
 
 
 @dataclass(frozen=True)

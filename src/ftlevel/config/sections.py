@@ -97,6 +97,28 @@ class DataConfig(Section):
         "error",
         description="What happens to a row beyond max_length; an answer is never cut silently.",
     )
+    problem_type: Literal[
+        "auto", "single_label_classification", "multi_label_classification", "regression"
+    ] = Field(
+        "auto",
+        description="What a text's label is: one class, several, or a number; auto looks at them.",
+    )
+    source_language: str | None = Field(
+        None,
+        min_length=2,
+        description="Language of the source in translation; the default is the column's code.",
+    )
+    target_language: str | None = Field(
+        None,
+        min_length=2,
+        description="Language of the target in translation; the default is the column's code.",
+    )
+    doc_stride: int = Field(
+        128, ge=0, description="Tokens by which windows of a long context overlap (SQuAD)."
+    )
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.15, description="Share of a text's tokens that masked-lm hides."
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="Stop at a row that cannot be read, or drop it and count it."
     )

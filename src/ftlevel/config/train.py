@@ -16,7 +16,15 @@ from ftlevel.config.sections import (
     TrainerConfig,
 )
 
-TaskName = Literal["text-generation", "summarization", "text-classification"]
+TaskName = Literal[
+    "text-generation",
+    "summarization",
+    "translation",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+]
 TASKS: tuple[str, ...] = get_args(TaskName)
 
 
@@ -92,9 +100,35 @@ def _other_problems(config: TrainConfig) -> list[str]:
         problems.append("--resume keeps a run and --overwrite replaces it. Give one of them.")
     if config.output.resume and config.output.dir is None:
         problems.append("--resume needs the run to go on with. Add --output-dir RUN.")
-    if config.data.overlong == "split" and config.task != "text-generation":
+    return problems + _task_problems(config)
+
+
+_NO_PROMPT = ("token-classification", "question-answering", "masked-lm")
+
+
+def _task_problems(config: TrainConfig) -> list[str]:
+    """Return what the data section asks for that the task has not."""
+    task, data = config.task, config.data
+    problems = []
+    if data.overlong == "split" and task not in ("text-generation", "masked-lm"):
+        other = "drop" if task in _NO_PROMPT else "drop or truncate-prompt"
         problems.append(
             f"--overlong split cuts plain text into several rows and cannot be used with --task "
-            f"{config.task}. Use --overlong drop or truncate-prompt."
+            f"{task}. Use --overlong {other}."
         )
+    if data.overlong == "truncate-prompt" and task in _NO_PROMPT:
+        problems.append(
+            f"--overlong truncate-prompt cannot be used with --task {task}, whose rows have no "
+            "prompt. Use --overlong drop."
+        )
+    for name, owner, given in (
+        ("problem_type", "text-classification", data.problem_type != "auto"),
+        ("source_language", "translation", data.source_language is not None),
+        ("target_language", "translation", data.target_language is not None),
+    ):
+        if given and task != owner:
+            problems.append(
+                f"data.{name} belongs to --task {owner}, and --task is {task}. Drop it, or change "
+                "the task."
+            )
     return problems

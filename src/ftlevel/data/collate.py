@@ -23,7 +23,8 @@ class Collator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Return `input_ids` and `attention_mask` `(batch, seq)`, and `labels`.
 
-        Labels are `(batch,)` for classes, else `(batch, target)` filled with -100.
+        Labels are `(batch,)` for a number a row, `(batch, n)` for n numbers a row, and
+        `(batch, target)` filled with -100 for tokens.
         """
         batch = {
             "input_ids": pad([r.input_ids for r in rows], self.pad_id),
@@ -32,10 +33,10 @@ class Collator:
         for name in rows[0].extras:
             batch[name] = pad([r.extras[name] for r in rows], 0)
         labels: list[Any] = [r.labels for r in rows]
-        if isinstance(labels[0], int):
-            batch["labels"] = torch.tensor(labels)
-        else:
+        if isinstance(labels[0], list):
             batch["labels"] = pad(labels, IGNORED)
+        else:
+            batch["labels"] = torch.tensor(labels)
         return batch
 
 

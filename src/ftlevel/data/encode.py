@@ -24,21 +24,22 @@ class Encoded:
 
     Attributes:
         input_ids: token ids of the row, or of the source for an encoder-decoder.
-        labels: a label for each of `input_ids`; for an encoder-decoder the target's ids; for
-            classification the class.
+        labels: as a list, a label for each of `input_ids`, or the target's ids of an
+            encoder-decoder; as a number, the row's class or quantity; as a tuple, several numbers
+            of the row: 0.0 or 1.0 for each class, or the first and last token of a span.
         row: index of the example in its table.
         extras: further inputs by name, such as `token_type_ids`.
     """
 
     input_ids: list[int]
-    labels: list[int] | int
+    labels: list[int] | int | float | tuple[float, ...] | tuple[int, int]
     row: int
     extras: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def supervised(self) -> int:
-        """Number of targets: tokens, or one class."""
-        if isinstance(self.labels, int):
+        """Number of targets: tokens, or what is said of the row."""
+        if isinstance(self.labels, int | float):
             return 1
         return sum(label != IGNORED for label in self.labels)
 
@@ -84,9 +85,11 @@ def encode_seq2seq(
 
 
 def encode_labelled(
-    tokenizer: Any, examples: Sequence[Labelled], class_of: Callable[[Labelled], int]
+    tokenizer: Any,
+    examples: Sequence[Labelled],
+    target_of: Callable[[Labelled], int | float | tuple[float, ...]],
 ) -> list[Encoded]:
-    """Encode texts, or pairs of texts, with their classes."""
+    """Encode texts, or pairs of texts, with their class, classes or quantity."""
     rows: list[Encoded] = []
     for chunk in _chunks(examples):
         pairs = [e.text_pair for e in chunk]
@@ -96,7 +99,7 @@ def encode_labelled(
         rows += [
             Encoded(
                 encoding["input_ids"][i],
-                class_of(example),
+                target_of(example),
                 example.row,
                 {name: encoding[name][i] for name in extra_names},
             )

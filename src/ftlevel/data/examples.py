@@ -6,7 +6,8 @@ can't be learned from (no answer, no text, an unknown role) is collected and nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
@@ -60,11 +61,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A text, or two, with its class; `row` is the index into the table."""
+    """A text, or two, with its class, its classes or a quantity; `row` is the index."""
 
     text: str
     text_pair: str | None
-    label: str | int
+    label: str | int | float | tuple[str | int, ...]
     row: int
 
 
@@ -79,7 +80,10 @@ class Tagged:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with the spans of `context` that answer it, each a text and its start."""
+    """A question with the spans of `context` that answer it, each a text and its start.
+
+    No span means that the context has no answer, as in SQuAD 2.0.
+    """
 
     context: str
     question: str
@@ -127,7 +131,7 @@ def _convert(table: Table, format_: Format) -> tuple[list[Example], list[BadRow]
             f"{listing(repr(name) for name in table.columns)}. Give every split the same columns."
         )
     build = _BUILDERS[format_.produces]
-    roles = _Roles(format_.columns, table)
+    roles = _Roles(format_, table)
     examples: list[Example] = []
     bad: list[BadRow] = []
     for index, row in enumerate(table.rows):
@@ -142,8 +146,9 @@ def _convert(table: Table, format_: Format) -> tuple[list[Example], list[BadRow]
 class _Roles:
     """The values of one row, by role."""
 
-    def __init__(self, columns: Mapping[str, str], table: Table) -> None:
-        self.columns = columns
+    def __init__(self, format_: Format, table: Table) -> None:
+        self.columns = format_.columns
+        self.problem_type = format_.problem_type
         self.table = table
         self.row: Row = {}
         self.index = 0
@@ -284,26 +289,68 @@ def _plain(roles: _Roles) -> PlainText:
 
 
 def _labelled(roles: _Roles) -> Labelled:
-    label = roles.get("label")
-    column = repr(roles.columns["label"])
-    if type(label) is bool:
-        label = "true" if label else "false"
-    elif type(label) is float:
-        _refuse_labels(
-            roles,
-            f"{column} is a fraction ({label}). Classes are names or whole numbers; to learn a "
-            "quantity is regression, another problem type",
-        )
-    elif type(label) is list:
-        _refuse_labels(
-            roles,
-            f"{column} is a list. Each row has one class here; several labels a row is "
-            "multi-label classification, another problem type",
-        )
-    elif type(label) is not int:
-        label = _check_text(label, column)
+    label = _LABELS[roles.problem_type](roles)
     pair = roles.text("text_pair") if "text_pair" in roles else None
     return Labelled(roles.text("text"), pair, label, roles.index)
+
+
+def _class(roles: _Roles) -> str | int:
+    label, column = roles.get("label"), repr(roles.columns["label"])
+    if type(label) is float:
+        _refuse_labels(
+            roles,
+            f"{column} is a fraction ({label}). Classes are names or whole numbers. To learn a "
+            "quantity: --set data.problem_type=regression",
+        )
+    if type(label) is list:
+        _refuse_labels(
+            roles,
+            f"{column} is a list, and with problem_type single_label_classification each row has "
+            "one class. For several: --set data.problem_type=multi_label_classification",
+        )
+    return _name(label, column)
+
+
+def _classes(roles: _Roles) -> tuple[str | int, ...]:
+    labels, column = roles.get("label"), repr(roles.columns["label"])
+    if type(labels) is not list:
+        raise _Unusable(f"{column} is {kind_of(labels)}, not a list of labels")
+    names = tuple(_name(name, f"label {i} of {column}") for i, name in enumerate(labels, 1))
+    if len(set(names)) < len(names):
+        raise _Unusable(
+            f"{column} names a label twice ({listing(map(repr, names), 4)}); it holds the names "
+            "of the labels that are true, not a 0 or 1 for each"
+        )
+    return names
+
+
+def _quantity(roles: _Roles) -> float:
+    value, column = roles.get("label"), repr(roles.columns["label"])
+    if type(value) not in (int, float, str):
+        raise _Unusable(f"{column} is {kind_of(value)}, not a number")
+    try:
+        number = float(value)
+    except ValueError:
+        raise _Unusable(f"{column} is {value!r}, not a number") from None
+    if not math.isfinite(number):
+        raise _Unusable(f"{column} is {value!r}, not a finite number")
+    return number
+
+
+def _name(label: object, what: str) -> str | int:
+    """Return the name or number of a class."""
+    if type(label) is bool:
+        return "true" if label else "false"
+    if type(label) is int:
+        return label
+    return _check_text(label, what)
+
+
+_LABELS: dict[str, Callable[[_Roles], str | int | float | tuple[str | int, ...]]] = {
+    "single_label_classification": _class,
+    "multi_label_classification": _classes,
+    "regression": _quantity,
+}
 
 
 def _refuse_labels(roles: _Roles, reason: str) -> NoReturn:

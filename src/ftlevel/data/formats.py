@@ -13,6 +13,9 @@ from typing import Literal, TypeAlias
 from ftlevel.errors import InputError, did_you_mean, listing, nearest
 
 Produces: TypeAlias = Literal["conversation", "text", "pair", "labelled", "tagged", "question"]
+ProblemType: TypeAlias = Literal[
+    "single_label_classification", "multi_label_classification", "regression"
+]
 Names: TypeAlias = Mapping[str, tuple[str, ...]]
 
 
@@ -26,6 +29,7 @@ class Format:
         produces: the kind of example that a row becomes.
         columns: the column of each role; "answers.text" reaches into an object.
         unused: the columns that no role takes.
+        problem_type: what the label of a text is.
     """
 
     task: str
@@ -33,6 +37,7 @@ class Format:
     produces: Produces
     columns: Mapping[str, str]
     unused: tuple[str, ...] = ()
+    problem_type: ProblemType = "single_label_classification"
 
     @property
     def description(self) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ftlevel.data.examples import Example, Labelled
+from ftlevel.data.examples import Example, Labelled, Tagged
 from ftlevel.data.table import Table
 from ftlevel.errors import InputError, listing
 
@@ -43,21 +43,29 @@ class LabelSet:
         return label in self.names if isinstance(label, str) else 0 <= label < len(self.names)
 
 
+@dataclass(frozen=True)
+class _Class:
+    """A class that a row has."""
+
+    label: str | int
+    row: int
+
+
 def build_label_set(examples: Sequence[Example], table: Table, column: str) -> LabelSet:
-    """Find the classes of the training rows.
+    """Find the classes of the training rows, or the tags of their words.
 
     Names are sorted, as numbers where all are digits. Numbers must be 0, 1, … without a gap. Names
     that the source declares for the column are taken as they are.
 
     Args:
-        examples: the converted rows of `table`, all `Labelled`.
+        examples: the converted rows of `table`, all `Labelled`, or all `Tagged`.
         table: where they came from, for messages.
         column: the column of the label.
 
     Raises:
         InputError: fewer than two classes, numbers with gaps, or fractions.
     """
-    rows = _as_labelled(examples)
+    rows = _classes_of(examples)
     counts = Counter(row.label for row in rows)
     if declared := table.label_names.get(column):
         labels = LabelSet(tuple(declared))
@@ -73,7 +81,7 @@ def build_label_set(examples: Sequence[Example], table: Table, column: str) -> L
         first = next(row for row in rows if str(row.label) == fraction)
         raise InputError(
             f"{table.where(first.row)}: {column!r} is a fraction ({fraction}). Classes are names "
-            "or whole numbers; to learn a quantity is regression, another problem type."
+            "or whole numbers. To learn a quantity: --set data.problem_type=regression."
         )
     if all(name.isdecimal() for name in names):
         return LabelSet(tuple(sorted(names, key=int)))
@@ -82,19 +90,25 @@ def build_label_set(examples: Sequence[Example], table: Table, column: str) -> L
 
 def check_labels(labels: LabelSet, examples: Sequence[Example], table: Table) -> None:
     """Raise `InputError` if a row of another split has a class that training never sees."""
-    _check_known(labels, _as_labelled(examples), table, "is no class of the training rows")
+    _check_known(labels, _classes_of(examples), table, "is no class of the training rows")
 
 
-def _as_labelled(examples: Sequence[Example]) -> list[Labelled]:
-    """Return `examples`, which a caller must have converted for a classification task."""
-    rows = [example for example in examples if isinstance(example, Labelled)]
-    if len(rows) < len(examples):
-        raise TypeError("labels are found in the examples of a classification task only")
-    return rows
+def _classes_of(examples: Sequence[Example]) -> list[_Class]:
+    """Return each class that each row has, once a row."""
+    found: list[_Class] = []
+    for example in examples:
+        if isinstance(example, Tagged):
+            found += [_Class(tag, example.row) for tag in dict.fromkeys(example.tags)]
+        elif isinstance(example, Labelled) and not isinstance(example.label, float):
+            labels = example.label if isinstance(example.label, tuple) else (example.label,)
+            found += [_Class(label, example.row) for label in labels]
+        else:
+            raise TypeError("labels are found in the examples of a classification task only")
+    return found
 
 
 def _check_known(
-    labels: LabelSet, examples: Sequence[Labelled], table: Table, complaint: str
+    labels: LabelSet, examples: Sequence[_Class], table: Table, complaint: str
 ) -> None:
     strange = [example for example in examples if example.label not in labels]
     if not strange:
@@ -122,7 +136,7 @@ def _check_two(counts: Counter[str | int], table: Table, column: str) -> None:
 
 
 def _check_numbers(
-    numbers: set[int], examples: Sequence[Labelled], table: Table, column: str
+    numbers: set[int], examples: Sequence[_Class], table: Table, column: str
 ) -> None:
     """Raise unless `numbers` are 0, 1, … without a gap."""
     wanted = set(range(len(numbers)))

@@ -95,7 +95,8 @@ def load_adapter(base: Any, directory: Path) -> Any:
     Raises:
         InputError: the file lacks weights that its configuration promises, or has others.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
 
     ensure_registered()
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
@@ -104,6 +105,8 @@ def load_adapter(base: Any, directory: Path) -> Any:
         warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
         adapted = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
     train_in_float32(adapted)
+    # PEFT has put a head into the base's precision, and rounded it: read it again into float32.
+    set_peft_model_state_dict(adapted, load_file(str(directory / "adapter_model.safetensors")))
     promised = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     found = _tensor_names(directory / "adapter_model.safetensors")
     if promised != found:

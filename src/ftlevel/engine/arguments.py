@@ -84,16 +84,18 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
     if not plan.data.validation:
         return None
     wish = config.train.predict_with_generate
-    generates = plan.task.generates if wish is None else wish and not plan.task.labelled
+    generates = plan.task.generates if wish is None else wish and plan.task.target == "text"
     rows = min(config.train.max_generate_samples, len(plan.data.validation))
     return Evaluator(
         rows=plan.data.validation,
         tokenizer=plan.tokenizer,
         kind=plan.kind,
-        labelled=plan.task.labelled,
+        objective=plan.objective,
         device=plan.device,
         dtype=plan.dtype,
         batch_size=eval_batch_size(config.train),
         generated_rows=rows if generates else 0,
         max_new_tokens=config.train.max_new_tokens,
+        score_texts=plan.task.score_texts,
+        language=plan.data.facts["target_language"],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from ftlevel.data.collate import Collator, pad
 from ftlevel.data.encode import IGNORED, Encoded
 from ftlevel.models.hardware import autocast
-from ftlevel.tasks.metrics import LabelMeter, TokenMeter, rouge
+from ftlevel.tasks.base import ScoreTexts
+from ftlevel.tasks.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -22,23 +24,27 @@ class Evaluator:
         rows: encoded validation rows.
         tokenizer: decodes generated text and pads.
         kind: kind of the model.
-        labelled: whether the targets are classes.
+        objective: what the model is trained on.
         device: torch device type.
         dtype: compute precision's name.
         batch_size: rows a forward pass.
-        generated_rows: how many of the first rows are generated and scored by ROUGE; 0 for none.
+        generated_rows: how many of the first rows are generated and scored; 0 for none.
         max_new_tokens: longest generated text.
+        score_texts: scores the generated texts.
+        language: ISO 639-1 code of the generated texts; "" if unknown.
     """
 
     rows: Sequence[Encoded]
     tokenizer: Any
     kind: str
-    labelled: bool
+    objective: Objective
     device: str
     dtype: str
     batch_size: int
     generated_rows: int = 0
     max_new_tokens: int = 64
+    score_texts: ScoreTexts | None = None
+    language: str = ""
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Return the metrics of `model`, which is left in the mode it was in."""
@@ -47,27 +53,28 @@ class Evaluator:
         try:
             with torch.no_grad(), autocast(self.device, self.dtype):
                 metrics = self._score(model)
-                if self.generated_rows:
+                if self.generated_rows and self.score_texts is not None:
                     texts = self.generate(model)
                     references = [self._reference(row) for row in self._generated()]
-                    metrics |= rouge(texts, references)
+                    metrics |= self.score_texts(texts, references, self.language)
         finally:
             model.train(training)
         return metrics
 
     def _score(self, model: Any) -> dict[str, float]:
-        meter = LabelMeter() if self.labelled else TokenMeter(self.kind == "decoder")
+        objective = self.objective
+        meter, total, count = objective.meter(), 0.0, 0
         collate = Collator(self.tokenizer.pad_token_id or 0)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
         for rows in batches(by_length, self.batch_size):
             batch = {k: v.to(self.device) for k, v in collate(rows).items()}
-            labels = (
-                batch["labels"]
-                if self.kind == "encoder-decoder" and not self.labelled
-                else (batch.pop("labels"))
-            )
-            meter.update(model(**batch).logits, labels)
-        return meter.compute()
+            inputs, labels = objective.split(batch)
+            logits = objective.logits(model(**inputs))
+            total += objective.loss_sum(logits, labels, batch["attention_mask"]).item()
+            count += int(objective.count(labels))
+            meter.update(*objective.targets(logits, labels), rows)
+        loss = total / count if count else math.nan
+        return {"loss": loss, **meter.compute(loss)}
 
     def _generated(self) -> Sequence[Encoded]:
         return self.rows[: self.generated_rows]

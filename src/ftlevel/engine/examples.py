@@ -9,16 +9,22 @@ from typing import Any
 from ftlevel.artifacts.fingerprint import rows_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
-from ftlevel.data.encode import Encoded, encode_causal, encode_labelled, encode_seq2seq
+from ftlevel.data.encode import Encoded
 from ftlevel.data.examples import drop_bad_rows, to_examples
-from ftlevel.data.fit import Fitted, fit_rows, fit_targets
+from ftlevel.data.fit import Fitted
 from ftlevel.data.formats import Format, detect_format
 from ftlevel.data.labels import LabelSet, build_label_set, check_labels
+from ftlevel.data.languages import Language, find_language
+from ftlevel.data.masking import MaskedRows
+from ftlevel.data.problems import choose_problem_type
 from ftlevel.data.prompts import PromptFormat, choose_format
 from ftlevel.data.sources import Splits, hold_out, load_splits
-from ftlevel.data.table import Table
+from ftlevel.data.table import Table, settle
+from ftlevel.data.tags import find_orphans
+from ftlevel.engine.encoding import Encoder
 from ftlevel.errors import InputError
 from ftlevel.tasks import Task
+from ftlevel.tasks.translation import name_languages
 
 _BUILTIN_KIND = {"summarization": "summarization"}
 BUILTIN_ROWS = 384
@@ -34,7 +40,9 @@ class Loaded:
         format: what the columns are.
         train: examples of the training split.
         validation: examples of the validation split, or None.
-        labels: the classes, or None.
+        labels: the classes or tags, or None.
+        languages: of source and target, where they are known.
+        choices: lines for the screen about the labels and languages.
     """
 
     splits: Splits
@@ -42,6 +50,18 @@ class Loaded:
     train: list[Any]
     validation: list[Any] | None
     labels: LabelSet | None
+    languages: tuple[Language, Language] | None = None
+    choices: list[Choice] = field(default_factory=list)
+
+    @property
+    def unanswerable(self) -> bool:
+        """Whether there are questions without an answer among the training rows."""
+        return self.format.produces == "question" and any(not q.answers for q in self.train)
+
+    @property
+    def target_language(self) -> str:
+        """ISO 639-1 code of the target; "" if unknown."""
+        return self.languages[1].code if self.languages else ""
 
 
 @dataclass(frozen=True)
@@ -51,13 +71,13 @@ class Prepared:
     Attributes:
         train: encoded training rows.
         validation: encoded validation rows; empty if there are none.
-        prompt_format: how prompts are laid out; None for classes.
+        prompt_format: how prompts are laid out; None where there are none.
         max_length: in tokens.
         facts: what summary.json says of the data.
         choices: lines for the screen.
     """
 
-    train: list[Encoded]
+    train: Sequence[Encoded]
     validation: list[Encoded]
     prompt_format: PromptFormat | None
     max_length: int
@@ -71,6 +91,38 @@ def load_examples(config: DataConfig, task: Task, seed: int) -> Loaded:
     Raises:
         InputError: with `path:line`, for whatever cannot be read or learned from.
     """
+    splits = _read(config, task, seed)
+    shape = detect_format(splits.train.columns, task.name, config.columns)
+    choices = []
+    if task.target == "class":
+        problem, reason = choose_problem_type(
+            splits.train, shape.columns["label"], config.problem_type
+        )
+        shape = replace(shape, problem_type=problem)
+        choices.append(Choice("problem", problem, reason))
+    train, examples = _convert(splits.train, shape, config)
+    validation, held_out = splits.validation, None
+    if validation is not None:
+        validation, held_out = _convert(validation, shape, config)
+    labels = None
+    if task.target == "tags" or (task.target == "class" and shape.problem_type != "regression"):
+        column = shape.columns["tags" if task.target == "tags" else "label"]
+        labels = build_label_set(examples, train, column)
+        if held_out is not None and validation is not None:
+            check_labels(labels, held_out, validation)
+    if labels is not None and task.target == "tags":
+        train, examples = _refuse_orphans(train, shape, config, examples, labels)
+        if held_out is not None and validation is not None:
+            validation, held_out = _refuse_orphans(validation, shape, config, held_out, labels)
+    languages = _languages(config, shape) if task.name == "translation" else None
+    if task.name == "translation":
+        choices.append(_language_choice(languages))
+    kept = Splits(train, validation, splits.test, splits.name, splits.notes)
+    return Loaded(kept, shape, examples, held_out, labels, languages, choices)
+
+
+def _read(config: DataConfig, task: Task, seed: int) -> Splits:
+    """Return the splits as far as the configuration wants them."""
     builtin = config.dataset.startswith("builtin:")
     splits = load_splits(
         config.dataset,
@@ -86,21 +138,41 @@ def load_examples(config: DataConfig, task: Task, seed: int) -> Loaded:
         train = replace(train.take(range(config.max_samples)), dropped=train.dropped)
     if validation is not None and config.max_eval_samples:
         validation = validation.take(range(min(len(validation), config.max_eval_samples)))
-    shape = detect_format(train.columns, task.name, config.columns)
+    return Splits(train, validation, splits.test, splits.name, splits.notes)
+
+
+def _convert(table: Table, shape: Format, config: DataConfig) -> tuple[Table, list[Any]]:
+    """Return the rows that can be learned from, and their examples."""
     if config.on_bad_row == "skip":
-        train = drop_bad_rows(train, shape)
-        validation = drop_bad_rows(validation, shape) if validation else validation
-    examples: list[Any] = list(to_examples(train, shape))
-    held_out: list[Any] | None = None
-    if validation is not None:
-        held_out = list(to_examples(validation, shape))
-    labels = None
-    if task.labelled:
-        labels = build_label_set(examples, train, shape.columns["label"])
-        if held_out is not None and validation is not None:
-            check_labels(labels, held_out, validation)
-    kept = Splits(train, validation, splits.test, splits.name, splits.notes)
-    return Loaded(kept, shape, examples, held_out, labels)
+        table = drop_bad_rows(table, shape)
+    return table, list(to_examples(table, shape))
+
+
+def _refuse_orphans(
+    table: Table, shape: Format, config: DataConfig, examples: list[Any], labels: LabelSet
+) -> tuple[Table, list[Any]]:
+    """Refuse rows whose tags break BIO, or drop them if the configuration says so."""
+    orphans = find_orphans(examples, labels.names, table)
+    if not orphans:
+        return table, examples
+    table = settle(table, orphans, config.on_bad_row)
+    return table, list(to_examples(table, shape))
+
+
+def _languages(config: DataConfig, shape: Format) -> tuple[Language, Language] | None:
+    source = find_language("source", shape.columns, config.source_language)
+    target = find_language("target", shape.columns, config.target_language)
+    return (source, target) if source and target else None
+
+
+def _language_choice(languages: tuple[Language, Language] | None) -> Choice:
+    if languages is None:
+        return Choice(
+            "languages",
+            "not named in the prompt",
+            "the columns are no codes: --set data.source_language=… --set data.target_language=…",
+        )
+    return Choice("languages", f"{languages[0].name} to {languages[1].name}")
 
 
 def prepare_examples(
@@ -111,6 +183,7 @@ def prepare_examples(
     tokenizer: Any,
     model: Any,
     positions: int | None,
+    seed: int,
 ) -> Prepared:
     """Encode the examples and make them fit.
 
@@ -121,70 +194,43 @@ def prepare_examples(
         kind: kind of the model.
         tokenizer: the model's tokenizer.
         model: the model's config, for the size of its vocabulary.
-        positions: longest sequence that the model takes, or None.
+        positions: longest sequence that the model and its method leave to the text, or None.
+        seed: of the masks.
 
     Raises:
         InputError: rows do not fit, or hold token ids that the model has no embedding for.
     """
-    prompt_format = None
-    if not task.labelled:
-        prompt_format = choose_format(tokenizer, kind, task.instruction, task.answer_cue)
-    encoder = _Encoder(task, kind, tokenizer, prompt_format, loaded.labels)
-    train = _fit(encoder(loaded.train), config, kind, task, positions, loaded.splits.train)
-    _check_vocabulary(train.rows, model, loaded.splits.train)
+    prompt_format = _prompt_format(loaded, task, kind, tokenizer)
+    encoder = Encoder(task, kind, tokenizer, config, positions, prompt_format, loaded.labels)
+    fitted = encoder(loaded.train, loaded.splits.train)
+    _check_vocabulary(fitted.rows, model, loaded.splits.train)
+    train: Sequence[Encoded] = fitted.rows
     validation: list[Encoded] = []
+    dropped = 0
     if loaded.validation:
-        table = loaded.splits.validation or loaded.splits.train
-        bounded = config.model_copy(update={"max_length": train.max_length, "overlong": "drop"})
-        fitted = _fit(encoder(loaded.validation), bounded, kind, task, positions, table)
-        validation = fitted.rows
-    facts = _facts(loaded, train, validation)
-    return Prepared(
-        train.rows,
-        validation,
-        prompt_format,
-        train.max_length,
-        facts,
-        _choices(loaded, train, validation, facts, prompt_format),
-    )
+        held_out = encoder.dropping()(
+            loaded.validation, loaded.splits.validation or loaded.splits.train
+        )
+        validation, dropped = held_out.rows, held_out.dropped
+        fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
+    if task.target == "mask":
+        share = config.mlm_probability
+        train = MaskedRows(fitted.rows, tokenizer, share=share, seed=seed)
+        validation = MaskedRows(validation, tokenizer, share=share, seed=seed).fixed()
+    facts = _facts(loaded, fitted, train, validation) | {"validation_dropped": dropped}
+    choices = _choices(loaded, fitted, validation, facts, prompt_format)
+    return Prepared(train, validation, prompt_format, fitted.max_length, facts, choices)
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    task: Task
-    kind: str
-    tokenizer: Any
-    prompt_format: PromptFormat | None
-    labels: LabelSet | None
-
-    def __call__(self, examples: Sequence[Any]) -> list[Encoded]:
-        labels = self.labels
-        if labels is not None:
-            return encode_labelled(
-                self.tokenizer, examples, lambda example: labels.id_of(example.label)
-            )
-        if self.prompt_format is None:
-            raise TypeError("a task without classes has a prompt format")
-        encode = encode_seq2seq if self.kind == "encoder-decoder" else encode_causal
-        return encode(self.tokenizer, examples, self.prompt_format)
-
-
-def _fit(
-    rows: list[Encoded],
-    config: DataConfig,
-    kind: str,
-    task: Task,
-    positions: int | None,
-    table: Table,
-) -> Fitted:
-    fitted = fit_rows(rows, config.max_length, positions, config.overlong, table.where)
-    if kind != "encoder-decoder" or task.labelled:
-        return fitted
-    kept, dropped = fit_targets(fitted.rows, config.max_target_length, config.overlong, table.where)
-    if not kept:
-        raise InputError(f"no target is within {config.max_target_length:,} tokens.")
-    return Fitted(kept, fitted.max_length, fitted.reason, fitted.dropped + dropped,
-                  fitted.shortened, fitted.split)  # fmt: skip
+def _prompt_format(loaded: Loaded, task: Task, kind: str, tokenizer: Any) -> PromptFormat | None:
+    if task.target != "text":
+        return None
+    instruction, cue = task.instruction, task.answer_cue
+    if task.name == "translation" and "source" not in loaded.format.columns:
+        instruction = cue = ""  # the rows' own prompts say what to do
+    elif loaded.languages is not None:
+        instruction = name_languages(kind, *(language.name for language in loaded.languages))
+    return choose_format(tokenizer, kind, instruction, cue)
 
 
 def _check_vocabulary(rows: Sequence[Encoded], model: Any, table: Table) -> None:
@@ -199,27 +245,33 @@ def _check_vocabulary(rows: Sequence[Encoded], model: Any, table: Table) -> None
         )
 
 
-def _facts(loaded: Loaded, train: Fitted, validation: Sequence[Encoded]) -> dict[str, Any]:
+def _facts(
+    loaded: Loaded, fitted: Fitted, train: Sequence[Encoded], validation: Sequence[Encoded]
+) -> dict[str, Any]:
+    produces = loaded.format.produces
     return {
         "name": loaded.splits.name,
         "format": loaded.format.description,
-        "train_rows": len(train.rows),
+        "train_rows": len(train),
         "validation_rows": len(validation),
-        "tokens": sum(len(row.input_ids) for row in train.rows),
-        "supervised": sum(row.supervised for row in train.rows),
-        "longest": max(len(row.input_ids) for row in train.rows),
-        "max_length": train.max_length,
-        "dropped": train.dropped + len(loaded.splits.train.dropped),
-        "shortened": train.shortened,
-        "split": train.split,
+        "tokens": sum(len(row.input_ids) for row in fitted.rows),
+        "supervised": sum(row.supervised for row in train),
+        "longest": max(len(row.input_ids) for row in fitted.rows),
+        "max_length": fitted.max_length,
+        "dropped": fitted.dropped + len(loaded.splits.train.dropped),
+        "shortened": fitted.shortened,
+        "split": fitted.split,
         "fingerprint": rows_fingerprint(loaded.splits.train.rows),
         "labels": list(loaded.labels.names) if loaded.labels else [],
+        "problem_type": loaded.format.problem_type if produces == "labelled" else None,
+        "unanswerable": loaded.unanswerable,
+        "target_language": loaded.target_language,
     }
 
 
 def _choices(
     loaded: Loaded,
-    train: Fitted,
+    fitted: Fitted,
     validation: Sequence[Encoded],
     facts: dict[str, Any],
     prompt_format: PromptFormat | None,
@@ -230,22 +282,30 @@ def _choices(
         else ("no validation rows: --validation-split 0.05 would hold some out")
     )
     tokens, supervised = facts["tokens"], facts["supervised"]
+    produces = loaded.format.produces
     choices = [
-        Choice("data", loaded.splits.name, f"{len(train.rows):,} rows; {held}"),
+        Choice("data", loaded.splits.name, f"{facts['train_rows']:,} rows; {held}"),
         Choice("columns", loaded.format.description),
-        Choice("max length", f"{train.max_length:,} tokens", train.reason),
+        *loaded.choices,
+        Choice("max length", f"{fitted.max_length:,} tokens", fitted.reason),
     ]
-    if loaded.labels is None:
+    if loaded.labels is not None:
+        choices.append(Choice("labels", f"{len(loaded.labels)}", ", ".join(facts["labels"][:8])))
+    if produces == "question":
+        none = sum(not question.answers for question in loaded.train)
+        aside = f"{none:,} without an answer" if none else "each has an answer"
+        choices.append(Choice("questions", f"{len(loaded.train):,}", aside))
+    elif produces != "labelled":
         share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
         choices.append(Choice("tokens", f"{tokens:,} an epoch", share))
-    else:
-        choices.append(Choice("labels", f"{len(loaded.labels)}", ", ".join(facts["labels"][:8])))
     if prompt_format is not None:
         choices.append(Choice("prompt", prompt_format.kind, prompt_format.instruction))
+    splits = "more windows than questions" if produces == "question" else "split into several"
     for count, what in (
         (facts["dropped"], "dropped"),
-        (train.shortened, "shortened at the beginning of the prompt"),
-        (train.split, "split into several"),
+        (facts["validation_dropped"], "of validation dropped, beyond the max length"),
+        (fitted.shortened, "shortened at the beginning of the prompt"),
+        (fitted.split, splits),
     ):
         if count:
             choices.append(Choice("rows changed", f"{count:,} {what}"))

@@ -17,6 +17,7 @@ from ftlevel.engine.adapt import load_adapter
 from ftlevel.errors import RunError, listing
 from ftlevel.methods.lora_start import starts_inside_base
 from ftlevel.models.hardware import autocast
+from ftlevel.tasks.objectives import Objective
 
 PROBE_ROWS = 4
 
@@ -51,17 +52,15 @@ def probe_batch(rows: Sequence[Encoded], pad_id: int, device: str) -> dict[str, 
 
 
 def probe_logits(
-    model: Any, batch: dict[str, torch.Tensor], device: str, dtype: str
+    model: Any, batch: dict[str, torch.Tensor], objective: Objective, device: str, dtype: str
 ) -> torch.Tensor:
     """Return `model`'s logits in eval mode, in float32 on the CPU."""
-    inputs = dict(batch)
-    if not model.config.is_encoder_decoder or batch["labels"].dim() == 1:
-        inputs.pop("labels")
+    inputs, _ = objective.split(batch)
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), autocast(device, dtype):
-            return model(**inputs).logits.float().cpu()
+            return objective.logits(model(**inputs)).float().cpu()
     finally:
         model.train(training)
 
@@ -92,6 +91,7 @@ def check_saved(
     load_base: Callable[[], Any],
     batch: dict[str, torch.Tensor],
     *,
+    objective: Objective,
     device: str,
     dtype: str,
 ) -> tuple[int, float, float]:
@@ -102,6 +102,7 @@ def check_saved(
         directory: the saved adapter, or the whole model of `--method full`.
         load_base: loads the base anew.
         batch: rows to compare logits on.
+        objective: what was trained for.
         device: torch device type.
         dtype: compute precision's name.
 
@@ -111,12 +112,12 @@ def check_saved(
     Raises:
         RunError: frozen weights changed, the reloaded model differs, or training changed nothing.
     """
-    after = probe_logits(trained, batch, device, dtype)
+    after = probe_logits(trained, batch, objective, device, dtype)
     fresh = load_base()
     full = not hasattr(trained, "peft_config")
     if full:
         frozen = 0
-        before = probe_logits(fresh, batch, device, dtype)
+        before = probe_logits(fresh, batch, objective, device, dtype)
         reloaded = type(trained).from_pretrained(
             directory, dtype=torch.float32, use_safetensors=True
         ).to(device)  # fmt: skip
@@ -124,8 +125,8 @@ def check_saved(
         frozen = _compare_frozen(trained, fresh)
         reloaded = load_adapter(fresh, directory)
         with disabled_adapter(reloaded):
-            before = probe_logits(reloaded, batch, device, dtype)
-    again = probe_logits(reloaded, batch, device, dtype)
+            before = probe_logits(reloaded, batch, objective, device, dtype)
+    again = probe_logits(reloaded, batch, objective, device, dtype)
     difference = (again - after).abs().max().item()
     effect = (after - before).abs().max().item()
     scale = after.abs().max().item()

@@ -24,13 +24,15 @@ from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import (
     build_task_model,
-    find_new_poolers,
+    checkpoint_tensors,
+    label_overrides,
     load_config,
     load_tokenizer,
 )
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.models.targets import find_heads
+from ftlevel.models.targets import find_heads, find_new_language_head, find_new_poolers
 from ftlevel.tasks import TASKS, Task
+from ftlevel.tasks.objectives import Objective, build_objective
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Plan:
         tokenizer: the model's, with a padding token.
         device: torch device type.
         dtype: compute precision's name.
+        objective: what the model is trained on.
         heads: modules trained in full.
+        new_modules: where weights may be that the checkpoint lacks.
         targets: full names of the modules that get an update.
         parameters: ends of names of the tensors that get one beside them.
         fan_in_fan_out: whether these are Conv1D.
@@ -63,7 +67,9 @@ class Plan:
     tokenizer: Any
     device: str
     dtype: str
+    objective: Objective
     heads: list[str]
+    new_modules: list[str]
     targets: list[str]
     parameters: list[str]
     fan_in_fan_out: bool
@@ -86,10 +92,6 @@ def resolve(config: TrainConfig) -> Plan:
     kind = model_kind(bare)
     _check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
-    family = lookup_family(bare.model_type)
-    base = Cell("", bare.model_type, kind, task.name, config.quant.kind,
-                bool(family.target_parameters) if family else None)  # fmt: skip
-    check_supported(config.method, base)
     device = choose_device(config.model.device)
     dtype = _dtype(config, device.value, bare.model_type)
     loaded = load_examples(config.data, task, config.train.seed)
@@ -97,7 +99,7 @@ def resolve(config: TrainConfig) -> Plan:
     pad = choose_pad_token(tokenizer)
     model_config = _task_config(source, loaded, tokenizer)
     meta = build_task_model(model_config, auto_class)
-    heads = [*find_new_poolers(meta, source), *find_heads(meta)] if task.labelled else []
+    heads, new_modules = _heads(task, meta, source)
     adapted = find_method_targets(config.method, meta, source.name, config.quant.kind)
     data = prepare_examples(
         loaded,
@@ -107,6 +109,14 @@ def resolve(config: TrainConfig) -> Plan:
         tokenizer,
         model_config,
         _text_positions(config, model_config),
+        config.train.seed,
+    )
+    objective = build_objective(
+        task,
+        kind,
+        problem_type=loaded.format.problem_type,
+        labels=loaded.labels.names if loaded.labels else (),
+        unanswerable=loaded.unanswerable,
     )
     learning_rate = config.train.learning_rate or default_learning_rate(config.method)
     choices = [
@@ -117,7 +127,7 @@ def resolve(config: TrainConfig) -> Plan:
         dtype,
         *_method_choices(config),
         *adapted.choices(getattr(config.method, "target_modules", None)),
-        *([Choice("heads", ", ".join(heads), "trained in full and saved")] if heads else []),
+        *_head_choices(task, heads),
         *([pad] if pad else []),
         Choice(
             "learning rate",
@@ -127,8 +137,8 @@ def resolve(config: TrainConfig) -> Plan:
     ]
     return Plan(
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
-        heads, adapted.modules, adapted.parameters, adapted.fan_in_fan_out, learning_rate, data,
-        choices,
+        objective, heads, new_modules, adapted.modules, adapted.parameters, adapted.fan_in_fan_out,
+        learning_rate, data, choices,
     )  # fmt: skip
 
 
@@ -138,6 +148,10 @@ def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
     Raises:
         ConfigError: with the reason, and what works.
     """
+    family, quant = lookup_family(model_config.model_type), config.quant.kind
+    experts = bool(family.target_parameters) if family else None
+    base = Cell("", model_config.model_type, kind, config.task, quant, experts)
+    check_supported(config.method, base)
     method = METHODS.get(config.method.kind)
     if method is None or method.refuse is None:
         return
@@ -179,16 +193,34 @@ def _dtype(config: TrainConfig, device: str, model_type: str) -> Choice:
     return Choice("dtype", "float32", f"auto: {init} takes its start out of the weights")
 
 
+def _heads(task: Task, meta: Any, source: ModelSource) -> tuple[list[str], list[str]]:
+    """Return the modules to train in full, and those whose weights a checkpoint may lack."""
+    if task.has_new_head:
+        tensors = checkpoint_tensors(source)
+        poolers = find_new_poolers(meta, tensors) if tensors is not None else []
+        heads = [*poolers, *find_heads(meta)]
+        return heads, heads
+    if task.target == "mask":
+        return find_new_language_head(meta)
+    return [], []
+
+
+def _head_choices(task: Task, heads: list[str]) -> list[Choice]:
+    if not heads:
+        return []
+    why = "trained in full and saved"
+    if task.target == "mask":
+        why = f"the checkpoint has no masked language head: new, {why}"
+    return [Choice("heads", ", ".join(heads), why)]
+
+
 def _task_config(source: ModelSource, loaded: Loaded, tokenizer: Any) -> Any:
     overrides: dict[str, Any] = {}
+    if loaded.format.produces == "labelled":
+        overrides["problem_type"] = loaded.format.problem_type
+        overrides["num_labels"] = 1  # of a quantity
     if loaded.labels is not None:
-        names = loaded.labels.names
-        overrides = {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
-            "problem_type": "single_label_classification",
-        }
+        overrides |= label_overrides(loaded.labels.names)
     config = load_config(source, **overrides)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
@@ -238,6 +270,9 @@ def _describe(method: MethodConfig) -> str:
         return ", ".join([detail, *(name for name, on in forms.items() if on)])
     if method.kind == "full":
         return "every weight is trained"
+    own = METHODS[method.kind].describe
+    if own is not None:
+        return own(method)
     fields = method.model_dump(exclude={"kind", "target_modules"})
     return ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None)
 

@@ -24,7 +24,7 @@ from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
 from ftlevel.engine.summary import build_card, build_summary, describe_base, dump_config
 from ftlevel.engine.trainer import FtlevelTrainer
-from ftlevel.engine.watch import Certify, GradientProof, Interrupt, Report
+from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, Report
 from ftlevel.errors import Interrupted
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.lora_start import copy_start
@@ -92,7 +92,8 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
     trainer = build_trainer(config, plan, model, evaluator, run)
     gradients, interrupt = GradientProof(listener), Interrupt()
     report = Report(listener, run.log, lambda: int(trainer.tokens_seen))
-    for callback in (report, gradients, interrupt, *method_callbacks(config, run),
+    for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train),
+                     *method_callbacks(config, run),
                      Certify(run.checkpoints, config.train.save_total_limit)):  # fmt: skip
         trainer.add_callback(callback)
 
@@ -115,6 +116,7 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
         lambda: load_base(config, plan),
         probe_batch(plan.data.validation or plan.data.train, plan.tokenizer.pad_token_id,
                     plan.device),
+        objective=plan.objective,
         device=plan.device,
         dtype=plan.dtype,
     )  # fmt: skip
@@ -231,7 +233,7 @@ def load_base(config: TrainConfig, plan: Plan) -> Any:
         quantization=build_quantization_config(config.quant, DTYPES[plan.dtype], plan.heads),
         attn_implementation=config.model.attn_implementation,
     )
-    check_missing(missing, plan.heads, plan.source.name)
+    check_missing(missing, plan.new_modules, plan.source.name)
     return model
 
 
@@ -246,8 +248,7 @@ def build_trainer(
     arguments = build_arguments(config, plan, run.checkpoints)
     method = METHODS.get(config.method.kind)
     trainer = FtlevelTrainer(
-        kind=plan.kind,
-        labelled=plan.task.labelled,
+        objective=plan.objective,
         evaluator=evaluator,
         model=model,
         args=arguments,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,19 @@ from ftlevel.engine.adapt import load_adapter
 from ftlevel.engine.pad_token import choose_pad_token
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import DTYPES, choose_device, choose_dtype
-from ftlevel.models.kinds import model_kind
-from ftlevel.models.loading import check_missing, load_config, load_model, load_tokenizer
+from ftlevel.models.kinds import max_positions, model_kind
+from ftlevel.models.loading import (
+    check_missing,
+    label_overrides,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, Task
+from ftlevel.tasks.objectives import Objective, build_objective
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,11 @@ class Trained:
         kind: kind of the model.
         device: torch device type.
         dtype: compute precision's name.
-        prompt_format: as in training; None for classes.
-        labels: class names.
+        objective: what it was trained on.
+        max_length: of a training row, in tokens.
+        prompt_format: as in training; None where there are no prompts.
+        labels: names of the classes or tags.
+        options: of the task, as in its card.
         notes: what the user should know.
     """
 
@@ -44,8 +56,11 @@ class Trained:
     kind: str
     device: str
     dtype: str
+    objective: Objective
+    max_length: int
     prompt_format: PromptFormat | None
-    labels: list[str]
+    labels: list[str] = field(default_factory=list)
+    options: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -112,8 +127,7 @@ def _load_with_card(
     source: ModelSource, directory: Path, card: AdapterCard, device: str
 ) -> Trained:
     task = TASKS[card.task]
-    overrides: dict[str, Any] = {"num_labels": len(card.labels)} if card.labels else {}
-    config = load_config(source, **overrides)
+    config = load_config(source, **_card_overrides(card))
     tokenizer = load_tokenizer(ModelSource(str(directory), "directory", str(directory)))
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
@@ -131,11 +145,32 @@ def _load_with_card(
         device=device,
         quantization=build_quantization_config(quant, DTYPES[dtype], card.heads),
     )
-    check_missing(missing, [] if full else card.heads, source.name)
+    # A language head that was new has a bias that is not trained and stays zero.
+    new = [*card.heads, *find_heads(model)] if card.heads and not full else []
+    check_missing(missing, new, source.name)
     if not full:
         model = load_adapter(model, directory)
     prompt = PromptFormat(**card.prompt) if card.prompt else None
-    return Trained(model.eval(), tokenizer, task, kind, device, dtype, prompt, card.labels, notes)
+    objective = build_objective(
+        task,
+        kind,
+        problem_type=card.options.get("problem_type"),
+        labels=card.labels,
+        unanswerable=card.options.get("unanswerable", False),
+    )
+    return Trained(
+        model.eval(), tokenizer, task, kind, device, dtype, objective, card.max_length,
+        prompt, card.labels, card.options, notes,
+    )  # fmt: skip
+
+
+def _card_overrides(card: AdapterCard) -> dict[str, Any]:
+    """Return what the base's config is given so that its head has the trained one's shape."""
+    overrides = label_overrides(card.labels) if card.labels else {}
+    if problem := card.options.get("problem_type"):
+        overrides["problem_type"] = problem
+        overrides.setdefault("num_labels", 1)
+    return overrides
 
 
 def _load_plain(name: str, device: str) -> Trained:
@@ -151,4 +186,6 @@ def _load_plain(name: str, device: str) -> Trained:
     model, missing = load_model(source, config, auto_class, dtype=DTYPES[dtype], device=device)
     check_missing(missing, [], name)
     prompt = choose_format(tokenizer, kind, task.instruction, task.answer_cue)
-    return Trained(model.eval(), tokenizer, task, kind, device, dtype, prompt, [])
+    objective = build_objective(task, kind)
+    longest = max_positions(config) or 0
+    return Trained(model.eval(), tokenizer, task, kind, device, dtype, objective, longest, prompt)

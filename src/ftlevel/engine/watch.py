@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.artifacts import checkpoints
+from ftlevel.data.encode import Encoded
+from ftlevel.data.masking import MaskedRows
 from ftlevel.engine.events import Listener
 from ftlevel.errors import RunError, listing
 
@@ -151,6 +153,24 @@ class Certify(TrainerCallback):
         """Certify the checkpoint that was just written."""
         checkpoints.certify(self.directory / f"checkpoint-{state.global_step}")
         checkpoints.rotate(self.directory, self.keep)
+
+
+class FollowEpoch(TrainerCallback):
+    """Tell rows that differ from epoch to epoch which one begins, also after a resumption."""
+
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        self.rows = rows
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Set the epoch; Trainer takes the first row of it after this."""
+        if isinstance(self.rows, MaskedRows):
+            self.rows.epoch = int(state.epoch or 0)
 
 
 class Report(TrainerCallback):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,15 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--model {source.name}: {_first_line(error)}") from error
+
+
+def label_overrides(names: Sequence[str]) -> dict[str, Any]:
+    """Return what `load_config` is given for classes or tags of these `names`."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -112,6 +121,8 @@ def load_model(
         InputError: a file is damaged.
     """
     arguments = source.arguments()
+    if mapping := rename_prefix(config, auto_class):
+        arguments["key_mapping"] = mapping
     if attn_implementation != "auto":
         arguments["attn_implementation"] = attn_implementation
     if quantization is not None:
@@ -142,25 +153,31 @@ def load_model(
     return model, sorted(info["missing_keys"])
 
 
-def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
-    """Return the poolers of `meta` that the checkpoint does not hold.
+def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
+    """Return the `key_mapping` with which a family's checkpoint fits the class of a task.
 
-    A masked language model is saved without one. It would be random, so it is trained and saved
-    like a head. Nothing is found for a .gguf file or a model that is not on this disk yet.
+    In transformers 5.24 the question answering classes of Llama and Qwen call their base
+    `transformer`, where every other class and every checkpoint says `model`: no weight would be
+    found. Empty where the names agree.
     """
-    if source.path is None or source.path.is_file():
-        return []
-    held: set[str] = set()
+    families = transformers.AutoModel._model_mapping
+    classes = getattr(transformers, auto_class)._model_mapping
+    if type(config) not in families or type(config) not in classes:
+        return {}
+    usual = families[type(config)].base_model_prefix
+    here = classes[type(config)].base_model_prefix
+    return {} if here == usual else {rf"^{usual}\.": f"{here}."}
+
+
+def checkpoint_tensors(source: ModelSource) -> set[str] | None:
+    """Return the names of the tensors that a local model's files hold; None if not known."""
+    if source.path is None or not source.path.is_dir():
+        return None
+    names: set[str] = set()
     for path in source.path.glob("*.safetensors"):
         with safe_open(str(path), framework="pt") as file:
-            held.update(file.keys())
-    return [
-        name
-        for name, module in meta.named_modules()
-        if name.rpartition(".")[2] == "pooler"
-        and (own := [key for key, _ in module.named_parameters()])
-        and not any(stored.endswith(f"pooler.{own[0]}") for stored in held)
-    ]
+            names.update(file.keys())
+    return names or None
 
 
 def check_missing(missing: list[str], allowed: list[str], name: str) -> None:

@@ -7,9 +7,9 @@ table names is read just as well. Works on the meta device and on quantized mode
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -204,3 +204,57 @@ def find_heads(model: nn.Module) -> list[str]:
     `["cls.predictions"]`; none for a bare model.
     """
     return ModuleTree(model).heads
+
+
+def find_new_poolers(model: nn.Module, tensors: Collection[str]) -> list[str]:
+    """Return the base's poolers that a checkpoint with these `tensors` lacks.
+
+    A BERT that was saved as a language model has none; to classify texts, it must be trained with
+    the head. Names are compared from the pooler on, since a checkpoint may lack the base's prefix.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "pooler"
+        and any(True for _ in module.parameters())
+        and name not in find_heads(model)
+        and not any(tensor.startswith("pooler.") or ".pooler." in tensor for tensor in tensors)
+    ]
+
+
+def find_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Return what must be trained of a masked language head that the checkpoint lacks.
+
+    A checkpoint has the head if it was saved as a language model, which its config says
+    (`architectures`). Where it has none, all of the head is new but the output embedding that is
+    tied to the input's: BERT's transform, RoBERTa's dense and norm. The output's bias stays zero.
+
+    Returns:
+        The modules to train, and the heads whose weights the checkpoint may lack; both empty where
+        the head is pretrained.
+    """
+    config: Any = model.config
+    if any(_has_language_head(name, config.model_type) for name in config.architectures or ()):
+        return [], []
+    heads = find_heads(model)
+    output = model.get_output_embeddings() if config.tie_word_embeddings else None  # type: ignore[operator]
+    modules = dict(model.named_modules())
+    new: list[str] = []
+    open_ = list(heads)
+    while open_:
+        name = open_.pop(0)
+        parts = list(modules[name].modules())
+        if not any(part is output for part in parts):
+            new.append(name)
+        elif modules[name] is not output:
+            children = modules[name].named_children()
+            open_ += [
+                f"{name}.{key}" for key, part in children if any(True for _ in part.parameters())
+            ]
+    return new, heads
+
+
+def _has_language_head(architecture: str, model_type: str) -> bool:
+    if model_type == "electra":  # its ForPreTraining is the discriminator
+        return architecture.endswith("ForMaskedLM")
+    return architecture.endswith(("ForMaskedLM", "ForPreTraining"))

@@ -17,7 +17,13 @@ from torch import nn
 
 from ftlevel.errors import InputError, did_you_mean, listing
 from ftlevel.models.family_facts import FLOAT32_BYTES, lora_parameters
-from ftlevel.models.module_tree import LinearModule, ModuleTree, find_heads
+from ftlevel.models.module_tree import (
+    LinearModule,
+    ModuleTree,
+    find_heads,
+    find_new_language_head,
+    find_new_poolers,
+)
 
 __all__ = [
     "ExpertKind",
@@ -27,6 +33,8 @@ __all__ = [
     "adapter_bytes",
     "build_meta_model",
     "find_heads",
+    "find_new_language_head",
+    "find_new_poolers",
     "inspect_model",
     "lora_parameters",
     "parse_wish",

@@ -247,13 +247,13 @@ def test_unusable_rows_are_collected_or_dropped() -> None:
     [
         (
             4.5,
-            "x.jsonl:1: 'label' is a fraction (4.5). Classes are names or whole numbers; to learn "
-            "a quantity is regression, another problem type.",
+            "x.jsonl:1: 'label' is a fraction (4.5). Classes are names or whole numbers. To learn "
+            "a quantity: --set data.problem_type=regression.",
         ),
         (
             ["a", "b"],
-            "x.jsonl:1: 'label' is a list. Each row has one class here; several labels a row is "
-            "multi-label classification, another problem type.",
+            "x.jsonl:1: 'label' is a list, and with problem_type single_label_classification each "
+            "row has one class. For several: --set data.problem_type=multi_label_classification.",
         ),
     ],
 )

@@ -75,8 +75,8 @@ def test_ids() -> None:
         (
             ["4.5", "3", "1.0"],
             (),
-            "x.csv:3: 'label' is a fraction (1.0). Classes are names or whole numbers; to learn "
-            "a quantity is regression, another problem type.",
+            "x.csv:3: 'label' is a fraction (1.0). Classes are names or whole numbers. To learn "
+            "a quantity: --set data.problem_type=regression.",
         ),
         (
             [0, 1, 2],

@@ -1,0 +1,173 @@
+"""From examples to encoded rows of the right length, one function a kind of target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ftlevel.config import DataConfig
+from ftlevel.data.encode import Encoded, encode_causal, encode_labelled, encode_seq2seq
+from ftlevel.data.examples import Labelled
+from ftlevel.data.fit import Fitted, fit_rows, fit_targets
+from ftlevel.data.labels import LabelSet
+from ftlevel.data.masking import encode_masked
+from ftlevel.data.prompts import PromptFormat
+from ftlevel.data.table import Table
+from ftlevel.data.tags import encode_tagged
+from ftlevel.data.windows import USUAL_LENGTH, encode_questions
+from ftlevel.errors import InputError
+from ftlevel.tasks import Task
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What encoding needs beside the examples.
+
+    Attributes:
+        task: the task.
+        kind: kind of the model.
+        tokenizer: the model's.
+        config: the data section.
+        positions: longest sequence that the model takes, or None.
+        prompt_format: how prompts are laid out; None where there are none.
+        labels: the classes or tags, or None.
+    """
+
+    task: Task
+    kind: str
+    tokenizer: Any
+    config: DataConfig
+    positions: int | None
+    prompt_format: PromptFormat | None = None
+    labels: LabelSet | None = None
+
+    def __call__(self, examples: Sequence[Any], table: Table) -> Fitted:
+        """Encode `examples` of `table` and make them fit.
+
+        Raises:
+            InputError: rows do not fit and may not be dropped, or cannot be encoded.
+        """
+        if not self.tokenizer.is_fast and self.task.target in ("tags", "span", "mask"):
+            raise InputError(
+                f"the tokenizer of {self.tokenizer.name_or_path} does not tell which characters "
+                f"a token covers, which --task {self.task.name} needs. Use a model with a "
+                "tokenizer.json."
+            )
+        return _ENCODERS[self.task.target](self, examples, table)
+
+    def dropping(self) -> Encoder:
+        """Return an encoder of other splits, which drops rows that do not fit."""
+        return replace(self, config=self.config.model_copy(update={"overlong": "drop"}))
+
+    def fit(self, rows: list[Encoded], table: Table) -> Fitted:
+        """Make `rows` fit as the data section says."""
+        config = self.config
+        return fit_rows(rows, config.max_length, self.positions, config.overlong, table.where)
+
+    def limit(self, usual: int | None) -> int | None:
+        """Return the longest row in tokens that the user or the model allows.
+
+        Args:
+            usual: what it is at most where the user gives no number.
+
+        Raises:
+            InputError: the user's number is beyond the model's positions.
+        """
+        wish, positions = self.config.max_length, self.positions
+        if isinstance(wish, int):
+            if positions is not None and wish > positions:
+                raise InputError(
+                    f"--max-length {wish:,} is beyond the model's {positions:,} positions. "
+                    f"Use at most {positions:,}."
+                )
+            return wish
+        known = [length for length in (usual, positions) if length is not None]
+        return min(known, default=None)
+
+
+def _encode_texts(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    if encoder.prompt_format is None:
+        raise TypeError("a task that writes text has a prompt format")
+    seq2seq = encoder.kind == "encoder-decoder"
+    encode = encode_seq2seq if seq2seq else encode_causal
+    fitted = encoder.fit(encode(encoder.tokenizer, examples, encoder.prompt_format), table)
+    if not seq2seq:
+        return fitted
+    longest, overlong = encoder.config.max_target_length, encoder.config.overlong
+    kept, dropped = fit_targets(fitted.rows, longest, overlong, table.where)
+    if not kept:
+        raise InputError(f"no target is within {longest:,} tokens.")
+    return replace(fitted, rows=kept, dropped=fitted.dropped + dropped)
+
+
+def _encode_classes(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    def target_of(example: Labelled) -> int | float | tuple[float, ...]:
+        label = example.label
+        if isinstance(label, float):
+            return label
+        if encoder.labels is None:
+            raise TypeError("a class has a label set")
+        if isinstance(label, tuple):
+            true = {encoder.labels.id_of(name) for name in label}
+            return tuple(float(i in true) for i in range(len(encoder.labels)))
+        return encoder.labels.id_of(label)
+
+    return encoder.fit(encode_labelled(encoder.tokenizer, examples, target_of), table)
+
+
+def _encode_tags(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    if encoder.labels is None:
+        raise TypeError("tags have a label set")
+    return encoder.fit(encode_tagged(encoder.tokenizer, examples, encoder.labels), table)
+
+
+def _encode_questions(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    length = encoder.limit(USUAL_LENGTH) or USUAL_LENGTH
+    windows, dropped = encode_questions(
+        encoder.tokenizer,
+        examples,
+        length=length,
+        stride=encoder.config.doc_stride,
+        separator=question_separator(encoder.kind),
+        where=table.where,
+        drop=encoder.config.overlong == "drop",
+    )
+    asked = len({window.row for window in windows})
+    given = isinstance(encoder.config.max_length, int)
+    return Fitted(
+        windows,
+        length,
+        "" if given else "auto: windows as in SQuAD's baselines, within the model's positions",
+        dropped=dropped,
+        split=len(windows) - asked,
+    )
+
+
+def _encode_blocks(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    limit = encoder.limit(None)
+    rows = encode_masked(encoder.tokenizer, examples, limit)
+    if not rows:
+        raise InputError(f"{table.source}: no text has a token to hide.")
+    longest = max(len(row.input_ids) for row in rows)
+    pieces: dict[int, int] = {}
+    for row in rows:
+        pieces[row.row] = pieces.get(row.row, 0) + 1
+    split = sum(count > 1 for count in pieces.values())
+    reason = "auto: the model's positions" if split else "auto: the longest row"
+    given = isinstance(encoder.config.max_length, int)
+    return Fitted(rows, limit if given and limit else longest, "" if given else reason, split=split)
+
+
+_ENCODERS: dict[str, Callable[[Encoder, Sequence[Any], Table], Fitted]] = {
+    "text": _encode_texts,
+    "class": _encode_classes,
+    "tags": _encode_tags,
+    "span": _encode_questions,
+    "mask": _encode_blocks,
+}
+
+
+def question_separator(kind: str) -> str:
+    """Return what ends a question for a model of `kind`: a decoder has no token for it."""
+    return "\n" if kind == "decoder" else ""

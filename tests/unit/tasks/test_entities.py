@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from seqeval.metrics import f1_score, precision_score, recall_score
+from seqeval.metrics.sequence_labeling import get_entities
+
+from ftlevel.tasks.entities import are_entity_tags, find_entities, score_entities
+
+
+@pytest.mark.parametrize(
+    ("tags", "entities"),
+    [
+        ("O B-PER I-PER O B-LOC", [("PER", 1, 2), ("LOC", 4, 4)]),
+        ("B-PER B-PER I-PER", [("PER", 0, 0), ("PER", 1, 2)]),
+        ("I-PER I-PER O I-LOC", [("PER", 0, 1), ("LOC", 3, 3)]),
+        ("B-PER I-LOC I-LOC", [("PER", 0, 0), ("LOC", 1, 2)]),
+        ("B-PER I-PER E-PER S-LOC", [("PER", 0, 2), ("LOC", 3, 3)]),
+        ("O O", []),
+    ],
+)
+def test_entities_of_a_sentence(tags: str, entities: list[tuple[str, int, int]]) -> None:
+    assert find_entities(tags.split()) == entities
+
+
+def test_scores_are_those_of_seqeval() -> None:
+    drawn = random.Random(3)
+    for prefixes in ("BI", "BIES"):
+        names = ["O", "O", *(f"{p}-{kind}" for p in prefixes for kind in ("A", "B"))]
+
+        def draw(names: list[str] = names) -> list[list[str]]:
+            return [[drawn.choice(names) for _ in range(length)] for length in range(1, 40)]
+
+        true, predicted = draw(), draw()
+        assert [find_entities(tags) for tags in true] == [get_entities(tags) for tags in true]
+        assert score_entities(true, predicted) == pytest.approx(
+            {
+                "precision": precision_score(true, predicted),
+                "recall": recall_score(true, predicted),
+                "f1": f1_score(true, predicted),
+            }
+        )
+
+
+def test_by_hand() -> None:
+    true = [["B-PER", "I-PER", "O", "B-LOC"], ["B-LOC"]]
+    predicted = [["B-PER", "O", "O", "B-LOC"], ["B-LOC"]]
+    assert score_entities(true, predicted) == pytest.approx(
+        {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
+    )
+    nothing = [["O"]]
+    assert score_entities(nothing, nothing) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+
+def test_which_names_are_of_entities() -> None:
+    assert are_entity_tags(["O", "B-PER", "I-PER"])
+    assert not are_entity_tags(["NOUN", "VERB"])
+    assert not are_entity_tags(["O"])
+    assert not are_entity_tags(["0", "1"])

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ftlevel.data.tags import TaggedRow
+from ftlevel.data.windows import Window
+from ftlevel.tasks.meters import (
+    ClassMeter,
+    MultiLabelMeter,
+    RegressionMeter,
+    SpanMeter,
+    TagMeter,
+    TokenMeter,
+)
+
+
+def test_tokens() -> None:
+    meter = TokenMeter("pseudo_perplexity", "masked_accuracy")
+    meter.update(torch.eye(3)[[0, 1, 2]], torch.tensor([0, 1, 0]), [])
+    assert meter.compute(math.log(8)) == pytest.approx(
+        {"pseudo_perplexity": 8.0, "masked_accuracy": 2 / 3}
+    )
+
+
+def test_classes() -> None:
+    meter = ClassMeter()
+    meter.update(torch.eye(2)[[1, 1, 0, 0]], torch.tensor([1, 0, 0, 0]), [])
+    # TP 1, FP 1, FN 0, TN 2: MCC = (1·2 − 1·0) / √(2·1·3·2)
+    expected = {"accuracy": 0.75, "f1": (2 / 3 + 4 / 5) / 2, "mcc": 2 / math.sqrt(12)}
+    assert meter.compute(0.0) == pytest.approx(expected)
+
+
+def test_several_labels() -> None:
+    meter = MultiLabelMeter()
+    meter.update(
+        torch.tensor([[1.0, -1, 1], [-1, -1, -1]]), torch.tensor([[1.0, 0, 0], [0, 0, 0]]), []
+    )
+    # label 1: TP 1; label 2: nothing; label 3: FP 1. Micro: 2·1 / (2·1 + 1)
+    expected = {"micro_f1": 2 / 3, "macro_f1": 1 / 3, "subset_accuracy": 0.5}
+    assert meter.compute(0.0) == pytest.approx(expected)
+
+
+def test_quantities() -> None:
+    meter = RegressionMeter()
+    meter.update(torch.tensor([[1.0], [2.0], [9.0]]), torch.tensor([1.0, 2.0, 3.0]), [])
+    scores = meter.compute(12.0)
+    assert scores["rmse"] == pytest.approx(math.sqrt(12))
+    assert scores["spearman"] == pytest.approx(1.0)
+    # x − 4 = −3 −2 5; y − 2 = −1 0 1: 8 / √(38 · 2)
+    assert scores["pearson"] == pytest.approx(8 / math.sqrt(76))
+
+
+def test_a_constant_has_no_correlation() -> None:
+    meter = RegressionMeter()
+    meter.update(torch.tensor([[1.0], [1.0]]), torch.tensor([1.0, 2.0]), [])
+    assert meter.compute(0.5) == pytest.approx({"rmse": math.sqrt(0.5)})
+
+
+def test_tags_count_words_without_a_token() -> None:
+    names = ["B-X", "O"]
+    row = TaggedRow([5, 6, 7], [-100, 0, -100], 0, {}, (0, 0, 1), (1, None, 2))
+    meter = TagMeter(names)
+    meter.update(torch.eye(2)[[1, 0, 1]][None], torch.tensor([row.labels]), [row])
+    assert meter.true == [["B-X", "B-X", "O"]]
+    assert meter.predicted == [["B-X", "O", "O"]]
+    assert meter.compute(0.0) == pytest.approx(
+        {"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "accuracy": 2 / 3}
+    )
+
+
+def test_tags_of_no_entities_have_macro_f1() -> None:
+    row = TaggedRow([5, 6], [0, 1], 0, {}, (0, 1), (0, 1))
+    meter = TagMeter(["NOUN", "VERB"])
+    meter.update(torch.eye(2)[[0, 0]][None], torch.tensor([row.labels]), [row])
+    assert meter.compute(0.0) == pytest.approx({"f1": (2 / 3 + 0) / 2, "accuracy": 0.5})
+
+
+def test_spans_are_scored_once_a_question() -> None:
+    offsets = ((0, 3), (4, 7))
+    rows = [
+        Window([0] * 3, (1, 1), index, {}, "red sky", answers, 1, offsets)
+        for index, answers in ((0, (("red", 0),)), (0, (("red", 0),)), (1, (("sky", 4),)))
+    ]
+    logits = torch.zeros(3, 3, 2)
+    logits[0, 1] = 5.0  # "red" in the first window of question 0
+    logits[1, 2] = 1.0
+    logits[2, 1, 0] = logits[2, 2, 1] = 3.0  # "red sky" for "sky"
+    meter = SpanMeter(unanswerable=False)
+    meter.update(logits, torch.zeros(3, 2), rows)
+    assert meter.compute(0.0) == pytest.approx({"exact_match": 0.5, "f1": (1 + 2 / 3) / 2})

@@ -1,0 +1,85 @@
+"""Every loss is transformers' own where a batch has no padding, and is a sum over its targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_models
+from ftlevel.tasks import TASKS
+from ftlevel.tasks.objectives import Objective, Spans, build_objective
+
+CELLS = [
+    ("text-generation", "decoder", "llama", "causal", {}),
+    ("summarization", "encoder-decoder", "t5", "seq2seq", {}),
+    ("masked-lm", "encoder", "bert", "mlm", {}),
+    ("token-classification", "encoder", "bert", "tokcls", {}),
+    ("token-classification", "decoder", "gpt2", "tokcls", {}),
+    ("text-classification", "encoder", "bert", "seqcls", {}),
+    ("question-answering", "encoder", "bert", "qa", {}),
+    ("question-answering", "encoder-decoder", "bart", "qa", {}),
+]
+
+
+def full_batch(family: str, head: str) -> dict[str, torch.Tensor]:
+    batch = tiny_models.build_batch(family, head, batch=3, length=10)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if head == "qa":
+        spans = (batch.pop("start_positions"), batch.pop("end_positions"))
+        batch["labels"] = torch.stack(spans, dim=1)
+    elif head in ("causal", "mlm", "tokcls"):
+        batch["labels"][0, 2:5] = -100
+    return batch
+
+
+def share_of(objective: Objective, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    inputs, labels = objective.split(batch)
+    logits = objective.logits(model(**inputs))
+    total = objective.loss_sum(logits, labels, batch["attention_mask"])
+    return total / objective.count(labels)
+
+
+@pytest.mark.parametrize(("task", "kind", "family", "head", "config"), CELLS)
+def test_mean_is_the_models_own_loss(
+    task: str, kind: str, family: str, head: str, config: dict[str, Any]
+) -> None:
+    model = tiny_models.build(family, head, **config)
+    batch = full_batch(family, head)
+    objective = build_objective(TASKS[task], kind)
+    given = dict(batch)
+    if head == "qa":
+        given["start_positions"], given["end_positions"] = given.pop("labels").unbind(1)
+    with torch.no_grad():
+        expected = model(**given).loss
+        assert share_of(objective, model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("problem", "classes", "labels"),
+    [
+        ("multi_label_classification", 3, torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1]])),
+        ("regression", 1, torch.tensor([0.5, -100.0, 3.0])),
+    ],
+)
+def test_classification_of_other_problem_types(
+    problem: str, classes: int, labels: torch.Tensor
+) -> None:
+    model = tiny_models.build("bert", "seqcls", problem_type=problem, num_labels=classes)
+    batch = {**full_batch("bert", "seqcls"), "labels": labels}
+    objective = build_objective(TASKS["text-classification"], "encoder", problem_type=problem)
+    with torch.no_grad():
+        expected = model(**batch).loss
+        assert share_of(objective, model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert int(objective.count(labels)) == labels.numel()
+
+
+def test_padding_is_no_candidate_for_a_span() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(1, 6, 2, generator=generator), torch.tensor([[1, 3]])
+    spans = Spans("f1")
+    short = spans.loss_sum(logits[:, :4], labels, torch.ones(1, 4))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    assert spans.loss_sum(logits, labels, mask).item() == pytest.approx(short.item(), rel=1e-6)
+    assert int(spans.count(labels)) == 2
