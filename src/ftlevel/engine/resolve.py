@@ -10,7 +10,7 @@ from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, LoraSpec, MethodConfig, TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.config.methods import DEFAULT_LEARNING_RATE
+from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
@@ -219,7 +219,7 @@ def _learning_rate(config: TrainConfig, source: ModelSource) -> Choice:
     kind = config.method.kind
     if config.train.learning_rate is not None:
         return Choice("learning rate", config.train.learning_rate)
-    rate, reason = DEFAULT_LEARNING_RATE[kind], f"default for {kind}"
+    rate, reason = default_learning_rate(config.method), f"default for {kind}"
     if source.kind == "builtin" and rate * 10 <= 1e-2:
         return Choice("learning rate", rate * 10, f"{reason}, times 10 for a model this small")
     return Choice("learning rate", rate, reason)
