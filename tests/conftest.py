@@ -69,8 +69,10 @@ def _has_gpu() -> bool:
 def one_thread() -> None:
     """Keep torch to one thread: workers do not fight, and sums have one order."""
     import torch
+    from transformers.utils import logging
 
     torch.set_num_threads(1)
+    logging.disable_progress_bar()  # of the checkpoints that fixtures write
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,9 @@ from ftlevel.errors import InputError
 
 CARD = "ftlevel.json"
 
+PEFT_IMPORTS = dict.fromkeys(("adapter", "prefix", "prompt", "p-tuning"), "ftlevel.adapters")
+"""Method → what a program must import before PEFT alone can load such an adapter."""
+
 
 @dataclass(frozen=True)
 class AdapterCard:
@@ -34,6 +37,7 @@ class AdapterCard:
         padding_side: for batched generation.
         max_length: in tokens.
         data: name, row counts and fingerprint of the training data.
+        needs_import: what a program must import before PEFT alone can load the adapter.
         versions: of the libraries.
     """
 
@@ -49,6 +53,7 @@ class AdapterCard:
     heads: list[str] = field(default_factory=list)
     padding_side: str = "right"
     data: Mapping[str, Any] = field(default_factory=dict)
+    needs_import: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
@@ -129,5 +134,23 @@ def write_readme(summary: Mapping[str, Any]) -> str:
         lines += ["", f"Measured on {rows:,} validation rows; text metrics on the first "
                   f"{summary['data']['generated_rows']:,} of them.", ""]  # fmt: skip
     lines += ["## Use", "", "```sh", generate_command(summary["run"], summary["task"]), "```", ""]
+    if summary["method"] in PEFT_IMPORTS:
+        lines += _python_use(PEFT_IMPORTS[summary["method"]])
     lines += ["The settings are in `config.yaml`, the figures in `summary.json`.", ""]
     return "\n".join(lines)
+
+
+def _python_use(module: str) -> list[str]:
+    """Return how a program loads an adapter of a type that PEFT does not have by itself."""
+    return [
+        "PEFT does not have this type of adapter by itself. `ftlevel` commands need nothing more; "
+        "a program of your own needs one import:",
+        "",
+        "```python",
+        f"import {module}  # makes PEFT know the type",
+        "from peft import PeftModel",
+        "",
+        'model = PeftModel.from_pretrained(base_model, "adapter")  # the folder beside config.yaml',
+        "```",
+        "",
+    ]

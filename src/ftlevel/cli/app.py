@@ -21,6 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.list_targets:list_targets",
         "Show which modules of a model or a family can be adapted.",
     ),
+    "list-methods": (
+        "ftlevel.cli.list_methods:list_methods",
+        "Show which methods there are, and what works with what.",
+    ),
     "generate": (
         "ftlevel.cli.generate:generate",
         "Let a trained run, an adapter or a model write text.",

@@ -47,6 +47,10 @@ def train(
     target_modules: Annotated[
         Text, flag("method.target_modules", "--target-modules", panel=WHAT)
     ] = None,
+    dora: Annotated[Switch, flag("method.use_dora", "--dora/--no-dora", panel=WHAT)] = None,
+    rslora: Annotated[Switch, flag("method.use_rslora", "--rslora/--no-rslora", panel=WHAT)] = None,
+    init: Annotated[Text, flag("method.init_lora_weights", "--init", panel=WHAT)] = None,
+    lora_plus_ratio: Annotated[Float, flag("method.lora_plus_ratio", panel=WHAT)] = None,
     dtype: Annotated[Text, flag("model.dtype", "--dtype", panel=WHAT)] = None,
     bf16: Annotated[
         Switch, typer.Option("--bf16", help="Short for --dtype bfloat16.", rich_help_panel=WHAT)
@@ -59,6 +63,15 @@ def train(
     overlong: Annotated[Text, flag("data.overlong", panel=WHAT)] = None,
     validation_split: Annotated[Float, flag("data.validation_split", panel=WHAT)] = None,
     max_samples: Annotated[Int, flag("data.max_samples", "--max-samples", panel=WHAT)] = None,
+    column_map: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--map",
+            metavar="NAME=COLUMN",
+            help="What the data calls a column: --map summary=abstract. Repeatable.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     on_bad_row: Annotated[Text, flag("data.on_bad_row", panel=WHAT)] = None,
     num_train_epochs: Annotated[
         Float, flag("train.num_train_epochs", "--num-train-epochs", panel=HOW)
@@ -155,14 +168,25 @@ def _read_config(parameters: dict[str, object]) -> TrainConfig:
     layers = []
     path = recipe or positional
     if path is None and parameters["resume"] and parameters["output_dir"]:
-        path = Path(str(parameters["output_dir"])) / "config.yaml"  # the run's own
+        own = Path(str(parameters["output_dir"])) / "config.yaml"
+        path = own if own.is_file() else None
     if isinstance(path, Path):
         layers.append(read_recipe(path))
     settings = parameters["settings"]
     layers.append(read_settings(settings if isinstance(settings, list) else []))
     flags = given_flags(parameters)
     _add_precision(flags, parameters)
+    _add_columns(flags, parameters["column_map"])
     return build_config([*layers, flags])
+
+
+def _add_columns(flags: Layer, pairs: object) -> None:
+    """Read --map NAME=COLUMN."""
+    for pair in pairs if isinstance(pairs, list) else []:
+        name, equals, column = pair.partition("=")
+        if not (name and equals and column):
+            raise ConfigError(f"--map {pair}: expected NAME=COLUMN, as in summary=abstract.")
+        put(flags, ("data", "columns", name), column, f"--map {name}")
 
 
 def _add_precision(flags: Layer, parameters: dict[str, object]) -> None:

@@ -4,7 +4,18 @@ Importing this package never imports torch.
 """
 
 from ftlevel.config.layers import Layer, build_config, put, read_recipe, read_settings
-from ftlevel.config.methods import SPECS, FullSpec, LoraSpec, MethodConfig, QloraSpec
+from ftlevel.config.methods import (
+    SPECS,
+    AdaloraSpec,
+    AdapterSpec,
+    FullSpec,
+    LoraSpec,
+    MethodConfig,
+    PrefixSpec,
+    PromptSpec,
+    PTuningSpec,
+    QloraSpec,
+)
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
@@ -22,6 +33,8 @@ __all__ = [
     "DEFAULT_MODEL",
     "SPECS",
     "TASKS",
+    "AdaloraSpec",
+    "AdapterSpec",
     "DataConfig",
     "FullSpec",
     "Layer",
@@ -29,6 +42,9 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "OutputConfig",
+    "PTuningSpec",
+    "PrefixSpec",
+    "PromptSpec",
     "QloraSpec",
     "QuantConfig",
     "Section",

@@ -250,6 +250,8 @@ def _bad_value(key: KeyPath, detail: ErrorDetails) -> str:
                     "less_than_equal": "≤"}[detail["type"]]  # fmt: skip
             bound = next(iter(context.values()))
             return f"{value!r} is out of range: {'.'.join(key)} must be {sign} {bound}."
+        case "value_error" if isinstance(value, Mapping):  # fields of a section that disagree
+            return f"{context['error']}."
         case "value_error":
             return f"{value!r}: {context['error']}."
         case _:

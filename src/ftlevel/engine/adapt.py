@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,15 @@ import torch
 
 from ftlevel.config import FullSpec, MethodConfig
 from ftlevel.errors import InputError
-from ftlevel.methods import METHODS, Base
+from ftlevel.methods import METHODS, Base, ensure_registered
+from ftlevel.methods.lora_start import as_plain_lora
 
 
 def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
     """Return `model` with what `method` trains, in float32, and everything else frozen.
 
     Args:
-        model: the loaded base (mutated by PEFT).
+        model: the loaded base (mutated by PEFT), or its shape on the meta device.
         method: the method's spec.
         base: facts of the model; its targets are full names of modules.
     """
@@ -28,9 +30,19 @@ def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
     from peft import get_peft_model
 
     compact = replace(base, targets=compact_targets(model, base.targets))
-    adapted = get_peft_model(model, METHODS[method.kind].build(method, compact))
+    shape_only = next(model.parameters()).is_meta
+    adapted = get_peft_model(
+        model, METHODS[method.kind].build(method, compact), low_cpu_mem_usage=shape_only
+    )
     train_in_float32(adapted)
     return adapted
+
+
+def finish_method(model: Any, method: MethodConfig) -> None:
+    """Take from the trained `model` what only training needed (mutated)."""
+    finish = None if isinstance(method, FullSpec) else METHODS[method.kind].finish
+    if finish is not None:
+        finish(model)
 
 
 def train_in_float32(model: Any) -> None:
@@ -52,15 +64,29 @@ def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]
     wanted = set(targets)
     if not wanted:
         return []
-    leaves = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+    names = [name for name, _ in model.named_modules()]
     for depth in (1, 2, 3):
         short = {".".join(name.split(".")[-depth:]) for name in wanted}
         matched = {
-            name for name in leaves if any(name == s or name.endswith("." + s) for s in short)
+            name for name in names if any(name == s or name.endswith("." + s) for s in short)
         }
         if matched == wanted:
             return sorted(short)
     return sorted(wanted)
+
+
+def save_adapter(model: Any, directory: Path, start: dict[str, Any]) -> None:
+    """Write the adapter of `model`, to be used on the untouched base.
+
+    Args:
+        model: a trained PEFT model.
+        directory: where to.
+        start: what `copy_start` returned before training.
+    """
+    with as_plain_lora(model, start) as state:
+        # "auto" would ask the Hub whether the vocabulary was resized.
+        more = {} if state is None else {"state_dict": state}
+        model.save_pretrained(str(directory), save_embedding_layers=False, **more)
 
 
 def load_adapter(base: Any, directory: Path) -> Any:
@@ -72,8 +98,12 @@ def load_adapter(base: Any, directory: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    ensure_registered()
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
-    adapted = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
+    with warnings.catch_warnings():
+        # PEFT reads AdaLoRA's ranks as LoRA's, does not know their names, and then applies them.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        adapted = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
     train_in_float32(adapted)
     # PEFT has put a head into the base's precision, and rounded it: read it again into float32.
     set_peft_model_state_dict(adapted, load_file(str(directory / "adapter_model.safetensors")))

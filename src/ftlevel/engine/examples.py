@@ -23,7 +23,6 @@ from ftlevel.data.table import Table, settle
 from ftlevel.data.tags import find_orphans
 from ftlevel.engine.encoding import Encoder
 from ftlevel.errors import InputError
-from ftlevel.models.kinds import max_positions
 from ftlevel.tasks import Task
 from ftlevel.tasks.translation import name_languages
 
@@ -183,6 +182,7 @@ def prepare_examples(
     kind: str,
     tokenizer: Any,
     model: Any,
+    positions: int | None,
     seed: int,
 ) -> Prepared:
     """Encode the examples and make them fit.
@@ -193,14 +193,14 @@ def prepare_examples(
         task: the task.
         kind: kind of the model.
         tokenizer: the model's tokenizer.
-        model: the model's config, for the sizes of its vocabulary and its positions.
+        model: the model's config, for the size of its vocabulary.
+        positions: longest sequence that the model leaves to the text, or None.
         seed: of the masks.
 
     Raises:
         InputError: rows do not fit, or hold token ids that the model has no embedding for.
     """
     prompt_format = _prompt_format(loaded, task, kind, tokenizer)
-    positions = max_positions(model)
     encoder = Encoder(task, kind, tokenizer, config, positions, prompt_format, loaded.labels)
     fitted = encoder(loaded.train, loaded.splits.train)
     _check_vocabulary(fitted.rows, model, loaded.splits.train)

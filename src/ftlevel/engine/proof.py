@@ -15,6 +15,7 @@ from ftlevel.data.collate import Collator
 from ftlevel.data.encode import Encoded
 from ftlevel.engine.adapt import load_adapter
 from ftlevel.errors import RunError, listing
+from ftlevel.methods.lora_start import starts_inside_base
 from ftlevel.models.hardware import autocast
 from ftlevel.tasks.objectives import Objective
 
@@ -151,6 +152,8 @@ def _compare_frozen(trained: Any, fresh: Any) -> int:
     changed = [n for n, digest in found.items() if n in expected and expected[n] != digest]
     # A head's frozen original is random where the checkpoint has no head; it is never used.
     changed = [name for name in changed if not _is_replaced(trained, name)]
+    if starts_inside_base(trained):  # the weights under its updates are those without the start
+        changed = [name for name in changed if not _is_adapted(trained, name)]
     if changed:
         raise RunError(
             f"{len(changed):,} frozen tensors changed while training: {listing(changed, 3)}. "
@@ -162,6 +165,11 @@ def _compare_frozen(trained: Any, fresh: Any) -> int:
 def _is_replaced(trained: Any, name: str) -> bool:
     heads = next(iter(trained.peft_config.values())).modules_to_save or []
     return any(name.startswith(head + ".") or f".{head}." in name for head in heads)
+
+
+def _is_adapted(trained: Any, name: str) -> bool:
+    module = trained.get_base_model().get_submodule(name.rpartition(".")[0])
+    return hasattr(module, "base_layer")
 
 
 @contextlib.contextmanager

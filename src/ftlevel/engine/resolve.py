@@ -8,29 +8,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.config import DEFAULT_MODEL, LoraSpec, TrainConfig
+from ftlevel.config import DEFAULT_MODEL, LoraSpec, MethodConfig, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.methods import DEFAULT_LEARNING_RATE
+from ftlevel.config.methods.lora import INSIDE_BASE
+from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
+from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.pad_token import choose_pad_token
-from ftlevel.methods import METHODS
+from ftlevel.errors import ConfigError
+from ftlevel.methods import METHODS, Base
+from ftlevel.methods.matrix import Cell, check_supported
+from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_device, choose_dtype
-from ftlevel.models.kinds import model_kind
+from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import (
     build_task_model,
-    checkpoint_tensors,
+    find_new_poolers,
     label_overrides,
     load_config,
     load_tokenizer,
 )
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.models.targets import (
-    find_heads,
-    find_new_language_head,
-    find_new_poolers,
-    lora_parameters,
-    resolve_targets,
-)
+from ftlevel.models.targets import find_heads, find_new_language_head
 from ftlevel.tasks import TASKS, Task
 from ftlevel.tasks.objectives import Objective, build_objective
 
@@ -52,6 +52,7 @@ class Plan:
         heads: modules trained in full.
         new_modules: where weights may be that the checkpoint lacks.
         targets: full names of the modules that get an update.
+        parameters: ends of names of the tensors that get one beside them.
         fan_in_fan_out: whether these are Conv1D.
         learning_rate: the user's or the method's.
         data: encoded rows.
@@ -70,6 +71,7 @@ class Plan:
     heads: list[str]
     new_modules: list[str]
     targets: list[str]
+    parameters: list[str]
     fan_in_fan_out: bool
     learning_rate: float
     data: Prepared
@@ -88,18 +90,30 @@ def resolve(config: TrainConfig) -> Plan:
     )
     bare = load_config(source)
     kind = model_kind(bare)
+    _check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
+    family = lookup_family(bare.model_type)
+    base = Cell("", bare.model_type, kind, task.name, config.quant.kind,
+                bool(family.target_parameters) if family else None)  # fmt: skip
+    check_supported(config.method, base)
     device = choose_device(config.model.device)
-    dtype = choose_dtype(config.model.dtype, device.value, config.method.kind, bare.model_type)
+    dtype = _dtype(config, device.value, bare.model_type)
     loaded = load_examples(config.data, task, config.train.seed)
     tokenizer = load_tokenizer(source)
     pad = choose_pad_token(tokenizer)
     model_config = _task_config(source, loaded, tokenizer)
     meta = build_task_model(model_config, auto_class)
     heads, new_modules = _heads(task, meta, source)
-    targets, conv1d, target_choices = _targets(config, meta, source)
+    adapted = find_method_targets(config.method, meta, source.name, config.quant.kind)
     data = prepare_examples(
-        loaded, config.data, task, kind, tokenizer, model_config, config.train.seed
+        loaded,
+        config.data,
+        task,
+        kind,
+        tokenizer,
+        model_config,
+        _text_positions(config, model_config),
+        config.train.seed,
     )
     objective = build_objective(
         task,
@@ -116,7 +130,7 @@ def resolve(config: TrainConfig) -> Plan:
         device,
         dtype,
         *_method_choices(config),
-        *target_choices,
+        *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
         *([pad] if pad else []),
         Choice(
@@ -127,16 +141,15 @@ def resolve(config: TrainConfig) -> Plan:
     ]
     return Plan(
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
-        objective, heads, new_modules, targets, conv1d, learning_rate, data, choices,
+        objective, heads, new_modules, adapted.modules, adapted.parameters,
+        adapted.fan_in_fan_out, learning_rate, data, choices,
     )  # fmt: skip
 
 
 def _heads(task: Task, meta: Any, source: ModelSource) -> tuple[list[str], list[str]]:
     """Return the modules to train in full, and those whose weights a checkpoint may lack."""
     if task.has_new_head:
-        tensors = checkpoint_tensors(source)
-        poolers = find_new_poolers(meta, tensors) if tensors is not None else []
-        heads = [*poolers, *find_heads(meta)]
+        heads = list(dict.fromkeys([*find_new_poolers(meta, source), *find_heads(meta)]))
         return heads, heads
     if task.target == "mask":
         return find_new_language_head(meta)
@@ -152,6 +165,53 @@ def _head_choices(task: Task, heads: list[str]) -> list[Choice]:
     return [Choice("heads", ", ".join(heads), why)]
 
 
+def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
+    """Refuse a method that cannot be used on the model, for the task or on the quantization.
+
+    Raises:
+        ConfigError: with the reason, and what works.
+    """
+    method = METHODS.get(config.method.kind)
+    if method is None or method.refuse is None:
+        return
+    reason = method.refuse(config.method, model_config, kind, config.task, config.quant.kind)
+    if reason is not None:
+        raise ConfigError(f"--method {config.method.kind}: {reason}")
+
+
+def _text_positions(config: TrainConfig, model_config: Any) -> int | None:
+    """Return the longest sequence in tokens that the model leaves to the text."""
+    positions = max_positions(model_config)
+    method = METHODS.get(config.method.kind)
+    if positions is None or method is None or method.positions is None:
+        return positions
+    taken = method.positions(config.method)
+    if taken >= positions:
+        raise ConfigError(
+            f"--method {config.method.kind} with num_virtual_tokens {taken:,} leaves no room for "
+            f"text in the {positions:,} positions of {model_config.model_type}. Use fewer."
+        )
+    return positions - taken
+
+
+def _dtype(config: TrainConfig, device: str, model_type: str) -> Choice:
+    """Return the compute precision.
+
+    Raises:
+        ConfigError: a LoRA that starts inside the weights, in a precision that would round them.
+    """
+    init = getattr(config.method, "init_lora_weights", "default")
+    if init not in INSIDE_BASE:
+        return choose_dtype(config.model.dtype, device, config.method.kind, model_type)
+    if config.model.dtype not in ("auto", "float32"):
+        raise ConfigError(
+            f"--init {init} cannot be used with --dtype {config.model.dtype}: it takes its start "
+            "out of the base's weights, what is left is rounded, and the adapter would not be what "
+            "was trained. Use --dtype float32, or --init default."
+        )
+    return Choice("dtype", "float32", f"auto: {init} takes its start out of the weights")
+
+
 def _task_config(source: ModelSource, loaded: Loaded, tokenizer: Any) -> Any:
     overrides: dict[str, Any] = {}
     if loaded.format.produces == "labelled":
@@ -165,28 +225,6 @@ def _task_config(source: ModelSource, loaded: Loaded, tokenizer: Any) -> Any:
     return config
 
 
-def _targets(
-    config: TrainConfig, meta: Any, source: ModelSource
-) -> tuple[list[str], bool, list[Choice]]:
-    """Return the resolved targets, whether they are Conv1D, and what to show of them."""
-    method = METHODS.get(config.method.kind)
-    if method is None:
-        return [], False, []
-    wish = getattr(config.method, "target_modules", None)
-    if method.find_targets is not None and not wish:
-        targets = method.find_targets(config.method, meta)
-    elif wish:
-        targets = resolve_targets(meta, wish, model_name=source.name)
-    else:
-        return [], False, []
-    modules = dict(meta.named_modules())
-    kinds = {type(modules[name]).__name__ for name in targets}
-    names = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))
-    shown = f"{', '.join(names)}: {len(targets)} modules"
-    reason = "all-linear: every linear of the blocks" if wish == "all-linear" else ""
-    return targets, kinds == {"Conv1D"}, [Choice("targets", shown, reason)]
-
-
 def _model_choice(config: TrainConfig, meta: Any, source: ModelSource) -> Choice:
     parameters = sum(p.numel() for p in meta.parameters())
     size = f"{meta.config.model_type}, {parameters / 1e6:,.1f} M parameters"
@@ -197,12 +235,7 @@ def _model_choice(config: TrainConfig, meta: Any, source: ModelSource) -> Choice
 def _method_choices(config: TrainConfig) -> list[Choice]:
     method, quant, train = config.method, config.quant, config.train
     shown = []
-    if isinstance(method, LoraSpec):
-        forms = [n for n, on in (("rsLoRA", method.use_rslora), ("DoRA", method.use_dora)) if on]
-        detail = f"r {method.r}, alpha {method.lora_alpha:g}, dropout {method.lora_dropout:g}"
-        shown.append(Choice("method", method.kind, ", ".join([detail, *forms])))
-    else:
-        shown.append(Choice("method", method.kind, "every weight is trained"))
+    shown.append(Choice("method", method.kind, _describe(method)))
     if quant.kind == "4bit":
         double = ", double quantization" if quant.double_quant else ""
         shown.append(Choice("base", f"4-bit {quant.quant_type}{double}", "heads kept in float"))
@@ -221,6 +254,24 @@ def _method_choices(config: TrainConfig) -> list[Choice]:
     return shown
 
 
+def _describe(method: MethodConfig) -> str:
+    """Return the settings of a method in a few words."""
+    if isinstance(method, LoraSpec):
+        init, ratio = method.init_lora_weights, method.lora_plus_ratio
+        forms = {
+            "rsLoRA": method.use_rslora,
+            "DoRA": method.use_dora,
+            f"{init} start": init != "default",
+            f"LoRA+ with ratio {ratio or 0:g}": ratio is not None,
+        }
+        detail = f"r {method.r}, alpha {method.lora_alpha:g}, dropout {method.lora_dropout:g}"
+        return ", ".join([detail, *(name for name, on in forms.items() if on)])
+    if method.kind == "full":
+        return "every weight is trained"
+    fields = method.model_dump(exclude={"kind", "target_modules"})
+    return ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None)
+
+
 def default_name(config: TrainConfig) -> str:
     """Return what a run is called if the user does not say: method, model and data."""
     model = config.model.name_or_path.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
@@ -229,16 +280,15 @@ def default_name(config: TrainConfig) -> str:
     return f"{config.method.kind}-{model}-{data}"
 
 
-def count_trainable(config: TrainConfig, plan: Plan) -> tuple[int, int]:
+def count_trainable(config: TrainConfig, plan: Plan, base: Base) -> tuple[int, int]:
     """Return how many parameters are trained and how many the model has, without its weights."""
     meta = build_task_model(plan.model_config, plan.auto_class)
+    method = config.method
+    if isinstance(method, LoraSpec):  # how it begins changes no count, and needs weights
+        method = method.model_copy(update={"init_lora_weights": "default"})
     total = sum(p.numel() for p in meta.parameters())
-    if not isinstance(config.method, LoraSpec):
+    adapted = apply_method(meta, method, base)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    if method.kind == "full":
         return total, total
-    modules = dict(meta.named_modules())
-    trained = sum(p.numel() for head in plan.heads for p in modules[head].parameters())
-    for name in plan.targets:
-        fan_out, fan_in = modules[name].weight.shape
-        trained += lora_parameters(fan_in, fan_out, config.method.r)
-        trained += (fan_in if plan.fan_in_fan_out else fan_out) * config.method.use_dora
     return trained, total + trained

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ftlevel import __version__
-from ftlevel.artifacts.cards import AdapterCard, library_versions
+from ftlevel.artifacts.cards import PEFT_IMPORTS, AdapterCard, library_versions
 from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.config import QuantConfig, TrainConfig
 from ftlevel.engine.resolve import Plan
@@ -75,6 +75,7 @@ def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> Adap
         options=_task_options(config, plan),
         heads=list(plan.heads),
         data={k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
+        needs_import=PEFT_IMPORTS.get(config.method.kind, ""),
         versions=library_versions(),
     )
 

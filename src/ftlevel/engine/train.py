@@ -12,10 +12,12 @@ from typing import Any
 from ftlevel.artifacts.cards import write_readme
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
-from ftlevel.config import TrainConfig
+from ftlevel.config import AdaloraSpec, LoraSpec, TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.engine.adapt import apply_method
+from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
+from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
+from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
@@ -24,7 +26,8 @@ from ftlevel.engine.summary import build_card, build_summary, describe_base, dum
 from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, Report
 from ftlevel.errors import Interrupted
-from ftlevel.methods import Base
+from ftlevel.methods import METHODS, Base
+from ftlevel.methods.lora_start import copy_start
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model, quiet_libraries
 from ftlevel.models.quantization import build_quantization_config
@@ -81,6 +84,8 @@ def train(
 def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
     listener.stage("load the model")
     model = apply_method(load_base(config, plan), config.method, base_of(config, plan))
+    prepare_start(model, config, plan)
+    start = copy_start(model)
     base_facts = describe_base(plan.source, plan.model_config)
     run, checkpoint = _open(config, plan, base_facts, listener)
     evaluator = build_evaluator(config, plan)
@@ -88,6 +93,7 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
     gradients, interrupt = GradientProof(listener), Interrupt()
     report = Report(listener, run.log, lambda: int(trainer.tokens_seen))
     for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train),
+                     *method_callbacks(config, run),
                      Certify(run.checkpoints, config.train.save_total_limit)):  # fmt: skip
         trainer.add_callback(callback)
 
@@ -102,7 +108,8 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
         trainer.evaluate()
 
     listener.stage("save and check")
-    save(model, plan, run, build_card(config, plan, base_facts), base_facts)
+    finish_method(model, config.method)
+    save(model, plan, run, build_card(config, plan, base_facts), base_facts, start)
     frozen, difference, effect = check_saved(
         model,
         run.adapter,
@@ -158,6 +165,51 @@ def base_of(config: TrainConfig, plan: Plan) -> Base:
         heads=plan.heads,
         fan_in_fan_out=plan.fan_in_fan_out,
         total_steps=count_steps(config.train, len(plan.data.train)),
+        tokenizer=plan.tokenizer,
+        parameters=plan.parameters,
+    )
+
+
+def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
+    """Give LoRA its start from the training rows, where `init_lora_weights` is eva (mutated)."""
+    if not isinstance(config.method, LoraSpec) or config.method.init_lora_weights != "eva":
+        return
+    start_from_data(
+        model,
+        plan.data.train,
+        pad_id=plan.tokenizer.pad_token_id,
+        batch_size=config.train.per_device_train_batch_size,
+        seed=config.train.seed,
+        device=plan.device,
+        dtype=plan.dtype,
+    )
+    train_in_float32(model)
+
+
+def method_callbacks(config: TrainConfig, run: RunDirectory) -> list[Any]:
+    """Return what a method does while training, beside its gradient steps."""
+    return [Allocation(run.checkpoints)] if isinstance(config.method, AdaloraSpec) else []
+
+
+def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
+    """Return LoRA+'s optimizer if a ratio is asked for; None leaves the choice to Trainer.
+
+    PEFT gives B, and every vector such as a head's bias, `lora_plus_ratio` times A's rate.
+    """
+    ratio = config.method.lora_plus_ratio if isinstance(config.method, LoraSpec) else None
+    if ratio is None:
+        return None
+    from peft.optimizers import create_loraplus_optimizer
+
+    optimizer_class, settings = FtlevelTrainer.get_optimizer_cls_and_kwargs(arguments, model)
+    rate = settings.pop("lr")
+    return create_loraplus_optimizer(
+        model,
+        optimizer_class,
+        lr=rate,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=arguments.weight_decay,
+        **settings,
     )
 
 
@@ -193,11 +245,15 @@ def build_trainer(
 
     from ftlevel.data.collate import Collator
 
+    arguments = build_arguments(config, plan, run.checkpoints)
+    method = METHODS.get(config.method.kind)
     trainer = FtlevelTrainer(
         objective=plan.objective,
         evaluator=evaluator,
         model=model,
-        args=build_arguments(config, plan, run.checkpoints),
+        args=arguments,
+        optimizers=(build_optimizer(config, model, arguments), None),
+        penalty=method.penalty if method else None,
         train_dataset=plan.data.train,
         eval_dataset=plan.data.validation or None,
         data_collator=Collator(plan.tokenizer.pad_token_id),
@@ -207,15 +263,21 @@ def build_trainer(
     return trainer
 
 
-def save(model: Any, plan: Plan, run: RunDirectory, card: Any, base: Mapping[str, Any]) -> None:
+def save(
+    model: Any,
+    plan: Plan,
+    run: RunDirectory,
+    card: Any,
+    base: Mapping[str, Any],
+    start: dict[str, Any],
+) -> None:
     """Write the adapter, or the whole model, with tokenizer and card; absent or whole."""
     partial = run.adapter.with_name(".adapter.partial")
     if partial.exists():
         shutil.rmtree(partial)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = base["name"]
-        # "auto" would ask the Hub whether the vocabulary was resized.
-        model.save_pretrained(str(partial), save_embedding_layers=False)
+        save_adapter(model, partial, start)
     else:
         model.save_pretrained(str(partial))
     plan.tokenizer.save_pretrained(str(partial))
@@ -229,7 +291,7 @@ def _size_choices(config: TrainConfig, plan: Plan) -> list[Choice]:
     steps = count_steps(config.train, len(plan.data.train))
     epochs = f"{config.train.num_train_epochs:g} epochs"
     reason = "" if config.train.max_steps else f"{epochs} of {len(plan.data.train):,} rows"
-    trainable, total = count_trainable(config, plan)
+    trainable, total = count_trainable(config, plan, base_of(config, plan))
     return [
         Choice("trainable", f"{trainable:,} of {total:,}", f"{trainable / total:.2%}"),
         Choice("steps", f"{steps:,}", reason),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +21,21 @@ class FtlevelTrainer(Trainer):
 
     Attributes:
         tokens_seen: tokens of training rows that went through the model, without padding.
+        penalty: model → what its method adds to the loss of an optimizer step, or None. It is in
+            the gradient alone: the loss that is logged is the one that evaluation measures.
     """
 
-    def __init__(self, *, objective: Objective, evaluator: Any = None, **arguments: Any):
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        evaluator: Any = None,
+        penalty: Callable[[Any], torch.Tensor] | None = None,
+        **arguments: Any,
+    ):
         super().__init__(**arguments)
         self.objective = objective
+        self.penalty = penalty
         self.evaluator = evaluator
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
@@ -44,6 +55,9 @@ class FtlevelTrainer(Trainer):
         total = self.objective.loss_sum(self.objective.logits(outputs), labels, mask)
         count = self.objective.count(labels) if num_items_in_batch is None else num_items_in_batch
         loss = total / count
+        if self.penalty is not None and model.training:
+            extra = self.penalty(self.accelerator.unwrap_model(model))
+            loss = loss + (extra - extra.detach()) / self.current_gradient_accumulation_steps
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss

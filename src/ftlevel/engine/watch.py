@@ -22,19 +22,21 @@ from ftlevel.errors import RunError, listing
 class GradientProof(TrainerCallback):
     """Stop when a tensor that should learn gets no gradient, or a gradient is not finite.
 
-    LoRA's A has an exactly zero gradient at the first step because B is zero; what is still zero
-    at the second step is reported as not learning.
+    LoRA's A has an exactly zero gradient at first because B is zero; what is still zero after a
+    step at a learning rate above zero (warm-up begins at zero) is reported as not learning.
 
     Attributes:
         checked: how many tensors had a gradient at the first step.
-        idle: tensors whose gradient was zero at the first two steps.
+        idle: tensors whose gradient was zero at first and after the first real step.
     """
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
         self.checked = 0
         self.idle: list[str] = []
-        self._zero_first: set[str] = set()
+        self._zero_first: set[str] | None = None
+        self._has_moved = False
+        self._is_settled = False
 
     def on_pre_optimizer_step(
         self,
@@ -42,6 +44,7 @@ class GradientProof(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
+        optimizer: Any = None,
         **_: Any,
     ) -> None:
         """Look at every gradient of the optimizer step that is about to be made."""
@@ -56,17 +59,23 @@ class GradientProof(TrainerCallback):
                 f"{len(trainable):,} tensors, such as {bad[0]}). Training stopped before the "
                 "weights took it. Lower --learning-rate, or use --dtype float32."
             )
-        if state.global_step < 2:
+        if not self._is_settled:
             zero = {n for (n, _), s in zip(trainable, sums, strict=True) if s == 0}
-            if state.global_step == 0:
-                self._zero_first = zero
-            else:
-                self.idle = sorted(zero & self._zero_first)
-                if self.idle:
-                    self.listener.warn(
-                        f"{len(self.idle):,} of {len(trainable):,} trainable tensors have a zero "
-                        f"gradient in the first two steps: {listing(self.idle, 3)}."
-                    )
+            self._look_for_idle(zero, len(trainable), optimizer)
+
+    def _look_for_idle(self, zero: set[str], count: int, optimizer: Any) -> None:
+        """Compare the tensors with a zero gradient before and after the first real step."""
+        if self._zero_first is None:
+            self._zero_first = zero
+        elif self._has_moved:
+            self._is_settled = True
+            self.idle = sorted(zero & self._zero_first)
+            if self.idle:
+                self.listener.warn(
+                    f"{len(self.idle):,} of {count:,} trainable tensors have a zero gradient "
+                    f"after the first step too: {listing(self.idle, 3)}."
+                )
+        self._has_moved = any(group["lr"] > 0 for group in optimizer.param_groups)
 
     def _check_all_have_one(self, trainable: list[tuple[str, Any]]) -> None:
         missing = [name for name, parameter in trainable if parameter.grad is None]

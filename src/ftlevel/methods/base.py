@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-from ftlevel.config.sections import Section
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -21,6 +19,8 @@ class Base:
         heads: modules that are trained and saved in full.
         fan_in_fan_out: whether the targets are Conv1D, whose weight is (in, out).
         total_steps: optimizer steps of the run.
+        tokenizer: the model's, for methods that begin with a text.
+        parameters: tensors outside of linears that the method adapts, as those of experts.
     """
 
     config: Any
@@ -30,6 +30,8 @@ class Base:
     heads: list[str]
     fan_in_fan_out: bool
     total_steps: int
+    tokenizer: Any = None
+    parameters: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,30 @@ class Method:
         find_targets: spec and meta model → full names of the modules it adapts, sorted; None where
             the spec's `target_modules` are linears that the user names.
         targets_linears: whether `--target-modules` applies.
+        describe: spec → its settings in a line, for the screen.
+        refuse: spec, model config, kind of model, task and quantization → why the method cannot be
+            used there and the nearest thing that works, in sentences that follow `--method NAME: `;
+            None where it can. Asked before weights load.
+        positions: spec → positions of the model that the method takes from the text.
+        finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
+        adapts: `norms` where it trains every norm outside the heads.
+        check: spec and the input width of each linear that it adapts → nothing; raises ConfigError
+            where they do not fit.
+        penalty: trained model → what is added to the loss of an optimizer step.
     """
 
     build: Callable[[Any, Base], Any]
-    find_targets: Callable[[Section, Any], list[str]] | None = None
+    find_targets: Callable[[Any, Any], list[str]] | None = None
     targets_linears: bool = True
+    describe: Callable[[Any], str] | None = None
+    refuse: Callable[[Any, Any, str, str, str], str | None] | None = None
+    positions: Callable[[Any], int] | None = None
+    finish: Callable[[Any], None] | None = None
+    adapts: Literal["linears", "norms"] = "linears"
+    check: Callable[[Any, Mapping[str, int]], None] | None = None
+    penalty: Callable[[Any], Any] | None = None
+
+
+def whole(number: float) -> int | float:
+    """Return a whole number as an int: PEFT divides by ranks, and saved configs compare equal."""
+    return int(number) if float(number).is_integer() else number

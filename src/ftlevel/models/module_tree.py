@@ -7,7 +7,7 @@ table names is read just as well. Works on the meta device and on quantized mode
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -167,11 +167,27 @@ class ModuleTree:
 
     def norms(self) -> Iterator[tuple[str, str, int]]:
         """Yield (pattern, type, width) of the norms outside the heads that have weights."""
-        for name, module in self.modules.items():
-            kind = type(module).__name__
-            own = list(module.parameters(recurse=False))
-            if own and re.search(r"norm", kind, re.IGNORECASE) and not self.in_heads(name):
-                yield self.pattern(name), kind, own[0].numel()
+        for name in self.norm_names():
+            module = self.modules[name]
+            first = next(module.parameters(recurse=False))
+            yield self.pattern(name), type(module).__name__, first.numel()
+
+    def norm_names(self) -> list[str]:
+        """Return the full names of the norms outside the heads that have weights."""
+        return [
+            name
+            for name, module in self.modules.items()
+            if re.search(r"norm", type(module).__name__, re.IGNORECASE)
+            and any(True for _ in module.parameters(recurse=False))
+            and not self.in_heads(name)
+        ]
+
+    def layer(self, name: str) -> int | None:
+        """Return the index of the block that holds the module of that name, None outside."""
+        for block in self.blocks:
+            if name.startswith(f"{block}."):
+                return int(name[len(block) + 1 :].partition(".")[0])
+        return None
 
     def embeddings(self) -> Iterator[tuple[str, str, int, int]]:
         """Yield (pattern, type, rows, width) of the embeddings."""
@@ -188,22 +204,6 @@ def find_heads(model: nn.Module) -> list[str]:
     `["cls.predictions"]`; none for a bare model.
     """
     return ModuleTree(model).heads
-
-
-def find_new_poolers(model: nn.Module, tensors: Collection[str]) -> list[str]:
-    """Return the base's poolers that a checkpoint with these `tensors` lacks.
-
-    A BERT that was saved as a language model has none; to classify texts, it must be trained with
-    the head. Names are compared from the pooler on, since a checkpoint may lack the base's prefix.
-    """
-    return [
-        name
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] == "pooler"
-        and any(True for _ in module.parameters())
-        and name not in find_heads(model)
-        and not any(tensor.startswith("pooler.") or ".pooler." in tensor for tensor in tensors)
-    ]
 
 
 def find_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from ftlevel.config.methods.base import TargetModules
 from ftlevel.config.sections import Positive, Section, Share
+
+LoraInit = Literal[
+    "default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16", "eva"
+]
+_REFUSED_INITS = {
+    "corda": "it needs statistics of the activations, which ftlevel does not collect",
+    "loftq": "PEFT 0.21 computes it on CUDA only and, on a float base, replaces the base's weights",
+    "lora_ga": "it needs gradients of the full model, which a quantized or large base cannot give",
+}
+
+
+INSIDE_BASE = ("olora", "pissa", "pissa_niter_4", "pissa_niter_16")
+"""Starts that are taken out of the base's weights."""
 
 
 class LoraSpec(Section):
@@ -24,15 +37,62 @@ class LoraSpec(Section):
     )
     lora_dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
     target_modules: TargetModules = "all-linear"
+    target_parameters: Literal["experts"] | list[str] | None = Field(
+        None,
+        description="Tensors that get an update beside the linears: experts, or names of "
+        "parameters such as mlp.experts.down_proj.",
+    )
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="Adapt only these layers, counted from 0; the default is all."
+    )
+    rank_pattern: dict[str, Positive] = Field(
+        default_factory=dict, description="Module name or regular expression: its own rank."
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="Module name or regular expression: its own lora_alpha."
+    )
+    init_lora_weights: LoraInit = Field(
+        "default",
+        description="How A and B begin: default (B is 0), gaussian, orthogonal, olora, pissa, "
+        "pissa_niter_4 or _16 (its fast form), or eva.",
+    )
     use_rslora: bool = Field(
         False, description="Scale by lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski, 2023)."
     )
     use_dora: bool = Field(
         False, description="Train direction and magnitude apart (DoRA, Liu et al., 2024)."
     )
+    lora_plus_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="Learn B this many times as fast as A (LoRA+, Hayou et al., 2024)."
+    )
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="Which bias terms of the base are trained too."
     )
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _init_is_offered(cls, value: object) -> object:
+        if isinstance(value, str) and value in _REFUSED_INITS:
+            raise ValueError(
+                f"{_REFUSED_INITS[value]}. Use pissa on a float base, or default on a quantized one"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> LoraSpec:
+        if self.target_parameters is not None:
+            for name, given in (
+                ("use_dora", self.use_dora),
+                ("lora_dropout", self.lora_dropout > 0),
+                (f"init_lora_weights {self.init_lora_weights}",
+                 self.init_lora_weights not in ("default", "gaussian")),
+            ):  # fmt: skip
+                if given:
+                    raise ValueError(
+                        f"target_parameters cannot be used with {name}: PEFT's LoRA of a bare "
+                        "tensor does not have it. Drop one of them"
+                    )
+        return self
 
 
 class QloraSpec(LoraSpec):

@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""Build small real data sets, at least one for every task, from packages that anybody can download.
+
+    python scripts/build_data.py --list
+    python scripts/build_data.py docstring-summary
+    python scripts/build_data.py docstring-summary chat --out data
+    python scripts/build_data.py all
+
+Each set becomes `data/NAME/{train,validation,test}.jsonl`, with `SOURCE.md` beside them: where the
+text comes from and under which licence. The same releases give the same bytes on every machine; the
+end of a build says whether they are those of the reference. Packages are downloaded once, into
+`data/.work`, and never installed. Exit code 3 means that an index could not be reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_sets import bible, chat, cldr, docstrings, factbook, wordnet
+from data_sets.sources import Sources, deb_licence_text, licence_text
+from data_sets.splits import NAMES, Splits, write_splits
+from wheels import FetchError, Package, put_in_place
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A set that can be built.
+
+    Attributes:
+        name: the folder below `data/`.
+        task: of ftlevel, and what a row is.
+        licence: of the texts.
+        build: makes the rows; gets the name and the sources.
+        reference: SHA-256 of the three files of the reference build, one after the other.
+        packages: releases on PyPI that hold the texts.
+        deb: a Debian package that does; its version follows the Debian release.
+    """
+
+    name: str
+    task: str
+    licence: str
+    build: Callable[[str, Sources], Splits]
+    reference: str
+    packages: tuple[Package, ...] = ()
+    deb: str | None = None
+
+    def origin(self) -> str:
+        """Return the packages that the set is made from."""
+        pins = [package.pin for package in self.packages]
+        return ", ".join([*pins, *([f"Debian's {self.deb}"] if self.deb else [])])
+
+
+DATA_SETS = (
+    DataSet(
+        name="docstring-summary",
+        task="summarization: the body of a docstring to its first line",
+        licence="BSD-3-Clause",
+        build=docstrings.build_summaries,
+        reference="c1d413133cfdcff9ee376501338f071a69f0619789463dcf93d2b38751d82a83",
+        packages=docstrings.LIBRARIES,
+    ),
+    DataSet(
+        name="wordnet-define",
+        task="text-generation, instructions: define a word as used in a sentence",
+        licence="WordNet 3.0",
+        build=wordnet.build_define,
+        reference="2ff63322dd32adea5fa8fc217d9f9e62fc749f2b4d4a9b9a551e9a298d6dd5e7",
+        deb=wordnet.DEB,
+    ),
+    DataSet(
+        name="wordnet-supersense",
+        task="text-classification: the category of a gloss, 8 balanced classes",
+        licence="WordNet 3.0",
+        build=wordnet.build_supersense,
+        reference="2966d64a3a814661403ec08afab235d92e4fc2608ea3b1ee9303c78520a98e5f",
+        deb=wordnet.DEB,
+    ),
+    DataSet(
+        name="chat",
+        task="text-generation, chat: short conversations",
+        licence="BSD, by its classifier",
+        build=chat.build_chat,
+        reference="7cfed337f7bdb7c6e948c7f51640f8165b781b8393ea4f7208234618fc4a6e78",
+        packages=(chat.PACKAGE,),
+    ),
+    DataSet(
+        name="cldr-names",
+        task="translation: names of symbols in English, German, French, Spanish",
+        licence="Unicode-3.0",
+        build=cldr.build_names,
+        reference="20fcecc8cb3497792ad5ee34ef4d5acef13b091c29025a1ab4a3170c735239dc",
+        deb=cldr.DEB,
+    ),
+    DataSet(
+        name="bible-text",
+        task="text-generation, masked-lm: plain chapters of a Bible in modern English",
+        licence="public domain",
+        build=bible.build_text,
+        reference="70c26ed029c122ee9ca9f078f11569ce51a19d9657c5e8bf0e674b4cccecbbea",
+        deb=bible.DEB,
+    ),
+    DataSet(
+        name="factbook-qa",
+        task="question-answering: SQuAD columns",
+        licence="public domain (US government work); the package: MIT",
+        build=factbook.build_questions,
+        reference="de3ff52b490d0ea80905f72538cffdca8ad2e78f8fd5b2e982182c17d796ebd5",
+        packages=(factbook.PACKAGE,),
+    ),
+    DataSet(
+        name="factbook-ner",
+        task="token-classification: BIO tags of countries, nationalities, dates",
+        licence="public domain (US government work); the package: MIT",
+        build=factbook.build_entities,
+        reference="7e7de08de00dbad7eb7ac7fdaac6fe4b58f817cb1f2b9022096b0f7eaf8e82a8",
+        packages=(factbook.PACKAGE,),
+    ),
+)
+
+
+def build(data_set: DataSet, out: Path, sources: Sources) -> None:
+    """Build one set and put it in place of an earlier one, whole or not at all."""
+    print(f"{data_set.name}: {data_set.licence}; from {data_set.origin()}", flush=True)
+    splits = data_set.build(data_set.name, sources)
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / data_set.name
+    with tempfile.TemporaryDirectory(dir=out, prefix=f".{data_set.name}-") as temporary:
+        fresh = Path(temporary) / "fresh"
+        fresh.mkdir()
+        write_splits(splits, fresh)
+        text = describe_source(data_set, sources)
+        (fresh / "SOURCE.md").write_text(text, encoding="utf-8")
+        if target.exists():
+            target.rename(Path(temporary) / "old")
+        put_in_place(fresh, target)
+    counts = ", ".join(f"{len(rows):,} {name}" for name, rows in splits.parts())
+    same = fingerprint(target) == data_set.reference
+    verdict = (
+        "the same bytes as the reference build"
+        if same
+        else "not the bytes of the reference build: another release, or another Python"
+    )
+    print(f"  {target}: {counts} rows; {verdict}")
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the SHA-256 of the three files of a set, one after the other."""
+    total = hashlib.sha256()
+    for name in NAMES:
+        total.update((folder / f"{name}.jsonl").read_bytes())
+    return total.hexdigest()
+
+
+def describe_source(data_set: DataSet, sources: Sources) -> str:
+    """Return the text of SOURCE.md: what, from where, and the licences in full."""
+    lines = [f"# {data_set.name}", "", f"{data_set.task}. Licence: {data_set.licence}.", ""]
+    lines += ["Made by `scripts/build_data.py` from:", ""]
+    licences = []
+    for package in data_set.packages:
+        lines.append(f"- {package.pin} (PyPI)")
+        licences.append((package.pin, licence_text(sources, package)))
+    if data_set.deb:
+        version = sources.deb_version(data_set.deb)
+        lines.append(f"- {data_set.deb} {version} (Debian)")
+        licences.append((data_set.deb, deb_licence_text(sources, data_set.deb)))
+    for title, text in licences:
+        lines += ["", f"## Licence of {title}", "", "```text", text.rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def print_list(out: Path) -> None:
+    """Print every set with its task, licence and origin, and whether it is there."""
+    for data_set in DATA_SETS:
+        state = "here" if (out / data_set.name / "train.jsonl").exists() else "not built"
+        print(f"{data_set.name:20s} {state:10s} {data_set.task}")
+        print(f"{'':31s} {data_set.licence}; from {data_set.origin()}")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; unknown names end in exit code 2."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a set, or all; see --list")
+    parser.add_argument("--out", type=Path, default=ROOT / "data", help="where the sets go")
+    parser.add_argument("--work", type=Path, help="where downloads are kept; default: OUT/.work")
+    parser.add_argument("--list", action="store_true", help="say what there is, and stop")
+    arguments = parser.parse_args(argv)
+    known = [data_set.name for data_set in DATA_SETS]
+    if arguments.names == ["all"]:
+        arguments.names = known
+    for name in arguments.names:
+        if name not in known:
+            parser.error(f"unknown data set {name!r}. There are: {', '.join(known)}.")
+    if not arguments.names and not arguments.list:
+        parser.error(f"name at least one set, or all. There are: {', '.join(known)}.")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = parse_arguments(argv)
+    out = arguments.out.resolve()
+    if arguments.list:
+        print_list(out)
+        return 0
+    sources = Sources((arguments.work or out / ".work").resolve())
+    try:
+        for data_set in DATA_SETS:
+            if data_set.name in arguments.names:
+                build(data_set, out, sources)
+    except FetchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

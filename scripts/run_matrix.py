@@ -1,0 +1,85 @@
+"""Train every cell of what works with what in tiny models, and print the table.
+
+    python scripts/run_matrix.py                     everything
+    python scripts/run_matrix.py --families gpt2,t5 --rows lora,oft --quants none
+    python scripts/run_matrix.py --json FILE         also write every outcome
+
+Each cell that `ftlevel list-methods` claims is trained, saved, loaded into a fresh base and
+compared; each cell that it refuses must have its reason. Ends with the number of cells for which
+the table and the truth differ, which must be 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+
+def main() -> int:
+    """Run the cells that were asked for; exit code 1 where one is unexplained."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for side in ("families", "rows", "quants", "heads"):
+        parser.add_argument(f"--{side}", help="names with commas; all by default")
+    parser.add_argument("--json", type=Path, help="write every outcome to this file")
+    wish = parser.parse_args()
+
+    import torch
+
+    from ftlevel.models.loading import quiet_libraries
+    from matrix_cells import TinyCell, build_cells, outcome
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    names = {side: (getattr(wish, side) or "").split(",") for side in
+             ("families", "rows", "quants", "heads")}  # fmt: skip
+
+    def wanted(cell: TinyCell) -> bool:
+        sides = (("families", cell.family), ("rows", cell.row),
+                 ("quants", cell.quant), ("heads", cell.head))  # fmt: skip
+        return all(names[side] == [""] or value in names[side] for side, value in sides)
+
+    cells = [cell for cell in build_cells() if wanted(cell)]
+    began = time.perf_counter()
+    outcomes: dict[TinyCell, str] = {}
+    with quiet_libraries():
+        for number, cell in enumerate(cells, 1):
+            outcomes[cell] = outcome(cell)
+            if outcomes[cell].startswith("??"):
+                print(f"{cell}: {outcomes[cell]}", file=sys.stderr, flush=True)
+            if sys.stderr.isatty() and number % 20 == 0:
+                print(f"\r{number:,} of {len(cells):,}", end="", file=sys.stderr)
+    if wish.json:
+        lines = {str(cell): [list(cell.tasks), text] for cell, text in outcomes.items()}
+        wish.json.write_text(json.dumps(lines, indent=1, ensure_ascii=False), encoding="utf-8")
+    print_table(outcomes)
+    unexplained = sum(text.startswith("??") for text in outcomes.values())
+    trained = sum(text == "yes" for text in outcomes.values())
+    refused = len(outcomes) - trained - unexplained
+    print(f"\n{len(outcomes):,} cells in {time.perf_counter() - began:,.0f} s: {trained:,} trained "
+          f"and reloaded, {refused:,} refused, {unexplained:,} unexplained")  # fmt: skip
+    return 1 if unexplained else 0
+
+
+def print_table(outcomes: dict) -> None:  # type: ignore[type-arg]  # of tests' TinyCell
+    """Print a line a row and quantization; a letter a family: + trained, - refused, ? differs."""
+    columns = list(dict.fromkeys((cell.family, cell.head) for cell in outcomes))
+    lines = list(dict.fromkeys((cell.row, cell.quant) for cell in outcomes))
+    marks = {
+        (cell.row, cell.quant, cell.family, cell.head): "?" if text[0] == "?" else
+        "+" if text == "yes" else "-"
+        for cell, text in outcomes.items()
+    }  # fmt: skip
+    print("columns: " + ", ".join(f"{family} {head}" for family, head in columns) + "\n")
+    for row, quant in sorted(lines, key=lambda line: (line[1], lines.index(line))):
+        text = "".join(marks.get((row, quant, *column), " ") for column in columns)
+        print(f"{row:<11} {quant:<5} {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""`ftlevel list-methods`: which methods there are, and what works with what."""
+
+from __future__ import annotations
+
+import json as json_module
+import shutil
+import textwrap
+from dataclasses import asdict
+from typing import Annotated, Optional
+
+import typer
+
+from ftlevel.engine.list_methods import MethodReport
+from ftlevel.engine.list_methods import list_methods as describe
+
+_NARROWEST = 80
+_COLORS = {"yes": "green", "in part": "yellow", "no": "red"}
+Text = Optional[str]  # noqa: UP045 - Typer evaluates it at run time on Python 3.10 as well
+
+
+def list_methods(
+    model: Annotated[
+        Text,
+        typer.Option("--model", metavar="MODEL|FAMILY", help="Only what this model can take."),
+    ] = None,
+    task: Annotated[Text, typer.Option("--task", help="Only what this task can be.")] = None,
+    quant: Annotated[Text, typer.Option("--quant", help="On a base of: none, 4bit, 8bit.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, nothing else.")
+    ] = False,
+    show_traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error arose.")
+    ] = False,
+) -> None:
+    """Show which methods there are, and what works with what.
+
+    Without --model, --task and --quant the answer is for all of them: "in part" names what a
+    method does not work with. These are the refusals of ftlevel train.
+    """
+    report = describe(model, task, quant)
+    if as_json:
+        typer.echo(json_module.dumps(asdict(report), indent=2, ensure_ascii=False))
+    else:
+        print_report(report)
+
+
+def print_report(report: MethodReport) -> None:
+    """Print a block a method: whether it works, what it trains, why or where it does not."""
+    width = max(_NARROWEST, shutil.get_terminal_size().columns)
+    asked = [report.family, report.task, f"--quant {report.quant}" if report.quant else None]
+    typer.secho(", ".join(filter(None, asked)) or "every model, task and base", bold=True)
+    typer.echo()
+    names = max(len(row.name) for row in report.methods)
+    answers = max(len(row.works) for row in report.methods)
+    indent = " " * (names + answers + 4)
+    for row in report.methods:
+        typer.secho(row.name.ljust(names), bold=True, nl=False)
+        typer.secho(f"  {row.works.ljust(answers)}", fg=_COLORS[row.works], nl=False)
+        lines = [f"{row.trains} ({row.flags})"] if row.works != "no" else []
+        for number, line in enumerate([*lines, *row.reasons]):
+            text = textwrap.fill(
+                line, width, initial_indent=indent, subsequent_indent=indent,
+                break_on_hyphens=False, break_long_words=False,
+            )  # fmt: skip
+            typer.echo(text[len(indent) - 2 :] if number == 0 else text)

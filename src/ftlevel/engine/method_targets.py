@@ -1,0 +1,126 @@
+"""What a method is put onto in a model, by full names, checked before weights load."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ftlevel.config import MethodConfig
+from ftlevel.config.choices import Choice
+from ftlevel.errors import ConfigError, did_you_mean, listing
+from ftlevel.methods import METHODS, Method
+from ftlevel.models.module_tree import ModuleTree, linear_size
+from ftlevel.models.targets import resolve_targets
+
+
+@dataclass(frozen=True)
+class MethodTargets:
+    """What a method adapts.
+
+    Attributes:
+        modules: full names of modules.
+        parameters: ends of names of tensors outside of linears, as PEFT's `target_parameters`.
+        fan_in_fan_out: whether the modules are Conv1D, whose weight is (in, out).
+    """
+
+    modules: list[str]
+    parameters: list[str]
+    fan_in_fan_out: bool
+
+    def choices(self, wish: Any) -> list[Choice]:
+        """Return what to show of them."""
+        if not self.modules:
+            return []
+        names = dict.fromkeys(re.sub(r"^\d+$", "norm", n.rpartition(".")[2]) for n in self.modules)
+        shown = f"{', '.join(names)}: {len(self.modules)} modules"
+        reason = "all-linear: every linear of the blocks" if wish == "all-linear" else ""
+        more = [Choice("target tensors", ", ".join(self.parameters))] if self.parameters else []
+        return [Choice("targets", shown, reason), *more]
+
+
+def find_method_targets(
+    spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
+) -> MethodTargets:
+    """Return what the method of `spec` adapts in `meta`, a model without weights.
+
+    Raises:
+        ConfigError: a name or a size does not fit the model.
+    """
+    method = METHODS.get(spec.kind)
+    if method is None:
+        return MethodTargets([], [], False)
+    tree = ModuleTree(meta)
+    modules = _modules(spec, method, tree, model_name)
+    layers = getattr(spec, "layers_to_transform", None)
+    if layers:
+        modules = _in_layers(modules, tree, layers)
+    sizes = {name: size for name in modules if (size := linear_size(tree.modules[name]))}
+    if method.check is not None:
+        method.check(spec, {name: fan_in for name, (_, fan_in, _) in sizes.items()})
+    # Quantization turns Conv1D into linears with the weight of a linear.
+    conv1d = quant == "none" and {kind for kind, _, _ in sizes.values()} == {"Conv1D"}
+    wish = getattr(spec, "target_parameters", None)
+    return MethodTargets(modules, _parameters(wish, tree, model_name) if wish else [], conv1d)
+
+
+def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: str) -> list[str]:
+    wish = getattr(spec, "target_modules", None)
+    if method.adapts == "norms":
+        found = sorted(tree.norm_names())
+    elif wish:
+        return resolve_targets(tree.model, wish, model_name=model_name)
+    elif method.find_targets is not None:
+        found = method.find_targets(spec, tree.model)
+    else:
+        return []
+    if not found and method.targets_linears:
+        raise ConfigError(
+            f"--method {spec.kind} finds nothing to adapt by name in {model_name}. "
+            f"Name the modules with --target-modules. Try: ftlevel list-targets {model_name}"
+        )
+    return found
+
+
+def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) -> list[str]:
+    """Keep the modules of the blocks numbered `layers`.
+
+    Raises:
+        ConfigError: no block has such a number.
+    """
+    there = {tree.layer(name) for name in modules} - {None}
+    missing = [layer for layer in layers if layer not in there]
+    if missing:
+        last = max(layer for layer in there if layer is not None) if there else 0
+        raise ConfigError(
+            f"method.layers_to_transform: there is no layer {listing(map(str, missing))} with "
+            f"adapted modules. Layers here are 0 to {last}."
+        )
+    return [name for name in modules if tree.layer(name) in layers]
+
+
+def _parameters(wish: str | Sequence[str], tree: ModuleTree, model_name: str) -> list[str]:
+    """Return the tensors that `target_parameters` means, by the ends of their names.
+
+    Raises:
+        ConfigError: the model has no experts, or no such tensors.
+    """
+    experts = list(dict.fromkeys(part.pattern.rpartition("}.")[2] for part in tree.experts()))
+    if wish == "experts":
+        if not experts:
+            raise ConfigError(
+                f"method.target_parameters: {model_name} has no experts in one tensor. "
+                "Drop it; --target-modules all-linear reaches every linear."
+            )
+        return experts
+    tensors = [name for name, _ in tree.model.named_parameters()]
+    for name in wish:
+        if not any(f".{tensor}".endswith(f".{name}") for tensor in tensors):
+            available = f" Expert tensors here: {listing(experts)}." if experts else ""
+            ends = {".".join(tensor.split(".")[-3:]) for tensor in tensors}
+            raise ConfigError(
+                f"method.target_parameters: {name!r} is no tensor of {model_name}."
+                f"{did_you_mean(name, sorted(ends))}{available}"
+            )
+    return list(wish)

@@ -1,0 +1,68 @@
+"""AdaLoRA: spec → `peft.AdaLoraConfig`, and the penalty of its loss.
+
+The penalty, R(P, Q) = ‖PᵀP − I‖ + ‖QQᵀ − I‖ (Zhang et al., 2023, equation 4), is averaged over the
+matrices as in `peft.AdaLoraModel.forward`, which adds it to a loss that ftlevel does not use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftlevel.config.methods import AdaloraSpec
+from ftlevel.errors import ConfigError
+from ftlevel.methods.base import Base, Method, whole
+
+_TINIT, _TFINAL = 0.1, 0.3
+
+
+def build(spec: AdaloraSpec, base: Base) -> Any:
+    """Return PEFT's config for `spec` on `base`, whose steps decide the schedule.
+
+    Raises:
+        ConfigError: too few steps are left between `tinit` and `tfinal` to prune in.
+    """
+    from peft import AdaLoraConfig
+
+    steps = base.total_steps
+    tinit = int(_TINIT * steps) if spec.tinit == "auto" else spec.tinit
+    tfinal = int(_TFINAL * steps) if spec.tfinal == "auto" else spec.tfinal
+    if steps - tinit - tfinal < 2:  # the first step only measures
+        raise ConfigError(
+            f"method.tinit {tinit} and method.tfinal {tfinal} leave fewer than 2 of the run's "
+            f"{steps:,} steps to prune ranks in. Train longer, or lower them."
+        )
+    return AdaLoraConfig(
+        task_type=base.task_type,
+        init_r=spec.init_r,
+        target_r=spec.target_r,
+        lora_alpha=whole(spec.lora_alpha),
+        lora_dropout=spec.lora_dropout,
+        target_modules=base.targets,
+        tinit=tinit,
+        tfinal=tfinal,
+        deltaT=spec.delta_t,
+        beta1=spec.beta1,
+        beta2=spec.beta2,
+        orth_reg_weight=spec.orth_reg_weight,
+        total_step=steps,
+        modules_to_save=base.heads or None,
+        fan_in_fan_out=base.fan_in_fan_out,
+    )
+
+
+def orthogonality(model: Any) -> Any:
+    """Return the weighted penalty of a model with AdaLoRA, a scalar in float32."""
+    import torch
+
+    weight = model.peft_config["default"].orth_reg_weight
+    norms = []
+    for name, matrix in model.named_parameters():
+        if ".lora_A.default" in name or ".lora_B.default" in name:
+            # A is (r, in) and B is (out, r): both products are (r, r).
+            product = matrix @ matrix.T if ".lora_A." in name else matrix.T @ matrix
+            eye = torch.eye(len(product), device=product.device, dtype=product.dtype)
+            norms.append(torch.linalg.matrix_norm(product - eye))
+    return weight * torch.stack(norms).mean()
+
+
+METHOD = Method(build, penalty=orthogonality)

@@ -1,0 +1,68 @@
+"""Bottleneck adapters: spec → `BottleneckConfig`, a tuner that PEFT itself does not have.
+
+config, layer and model are a PEFT method as PEFT's own are; they import peft and are only imported
+when one is built or loaded. `sites` says where adapters go.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ftlevel.config.methods.bottleneck import (
+    PARALLEL_SCALING,
+    REDUCTION_FACTOR,
+    AdapterSpec,
+)
+from ftlevel.errors import InputError, listing
+from ftlevel.methods.base import Base, Method
+from ftlevel.methods.bottleneck.sites import SITES, site_pattern, sites_of
+from ftlevel.methods.peft_types import ensure_registered
+
+
+def build(spec: AdapterSpec, base: Base) -> Any:
+    """Return PEFT's config for `spec` on `base`."""
+    ensure_registered()
+    from ftlevel.methods.bottleneck.config import BottleneckConfig
+
+    return BottleneckConfig(
+        task_type=base.task_type,
+        placement=spec.placement,
+        bottleneck_dim=spec.bottleneck_dim,
+        reduction_factor=spec.reduction_factor or REDUCTION_FACTOR,
+        non_linearity=spec.non_linearity,
+        adapter_dropout=spec.adapter_dropout,
+        scaling=spec.scaling,
+        target_modules=base.targets,
+        modules_to_save=base.heads or None,
+    )
+
+
+def find_targets(spec: AdapterSpec, model: Any) -> list[str]:
+    """Return the full names of the modules in `model` that get an adapter, sorted.
+
+    Raises:
+        InputError: the family's positions are not known.
+    """
+    sites = sites_of(model.config)
+    if sites is None:
+        raise InputError(
+            f"--method adapter: no positions are known for {model.config.model_type!r}. Families: "
+            f"{listing(SITES, most=len(SITES))}. Name the last linears of its sub-layers with "
+            "--target-modules, or use --method lora."
+        )
+    pattern = re.compile(site_pattern(sites, spec.placement))
+    return sorted(name for name, _ in model.named_modules() if pattern.fullmatch(name))
+
+
+def describe(spec: AdapterSpec) -> str:
+    """Return the settings in a line."""
+    width = f"reduction {spec.reduction_factor or REDUCTION_FACTOR:g}"
+    if spec.bottleneck_dim is not None:
+        width = f"bottleneck {spec.bottleneck_dim}"
+    scaling = spec.scaling or (PARALLEL_SCALING if spec.placement == "parallel" else 1.0)
+    dropout = f", dropout {spec.adapter_dropout:g}" if spec.adapter_dropout else ""
+    return f"{spec.placement}, {width}, {spec.non_linearity}, scaling {scaling:g}{dropout}"
+
+
+METHOD = Method(build, find_targets, targets_linears=False, describe=describe)

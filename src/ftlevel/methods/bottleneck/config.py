@@ -1,0 +1,61 @@
+"""The `peft` config of a bottleneck adapter: what adapter_config.json holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+from transformers.activations import ACT2FN
+
+from ftlevel.config.methods.bottleneck import PARALLEL_SCALING, REDUCTION_FACTOR
+from ftlevel.methods.peft_types import add_peft_type
+
+BOTTLENECK = add_peft_type("BOTTLENECK")
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """Configuration of `BottleneckModel`.
+
+    Attributes:
+        placement: houlsby, pfeiffer or parallel.
+        bottleneck_dim: width of the bottleneck; by `reduction_factor` if None.
+        reduction_factor: hidden size / width of the bottleneck.
+        non_linearity: activation by transformers' name.
+        adapter_dropout: dropout on the bottleneck's activations in training.
+        scaling: factor of the adapter's output; None becomes 4 for parallel and 1 otherwise.
+        target_modules: names or one regular expression; None is the family's positions.
+        exclude_modules: names or one regular expression that are left out.
+        modules_to_save: modules that are trained in full and saved with the adapter.
+        init_weights: begin as the identity; False draws the up-projection too, for tests.
+    """
+
+    placement: str = field(default="houlsby")
+    bottleneck_dim: int | None = field(default=None)
+    reduction_factor: float = field(default=REDUCTION_FACTOR)
+    non_linearity: str = field(default="relu")
+    adapter_dropout: float = field(default=0.0)
+    scaling: float | None = field(default=None)
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    init_weights: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = BOTTLENECK
+        if self.placement not in ("houlsby", "pfeiffer", "parallel"):
+            raise ValueError(
+                f"placement {self.placement!r} is none of houlsby, pfeiffer and parallel."
+            )
+        if self.non_linearity not in ACT2FN:
+            raise ValueError(
+                f"non_linearity {self.non_linearity!r} is no activation of transformers, such as "
+                "relu, gelu or silu."
+            )
+        if self.scaling is None:
+            self.scaling = PARALLEL_SCALING if self.placement == "parallel" else 1.0
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list):  # PEFT compares these as sets
+                setattr(self, name, set(value))

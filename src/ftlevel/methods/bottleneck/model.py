@@ -1,0 +1,87 @@
+"""The tuner: puts `BottleneckLayer` around the sites of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ftlevel.methods.bottleneck.config import BottleneckConfig
+from ftlevel.methods.bottleneck.layer import CANNOT_MERGE, BottleneckLayer
+from ftlevel.methods.bottleneck.sites import SITES, find_input, site_pattern, sites_of
+
+
+class BottleneckModel(BaseTuner):
+    """Bottleneck adapters on a pretrained model, as PEFT's other tuners are."""
+
+    prefix: str = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+
+    def _prepare_adapter_config(
+        self, peft_config: BottleneckConfig, model_config: dict[str, Any]
+    ) -> BottleneckConfig:
+        if peft_config.target_modules is None:
+            sites = sites_of(self.model.config)
+            if sites is None:
+                raise ValueError(
+                    f"no positions for bottleneck adapters are known for model_type "
+                    f"{model_config.get('model_type')!r}, only for {', '.join(SITES)}. Set "
+                    "target_modules to the last linears of its sub-layers."
+                )
+            peft_config.target_modules = site_pattern(sites, peft_config.placement)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: BottleneckConfig,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,  # noqa: ARG002 - PEFT's signature
+    ) -> None:
+        layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target)
+        width_in, width_out = self._widths(layer.get_base_layer())
+        if peft_config.placement == "parallel":
+            source = self._input_of(current_key)
+            if source is not None:
+                width_in = self._widths(source)[0]
+                layer.listen_to(source)
+        else:
+            width_in = width_out
+        layer.update_layer(adapter_name, peft_config, width_in=width_in, width_out=width_out)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _input_of(self, site: str) -> nn.Module | None:
+        """Return the linear that is given the input of the feed-forward that ends at `site`."""
+        modules: dict[str, Any] = dict(self.model.named_modules())
+        name = find_input(sites_of(self.model.config), site, modules)
+        if name is None:
+            return None
+        return getattr(modules[name], "base_layer", modules[name])
+
+    def _widths(self, module: nn.Module) -> tuple[int, int]:
+        """Return the last dimension of a module's input and output."""
+        for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
+            if hasattr(module, fan_in):
+                return getattr(module, fan_in), getattr(module, fan_out)
+        hidden = self.model.config.get_text_config().hidden_size
+        return hidden, hidden
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Put `new_module` where `child` is.
+
+        PEFT's own also copies `child.weight` to it, which is the same tensor in our layers, and
+        which a composite head such as RoBERTa's does not have when it is unloaded.
+        """
+        if isinstance(child, BottleneckLayer) and new_module is not child:
+            child.stop_listening()
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(CANNOT_MERGE)

@@ -1,0 +1,53 @@
+"""(IA)³: spec → `peft.IA3Config`, and where keys, values and feed-forward layers are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ftlevel.config.methods import Ia3Spec
+from ftlevel.config.sections import Section
+from ftlevel.methods.base import Base, Method
+
+# Ends of names, over all families. Keys and values, or one linear of query, key and value:
+_KEY_VALUE = re.compile(
+    r"\.(k|v|key|value|k_lin|v_lin|k_proj|v_proj|key_proj|value_proj|qkv_proj|qkv|Wqkv|c_attn"
+    r"|query_key_value|attn\.attn\.k|attn\.attn\.v)$"
+)
+# The second linear of a feed-forward layer, whose input is scaled:
+_FEED_FORWARD = re.compile(
+    r"(^|\.)(down_proj|fc2|wo|lin2|fc_out|ffn_output|dense_4h_to_h|(mlp|\d+\.mlp)\.(c_proj|Wo)"
+    r"|ffn\.lin2|(?<!attention\.)output\.dense)$"
+)
+
+
+def find_targets(spec: Section, model: Any) -> list[str]:
+    """Return the linears of keys, values and second feed-forward layers in `model`'s blocks."""
+    return sorted(
+        name
+        for name, module in model.named_modules()
+        if re.search(r"\.\d+\.", name)  # inside a numbered block, not in a head
+        and hasattr(module, "weight")
+        and (_KEY_VALUE.search(name) or is_feed_forward(name))
+    )
+
+
+def is_feed_forward(name: str) -> bool:
+    """Whether `name`, whole or shortened, is of a second linear of a feed-forward layer."""
+    return _FEED_FORWARD.search(name) is not None
+
+
+def build(spec: Ia3Spec, base: Base) -> Any:
+    """Return PEFT's config for `spec` on `base`."""
+    from peft import IA3Config
+
+    return IA3Config(
+        task_type=base.task_type,
+        target_modules=base.targets,
+        feedforward_modules=[name for name in base.targets if is_feed_forward(name)],
+        modules_to_save=base.heads or None,
+        fan_in_fan_out=base.fan_in_fan_out,
+    )
+
+
+METHOD = Method(build, find_targets)

@@ -1,0 +1,75 @@
+"""OFT and BOFT: spec → `peft.OFTConfig` and `peft.BOFTConfig`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ftlevel.config.methods import BoftSpec, OftSpec
+from ftlevel.errors import ConfigError, listing
+from ftlevel.methods.base import Base, Method
+
+
+def build_oft(spec: OftSpec, base: Base) -> Any:
+    """Return PEFT's config for `spec` on `base`."""
+    from peft import OFTConfig
+
+    return OFTConfig(
+        task_type=base.task_type,
+        r=0,
+        oft_block_size=spec.oft_block_size,
+        module_dropout=spec.module_dropout,
+        block_share=spec.block_share,
+        use_cayley_neumann=spec.use_cayley_neumann,
+        target_modules=base.targets,
+        modules_to_save=base.heads or None,
+        fan_in_fan_out=base.fan_in_fan_out,
+    )
+
+
+def build_boft(spec: BoftSpec, base: Base) -> Any:
+    """Return PEFT's config for `spec` on `base`."""
+    from peft import BOFTConfig
+
+    return BOFTConfig(
+        task_type=base.task_type,
+        boft_block_size=spec.boft_block_size,
+        boft_n_butterfly_factor=1,
+        boft_dropout=spec.boft_dropout,
+        target_modules=base.targets,
+        modules_to_save=base.heads or None,
+        fan_in_fan_out=base.fan_in_fan_out,
+    )
+
+
+def check_oft(spec: OftSpec, widths: Mapping[str, int]) -> None:
+    """Check that blocks fill every linear; PEFT would change their size with a warning."""
+    _check_blocks("oft_block_size", spec.oft_block_size, widths)
+
+
+def check_boft(spec: BoftSpec, widths: Mapping[str, int]) -> None:
+    """Check that blocks fill every linear."""
+    _check_blocks("boft_block_size", spec.boft_block_size, widths)
+
+
+def _check_blocks(field: str, size: int, widths: Mapping[str, int]) -> None:
+    odd = {name: width for name, width in widths.items() if width % size}
+    if not odd:
+        return
+    name, width = next(iter(odd.items()))
+    common = math.gcd(*widths.values())
+    fits = [n for n in range(2, min(common, 64) + 1) if common % n == 0]
+    way = (
+        f"Set method.{field} to one of {listing(map(str, fits), 8)}."
+        if fits
+        else "Leave out these modules with --target-modules."
+    )
+    raise ConfigError(
+        f"method.{field} {size} does not divide the inputs of {len(odd):,} of {len(widths):,} "
+        f"linears, such as {name} ({width:,} wide). {way}"
+    )
+
+
+OFT = Method(build_oft, check=check_oft)
+BOFT = Method(build_boft, check=check_boft)

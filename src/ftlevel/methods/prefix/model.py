@@ -1,0 +1,119 @@
+"""The tuner: puts a `PrefixLayer` around every attention of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftlevel.methods.prefix.attention import ATTENTION, own_attention, register_attention
+from ftlevel.methods.prefix.config import PrefixKvConfig
+from ftlevel.methods.prefix.layer import PrefixLayer
+from ftlevel.methods.prefix.sites import find_attentions
+from ftlevel.methods.virtual_tokens import VirtualTokenTuner
+
+_REPLACED = ("sdpa", "eager", ATTENTION)
+
+
+class PrefixModel(VirtualTokenTuner):
+    """Prefix tuning of a pretrained model, in all of its attentions.
+
+    While it is on, the model computes attention by scaled_dot_product_attention, whatever
+    implementation it was loaded with; `unload` restores that.
+    """
+
+    prefix: str = "prefix_kv_"
+    tuner_layer_cls = PrefixLayer
+
+    def find_modules(self) -> list[str]:
+        """Return the full names of all attentions."""
+        return find_attentions(self.model)
+
+    def _pre_injection_hook(
+        self,
+        model: Any,
+        config: PrefixKvConfig,  # noqa: ARG002 - PEFT's signature
+        adapter_name: str,  # noqa: ARG002 - PEFT's signature
+    ) -> None:
+        """Remember the model's attention, and refuse one that ours could not stand in for."""
+        implementation = model.config._attn_implementation
+        if implementation not in _REPLACED:
+            raise ValueError(
+                f"prefix tuning computes attention by scaled_dot_product_attention and cannot be "
+                f"used with attn_implementation={implementation!r}. Load the model with 'sdpa'."
+            )
+        if implementation != ATTENTION:
+            self.attention_before = implementation
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,  # noqa: ARG002 - PEFT's signature
+        parameter_name: str | None = None,  # noqa: ARG002 - PEFT's signature
+    ) -> None:
+        wrapped = isinstance(target, PrefixLayer)
+        layer: Any = target if wrapped else PrefixLayer(target)
+        self._fill(layer, adapter_name, peft_config)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if not wrapped:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self,
+        parent: nn.Module,
+        child_name: str,
+        new_module: nn.Module,
+        child: nn.Module,  # noqa: ARG002 - PEFT's signature
+    ) -> None:
+        """Put `new_module` where `child` is; PEFT's own looks for a weight, which these lack."""
+        setattr(parent, child_name, new_module)
+
+    def _fill(self, layer: PrefixLayer, adapter_name: str, config: PrefixKvConfig) -> None:
+        """Add a prefix to `layer` (mutated)."""
+        if not config.prefix_projection:
+            layer.add_plain(adapter_name, config)
+            return
+        encoder = next((other for other in self.layers() if adapter_name in other.encoders), None)
+        if encoder is not None:
+            encoder = encoder.encoders[adapter_name]
+        hidden = self.model.config.get_text_config().hidden_size
+        layer.add_projected(adapter_name, config, encoder, hidden)
+
+    def _post_injection_hook(
+        self,
+        model: Any,
+        config: PrefixKvConfig,  # noqa: ARG002 - PEFT's signature
+        adapter_name: str,  # noqa: ARG002 - PEFT's signature
+    ) -> None:
+        """Let the attentions that ask transformers for a function get ours."""
+        if any(own_attention(layer.base_layer) is None for layer in self.layers()):
+            register_attention()
+            model.set_attn_implementation(ATTENTION)
+
+    def unload(self) -> nn.Module:
+        """Return the base model without prefixes, with the attention it had."""
+        model = super().unload()
+        if model.config._attn_implementation == ATTENTION:
+            model.set_attn_implementation(self.attention_before)
+        return model
+
+    @torch.no_grad()
+    def fold(self, adapter_name: str = "default") -> None:
+        """Replace the MLP of an adapter by the keys and values that it computes (in place).
+
+        "Once training is complete, these reparametrization parameters can be dropped" (Li &
+        Liang, 2021, section 4.3).
+        """
+        config = self.peft_config[adapter_name]
+        if not config.prefix_projection:
+            return
+        layers = [layer for layer in self.layers() if adapter_name in layer.encoders]
+        computed = [layer.compute(adapter_name) for layer in layers]
+        for layer, (keys, values) in zip(layers, computed, strict=True):
+            layer.fold(adapter_name, keys, values)
+        config.prefix_projection = False

@@ -1,0 +1,116 @@
+"""Prompt tuning and P-tuning: spec → `SoftPromptConfig`, a tuner of our own.
+
+PEFT's lengthens the sequence that heads, labels, pooling and `generate` see; ours hides the prompt
+from them. config, layout, layer and model are a PEFT method as PEFT's own are; they import peft and
+are only imported when one is built or loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftlevel.config.methods import PromptSpec, PTuningSpec
+from ftlevel.methods.base import Base, Method
+from ftlevel.methods.peft_types import ensure_registered
+from ftlevel.methods.soft_prompt.stacks import find_stacks
+
+# These add to each layer's input what the ids of its tokens pick; a prompt has no ids.
+_READ_IDS_IN_LAYERS = frozenset({"gemma3n", "gemma3n_text", "gemma4", "gemma4_text"})
+
+
+def build_prompt(spec: PromptSpec, base: Base) -> Any:
+    """Return PEFT's config for prompt tuning of `base`.
+
+    Raises:
+        ValueError: the text to begin with is asked for, and there is no tokenizer.
+    """
+    ids = None
+    if spec.prompt_tuning_init_text is not None:
+        if base.tokenizer is None:
+            raise ValueError("prompt_tuning_init TEXT needs the model's tokenizer")
+        ids = base.tokenizer(spec.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
+    return _config(spec, base, init_token_ids=ids, random_init=spec.prompt_tuning_init == "RANDOM")
+
+
+def build_p_tuning(spec: PTuningSpec, base: Base) -> Any:
+    """Return PEFT's config for P-tuning of `base`."""
+    return _config(
+        spec,
+        base,
+        encoder=spec.encoder_reparameterization_type,
+        encoder_hidden_size=spec.encoder_hidden_size,
+        encoder_num_layers=spec.encoder_num_layers,
+        encoder_dropout=spec.encoder_dropout,
+    )
+
+
+def _config(spec: PromptSpec | PTuningSpec, base: Base, **fields: Any) -> Any:
+    ensure_registered()
+    from ftlevel.methods.soft_prompt.config import SoftPromptConfig
+
+    return SoftPromptConfig(
+        task_type=base.task_type,
+        num_virtual_tokens=spec.num_virtual_tokens,
+        tokens_before=1 if base.kind == "encoder" else 0,
+        target_modules=base.targets,
+        modules_to_save=base.heads or None,
+        **fields,
+    )
+
+
+def find_targets(_spec: Any, model: Any) -> list[str]:
+    """Return the full names of the stacks of `model` that a prompt is put in front of."""
+    return sorted(find_stacks(model))
+
+
+def describe_prompt(spec: PromptSpec) -> str:
+    """Return the settings of prompt tuning in a line."""
+    begin = {"SAMPLE_VOCAB": "from the vocabulary", "TEXT": "from a text", "RANDOM": "random"}
+    return f"{spec.num_virtual_tokens} virtual tokens, {begin[spec.prompt_tuning_init]} at first"
+
+
+def describe_p_tuning(spec: PTuningSpec) -> str:
+    """Return the settings of P-tuning in a line."""
+    return (
+        f"{spec.num_virtual_tokens} virtual tokens, computed by an "
+        f"{spec.encoder_reparameterization_type}"
+    )
+
+
+def refuse(_spec: Any, model_config: Any, _kind: str, _task: str, _quant: str) -> str | None:
+    """Return why a model cannot have a prompt, and what works; None if it can."""
+    if model_config.model_type in _READ_IDS_IN_LAYERS:
+        return (
+            f"{model_config.model_type} reads the ids of its tokens again in every layer, and "
+            "virtual tokens have none. Use --method lora."
+        )
+    return None
+
+
+def positions(spec: PromptSpec | PTuningSpec) -> int:
+    """Return how many of the model's positions the prompt takes."""
+    return spec.num_virtual_tokens
+
+
+def finish(model: Any) -> None:
+    """Drop the encoder of a trained prompt (in place): the prompt is what it computes."""
+    model.base_model.fold(model.active_adapter)
+
+
+PROMPT = Method(
+    build_prompt,
+    find_targets,
+    targets_linears=False,
+    describe=describe_prompt,
+    refuse=refuse,
+    positions=positions,
+)
+P_TUNING = Method(
+    build_p_tuning,
+    find_targets,
+    targets_linears=False,
+    describe=describe_p_tuning,
+    refuse=refuse,
+    positions=positions,
+    finish=finish,
+)

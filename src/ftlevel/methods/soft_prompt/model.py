@@ -1,0 +1,73 @@
+"""The tuner: puts a `SoftPromptLayer` into the stack that takes a model's tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftlevel.methods.soft_prompt.config import SoftPromptConfig
+from ftlevel.methods.soft_prompt.layer import Role, SoftPromptLayer
+from ftlevel.methods.soft_prompt.stacks import find_stacks
+from ftlevel.methods.virtual_tokens import VirtualTokenTuner
+
+NAME = "soft_prompt"
+"""What a layer is called in its stack."""
+
+
+class SoftPromptModel(VirtualTokenTuner):
+    """Prompt tuning and P-tuning of a pretrained model.
+
+    An encoder-decoder gets its prompt in the encoder, and the decoder attends to what the encoder
+    makes of it (Lester et al., 2021, section 2).
+    """
+
+    prefix: str = "soft_prompt_"
+    tuner_layer_cls = SoftPromptLayer
+
+    def find_modules(self) -> list[str]:
+        """Return the full names of the stack, or of encoder and decoder."""
+        return find_stacks(self.model)
+
+    def _create_and_replace(
+        self,
+        peft_config: SoftPromptConfig,
+        adapter_name: str,
+        target: Any,
+        target_name: str,  # noqa: ARG002 - PEFT's signature
+        parent: nn.Module,  # noqa: ARG002 - PEFT's signature
+        current_key: str,
+        parameter_name: str | None = None,  # noqa: ARG002 - PEFT's signature
+    ) -> None:
+        """Add a prompt to the stack `target`, which is not replaced (mutated)."""
+        if not hasattr(target, NAME):
+            target.add_module(NAME, SoftPromptLayer(target))
+        layer = getattr(target, NAME)
+        stacks = find_stacks(self.model)
+        role: Role = "whole"
+        if len(stacks) == 2:
+            role = "decoder" if current_key == stacks[1] else "encoder"
+        layer.add_prompt(adapter_name, peft_config, target, role)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def unload(self) -> nn.Module:
+        """Return the base model without prompts."""
+        for stack in [module for module in self.model.modules() if hasattr(module, NAME)]:
+            getattr(stack, NAME).leave()
+            delattr(stack, NAME)
+        return super().unload()
+
+    @torch.no_grad()
+    def fold(self, adapter_name: str = "default") -> None:
+        """Replace the encoder of a prompt by what it computes (in place).
+
+        "In the inference, we only need the output embedding h and can discard the LSTM head" (Liu
+        et al., 2021, section 3.2).
+        """
+        for layer in self.layers():
+            training = layer.training
+            layer.eval()  # no dropout between the layers of an LSTM
+            layer.fold(adapter_name)
+            layer.train(training)
+        self.peft_config[adapter_name].encoder = "none"

@@ -1,0 +1,28 @@
+"""VeRA: spec → `peft.VeraConfig`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftlevel.config.methods import VeraSpec
+from ftlevel.methods.base import Base, Method
+
+
+def build(spec: VeraSpec, base: Base) -> Any:
+    """Return PEFT's config for `spec` on `base`."""
+    from peft import VeraConfig
+
+    return VeraConfig(
+        task_type=base.task_type,
+        r=spec.r,
+        d_initial=spec.d_initial,
+        vera_dropout=spec.vera_dropout,
+        projection_prng_key=spec.projection_prng_key,
+        save_projection=True,
+        target_modules=base.targets,
+        modules_to_save=base.heads or None,
+        fan_in_fan_out=base.fan_in_fan_out,
+    )
+
+
+METHOD = Method(build)

@@ -1,0 +1,130 @@
+"""The program: its commands, its spellings, its exit codes, and what it does not import."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from ftlevel.cli.app import COMMANDS, build_app, run
+from ftlevel.cli.flags import FLAG_PATHS, field_at
+from ftlevel.cli.grammar import SECOND_NAMES, canonical
+from ftlevel.config import SPECS, TrainConfig
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "accelerate")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_summary_of_a_command_is_the_first_line_of_its_help(name: str) -> None:
+    place, summary = COMMANDS[name]
+    module, _, attribute = place.partition(":")
+    function = getattr(importlib.import_module(module), attribute)
+    assert (function.__doc__ or "").strip().splitlines()[0] == summary
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["list-targets", "llama"], ["train", "--schema"]]
+)
+def test_help_and_tables_need_no_heavy_import(arguments: list[str]) -> None:
+    code = (
+        "import sys; from ftlevel.cli.app import run; "
+        f"code = run({arguments!r}); "
+        f"loaded = [m for m in {HEAVY!r} if m in sys.modules]; "
+        "print(loaded, file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_python_dash_m_is_the_same_program() -> None:
+    command = [sys.executable, "-m", "ftlevel", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ftlevel ")
+
+
+def test_every_flag_reaches_a_field_that_is_described() -> None:
+    typer.main.get_command(build_app())  # Typer evaluates the declarations
+    assert len(FLAG_PATHS) > 25
+    for parameter, (shown, key) in FLAG_PATHS.items():
+        assert shown == "--" + parameter.replace("_", "-")
+        assert field_at(key).description, key
+
+
+def test_every_field_has_a_consumer() -> None:
+    """A field that no code below the configuration reads would be a flag that does nothing."""
+    source = Path(importlib.import_module("ftlevel").__file__ or "").parent
+    rooms = ("engine", "methods", "models", "tasks", "data")
+    text = "\n".join(p.read_text() for room in rooms for p in (source / room).rglob("*.py"))
+    text += (source / "config/train.py").read_text()
+    sections = [f.annotation for f in TrainConfig.model_fields.values()]
+    models = [*SPECS.values(), *(s for s in sections if hasattr(s, "model_fields"))]
+    idle = [
+        f"{model.__name__}.{name}"
+        for model in models
+        for name in model.model_fields
+        if name != "kind" and f".{name}" not in text and f'"{name}"' not in text
+    ]
+    assert idle == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("--lora_r", "--lora-r"),
+        ("--lora_r=8", "--lora-r=8"),
+        ("--model_name_or_path", "--model"),
+        ("--task_type=text_generation", "--task=text_generation"),
+        ("--quantization_type", "--quant"),
+        ("--dataset-name", "--dataset"),
+        ("lora_r", "lora_r"),
+        ("--", "--"),
+    ],
+)
+def test_second_spellings(typed: str, read: str) -> None:
+    assert canonical(typed) == read
+
+
+def test_second_names_lead_to_flags_that_exist() -> None:
+    typer.main.get_command(build_app())
+    shown = {flag for flag, _ in FLAG_PATHS.values()}
+    assert set(SECOND_NAMES.values()) <= shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["train", "--lora-rr", "8"], "No such option: --lora-rr"),
+        (["train", "--lora_r", "x"], "Invalid value for '--lora-r'"),
+        (["train", "--method", "lorra"], "Did you mean 'lora'?"),
+        (["train", "--task", "sumarization"], "Did you mean 'summarization'?"),
+        (["train", "--quant", "4bit", "--method", "full"], "Use --method qlora"),
+        (["train", "--bf16", "--dtype", "float32"], "--bf16 and --dtype both set the precision"),
+        (["train", "a.yaml", "--recipe", "b.yaml"], "two recipes are given"),
+        (["train", "--map", "summary"], "expected NAME=COLUMN"),
+        (["train", "--set", "seed"], "expected section.key=value"),
+        (["list-targets", "lama"], "Did you mean 'llama'"),
+        (["generate", "builtin:tiny-llama"], "Missing option"),
+        (["generate", "nothing/here", "--prompt", "x", "--max-new-tokens", "0"], "Invalid value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.err.startswith("ftlevel: ")
+    assert message in captured.err
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "TrainConfig"

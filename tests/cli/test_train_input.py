@@ -1,0 +1,155 @@
+"""Bad input to `train`: one line, exit 2, before weights load, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ftlevel.cli.app import run
+
+ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(8)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty working directory with a data file in it, and no way to load weights."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    import ftlevel.engine.train as engine
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(engine, "load_model", refuse)
+    return tmp_path
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run `train` and return its one line of complaint."""
+    before = {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
+    assert run(["train", "--quiet", *arguments]) == 2
+    assert {p: p.stat().st_mtime_ns for p in Path().rglob("*")} == before
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0].removeprefix("ftlevel: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/model/here"],
+         "--model no/such/model/here does not exist."),
+        (["--model", "./gone"], "--model ./gone does not exist."),
+        (["--model", "owner/name"], "--model owner/name: no such directory here, not in the local "
+         "cache, and HF_HUB_OFFLINE is set."),
+        (["--model", "builtin:tiny-lama"], "tiny-lama"),
+        (["--model", "rows.jsonl"], "--model rows.jsonl is a file."),
+        (["--model", "gone.gguf"], "--model gone.gguf does not exist."),
+        (["--dataset", "row.jsonl"], "Did you mean 'rows.jsonl'"),
+        (["--dataset", "rows.jsonl", "--task", "summarization", "--map", "document=body"],
+         "'body'"),
+        (["--dataset", "rows.jsonl", "--task", "text-classification"], "label"),
+        (["--target-modules", "q_projj"],
+         "--target-modules: 'q_projj' matches no module of builtin:tiny-llama."),
+        (["--target-modules", "q_proj,foo_proj"], "--target-modules: 'foo_proj' matches no module"),
+        (["--target-modules", "lm_head"], "lm_head"),
+        (["--dtype", "float16", "--device", "auto"],
+         "--dtype float16 cannot be used on the CPU."),
+        (["--max-length", "4096"], "--max-length 4,096 is beyond the model's 1,024 positions."),
+        (["--dataset", "rows.jsonl", "--max-length", "9"], "8 of 8 rows are longer than 9 tokens"),
+        (["--output-dir", "rows.jsonl"], "--output-dir rows.jsonl is a file."),
+        (["--output-dir", "."], "--output-dir . exists and is not empty."),
+        (["--output-dir", ".", "--overwrite"], "--overwrite .: it is not a run of ftlevel"),
+        (["--output-dir", ".", "--resume"], "--output-dir . is not a run"),
+        (["--output-dir", "gone", "--resume", "--set", "train.seed=1"], "gone"),
+        (["--lora-r", "0"], "--lora-r: 0 is out of range"),
+        (["--learning-rate", "nan"], "--learning-rate: nan cannot be used"),
+        (["--learning-rate", "inf"], "--learning-rate: inf cannot be used"),
+        (["--lr", "10"], "--learning-rate: 10.0 is out of range"),
+        (["--epochs", "0"], "--num-train-epochs: 0.0 is out of range"),
+        (["--batch-size", "0"], "--per-device-train-batch-size: 0 is out of range"),
+        (["--lora-dropout", "1"], "--lora-dropout: 1.0 is out of range"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(
+    folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "rows"),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp', "bad.jsonl:2"),
+        ('{"prompt": "caf\u00e9", "completion": "b"}\n'.encode("latin-1"), "bad.jsonl:1"),
+        ('{"prompt": "a", "completion": "b"}\n'.encode("utf-16"), "UTF-16"),
+        (b'{"prompt": "a", "completion": "b"}\n["a", "b"]\n', "bad.jsonl:2"),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 3}\n', "bad.jsonl:2"),
+        (b'{"prompt": "a", "completion": null}\n', "bad.jsonl:1"),
+    ],
+)
+def test_bad_files_are_named_by_line(
+    folder: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "bad.jsonl").write_bytes(content)
+    assert message in refused(["--dataset", "bad.jsonl"], capsys)
+
+
+def test_too_few_labels(
+    folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(folder / "one.jsonl", [{"text": "a b", "label": "x"}, {"text": "c", "label": "x"}])
+    found = refused(
+        ["--dataset", "one.jsonl", "--task", "text-classification", "--model",
+         str(tiny_model_dir("bert"))],
+        capsys,
+    )  # fmt: skip
+    assert "'label'" in found
+    assert "two" in found or "2" in found
+
+
+def test_an_encoder_cannot_generate(
+    folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = refused(["--dataset", "rows.jsonl", "--model", str(tiny_model_dir("bert"))], capsys)
+    assert found.startswith("--task text-generation cannot be used with bert, which is an encoder")
+
+
+def test_positions_bound_the_length_and_the_remedy_is_named(
+    folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(folder / "long.jsonl", [{"text": "word " * 2000}])
+    found = refused(["--dataset", "long.jsonl", "--model", str(tiny_model_dir("gpt2"))], capsys)
+    assert "1 of 1 rows are longer than" in found
+    assert "--overlong drop" in found
+
+
+def test_weights_that_are_not_safetensors_are_refused(
+    folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_model_dir("llama")
+    model = folder / "pickled"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((source / name).read_bytes())
+    (model / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    found = refused(["--model", "pickled", "--dataset", "rows.jsonl"], capsys)
+    assert "only pickled weights (pytorch_model.bin)" in found
+
+
+def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--dataset", "rows.jsonl", "--dry-run"]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["rows.jsonl"]
+    out = capsys.readouterr().out
+    assert "trainable: 135,680 of" in out
+    assert "nothing was trained or written" in out

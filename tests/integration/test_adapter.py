@@ -1,0 +1,91 @@
+"""Whole runs with bottleneck adapters, and their use by a program without ftlevel's commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftlevel.cli.app import run
+
+SHORT = [
+    *("--max-samples", "8", "--set", "data.max_eval_samples=4", "--batch-size", "4"),
+    *("--max-steps", "3", "--learning-rate", "1e-3", "--set", "train.max_new_tokens=4"),
+]
+
+LOAD = """
+import torch, transformers
+from peft import PeftConfig, PeftModel
+try:
+    PeftConfig.from_pretrained("run/adapter")
+except KeyError as error:
+    print(error)
+{line}
+base = transformers.AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32)
+model = PeftModel.from_pretrained(base, "run/adapter").eval()
+ids = torch.arange(5, 15)[None]
+with torch.no_grad(), model.disable_adapter():
+    plain = model(ids).logits
+with torch.no_grad():
+    print((model(ids).logits - plain).abs().max().item())
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--set", "method.placement=houlsby"],
+        ["--set", "method.placement=pfeiffer", "--quant", "4bit"],
+        ["--set", "method.placement=parallel", "--gradient-checkpointing"],
+        ["--set", "method.placement=parallel", "--quant", "8bit", "--dtype", "float32"],
+        ["--target-modules", "o_proj", "--set", "method.bottleneck_dim=4"],
+    ],
+)
+def test_a_run_proves_itself_and_answers(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--method", "adapter", "--output-dir", "run", *SHORT, *arguments]
+    assert run(command) == 0
+    shown = capsys.readouterr().out
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert f"{summary['trainable_parameters']:,} of" in shown, "counted before, as it came out"
+    proof = summary["proof"]
+    assert proof["reload_difference"] == 0
+    assert proof["adapter_effect"] > 0
+    assert proof["idle_tensors"] == 0
+    assert proof["frozen_tensors"] == 47
+    assert run(["generate", "run", "--prompt", "def f(x):", "--compare-base", "--json",
+                "--max-new-tokens", "4"]) == 0  # fmt: skip
+    assert set(json.loads(capsys.readouterr().out)["answers"][0]) >= {"text", "base"}
+
+
+def test_a_program_needs_the_one_import_that_the_readme_names() -> None:
+    from ftlevel.models.sources import resolve_source
+
+    assert run(["train", "--quiet", "--method", "adapter", "--output-dir", "run", *SHORT]) == 0
+    card = json.loads(Path("run/adapter/ftlevel.json").read_text())
+    line = f"import {card['needs_import']}"
+    assert line in Path("run/adapter/README.md").read_text()
+    base = str(resolve_source("builtin:tiny-llama").location)
+
+    program = LOAD.format(line=line, base=base)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    complaint, effect = done.stdout.split()
+    assert complaint == "'BOTTLENECK'"
+    assert float(effect) > 0
+
+
+def test_the_two_widths_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(["train", "--method", "adapter", "--set", "method.reduction_factor=8",
+                "--set", "method.bottleneck_dim=8"])  # fmt: skip
+    assert code == 2
+    assert "reduction_factor 8 and bottleneck_dim 8" in capsys.readouterr().err

@@ -1,0 +1,285 @@
+"""Whole runs: a real trained model (the built-in one) and tiny ones of each kind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ftlevel.cli.app import run
+
+SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*arguments: str, out: str = "run") -> dict[str, Any]:
+    """Run `ftlevel train` and return its summary."""
+    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
+    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
+    return summary
+
+
+def digest(directory: str) -> str:
+    path = Path(directory) / "adapter"
+    files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors")
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "frozen"),
+    [
+        (["--method", "lora"], 47),
+        (["--method", "lora", "--dtype", "float32", "--target-modules", "q_proj,v_proj"], 47),
+        (["--set", "method.use_dora=true", "--set", "method.use_rslora=true"], 47),
+        (["--method", "qlora", "--quant", "4bit"], 47),
+        (["--method", "qlora", "--quant", "4bit", "--double-quant", "--quant-type", "fp4"], 47),
+        (["--method", "qlora", "--quant", "8bit"], 47),
+        (["--method", "lora", "--gradient-checkpointing"], 47),
+        (["--method", "full"], 0),
+    ],
+)
+def test_a_run_proves_itself(arguments: list[str], frozen: int) -> None:
+    summary = train(*arguments, *SHORT, "--max-steps", "4", "--learning-rate", "1e-3")
+    proof = summary["proof"]
+    assert proof["reload_difference"] == 0
+    assert proof["adapter_effect"] > 0
+    assert proof["idle_tensors"] == 0
+    assert proof["frozen_tensors"] == frozen
+    assert summary["steps"] == 4
+    assert summary["metrics"]["perplexity"] > 1
+    files = {p.name for p in Path("run").iterdir()}
+    assert files == {"README.md", "adapter", "checkpoints", "config.yaml", "metrics.jsonl",
+                     "summary.json"}  # fmt: skip
+    card = json.loads(Path("run/adapter/ftlevel.json").read_text())
+    assert card["base"]["name"] == "builtin:tiny-llama"
+    assert card["prompt"]["kind"] == "chat-template"
+
+
+def test_the_loss_really_falls() -> None:
+    summary = train("--max-samples", "64", "--epochs", "4", "--learning-rate", "3e-3",
+                    "--eval-on-start", "--set", "data.max_eval_samples=32")  # fmt: skip
+    before, after = summary["metrics_before"]["loss"], summary["metrics"]["loss"]
+    assert after < before - 0.2, "validation loss, on modules that neither training has seen"
+    assert summary["loss_last"] < summary["loss_first"] - 0.2
+
+
+def test_the_same_command_gives_the_same_adapter_and_so_does_its_config() -> None:
+    arguments = [*SHORT, "--epochs", "1", "--lora-dropout", "0.1"]
+    train(*arguments, out="a")
+    train(*arguments, out="b")
+    train("a/config.yaml", out="c")
+    train(*arguments, "--seed", "43", out="d")
+    assert digest("a") == digest("b") == digest("c")
+    assert digest("a") != digest("d")
+
+
+def test_metrics_are_lines_of_json_with_the_named_fields() -> None:
+    train(*SHORT, "--epochs", "1")
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if "loss" in r]
+    assert set(steps[0]) >= {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens",
+                             "elapsed_s"}  # fmt: skip
+    assert steps[-1]["step"] == 4
+    # All 16 rows, counted without padding.
+    assert steps[-1]["tokens"] == json.loads(Path("run/summary.json").read_text())["data"]["tokens"]
+    assert any("eval_perplexity" in r for r in records)
+
+
+def test_batch_of_8_and_2_by_4_give_one_loss_curve() -> None:
+    def losses(batch: str, accumulated: str, out: str) -> list[float]:
+        train("--max-samples", "32", "--epochs", "1", "--dtype", "float32", "--batch-size", batch,
+              "--gradient-accumulation-steps", accumulated, "--logging-steps", "1",
+              "--learning-rate", "1e-3", out=out)  # fmt: skip
+        lines = Path(out, "metrics.jsonl").read_text().splitlines()
+        return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
+
+    assert losses("8", "1", "a") == pytest.approx(losses("2", "4", "b"), rel=1e-5)
+
+
+def write_rows(name: str, rows: list[dict[str, Any]]) -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return name
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "gpt2", "llama"])
+def test_summarization_on_either_kind(
+    family: str, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"document": f"the {w} is a long thing of many words", "summary": f"a {w}"}
+            for w in "abcdefgh"]  # fmt: skip
+    summary = train(
+        "--task", "summarization", "--model", str(tiny_model_dir(family)),
+        "--dataset", write_rows("rows.jsonl", rows), "--validation-split", "0.25",
+        "--epochs", "2", "--learning-rate", "1e-2", "--set", "train.max_new_tokens=4",
+    )  # fmt: skip
+    assert set(summary["metrics"]) >= {"loss", "perplexity", "rouge1", "rouge2", "rougeL"}
+    assert summary["proof"]["reload_difference"] == 0
+    capsys.readouterr()
+    assert run(["generate", "run", "--prompt", "the b is a long", "--compare-base",
+                "--max-new-tokens", "4", "--json"]) == 0  # fmt: skip
+    answer = json.loads(capsys.readouterr().out)["answers"][0]
+    assert set(answer) == {"prompt", "text", "base", "scores"}
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2", "llama", "t5", "bart"])
+@pytest.mark.parametrize("quant", ["none", "4bit"])
+def test_classification_trains_saves_and_reloads_its_head(
+    family: str, quant: str, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"{w} {w} x{i}", "label": w} for i in range(6) for w in ("up", "down", "left")]
+    summary = train(
+        "--task", "text-classification", "--model", str(tiny_model_dir(family)), "--quant", quant,
+        "--dataset", write_rows("rows.jsonl", rows), "--validation-split", "0.2",
+        "--epochs", "1", "--learning-rate", "1e-2",
+    )  # fmt: skip
+    assert set(summary["metrics"]) >= {"loss", "accuracy", "f1"}
+    assert summary["proof"]["reload_difference"] == 0
+    assert summary["data"]["labels"] == ["down", "left", "up"]
+    card = json.loads(Path("run/adapter/ftlevel.json").read_text())
+    assert card["heads"]
+    capsys.readouterr()
+    assert run(["generate", "run", "--prompt", "up up", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)["answers"][0]
+    assert answer["text"] in ("down", "left", "up")
+    assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_json_prints_one_object_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--json", *SHORT, "--max-steps", "1", "--output-dir", "run"]) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["steps"] == 1
+    assert captured.err == ""
+
+
+def test_the_libraries_say_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ftlevel", "train", "--quant", "4bit", *SHORT,
+               "--max-steps", "2", "--save-steps", "1"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert "proof" in done.stdout
+    for line in done.stdout.splitlines():
+        assert line.startswith(("·", "ftlevel", "  ")), line
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_resuming_gives_the_unbroken_run(tmp_path: Path) -> None:
+    arguments = [*SHORT, "--epochs", "6", "--lora-dropout", "0.1", "--logging-steps", "1"]
+    train(*arguments, out="whole")
+    command = [sys.executable, "-m", "ftlevel", "train", *arguments, "--output-dir", "broken"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = Path("broken/metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted after step" in complaint
+    assert "--output-dir broken --resume" in complaint
+    assert not Path("broken/adapter").exists()
+    assert run(["generate", "broken", "--prompt", "x"]) == 2
+    assert run(["train", "--quiet", "--output-dir", "broken", "--resume"]) == 0
+    assert digest("broken") == digest("whole")
+
+
+def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    train(*SHORT, "--max-steps", "2", "--save-steps", "1")
+    code = run(["train", "--quiet", "--output-dir", "run", "--resume", "--lora-r", "4"])
+    assert code == 2
+    complaint = capsys.readouterr().err
+    assert complaint == (  # a recipe is the run's own; the flag differs
+        "ftlevel: --resume run: not the same run: method.r was 8 and is 4. "
+        "Give it as it was, or start anew in another --output-dir.\n"
+    )
+
+
+def test_a_damaged_checkpoint_is_set_aside(capsys: pytest.CaptureFixture[str]) -> None:
+    train(*SHORT, "--max-steps", "3", "--save-steps", "1", out="whole")
+    train(*SHORT, "--max-steps", "3", "--save-steps", "1", out="run")
+    newest = Path("run/checkpoints/checkpoint-3/optimizer.pt")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capsys.readouterr()
+    assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
+    assert "checkpoint-3: optimizer.pt has changed" in capsys.readouterr().out
+    assert Path("run/checkpoints/rejected-3").is_dir()
+    assert digest("run") == digest("whole")
+
+
+def test_a_run_that_is_not_finite_stops_and_saves_nothing(
+    capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source, broken = tiny_model_dir("llama", chat=True), tmp_path / "broken"
+    broken.mkdir()
+    for path in source.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    code = run(
+        ["train", "--quiet", "--model", "broken", *SHORT, "--overlong", "drop",
+         "--output-dir", "run"]
+    )  # fmt: skip
+    assert code == 1
+    assert "not finite at step 1" in capsys.readouterr().err
+    assert not Path("run/adapter").exists()
+
+
+def test_an_adapter_is_refused_on_other_weights(
+    capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir("llama", chat=True), base)
+    train("--model", "base", *SHORT, "--overlong", "drop", "--max-steps", "1")
+    shutil.rmtree(base)
+    shutil.copytree(tiny_model_dir("llama", chat=True, seed=1), base)
+    assert run(["generate", "run", "--prompt", "x"]) == 2
+    assert "there are now other weights" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(
+    capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir("llama", chat=True), base)
+    weights = load_file(base / "model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert run(["train", "--quiet", "--model", "base", *SHORT, "--overlong", "drop"]) == 2
+    assert "lacks 1 weights of its architecture" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_gguf_file_trains_and_a_full_run_of_it_is_a_plain_model(smollm2_gguf: Path) -> None:
+    summary = train("--model", str(smollm2_gguf), "--max-samples", "4", "--max-steps", "1",
+                    "--set", "data.max_eval_samples=2")  # fmt: skip
+    assert summary["model"]["kind"] == "gguf"
+    assert summary["proof"]["reload_difference"] == 0
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert config["model"]["name_or_path"] == str(smollm2_gguf)

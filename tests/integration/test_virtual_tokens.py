@@ -1,0 +1,126 @@
+"""Whole runs with prefixes and prompts: trained, proved, asked, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from ftlevel.cli.app import run
+
+SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
+PROJECTED = ["--method", "prefix", "--set", "method.prefix_projection=true"]
+LSTM = ["--method", "p-tuning", "--set", "method.encoder_reparameterization_type=LSTM",
+        "--set", "method.encoder_hidden_size=16"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*arguments: str, out: str = "run") -> dict[str, Any]:
+    """Run `ftlevel train` and return its summary."""
+    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
+    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
+    return summary
+
+
+def saved(out: str) -> dict[str, Any]:
+    return load_file(Path(out, "adapter", "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tensors"),
+    [
+        (["--method", "prefix"], 10),
+        ([*PROJECTED, "--quant", "4bit"], 10),
+        (["--method", "prompt", "--gradient-checkpointing"], 1),
+        (["--method", "prompt", "--set", "method.prompt_tuning_init=TEXT", "--set",
+          "method.prompt_tuning_init_text=Say what it does"], 1),
+        (["--method", "p-tuning", "--quant", "8bit"], 1),
+    ],
+)  # fmt: skip
+def test_a_run_proves_itself_and_answers(
+    arguments: list[str], tensors: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = train(*arguments, *SHORT, "--max-steps", "2")
+    proof = summary["proof"]
+    assert proof["reload_difference"] == 0
+    assert proof["adapter_effect"] > 0
+    assert proof["idle_tensors"] == 0
+    assert proof["frozen_tensors"] == 47
+    assert len(saved("run")) == tensors  # no MLP, no LSTM
+    card = json.loads(Path("run/adapter/ftlevel.json").read_text())
+    assert card["needs_import"] == "ftlevel.adapters"
+    capsys.readouterr()
+    prompts = ["--prompt", "def f(): return 1", "--prompt", "x"]
+    command = ["generate", "run", *prompts, "--compare-base", "--max-new-tokens", "4", "--json"]
+    assert run(command) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert [set(answer) for answer in answers] == [{"prompt", "text", "base", "scores"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("bert", "prefix"), ("bart", "prefix"), ("bert", "p-tuning"), ("llama", "prompt")],
+)
+def test_a_head_is_trained_and_saved_beside_it(
+    family: str, method: str, tiny_model_dir: Callable[..., Path]
+) -> None:
+    rows = [{"text": f"the {word} thing", "label": word} for word in ("good", "bad")] * 6
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = train(
+        "--method", method, "--task", "text-classification", "--model",
+        str(tiny_model_dir(family)), "--dataset", "rows.jsonl", "--validation-split", "0.25",
+        "--max-steps", "2",
+    )  # fmt: skip
+    assert summary["proof"]["reload_difference"] == 0
+    assert summary["metrics"]["accuracy"] >= 0
+    names = saved("run").keys()
+    assert any("classif" in name or "score" in name for name in names)
+    assert any("pooler" in name for name in names) == (family == "bert")  # it was random too
+
+
+@pytest.mark.parametrize("arguments", [PROJECTED, LSTM], ids=["prefix", "p-tuning"])
+def test_what_computes_the_vectors_is_there_when_a_run_is_resumed(arguments: list[str]) -> None:
+    """Checkpoints keep the MLP or the LSTM, and the end of both runs is the same."""
+    import shutil
+
+    short = [*arguments, *SHORT, "--max-steps", "2", "--save-steps", "1", "--dtype", "float32"]
+    train(*short, out="whole")
+    shutil.copytree("whole", "cut")
+    shutil.rmtree("cut/adapter")
+    shutil.rmtree("cut/checkpoints/checkpoint-2")
+    train(*short, "--resume", out="cut")
+    whole, cut = saved("whole"), saved("cut")
+    assert whole.keys() == cut.keys()
+    assert all(whole[name].equal(cut[name]) for name in whole)
+
+
+def test_a_family_without_a_place_for_a_prefix_is_refused_before_its_weights_load(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained("bloom")
+    assert run(["train", "--method", "prefix", "--model", "bloom", "--output-dir", "run"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--method prefix: bloom computes its attention itself" in said
+    assert "Use --method prompt" in said
+    assert not Path("run").exists()
+
+
+def test_a_prompt_leaves_room_for_text(
+    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_model_dir("gpt2"))
+    command = ["train", "--method", "prompt", "--model", model, "--output-dir", "run"]
+    assert run([*command, "--set", "method.num_virtual_tokens=5000"]) == 2
+    assert "leaves no room for text" in " ".join(capsys.readouterr().err.split())

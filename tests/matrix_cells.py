@@ -1,0 +1,252 @@
+"""Every cell of what works with what, in tiny models: trained, saved, loaded anew and compared.
+
+A cell is a row of `ftlevel.methods.facts`, a family, a head and a quantization. Tasks that put the
+same head on a family are one cell. Used by scripts/run_matrix.py and by a sample in the tests.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import tiny_models
+from ftlevel.config import SPECS, QuantConfig
+from ftlevel.data.encode import Encoded
+from ftlevel.engine.adapt import apply_method, save_adapter
+from ftlevel.engine.allocation import Allocation
+from ftlevel.engine.eva import start_from_data
+from ftlevel.engine.method_targets import find_method_targets
+from ftlevel.engine.proof import check_saved
+from ftlevel.methods import METHODS, Base
+from ftlevel.methods.facts import FACTS
+from ftlevel.methods.lora_start import copy_start
+from ftlevel.methods.matrix import Cell, find_problems, find_refusal
+from ftlevel.models.families import FAMILIES
+from ftlevel.models.loading import build_task_model, load_model
+from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.sources import ModelSource
+from ftlevel.models.targets import find_heads
+from ftlevel.tasks import TASKS
+from ftlevel.tasks.objectives import build_objective
+
+QUANTS = ("none", "4bit", "8bit")
+STEPS = 4
+_SMALL = {
+    "r": 4, "init_r": 4, "target_r": 2, "oft_block_size": 8, "alpha": 4.0, "lora_alpha": 8.0,
+}  # fmt: skip
+_HEAD_OF_CLASS = {name: head for head, name in tiny_models.AUTO_CLASSES.items()}
+
+
+@dataclass(frozen=True)
+class TinyCell:
+    """One cell to run.
+
+    Attributes:
+        row: a name of `FACTS`.
+        head: of tiny_models, which `tasks` put on the model.
+    """
+
+    row: str
+    family: str
+    head: str
+    tasks: tuple[str, ...]
+    quant: str
+
+    def __str__(self) -> str:
+        return f"{self.row}-{self.family}-{self.head}-{self.quant}"
+
+    @property
+    def asked(self) -> Cell:
+        """The cell in the words of the matrix, for the first of the tasks."""
+        family = FAMILIES[self.family]
+        return Cell(
+            self.row, family.name, family.kind, self.tasks[0], self.quant,
+            bool(family.target_parameters),
+        )  # fmt: skip
+
+
+def build_cells() -> list[TinyCell]:
+    """Return every cell of the methods, families and tasks that there are."""
+    rows = [facts.name for facts in FACTS.values() if facts.kind in SPECS]
+    return [
+        TinyCell(row, family, head, tasks, quant)
+        for family in tiny_models.FAMILIES
+        for head, tasks in heads_of(family).items()
+        for quant in QUANTS
+        for row in rows
+    ]
+
+
+@cache
+def heads_of(family: str) -> dict[str, tuple[str, ...]]:
+    """Return the heads that ftlevel's tasks put on a family, with these tasks."""
+    kind = FAMILIES[family].kind
+    found: dict[str, tuple[str, ...]] = {}
+    for task in TASKS.values():
+        head = _HEAD_OF_CLASS.get(task.auto_classes.get(kind, ""))
+        if head in tiny_models.HEADS[family]:
+            found[head] = (*found.get(head, ()), task.name)
+    return found
+
+
+def build_spec(row: str) -> Any:
+    """Return the spec of a row of the table, small enough for a tiny model."""
+    facts = FACTS[row]
+    spec = SPECS[facts.kind]
+    chosen = {"lora_plus_ratio": 16.0, "target_parameters": "experts"}
+    fields = {
+        name: chosen[name] if value is ... else value[0] if isinstance(value, tuple) else value
+        for name, value in facts.fields.items()
+    }
+    small = {name: value for name, value in _SMALL.items() if name in spec.model_fields}
+    return spec(**{**small, **fields})
+
+
+def expected_refusal(cell: TinyCell) -> str | None:
+    """Return the message that the table gives for `cell`, None where it claims yes."""
+    problems = find_problems(build_spec(cell.row), cell.asked)
+    assert bool(problems) == (find_refusal(cell.asked) is not None)
+    return problems[0] if problems else None
+
+
+@cache
+def pristine(family: str, head: str, quant: str) -> Any:
+    """Return the base of a cell; never changed, only copied."""
+    if quant == "none":
+        return tiny_models.build(family, head)
+    directory = Path(tempfile.mkdtemp(prefix="ftlevel-matrix-"))
+    try:
+        built = tiny_models.build(family, head)
+        built.save_pretrained(directory)
+        return load_model(
+            ModelSource(family, "directory", str(directory)),
+            tiny_models.build_config(family, head),
+            tiny_models.AUTO_CLASSES[head],
+            dtype=torch.float32,
+            device="cpu",
+            quantization=build_quantization_config(
+                QuantConfig(kind=quant), torch.float32, find_heads(built) if _headed(head) else []
+            ),
+        )[0]
+    finally:
+        shutil.rmtree(directory)
+
+
+def _headed(head: str) -> bool:
+    return head in ("seqcls", "tokcls", "qa")
+
+
+def fresh(cell: TinyCell) -> Any:
+    """Return a copy of the base, with another random head where the task trains it."""
+    model = copy.deepcopy(pristine(cell.family, cell.head, cell.quant))
+    if _headed(cell.head):
+        generator = torch.Generator().manual_seed(99)
+        for name in find_heads(model):
+            for parameter in model.get_submodule(name).parameters():
+                if parameter.is_floating_point():
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.data = noise.to(parameter) * 0.02
+    return model
+
+
+def describe_base(cell: TinyCell, spec: Any) -> Base:
+    """Return what the engine would find out of the cell's base without its weights."""
+    config = tiny_models.build_config(cell.family, cell.head)
+    meta = build_task_model(config, tiny_models.AUTO_CLASSES[cell.head])
+    kind = FAMILIES[cell.family].kind
+    adapted = find_method_targets(spec, meta, cell.family, cell.quant)
+    return Base(
+        config=config,
+        kind=kind,
+        task_type=TASKS[cell.tasks[0]].peft_types.get(kind),
+        targets=adapted.modules,
+        heads=find_heads(meta) if _headed(cell.head) else [],
+        fan_in_fan_out=adapted.fan_in_fan_out,
+        total_steps=STEPS,
+        parameters=adapted.parameters,
+    )
+
+
+def run_cell(cell: TinyCell) -> None:
+    """Train, save, load into a fresh base and compare; any failure raises."""
+    torch.manual_seed(0)
+    spec = build_spec(cell.row)
+    base = describe_base(cell, spec)
+    model = apply_method(copy.deepcopy(pristine(cell.family, cell.head, cell.quant)), spec, base)
+    batch = tiny_models.build_batch(cell.family, cell.head)
+    if cell.row == "eva":
+        rows = [
+            Encoded(ids.tolist(), ids.tolist() if cell.head == "causal" else 0, 0)
+            for ids in batch["input_ids"].repeat(4, 1)
+        ]
+        start_from_data(model, rows, pad_id=0, batch_size=4, seed=0, device="cpu", dtype="float32")
+    start = copy_start(model)
+    _train(model, batch, spec)
+    with tempfile.TemporaryDirectory(prefix="ftlevel-matrix-") as folder:
+        directory = Path(folder)
+        if hasattr(model, "peft_config"):
+            save_adapter(model, directory, start)
+        else:
+            model.save_pretrained(directory)
+        objective = build_objective(TASKS[cell.tasks[0]], FAMILIES[cell.family].kind)
+        check_saved(
+            model, directory, lambda: fresh(cell), _probe(batch), objective=objective,
+            device="cpu", dtype="float32",
+        )  # fmt: skip
+
+
+def _probe(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch as our collator makes it: spans are labels."""
+    probe = dict(batch)
+    if "start_positions" in probe:
+        spans = (probe.pop("start_positions"), probe.pop("end_positions"))
+        probe["labels"] = torch.stack(spans, dim=1)
+    return probe
+
+
+def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any) -> None:
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=5e-3)
+    allocation = Allocation(Path()) if spec.kind == "adalora" else None
+    penalty = METHODS[spec.kind].penalty if spec.kind in METHODS else None
+    moved: set[str] = set()
+    model.train()
+    for step in range(STEPS):
+        loss = model(**batch).loss
+        if penalty is not None:
+            loss = loss + penalty(model)
+        loss.backward()
+        assert torch.isfinite(loss), f"loss {loss.item()} at step {step}"
+        missing = [name for name, p in trainable.items() if p.grad is None]
+        assert not missing, f"no gradient: {missing[:3]}"
+        moved |= {name for name, p in trainable.items() if bool(p.grad.abs().sum() > 0)}
+        optimizer.step()
+        if allocation is not None:
+            state = transformers.TrainerState(global_step=step)
+            allocation.on_optimizer_step(None, state, None, model=model)
+        optimizer.zero_grad()
+    if allocation is not None:
+        allocation.on_train_end(None, transformers.TrainerState(), None, model=model)
+    idle = sorted(set(trainable) - moved)
+    assert not idle, f"gradient always zero: {idle[:3]}"
+
+
+def outcome(cell: TinyCell) -> str:
+    """Return "yes", "no: REASON" or, where table and truth differ, "?? WHAT HAPPENED"."""
+    reason = expected_refusal(cell)
+    if reason is not None:
+        return f"no: {reason}"
+    try:
+        run_cell(cell)
+    except Exception as error:  # noqa: BLE001 - whatever a library raises is the finding
+        text = str(error).strip().splitlines()
+        return f"?? {type(error).__name__}: {text[0] if text else ''}"
+    return "yes"

@@ -1,0 +1,149 @@
+"""Recipes, settings and flags become one configuration, or an error that names its origin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ftlevel.config import Layer, build_config, put, read_recipe, read_settings
+from ftlevel.errors import ConfigError
+
+
+def problems(*layers: Layer) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        build_config(layers)
+    return caught.value.problems
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_flags_win_over_set_over_recipe_over_defaults(tmp_path: Path) -> None:
+    recipe = read_recipe(
+        write(tmp_path / "r.yaml", "method: {kind: lora, r: 2, lora_alpha: 3}\ntrain: {seed: 1}\n")
+    )
+    settings = read_settings(["method.r=4", "train.seed=2"])
+    flags = Layer()
+    put(flags, ("train", "seed"), 3, "--seed")
+    config = build_config([recipe, settings, flags])
+    assert (config.method.r, config.method.lora_alpha, config.train.seed) == (4, 3.0, 3)
+    assert config.train.num_train_epochs == 3.0  # the default
+
+
+def test_shorthand_of_a_section_is_its_first_field(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", "model: gpt2\nmethod: qlora\ndata: rows.jsonl\n")
+    config = build_config([read_recipe(recipe)])
+    assert config.model.name_or_path == "gpt2"
+    assert config.method.kind == "qlora"
+    assert config.data.dataset == "rows.jsonl"
+
+
+def test_set_reaches_below_a_shorthand(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path / "r.yaml", "method: lora\n"))
+    assert build_config([recipe, read_settings(["method.r=5"])]).method.r == 5
+
+
+def test_qlora_means_four_bits_unless_told_otherwise() -> None:
+    assert build_config([read_settings(["method=qlora"])]).quant.kind == "4bit"
+    assert build_config([read_settings(["method=qlora", "quant=8bit"])]).quant.kind == "8bit"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method:\n  kind: lora\n  rank: 3\n",
+         "{path}:3: unknown key 'method.rank'. Did you mean 'method.r'?"),
+        ("train:\n  learning_rat: 1\n",
+         "{path}:2: unknown key 'train.learning_rat'. Did you mean 'train.learning_rate'?"),
+        ("trian: {}\n", "{path}:1: unknown key 'trian'. Did you mean 'train'?"),
+        ("method: lorra\n",
+         "{path}:1: 'lorra' is not known. Expected one of {methods}. Did you mean 'lora'?"),
+        ("quant: 4bti\n",
+         "{path}:1: '4bti' is not known. Expected one of none, 4bit, 8bit. Did you mean '4bit'?"),
+        ("method:\n  kind: full\n  r: 8\n",
+         "{path}:3: 'method.r' belongs to method {owners}, and the method is full."),
+        ("train:\n  max_steps: 1.5\n",
+         "{path}:2: 1.5 cannot be used for train.max_steps: input should be a valid integer, got "
+         "a number with a fractional part."),
+        ("data:\n  max_length: long\n",
+         "{path}:2: 'long' cannot be used for data.max_length: input should be a valid integer, "
+         "unable to parse string as an integer."),
+    ],
+)  # fmt: skip
+def test_a_recipe_error_names_file_line_and_the_nearest_right_name(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    from ftlevel.config import SPECS
+
+    path = write(tmp_path / "r.yaml", text)
+    owners = ", ".join(name for name, spec in SPECS.items() if "r" in spec.model_fields)
+    expected = message.format(path=path, methods=", ".join(SPECS), owners=owners)
+    assert problems(read_recipe(path)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\n", "{path}:2: not valid YAML (expected ',' or ']', but got '<stream end>')."),
+        ("- 1\n", "{path}:1: a recipe is a mapping of sections, such as method: lora."),
+        ("", "recipe {path} is empty. Give it at least a section, such as method."),
+        ("train:\n  seed: 1\n  seed: 2\n",
+         "{path}:3: key 'train.seed' is given twice, first at {path}:2."),
+    ],
+)  # fmt: skip
+def test_what_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "r.yaml", text)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(path)
+    assert str(caught.value) == message.format(path=path)
+
+
+def test_a_missing_recipe_names_the_nearest_one(tmp_path: Path) -> None:
+    write(tmp_path / "demo.yaml", "method: lora\n")
+    with pytest.raises(ConfigError, match=r"demmo.yaml does not exist. Did you mean '.*demo.yaml'"):
+        read_recipe(tmp_path / "demmo.yaml")
+
+
+@pytest.mark.parametrize("setting", ["train.seed", "=3", "train.seed=[1"])
+def test_a_setting_that_cannot_be_read(setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"--set {setting.split('=')[0]}".replace("[", r"\[")):
+        read_settings([setting])
+
+
+def test_all_problems_are_told_at_once() -> None:
+    found = problems(read_settings(["method.r=0", "train.learning_rate=2", "quant=3bit"]))
+    assert found == [
+        "--set quant: '3bit' is not known. Expected one of none, 4bit, 8bit. Did you mean '8bit'?",
+        "--set method.r: 0 is out of range: method.r must be ≥ 1.",
+        "--set train.learning_rate: 2 is out of range: train.learning_rate must be ≤ 1.0.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "method.r=0", "method.r=-1", "method.lora_dropout=1", "method.lora_dropout=-0.1",
+        "method.lora_alpha=0", "method.target_modules=[]", "method.target_modules='(a'",
+        "train.learning_rate=0", "train.learning_rate=-1", "train.learning_rate=.nan",
+        "train.learning_rate=.inf", "train.learning_rate=1.1", "train.num_train_epochs=0",
+        "train.per_device_train_batch_size=0", "train.gradient_accumulation_steps=0",
+        "train.max_steps=0", "train.seed=-1", "data.max_length=0", "data.validation_split=1",
+        "data.max_samples=0", "model.name_or_path=''", "data.dataset=''",
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(setting: str) -> None:
+    key = setting.partition("=")[0]
+    assert problems(read_settings([setting]))[0].startswith(f"--set {key}: ")
+
+
+def test_target_modules_are_names_or_one_pattern() -> None:
+    def read(value: str) -> object:
+        return build_config([read_settings([f"method.target_modules={value}"])]).method
+
+    assert read("a, b").target_modules == ["a", "b"]
+    assert read("q_proj").target_modules == ["q_proj"]
+    assert read("all-linear").target_modules == "all-linear"
+    assert read(r"'.*\.q_proj'").target_modules == r".*\.q_proj"

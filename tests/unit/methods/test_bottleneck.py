@@ -1,0 +1,462 @@
+"""Bottleneck adapters on every family: trained, saved, loaded into a fresh base and compared."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from peft.utils.peft_types import PeftType
+
+from ftlevel.config import AdapterSpec
+from ftlevel.engine.adapt import apply_method, load_adapter
+from ftlevel.errors import InputError
+from ftlevel.methods import METHODS, Base
+from ftlevel.methods.bottleneck.layer import BottleneckLayer
+from ftlevel.methods.bottleneck.sites import SITES, find_input
+from ftlevel.models.families import FAMILIES as KNOWN
+from ftlevel.models.quantization import keep_trainable_layout
+from ftlevel.models.targets import find_heads
+from tiny_models import (
+    AUTO_CLASSES,
+    FAMILIES,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    build,
+    build_batch,
+    compute_logits,
+)
+from unit.models.meta_models import AUTO, has_model, tiny_config
+
+PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
+DIM = 8
+TASK_TYPES = {
+    "causal": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "seqcls": "SEQ_CLS",
+    "tokcls": "TOKEN_CLS",
+    "qa": "QUESTION_ANS",
+}
+# Sites of a tiny model: attentions with a Houlsby adapter, and feed-forwards.
+ATTENTIONS = {"albert": 1, "t5": 3 * LAYERS, "mt5": 3 * LAYERS, "bart": 3 * LAYERS}
+FEED_FORWARDS = {"albert": 1, "t5": 2 * LAYERS, "mt5": 2 * LAYERS, "bart": 2 * LAYERS}
+SPARSE = ("mixtral", "qwen3_moe")
+# Heads: of one linear and of several, found and not found by PEFT itself.
+HEAD_CASES = [
+    ("bert", "tokcls", "houlsby"),
+    ("roberta", "seqcls", "parallel"),
+    ("distilbert", "seqcls", "pfeiffer"),
+    ("deberta-v2", "seqcls", "houlsby"),
+    ("modernbert", "seqcls", "parallel"),
+    ("gpt2", "seqcls", "parallel"),
+    ("llama", "qa", "pfeiffer"),
+    ("qwen3_moe", "tokcls", "parallel"),
+    ("t5", "seqcls", "houlsby"),
+    ("bart", "seqcls", "parallel"),
+]
+
+
+def adapt(model: Any, head: str, **fields: Any) -> Any:
+    """Put an adapter on a tiny model, as `ftlevel train` does."""
+    spec = AdapterSpec(**{"bottleneck_dim": DIM, **fields})
+    heads = find_heads(model) if head in ("seqcls", "tokcls", "qa") else []
+    targets = METHODS["adapter"].find_targets(spec, model)
+    base = Base(model.config, "", TASK_TYPES.get(head), targets, heads, False, 10)
+    return apply_method(model, spec, base)
+
+
+def backward(
+    model: Any, batch: dict[str, torch.Tensor], seed: int = 3, *, bf16: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return the gradients of the trainable parameters; dropout is drawn from `seed`."""
+    torch.manual_seed(seed)
+    model.train()
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(**batch).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.eval()
+    return found
+
+
+def train(model: Any, batch: dict[str, torch.Tensor], *, bf16: bool = False) -> set[str]:
+    """Train two steps; return the trainable tensors that never had a gradient."""
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trainable.values(), lr=0.5)
+    still = set(trainable)
+    for step in range(2):
+        gradients = backward(model, batch, step, bf16=bf16)
+        assert set(gradients) == set(trainable), "exactly what is trained has a gradient"
+        still -= {name for name, gradient in gradients.items() if gradient.abs().sum() > 0}
+        optimizer.step()
+    return still
+
+
+def digest(model: Any) -> str:
+    """Hash what is frozen."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in frozen)).hexdigest()
+
+
+def layers_of(model: Any) -> list[BottleneckLayer]:
+    return [module for module in model.modules() if isinstance(module, BottleneckLayer)]
+
+
+def site_count(family: str, placement: str) -> int:
+    attentions = ATTENTIONS.get(family, LAYERS) if placement == "houlsby" else 0
+    return attentions + FEED_FORWARDS.get(family, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "placement"),
+    [
+        *((family, HEADS[family][0], placement) for family in FAMILIES for placement in PLACEMENTS),
+        *HEAD_CASES,
+    ],
+)
+def test_a_family(family: str, head: str, placement: str, tmp_path: Path) -> None:
+    base, batch = build(family, head), build_batch(family, head)
+    before = compute_logits(base, batch)
+    model = adapt(base, head, placement=placement)
+    layers = layers_of(model)
+    assert len(layers) == site_count(family, placement)
+    tapped = placement == "parallel" and family not in SPARSE
+    assert all((layer._tap is not None) == tapped for layer in layers)
+    assert torch.equal(compute_logits(model, batch), before), "the identity at the start"
+
+    frozen = digest(model)
+    assert train(model, batch) == set()
+    assert digest(model) == frozen
+    after = compute_logits(model, batch)
+    assert not torch.equal(after, before)
+    assert all(layer._tapped is None for layer in layers), "no activation is kept"
+
+    if family != "albert":  # transformers cannot checkpoint it
+        check_checkpointing(model, batch)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    check_loading(family, head, batch, tmp_path, after)
+
+
+def check_checkpointing(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Recomputed activations give the gradients of those that were kept."""
+    plain = backward(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recomputed = backward(model, batch)
+    assert set(recomputed) == set(plain)
+    assert max((recomputed[n] - plain[n]).abs().max().item() for n in plain) < 1e-6
+    assert all(layer._tapped is None for layer in layers_of(model))
+
+
+def check_loading(
+    family: str,
+    head: str,
+    batch: dict[str, torch.Tensor],
+    directory: Path,
+    after: torch.Tensor,
+) -> None:
+    """Load into a fresh base, under its own and another name; switch, delete, disable, unload."""
+    fresh = build(family, head)
+    untouched = compute_logits(fresh, batch)
+    loaded = load_adapter(fresh, directory)
+    assert torch.equal(compute_logits(loaded, batch), after)
+
+    loaded.load_adapter(directory, adapter_name="other")
+    with torch.no_grad():  # so that only what was loaded as "other" can give the right answer
+        for name, parameter in loaded.named_parameters():
+            if "bottleneck_" in name and ".default." in name:
+                parameter.fill_(0.3)
+    assert not torch.equal(compute_logits(loaded, batch), after)
+    loaded.set_adapter("other")
+    assert torch.equal(compute_logits(loaded, batch), after)
+    loaded.delete_adapter("default")
+    assert torch.equal(compute_logits(loaded, batch), after)
+    assert all(list(layer.settings) == ["other"] for layer in layers_of(loaded))
+
+    with loaded.disable_adapter():
+        assert torch.equal(compute_logits(loaded, batch), untouched)
+    assert torch.equal(compute_logits(loaded, batch), after)
+    names = {n for n, _ in build(family, head).named_parameters()}
+    bare = loaded.unload()
+    assert {n for n, _ in bare.named_parameters()} == names
+    assert not any(
+        module._forward_pre_hooks for module in bare.modules() if not list(module.children())
+    )
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", sorted({*KNOWN} - {*FAMILIES}))
+def test_a_relative(family: str, placement: str) -> None:
+    tasks = ("summarization", "masked-lm", "text-generation")
+    task = next(t for t in tasks if has_model(family, t))
+    whole = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "decoder_start_token_id": 0}
+    config = tiny_config(family, **(whole if task == "summarization" else {}))
+    base = getattr(transformers, AUTO[task]).from_config(config).eval()
+    ids = torch.randint(10, 190, (2, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    before = compute_logits(base, batch)
+    model = adapt(base, "", placement=placement)
+    layers = layers_of(model)
+    tapped = sum(layer._tap is not None for layer in layers)
+    assert tapped == (len(layers) if placement == "parallel" else 0)
+    assert torch.equal(compute_logits(model, batch), before)
+    assert train(model, batch) == set()
+    assert not torch.equal(compute_logits(model, batch), before)
+
+
+def test_a_sparse_model_with_dense_layers_has_an_adapter_on_each() -> None:
+    base = build("qwen3_moe", mlp_only_layers=[0])
+    assert hasattr(base.model.layers[0].mlp, "down_proj")
+    before = compute_logits(base, build_batch("qwen3_moe"))
+    model = adapt(base, "causal", placement="parallel")
+    assert len(layers_of(model)) == LAYERS
+    assert torch.equal(compute_logits(model, build_batch("qwen3_moe")), before)
+    assert train(model, build_batch("qwen3_moe")) == set()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if HEADS[name][0] in ("causal", "seq2seq")]
+)
+def test_generation_with_a_cache_is_generation_without(family: str, placement: str) -> None:
+    head = HEADS[family][0]
+    model = adapt(build(family), head, placement=placement)
+    train(model, build_batch(family))
+    ids = build_batch(family)["input_ids"][1:]
+    tokens = [
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=cached,
+            min_new_tokens=6, max_new_tokens=6, pad_token_id=0,
+        )
+        for cached in (True, False)
+    ]  # fmt: skip
+    assert torch.equal(*tokens)
+
+
+# What each placement computes.
+
+
+def by_hand(layer: BottleneckLayer, source: torch.Tensor, scaling: float) -> torch.Tensor:
+    down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
+    return scaling * up(torch.relu(down(source)))
+
+
+@pytest.mark.parametrize(("placement", "scaling"), [("pfeiffer", 1.0), ("parallel", 4.0)])
+def test_the_formula(placement: str, scaling: float) -> None:
+    base = build("llama")
+    expected_mlp = copy.deepcopy(base.model.layers[1].mlp)
+    model = adapt(base, "causal", placement=placement)
+    train(model, build_batch("llama"))
+    mlp = model.base_model.model.model.layers[1].mlp
+    hidden = torch.randn(2, 5, HIDDEN)
+    with torch.no_grad():
+        plain = expected_mlp(hidden)
+        source = plain if placement == "pfeiffer" else hidden
+        expected = plain + by_hand(mlp.down_proj, source, scaling)
+        assert torch.allclose(mlp(hidden), expected, atol=1e-6)
+
+
+def test_a_parallel_adapter_on_a_mixture_of_experts_reads_what_the_router_reads() -> None:
+    base = build("mixtral")
+    expected_mlp = copy.deepcopy(base.model.layers[0].mlp)
+    model = adapt(base, "causal", placement="parallel")
+    train(model, build_batch("mixtral"))
+    site = model.base_model.model.model.layers[0].mlp
+    hidden = torch.randn(2, 5, HIDDEN)
+    with torch.no_grad():
+        expected = expected_mlp(hidden) + by_hand(site, hidden, 4.0)
+        assert torch.allclose(site(hidden), expected, atol=1e-6)
+
+
+def test_adapters_of_different_placements_live_in_one_model(tmp_path: Path) -> None:
+    batch = build_batch("bert")
+    expected = {}
+    for placement in PLACEMENTS:
+        single = adapt(build("bert"), "mlm", placement=placement)
+        train(single, batch)
+        single.save_pretrained(tmp_path / placement)
+        expected[placement] = compute_logits(single, batch)
+    model = PeftModel.from_pretrained(build("bert"), tmp_path / "houlsby", adapter_name="houlsby")
+    for placement in ("pfeiffer", "parallel"):
+        model.load_adapter(tmp_path / placement, adapter_name=placement)
+    model.eval()
+    for placement in ("parallel", "houlsby", "pfeiffer", "parallel"):
+        model.set_adapter(placement)
+        assert torch.equal(compute_logits(model, batch), expected[placement])
+    model.delete_adapter("parallel")
+    assert all(layer._tap is None for layer in layers_of(model))
+    model.set_adapter("houlsby")
+    assert torch.equal(compute_logits(model, batch), expected["houlsby"])
+
+
+def test_a_copy_listens_to_itself() -> None:
+    batch = build_batch("bert")
+    model = adapt(build("bert"), "mlm", placement="parallel")
+    train(model, batch)
+    before = compute_logits(model, batch)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.bottleneck_up["default"].weight.zero_()
+    assert torch.equal(compute_logits(twin, batch), before)
+    assert not torch.equal(compute_logits(model, batch), before)
+
+
+def test_dropout_is_on_the_bottleneck_and_only_in_training() -> None:
+    model = adapt(build("llama"), "causal", placement="pfeiffer", adapter_dropout=0.5)
+    train(model, build_batch("llama"))
+    layer, hidden = layers_of(model)[0], torch.randn(1, 3, HIDDEN * 2)
+    with torch.no_grad():
+        layer.eval()
+        assert torch.equal(layer(hidden), layer(hidden))
+        layer.train()
+        assert not torch.equal(layer(hidden), layer(hidden))
+
+
+def test_reentrant_checkpointing_recomputes_the_input_too() -> None:
+    model, batch = adapt(build("llama"), "causal", placement="parallel"), build_batch("llama")
+    train(model, batch)
+    plain = backward(model, batch)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    recomputed = backward(model, batch)
+    assert max((recomputed[n] - plain[n]).abs().max().item() for n in plain) < 1e-6
+
+
+# Precision and quantized bases.
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "mixtral", "t5"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_bfloat16_base_keeps_float32_adapters(family: str, placement: str) -> None:
+    head, batch = HEADS[family][0], build_batch(family)
+    base = build(family).to(torch.bfloat16)
+    before = compute_logits(base, batch)
+    model = adapt(base, head, placement=placement)
+    assert torch.equal(compute_logits(model, batch), before)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert train(model, batch, bf16=True) == set()
+    assert torch.isfinite(compute_logits(model, batch)).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("family", "placement"),
+    [
+        ("bert", "parallel"),
+        ("gpt2", "houlsby"),
+        ("gpt2", "parallel"),
+        ("llama", "parallel"),
+        ("mixtral", "parallel"),
+        ("t5", "houlsby"),
+        ("bart", "pfeiffer"),
+    ],
+)
+def test_a_quantized_base(
+    family: str, placement: str, bits: int, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    head, batch = HEADS[family][0], build_batch(family)
+    keep = find_heads(build(family, head)) or ["lm_head"]
+
+    def load() -> Any:
+        model = getattr(transformers, AUTO_CLASSES[head]).from_pretrained(
+            tiny_model_dir(family, head),
+            quantization_config=transformers.BitsAndBytesConfig(
+                load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_skip_modules=keep
+            ),
+            device_map={"": "cpu"},
+            dtype=torch.float32,
+        )
+        keep_trainable_layout(model)
+        return model.eval()
+
+    base = load()
+    before = compute_logits(base, batch)
+    model = adapt(base, head, placement=placement)
+    quantized = {type(layer.get_base_layer()).__name__ for layer in layers_of(model)}
+    if family != "mixtral":  # its site is the feed-forward, whose experts stay as they are
+        assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in quantized
+    assert torch.equal(compute_logits(model, batch), before)
+    assert train(model, batch) == set()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert backward(model, batch)
+    after = compute_logits(model, batch)
+    assert not torch.equal(after, before)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert torch.equal(compute_logits(load_adapter(load(), tmp_path), batch), after)
+
+
+# Refusals, and what PEFT is told.
+
+
+def test_merging_is_refused_with_the_reason_and_the_way_out() -> None:
+    model = adapt(build("llama"), "causal")
+    with pytest.raises(NotImplementedError, match=r"not linear.*cannot be merged.*--method lora"):
+        model.merge_and_unload()
+    with pytest.raises(NotImplementedError, match="cannot be merged"):
+        model.merge_adapter()
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+    class Unknown:
+        config = transformers.PretrainedConfig(model_type="perceptron")
+
+    with pytest.raises(InputError, match=r"no positions are known.*llama.*--target-modules"):
+        METHODS["adapter"].find_targets(AdapterSpec(), Unknown())
+
+
+def test_every_family_that_is_known_has_its_positions() -> None:
+    assert set(SITES) == set(KNOWN)
+    for name, family in KNOWN.items():
+        sites = SITES[name]
+        linears = {linear.path: linear for stack in family.stacks for linear in stack.linears}
+        paths = {path.removeprefix(f"layer.{i}.") for path in linears for i in range(3)}
+        wanted = {*sites.attention, *sites.inputs, *([sites.feed_forward] if sites.inputs else [])}
+        assert wanted <= paths, name
+        attentions = {p for p in paths if any(p == path for path in sites.attention)}
+        assert len(attentions) == len(sites.attention)
+
+
+def test_the_input_of_a_feed_forward_is_of_its_own_block() -> None:
+    names = ["encoder.layer.1.intermediate.dense", "encoder.layer.11.intermediate.dense"]
+    found = find_input(SITES["bert"], "encoder.layer.11.output.dense", names)
+    assert found == "encoder.layer.11.intermediate.dense"
+    assert find_input(SITES["bert"], "encoder.layer.11.attention.output.dense", names) is None
+
+
+def test_the_type_is_a_member_like_any_other() -> None:
+    adapt(build("bert"), "mlm")
+    member = PeftType("BOTTLENECK")
+    assert member is PeftType.BOTTLENECK is PeftType["BOTTLENECK"]
+    assert member in list(PeftType)
+    assert member == "BOTTLENECK"
+    assert copy.deepcopy(member) is member
+
+
+def test_the_saved_config_says_everything(tmp_path: Path) -> None:
+    model = adapt(
+        build("llama"), "causal", placement="parallel", bottleneck_dim=None, reduction_factor=4,
+        non_linearity="gelu", adapter_dropout=0.1,
+    )  # fmt: skip
+    assert layers_of(model)[0].bottleneck_down["default"].out_features == HIDDEN // 4
+    model.save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert (config.placement, config.reduction_factor, config.scaling) == ("parallel", 4, 4.0)
+    assert (config.non_linearity, config.adapter_dropout) == ("gelu", 0.1)
+
+
+def test_peft_alone_finds_the_positions() -> None:
+    from peft import get_peft_model
+
+    import ftlevel.adapters  # noqa: F401 - the one import that a program needs
+    from ftlevel.methods.bottleneck.config import BottleneckConfig
+
+    model = get_peft_model(build("bert"), BottleneckConfig(placement="houlsby"))
+    assert len(layers_of(model)) == 2 * LAYERS

@@ -1,0 +1,208 @@
+"""Prompt tuning and P-tuning: one life on every family and head, and where the prompt stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ftlevel.config import PromptSpec, PTuningSpec
+from ftlevel.methods import METHODS
+from ftlevel.methods.soft_prompt.layout import Layout
+from ftlevel.methods.soft_prompt.stacks import find_stacks
+from tiny_models import FAMILIES, FAMILY_HEADS, HEADS, build, build_batch, compute_logits
+from tiny_tokenizers import build_tokenizer
+from virtual_tokens import (
+    RECOMPUTING,
+    adapt,
+    check_checkpointing,
+    check_generation,
+    check_quantized,
+    check_whole_life,
+    describe_base,
+    train_two_steps,
+)
+
+PROMPT = PromptSpec(num_virtual_tokens=4)
+MLP = PTuningSpec(num_virtual_tokens=4)
+LSTM = PTuningSpec(
+    num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
+)
+WRITERS = [family for family in FAMILIES if HEADS[family][0] in ("causal", "seq2seq")]
+
+
+@pytest.mark.parametrize(("family", "head"), FAMILY_HEADS)
+def test_a_prompt_lives_its_whole_life(family: str, head: str, tmp_path: Path) -> None:
+    check_whole_life(PROMPT, "soft_prompt_", family, head, tmp_path)
+
+
+@pytest.mark.parametrize("spec", [MLP, LSTM], ids=["MLP", "LSTM"])
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("llama", "causal"), ("gemma3_text", "seqcls"), ("bert", "tokcls"), ("bart", "seq2seq")],
+)
+def test_p_tuning_lives_its_whole_life(
+    spec: PTuningSpec, family: str, head: str, tmp_path: Path
+) -> None:
+    check_whole_life(spec, "soft_prompt_", family, head, tmp_path)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_generation_is_greedy_by_hand(family: str) -> None:
+    model = adapt(PROMPT, family, HEADS[family][0])
+    train_two_steps(model, build_batch(family))
+    check_generation(model, family)
+
+
+@pytest.mark.parametrize("family", RECOMPUTING)
+def test_gradients_are_the_same_with_checkpointing(family: str) -> None:
+    check_checkpointing(PROMPT, family, HEADS[family][0])
+
+
+@pytest.mark.parametrize(("family", "bits"), [("llama", 4), ("bert", 8), ("t5", 4)])
+def test_a_quantized_base_is_as_good(
+    family: str, bits: int, tiny_model_dir: Any, tmp_path: Path
+) -> None:
+    check_quantized(PROMPT, tiny_model_dir(family), tmp_path, bits, HEADS[family][0])
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "stacks"),
+    [
+        ("llama", "causal", ["model"]),
+        ("opt", "causal", ["model.decoder"]),
+        ("bert", "mlm", ["bert"]),
+        ("t5", "seq2seq", ["encoder", "decoder"]),
+        ("t5", "qa", ["encoder", "decoder"]),
+        ("t5", "tokcls", ["transformer.encoder"]),
+        ("bart", "seqcls", ["model.encoder", "model.decoder"]),
+    ],
+)
+def test_the_stack_that_takes_the_tokens_is_found(
+    family: str, head: str, stacks: list[str]
+) -> None:
+    assert find_stacks(build(family, head)) == stacks
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "t5"])
+def test_a_prompt_of_a_texts_embeddings_is_that_text(family: str) -> None:
+    """The oracle: four vectors that are embeddings of tokens act as those tokens in front."""
+    tokens = [11, 12, 13, 14]
+    head = HEADS[family][0]
+    model = adapt(PROMPT, family, head)
+    base = build(family, head)
+    stack = base.get_submodule(find_stacks(base)[0])
+    layer = model.base_model.layers()[0]
+    with torch.no_grad():
+        layer.soft_prompt_embedding["default"].copy_(
+            stack.get_input_embeddings()(torch.tensor(tokens))
+        )
+    inputs = build_batch(family, head)
+    labels = {"labels": inputs.pop("labels")} if head == "seq2seq" else {}
+    inputs.pop("labels", None)
+    in_front = torch.tensor([tokens] * 2)
+    longer = {
+        "input_ids": torch.cat([in_front, inputs["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(in_front), inputs["attention_mask"]], 1),
+    }
+    expected = compute_logits(base, {**longer, **labels})
+    expected = expected if head == "seq2seq" else expected[:, 4:]
+    torch.testing.assert_close(compute_logits(model, {**inputs, **labels}), expected)
+
+
+def test_an_encoder_keeps_cls_first() -> None:
+    """BERT's pooler reads the first position, which must not be the prompt."""
+    base = build("bert", "seqcls")
+    model = adapt(PROMPT, "bert", "seqcls", base)
+    seen = []
+    base.bert.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    inputs = build_batch("bert", "seqcls")
+    compute_logits(model, {n: inputs[n] for n in ("input_ids", "attention_mask")})
+    with model.disable_adapter():
+        compute_logits(model, {n: inputs[n] for n in ("input_ids", "attention_mask")})
+    assert seen[0].shape[1] == seen[1].shape[1] + 4
+    assert torch.equal(seen[0][:, 0], seen[1][:, 0])
+
+
+def test_the_layout_follows_the_padding_on_the_left() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
+    layout = Layout.find(mask, mask, 2, 0)
+    states = torch.tensor([[1, 2, 3, 0], [0, 0, 1, 2]])
+    prompt = torch.tensor([[8, 9], [8, 9]])
+    longer = layout.insert(states, prompt)
+    assert longer.tolist() == [[8, 9, 1, 2, 3, 0], [0, 0, 8, 9, 1, 2]]
+    assert torch.equal(layout.take_out(longer), states)
+    assert layout.extend_mask(mask).tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+    positions = torch.tensor([[0, 1, 2, 2], [0, 0, 0, 1]])
+    assert layout.extend_positions(positions).tolist() == [[0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 2, 3]]
+
+
+def test_the_layout_leaves_tokens_before_the_prompt() -> None:
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    layout = Layout.find(mask, mask, 2, 1)
+    rows = layout.insert(torch.tensor([[1, 2, 3]] * 3), torch.tensor([[8, 9]] * 3))
+    assert rows.tolist() == [[1, 8, 9, 2, 3]] * 3
+    positions = layout.extend_positions(torch.arange(3)[None])
+    assert positions.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_masks_of_four_dimensions_are_refused() -> None:
+    model = adapt(PROMPT, "llama", "causal")
+    with pytest.raises(ValueError, match="4 dimensions"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 1, 3, 3))
+
+
+def test_a_prompt_can_begin_with_a_text() -> None:
+    spec = PromptSpec(
+        num_virtual_tokens=5, prompt_tuning_init="TEXT", prompt_tuning_init_text="a b"
+    )
+    tokenizer, model = build_tokenizer("llama"), build("llama")
+    from dataclasses import replace
+
+    base = replace(describe_base(spec, model, "causal"), tokenizer=tokenizer)
+    ids = METHODS["prompt"].build(spec, base).init_token_ids
+    assert tokenizer.decode(ids).strip() == "a b"
+    with pytest.raises(ValueError, match="tokenizer"):
+        METHODS["prompt"].build(spec, replace(base, tokenizer=None))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt_tuning_init": "TEXT"}, {"prompt_tuning_init_text": "Summarize:"}],
+)
+def test_text_and_the_wish_for_it_go_together(fields: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="prompt_tuning_init"):
+        PromptSpec(**fields)
+
+
+def test_only_the_prompt_is_left_of_p_tuning() -> None:
+    model = adapt(LSTM, "llama", "causal")
+    METHODS["p-tuning"].finish(model)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["base_model.model.model.soft_prompt.soft_prompt_embedding.default"]
+    assert model.peft_config["default"].encoder == "none"
+
+
+def test_several_prompts_and_unload(tmp_path: Path) -> None:
+    inputs, base = build_batch("llama"), build("llama")
+    before = compute_logits(base, inputs)
+    model = adapt(PROMPT, "llama", "causal", base)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    first = compute_logits(model, inputs)
+    model.load_adapter(str(tmp_path), "other")
+    model.set_adapter("other")
+    assert torch.equal(compute_logits(model, inputs), first)
+    model.base_model.set_adapter(["default", "other"])
+    assert not torch.allclose(compute_logits(model, inputs), first)
+    assert torch.equal(compute_logits(model.unload(), inputs), before)
+
+
+def test_models_that_read_ids_in_every_layer_are_refused() -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("gemma3n_text")
+    assert "reads the ids" in METHODS["prompt"].refuse(PROMPT, config, "decoder", "", "none")
+    assert METHODS["prompt"].refuse(PROMPT, build("llama").config, "decoder", "", "none") is None
