@@ -24,13 +24,13 @@ from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import (
     build_task_model,
-    checkpoint_tensors,
+    find_new_poolers,
     label_overrides,
     load_config,
     load_tokenizer,
 )
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.models.targets import find_heads, find_new_language_head, find_new_poolers
+from ftlevel.models.targets import find_heads, find_new_language_head
 from ftlevel.tasks import TASKS, Task
 from ftlevel.tasks.objectives import Objective, build_objective
 
@@ -138,6 +138,25 @@ def resolve(config: TrainConfig) -> Plan:
     )  # fmt: skip
 
 
+def _heads(task: Task, meta: Any, source: ModelSource) -> tuple[list[str], list[str]]:
+    """Return the modules to train in full, and those whose weights a checkpoint may lack."""
+    if task.has_new_head:
+        heads = list(dict.fromkeys([*find_new_poolers(meta, source), *find_heads(meta)]))
+        return heads, heads
+    if task.target == "mask":
+        return find_new_language_head(meta)
+    return [], []
+
+
+def _head_choices(task: Task, heads: list[str]) -> list[Choice]:
+    if not heads:
+        return []
+    why = "trained in full and saved"
+    if task.target == "mask":
+        why = f"the checkpoint has no masked language head: new, {why}"
+    return [Choice("heads", ", ".join(heads), why)]
+
+
 def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
     """Refuse a method that cannot be used on the model, for the task or on the quantization.
 
@@ -187,27 +206,6 @@ def _dtype(config: TrainConfig, device: str, model_type: str) -> Choice:
             "was trained. Use --dtype float32, or --init default."
         )
     return Choice("dtype", "float32", f"auto: {init} takes its start out of the weights")
-
-
-def _heads(task: Task, meta: Any, source: ModelSource) -> tuple[list[str], list[str]]:
-    """Return the modules to train in full, and those whose weights a checkpoint may lack."""
-    if task.has_new_head:
-        tensors = checkpoint_tensors(source)
-        poolers = find_new_poolers(meta, tensors) if tensors is not None else []
-        heads = [*poolers, *find_heads(meta)]
-        return heads, heads
-    if task.target == "mask":
-        return find_new_language_head(meta)
-    return [], []
-
-
-def _head_choices(task: Task, heads: list[str]) -> list[Choice]:
-    if not heads:
-        return []
-    why = "trained in full and saved"
-    if task.target == "mask":
-        why = f"the checkpoint has no masked language head: new, {why}"
-    return [Choice("heads", ", ".join(heads), why)]
 
 
 def _learning_rate(config: TrainConfig, source: ModelSource) -> Choice:
