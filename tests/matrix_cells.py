@@ -35,7 +35,7 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.objectives import Objective, build_objective
+from ftlevel.tasks.objectives import build_objective
 
 QUANTS = ("none", "4bit", "8bit")
 STEPS = 4
@@ -198,33 +198,20 @@ def run_cell(cell: TinyCell) -> None:
             save_adapter(model, directory, start)
         else:
             model.save_pretrained(directory)
+        objective = build_objective(TASKS[cell.tasks[0]], FAMILIES[cell.family].kind)
         check_saved(
-            model,
-            directory,
-            lambda: fresh(cell),
-            _with_labels(batch),
-            objective=objective_of(cell, base.kind),
-            device="cpu",
-            dtype="float32",
-        )
+            model, directory, lambda: fresh(cell), _probe(batch), objective=objective,
+            device="cpu", dtype="float32",
+        )  # fmt: skip
 
 
-def _with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return `batch` in ftlevel's form, where a span is a row of labels."""
-    if "labels" in batch:
-        return batch
-    rest = {name: value for name, value in batch.items() if not name.endswith("_positions")}
-    return {**rest, "labels": torch.stack([batch["start_positions"], batch["end_positions"]], -1)}
-
-
-def objective_of(cell: TinyCell, kind: str) -> Objective:
-    """Return what a model of the cell is trained on."""
-    return build_objective(
-        TASKS[cell.tasks[0]],
-        kind,
-        problem_type="single_label_classification",
-        labels=("O", "B-A", "I-A"),
-    )
+def _probe(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch as our collator makes it: spans are labels."""
+    probe = dict(batch)
+    if "start_positions" in probe:
+        spans = (probe.pop("start_positions"), probe.pop("end_positions"))
+        probe["labels"] = torch.stack(spans, dim=1)
+    return probe
 
 
 def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, LoraSpec, MethodConfig, TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.config.methods import DEFAULT_LEARNING_RATE
+from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
@@ -24,13 +24,13 @@ from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import (
     build_task_model,
-    checkpoint_tensors,
+    find_new_poolers,
     label_overrides,
     load_config,
     load_tokenizer,
 )
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.models.targets import find_heads, find_new_language_head, find_new_poolers
+from ftlevel.models.targets import find_heads, find_new_language_head
 from ftlevel.tasks import TASKS, Task
 from ftlevel.tasks.objectives import Objective, build_objective
 
@@ -118,7 +118,7 @@ def resolve(config: TrainConfig) -> Plan:
         labels=loaded.labels.names if loaded.labels else (),
         unanswerable=loaded.unanswerable,
     )
-    learning_rate = config.train.learning_rate or DEFAULT_LEARNING_RATE[config.method.kind]
+    learning_rate = _learning_rate(config, source)
     choices = [
         _model_choice(config, meta, source),
         Choice("task", task.name),
@@ -129,17 +129,32 @@ def resolve(config: TrainConfig) -> Plan:
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
         *([pad] if pad else []),
-        Choice(
-            "learning rate",
-            f"{learning_rate:g}",
-            "" if config.train.learning_rate else f"default for {config.method.kind}",
-        ),
+        learning_rate,
     ]
     return Plan(
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
         objective, heads, new_modules, adapted.modules, adapted.parameters, adapted.fan_in_fan_out,
-        learning_rate, data, choices,
+        learning_rate.value, data, choices,
     )  # fmt: skip
+
+
+def _heads(task: Task, meta: Any, source: ModelSource) -> tuple[list[str], list[str]]:
+    """Return the modules to train in full, and those whose weights a checkpoint may lack."""
+    if task.has_new_head:
+        heads = list(dict.fromkeys([*find_new_poolers(meta, source), *find_heads(meta)]))
+        return heads, heads
+    if task.target == "mask":
+        return find_new_language_head(meta)
+    return [], []
+
+
+def _head_choices(task: Task, heads: list[str]) -> list[Choice]:
+    if not heads:
+        return []
+    why = "trained in full and saved"
+    if task.target == "mask":
+        why = f"the checkpoint has no masked language head: new, {why}"
+    return [Choice("heads", ", ".join(heads), why)]
 
 
 def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
@@ -193,25 +208,19 @@ def _dtype(config: TrainConfig, device: str, model_type: str) -> Choice:
     return Choice("dtype", "float32", f"auto: {init} takes its start out of the weights")
 
 
-def _heads(task: Task, meta: Any, source: ModelSource) -> tuple[list[str], list[str]]:
-    """Return the modules to train in full, and those whose weights a checkpoint may lack."""
-    if task.has_new_head:
-        tensors = checkpoint_tensors(source)
-        poolers = find_new_poolers(meta, tensors) if tensors is not None else []
-        heads = [*poolers, *find_heads(meta)]
-        return heads, heads
-    if task.target == "mask":
-        return find_new_language_head(meta)
-    return [], []
+def _learning_rate(config: TrainConfig, source: ModelSource) -> Choice:
+    """Return the peak learning rate: the user's, or the method's default.
 
-
-def _head_choices(task: Task, heads: list[str]) -> list[Choice]:
-    if not heads:
-        return []
-    why = "trained in full and saved"
-    if task.target == "mask":
-        why = f"the checkpoint has no masked language head: new, {why}"
-    return [Choice("heads", ", ".join(heads), why)]
+    The papers' rates are for models a hundred times the size of the built-in one, which learns
+    next to nothing at them in a short run; it gets ten times as much where that is below 0.01.
+    """
+    kind = config.method.kind
+    if config.train.learning_rate is not None:
+        return Choice("learning rate", config.train.learning_rate)
+    rate, reason = default_learning_rate(config.method), f"default for {kind}"
+    if source.kind == "builtin" and rate * 10 <= 1e-2:
+        return Choice("learning rate", rate * 10, f"{reason}, times 10 for a model this small")
+    return Choice("learning rate", rate, reason)
 
 
 def _task_config(source: ModelSource, loaded: Loaded, tokenizer: Any) -> Any:

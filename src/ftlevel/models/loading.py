@@ -183,15 +183,25 @@ def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
     return {} if here == usual else {rf"^{usual}\.": f"{here}."}
 
 
-def checkpoint_tensors(source: ModelSource) -> set[str] | None:
-    """Return the names of the tensors that a local model's files hold; None if not known."""
-    if source.path is None or not source.path.is_dir():
-        return None
-    names: set[str] = set()
+def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
+    """Return the poolers of `meta` that the checkpoint does not hold.
+
+    A masked language model is saved without one. It would be random, so it is trained and saved
+    like a head. Nothing is found for a .gguf file or a model that is not on this disk yet.
+    """
+    if source.path is None or source.path.is_file():
+        return []
+    held: set[str] = set()
     for path in source.path.glob("*.safetensors"):
         with safe_open(str(path), framework="pt") as file:
-            names.update(file.keys())
-    return names or None
+            held.update(file.keys())
+    return [
+        name
+        for name, module in meta.named_modules()
+        if name.rpartition(".")[2] == "pooler"
+        and (own := [key for key, _ in module.named_parameters()])
+        and not any(stored.endswith(f"pooler.{own[0]}") for stored in held)
+    ]
 
 
 def check_missing(missing: list[str], allowed: list[str], name: str) -> None:

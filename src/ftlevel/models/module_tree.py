@@ -7,7 +7,7 @@ table names is read just as well. Works on the meta device and on quantized mode
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -204,22 +204,6 @@ def find_heads(model: nn.Module) -> list[str]:
     `["cls.predictions"]`; none for a bare model.
     """
     return ModuleTree(model).heads
-
-
-def find_new_poolers(model: nn.Module, tensors: Collection[str]) -> list[str]:
-    """Return the base's poolers that a checkpoint with these `tensors` lacks.
-
-    A BERT that was saved as a language model has none; to classify texts, it must be trained with
-    the head. Names are compared from the pooler on, since a checkpoint may lack the base's prefix.
-    """
-    return [
-        name
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] == "pooler"
-        and any(True for _ in module.parameters())
-        and name not in find_heads(model)
-        and not any(tensor.startswith("pooler.") or ".pooler." in tensor for tensor in tensors)
-    ]
 
 
 def find_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:

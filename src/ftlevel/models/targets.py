@@ -22,7 +22,6 @@ from ftlevel.models.module_tree import (
     ModuleTree,
     find_heads,
     find_new_language_head,
-    find_new_poolers,
 )
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "build_meta_model",
     "find_heads",
     "find_new_language_head",
-    "find_new_poolers",
     "inspect_model",
     "lora_parameters",
     "parse_wish",
