@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def load_adapter(base: Any, directory: Path) -> Any:
         adapted = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
     train_in_float32(adapted)
     # PEFT has put a head into the base's precision, and rounded it: read it again into float32.
-    set_peft_model_state_dict(adapted, load_file(str(directory / "adapter_model.safetensors")))
+    with _ranks_applied(adapted):
+        set_peft_model_state_dict(adapted, load_file(str(directory / "adapter_model.safetensors")))
     promised = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     found = _tensor_names(directory / "adapter_model.safetensors")
     if promised != found:
@@ -118,6 +120,20 @@ def load_adapter(base: Any, directory: Path) -> Any:
         )
     adapted.requires_grad_(False)
     return adapted.eval()
+
+
+@contextlib.contextmanager
+def _ranks_applied(model: Any) -> Iterator[None]:
+    """Hide a config's ranks inside the block: AdaLoRA would prune by them a second time."""
+    config = next(iter(model.peft_config.values()))
+    ranks = getattr(config, "rank_pattern", None)
+    if ranks:
+        config.rank_pattern = None
+    try:
+        yield
+    finally:
+        if ranks:
+            config.rank_pattern = ranks
 
 
 def _tensor_names(path: Path) -> set[str]:

@@ -6,6 +6,7 @@ Nothing here decides anything; it turns facts into objects and checks that all w
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import transformers
 from safetensors import safe_open
 
 from ftlevel.errors import InputError, listing
+from ftlevel.models.module_tree import find_heads
 from ftlevel.models.quantization import keep_trainable_layout
 from ftlevel.models.sources import ModelSource
 
@@ -126,7 +128,7 @@ def load_model(
     if attn_implementation != "auto":
         arguments["attn_implementation"] = attn_implementation
     if quantization is not None:
-        arguments["quantization_config"] = quantization
+        arguments["quantization_config"] = _keep_heads(quantization, config, auto_class)
         arguments["device_map"] = {"": "cuda:0" if device == "cuda" else device}
     try:
         with quiet_libraries():
@@ -151,6 +153,18 @@ def load_model(
         model.to(device)
     keep_trainable_layout(model)
     return model, sorted(info["missing_keys"])
+
+
+def _keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
+    """Return `quantization` that leaves every head in floating point, language models' too.
+
+    Left to itself transformers spares a tied output; given a list it spares that alone, and BERT's
+    `cls.predictions.decoder` would be cut off from its embedding.
+    """
+    kept = copy.copy(quantization)
+    heads = find_heads(build_task_model(config, auto_class))
+    kept.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *heads})
+    return kept
 
 
 def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:

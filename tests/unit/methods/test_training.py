@@ -19,6 +19,8 @@ from ftlevel.engine.train import build_optimizer
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.lora_start import copy_start
 from ftlevel.models.targets import find_heads
+from ftlevel.tasks import TASKS
+from ftlevel.tasks.objectives import build_objective
 
 FORMS = [
     {},
@@ -143,7 +145,13 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
 
     class Loss(FtlevelTrainer):
         def __init__(self):
-            self.labelled, self.kind, self.penalty = True, "encoder", lambda _: 5 * weight
+            self.objective = build_objective(
+                TASKS["text-classification"],
+                "encoder",
+                problem_type="single_label_classification",
+                labels=("a", "b", "c"),
+            )
+            self.penalty = lambda _: 5 * weight
             self.tokens_seen = torch.zeros((), dtype=torch.long)
             self.current_gradient_accumulation_steps = 2
             self.accelerator = SimpleNamespace(unwrap_model=lambda m: m)

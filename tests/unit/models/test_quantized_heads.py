@@ -1,0 +1,34 @@
+"""No head is quantized, whichever it is: a new one is trained, an old one is tied or decides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tiny_models
+from ftlevel.config import QuantConfig
+from ftlevel.models.loading import load_model
+from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.sources import ModelSource
+from ftlevel.models.targets import find_heads
+
+
+@pytest.mark.parametrize("quant", ["4bit", "8bit"])
+@pytest.mark.parametrize(("family", "head"), tiny_models.FAMILY_HEADS)
+def test_heads_stay_in_floating_point(family, head, quant, tiny_model_dir):
+    folder = tiny_model_dir(family, head)
+    model, _ = load_model(
+        ModelSource(family, "directory", str(folder)),
+        tiny_models.build_config(family, head),
+        tiny_models.AUTO_CLASSES[head],
+        dtype=torch.float32,
+        device="cpu",
+        quantization=build_quantization_config(QuantConfig(kind=quant), torch.float32, []),
+    )
+    heads = find_heads(model)
+    assert heads
+    for name in heads:
+        for parameter in model.get_submodule(name).parameters():
+            assert parameter.dtype == torch.float32
+    quantized = [p for p in model.parameters() if not p.is_floating_point()]
+    assert quantized, "and the blocks are quantized"
