@@ -1,17 +1,20 @@
 # make test    everything that must pass before a change is merged, in a virtual environment of its own
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
+# make matrix  train every method on every family, task and base in tiny models (20 minutes)
 # make lint    the linters and type checks alone
 # make clean   remove environments and caches; models, data and runs stay
 #
 # Variables can be set on the command line:
 #   make test PYTHON=python3.12 PYTEST_FLAGS='-n 8 -m "not slow"'
 #   make demo DEMO_FLAGS='--max-steps 10'
+#   make matrix MATRIX_FLAGS='--families gpt2,t5 --quants none'
 #   make test PIP_FLAGS='--extra-index-url URL'      such as PyTorch's index of CPU builds
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2
 DEMO_FLAGS ?=
+MATRIX_FLAGS ?=
 MODELS ?= .models
 TEST_DIR ?= .test
 DEMO_DIR ?= .demo
@@ -23,7 +26,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test demo lint clean
+.PHONY: help test demo lint matrix clean
 .DELETE_ON_ERROR:
 
 help:
@@ -50,6 +53,9 @@ lint: $(TEST_DIR)/installed
 test: lint
 	$(TEST_BIN)/python scripts/fetch_models.py --dir $(MODELS)
 	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python -m pytest $(PYTEST_FLAGS)
+
+matrix: $(TEST_DIR)/installed
+	$(TEST_BIN)/python scripts/run_matrix.py $(MATRIX_FLAGS)
 
 demo: $(DEMO_DIR)/installed
 	$(DEMO_BIN)/python scripts/fetch_models.py smollm2 --dir $(MODELS)

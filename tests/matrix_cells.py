@@ -20,7 +20,7 @@ import transformers
 import tiny_models
 from ftlevel.config import SPECS, QuantConfig
 from ftlevel.data.encode import Encoded
-from ftlevel.engine.adapt import apply_method, save_adapter
+from ftlevel.engine.adapt import apply_method, finish_method, save_adapter
 from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.method_targets import find_method_targets
@@ -41,6 +41,7 @@ QUANTS = ("none", "4bit", "8bit")
 STEPS = 4
 _SMALL = {
     "r": 4, "init_r": 4, "target_r": 2, "oft_block_size": 8, "alpha": 4.0, "lora_alpha": 8.0,
+    "num_virtual_tokens": 4, "bottleneck_dim": 8,
 }  # fmt: skip
 _HEAD_OF_CLASS = {name: head for head, name in tiny_models.AUTO_CLASSES.items()}
 
@@ -192,6 +193,7 @@ def run_cell(cell: TinyCell) -> None:
     _train(model, batch, spec)
     with tempfile.TemporaryDirectory(prefix="ftlevel-matrix-") as folder:
         directory = Path(folder)
+        finish_method(model, spec)
         if hasattr(model, "peft_config"):
             save_adapter(model, directory, start)
         else:

@@ -141,4 +141,4 @@ def test_it_predicts_docstrings_of_modules_it_never_read(model, tokenizer):
         size += len(row["completion"].encode())
     bits_per_byte = nats / math.log(2) / size
     # A model that knows nothing needs log2(3072) bits a token, 4.3 a byte.
-    assert bits_per_byte < 3.0  # a first, short training
+    assert bits_per_byte < 1.9  # measured: 1.617 on Python 3.11; other versions have other rows

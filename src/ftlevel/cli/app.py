@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "generate": (
         "ftlevel.cli.generate:generate",
-        "Let a trained run, an adapter or a model write text.",
+        "Let a trained run, an adapter or a model answer a prompt.",
     ),
 }
 """Command → (where it is written, first line of its help; a test holds the two together)."""

@@ -166,7 +166,7 @@ def read_module(file: Path) -> list[Documented]:
             tree = ast.parse(text)
     except (OSError, SyntaxError, ValueError):  # ValueError: not UTF-8, or null bytes
         return []
-    lines = text.splitlines()
+    lines = text.split("\n")  # splitlines also splits at a form feed, where ast sees no new line
     found = []
     for node in _scopes(tree):
         docstring = (ast.get_docstring(node) or "").strip()

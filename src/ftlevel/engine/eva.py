@@ -43,7 +43,8 @@ def start_from_data(
             prepare_model_inputs_fn=_supervised_positions,
             show_progress_bar=False,
         )
-    model.peft_config["default"].init_lora_weights = True
+    config = model.peft_config["default"]
+    config.init_lora_weights, config.eva_config = True, None
     model.train(training)
 
 

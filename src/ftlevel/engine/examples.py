@@ -194,7 +194,7 @@ def prepare_examples(
         kind: kind of the model.
         tokenizer: the model's tokenizer.
         model: the model's config, for the size of its vocabulary.
-        positions: longest sequence that the model leaves to the text, or None.
+        positions: longest sequence that the model and its method leave to the text, or None.
         seed: of the masks.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, LoraSpec, MethodConfig, TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.config.methods import DEFAULT_LEARNING_RATE
+from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
@@ -92,10 +92,6 @@ def resolve(config: TrainConfig) -> Plan:
     kind = model_kind(bare)
     _check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
-    family = lookup_family(bare.model_type)
-    base = Cell("", bare.model_type, kind, task.name, config.quant.kind,
-                bool(family.target_parameters) if family else None)  # fmt: skip
-    check_supported(config.method, base)
     device = choose_device(config.model.device)
     dtype = _dtype(config, device.value, bare.model_type)
     loaded = load_examples(config.data, task, config.train.seed)
@@ -122,7 +118,7 @@ def resolve(config: TrainConfig) -> Plan:
         labels=loaded.labels.names if loaded.labels else (),
         unanswerable=loaded.unanswerable,
     )
-    learning_rate = config.train.learning_rate or DEFAULT_LEARNING_RATE[config.method.kind]
+    learning_rate = _learning_rate(config, source)
     choices = [
         _model_choice(config, meta, source),
         Choice("task", task.name),
@@ -133,16 +129,12 @@ def resolve(config: TrainConfig) -> Plan:
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
         *([pad] if pad else []),
-        Choice(
-            "learning rate",
-            f"{learning_rate:g}",
-            "" if config.train.learning_rate else f"default for {config.method.kind}",
-        ),
+        learning_rate,
     ]
     return Plan(
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
-        objective, heads, new_modules, adapted.modules, adapted.parameters,
-        adapted.fan_in_fan_out, learning_rate, data, choices,
+        objective, heads, new_modules, adapted.modules, adapted.parameters, adapted.fan_in_fan_out,
+        learning_rate.value, data, choices,
     )  # fmt: skip
 
 
@@ -171,6 +163,10 @@ def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
     Raises:
         ConfigError: with the reason, and what works.
     """
+    family, quant = lookup_family(model_config.model_type), config.quant.kind
+    experts = bool(family.target_parameters) if family else None
+    base = Cell("", model_config.model_type, kind, config.task, quant, experts)
+    check_supported(config.method, base)
     method = METHODS.get(config.method.kind)
     if method is None or method.refuse is None:
         return
@@ -210,6 +206,21 @@ def _dtype(config: TrainConfig, device: str, model_type: str) -> Choice:
             "was trained. Use --dtype float32, or --init default."
         )
     return Choice("dtype", "float32", f"auto: {init} takes its start out of the weights")
+
+
+def _learning_rate(config: TrainConfig, source: ModelSource) -> Choice:
+    """Return the peak learning rate: the user's, or the method's default.
+
+    The papers' rates are for models a hundred times the size of the built-in one, which learns
+    next to nothing at them in a short run; it gets ten times as much where that is below 0.01.
+    """
+    kind = config.method.kind
+    if config.train.learning_rate is not None:
+        return Choice("learning rate", config.train.learning_rate)
+    rate, reason = default_learning_rate(config.method), f"default for {kind}"
+    if source.kind == "builtin" and rate * 10 <= 1e-2:
+        return Choice("learning rate", rate * 10, f"{reason}, times 10 for a model this small")
+    return Choice("learning rate", rate, reason)
 
 
 def _task_config(source: ModelSource, loaded: Loaded, tokenizer: Any) -> Any:
@@ -268,6 +279,9 @@ def _describe(method: MethodConfig) -> str:
         return ", ".join([detail, *(name for name, on in forms.items() if on)])
     if method.kind == "full":
         return "every weight is trained"
+    own = METHODS[method.kind].describe
+    if own is not None:
+        return own(method)
     fields = method.model_dump(exclude={"kind", "target_modules"})
     return ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None)
 

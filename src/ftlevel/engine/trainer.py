@@ -55,11 +55,11 @@ class FtlevelTrainer(Trainer):
         total = self.objective.loss_sum(self.objective.logits(outputs), labels, mask)
         count = self.objective.count(labels) if num_items_in_batch is None else num_items_in_batch
         loss = total / count
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         if self.penalty is not None and model.training:
             extra = self.penalty(self.accelerator.unwrap_model(model))
             loss = loss + (extra - extra.detach()) / self.current_gradient_accumulation_steps
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(

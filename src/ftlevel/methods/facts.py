@@ -67,7 +67,7 @@ FACTS: dict[str, MethodFacts] = {
         ),
         MethodFacts(
             "dora", "lora", "--method lora --dora", "LoRA, and the length of every column apart",
-            _EXACT, "Liu et al., 2024, arXiv:2402.09353", 21_352_448, {"use_dora": True},
+            _EXACT, "Liu et al., 2024, arXiv:2402.09353", 21_348_352, {"use_dora": True},
         ),
         MethodFacts(
             "rslora", "lora", "--method lora --rslora", "LoRA, scaled by alpha / √r", _EXACT,
@@ -106,7 +106,7 @@ FACTS: dict[str, MethodFacts] = {
         ),
         MethodFacts(
             "adalora", "adalora", "--method adalora", "LoRA, its rank pruned by importance",
-            _EXACT, "Zhang et al., 2023, arXiv:2303.10512", 29_985_408,
+            _EXACT, "Zhang et al., 2023, arXiv:2303.10512", 29_985_632,
         ),
         MethodFacts(
             "ia3", "ia3", "--method ia3", "a factor for each key, value and inner feature", _EXACT,
@@ -114,40 +114,40 @@ FACTS: dict[str, MethodFacts] = {
         ),
         MethodFacts(
             "vera", "vera", "--method vera", "two vectors beside every linear", _EXACT,
-            "Kopiczko et al., 2024, arXiv:2310.11454", 1_421_312,
+            "Kopiczko et al., 2024, arXiv:2310.11454", 1_417_216,
         ),
         MethodFacts(
             "oft", "oft", "--method oft", "a rotation of every linear's input", _EXACT,
-            "Qiu et al., 2023, arXiv:2306.07280; 2025, arXiv:2506.19847", 0,
+            "Qiu et al., 2023, arXiv:2306.07280; 2025, arXiv:2506.19847", 17_649_664,
         ),
         MethodFacts(
             "boft", "boft", "--method boft", "a rotation of every linear's input, in small blocks",
-            _EXACT, "Liu et al., 2024, arXiv:2311.06243", 0,
+            _EXACT, "Liu et al., 2024, arXiv:2311.06243", 5_914_624,
         ),
         MethodFacts(
             "loha", "loha", "--method loha", "a product of two low-rank updates", _EXACT,
-            "Hyeon-Woo et al., 2022, arXiv:2108.06098", 0,
+            "Hyeon-Woo et al., 2022, arXiv:2108.06098", 39_976_960,
         ),
         MethodFacts(
             "lokr", "lokr", "--method lokr", "a Kronecker product as update", _EXACT,
-            "Yeh et al., 2024, arXiv:2309.14859", 0,
+            "Yeh et al., 2024, arXiv:2309.14859", 1_331_200,
         ),
         MethodFacts(
             "adapter", "adapter", "--method adapter", "two small layers inside every block", "",
-            "Houlsby et al., 2019, arXiv:1902.00751", 0,
+            "Houlsby et al., 2019, arXiv:1902.00751", 134_496_256,
         ),
         MethodFacts(
-            "prefix", "prefix", "--method prefix", "keys and values before every layer's own", "",
-            "Li and Liang, 2021, arXiv:2101.00190", 0,
+            "prefix", "prefix", "--method prefix", "keys and values in every attention", "",
+            "Li and Liang, 2021, arXiv:2101.00190", 5_242_880,
         ),
         MethodFacts(
             "prompt", "prompt", "--method prompt", "embeddings before the input", "",
-            "Lester et al., 2021, arXiv:2104.08691", 0,
+            "Lester et al., 2021, arXiv:2104.08691", 81_920,
         ),
         MethodFacts(
             "p-tuning", "p-tuning", "--method p-tuning",
             "embeddings before the input, from a small network", "",
-            "Liu et al., 2021, arXiv:2103.10385", 0,
+            "Liu et al., 2021, arXiv:2103.10385", 50_425_856,
         ),
         MethodFacts(
             "ln-tuning", "ln-tuning", "--method ln-tuning", "the norm layers", _EXACT,

@@ -2,7 +2,8 @@
 
 One table feeds the engine, which refuses before weights load, `ftlevel list-methods`,
 docs/methods.md and the sweep that trains every cell. It imports nothing heavy. What a task needs of
-a model is in `ftlevel.tasks`; sizes that do not fit are found in the model itself.
+a model is in `ftlevel.tasks`; sizes that do not fit are found in the model itself; what a method
+needs of a family that no table names is found by its `refuse`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,6 @@ from ftlevel.errors import ConfigError
 from ftlevel.methods.facts import FACTS, MethodFacts, rows_of
 
 _CONV1D = frozenset({"gpt2"})
-_HEADED = frozenset({"text-classification", "token-classification", "question-answering"})
-_TEXT = frozenset({"text-generation", "summarization", "translation"})
-_PROMPTS = frozenset({"prompt", "p-tuning"})
 _QUANTIZED = frozenset({"4bit", "8bit"})
 _ANY: frozenset[str] = frozenset()
 
@@ -67,7 +65,7 @@ class Rule:
     @property
     def where(self) -> str:
         """Name the cells beside the method: `with gpt2 and without --quant`."""
-        parts = [f"with {name}" for name in sorted(self.families)]
+        parts = [f"with {' or '.join(sorted(self.families))}"] * bool(self.families)
         parts += [f"with {kind}s" for kind in sorted(self.kinds)]
         parts += ["with a base without experts"] * (self.experts is False)
         parts += [f"for {', '.join(sorted(self.tasks))}"] * bool(self.tasks)
@@ -133,6 +131,10 @@ RULES: tuple[Rule, ...] = (
         "Use --init pissa or default.", kinds=frozenset({"encoder-decoder"}),
     ),
     Rule(
+        _rows("eva"), "some of its linears see other rows than those of the input, where EVA looks",
+        "Use --init pissa or default.", families=frozenset({"deberta-v2", "opt"}),
+    ),
+    Rule(
         _rows("experts"), "it has no experts in one tensor",
         "Drop method.target_parameters; --target-modules all-linear reaches every linear.",
         experts=False,
@@ -151,12 +153,12 @@ RULES: tuple[Rule, ...] = (
         "Use --quant 8bit, or --method lora.", quants=frozenset({"4bit"}),
     ),
     Rule(
-        _PROMPTS, "PEFT has no prompt learning for masked language models",
-        "Use --method lora.", tasks=frozenset({"masked-lm"}),
+        _rows("prefix"), "it computes its attention itself, so there is no place for a prefix",
+        "Use --method prompt, or --method lora.", families=frozenset({"bloom", "falcon", "mpnet"}),
     ),
     Rule(
-        _PROMPTS, "its classification heads take token ids only",
-        "Use --method lora.", kinds=frozenset({"encoder-decoder"}), tasks=_HEADED,
+        _rows("prefix"), "its attention is more than what a prefix goes through",
+        "Use --method prompt, or --method lora.", families=frozenset({"gemma2"}),
     ),
 )  # fmt: skip
 """Every refusal. The first that covers a cell is its reason."""

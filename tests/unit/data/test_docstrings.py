@@ -154,6 +154,13 @@ def test_read_module_cuts_docstrings_out(tmp_path):
     ]
 
 
+def test_a_form_feed_does_not_shift_the_lines(tmp_path):
+    file = tmp_path / "paged.py"
+    file.write_text('x = 1\n\x0c\ndef f():\n    """Return 1."""\n    return 1\n')
+    (item,) = read_module(file)
+    assert item.source == "def f():\n    return 1"
+
+
 @pytest.mark.parametrize("content", [b"def f(:\n", b"\xff\xfe", b"x = 1\x00"])
 def test_a_file_that_cannot_be_parsed_is_passed_over(tmp_path, content):
     file = tmp_path / "bad.py"

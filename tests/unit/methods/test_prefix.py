@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ftlevel.config import PrefixSpec
+from ftlevel.config.methods import default_learning_rate
 from ftlevel.methods import METHODS
 from ftlevel.methods.prefix import attention
 from ftlevel.methods.prefix.sites import find_attentions
@@ -226,6 +227,10 @@ def test_the_mlp_is_shared_and_gone_after_training() -> None:
     names = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
     assert names == {"prefix_kv_keys", "prefix_kv_values"}
     assert model.peft_config["default"].prefix_projection is False
+
+
+def test_the_mlp_learns_more_slowly_than_plain_vectors() -> None:
+    assert default_learning_rate(PROJECTED) < default_learning_rate(PLAIN) == 1e-2
 
 
 def test_merging_is_refused() -> None:

@@ -65,9 +65,9 @@ DEFAULT_LEARNING_RATE: dict[str, float] = {
     "lora": 2e-4,  # QLoRA, table 9
     "qlora": 2e-4,
     "adapter": 3e-4,  # the middle of Houlsby et al.'s sweep, section 3.2
-    "prefix": 1e-2,
+    "prefix": 1e-2,  # the top of P-tuning v2's range, which trains plain vectors too
     "prompt": 3e-2,
-    "p-tuning": 1e-3,
+    "p-tuning": 5e-3,
     "adalora": 1e-3,  # within the range of AdaLoRA's on GLUE
     "ia3": 3e-3,  # (IA)³'s recipe, T-Few
     "vera": 4e-3,  # within the range of VeRA's on GLUE
@@ -79,6 +79,21 @@ DEFAULT_LEARNING_RATE: dict[str, float] = {
     "full": 2e-5,  # BERT, appendix A.3
 }
 """Learning rate where the user gives none; from the paper where one is named."""
+
+_PROJECTED_LEARNING_RATE = 1e-3
+
+
+def default_learning_rate(method: Section) -> float:
+    """Return the learning rate of a method where the user gives none.
+
+    What plain vectors need is too much for the MLP of a projected prefix: at 1e-2 its tanh
+    saturates and it learns nothing.
+    """
+    if isinstance(method, PrefixSpec) and method.prefix_projection:
+        return _PROJECTED_LEARNING_RATE
+    kind: str = method.kind  # type: ignore[attr-defined]  # every method has one
+    return DEFAULT_LEARNING_RATE[kind]
+
 
 __all__ = [
     "DEFAULT_LEARNING_RATE",
@@ -99,4 +114,5 @@ __all__ = [
     "PromptSpec",
     "QloraSpec",
     "VeraSpec",
+    "default_learning_rate",
 ]

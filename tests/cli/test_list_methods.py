@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftlevel.cli.app import run
+from ftlevel.config import SPECS
+
+
+def ask(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, dict]:
+    assert run(["list-methods", *flags, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    return {row["name"]: row for row in report["methods"]}
+
+
+def test_every_method_is_listed(capsys):
+    rows = ask(capsys)
+    assert {row["method"] for row in rows.values()} == set(SPECS)
+    assert rows["lora"]["works"] == "yes"
+    assert rows["dora"]["works"] == "in part"
+    assert rows["dora"]["reasons"] == [
+        "not with --quant 8bit: PEFT cannot read 8-bit weights for the magnitude"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "row", "works"),
+    [
+        (["--model", "gpt2"], "oft", "in part"),
+        (["--model", "gpt2", "--quant", "none"], "oft", "no"),
+        (["--model", "gpt2", "--quant", "4bit"], "oft", "yes"),
+        (["--model", "llama", "--quant", "4bit"], "full", "no"),
+        (["--model", "flan-t5", "--task", "summarization"], "eva", "no"),
+        (["--model", "bert", "--task", "text_generation"], "lora", "no"),
+        (["--model", "granite", "--task", "text-classification"], "lora", "no"),
+        (["--model", "mixtral"], "experts", "yes"),
+        (["--model", "builtin:tiny-llama"], "experts", "no"),
+    ],
+)
+def test_narrowing(capsys, flags, row, works):
+    assert ask(capsys, *flags)[row]["works"] == works
+
+
+def test_a_directory_is_of_its_model_type(capsys, tiny_model_dir):
+    assert ask(capsys, "--model", str(tiny_model_dir("gpt2")), "--quant", "none")["lokr"][
+        "reasons"
+    ] == [
+        "--method lokr cannot be used with gpt2: its linears are Conv1D, which PEFT does not take "
+        "here. Use --method lora."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--quant", "3bit"],
+         "--quant '3bit' is not known. Expected one of none, 4bit, 8bit. Did you mean '8bit'?"),
+        (["--task", "summarisation"], "Did you mean 'summarization'?"),
+        (["--model", "lama"], "Did you mean"),
+    ],
+)  # fmt: skip
+def test_what_is_not_known(capsys, flags, text):
+    assert run(["list-methods", *flags]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_the_table_for_people(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["list-methods", "--model", "gpt2", "--quant", "none"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("gpt2, --quant none\n\nlora        yes  two thin matrices")
+    assert "oft         no   --method oft cannot be used with gpt2:" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_it_answers_at_once_without_torch():
+    code = (
+        "import sys\nfrom ftlevel.cli.app import run\nrun(['list-methods', '--model', 'llama'])\n"
+        "print('HEAVY', [m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")},
+    )  # fmt: skip
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert done.stdout.endswith("HEAVY []\n")
+    assert seconds < 1.0, "about 0.25 on an idle core"

@@ -1,0 +1,80 @@
+"""Whole runs of methods that do more than take gradient steps, broken off and gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.cli.app import run
+
+SHORT = [
+    *("--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"),
+    *("--max-steps", "4", "--save-steps", "1", "--dtype", "float32", "--overlong", "drop"),
+]
+
+
+def train(*arguments: str) -> dict[str, Any]:
+    assert run(["train", "--quiet", *arguments]) == 0
+    out = Path(arguments[arguments.index("--output-dir") + 1])
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary
+
+
+def digest(folder: Path) -> str:
+    data = (folder / "adapter/adapter_model.safetensors").read_bytes()
+    return hashlib.sha256(data + (folder / "adapter/adapter_config.json").read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "adalora", "--set", "method.init_r=4", "--set", "method.target_r=2"],
+        ["--init", "pissa"],
+        ["--init", "pissa_niter_4", "--dora"],
+        ["--init", "eva"],
+        ["--lora-plus-ratio", "16", "--rslora"],
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_going_on_gives_the_unbroken_run(
+    flags: list[str], tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    model = str(tiny_model_dir("llama", chat=True))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    summary = train("--model", model, *SHORT, *flags, "--output-dir", str(whole))
+    assert summary["proof"]["adapter_effect"] > 0
+    assert summary["proof"]["idle_tensors"] == 0
+    train("--model", model, *SHORT, *flags, "--output-dir", str(broken))
+    shutil.rmtree(broken / "adapter")
+    shutil.rmtree(broken / "checkpoints/checkpoint-4")
+    assert run(["train", "--quiet", "--output-dir", str(broken), "--resume"]) == 0
+    assert digest(broken) == digest(whole)
+
+
+def test_a_start_inside_the_base_needs_float32(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = ["--init", "pissa", "--dtype", "bfloat16", "--output-dir", str(tmp_path / "run")]
+    assert run(["train", "--quiet", *flags]) == 2
+    assert capsys.readouterr().err == (
+        "ftlevel: --init pissa cannot be used with --dtype bfloat16: it takes its start out of the "
+        "base's weights, what is left is rounded, and the adapter would not be what was trained. "
+        "Use --dtype float32, or --init default.\n"
+    )
+
+
+def test_a_refusal_comes_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    model = tiny_model_dir("gpt2")
+    flags = ["--model", str(model), "--method", "oft", "--output-dir", str(tmp_path / "run")]
+    assert run(["train", "--quiet", *flags]) == 2
+    assert capsys.readouterr().err.startswith("ftlevel: --method oft cannot be used with gpt2: ")
+    assert not (tmp_path / "run").exists()

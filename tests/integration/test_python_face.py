@@ -1,0 +1,66 @@
+"""`from ftlevel import …`: the same runs from Python."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftlevel import FineTunePipeLine, TrainConfig, train
+from ftlevel.errors import ConfigError
+
+SHORT = {"max_steps": 1, "per_device_train_batch_size": 2}
+
+
+def test_the_pipeline_trains_and_returns_model_and_tokenizer(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"data": {"max_samples": 4, "max_eval_samples": 2}}))
+    pipeline = FineTunePipeLine(
+        args_dir=settings,
+        task_type="text_generation",
+        checkpoint="builtin:tiny-llama",
+        dataset_name="builtin:docstrings",
+        use_accelerate=True,
+        peft_method="lora",
+        peft_config={"r": 4},
+        training_args=SHORT,
+        output_dir=tmp_path / "run",
+    )
+    model, tokenizer = pipeline.run()
+    assert model.peft_config["default"].r == 4
+    assert tokenizer.chat_template
+    assert pipeline.result.summary["steps"] == 1
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_train_takes_a_config(tmp_path: Path) -> None:
+    config = TrainConfig.model_validate(
+        {
+            "data": {"max_samples": 4, "max_eval_samples": 2},
+            "train": SHORT,
+            "output": {"dir": str(tmp_path / "run")},
+        }
+    )
+    result = train(config)
+    assert result.path == tmp_path / "run"
+    assert result.summary["proof"]["reload_difference"] == 0
+
+
+def test_a_wrong_setting_names_the_argument() -> None:
+    with pytest.raises(ConfigError) as caught:
+        FineTunePipeLine(peft_method="lora", peft_config={"rank": 4})
+    assert str(caught.value) == (
+        "FineTunePipeLine(peft_config): unknown key 'method.rank'. Did you mean 'method.r'?"
+    )
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    code = "import sys, ftlevel; print('torch' in sys.modules, 'pydantic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

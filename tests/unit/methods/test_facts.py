@@ -1,0 +1,66 @@
+"""The numbers of the table of methods are those of real models, without their weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from ftlevel.config import SPECS
+from ftlevel.engine.adapt import apply_method
+from ftlevel.engine.method_targets import find_method_targets
+from ftlevel.methods import METHODS, Base
+from ftlevel.methods.facts import FACTS, rows_of
+
+LAYERS = 32
+
+
+def llama_7b(layers: int):
+    config = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
+        num_attention_heads=32, vocab_size=32000, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config)
+
+
+def count(row: str, layers: int) -> int:
+    model = llama_7b(layers)
+    if row == "full":
+        return sum(p.numel() for p in model.parameters())
+    facts = FACTS[row]
+    fields = {name: value for name, value in facts.fields.items() if name == "use_dora"}
+    spec = SPECS[facts.kind](**fields)
+    adapted = find_method_targets(spec, model, "llama")
+    base = Base(model.config, "decoder", "CAUSAL_LM", adapted.modules, [], False, 100)
+    model = apply_method(model, spec, base)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+OWN = [name for name, facts in FACTS.items() if facts.kind in METHODS or name == "full"]
+
+
+@pytest.mark.parametrize("row", OWN)
+def test_count_on_llama_7b(row):
+    one, two = count(row, 1), count(row, 2)  # every layer adds the same
+    assert FACTS[row].llama_7b == one + (LAYERS - 1) * (two - one)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_every_method_has_a_row(kind):
+    assert kind in [row.name for row in rows_of(SPECS[kind]())]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "rows"),
+    [
+        ("lora", {}, ["lora"]),
+        ("lora", {"use_dora": True, "init_lora_weights": "pissa_niter_4"},
+         ["lora", "dora", "pissa"]),
+        ("qlora", {"use_rslora": True, "lora_plus_ratio": 4}, ["qlora", "rslora", "lora+"]),
+        ("lora", {"target_parameters": ["mlp.experts.down_proj"]}, ["lora", "experts"]),
+        ("oft", {}, ["oft"]),
+    ],
+)  # fmt: skip
+def test_rows_of_a_spec(kind, fields, rows):
+    assert [row.name for row in rows_of(SPECS[kind](**fields))] == rows

@@ -1,0 +1,172 @@
+"""From a spec to PEFT's config, and what is refused on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ftlevel.config import SPECS, build_config, read_settings
+from ftlevel.engine.method_targets import find_method_targets
+from ftlevel.errors import ConfigError
+from ftlevel.methods import METHODS, Base
+from ftlevel.models.targets import find_heads
+from unit.models.meta_models import build, has_model
+from unit.models.tiny_configs import TINY
+
+BASE = Base(None, "encoder", "SEQ_CLS", ["query", "0.output.dense"], ["classifier"], False, 100)
+
+
+def peft_config(kind: str, base: Base = BASE, **fields: Any) -> Any:
+    return METHODS[kind].build(SPECS[kind](**fields), base)
+
+
+OWN = [kind for kind, method in METHODS.items() if method.refuse is None and kind != "adapter"]
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_heads_are_saved_and_the_task_is_said(kind):
+    config = peft_config(kind)
+    assert list(config.modules_to_save) == ["classifier"]
+    assert config.task_type == "SEQ_CLS"
+    assert set(config.target_modules) == {"query", "0.output.dense"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "expected"),
+    [
+        ("lora", {}, {"r": 8, "lora_alpha": 16, "init_lora_weights": True, "bias": "none"}),
+        ("lora", {"init_lora_weights": "pissa", "use_rslora": True},
+         {"init_lora_weights": "pissa", "use_rslora": True}),
+        ("lora", {"rank_pattern": {"query": 2}, "alpha_pattern": {"query": 4.0}},
+         {"rank_pattern": {"query": 2}, "alpha_pattern": {"query": 4}}),
+        ("adalora", {}, {"init_r": 12, "target_r": 8, "tinit": 10, "tfinal": 30, "total_step": 100,
+                         "deltaT": 1, "orth_reg_weight": 0.5}),
+        ("adalora", {"tinit": 3, "tfinal": 0, "delta_t": 5},
+         {"tinit": 3, "tfinal": 0, "deltaT": 5}),
+        ("ia3", {}, {"feedforward_modules": {"0.output.dense"}}),
+        ("vera", {}, {"r": 256, "d_initial": 0.1, "save_projection": True}),
+        ("oft", {}, {"r": 0, "oft_block_size": 32, "use_cayley_neumann": True}),
+        ("boft", {}, {"boft_block_size": 4, "boft_n_butterfly_factor": 1}),
+        ("loha", {"r": 2}, {"r": 2, "alpha": 8}),
+        ("lokr", {"decompose_factor": 4}, {"decompose_factor": 4}),
+    ],
+)  # fmt: skip
+def test_config(kind, fields, expected):
+    config = peft_config(kind, **fields)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (["method.init_lora_weights=loftq"],
+         "--set method.init_lora_weights: 'loftq': PEFT 0.21 computes it on CUDA only and, on a "
+         "float base, replaces the base's weights. Use pissa on a float base, or default on a "
+         "quantized one."),
+        (["method.target_parameters=experts", "method.lora_dropout=0.1"],
+         "method: target_parameters cannot be used with lora_dropout: PEFT's LoRA of a bare "
+         "tensor does not have it. Drop one of them."),
+        (["method=adalora", "method.target_r=12"],
+         "--set method: method.target_r 12 is not below init_r 12, and AdaLoRA only lowers ranks. "
+         "Raise init_r, lower target_r, or use --method lora."),
+        (["method.lora_plus_ratio=0.5"],
+         "--set method.lora_plus_ratio: 0.5 is out of range: "
+         "method.lora_plus_ratio must be ≥ 1.0."),
+    ],
+)  # fmt: skip
+def test_fields_that_are_refused(settings, text):
+    with pytest.raises(ConfigError) as caught:
+        build_config([read_settings(settings)])
+    assert str(caught.value) == text
+
+
+def test_adalora_needs_steps_to_prune_in():
+    base = Base(None, "decoder", "CAUSAL_LM", ["q_proj"], [], False, 1)
+    with pytest.raises(ConfigError) as caught:
+        peft_config("adalora", base)
+    assert str(caught.value) == (
+        "method.tinit 0 and method.tfinal 0 leave fewer than 2 of the run's 1 steps to prune ranks "
+        "in. Train longer, or lower them."
+    )
+
+
+def targets(family: str, kind: str, task: str = "", variant: int = 0, **fields: Any) -> Any:
+    task = task or ("text-generation" if has_model(family, "text-generation") else "masked-lm")
+    return find_method_targets(SPECS[kind](**fields), build(family, task, variant), family)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "text"),
+    [
+        ("oft", {"oft_block_size": 48},
+         "method.oft_block_size 48 does not divide the inputs of 14 of 14 linears, such as "
+         "model.layers.0.mlp.down_proj (160 wide). "
+         "Set method.oft_block_size to one of 2, 4, 8, 16, 32."),
+        ("boft", {"boft_block_size": 5},
+         "method.boft_block_size 5 does not divide the inputs of 12 of 14 linears, such as "
+         "model.layers.0.mlp.gate_proj (64 wide). "
+         "Set method.boft_block_size to one of 2, 4, 8, 16, 32."),
+        ("lora", {"rank_pattern": {"q_porj": 4}},
+         "method.rank_pattern: 'q_porj' matches none of the 14 adapted modules (down_proj, "
+         "gate_proj, up_proj, k_proj, o_proj, q_proj, v_proj) and would be ignored. "
+         "Give the end of a module's name or a regular expression."),
+        ("lora", {"layers_to_transform": [1, 7]},
+         "method.layers_to_transform: there is no layer 7 with adapted modules. Layers here are 0 "
+         "to 1."),
+        ("lora", {"target_parameters": "experts"},
+         "method.target_parameters: llama has no experts in one tensor. Drop it; --target-modules "
+         "all-linear reaches every linear."),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_model(kind, fields, text):
+    with pytest.raises(ConfigError) as caught:
+        targets("llama", kind, **fields)
+    assert str(caught.value) == text
+
+
+def test_layers_to_transform():
+    found = targets("llama", "lora", layers_to_transform=[1], target_modules=["q_proj"]).modules
+    assert found == ["model.layers.1.self_attn.q_proj"]
+    found = targets("t5", "lora", "summarization", layers_to_transform=[2]).modules
+    assert {name.split(".")[0] for name in found} == {"decoder"}  # the encoder has two layers
+
+
+def test_experts():
+    found = targets("mixtral", "lora", target_parameters="experts").parameters
+    assert found == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    with pytest.raises(ConfigError, match=r"'mlp\.experts\.up' is no tensor of mixtral"):
+        targets("mixtral", "lora", target_parameters=["mlp.experts.up"])
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_ia3_finds_keys_values_and_feed_forward_in_every_family(family):
+    for variant in range(len(TINY[family])):
+        task = next(
+            t for t in ("text-generation", "summarization", "masked-lm") if has_model(family, t)
+        )
+        found = targets(family, "ia3", task, variant).modules
+        config = peft_config("ia3", Base(None, "", None, found, [], False, 1))
+        inner = set(config.feedforward_modules)
+        assert set(found) - inner, "no keys and values"
+        if family not in ("mixtral", "qwen3_moe"):  # theirs are in tensors
+            blocks = {name.rsplit(".", 3)[0] for name in inner}
+            assert blocks
+        heads = find_heads(build(family, task, variant))
+        assert not any(name.startswith(tuple(heads)) for name in found)
+
+
+def test_ln_tuning_takes_every_norm_outside_the_heads():
+    found = targets("bert", "ln-tuning", "masked-lm").modules
+    assert found == [
+        "bert.embeddings.LayerNorm",
+        *(f"bert.encoder.layer.{i}.{part}output.LayerNorm" for i in (0, 1)
+          for part in ("attention.", "")),
+    ]  # fmt: skip
+    assert "cls.predictions.transform.LayerNorm" not in found
+
+
+def test_quantized_conv1d_is_a_linear():
+    spec, model = SPECS["lora"](), build("gpt2", "text-generation")
+    assert find_method_targets(spec, model, "gpt2").fan_in_fan_out
+    assert not find_method_targets(spec, model, "gpt2", "4bit").fan_in_fan_out
