@@ -315,3 +315,15 @@ def test_languages_come_from_columns_or_from_the_user(
 def test_refusals(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--dry-run", *arguments]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_a_whole_model_is_saved_under_its_own_names(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """Llama's checkpoint says `model`, its question answering says `transformer`."""
+    data = task_data.write(tmp_path / "data", "span")
+    config = configure(tiny_model_dir("llama"), data, "span", tmp_path / "run")
+    raw = config.model_dump(mode="json") | {"method": {"kind": "full"}}
+    result = train(TrainConfig.model_validate(raw))
+    assert result.summary["proof"]["reload_difference"] == 0
+    check_answer("span", tmp_path / "run", result.summary)

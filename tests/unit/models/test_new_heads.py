@@ -61,3 +61,13 @@ def test_every_base_weight_arrives(family: str, head: str, tmp_path: Path) -> No
         model.get_input_embeddings().weight[: shape[0]], base.get_input_embeddings().weight
     )
     assert not [name for name in missing if "layer" in name and "norm" not in name.lower()]
+    if renamed:  # what is saved can be loaded by anybody
+        model.save_pretrained(tmp_path / "again")
+        again, info = type(model).from_pretrained(tmp_path / "again", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert_equal(again, model)
+
+
+def assert_equal(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    weights = other.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in one.state_dict().items())
