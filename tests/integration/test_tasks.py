@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import task_data
+from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
 from ftlevel.engine.generate import generate
 from ftlevel.engine.train import train
@@ -173,3 +176,154 @@ def test_accumulation_gives_one_curve(
     assert len(curves[0]) == 3
     for whole, parts in zip(*curves, strict=True):
         assert parts == pytest.approx(whole, rel=2e-5)
+
+
+def test_masks_go_on_where_a_run_stopped(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    """Resumed in its second epoch, a run has the masks, losses and weights of a whole one."""
+    data = task_data.write(tmp_path / "data", "mask")
+    model, whole, broken = tiny_model_dir("bert", "mlm"), tmp_path / "whole", tmp_path / "broken"
+    settings = {"max_steps": 7, "save_steps": 5, "per_device_train_batch_size": 4}
+    expected = train(configure(model, data, "mask", whole, **settings)).model.state_dict()
+
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "adapter")
+    shutil.rmtree(broken / "checkpoints/checkpoint-7")
+    (broken / "metrics.jsonl").unlink()
+    config = configure(model, data, "mask", broken, **settings)
+    output = config.output.model_copy(update={"resume": True})
+    found = train(config.model_copy(update={"output": output})).model.state_dict()
+
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    before, after = losses(whole), losses(broken)
+    assert sorted(after) == [6, 7]
+    assert {step: before[step] for step in after} == after
+
+
+def losses(run_directory: Path) -> dict[int, float]:
+    lines = (run_directory / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+
+
+def test_a_new_head_is_read_back_in_full_precision(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    data = task_data.write(tmp_path / "data", "mask")
+    config = configure(tiny_model_dir("roberta", "seqcls"), data, "mask", tmp_path / "run")
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"dtype": "bfloat16"})}
+    )
+    summary = train(config).summary
+    assert summary["proof"]["reload_difference"] == 0
+    card = json.loads((tmp_path / "run/adapter/ftlevel.json").read_text())
+    assert card["heads"] == ["lm_head.dense", "lm_head.layer_norm"]
+
+
+def test_the_command_line_of_a_task(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = task_data.write(tmp_path / "data", "span"), str(tmp_path / "run")
+    arguments = ["--model", str(tiny_model_dir("bert", "mlm")), "--dataset", str(data),
+                 "--task", "question_answering", "--max-length", "48", "--set",
+                 "data.doc_stride=12", "--max-steps", "2", "--output-dir", out]  # fmt: skip
+    assert run(["train", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "questions: 16 (each has an answer)" in shown
+    assert "more windows than questions" in shown
+    assert f'ftlevel generate {out} --prompt "…?" --context "…"' in shown
+    ask = ["generate", out, "--prompt", "What is the name?"]
+    assert run(ask) == 2
+    assert "question-answering looks for an answer in a text. Add --context TEXT." in (
+        capsys.readouterr().err
+    )
+    assert run([*ask, "--context", "The name is value 3.", "--json"]) == 0
+    [answer] = json.loads(capsys.readouterr().out)["answers"]
+    assert answer["text"] in "The name is value 3."
+
+
+def test_an_answer_that_is_not_there_is_named(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = task_data.write(tmp_path / "data", "span")
+    path = data / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2]["answers"]["answer_start"][0] += 1
+    path.write_text("\n".join(map(json.dumps, rows)))
+    code = run(["train", "--model", str(tiny_model_dir("bert", "mlm")), "--dataset", str(data),
+                "--task", "question-answering", "--output-dir", str(tmp_path / "run")])  # fmt: skip
+    assert code == 2
+    assert f"{path}:3: the answer " in capsys.readouterr().err
+
+
+def test_tags_that_break_bio_are_named_or_dropped(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = task_data.write(tmp_path / "data", "tags")
+    path = data / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[4]["tags"][0] = "I-LOC"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["train", "--model", str(tiny_model_dir("bert", "mlm")), "--dataset", str(data),
+                 "--task", "token-classification", "--dry-run"]  # fmt: skip
+    assert run(arguments) == 2
+    assert f"{path}:5: tag 1, 'I-LOC', begins the row" in capsys.readouterr().err
+    assert run([*arguments, "--on-bad-row", "skip"]) == 0
+    assert "15 rows" in capsys.readouterr().out
+
+
+def test_languages_come_from_columns_or_from_the_user(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = task_data.write(tmp_path / "data", "pair")
+    dry = ["train", "--dataset", str(data), "--task", "translation", "--dry-run"]
+    mapped = ["--set", "data.columns.source=en", "--set", "data.columns.target=de"]
+    llama, t5 = (["--model", str(tiny_model_dir(family))] for family in ("llama", "t5"))
+    assert run([*dry, *llama, *mapped]) == 0
+    shown = capsys.readouterr().out
+    assert "languages: English to German" in shown
+    assert "prompt: plain (Translate from English to German.)" in shown
+    assert run([*dry, *t5, *mapped, "--set", "data.target_language=Swiss German"]) == 0
+    assert "prompt: seq2seq (translate English to Swiss German:)" in capsys.readouterr().out
+    assert run([*dry, *llama]) == 2
+    assert "the columns do not say what to learn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (
+            ["--task", "masked-lm"],
+            "--task masked-lm cannot be used with llama, which is a decoder; it needs an encoder. "
+            "Use --task text-generation.",
+        ),
+        (
+            ["--task", "masked-lm", "--overlong", "truncate-prompt"],
+            "--overlong truncate-prompt cannot be used with --task masked-lm, whose rows have no "
+            "prompt. Use --overlong drop.",
+        ),
+        (
+            ["--set", "data.problem_type=regression"],
+            "data.problem_type belongs to --task text-classification, and --task is "
+            "text-generation. Drop it, or change the task.",
+        ),
+        (
+            ["--task", "token-classification", "--overlong", "split"],
+            "--overlong split cuts plain text into several rows and cannot be used with --task "
+            "token-classification. Use --overlong drop.",
+        ),
+    ],
+)
+def test_refusals(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--dry-run", *arguments]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_whole_model_is_saved_under_its_own_names(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """Llama's checkpoint says `model`, its question answering says `transformer`."""
+    data = task_data.write(tmp_path / "data", "span")
+    config = configure(tiny_model_dir("llama"), data, "span", tmp_path / "run")
+    raw = config.model_dump(mode="json") | {"method": {"kind": "full"}}
+    result = train(TrainConfig.model_validate(raw))
+    assert result.summary["proof"]["reload_difference"] == 0
+    check_answer("span", tmp_path / "run", result.summary)

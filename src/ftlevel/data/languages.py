@@ -60,8 +60,3 @@ def read_language(text: str) -> Language:
 def _by_code(text: str) -> Language | None:
     code = text.replace("_", "-").partition("-")[0].lower()
     return Language(_NAMES[code], code) if code in _NAMES and len(text) <= 5 else None
-
-
-def find_codes(columns: list[str]) -> list[str]:
-    """Return the columns that are named by the code of a language."""
-    return [column for column in columns if _by_code(column) is not None]

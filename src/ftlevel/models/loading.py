@@ -147,6 +147,8 @@ def load_model(
             f"--model {source.name}: its weights cannot be read ({_first_line(error)}). "
             "Was a download or a copy cut short?"
         ) from error
+    if mapping:
+        _forget_renaming(model, mapping)
     if source.gguf_file:
         _forget_gguf(model)
     if quantization is None:
@@ -221,6 +223,19 @@ def check_missing(missing: list[str], allowed: list[str], name: str) -> None:
 
 def _inside(key: str, module: str) -> bool:
     return key == module or key.startswith(module + ".")
+
+
+def _forget_renaming(model: Any, mapping: dict[str, str]) -> None:
+    """Let `save_pretrained` write the names of the model's own class, which loads without help.
+
+    transformers 5.24 keeps a `key_mapping` to write the names that it read.
+    """
+    kept = [
+        conversion
+        for conversion in model._weight_conversions
+        if set(mapping).isdisjoint(getattr(conversion, "source_patterns", ()))
+    ]
+    model._weight_conversions = kept
 
 
 def _forget_gguf(model: Any) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ftlevel.data.languages import Language, find_codes, find_language, read_language
+from ftlevel.data.languages import Language, find_language, read_language
 
 GERMAN = Language("German", "de")
 
@@ -26,5 +26,4 @@ def test_language_of_a_column(column: str, given: str | None, language: Language
 
 
 def test_codes() -> None:
-    assert find_codes(["en", "de", "id", "domain"]) == ["en", "de", "id"]
     assert read_language("pt-BR") == Language("Portuguese", "pt")
