@@ -71,8 +71,9 @@ def test_a_run_proves_itself(arguments: list[str], frozen: int) -> None:
 
 
 def test_the_loss_really_falls() -> None:
-    summary = train("--max-samples", "64", "--epochs", "4", "--learning-rate", "3e-3",
-                    "--eval-on-start", "--set", "data.max_eval_samples=32")  # fmt: skip
+    # Summarization, because the built-in model has read functions beside their docstrings.
+    summary = train("--task", "summarization", "--max-samples", "192", "--epochs", "2",
+                    "--eval-on-start", "--set", "train.predict_with_generate=false")  # fmt: skip
     before, after = summary["metrics_before"]["loss"], summary["metrics"]["loss"]
     assert after < before - 0.2, "validation loss, on modules that neither training has seen"
     assert summary["loss_last"] < summary["loss_first"] - 0.2
@@ -133,7 +134,7 @@ def test_summarization_on_either_kind(
     assert run(["generate", "run", "--prompt", "the b is a long", "--compare-base",
                 "--max-new-tokens", "4", "--json"]) == 0  # fmt: skip
     answer = json.loads(capsys.readouterr().out)["answers"][0]
-    assert set(answer) == {"prompt", "text", "base", "scores"}
+    assert set(answer) == {"prompt", "text", "base", "scores", "tags"}
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2", "llama", "t5", "bart"])
