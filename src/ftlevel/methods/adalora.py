@@ -65,4 +65,32 @@ def orthogonality(model: Any) -> Any:
     return weight * torch.stack(norms).mean()
 
 
-METHOD = Method(build, penalty=orthogonality)
+def prepare(model: Any) -> None:
+    """Freeze the rank that the update is divided by (in place).
+
+    On a base that is not in float32 PEFT 0.21 leaves it trainable, and does not save it.
+    """
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.float()
+
+
+def finish(model: Any) -> None:
+    """Take the pruned ranks out of a trained model (in place), as in the adapter that is saved.
+
+    With them its products round otherwise in bfloat16 than those of the reloaded adapter.
+    """
+    import torch
+
+    for name, alive in (model.peft_config["default"].rank_pattern or {}).items():
+        layer = model.get_base_model().get_submodule(name.partition(".lora_E")[0])
+        kept = torch.tensor(alive, dtype=torch.bool)
+        for matrices, axis in ((layer.lora_E, 0), (layer.lora_A, 0), (layer.lora_B, 1)):
+            full = matrices["default"]
+            part = full.data[kept] if axis == 0 else full.data[:, kept]
+            matrices["default"] = torch.nn.Parameter(part, full.requires_grad)
+        layer.r["default"] = sum(alive)
+
+
+METHOD = Method(build, penalty=orthogonality, prepare=prepare, finish=finish)

@@ -71,11 +71,23 @@ def test_adalora_prunes_to_its_budget_and_saves_only_what_is_left(tmp_path):
     assert alive[-4:] == [2 * linears] * 4  # total - tfinal and after
     assert model.peft_config["default"].rank_pattern is None  # until the end
     callback.on_train_end(None, transformers.TrainerState(), None, model=model)
+    whole = _logits(model)
+    METHODS["adalora"].finish(model)
+    torch.testing.assert_close(_logits(model), whole, atol=1e-6, rtol=0)
     save_adapter(model, tmp_path / "adapter", {})
     saved = _tensors(tmp_path / "adapter")
     assert sum(len(t) for n, t in saved.items() if n.endswith("lora_E")) == 2 * linears
     reloaded = load_adapter(base, tmp_path / "adapter")
-    torch.testing.assert_close(_logits(reloaded), _logits(model), atol=1e-6, rtol=0)
+    assert torch.equal(_logits(reloaded), _logits(model))
+
+
+def test_adaloras_rank_is_not_trained_on_a_base_in_bfloat16():
+    base = tiny_models.build("llama").to(torch.bfloat16)
+    facts = Base(base.config, "decoder", "CAUSAL_LM", ["q_proj"], [], False, 10)
+    model = apply_method(base, SPECS["adalora"](), facts)
+    learns = {name.split(".")[-2]: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(learns) == {"lora_A", "lora_B", "lora_E"}
+    assert {p.dtype for p in learns.values()} == {torch.float32}
 
 
 def test_adaloras_penalty_is_that_of_peft():
