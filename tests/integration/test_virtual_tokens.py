@@ -63,7 +63,8 @@ def test_a_run_proves_itself_and_answers(
     command = ["generate", "run", *prompts, "--compare-base", "--max-new-tokens", "4", "--json"]
     assert run(command) == 0
     answers = json.loads(capsys.readouterr().out)["answers"]
-    assert [set(answer) for answer in answers] == [{"prompt", "text", "base", "scores"}] * 2
+    assert [answer["prompt"] for answer in answers] == prompts[1::2]
+    assert all(isinstance(answer[key], str) for answer in answers for key in ("text", "base"))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,9 @@ def test_a_family_without_a_place_for_a_prefix_is_refused_before_its_weights_loa
     BloomForCausalLM(config).save_pretrained("bloom")
     assert run(["train", "--method", "prefix", "--model", "bloom", "--output-dir", "run"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "--method prefix: bloom computes its attention itself" in said
+    assert "--method prefix" in said
+    assert "bloom" in said
+    assert "computes its attention itself" in said
     assert "Use --method prompt" in said
     assert not Path("run").exists()
 
