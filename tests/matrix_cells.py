@@ -30,6 +30,7 @@ from ftlevel.methods.facts import FACTS
 from ftlevel.methods.lora_start import copy_start
 from ftlevel.methods.matrix import Cell, find_problems, find_refusal
 from ftlevel.models.families import FAMILIES
+from ftlevel.models.hardware import DTYPES, autocast
 from ftlevel.models.loading import build_task_model, load_model
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
@@ -53,6 +54,7 @@ class TinyCell:
     Attributes:
         row: a name of `FACTS`.
         head: of tiny_models, which `tasks` put on the model.
+        dtype: of the base and of its products; the sweep is in float32.
     """
 
     row: str
@@ -60,6 +62,7 @@ class TinyCell:
     head: str
     tasks: tuple[str, ...]
     quant: str
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         return f"{self.row}-{self.family}-{self.head}-{self.quant}"
@@ -145,9 +148,16 @@ def _headed(head: str) -> bool:
     return head in ("seqcls", "tokcls", "qa")
 
 
+def copy_base(cell: TinyCell) -> Any:
+    """Return a copy of the base of `cell`."""
+    model = copy.deepcopy(pristine(cell.family, cell.head, cell.quant))
+    whole = cell.quant != "none" or cell.row == "full"  # as the engine loads it
+    return model if whole else model.to(DTYPES[cell.dtype])
+
+
 def fresh(cell: TinyCell) -> Any:
     """Return a copy of the base, with another random head where the task trains it."""
-    model = copy.deepcopy(pristine(cell.family, cell.head, cell.quant))
+    model = copy_base(cell)
     if _headed(cell.head):
         generator = torch.Generator().manual_seed(99)
         for name in find_heads(model):
@@ -181,16 +191,16 @@ def run_cell(cell: TinyCell) -> None:
     torch.manual_seed(0)
     spec = build_spec(cell.row)
     base = describe_base(cell, spec)
-    model = apply_method(copy.deepcopy(pristine(cell.family, cell.head, cell.quant)), spec, base)
+    model = apply_method(copy_base(cell), spec, base)
     batch = tiny_models.build_batch(cell.family, cell.head)
     if cell.row == "eva":
         rows = [
             Encoded(ids.tolist(), ids.tolist() if cell.head == "causal" else 0, 0)
             for ids in batch["input_ids"].repeat(4, 1)
         ]
-        start_from_data(model, rows, pad_id=0, batch_size=4, seed=0, device="cpu", dtype="float32")
+        start_from_data(model, rows, pad_id=0, batch_size=4, seed=0, device="cpu", dtype=cell.dtype)
     start = copy_start(model)
-    _train(model, batch, spec)
+    _train(model, batch, spec, cell.dtype)
     with tempfile.TemporaryDirectory(prefix="ftlevel-matrix-") as folder:
         directory = Path(folder)
         finish_method(model, spec)
@@ -201,7 +211,7 @@ def run_cell(cell: TinyCell) -> None:
         objective = build_objective(TASKS[cell.tasks[0]], FAMILIES[cell.family].kind)
         check_saved(
             model, directory, lambda: fresh(cell), _probe(batch), objective=objective,
-            device="cpu", dtype="float32",
+            device="cpu", dtype=cell.dtype,
         )  # fmt: skip
 
 
@@ -214,7 +224,7 @@ def _probe(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return probe
 
 
-def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any) -> None:
+def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any, dtype: str) -> None:
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=5e-3)
     allocation = Allocation(Path()) if spec.kind == "adalora" else None
@@ -222,7 +232,8 @@ def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any) -> None:
     moved: set[str] = set()
     model.train()
     for step in range(STEPS):
-        loss = model(**batch).loss
+        with autocast("cpu", dtype):
+            loss = model(**batch).loss
         if penalty is not None:
             loss = loss + penalty(model)
         loss.backward()

@@ -32,9 +32,10 @@ def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
 
     compact = replace(base, targets=compact_targets(model, base.targets))
     shape_only = next(model.parameters()).is_meta
-    adapted = get_peft_model(
-        model, METHODS[method.kind].build(method, compact), low_cpu_mem_usage=shape_only
-    )
+    own = METHODS[method.kind]
+    adapted = get_peft_model(model, own.build(method, compact), low_cpu_mem_usage=shape_only)
+    if own.prepare is not None:
+        own.prepare(adapted)
     train_in_float32(adapted)
     return adapted
 

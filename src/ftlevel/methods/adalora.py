@@ -65,6 +65,17 @@ def orthogonality(model: Any) -> Any:
     return weight * torch.stack(norms).mean()
 
 
+def prepare(model: Any) -> None:
+    """Freeze the rank that the update is divided by (in place).
+
+    On a base that is not in float32 PEFT 0.21 leaves it trainable, and does not save it.
+    """
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.float()
+
+
 def finish(model: Any) -> None:
     """Take the pruned ranks out of a trained model (in place), as in the adapter that is saved.
 
@@ -82,4 +93,4 @@ def finish(model: Any) -> None:
         layer.r["default"] = sum(alive)
 
 
-METHOD = Method(build, penalty=orthogonality, finish=finish)
+METHOD = Method(build, penalty=orthogonality, prepare=prepare, finish=finish)

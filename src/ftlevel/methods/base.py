@@ -48,6 +48,7 @@ class Method:
             used there and the nearest thing that works, in sentences that follow `--method NAME: `;
             None where it can. Asked before weights load.
         positions: spec → positions of the model that the method takes from the text.
+        prepare: the model that the method was put onto, mutated before it is trained.
         finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
         adapts: `norms` where it trains every norm outside the heads.
         check: spec and the input width of each linear that it adapts → nothing; raises ConfigError
@@ -61,6 +62,7 @@ class Method:
     describe: Callable[[Any], str] | None = None
     refuse: Callable[[Any, Any, str, str, str], str | None] | None = None
     positions: Callable[[Any], int] | None = None
+    prepare: Callable[[Any], None] | None = None
     finish: Callable[[Any], None] | None = None
     adapts: Literal["linears", "norms"] = "linears"
     check: Callable[[Any, Mapping[str, int]], None] | None = None

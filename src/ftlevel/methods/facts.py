@@ -106,7 +106,7 @@ FACTS: dict[str, MethodFacts] = {
         ),
         MethodFacts(
             "adalora", "adalora", "--method adalora", "LoRA, its rank pruned by importance",
-            _EXACT, "Zhang et al., 2023, arXiv:2303.10512", 29_985_632,
+            _EXACT, "Zhang et al., 2023, arXiv:2303.10512", 29_985_408,
         ),
         MethodFacts(
             "ia3", "ia3", "--method ia3", "a factor for each key, value and inner feature", _EXACT,

@@ -136,6 +136,13 @@ def test_a_cell_that_claims_yes_trains_and_reloads(cell):
     run_cell(cell)
 
 
+@pytest.mark.parametrize("row", [name for name in FACTS if name not in ("pissa", "olora")])
+def test_every_row_on_a_base_in_bfloat16(row):
+    family = "mixtral" if row == "experts" else "llama"
+    quant = "4bit" if row == "qlora" else "none"
+    run_cell(TinyCell(row, family, "seqcls", ("text-classification",), quant, "bfloat16"))
+
+
 def test_the_page_is_up_to_date(capsys):
     import write_docs
 

@@ -81,6 +81,15 @@ def test_adalora_prunes_to_its_budget_and_saves_only_what_is_left(tmp_path):
     assert torch.equal(_logits(reloaded), _logits(model))
 
 
+def test_adaloras_rank_is_not_trained_on_a_base_in_bfloat16():
+    base = tiny_models.build("llama").to(torch.bfloat16)
+    facts = Base(base.config, "decoder", "CAUSAL_LM", ["q_proj"], [], False, 10)
+    model = apply_method(base, SPECS["adalora"](), facts)
+    learns = {name.split(".")[-2]: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(learns) == {"lora_A", "lora_B", "lora_E"}
+    assert {p.dtype for p in learns.values()} == {torch.float32}
+
+
 def test_adaloras_penalty_is_that_of_peft():
     _, model = adapted("adalora")
     with_penalty = model(**BATCH).loss
