@@ -19,8 +19,12 @@ MODELS ?= .models
 TEST_DIR ?= .test
 DEMO_DIR ?= .demo
 
-export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+PROMPT_1 := "Entries are compared by their priority first and by the time they were added second. \
+The queue must not be used by several threads at once."
+PROMPT_2 := "If the path does not exist, an error is raised unless missing_ok is true. Symbolic links \
+are removed, never what they point to."
 
 TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
@@ -50,6 +54,8 @@ lint: $(TEST_DIR)/installed
 	$(TEST_BIN)/mypy
 	$(TEST_BIN)/lint-imports
 
+# One thread a test process: two of them with two each would starve one another.
+test: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(TEST_BIN)/python scripts/fetch_models.py --dir $(MODELS)
 	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -59,7 +65,10 @@ matrix: $(TEST_DIR)/installed
 
 demo: $(DEMO_DIR)/installed
 	$(DEMO_BIN)/python scripts/fetch_models.py smollm2 --dir $(MODELS)
-	$(DEMO_BIN)/ftlevel train --recipe recipes/demo.yaml $(DEMO_FLAGS)
+	$(DEMO_BIN)/ftlevel train --recipe recipes/demo.yaml --output-dir $(DEMO_DIR)/run --overwrite \
+		$(DEMO_FLAGS)
+	$(DEMO_BIN)/ftlevel generate $(DEMO_DIR)/run --compare-base --max-new-tokens 32 \
+		--prompt $(PROMPT_1) --prompt $(PROMPT_2)
 
 clean:
 	rm -rf $(TEST_DIR) $(DEMO_DIR) build dist
