@@ -27,7 +27,7 @@ from ftlevel.tasks import Task
 from ftlevel.tasks.translation import name_languages
 
 _BUILTIN_KIND = {"summarization": "summarization"}
-BUILTIN_ROWS = 384
+BUILTIN_ROWS = 192
 """Training rows taken from the built-in set where the user gives no number: a quick first run."""
 
 
