@@ -44,7 +44,7 @@ def build_app(wanted: Collection[str] = tuple(COMMANDS)) -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        rich_markup_mode=None,  # importing rich and laying out its panels doubles the time of --help
+        rich_markup_mode=None,  # importing rich and drawing panels doubles the time of --help
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
