@@ -8,7 +8,7 @@
 #   make test PYTHON=python3.12 PYTEST_FLAGS='-n 8 -m "not slow"'
 #   make demo DEMO_FLAGS='--max-steps 10'
 #   make matrix MATRIX_FLAGS='--families gpt2,t5 --quants none'
-#   make test PIP_FLAGS='--extra-index-url URL'      such as PyTorch's index of CPU builds
+#   make test PIP_FLAGS='--no-cache-dir'
 
 PYTHON ?= python3
 PIP_FLAGS ?=

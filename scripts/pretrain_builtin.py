@@ -6,7 +6,7 @@ their source nor their docstrings are read, and a paragraph that they share with
 removed from that text.
 
     python scripts/pretrain_builtin.py                  # writes src/ftlevel/builtin/tiny-llama
-    python scripts/pretrain_builtin.py --steps 40 --output-dir /tmp/tiny-llama    # a quick look
+    python scripts/pretrain_builtin.py --steps 40 --output-dir DIR    # a quick look
 
 The same Python, seed, thread count and machine give the same weights. Needs torch 2.9 for Muon.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from ftlevel import __version__
@@ -139,8 +138,3 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 def _count(parameter: Any) -> int:
     """Return how many numbers `parameter` stands for; 4-bit weights hold two a byte."""
     return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
-
-
-def as_record(value: Any) -> dict[str, Any]:
-    """Return a dataclass instance as a plain dict."""
-    return asdict(value)

@@ -110,17 +110,19 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
     listener.stage("save and check")
     finish_method(model, config.method)
     save(model, plan, run, build_card(config, plan, base_facts), base_facts, start)
+    probe = probe_batch(
+        plan.data.validation or plan.data.train, plan.tokenizer.pad_token_id, plan.device
+    )
     frozen, difference, effect = check_saved(
         model,
         run.adapter,
         lambda: load_base(config, plan),
-        probe_batch(plan.data.validation or plan.data.train, plan.tokenizer.pad_token_id,
-                    plan.device),
+        probe,
         objective=plan.objective,
         device=plan.device,
         dtype=plan.dtype,
-    )  # fmt: skip
-    rows = min(len(plan.data.train), 4)
+    )
+    rows = len(probe["input_ids"])
     proof = Proof(gradients.checked, len(gradients.idle), frozen, difference, effect, rows)
     summary = build_summary(
         config,

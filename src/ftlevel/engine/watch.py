@@ -49,7 +49,7 @@ class GradientProof(TrainerCallback):
     ) -> None:
         """Look at every gradient of the optimizer step that is about to be made."""
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        if state.global_step == 0:
+        if not self.checked:  # the first step of this process: a resumed run proves itself too
             self._check_all_have_one(trainable)
         sums = torch.stack([_absolute_sum(p.grad) for _, p in trainable])
         if not bool(torch.isfinite(sums).all()):
