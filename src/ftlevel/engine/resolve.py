@@ -278,7 +278,7 @@ def _describe(method: MethodConfig) -> str:
         detail = f"r {method.r}, alpha {method.lora_alpha:g}, dropout {method.lora_dropout:g}"
         return ", ".join([detail, *(name for name, on in forms.items() if on)])
     if method.kind == "full":
-        return "every weight is trained"
+        return "the head is trained" if method.freeze_base else "every weight is trained"
     own = METHODS[method.kind].describe
     if own is not None:
         return own(method)
@@ -303,6 +303,4 @@ def count_trainable(config: TrainConfig, plan: Plan, base: Base) -> tuple[int, i
     total = sum(p.numel() for p in meta.parameters())
     adapted = apply_method(meta, method, base)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    if method.kind == "full":
-        return total, total
-    return trained, total + trained
+    return trained, total if method.kind == "full" else total + trained
