@@ -15,7 +15,8 @@ from ftlevel.cli.app import run
 
 GPT2_ON_IMDB = """
 ftlevel train --method lora --model_name_or_path gpt2 --dataset_name imdb
-  --task_type text_generation --lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --target_modules c_attn,c_proj
+  --task_type text_generation --lora_r 8 --lora_alpha 16 --lora_dropout 0.05
+  --target_modules c_attn,c_proj
   --num_train_epochs 3 --learning_rate 5e-4 --per_device_train_batch_size 4
 """
 LLAMA_ON_SAMSUM = """
