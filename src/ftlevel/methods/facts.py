@@ -159,7 +159,7 @@ FACTS: dict[str, MethodFacts] = {
         ),
         MethodFacts(
             "linear-probe", "full", "--method full --set method.freeze_base=true",
-            "the new head only, here of two labels", "is a model already",
+            "the new head only", "is a model already",
             "Alain and Bengio, 2016, arXiv:1610.01644", 8_192, {"freeze_base": True},
         ),
     )
