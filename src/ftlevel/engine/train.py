@@ -19,6 +19,7 @@ from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
+from ftlevel.engine.fast import FastStep, StepCollator
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
@@ -89,7 +90,8 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
     base_facts = describe_base(plan.source, plan.model_config)
     run, checkpoint = _open(config, plan, base_facts, listener)
     evaluator = build_evaluator(config, plan)
-    trainer = build_trainer(config, plan, model, evaluator, run)
+    fast = FastStep(model, plan.fast) if plan.fast.enabled else None
+    trainer = build_trainer(config, plan, model, evaluator, run, fast)
     gradients, interrupt = GradientProof(listener), Interrupt()
     report = Report(listener, run.log, lambda: int(trainer.tokens_seen))
     for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train),
@@ -103,6 +105,8 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
     if interrupt.received and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(_what_was_kept(run, trainer.state))
     trained_at = time.perf_counter()
+    if fast:
+        fast.remove()
     if evaluator and not any("eval_loss" in r and r["step"] == trainer.state.global_step
                              for r in report.records):  # fmt: skip
         trainer.evaluate()
@@ -240,7 +244,12 @@ def load_base(config: TrainConfig, plan: Plan) -> Any:
 
 
 def build_trainer(
-    config: TrainConfig, plan: Plan, model: Any, evaluator: Any, run: RunDirectory
+    config: TrainConfig,
+    plan: Plan,
+    model: Any,
+    evaluator: Any,
+    run: RunDirectory,
+    fast: FastStep | None,
 ) -> FtlevelTrainer:
     """Return the Trainer of the run, without any of the libraries' own printing."""
     from transformers import PrinterCallback, ProgressCallback
@@ -249,6 +258,7 @@ def build_trainer(
 
     arguments = build_arguments(config, plan, run.checkpoints)
     method = METHODS.get(config.method.kind)
+    pad_id = plan.tokenizer.pad_token_id
     trainer = FtlevelTrainer(
         objective=plan.objective,
         evaluator=evaluator,
@@ -258,7 +268,8 @@ def build_trainer(
         penalty=method.penalty if method else None,
         train_dataset=plan.data.train,
         eval_dataset=plan.data.validation or None,
-        data_collator=Collator(plan.tokenizer.pad_token_id),
+        data_collator=StepCollator(pad_id, plan.fast) if fast else Collator(pad_id),
+        fast=fast,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
