@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.collate import Collator
 from ftlevel.data.encode import Encoded
+from ftlevel.engine.packing_check import find_leak
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.speed import attention
 from ftlevel.speed.blocks import PackedBlocks
@@ -96,9 +97,7 @@ def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
     if config.method.kind in VIRTUAL_TOKENS:
         return f"{config.method.kind} puts virtual tokens into every row"
     if kind == "encoder-decoder" or not find_blocks(meta):
-        return (
-            f"{family} has two stacks" if kind == "encoder-decoder" else f"{family} has no blocks"
-        )
+        return f"{family} has not one stack of blocks"
     if getattr(meta.config, "layerdrop", 0):
         return f"{family} skips layers at random"
     if not _takes_attention(meta):
@@ -150,27 +149,55 @@ class StepCollator:
 class FastStep:
     """The parts of a plan on a model.
 
+    Attributes:
+        plan: the parts in use.
+        head: the language head on targets only, or None.
+
     Args:
         model: a model, with or without an adapter (mutated until `remove`).
         plan: the parts.
     """
 
     def __init__(self, model: Any, plan: FastPlan) -> None:
+        self.plan = plan
+        self._model = model
         self._base = base_model(model)
-        self._blocks = None
+        self._blocks: PackedBlocks | None = None
         if plan.packs:
             if not _takes_attention(self._base):
                 raise TypeError(f"{type(self._base).__name__} did not take {attention.NAME}")
             self._blocks = PackedBlocks(find_blocks(self._base))
         self.head = TargetHead(self._base) if plan.heads else None
 
+    def check_packing(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> str:
+        """Return why the rows cannot be packed after all, and then pad them; empty if they can.
+
+        Args:
+            rows: as of `find_leak`.
+            pad_id: as of `find_leak`.
+            device: torch device type.
+            dtype: compute precision's name.
+        """
+        if self._blocks is None:
+            return ""
+        last = find_blocks(self._base)[-1]
+        leak = find_leak(self._model, last, rows, pad_id, device, dtype)
+        if leak:
+            self.plan = replace(self.plan, packs=False)
+            self._pad_again()
+        return leak
+
+    def _pad_again(self) -> None:
+        if self._blocks is not None:
+            self._blocks.remove()
+            self._blocks = None
+            self._base.set_attn_implementation("sdpa")
+
     def remove(self) -> None:
         """Leave the model as it was."""
         if self.head is not None:
             self.head.remove()
-        if self._blocks is not None:
-            self._blocks.remove()
-            self._base.set_attn_implementation("sdpa")
+        self._pad_again()
 
 
 def base_model(model: Any) -> Any:

@@ -113,7 +113,9 @@ class TargetHead:
         chosen = states.flatten(0, -2).index_select(0, at)
         if torch.is_grad_enabled():
             parameters = [p for p in head.parameters() if p.requires_grad]
-            self._total = _SummedLoss.apply(chosen, targets, self._scores, self._chunk, *parameters)
+            self._total = _SummedLoss.apply(  # type: ignore[no-untyped-call]
+                chosen, targets, self._scores, self._chunk, *parameters
+            )
         else:
             self._total = self._observe(chosen, targets, observe)
         return (states[:1, :1],)
