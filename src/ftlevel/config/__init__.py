@@ -26,6 +26,7 @@ from ftlevel.config.sections import (
     Section,
     TrainerConfig,
 )
+from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.train import TASKS, TaskName, TrainConfig
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "QloraSpec",
     "QuantConfig",
     "Section",
+    "SpeedConfig",
     "TaskName",
     "TrainConfig",
     "TrainerConfig",

@@ -19,6 +19,7 @@ from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
+from ftlevel.engine.fast import uses_fused_layers
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
@@ -83,7 +84,9 @@ def train(
 
 def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
     listener.stage("load the model")
-    model = apply_method(load_base(config, plan), config.method, base_of(config, plan))
+    fused = uses_fused_layers(config, plan.device)
+    base = base_of(config, plan)
+    model = apply_method(load_base(config, plan), config.method, base, fused=fused)
     prepare_start(model, config, plan)
     start = copy_start(model)
     base_facts = describe_base(plan.source, plan.model_config)

@@ -1,0 +1,1 @@
+"""Faster forms of the training step, each equal to the plain one within the dtype's rounding."""
