@@ -10,13 +10,16 @@ from ftlevel import TrainConfig, train
 from ftlevel.engine.fast import low_rank_choices, uses_fused_layers
 from ftlevel.speed.low_rank.layer import FusedForward
 
+FUSED = "fused with the base (same gradients as PEFT's layers)"
+INT8 = "PEFT's layers (LLM.int8() multiplies in int8 on a GPU)"
+
 
 @pytest.mark.parametrize(
     ("raw", "device", "said"),
     [
-        ({}, "cpu", "fused with the base (same gradients as PEFT's layers)"),
-        ({"quant": {"kind": "8bit"}}, "cpu", "fused with the base (same gradients as PEFT's layers)"),
-        ({"quant": {"kind": "8bit"}}, "cuda", "PEFT's layers (LLM.int8() multiplies in int8 on a GPU)"),
+        ({}, "cpu", FUSED),
+        ({"quant": {"kind": "8bit"}}, "cpu", FUSED),
+        ({"quant": {"kind": "8bit"}}, "cuda", INT8),
         ({"speed": {"fast": False}}, "cpu", "PEFT's layers (--no-fast)"),
         ({"speed": {"low_rank": False}}, "cpu", "PEFT's layers (speed.low_rank is off)"),
         ({"method": {"kind": "lora", "use_dora": True}}, "cpu",
@@ -31,6 +34,7 @@ def test_the_screen_says_how_lora_is_computed(raw, device, said):
     assert uses_fused_layers(config, device) is (said is not None and said.startswith("fused"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_run_uses_what_is_said(fast, tmp_path: Path):
     config = TrainConfig.model_validate(
