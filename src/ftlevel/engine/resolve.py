@@ -32,6 +32,7 @@ from ftlevel.models.loading import (
 )
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads, find_new_language_head
+from ftlevel.models.threads import choose_threads
 from ftlevel.tasks import TASKS, Task
 from ftlevel.tasks.objectives import Objective, build_objective
 
@@ -125,6 +126,7 @@ def resolve(config: TrainConfig) -> Plan:
         Choice("task", task.name),
         *data.choices,
         device,
+        *([choose_threads()] if device.value == "cpu" else []),
         dtype,
         *_method_choices(config),
         *low_rank_choices(config, device.value),
