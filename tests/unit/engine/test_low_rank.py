@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ftlevel import TrainConfig, train
-from ftlevel.engine.fast import low_rank_choices, uses_fused_layers
+from ftlevel.engine.low_rank import low_rank_choices, uses_fused_layers
 from ftlevel.speed.low_rank.layer import FusedForward
 
 FUSED = "fused with the base (same gradients as PEFT's layers)"

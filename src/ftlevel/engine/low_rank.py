@@ -1,4 +1,4 @@
-"""Which faster forms of the step a run uses, and what the screen says about it."""
+"""Whether a run computes LoRA's layers in one node, and what the screen says about it."""
 
 from __future__ import annotations
 
