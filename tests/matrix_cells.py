@@ -151,7 +151,7 @@ def _headed(head: str) -> bool:
 def copy_base(cell: TinyCell) -> Any:
     """Return a copy of the base of `cell`."""
     model = copy.deepcopy(pristine(cell.family, cell.head, cell.quant))
-    whole = cell.quant != "none" or cell.row == "full"  # as the engine loads it
+    whole = cell.quant != "none" or cell.row in ("full", "linear-probe")  # as the engine loads it
     return model if whole else model.to(DTYPES[cell.dtype])
 
 

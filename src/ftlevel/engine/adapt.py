@@ -27,7 +27,9 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
         fused: train LoRA by layers that compute base and update in one node.
     """
     if isinstance(method, FullSpec):
-        model.requires_grad_(True)
+        model.requires_grad_(not method.freeze_base)
+        for name in base.heads if method.freeze_base else ():
+            model.get_submodule(name).requires_grad_(True)
         return model
     from peft import get_peft_model
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ftlevel.artifacts.cards import write_readme
 from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
 from ftlevel.config import AdaloraSpec, LoraSpec, TrainConfig
 from ftlevel.config.choices import Choice
@@ -52,7 +53,11 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, listener: Listener | None = None, dry_run: bool = False
+    config: TrainConfig,
+    *,
+    listener: Listener | None = None,
+    dry_run: bool = False,
+    recipe: Path | None = None,
 ) -> TrainResult:
     """Fine-tune as `config` says and write a run directory.
 
@@ -60,6 +65,7 @@ def train(
         config: the whole configuration.
         listener: told of the run's course; nobody by default.
         dry_run: resolve and check everything, train and write nothing.
+        recipe: the file that `config` was read from, to be named in summary.json.
 
     Raises:
         ConfigError: something is wrong that can be known before weights load.
@@ -70,6 +76,7 @@ def train(
     listener = listener or Silence()
     output = config.output
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
+    origin = describe_recipe(recipe) if recipe else None
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
         plan = resolve(config)
@@ -79,10 +86,12 @@ def train(
                        "data": plan.data.facts, "targets": plan.targets}  # fmt: skip
             listener.end(summary)
             return TrainResult(summary, None, None, plan.tokenizer)
-        return _train(config, plan, listener)
+        return _train(config, plan, listener, origin)
 
 
-def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
+def _train(
+    config: TrainConfig, plan: Plan, listener: Listener, recipe: Mapping[str, Any] | None
+) -> TrainResult:
     listener.stage("load the model")
     fused = uses_fused_layers(config, plan.device)
     base = base_of(config, plan)
@@ -131,6 +140,7 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
         config,
         plan,
         run=str(run.path),
+        recipe=recipe,
         base=base_facts,
         model=model,
         records=report.records,

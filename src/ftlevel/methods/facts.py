@@ -157,6 +157,11 @@ FACTS: dict[str, MethodFacts] = {
             "full", "full", "--method full", "every weight", "is a model already",
             "Devlin et al., 2019, arXiv:1810.04805, appendix A.3", 6_738_415_616,
         ),
+        MethodFacts(
+            "linear-probe", "full", "--method full --set method.freeze_base=true",
+            "the new head only", "is a model already",
+            "Alain and Bengio, 2016, arXiv:1610.01644", 8_192, {"freeze_base": True},
+        ),
     )
 }  # fmt: skip
 """Every row by its name, in the order in which they are shown."""

@@ -17,6 +17,7 @@ from ftlevel.methods.facts import FACTS, MethodFacts, rows_of
 
 _CONV1D = frozenset({"gpt2"})
 _QUANTIZED = frozenset({"4bit", "8bit"})
+_PRETRAINED_HEAD = frozenset({"text-generation", "summarization", "translation", "masked-lm"})
 _ANY: frozenset[str] = frozenset()
 
 
@@ -102,8 +103,12 @@ def _rows(*names: str) -> frozenset[str]:
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        _rows("full"), "quantized weights receive no gradients",
+        _rows("full", "linear-probe"), "quantized weights receive no gradients",
         "Use --method qlora, or drop --quant.", quants=_QUANTIZED,
+    ),
+    Rule(
+        _rows("linear-probe"), "its head is the pretrained one, so nothing would be new to train",
+        "Drop method.freeze_base, or use --method lora.", tasks=_PRETRAINED_HEAD,
     ),
     Rule(
         _rows("qlora"), "it is LoRA on a quantized base, and --quant is none",
@@ -176,7 +181,7 @@ def find_limits(cell: Cell) -> list[Rule]:
 
 def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
     """Say what cannot be used with what, why, and what to do."""
-    asked = row.flags if not row.fields else row.flags.partition("--method lora ")[2]
+    asked = row.flags if not row.fields else row.flags.partition(f"--method {row.kind} ")[2]
     sides = []
     if rule.kinds:
         sides.append(f"{cell.family}, an {cell.kind}")
