@@ -103,7 +103,7 @@ def run_tool(tool: tools.Tool, python: str, work: Work, folder: Path) -> Reading
         process.returncode = os.waitstatus_to_exitcode(status)
     said = (folder / "log").read_text(encoding="utf-8", errors="replace")
     lines = stamps.read_text("utf-8").split("\n") if stamps.exists() else []
-    events = [line.split() for line in lines if line]
+    events = [line.split() for line in lines if line and not line.startswith("cuda")]
     steps = [(float(wall), float(cpu)) for kind, wall, cpu in events if kind == "step"]
     if process.returncode != 0 or len(steps) < 2:
         last = " ".join(said.strip().splitlines()[-3:])[-400:]
@@ -231,7 +231,8 @@ def table(result: dict[str, Any]) -> str:
         )  # fmt: skip
         lines.append(
             f"| {name} | {row['tokens_per_s']:.0f} | {wall} "
-            f"| {row['tokens_per_cpu_s']:.0f} | {cpu} | {row['supervised_per_s']:.0f} | {row['mfu']:.2f} | {row['peak_mib']:,.0f} "
+            f"| {row['tokens_per_cpu_s']:.0f} | {cpu} | {row['supervised_per_s']:.0f} "
+            f"| {row['mfu']:.2f} | {row['peak_mib']:,.0f} "
             f"| {row['first_step_s']:.1f} | {row['loss']:.4f} |"
         )
     lines += [f"| {name} | refused: {why} |" for name, why in result["refused"].items()]
@@ -245,17 +246,15 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="NAME=PYTHON",
+        "--peer", action="append", default=[], metavar="NAME=PYTHON",
         help=f"a tool and the python of its environment: {', '.join(tools.PEERS)}",
-    )
+    )  # fmt: skip
     parser.add_argument("--only", nargs="+", metavar="TOOL", help="run these tools only")
     parser.add_argument("--model", type=Path, help="another base for all workloads")
     parser.add_argument("--json", type=Path, help="write everything that was read to this file")
-    parser.add_argument("--quick", action="store_true",
-                        help="a smoke: workload a, 4 steps, one round, the built-in model")  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke: workload a, 4 steps, 1 round, built-in model"
+    )
     arguments = parser.parse_args(argv)
     peers = dict(pair.partition("=")[::2] for pair in arguments.peer)
     for name, python in peers.items():

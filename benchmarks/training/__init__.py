@@ -1,1 +1,1 @@
-"""What `benchmarks/train.py` runs: workloads, commands of the tools, and the meter in their processes."""
+"""What `benchmarks/train.py` runs: workloads, the commands of the tools, and the meter."""
