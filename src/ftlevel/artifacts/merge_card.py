@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ftlevel.artifacts.cards import generate_command, pipeline_tag
 
 
-def write_merge_readme(summary: Mapping[str, Any], task: str, adapters: Sequence[str]) -> str:
+def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
     """Return the model card of a merged model.
 
     Args:
         summary: what `merge` gave.
         task: as in `--task`.
-        adapters: as the user named them.
     """
     base = summary["base"]
     lines = [
@@ -27,7 +26,7 @@ def write_merge_readme(summary: Mapping[str, Any], task: str, adapters: Sequence
         "",
         f"# {summary['out'].rstrip('/').rpartition('/')[2]}",
         "",
-        f"`{base['name']}` with {' and '.join(f'`{name}`' for name in adapters)} "
+        f"`{base['name']}` with {' and '.join(f'`{name}`' for name in summary['adapters'])} "
         f"({summary['method']}) merged into its weights by ftlevel "
         f"{summary['versions'].get('ftlevel', '')}, in {summary['written']['dtype']}.",
         "",

@@ -104,7 +104,9 @@ def _read_config(parameters: dict[str, Any]) -> MergeConfig:
         for name, value in parameters.items()
         if name in MergeConfig.model_fields and value is not None
     }
-    origins = {(name,): _FLAGS.get(name, "--" + name.replace("_", "-")) for name in given}
+    origins: dict[tuple[str, ...], str] = {
+        (name,): _FLAGS.get(name, "--" + name.replace("_", "-")) for name in given
+    }
     try:
         return MergeConfig.model_validate(given)
     except ValidationError as error:

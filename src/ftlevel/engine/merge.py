@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.merge_subject import (
     Subject,
     choose_rows,
-    describe_subject,
     load_subject,
     resolve_subject,
 )
@@ -28,7 +27,7 @@ from ftlevel.engine.merged_model import Written, write_merged
 from ftlevel.engine.mixture import mix
 from ftlevel.errors import ConfigError, RunError
 from ftlevel.models.hardware import DTYPES
-from ftlevel.models.loading import keep_heads, load_model, quiet_libraries
+from ftlevel.models.loading import keep_heads, load_config, load_model, quiet_libraries
 from ftlevel.models.quantization import build_quantization_config, build_rounding
 from ftlevel.models.sources import ModelSource
 
@@ -128,7 +127,9 @@ def _merge(
         path.rename(place / path.name)
     chosen.directory.rmdir()
     summary = {
-        **describe_subject(subject),
+        "adapters": config.adapters,
+        "method": subject.card.method,
+        "base": dict(subject.card.base),
         "out": str(config.output_dir),
         "onto": chosen.onto,
         "reason": reason,
@@ -206,8 +207,6 @@ def _measure(candidate: Candidate, subject: Subject, probe: Probe, trained: Scor
 def load_merged(directory: Path, subject: Subject) -> Any:
     """Return the model in `directory`, loaded afresh as any program would load it."""
     source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
-    from ftlevel.models.loading import load_config
-
     model, missing = load_model(
         source,
         load_config(source),
@@ -248,11 +247,10 @@ def _check(
     if probe is None or chosen.trained is None:
         return None
     agreement = chosen.trained
-    if subject.quant.kind != "none" and chosen.onto == "original":
-        listener.stage("ask the original weights with the adapter beside them")
-        reference = probe.score(load_subject(subject, FLOAT), subject.dtype)
+    if (reference := _other_reference(chosen, subject)) is not None:
+        listener.stage("ask the adapter beside the weights that it was merged into")
         found = probe.score(load_merged(chosen.directory, subject), subject.dtype)
-        agreement = compare(reference, found)
+        agreement = compare(probe.score(reference(), subject.dtype), found)
     bound = _bound(agreement, chosen.noise)
     if not agreement.mean_difference <= bound:
         raise RunError(
@@ -262,6 +260,21 @@ def _check(
             f"Nothing was kept. Please report this with the command."
         )
     return agreement
+
+
+def _other_reference(chosen: Candidate, subject: Subject) -> Callable[[], Any] | None:
+    """Return what loads the model to check a merge by, where it is not the model as trained.
+
+    The original weights are not those that a quantized run was trained on; and a base of 8 bits
+    rounds its activations as well (LLM.int8), which no weight can repeat.
+    """
+    if subject.quant.kind == "none":
+        return None
+    if chosen.onto == "original":
+        return lambda: load_subject(subject, FLOAT)
+    if subject.quant.kind == "8bit":
+        return lambda: load_subject(subject, subject.quant, dequantized=True)
+    return None
 
 
 def _bound(agreement: Agreement, noise: Agreement | None) -> float:
@@ -284,9 +297,10 @@ def _describe(config: MergeConfig, subject: Subject, ways: list[str]) -> Iterato
 def _write_cards(
     place: Path, config: MergeConfig, subject: Subject, summary: dict[str, Any], dtype: str
 ) -> None:
-    """Write README.md and ftlevel.json, by which ftlevel's commands know the task and its prompt."""
-    facts = {key: summary[key] for key in ("adapter", "onto", "reason", "verified", "agreement")}
-    mixture = {"adapters": config.adapters, "weights": config.weights, "strategy": config.strategy}
+    """Write README.md, and ftlevel.json by which the commands know the task and its prompt."""
+    facts = {key: summary[key] for key in ("adapters", "onto", "reason", "verified", "agreement")}
+    if len(config.adapters) > 1:
+        facts |= {"weights": config.weights, "strategy": config.strategy}
     card: AdapterCard = replace(
         subject.card,
         method="full",
@@ -294,8 +308,8 @@ def _write_cards(
         dtype=dtype if config.dtype != "auto" else subject.card.dtype,
         needs_import="",
         versions=library_versions(),
-        merge=facts | (mixture if len(config.adapters) > 1 else {}),
+        merge=facts,
     )
     card.write(place)
-    text = write_merge_readme(summary, subject.card.task, config.adapters)
+    text = write_merge_readme(summary, subject.card.task)
     (place / "README.md").write_text(text, encoding="utf-8")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
-from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.config import MergeConfig, QuantConfig, build_config, put, read_recipe
 from ftlevel.config.choices import Choice
@@ -19,7 +17,7 @@ from ftlevel.engine.resolve import resolve
 from ftlevel.engine.trained import card_overrides, check_base
 from ftlevel.errors import ConfigError, InputError, listing
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
-from ftlevel.models.hardware import DTYPES, choose_device, choose_dtype
+from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import check_missing, load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import build_quantization_config
@@ -115,11 +113,14 @@ def resolve_subject(config: MergeConfig) -> Subject:
     directory, run = find_adapter(config.adapters[0])
     device = choose_device(config.device).value
     known = (directory / CARD).is_file()
-    card = read_card(directory) if known else _card_of_peft(directory, device)
+    card = read_card(directory) if known else _card_of_peft(directory)
     source = resolve_source(config.base or card.base["name"], card.base.get("revision"))
     _check_fingerprint(source, card, directory)
     task = TASKS[card.task]
     model_config = load_config(source, **card_overrides(card))
+    if not card.dtype:
+        own_dtype = str(model_config.dtype or "float32").removeprefix("torch.")
+        card = replace(card, dtype=own_dtype if own_dtype in DTYPES else "float32")
     if getattr(model_config, "quantization_config", None) and source.kind != "gguf":
         raise InputError(
             f"{source.name} is stored quantized, and weights of a few bits cannot hold the update: "
@@ -158,7 +159,7 @@ def _check_fingerprint(source: ModelSource, card: AdapterCard, directory: Path) 
         check_base(replace(source, kind="directory", location=str(local)), card, directory)
 
 
-def _card_of_peft(directory: Path, device: str) -> AdapterCard:
+def _card_of_peft(directory: Path) -> AdapterCard:
     """Return a card for an adapter that PEFT alone wrote.
 
     Raises:
@@ -178,7 +179,7 @@ def _card_of_peft(directory: Path, device: str) -> AdapterCard:
         task=_PEFT_TASKS[task],
         base={"name": base, "revision": peft_config.get("revision")},
         quantization={"kind": "none"},
-        dtype=choose_dtype("auto", device, "lora", "").value,
+        dtype="",  # the base's own
         max_length=_MADE_UP_LENGTH,
         labels=[f"LABEL_{index}" for index in range(classes)],
         heads=heads,
@@ -197,8 +198,14 @@ def _count_classes(directory: Path) -> int:
     return min((shape[0] for shape in ends), default=0)
 
 
-def load_subject(subject: Subject, quant: QuantConfig) -> Any:
-    """Return the base, quantized as `quant` says, with the adapter on it, in eval mode."""
+def load_subject(subject: Subject, quant: QuantConfig, *, dequantized: bool = False) -> Any:
+    """Return the base, quantized as `quant` says, with the adapter on it, in eval mode.
+
+    Args:
+        subject: the adapter and its base.
+        quant: how the base is quantized.
+        dequantized: widen the quantized weights again, so that products are not quantized either.
+    """
     dtype = DTYPES[subject.dtype]
     model, missing = load_model(
         subject.source,
@@ -210,7 +217,7 @@ def load_subject(subject: Subject, quant: QuantConfig) -> Any:
     )
     heads = subject.card.heads
     check_missing(missing, [*heads, *find_heads(model)] if heads else [], subject.source.name)
-    return load_adapter(model, subject.directory)
+    return load_adapter(model.dequantize() if dequantized else model, subject.directory)
 
 
 def choose_rows(subject: Subject, count: int) -> tuple[list[Encoded], Choice]:
@@ -236,8 +243,7 @@ def choose_rows(subject: Subject, count: int) -> tuple[list[Encoded], Choice]:
 def _made_up(subject: Subject, count: int, reason: str) -> tuple[list[Encoded], Choice]:
     """Return rows of random tokens: what two equal models must agree on as well."""
     rng = random.Random(0)
-    size = len(subject.tokenizer) if len(subject.tokenizer) else subject.config.vocab_size
-    size = min(size, subject.config.get_text_config().vocab_size)
+    size = min(len(subject.tokenizer), subject.config.get_text_config().vocab_size)
     rows = []
     for index in range(count):
         ids = [rng.randrange(size) for _ in range(_MADE_UP_LENGTH)]
@@ -255,15 +261,3 @@ def _made_up_labels(subject: Subject, ids: list[int]) -> Any:
     if target == "span":
         return (1, 2)
     return [0] * len(ids) if target == "tags" else list(ids)
-
-
-def describe_subject(subject: Subject) -> Mapping[str, Any]:
-    """Return what the card of the merged model says of the adapter."""
-    path = subject.source.path
-    return {
-        "adapter": str(subject.directory),
-        "method": subject.card.method,
-        "base": {**subject.card.base,
-                 "fingerprint": subject.card.base.get("fingerprint")
-                 or (base_fingerprint(path) if path else None)},
-    }  # fmt: skip

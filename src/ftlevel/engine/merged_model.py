@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ftlevel.engine.merge_subject import Subject
-from ftlevel.errors import RunError
+from ftlevel.errors import InputError, RunError, listing
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.checkpoint import (
     Checkpoint,
@@ -24,6 +24,7 @@ from ftlevel.models.checkpoint import (
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import build_task_model, load_model, rename_prefix
 from ftlevel.models.quantization import Rounding
+from ftlevel.models.targets import find_heads
 from ftlevel.models.tensor_files import Part, Spec, spec_of, write_files
 
 _SINGLE = "model.safetensors"
@@ -94,10 +95,36 @@ class Fold:
 
     def base(self, name: str) -> torch.Tensor:
         """Return the base's tensor `name` as the adapter is merged into it."""
+        if not self.checkpoint.holds(name):  # the bias of a new head: check_whole let it pass
+            return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
         if self.rounding is not None:
             value = self.rounding(name, value)
         return value.to(self._dtype_of(name))
+
+    def check_whole(self, heads: list[str], base: str) -> None:
+        """Refuse a base that lacks tensors which the adapter does not bring.
+
+        Args:
+            heads: new heads; a bias of theirs that was not trained is zero, as it began.
+            base: name of the base.
+
+        Raises:
+            InputError: naming what is missing.
+        """
+        lost = [
+            name
+            for name in self.shapes
+            if not self.checkpoint.holds(name)
+            and not self.adapts(name)
+            and not (name.endswith(".bias") and name.startswith(tuple(f"{h}." for h in heads)))
+        ]
+        if lost:
+            raise InputError(
+                f"--base {base} lacks {len(lost):,} weights of the model that was trained, and the "
+                f"adapter does not have them: {listing(lost, 3)}. They would be random. Check that "
+                "it is the model that the adapter was trained on."
+            )
 
     def copied(self, name: str) -> bool:
         """Whether the tensor `name` is the base's, byte for byte."""
@@ -123,9 +150,8 @@ class Fold:
         return merged
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        held = self.checkpoint.groups or {}
-        known = self.checkpoint.ties.get(name, name) in held
-        stored = self.checkpoint.spec(name).dtype if known else self.main_dtype
+        held = self.checkpoint.holds(name)
+        stored = self.checkpoint.spec(name).dtype if held else self.main_dtype
         if self.dtype is not None and stored.is_floating_point:
             return self.dtype
         return stored
@@ -165,8 +191,10 @@ def write_merged(
     ties = dict(model.all_tied_weights_keys)
     ignored = set(model._keys_to_ignore_on_save or ()) - set(ties)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
+    heads = find_heads(model) if subject.card.heads else []
     skeleton = build_skeleton(model, subject.directory)
     fold = Fold(checkpoint, skeleton, shapes, DTYPES[dtype] if dtype else None, rounds)
+    fold.check_whole(heads, subject.source.name)
     untied = _parted(fold, ties)
     names = [n for n in shapes if n not in ties or untied or n in checkpoint.groups]
     shards = _lay_out(fold, names)
@@ -198,7 +226,7 @@ def _open(subject: Subject, model: Any) -> Checkpoint:
         )
         return checkpoint_in_memory(model, loaded)
     mapping = rename_prefix(subject.config, subject.auto_class)
-    return open_checkpoint(subject.source, model, mapping, subject.card.heads)
+    return open_checkpoint(subject.source, model, mapping)
 
 
 def _parted(fold: Fold, ties: Mapping[str, str]) -> bool:
@@ -219,10 +247,8 @@ def _lay_out(fold: Fold, names: list[str]) -> dict[str, list[Part]]:
     shards: dict[str, list[Part]] = defaultdict(list)
     checkpoint, new = fold.checkpoint, []
     for name in names:
-        held = checkpoint.ties.get(name, name) in checkpoint.groups and name not in checkpoint.ties
-        file = checkpoint.file(name) if held else None
-        if held:
-            shards[file or _SINGLE] += _parts(fold, name)
+        if name in checkpoint.groups:
+            shards[checkpoint.file(name) or _SINGLE] += _parts(fold, name)
         else:
             new += _parts(fold, name)
     files = sorted(shards) or [_SINGLE]
@@ -237,8 +263,7 @@ def _parts(fold: Fold, name: str) -> list[Part]:
     model = fold.checkpoint.model
     saved = as_saved(model, name, fold.spec(name).meta())
     specs = {key: spec_of(tensor) for key, tensor in saved.items()}
-    known = fold.checkpoint.ties.get(name, name) in fold.checkpoint.groups
-    if known and fold.copied(name):
+    if fold.checkpoint.holds(name) and fold.copied(name):
         if len(specs) == 1 and (stored := fold.checkpoint.plain(name)) is not None:
             return [Part(specs, stored)]
         if all(key in fold.checkpoint.stored for key in specs):

@@ -24,7 +24,6 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from ftlevel.errors import InputError, listing
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.tensor_files import Spec, Stored, read_header, spec_of, weight_files
 
@@ -61,6 +60,10 @@ class Checkpoint:
     model: Any
     ties: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+
+    def holds(self, name: str) -> bool:
+        """Whether the model's tensor `name` can be read."""
+        return self.ties.get(name, name) in self.groups
 
     def read(self, name: str) -> torch.Tensor:
         """Return the model's tensor `name`, in memory of its own and as precise as it is stored."""
@@ -104,9 +107,7 @@ class Checkpoint:
         return value[0] if isinstance(value, list) else value
 
 
-def open_checkpoint(
-    source: ModelSource, model: Any, key_mapping: Mapping[str, str], expected: list[str]
-) -> Checkpoint:
+def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, str]) -> Checkpoint:
     """Return the weights of `source` for `model`, which is on the meta device.
 
     Args:
@@ -114,10 +115,9 @@ def open_checkpoint(
         model: the model's class on the meta device; it is told which names were translated, as
             `from_pretrained` tells it (mutated).
         key_mapping: as `rename_prefix` gives it.
-        expected: modules whose weights the checkpoint may lack.
 
     Raises:
-        InputError: it lacks weights of the model elsewhere.
+        InputError: its files are missing or damaged.
     """
     stored: dict[str, Stored | torch.Tensor] = {}
     for path in weight_files(local_directory(source)):
@@ -131,7 +131,6 @@ def open_checkpoint(
     ]
     checkpoint = Checkpoint(stored, groups, model, unused=unused)
     _tie(checkpoint)
-    _check_whole(checkpoint, expected, source.name)
     return checkpoint
 
 
@@ -214,17 +213,3 @@ def _tie(checkpoint: Checkpoint) -> None:
     for target, source in checkpoint.model.all_tied_weights_keys.items():
         if target not in checkpoint.groups and source in checkpoint.ties:
             checkpoint.ties.setdefault(target, checkpoint.ties[source])
-
-
-def _check_whole(checkpoint: Checkpoint, expected: list[str], name: str) -> None:
-    held = {*checkpoint.groups, *checkpoint.ties, *(checkpoint.model._keys_to_ignore_on_save or ())}
-    lost = [
-        key
-        for key in checkpoint.model.state_dict()
-        if key not in held and not any(key.startswith(module + ".") for module in expected)
-    ]
-    if lost:
-        raise InputError(
-            f"--base {name} lacks {len(lost):,} weights of {type(checkpoint.model).__name__}, such "
-            f"as {listing(lost, 3)}. Check that it is the model that the adapter was trained on."
-        )

@@ -74,7 +74,7 @@ class Stored:
         tensor = torch.empty(self.spec.nbytes, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
-            view = memoryview(tensor.numpy())
+            view = memoryview(tensor.numpy().data)
             while view:
                 count = file.readinto(view)
                 if not count:
@@ -167,7 +167,7 @@ def _write_part(file: BinaryIO, part: Part) -> None:
         if spec_of(tensor) != spec:
             raise ValueError(f"{name} is {spec_of(tensor)} and was announced as {spec}")
         if spec.nbytes:
-            file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 def write_files(directory: Path, shards: Mapping[str, Sequence[Part]]) -> int:
