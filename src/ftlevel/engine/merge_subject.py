@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +50,7 @@ class Subject:
         task: what it was trained for.
         kind: kind of the model.
         auto_class: transformers' class for the task.
-        tokenizer: its tokenizer.
+        tokens: where its tokenizer is.
         objective: what it was trained on.
         quant: how its base was quantized.
         dtype: compute precision's name.
@@ -64,11 +65,16 @@ class Subject:
     task: Task
     kind: str
     auto_class: str
-    tokenizer: Any
+    tokens: ModelSource
     objective: Objective
     quant: QuantConfig
     dtype: str
     device: str
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when it is first asked for: it takes more than merging does."""
+        return load_tokenizer(self.tokens)
 
 
 def find_adapter(name: str) -> tuple[Path, Path | None]:
@@ -129,9 +135,8 @@ def resolve_subject(config: MergeConfig) -> Subject:
         )
     own = (directory / "tokenizer_config.json").is_file()
     tokens = ModelSource(str(directory), "directory", str(directory)) if own else source
-    tokenizer = load_tokenizer(tokens)
-    if model_config.pad_token_id is None:
-        model_config.pad_token_id = tokenizer.pad_token_id
+    if model_config.pad_token_id is None and task.target == "class":
+        model_config.pad_token_id = load_tokenizer(tokens).pad_token_id
     kind = model_kind(model_config)
     objective = build_objective(
         task,
@@ -143,7 +148,7 @@ def resolve_subject(config: MergeConfig) -> Subject:
     dtype = "float32" if card.dtype == "float16" and device == "cpu" else card.dtype
     return Subject(
         directory, card, run, source, model_config, task, kind,
-        task.auto_class(kind, model_config.model_type), tokenizer, objective,
+        task.auto_class(kind, model_config.model_type), tokens, objective,
         QuantConfig.model_validate(card.quantization), dtype, device,
     )  # fmt: skip
 

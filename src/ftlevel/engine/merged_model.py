@@ -15,6 +15,7 @@ from ftlevel.engine.merge_subject import Subject
 from ftlevel.errors import InputError, RunError, listing
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.checkpoint import (
+    TOKENIZER_FILES,
     Checkpoint,
     as_saved,
     checkpoint_in_memory,
@@ -22,8 +23,9 @@ from ftlevel.models.checkpoint import (
     open_checkpoint,
 )
 from ftlevel.models.hardware import DTYPES
-from ftlevel.models.loading import build_task_model, load_model, rename_prefix
+from ftlevel.models.loading import build_task_model, load_model, load_tokenizer, rename_prefix
 from ftlevel.models.quantization import Rounding
+from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.models.tensor_files import Part, Spec, spec_of, write_files
 
@@ -289,12 +291,23 @@ def _write_config(
         config.tie_word_embeddings = False
         config.get_text_config().tie_word_embeddings = False
     config.save_pretrained(directory)
-    subject.tokenizer.save_pretrained(directory)
-    if subject.source.kind == "gguf":
-        own = None
-    else:
-        own = local_directory(subject.source) / "generation_config.json"
+    _write_tokenizer(directory, subject.tokens)
+    gguf = subject.source.kind == "gguf"
+    own = None if gguf else local_directory(subject.source) / "generation_config.json"
     if own is not None and own.is_file():
         shutil.copyfile(own, directory / own.name)
     elif model.can_generate():
         model.generation_config.save_pretrained(directory)
+
+
+def _write_tokenizer(directory: Path, tokens: ModelSource) -> None:
+    """Copy the tokenizer's files as they are; of a .gguf file, write what it holds."""
+    if tokens.kind == "gguf":
+        load_tokenizer(tokens).save_pretrained(directory)
+        return
+    folder = local_directory(tokens)
+    for path in sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}):
+        if path.is_file():
+            target = directory / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)

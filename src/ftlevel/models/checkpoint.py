@@ -27,6 +27,12 @@ from transformers.core_model_loading import (
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.tensor_files import Spec, Stored, read_header, spec_of, weight_files
 
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
+"""Files that a tokenizer consists of, by the names that transformers gives them."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -160,7 +166,7 @@ def local_directory(source: ModelSource) -> Path:
             source.location,
             revision=source.revision,
             local_files_only=source.local_files_only,
-            allow_patterns=["*.safetensors", "*.json"],
+            allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES],
         )
     )
 
