@@ -26,7 +26,9 @@ def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
         base: facts of the model; its targets are full names of modules.
     """
     if isinstance(method, FullSpec):
-        model.requires_grad_(True)
+        model.requires_grad_(not method.freeze_base)
+        for name in base.heads if method.freeze_base else ():
+            model.get_submodule(name).requires_grad_(True)
         return model
     from peft import get_peft_model
 

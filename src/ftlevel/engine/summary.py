@@ -94,6 +94,7 @@ def build_summary(
     plan: Plan,
     *,
     run: str,
+    recipe: Mapping[str, Any] | None,
     base: Mapping[str, Any],
     model: Any,
     records: Sequence[Mapping[str, Any]],
@@ -109,6 +110,7 @@ def build_summary(
     last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
     return {
         "run": run,
+        "recipe": recipe,
         "task": plan.task.name,
         "headline": plan.objective.headline,
         "method": config.method.kind,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftlevel.artifacts.cards import write_readme
 from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
-from ftlevel.config import AdaloraSpec, LoraSpec, TrainConfig
+from ftlevel.config import AdaloraSpec, LoraSpec, QuantConfig, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
 from ftlevel.engine.allocation import Allocation
@@ -27,6 +30,7 @@ from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, Report
 from ftlevel.errors import Interrupted
 from ftlevel.methods import METHODS, Base
+from ftlevel.methods.loftq import start_from_residual
 from ftlevel.methods.lora_start import copy_start
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model, quiet_libraries
@@ -51,7 +55,11 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, listener: Listener | None = None, dry_run: bool = False
+    config: TrainConfig,
+    *,
+    listener: Listener | None = None,
+    dry_run: bool = False,
+    recipe: Path | None = None,
 ) -> TrainResult:
     """Fine-tune as `config` says and write a run directory.
 
@@ -59,6 +67,7 @@ def train(
         config: the whole configuration.
         listener: told of the run's course; nobody by default.
         dry_run: resolve and check everything, train and write nothing.
+        recipe: the file that `config` was read from, to be named in summary.json.
 
     Raises:
         ConfigError: something is wrong that can be known before weights load.
@@ -69,6 +78,7 @@ def train(
     listener = listener or Silence()
     output = config.output
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
+    origin = describe_recipe(recipe) if recipe else None
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
         plan = resolve(config)
@@ -78,10 +88,12 @@ def train(
                        "data": plan.data.facts, "targets": plan.targets}  # fmt: skip
             listener.end(summary)
             return TrainResult(summary, None, None, plan.tokenizer)
-        return _train(config, plan, listener)
+        return _train(config, plan, listener, origin)
 
 
-def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
+def _train(
+    config: TrainConfig, plan: Plan, listener: Listener, recipe: Mapping[str, Any] | None
+) -> TrainResult:
     listener.stage("load the model")
     model = apply_method(load_base(config, plan), config.method, base_of(config, plan))
     prepare_start(model, config, plan)
@@ -128,6 +140,7 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
         config,
         plan,
         run=str(run.path),
+        recipe=recipe,
         base=base_facts,
         model=model,
         records=report.records,
@@ -173,8 +186,14 @@ def base_of(config: TrainConfig, plan: Plan) -> Base:
 
 
 def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
-    """Give LoRA its start from the training rows, where `init_lora_weights` is eva (mutated)."""
-    if not isinstance(config.method, LoraSpec) or config.method.init_lora_weights != "eva":
+    """Give LoRA its start from the training rows (eva) or from the float weights (loftq; mutated).
+
+    For loftq the float model is held beside the quantized one until its start is set.
+    """
+    init = config.method.init_lora_weights if isinstance(config.method, LoraSpec) else "default"
+    if init == "loftq":
+        start_from_residual(model, float_weights(config, plan))
+    if init != "eva":
         return
     start_from_data(
         model,
@@ -186,6 +205,19 @@ def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
         dtype=plan.dtype,
     )
     train_in_float32(model)
+
+
+def float_weights(config: TrainConfig, plan: Plan) -> Callable[[str], torch.Tensor]:
+    """Return the way from a linear's name to its weight (out, in) before quantization."""
+    plain = config.model_copy(update={"quant": QuantConfig()})
+    base = load_base(plain, replace(plan, device="cpu"))
+
+    def weight_of(name: str) -> torch.Tensor:
+        linear = base.get_submodule(name)
+        weight: torch.Tensor = linear.weight
+        return weight if isinstance(linear, torch.nn.Linear) else weight.T  # GPT-2's Conv1D
+
+    return weight_of
 
 
 def method_callbacks(config: TrainConfig, run: RunDirectory) -> list[Any]:
