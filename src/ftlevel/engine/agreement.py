@@ -152,11 +152,12 @@ def in_float32(model: torch.nn.Module) -> Iterator[None]:
     memory than one module's for it.
     """
 
-    def widen(module: torch.nn.Module, _: Any) -> None:
+    def widen(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         module._narrow = dict(module._parameters)  # type: ignore[assignment]
         for name, weight in module._narrow.items():  # type: ignore[union-attr, operator]
             if weight is not None and weight.is_floating_point():
                 module._parameters[name] = torch.nn.Parameter(weight.float(), requires_grad=False)
+        return tuple(_widened(value) for value in inputs)  # T5 narrows what its wo is given
 
     def restore(module: torch.nn.Module, _: Any, __: Any) -> None:
         module._parameters.update(module.__dict__.pop("_narrow"))
@@ -171,3 +172,7 @@ def in_float32(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if torch.is_tensor(value) and value.is_floating_point() else value

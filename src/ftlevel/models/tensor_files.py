@@ -104,6 +104,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
+            if size > path.stat().st_size:
+                raise ValueError("its header would be longer than the file")
             header: dict[str, Any] = json.loads(file.read(size))
     except (struct.error, ValueError, OSError) as error:
         raise InputError(f"{path} is not a safetensors file ({error}).") from None
