@@ -95,6 +95,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
             f"KL {found['kl']:.2g}, top-1 {found['top1']:.1%}, loss {found['loss']:.4f} "
             f"(before {found['loss_reference']:.4f})"
         )
+        yield f"training had moved it by KL {summary['effect']['kl']:.2g}"
     yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
 
 

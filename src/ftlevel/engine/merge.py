@@ -107,10 +107,10 @@ def _merge(
     listener: Listener,
 ) -> dict[str, Any]:
     """Write what was asked for into `place`, measured, with its card."""
-    trained: Scores | None = None
+    trained = effect = None
     if probe is not None:
         listener.stage("ask the model as trained")
-        trained = probe.score(load_subject(subject, subject.quant), subject.dtype)
+        trained, effect = _ask_trained(subject, probe)
     candidates = []
     for onto in ways:
         listener.stage(f"merge onto the {onto} weights")
@@ -120,6 +120,12 @@ def _merge(
         candidates.append(candidate)
     chosen, reason = _choose(candidates)
     checked = _check(chosen, subject, probe, listener)
+    if checked and effect and checked.mean_difference > effect.mean_difference / 2:
+        listener.warn(
+            f"what was trained moves the logits by {effect.mean_difference:.2g} on average, and "
+            f"merging into {chosen.written.dtype} by {checked.mean_difference:.2g}: much of it is "
+            "lost in rounding. --dtype float32 keeps it."
+        )
     for candidate in candidates:
         if candidate is not chosen:
             shutil.rmtree(candidate.directory)
@@ -135,13 +141,22 @@ def _merge(
         "reason": reason,
         "written": asdict(chosen.written),
         "verified": checked is not None,
-        "agreement": asdict(checked) if checked else None,
+        "agreement": checked and asdict(checked),
+        "effect": effect and asdict(effect),
         "candidates": {c.onto: {"trained": c.trained and asdict(c.trained),
                                 "noise": c.noise and asdict(c.noise)} for c in candidates},
         "versions": library_versions(),
     }  # fmt: skip
     _write_cards(place, config, subject, summary, chosen.written.dtype)
     return summary
+
+
+def _ask_trained(subject: Subject, probe: Probe) -> tuple[Scores, Agreement]:
+    """Return what the model as trained says, and how far from it its base is by itself."""
+    model = load_subject(subject, subject.quant)
+    trained = probe.score(model, subject.dtype)
+    with model.disable_adapter():
+        return trained, compare(trained, probe.score(model, subject.dtype))
 
 
 def _ways(config: MergeConfig, subject: Subject) -> list[str]:
