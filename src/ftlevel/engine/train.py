@@ -22,11 +22,13 @@ from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
+from ftlevel.engine.fast import FastStep, StepCollator
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
 from ftlevel.engine.summary import build_card, build_summary, describe_base, dump_config
 from ftlevel.engine.trainer import FtlevelTrainer
+from ftlevel.engine.verify import StepVerifier, Verified
 from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, Report
 from ftlevel.errors import Interrupted
 from ftlevel.methods import METHODS, Base
@@ -97,11 +99,12 @@ def _train(
     listener.stage("load the model")
     model = apply_method(load_base(config, plan), config.method, base_of(config, plan))
     prepare_start(model, config, plan)
+    fast, verified = speed_up(model, config, plan, listener)
     start = copy_start(model)
     base_facts = describe_base(plan.source, plan.model_config)
     run, checkpoint = _open(config, plan, base_facts, listener)
     evaluator = build_evaluator(config, plan)
-    trainer = build_trainer(config, plan, model, evaluator, run)
+    trainer = build_trainer(config, plan, model, evaluator, run, fast)
     gradients, interrupt = GradientProof(listener), Interrupt()
     report = Report(listener, run.log, lambda: int(trainer.tokens_seen))
     for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train),
@@ -115,6 +118,8 @@ def _train(
     if interrupt.received and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(_what_was_kept(run, trainer.state))
     trained_at = time.perf_counter()
+    if fast:
+        fast.remove()
     if evaluator and not any("eval_loss" in r and r["step"] == trainer.state.global_step
                              for r in report.records):  # fmt: skip
         trainer.evaluate()
@@ -147,6 +152,7 @@ def _train(
         proof=asdict(proof),
         timings=_timings(report, trained_at, int(trainer.tokens_seen)),
         generated_rows=evaluator.generated_rows if evaluator else 0,
+        speed=describe_speed(fast, verified),
     )
     run.write_summary(summary)
     run.write_card(write_readme(summary))
@@ -225,6 +231,39 @@ def method_callbacks(config: TrainConfig, run: RunDirectory) -> list[Any]:
     return [Allocation(run.checkpoints)] if isinstance(config.method, AdaloraSpec) else []
 
 
+def speed_up(
+    model: Any, config: TrainConfig, plan: Plan, listener: Listener
+) -> tuple[FastStep | None, Verified | None]:
+    """Put the fast step onto `model` (mutated), and compare it with the plain one where asked.
+
+    What the model turns out not to take is named, and done the plain way.
+    """
+    if not plan.fast.enabled:
+        return None, None
+    fast, pad_id = FastStep(model, plan.fast), plan.tokenizer.pad_token_id
+    leak = fast.check_packing(plan.data.train, pad_id, plan.device, plan.dtype)
+    if leak:
+        listener.warn(f"{plan.model_config.model_type} is trained on padded rows: {leak}.")
+    if not config.speed.verify:
+        return fast, None
+    listener.stage("compute the first steps the plain way and the fast way")
+    rows = config.train.per_device_train_batch_size
+    verify = StepVerifier(model, fast, plan.objective, pad_id, rows, plan.device, plan.dtype)
+    verified = verify(plan.data.train, rows * config.train.gradient_accumulation_steps)
+    apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
+    listener.choices("verify-fast", [Choice(f"{verified.steps} steps", apart)])
+    return fast, verified
+
+
+def describe_speed(fast: FastStep | None, verified: Verified | None) -> dict[str, Any]:
+    """Return what summary.json says of how the steps were computed."""
+    if fast is None:
+        return {"fast": False}
+    parts = {"packed": fast.plan.packs, "head_on_targets": fast.plan.heads}
+    checked = {"verified": asdict(verified)} if verified else {}
+    return {"fast": True, **parts, "tokens_per_pass": fast.plan.tokens, **checked}
+
+
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
     """Return LoRA+'s optimizer if a ratio is asked for; None leaves the choice to Trainer.
 
@@ -272,7 +311,12 @@ def load_base(config: TrainConfig, plan: Plan) -> Any:
 
 
 def build_trainer(
-    config: TrainConfig, plan: Plan, model: Any, evaluator: Any, run: RunDirectory
+    config: TrainConfig,
+    plan: Plan,
+    model: Any,
+    evaluator: Any,
+    run: RunDirectory,
+    fast: FastStep | None,
 ) -> FtlevelTrainer:
     """Return the Trainer of the run, without any of the libraries' own printing."""
     from transformers import PrinterCallback, ProgressCallback
@@ -281,6 +325,7 @@ def build_trainer(
 
     arguments = build_arguments(config, plan, run.checkpoints)
     method = METHODS.get(config.method.kind)
+    pad_id = plan.tokenizer.pad_token_id
     trainer = FtlevelTrainer(
         objective=plan.objective,
         evaluator=evaluator,
@@ -290,7 +335,8 @@ def build_trainer(
         penalty=method.penalty if method else None,
         train_dataset=plan.data.train,
         eval_dataset=plan.data.validation or None,
-        data_collator=Collator(plan.tokenizer.pad_token_id),
+        data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
+        fast=fast,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
