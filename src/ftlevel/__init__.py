@@ -12,24 +12,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ftlevel.config import TrainConfig
+    from ftlevel.config import QuantizeConfig, TrainConfig
     from ftlevel.engine.generate import generate
     from ftlevel.engine.list_targets import list_targets
+    from ftlevel.engine.quantize import QuantizeResult, quantize
     from ftlevel.engine.train import TrainResult, train
     from ftlevel.pipeline import FineTunePipeLine
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "QuantizeConfig": "ftlevel.config",
+    "QuantizeResult": "ftlevel.engine.quantize",
     "TrainConfig": "ftlevel.config",
     "TrainResult": "ftlevel.engine.train",
     "train": "ftlevel.engine.train",
+    "quantize": "ftlevel.engine.quantize",
     "generate": "ftlevel.engine.generate",
     "list_targets": "ftlevel.engine.list_targets",
     "FineTunePipeLine": "ftlevel.pipeline",
 }
 
-__all__ = ["FineTunePipeLine", "TrainConfig", "TrainResult", "generate", "list_targets", "train"]
+__all__ = [
+    "FineTunePipeLine",
+    "QuantizeConfig",
+    "QuantizeResult",
+    "TrainConfig",
+    "TrainResult",
+    "generate",
+    "list_targets",
+    "quantize",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,10 @@ HELP = "Fine-tune transformers efficiently: one grammar for every family, task a
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
+    "quantize": (
+        "ftlevel.cli.quantize:quantize",
+        "Write a model in 4 or 8 bits, and measure what that costs.",
+    ),
     "list-targets": (
         "ftlevel.cli.list_targets:list_targets",
         "Show which modules of a model or a family can be adapted.",

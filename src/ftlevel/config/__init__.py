@@ -3,7 +3,14 @@
 Importing this package never imports torch.
 """
 
-from ftlevel.config.layers import Layer, build_config, put, read_recipe, read_settings
+from ftlevel.config.layers import (
+    Layer,
+    build_config,
+    build_section,
+    put,
+    read_recipe,
+    read_settings,
+)
 from ftlevel.config.methods import (
     SPECS,
     AdaloraSpec,
@@ -16,6 +23,7 @@ from ftlevel.config.methods import (
     PTuningSpec,
     QloraSpec,
 )
+from ftlevel.config.quantize import QuantizeConfig
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
@@ -47,11 +55,13 @@ __all__ = [
     "PromptSpec",
     "QloraSpec",
     "QuantConfig",
+    "QuantizeConfig",
     "Section",
     "TaskName",
     "TrainConfig",
     "TrainerConfig",
     "build_config",
+    "build_section",
     "put",
     "read_recipe",
     "read_settings",
