@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +23,7 @@ from ftlevel.engine.quantize import quantize
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.kinds import checkpoint_class
 from ftlevel.models.quantize_layout import find_kept_modules
+from ftlevel.models.safetensors_stream import ShardWriter
 
 ModelDir = Callable[..., Path]
 
@@ -192,10 +193,14 @@ def test_eight_bits_are_nearer_than_four(tiny_model_dir: ModelDir, tmp_path: Pat
     assert kl["int8"] < kl["nf4"] < kl["fp4"]
 
 
-def test_a_gguf_file_is_a_source(smollm2_gguf: Path, tmp_path: Path) -> None:
-    fields = {"model": str(smollm2_gguf), "out": tmp_path / "out", "quant": "8bit"}
-    summary = quantize(QuantizeConfig.model_validate(fields), dry_run=True).summary
-    assert summary["quantized_linears"] == 210
+@pytest.mark.slow
+def test_a_gguf_file_is_a_source(smollm2_gguf: Path, smollm2: Path, tmp_path: Path) -> None:
+    """SmolLM2's directory was converted from the .gguf, exactly."""
+    make(smollm2_gguf, tmp_path / "a", dtype="bfloat16")
+    make(smollm2, tmp_path / "b")
+    expected, found = load_weights(tmp_path / "b"), load_weights(tmp_path / "a")
+    assert sorted(found) == sorted(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize(
@@ -247,42 +252,32 @@ def test_a_damaged_source_leaves_nothing_behind(tiny_model_dir: ModelDir, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-SLOW_WRITER = """
-import sys, time
-from pathlib import Path
-from ftlevel.config import QuantizeConfig
-from ftlevel.engine import quantize as engine
-from ftlevel.models import safetensors_stream
-add = safetensors_stream.ShardWriter.add
-def slow_add(self, name, tensor):
-    time.sleep(0.01)
-    add(self, name, tensor)
-safetensors_stream.ShardWriter.add = slow_add
-print("ready", flush=True)
-engine.quantize(QuantizeConfig(model=sys.argv[1], quant="4bit", out=Path(sys.argv[2]), measure=False))
-"""
-
-
-@pytest.mark.slow
 def test_killed_at_any_moment_it_is_absent_or_whole(
-    tiny_model_dir: ModelDir, tmp_path: Path
+    tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, out, seen = tiny_model_dir("llama"), tmp_path / "out", set()
+    source, out = tiny_model_dir("llama"), tmp_path / "out"
     make(source, tmp_path / "whole")
     expected = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    for delay in (0.05, 0.6, 3.0):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW_WRITER, str(source), str(out)], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        seen.add(out.exists())
+    add = ShardWriter.add
+
+    def add_slowly(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        time.sleep(0.002)  # 89 tensors
+        add(self, name, tensor)
+
+    monkeypatch.setattr(ShardWriter, "add", add_slowly)
+    ended = {"killed": 0, "whole": 0}
+    for number in range(12):
+        child = os.fork()
+        if child == 0:
+            make(source, out)
+            os._exit(0)
+        time.sleep(0.05 * number)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        ended["whole" if out.exists() else "killed"] += 1
         if out.exists():
             assert sorted(path.name for path in out.iterdir()) == expected
-    assert False in seen
-    if not out.exists():  # what the last one left is no obstacle
-        make(source, out)
+            shutil.rmtree(out)
+    assert ended["killed"]
+    make(source, out)  # what a killed one left is no obstacle
     assert not list(tmp_path.glob(".*partial"))

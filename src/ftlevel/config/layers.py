@@ -152,7 +152,7 @@ def build_section(section: type[S], values: Mapping[str, Any]) -> S:
         ConfigError: with all problems found, each naming its flag.
     """
     given = {name: value for name, value in values.items() if value is not None}
-    origins = {(name,): "--" + name.replace("_", "-") for name in given}
+    origins: dict[KeyPath, str] = {(name,): "--" + name.replace("_", "-") for name in given}
     missing = [
         f"--{name.replace('_', '-')} is missing: {field.description}"
         for name, field in section.model_fields.items()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.sections import Positive, Section
+from ftlevel.config.sections import Positive, QuantConfig, Section
 
 
 class QuantizeConfig(Section):
@@ -54,8 +54,8 @@ class QuantizeConfig(Section):
         return self
 
     @property
-    def form(self) -> str:
-        """The quantized form in a few words."""
-        if self.quant == "8bit":
-            return "8-bit LLM.int8()"
-        return f"4-bit {self.quant_type}" + (", double quantization" if self.double_quant else "")
+    def form(self) -> QuantConfig:
+        """The quantization as a section of a training run would have it."""
+        return QuantConfig(
+            kind=self.quant, quant_type=self.quant_type, double_quant=self.double_quant
+        )

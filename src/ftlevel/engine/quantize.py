@@ -17,7 +17,7 @@ import torch
 from ftlevel.artifacts.cards import library_versions, write_quantized_readme
 from ftlevel.artifacts.files import check_absent, placed_directory, write_json
 from ftlevel.artifacts.fingerprint import base_fingerprint
-from ftlevel.config import QuantConfig, QuantizeConfig
+from ftlevel.config import QuantizeConfig
 from ftlevel.config.choices import Choice
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.fidelity import PREDICTS, WINDOW, Text, compare, cut_windows, read_eval_text
@@ -115,10 +115,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
         )
     auto_class = checkpoint_class(model_config)
     dtype, why = _kept_dtype(config, model_config)
-    quant = QuantConfig(
-        kind=config.quant, quant_type=config.quant_type, double_quant=config.double_quant
-    )
-    wish = build_quantization_config(quant, dtype, [])
+    wish = build_quantization_config(config.form, dtype, [])
     layout = build_layout(model_config, auto_class, wish, dtype)
     if not layout.linears:
         raise ConfigError(
@@ -131,16 +128,14 @@ def _resolve(config: QuantizeConfig) -> _Plan:
     names = {p.name for p in layout.parameters.values() if p.part == "experts"}
     choices = [
         Choice("model", source.name, f"{model_config.model_type}, as {auto_class}"),
-        Choice("form", config.form, f"{len(layout.linears):,} linears"),
+        Choice("form", config.form.form, f"{len(layout.linears):,} linears"),
         Choice("kept in", str(dtype).removeprefix("torch."), why),
         Choice("kept", "embeddings, norms, heads", _kept_reason(layout, len(names))),
     ]
     if text is not None:
         choices.append(Choice("measured on", text.name, f"{config.eval_tokens:,} tokens at most"))
         choices.append(device)
-    return _Plan(
-        source, model_config, auto_class, layout, tokenizer, text, device.value, choices
-    )
+    return _Plan(source, model_config, auto_class, layout, tokenizer, text, device.value, choices)
 
 
 def _kept_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype, str]:
@@ -181,9 +176,7 @@ def _source_files(plan: _Plan) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _write(
-    plan: _Plan, directory: Path, out: Path, listener: Listener
-) -> tuple[Layout, Written]:
+def _write(plan: _Plan, directory: Path, out: Path, listener: Listener) -> tuple[Layout, Written]:
     """Write weights, config.json and what belongs to the tokenizer."""
     shards = find_shards(directory)
     layout = settle(plan.layout, (key for shard in shards for key in read_entries(shard)))
@@ -221,7 +214,7 @@ def _measure(
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
     began = time.perf_counter()
-    scores = compare(*models, windows, auto_class, plan.tokenizer)
+    scores = compare(models[0], models[1], windows, auto_class, plan.tokenizer)
     return {
         "text": text.name,
         "computed_in": str(dtype).removeprefix("torch."),
@@ -239,7 +232,7 @@ def _summary(
         "source": {"name": plan.source.name, "kind": plan.source.kind,
                    "revision": getattr(plan.model_config, "_commit_hash", None),
                    "type": plan.model_config.model_type},
-        "quantization": {"form": config.form, "quant": config.quant,
+        "quantization": {"form": config.form.form, "quant": config.quant,
                          **({"quant_type": config.quant_type, "double_quant": config.double_quant}
                             if config.quant == "4bit" else {})},
         "dtype": str(plan.layout.dtype).removeprefix("torch."),

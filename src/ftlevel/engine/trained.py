@@ -25,6 +25,7 @@ from ftlevel.models.loading import (
     load_tokenizer,
 )
 from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.quantized import check_loadable, stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, Task
@@ -177,6 +178,8 @@ def _load_plain(name: str, device: str) -> Trained:
     """Load a model that nobody trained here, for text generation."""
     source = resolve_source(name)
     config = load_config(source)
+    if (stored := stored_quantization(config)) is not None:
+        check_loadable(stored, name, device)
     kind = model_kind(config)
     task = TASKS["text-generation"]
     dtype = choose_dtype("auto", device, "lora", config.model_type).value

@@ -36,9 +36,17 @@ TASK_CLASSES = (
 def checkpoint_class(config: Any) -> str:
     """Return the auto class that a checkpoint was saved as, by its `architectures`.
 
-    `AutoModel` where that is unknown: a base model without head.
+    Where a config names none, as of a .gguf file, what models of its kind are for; `AutoModel`, a
+    model without head, where the name is unknown.
     """
     import transformers
+
+    if not config.architectures:
+        usual = {
+            "decoder": "AutoModelForCausalLM",
+            "encoder-decoder": "AutoModelForSeq2SeqLM",
+        }
+        return usual.get(model_kind(config), "AutoModel")
 
     def is_made_by(name: str, architecture: str) -> bool:
         mapping = getattr(transformers, name)._model_mapping

@@ -58,3 +58,32 @@ def check_loadable(stored: dict[str, Any], name: str, device: str) -> None:
             f"--model {name} is quantized by {method}, which cannot be loaded here: {reason} "
             "Install what it names, or give the original model with --quant 4bit."
         ) from None
+
+
+def settle_quantization(
+    stored: dict[str, Any] | None, wish: QuantConfig, name: str, device: str
+) -> QuantConfig:
+    """Return how the base is quantized: as the user wishes, or as the checkpoint is already.
+
+    A wish that says what the checkpoint is already changes nothing, so that a run's own config.yaml
+    trains it again.
+
+    Args:
+        stored: of the checkpoint; None for a plain model.
+        wish: the quant section.
+        name: of the model, as the user typed it.
+        device: torch device type.
+
+    Raises:
+        InputError: the checkpoint is quantized otherwise than wished, or cannot be loaded here.
+    """
+    if stored is None:
+        return wish
+    check_loadable(stored, name, device)
+    own, method = as_quant_config(stored), quantization_name(stored)
+    if wish.kind != "none" and (own is None or own.kind != wish.kind):
+        raise InputError(
+            f"--model {name} is quantized already ({method}), and cannot be brought to "
+            f"{wish.kind} by --quant. Drop --quant, or give the original model."
+        )
+    return own or wish
