@@ -12,7 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ftlevel.config import QuantizeConfig, TrainConfig
+    from ftlevel.config import EvaluateConfig, QuantizeConfig, TrainConfig
+    from ftlevel.engine.evaluate import Evaluation, evaluate
     from ftlevel.engine.generate import generate
     from ftlevel.engine.list_targets import list_targets
     from ftlevel.engine.quantize import QuantizeResult, quantize
@@ -22,23 +23,29 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
+    "EvaluateConfig": "ftlevel.config",
+    "Evaluation": "ftlevel.engine.evaluate",
     "QuantizeConfig": "ftlevel.config",
     "QuantizeResult": "ftlevel.engine.quantize",
     "TrainConfig": "ftlevel.config",
     "TrainResult": "ftlevel.engine.train",
     "train": "ftlevel.engine.train",
     "quantize": "ftlevel.engine.quantize",
+    "evaluate": "ftlevel.engine.evaluate",
     "generate": "ftlevel.engine.generate",
     "list_targets": "ftlevel.engine.list_targets",
     "FineTunePipeLine": "ftlevel.pipeline",
 }
 
 __all__ = [
+    "EvaluateConfig",
+    "Evaluation",
     "FineTunePipeLine",
     "QuantizeConfig",
     "QuantizeResult",
     "TrainConfig",
     "TrainResult",
+    "evaluate",
     "generate",
     "list_targets",
     "quantize",

@@ -17,6 +17,10 @@ HELP = "Fine-tune transformers efficiently: one grammar for every family, task a
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
+    "evaluate": (
+        "ftlevel.cli.evaluate:evaluate",
+        "Score a run, an adapter or a model with its task's metrics.",
+    ),
     "quantize": (
         "ftlevel.cli.quantize:quantize",
         "Write a model in 4 or 8 bits, and measure what that costs.",

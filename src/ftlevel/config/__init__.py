@@ -3,10 +3,12 @@
 Importing this package never imports torch.
 """
 
+from ftlevel.config.evaluate import EvaluateConfig
 from ftlevel.config.layers import (
     Layer,
     build_config,
     build_section,
+    normal_task,
     put,
     read_recipe,
     read_settings,
@@ -44,6 +46,7 @@ __all__ = [
     "AdaloraSpec",
     "AdapterSpec",
     "DataConfig",
+    "EvaluateConfig",
     "FullSpec",
     "Layer",
     "LoraSpec",
@@ -62,6 +65,7 @@ __all__ = [
     "TrainerConfig",
     "build_config",
     "build_section",
+    "normal_task",
     "put",
     "read_recipe",
     "read_settings",

@@ -137,12 +137,17 @@ def build_config(layers: Iterable[Layer]) -> TrainConfig:
     if isinstance(merged.get("method"), dict) and "kind" not in merged["method"]:
         merged["method"]["kind"] = "lora"
     if isinstance(merged.get("task"), str):
-        task = merged["task"].strip().lower().replace("_", "-")
-        merged["task"] = _TASK_ALIASES.get(task, task)
+        merged["task"] = normal_task(merged["task"])
     try:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(explain(error, origins)) from None
+
+
+def normal_task(name: str) -> str:
+    """Return a task's name as ftlevel writes it: with dashes, and not by another library's word."""
+    task = name.strip().lower().replace("_", "-")
+    return _TASK_ALIASES.get(task, task)
 
 
 def build_section(section: type[S], values: Mapping[str, Any]) -> S:

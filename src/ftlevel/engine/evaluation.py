@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,6 +14,24 @@ from ftlevel.data.encode import IGNORED, Encoded
 from ftlevel.models.hardware import autocast
 from ftlevel.tasks.base import ScoreTexts
 from ftlevel.tasks.objectives import Objective
+
+
+class Record(Protocol):
+    """Hears of every row that an evaluator scores."""
+
+    def add(
+        self,
+        rows: Sequence[Encoded],
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> None:
+        """A batch was scored: its rows, and what the objective made of it."""
+
+    def add_texts(
+        self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]
+    ) -> None:
+        """Texts were generated for `rows`."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +64,29 @@ class Evaluator:
     score_texts: ScoreTexts | None = None
     language: str = ""
 
-    def __call__(self, model: Any) -> dict[str, float]:
-        """Return the metrics of `model`, which is left in the mode it was in."""
+    def __call__(self, model: Any, record: Record | None = None) -> dict[str, float]:
+        """Return the metrics of `model`, which is left in the mode it was in.
+
+        Args:
+            model: what is scored.
+            record: told of every row and every generated text, where it is given.
+        """
         training = model.training
         model.eval()
         try:
             with torch.no_grad(), autocast(self.device, self.dtype):
-                metrics = self._score(model)
+                metrics = self._score(model, record)
                 if self.generated_rows and self.score_texts is not None:
                     texts = self.generate(model)
                     references = [self._reference(row) for row in self._generated()]
                     metrics |= self.score_texts(texts, references, self.language)
+                    if record is not None:
+                        record.add_texts(self._generated(), texts, references)
         finally:
             model.train(training)
         return metrics
 
-    def _score(self, model: Any) -> dict[str, float]:
+    def _score(self, model: Any, record: Record | None) -> dict[str, float]:
         objective = self.objective
         meter, total, count = objective.meter(), 0.0, 0
         collate = Collator(self.tokenizer.pad_token_id or 0)
@@ -73,6 +98,8 @@ class Evaluator:
             total += objective.loss_sum(logits, labels, batch["attention_mask"]).item()
             count += int(objective.count(labels))
             meter.update(*objective.targets(logits, labels), rows)
+            if record is not None:
+                record.add(rows, logits, labels, batch["attention_mask"])
         loss = total / count if count else math.nan
         return {"loss": loss, **meter.compute(loss)}
 
