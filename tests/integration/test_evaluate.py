@@ -165,10 +165,10 @@ def test_other_rows(classifier: Path, tmp_path: Path) -> None:
     few = score(classifier / "run", split="test", max_eval_samples=4, batch_size=1)
     assert few.summary["data"]["examples"] == 4
     (classifier / "data/test.jsonl").unlink()
-    with pytest.raises(InputError, match="--split test: .* has none. Splits here: train, valid"):
+    with pytest.raises(InputError, match=r"--split test: .* has none. Splits here: train, valid"):
         score(classifier / "run", split="test")
     (tmp_path / "odd.jsonl").write_text('{"text": "a", "label": "z"}\n{"text": "b", "label": "a"}')
-    with pytest.raises(InputError, match="label 'z' .* is no class of the training rows"):
+    with pytest.raises(InputError, match=r"label 'z' .* is no class of the training rows"):
         score(classifier / "run", dataset=str(tmp_path / "odd.jsonl"))
 
 
@@ -214,7 +214,7 @@ def test_a_plain_peft_adapter(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
 def test_a_plain_model(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = task_data.write(tmp_path / "data", "class")
     rows = str(data / "validation.jsonl")
-    with pytest.raises(InputError, match="has no trained head for --task text-classification"):
+    with pytest.raises(InputError, match=r"has no trained head for --task text-classification"):
         score(tiny_model_dir("bert", "mlm"), task="text-classification", dataset=rows)
     masked = task_data.write(tmp_path / "masked", "mask")
     result = score(
@@ -222,7 +222,7 @@ def test_a_plain_model(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     )
     assert result.metrics["pseudo_perplexity"] > 1
     assert not result.base
-    with pytest.raises(ConfigError, match="does not say what it was trained on. Add --dataset"):
+    with pytest.raises(ConfigError, match=r"does not say what it was trained on. Add --dataset"):
         score(tiny_model_dir("bert", "mlm"), task="masked-lm")
 
 

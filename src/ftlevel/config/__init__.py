@@ -4,6 +4,7 @@ Importing this package never imports torch.
 """
 
 from ftlevel.config.evaluate import EvaluateConfig
+from ftlevel.config.generate import GenerateConfig
 from ftlevel.config.layers import (
     Layer,
     build_config,
@@ -48,6 +49,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "FullSpec",
+    "GenerateConfig",
     "Layer",
     "LoraSpec",
     "MethodConfig",

@@ -16,6 +16,38 @@ from ftlevel.tasks.base import ScoreTexts
 from ftlevel.tasks.objectives import Objective
 
 
+@dataclass(frozen=True)
+class Writing:
+    """How text is generated.
+
+    Attributes:
+        max_new_tokens: longest text.
+        temperature: of the draws; 0 takes the most likely token.
+        top_p: draw from the fewest tokens that have this probability together.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def arguments(self, tokenizer: Any) -> dict[str, Any]:
+        """Return the arguments of `generate`; the draws begin anew (the global state is set)."""
+        common = {
+            "max_new_tokens": self.max_new_tokens,
+            "use_cache": True,
+            "pad_token_id": tokenizer.pad_token_id or 0,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        if not self.temperature:
+            return common | {"do_sample": False}
+        torch.manual_seed(self.seed)
+        # top_k is 50 by default in transformers: off, so that these two say everything.
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return common | {"do_sample": True} | drawn
+
+
 class Record(Protocol):
     """Hears of every row that an evaluator scores."""
 
@@ -110,7 +142,12 @@ class Evaluator:
         """Return what `model` writes, greedily, for the first `generated_rows` rows."""
         prompts = [self._prompt(row) for row in self._generated()]
         return generate_texts(
-            model, self.tokenizer, prompts, self.device, self.batch_size, self.max_new_tokens
+            model,
+            self.tokenizer,
+            prompts,
+            self.device,
+            self.batch_size,
+            Writing(self.max_new_tokens),
         )
 
     def _prompt(self, row: Encoded) -> list[int]:
@@ -150,28 +187,27 @@ def generate_texts(
     prompts: Sequence[list[int]],
     device: str,
     batch_size: int,
-    max_new_tokens: int,
+    writing: Writing,
 ) -> list[str]:
-    """Return what `model` writes after each prompt, greedily, without special tokens.
+    """Return what `model` writes after each prompt, without special tokens.
 
-    Prompts are padded on the left and generated in batches of like length; the order is kept.
+    Prompts are generated in batches of like length; the order is kept. A decoder goes on where a
+    prompt ends, so that it is padded on the left; an encoder counts positions from the beginning,
+    and BART's would move with padding there.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    encoder_decoder = model.config.is_encoder_decoder
+    left = not encoder_decoder
     for indices in batches(order, batch_size):
-        ids = pad([prompts[i] for i in indices], pad_id, left=True).to(device)
-        mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=True).to(device)
+        ids = pad([prompts[i] for i in indices], pad_id, left=left).to(device)
+        mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=left).to(device)
         written = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=pad_id,
-            eos_token_id=tokenizer.eos_token_id,
+            **writing.arguments(tokenizer),
         )
-        encoder_decoder = model.config.is_encoder_decoder
         answers = written if encoder_decoder else written[:, ids.shape[1] :]
         for i, answer in zip(indices, answers, strict=True):
             texts[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()

@@ -129,7 +129,7 @@ def find_trained(name: str, device: str, task: str | None = None) -> Found:
         if card.method == "full":
             return Found(resolve_source(str(directory)), None, card, run)
         source = resolve_source(card.base["name"], card.base.get("revision"))
-        _check_base(source, card, directory)
+        check_base(source, card, directory)
         return Found(source, directory, card, run)
     wished = TASKS[task or "text-generation"]
     if (path / ADAPTER_CONFIG).is_file():
@@ -160,7 +160,12 @@ def _adapter_directory(path: Path) -> Path | None:
     return None
 
 
-def _check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
+def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
+    """Refuse a base that is not the one on which the adapter in `directory` was trained.
+
+    Raises:
+        InputError: the weights differ.
+    """
     expected = card.base.get("fingerprint")
     if source.path is None or expected is None:
         return
@@ -173,8 +178,8 @@ def _check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None
         )
 
 
-def load_found(found: Found, device: str) -> Trained:
-    """Load what `find_trained` found.
+def load_found(found: Found, device: str, name: str = "default") -> Trained:
+    """Load what `find_trained` found; its adapter is called `name`.
 
     Raises:
         InputError: it is damaged, or has no head for the task.
@@ -208,7 +213,7 @@ def load_found(found: Found, device: str) -> Trained:
     new = [*card.heads, *find_heads(model)] if card.heads and directory else []
     check_missing(missing, new, source.name)
     if directory is not None:
-        model = load_adapter(model, directory)
+        model = load_adapter(model, directory, name)
     prompt = PromptFormat(**card.prompt) if card.prompt else None
     objective = build_objective(
         task,
