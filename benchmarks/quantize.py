@@ -4,12 +4,12 @@
     python benchmarks/quantize.py
     python benchmarks/quantize.py --runs 5 --no-large
 
-Whole processes, in turns; on the small model after a run each that does not count. Memory is the private memory of a
-process (RssAnon, polled every 5 ms) at its peak, and what of it came after the imports: files that
-are mapped are not private, and go when memory is short. The large model is a Llama of about 3 GB in
-10 shards with random weights, made in a temporary directory and removed at the end; it is quantized
-once more by each under `RLIMIT_DATA`, which limits what a process may allocate or map for writing,
-imports included, and needs no rights.
+Whole processes, in turns; on the small model after a run each that does not count. Memory is the
+private memory of a process (RssAnon, polled every 5 ms) at its peak, and what of it came after the
+imports: files that are mapped are not private, and go when memory is short. The large model is a
+Llama of about 3 GB in 10 shards with random weights, made in a temporary directory and removed at
+the end; it is quantized once more by each under `RLIMIT_DATA`, which limits what a process may
+allocate or map for writing, imports included, and needs no rights.
 """
 
 from __future__ import annotations

@@ -97,6 +97,10 @@ def train(
             panel=HOW,
         ),
     ] = None,
+    fast: Annotated[Switch, flag("speed.fast", "--fast/--no-fast", panel=HOW)] = None,
+    verify_fast: Annotated[
+        Switch, flag("speed.verify", "--verify-fast/--no-verify-fast", panel=HOW)
+    ] = None,
     seed: Annotated[Int, flag("train.seed", panel=HOW)] = None,
     logging_steps: Annotated[Int, flag("train.logging_steps", panel=HOW)] = None,
     eval_steps: Annotated[Int, flag("train.eval_steps", panel=HOW)] = None,
@@ -147,19 +151,19 @@ def train(
     if schema:
         typer.echo(json_module.dumps(TrainConfig.model_json_schema(), indent=2))
         return
-    config = _read_config(context.params)
+    config, origin = _read_config(context.params)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         from ftlevel.engine.train import train as run
 
-        result = run(config, listener=screen, dry_run=dry_run)
+        result = run(config, listener=screen, dry_run=dry_run, recipe=origin)
     if as_json:
         typer.echo(json_module.dumps(result.summary, default=str))
 
 
-def _read_config(parameters: dict[str, object]) -> TrainConfig:
-    """Merge recipe < --set < flags into one validated configuration."""
+def _read_config(parameters: dict[str, object]) -> tuple[TrainConfig, Path | None]:
+    """Merge recipe < --set < flags into one validated configuration; return the recipe too."""
     recipe, positional = parameters["recipe"], parameters["recipe_file"]
     if recipe is not None and positional is not None:
         raise ConfigError(
@@ -170,14 +174,15 @@ def _read_config(parameters: dict[str, object]) -> TrainConfig:
     if path is None and parameters["resume"] and parameters["output_dir"]:
         own = Path(str(parameters["output_dir"])) / "config.yaml"
         path = own if own.is_file() else None
-    if isinstance(path, Path):
-        layers.append(read_recipe(path))
+    origin = path if isinstance(path, Path) else None
+    if origin is not None:
+        layers.append(read_recipe(origin))
     settings = parameters["settings"]
     layers.append(read_settings(settings if isinstance(settings, list) else []))
     flags = given_flags(parameters)
     _add_precision(flags, parameters)
     _add_columns(flags, parameters["column_map"])
-    return build_config([*layers, flags])
+    return build_config([*layers, flags]), origin
 
 
 def _add_columns(flags: Layer, pairs: object) -> None:

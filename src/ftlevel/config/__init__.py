@@ -37,6 +37,7 @@ from ftlevel.config.sections import (
     Section,
     TrainerConfig,
 )
+from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.train import TASKS, TaskName, TrainConfig
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "QuantConfig",
     "QuantizeConfig",
     "Section",
+    "SpeedConfig",
     "TaskName",
     "TrainConfig",
     "TrainerConfig",

@@ -12,14 +12,7 @@ import numpy as np
 
 from ftlevel.artifacts.files import check_absent, write_text
 from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.config import (
-    DataConfig,
-    EvaluateConfig,
-    QuantConfig,
-    TrainerConfig,
-    build_config,
-    read_recipe,
-)
+from ftlevel.config import EvaluateConfig, QuantConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.choices import Choice
 from ftlevel.engine.arguments import eval_batch_size
 from ftlevel.engine.evaluation import Evaluator
@@ -63,23 +56,23 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
     with quiet_libraries():
         device = choose_device(config.device)
         found = _requantized(find_trained(config.name, device.value, config.task), config)
-        data, train = _settings(config, found)
+        settings = _settings(config, found)
         listener.stage("load the model")
         trained = load_found(found, device.value)
         listener.stage("read the rows")
         held_out = load_held_out(
-            data,
+            settings.data,
             found.card,
             config.split,
             kind=trained.kind,
             tokenizer=trained.tokenizer,
             positions=max_positions(trained.model.config),
-            seed=train.seed,
+            seed=settings.train.seed,
         )
         listener.choices("evaluate", _choices(config, found, trained, held_out, device))
         for note in trained.notes:
             listener.warn(note)
-        evaluator = _evaluator(config, trained, held_out, train)
+        evaluator = _evaluator(config, trained, held_out, settings)
         listener.stage("score")
         record = PerRow(trained.objective)
         metrics = evaluator(trained.model, record)
@@ -130,17 +123,15 @@ def _requantized(found: Found, config: EvaluateConfig) -> Found:
     return replace(found, card=card, notes=[*found.notes, *notes])
 
 
-def _settings(config: EvaluateConfig, found: Found) -> tuple[DataConfig, TrainerConfig]:
+def _settings(config: EvaluateConfig, found: Found) -> TrainConfig:
     """Return where the rows are and how they are scored: the user's word, then the run's.
 
     Raises:
         ConfigError: nobody says where the rows are.
     """
-    data, train = DataConfig(), TrainerConfig()
-    if found.run is not None:
-        own = build_config([read_recipe(found.run / CONFIG)])
-        data, train = own.data, own.train
-    elif config.dataset is None:
+    own = TrainConfig() if found.run is None else build_config([read_recipe(found.run / CONFIG)])
+    data = own.data
+    if found.run is None and config.dataset is None:
         name = found.card.data.get("name")
         if name is None:
             raise ConfigError(
@@ -160,12 +151,13 @@ def _settings(config: EvaluateConfig, found: Found) -> tuple[DataConfig, Trainer
         changes["columns"] = config.columns
     if config.max_eval_samples is not None:
         changes["max_eval_samples"] = config.max_eval_samples
-    return data.model_copy(update=changes), train
+    return own.model_copy(update={"data": data.model_copy(update=changes)})
 
 
 def _evaluator(
-    config: EvaluateConfig, trained: Trained, held_out: HeldOut, train: TrainerConfig
+    config: EvaluateConfig, trained: Trained, held_out: HeldOut, settings: TrainConfig
 ) -> Evaluator:
+    train, speed = settings.train, settings.speed
     wish = train.predict_with_generate
     task = trained.task
     generates = task.generates if wish is None else wish and task.target == "text"
@@ -183,6 +175,7 @@ def _evaluator(
         max_new_tokens=config.max_new_tokens or train.max_new_tokens,
         score_texts=task.score_texts,
         language=held_out.language,
+        on_targets=speed.fast and speed.target_head,
     )
 
 

@@ -11,9 +11,12 @@ import torch
 
 from ftlevel.data.collate import Collator, pad
 from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.engine.fast import target_head, target_loss
 from ftlevel.models.hardware import autocast
+from ftlevel.speed.head import Observe
 from ftlevel.tasks.base import ScoreTexts
-from ftlevel.tasks.objectives import Objective
+from ftlevel.tasks.meters import Meter
+from ftlevel.tasks.objectives import Objective, Tokens
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,15 @@ class Record(Protocol):
     ) -> None:
         """A batch was scored: its rows, and what the objective made of it."""
 
+    def add_targets(
+        self,
+        rows: Sequence[Encoded],
+        owners: torch.Tensor,
+        scores: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> None:
+        """Tokens of a batch were scored; `owners` are their indices in `rows`."""
+
     def add_texts(
         self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]
     ) -> None:
@@ -82,6 +94,7 @@ class Evaluator:
         max_new_tokens: longest generated text.
         score_texts: scores the generated texts.
         language: ISO 639-1 code of the generated texts; "" if unknown.
+        on_targets: whether a language head is computed on supervised positions only.
     """
 
     rows: Sequence[Encoded]
@@ -95,6 +108,7 @@ class Evaluator:
     max_new_tokens: int = 64
     score_texts: ScoreTexts | None = None
     language: str = ""
+    on_targets: bool = True
 
     def __call__(self, model: Any, record: Record | None = None) -> dict[str, float]:
         """Return the metrics of `model`, which is left in the mode it was in.
@@ -123,17 +137,40 @@ class Evaluator:
         meter, total, count = objective.meter(), 0.0, 0
         collate = Collator(self.tokenizer.pad_token_id or 0)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
-        for rows in batches(by_length, self.batch_size):
-            batch = {k: v.to(self.device) for k, v in collate(rows).items()}
-            inputs, labels = objective.split(batch)
-            logits = objective.logits(model(**inputs))
-            total += objective.loss_sum(logits, labels, batch["attention_mask"]).item()
-            count += int(objective.count(labels))
-            meter.update(*objective.targets(logits, labels), rows)
-            if record is not None:
-                record.add(rows, logits, labels, batch["attention_mask"])
+        with target_head(model, objective if self.on_targets else None) as head:
+            for rows in batches(by_length, self.batch_size):
+                batch = {k: v.to(self.device) for k, v in collate(rows).items()}
+                count += int(objective.count(batch["labels"]))
+                if head is not None:
+                    observe = self._observer(meter, record, rows, batch["labels"])
+                    total += target_loss(head, model, objective, batch, observe).item()
+                    continue
+                inputs, labels = objective.split(batch)
+                logits = objective.logits(model(**inputs))
+                total += objective.loss_sum(logits, labels, batch["attention_mask"]).item()
+                meter.update(*objective.targets(logits, labels), rows)
+                if record is not None:
+                    record.add(rows, logits, labels, batch["attention_mask"])
         loss = total / count if count else math.nan
         return {"loss": loss, **meter.compute(loss)}
+
+    def _observer(
+        self, meter: Meter, record: Record | None, rows: Sequence[Encoded], labels: torch.Tensor
+    ) -> Observe:
+        """Return what is given scores and targets, chunk by chunk, in the order of the batch."""
+        owners = None
+        if record is not None and isinstance(self.objective, Tokens):
+            owners = self.objective.locate(labels)[0] // labels.shape[1]
+        seen = 0
+
+        def observe(scores: torch.Tensor, targets: torch.Tensor) -> None:
+            nonlocal seen
+            meter.update(scores, targets, rows)
+            if record is not None and owners is not None:
+                record.add_targets(rows, owners[seen : seen + len(targets)], scores, targets)
+            seen += len(targets)
+
+        return observe
 
     def _generated(self) -> Sequence[Encoded]:
         return self.rows[: self.generated_rows]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from ftlevel.data.encode import Encoded
 from ftlevel.tasks.base import ScoreTexts
@@ -66,6 +67,22 @@ class PerRow:
             unit.loss += objective.loss_sum(logits[own], labels[own], mask[own]).item()
             unit.targets += int(objective.count(labels[own]))
             unit.meter.update(*objective.targets(logits[own], labels[own]), [row])
+
+    def add_targets(
+        self,
+        rows: Sequence[Encoded],
+        owners: torch.Tensor,
+        scores: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> None:
+        """Score tokens `(tokens, vocabulary)` of a batch for the rows that own them."""
+        losses = functional.cross_entropy(scores.float(), targets, reduction="none")
+        for index in owners.unique().tolist():
+            own, row = owners == index, rows[index]
+            unit = self.units.setdefault(row.row, Unit(self.objective.meter()))
+            unit.loss += losses[own].sum().item()
+            unit.targets += int(own.sum())
+            unit.meter.update(scores[own], targets[own], [row])
 
     def add_texts(
         self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]

@@ -116,7 +116,7 @@ def check_saved(
     fresh = load_base()
     full = not hasattr(trained, "peft_config")
     if full:
-        frozen = 0
+        frozen = _compare_frozen(trained, fresh)
         before = probe_logits(fresh, batch, objective, device, dtype)
         reloaded = type(trained).from_pretrained(
             directory, dtype=torch.float32, use_safetensors=True
@@ -163,7 +163,8 @@ def _compare_frozen(trained: Any, fresh: Any) -> int:
 
 
 def _is_replaced(trained: Any, name: str) -> bool:
-    heads = next(iter(trained.peft_config.values())).modules_to_save or []
+    configs = getattr(trained, "peft_config", {})
+    heads = next(iter(configs.values())).modules_to_save or [] if configs else []
     return any(name.startswith(head + ".") or f".{head}." in name for head in heads)
 
 

@@ -14,6 +14,8 @@ from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
+from ftlevel.engine.fast import FastPlan, plan_fast
+from ftlevel.engine.low_rank import low_rank_choices
 from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.pad_token import choose_pad_token
 from ftlevel.errors import ConfigError
@@ -36,6 +38,7 @@ from ftlevel.models.quantized import (
 )
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads, find_new_language_head
+from ftlevel.models.threads import choose_threads
 from ftlevel.tasks import TASKS, Task
 from ftlevel.tasks.objectives import Objective, build_objective
 
@@ -62,6 +65,7 @@ class Plan:
         fan_in_fan_out: whether these are Conv1D.
         learning_rate: the user's or the method's.
         data: encoded rows.
+        fast: the parts of the fast step that are used.
         choices: lines for the screen, in order.
     """
 
@@ -82,6 +86,7 @@ class Plan:
     fan_in_fan_out: bool
     learning_rate: float
     data: Prepared
+    fast: FastPlan
     choices: list[Choice]
 
 
@@ -106,7 +111,9 @@ def resolve(config: TrainConfig) -> Plan:
     tokenizer = load_tokenizer(source)
     pad = choose_pad_token(tokenizer)
     model_config = _task_config(source, loaded, tokenizer)
+    layers = _keep_every_layer(model_config)
     meta = build_task_model(model_config, auto_class)
+    _check_checkpointing(config, meta)
     heads, new_modules = _heads(task, meta, source)
     adapted = find_method_targets(config.method, meta, source.name, config.quant.kind)
     data = prepare_examples(
@@ -127,22 +134,27 @@ def resolve(config: TrainConfig) -> Plan:
         unanswerable=loaded.unanswerable,
     )
     learning_rate = _learning_rate(config, source)
+    fast = plan_fast(config, meta, kind, objective, device.value, data.max_length)
     choices = [
         _model_choice(config, meta, source),
         Choice("task", task.name),
         *data.choices,
         device,
+        *([choose_threads()] if device.value == "cpu" else []),
         dtype,
         *_method_choices(config, stored_quantization(bare) is not None),
+        *low_rank_choices(config, device.value),
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
         *([pad] if pad else []),
+        *layers,
         learning_rate,
+        *fast.choices,
     ]
     return Plan(
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
         config.quant, objective, heads, new_modules, adapted.modules, adapted.parameters,
-        adapted.fan_in_fan_out, learning_rate.value, data, choices,
+        adapted.fan_in_fan_out, learning_rate.value, data, fast, choices,
     )  # fmt: skip
 
 
@@ -209,6 +221,34 @@ def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
     reason = method.refuse(config.method, model_config, kind, config.task, config.quant.kind)
     if reason is not None:
         raise ConfigError(f"--method {config.method.kind}: {reason}")
+
+
+def _keep_every_layer(model_config: Any) -> list[Choice]:
+    """Switch off the random skipping of whole layers (mutated), and say so.
+
+    What is trained in a layer that a step skips gets no gradient in it, which could not be told
+    from an adapter that is dead.
+    """
+    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    shares = {name: share for name in names if (share := getattr(model_config, name, 0.0))}
+    for name in shares:
+        setattr(model_config, name, 0.0)
+    was = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+    return [Choice("layers", "none is skipped", f"the model has {was}")] if shares else []
+
+
+def _check_checkpointing(config: TrainConfig, model: Any) -> None:
+    """Refuse --gradient-checkpointing where transformers has none for the model.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    if config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"--gradient-checkpointing cannot be used with {model.config.model_type}: transformers "
+            "has none for it. Drop it; a smaller --per-device-train-batch-size with "
+            "--gradient-accumulation-steps needs less memory too."
+        )
 
 
 def _text_positions(config: TrainConfig, model_config: Any) -> int | None:
@@ -312,7 +352,7 @@ def _describe(method: MethodConfig) -> str:
         detail = f"r {method.r}, alpha {method.lora_alpha:g}, dropout {method.lora_dropout:g}"
         return ", ".join([detail, *(name for name, on in forms.items() if on)])
     if method.kind == "full":
-        return "every weight is trained"
+        return "the head is trained" if method.freeze_base else "every weight is trained"
     own = METHODS[method.kind].describe
     if own is not None:
         return own(method)
@@ -337,6 +377,4 @@ def count_trainable(config: TrainConfig, plan: Plan, base: Base) -> tuple[int, i
     total = sum(p.numel() for p in meta.parameters())
     adapted = apply_method(meta, method, base)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    if method.kind == "full":
-        return total, total
-    return trained, total + trained
+    return trained, total if method.kind == "full" else total + trained

@@ -95,6 +95,11 @@ FACTS: dict[str, MethodFacts] = {
             _EXACT, "Büyükakyüz, 2024, arXiv:2406.01775", _LORA_7B, {"init_lora_weights": "olora"},
         ),
         MethodFacts(
+            "loftq", "lora", "--method lora --init loftq",
+            "LoRA, begun at what 4 bits took from the weights", _EXACT,
+            "Li et al., 2023, arXiv:2310.08659", _LORA_7B, {"init_lora_weights": "loftq"},
+        ),
+        MethodFacts(
             "eva", "lora", "--method lora --init eva",
             "LoRA, begun at the inputs' main directions, ranks where they explain most", _EXACT,
             "Paischer et al., 2024, arXiv:2410.07170", _LORA_7B, {"init_lora_weights": "eva"},
@@ -156,6 +161,11 @@ FACTS: dict[str, MethodFacts] = {
         MethodFacts(
             "full", "full", "--method full", "every weight", "is a model already",
             "Devlin et al., 2019, arXiv:1810.04805, appendix A.3", 6_738_415_616,
+        ),
+        MethodFacts(
+            "linear-probe", "full", "--method full --set method.freeze_base=true",
+            "the new head only", "is a model already",
+            "Alain and Bengio, 2016, arXiv:1610.01644", 8_192, {"freeze_base": True},
         ),
     )
 }  # fmt: skip

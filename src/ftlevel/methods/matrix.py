@@ -17,6 +17,7 @@ from ftlevel.methods.facts import FACTS, MethodFacts, rows_of
 
 _CONV1D = frozenset({"gpt2"})
 _QUANTIZED = frozenset({"4bit", "8bit"})
+_PRETRAINED_HEAD = frozenset({"text-generation", "summarization", "translation", "masked-lm"})
 _ANY: frozenset[str] = frozenset()
 
 
@@ -102,8 +103,12 @@ def _rows(*names: str) -> frozenset[str]:
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        _rows("full"), "quantized weights receive no gradients",
+        _rows("full", "linear-probe"), "quantized weights receive no gradients",
         "Use --method qlora, or drop --quant.", quants=_QUANTIZED,
+    ),
+    Rule(
+        _rows("linear-probe"), "its head is the pretrained one, so nothing would be new to train",
+        "Drop method.freeze_base, or use --method lora.", tasks=_PRETRAINED_HEAD,
     ),
     Rule(
         _rows("qlora"), "it is LoRA on a quantized base, and --quant is none",
@@ -117,6 +122,14 @@ RULES: tuple[Rule, ...] = (
         _rows("pissa", "olora"),
         "it takes its start out of the base's weights, and what is left would be quantized anew",
         "Use --init default, or drop --quant.", quants=_QUANTIZED,
+    ),
+    Rule(
+        _rows("loftq"), "it begins at what 4-bit quantization took from the weights, and there is "
+        "nothing of it here", "Use --quant 4bit, or --init pissa.", quants=frozenset({"none"}),
+    ),
+    Rule(
+        _rows("loftq"), "8-bit quantization takes next to nothing from the weights",
+        "Use --quant 4bit, or --init default.", quants=frozenset({"8bit"}),
     ),
     Rule(
         _rows("orthogonal"), "PEFT draws its start in the type of the weights, which is an integer",
@@ -176,7 +189,7 @@ def find_limits(cell: Cell) -> list[Rule]:
 
 def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
     """Say what cannot be used with what, why, and what to do."""
-    asked = row.flags if not row.fields else row.flags.partition("--method lora ")[2]
+    asked = row.flags if not row.fields else row.flags.partition(f"--method {row.kind} ")[2]
     sides = []
     if rule.kinds:
         sides.append(f"{cell.family}, an {cell.kind}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from ftlevel.config.sections import Section
 
 
@@ -11,3 +13,8 @@ class FullSpec(Section):
     """Train every weight of the model; no adapter."""
 
     kind: Literal["full"] = "full"
+    freeze_base: bool = Field(
+        False,
+        description="Train the new head only, on frozen features: the baseline that a method has "
+        "to beat. For tasks with a head of their own.",
+    )
