@@ -264,14 +264,21 @@ def test_killed_at_any_moment_it_is_absent_or_whole(
         time.sleep(0.002)  # 89 tensors
         add(self, name, tensor)
 
+    copyfile = shutil.copyfile
+
+    def copy_slowly(*arguments: Any, **more: Any) -> Any:
+        time.sleep(0.03)
+        return copyfile(*arguments, **more)
+
     monkeypatch.setattr(ShardWriter, "add", add_slowly)
+    monkeypatch.setattr(shutil, "copyfile", copy_slowly)
     ended = {"killed": 0, "whole": 0}
-    for number in range(12):
+    for number in range(24):
         child = os.fork()
         if child == 0:
             make(source, out)
             os._exit(0)
-        time.sleep(0.05 * number)
+        time.sleep(0.03 * number)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         ended["whole" if out.exists() else "killed"] += 1

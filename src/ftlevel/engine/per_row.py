@@ -77,7 +77,7 @@ class PerRow:
     ) -> None:
         """Score tokens `(tokens, vocabulary)` of a batch for the rows that own them."""
         losses = functional.cross_entropy(scores.float(), targets, reduction="none")
-        for index in owners.unique().tolist():
+        for index in sorted(set(owners.tolist())):
             own, row = owners == index, rows[index]
             unit = self.units.setdefault(row.row, Unit(self.objective.meter()))
             unit.loss += losses[own].sum().item()

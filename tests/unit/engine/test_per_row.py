@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ftlevel.data.encode import Encoded
+from ftlevel.engine.evaluation import Evaluator
 from ftlevel.engine.per_row import PerRow, interval
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.objectives import build_objective
@@ -59,3 +60,22 @@ def test_the_whole_is_the_pool_of_its_rows() -> None:
     assert whole == pytest.approx({"loss": whole["loss"], **meter.compute(0.0)})
     expected = (3 * math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 4
     assert whole["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_that_come_in_chunks_belong_to_their_rows() -> None:
+    objective = build_objective(TASKS["text-generation"], "decoder")
+    rows = [Encoded([1, 2, 3], [1, 2, 3], 5), Encoded([4, 5], [4, 5], 6)]
+    labels = torch.tensor([[1, 2, 3], [4, 5, -100]])
+    evaluator = Evaluator(rows, None, "decoder", objective, "cpu", "float32", 2)
+    scores, targets = torch.randn(3, 9), torch.tensor([2, 3, 5])
+    records = []
+    for cuts in ([3], [1, 2], [2, 1]):
+        record = PerRow(objective)
+        observe = evaluator._observer(objective.meter(), record, rows, labels)
+        for part, true in zip(scores.split(cuts), targets.split(cuts), strict=True):
+            observe(part, true)
+        records.append({row: (unit.targets, unit.loss) for row, unit in record.units.items()})
+    assert {row: count for row, (count, _) in records[0].items()} == {5: 2, 6: 1}
+    for other in records[1:]:
+        assert other.keys() == records[0].keys()
+        assert all(other[row] == pytest.approx(records[0][row]) for row in other)
