@@ -12,10 +12,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ftlevel.config import MergeConfig, TrainConfig
+    from ftlevel.config import EvaluateConfig, MergeConfig, QuantizeConfig, TrainConfig
+    from ftlevel.engine.evaluate import Evaluation, evaluate
     from ftlevel.engine.generate import generate
     from ftlevel.engine.list_targets import list_targets
     from ftlevel.engine.merge import MergeResult, merge
+    from ftlevel.engine.quantize import QuantizeResult, quantize
     from ftlevel.engine.train import TrainResult, train
     from ftlevel.pipeline import FineTunePipeLine
 
@@ -24,9 +26,15 @@ __version__ = "0.1.0"
 _PLACES = {
     "MergeConfig": "ftlevel.config",
     "MergeResult": "ftlevel.engine.merge",
+    "EvaluateConfig": "ftlevel.config",
+    "Evaluation": "ftlevel.engine.evaluate",
+    "QuantizeConfig": "ftlevel.config",
+    "QuantizeResult": "ftlevel.engine.quantize",
     "TrainConfig": "ftlevel.config",
     "TrainResult": "ftlevel.engine.train",
     "train": "ftlevel.engine.train",
+    "quantize": "ftlevel.engine.quantize",
+    "evaluate": "ftlevel.engine.evaluate",
     "generate": "ftlevel.engine.generate",
     "list_targets": "ftlevel.engine.list_targets",
     "merge": "ftlevel.engine.merge",
@@ -34,14 +42,20 @@ _PLACES = {
 }
 
 __all__ = [
+    "EvaluateConfig",
+    "Evaluation",
     "FineTunePipeLine",
     "MergeConfig",
     "MergeResult",
+    "QuantizeConfig",
+    "QuantizeResult",
     "TrainConfig",
     "TrainResult",
+    "evaluate",
     "generate",
     "list_targets",
     "merge",
+    "quantize",
     "train",
 ]
 

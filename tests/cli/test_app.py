@@ -110,8 +110,11 @@ def test_second_names_lead_to_flags_that_exist() -> None:
         (["train", "--map", "summary"], "expected NAME=COLUMN"),
         (["train", "--set", "seed"], "expected section.key=value"),
         (["list-targets", "lama"], "Did you mean 'llama'"),
-        (["generate", "builtin:tiny-llama"], "Missing option"),
-        (["generate", "nothing/here", "--prompt", "x", "--max-new-tokens", "0"], "Invalid value"),
+        (["generate", "builtin:tiny-llama"], "there is nothing to ask. Add --prompt"),
+        (
+            ["generate", "nothing/here", "--prompt", "x", "--max-new-tokens", "0"],
+            "max_new_tokens must be ≥ 1",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(

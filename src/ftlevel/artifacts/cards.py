@@ -161,3 +161,53 @@ def _python_use(module: str) -> list[str]:
         "```",
         "",
     ]
+
+
+def write_quantized_readme(name: str, summary: Mapping[str, Any]) -> str:
+    """Return the card of a quantized model: what it was made from, its size, and what was measured.
+
+    Args:
+        name: of the directory.
+        summary: what quantization.json holds.
+    """
+    source, form = summary["source"]["name"], summary["quantization"]["form"]
+    lines = [
+        "---",
+        *([f"base_model: {source}"] if summary["source"]["kind"] == "hub" else []),
+        "library_name: transformers",
+        "tags: [ftlevel, bitsandbytes, quantized]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{source}, quantized to {form} by ftlevel {summary['versions']['ftlevel']}: "
+        f"{summary['quantized_linears']:,} linears are packed; embeddings, norms and heads are in "
+        f"{summary['dtype']}.",
+        "",
+        "| part | MB before | MB now |",
+        "|---|--:|--:|",
+        *(
+            f"| {part} | {sizes['bytes_before'] / 1e6:,.1f} | {sizes['bytes'] / 1e6:,.1f} |"
+            for part, sizes in summary["parts"].items()
+        ),
+        f"| whole | {summary['bytes_before'] / 1e6:,.1f} | {summary['bytes'] / 1e6:,.1f} |",
+        "",
+    ]
+    if "fidelity" in summary:
+        scores = summary["fidelity"]
+        lines.append(
+            f"Beside its source, over {scores['positions']:,} positions in {scores['windows']} "
+            f"windows of {scores['text']} ({scores['predicts']}):"
+        )
+        lines.append("")
+        if "cosine" in scores:
+            lines.append(f"- cosine of the hidden states {scores['cosine']:.4f}")
+        else:
+            lines.append(f"- KL {scores['kl']:.4f} ± {scores['kl_standard_error']:.4f} nats")
+            lines.append(f"- top-1 agreement {scores['top1_agreement']:.1%}")
+            lines.append(
+                f"- perplexity {scores['perplexity_source']:.3f} → {scores['perplexity']:.3f}"
+            )
+    else:
+        lines.append("How far it is from its source was not measured.")
+    return "\n".join([*lines, ""])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ftlevel.errors import ConfigError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,3 +26,41 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, absent or whole."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def check_absent(flag: str, path: Path) -> None:
+    """Refuse an output that exists or cannot be created; an empty directory is free.
+
+    Raises:
+        ConfigError: naming the `flag`.
+    """
+    if path.is_dir() and not any(path.iterdir()):
+        pass
+    elif path.exists() or path.is_symlink():
+        raise ConfigError(
+            f"{flag} {path} exists, and nothing of yours is overwritten. Name another."
+        )
+    existing = next(p for p in path.absolute().parents if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: {existing} cannot be written. Name another.")
+
+
+@contextlib.contextmanager
+def placed_directory(path: Path) -> Iterator[Path]:
+    """Give a new directory beside `path` to write into; it becomes `path` when the block ends.
+
+    Every file is flushed to the disk first, so that `path` is absent or whole whenever the process
+    is killed. After an error nothing is left.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.exists():  # of a process that was killed
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in sorted(p for p in partial.rglob("*") if p.is_file()):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

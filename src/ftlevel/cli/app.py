@@ -18,6 +18,14 @@ HELP = "Fine-tune transformers efficiently: one grammar for every family, task a
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
     "merge": ("ftlevel.cli.merge:merge", "Merge an adapter into its base and write a plain model."),
+    "evaluate": (
+        "ftlevel.cli.evaluate:evaluate",
+        "Score a run, an adapter or a model with its task's metrics.",
+    ),
+    "quantize": (
+        "ftlevel.cli.quantize:quantize",
+        "Write a model in 4 or 8 bits, and measure what that costs.",
+    ),
     "list-targets": (
         "ftlevel.cli.list_targets:list_targets",
         "Show which modules of a model or a family can be adapted.",

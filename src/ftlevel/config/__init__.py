@@ -3,7 +3,17 @@
 Importing this package never imports torch.
 """
 
-from ftlevel.config.layers import Layer, build_config, put, read_recipe, read_settings
+from ftlevel.config.evaluate import EvaluateConfig
+from ftlevel.config.generate import GenerateConfig
+from ftlevel.config.layers import (
+    Layer,
+    build_config,
+    build_section,
+    normal_task,
+    put,
+    read_recipe,
+    read_settings,
+)
 from ftlevel.config.merge import MergeConfig
 from ftlevel.config.methods import (
     SPECS,
@@ -17,6 +27,7 @@ from ftlevel.config.methods import (
     PTuningSpec,
     QloraSpec,
 )
+from ftlevel.config.quantize import QuantizeConfig
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
@@ -38,7 +49,9 @@ __all__ = [
     "AdaloraSpec",
     "AdapterSpec",
     "DataConfig",
+    "EvaluateConfig",
     "FullSpec",
+    "GenerateConfig",
     "Layer",
     "LoraSpec",
     "MergeConfig",
@@ -50,12 +63,15 @@ __all__ = [
     "PromptSpec",
     "QloraSpec",
     "QuantConfig",
+    "QuantizeConfig",
     "Section",
     "SpeedConfig",
     "TaskName",
     "TrainConfig",
     "TrainerConfig",
     "build_config",
+    "build_section",
+    "normal_task",
     "put",
     "read_recipe",
     "read_settings",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -19,6 +19,7 @@ from ftlevel.config.train import TrainConfig
 from ftlevel.errors import ConfigError, did_you_mean, listing, nearest
 
 KeyPath = tuple[str, ...]
+S = TypeVar("S", bound=BaseModel)
 
 SHORTHAND = {"model": "name_or_path", "method": "kind", "quant": "kind", "data": "dataset"}
 """`method: lora` is short for `method: {kind: lora}`; likewise for these sections."""
@@ -136,10 +137,36 @@ def build_config(layers: Iterable[Layer]) -> TrainConfig:
     if isinstance(merged.get("method"), dict) and "kind" not in merged["method"]:
         merged["method"]["kind"] = "lora"
     if isinstance(merged.get("task"), str):
-        task = merged["task"].strip().lower().replace("_", "-")
-        merged["task"] = _TASK_ALIASES.get(task, task)
+        merged["task"] = normal_task(merged["task"])
     try:
         return TrainConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(explain(error, origins)) from None
+
+
+def normal_task(name: str) -> str:
+    """Return a task's name as ftlevel writes it: with dashes, and not by another library's word."""
+    task = name.strip().lower().replace("_", "-")
+    return _TASK_ALIASES.get(task, task)
+
+
+def build_section(section: type[S], values: Mapping[str, Any]) -> S:
+    """Validate the flags of a command that has one flat section; None is a flag not given.
+
+    Raises:
+        ConfigError: with all problems found, each naming its flag.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    origins: dict[KeyPath, str] = {(name,): "--" + name.replace("_", "-") for name in given}
+    missing = [
+        f"--{name.replace('_', '-')} is missing: {field.description}"
+        for name, field in section.model_fields.items()
+        if field.is_required() and name not in given
+    ]
+    if missing:
+        raise ConfigError(missing)
+    try:
+        return section.model_validate(given)
     except ValidationError as error:
         raise ConfigError(explain(error, origins)) from None
 

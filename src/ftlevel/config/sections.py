@@ -67,6 +67,13 @@ class QuantConfig(Section):
         False, description="Quantize the 4-bit scales too: saves about 0.4 bit a weight."
     )
 
+    @property
+    def form(self) -> str:
+        """The quantized form in a few words."""
+        if self.kind != "4bit":
+            return "8-bit LLM.int8()" if self.kind == "8bit" else "not quantized"
+        return f"4-bit {self.quant_type}" + (", double quantization" if self.double_quant else "")
+
 
 class DataConfig(Section):
     """Where the examples come from and how a row becomes tokens."""

@@ -99,27 +99,53 @@ def save_adapter(model: Any, directory: Path, start: dict[str, Any]) -> None:
         model.save_pretrained(str(directory), save_embedding_layers=False, **more)
 
 
-def load_adapter(base: Any, directory: Path) -> Any:
+def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
     """Return `base` with the adapter saved in `directory`, in eval mode, its weights in float32.
 
     Raises:
         InputError: the file lacks weights that its configuration promises, or has others.
     """
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
+    from peft import PeftModel
 
     ensure_registered()
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
-    with warnings.catch_warnings():
-        # PEFT reads AdaLoRA's ranks as LoRA's, does not know their names, and then applies them.
-        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
-        adapted = PeftModel.from_pretrained(base, str(directory), is_trainable=True)
+    with _unknown_ranks_ignored():
+        adapted = PeftModel.from_pretrained(
+            base, str(directory), adapter_name=name, is_trainable=True
+        )
+    _fill_adapter(adapted, directory, name)
+    return adapted
+
+
+def add_adapter(adapted: Any, directory: Path, name: str) -> None:
+    """Put another adapter beside those of `adapted` (mutated), not switched on.
+
+    Raises:
+        InputError: it does not go with the others, or its file is not whole.
+    """
+    with _unknown_ranks_ignored():
+        try:
+            adapted.load_adapter(str(directory), adapter_name=name, is_trainable=True)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{directory} cannot stand beside the others: {reason}") from None
+    _fill_adapter(adapted, directory, name)
+
+
+def _fill_adapter(adapted: Any, directory: Path, name: str) -> None:
+    """Read the weights again into float32, check that all are there, and freeze them."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
     train_in_float32(adapted)
     # PEFT has put a head into the base's precision, and rounded it: read it again into float32.
-    with _ranks_applied(adapted):
-        set_peft_model_state_dict(adapted, load_file(str(directory / "adapter_model.safetensors")))
-    promised = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    found = _tensor_names(directory / "adapter_model.safetensors")
+    weights = load_file(str(directory / "adapter_model.safetensors"))
+    with _ranks_applied(adapted.peft_config[name]):
+        set_peft_model_state_dict(adapted, weights, adapter_name=name)
+    promised = set(
+        get_peft_model_state_dict(adapted, save_embedding_layers=False, adapter_name=name)
+    )
+    found = set(weights)
     if promised != found:
         odd = sorted(promised ^ found)
         raise InputError(
@@ -128,13 +154,20 @@ def load_adapter(base: Any, directory: Path) -> Any:
             "base model."
         )
     adapted.requires_grad_(False)
-    return adapted.eval()
+    adapted.eval()
 
 
 @contextlib.contextmanager
-def _ranks_applied(model: Any) -> Iterator[None]:
+def _unknown_ranks_ignored() -> Iterator[None]:
+    """Silence PEFT, which reads AdaLoRA's ranks as LoRA's, and then applies them all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _ranks_applied(config: Any) -> Iterator[None]:
     """Hide a config's ranks inside the block: AdaLoRA would prune by them a second time."""
-    config = next(iter(model.peft_config.values()))
     ranks = getattr(config, "rank_pattern", None)
     if ranks:
         config.rank_pattern = None
@@ -143,10 +176,3 @@ def _ranks_applied(model: Any) -> Iterator[None]:
     finally:
         if ranks:
             config.rank_pattern = ranks
-
-
-def _tensor_names(path: Path) -> set[str]:
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt") as file:
-        return set(file.keys())

@@ -16,13 +16,12 @@ from ftlevel.data.prompts import prompt_ids
 from ftlevel.data.tags import encode_words
 from ftlevel.data.windows import encode_questions
 from ftlevel.engine.encoding import question_separator
-from ftlevel.engine.evaluation import batches, generate_texts
+from ftlevel.engine.evaluation import Writing, batches, generate_texts
 from ftlevel.engine.trained import Trained
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.kinds import max_positions
 from ftlevel.tasks.squad import Found, update_found
 
-_BATCH = 8
 _WORDS = re.compile(r"\w+|[^\w\s]")
 _MASK = "[MASK]"
 NO_ANSWER = "(no answer)"
@@ -51,12 +50,14 @@ class Ask:
     Attributes:
         prompts: one or more.
         context: where answers are looked for; question answering only.
-        max_new_tokens: longest text that is written.
+        writing: how text is generated.
+        batch_size: prompts a forward pass.
     """
 
     prompts: Sequence[str]
     context: str | None
-    max_new_tokens: int
+    writing: Writing
+    batch_size: int = 8
 
 
 def answer(trained: Trained, ask: Ask) -> list[Reply]:
@@ -79,7 +80,7 @@ def _write(trained: Trained, ask: Ask) -> list[Reply]:
         raise TypeError("a model that writes text has a prompt format")
     ids = [prompt_ids(trained.tokenizer, trained.prompt_format, text) for text in ask.prompts]
     texts = generate_texts(
-        trained.model, trained.tokenizer, ids, trained.device, _BATCH, ask.max_new_tokens
+        trained.model, trained.tokenizer, ids, trained.device, ask.batch_size, ask.writing
     )
     return [Reply(text) for text in texts]
 
@@ -87,7 +88,9 @@ def _write(trained: Trained, ask: Ask) -> list[Reply]:
 def _classify(trained: Trained, ask: Ask) -> list[Reply]:
     texts = [Labelled(text, None, 0, i) for i, text in enumerate(ask.prompts)]
     rows = encode_labelled(trained.tokenizer, texts, lambda _: 0)
-    return [_read_label(trained, logits.float()) for logits in _logits(trained, rows)]
+    return [
+        _read_label(trained, logits.float()) for logits in _logits(trained, rows, ask.batch_size)
+    ]
 
 
 def _read_label(trained: Trained, logits: torch.Tensor) -> Reply:
@@ -111,7 +114,9 @@ def _tag(trained: Trained, ask: Ask) -> list[Reply]:
         for i, (tokens, more) in enumerate(zip(ids, extras, strict=True))
     ]
     replies = []
-    for words, first, logits in zip(sentences, positions, _logits(trained, rows), strict=True):
+    for words, first, logits in zip(
+        sentences, positions, _logits(trained, rows, ask.batch_size), strict=True
+    ):
         best = logits.argmax(-1).tolist()
         tags = ["O" if at is None else trained.labels[best[at]] for at in first]
         shown = [w if tag == "O" else f"{w}/{tag}" for w, tag in zip(words, tags, strict=True)]
@@ -130,7 +135,7 @@ def _find(trained: Trained, ask: Ask) -> list[Reply]:
         where=lambda index: f"--prompt {index + 1}",
     )
     found = [Found() for _ in questions]
-    for window, logits in zip(windows, _logits(trained, windows), strict=True):
+    for window, logits in zip(windows, _logits(trained, windows, ask.batch_size), strict=True):
         update_found(found[window.row], logits.cpu(), window)
     texts = [best.answer(unanswerable=trained.options["unanswerable"]) for best in found]
     return [Reply(text or NO_ANSWER) for text in texts]
@@ -145,7 +150,7 @@ def _fill(trained: Trained, ask: Ask) -> list[Reply]:
     encoded = [tokenizer(text)["input_ids"] for text in texts]
     rows = [Encoded(ids, [IGNORED] * len(ids), i) for i, ids in enumerate(encoded)]
     replies = []
-    for text, row, logits in zip(texts, rows, _logits(trained, rows), strict=True):
+    for text, row, logits in zip(texts, rows, _logits(trained, rows, ask.batch_size), strict=True):
         places = [i for i, token in enumerate(row.input_ids) if token == tokenizer.mask_token_id]
         # An embedding may have more rows than the vocabulary has words.
         shares = logits[places, : len(tokenizer)].float().softmax(-1)
@@ -166,14 +171,14 @@ _ANSWERS: dict[str, Callable[[Trained, Ask], list[Reply]]] = {
 }
 
 
-def _logits(trained: Trained, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
+def _logits(trained: Trained, rows: Sequence[Encoded], batch_size: int) -> Iterator[torch.Tensor]:
     """Yield the logits of each row, without padding, in order."""
     positions = max_positions(trained.model.config)
     longest = max(len(row.input_ids) for row in rows)
     if positions is not None and longest > positions:
         raise InputError(f"--prompt has {longest:,} tokens, and the model takes {positions:,}.")
     collate = Collator(trained.tokenizer.pad_token_id or 0)
-    for part in batches(rows, _BATCH):
+    for part in batches(rows, batch_size):
         batch: dict[str, Any] = {k: v.to(trained.device) for k, v in collate(part).items()}
         inputs, _ = trained.objective.split(batch)
         logits = trained.objective.logits(trained.model(**inputs))

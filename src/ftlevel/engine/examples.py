@@ -91,7 +91,7 @@ def load_examples(config: DataConfig, task: Task, seed: int) -> Loaded:
     Raises:
         InputError: with `path:line`, for whatever cannot be read or learned from.
     """
-    splits = _read(config, task, seed)
+    splits = read_splits(config, task, seed)
     shape = detect_format(splits.train.columns, task.name, config.columns)
     choices = []
     if task.target == "class":
@@ -100,10 +100,10 @@ def load_examples(config: DataConfig, task: Task, seed: int) -> Loaded:
         )
         shape = replace(shape, problem_type=problem)
         choices.append(Choice("problem", problem, reason))
-    train, examples = _convert(splits.train, shape, config)
+    train, examples = convert_rows(splits.train, shape, config)
     validation, held_out = splits.validation, None
     if validation is not None:
-        validation, held_out = _convert(validation, shape, config)
+        validation, held_out = convert_rows(validation, shape, config)
     labels = None
     if task.target == "tags" or (task.target == "class" and shape.problem_type != "regression"):
         column = shape.columns["tags" if task.target == "tags" else "label"]
@@ -111,17 +111,17 @@ def load_examples(config: DataConfig, task: Task, seed: int) -> Loaded:
         if held_out is not None and validation is not None:
             check_labels(labels, held_out, validation)
     if labels is not None and task.target == "tags":
-        train, examples = _refuse_orphans(train, shape, config, examples, labels)
+        train, examples = refuse_orphans(train, shape, config, examples, labels)
         if held_out is not None and validation is not None:
-            validation, held_out = _refuse_orphans(validation, shape, config, held_out, labels)
-    languages = _languages(config, shape) if task.name == "translation" else None
+            validation, held_out = refuse_orphans(validation, shape, config, held_out, labels)
+    languages = find_languages(config, shape) if task.name == "translation" else None
     if task.name == "translation":
         choices.append(_language_choice(languages))
     kept = Splits(train, validation, splits.test, splits.name, splits.notes)
     return Loaded(kept, shape, examples, held_out, labels, languages, choices)
 
 
-def _read(config: DataConfig, task: Task, seed: int) -> Splits:
+def read_splits(config: DataConfig, task: Task, seed: int) -> Splits:
     """Return the splits as far as the configuration wants them."""
     builtin = config.dataset.startswith("builtin:")
     splits = load_splits(
@@ -141,14 +141,14 @@ def _read(config: DataConfig, task: Task, seed: int) -> Splits:
     return Splits(train, validation, splits.test, splits.name, splits.notes)
 
 
-def _convert(table: Table, shape: Format, config: DataConfig) -> tuple[Table, list[Any]]:
+def convert_rows(table: Table, shape: Format, config: DataConfig) -> tuple[Table, list[Any]]:
     """Return the rows that can be learned from, and their examples."""
     if config.on_bad_row == "skip":
         table = drop_bad_rows(table, shape)
     return table, list(to_examples(table, shape))
 
 
-def _refuse_orphans(
+def refuse_orphans(
     table: Table, shape: Format, config: DataConfig, examples: list[Any], labels: LabelSet
 ) -> tuple[Table, list[Any]]:
     """Refuse rows whose tags break BIO, or drop them if the configuration says so."""
@@ -159,7 +159,8 @@ def _refuse_orphans(
     return table, list(to_examples(table, shape))
 
 
-def _languages(config: DataConfig, shape: Format) -> tuple[Language, Language] | None:
+def find_languages(config: DataConfig, shape: Format) -> tuple[Language, Language] | None:
+    """Return the languages of source and target; None where the columns do not tell."""
     source = find_language("source", shape.columns, config.source_language)
     target = find_language("target", shape.columns, config.target_language)
     return (source, target) if source and target else None

@@ -1,16 +1,17 @@
-"""Ask a trained model what its task is, with the base beside it."""
+"""Ask a trained model what its task is: one adapter or several, with the base beside them."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ftlevel.engine.answers import Ask, answer
-from ftlevel.engine.trained import Trained, load_trained
+from ftlevel.config import GenerateConfig, build_section
+from ftlevel.engine.adapter_set import BASE, AdapterSet, load_adapter_set
+from ftlevel.engine.answers import Ask, Reply, answer
+from ftlevel.engine.evaluation import Writing
 from ftlevel.errors import ConfigError
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import quiet_libraries
@@ -26,6 +27,7 @@ class Answer:
         base: the same from the base model; None if it was not asked.
         scores: class or word → probability; empty where there are none.
         tags: each word with its tag; empty but for token classification.
+        adapter: which adapter said it.
     """
 
     prompt: str
@@ -33,53 +35,66 @@ class Answer:
     base: str | None
     scores: dict[str, float]
     tags: list[tuple[str, str]]
+    adapter: str
 
 
 def generate(
-    name: str,
-    prompts: Sequence[str],
-    *,
-    context: str | None = None,
-    compare_base: bool = False,
-    max_new_tokens: int = 128,
-    device: str = "auto",
+    name: str | None, prompts: Sequence[str], **settings: Any
 ) -> tuple[list[Answer], list[str]]:
-    """Let the run, adapter or model `name` answer `prompts`, greedily.
+    """Let the run, adapter or model `name` answer `prompts`.
 
     Args:
-        name: a run directory, an adapter directory, or a model.
+        name: a run directory, an adapter directory, or a model; None with `adapters` or
+            `adapters_dir`.
         prompts: one or more; the run's own prompt format is put around each.
-        context: the text in which question answering looks for answers.
-        compare_base: ask the base model too, by switching the adapter off.
-        max_new_tokens: longest answer in tokens.
-        device: auto, cpu, cuda or mps.
+        settings: fields of `GenerateConfig`.
 
     Returns:
-        The answers in order, and notes for the user.
+        An answer for each prompt and adapter, in order, and notes for the user.
 
     Raises:
-        InputError: `name` cannot be loaded.
+        InputError: something cannot be loaded.
         ConfigError: `compare_base` where there is no adapter to switch off; no context for a
             question; no mask to fill in.
     """
+    return answer_all(build_section(GenerateConfig, {"name": name, **settings}), prompts)
+
+
+def answer_all(config: GenerateConfig, prompts: Sequence[str]) -> tuple[list[Answer], list[str]]:
+    """Load what `config` names and let it answer; see `generate`."""
     with quiet_libraries():
-        trained = load_trained(name, device)
-        if compare_base and not trained.has_adapter:
+        adapters = load_adapter_set(config)
+        if config.compare_base and not adapters.has_base:
             raise ConfigError(
-                f"--compare-base: {name} has no adapter that could be switched off. "
+                f"--compare-base: {config.name} has no adapter that could be switched off. "
                 "Ask the base model by itself: ftlevel generate MODEL --prompt …"
             )
-        ask = Ask(prompts, context, max_new_tokens)
-        with torch.no_grad(), autocast(trained.device, trained.dtype):
-            replies = answer(trained, ask)
-            with _without_adapter(trained) if compare_base else contextlib.nullcontext():
-                base = answer(trained, ask) if compare_base else None
-    answers = [
-        Answer(prompt, reply.text, base[i].text if base else None, reply.scores, reply.tags)
-        for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
-    ]
-    return answers, trained.notes
+        ask = Ask(prompts, config.context, writing_of(config), config.batch_size)
+        replies = {name: ask_voice(adapters, name, ask) for name in adapters.voices}
+        base = ask_voice(adapters, BASE, ask) if config.compare_base else None
+    return list(_answers(prompts, replies, base)), adapters.notes
 
 
-def _without_adapter(trained: Trained) -> Any:
-    return trained.model.disable_adapter()
+def writing_of(config: GenerateConfig) -> Writing:
+    """Return how text is generated."""
+    return Writing(config.max_new_tokens, config.temperature, config.top_p, config.seed)
+
+
+def ask_voice(adapters: AdapterSet, name: str, ask: Ask) -> list[Reply]:
+    """Return what the adapter called `name`, or the base, says to each prompt."""
+    with (
+        adapters.speaking(name) as trained,
+        torch.no_grad(),
+        autocast(trained.device, trained.dtype),
+    ):
+        return answer(trained, ask)
+
+
+def _answers(
+    prompts: Sequence[str], replies: dict[str, list[Reply]], base: list[Reply] | None
+) -> Iterator[Answer]:
+    for index, prompt in enumerate(prompts):
+        for name, said in replies.items():
+            reply = said[index]
+            beside = base[index].text if base else None
+            yield Answer(prompt, reply.text, beside, reply.scores, reply.tags, name)

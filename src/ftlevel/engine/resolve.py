@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.config import DEFAULT_MODEL, LoraSpec, MethodConfig, TrainConfig
+from ftlevel.config import DEFAULT_MODEL, LoraSpec, MethodConfig, QuantConfig, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
@@ -31,6 +31,11 @@ from ftlevel.models.loading import (
     load_config,
     load_tokenizer,
 )
+from ftlevel.models.quantized import (
+    quantization_name,
+    settle_quantization,
+    stored_quantization,
+)
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads, find_new_language_head
 from ftlevel.models.threads import choose_threads
@@ -51,6 +56,7 @@ class Plan:
         tokenizer: the model's, with a padding token.
         device: torch device type.
         dtype: compute precision's name.
+        quant: how the base is quantized, by the user's wish or in its checkpoint.
         objective: what the model is trained on.
         heads: modules trained in full.
         new_modules: where weights may be that the checkpoint lacks.
@@ -71,6 +77,7 @@ class Plan:
     tokenizer: Any
     device: str
     dtype: str
+    quant: QuantConfig
     objective: Objective
     heads: list[str]
     new_modules: list[str]
@@ -95,9 +102,10 @@ def resolve(config: TrainConfig) -> Plan:
     )
     bare = load_config(source)
     kind = model_kind(bare)
+    device = choose_device(config.model.device)
+    config = _settle_quantization(config, bare, source, device.value)
     _check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
-    device = choose_device(config.model.device)
     dtype = _dtype(config, device.value, bare.model_type)
     loaded = load_examples(config.data, task, config.train.seed)
     tokenizer = load_tokenizer(source)
@@ -134,7 +142,7 @@ def resolve(config: TrainConfig) -> Plan:
         device,
         *([choose_threads()] if device.value == "cpu" else []),
         dtype,
-        *_method_choices(config),
+        *_method_choices(config, stored_quantization(bare) is not None),
         *low_rank_choices(config, device.value),
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
@@ -145,9 +153,37 @@ def resolve(config: TrainConfig) -> Plan:
     ]
     return Plan(
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
-        objective, heads, new_modules, adapted.modules, adapted.parameters, adapted.fan_in_fan_out,
-        learning_rate.value, data, fast, choices,
+        config.quant, objective, heads, new_modules, adapted.modules, adapted.parameters,
+        adapted.fan_in_fan_out, learning_rate.value, data, fast, choices,
     )  # fmt: skip
+
+
+def _settle_quantization(
+    config: TrainConfig, bare: Any, source: ModelSource, device: str
+) -> TrainConfig:
+    """Return `config` with the quantization that the base has, whoever made it.
+
+    Raises:
+        ConfigError: the checkpoint is quantized, and the method or --quant does not go with that.
+    """
+    stored = stored_quantization(bare)
+    if stored is None:
+        return config
+    quant = settle_quantization(stored, config.quant, source.name, device)
+    method, form = config.method, quantization_name(stored)
+    plain = isinstance(method, LoraSpec) and method.init_lora_weights in ("default", "gaussian")
+    if quant.kind == "none" and not plain:
+        raise ConfigError(
+            f"--model {source.name} is quantized by {form}, and on such weights PEFT has --method "
+            "lora alone. Use --method lora, or give the original model with --quant 4bit."
+        )
+    settled = config.model_copy(update={"quant": quant})
+    try:
+        _check_method(settled, bare, model_kind(bare))
+    except ConfigError as error:
+        already = f"--model {source.name} is quantized already ({form})."
+        raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
+    return settled
 
 
 def _heads(task: Task, meta: Any, source: ModelSource) -> tuple[list[str], list[str]]:
@@ -283,15 +319,13 @@ def _model_choice(config: TrainConfig, meta: Any, source: ModelSource) -> Choice
     return Choice("model", source.name, size + ("; the built-in model" if default else ""))
 
 
-def _method_choices(config: TrainConfig) -> list[Choice]:
+def _method_choices(config: TrainConfig, quantized_already: bool) -> list[Choice]:
     method, quant, train = config.method, config.quant, config.train
     shown = []
     shown.append(Choice("method", method.kind, _describe(method)))
-    if quant.kind == "4bit":
-        double = ", double quantization" if quant.double_quant else ""
-        shown.append(Choice("base", f"4-bit {quant.quant_type}{double}", "heads kept in float"))
-    elif quant.kind == "8bit":
-        shown.append(Choice("base", "8-bit LLM.int8()", "heads kept in float"))
+    if quant.kind != "none":
+        origin = "quantized in its checkpoint; " if quantized_already else ""
+        shown.append(Choice("base", quant.form, f"{origin}heads kept in float"))
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
     shown.append(
         Choice(

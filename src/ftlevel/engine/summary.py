@@ -9,7 +9,7 @@ from typing import Any
 from ftlevel import __version__
 from ftlevel.artifacts.cards import PEFT_IMPORTS, AdapterCard, library_versions
 from ftlevel.artifacts.fingerprint import base_fingerprint
-from ftlevel.config import QuantConfig, TrainConfig
+from ftlevel.config import TrainConfig
 from ftlevel.engine.resolve import Plan
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.sources import ModelSource
@@ -61,7 +61,7 @@ def _cached_snapshot(source: ModelSource) -> Any:
 
 def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> AdapterCard:
     """Return the card that is written beside the adapter."""
-    quant: QuantConfig = config.quant
+    quant = plan.quant
     return AdapterCard(
         method=config.method.kind,
         task=plan.task.name,

@@ -306,7 +306,7 @@ def load_base(config: TrainConfig, plan: Plan) -> Any:
         plan.auto_class,
         dtype=dtype,
         device=plan.device,
-        quantization=build_quantization_config(config.quant, DTYPES[plan.dtype], plan.heads),
+        quantization=build_quantization_config(plan.quant, DTYPES[plan.dtype], plan.heads),
         attn_implementation=config.model.attn_implementation,
     )
     check_missing(missing, plan.new_modules, plan.source.name)

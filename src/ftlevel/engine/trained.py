@@ -11,12 +11,19 @@ from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.config import QuantConfig
-from ftlevel.data.prompts import PromptFormat, choose_format
+from ftlevel.data.prompts import PromptFormat
 from ftlevel.engine.adapt import load_adapter
+from ftlevel.engine.foreign import (
+    ADAPTER_CONFIG,
+    PLAIN,
+    check_trained_head,
+    read_plain_adapter,
+    stand_in_card,
+)
 from ftlevel.engine.pad_token import choose_pad_token
 from ftlevel.errors import InputError
-from ftlevel.models.hardware import DTYPES, choose_device, choose_dtype
-from ftlevel.models.kinds import max_positions, model_kind
+from ftlevel.models.hardware import DTYPES, choose_device
+from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import (
     check_missing,
     label_overrides,
@@ -25,6 +32,7 @@ from ftlevel.models.loading import (
     load_tokenizer,
 )
 from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.quantized import check_loadable, stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, Task
@@ -75,16 +83,63 @@ def load_trained(name: str, device_wish: str = "auto") -> Trained:
     Raises:
         InputError: it is not there, its base is not the one it was trained on, or it is damaged.
     """
-    directory = _adapter_directory(Path(name).expanduser())
     device = choose_device(device_wish).value
-    if directory is None:
-        return _load_plain(name, device)
-    card = read_card(directory)
-    if card.method == "full":
-        return _load_with_card(resolve_source(str(directory)), directory, card, device)
-    source = resolve_source(card.base["name"], card.base.get("revision"))
-    check_base(source, card, directory)
-    return _load_with_card(source, directory, card, device)
+    return load_found(find_trained(name, device), device)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a name means, before weights load.
+
+    Attributes:
+        source: the base model, or the whole model.
+        directory: of the adapter; None for a whole model.
+        card: how it was trained, or what stands in for that.
+        run: the run directory that it lies in, if it lies in one.
+        notes: what the user should know.
+    """
+
+    source: ModelSource
+    directory: Path | None
+    card: AdapterCard
+    run: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def find_trained(name: str, device: str, task: str | None = None) -> Found:
+    """Find the run, adapter or model called `name`, and its card.
+
+    Args:
+        name: a run directory, an adapter directory, or a model.
+        device: torch device type.
+        task: what a plain PEFT adapter or a model is for; the default is text generation. What
+            ftlevel trained knows its task.
+
+    Raises:
+        InputError: it is not there, its base is not the one it was trained on, or another `task`
+            is asked of it.
+    """
+    path = Path(name).expanduser()
+    directory = _adapter_directory(path)
+    if directory is not None:
+        card = read_card(directory)
+        if task not in (None, card.task):
+            raise InputError(f"{name} was trained for {card.task}, not for {task}. Drop --task.")
+        run = directory.parent if (directory.parent / CONFIG).is_file() else None
+        if card.method == "full":
+            return Found(resolve_source(str(directory)), None, card, run)
+        source = resolve_source(card.base["name"], card.base.get("revision"))
+        check_base(source, card, directory)
+        return Found(source, directory, card, run)
+    wished = TASKS[task or "text-generation"]
+    if (path / ADAPTER_CONFIG).is_file():
+        source, settings = read_plain_adapter(path)
+        card = stand_in_card(source, wished, device, path, settings)
+        return Found(source, path, card, None, [
+            f"{name} was not made by ftlevel: its base, {source.name}, is taken on trust"
+        ])  # fmt: skip
+    source = resolve_source(name)
+    return Found(source, None, stand_in_card(source, wished, device))
 
 
 def _adapter_directory(path: Path) -> Path | None:
@@ -102,19 +157,14 @@ def _adapter_directory(path: Path) -> Path | None:
             f"{path} is a run that has no adapter yet: it did not come to its end. "
             f"Go on with it: ftlevel train --output-dir {path} --resume"
         )
-    if (path / "adapter_config.json").is_file():
-        raise InputError(
-            f"{path} is an adapter without {CARD}, which says how it was trained. "
-            "ftlevel generate reads adapters that ftlevel wrote."
-        )
     return None
 
 
 def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
-    """Refuse a base whose weights are not those that the adapter was trained on.
+    """Refuse a base that is not the one on which the adapter in `directory` was trained.
 
     Raises:
-        InputError: their fingerprints differ.
+        InputError: the weights differ.
     """
     expected = card.base.get("fingerprint")
     if source.path is None or expected is None:
@@ -128,33 +178,42 @@ def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
         )
 
 
-def _load_with_card(
-    source: ModelSource, directory: Path, card: AdapterCard, device: str
-) -> Trained:
+def load_found(found: Found, device: str, name: str = "default") -> Trained:
+    """Load what `find_trained` found; its adapter is called `name`.
+
+    Raises:
+        InputError: it is damaged, or has no head for the task.
+    """
+    card, source, directory = found.card, found.source, found.directory
     task = TASKS[card.task]
     config = load_config(source, **card_overrides(card))
-    tokenizer = load_tokenizer(ModelSource(str(directory), "directory", str(directory)))
+    if (stored := stored_quantization(config)) is not None:
+        check_loadable(stored, source.name, device)
+    tokenizer = _load_tokenizer(source, directory)
+    choose_pad_token(tokenizer)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     kind = model_kind(config)
-    full = card.method == "full"
-    dtype, notes = card.dtype, []
+    dtype, notes = card.dtype, list(found.notes)
     if dtype == "float16" and device == "cpu":
-        dtype, notes = "float32", ["trained in float16; the CPU computes it in float32"]
+        dtype = "float32"
+        notes.append("trained in float16; the CPU computes it in float32")
     quant = QuantConfig.model_validate(card.quantization)
     model, missing = load_model(
         source,
         config,
         task.auto_class(kind, config.model_type),
-        dtype=DTYPES["float32" if full and not card.merge else dtype],
+        dtype=DTYPES["float32" if card.method == "full" and not card.merge else dtype],
         device=device,
         quantization=build_quantization_config(quant, DTYPES[dtype], card.heads),
     )
+    if card.method == PLAIN and task.has_new_head:
+        check_trained_head(missing, find_heads(model), source.name, task.name)
     # A language head that was new has a bias that is not trained and stays zero.
-    new = [*card.heads, *find_heads(model)] if card.heads and not full else []
+    new = [*card.heads, *find_heads(model)] if card.heads and directory else []
     check_missing(missing, new, source.name)
-    if not full:
-        model = load_adapter(model, directory)
+    if directory is not None:
+        model = load_adapter(model, directory, name)
     prompt = PromptFormat(**card.prompt) if card.prompt else None
     objective = build_objective(
         task,
@@ -169,6 +228,13 @@ def _load_with_card(
     )  # fmt: skip
 
 
+def _load_tokenizer(source: ModelSource, directory: Path | None) -> Any:
+    """Return the tokenizer beside the adapter, or the base's where none was saved."""
+    if directory is None or not (directory / "tokenizer_config.json").is_file():
+        return load_tokenizer(source)
+    return load_tokenizer(ModelSource(str(directory), "directory", str(directory)))
+
+
 def card_overrides(card: AdapterCard) -> dict[str, Any]:
     """Return what the base's config is given so that its head has the trained one's shape."""
     overrides = label_overrides(card.labels) if card.labels else {}
@@ -176,21 +242,3 @@ def card_overrides(card: AdapterCard) -> dict[str, Any]:
         overrides["problem_type"] = problem
         overrides.setdefault("num_labels", 1)
     return overrides
-
-
-def _load_plain(name: str, device: str) -> Trained:
-    """Load a model that nobody trained here, for text generation."""
-    source = resolve_source(name)
-    config = load_config(source)
-    kind = model_kind(config)
-    task = TASKS["text-generation"]
-    dtype = choose_dtype("auto", device, "lora", config.model_type).value
-    auto_class = task.auto_class(kind, config.model_type)
-    tokenizer = load_tokenizer(source)
-    choose_pad_token(tokenizer)
-    model, missing = load_model(source, config, auto_class, dtype=DTYPES[dtype], device=device)
-    check_missing(missing, [], name)
-    prompt = choose_format(tokenizer, kind, task.instruction, task.answer_cue)
-    objective = build_objective(task, kind)
-    longest = max_positions(config) or 0
-    return Trained(model.eval(), tokenizer, task, kind, device, dtype, objective, longest, prompt)

@@ -22,6 +22,51 @@ def model_kind(config: Any) -> ModelKind:
     return "decoder"
 
 
+TASK_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
+"""transformers' auto classes of the tasks."""
+
+
+def checkpoint_class(config: Any) -> str:
+    """Return the auto class that a checkpoint was saved as, by its `architectures`.
+
+    Where a config names none, as of a .gguf file, what models of its kind are for; `AutoModel`, a
+    model without head, where the name is unknown.
+    """
+    import transformers
+
+    if not config.architectures:
+        usual = {
+            "decoder": "AutoModelForCausalLM",
+            "encoder-decoder": "AutoModelForSeq2SeqLM",
+        }
+        return usual.get(model_kind(config), "AutoModel")
+
+    def is_made_by(name: str, architecture: str) -> bool:
+        mapping = getattr(transformers, name)._model_mapping
+        return type(config) in mapping and mapping[type(config)].__name__ == architecture
+
+    for architecture in config.architectures or ():
+        for name in (*TASK_CLASSES, "AutoModelForImageTextToText"):
+            if is_made_by(name, architecture):
+                return name
+        # BERT's pretraining head has the masked language model's in it; ELECTRA's has another.
+        masked = transformers.AutoModelForMaskedLM._model_mapping
+        if (
+            architecture.endswith("ForPreTraining")
+            and type(config) in masked
+            and config.model_type != "electra"
+        ):
+            return "AutoModelForMaskedLM"
+    return "AutoModel"
+
+
 def max_positions(config: Any) -> int | None:
     """Return the longest sequence in tokens that the model was built for, or None if unbounded.
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from ftlevel.errors import InputError, listing
 from ftlevel.models.module_tree import find_heads
 from ftlevel.models.quantization import keep_trainable_layout
+from ftlevel.models.quantized import as_quant_config, stored_quantization
 from ftlevel.models.sources import ModelSource
 
 
@@ -127,8 +128,12 @@ def load_model(
         arguments["key_mapping"] = mapping
     if attn_implementation != "auto":
         arguments["attn_implementation"] = attn_implementation
-    if quantization is not None:
+    stored = stored_quantization(config)
+    if stored is not None:
+        config = _keep_new_heads(stored, source, config, auto_class, dtype)
+    elif quantization is not None:
         arguments["quantization_config"] = keep_heads(quantization, config, auto_class)
+    if stored is not None or quantization is not None:
         arguments["device_map"] = {"": "cuda:0" if device == "cuda" else device}
     try:
         with quiet_libraries():
@@ -151,7 +156,7 @@ def load_model(
         _forget_renaming(model, mapping)
     if source.gguf_file:
         _forget_gguf(model)
-    if quantization is None:
+    if stored is None and quantization is None:
         model.to(device)
     keep_trainable_layout(model)
     return model, sorted(info["missing_keys"])
@@ -166,6 +171,31 @@ def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
     kept = copy.copy(quantization)
     heads = find_heads(build_task_model(config, auto_class))
     kept.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *heads})
+    return kept
+
+
+def _keep_new_heads(
+    stored: dict[str, Any], source: ModelSource, config: Any, auto_class: str, dtype: torch.dtype
+) -> Any:
+    """Return `config` of a quantized checkpoint, for a task whose head it may not have.
+
+    A head that is not quantized in the checkpoint stays in floating point, and 4-bit weights are
+    multiplied in `dtype`. Only bitsandbytes has these two settings.
+    """
+    if as_quant_config(stored) is None:
+        return config
+    packed = [name for name in _stored_names(source) if name.endswith((".absmax", ".SCB"))]
+    heads = [
+        head
+        for head in find_heads(build_task_model(config, auto_class))
+        if not any(f".{head}." in f".{name}" for name in packed)
+    ]
+    kept = copy.deepcopy(config)
+    kept.quantization_config = {
+        **stored,
+        "llm_int8_skip_modules": sorted({*(stored.get("llm_int8_skip_modules") or ()), *heads}),
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+    }
     return kept
 
 
@@ -191,12 +221,9 @@ def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
     A masked language model is saved without one. It would be random, so it is trained and saved
     like a head. Nothing is found for a .gguf file or a model that is not on this disk yet.
     """
-    if source.path is None or source.path.is_file():
+    held = _stored_names(source)
+    if not held:
         return []
-    held: set[str] = set()
-    for path in source.path.glob("*.safetensors"):
-        with safe_open(str(path), framework="pt") as file:
-            held.update(file.keys())
     return [
         name
         for name, module in meta.named_modules()
@@ -204,6 +231,17 @@ def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
         and (own := [key for key, _ in module.named_parameters()])
         and not any(stored.endswith(f"pooler.{own[0]}") for stored in held)
     ]
+
+
+def _stored_names(source: ModelSource) -> set[str]:
+    """Return the names of the checkpoint's tensors; none for a .gguf or one not on this disk."""
+    held: set[str] = set()
+    if source.path is None or source.path.is_file():
+        return held
+    for path in source.path.glob("*.safetensors"):
+        with safe_open(str(path), framework="pt") as file:
+            held.update(file.keys())
+    return held
 
 
 def check_missing(missing: list[str], allowed: list[str], name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -172,3 +173,25 @@ def _answers(endpoint: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def snapshot(source: ModelSource, more: Iterable[str] = ()) -> Path:
+    """Return the directory with the config and the .safetensors of `source`, fetched if need be.
+
+    Args:
+        source: a directory, a built-in model or a Hub id.
+        more: patterns of further files to fetch.
+    """
+    if source.kind != "hub":
+        return Path(source.location)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *more]
+    return Path(
+        snapshot_download(
+            source.location,
+            revision=source.revision,
+            allow_patterns=wanted,
+            local_files_only=source.local_files_only,
+        )
+    )

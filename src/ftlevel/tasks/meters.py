@@ -5,15 +5,18 @@ A meter takes a batch's logits, labels and rows in `update`, and gives its figur
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ftlevel.tasks.entities import are_entity_tags, score_entities
 from ftlevel.tasks.squad import Found, exact_match, f1, update_found
+
+P = TypeVar("P", bound="_Pairs")
 
 
 class Meter(Protocol):
@@ -24,6 +27,9 @@ class Meter(Protocol):
 
     def compute(self, loss: float) -> dict[str, float]:
         """Return the metrics but the loss; `loss` is the mean over all targets."""
+
+    def pool(self, meters: Sequence[Any]) -> Meter:
+        """Return a new meter of this kind that has seen what each of `meters` has seen."""
 
 
 class TokenMeter:
@@ -57,13 +63,31 @@ class TokenMeter:
             self.accuracy: self.right / self.tokens if self.tokens else math.nan,
         }
 
+    def pool(self, meters: Sequence[TokenMeter]) -> TokenMeter:
+        """Return a meter of all their tokens."""
+        pooled = TokenMeter(self.perplexity, self.accuracy)
+        pooled.tokens = sum(meter.tokens for meter in meters)
+        pooled.right = sum(meter.right for meter in meters)
+        return pooled
 
-class ClassMeter:
-    """Accuracy, macro F1 and Matthews' correlation of single-label classification."""
+
+class _Pairs:
+    """What was predicted and what is true, row by row."""
 
     def __init__(self) -> None:
-        self.predicted: list[int] = []
-        self.true: list[int] = []
+        self.predicted: list[Any] = []
+        self.true: list[Any] = []
+
+    def pool(self: P, meters: Sequence[P]) -> P:
+        """Return a meter of all their rows."""
+        pooled = copy.copy(self)
+        pooled.predicted = [value for meter in meters for value in meter.predicted]
+        pooled.true = [value for meter in meters for value in meter.true]
+        return pooled
+
+
+class ClassMeter(_Pairs):
+    """Accuracy, macro F1 and Matthews' correlation of single-label classification."""
 
     def update(
         self,
@@ -86,12 +110,8 @@ class ClassMeter:
         }
 
 
-class MultiLabelMeter:
+class MultiLabelMeter(_Pairs):
     """F1 and subset accuracy of labels that are told apart at a probability of one half."""
-
-    def __init__(self) -> None:
-        self.predicted: list[list[int]] = []
-        self.true: list[list[int]] = []
 
     def update(
         self,
@@ -119,12 +139,8 @@ class MultiLabelMeter:
         }
 
 
-class RegressionMeter:
+class RegressionMeter(_Pairs):
     """Root mean squared error, and Pearson's and Spearman's correlation."""
-
-    def __init__(self) -> None:
-        self.predicted: list[float] = []
-        self.true: list[float] = []
 
     def update(
         self,
@@ -147,7 +163,7 @@ class RegressionMeter:
         return scores
 
 
-class TagMeter:
+class TagMeter(_Pairs):
     """Entity precision, recall and F1 where the tags mark entities, else macro F1; accuracy.
 
     Every word counts: one that has no token is predicted as `O`, or wrongly where there is no `O`.
@@ -157,9 +173,8 @@ class TagMeter:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
         self.names = names
-        self.true: list[list[str]] = []
-        self.predicted: list[list[str]] = []
 
     def update(
         self,
@@ -222,3 +237,12 @@ class SpanMeter:
             "exact_match": sum(exact_match(t, self.answers[r]) for r, t in given.items()) / count,
             "f1": sum(f1(t, self.answers[r]) for r, t in given.items()) / count,
         }
+
+    def pool(self, meters: Sequence[SpanMeter]) -> SpanMeter:
+        """Return a meter of all their questions; one that comes twice counts twice."""
+        pooled = SpanMeter(self.unanswerable)
+        for meter in meters:
+            for row, found in meter.found.items():
+                pooled.answers[len(pooled.found)] = meter.answers[row]
+                pooled.found[len(pooled.found)] = found
+        return pooled

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
+
+_ROUGES = ("rouge1", "rouge2", "rougeL")
 
 # Written without spaces between words, so BLEU's usual tokenizer would see one word a sentence.
 _BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "lo": "char", "km": "char"}
@@ -14,12 +18,21 @@ def score_rouge(
     language: str = "",  # noqa: ARG001 - the signature of all scores
 ) -> dict[str, float]:
     """Return mean ROUGE-1, -2 and -L F1 between 0 and 1 (Lin, 2004), with Porter stemming."""
+    scores = [_rouge(r, p) for r, p in zip(references, predictions, strict=True)]
+    return {name: sum(s[name] for s in scores) / len(scores) for name in _ROUGES}
+
+
+@functools.lru_cache(maxsize=100_000)  # resampling asks for the same pairs again and again
+def _rouge(reference: str, prediction: str) -> dict[str, float]:
+    scores = _rouge_scorer().score(reference, prediction)
+    return {name: scores[name].fmeasure for name in _ROUGES}
+
+
+@functools.lru_cache(maxsize=1)
+def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names, use_stemmer=True)
-    scores = [scorer.score(r, p) for r, p in zip(references, predictions, strict=True)]
-    return {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in names}
+    return RougeScorer(list(_ROUGES), use_stemmer=True)
 
 
 def score_translations(

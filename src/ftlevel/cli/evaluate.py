@@ -1,0 +1,116 @@
+"""`ftlevel evaluate`: the task's metrics, base beside tuned, with intervals."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ftlevel.config import EvaluateConfig, build_section, normal_task
+from ftlevel.errors import ConfigError
+
+Text = Optional[str]  # noqa: UP045 - Typer evaluates these at run time on Python 3.10 as well
+Int = Optional[int]  # noqa: UP045
+Switch = Optional[bool]  # noqa: UP045
+
+
+def _option(name: str, *flags: str) -> Any:
+    """Return an option that sets the field `name`, described by it."""
+    declared = flags or ("--" + name.replace("_", "-"),)
+    field = EvaluateConfig.model_fields[name]
+    return typer.Option(*declared, help=field.description, show_default=False)
+
+
+def evaluate(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What is scored.")],
+    dataset: Annotated[Text, _option("dataset")] = None,
+    split: Annotated[Text, _option("split")] = None,
+    subset: Annotated[Text, _option("subset")] = None,
+    column_map: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--map", metavar="NAME=COLUMN", help="What the data calls a column."),
+    ] = None,
+    task: Annotated[Text, _option("task")] = None,
+    quant: Annotated[Text, _option("quant")] = None,
+    base: Annotated[Switch, _option("base", "--base/--no-base")] = None,
+    max_eval_samples: Annotated[Int, _option("max_eval_samples")] = None,
+    batch_size: Annotated[Int, _option("batch_size")] = None,
+    max_generate_samples: Annotated[Int, _option("max_generate_samples")] = None,
+    max_new_tokens: Annotated[Int, _option("max_new_tokens")] = None,
+    resamples: Annotated[Int, _option("resamples")] = None,
+    seed: Annotated[Int, _option("seed")] = None,
+    predictions: Annotated[Text, _option("predictions")] = None,
+    device: Annotated[Text, _option("device")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the metrics only.")] = False,
+    show_traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error arose.")
+    ] = False,
+) -> None:
+    """Score a run, an adapter or a model with its task's metrics.
+
+    A run is scored on its own validation rows unless --split or --dataset say otherwise, and gives
+    there the numbers that training gave. Intervals are of 95 %, by resampling the rows.
+    """
+    fields = {key: context.params.get(key) for key in EvaluateConfig.model_fields}
+    fields["columns"] = _columns(column_map or []) or None
+    fields["task"] = normal_task(task) if task else None
+    config = build_section(EvaluateConfig, fields)
+    from ftlevel.cli.screen import open_screen
+
+    with open_screen(as_json=as_json, quiet=quiet) as screen:
+        from ftlevel.engine.evaluate import evaluate as run
+
+        result = run(config, listener=screen)
+    if as_json:
+        typer.echo(json_module.dumps(result.summary, default=str))
+        return
+    for line in table_lines(result.summary):
+        typer.echo(line)
+    if predictions:
+        typer.echo(f"  predictions {predictions}")
+
+
+def _columns(pairs: list[str]) -> dict[str, str]:
+    """Read --map NAME=COLUMN."""
+    columns = {}
+    for pair in pairs:
+        name, equals, column = pair.partition("=")
+        if not (name and equals and column):
+            raise ConfigError(f"--map {pair}: expected NAME=COLUMN, as in summary=abstract.")
+        columns[name] = column
+    return columns
+
+
+def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line a metric: base, tuned with its interval, and the difference with its own."""
+    data, base = summary["data"], summary["base"]
+    count = f"{data['examples']:,} examples"
+    yield f"  {count} of {data['name']} ({data['split']})"
+    for name, value in summary["metrics"].items():
+        line = f"  {name:<18}"
+        if base:
+            line += f"{_figure(base.get(name))} → "
+        line += _figure(value) + _range(summary.get("intervals", {}).get(name))
+        change = summary.get("difference_intervals", {}).get(name)
+        if base and name in base and change:
+            line += f"   change {value - base[name]:+.4f}{_range(change, signed=True)}"
+        yield line
+    if "resamples" in summary:
+        yield f"  [95 % intervals: {summary['resamples']:,} resamples of the examples]"
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _range(bounds: list[float] | None, *, signed: bool = False) -> str:
+    if bounds is None:
+        return ""
+    form = "{:+.4f}" if signed else "{:.4f}"
+    return " [" + ", ".join(form.format(bound) for bound in bounds) + "]"

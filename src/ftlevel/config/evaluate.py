@@ -1,0 +1,52 @@
+"""What `ftlevel evaluate` is told: what is scored, on which rows, and how the result is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from ftlevel.config.sections import Positive, Section
+from ftlevel.config.train import TaskName
+
+
+class EvaluateConfig(Section):
+    """Everything that decides an evaluation. What is not given is as in training."""
+
+    name: str = Field(min_length=1, description="A run, an adapter, or a model.")
+    dataset: str | None = Field(
+        None, description="File, directory or Hub id; the default is the run's own data."
+    )
+    subset: str | None = Field(None, description="Configuration (subset) of a Hub data set.")
+    split: Literal["train", "validation", "test"] | None = Field(
+        None, description="Rows to score; the default is validation, or all rows of a single file."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="What ftlevel calls a column: what the data calls it."
+    )
+    task: TaskName | None = Field(
+        None, description="What a model or a plain PEFT adapter is for; a run knows it."
+    )
+    quant: Literal["none", "4bit", "8bit"] | None = Field(
+        None, description="Quantize the base otherwise than in training: none, 4bit or 8bit."
+    )
+    base: bool = Field(True, description="Score the base beside it, with the adapter switched off.")
+    max_eval_samples: Positive | None = Field(None, description="Use only the first N rows.")
+    batch_size: Positive | None = Field(
+        None, description="Rows a forward pass; the default is as in training."
+    )
+    max_generate_samples: Positive | None = Field(
+        None, description="How many rows are generated for ROUGE or BLEU; default as in training."
+    )
+    max_new_tokens: Positive | None = Field(
+        None, description="Longest generated text in tokens; default as in training."
+    )
+    resamples: int = Field(
+        1000, ge=0, description="Bootstrap draws of the rows for the 95 % intervals; 0 for none."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of these draws.")
+    predictions: Path | None = Field(
+        None, description="JSONL file to write a line a row to; it must not exist."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")

@@ -1,0 +1,43 @@
+"""What `ftlevel generate` is told: who answers, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ftlevel.config.sections import Positive, Section
+from ftlevel.config.train import TaskName
+
+
+class GenerateConfig(Section):
+    """Everything that decides what is answered, beside the prompts."""
+
+    name: str | None = Field(None, description="A run, an adapter, or a model.")
+    adapters: dict[str, Path] = Field(
+        default_factory=dict, description="Further adapters of the same base: name → directory."
+    )
+    adapters_dir: Path | None = Field(
+        None, description="Directory of adapters of one base; each is called by its folder."
+    )
+    chosen: list[str] = Field(
+        default_factory=list, description="Names of the adapters that answer; default all."
+    )
+    task: TaskName | None = Field(
+        None, description="What a model or a plain PEFT adapter is for; a run knows it."
+    )
+    context: str | None = Field(
+        None, description="The text in which a question's answer is looked for."
+    )
+    compare_base: bool = Field(False, description="Show the base model's answer beside it.")
+    max_new_tokens: Positive = Field(128, description="Longest answer in tokens.")
+    temperature: Annotated[float, Field(ge=0, le=10)] = Field(
+        0.0, description="Temperature of sampling; 0 takes the most likely token every time."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Sample from the fewest tokens with this probability together."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling.")
+    batch_size: Positive = Field(8, description="Prompts a forward pass.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")

@@ -1,0 +1,157 @@
+"""Pack weights as bitsandbytes does, shard by shard, one tensor in memory at a time.
+
+What is written is, tensor for tensor, what `save_pretrained` writes of a model that transformers
+has quantized and that never ran: the layout that every device reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftlevel.errors import InputError
+from ftlevel.models.quantize_layout import QUANTIZED, Layout
+from ftlevel.models.safetensors_stream import (
+    Entry,
+    ShardWriter,
+    header_bound,
+    read_entries,
+    read_tensor,
+)
+
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+_MOST_PIECES = 7  # a double-quantized weight: packed, scales, their scales, two maps, settings
+
+
+@dataclass
+class Written:
+    """What came out.
+
+    Attributes:
+        parts: part → [bytes before, bytes after].
+        quantized: how many weights are packed.
+        bytes: size of the files.
+    """
+
+    parts: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    quantized: int = 0
+    bytes: int = 0
+
+
+def find_shards(directory: Path) -> list[Path]:
+    """Return the files that hold the weights in `directory`, as transformers would read them.
+
+    Raises:
+        InputError: there are none of the names that transformers reads, or one is missing.
+    """
+    index = directory / INDEX
+    if (directory / WHOLE).is_file():
+        return [directory / WHOLE]
+    if not index.is_file():
+        raise InputError(f"{directory} has neither {WHOLE} nor {INDEX}. Save the model again.")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{index} cannot be read ({error}). Was a copy cut short?") from None
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{directory} lacks {len(missing)} of {len(names)} shards, such as {missing[0]}. "
+            "Fetch the model again."
+        )
+    return [directory / name for name in names]
+
+
+def quantize_shards(
+    shards: list[Path], out: Path, layout: Layout, progress: Callable[[int, int], None]
+) -> Written:
+    """Write the shards of a model quantized to `out`, under their own names.
+
+    Args:
+        shards: the source's files.
+        out: an existing directory.
+        layout: what is quantized, settled for this checkpoint.
+        progress: told the number of tensors done and of all.
+
+    Raises:
+        InputError: a file is damaged, or a weight is of a type that cannot be quantized.
+    """
+    files = {shard: read_entries(shard) for shard in shards}
+    total, done, written = sum(map(len, files.values())), 0, Written()
+    weight_map: dict[str, str] = {}
+    for shard, entries in files.items():
+        names = {key: layout.naming(key)[0] for key in entries}
+        pieces = {
+            key: _MOST_PIECES if layout.part_of(name) == QUANTIZED else 1
+            for key, name in names.items()
+        }
+        writer = ShardWriter(out / shard.name, header_bound(pieces))
+        with shard.open("rb") as file:
+            for key, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+                tensor = read_tensor(file, entry)
+                for piece, value in _convert(key, names[key], tensor, layout).items():
+                    writer.add(piece, value)
+                    weight_map[piece] = shard.name
+                    written.parts[layout.part_of(names[key])][1] += value.nbytes
+                _count(written, layout.part_of(names[key]), entry)
+                done += 1
+                progress(done, total)
+        written.bytes += writer.close()
+    if len(shards) > 1:
+        text = json.dumps(_index(weight_map, written), indent=2) + "\n"
+        (out / INDEX).write_text(text, encoding="utf-8")
+    return written
+
+
+def _count(written: Written, part: str, entry: Entry) -> None:
+    written.parts[part][0] += entry.end - entry.begin
+    written.quantized += part == QUANTIZED
+
+
+def _index(weight_map: Mapping[str, str], written: Written) -> dict[str, Any]:
+    size = sum(after for _, after in written.parts.values())
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _convert(key: str, name: str, tensor: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+    """Return what is stored for one tensor of the checkpoint."""
+    if layout.part_of(name) != QUANTIZED:
+        return {key: tensor.to(layout.kept_dtype(name, tensor.dtype))}
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise InputError(
+            f"{key} is stored as {tensor.dtype}: the model is quantized already. Give its original."
+        )
+    weight = tensor.to(layout.dtype)
+    if layout.linears[name.removesuffix(".weight")]:
+        weight = weight.T.contiguous()
+    pack = _pack_8bit if layout.config.load_in_8bit else _pack_4bit
+    return pack(key, weight, layout.config)
+
+
+def _pack_4bit(key: str, weight: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(
+        weight,
+        quant_type=config.bnb_4bit_quant_type,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_storage=config.bnb_4bit_quant_storage,
+    )
+    stats = {f"{key}.{name}": value for name, value in state.as_dict(packed=True).items()}
+    return {key: packed, **stats}
+
+
+def _pack_8bit(key: str, weight: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:  # noqa: ARG001 - as _pack_4bit
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    packed, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+    module = key.removesuffix("weight")
+    row_major = torch.tensor(0, dtype=torch.uint8)
+    return {key: packed, f"{module}SCB": scales, f"{module}weight_format": row_major}

@@ -1,0 +1,89 @@
+"""What a checkpoint that is already quantized is, and whether it can be loaded here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftlevel.config.sections import QuantConfig
+from ftlevel.errors import InputError
+
+
+def stored_quantization(config: Any) -> dict[str, Any] | None:
+    """Return the `quantization_config` of a model's config as a dict, None for a plain model."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    return dict(stored if isinstance(stored, dict) else stored.to_dict())
+
+
+def quantization_name(stored: dict[str, Any]) -> str:
+    """Return what a stored quantization is called: `4bit nf4`, `8bit`, `gptq`, `awq`."""
+    if stored.get("load_in_8bit"):
+        return "8bit"
+    if stored.get("load_in_4bit"):
+        double = " with double quantization" if stored.get("bnb_4bit_use_double_quant") else ""
+        return f"4bit {stored.get('bnb_4bit_quant_type', 'fp4')}{double}"
+    return str(stored.get("quant_method", "an unknown method"))
+
+
+def as_quant_config(stored: dict[str, Any]) -> QuantConfig | None:
+    """Return the section that would have made a bitsandbytes checkpoint; None for others."""
+    if stored.get("load_in_8bit"):
+        return QuantConfig(kind="8bit")
+    if stored.get("load_in_4bit"):
+        return QuantConfig(
+            kind="4bit",
+            quant_type=stored.get("bnb_4bit_quant_type", "fp4"),
+            double_quant=bool(stored.get("bnb_4bit_use_double_quant")),
+        )
+    return None
+
+
+def check_loadable(stored: dict[str, Any], name: str, device: str) -> None:
+    """Refuse a quantized checkpoint that transformers cannot load here, before weights are read.
+
+    Raises:
+        InputError: naming the quantization and what is missing.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    method = quantization_name(stored)
+    try:
+        quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
+        place = "cuda:0" if device == "cuda" else device
+        quantizer.validate_environment(device_map={"": place}, weights_only=True)
+    except (ImportError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"--model {name} is quantized by {method}, which cannot be loaded here: {reason} "
+            "Install what it names, or give the original model with --quant 4bit."
+        ) from None
+
+
+def settle_quantization(
+    stored: dict[str, Any] | None, wish: QuantConfig, name: str, device: str
+) -> QuantConfig:
+    """Return how the base is quantized: as the user wishes, or as the checkpoint is already.
+
+    A wish that says what the checkpoint is already changes nothing, so that a run's own config.yaml
+    trains it again.
+
+    Args:
+        stored: of the checkpoint; None for a plain model.
+        wish: the quant section.
+        name: of the model, as the user typed it.
+        device: torch device type.
+
+    Raises:
+        InputError: the checkpoint is quantized otherwise than wished, or cannot be loaded here.
+    """
+    if stored is None:
+        return wish
+    check_loadable(stored, name, device)
+    own, method = as_quant_config(stored), quantization_name(stored)
+    if wish.kind != "none" and (own is None or own.kind != wish.kind):
+        raise InputError(
+            f"--model {name} is quantized already ({method}), and cannot be brought to "
+            f"{wish.kind} by --quant. Drop --quant, or give the original model."
+        )
+    return own or wish

@@ -1,0 +1,250 @@
+"""`evaluate`: training's own numbers on its rows, the base beside them, intervals, predictions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+import task_data
+from ftlevel.cli.app import run
+from ftlevel.config import EvaluateConfig, TrainConfig
+from ftlevel.engine.evaluate import Evaluation, evaluate
+from ftlevel.engine.train import train
+from ftlevel.errors import ConfigError, InputError
+
+ModelDir = Callable[..., Path]
+
+SPAN = {"max_length": 48, "doc_stride": 12}
+PAIR = {"columns": {"source": "en", "target": "de"}}
+SUMMARY = {"columns": {"document": "en", "summary": "de"}}
+CELLS: list[tuple[str, str, str, str | None, dict[str, Any]]] = [
+    ("class", "text-classification", "bert", "mlm", {}),
+    ("multi", "text-classification", "bert", "mlm", {}),
+    ("regression", "text-classification", "bert", "mlm", {}),
+    ("tags", "token-classification", "bert", "mlm", {}),
+    ("span", "question-answering", "bert", "mlm", SPAN),
+    ("span-v2", "question-answering", "llama", None, SPAN),
+    ("mask", "masked-lm", "bert", "mlm", {}),
+    ("mask", "text-generation", "llama", None, {}),
+    ("pair", "summarization", "t5", None, SUMMARY),
+    ("pair", "summarization", "llama", None, SUMMARY),
+    ("pair", "translation", "bart", None, PAIR),
+]
+
+
+def configure(model: Path, data: Path, out: Path, task: str, **more: Any) -> TrainConfig:
+    options = more.pop("options", {})
+    return TrainConfig.model_validate(
+        {
+            "task": task,
+            "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
+            "data": {"dataset": str(data), **options},
+            "train": {
+                "max_steps": 3,
+                "learning_rate": 0.01,
+                "max_new_tokens": 6,
+                "per_device_eval_batch_size": 4,
+                "max_generate_samples": 5,
+            },
+            "output": {"dir": str(out)},
+            **more,
+        }
+    )
+
+
+def score(name: Path, **more: Any) -> Evaluation:
+    fields = {"name": str(name), "resamples": 40, "device": "cpu", **more}
+    return evaluate(EvaluateConfig.model_validate(fields))
+
+
+@pytest.mark.parametrize(("name", "task", "family", "head", "options"), CELLS)
+def test_gives_trainings_numbers(
+    name: str,
+    task: str,
+    family: str,
+    head: str | None,
+    options: dict[str, Any],
+    tiny_model_dir: ModelDir,
+    tmp_path: Path,
+) -> None:
+    data = task_data.write(tmp_path / "data", name)
+    config = configure(tiny_model_dir(family, head), data, tmp_path / "run", task, options=options)
+    expected = train(config).summary["metrics"]
+    result = score(tmp_path / "run", predictions=tmp_path / "p.jsonl")
+    assert result.metrics == expected
+    check_intervals(result)
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(lines) == result.summary["data"]["examples"] == 6
+    assert lines[0]["where"] == f"{data}/validation.jsonl:1"
+    check_predictions(name, lines, result)
+    has_new_head = task in ("text-classification", "token-classification", "question-answering")
+    assert bool(result.base) is not has_new_head
+    if result.base:
+        assert result.base["loss"] != result.metrics["loss"]
+
+
+def check_intervals(result: Evaluation) -> None:
+    intervals = result.summary["intervals"]
+    assert set(intervals) <= set(result.metrics)
+    assert "loss" in intervals
+    for name, (low, high) in intervals.items():
+        assert low <= high
+        if name not in ("precision", "f1", "mcc", "bleu", "pearson", "spearman"):
+            assert low - 1e-6 <= result.metrics[name] <= high + 1e-6, name
+
+
+def check_predictions(name: str, lines: list[dict[str, Any]], result: Evaluation) -> None:
+    """The lines give the metrics again."""
+    metrics = result.metrics
+    if name in ("class",):
+        right = sum(line["predicted"] == line["true"] for line in lines)
+        assert right / len(lines) == pytest.approx(metrics["accuracy"])
+        assert sum(line["loss"] for line in lines) / 6 == pytest.approx(metrics["loss"], rel=1e-4)
+    elif name == "multi":
+        right = sum(line["predicted"] == line["true"] for line in lines)
+        assert right / len(lines) == pytest.approx(metrics["subset_accuracy"])
+    elif name == "regression":
+        squares = [(line["predicted"] - line["true"]) ** 2 for line in lines]
+        assert math.sqrt(sum(squares) / 6) == pytest.approx(metrics["rmse"], rel=1e-4)
+    elif name == "tags":
+        pairs = [p for line in lines for p in zip(line["predicted"], line["true"], strict=True)]
+        right = sum(predicted == true for predicted, true in pairs)
+        assert right / len(pairs) == pytest.approx(metrics["accuracy"])
+    elif name == "mask":
+        tokens = sum(line["tokens"] for line in lines)
+        right = sum(line["tokens_right"] for line in lines)
+        accuracy = metrics.get("masked_accuracy", metrics.get("token_accuracy"))
+        assert right / tokens == pytest.approx(accuracy)
+    elif name == "pair":
+        assert sum("predicted" in line for line in lines) == 5
+        assert all("base_predicted" in line for line in lines[:5])
+
+
+@pytest.mark.parametrize("kind", ["full", "prefix", "qlora"])
+def test_other_methods(kind: str, tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    data = task_data.write(tmp_path / "data", "mask")
+    method = {"kind": kind} if kind != "prefix" else {"kind": kind, "num_virtual_tokens": 4}
+    config = configure(
+        tiny_model_dir("llama"), data, tmp_path / "run", "text-generation", method=method
+    )
+    expected = train(config).summary["metrics"]
+    result = score(tmp_path / "run")
+    assert result.metrics == expected
+    assert bool(result.base) is (kind != "full")
+    if kind == "qlora":
+        float_base = score(tmp_path / "run", quant="none")
+        assert float_base.metrics["loss"] != expected["loss"]
+        assert float_base.metrics["loss"] == pytest.approx(expected["loss"], rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    data = task_data.write(folder / "data", "class")
+    train(configure(tiny_model_dir("bert", "mlm"), data, folder / "run", "text-classification"))
+    return folder
+
+
+def test_other_rows(classifier: Path, tmp_path: Path) -> None:
+    rows = [json.dumps(task_data.ROWS["class"](i)) for i in range(40, 50)]
+    (classifier / "data/test.jsonl").write_text("\n".join(rows))
+    test = score(classifier / "run", split="test")
+    assert test.summary["data"]["examples"] == 10
+    assert test.summary["data"]["split"] == "test"
+    one_file = score(classifier / "run/adapter", dataset=str(classifier / "data/test.jsonl"))
+    assert one_file.metrics == test.metrics
+    assert one_file.summary["data"]["split"] == "all rows"
+    few = score(classifier / "run", split="test", max_eval_samples=4, batch_size=1)
+    assert few.summary["data"]["examples"] == 4
+    (classifier / "data/test.jsonl").unlink()
+    with pytest.raises(InputError, match=r"--split test: .* has none. Splits here: train, valid"):
+        score(classifier / "run", split="test")
+    (tmp_path / "odd.jsonl").write_text('{"text": "a", "label": "z"}\n{"text": "b", "label": "a"}')
+    with pytest.raises(InputError, match=r"label 'z' .* is no class of the training rows"):
+        score(classifier / "run", dataset=str(tmp_path / "odd.jsonl"))
+
+
+def test_the_draws_are_seeded(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    data = task_data.write(tmp_path / "data", "mask")
+    train(configure(tiny_model_dir("llama"), data, tmp_path / "run", "text-generation"))
+    first, second = (score(tmp_path / "run", seed=3).summary for _ in range(2))
+    assert first == second
+    other = score(tmp_path / "run", seed=4).summary
+    assert other["metrics"] == first["metrics"]
+    assert other["intervals"] != first["intervals"]
+    low, high = first["difference_intervals"]["loss"]
+    change = first["metrics"]["loss"] - first["base"]["loss"]
+    assert low <= change <= high
+
+
+def test_a_plain_peft_adapter(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    """The numbers are those of the model in memory, however it was made."""
+    base = tiny_model_dir("llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    peft_config = LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, peft_config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    data = task_data.write(tmp_path / "data", "mask")
+    rows = str(data / "validation.jsonl")
+    result = score(tmp_path / "adapter", task="text-generation", dataset=rows)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    total = count = 0.0
+    for line in Path(rows).read_text().splitlines():
+        ids = tokenizer(json.loads(line)["text"])["input_ids"]
+        ids += [] if ids[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]
+        batch = torch.tensor([ids])
+        with torch.no_grad():
+            total += float(adapted(batch, labels=batch).loss) * (len(ids) - 1)
+        count += len(ids) - 1
+    tolerance = 1e-4 if result.summary["dtype"] == "float32" else 1e-2
+    assert result.metrics["loss"] == pytest.approx(total / count, rel=tolerance)
+    assert result.base["loss"] != result.metrics["loss"]
+
+
+def test_a_plain_model(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    data = task_data.write(tmp_path / "data", "class")
+    rows = str(data / "validation.jsonl")
+    with pytest.raises(InputError, match=r"has no trained head for --task text-classification"):
+        score(tiny_model_dir("bert", "mlm"), task="text-classification", dataset=rows)
+    masked = task_data.write(tmp_path / "masked", "mask")
+    result = score(
+        tiny_model_dir("bert", "mlm"), task="masked-lm", dataset=str(masked / "validation.jsonl")
+    )
+    assert result.metrics["pseudo_perplexity"] > 1
+    assert not result.base
+    with pytest.raises(ConfigError, match=r"does not say what it was trained on. Add --dataset"):
+        score(tiny_model_dir("bert", "mlm"), task="masked-lm")
+
+
+def test_the_command(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = str(classifier / "run")
+    assert run(["evaluate", name, "--resamples", "20", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown
+    assert "without the adapter its" in shown
+    assert run(["evaluate", name, "--json", "--resamples", "20", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["metrics"]) == {"loss", "accuracy", "f1", "mcc"}
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("mine")
+    assert run(["evaluate", name, "--predictions", str(mine)]) == 2
+    assert "--predictions" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    assert run(["evaluate", name, "--task", "token_classification"]) == 2
+    assert "was trained for text-classification, not for token-classification" in (
+        capsys.readouterr().err
+    )
+    assert run(["evaluate", name, "--split", "dev"]) == 2
+    assert "--split: 'dev' is not known. Expected one of train, validation, test." in (
+        capsys.readouterr().err
+    )

@@ -1,0 +1,144 @@
+"""A quantized directory as a base: LoRA on top, a new head, generation, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import task_data
+from ftlevel.cli.app import run
+from ftlevel.config import QuantizeConfig, TrainConfig
+from ftlevel.engine.generate import generate
+from ftlevel.engine.quantize import quantize
+from ftlevel.engine.train import train
+from ftlevel.errors import ConfigError
+
+ModelDir = Callable[..., Path]
+
+
+def make(source: Path, out: Path, **form: Any) -> Path:
+    fields = {"model": str(source), "out": out, "measure": False, "quant": "4bit", **form}
+    quantize(QuantizeConfig.model_validate(fields))
+    return out
+
+
+def configure(model: Path, data: Path, out: Path, task: str, **more: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "task": task,
+            "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
+            "data": {"dataset": str(data)},
+            "train": {"max_steps": 3, "learning_rate": 0.01, "logging_steps": 1},
+            "output": {"dir": str(out)},
+            **more,
+        }
+    )
+
+
+@pytest.mark.parametrize("quant", ["4bit", "8bit"])
+def test_trains_as_if_quantized_while_loading(
+    quant: str, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """The run on the quantized directory is the run with --quant, number for number."""
+    source = tiny_model_dir("llama")
+    base = make(source, tmp_path / "base", quant=quant, dtype="float32")
+    data = task_data.write(tmp_path / "data", "mask")
+    losses = []
+    for model, more in ((base, {}), (source, {"quant": {"kind": quant}})):
+        out = tmp_path / f"run-{len(losses)}"
+        config = configure(model, data, out, "text-generation", **more)
+        summary = train(config).summary
+        assert summary["proof"]["reload_difference"] <= 1e-4
+        card = json.loads((out / "adapter/ftlevel.json").read_text())
+        assert card["quantization"]["kind"] == quant
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses.append([record["loss"] for record in records if "loss" in record])
+        answers, _ = generate(str(out), ["the parser"], max_new_tokens=4, device="cpu")
+        assert len(answers) == 1
+    assert losses[0] == losses[1]
+    again = TrainConfig.model_validate(
+        {**config.model_dump(), "model": {"name_or_path": str(base), "dtype": "float32"},
+         "quant": {"kind": quant}, "output": {"dir": str(tmp_path / "again")}}
+    )  # fmt: skip
+    train(again, dry_run=True)  # what the checkpoint is already may be said
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", "mlm"), ("llama", None), ("t5", None)])
+def test_a_new_head_stays_in_float(
+    family: str, head: str | None, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    base = make(tiny_model_dir(family, head), tmp_path / "base", dtype="float32")
+    data = task_data.write(tmp_path / "data", "class")
+    result = train(configure(base, data, tmp_path / "run", "text-classification"))
+    heads = [
+        part
+        for name, part in result.model.named_modules()
+        if name.endswith(("classifier", "score", "out_proj")) and hasattr(part, "weight")
+    ]
+    assert heads
+    assert all(part.weight.dtype == torch.float32 for part in heads)
+    packed = [p for p in result.model.modules() if type(p).__name__ == "Linear4bit"]
+    assert packed
+    assert result.summary["proof"]["adapter_effect"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (
+            {"quant": {"kind": "8bit"}},
+            "is quantized already \\(4bit nf4\\), and cannot be brought to 8bit by --quant",
+        ),
+        ({"method": {"kind": "full"}}, "is quantized already \\(4bit nf4\\). --method full"),
+        (
+            {"method": {"kind": "lora", "init_lora_weights": "pissa"}},
+            "is quantized already \\(4bit nf4\\). .*pissa",
+        ),
+    ],
+)
+def test_refusals(
+    more: dict[str, Any], complaint: str, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    base = make(tiny_model_dir("llama"), tmp_path / "base")
+    data = task_data.write(tmp_path / "data", "class")
+    with pytest.raises(ConfigError, match=complaint):
+        train(configure(base, data, tmp_path / "run", "text-classification", **more))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "complaint"),
+    [
+        ({"quant_method": "hqq"}, "is quantized by hqq, which cannot be loaded here"),
+        ({"quant_method": "gptq", "bits": 4}, "is quantized by gptq, which cannot be loaded here"),
+        ({"quant_method": "awq", "bits": 4}, "is quantized by awq, which cannot be loaded here"),
+        ({"quant_method": "new"}, "is quantized by new, which cannot be loaded here"),
+    ],
+)
+def test_a_quantization_that_is_not_there_is_named_before_weights_load(
+    stored: dict[str, Any],
+    complaint: str,
+    tiny_model_dir: ModelDir,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = make(tiny_model_dir("llama"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = stored
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "model.safetensors").write_bytes(b"not read")
+    for command in (
+        ["train", "--method", "lora", "--model", str(base), "--dry-run"],
+        ["generate", str(base), "--prompt", "x"],
+    ):
+        assert run(command) == 2
+        said = capsys.readouterr().err
+        assert complaint in said
+        assert len(said.splitlines()) == 1
+    assert run(["quantize", str(base), "--quant", "4bit", "--out", str(tmp_path / "x")]) == 2
+    assert "is quantized already" in capsys.readouterr().err
