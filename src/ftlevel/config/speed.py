@@ -14,13 +14,16 @@ class SpeedConfig(Section):
 
     fast: bool = Field(
         True,
-        description="Skip what does not count: padding, scores nobody reads, prefixes seen before.",
+        description="Use the faster forms of the step; off leaves every part to the libraries.",
     )
     pack: bool = Field(
         True, description="Lay the rows of a pass end to end, each attending to itself alone."
     )
     target_head: bool = Field(
         True, description="Compute a language head and its loss at supervised positions only."
+    )
+    low_rank: bool = Field(
+        True, description="Compute LoRA's base and update in one node, in the base's precision."
     )
     tokens_per_pass: Positive | Literal["auto"] = Field(
         "auto",

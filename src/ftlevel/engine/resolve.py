@@ -15,6 +15,7 @@ from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
 from ftlevel.engine.fast import FastPlan, plan_fast
+from ftlevel.engine.low_rank import low_rank_choices
 from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.pad_token import choose_pad_token
 from ftlevel.errors import ConfigError
@@ -32,6 +33,7 @@ from ftlevel.models.loading import (
 )
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads, find_new_language_head
+from ftlevel.models.threads import choose_threads
 from ftlevel.tasks import TASKS, Task
 from ftlevel.tasks.objectives import Objective, build_objective
 
@@ -130,8 +132,10 @@ def resolve(config: TrainConfig) -> Plan:
         Choice("task", task.name),
         *data.choices,
         device,
+        *([choose_threads()] if device.value == "cpu" else []),
         dtype,
         *_method_choices(config),
+        *low_rank_choices(config, device.value),
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
         *([pad] if pad else []),

@@ -23,6 +23,7 @@ from ftlevel.engine.arguments import build_arguments, build_evaluator, count_ste
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.fast import FastStep, StepCollator
+from ftlevel.engine.low_rank import uses_fused_layers
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
@@ -97,7 +98,9 @@ def _train(
     config: TrainConfig, plan: Plan, listener: Listener, recipe: Mapping[str, Any] | None
 ) -> TrainResult:
     listener.stage("load the model")
-    model = apply_method(load_base(config, plan), config.method, base_of(config, plan))
+    fused = uses_fused_layers(config, plan.device)
+    base = base_of(config, plan)
+    model = apply_method(load_base(config, plan), config.method, base, fused=fused)
     prepare_start(model, config, plan)
     fast, verified = speed_up(model, config, plan, listener)
     start = copy_start(model)
