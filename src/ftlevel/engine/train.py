@@ -22,11 +22,12 @@ from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
-from ftlevel.engine.fast import FastStep, StepCollator
+from ftlevel.engine.fast import FastStep
 from ftlevel.engine.low_rank import uses_fused_layers
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
+from ftlevel.engine.step_collator import StepCollator
 from ftlevel.engine.summary import build_card, build_summary, describe_base, dump_config
 from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.engine.verify import StepVerifier, Verified
@@ -155,7 +156,7 @@ def _train(
         proof=asdict(proof),
         timings=_timings(report, trained_at, int(trainer.tokens_seen)),
         generated_rows=evaluator.generated_rows if evaluator else 0,
-        speed=describe_speed(fast, verified),
+        speed=describe_speed(trainer, verified),
     )
     run.write_summary(summary)
     run.write_card(write_readme(summary))
@@ -244,9 +245,9 @@ def speed_up(
     if not plan.fast.enabled:
         return None, None
     fast, pad_id = FastStep(model, plan.fast), plan.tokenizer.pad_token_id
-    leak = fast.check_packing(plan.data.train, pad_id, plan.device, plan.dtype)
-    if leak:
-        listener.warn(f"{plan.model_config.model_type} is trained on padded rows: {leak}.")
+    reason = fast.check_packing(plan.data.train, pad_id, plan.device, plan.dtype)
+    if reason:
+        listener.warn(f"{plan.model_config.model_type}: {reason}.")
     if not config.speed.verify:
         return fast, None
     listener.stage("compute the first steps the plain way and the fast way")
@@ -258,13 +259,21 @@ def speed_up(
     return fast, verified
 
 
-def describe_speed(fast: FastStep | None, verified: Verified | None) -> dict[str, Any]:
+def describe_speed(trainer: FtlevelTrainer, verified: Verified | None) -> dict[str, Any]:
     """Return what summary.json says of how the steps were computed."""
-    if fast is None:
+    if trainer.fast is None:
         return {"fast": False}
-    parts = {"packed": fast.plan.packs, "head_on_targets": fast.plan.heads}
-    checked = {"verified": asdict(verified)} if verified else {}
-    return {"fast": True, **parts, "tokens_per_pass": fast.plan.tokens, **checked}
+    plan = trainer.fast.plan
+    return {
+        "fast": True,
+        "packed": plan.packs,
+        "head_on_targets": plan.heads,
+        "prefixes_shared": plan.shares,
+        "tokens_per_pass": plan.tokens,
+        "tokens_computed": trainer.tokens_computed,
+        "tokens_in_rows": int(trainer.tokens_seen),
+        "verified": asdict(verified) if verified else None,
+    }
 
 
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:

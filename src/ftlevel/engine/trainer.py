@@ -27,7 +27,8 @@ class FtlevelTrainer(Trainer):
     ignore `num_items_in_batch`.
 
     Attributes:
-        tokens_seen: tokens of training rows that went through the model, without padding.
+        tokens_seen: tokens of the training rows, without padding.
+        tokens_computed: places that the blocks computed: with padding, shared prefixes once.
         penalty: model → what its method adds to the loss of an optimizer step, or None. It is in
             the gradient alone: the loss that is logged is the one that evaluation measures.
     """
@@ -47,6 +48,7 @@ class FtlevelTrainer(Trainer):
         self.evaluator = evaluator
         self.fast = fast
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self.tokens_computed = 0
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
     def training_step(
@@ -64,6 +66,7 @@ class FtlevelTrainer(Trainer):
         for part in passes:
             is_last = part is passes[-1]
             layout = part.pop("layout")
+            self.tokens_computed += layout.tokens if layout else part["input_ids"].numel()
             once = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
             with once, laid_out(layout):
                 losses.append(super().training_step(model, part, num_items_in_batch))
