@@ -17,6 +17,7 @@ from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
 from ftlevel.config import AdaloraSpec, LoraSpec, QuantConfig, TrainConfig
 from ftlevel.config.choices import Choice
+from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
 from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
@@ -27,10 +28,10 @@ from ftlevel.engine.low_rank import uses_fused_layers
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
+from ftlevel.engine.speed_up import describe_speed, speed_up
 from ftlevel.engine.step_collator import StepCollator
 from ftlevel.engine.summary import build_card, build_summary, describe_base, dump_config
 from ftlevel.engine.trainer import FtlevelTrainer
-from ftlevel.engine.verify import StepVerifier, Verified
 from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, Report
 from ftlevel.errors import Interrupted
 from ftlevel.methods import METHODS, Base
@@ -111,7 +112,7 @@ def _train(
     trainer = build_trainer(config, plan, model, evaluator, run, fast)
     gradients, interrupt = GradientProof(listener), Interrupt()
     report = Report(listener, run.log, lambda: int(trainer.tokens_seen))
-    for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train),
+    for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train, trainer.order),
                      *method_callbacks(config, run),
                      Certify(run.checkpoints, config.train.save_total_limit)):  # fmt: skip
         trainer.add_callback(callback)
@@ -235,47 +236,6 @@ def method_callbacks(config: TrainConfig, run: RunDirectory) -> list[Any]:
     return [Allocation(run.checkpoints)] if isinstance(config.method, AdaloraSpec) else []
 
 
-def speed_up(
-    model: Any, config: TrainConfig, plan: Plan, listener: Listener
-) -> tuple[FastStep | None, Verified | None]:
-    """Put the fast step onto `model` (mutated), and compare it with the plain one where asked.
-
-    What the model turns out not to take is named, and done the plain way.
-    """
-    if not plan.fast.enabled:
-        return None, None
-    fast, pad_id = FastStep(model, plan.fast), plan.tokenizer.pad_token_id
-    reason = fast.check_packing(plan.data.train, pad_id, plan.device, plan.dtype)
-    if reason:
-        listener.warn(f"{plan.model_config.model_type}: {reason}.")
-    if not config.speed.verify:
-        return fast, None
-    listener.stage("compute the first steps the plain way and the fast way")
-    rows = config.train.per_device_train_batch_size
-    verify = StepVerifier(model, fast, plan.objective, pad_id, rows, plan.device, plan.dtype)
-    verified = verify(plan.data.train, rows * config.train.gradient_accumulation_steps)
-    apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
-    listener.choices("verify-fast", [Choice(f"{verified.steps} steps", apart)])
-    return fast, verified
-
-
-def describe_speed(trainer: FtlevelTrainer, verified: Verified | None) -> dict[str, Any]:
-    """Return what summary.json says of how the steps were computed."""
-    if trainer.fast is None:
-        return {"fast": False}
-    plan = trainer.fast.plan
-    return {
-        "fast": True,
-        "packed": plan.packs,
-        "head_on_targets": plan.heads,
-        "prefixes_shared": plan.shares,
-        "tokens_per_pass": plan.tokens,
-        "tokens_computed": trainer.tokens_computed,
-        "tokens_in_rows": int(trainer.tokens_seen),
-        "verified": asdict(verified) if verified else None,
-    }
-
-
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
     """Return LoRA+'s optimizer if a ratio is asked for; None leaves the choice to Trainer.
 
@@ -349,10 +309,20 @@ def build_trainer(
         eval_dataset=plan.data.validation or None,
         data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
         fast=fast,
+        order=row_order(config, plan),
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
+
+
+def row_order(config: TrainConfig, plan: Plan) -> LengthGroups | None:
+    """Return the order in which rows are taken, or None for Trainer's random one."""
+    train = config.train
+    if train.train_sampling_strategy == "random":
+        return None
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.seed)
 
 
 def save(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer
 
 from ftlevel.engine.fast import FastStep, target_loss
@@ -40,6 +41,7 @@ class FtlevelTrainer(Trainer):
         evaluator: Any = None,
         penalty: Callable[[Any], torch.Tensor] | None = None,
         fast: FastStep | None = None,
+        order: Sampler[int] | None = None,
         **arguments: Any,
     ):
         super().__init__(**arguments)
@@ -47,9 +49,14 @@ class FtlevelTrainer(Trainer):
         self.penalty = penalty
         self.evaluator = evaluator
         self.fast = fast
+        self.order = order
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the order that was given, or Trainer's."""
+        return self.order or super()._get_train_sampler(train_dataset)
 
     def training_step(
         self,
