@@ -1,4 +1,4 @@
-"""Rows by length: every row once an epoch, like with like, and the same order for the same epoch."""
+"""Rows by length: every row once an epoch, like with like, one order for one epoch."""
 
 from __future__ import annotations
 
