@@ -12,24 +12,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ftlevel.config import TrainConfig
+    from ftlevel.config import MergeConfig, TrainConfig
     from ftlevel.engine.generate import generate
     from ftlevel.engine.list_targets import list_targets
+    from ftlevel.engine.merge import MergeResult, merge
     from ftlevel.engine.train import TrainResult, train
     from ftlevel.pipeline import FineTunePipeLine
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "MergeConfig": "ftlevel.config",
+    "MergeResult": "ftlevel.engine.merge",
     "TrainConfig": "ftlevel.config",
     "TrainResult": "ftlevel.engine.train",
     "train": "ftlevel.engine.train",
     "generate": "ftlevel.engine.generate",
     "list_targets": "ftlevel.engine.list_targets",
+    "merge": "ftlevel.engine.merge",
     "FineTunePipeLine": "ftlevel.pipeline",
 }
 
-__all__ = ["FineTunePipeLine", "TrainConfig", "TrainResult", "generate", "list_targets", "train"]
+__all__ = [
+    "FineTunePipeLine",
+    "MergeConfig",
+    "MergeResult",
+    "TrainConfig",
+    "TrainResult",
+    "generate",
+    "list_targets",
+    "merge",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,6 +39,7 @@ class AdapterCard:
         data: name, row counts and fingerprint of the training data.
         needs_import: what a program must import before PEFT alone can load the adapter.
         versions: of the libraries.
+        merge: what was merged into a whole model, and how it was checked; empty where nothing was.
     """
 
     method: str
@@ -55,6 +56,7 @@ class AdapterCard:
     data: Mapping[str, Any] = field(default_factory=dict)
     needs_import: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    merge: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Write ftlevel.json into `directory`."""
@@ -100,6 +102,11 @@ _PROMPTS = {
 }
 
 
+def pipeline_tag(task: str) -> str:
+    """Return what the Hub calls `task`."""
+    return _PIPELINE_TAGS.get(task, task)
+
+
 def generate_command(run: str, task: str) -> str:
     """Return the command that asks `run`, with what its `task` needs to be asked."""
     asked = _PROMPTS.get(task, '--prompt "…"')
@@ -114,7 +121,7 @@ def write_readme(summary: Mapping[str, Any]) -> str:
         f"base_model: {summary['model']['name']}",
         "library_name: peft" if summary["method"] != "full" else "library_name: transformers",
         "tags: [ftlevel, " + summary["method"] + "]",
-        f"pipeline_tag: {_PIPELINE_TAGS.get(summary['task'], summary['task'])}",
+        f"pipeline_tag: {pipeline_tag(summary['task'])}",
         "---",
         "",
         f"# {Path(summary['run']).name}",

@@ -17,6 +17,7 @@ HELP = "Fine-tune transformers efficiently: one grammar for every family, task a
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
+    "merge": ("ftlevel.cli.merge:merge", "Merge an adapter into its base and write a plain model."),
     "list-targets": (
         "ftlevel.cli.list_targets:list_targets",
         "Show which modules of a model or a family can be adapted.",

@@ -4,6 +4,7 @@ Importing this package never imports torch.
 """
 
 from ftlevel.config.layers import Layer, build_config, put, read_recipe, read_settings
+from ftlevel.config.merge import MergeConfig
 from ftlevel.config.methods import (
     SPECS,
     AdaloraSpec,
@@ -40,6 +41,7 @@ __all__ = [
     "FullSpec",
     "Layer",
     "LoraSpec",
+    "MergeConfig",
     "MethodConfig",
     "ModelConfig",
     "OutputConfig",

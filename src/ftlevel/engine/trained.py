@@ -83,7 +83,7 @@ def load_trained(name: str, device_wish: str = "auto") -> Trained:
     if card.method == "full":
         return _load_with_card(resolve_source(str(directory)), directory, card, device)
     source = resolve_source(card.base["name"], card.base.get("revision"))
-    _check_base(source, card, directory)
+    check_base(source, card, directory)
     return _load_with_card(source, directory, card, device)
 
 
@@ -110,7 +110,12 @@ def _adapter_directory(path: Path) -> Path | None:
     return None
 
 
-def _check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
+def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
+    """Refuse a base whose weights are not those that the adapter was trained on.
+
+    Raises:
+        InputError: their fingerprints differ.
+    """
     expected = card.base.get("fingerprint")
     if source.path is None or expected is None:
         return
@@ -127,7 +132,7 @@ def _load_with_card(
     source: ModelSource, directory: Path, card: AdapterCard, device: str
 ) -> Trained:
     task = TASKS[card.task]
-    config = load_config(source, **_card_overrides(card))
+    config = load_config(source, **card_overrides(card))
     tokenizer = load_tokenizer(ModelSource(str(directory), "directory", str(directory)))
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
@@ -141,7 +146,7 @@ def _load_with_card(
         source,
         config,
         task.auto_class(kind, config.model_type),
-        dtype=DTYPES["float32" if full else dtype],
+        dtype=DTYPES["float32" if full and not card.merge else dtype],
         device=device,
         quantization=build_quantization_config(quant, DTYPES[dtype], card.heads),
     )
@@ -164,7 +169,7 @@ def _load_with_card(
     )  # fmt: skip
 
 
-def _card_overrides(card: AdapterCard) -> dict[str, Any]:
+def card_overrides(card: AdapterCard) -> dict[str, Any]:
     """Return what the base's config is given so that its head has the trained one's shape."""
     overrides = label_overrides(card.labels) if card.labels else {}
     if problem := card.options.get("problem_type"):

@@ -128,7 +128,7 @@ def load_model(
     if attn_implementation != "auto":
         arguments["attn_implementation"] = attn_implementation
     if quantization is not None:
-        arguments["quantization_config"] = _keep_heads(quantization, config, auto_class)
+        arguments["quantization_config"] = keep_heads(quantization, config, auto_class)
         arguments["device_map"] = {"": "cuda:0" if device == "cuda" else device}
     try:
         with quiet_libraries():
@@ -157,7 +157,7 @@ def load_model(
     return model, sorted(info["missing_keys"])
 
 
-def _keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
+def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
     """Return `quantization` that leaves every head in floating point, language models' too.
 
     Left to itself transformers spares a tied output; given a list it spares that alone, and BERT's

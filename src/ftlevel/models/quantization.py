@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,3 +54,72 @@ def keep_trainable_layout(model: torch.nn.Module) -> int:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What quantizing and dequantizing does to the weights of a model.
+
+    Attributes:
+        names: the model's tensors that are quantized.
+        transposed: those of them that are stored as (in, out), as Conv1D does.
+        quantization: the `BitsAndBytesConfig`.
+        dtype: precision in which the weights are loaded before they are quantized.
+    """
+
+    names: frozenset[str]
+    transposed: frozenset[str]
+    quantization: Any
+    dtype: torch.dtype
+
+    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return `weight` as the quantized model computes with it."""
+        if not weight.is_floating_point():
+            return weight
+        weight = weight.to(self.dtype)
+        if name not in self.names:
+            return weight
+        turned = name in self.transposed
+        rounded = self._round((weight.T if turned else weight).contiguous())
+        return rounded.T.contiguous() if turned else rounded
+
+    def _round(self, weight: torch.Tensor) -> torch.Tensor:
+        import bitsandbytes.functional as bnb
+
+        config = self.quantization
+        if config.load_in_8bit:
+            codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+            return bnb.int8_vectorwise_dequant(codes, scales).to(self.dtype)
+        packed, state = bnb.quantize_4bit(
+            weight,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+        )
+        return bnb.dequantize_4bit(packed, state).to(self.dtype)
+
+
+def build_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> Rounding:
+    """Return what `quantization` does to the weights of `model`, as transformers applies it.
+
+    Args:
+        model: on the meta device; its linears are replaced (mutated).
+        quantization: a `BitsAndBytesConfig` that names the modules to leave alone.
+        dtype: precision in which the weights are loaded.
+    """
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers import AutoHfQuantizer
+
+    AutoHfQuantizer.from_config(quantization, pre_quantized=False).preprocess_model(
+        model=model, device_map={"": "cpu"}
+    )
+    import bitsandbytes as bnb
+
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    found = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    turned = {name for name, module in found.items() if issubclass(module.source_cls, Conv1D)}
+    return Rounding(
+        frozenset(f"{name}.weight" for name in found),
+        frozenset(f"{name}.weight" for name in turned),
+        quantization,
+        dtype,
+    )

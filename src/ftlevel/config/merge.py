@@ -1,0 +1,99 @@
+"""What `ftlevel merge` is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ftlevel.config.sections import Positive, Section
+
+Strategy = Literal["cat", "svd", "linear", "ties", "dare-ties", "dare-linear", "magnitude-prune"]
+_PRUNING = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
+_QUANTIZED = ("4bit", "8bit", "quantized", "nf4", "fp4")
+
+
+class MergeConfig(Section):
+    """Everything that decides a merge."""
+
+    adapters: list[str] = Field(
+        min_length=1, description="Run or adapter to merge; several are mixed into one first."
+    )
+    output_dir: Path = Field(description="Directory of the merged model; it must not exist yet.")
+    onto: Literal["auto", "original", "dequantized"] = Field(
+        "auto",
+        description="Weights that a quantized run is merged into: dequantized are those that it "
+        "was trained on, original are those before quantization; auto measures both and takes the "
+        "one nearer to the model as trained.",
+    )
+    base: str | None = Field(
+        None,
+        min_length=1,
+        description="Where the base model is now, if it has moved; its weights must be the same.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the merged weights; auto keeps the base's."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="Where the models are compared; merging itself is done on the CPU."
+    )
+    verify: bool = Field(
+        True,
+        description="Load what was written and compare it with the base and the adapter on rows "
+        "of the run's data.",
+    )
+    rows: Positive = Field(32, description="How many rows are compared, at most.")
+    weights: list[float] | None = Field(
+        None, description="Weight of each adapter of a mixture: 0.7,0.3; the default is 1 each."
+    )
+    strategy: Strategy = Field(
+        "cat",
+        description="How several adapters become one. cat: the weighted sum of the updates, "
+        "exactly; the ranks add up. svd: that sum, cut to the largest rank. linear: A and B are "
+        "averaged apart, which is not the sum of the updates. ties, dare-linear, dare-ties, "
+        "magnitude-prune: linear after small (ties, magnitude) or random (dare) entries are "
+        "dropped; ties also drops what disagrees in sign.",
+    )
+    density: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Share of entries that ties, dare and magnitude-prune keep; default 0.5."
+    )
+
+    @field_validator("onto", mode="before")
+    @classmethod
+    def _is_not_quantized(cls, value: object) -> object:
+        if value in _QUANTIZED:
+            raise ValueError(
+                "weights of 4 or 8 bits cannot hold the update: rounding it to their grid erases "
+                "most of what was trained. Merge with --onto auto, and quantize the result or "
+                "keep the adapter on the quantized base"
+            )
+        return value
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _commas_separate(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _mixture_agrees(self) -> MergeConfig:
+        count = len(self.adapters)
+        problems = []
+        if self.weights is not None and len(self.weights) != count:
+            problems.append(
+                f"--weights gives {len(self.weights)} numbers for {count} adapters. Give one each."
+            )
+        if self.weights is not None and any(weight == 0 for weight in self.weights):
+            problems.append("--weights has a 0: leave that adapter out.")
+        if count == 1 and self.strategy != "cat":
+            problems.append(
+                f"--strategy {self.strategy} mixes adapters, and there is one. Drop it."
+            )
+        if self.density is not None and self.strategy not in _PRUNING:
+            problems.append(
+                f"--density belongs to --strategy {', '.join(_PRUNING)}, and --strategy is "
+                f"{self.strategy}. Drop it."
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

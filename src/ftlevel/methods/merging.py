@@ -1,0 +1,271 @@
+"""Merge an adapter into its base, a module at a time, by the code that PEFT merges with.
+
+PEFT's `merge_and_unload` needs the whole model in memory. Here the model is on the meta device, and
+only the adapter layers have the tensors of the adapter: to merge a module, a copy of it gets the
+base's weights, PEFT merges that, and its weights are the result. It is bit for bit what
+`merge_and_unload` gives for every method and every form of LoRA, with memory for one module.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.errors import InputError, listing
+from ftlevel.methods.peft_types import ensure_registered
+
+WEIGHTS = "adapter_model.safetensors"
+ADAPTER = "default"
+
+MERGED = ("LORA", "ADALORA", "IA3", "VERA", "OFT", "BOFT", "LOHA", "LOKR", "LN_TUNING")
+"""PEFT types that become part of the base's weights."""
+
+_VIRTUAL = ("PREFIX_KV", "SOFT_PROMPT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING",
+            "MULTITASK_PROMPT_TUNING", "CPT")  # fmt: skip
+_LORA_ALONE = {
+    "layer_replication": "it repeats layers, so it is another architecture",
+    "alora_invocation_tokens": "it acts only after its invocation tokens",
+    "arrow_config": "it routes each token among adapters",
+    "megatron_config": "it is laid out for Megatron",
+    "use_bdlora": "it is laid out in blocks over several devices",
+}
+
+
+def read_peft_config(directory: Path) -> dict[str, Any]:
+    """Return adapter_config.json of `directory`.
+
+    Raises:
+        InputError: it is missing or not valid.
+    """
+    path = directory / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from None
+    return config
+
+
+def why_not_mergeable(config: dict[str, Any]) -> str | None:
+    """Return why an adapter of `config` cannot be merged and what to do, or None if it can."""
+    kind = str(config.get("peft_type"))
+    if kind == "BOTTLENECK":
+        from ftlevel.methods.bottleneck.layer import CANNOT_MERGE
+
+        return CANNOT_MERGE
+    if kind in _VIRTUAL:
+        from ftlevel.methods.virtual_tokens import CANNOT_MERGE as CANNOT_MERGE_TOKENS
+
+        return CANNOT_MERGE_TOKENS
+    if kind not in MERGED:
+        return (
+            f"PEFT type {kind} has not been tried. Merged are {listing(MERGED)}; for others use "
+            "merge_and_unload of PEFT."
+        )
+    for key, reason in _LORA_ALONE.items():
+        if config.get(key):
+            return f"{key} is set: {reason}, and no plain weight can hold that. Keep the adapter."
+    return None
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """An adapter on its base, the base on the meta device.
+
+    Attributes:
+        units: name of a module of the base → the adapter's layer that stands in its place.
+        supplied: name of a tensor of the base → what the adapter has trained in its stead, outside
+            of `units`, such as biases.
+    """
+
+    units: dict[str, Any]
+    supplied: dict[str, Any]
+
+    def unit_of(self, name: str) -> str | None:
+        """Return the module in `units` that the base's tensor `name` belongs to."""
+        module = name
+        while module:
+            module = module.rpartition(".")[0]
+            if module in self.units:
+                return module
+        return None
+
+    def merge(self, path: str, read_base: Callable[[str], Any]) -> dict[str, Any]:
+        """Return the merged tensors of the unit at `path`, by their names in the base.
+
+        Args:
+            path: a key of `units`.
+            read_base: name of a base tensor → it, in memory that may be changed, in the precision
+                in which the result is wanted.
+
+        Raises:
+            InputError: PEFT cannot merge it.
+        """
+        import torch
+
+        layer = copy.deepcopy(self.units[path])
+        if not _replaces(layer):
+            _fill(_base_of(layer), path, read_base)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if hasattr(layer, "unload_and_optionally_merge_module"):
+                    merged = layer.unload_and_optionally_merge_module(
+                        merge=True, safe_merge=False, adapter_names=None
+                    )
+                else:
+                    layer.merge()
+                    merged = layer.get_base_layer()
+        except RuntimeError as error:
+            raise InputError(f"{path} cannot be merged: {error}") from None
+        return {f"{path}.{name}": tensor for name, tensor in merged.state_dict().items()}
+
+
+def build_skeleton(model: Any, directory: Path) -> Skeleton:
+    """Put the adapter of `directory` onto `model`.
+
+    Args:
+        model: the base on the meta device (mutated by PEFT).
+        directory: the adapter.
+
+    Raises:
+        InputError: the file has tensors that fit nothing, or lacks some.
+    """
+    from peft import PeftConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    ensure_registered()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = PeftConfig.from_pretrained(str(directory))
+        config.inference_mode = True
+        if str(config.peft_type.value) == "ADALORA":
+            config.rank_pattern = None  # the file holds the ranks that are left
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # how it began does not matter any more
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        tensors = load_file(str(directory / WEIGHTS))
+        _load(adapted, tensors, directory)
+    _restore_ranks(adapted, config)
+    base = adapted.get_base_model()
+    units = dict(_find_units(base))
+    supplied = {
+        name: parameter
+        for name, parameter in base.named_parameters(remove_duplicate=False)
+        if not parameter.is_meta and not any(name.startswith(unit + ".") for unit in units)
+    }
+    _check_filled(units, directory)
+    return Skeleton(units, supplied)
+
+
+def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
+    """Put every tensor of the file into its place in float32, each exactly once (mutated)."""
+    import torch
+
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in adapted.modules():
+        for box in (module._parameters, module._buffers):
+            for name, tensor in box.items():
+                places.setdefault(id(tensor), []).append((box, name))
+    promised = _promised(adapted, with_embeddings=False)
+    if set(promised) != set(tensors):  # PEFT saves the base of an embedding that was adapted
+        more = _promised(adapted, with_embeddings=True)
+        promised |= {name: more[name] for name in more if name in tensors}
+    if set(promised) != set(tensors):
+        missing, unknown = set(promised) - set(tensors), set(tensors) - set(promised)
+        raise InputError(
+            f"{directory}: {len(missing):,} weights of the adapter are missing and "
+            f"{len(unknown):,} fit nothing in the base model, such as "
+            f"{min(missing | unknown)}. It does not belong to this base model."
+        )
+    for name, place in promised.items():
+        tensor = tensors[name]
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        for box, key in places[id(place)]:
+            own = isinstance(place, torch.nn.Parameter)
+            box[key] = torch.nn.Parameter(tensor, requires_grad=False) if own else tensor
+
+
+def _promised(adapted: Any, *, with_embeddings: bool) -> dict[str, Any]:
+    """Return the adapter's tensors by the names of its file: the objects in the modules."""
+    from peft import get_peft_model_state_dict
+
+    found: dict[str, Any] = get_peft_model_state_dict(
+        adapted,
+        state_dict=adapted.state_dict(keep_vars=True),
+        save_embedding_layers=with_embeddings,
+    )
+    return found
+
+
+def _restore_ranks(adapted: Any, config: Any) -> None:
+    """Set what AdaLoRA divides by, which is not saved: the rank that it began with (mutated)."""
+    import torch
+
+    for module in adapted.modules():
+        if hasattr(module, "ranknum"):
+            rank = torch.full((1,), float(config.init_r))
+            module.ranknum[ADAPTER] = torch.nn.Parameter(rank, requires_grad=False)
+
+
+def _find_units(base: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the outermost adapter layers, as `merge_and_unload` visits them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    inside = ""
+    for name, module in base.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            inside = name + "."
+            yield name, module
+
+
+def _base_of(layer: Any) -> Any:
+    """Return the base's module inside an adapter layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
+
+
+def _replaces(layer: Any) -> bool:
+    """Whether the base's module plays no part any more: a head that was trained in full."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return isinstance(layer, ModulesToSaveWrapper)
+
+
+def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
+    """Give `base` its weights where the adapter has not supplied them (mutated)."""
+    import torch
+
+    for inner, module in base.named_modules():
+        for box in (module._parameters, module._buffers):
+            for key, tensor in box.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                value = read_base(".".join(part for part in (path, inner, key) if part))
+                own = isinstance(tensor, torch.nn.Parameter)
+                box[key] = torch.nn.Parameter(value, requires_grad=False) if own else value
+
+
+def _check_filled(units: dict[str, Any], directory: Path) -> None:
+    """Refuse an adapter that has tensors which neither its file nor the base gives."""
+    empty = []
+    for path, layer in units.items():
+        own = {id(tensor) for tensor in _base_of(layer).parameters()}
+        empty += [
+            f"{path}.{name}"
+            for name, tensor in layer.named_parameters()
+            if tensor.is_meta and id(tensor) not in own and ".original_module." not in f".{name}"
+        ]
+    if empty:
+        raise InputError(
+            f"{directory}: {len(empty):,} tensors of the adapter are not in its file, such as "
+            f"{listing(empty, 2)}. Merge it with merge_and_unload of PEFT."
+        )

@@ -1,0 +1,211 @@
+"""safetensors files, a tensor at a time: read one into memory, copy one, write many as a stream.
+
+The format (safetensors README): eight bytes with the length of a JSON header, the header with the
+type, shape and place of every tensor, and the numbers. A file that is written here needs memory for
+one `Part` only, whatever its size; `safetensors.torch.save_file` needs all of its tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ftlevel.errors import InputError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BLOCK = 1 << 22
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor is, without its numbers."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def meta(self) -> torch.Tensor:
+        """Return a tensor on the meta device."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def spec_of(tensor: torch.Tensor) -> Spec:
+    """Return the spec of `tensor`."""
+    return Spec(tensor.dtype, tuple(tensor.shape))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that lies in a file."""
+
+    path: Path
+    spec: Spec
+    offset: int
+
+    def read(self) -> torch.Tensor:
+        """Return the tensor in memory of its own, which the caller may change."""
+        if self.spec.nbytes == 0:
+            return torch.empty(self.spec.shape, dtype=self.spec.dtype)
+        tensor = torch.empty(self.spec.nbytes, dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            view = memoryview(tensor.numpy().data)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise InputError(f"{self.path} ends before its header says. Was it cut short?")
+                view = view[count:]
+        return tensor.view(self.spec.dtype).view(self.spec.shape)
+
+    def copy_to(self, out: BinaryIO) -> None:
+        """Append the tensor's bytes to `out`."""
+        left = self.spec.nbytes
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while left:
+                block = file.read(min(_BLOCK, left))
+                if not block:
+                    raise InputError(f"{self.path} ends before its header says. Was it cut short?")
+                out.write(block)
+                left -= len(block)
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Return the tensors of a safetensors file by name, and its metadata.
+
+    Raises:
+        InputError: the file is cut short, or holds a type of number that is not known here.
+    """
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > path.stat().st_size:
+                raise ValueError("its header would be longer than the file")
+            header: dict[str, Any] = json.loads(file.read(size))
+    except (struct.error, ValueError, OSError) as error:
+        raise InputError(f"{path} is not a safetensors file ({error}).") from None
+    metadata = header.pop("__metadata__", {})
+    stored = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(
+                f"{path}: {name} is of type {entry['dtype']}, which is not a plain number. "
+                f"Expected one of {', '.join(DTYPES)}."
+            )
+        spec = Spec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        stored[name] = Stored(path, spec, 8 + size + entry["data_offsets"][0])
+    return stored, metadata
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors that are written one after another, and how to get them when their turn comes.
+
+    Attributes:
+        specs: name → what will be written; their order is the order in the file.
+        source: a tensor of another file whose bytes are copied, or a function that gives the
+            tensors by name.
+    """
+
+    specs: Mapping[str, Spec]
+    source: Stored | Callable[[], Mapping[str, torch.Tensor]]
+
+
+def write_file(path: Path, parts: Sequence[Part]) -> None:
+    """Write `parts` as one safetensors file, and flush it to the disk."""
+    specs = [(name, spec) for part in parts for name, spec in part.specs.items()]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, spec in specs:
+        end = begin + spec.nbytes
+        header[name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for part in parts:
+            _write_part(file, part)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_part(file: BinaryIO, part: Part) -> None:
+    if isinstance(part.source, Stored):
+        part.source.copy_to(file)
+        return
+    tensors = part.source()
+    for name, spec in part.specs.items():
+        tensor = tensors[name].detach().cpu().contiguous()
+        if spec_of(tensor) != spec:
+            raise ValueError(f"{name} is {spec_of(tensor)} and was announced as {spec}")
+        if spec.nbytes:
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+
+
+def write_files(directory: Path, shards: Mapping[str, Sequence[Part]]) -> int:
+    """Write each shard of `shards` (file name → parts), with their index if there are several.
+
+    Returns:
+        Bytes of all tensors.
+    """
+    total, where = 0, {}
+    for name, parts in shards.items():
+        write_file(directory / name, parts)
+        for part in parts:
+            where.update(dict.fromkeys(part.specs, name))
+            total += sum(spec.nbytes for spec in part.specs.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        path = directory / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the weight files of a checkpoint, as transformers chooses them, in order.
+
+    Raises:
+        InputError: there are none, or the index names one that is missing.
+    """
+    single = directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise InputError(f"{directory} has no model.safetensors and no index of shards.")
+    names: Iterable[str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    paths = [directory / name for name in sorted(set(names))]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise InputError(f"{directory} lacks {missing[0]}, which its index names.")
+    return paths

@@ -1,0 +1,343 @@
+"""`ftlevel merge` of whole runs: verified, refused, mixed, killed, and onto quantized bases."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import task_data
+from ftlevel import MergeConfig, merge
+from ftlevel.cli.app import run
+from ftlevel.engine.generate import generate
+from ftlevel.methods.merging import Skeleton
+
+TinyModelDir = Callable[..., Path]
+RUN = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--max-steps", "3",
+       "--learning-rate", "2e-3", "--quiet"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Return a factory of short runs on tiny models, on data of their task."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(family: str, task: str, data: str, head: str | None, *more: str) -> Path:
+        key = (family, task, data, str(head), *more)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("run")
+            task_data.write(folder / "data", data)
+            base = shutil.copytree(tiny_model_dir(family, head), folder / "base")
+            columns = ["--map", "source=en", "--map", "target=de"] if data == "pair" else []
+            out = folder / "run"
+            code = run(["train", "--model", str(base), "--task", task, *columns,
+                        "--dataset", str(folder / "data"), "--output-dir", str(out),
+                        "--overlong", "drop", *RUN, *more])  # fmt: skip
+            assert code == 0
+            made[key] = out
+        return made[key]
+
+    return make
+
+
+def summary_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """Run `ftlevel merge --json` and return what it prints."""
+    capsys.readouterr()
+    assert run(["merge", *arguments, "--json"]) == 0
+    summary: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return summary
+
+
+CELLS = [
+    ("bert", "token-classification", "tags", "mlm"),
+    ("llama", "question-answering", "span", None),  # its class has another prefix
+    ("bert", "masked-lm", "mask", "seqcls"),  # a new language head
+    ("roberta", "text-classification", "class", "mlm"),
+    ("bert", "text-classification", "multi", "mlm"),
+    ("gpt2", "text-classification", "regression", None),
+    ("t5", "translation", "pair", None),
+    ("mixtral", "text-generation", "mask", None),
+]
+
+
+@pytest.mark.parametrize(("family", "task", "data", "head"), CELLS)
+def test_a_run_of_every_task_merges_to_the_model_that_was_trained(
+    family: str,
+    task: str,
+    data: str,
+    head: str | None,
+    trained: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = trained(family, task, data, head, "--dtype", "float32")
+    found = summary_of(capsys, str(source), "--out", "merged")
+    agreement = found["agreement"]
+    assert agreement["max_difference"] <= 1e-4 * agreement["scale"]
+    assert agreement["top1"] == 1
+    assert agreement["targets"] >= 6
+    assert agreement["loss"] == pytest.approx(agreement["loss_reference"], rel=1e-4)
+    assert found["written"]["unchanged"] == 0
+    prompt = "the <mask> of" if family == "roberta" else "the [MASK] of"
+    context = "The name is module 3." if data == "span" else None
+    answers = [generate(name, [prompt], context=context, device="cpu", max_new_tokens=4)[0][0].text
+               for name in ("merged", str(source))]  # fmt: skip
+    assert answers[0] == answers[1]
+
+
+def test_a_run_in_bfloat16_is_measured_against_its_rounding(
+    trained: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = trained("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
+    found = summary_of(capsys, str(source), "--out", "merged")
+    noise = found["candidates"]["original"]["noise"]
+    assert 0 < found["agreement"]["mean_difference"] < 4 * noise["mean_difference"]
+    card = json.loads(Path("merged/ftlevel.json").read_text())
+    assert card["merge"]["verified"]
+    assert card["method"] == "full"
+    assert "Loaded afresh and compared" in Path("merged/README.md").read_text()
+    files = {path.name for path in Path("merged").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= files
+
+
+def test_a_merge_that_is_not_the_trained_model_is_not_put_in_place(
+    trained: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = trained("llama", "text-generation", "mask", None, "--dtype", "float32")
+    right = Skeleton.merge
+
+    def forgets_a_module(self: Skeleton, path: str, read_base: Callable[[str], Any]) -> Any:
+        merged = right(self, path, read_base)
+        if path == "model.layers.1.mlp.down_proj":
+            return {name: read_base(name) for name in merged}
+        return merged
+
+    monkeypatch.setattr(Skeleton, "merge", forgets_a_module)
+    assert run(["merge", str(source), "--out", "merged"]) == 1
+    assert "the merged model is not the base with the adapter" in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+
+
+def test_not_verified_is_written_on_it(trained: Callable[..., Path]) -> None:
+    source = trained("llama", "text-generation", "mask", None, "--dtype", "float32")
+    assert run(["merge", str(source), "--out", "merged", "--no-verify", "--quiet"]) == 0
+    assert "**Not verified**" in Path("merged/README.md").read_text()
+    assert json.loads(Path("merged/ftlevel.json").read_text())["merge"]["verified"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [["--double-quant"], ["--quant-type", "fp4"], ["--quant", "8bit"]]
+)
+def test_a_quantized_run_is_merged_onto_what_it_was_trained_on(
+    flags: list[str], trained: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = trained("llama", "text-generation", "mask", None, "--method", "qlora",
+                     "--dtype", "float32", *flags)  # fmt: skip
+    found = summary_of(capsys, str(source), "--out", "merged")
+    assert found["onto"] == "dequantized"
+    assert "nearer to the model as trained" in found["reason"]
+    measured = {way: entry["trained"] for way, entry in found["candidates"].items()}
+    most = 1.0 if "8bit" in flags else 0.1  # 8 bits round activations as well
+    assert measured["dequantized"]["kl"] < most * measured["original"]["kl"]
+    assert sorted(p.name for p in Path().iterdir()) == ["merged"]
+    other = summary_of(capsys, str(source), "--out", "other", "--onto", "original")
+    assert other["onto"] == "original"
+    assert other["agreement"]["max_difference"] <= 1e-4 * other["agreement"]["scale"]
+    capsys.readouterr()
+    assert run(["merge", str(source), "--out", "third", "--no-verify"]) == 2
+    assert "Say --onto dequantized" in capsys.readouterr().err
+
+
+def peft_config(kind: str, **settings: Any) -> str:
+    return json.dumps({"peft_type": kind, "task_type": "CAUSAL_LM",
+                       "base_model_name_or_path": "builtin:tiny-llama", **settings})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments", "message"),
+    [
+        ({}, ["a"], "a does not exist"),
+        ({"a/notes.txt": ""}, ["a"], "no run and no adapter (it holds notes.txt)"),
+        ({"a/config.yaml": ""}, ["a"], "a run that has no adapter yet"),
+        ({"a/ftlevel.json": json.dumps({"format": 1, "method": "full", "task": "text-generation",
+          "base": {}, "quantization": {}, "dtype": "float32", "max_length": 1})},
+         ["a"], "there is nothing to merge: a is a whole model already"),
+        ({"a/adapter_config.json": peft_config("BOTTLENECK")}, ["a"],
+         "a bottleneck adapter is not linear"),
+        ({"a/adapter_config.json": peft_config("PREFIX_KV")}, ["a"], "virtual tokens are inputs"),
+        ({"a/adapter_config.json": peft_config("SOFT_PROMPT")}, ["a"], "virtual tokens are inputs"),
+        ({"a/adapter_config.json": peft_config("PROMPT_TUNING")}, ["a"], "virtual tokens are inp"),
+        ({"a/adapter_config.json": peft_config("XLORA")}, ["a"], "has not been tried"),
+        ({"a/adapter_config.json": peft_config("LORA", layer_replication=[[0, 1]])}, ["a"],
+         "layer_replication is set"),
+        ({"a/adapter_config.json": peft_config("LORA", task_type=None)}, ["a"], "task_type None"),
+        ({"a/adapter_config.json": peft_config("LORA")}, ["a", "--onto", "dequantized"],
+         "not quantized ones. Drop --onto"),
+        ({"a/adapter_config.json": peft_config("LORA")}, ["a", "--base", "no/where"],
+         "--model no/where: no such directory"),
+        ({"m/x": ""}, ["a", "--out", "m"], "--out m exists and is not empty"),
+        ({}, ["a", "--onto", "4bit"], "--onto: '4bit': weights of 4 or 8 bits cannot hold"),
+        ({}, ["a", "--onto", "origin"], "Did you mean 'original'?"),
+        ({}, ["a", "b", "--weights", "1"], "--weights gives 1 numbers for 2 adapters"),
+        ({}, ["a", "b", "--weights", "1,x"], "--weights"),
+        ({}, ["a", "--strategy", "ties"], "--strategy ties mixes adapters, and there is one"),
+        ({}, ["a", "b", "--density", "0.3"], "--density belongs to --strategy ties"),
+        ({"a/adapter_config.json": peft_config("LORA"),
+          "b/adapter_config.json": peft_config("LORA", use_dora=True)}, ["a", "b"],
+         "b cannot be mixed: it is DoRA"),
+        ({"a/adapter_config.json": peft_config("LORA"),
+          "b/adapter_config.json": peft_config("IA3")}, ["a", "b"], "only LoRA adapters"),
+        ({"a/adapter_config.json": peft_config("LORA", modules_to_save=["norm"]),
+          "b/adapter_config.json": peft_config("LORA")}, ["a", "b"], "(modules_to_save)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_merged_is_refused_in_one_line(
+    files: dict[str, str],
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, text in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    out = [] if "--out" in arguments else ["--out", "merged"]
+    assert run(["merge", *arguments, *out]) == 2
+    complaint = capsys.readouterr().err
+    assert message.lower() in complaint.lower()
+    assert complaint.startswith("ftlevel: ")
+    assert len(complaint.splitlines()) == 1
+    assert not Path("merged").exists()
+
+
+def test_another_base_is_refused(
+    trained: Callable[..., Path],
+    tiny_model_dir: TinyModelDir,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = trained("llama", "text-generation", "mask", None, "--dtype", "float32")
+    other = tiny_model_dir("llama", seed=1)
+    assert run(["merge", str(source), "--out", "merged", "--base", str(other)]) == 2
+    assert "there are now other weights" in capsys.readouterr().err
+    moved = shutil.copytree(source.parent / "base", "moved")
+    assert run(["merge", str(source), "--out", "merged", "--base", str(moved), "--quiet"]) == 0
+
+
+def lora_on(base: Path, folder: Path, rank: int, targets: list[str], **more: Any) -> Path:
+    """Save a LoRA of random numbers on `base`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=rank, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM",
+                        init_lora_weights=False, **more)  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def delta(adapter: Path, module: str, scale: float) -> torch.Tensor | float:
+    saved = load_file(adapter / "adapter_model.safetensors")
+    name = f"base_model.model.{module}.lora_{{}}.weight"
+    if name.format("A") not in saved:
+        return 0.0
+    return saved[name.format("B")] @ saved[name.format("A")] * scale
+
+
+def test_cat_is_the_weighted_sum_exactly(tiny_model_dir: TinyModelDir) -> None:
+    base = tiny_model_dir("llama")
+    first = lora_on(base, Path("a"), 4, ["q_proj", "up_proj"])
+    second = lora_on(base, Path("b"), 9, ["q_proj", "v_proj"], use_rslora=True)
+    names = [str(first), str(second)]
+    result = merge(MergeConfig(adapters=names, weights=[0.7, -0.3], output_dir=Path("merged")))
+    assert result.summary["agreement"]["top1"] == 1
+    merged = load_file("merged/model.safetensors")
+    for name, weight in load_file(base / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        update = 0.7 * delta(first, module, 6 / 4) - 0.3 * delta(second, module, 6 / 3)
+        torch.testing.assert_close(merged[name], weight + update, rtol=0, atol=1e-6)
+    assert json.loads(Path("merged/ftlevel.json").read_text())["merge"]["weights"] == [0.7, -0.3]
+
+
+@pytest.mark.parametrize(
+    "strategy", ["svd", "linear", "ties", "dare-ties", "dare-linear", "magnitude-prune"]
+)
+def test_the_other_strategies_are_those_of_peft(
+    strategy: str, tiny_model_dir: TinyModelDir
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_model_dir("llama")
+    folders = [lora_on(base, Path(name), 4, ["q_proj", "up_proj"]) for name in "ab"]
+    merge(MergeConfig(adapters=[str(f) for f in folders], weights=[0.7, 0.3], strategy=strategy,
+                      output_dir=Path("merged")))  # fmt: skip
+    torch.manual_seed(0)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "a", "a")
+    adapted.load_adapter("b", "b")
+    density = {} if strategy in ("svd", "linear") else {"density": 0.5}
+    adapted.add_weighted_adapter(
+        ["a", "b"], [0.7, 0.3], "mix", strategy.replace("-", "_"), **density
+    )
+    adapted.set_adapter("mix")
+    expected = adapted.merge_and_unload(adapter_names=["mix"]).state_dict()
+    for name, tensor in load_file("merged/model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_ranks_that_a_strategy_cannot_mix_are_refused(
+    tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_model_dir("llama")
+    lora_on(base, Path("a"), 4, ["q_proj"])
+    lora_on(base, Path("b"), 8, ["q_proj"])
+    assert run(["merge", "a", "b", "--strategy", "linear", "--out", "merged"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("ftlevel: --strategy linear: ")
+    assert "Use --strategy cat" in complaint
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_model_is_absent_or_whole(tiny_model_dir: TinyModelDir) -> None:
+    base = tiny_model_dir("llama", num_hidden_layers=6)
+    adapter = lora_on(base, Path("a"), 4, ["q_proj", "v_proj", "up_proj", "down_proj"])
+
+    def merge_to(name: str) -> None:
+        merge(MergeConfig(adapters=[str(adapter)], output_dir=Path(name), verify=False))
+
+    began = time.perf_counter()
+    merge_to("whole")
+    seconds = time.perf_counter() - began
+    whole = {p.name: p.read_bytes() for p in Path("whole").glob("*.safetensors")}
+    files = {p.name for p in Path("whole").iterdir()}
+    fork, rng, found = multiprocessing.get_context("fork"), random.Random(0), []
+    for _ in range(30):
+        process = fork.Process(target=merge_to, args=("killed",))
+        process.start()
+        time.sleep(rng.uniform(0, 1.3 * seconds))
+        process.kill()
+        process.join()
+        found.append(Path("killed").exists())
+        if found[-1]:
+            assert {p.name for p in Path("killed").iterdir()} == files
+            for name, data in whole.items():
+                assert Path("killed", name).read_bytes() == data
+            shutil.rmtree("killed")
+    assert {True, False} == set(found), "kills both before and after the end"

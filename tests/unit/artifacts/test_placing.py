@@ -1,0 +1,54 @@
+"""A directory that is absent or whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ftlevel.artifacts.placing import build_place, check_place
+from ftlevel.errors import ConfigError
+
+
+def test_it_is_there_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+    with build_place(target) as place:
+        (place / "a").write_text("x")
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["a"]
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_nothing_is_left_when_the_block_raises(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with build_place(tmp_path / "out") as place:
+            (place / "a").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_not_mixed_in(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "stale").write_text("x")
+    with build_place(tmp_path / "out") as place:
+        (place / "a").write_text("x")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "file"):
+        with pytest.raises(ConfigError, match=f"--out .*{name} exists and is not empty"):
+            check_place(tmp_path / name, "--out")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_place(tmp_path / "file" / "out", "--out")
+    check_place(tmp_path / "empty", "--out")
+    with build_place(tmp_path / "empty") as place:
+        (place / "a").write_text("x")
+    assert (tmp_path / "empty" / "a").is_file()

@@ -1,0 +1,264 @@
+"""Merging: the bytes of PEFT's `merge_and_unload` where it is right, and right where it is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from ftlevel import MergeConfig, merge
+from ftlevel.errors import InputError, RunError
+from tiny_models import AUTO_CLASSES, HEADS, build_batch, compute_logits
+
+TinyModelDir = Callable[..., Path]
+TASK_TYPES = {
+    "causal": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "seqcls": "SEQ_CLS",
+    "tokcls": "TOKEN_CLS",
+    "qa": "QUESTION_ANS",
+}
+LINEARS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def load(folder: Path, head: str, dtype: Any = "auto", **more: Any) -> Any:
+    """Load a model of this folder, drawing a head that it does not have from a seed."""
+    torch.manual_seed(0)
+    auto_class = getattr(transformers, AUTO_CLASSES[head])
+    return auto_class.from_pretrained(folder, dtype=dtype, **more).eval()
+
+
+def save_base(model: Any, source: Path, folder: Path, **settings: Any) -> Path:
+    """Save `model` with the tokenizer of `source`."""
+    model.save_pretrained(folder, **settings)
+    for path in source.glob("*token*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def save_adapter(base: Path, folder: Path, head: str, config: Any, **more: Any) -> Path:
+    """Save an adapter of `config` on `base`, its numbers drawn at random."""
+    model = load(base, head, **more)
+    config.task_type = TASK_TYPES.get(head)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.float() + torch.randn(parameter.shape) * 0.05
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": LINEARS, **settings})
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def assert_equal(found: Path, expected: Path) -> None:
+    """Compare every tensor of two checkpoints: names, types and bytes."""
+    first, second = tensors(found), tensors(expected)
+    assert set(first) == set(second)
+    for name, tensor in second.items():
+        assert first[name].dtype == tensor.dtype, name
+        assert torch.equal(first[name], tensor), name
+
+
+def check_against_peft(base: Path, tmp_path: Path, head: str, config: Any) -> None:
+    """Merge by ftlevel and by PEFT, and compare the files."""
+    classes = {"num_labels": 3} if head in ("seqcls", "tokcls") else {}
+    adapter = save_adapter(base, tmp_path / "adapter", head, config, **classes)
+    merged = PeftModel.from_pretrained(load(base, head, **classes), adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "peft")
+    merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "ftlevel", verify=False))
+    assert_equal(tmp_path / "ftlevel", tmp_path / "peft")
+    again = load(tmp_path / "ftlevel", head)
+    assert again.config.architectures == merged.config.architectures
+
+
+FORMS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: lora(),
+    "all-linear": lambda: lora(target_modules="all-linear"),
+    "rslora": lambda: lora(use_rslora=True),
+    "dora": lambda: lora(use_dora=True),
+    "patterns": lambda: lora(
+        rank_pattern={"q_proj": 2, r"layers\.1\.mlp.up_proj": 6},
+        alpha_pattern={r"layers\.0\.self_attn.v_proj": 3},
+    ),
+    "some-layers": lambda: lora(layers_to_transform=[1]),
+    "bias-all": lambda: lora(bias="all"),
+    "norm-in-full": lambda: lora(modules_to_save=["norm"]),
+    "embedding": lambda: lora(target_modules=["embed_tokens", "q_proj"]),
+    "embedding-in-full": lambda: lora(modules_to_save=["embed_tokens", "lm_head"]),
+    "tokens": lambda: lora(trainable_token_indices=[1, 2, 9]),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "vera": lambda: peft.VeraConfig(target_modules=["q_proj"], r=8),
+    "oft": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8),
+    "boft": lambda: peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=8),
+    "loha": lambda: peft.LoHaConfig(target_modules=["q_proj", "up_proj"]),
+    "lokr": lambda: peft.LoKrConfig(target_modules=["q_proj", "up_proj"]),
+    "adalora": lambda: peft.AdaLoraConfig(target_modules=["q_proj", "v_proj"], total_step=100),
+    "ln-tuning": lambda: peft.LNTuningConfig(target_modules=["norm", "input_layernorm"]),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_bit_for_bit_what_peft_merges(
+    form: str, dtype: str, tiny_model_dir: TinyModelDir, tmp_path: Path
+) -> None:
+    base = tiny_model_dir("llama")
+    if dtype == "bfloat16":
+        base = save_base(load(base, "causal", torch.bfloat16), base, tmp_path / "base")
+    check_against_peft(base, tmp_path, "causal", FORMS[form]())
+
+
+FAMILIES: dict[str, tuple[str, str, Callable[[], Any]]] = {
+    "gpt2": ("gpt2", "causal", lambda: lora(target_modules=["c_attn", "c_proj"], bias="all",
+                                            fan_in_fan_out=True)),
+    "gpt2-dora": ("gpt2", "causal", lambda: lora(target_modules=["c_attn"], use_dora=True,
+                                                 bias="lora_only", fan_in_fan_out=True)),
+    "bert-head": ("bert", "seqcls", lambda: lora(
+        target_modules=["query", "dense"], bias="all", modules_to_save=["pooler", "classifier"])),
+    "bert-tags": ("bert", "tokcls", lambda: lora(target_modules=["query"])),
+    "roberta-qa": ("roberta", "qa", lambda: lora(target_modules=["value"])),
+    "deberta": ("deberta-v2", "seqcls", lambda: lora(
+        target_modules=["query_proj"], modules_to_save=["pooler", "classifier"])),
+    "t5": ("t5", "seq2seq", lambda: lora(target_modules=["q", "wo"])),
+    "bart": ("bart", "seq2seq", lambda: lora(target_modules=["q_proj", "fc1"], bias="all")),
+    "mixtral": ("mixtral", "causal", lambda: lora(target_modules=["q_proj"])),
+    "mixtral-experts": ("mixtral", "causal", lambda: lora(
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])),
+    "qwen3-moe-experts": ("qwen3_moe", "causal", lambda: lora(
+        target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])),
+    "phi3": ("phi3", "causal", lambda: lora(target_modules=["qkv_proj", "gate_up_proj"])),
+    "gpt_neox": ("gpt_neox", "causal", lambda: lora(target_modules=["query_key_value"])),
+    "opt": ("opt", "causal", lambda: lora(target_modules=["q_proj", "fc2"])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_kind_of_family_is_what_peft_merges(
+    case: str, tiny_model_dir: TinyModelDir, tmp_path: Path
+) -> None:
+    family, head, config = FAMILIES[case]
+    check_against_peft(tiny_model_dir(family, HEADS[family][0]), tmp_path, head, config())
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "parted"),
+    [
+        ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, True),
+        ("llama", {"target_modules": ["lm_head", "q_proj"]}, True),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}, False),
+        ("gpt2", {"target_modules": ["wte", "c_attn"]}, True),
+        ("gpt2", {"target_modules": ["c_attn"]}, False),
+    ],
+)
+def test_tied_weights_are_parted_where_the_adapter_parts_them(
+    family: str,
+    config: dict[str, Any],
+    parted: bool,
+    tiny_model_dir: TinyModelDir,
+    tmp_path: Path,
+) -> None:
+    base = tiny_model_dir(family, tie_word_embeddings=True)
+    adapter = save_adapter(base, tmp_path / "adapter", "causal", lora(**config))
+    merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "out", verify=False))
+    batch = build_batch(family)
+    expected = compute_logits(PeftModel.from_pretrained(load(base, "causal"), adapter), batch)
+    found = compute_logits(load(tmp_path / "out", "causal"), batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert AutoConfig.from_pretrained(tmp_path / "out").tie_word_embeddings is not parted
+
+
+def test_shards_stay_as_the_base_has_them(tiny_model_dir: TinyModelDir, tmp_path: Path) -> None:
+    source = tiny_model_dir("llama")
+    save_base(load(source, "causal"), source, tmp_path / "base", max_shard_size="100KB")
+    check_against_peft(tmp_path / "base", tmp_path, "causal", lora())
+    index = "model.safetensors.index.json"
+    found = json.loads((tmp_path / "ftlevel" / index).read_text())["weight_map"]
+    assert found == json.loads((tmp_path / "base" / index).read_text())["weight_map"]
+    assert len(set(found.values())) > 3
+
+
+def test_a_wish_for_float32_adds_the_update_without_rounding(
+    tiny_model_dir: TinyModelDir, tmp_path: Path
+) -> None:
+    source = tiny_model_dir("llama")
+    save_base(load(source, "causal", torch.bfloat16), source, tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter", "causal", lora())
+    out = tmp_path / "out"
+    merge(MergeConfig(adapters=[str(adapter)], output_dir=out, verify=False, dtype="float32"))
+    name = "model.layers.1.self_attn.q_proj"
+    saved = load_file(adapter / "adapter_model.safetensors")
+    a, b = (saved[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    base = tensors(tmp_path / "base")[f"{name}.weight"]
+    torch.testing.assert_close(tensors(out)[f"{name}.weight"], base.float() + b @ a * 6 / 4)
+
+
+def test_an_update_below_the_rounding_changes_nothing_and_is_refused(
+    tiny_model_dir: TinyModelDir, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tiny_model_dir("llama"), tmp_path / "adapter", "causal", lora())
+    path = adapter / "adapter_model.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({k: v * (1e-20 if "lora_B" in k else 1) for k, v in load_file(path).items()}, path)
+    with pytest.raises(RunError, match=r"the merge changed nothing: .* Use --dtype float32"):
+        merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "out", verify=False))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(min(t)), "1 weights of the adapter are missing"),
+        (
+            lambda t: t.update(stray=torch.zeros(2)),
+            "1 fit nothing in the base model, such as stray",
+        ),
+    ],
+)
+def test_every_tensor_of_the_adapter_has_one_place(
+    change: Callable[[dict[str, Any]], Any],
+    message: str,
+    tiny_model_dir: TinyModelDir,
+    tmp_path: Path,
+) -> None:
+    from safetensors.torch import save_file
+
+    adapter = save_adapter(tiny_model_dir("llama"), tmp_path / "adapter", "causal", lora())
+    saved = load_file(adapter / "adapter_model.safetensors")
+    change(saved)
+    save_file(saved, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=message):
+        merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "out", verify=False))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_neither_base_nor_adapter_has_is_refused(
+    tiny_model_dir: TinyModelDir, tmp_path: Path
+) -> None:
+    base = tiny_model_dir("bert")  # a masked language model: it has no pooler
+    config = lora(target_modules=["query"], modules_to_save=["classifier"])
+    adapter = save_adapter(base, tmp_path / "adapter", "seqcls", config, num_labels=3)
+    with pytest.raises(InputError, match=r"lacks 2 weights .*: bert.pooler.dense.weight"):
+        merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "out", verify=False))
