@@ -31,18 +31,18 @@ def train(*arguments: str, out: str) -> tuple[dict[str, Any], list[dict[str, Any
 def test_one_curve() -> None:
     fast, records = train("--verify-fast", out="fast")
     plain, expected = train("--no-fast", out="plain")
-    assert fast["speed"].pop("verified")["gradient"] < 3e-5
-    assert fast["speed"] == {
-        "fast": True, "packed": True, "head_on_targets": True, "tokens_per_pass": 1528
-    }  # fmt: skip
+    assert fast["speed"]["verified"]["gradient"] < 3e-5
+    assert fast["speed"]["packed"]
+    assert fast["speed"]["head_on_targets"]
+    assert fast["speed"]["tokens_computed"] == fast["speed"]["tokens_in_rows"] > 1000
     assert plain["speed"] == {"fast": False}
-    assert len(records) == len(expected) == 6, "five steps and an evaluation"
+    assert len(records) == len(expected) == 7, "five steps and two evaluations"
     for record, other in zip(records, expected, strict=True):
         assert record["tokens"] == other["tokens"]
         for name in ("loss", "grad_norm", "eval_loss"):
             if name in other:
                 assert record[name] == pytest.approx(other[name], rel=1e-4), name
-    assert records[-2]["loss"] != records[0]["loss"]
+    assert records[-2]["loss"] != records[0]["loss"], "it learns, so a wrong gradient would show"
 
 
 def test_a_fast_step_that_is_wrong_is_found(

@@ -210,6 +210,16 @@ def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[
     )
 
 
+def test_resuming_inside_an_epoch_of_rows_by_length() -> None:
+    arguments = [*SHORT, "--max-steps", "7", "--save-steps", "6",  # 4 steps an epoch
+                 "--set", "train.train_sampling_strategy=group_by_length"]  # fmt: skip
+    train(*arguments)
+    unbroken = digest("run")
+    Path("run/adapter/adapter_model.safetensors").unlink()
+    train("--resume", out="run")
+    assert digest("run") == unbroken
+
+
 def test_a_damaged_checkpoint_is_set_aside(capsys: pytest.CaptureFixture[str]) -> None:
     train(*SHORT, "--max-steps", "3", "--save-steps", "1", out="whole")
     train(*SHORT, "--max-steps", "3", "--save-steps", "1", out="run")

@@ -172,6 +172,11 @@ class TrainerConfig(Section):
     gradient_accumulation_steps: Positive = Field(
         1, description="Micro-steps that make one optimizer step."
     )
+    train_sampling_strategy: Literal["random", "group_by_length"] = Field(
+        "random",
+        description="Order of the rows in an epoch; group_by_length puts rows of like length into "
+        "a step, which saves padding where rows cannot be packed.",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
     )

@@ -25,6 +25,11 @@ class SpeedConfig(Section):
     low_rank: bool = Field(
         True, description="Compute LoRA's base and update in one node, in the base's precision."
     )
+    share_prefixes: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Compute a prefix that rows of a step have in common once; auto where it saves "
+        "5 % of the tokens and nothing is dropped at random.",
+    )
     tokens_per_pass: Positive | Literal["auto"] = Field(
         "auto",
         description="Most tokens in one pass through the model, which bounds the memory; auto is "

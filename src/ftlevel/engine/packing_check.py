@@ -6,8 +6,8 @@ recurrent state, code that came with the model) is not, and would leak from row 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,59 +16,101 @@ from ftlevel.data.collate import Collator
 from ftlevel.data.encode import Encoded
 from ftlevel.models.hardware import autocast
 from ftlevel.speed.layout import Layout, laid_out
+from ftlevel.speed.prefixes import lay_out_tree
 
-TOKENS = 16
-"""Of each row that is tried; with its neighbour enough to see each other."""
+LENGTHS = 16, 12
+"""Tokens of the two rows that are tried: enough to see each other."""
 
 
-def find_leak(
-    model: Any,
-    last_block: torch.nn.Module,
-    rows: Sequence[Encoded],
-    pad_id: int,
-    device: str,
-    dtype: str,
-) -> str:
-    """Return why rows of `model` cannot be packed, empty if they can.
+@dataclass(frozen=True)
+class PackingCheck:
+    """What it takes to try a model.
 
-    Args:
+    Attributes:
         model: with packed blocks on it; left in the mode that it is in.
-        last_block: the last of them.
-        rows: encoded rows, of which two are tried.
+        last_block: the last of them, whose states are compared.
+        rows: encoded rows; the two that are tried are beginnings of the longest of the first ones.
         pad_id: fills the batch.
         device: torch device type.
         dtype: compute precision's name.
     """
-    first, second = (
-        _shorten(row, size) for row, size in zip(_pair(rows), (TOKENS, 12), strict=True)
-    )
-    batch, other = (
-        {name: value.to(device) for name, value in Collator(pad_id)(pair).items()}
-        for pair in ([first, second], [_reversed(first), second])
-    )
-    layout = Layout.of_rows(batch["attention_mask"])
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), autocast(device, dtype):
-            plain = _states(model, last_block, batch, None)
-            packed = _states(model, last_block, batch, layout)
-            beside = _states(model, last_block, other, layout)
-    except NotImplementedError as error:
-        return str(error)
-    finally:
-        model.train(training)
-    kept = batch["attention_mask"] != 0
-    if not _differ(packed[1][kept[1]], beside[1][kept[1]]) < 1e-2:
-        return "its rows see each other when they are packed"
-    if not _differ(packed[kept], plain[kept]) < (1e-4 if dtype == "float32" else 1e-1):
-        return "packed rows give other numbers than padded ones"
-    return ""
 
+    model: Any
+    last_block: torch.nn.Module
+    rows: Sequence[Encoded]
+    pad_id: int
+    device: str
+    dtype: str
 
-def _pair(rows: Sequence[Encoded]) -> tuple[Encoded, Encoded]:
-    longest = max(rows[:100], key=lambda row: len(row.input_ids))
-    return longest, longest
+    def find_leak(self) -> str:
+        """Return why rows cannot be packed, empty if they can."""
+        first, second = self._pair()
+        other = replace(first, input_ids=first.input_ids[::-1])
+        return self._try(lambda: self._compare_packed([first, second], [other, second]))
+
+    def find_sharing_error(self) -> str:
+        """Return why the prefix of two rows cannot be computed once, empty if it can."""
+        second, first = self._pair()  # the shorter one, which the longer one begins with, is first
+        return self._try(lambda: self._compare_shared([first, second]))
+
+    def _pair(self) -> list[Encoded]:
+        longest = max(self.rows[:100], key=lambda row: len(row.input_ids))
+        return [_shorten(longest, length) for length in LENGTHS]
+
+    def _try(self, compare: Callable[[], str]) -> str:
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), autocast(self.device, self.dtype):
+                return compare()
+        except NotImplementedError as error:
+            return str(error)
+        finally:
+            self.model.train(training)
+
+    def _compare_packed(self, pair: Sequence[Encoded], beside: Sequence[Encoded]) -> str:
+        batch, other = self._batch(pair), self._batch(beside)
+        layout, kept = Layout.of_rows(batch["attention_mask"]), batch["attention_mask"] != 0
+        packed, moved = self._states(batch, layout), self._states(other, layout)
+        if not _differ(moved[1][kept[1]], packed[1][kept[1]]) < 1e-2:
+            return "its rows see each other when they are packed"
+        if not _differ(packed[kept], self._states(batch, None)[kept]) < self._noise():
+            return "packed rows give other numbers than padded ones"
+        return ""
+
+    def _compare_shared(self, pair: Sequence[Encoded]) -> str:
+        batch = self._batch(pair)
+        kept = batch["attention_mask"] != 0
+        tree = lay_out_tree([row.input_ids for row in pair], least=1).to(self.device)
+        if not _differ(self._states(batch, tree)[kept], self._states(batch, None)[kept]) < (
+            self._noise()
+        ):
+            return "shared prefixes give other numbers than rows of their own"
+        return ""
+
+    def _noise(self) -> float:
+        return 1e-4 if self.dtype == "float32" else 1e-1
+
+    def _batch(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        batch = Collator(self.pad_id)(rows)
+        del batch["labels"]
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def _states(self, batch: dict[str, torch.Tensor], layout: Layout | None) -> torch.Tensor:
+        """Return what the last block gives (batch, seq, hidden), in float32."""
+        seen: list[torch.Tensor] = []
+
+        def look(block: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
+            states = output if isinstance(output, torch.Tensor) else output[0]
+            seen.append(states.float())
+
+        hook = self.last_block.register_forward_hook(look)
+        try:
+            with laid_out(layout):
+                self.model(**batch)
+        finally:
+            hook.remove()
+        return seen[-1]
 
 
 def _shorten(row: Encoded, size: int) -> Encoded:
@@ -77,30 +119,6 @@ def _shorten(row: Encoded, size: int) -> Encoded:
     return replace(row, input_ids=row.input_ids[:size], labels=0, extras=extras)
 
 
-def _reversed(row: Encoded) -> Encoded:
-    return replace(row, input_ids=row.input_ids[::-1])
-
-
 def _differ(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the norm of the difference, relative to the norm."""
     return ((one - other).norm() / other.norm()).item()
-
-
-def _states(
-    model: Any, last_block: torch.nn.Module, batch: dict[str, Any], layout: Layout | None
-) -> torch.Tensor:
-    """Return what the last block gives (batch, seq, hidden), in float32."""
-    seen: list[torch.Tensor] = []
-
-    def look(block: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
-        states = output if isinstance(output, torch.Tensor) else output[0]
-        seen.append(states.float())
-
-    hook = last_block.register_forward_hook(look)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    try:
-        with laid_out(layout):
-            model(**inputs)
-    finally:
-        hook.remove()
-    return seen[-1]

@@ -14,7 +14,7 @@ from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
-from ftlevel.engine.fast import FastPlan, plan_fast
+from ftlevel.engine.fast_plan import FastPlan, plan_fast
 from ftlevel.engine.low_rank import low_rank_choices
 from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.pad_token import choose_pad_token
@@ -134,7 +134,7 @@ def resolve(config: TrainConfig) -> Plan:
         unanswerable=loaded.unanswerable,
     )
     learning_rate = _learning_rate(config, source)
-    fast = plan_fast(config, meta, kind, objective, device.value, data.max_length)
+    fast = plan_fast(config, meta, kind, objective, device.value, data.train, data.max_length)
     choices = [
         _model_choice(config, meta, source),
         Choice("task", task.name),

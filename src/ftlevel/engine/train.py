@@ -17,19 +17,21 @@ from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
 from ftlevel.config import AdaloraSpec, LoraSpec, QuantConfig, TrainConfig
 from ftlevel.config.choices import Choice
+from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
 from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
-from ftlevel.engine.fast import FastStep, StepCollator
+from ftlevel.engine.fast import FastStep
 from ftlevel.engine.low_rank import uses_fused_layers
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
+from ftlevel.engine.speed_up import describe_speed, speed_up
+from ftlevel.engine.step_collator import StepCollator
 from ftlevel.engine.summary import build_card, build_summary, describe_base, dump_config
 from ftlevel.engine.trainer import FtlevelTrainer
-from ftlevel.engine.verify import StepVerifier, Verified
 from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, Report
 from ftlevel.errors import Interrupted
 from ftlevel.methods import METHODS, Base
@@ -110,7 +112,7 @@ def _train(
     trainer = build_trainer(config, plan, model, evaluator, run, fast)
     gradients, interrupt = GradientProof(listener), Interrupt()
     report = Report(listener, run.log, lambda: int(trainer.tokens_seen))
-    for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train),
+    for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train, trainer.order),
                      *method_callbacks(config, run),
                      Certify(run.checkpoints, config.train.save_total_limit)):  # fmt: skip
         trainer.add_callback(callback)
@@ -155,7 +157,7 @@ def _train(
         proof=asdict(proof),
         timings=_timings(report, trained_at, int(trainer.tokens_seen)),
         generated_rows=evaluator.generated_rows if evaluator else 0,
-        speed=describe_speed(fast, verified),
+        speed=describe_speed(trainer, verified),
     )
     run.write_summary(summary)
     run.write_card(write_readme(summary))
@@ -234,39 +236,6 @@ def method_callbacks(config: TrainConfig, run: RunDirectory) -> list[Any]:
     return [Allocation(run.checkpoints)] if isinstance(config.method, AdaloraSpec) else []
 
 
-def speed_up(
-    model: Any, config: TrainConfig, plan: Plan, listener: Listener
-) -> tuple[FastStep | None, Verified | None]:
-    """Put the fast step onto `model` (mutated), and compare it with the plain one where asked.
-
-    What the model turns out not to take is named, and done the plain way.
-    """
-    if not plan.fast.enabled:
-        return None, None
-    fast, pad_id = FastStep(model, plan.fast), plan.tokenizer.pad_token_id
-    leak = fast.check_packing(plan.data.train, pad_id, plan.device, plan.dtype)
-    if leak:
-        listener.warn(f"{plan.model_config.model_type} is trained on padded rows: {leak}.")
-    if not config.speed.verify:
-        return fast, None
-    listener.stage("compute the first steps the plain way and the fast way")
-    rows = config.train.per_device_train_batch_size
-    verify = StepVerifier(model, fast, plan.objective, pad_id, rows, plan.device, plan.dtype)
-    verified = verify(plan.data.train, rows * config.train.gradient_accumulation_steps)
-    apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
-    listener.choices("verify-fast", [Choice(f"{verified.steps} steps", apart)])
-    return fast, verified
-
-
-def describe_speed(fast: FastStep | None, verified: Verified | None) -> dict[str, Any]:
-    """Return what summary.json says of how the steps were computed."""
-    if fast is None:
-        return {"fast": False}
-    parts = {"packed": fast.plan.packs, "head_on_targets": fast.plan.heads}
-    checked = {"verified": asdict(verified)} if verified else {}
-    return {"fast": True, **parts, "tokens_per_pass": fast.plan.tokens, **checked}
-
-
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
     """Return LoRA+'s optimizer if a ratio is asked for; None leaves the choice to Trainer.
 
@@ -340,10 +309,20 @@ def build_trainer(
         eval_dataset=plan.data.validation or None,
         data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
         fast=fast,
+        order=row_order(config, plan),
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
+
+
+def row_order(config: TrainConfig, plan: Plan) -> LengthGroups | None:
+    """Return the order in which rows are taken, or None for Trainer's random one."""
+    train = config.train
+    if train.train_sampling_strategy == "random":
+        return None
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.seed)
 
 
 def save(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer
 
 from ftlevel.engine.fast import FastStep, target_loss
@@ -27,7 +28,8 @@ class FtlevelTrainer(Trainer):
     ignore `num_items_in_batch`.
 
     Attributes:
-        tokens_seen: tokens of training rows that went through the model, without padding.
+        tokens_seen: tokens of the training rows, without padding.
+        tokens_computed: places that the blocks computed: with padding, shared prefixes once.
         penalty: model → what its method adds to the loss of an optimizer step, or None. It is in
             the gradient alone: the loss that is logged is the one that evaluation measures.
     """
@@ -39,6 +41,7 @@ class FtlevelTrainer(Trainer):
         evaluator: Any = None,
         penalty: Callable[[Any], torch.Tensor] | None = None,
         fast: FastStep | None = None,
+        order: Sampler[int] | None = None,
         **arguments: Any,
     ):
         super().__init__(**arguments)
@@ -46,8 +49,14 @@ class FtlevelTrainer(Trainer):
         self.penalty = penalty
         self.evaluator = evaluator
         self.fast = fast
+        self.order = order
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self.tokens_computed = 0
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the order that was given, or Trainer's."""
+        return self.order or super()._get_train_sampler(train_dataset)
 
     def training_step(
         self,
@@ -64,6 +73,7 @@ class FtlevelTrainer(Trainer):
         for part in passes:
             is_last = part is passes[-1]
             layout = part.pop("layout")
+            self.tokens_computed += layout.tokens if layout else part["input_ids"].numel()
             once = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
             with once, laid_out(layout):
                 losses.append(super().training_step(model, part, num_items_in_batch))

@@ -11,7 +11,8 @@ import torch
 from ftlevel.data.collate import Collator
 from ftlevel.data.encode import Encoded
 from ftlevel.engine.evaluation import batches
-from ftlevel.engine.fast import FastStep, StepCollator, target_loss
+from ftlevel.engine.fast import FastStep, target_loss
+from ftlevel.engine.step_collator import StepCollator
 from ftlevel.errors import RunError
 from ftlevel.models.hardware import autocast
 from ftlevel.speed.layout import laid_out
@@ -71,7 +72,10 @@ class StepVerifier:
         self.model.eval()
         losses, gradients, steps = 0.0, 0.0, 0
         for step in batches(rows[: STEPS * rows_a_step], rows_a_step):
-            plain, fast = self._step(self._plain(step)), self._step(self._fast(step))
+            plain = self._step(self._plain(step))
+            self._fuse(True)
+            fast = self._step(self._fast(step))
+            self._fuse(False)
             losses = max(losses, abs(plain[0] - fast[0]) / max(abs(plain[0]), 1e-12))
             gradients = max(gradients, _differ(fast[1], plain[1]))
             steps += 1
@@ -86,6 +90,14 @@ class StepVerifier:
                 "Train with --no-fast, and please report it with the command."
             )
         return verified
+
+    def _fuse(self, on: bool) -> None:
+        """Let LoRA layers compute in one node, which they do in training; dropout stays off."""
+        from ftlevel.speed.low_rank.layer import FusedForward  # PEFT's layers import bitsandbytes
+
+        for module in self.model.modules():
+            if isinstance(module, FusedForward) and isinstance(module, torch.nn.Module):
+                module.training = on
 
     def _plain(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
         """Yield the summed loss of each micro-batch."""

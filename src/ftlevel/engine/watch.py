@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ftlevel.artifacts import checkpoints
 from ftlevel.data.encode import Encoded
 from ftlevel.data.masking import MaskedRows
+from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.events import Listener
 from ftlevel.errors import RunError, listing
 
@@ -156,10 +157,11 @@ class Certify(TrainerCallback):
 
 
 class FollowEpoch(TrainerCallback):
-    """Tell rows that differ from epoch to epoch which one begins, also after a resumption."""
+    """Tell rows, and their order, which epoch begins, also after a resumption."""
 
-    def __init__(self, rows: Sequence[Encoded]) -> None:
+    def __init__(self, rows: Sequence[Encoded], order: Any) -> None:
         self.rows = rows
+        self.order = order
 
     def on_epoch_begin(
         self,
@@ -171,6 +173,8 @@ class FollowEpoch(TrainerCallback):
         """Set the epoch; Trainer takes the first row of it after this."""
         if isinstance(self.rows, MaskedRows):
             self.rows.epoch = int(state.epoch or 0)
+        if isinstance(self.order, LengthGroups):
+            self.order.epoch = int(state.epoch or 0)
 
 
 class Report(TrainerCallback):

@@ -80,6 +80,8 @@ def attend(
     for name in _UNSUPPORTED:
         if others.get(name) is not None:
             raise NotImplementedError(f"its attention has {name}")
+    if not causal and any(segment.past for segment in layout.segments):
+        raise NotImplementedError("its attention is not causal")
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.tokens:
         raise NotImplementedError("its attention is over something else than the row's tokens")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -102,7 +104,9 @@ def _by_document(
 ) -> torch.Tensor:
     """Return (tokens, heads, head_dim): short segments by tiles, long ones by SDPA."""
     on_cpu = states[0].device.type == "cpu"
-    if on_cpu and all(s.position + s.stop - s.start <= LONGEST_TILED for s in layout.segments):
+    is_short = all(s.stop - s.start <= LONGEST_TILED for s in layout.segments)
+    is_tree = any(segment.past for segment in layout.segments)
+    if on_cpu and (is_short or is_tree):
         tiles = cut_tiles(layout.segments, causal, window)
         with torch.autocast("cpu", enabled=False):
             attended: torch.Tensor = TileAttention.apply(  # type: ignore[no-untyped-call]

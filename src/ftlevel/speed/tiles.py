@@ -177,14 +177,19 @@ class TileAttention(torch.autograd.Function):
 def _probabilities(
     query: torch.Tensor, key: torch.Tensor, tile: Tile, scale: float
 ) -> torch.Tensor:
-    """Return (key heads, heads of a group * queries, keys)."""
+    """Return (key heads, heads of a group * queries, keys).
+
+    The scores are float32 at least, as in flash attention: rounded to bfloat16 they would make the
+    result three times as far from the exact one, and are no faster to compute.
+    """
     groups, count = len(key), tile.stop - tile.start
-    scores = torch.bmm(_queries(query, tile, groups), _rows(key, tile.keys).transpose(1, 2))
-    scores.mul_(scale)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    queries, keys = _queries(query, tile, groups).to(exact), _rows(key, tile.keys).to(exact)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
     if tile.mask is not None:
         last = scores.view(groups, -1, count, tile.width)[..., -tile.mask.shape[1] :]
-        last.add_(tile.mask.to(scores.dtype))
-    return scores.softmax(-1)
+        last.add_(tile.mask)
+    return scores.softmax(-1).to(query.dtype)
 
 
 def _queries(query: torch.Tensor, tile: Tile, groups: int) -> torch.Tensor:

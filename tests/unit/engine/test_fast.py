@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import tiny_models
 from ftlevel.config import TrainConfig
 from ftlevel.data.collate import Collator
 from ftlevel.data.encode import IGNORED, Encoded
-from ftlevel.engine.fast import FastPlan, FastStep, StepCollator, plan_fast
+from ftlevel.engine.fast import FastStep
+from ftlevel.engine.fast_plan import FastPlan, plan_fast
+from ftlevel.engine.step_collator import StepCollator
 from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.speed import attention
 from ftlevel.tasks.objectives import Classes, Objective, Spans, Tags, Tokens
@@ -78,29 +81,49 @@ def step_of(trainer: Any, batches: list[Any]) -> tuple[float, torch.Tensor]:
     return loss, torch.cat([p.grad.flatten() for p in trained])
 
 
+def conversation_rows() -> list[Encoded]:
+    """Return rows with a common beginning of 40 tokens, of which some go on alike for 36 more.
+
+    Half of the first beginning is supervised, as a turn that several rows of a chat go through.
+    """
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda n: torch.randint(10, 490, (n,), generator=generator).tolist()  # noqa: E731
+    start, middle = draw(40), draw(36)
+    longer = start + middle
+    texts = [start + draw(9), longer + draw(5), longer + draw(14), draw(20),
+             longer, start + draw(3), longer + draw(5), start + draw(9)]  # fmt: skip
+    return [
+        Encoded(ids, [IGNORED] * 20 + ids[20:] if i != 3 else list(ids), i)
+        for i, ids in enumerate(texts)
+    ]
+
+
 def both(
     model: Any, head: str, folder: Path, *, packs: bool = True, heads: bool | None = None,
-    tokens: int = 40, **arguments: Any,
+    tokens: int = 40, shares: bool = False, rows: list[Encoded] | None = None,
+    passes: int = 3, **arguments: Any,
 ) -> tuple[tuple[float, torch.Tensor], tuple[float, torch.Tensor]]:  # fmt: skip
     """Return the plain step, 4 micro-batches of 2 rows, and the fast one."""
-    rows, pad_id = rows_of(head), model.config.pad_token_id or 0
+    rows, pad_id = rows or rows_of(head), model.config.pad_token_id or 0
     heads = head in ("causal", "seq2seq", "mlm") if heads is None else heads
     plain = trainer_of(model, head, folder, FastPlan(), **arguments)
     micro_batches = [Collator(pad_id)(rows[i : i + 2]) for i in range(0, len(rows), 2)]
     expected = step_of(plain, micro_batches)
-    plan = FastPlan(True, packs, heads, tokens)
+    plan = FastPlan(True, packs, heads, tokens, shares)
     trainer = trainer_of(model, head, folder, plan, **arguments)
     batch = StepCollator(pad_id, plan)(rows)
-    assert len(batch["passes"]) > 2
+    assert len(batch["passes"]) >= passes
     found = step_of(trainer, [batch])
     trainer.fast.remove()
     return expected, found
 
 
-def adapted(family: str, head: str, **settings: Any) -> Any:
+def adapted(
+    family: str, head: str, *, config: dict[str, Any] | None = None, **settings: Any
+) -> Any:
     torch.manual_seed(0)
     settings = {"target_modules": "all-linear", "r": 4, **settings}
-    base = tiny_models.build(family, head, **NO_DROPOUT.get(family, {}))
+    base = tiny_models.build(family, head, **NO_DROPOUT.get(family, {}), **(config or {}))
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -123,6 +146,39 @@ def check(pair: Any, bound: float = 1e-5) -> None:
 )  # fmt: skip
 def test_a_step_of_every_task(family: str, head: str, packs: bool, tmp_path: Path) -> None:
     check(both(adapted(family, head), head, tmp_path, packs=packs))
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "gemma3_text",
+               "phi3", "mixtral", "qwen3_moe"]
+)  # fmt: skip
+@pytest.mark.parametrize("tokens", [100, 1000])
+def test_shared_prefixes(family: str, tokens: int, tmp_path: Path) -> None:
+    rows = conversation_rows()
+    model = adapted(family, "causal")
+    passes = 1 if tokens == 1000 else 2
+    check(both(model, "causal", tmp_path, rows=rows, shares=True, tokens=tokens, passes=passes))
+    batch = StepCollator(0, FastPlan(True, True, True, 1000, True))(rows)
+    computed = sum(part["layout"].tokens for part in batch["passes"])
+    assert (
+        computed == 40 + 36 + 9 + 5 + 14 + 20 + 3 + 5 + 9 < sum(len(r.input_ids) for r in rows) / 2
+    )
+
+
+def test_shared_prefixes_with_checkpointing_and_a_window(tmp_path: Path) -> None:
+    model = adapted("mistral", "causal", config={"sliding_window": 30})
+    model.enable_input_require_grads()
+    arguments: dict[str, Any] = {"rows": conversation_rows(), "shares": True, "tokens": 1000}
+    expected, _ = both(model, "causal", tmp_path, passes=1, **arguments)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, found = both(model, "causal", tmp_path, passes=1, **arguments)
+    check((expected, found))
+
+
+def test_shared_prefixes_of_texts_with_a_class(tmp_path: Path) -> None:
+    rows = [replace(row, labels=row.row % 3) for row in conversation_rows()]
+    check(both(adapted("llama", "seqcls"), "seqcls", tmp_path, rows=rows, shares=True,
+               tokens=1000, passes=1))  # fmt: skip
 
 
 def test_checkpointing(tmp_path: Path) -> None:
@@ -232,9 +288,37 @@ def test_the_plan_says_what_is_done_and_why(
     kind = "encoder-decoder" if model.config.is_encoder_decoder else "decoder"
     objective = OBJECTIVES["seq2seq" if family == "t5" else "causal"]
     config = TrainConfig.model_validate(settings)
-    plan = plan_fast(config, model, kind, objective, "cpu", 100)
+    plan = plan_fast(config, model, kind, objective, "cpu", rows_of("causal"), 100)
     assert said in str(plan.choices[0])
     assert model.config._attn_implementation != attention.NAME
+
+
+SHARING = [[1] * 60 + [i] * 20 for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "shares", "said"),
+    [
+        ("llama", {}, True, "66% of tokens computed once (estimated on 8 steps)"),
+        ("llama", {"speed": {"share_prefixes": "never"}}, False, None),
+        ("llama", {"speed": {"pack": False}}, False, None),
+        ("llama", {"method": {"kind": "lora", "lora_dropout": 0.1}}, False,
+         "off (66% of tokens could be computed once, but their lora_dropout 0.1 would be the same"),
+        ("gpt2", {}, False, "but their resid_pdrop 0.1 would be the same"),
+        ("llama", {"method": {"kind": "lora", "lora_dropout": 0.1},
+                   "speed": {"share_prefixes": "always"}}, True, "shares lora_dropout 0.1"),
+    ],
+)  # fmt: skip
+def test_prefixes_are_shared_where_it_pays_and_is_exact(
+    family: str, settings: dict[str, Any], shares: bool, said: str | None
+) -> None:
+    rows = [Encoded(ids, ids, i) for i, ids in enumerate(SHARING)]
+    config, model = TrainConfig.model_validate(settings), tiny_models.build(family)
+    plan = plan_fast(config, model, "decoder", OBJECTIVES["causal"], "cpu", rows, 100)
+    assert plan.shares is shares
+    shown = [str(choice) for choice in plan.choices if choice.name == "prefix sharing"]
+    assert (said is None) == (shown == [])
+    assert said is None or said in shown[0]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +331,9 @@ def test_a_pass_holds_what_the_batch_would(
 ) -> None:
     config = TrainConfig.model_validate({"train": {"per_device_train_batch_size": batch}})
     model = tiny_models.build("llama")
-    plan = plan_fast(config, model, "decoder", OBJECTIVES["causal"], device, max_length)
+    plan = plan_fast(
+        config, model, "decoder", OBJECTIVES["causal"], device, rows_of("causal"), max_length
+    )
     assert plan.tokens == tokens
 
 
@@ -265,9 +351,10 @@ class Leaky(torch.nn.Module):
 def test_a_model_whose_rows_see_each_other_is_not_packed() -> None:
     rows = rows_of("causal")
     model = tiny_models.build("llama")
-    fast = FastStep(model, FastPlan(True, True, True, 100))
+    fast = FastStep(model, FastPlan(True, True, True, 100, True))
     assert fast.check_packing(rows, 0, "cpu", "float32") == ""
     assert fast.plan.packs
+    assert fast.plan.shares
     for block in model.model.layers:
         block.mlp = Leaky(block.mlp)
     assert "see each other" in fast.check_packing(rows, 0, "cpu", "float32")

@@ -163,6 +163,7 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
                 problem_type="single_label_classification",
                 labels=("a", "b", "c"),
             )
+            self.fast = None
             self.penalty = lambda _: 5 * weight
             self.tokens_seen = torch.zeros((), dtype=torch.long)
             self.current_gradient_accumulation_steps = 2
