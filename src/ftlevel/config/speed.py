@@ -16,3 +16,8 @@ class SpeedConfig(Section):
     low_rank: bool = Field(
         True, description="Compute LoRA's base and update in one node, in the base's precision."
     )
+    liger_kernel: bool = Field(
+        True,
+        description="On a CUDA GPU, use liger-kernel's norms, rotary embedding and activation "
+        "where the package is installed and has them for the model.",
+    )

@@ -14,6 +14,7 @@ from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
+from ftlevel.engine.kernels import kernel_choices
 from ftlevel.engine.low_rank import low_rank_choices
 from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.pad_token import choose_pad_token
@@ -132,6 +133,7 @@ def resolve(config: TrainConfig) -> Plan:
         dtype,
         *_method_choices(config),
         *low_rank_choices(config, device.value),
+        *kernel_choices(config, device.value, bare.model_type),
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
         *([pad] if pad else []),
