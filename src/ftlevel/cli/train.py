@@ -98,6 +98,9 @@ def train(
         ),
     ] = None,
     fast: Annotated[Switch, flag("speed.fast", "--fast/--no-fast", panel=HOW)] = None,
+    verify_fast: Annotated[
+        Switch, flag("speed.verify", "--verify-fast/--no-verify-fast", panel=HOW)
+    ] = None,
     seed: Annotated[Int, flag("train.seed", panel=HOW)] = None,
     logging_steps: Annotated[Int, flag("train.logging_steps", panel=HOW)] = None,
     eval_steps: Annotated[Int, flag("train.eval_steps", panel=HOW)] = None,

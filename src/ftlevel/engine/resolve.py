@@ -14,6 +14,7 @@ from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
+from ftlevel.engine.fast import FastPlan, plan_fast
 from ftlevel.engine.kernels import kernel_choices
 from ftlevel.engine.low_rank import low_rank_choices
 from ftlevel.engine.method_targets import find_method_targets
@@ -59,6 +60,7 @@ class Plan:
         fan_in_fan_out: whether these are Conv1D.
         learning_rate: the user's or the method's.
         data: encoded rows.
+        fast: the parts of the fast step that are used.
         choices: lines for the screen, in order.
     """
 
@@ -78,6 +80,7 @@ class Plan:
     fan_in_fan_out: bool
     learning_rate: float
     data: Prepared
+    fast: FastPlan
     choices: list[Choice]
 
 
@@ -124,6 +127,7 @@ def resolve(config: TrainConfig) -> Plan:
         unanswerable=loaded.unanswerable,
     )
     learning_rate = _learning_rate(config, source)
+    fast = plan_fast(config, meta, kind, objective, device.value, data.max_length)
     choices = [
         _model_choice(config, meta, source),
         Choice("task", task.name),
@@ -139,11 +143,12 @@ def resolve(config: TrainConfig) -> Plan:
         *([pad] if pad else []),
         *layers,
         learning_rate,
+        *fast.choices,
     ]
     return Plan(
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
         objective, heads, new_modules, adapted.modules, adapted.parameters, adapted.fan_in_fan_out,
-        learning_rate.value, data, choices,
+        learning_rate.value, data, fast, choices,
     )  # fmt: skip
 
 

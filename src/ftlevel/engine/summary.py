@@ -101,6 +101,7 @@ def build_summary(
     proof: Mapping[str, Any],
     timings: Mapping[str, float],
     generated_rows: int,
+    speed: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what summary.json holds. Times are in seconds, memory in bytes, loss in nats."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -125,6 +126,7 @@ def build_summary(
         "metrics": _scores(last),
         "proof": dict(proof),
         "timings": dict(timings),
+        "speed": dict(speed),
         "memory": {"peak_bytes": peak_memory_bytes(plan.device)},
         "choices": [{"name": c.name, "value": str(c.value), "reason": c.reason}
                     for c in plan.choices],

@@ -95,6 +95,11 @@ FACTS: dict[str, MethodFacts] = {
             _EXACT, "Büyükakyüz, 2024, arXiv:2406.01775", _LORA_7B, {"init_lora_weights": "olora"},
         ),
         MethodFacts(
+            "loftq", "lora", "--method lora --init loftq",
+            "LoRA, begun at what 4 bits took from the weights", _EXACT,
+            "Li et al., 2023, arXiv:2310.08659", _LORA_7B, {"init_lora_weights": "loftq"},
+        ),
+        MethodFacts(
             "eva", "lora", "--method lora --init eva",
             "LoRA, begun at the inputs' main directions, ranks where they explain most", _EXACT,
             "Paischer et al., 2024, arXiv:2410.07170", _LORA_7B, {"init_lora_weights": "eva"},
