@@ -30,6 +30,11 @@ class SpeedConfig(Section):
         description="Compute a prefix that rows of a step have in common once; auto where it saves "
         "5 % of the tokens and nothing is dropped at random.",
     )
+    liger_kernel: bool = Field(
+        False,
+        description="On a CUDA GPU, use liger-kernel's norms, rotary embedding and activation "
+        "where the package is installed and has them for the model. Off until it is measured.",
+    )
     tokens_per_pass: Positive | Literal["auto"] = Field(
         "auto",
         description="Most tokens in one pass through the model, which bounds the memory; auto is "

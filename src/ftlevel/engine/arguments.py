@@ -9,6 +9,7 @@ from typing import Any
 from ftlevel.config import TrainConfig
 from ftlevel.config.sections import TrainerConfig
 from ftlevel.engine.evaluation import Evaluator
+from ftlevel.engine.kernels import kernel_arguments
 from ftlevel.engine.resolve import Plan
 
 _LOGS_A_RUN = 20
@@ -74,6 +75,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         report_to=config.output.report_to,
         disable_tqdm=True,
         dataloader_pin_memory=plan.device == "cuda",
+        **kernel_arguments(config, plan.device, plan.model_config.model_type),
     )
 
 

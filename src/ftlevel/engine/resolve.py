@@ -15,6 +15,7 @@ from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
 from ftlevel.engine.fast_plan import FastPlan, plan_fast
+from ftlevel.engine.kernels import kernel_choices
 from ftlevel.engine.low_rank import low_rank_choices
 from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.pad_token import choose_pad_token
@@ -144,6 +145,7 @@ def resolve(config: TrainConfig) -> Plan:
         dtype,
         *_method_choices(config, stored_quantization(bare) is not None),
         *low_rank_choices(config, device.value),
+        *kernel_choices(config, device.value, bare.model_type),
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
         *([pad] if pad else []),
