@@ -3,6 +3,7 @@
 Importing this package never imports torch.
 """
 
+from ftlevel.config.gate import GateConfig
 from ftlevel.config.layers import Layer, build_config, put, read_recipe, read_settings
 from ftlevel.config.methods import (
     SPECS,
@@ -37,6 +38,7 @@ __all__ = [
     "AdapterSpec",
     "DataConfig",
     "FullSpec",
+    "GateConfig",
     "Layer",
     "LoraSpec",
     "MethodConfig",

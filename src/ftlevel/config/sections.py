@@ -10,25 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from ftlevel.config.gate import GateConfig
+from ftlevel.config.section import Section as Section
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 DEFAULT_MODEL = "builtin:tiny-llama"
 DEFAULT_DATASET = "builtin:docstrings"
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration; an unknown key, NaN and infinity are errors."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        validate_default=True,
-        defer_build=True,  # --help reads the fields and validates nothing
-    )
 
 
 class ModelConfig(Section):
@@ -125,6 +116,9 @@ class DataConfig(Section):
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="Stop at a row that cannot be read, or drop it and count it."
+    )
+    gate: GateConfig = Field(
+        default_factory=GateConfig, description="What happens to rows that would spoil the run."
     )
 
     @field_validator("columns")

@@ -119,11 +119,17 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
+def _one_bos(ids: list[int], tokenizer: Any) -> list[int]:
+    """Return `ids` with one BOS, where the text brings its own before the tokenizer's."""
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
 def _encode_texts(tokenizer: Any, examples: Sequence[PlainText]) -> list[Encoded]:
     encoded = tokenizer([e.text for e in examples])["input_ids"]
     rows = []
     for ids, example in zip(encoded, examples, strict=True):
-        ended = _ended(ids, tokenizer)
+        ended = _ended(_one_bos(ids, tokenizer), tokenizer)
         rows.append(Encoded(ended, list(ended), example.row))
     return rows
 
@@ -156,7 +162,8 @@ def _encode_completions(
     answers = tokenizer([p.target for p in pairs], add_special_tokens=False)["input_ids"]
     rows = []
     for prompt, answer, pair in zip(prompts, answers, pairs, strict=True):
-        start = prompt[:-1] if prompt[-1:] == [tokenizer.eos_token_id] else prompt
+        start = _one_bos(prompt, tokenizer)
+        start = start[:-1] if start[-1:] == [tokenizer.eos_token_id] else start
         target = _ended(answer, tokenizer)
         rows.append(Encoded(start + target, [IGNORED] * len(start) + target, pair.row))
     return rows

@@ -20,6 +20,8 @@ class Fitted:
         dropped: how many rows were left out.
         shortened: how many lost the beginning of their prompt.
         split: how many plain texts became several rows.
+        long_prompts: indices of the examples whose prompt alone is beyond `max_length`.
+        lost: indices of those that were left out because their answer would have been cut.
     """
 
     rows: list[Encoded]
@@ -28,6 +30,8 @@ class Fitted:
     dropped: int = 0
     shortened: int = 0
     split: int = 0
+    long_prompts: tuple[int, ...] = ()
+    lost: tuple[int, ...] = ()
 
 
 def fit_rows(
@@ -67,20 +71,23 @@ def fit_rows(
         return Fitted(list(rows), limit, reason)
     if overlong == "error":
         raise InputError(_too_long(over, len(rows), limit, longest, positions, where))
+    long_prompts = tuple(row.row for row in over if (prompt_length(row) or 0) > limit)
     if overlong == "drop":
-        fitted = Fitted(fitting, limit, reason, dropped=len(over))
+        fitted = Fitted(fitting, limit, reason, len(over), long_prompts=long_prompts)
     else:
         change = split_text if overlong == "split" else _cut_prompt
         result = [[row] if len(row.input_ids) <= limit else change(row, limit) for row in rows]
-        lost = sum(not pieces for pieces in result)
-        changed = len(over) - lost
+        lost = [row.row for row, pieces in zip(rows, result, strict=True) if not pieces]
+        changed = len(over) - len(lost)
         fitted = Fitted(
             [piece for pieces in result for piece in pieces],
             limit,
             reason,
-            dropped=lost,
+            dropped=len(lost),
             shortened=0 if overlong == "split" else changed,
             split=changed if overlong == "split" else 0,
+            long_prompts=long_prompts,
+            lost=tuple(lost),
         )
     if not fitted.rows:
         raise InputError(
@@ -114,10 +121,10 @@ def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
     class) loses tokens before its last one instead, which may be SEP or EOS.
     """
     surplus = len(row.input_ids) - limit
-    if not isinstance(row.labels, list) or len(row.labels) != len(row.input_ids):
+    prompt = prompt_length(row)
+    if prompt is None or not isinstance(row.labels, list):
         extras = {name: _middle_cut(v, limit) for name, v in row.extras.items()}
         return [replace(row, input_ids=_middle_cut(row.input_ids, limit), extras=extras)]
-    prompt = next(i for i, label in enumerate(row.labels) if label != IGNORED)
     if surplus > prompt - 1:
         return []
     ids, labels = row.input_ids, row.labels
@@ -128,6 +135,14 @@ def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
             labels=labels[:1] + labels[1 + surplus :],
         )
     ]
+
+
+def prompt_length(row: Encoded) -> int | None:
+    """Return how many tokens come before the first one that is learned; None where none could."""
+    labels = row.labels
+    if not isinstance(labels, list) or len(labels) != len(row.input_ids):
+        return None
+    return next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
 def _middle_cut(values: list[int], limit: int) -> list[int]:

@@ -69,6 +69,7 @@ class _Shape:
 
 
 _SYSTEM = {"system": ("system", "system_prompt")}
+_TALK = {**_SYSTEM, "tools": ("tools",)}
 _LABEL = ("label", "labels", "class", "category", "sentiment")
 _TEXT = ("text", "sentence", "content", "review")
 
@@ -76,8 +77,8 @@ _TEXT = ("text", "sentence", "content", "review")
 def _dialogue_shapes(produces: Produces) -> tuple[_Shape, ...]:
     """Return the shapes of prompts with answers, which several tasks accept."""
     return (
-        _Shape("messages", produces, {"messages": ("messages",)}, _SYSTEM, False),
-        _Shape("conversations", produces, {"conversations": ("conversations",)}, _SYSTEM, False),
+        _Shape("messages", produces, {"messages": ("messages",)}, _TALK, False),
+        _Shape("conversations", produces, {"conversations": ("conversations",)}, _TALK, False),
         _Shape(
             "prompt + completion",
             produces,

@@ -24,10 +24,12 @@ class BadRow:
     Attributes:
         line: its 1-based line, or its row number where the source has no lines.
         reason: what is wrong with it, with the value; no full stop.
+        finding: the field of `config.gate` that it falls under; "" for none.
     """
 
     line: int
     reason: str
+    finding: str = ""
 
 
 @dataclass(frozen=True)

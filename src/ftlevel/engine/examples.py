@@ -10,18 +10,20 @@ from ftlevel.artifacts.fingerprint import rows_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encode import Encoded
-from ftlevel.data.examples import drop_bad_rows, to_examples
+from ftlevel.data.examples import convert_rows, to_examples
 from ftlevel.data.fit import Fitted
 from ftlevel.data.formats import Format, detect_format
-from ftlevel.data.labels import LabelSet, build_label_set, check_labels
+from ftlevel.data.gate import Finding, explain_stop
+from ftlevel.data.labels import LabelSet, build_label_set, check_labels, find_unlabelled
 from ftlevel.data.languages import Language, find_language
 from ftlevel.data.masking import MaskedRows
 from ftlevel.data.problems import choose_problem_type
 from ftlevel.data.prompts import PromptFormat, choose_format
 from ftlevel.data.sources import Splits, hold_out, load_splits
-from ftlevel.data.table import Table, settle
+from ftlevel.data.table import BadRow, Table, settle
 from ftlevel.data.tags import find_orphans
 from ftlevel.engine.encoding import Encoder
+from ftlevel.engine.gate import Gate, settle_faults, stop_ids
 from ftlevel.errors import InputError
 from ftlevel.tasks import Task
 from ftlevel.tasks.translation import name_languages
@@ -43,6 +45,7 @@ class Loaded:
         labels: the classes or tags, or None.
         languages: of source and target, where they are known.
         choices: lines for the screen about the labels and languages.
+        findings: rows that nothing could be learned from.
     """
 
     splits: Splits
@@ -52,6 +55,7 @@ class Loaded:
     labels: LabelSet | None
     languages: tuple[Language, Language] | None = None
     choices: list[Choice] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     @property
     def unanswerable(self) -> bool:
@@ -75,6 +79,7 @@ class Prepared:
         max_length: in tokens.
         facts: what summary.json says of the data.
         choices: lines for the screen.
+        findings: what the gate found.
     """
 
     train: Sequence[Encoded]
@@ -83,42 +88,92 @@ class Prepared:
     max_length: int
     facts: dict[str, Any] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
+    findings: tuple[Finding, ...] = ()
 
 
-def load_examples(config: DataConfig, task: Task, seed: int) -> Loaded:
+def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = False) -> Loaded:
     """Read the data set and turn its rows into examples of `task`.
+
+    Args:
+        config: the data section.
+        task: the task.
+        seed: of the rows that are held out.
+        lenient: leave out and report rows that ought to stop the run, as a preview does.
 
     Raises:
         InputError: with `path:line`, for whatever cannot be read or learned from.
     """
     splits = _read(config, task, seed)
     shape = detect_format(splits.train.columns, task.name, config.columns)
-    choices = []
+    choices = [Choice("note", note) for note in splits.notes]
     if task.target == "class":
         problem, reason = choose_problem_type(
             splits.train, shape.columns["label"], config.problem_type
         )
         shape = replace(shape, problem_type=problem)
         choices.append(Choice("problem", problem, reason))
-    train, examples = _convert(splits.train, shape, config)
+    labelled = task.target == "tags" or (
+        task.target == "class" and shape.problem_type != "regression"
+    )
+    convert = _Converter(config, shape, labelled, task.target == "tags", lenient)
+    train, examples = convert("train", splits.train, None)
+    labels = build_label_set(examples, train, shape.columns[convert.label]) if labelled else None
+    if labels is not None and task.target == "tags":
+        train, examples = convert.without_orphans(train, examples, labels)
     validation, held_out = splits.validation, None
     if validation is not None:
-        validation, held_out = _convert(validation, shape, config)
-    labels = None
-    if task.target == "tags" or (task.target == "class" and shape.problem_type != "regression"):
-        column = shape.columns["tags" if task.target == "tags" else "label"]
-        labels = build_label_set(examples, train, column)
-        if held_out is not None and validation is not None:
+        validation, held_out = convert("validation", validation, labels)
+        if labels is not None:
             check_labels(labels, held_out, validation)
-    if labels is not None and task.target == "tags":
-        train, examples = _refuse_orphans(train, shape, config, examples, labels)
-        if held_out is not None and validation is not None:
-            validation, held_out = _refuse_orphans(validation, shape, config, held_out, labels)
+            if task.target == "tags":
+                validation, held_out = convert.without_orphans(validation, held_out, labels)
     languages = _languages(config, shape) if task.name == "translation" else None
     if task.name == "translation":
         choices.append(_language_choice(languages))
     kept = Splits(train, validation, splits.test, splits.name, splits.notes)
-    return Loaded(kept, shape, examples, held_out, labels, languages, choices)
+    return Loaded(kept, shape, examples, held_out, labels, languages, choices, convert.findings)
+
+
+@dataclass
+class _Converter:
+    """Turns tables into examples; what has to be left out is collected in `findings`."""
+
+    config: DataConfig
+    shape: Format
+    labelled: bool
+    tags: bool
+    lenient: bool
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        return "tags" if self.tags else "label"
+
+    def __call__(
+        self, split: str, table: Table, labels: LabelSet | None
+    ) -> tuple[Table, list[Any]]:
+        """Return the rows that can be learned from, and their examples."""
+        examples, bad = convert_rows(table, self.shape)
+        if self.labelled and (self.lenient or self.config.gate.unknown_label == "drop"):
+            bad += find_unlabelled(labels, examples, table, self.shape.columns[self.label])
+        if not bad:
+            return table, list(examples)
+        return self._settled(split, table, bad)
+
+    def without_orphans(
+        self, table: Table, examples: list[Any], labels: LabelSet
+    ) -> tuple[Table, list[Any]]:
+        """Refuse rows whose tags break BIO, or drop them if the configuration says so."""
+        orphans = find_orphans(examples, labels.names, table)
+        if not orphans:
+            return table, examples
+        table = settle(table, orphans, self.config.on_bad_row)
+        return table, to_examples(table, self.shape)
+
+    def _settled(self, split: str, table: Table, bad: list[BadRow]) -> tuple[Table, list[Any]]:
+        table, found = settle_faults(table, bad, self.config, split, lenient=self.lenient)
+        self.findings += found
+        return table, to_examples(table, self.shape)
 
 
 def _read(config: DataConfig, task: Task, seed: int) -> Splits:
@@ -139,24 +194,6 @@ def _read(config: DataConfig, task: Task, seed: int) -> Splits:
     if validation is not None and config.max_eval_samples:
         validation = validation.take(range(min(len(validation), config.max_eval_samples)))
     return Splits(train, validation, splits.test, splits.name, splits.notes)
-
-
-def _convert(table: Table, shape: Format, config: DataConfig) -> tuple[Table, list[Any]]:
-    """Return the rows that can be learned from, and their examples."""
-    if config.on_bad_row == "skip":
-        table = drop_bad_rows(table, shape)
-    return table, list(to_examples(table, shape))
-
-
-def _refuse_orphans(
-    table: Table, shape: Format, config: DataConfig, examples: list[Any], labels: LabelSet
-) -> tuple[Table, list[Any]]:
-    """Refuse rows whose tags break BIO, or drop them if the configuration says so."""
-    orphans = find_orphans(examples, labels.names, table)
-    if not orphans:
-        return table, examples
-    table = settle(table, orphans, config.on_bad_row)
-    return table, list(to_examples(table, shape))
 
 
 def _languages(config: DataConfig, shape: Format) -> tuple[Language, Language] | None:
@@ -184,8 +221,10 @@ def prepare_examples(
     model: Any,
     positions: int | None,
     seed: int,
+    *,
+    lenient: bool = False,
 ) -> Prepared:
-    """Encode the examples and make them fit.
+    """Encode the examples, make them fit, and let them through the gate.
 
     Args:
         loaded: what `load_examples` returned.
@@ -196,30 +235,69 @@ def prepare_examples(
         model: the model's config, for the size of its vocabulary.
         positions: longest sequence that the model and its method leave to the text, or None.
         seed: of the masks.
+        lenient: report what ought to stop the run, as a preview does.
 
     Raises:
-        InputError: rows do not fit, or hold token ids that the model has no embedding for.
+        InputError: rows do not fit, or the gate found what is to stop the run.
     """
     prompt_format = _prompt_format(loaded, task, kind, tokenizer)
     encoder = Encoder(task, kind, tokenizer, config, positions, prompt_format, loaded.labels)
-    fitted = encoder(loaded.train, loaded.splits.train)
-    _check_vocabulary(fitted.rows, model, loaded.splits.train)
-    train: Sequence[Encoded] = fitted.rows
+    gate = Gate(
+        config.gate, task.target, tokenizer.bos_token_id, stop_ids(tokenizer),
+        model.get_text_config().vocab_size,
+    )  # fmt: skip
+    tables = loaded.splits
+    fitted = (encoder.dropping() if lenient else encoder)(loaded.train, tables.train)
+    kept, found = gate.check_split("train", fitted, loaded.train, tables.train)
+    findings = [*loaded.findings, *found]
+    train: Sequence[Encoded] = kept
     validation: list[Encoded] = []
     dropped = 0
-    if loaded.validation:
-        held_out = encoder.dropping()(
-            loaded.validation, loaded.splits.validation or loaded.splits.train
+    if loaded.validation and tables.validation:
+        held_out = encoder.dropping()(loaded.validation, tables.validation)
+        dropped = held_out.dropped
+        leaked, leaks = gate.find_leaks(
+            "validation", loaded.validation, loaded.train, tables.validation
         )
-        validation, dropped = held_out.rows, held_out.dropped
+        findings += leaks
+        if leaks and leaks[0].action == "drop":
+            gone = set(leaked.tolist())
+            rows = [row for row in held_out.rows if row.row not in gone]
+            held_out = replace(held_out, rows=rows)
+        if held_out.rows:
+            validation, found = gate.check_split(
+                "validation", held_out, loaded.validation, tables.validation
+            )
+            findings += found
         fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
+    if tables.test is not None:
+        examples, _ = convert_rows(tables.test, loaded.format)
+        findings += gate.find_leaks("test", examples, loaded.train, tables.test)[1]
+    stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
+    if stops and not lenient:
+        raise InputError(stops)
     if task.target == "mask":
         share = config.mlm_probability
-        train = MaskedRows(fitted.rows, tokenizer, share=share, seed=seed)
+        train = MaskedRows(kept, tokenizer, share=share, seed=seed)
         validation = MaskedRows(validation, tokenizer, share=share, seed=seed).fixed()
-    facts = _facts(loaded, fitted, train, validation) | {"validation_dropped": dropped}
+    facts = _facts(loaded, fitted, kept, train, validation) | {
+        "validation_dropped": dropped,
+        "gate": [finding.to_dict() for finding in findings],
+    }
     choices = _choices(loaded, fitted, validation, facts, prompt_format)
-    return Prepared(train, validation, prompt_format, fitted.max_length, facts, choices)
+    choices += [_gate_choice(finding) for finding in findings]
+    return Prepared(
+        train, validation, prompt_format, fitted.max_length, facts, choices, tuple(findings)
+    )
+
+
+_DONE = {"drop": "dropped", "warn": "kept", "stop": "stops the run"}
+
+
+def _gate_choice(finding: Finding) -> Choice:
+    """Return the line for what the gate found, with the flag that would change what is done."""
+    other = f"--set data.gate.{finding.name}=…"
+    return Choice("data check", str(finding), f"{_DONE[finding.action]}; {other}")
 
 
 def _prompt_format(loaded: Loaded, task: Task, kind: str, tokenizer: Any) -> PromptFormat | None:
@@ -233,32 +311,25 @@ def _prompt_format(loaded: Loaded, task: Task, kind: str, tokenizer: Any) -> Pro
     return choose_format(tokenizer, kind, instruction, cue)
 
 
-def _check_vocabulary(rows: Sequence[Encoded], model: Any, table: Table) -> None:
-    """Refuse ids beyond the embedding: the tokenizer is not the model's."""
-    size = model.get_text_config().vocab_size
-    worst = max(rows, key=lambda row: max(row.input_ids))
-    highest = max(worst.input_ids)
-    if highest >= size:
-        raise InputError(
-            f"{table.where(worst.row)} has token id {highest:,}, and the model's embedding has "
-            f"{size:,} rows. The tokenizer is not this model's."
-        )
-
-
 def _facts(
-    loaded: Loaded, fitted: Fitted, train: Sequence[Encoded], validation: Sequence[Encoded]
+    loaded: Loaded,
+    fitted: Fitted,
+    kept: Sequence[Encoded],
+    train: Sequence[Encoded],
+    validation: Sequence[Encoded],
 ) -> dict[str, Any]:
     produces = loaded.format.produces
+    refused = len(fitted.rows) - len(kept)
     return {
         "name": loaded.splits.name,
         "format": loaded.format.description,
         "train_rows": len(train),
         "validation_rows": len(validation),
-        "tokens": sum(len(row.input_ids) for row in fitted.rows),
+        "tokens": sum(len(row.input_ids) for row in kept),
         "supervised": sum(row.supervised for row in train),
-        "longest": max(len(row.input_ids) for row in fitted.rows),
+        "longest": max(len(row.input_ids) for row in kept),
         "max_length": fitted.max_length,
-        "dropped": fitted.dropped + len(loaded.splits.train.dropped),
+        "dropped": fitted.dropped + refused + len(loaded.splits.train.dropped),
         "shortened": fitted.shortened,
         "split": fitted.split,
         "fingerprint": rows_fingerprint(loaded.splits.train.rows),

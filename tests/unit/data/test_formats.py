@@ -185,8 +185,8 @@ def test_mapping_goes_before_known_names() -> None:
             "body",
             {"txt": "bodi"},
             "--map txt=bodi: --task text-generation has no 'txt'. Did you mean 'text'? It has: "
-            "messages, system, conversations, prompt, completion, instruction, output, input, "
-            "text.\n"
+            "messages, system, tools, conversations, prompt, completion, instruction, output, "
+            "input, text.\n"
             "--map txt=bodi: no column 'bodi'. Did you mean 'body'? Columns: 'body'.",
         ),
         (
