@@ -85,6 +85,19 @@ ENCODER = (
     Entry("adapter, parallel", ("--method", "adapter", "--set", "method.placement=parallel"), 1e-3),
     Entry("prefix", ("--method", "prefix"), 1e-2),
 )
+MORE = (
+    Entry("dora", ("--method", "lora", "--dora"), 1e-3),
+    Entry("adalora", ("--method", "adalora"), 2e-3),
+    Entry("ia3", ("--method", "ia3"), 1e-2),
+    Entry("vera", ("--method", "vera"), 2e-2),
+    Entry("oft", ("--method", "oft"), 1e-3),
+    Entry("boft", ("--method", "boft"), 1e-3),
+    Entry("loha", ("--method", "loha"), 1e-3),
+    Entry("lokr", ("--method", "lokr"), 3e-3),
+    Entry("ln-tuning", ("--method", "ln-tuning"), 3e-3),
+    Entry("prompt", ("--method", "prompt"), 3e-2),
+    Entry("p-tuning", ("--method", "p-tuning"), 5e-3),
+)
 DECODER = (
     Entry("lora", ("--method", "lora"), 5e-4),
     Entry("dora", ("--method", "lora", "--dora"), 5e-4),
@@ -97,8 +110,10 @@ DECODER = (
 
 
 def methods_of(workload: Workload) -> tuple[Entry, ...]:
-    """Return the methods that are run on a workload's model."""
-    return DECODER if workload.model == SMOLLM2 else ENCODER
+    """Return the methods that are run on a workload: all of them where a run takes a minute."""
+    if workload.model == SMOLLM2:
+        return DECODER
+    return ENCODER + (MORE if workload.task == "text-classification" else ())
 
 
 def train(workload: Workload, entry: Entry, run: Path) -> dict[str, Any]:

@@ -125,6 +125,27 @@ def test_an_encoder_cannot_generate(
     assert found.startswith("--task text-generation cannot be used with bert, which is an encoder")
 
 
+def test_checkpointing_where_there_is_none(
+    folder: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path]
+) -> None:
+    model = tiny_model_dir("albert", "mlm")
+    arguments = ["--model", str(model), "--task", "masked-lm", "--dataset", "rows.txt"]
+    (folder / "rows.txt").write_text("one line\nanother line\n")
+    message = refused([*arguments, "--gradient-checkpointing"], capsys)
+    assert message.startswith("--gradient-checkpointing cannot be used with albert: ")
+
+
+def test_no_layer_is_skipped(
+    folder: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path]
+) -> None:
+    model = tiny_model_dir("bart", encoder_layerdrop=0.5)
+    arguments = ["--model", str(model), "--task", "summarization", "--dataset", "rows.jsonl"]
+    arguments += ["--map", "document=prompt", "--map", "summary=completion", "--dry-run"]
+    assert run(["train", *arguments]) == 0
+    shown = capsys.readouterr()
+    assert "layers: none is skipped (the model has encoder_layerdrop 0.5)" in shown.out + shown.err
+
+
 def test_positions_bound_the_length_and_the_remedy_is_named(
     folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,7 +98,9 @@ def resolve(config: TrainConfig) -> Plan:
     tokenizer = load_tokenizer(source)
     pad = choose_pad_token(tokenizer)
     model_config = _task_config(source, loaded, tokenizer)
+    layers = _keep_every_layer(model_config)
     meta = build_task_model(model_config, auto_class)
+    _check_checkpointing(config, meta)
     heads, new_modules = _heads(task, meta, source)
     adapted = find_method_targets(config.method, meta, source.name, config.quant.kind)
     data = prepare_examples(
@@ -129,6 +131,7 @@ def resolve(config: TrainConfig) -> Plan:
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
         *([pad] if pad else []),
+        *layers,
         learning_rate,
     ]
     return Plan(
@@ -173,6 +176,34 @@ def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
     reason = method.refuse(config.method, model_config, kind, config.task, config.quant.kind)
     if reason is not None:
         raise ConfigError(f"--method {config.method.kind}: {reason}")
+
+
+def _keep_every_layer(model_config: Any) -> list[Choice]:
+    """Switch off the random skipping of whole layers (mutated), and say so.
+
+    What is trained in a layer that a step skips gets no gradient in it, which could not be told
+    from an adapter that is dead.
+    """
+    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    shares = {name: share for name in names if (share := getattr(model_config, name, 0.0))}
+    for name in shares:
+        setattr(model_config, name, 0.0)
+    was = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+    return [Choice("layers", "none is skipped", f"the model has {was}")] if shares else []
+
+
+def _check_checkpointing(config: TrainConfig, model: Any) -> None:
+    """Refuse --gradient-checkpointing where transformers has none for the model.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    if config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"--gradient-checkpointing cannot be used with {model.config.model_type}: transformers "
+            "has none for it. Drop it; a smaller --per-device-train-batch-size with "
+            "--gradient-accumulation-steps needs less memory too."
+        )
 
 
 def _text_positions(config: TrainConfig, model_config: Any) -> int | None:

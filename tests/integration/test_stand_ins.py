@@ -1,0 +1,84 @@
+"""The usual scripts' command lines, as typed, where a directory stands for each Hub name."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ftlevel.cli.app import run
+
+GPT2_ON_IMDB = """
+ftlevel train --method lora --model_name_or_path gpt2 --dataset_name imdb
+  --task_type text_generation --lora_r 8 --lora_alpha 16 --lora_dropout 0.05
+  --target_modules c_attn,c_proj
+  --num_train_epochs 3 --learning_rate 5e-4 --per_device_train_batch_size 4
+"""
+LLAMA_ON_SAMSUM = """
+ftlevel train --method qlora --model_name_or_path meta-llama/Llama-2-7b-hf --dataset_name samsum
+  --task_type summarization --quantization_type 4bit --double_quant --quant_type nf4 --lora_r 16
+"""
+
+
+def write_rows(folder: Path, train: list[dict[str, object]], test: list[dict[str, object]]) -> None:
+    folder.mkdir(parents=True)
+    for name, rows in (("train", train), ("test", test)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+
+
+def imdb(count: int) -> list[dict[str, object]]:
+    return [
+        {"text": f"Film {n} was {'a joy to see' if n % 2 else 'far too long'}.", "label": n % 2}
+        for n in range(count)
+    ]
+
+
+def samsum(count: int) -> list[dict[str, object]]:
+    return [
+        {
+            "id": f"row-{n}",
+            "dialogue": f"Anna: Shall we meet at {n % 12 + 1}?\r\nBen: Yes, at the station.",
+            "summary": f"Anna and Ben will meet at {n % 12 + 1}.",
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "family", "model", "dataset", "rows"),
+    [
+        (GPT2_ON_IMDB, "gpt2", "gpt2", "imdb", imdb),
+        (LLAMA_ON_SAMSUM, "llama", "meta-llama/Llama-2-7b-hf", "samsum", samsum),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_a_directory_stands_for_a_hub_name(
+    command: str,
+    family: str,
+    model: str,
+    dataset: str,
+    rows: Callable[[int], list[dict[str, object]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model_dir: Callable[..., Path],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model_dir(family), tmp_path / model)
+    write_rows(tmp_path / dataset, rows(24), rows(4))
+    assert run([*shlex.split(command)[1:], "--quiet"]) == 0
+    (made,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((made / "summary.json").read_text())
+    assert summary["proof"]["adapter_effect"] > 0
+    config = yaml.safe_load((made / "config.yaml").read_text())
+    assert config["model"]["name_or_path"] == model
+    assert config["data"]["dataset"] == dataset
+    assert config["method"]["r"] == int(
+        shlex.split(command)[shlex.split(command).index("--lora_r") + 1]
+    )
