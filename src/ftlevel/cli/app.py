@@ -17,6 +17,10 @@ HELP = "Fine-tune transformers efficiently: one grammar for every family, task a
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
+    "preview": (
+        "ftlevel.cli.preview:preview",
+        "Show rows as the model will see them, and what is wrong with the data.",
+    ),
     "list-targets": (
         "ftlevel.cli.list_targets:list_targets",
         "Show which modules of a model or a family can be adapted.",

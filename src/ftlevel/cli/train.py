@@ -8,9 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from ftlevel.cli.flags import flag, given_flags
-from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe, read_settings
-from ftlevel.errors import ConfigError
+from ftlevel.cli.flags import flag, read_config
+from ftlevel.config import TrainConfig
 
 # Optional[...] instead of `| None`: Typer evaluates these at run time on Python 3.10 as well.
 Text = Optional[str]  # noqa: UP045
@@ -147,7 +146,7 @@ def train(
     if schema:
         typer.echo(json_module.dumps(TrainConfig.model_json_schema(), indent=2))
         return
-    config = _read_config(context.params)
+    config = read_config(context.params)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -156,48 +155,3 @@ def train(
         result = run(config, listener=screen, dry_run=dry_run)
     if as_json:
         typer.echo(json_module.dumps(result.summary, default=str))
-
-
-def _read_config(parameters: dict[str, object]) -> TrainConfig:
-    """Merge recipe < --set < flags into one validated configuration."""
-    recipe, positional = parameters["recipe"], parameters["recipe_file"]
-    if recipe is not None and positional is not None:
-        raise ConfigError(
-            f"two recipes are given, {positional} and --recipe {recipe}. Give one of them."
-        )
-    layers = []
-    path = recipe or positional
-    if path is None and parameters["resume"] and parameters["output_dir"]:
-        own = Path(str(parameters["output_dir"])) / "config.yaml"
-        path = own if own.is_file() else None
-    if isinstance(path, Path):
-        layers.append(read_recipe(path))
-    settings = parameters["settings"]
-    layers.append(read_settings(settings if isinstance(settings, list) else []))
-    flags = given_flags(parameters)
-    _add_precision(flags, parameters)
-    _add_columns(flags, parameters["column_map"])
-    return build_config([*layers, flags])
-
-
-def _add_columns(flags: Layer, pairs: object) -> None:
-    """Read --map NAME=COLUMN."""
-    for pair in pairs if isinstance(pairs, list) else []:
-        name, equals, column = pair.partition("=")
-        if not (name and equals and column):
-            raise ConfigError(f"--map {pair}: expected NAME=COLUMN, as in summary=abstract.")
-        put(flags, ("data", "columns", name), column, f"--map {name}")
-
-
-def _add_precision(flags: Layer, parameters: dict[str, object]) -> None:
-    """Read --bf16 and --fp16, the spellings of transformers' own scripts."""
-    given = [name for name in ("bf16", "fp16") if parameters[name]]
-    if parameters["dtype"] is not None:
-        given.append("dtype")
-    if len(given) > 1:
-        raise ConfigError(
-            f"--{given[0]} and --{given[1]} both set the precision. Give one of them."
-        )
-    if given and given[0] != "dtype":
-        value = {"bf16": "bfloat16", "fp16": "float16"}[given[0]]
-        put(flags, ("model", "dtype"), value, f"--{given[0]}")

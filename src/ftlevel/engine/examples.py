@@ -80,12 +80,14 @@ class Prepared:
         facts: what summary.json says of the data.
         choices: lines for the screen.
         findings: what the gate found.
+        table: the training rows as they were read; `Encoded.row` counts these.
     """
 
     train: Sequence[Encoded]
     validation: list[Encoded]
     prompt_format: PromptFormat | None
     max_length: int
+    table: Table
     facts: dict[str, Any] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
     findings: tuple[Finding, ...] = ()
@@ -287,8 +289,9 @@ def prepare_examples(
     choices = _choices(loaded, fitted, validation, facts, prompt_format)
     choices += [_gate_choice(finding) for finding in findings]
     return Prepared(
-        train, validation, prompt_format, fitted.max_length, facts, choices, tuple(findings)
-    )
+        train, validation, prompt_format, fitted.max_length, tables.train, facts, choices,
+        tuple(findings),
+    )  # fmt: skip
 
 
 _DONE = {"drop": "dropped", "warn": "kept", "stop": "stops the run"}

@@ -78,8 +78,12 @@ class Plan:
     choices: list[Choice]
 
 
-def resolve(config: TrainConfig) -> Plan:
+def resolve(config: TrainConfig, *, lenient: bool = False) -> Plan:
     """Resolve `config`.
+
+    Args:
+        config: the whole configuration.
+        lenient: report rows that ought to stop the run, as a preview does.
 
     Raises:
         ConfigError: with the first problem found; nothing was loaded or written.
@@ -94,7 +98,7 @@ def resolve(config: TrainConfig) -> Plan:
     auto_class = task.auto_class(kind, bare.model_type)
     device = choose_device(config.model.device)
     dtype = _dtype(config, device.value, bare.model_type)
-    loaded = load_examples(config.data, task, config.train.seed)
+    loaded = load_examples(config.data, task, config.train.seed, lenient=lenient)
     tokenizer = load_tokenizer(source)
     pad = choose_pad_token(tokenizer)
     model_config = _task_config(source, loaded, tokenizer)
@@ -112,6 +116,7 @@ def resolve(config: TrainConfig) -> Plan:
         model_config,
         _text_positions(config, model_config),
         config.train.seed,
+        lenient=lenient,
     )
     objective = build_objective(
         task,
