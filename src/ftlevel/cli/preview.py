@@ -29,6 +29,8 @@ def preview(
     model: Annotated[Text, flag("model.name_or_path", "--model")] = None,
     dataset: Annotated[Text, flag("data.dataset", "--dataset")] = None,
     task: Annotated[Text, flag("task", "--task")] = None,
+    format: Annotated[Text, flag("data.format", "--format")] = None,
+    chat_template: Annotated[Text, flag("data.chat_template")] = None,
     max_length: Annotated[Text, flag("data.max_length", "--max-length")] = None,
     overlong: Annotated[Text, flag("data.overlong")] = None,
     validation_split: Annotated[Float, flag("data.validation_split")] = None,

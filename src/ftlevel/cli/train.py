@@ -58,6 +58,8 @@ def train(
         Switch, typer.Option("--fp16", help="Short for --dtype float16.", rich_help_panel=WHAT)
     ] = None,
     device: Annotated[Text, flag("model.device", panel=WHAT)] = None,
+    format: Annotated[Text, flag("data.format", "--format", panel=WHAT)] = None,
+    chat_template: Annotated[Text, flag("data.chat_template", panel=WHAT)] = None,
     max_length: Annotated[Text, flag("data.max_length", "--max-length", panel=WHAT)] = None,
     overlong: Annotated[Text, flag("data.overlong", panel=WHAT)] = None,
     validation_split: Annotated[Float, flag("data.validation_split", panel=WHAT)] = None,

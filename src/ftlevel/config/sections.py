@@ -69,9 +69,21 @@ class DataConfig(Section):
     )
     subset: str | None = Field(None, description="Configuration (subset) of a Hub data set.")
     split: str | None = Field(None, description="Split to train on; the default is train.")
+    format: str | None = Field(
+        None,
+        min_length=1,
+        description="What the columns are, where they fit several formats: messages, sharegpt, "
+        "prompt-completion, alpaca, text, squad, …; the default is the first that fits.",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="What ftlevel calls a column: what the data calls it, as in summary: abstract.",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="Chat template where the model has none: chatml, gemma, llama-3, mistral, "
+        "qwen, or a Jinja file.",
     )
     validation_split: Share | None = Field(
         None,

@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.config import DataConfig
-from ftlevel.data.encode import Encoded, encode_causal, encode_labelled, encode_seq2seq
+from ftlevel.data.encode import (
+    Encoded,
+    RowError,
+    encode_causal,
+    encode_labelled,
+    encode_seq2seq,
+)
 from ftlevel.data.examples import Labelled
 from ftlevel.data.fit import Fitted, fit_rows, fit_targets
 from ftlevel.data.labels import LabelSet
@@ -54,7 +60,10 @@ class Encoder:
                 f"a token covers, which --task {self.task.name} needs. Use a model with a "
                 "tokenizer.json."
             )
-        return _ENCODERS[self.task.target](self, examples, table)
+        try:
+            return _ENCODERS[self.task.target](self, examples, table)
+        except RowError as error:
+            raise InputError(f"{table.where(error.row)}: {error.reason}") from error
 
     def dropping(self) -> Encoder:
         """Return an encoder of other splits, which drops rows that do not fit."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ftlevel.data.chat import turn_end
 from ftlevel.data.collate import Collator, pad
 from ftlevel.data.encode import IGNORED, Encoded
 from ftlevel.models.hardware import autocast
@@ -132,6 +133,7 @@ def generate_texts(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    stops = _stops(tokenizer)
     for indices in batches(order, batch_size):
         ids = pad([prompts[i] for i in indices], pad_id, left=True).to(device)
         mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=True).to(device)
@@ -142,10 +144,18 @@ def generate_texts(
             do_sample=False,
             use_cache=True,
             pad_token_id=pad_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stops,
         )
         encoder_decoder = model.config.is_encoder_decoder
         answers = written if encoder_decoder else written[:, ids.shape[1] :]
         for i, answer in zip(indices, answers, strict=True):
             texts[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
     return texts
+
+
+def _stops(tokenizer: Any) -> list[int]:
+    """Return the ids that end a generated text: EOS, and what ends a turn in the chat template."""
+    ends = [tokenizer.eos_token_id]
+    if getattr(tokenizer, "chat_template", None):
+        ends.append(turn_end(tokenizer))
+    return list(dict.fromkeys(i for i in ends if i is not None))

@@ -106,7 +106,7 @@ def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = 
         InputError: with `path:line`, for whatever cannot be read or learned from.
     """
     splits = _read(config, task, seed)
-    shape = detect_format(splits.train.columns, task.name, config.columns)
+    shape = detect_format(splits.train.columns, task.name, config.columns, config.format)
     choices = [Choice("note", note) for note in splits.notes]
     if task.target == "class":
         problem, reason = choose_problem_type(

@@ -12,6 +12,7 @@ from ftlevel.config import DEFAULT_MODEL, LoraSpec, MethodConfig, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
+from ftlevel.data.chat_templates import choose_chat_template
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
 from ftlevel.engine.method_targets import find_method_targets
@@ -100,6 +101,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False) -> Plan:
     dtype = _dtype(config, device.value, bare.model_type)
     loaded = load_examples(config.data, task, config.train.seed, lenient=lenient)
     tokenizer = load_tokenizer(source)
+    template = choose_chat_template(tokenizer, config.data.chat_template)
     pad = choose_pad_token(tokenizer)
     model_config = _task_config(source, loaded, tokenizer)
     layers = _keep_every_layer(model_config)
@@ -135,7 +137,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False) -> Plan:
         *_method_choices(config),
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
-        *([pad] if pad else []),
+        *filter(None, (template, pad)),
         *layers,
         learning_rate,
     ]
