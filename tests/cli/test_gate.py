@@ -211,3 +211,23 @@ def test_every_check_has_a_title_and_every_stop_a_way_on() -> None:
     for name in _TITLES:
         message = explain_stop(Finding(name, "train", 1, 2, ("a:1",), "stop"))
         assert "drop" in message or "warn" in message
+
+
+def test_several_sets_with_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("a.jsonl"), GOOD)
+    write(Path("b.jsonl"), [pair(60 + i) for i in range(20)])
+    both = ["--dataset", "a.jsonl", "--dataset", "b.jsonl"]
+    code, out = dry(capsys, *both)
+    assert (code, "data: a.jsonl + b.jsonl (26 rows" in out) == (0, True)
+    code, out = dry(capsys, *both, "--mix", "1,2")
+    assert "data: a.jsonl + b.jsonl (18 rows" in out
+    assert "note: mixed 1 : 2: 6 of 6 rows of a.jsonl, 12 of 20 rows of b.jsonl" in out
+    code, out = dry(capsys, *both, "--mix", "1")
+    assert (code, out.splitlines()[-1]) == (
+        2,
+        "ftlevel: --mix has 1 shares, and there are 2 data sets. Give one share for each "
+        "--dataset.",
+    )
+    write(Path("b.jsonl"), [pair(60), pair(61, completion=None)])
+    code, out = dry(capsys, *both)
+    assert "b.jsonl:2: 'completion' is null" in out

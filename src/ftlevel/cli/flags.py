@@ -70,9 +70,16 @@ def given_flags(parameters: Mapping[str, Any]) -> Layer:
     """Return the configuration layer of the flags in `parameters` that the user gave."""
     layer = Layer()
     for name, value in parameters.items():
-        if value is not None and name in FLAG_PATHS:
-            shown, key = FLAG_PATHS[name]
-            put(layer, key, value, shown)
+        if value is None or name not in FLAG_PATHS:
+            continue
+        shown, key = FLAG_PATHS[name]
+        if name == "dataset" and not isinstance(value, str):  # repeated, it is several sets
+            if not value:
+                continue
+            value, *also = value
+            if also:
+                put(layer, ("data", "also"), also, shown)
+        put(layer, key, value, shown)
     return layer
 
 

@@ -27,7 +27,12 @@ def preview(
         typer.Option("--recipe", help="A recipe; flags win over it."),
     ] = None,
     model: Annotated[Text, flag("model.name_or_path", "--model")] = None,
-    dataset: Annotated[Text, flag("data.dataset", "--dataset")] = None,
+    dataset: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        flag("data.dataset", "--dataset"),
+    ] = None,
+    mix: Annotated[Text, flag("data.mix", "--mix")] = None,
+    split: Annotated[Text, flag("data.split")] = None,
     task: Annotated[Text, flag("task", "--task")] = None,
     format: Annotated[Text, flag("data.format", "--format")] = None,
     chat_template: Annotated[Text, flag("data.chat_template")] = None,

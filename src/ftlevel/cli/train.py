@@ -32,7 +32,12 @@ def train(
     ] = None,
     method: Annotated[Text, flag("method.kind", "--method", panel=WHAT)] = None,
     model: Annotated[Text, flag("model.name_or_path", "--model", panel=WHAT)] = None,
-    dataset: Annotated[Text, flag("data.dataset", "--dataset", panel=WHAT)] = None,
+    dataset: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        flag("data.dataset", "--dataset", panel=WHAT),
+    ] = None,
+    mix: Annotated[Text, flag("data.mix", "--mix", panel=WHAT)] = None,
+    split: Annotated[Text, flag("data.split", panel=WHAT)] = None,
     task: Annotated[Text, flag("task", "--task", panel=WHAT)] = None,
     quant: Annotated[Text, flag("quant.kind", "--quant", panel=WHAT)] = None,
     quant_type: Annotated[Text, flag("quant.quant_type", "--quant-type", panel=WHAT)] = None,

@@ -65,7 +65,15 @@ class DataConfig(Section):
     dataset: str = Field(
         DEFAULT_DATASET,
         min_length=1,
-        description="Local file or directory, Hub id, or builtin:docstrings.",
+        description="Local file or directory, Hub id, or builtin:docstrings; repeatable.",
+    )
+    also: tuple[str, ...] = Field(
+        (), description="Further data sets, trained on together with `dataset`; --dataset repeated."
+    )
+    mix: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None,
+        description="Share of the training rows that each data set gives, in their order, as in "
+        "3,7; without it each gives all of its rows. No row comes twice.",
     )
     subset: str | None = Field(None, description="Configuration (subset) of a Hub data set.")
     split: str | None = Field(None, description="Split to train on; the default is train.")
@@ -132,6 +140,11 @@ class DataConfig(Section):
     gate: GateConfig = Field(
         default_factory=GateConfig, description="What happens to rows that would spoil the run."
     )
+
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _mix_is_a_list(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("columns")
     @classmethod

@@ -33,6 +33,14 @@ class BadRow:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A table inside a larger one, whose lines are counted there from `base`."""
+
+    base: int
+    table: Table
+
+
+@dataclass(frozen=True)
 class Table:
     """The rows of one split.
 
@@ -43,6 +51,7 @@ class Table:
         unit: whether `lines` counts lines of a text file, or rows.
         dropped: the rows that `on_bad_row="skip"` left out, in order of line.
         label_names: names of the classes, for columns whose source declares them.
+        parts: the tables that it was joined from, by growing base; empty for a single one.
     """
 
     rows: list[Row]
@@ -51,6 +60,7 @@ class Table:
     unit: Literal["line", "row"] = "line"
     dropped: tuple[BadRow, ...] = ()
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,6 +76,9 @@ class Table:
 
     def place(self, line: int) -> str:
         """Return `path:line`, or `name row N` where the source has no lines."""
+        for part in reversed(self.parts):
+            if line > part.base:
+                return part.table.place(line - part.base)
         return f"{self.source}:{line}" if self.unit == "line" else f"{self.source} row {line}"
 
     def take(self, indices: Iterable[int]) -> Table:
@@ -130,7 +143,8 @@ def describe_dropped(table: Table) -> list[str]:
     count = len({row.line for row in table.dropped})
     total = count + len(table)
     shown = "; ".join(
-        f"{table.unit} {row.line}: {row.reason}" for row in table.dropped[:MOST_SHOWN]
+        f"{table.place(row.line) if table.parts else f'{table.unit} {row.line}'}: {row.reason}"
+        for row in table.dropped[:MOST_SHOWN]
     )
     more = "; …" if len(table.dropped) > MOST_SHOWN else ""
     return [f"{table.source}: dropped {count:,} of {total:,} rows ({shown}{more})"]

@@ -19,7 +19,7 @@ from ftlevel.data.languages import Language, find_language
 from ftlevel.data.masking import MaskedRows
 from ftlevel.data.problems import choose_problem_type
 from ftlevel.data.prompts import PromptFormat, choose_format
-from ftlevel.data.sources import Splits, hold_out, load_splits
+from ftlevel.data.sources import Splits, hold_out, join_splits, load_splits
 from ftlevel.data.table import BadRow, Table, settle
 from ftlevel.data.tags import find_orphans
 from ftlevel.engine.encoding import Encoder
@@ -180,14 +180,8 @@ class _Converter:
 
 def _read(config: DataConfig, task: Task, seed: int) -> Splits:
     """Return the splits as far as the configuration wants them."""
-    builtin = config.dataset.startswith("builtin:")
-    splits = load_splits(
-        config.dataset,
-        split=config.split,
-        subset=_BUILTIN_KIND.get(task.name) if builtin and not config.subset else config.subset,
-        on_bad_row=config.on_bad_row,
-        max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
-    )
+    parts = [_read_one(name, config, task) for name in (config.dataset, *config.also)]
+    splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
     if config.validation_split:
         splits = hold_out(splits, config.validation_split, seed)
     train, validation = splits.train, splits.validation
@@ -196,6 +190,17 @@ def _read(config: DataConfig, task: Task, seed: int) -> Splits:
     if validation is not None and config.max_eval_samples:
         validation = validation.take(range(min(len(validation), config.max_eval_samples)))
     return Splits(train, validation, splits.test, splits.name, splits.notes)
+
+
+def _read_one(name: str, config: DataConfig, task: Task) -> Splits:
+    builtin = name.startswith("builtin:")
+    return load_splits(
+        name,
+        split=config.split,
+        subset=_BUILTIN_KIND.get(task.name) if builtin and not config.subset else config.subset,
+        on_bad_row=config.on_bad_row,
+        max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
+    )
 
 
 def _languages(config: DataConfig, shape: Format) -> tuple[Language, Language] | None:
