@@ -44,6 +44,10 @@ def preview(
         Optional[list[str]],  # noqa: UP045
         typer.Option("--map", metavar="NAME=COLUMN", help="What the data calls a column."),
     ] = None,
+    cache: Annotated[
+        Optional[bool],  # noqa: UP045
+        flag("data.cache", "--cache/--no-cache"),
+    ] = None,
     on_bad_row: Annotated[Text, flag("data.on_bad_row")] = None,
     num_train_epochs: Annotated[Float, flag("train.num_train_epochs", "--num-train-epochs")] = None,
     per_device_train_batch_size: Annotated[Int, flag("train.per_device_train_batch_size")] = None,

@@ -78,6 +78,10 @@ def train(
             rich_help_panel=WHAT,
         ),
     ] = None,
+    cache: Annotated[
+        Optional[bool],  # noqa: UP045
+        flag("data.cache", "--cache/--no-cache", panel=WHAT),
+    ] = None,
     on_bad_row: Annotated[Text, flag("data.on_bad_row", panel=WHAT)] = None,
     num_train_epochs: Annotated[
         Float, flag("train.num_train_epochs", "--num-train-epochs", panel=HOW)

@@ -137,6 +137,10 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="Stop at a row that cannot be read, or drop it and count it."
     )
+    num_proc: Positive = Field(1, description="Processes that encode the rows of a large set.")
+    cache: bool = Field(
+        True, description="Keep the encoded rows of a large set, and use them when nothing changed."
+    )
     gate: GateConfig = Field(
         default_factory=GateConfig, description="What happens to rows that would spoil the run."
     )

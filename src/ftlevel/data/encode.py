@@ -31,6 +31,10 @@ class RowError(InputError):
         super().__init__(f"row {row + 1} {reason}")
         self.row, self.reason = row, reason
 
+    def __reduce__(self) -> tuple[type[RowError], tuple[int, str]]:
+        """Pass between processes as what it was made of."""
+        return RowError, (self.row, self.reason)
+
 
 @dataclass(frozen=True)
 class Encoded:

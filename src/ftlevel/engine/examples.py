@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ftlevel.artifacts.fingerprint import rows_fingerprint
 from ftlevel.config import DataConfig
@@ -13,13 +16,14 @@ from ftlevel.data.encode import Encoded
 from ftlevel.data.examples import convert_rows, to_examples
 from ftlevel.data.fit import Fitted
 from ftlevel.data.formats import Format, detect_format
-from ftlevel.data.gate import Finding, explain_stop
+from ftlevel.data.gate import Finding, Flat, explain_stop
 from ftlevel.data.labels import LabelSet, build_label_set, check_labels, find_unlabelled
 from ftlevel.data.languages import Language, find_language
-from ftlevel.data.masking import MaskedRows
+from ftlevel.data.parallel import Progress
 from ftlevel.data.problems import choose_problem_type
 from ftlevel.data.prompts import PromptFormat, choose_format
 from ftlevel.data.sources import Splits, hold_out, join_splits, load_splits
+from ftlevel.data.store import take_rows
 from ftlevel.data.table import BadRow, Table, settle
 from ftlevel.data.tags import find_orphans
 from ftlevel.engine.encoding import Encoder
@@ -81,16 +85,18 @@ class Prepared:
         choices: lines for the screen.
         findings: what the gate found.
         table: the training rows as they were read; `Encoded.row` counts these.
+        workspace: the temporary directory of rows that are not kept; it goes with this object.
     """
 
     train: Sequence[Encoded]
-    validation: list[Encoded]
+    validation: Sequence[Encoded]
     prompt_format: PromptFormat | None
     max_length: int
     table: Table
     facts: dict[str, Any] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
     findings: tuple[Finding, ...] = ()
+    workspace: Any = None
 
 
 def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = False) -> Loaded:
@@ -219,46 +225,58 @@ def _language_choice(languages: tuple[Language, Language] | None) -> Choice:
     return Choice("languages", f"{languages[0].name} to {languages[1].name}")
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What decides the rows beside the data section.
+
+    Attributes:
+        task: the task.
+        kind: kind of the model.
+        tokenizer: the model's tokenizer.
+        vocabulary: rows of the model's embedding.
+        positions: longest sequence that the model and its method leave to the text, or None.
+        seed: of rows that are held out, of samples and of masks.
+        lenient: leave out and report rows that ought to stop the run, as a preview does.
+    """
+
+    task: Task
+    kind: str
+    tokenizer: Any
+    vocabulary: int
+    positions: int | None
+    seed: int
+    lenient: bool = False
+
+
 def prepare_examples(
-    loaded: Loaded,
-    config: DataConfig,
-    task: Task,
-    kind: str,
-    tokenizer: Any,
-    model: Any,
-    positions: int | None,
-    seed: int,
-    *,
-    lenient: bool = False,
+    loaded: Loaded, config: DataConfig, asked: Asked, folder: Path | None, progress: Progress
 ) -> Prepared:
     """Encode the examples, make them fit, and let them through the gate.
 
     Args:
         loaded: what `load_examples` returned.
         config: the data section.
-        task: the task.
-        kind: kind of the model.
-        tokenizer: the model's tokenizer.
-        model: the model's config, for the size of its vocabulary.
-        positions: longest sequence that the model and its method leave to the text, or None.
-        seed: of the masks.
-        lenient: report what ought to stop the run, as a preview does.
+        asked: what else decides the rows.
+        folder: where the rows are written; None keeps them in memory.
+        progress: told how many examples are encoded.
 
     Raises:
         InputError: rows do not fit, or the gate found what is to stop the run.
     """
-    prompt_format = _prompt_format(loaded, task, kind, tokenizer)
-    encoder = Encoder(task, kind, tokenizer, config, positions, prompt_format, loaded.labels)
-    gate = Gate(
-        config.gate, task.target, tokenizer.bos_token_id, stop_ids(tokenizer),
-        model.get_text_config().vocab_size,
+    task, tokenizer, lenient = asked.task, asked.tokenizer, asked.lenient
+    prompt_format = _prompt_format(loaded, task, asked.kind, tokenizer)
+    encoder = Encoder(
+        task, asked.kind, tokenizer, config, asked.positions, prompt_format, loaded.labels,
+        folder, progress,
     )  # fmt: skip
+    gate = Gate(
+        config.gate, task.target, tokenizer.bos_token_id, stop_ids(tokenizer), asked.vocabulary
+    )
     tables = loaded.splits
     fitted = (encoder.dropping() if lenient else encoder)(loaded.train, tables.train)
     kept, found = gate.check_split("train", fitted, loaded.train, tables.train)
     findings = [*loaded.findings, *found]
-    train: Sequence[Encoded] = kept
-    validation: list[Encoded] = []
+    validation: Sequence[Encoded] = []
     dropped = 0
     if loaded.validation and tables.validation:
         held_out = encoder.dropping()(loaded.validation, tables.validation)
@@ -268,10 +286,9 @@ def prepare_examples(
         )
         findings += leaks
         if leaks and leaks[0].action == "drop":
-            gone = set(leaked.tolist())
-            rows = [row for row in held_out.rows if row.row not in gone]
-            held_out = replace(held_out, rows=rows)
-        if held_out.rows:
+            stay = ~np.isin(Flat.of(held_out.rows).example, leaked)
+            held_out = replace(held_out, rows=take_rows(held_out.rows, np.flatnonzero(stay)))
+        if len(held_out.rows):
             validation, found = gate.check_split(
                 "validation", held_out, loaded.validation, tables.validation
             )
@@ -283,18 +300,14 @@ def prepare_examples(
     stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
     if stops and not lenient:
         raise InputError(stops)
-    if task.target == "mask":
-        share = config.mlm_probability
-        train = MaskedRows(kept, tokenizer, share=share, seed=seed)
-        validation = MaskedRows(validation, tokenizer, share=share, seed=seed).fixed()
-    facts = _facts(loaded, fitted, kept, train, validation) | {
+    facts = _facts(loaded, fitted, kept, validation) | {
         "validation_dropped": dropped,
         "gate": [finding.to_dict() for finding in findings],
     }
     choices = _choices(loaded, fitted, validation, facts, prompt_format)
     choices += [_gate_choice(finding) for finding in findings]
     return Prepared(
-        train, validation, prompt_format, fitted.max_length, tables.train, facts, choices,
+        kept, validation, prompt_format, fitted.max_length, tables.train, facts, choices,
         tuple(findings),
     )  # fmt: skip
 
@@ -320,22 +333,19 @@ def _prompt_format(loaded: Loaded, task: Task, kind: str, tokenizer: Any) -> Pro
 
 
 def _facts(
-    loaded: Loaded,
-    fitted: Fitted,
-    kept: Sequence[Encoded],
-    train: Sequence[Encoded],
-    validation: Sequence[Encoded],
+    loaded: Loaded, fitted: Fitted, kept: Sequence[Encoded], validation: Sequence[Encoded]
 ) -> dict[str, Any]:
     produces = loaded.format.produces
     refused = len(fitted.rows) - len(kept)
+    flat = Flat.of(kept)
     return {
         "name": loaded.splits.name,
         "format": loaded.format.description,
-        "train_rows": len(train),
+        "train_rows": len(kept),
         "validation_rows": len(validation),
-        "tokens": sum(len(row.input_ids) for row in kept),
-        "supervised": sum(row.supervised for row in train),
-        "longest": max(len(row.input_ids) for row in kept),
+        "tokens": int(flat.ids.lengths.sum()),
+        "supervised": int(flat.supervised().sum()),
+        "longest": int(flat.ids.lengths.max()),
         "max_length": fitted.max_length,
         "dropped": fitted.dropped + refused + len(loaded.splits.train.dropped),
         "shortened": fitted.shortened,

@@ -14,6 +14,7 @@ from ftlevel.data.encode import Encoded
 from ftlevel.data.fit import Fitted
 from ftlevel.data.gate import Finding, Flat, checks, duplicates, judge
 from ftlevel.data.gate.flat import Integers, Mask
+from ftlevel.data.store import take_rows
 from ftlevel.data.table import BadRow, Table, settle
 from ftlevel.errors import InputError
 
@@ -40,7 +41,7 @@ class Gate:
 
     def check_split(
         self, name: str, fitted: Fitted, examples: Sequence[Any], table: Table
-    ) -> tuple[list[Encoded], list[Finding]]:
+    ) -> tuple[Sequence[Encoded], list[Finding]]:
         """Return the rows that are kept of a split, and what was found.
 
         Args:
@@ -70,8 +71,8 @@ class Gate:
             findings += self._find_one_class(examples, total)
         if self.policy.long_prompt == "drop":
             keep &= ~checks.rows_of(flat, np.array(fitted.long_prompts, dtype=np.int64))
-        kept = list(rows) if keep.all() else [rows[i] for i in np.flatnonzero(keep)]
-        if not kept:
+        kept = rows if keep.all() else take_rows(rows, np.flatnonzero(keep))
+        if not len(kept):
             raise InputError([f"no {name} row is left: {finding}." for finding in findings])
         return kept, findings
 

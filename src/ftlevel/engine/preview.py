@@ -13,6 +13,8 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encode import IGNORED, Encoded
 from ftlevel.data.gate import Finding
+from ftlevel.data.masking import MaskedRows
+from ftlevel.data.store import lengths_of
 from ftlevel.engine.arguments import count_steps
 from ftlevel.engine.resolve import Plan, resolve
 from ftlevel.errors import ConfigError, listing
@@ -122,7 +124,7 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
     facts = plan.data.facts
     return Preview(
         shown,
-        build_histogram([len(row.input_ids) for row in rows]),
+        build_histogram(_lengths(plan)),
         facts["tokens"],
         facts["supervised"],
         list(plan.data.findings),
@@ -135,7 +137,8 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
 def _pick(plan: Plan, numbers: Sequence[int]) -> list[Encoded]:
     rows = plan.data.train
     if not numbers:
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
+        lengths = _lengths(plan)
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
         ends = dict.fromkeys((order[0], order[len(order) // 2], order[-1]))
         return [rows[i] for i in ends]
     places: dict[int, list[int]] = {}
@@ -143,13 +146,19 @@ def _pick(plan: Plan, numbers: Sequence[int]) -> list[Encoded]:
         places.setdefault(row.row + 1, []).append(index)
     missing = [number for number in numbers if number not in places]
     if missing:
-        total = len(plan.data.table)
+        total = len(plan.data.table.lines)
         why = "it was dropped, see the data checks" if missing[0] <= total else "no such row"
         raise ConfigError(
             f"--row {listing(map(str, missing))}: {why}. There are {total:,} training rows, of "
             f"which {len(places):,} are trained on."
         )
     return [rows[index] for number in numbers for index in places[number]]
+
+
+def _lengths(plan: Plan) -> list[int]:
+    rows = plan.data.train
+    lengths: list[int] = lengths_of(rows.rows if isinstance(rows, MaskedRows) else rows).tolist()
+    return lengths
 
 
 def _show_row(plan: Plan, row: Encoded) -> ShownRow:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.data.store import RowStore
 
 Integers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -49,6 +51,12 @@ def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
     return Ragged(values, starts)
 
 
+def _ragged(array: Any) -> Ragged:
+    """Return a column of lists, laid out as Arrow has it."""
+    starts = array.offsets.to_numpy().astype(np.int64)
+    return Ragged(array.values.to_numpy()[starts[0] : starts[-1]], starts - starts[0])
+
+
 @dataclass(frozen=True)
 class Flat:
     """A split as the checks see it.
@@ -66,6 +74,10 @@ class Flat:
     @classmethod
     def of(cls, rows: Sequence[Encoded]) -> Flat:
         """Lay out encoded rows."""
+        if isinstance(rows, RowStore):
+            example = rows.column("row").to_numpy()
+            labels_ = _ragged(rows.column("labels")) if rows.has_token_labels else None
+            return cls(_ragged(rows.column("input_ids")), labels_, example)
         labels = [row.labels for row in rows if isinstance(row.labels, list)]
         return cls(
             lay_out(row.input_ids for row in rows),
