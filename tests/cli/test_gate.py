@@ -147,6 +147,35 @@ def test_a_template_that_teaches_no_end_is_refused(
     ) in out
 
 
+MARKS_SOME = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if 'it' in m['content'] %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("learned", [0, 2])
+def test_rows_without_a_token_to_learn(
+    learned: int, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.jinja").write_text(MARKS_SOME, encoding="utf-8")
+    rows = [pair(i, completion="it " * (i < learned) + sentence(i + 50)) for i in range(6)]
+    model = ["--model", str(tiny_model_dir("qwen2")), "--chat-template", "own.jinja"]
+    code, out = dry(capsys, *model, rows=rows)
+    if not learned:
+        assert (code, out.splitlines()[-1]) == (
+            2,
+            "ftlevel: no train row is left: no supervised token: 6 of 6 train rows (rows.jsonl:1, "
+            "rows.jsonl:2, rows.jsonl:3 and 3 more).",
+        )
+        return
+    assert code == 0, out
+    assert "no supervised token: 4 of 6 train rows (rows.jsonl:3, rows.jsonl:4, rows.jsonl:5" in out
+    assert "data: rows.jsonl (2 rows" in out
+    code, out = dry(capsys, *model, "--set", "data.gate.unsupervised=stop", rows=rows)
+    assert code == 2
+
+
 def test_a_text_that_brings_its_own_bos_gets_no_second(
     tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
