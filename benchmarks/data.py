@@ -176,10 +176,12 @@ def main() -> None:
 def measure_all(data: Path, count: int, options: Any, folder: Path) -> None:
     """Print the lines of one number of rows."""
     for processes in options.processes:
-        found = child(sys.executable, "plain", str(data), str(processes), cache=folder)
+        kept = (
+            "cached" if processes == options.processes[-1] else "plain"
+        )  # the last keeps its rows
+        found = child(sys.executable, kept, str(data), str(processes), cache=folder)
         gate = f"{found['gate_s']:.2f} ({found['gate_s'] / found['encode_s']:.0%})"
         show(count, "ftlevel", processes, found, gate)
-    child(sys.executable, "cached", str(data), str(options.processes[-1]), cache=folder)
     again = child(sys.executable, "cached", str(data), "1", cache=folder)
     show(count, "ftlevel, kept rows", 1, again, "")
     for processes in options.processes if options.trl_python else []:

@@ -13,7 +13,7 @@ import pytest
 
 import task_data
 from ftlevel.config import TrainConfig
-from ftlevel.data import cache
+from ftlevel.data import cache, lines
 from ftlevel.data.store import RowStore, change_rows, rows_to_batches, take_rows, write_store
 from ftlevel.engine import dataset
 from ftlevel.engine.preview import preview
@@ -74,10 +74,12 @@ def test_rows_in_a_file_are_those_of_a_list(
     task, family, head, options = TASKS[name]
     data = task_data.write(tmp_path / "data", name, rows=ROWS if name != "span" else 1_000)
     model = tiny_model_dir(family, head)
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0)
     first = plan_of(model, data, task, **options).data
     again = plan_of(model, data, task, **options).data
     assert len(folders()) == 1
     monkeypatch.setattr(dataset, "KEEP_FROM", 10**9)
+    monkeypatch.setattr(lines, "LARGE_BYTES", 10**9)
     plain = plan_of(model, data, task, cache=False, **options).data
     assert isinstance(getattr(plain.train, "rows", plain.train), list)
     for kept in (first, again):

@@ -7,11 +7,12 @@ can't be learned from (no answer, no text, an unknown role) is collected and nam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, overload
 
 from ftlevel.data.formats import Format
+from ftlevel.data.lines import LineRows
 from ftlevel.data.table import BadRow, Row, Table, describe_bad, settle
 from ftlevel.data.turns import Message, Unusable, check_text, parse_tools, parse_turns
 from ftlevel.data.uniform import kind_of
@@ -82,7 +83,36 @@ class Question:
 Example: TypeAlias = Conversation | PlainText | Pair | Labelled | Tagged | Question
 
 
-def to_examples(table: Table, format_: Format) -> list[Example]:
+class LazyExamples(Sequence[Example]):
+    """The examples of a large table, each made when it is asked for.
+
+    Args:
+        table: rows that were found to be good.
+        format_: of its columns.
+    """
+
+    def __init__(self, table: Table, format_: Format) -> None:
+        self._table = table
+        self._roles = _Roles(format_, table)
+        self._build = _BUILDERS[format_.produces]
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Make an example, or several as a list."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        self._roles.turn_to(self._table.rows[at], at)
+        return self._build(self._roles)
+
+
+def to_examples(table: Table, format_: Format) -> Sequence[Example]:
     """Convert every row of `table`.
 
     Raises:
@@ -103,7 +133,7 @@ def drop_bad_rows(table: Table, format_: Format) -> Table:
     return settle(table, convert_rows(table, format_)[1], "skip")
 
 
-def convert_rows(table: Table, format_: Format) -> tuple[list[Example], list[BadRow]]:
+def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list[BadRow]]:
     """Return the examples of `table`, and the rows that can't be one.
 
     Raises:
@@ -123,13 +153,16 @@ def convert_rows(table: Table, format_: Format) -> tuple[list[Example], list[Bad
     roles = _Roles(format_, table)
     examples: list[Example] = []
     bad: list[BadRow] = []
+    lazy = isinstance(table.rows, LineRows)
     for index, row in enumerate(table.rows):
         roles.turn_to(row, index)
         try:
-            examples.append(build(roles))
+            example = build(roles)
+            if not lazy:
+                examples.append(example)
         except Unusable as error:
             bad.append(BadRow(table.lines[index], str(error), error.finding))
-    return examples, bad
+    return (LazyExamples(table, format_) if lazy and not bad else examples), bad
 
 
 class _Roles:

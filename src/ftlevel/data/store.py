@@ -144,11 +144,17 @@ class RowStore(Sequence[Encoded]):
         chosen = np.asarray(indices, dtype=np.int64)
         return RowStore(self.path, chosen if self.indices is None else self.indices[chosen])
 
-    def column(self, name: str) -> Any:
-        """Return a column of the rows that are shown, as one Arrow array."""
-        array = pa.chunked_array([batch.column(name) for batch in self._batches]).combine_chunks()
-        array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-        return array if self.indices is None else array.take(pa.array(self.indices))
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield the rows that are shown as columns, some hundred to a thousand at a time."""
+        if self.indices is None:
+            yield from self._batches
+            return
+        ends = np.searchsorted(self.indices, self._starts)  # a selection is in order
+        for batch, first, begin, end in zip(
+            self._batches, self._starts, ends, ends[1:], strict=False
+        ):
+            if begin < end:
+                yield batch.take(pa.array(self.indices[begin:end] - first))
 
     @property
     def has_token_labels(self) -> bool:

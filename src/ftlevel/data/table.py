@@ -5,10 +5,12 @@ Every later room names a row with `Table.where`. This room must not read files o
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
+from ftlevel.data.lines import LineRows
 from ftlevel.errors import InputError
 
 OnBadRow: TypeAlias = Literal["error", "skip"]
@@ -45,7 +47,7 @@ class Table:
     """The rows of one split.
 
     Attributes:
-        rows: one dict a row, all with the same keys.
+        rows: one dict a row, all with the same keys; of a large file, read when asked for.
         lines: for each row the 1-based line it begins on, or its row number in the source.
         source: the path or name that messages begin with.
         unit: whether `lines` counts lines of a text file, or rows.
@@ -54,8 +56,8 @@ class Table:
         parts: the tables that it was joined from, by growing base; empty for a single one.
     """
 
-    rows: list[Row]
-    lines: list[int]
+    rows: Sequence[Row]
+    lines: Sequence[int]
     source: str
     unit: Literal["line", "row"] = "line"
     dropped: tuple[BadRow, ...] = ()
@@ -84,12 +86,10 @@ class Table:
     def take(self, indices: Iterable[int]) -> Table:
         """Return a table of the rows at `indices`, in that order; `dropped` stays behind."""
         chosen = list(indices)
-        return replace(
-            self,
-            rows=[self.rows[index] for index in chosen],
-            lines=[self.lines[index] for index in chosen],
-            dropped=(),
-        )
+        rows, lines = self.rows, [self.lines[index] for index in chosen]
+        if isinstance(rows, LineRows):
+            return replace(self, rows=rows.take(chosen), lines=array("q", lines), dropped=())
+        return replace(self, rows=[rows[i] for i in chosen], lines=lines, dropped=())
 
 
 def settle(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:

@@ -16,7 +16,8 @@ from ftlevel.data.encode import Encoded
 from ftlevel.data.examples import convert_rows, to_examples
 from ftlevel.data.fit import Fitted
 from ftlevel.data.formats import Format, detect_format
-from ftlevel.data.gate import Finding, Flat, explain_stop
+from ftlevel.data.gate import Finding, explain_stop
+from ftlevel.data.gate.flat import flat_batches
 from ftlevel.data.labels import LabelSet, build_label_set, check_labels, find_unlabelled
 from ftlevel.data.languages import Language, find_language
 from ftlevel.data.parallel import Progress
@@ -54,8 +55,8 @@ class Loaded:
 
     splits: Splits
     format: Format
-    train: list[Any]
-    validation: list[Any] | None
+    train: Sequence[Any]
+    validation: Sequence[Any] | None
     labels: LabelSet | None
     languages: tuple[Language, Language] | None = None
     choices: list[Choice] = field(default_factory=list)
@@ -159,18 +160,18 @@ class _Converter:
 
     def __call__(
         self, split: str, table: Table, labels: LabelSet | None
-    ) -> tuple[Table, list[Any]]:
+    ) -> tuple[Table, Sequence[Any]]:
         """Return the rows that can be learned from, and their examples."""
         examples, bad = convert_rows(table, self.shape)
         if self.labelled and (self.lenient or self.config.gate.unknown_label == "drop"):
             bad += find_unlabelled(labels, examples, table, self.shape.columns[self.label])
         if not bad:
-            return table, list(examples)
+            return table, examples
         return self._settled(split, table, bad)
 
     def without_orphans(
-        self, table: Table, examples: list[Any], labels: LabelSet
-    ) -> tuple[Table, list[Any]]:
+        self, table: Table, examples: Sequence[Any], labels: LabelSet
+    ) -> tuple[Table, Sequence[Any]]:
         """Refuse rows whose tags break BIO, or drop them if the configuration says so."""
         orphans = find_orphans(examples, labels.names, table)
         if not orphans:
@@ -178,7 +179,7 @@ class _Converter:
         table = settle(table, orphans, self.config.on_bad_row)
         return table, to_examples(table, self.shape)
 
-    def _settled(self, split: str, table: Table, bad: list[BadRow]) -> tuple[Table, list[Any]]:
+    def _settled(self, split: str, table: Table, bad: list[BadRow]) -> tuple[Table, Sequence[Any]]:
         table, found = settle_faults(table, bad, self.config, split, lenient=self.lenient)
         self.findings += found
         return table, to_examples(table, self.shape)
@@ -286,7 +287,8 @@ def prepare_examples(
         )
         findings += leaks
         if leaks and leaks[0].action == "drop":
-            stay = ~np.isin(Flat.of(held_out.rows).example, leaked)
+            example = np.fromiter((row.row for row in held_out.rows), np.int64)
+            stay = ~np.isin(example, leaked)
             held_out = replace(held_out, rows=take_rows(held_out.rows, np.flatnonzero(stay)))
         if len(held_out.rows):
             validation, found = gate.check_split(
@@ -337,15 +339,19 @@ def _facts(
 ) -> dict[str, Any]:
     produces = loaded.format.produces
     refused = len(fitted.rows) - len(kept)
-    flat = Flat.of(kept)
+    sizes = [
+        (flat.ids.lengths.sum(), flat.supervised().sum(), flat.ids.lengths.max())
+        for flat in flat_batches(kept)
+    ]
+    tokens, supervised, longest = zip(*sizes, strict=True)
     return {
         "name": loaded.splits.name,
         "format": loaded.format.description,
         "train_rows": len(kept),
         "validation_rows": len(validation),
-        "tokens": int(flat.ids.lengths.sum()),
-        "supervised": int(flat.supervised().sum()),
-        "longest": int(flat.ids.lengths.max()),
+        "tokens": int(sum(tokens)),
+        "supervised": int(sum(supervised)),
+        "longest": int(max(longest)),
         "max_length": fitted.max_length,
         "dropped": fitted.dropped + refused + len(loaded.splits.train.dropped),
         "shortened": fitted.shortened,

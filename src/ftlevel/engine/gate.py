@@ -13,7 +13,7 @@ from ftlevel.config.gate import Action
 from ftlevel.data.encode import Encoded
 from ftlevel.data.fit import Fitted
 from ftlevel.data.gate import Finding, Flat, checks, duplicates, judge
-from ftlevel.data.gate.flat import Integers, Mask
+from ftlevel.data.gate.flat import Integers, Mask, flat_batches
 from ftlevel.data.store import take_rows
 from ftlevel.data.table import BadRow, Table, settle
 from ftlevel.errors import InputError
@@ -53,30 +53,42 @@ class Gate:
         Raises:
             InputError: nothing is left.
         """
-        rows, flat = fitted.rows, Flat.of(fitted.rows)
-        total = len(examples)
+        rows, total = fitted.rows, len(examples)
+        example, masks = self._look(rows)
         findings = [
             found
             for check, lost in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost))
             if (found := self._judge(check, name, lost, total, table))
         ]
         keep = np.ones(len(rows), dtype=bool)
-        for check, mask in self._token_checks(rows, flat):
-            hit = np.unique(flat.example[mask])
-            found = self._judge(check, name, hit, total, table)
+        for check, mask in masks.items():
+            found = self._judge(check, name, np.unique(example[mask]), total, table)
             findings += [found] if found else []
             keep &= ~mask if found and found.action == "drop" else True
         if name == "train":
-            keep &= self._find_duplicates(flat, examples, table, findings)
+            keep &= self._find_duplicates(rows, example, examples, table, findings)
             findings += self._find_one_class(examples, total)
         if self.policy.long_prompt == "drop":
-            keep &= ~checks.rows_of(flat, np.array(fitted.long_prompts, dtype=np.int64))
+            keep &= ~np.isin(example, np.array(fitted.long_prompts, dtype=np.int64))
         kept = rows if keep.all() else take_rows(rows, np.flatnonzero(keep))
         if not len(kept):
             raise InputError([f"no {name} row is left: {finding}." for finding in findings])
         return kept, findings
 
-    def _token_checks(self, rows: Sequence[Encoded], flat: Flat) -> Iterable[tuple[str, Mask]]:
+    def _look(self, rows: Sequence[Encoded]) -> tuple[Integers, dict[str, Mask]]:
+        """Return each row's example, and for each check of tokens the rows with a finding."""
+        examples: list[Integers] = [_NO_ROWS]
+        masks: dict[str, list[Mask]] = {}
+        for flat in flat_batches(rows):
+            examples.append(flat.example)
+            for check, mask in self._token_checks(flat):
+                masks.setdefault(check, []).append(mask)
+        found = {check: np.concatenate(parts) for check, parts in masks.items()}
+        if self.target == "span":
+            found["answer_cut"] = checks.find_cut_spans(rows)
+        return np.concatenate(examples), found
+
+    def _token_checks(self, flat: Flat) -> Iterable[tuple[str, Mask]]:
         """Yield each check of tokens with the rows in which it found something."""
         text = self.target == "text"
         yield "double_bos", checks.find_double_bos(flat, self.bos)
@@ -85,27 +97,30 @@ class Gate:
             yield "unsupervised", checks.find_unsupervised(flat)
         if text and self.ends:
             yield "missing_eos", checks.find_missing_eos(flat, self.ends)
-        if self.target == "span":
-            yield "answer_cut", checks.find_cut_spans(rows)
 
     def _find_duplicates(
-        self, flat: Flat, examples: Sequence[Any], table: Table, findings: list[Finding]
+        self,
+        rows: Sequence[Encoded],
+        example: Integers,
+        examples: Sequence[Any],
+        table: Table,
+        findings: list[Finding],
     ) -> Mask:
         """Add what is there twice to `findings` (mutated); return the rows that are kept."""
-        keep = np.ones(len(flat.ids), dtype=bool)
+        keep = np.ones(len(rows), dtype=bool)
         policy, again = self.policy, _NO_ROWS
         if not (policy.exact_duplicates == policy.near_duplicates == "ignore"):
             again, first = duplicates.find_repeated(duplicates.example_keys(examples))
             pairs = _pairs(again, first, table)
             found = judge("exact_duplicates", "train", len(again), len(examples), pairs, policy)
-            keep &= self._add(found, findings, flat, again)
+            keep &= self._add(found, findings, example, again)
         # Questions on one context share most of their tokens by right.
         if self.target != "span" and policy.near_duplicates != "ignore":
-            rows, others = duplicates.find_near(flat, np.flatnonzero(np.isin(flat.example, again)))
-            near, index = np.unique(flat.example[rows], return_index=True)
-            pairs = _pairs(near, flat.example[others][index], table)
+            near_rows, others = duplicates.find_near(rows, np.isin(example, again))
+            near, index = np.unique(example[near_rows], return_index=True)
+            pairs = _pairs(near, example[others][index], table)
             found = judge("near_duplicates", "train", len(near), len(examples), pairs, policy)
-            keep &= self._add(found, findings, flat, near)
+            keep &= self._add(found, findings, example, near)
         return keep
 
     def find_leaks(
@@ -141,11 +156,11 @@ class Gate:
         return judge(check, split, len(hit), total, places, self.policy)
 
     @staticmethod
-    def _add(found: Finding | None, into: list[Finding], flat: Flat, examples: Integers) -> Any:
+    def _add(found: Finding | None, into: list[Finding], example: Integers, hit: Integers) -> Any:
         if found is None:
             return True
         into.append(found)
-        return ~checks.rows_of(flat, examples) if found.action == "drop" else True
+        return ~np.isin(example, hit) if found.action == "drop" else True
 
 
 def _pairs(again: Integers, first: Integers, table: Table) -> list[str]:

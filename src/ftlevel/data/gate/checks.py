@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from ftlevel.data.encode import IGNORED, Encoded
-from ftlevel.data.gate.flat import Flat, Integers, Mask
+from ftlevel.data.gate.flat import Flat, Mask
 from ftlevel.data.windows import Window
 
 ONE_CLASS_SHARE = 0.95
@@ -80,8 +80,3 @@ def largest_class(labels: Sequence[object]) -> tuple[object, int] | None:
         counts[label] = counts.get(label, 0) + 1
     label, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
     return (label, count) if labels and count >= ONE_CLASS_SHARE * len(labels) else None
-
-
-def rows_of(flat: Flat, examples: Integers) -> Mask:
-    """Return the rows that came from `examples`."""
-    return np.isin(flat.example, examples)

@@ -9,19 +9,19 @@ other, so that time and memory stay linear in the tokens whatever the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ftlevel.data.encode import Encoded
 from ftlevel.data.examples import Conversation, Labelled, Pair, PlainText, Question, Tagged
-from ftlevel.data.gate.flat import Flat, Integers, Mask, Ragged
+from ftlevel.data.gate.flat import Integers, Mask, Ragged, flat_batches
 
 SIMILARITY = 0.8
 _GRAM, _BANDS, _DEPTH = 5, 6, 4
-_ROWS = 4_096  # laid out at a time
 Hashes = NDArray[np.uint32]
 
 
@@ -59,71 +59,72 @@ def find_repeated(keys: NDArray[Any]) -> tuple[Integers, Integers]:
     return again, original[again]
 
 
-def find_near(flat: Flat, skip: Integers) -> tuple[Integers, Integers]:
+def find_near(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
     """Return the rows that are nearly an earlier one, and for each which.
 
     What all rows begin with, such as a system prompt, is left out of the comparison.
 
     Args:
-        flat: the split.
-        skip: rows to leave out, being known duplicates.
+        rows: of a split.
+        skip: which of them to leave out, being known duplicates.
     """
-    prefix = _common_prefix(flat.ids)
-    wanted = flat.ids.lengths - prefix >= _GRAM
-    wanted[skip] = False
-    rows = np.flatnonzero(wanted)
+    prefix = _common_prefix(rows)
+    parts, wanted, at = [np.zeros((0, _BANDS), dtype=np.uint32)], [], 0
+    for flat in flat_batches(rows):
+        chosen = flat.ids.lengths - prefix >= _GRAM
+        chosen &= ~skip[at : at + len(chosen)]
+        parts.append(_band_keys(flat.ids, prefix, chosen))
+        wanted.append(at + np.flatnonzero(chosen))
+        at += len(chosen)
+    keys, numbers = np.concatenate(parts), np.concatenate([*wanted, np.zeros(0, dtype=np.int64)])
     found: dict[int, int] = {}
-    for keys in _band_keys(flat.ids, prefix, wanted).T:
-        again, first = find_repeated(keys)
-        for row, other in zip(rows[again].tolist(), rows[first].tolist(), strict=True):
-            new = row not in found and flat.example[row] != flat.example[other]
-            if new and _similarity(flat.ids, prefix, row, other) >= SIMILARITY:
+    for band in keys.T:
+        again, first = find_repeated(band)
+        for row, other in zip(numbers[again].tolist(), numbers[first].tolist(), strict=True):
+            if row not in found and _are_near(rows[row], rows[other], prefix):
                 found[row] = other
     ordered = sorted(found)
     return np.array(ordered, dtype=np.int64), np.array([found[r] for r in ordered], dtype=np.int64)
 
 
-def _common_prefix(ids: Ragged) -> int:
+def _common_prefix(rows: Sequence[Encoded]) -> int:
     """Return how many tokens all rows begin with alike; 0 for a single row."""
-    if len(ids) < 2:
+    if len(rows) < 2:
         return 0
-    shortest = int(ids.lengths.min())
-    for at in range(shortest):
-        column = ids.values[ids.starts[:-1] + at]
-        if (column != column[0]).any():
-            return at
-    return shortest
+    first = rows[0].input_ids
+    prefix = len(first)
+    for flat in flat_batches(rows):
+        prefix = min(prefix, int(flat.ids.lengths.min()))
+        for at in range(prefix):
+            if (flat.ids.values[flat.ids.starts[:-1] + at] != first[at]).any():
+                prefix = at
+                break
+    return prefix
 
 
 def _band_keys(ids: Ragged, prefix: int, wanted: Mask) -> Hashes:
-    """Return the keys `(rows, bands)` of the rows in `wanted`, a few thousand rows at a time."""
+    """Return the keys `(rows, bands)` of the rows in `wanted`."""
     generator = np.random.default_rng(0)
     factors = generator.integers(2**31, 2**32, _BANDS * _DEPTH, dtype=np.uint32) | np.uint32(1)
     offsets = generator.integers(0, 2**32, _BANDS * _DEPTH, dtype=np.uint32)
-    parts = [np.zeros((0, _BANDS), dtype=np.uint32)]
-    for begin in range(0, len(ids), _ROWS):
-        grams, starts = _grams(ids, prefix, wanted[begin : begin + _ROWS], begin)
-        keys = np.zeros((len(starts), _BANDS), dtype=np.uint32)
-        for number, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
-            if len(starts):
-                least = np.minimum.reduceat(grams * factor + offset, starts)
-                keys[:, number // _DEPTH] = _mix(keys[:, number // _DEPTH] * np.uint32(31) + least)
-        parts.append(keys)
-    return np.concatenate(parts)
+    grams, starts = _grams(ids, prefix, wanted)
+    keys = np.zeros((len(starts), _BANDS), dtype=np.uint32)
+    for number, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
+        if len(starts):
+            least = np.minimum.reduceat(grams * factor + offset, starts)
+            keys[:, number // _DEPTH] = _mix(keys[:, number // _DEPTH] * np.uint32(31) + least)
+    return keys
 
 
-def _grams(ids: Ragged, prefix: int, wanted: Mask, begin: int) -> tuple[Hashes, Integers]:
+def _grams(ids: Ragged, prefix: int, wanted: Mask) -> tuple[Hashes, Integers]:
     """Return a hash of each token 5-gram of the rows in `wanted`, and where each row's begin.
 
     Args:
-        ids: all rows.
+        ids: of all rows.
         prefix: tokens to leave out at the beginning of each.
-        wanted: of the rows from `begin` on.
-        begin: the first row.
+        wanted: which rows.
     """
-    starts = ids.starts[begin : begin + len(wanted) + 1]
-    values = ids.values[starts[0] : starts[-1]]
-    starts, lengths = starts - starts[0], np.diff(starts)
+    values, starts, lengths = ids.values, ids.starts, ids.lengths
     tokens = _mix(np.concatenate((values, np.zeros(_GRAM, dtype=np.int32))).astype(np.uint32))
     grams = np.zeros(len(values), dtype=np.uint32)
     for k in range(_GRAM):
@@ -142,10 +143,12 @@ def _mix(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint32(16))
 
 
-def _similarity(ids: Ragged, prefix: int, row: int, other: int) -> float:
-    """Return the Jaccard similarity of the 5-grams of two rows."""
+def _are_near(row: Encoded, other: Encoded, prefix: int) -> bool:
+    """Tell whether the Jaccard similarity of the 5-grams of two examples is high enough."""
+    lengths = sorted(len(r.input_ids) - prefix for r in (row, other))
+    if row.row == other.row or lengths[0] < SIMILARITY * lengths[1] - _GRAM:
+        return False
     sets = []
-    for index in (row, other):
-        tokens = ids.values[ids.starts[index] + prefix : ids.starts[index + 1]].tolist()
+    for tokens in (row.input_ids[prefix:], other.input_ids[prefix:]):
         sets.append(set(zip(*(tokens[k:] for k in range(_GRAM)), strict=False)))
-    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+    return len(sets[0] & sets[1]) >= SIMILARITY * len(sets[0] | sets[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ftlevel.data.encode import IGNORED, Encoded
 from ftlevel.data.store import RowStore
 
+_ROWS = 4_096
 Integers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
@@ -74,16 +75,18 @@ class Flat:
     @classmethod
     def of(cls, rows: Sequence[Encoded]) -> Flat:
         """Lay out encoded rows."""
-        if isinstance(rows, RowStore):
-            example = rows.column("row").to_numpy()
-            labels_ = _ragged(rows.column("labels")) if rows.has_token_labels else None
-            return cls(_ragged(rows.column("input_ids")), labels_, example)
         labels = [row.labels for row in rows if isinstance(row.labels, list)]
         return cls(
             lay_out(row.input_ids for row in rows),
             lay_out(labels) if len(labels) == len(rows) else None,
             np.fromiter((row.row for row in rows), dtype=np.int64, count=len(rows)),
         )
+
+    @classmethod
+    def of_batch(cls, batch: Any, *, token_labels: bool) -> Flat:
+        """Take a batch of a store as it is laid out."""
+        labels = _ragged(batch.column("labels")) if token_labels else None
+        return cls(_ragged(batch.column("input_ids")), labels, batch.column("row").to_numpy())
 
     @property
     def aligned(self) -> bool:
@@ -95,3 +98,18 @@ class Flat:
         if self.labels is None:
             return np.ones(len(self.ids), dtype=np.int64)
         return self.labels.count(self.labels.values != IGNORED)
+
+
+def flat_batches(rows: Sequence[Encoded]) -> Iterator[Flat]:
+    """Yield the split in parts of some thousand rows; those of one example stay together."""
+    if isinstance(rows, RowStore):
+        for batch in rows.batches():
+            yield Flat.of_batch(batch, token_labels=rows.has_token_labels)
+        return
+    begin = 0
+    while begin < len(rows):
+        end = min(begin + _ROWS, len(rows))
+        while end < len(rows) and rows[end].row == rows[end - 1].row:
+            end += 1
+        yield Flat.of(rows[begin:end])
+        begin = end

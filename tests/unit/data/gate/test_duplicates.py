@@ -9,18 +9,15 @@ import numpy as np
 
 from ftlevel.data.encode import Encoded
 from ftlevel.data.examples import Labelled, Pair, PlainText
-from ftlevel.data.gate import Flat
 from ftlevel.data.gate.duplicates import SIMILARITY, example_keys, find_near, find_repeated
 
-NONE = np.zeros(0, dtype=np.int64)
 
-
-def flat_of(rows: list[list[int]]) -> Flat:
-    return Flat.of([Encoded(ids, ids, i) for i, ids in enumerate(rows)])
+def encoded(rows: list[list[int]]) -> list[Encoded]:
+    return [Encoded(ids, ids, i) for i, ids in enumerate(rows)]
 
 
 def near(rows: list[list[int]]) -> list[tuple[int, int]]:
-    found, first = find_near(flat_of(rows), NONE)
+    found, first = find_near(encoded(rows), np.zeros(len(rows), dtype=bool))
     return list(zip(found.tolist(), first.tolist(), strict=True))
 
 
@@ -71,7 +68,7 @@ def test_one_row_alone_and_none() -> None:
 
 def test_known_duplicates_are_skipped() -> None:
     rows = [text(1), text(1), text(2)]
-    found, _ = find_near(flat_of(rows), np.array([1]))
+    found, _ = find_near(encoded(rows), np.array([False, True, False]))
     assert found.tolist() == []
 
 
