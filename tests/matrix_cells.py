@@ -27,6 +27,7 @@ from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.proof import check_saved
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.facts import FACTS
+from ftlevel.methods.loftq import start_from_residual
 from ftlevel.methods.lora_start import copy_start
 from ftlevel.methods.matrix import Cell, find_problems, find_refusal
 from ftlevel.models.families import FAMILIES
@@ -199,6 +200,8 @@ def run_cell(cell: TinyCell) -> None:
             for ids in batch["input_ids"].repeat(4, 1)
         ]
         start_from_data(model, rows, pad_id=0, batch_size=4, seed=0, device="cpu", dtype=cell.dtype)
+    if cell.row == "loftq":
+        start_from_residual(model, lambda name: float_weight(cell, name))
     start = copy_start(model)
     _train(model, batch, spec, cell.dtype)
     with tempfile.TemporaryDirectory(prefix="ftlevel-matrix-") as folder:
@@ -213,6 +216,11 @@ def run_cell(cell: TinyCell) -> None:
             model, directory, lambda: fresh(cell), _probe(batch), objective=objective,
             device="cpu", dtype=cell.dtype,
         )  # fmt: skip
+
+
+def float_weight(cell: TinyCell, name: str) -> torch.Tensor:
+    linear = pristine(cell.family, cell.head, "none").get_submodule(name)
+    return linear.weight if isinstance(linear, torch.nn.Linear) else linear.weight.T
 
 
 def _probe(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -39,6 +39,7 @@ def digest(folder: Path) -> str:
         ["--init", "pissa"],
         ["--init", "pissa_niter_4", "--dora"],
         ["--init", "eva"],
+        ["--init", "loftq", "--quant", "4bit"],
         ["--lora-plus-ratio", "16", "--rslora"],
     ],
     ids=lambda flags: flags[1],

@@ -83,8 +83,8 @@ def given_flags(parameters: Mapping[str, Any]) -> Layer:
     return layer
 
 
-def read_config(parameters: Mapping[str, Any]) -> TrainConfig:
-    """Merge recipe < --set < flags into one validated configuration.
+def read_config(parameters: Mapping[str, Any]) -> tuple[TrainConfig, Path | None]:
+    """Merge recipe < --set < flags into one validated configuration; return the recipe too.
 
     Args:
         parameters: of a command that takes a recipe, `--set` and the flags of `train` or some.
@@ -104,14 +104,15 @@ def read_config(parameters: Mapping[str, Any]) -> TrainConfig:
         path = own if own.is_file() else None
     if isinstance(path, Path) and path.is_dir():
         path = _config_of_run(path)
-    if isinstance(path, Path):
-        layers.append(read_recipe(path))
+    recipe_path = path if isinstance(path, Path) else None
+    if recipe_path is not None:
+        layers.append(read_recipe(recipe_path))
     settings = parameters.get("settings")
     layers.append(read_settings(settings if isinstance(settings, list) else []))
     flags = given_flags(parameters)
     _add_precision(flags, parameters)
     _add_columns(flags, parameters.get("column_map"))
-    return build_config([*layers, flags])
+    return build_config([*layers, flags]), recipe_path
 
 
 def _add_columns(flags: Layer, pairs: object) -> None:

@@ -74,7 +74,7 @@ def preview(
     weights. What the model learns is green in a terminal and in [brackets] in a pipe. Then come the
     lengths, the share that is learned, the tokens of an epoch, the steps, and what the gate found.
     """
-    config = read_config(context.params)
+    config, _ = read_config(context.params)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:

@@ -107,6 +107,10 @@ def train(
             panel=HOW,
         ),
     ] = None,
+    fast: Annotated[Switch, flag("speed.fast", "--fast/--no-fast", panel=HOW)] = None,
+    verify_fast: Annotated[
+        Switch, flag("speed.verify", "--verify-fast/--no-verify-fast", panel=HOW)
+    ] = None,
     seed: Annotated[Int, flag("train.seed", panel=HOW)] = None,
     logging_steps: Annotated[Int, flag("train.logging_steps", panel=HOW)] = None,
     eval_steps: Annotated[Int, flag("train.eval_steps", panel=HOW)] = None,
@@ -157,12 +161,12 @@ def train(
     if schema:
         typer.echo(json_module.dumps(TrainConfig.model_json_schema(), indent=2))
         return
-    config = read_config(context.params)
+    config, origin = read_config(context.params)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         from ftlevel.engine.train import train as run
 
-        result = run(config, listener=screen, dry_run=dry_run)
+        result = run(config, listener=screen, dry_run=dry_run, recipe=origin)
     if as_json:
         typer.echo(json_module.dumps(result.summary, default=str))

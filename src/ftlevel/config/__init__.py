@@ -27,6 +27,7 @@ from ftlevel.config.sections import (
     Section,
     TrainerConfig,
 )
+from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.train import TASKS, TaskName, TrainConfig
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "QloraSpec",
     "QuantConfig",
     "Section",
+    "SpeedConfig",
     "TaskName",
     "TrainConfig",
     "TrainerConfig",

@@ -15,6 +15,7 @@ from ftlevel.config.sections import (
     Section,
     TrainerConfig,
 )
+from ftlevel.config.speed import SpeedConfig
 
 TaskName = Literal[
     "text-generation",
@@ -37,6 +38,7 @@ class TrainConfig(Section):
     method: MethodConfig = Field(default_factory=LoraSpec, description="What is trained.")
     data: DataConfig = Field(default_factory=DataConfig, description="The examples.")
     train: TrainerConfig = Field(default_factory=TrainerConfig, description="The optimisation.")
+    speed: SpeedConfig = Field(default_factory=SpeedConfig, description="How a step is computed.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="What is written.")
 
     @model_validator(mode="before")

@@ -17,13 +17,14 @@ from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.lora_start import as_plain_lora
 
 
-def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
+def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = False) -> Any:
     """Return `model` with what `method` trains, in float32, and everything else frozen.
 
     Args:
         model: the loaded base (mutated by PEFT), or its shape on the meta device.
         method: the method's spec.
         base: facts of the model; its targets are full names of modules.
+        fused: train LoRA by layers that compute base and update in one node.
     """
     if isinstance(method, FullSpec):
         model.requires_grad_(not method.freeze_base)
@@ -32,10 +33,15 @@ def apply_method(model: Any, method: MethodConfig, base: Base) -> Any:
         return model
     from peft import get_peft_model
 
+    from ftlevel.speed.low_rank import register_fused_layers  # PEFT's layers import bitsandbytes
+
     compact = replace(base, targets=compact_targets(model, base.targets))
     shape_only = next(model.parameters()).is_meta
     own = METHODS[method.kind]
-    adapted = get_peft_model(model, own.build(method, compact), low_cpu_mem_usage=shape_only)
+    config = own.build(method, compact)
+    if fused:
+        register_fused_layers(config)
+    adapted = get_peft_model(model, config, low_cpu_mem_usage=shape_only)
     if own.prepare is not None:
         own.prepare(adapted)
     train_in_float32(adapted)

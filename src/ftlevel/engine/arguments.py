@@ -34,6 +34,9 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
     train = config.train
     steps = count_steps(train, len(plan.data.train))
     evaluates = bool(plan.data.validation)
+    rows, accumulated = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    if plan.fast.enabled:  # a batch is a whole step, which our trainer cuts into passes
+        rows, accumulated = rows * accumulated, 1
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=train.num_train_epochs,
@@ -44,9 +47,9 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim=train.optim,
-        per_device_train_batch_size=train.per_device_train_batch_size,
+        per_device_train_batch_size=rows,
         per_device_eval_batch_size=eval_batch_size(train),
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulated,
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs=(
             {"use_reentrant": False} if train.gradient_checkpointing else None
@@ -98,4 +101,5 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
         max_new_tokens=config.train.max_new_tokens,
         score_texts=plan.task.score_texts,
         language=plan.data.facts["target_language"],
+        on_targets=plan.fast.heads,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ftlevel.data.chat import turn_end
 from ftlevel.data.collate import Collator, pad
 from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.engine.fast import target_head, target_loss
 from ftlevel.models.hardware import autocast
 from ftlevel.tasks.base import ScoreTexts
 from ftlevel.tasks.objectives import Objective
@@ -33,6 +35,7 @@ class Evaluator:
         max_new_tokens: longest generated text.
         score_texts: scores the generated texts.
         language: ISO 639-1 code of the generated texts; "" if unknown.
+        on_targets: whether a language head is computed on supervised positions only.
     """
 
     rows: Sequence[Encoded]
@@ -46,6 +49,7 @@ class Evaluator:
     max_new_tokens: int = 64
     score_texts: ScoreTexts | None = None
     language: str = ""
+    on_targets: bool = True
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Return the metrics of `model`, which is left in the mode it was in."""
@@ -67,13 +71,18 @@ class Evaluator:
         meter, total, count = objective.meter(), 0.0, 0
         collate = Collator(self.tokenizer.pad_token_id or 0)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
-        for rows in batches(by_length, self.batch_size):
-            batch = {k: v.to(self.device) for k, v in collate(rows).items()}
-            inputs, labels = objective.split(batch)
-            logits = objective.logits(model(**inputs))
-            total += objective.loss_sum(logits, labels, batch["attention_mask"]).item()
-            count += int(objective.count(labels))
-            meter.update(*objective.targets(logits, labels), rows)
+        with target_head(model, objective if self.on_targets else None) as head:
+            for rows in batches(by_length, self.batch_size):
+                batch = {k: v.to(self.device) for k, v in collate(rows).items()}
+                count += int(objective.count(batch["labels"]))
+                if head is not None:
+                    observe = partial(meter.update, rows=rows)
+                    total += target_loss(head, model, objective, batch, observe).item()
+                    continue
+                inputs, labels = objective.split(batch)
+                logits = objective.logits(model(**inputs))
+                total += objective.loss_sum(logits, labels, batch["attention_mask"]).item()
+                meter.update(*objective.targets(logits, labels), rows)
         loss = total / count if count else math.nan
         return {"loss": loss, **meter.compute(loss)}
 

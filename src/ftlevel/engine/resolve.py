@@ -18,6 +18,8 @@ from ftlevel.data.parallel import Progress, be_silent
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.dataset import prepare_data
 from ftlevel.engine.examples import Asked, Prepared
+from ftlevel.engine.fast import FastPlan, plan_fast
+from ftlevel.engine.low_rank import low_rank_choices
 from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.pad_token import choose_pad_token
 from ftlevel.errors import ConfigError
@@ -35,6 +37,7 @@ from ftlevel.models.loading import (
 )
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads, find_new_language_head
+from ftlevel.models.threads import choose_threads
 from ftlevel.tasks import TASKS, Task
 from ftlevel.tasks.objectives import Objective, build_objective
 
@@ -60,6 +63,7 @@ class Plan:
         fan_in_fan_out: whether these are Conv1D.
         learning_rate: the user's or the method's.
         data: encoded rows.
+        fast: the parts of the fast step that are used.
         choices: lines for the screen, in order.
     """
 
@@ -79,6 +83,7 @@ class Plan:
     fan_in_fan_out: bool
     learning_rate: float
     data: Prepared
+    fast: FastPlan
     choices: list[Choice]
 
 
@@ -123,23 +128,27 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
         unanswerable=data.facts["unanswerable"],
     )
     learning_rate = _learning_rate(config, source)
+    fast = plan_fast(config, meta, kind, objective, device.value, data.max_length)
     choices = [
         _model_choice(config, meta, source),
         Choice("task", task.name),
         *data.choices,
         device,
+        *([choose_threads()] if device.value == "cpu" else []),
         dtype,
         *_method_choices(config),
+        *low_rank_choices(config, device.value),
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
         *filter(None, (template, pad)),
         *layers,
         learning_rate,
+        *fast.choices,
     ]
     return Plan(
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
         objective, heads, new_modules, adapted.modules, adapted.parameters, adapted.fan_in_fan_out,
-        learning_rate.value, data, choices,
+        learning_rate.value, data, fast, choices,
     )  # fmt: skip
 
 

@@ -94,12 +94,14 @@ def build_summary(
     plan: Plan,
     *,
     run: str,
+    recipe: Mapping[str, Any] | None,
     base: Mapping[str, Any],
     model: Any,
     records: Sequence[Mapping[str, Any]],
     proof: Mapping[str, Any],
     timings: Mapping[str, float],
     generated_rows: int,
+    speed: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what summary.json holds. Times are in seconds, memory in bytes, loss in nats."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -109,6 +111,7 @@ def build_summary(
     last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
     return {
         "run": run,
+        "recipe": recipe,
         "task": plan.task.name,
         "headline": plan.objective.headline,
         "method": config.method.kind,
@@ -123,6 +126,7 @@ def build_summary(
         "metrics": _scores(last),
         "proof": dict(proof),
         "timings": dict(timings),
+        "speed": dict(speed),
         "memory": {"peak_bytes": peak_memory_bytes(plan.device)},
         "choices": [{"name": c.name, "value": str(c.value), "reason": c.reason}
                     for c in plan.choices],

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftlevel.artifacts.cards import write_readme
 from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
-from ftlevel.config import AdaloraSpec, LoraSpec, TrainConfig
+from ftlevel.config import AdaloraSpec, LoraSpec, QuantConfig, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
 from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
+from ftlevel.engine.fast import FastStep, StepCollator
+from ftlevel.engine.low_rank import uses_fused_layers
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
 from ftlevel.engine.summary import build_card, build_summary, describe_base, dump_config
 from ftlevel.engine.trainer import FtlevelTrainer
+from ftlevel.engine.verify import StepVerifier, Verified
 from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, Report
 from ftlevel.errors import Interrupted
 from ftlevel.methods import METHODS, Base
+from ftlevel.methods.loftq import start_from_residual
 from ftlevel.methods.lora_start import copy_start
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model, quiet_libraries
@@ -51,7 +58,11 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, listener: Listener | None = None, dry_run: bool = False
+    config: TrainConfig,
+    *,
+    listener: Listener | None = None,
+    dry_run: bool = False,
+    recipe: Path | None = None,
 ) -> TrainResult:
     """Fine-tune as `config` says and write a run directory.
 
@@ -59,6 +70,7 @@ def train(
         config: the whole configuration.
         listener: told of the run's course; nobody by default.
         dry_run: resolve and check everything, train and write nothing.
+        recipe: the file that `config` was read from, to be named in summary.json.
 
     Raises:
         ConfigError: something is wrong that can be known before weights load.
@@ -69,6 +81,7 @@ def train(
     listener = listener or Silence()
     output = config.output
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
+    origin = describe_recipe(recipe) if recipe else None
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
         plan = resolve(config, progress=listener.progress)
@@ -78,18 +91,23 @@ def train(
                        "data": plan.data.facts, "targets": plan.targets}  # fmt: skip
             listener.end(summary)
             return TrainResult(summary, None, None, plan.tokenizer)
-        return _train(config, plan, listener)
+        return _train(config, plan, listener, origin)
 
 
-def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
+def _train(
+    config: TrainConfig, plan: Plan, listener: Listener, recipe: Mapping[str, Any] | None
+) -> TrainResult:
     listener.stage("load the model")
-    model = apply_method(load_base(config, plan), config.method, base_of(config, plan))
+    fused = uses_fused_layers(config, plan.device)
+    base = base_of(config, plan)
+    model = apply_method(load_base(config, plan), config.method, base, fused=fused)
     prepare_start(model, config, plan)
+    fast, verified = speed_up(model, config, plan, listener)
     start = copy_start(model)
     base_facts = describe_base(plan.source, plan.model_config)
     run, checkpoint = _open(config, plan, base_facts, listener)
     evaluator = build_evaluator(config, plan)
-    trainer = build_trainer(config, plan, model, evaluator, run)
+    trainer = build_trainer(config, plan, model, evaluator, run, fast)
     gradients, interrupt = GradientProof(listener), Interrupt()
     report = Report(listener, run.log, lambda: int(trainer.tokens_seen))
     for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train),
@@ -103,6 +121,8 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
     if interrupt.received and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(_what_was_kept(run, trainer.state))
     trained_at = time.perf_counter()
+    if fast:
+        fast.remove()
     if evaluator and not any("eval_loss" in r and r["step"] == trainer.state.global_step
                              for r in report.records):  # fmt: skip
         trainer.evaluate()
@@ -128,12 +148,14 @@ def _train(config: TrainConfig, plan: Plan, listener: Listener) -> TrainResult:
         config,
         plan,
         run=str(run.path),
+        recipe=recipe,
         base=base_facts,
         model=model,
         records=report.records,
         proof=asdict(proof),
         timings=_timings(report, trained_at, int(trainer.tokens_seen)),
         generated_rows=evaluator.generated_rows if evaluator else 0,
+        speed=describe_speed(fast, verified),
     )
     run.write_summary(summary)
     run.write_card(write_readme(summary))
@@ -173,8 +195,14 @@ def base_of(config: TrainConfig, plan: Plan) -> Base:
 
 
 def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
-    """Give LoRA its start from the training rows, where `init_lora_weights` is eva (mutated)."""
-    if not isinstance(config.method, LoraSpec) or config.method.init_lora_weights != "eva":
+    """Give LoRA its start from the training rows (eva) or from the float weights (loftq; mutated).
+
+    For loftq the float model is held beside the quantized one until its start is set.
+    """
+    init = config.method.init_lora_weights if isinstance(config.method, LoraSpec) else "default"
+    if init == "loftq":
+        start_from_residual(model, float_weights(config, plan))
+    if init != "eva":
         return
     start_from_data(
         model,
@@ -188,9 +216,55 @@ def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
     train_in_float32(model)
 
 
+def float_weights(config: TrainConfig, plan: Plan) -> Callable[[str], torch.Tensor]:
+    """Return the way from a linear's name to its weight (out, in) before quantization."""
+    plain = config.model_copy(update={"quant": QuantConfig()})
+    base = load_base(plain, replace(plan, device="cpu"))
+
+    def weight_of(name: str) -> torch.Tensor:
+        linear = base.get_submodule(name)
+        weight: torch.Tensor = linear.weight
+        return weight if isinstance(linear, torch.nn.Linear) else weight.T  # GPT-2's Conv1D
+
+    return weight_of
+
+
 def method_callbacks(config: TrainConfig, run: RunDirectory) -> list[Any]:
     """Return what a method does while training, beside its gradient steps."""
     return [Allocation(run.checkpoints)] if isinstance(config.method, AdaloraSpec) else []
+
+
+def speed_up(
+    model: Any, config: TrainConfig, plan: Plan, listener: Listener
+) -> tuple[FastStep | None, Verified | None]:
+    """Put the fast step onto `model` (mutated), and compare it with the plain one where asked.
+
+    What the model turns out not to take is named, and done the plain way.
+    """
+    if not plan.fast.enabled:
+        return None, None
+    fast, pad_id = FastStep(model, plan.fast), plan.tokenizer.pad_token_id
+    leak = fast.check_packing(plan.data.train, pad_id, plan.device, plan.dtype)
+    if leak:
+        listener.warn(f"{plan.model_config.model_type} is trained on padded rows: {leak}.")
+    if not config.speed.verify:
+        return fast, None
+    listener.stage("compute the first steps the plain way and the fast way")
+    rows = config.train.per_device_train_batch_size
+    verify = StepVerifier(model, fast, plan.objective, pad_id, rows, plan.device, plan.dtype)
+    verified = verify(plan.data.train, rows * config.train.gradient_accumulation_steps)
+    apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
+    listener.choices("verify-fast", [Choice(f"{verified.steps} steps", apart)])
+    return fast, verified
+
+
+def describe_speed(fast: FastStep | None, verified: Verified | None) -> dict[str, Any]:
+    """Return what summary.json says of how the steps were computed."""
+    if fast is None:
+        return {"fast": False}
+    parts = {"packed": fast.plan.packs, "head_on_targets": fast.plan.heads}
+    checked = {"verified": asdict(verified)} if verified else {}
+    return {"fast": True, **parts, "tokens_per_pass": fast.plan.tokens, **checked}
 
 
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
@@ -240,7 +314,12 @@ def load_base(config: TrainConfig, plan: Plan) -> Any:
 
 
 def build_trainer(
-    config: TrainConfig, plan: Plan, model: Any, evaluator: Any, run: RunDirectory
+    config: TrainConfig,
+    plan: Plan,
+    model: Any,
+    evaluator: Any,
+    run: RunDirectory,
+    fast: FastStep | None,
 ) -> FtlevelTrainer:
     """Return the Trainer of the run, without any of the libraries' own printing."""
     from transformers import PrinterCallback, ProgressCallback
@@ -249,6 +328,7 @@ def build_trainer(
 
     arguments = build_arguments(config, plan, run.checkpoints)
     method = METHODS.get(config.method.kind)
+    pad_id = plan.tokenizer.pad_token_id
     trainer = FtlevelTrainer(
         objective=plan.objective,
         evaluator=evaluator,
@@ -258,7 +338,8 @@ def build_trainer(
         penalty=method.penalty if method else None,
         train_dataset=plan.data.train,
         eval_dataset=plan.data.validation or None,
-        data_collator=Collator(plan.tokenizer.pad_token_id),
+        data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
+        fast=fast,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import Trainer
 
+from ftlevel.engine.fast import FastStep, target_loss
+from ftlevel.speed.layout import laid_out
 from ftlevel.tasks.objectives import Objective
 
 
 class FtlevelTrainer(Trainer):
     """Overrides the loss, the count of its targets, and evaluation, which reduces by batch.
+
+    With a fast step the batch that Trainer knows is all rows of an optimizer step, and it is cut
+    here into passes through the model: the order of the rows, the steps, the schedule and resuming
+    are Trainer's.
 
     The loss of an optimizer step is the sum over its targets (tokens, words, rows, ends of spans),
     divided by their number in all of its micro-batches, whatever the model's own loss would do:
@@ -31,14 +38,36 @@ class FtlevelTrainer(Trainer):
         objective: Objective,
         evaluator: Any = None,
         penalty: Callable[[Any], torch.Tensor] | None = None,
+        fast: FastStep | None = None,
         **arguments: Any,
     ):
         super().__init__(**arguments)
         self.objective = objective
         self.penalty = penalty
         self.evaluator = evaluator
+        self.fast = fast
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
+
+    def training_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of the batch, whose passes have added to the gradient one by one."""
+        if "passes" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        passes = inputs["passes"]
+        self.current_gradient_accumulation_steps = len(passes)
+        losses = []
+        for part in passes:
+            is_last = part is passes[-1]
+            layout = part.pop("layout")
+            once = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
+            with once, laid_out(layout):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -48,11 +77,15 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the micro-batch's share of the optimizer step's mean loss (a scalar)."""
-        mask = inputs["attention_mask"]
+        mask, labels = inputs["attention_mask"], inputs["labels"]
         self.tokens_seen += mask.sum()
-        inputs, labels = self.objective.split(inputs)
-        outputs = model(**inputs)
-        total = self.objective.loss_sum(self.objective.logits(outputs), labels, mask)
+        outputs = None
+        if self.fast is not None and self.fast.head is not None and not return_outputs:
+            total = target_loss(self.fast.head, model, self.objective, inputs)
+        else:
+            fed, labels = self.objective.split(inputs)
+            outputs = model(**fed)
+            total = self.objective.loss_sum(self.objective.logits(outputs), labels, mask)
         count = self.objective.count(labels) if num_items_in_batch is None else num_items_in_batch
         loss = total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -63,8 +96,8 @@ class FtlevelTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(
-        self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
-    ) -> torch.Tensor | None:
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> torch.Tensor | int | None:
         """Return the number of targets of an optimizer step, over all processes.
 
         Trainer counts labels that are not -100, shifted by the model's own loss; for spans, numbers
@@ -72,11 +105,17 @@ class FtlevelTrainer(Trainer):
         """
         if not batch_samples:
             return None
-        counts = [self.objective.count(batch["labels"]) for batch in batch_samples]
+        parts = [part for batch in batch_samples for part in batch.get("passes", [batch])]
+        counts = [self.objective.count(part["labels"]) for part in parts]
         total = torch.stack([count.to(device) for count in counts]).sum()
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             total = self.accelerator.gather(total).sum()
         return total
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return the sum over the passes of Trainer's estimate."""
+        parts = inputs.get("passes", [inputs])
+        return sum(int(super(FtlevelTrainer, self).floating_point_ops(part)) for part in parts)
 
     def evaluate(
         self,

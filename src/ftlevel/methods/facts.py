@@ -95,6 +95,11 @@ FACTS: dict[str, MethodFacts] = {
             _EXACT, "Büyükakyüz, 2024, arXiv:2406.01775", _LORA_7B, {"init_lora_weights": "olora"},
         ),
         MethodFacts(
+            "loftq", "lora", "--method lora --init loftq",
+            "LoRA, begun at what 4 bits took from the weights", _EXACT,
+            "Li et al., 2023, arXiv:2310.08659", _LORA_7B, {"init_lora_weights": "loftq"},
+        ),
+        MethodFacts(
             "eva", "lora", "--method lora --init eva",
             "LoRA, begun at the inputs' main directions, ranks where they explain most", _EXACT,
             "Paischer et al., 2024, arXiv:2410.07170", _LORA_7B, {"init_lora_weights": "eva"},
@@ -159,7 +164,7 @@ FACTS: dict[str, MethodFacts] = {
         ),
         MethodFacts(
             "linear-probe", "full", "--method full --set method.freeze_base=true",
-            "the new head only, here of two labels", "is a model already",
+            "the new head only", "is a model already",
             "Alain and Bengio, 2016, arXiv:1610.01644", 8_192, {"freeze_base": True},
         ),
     )

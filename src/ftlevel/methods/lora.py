@@ -16,6 +16,7 @@ def build(spec: LoraSpec, base: Base) -> Any:
     from peft import EvaConfig, LoraConfig  # here: it imports bitsandbytes, which logs on import
 
     init = spec.init_lora_weights
+    ours = init in ("default", "loftq")  # loftq's start is set afterwards
     return LoraConfig(
         task_type=base.task_type,
         r=spec.r,
@@ -25,7 +26,7 @@ def build(spec: LoraSpec, base: Base) -> Any:
         target_parameters=base.parameters or None,
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern={name: whole(alpha) for name, alpha in spec.alpha_pattern.items()},
-        init_lora_weights=True if init == "default" else init,
+        init_lora_weights=True if ours else init,
         eva_config=EvaConfig() if init == "eva" else None,
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,

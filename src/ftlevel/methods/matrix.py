@@ -124,6 +124,14 @@ RULES: tuple[Rule, ...] = (
         "Use --init default, or drop --quant.", quants=_QUANTIZED,
     ),
     Rule(
+        _rows("loftq"), "it begins at what 4-bit quantization took from the weights, and there is "
+        "nothing of it here", "Use --quant 4bit, or --init pissa.", quants=frozenset({"none"}),
+    ),
+    Rule(
+        _rows("loftq"), "8-bit quantization takes next to nothing from the weights",
+        "Use --quant 4bit, or --init default.", quants=frozenset({"8bit"}),
+    ),
+    Rule(
         _rows("orthogonal"), "PEFT draws its start in the type of the weights, which is an integer",
         "Use --init default, or drop --quant.", quants=_QUANTIZED,
     ),

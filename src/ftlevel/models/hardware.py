@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from ftlevel.config.choices import Choice
@@ -28,18 +26,18 @@ def choose_device(wish: str) -> Choice:
     if wish == "mps" and not has_mps:
         raise ConfigError("--device mps: torch finds no MPS device here. Use --device cpu.")
     if wish != "auto":
-        return Choice("device", wish, describe_device(wish))
+        return Choice("device", wish, "" if wish == "cpu" else describe_device(wish))
     found = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     return Choice("device", found, f"auto: {describe_device(found)}")
 
 
 def describe_device(device: str) -> str:
-    """Say what the device is in a few words: its name, or the CPU's threads."""
+    """Say what the device is in a few words."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
     if device == "mps":
         return "Apple GPU"
-    return f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+    return "no GPU here"
 
 
 def choose_dtype(wish: str, device: str, method: str, model_type: str) -> Choice:

@@ -197,6 +197,12 @@ class ModuleTree:
                 yield self.pattern(name), kind, module.num_embeddings, module.embedding_dim
 
 
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model of one stack, in their order; several stacks have none."""
+    tree = ModuleTree(model)
+    return list(tree.modules[tree.blocks[0]].children()) if len(tree.blocks) == 1 else []
+
+
 def find_heads(model: nn.Module) -> list[str]:
     """Return the modules on top of the base model, as PEFT's `modules_to_save` would name them.
 

@@ -101,6 +101,14 @@ class Tokens(Objective):
         supervised = labels != IGNORED
         return logits[supervised], labels[supervised]
 
+    def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where targets are predicted in the flattened (batch, seq), and the targets."""
+        if self.shifted:
+            labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        flat = labels.flatten()
+        at = (flat != IGNORED).nonzero()[:, 0]
+        return at, flat[at]
+
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the number of supervised tokens that are predicted."""
         return super().count(labels[:, 1:] if self.shifted else labels)

@@ -60,10 +60,12 @@ def test_config(kind, fields, expected):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (["method.init_lora_weights=loftq"],
-         "--set method.init_lora_weights: 'loftq': PEFT 0.21 computes it on CUDA only and, on a "
-         "float base, replaces the base's weights. Use pissa on a float base, or default on a "
-         "quantized one."),
+        (["method.init_lora_weights=corda"],
+         "--set method.init_lora_weights: 'corda': it needs statistics of the activations, which "
+         "ftlevel does not collect. Use pissa on a float base, or default on a quantized one."),
+        (["method.init_lora_weights=loftq", "method.use_dora=true"],
+         "method: use_dora cannot be used with init_lora_weights loftq: DoRA takes its magnitudes "
+         "from the weights before that start is set. Drop one of them."),
         (["method.target_parameters=experts", "method.lora_dropout=0.1"],
          "method: target_parameters cannot be used with lora_dropout: PEFT's LoRA of a bare "
          "tensor does not have it. Drop one of them."),

@@ -10,11 +10,11 @@ from ftlevel.config.methods.base import TargetModules
 from ftlevel.config.sections import Positive, Section, Share
 
 LoraInit = Literal[
-    "default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16", "eva"
-]
+    "default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16",
+    "loftq", "eva",
+]  # fmt: skip
 _REFUSED_INITS = {
     "corda": "it needs statistics of the activations, which ftlevel does not collect",
-    "loftq": "PEFT 0.21 computes it on CUDA only and, on a float base, replaces the base's weights",
     "lora_ga": "it needs gradients of the full model, which a quantized or large base cannot give",
 }
 
@@ -54,7 +54,7 @@ class LoraSpec(Section):
     init_lora_weights: LoraInit = Field(
         "default",
         description="How A and B begin: default (B is 0), gaussian, orthogonal, olora, pissa, "
-        "pissa_niter_4 or _16 (its fast form), or eva.",
+        "pissa_niter_4 or _16 (its fast form), loftq (what a 4-bit base lost), or eva.",
     )
     use_rslora: bool = Field(
         False, description="Scale by lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski, 2023)."
@@ -80,6 +80,11 @@ class LoraSpec(Section):
 
     @model_validator(mode="after")
     def _options_agree(self) -> LoraSpec:
+        if self.use_dora and self.init_lora_weights == "loftq":
+            raise ValueError(
+                "use_dora cannot be used with init_lora_weights loftq: DoRA takes its magnitudes "
+                "from the weights before that start is set. Drop one of them"
+            )
         if self.target_parameters is not None:
             for name, given in (
                 ("use_dora", self.use_dora),

@@ -1,0 +1,161 @@
+"""Plain LoRA fine-tuning with `transformers.Trainer` and PEFT, as their documentation shows it.
+
+    python plain.py SPEC.json
+
+What `benchmarks/train.py` compares with. SPEC has the fields of `workloads.Work`; the result,
+`plain.json` beside it, also says how many tokens the rows have, for everyone's tokens a second.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+
+def encode_chat(tokenizer, messages):
+    """Return ids and labels of a conversation; every assistant turn is learned."""
+    ids, labels = [], []
+    for end, message in enumerate(messages, start=1):
+        whole = tokenizer.apply_chat_template(messages[:end], tokenize=True, return_dict=False)
+        new, learned = whole[len(ids) :], 0
+        if message["role"] == "assistant":
+            asked = tokenizer.apply_chat_template(
+                messages[: end - 1], tokenize=True, return_dict=False, add_generation_prompt=True
+            )
+            last = len(whole) - whole[::-1].index(tokenizer.eos_token_id)
+            learned = last - len(asked)
+            labels += [-100] * (len(asked) - len(ids)) + whole[len(asked) : last]
+            labels += [-100] * (len(whole) - last)
+        else:
+            labels += [-100] * len(new)
+        ids = list(whole)
+        if learned < 0:
+            raise ValueError("the chat template is not incremental")
+    return {"input_ids": ids, "labels": labels}
+
+
+class Counter:
+    """A collator that counts what goes through it."""
+
+    def __init__(self, collator):
+        self.collator, self.tokens = collator, []
+
+    def __call__(self, rows):
+        """Collate `rows` and remember their number of tokens."""
+        self.tokens.append(sum(len(row["input_ids"]) for row in rows))
+        return self.collator(rows)
+
+
+def load(spec, tokenizer, rows):
+    """Return the base model with LoRA on every linear of its blocks."""
+    dtype = torch.bfloat16 if spec["dtype"] == "bfloat16" else torch.float32
+    more = {}
+    if spec["quant"] == "4bit":
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if spec["task"] == "text-classification":
+        labels = len({row["label"] for row in rows})
+        model = AutoModelForSequenceClassification.from_pretrained(
+            spec["model"], dtype=dtype, num_labels=labels, **more
+        )
+        targets, kind = r".*encoder\.layer\..*\.(query|key|value|dense)", "SEQ_CLS"
+    else:
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, **more)
+        targets, kind = "all-linear", "CAUSAL_LM"
+    if more:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    config = LoraConfig(
+        task_type=kind, r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets
+    )
+    return get_peft_model(model, config)
+
+
+def count_linears(model):
+    """Return the weights of the linears in the blocks, and those of the language head."""
+    base = model.get_base_model()
+    head = base.get_output_embeddings() if hasattr(base, "lm_head") else None
+    blocks = 0
+    for name, module in base.named_modules():
+        if hasattr(module, "base_layer") and ".layer" in f".{name}":
+            blocks += module.in_features * module.out_features
+    return blocks, 0 if head is None else head.weight.shape[0] * head.weight.shape[1]
+
+
+def main(path):
+    """Train as the spec says."""
+    spec = json.loads(Path(path).read_text(encoding="utf-8"))
+    set_seed(spec["seed"])
+    rows = [json.loads(line) for line in Path(spec["rows"]).read_text("utf-8").splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = load(spec, tokenizer, rows)
+    if spec["task"] == "text-classification":
+        names = sorted({row["label"] for row in rows})
+        encoded = [{**tokenizer(row["text"]), "labels": names.index(row["label"])} for row in rows]
+        collator, supervised = DataCollatorWithPadding(tokenizer), len(rows)
+    else:
+        encoded = [encode_chat(tokenizer, row["messages"]) for row in rows]
+        for row in encoded:
+            row["attention_mask"] = [1] * len(row["input_ids"])
+        collator = DataCollatorForSeq2Seq(tokenizer)
+        supervised = sum(label != -100 for row in encoded for label in row["labels"])
+    counter = Counter(collator)
+    trainer = Trainer(
+        model=model,
+        train_dataset=Dataset.from_list(encoded),
+        data_collator=counter,
+        args=TrainingArguments(
+            output_dir=str(Path(path).parent / "plain"),
+            num_train_epochs=1,
+            per_device_train_batch_size=spec["batch"],
+            gradient_accumulation_steps=spec["accumulate"],
+            learning_rate=spec["learning_rate"],
+            lr_scheduler_type="constant",
+            optim="adamw_torch",
+            bf16=spec["dtype"] == "bfloat16",
+            use_cpu=spec["device"] == "cpu",
+            seed=spec["seed"],
+            data_seed=spec["seed"],
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+    )
+    trainer.train()
+    trainer.save_model(str(Path(path).parent / "plain"))
+    blocks, head = count_linears(model)
+    result = {
+        "tokens": sum(len(row["input_ids"]) for row in encoded),
+        "first_step_tokens": sum(counter.tokens[: spec["accumulate"]]),
+        "supervised": supervised,
+        "block_parameters": blocks,
+        "head_parameters": head,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+    (Path(path).parent / "plain.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

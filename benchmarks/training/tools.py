@@ -1,0 +1,241 @@
+"""How each tool is told to do a workload: by its own public command line or Python API.
+
+`ftlevel` and `plain` run in the environment of the benchmark; every other tool in one of its own
+(`--peer NAME=PYTHON`). Packages known to work: trl 1.16, unsloth 2026.10.9, litgpt 0.5.13 (with
+requests), llamafactory 0.9.5, ms-swift 4.6.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.workloads import Work
+
+HERE = Path(__file__).parent
+
+
+class UnsupportedError(Exception):
+    """The tool cannot do the workload; the message says why."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One way to train.
+
+    Attributes:
+        name: as in the table.
+        command: workload, folder for its files and the tool's python → its command line.
+        peer: which `--peer` it needs; empty for those of this environment.
+    """
+
+    name: str
+    command: Callable[[Work, Path, str], list[str]]
+    peer: str = ""
+
+
+def ftlevel(work: Work, folder: Path, python: str, *more: str) -> list[str]:
+    """Return `ftlevel train` as a user would type it."""
+    method = "qlora" if work.quant == "4bit" else "lora"
+    return [
+        python, "-m", "ftlevel", "train", "--quiet", "--method", method, "--model", work.model,
+        "--dataset", work.rows, "--task", work.task, "--max-length", str(work.max_length),
+        "--dtype", work.dtype, "--set", f"model.device={work.device}",
+        *(["--double-quant"] if work.quant == "4bit" else []), "--num-train-epochs", "1",
+        "--per-device-train-batch-size", str(work.batch), "--seed", str(work.seed),
+        "--gradient-accumulation-steps", str(work.accumulate), "--logging-steps", "1",
+        "--learning-rate", str(work.learning_rate), "--lr-scheduler-type", "constant",
+        "--output-dir", str(folder / "run"), "--overwrite", *more,
+    ]  # fmt: skip
+
+
+def plain_ftlevel(work: Work, folder: Path, python: str) -> list[str]:
+    """Return `ftlevel train` without its faster forms."""
+    return ftlevel(work, folder, python, "--no-fast")
+
+
+def plain(work: Work, folder: Path, python: str) -> list[str]:
+    """Return the plain script."""
+    work.write(folder / "spec.json")
+    return [python, str(HERE / "plain.py"), str(folder / "spec.json")]
+
+
+def trl(work: Work, folder: Path, python: str, *more: str) -> list[str]:
+    """Return `trl sft`; only the answers of a chat count."""
+    _needs_chats(work)
+    data = folder / "data"
+    data.mkdir(exist_ok=True)
+    single = all(len(row["messages"]) == 2 for row in _read(work))
+    rows = [
+        {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} if single else row
+        for row in _read(work)
+    ]
+    _write(data / "train.jsonl", rows)
+    quant = ["--load_in_4bit", "--bnb_4bit_quant_type", "nf4", "--use_bnb_nested_quant"]
+    return [
+        str(Path(python).parent / "trl"), "sft", "--model_name_or_path", work.model,
+        "--dataset_name", str(data), "--output_dir", str(folder / "run"), "--dtype", work.dtype,
+        "--max_length", str(work.max_length), "--num_train_epochs", "1",
+        "--per_device_train_batch_size", str(work.batch),
+        "--gradient_accumulation_steps", str(work.accumulate),
+        "--learning_rate", str(work.learning_rate), "--lr_scheduler_type", "constant",
+        "--seed", str(work.seed), "--use_peft", "--lora_r", "8", "--lora_alpha", "16",
+        "--lora_dropout", "0", "--lora_target_modules", "all-linear",
+        "--gradient_checkpointing", "false", "--logging_steps", "1", "--save_strategy", "no",
+        "--report_to", "none", *_cpu(work, ["--use_cpu"]),
+        "--completion_only_loss" if single else "--assistant_only_loss", "true",
+        *(quant if work.quant == "4bit" else []), *more,
+    ]  # fmt: skip
+
+
+def trl_packed(work: Work, folder: Path, python: str) -> list[str]:
+    """Return `trl sft` with packing, its best switch here."""
+    command = trl(work, folder, python, "--packing", "true", "--packing_strategy", "bfd")
+    command[command.index("--gradient_accumulation_steps") + 1] = "1"
+    return command
+
+
+def unsloth(work: Work, folder: Path, python: str) -> list[str]:
+    """Return a script on Unsloth's Python API."""
+    _needs_chats(work)
+    work.write(folder / "spec.json")
+    return [python, str(HERE / "unsloth_api.py"), str(folder / "spec.json")]
+
+
+def litgpt(work: Work, folder: Path, python: str) -> list[str]:
+    """Return `litgpt finetune_lora`; its rate always warms up and decays, so compare no losses."""
+    _needs_chats(work)
+    if work.quant != "none":
+        raise UnsupportedError("bitsandbytes in LitGPT is for CUDA only")
+    if any(len(row["messages"]) != 2 for row in _read(work)):
+        raise UnsupportedError("LitGPT's JSON data has one turn a row")
+    program = str(Path(python).parent / "litgpt")
+    checkpoint = folder.parent / "litgpt" / Path(work.model).name
+    if not (checkpoint / "lit_model.pth").exists():
+        shutil.copytree(work.model, checkpoint, dirs_exist_ok=True)
+        subprocess.run([program, "convert_to_litgpt", str(checkpoint)], check=True)
+    texts = [[turn["content"] for turn in row["messages"]] for row in _read(work)]
+    rows = [{"instruction": ask, "input": "", "output": answer} for ask, answer in texts]
+    (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "val.json").write_text(json.dumps(rows[:2]), encoding="utf-8")
+    on = [f"--lora_{part}" for part in ("query", "key", "value", "projection", "mlp")]
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": work.learning_rate}}
+    return [
+        program, "finetune_lora", str(checkpoint), "--out_dir", str(folder / "run"),
+        "--precision", "bf16-true" if work.dtype == "bfloat16" else "32-true",
+        "--lora_r", "8", "--lora_alpha", "16", "--lora_dropout", "0.0",
+        *(part for flag in on for part in (flag, "true")),
+        "--data", "JSON", "--data.json_path", str(folder), "--data.mask_prompt", "true",
+        "--data.prompt_style", "smollm2", "--data.num_workers", "0",
+        "--train.max_seq_length", str(work.max_length), "--train.epochs", "1",
+        "--train.micro_batch_size", str(work.batch), "--train.log_interval", "1",
+        "--train.global_batch_size", str(work.batch * work.accumulate),
+        "--train.lr_warmup_steps", "1", "--optimizer", json.dumps(optimizer),
+        "--eval.interval", "1000000", "--eval.max_iters", "1", "--eval.final_validation", "false",
+        "--seed", str(work.seed),
+    ]  # fmt: skip
+
+
+def llamafactory(work: Work, folder: Path, python: str, **more: Any) -> list[str]:
+    """Return `llamafactory-cli train`."""
+    _needs_chats(work)
+    _write(folder / "rows.jsonl", _read(work))
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user",
+            "assistant_tag": "assistant", "system_tag": "system"}  # fmt: skip
+    entry = {"file_name": "rows.jsonl", "formatting": "sharegpt", "tags": tags,
+             "columns": {"messages": "messages"}}  # fmt: skip
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": entry}), encoding="utf-8")
+    config = {
+        "stage": "sft", "do_train": True, "model_name_or_path": work.model, "template": "smollm2",
+        "finetuning_type": "lora", "lora_target": "all", "lora_rank": 8, "lora_alpha": 16,
+        "lora_dropout": 0.0, "dataset": "rows", "dataset_dir": str(folder),
+        "cutoff_len": work.max_length, "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": work.batch, "num_train_epochs": 1.0,
+        "gradient_accumulation_steps": work.accumulate, "learning_rate": work.learning_rate,
+        "lr_scheduler_type": "constant", "seed": work.seed, "bf16": work.dtype == "bfloat16",
+        "disable_gradient_checkpointing": True, "use_cpu": work.device == "cpu",
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "overwrite_cache": True,
+    }  # fmt: skip
+    if work.quant == "4bit":
+        config |= {"quantization_bit": 4, "quantization_method": "bnb",
+                   "quantization_type": "nf4", "double_quantization": True}  # fmt: skip
+    path = folder / "train.yaml"
+    path.write_text(json.dumps({**config, **more}), encoding="utf-8")
+    return [str(Path(python).parent / "llamafactory-cli"), "train", str(path)]
+
+
+def llamafactory_packed(work: Work, folder: Path, python: str) -> list[str]:
+    """Return `llamafactory-cli train` with packing under a block-diagonal mask."""
+    packing = {"packing": True, "neat_packing": True, "gradient_accumulation_steps": 1}
+    return llamafactory(work, folder, python, **packing)
+
+
+def swift(work: Work, folder: Path, python: str) -> list[str]:
+    """Return `swift sft`."""
+    _needs_chats(work)
+    quant = [
+        "--quant_method", "bnb", "--quant_bits", "4", "--bnb_4bit_quant_type", "nf4",
+        "--bnb_4bit_use_double_quant", "true", "--bnb_4bit_compute_dtype", work.dtype,
+    ]  # fmt: skip
+    return [
+        str(Path(python).parent / "swift"), "sft", "--model", work.model, "--model_type", "llama",
+        "--template", "chatml", "--dataset", work.rows, "--output_dir", str(folder / "run"),
+        "--tuner_type", "lora", "--lora_rank", "8", "--lora_alpha", "16", "--lora_dropout", "0",
+        "--target_modules", "all-linear", "--torch_dtype", work.dtype,
+        "--max_length", str(work.max_length), "--num_train_epochs", "1",
+        "--per_device_train_batch_size", str(work.batch),
+        "--gradient_accumulation_steps", str(work.accumulate),
+        "--learning_rate", str(work.learning_rate), "--lr_scheduler_type", "constant",
+        "--warmup_ratio", "0", "--seed", str(work.seed), "--gradient_checkpointing", "false",
+        "--split_dataset_ratio", "0", "--attn_impl", "sdpa", *_cpu(work, ["--use_cpu", "true"]),
+        "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none",
+        *(quant if work.quant == "4bit" else []),
+    ]  # fmt: skip
+
+
+TOOLS = (
+    Tool("ftlevel", ftlevel),
+    Tool("ftlevel --no-fast", plain_ftlevel),
+    Tool("plain", plain),
+    Tool("trl", trl, "trl"),
+    Tool("trl, packing", trl_packed, "trl"),
+    Tool("unsloth", unsloth, "unsloth"),
+    Tool("litgpt", litgpt, "litgpt"),
+    Tool("llamafactory", llamafactory, "llamafactory"),
+    Tool("llamafactory, neat_packing", llamafactory_packed, "llamafactory"),
+    Tool("swift", swift, "swift"),
+)
+PEERS = tuple(dict.fromkeys(tool.peer for tool in TOOLS if tool.peer))
+
+
+def select(peers: dict[str, str]) -> list[tuple[Tool, str]]:
+    """Return the tools that can run, each with its python."""
+    return [
+        (tool, peers.get(tool.peer, sys.executable))
+        for tool in TOOLS
+        if not tool.peer or tool.peer in peers
+    ]
+
+
+def _needs_chats(work: Work) -> None:
+    if work.task != "text-generation":
+        raise UnsupportedError("its command trains language models only")
+
+
+def _cpu(work: Work, flags: list[str]) -> list[str]:
+    return flags if work.device == "cpu" else []
+
+
+def _read(work: Work) -> list[dict[str, Any]]:
+    lines = Path(work.rows).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,164 @@
+"""The four workloads: which rows, which model, which settings.
+
+Rows come from the standard library of the Python that runs (`builtin:docstrings`) and, for
+classification, from `data/wordnet-supersense`. A workload has as many rows as its steps take, and a
+run is one epoch over them, so that every tool sees the same rows whatever its order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.data.docstrings import read_docstrings
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOLLM2 = ROOT / ".models" / "SmolLM2-135M-Instruct"
+MINILM = ROOT / ".models" / "all-MiniLM-L6-v2"
+SUPERSENSE = ROOT / "data" / "wordnet-supersense" / "train.jsonl"
+
+SYSTEM = """You write the first line of docstrings for a Python code base that many people maintain.
+
+Rules of the house:
+- Write one sentence in the imperative mood, as in "Return the number of open files", and end it
+with a full stop. Do not write "This function returns" or "Returns".
+- Say what the caller gets or what changes, not how it is done. Names of private helpers, of
+variables and of data structures do not belong into the first line.
+- Keep to seventy-two characters where you can. If a thing needs a second sentence, leave it to the
+paragraph below, which somebody else writes.
+- Use the words of the domain: a request is a request and not a message; a path is a path and not a
+string. If the text that you are given uses a wrong word, use the right one.
+- Mention units, and whether bounds are included, if a number comes in or goes out.
+- Never praise the code, never apologise for it, and never address the reader.
+- Where a value is optional, say what happens without it only if that is the function's point.
+- Exceptions are listed further down in the docstring; leave them out, unless raising one is all
+that the function does.
+- British and American spelling both occur in this code base; follow the text that you are given.
+
+You are given the remaining paragraphs of a docstring. Answer with its first line and nothing else.
+Questions that follow are about further functions of the same module, under the same rules."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One workload.
+
+    Attributes:
+        name: letter and a few words.
+        model: directory of the base.
+        rows: file with a row a line: `messages`, or `text` and `label`.
+        task: ftlevel's name of it.
+        quant: none or 4bit (nf4, double quantization).
+        batch: rows a micro-batch.
+        accumulate: micro-batches a step.
+        steps: optimizer steps of the epoch.
+        max_length: in tokens; no row is longer.
+        dtype: bfloat16 or float32.
+        device: torch device type.
+        learning_rate: constant.
+        seed: of weights and order.
+    """
+
+    name: str
+    model: str
+    rows: str
+    task: str
+    quant: str
+    batch: int
+    accumulate: int
+    steps: int
+    max_length: int
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    learning_rate: float = 2e-4
+    seed: int = 42
+
+    def write(self, path: Path) -> None:
+        """Write the fields, for `plain.py`."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def build(letter: str, folder: Path, steps: int, model: Path | None = None, **more: Any) -> Work:
+    """Write the rows of workload `letter` (a, b, c or d) to `folder`, and return it.
+
+    Raises:
+        FileNotFoundError: a model or data set is not there, with what to do.
+    """
+    rows = folder / "rows.jsonl"
+    base = model or (MINILM if letter == "d" else SMOLLM2)
+    name, task, quant, batch, accumulate, max_length = {
+        "a": ("a: docstrings, LoRA", "text-generation", "none", 4, 2, 512),
+        "b": ("b: docstrings, QLoRA", "text-generation", "4bit", 4, 2, 512),
+        "c": ("c: chats, shared system prompt", "text-generation", "none", 4, 4, 1024),
+        "d": ("d: classification", "text-classification", "none", 32, 1, 128),
+    }[letter]
+    if not base.is_dir():
+        raise FileNotFoundError(f"{base} is not there. Run: python scripts/fetch_models.py")
+    work = Work(name, str(base), str(rows), task, quant, batch, accumulate, steps, max_length)
+    kept = itertools.islice(_fitting(letter, work), steps * batch * accumulate)
+    with rows.open("w", encoding="utf-8") as file:
+        count = sum(bool(file.write(json.dumps(row) + "\n")) for row in kept)
+    if count < steps * batch * accumulate:
+        steps = count // (batch * accumulate)
+        lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
+        rows.write_text("".join(lines[: steps * batch * accumulate]), encoding="utf-8")
+    return Work(**{**asdict(work), "steps": steps, **more})
+
+
+def _fitting(letter: str, work: Work) -> Iterator[dict[str, Any]]:
+    """Give the rows that are not longer than the workload's limit."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    for row in _rows(letter):
+        if "text" in row:
+            length = len(tokenizer(row["text"])["input_ids"])
+        else:
+            ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
+            length = len(ids)
+        if length <= work.max_length:
+            yield row
+
+
+def _rows(letter: str) -> Iterator[dict[str, Any]]:
+    if letter == "c":
+        return _chats()
+    if letter == "d":
+        return _texts()
+    return (
+        {"messages": [_user(row["prompt"]), _assistant(row["completion"])]}
+        for row in read_docstrings("generation", "train")
+    )
+
+
+def _chats() -> Iterator[dict[str, Any]]:
+    """Give conversations of two turns under one system prompt of about 300 tokens."""
+    rows = [r for r in read_docstrings("summarization", "train") if len(r["document"]) <= 240]
+    for first, second in zip(rows[::2], rows[1::2], strict=False):
+        turns = [
+            turn
+            for row in (first, second)
+            for turn in (_user(row["document"]), _assistant(row["summary"]))
+        ]
+        yield {"messages": [{"role": "system", "content": SYSTEM}, *turns]}
+
+
+def _texts() -> Iterator[dict[str, Any]]:
+    if not SUPERSENSE.is_file():
+        raise FileNotFoundError(
+            f"{SUPERSENSE} is not there. Run: python scripts/build_data.py wordnet-supersense"
+        )
+    for line in SUPERSENSE.read_text(encoding="utf-8").splitlines():
+        yield json.loads(line)
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}

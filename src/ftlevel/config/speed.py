@@ -1,0 +1,36 @@
+"""How a step is computed: what changes the speed and never the result."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ftlevel.config.sections import Positive, Section
+
+
+class SpeedConfig(Section):
+    """Parts of the fast step; a part is on where it is known to give the plain step's numbers."""
+
+    fast: bool = Field(
+        True,
+        description="Use the faster forms of the step; off leaves every part to the libraries.",
+    )
+    pack: bool = Field(
+        True, description="Lay the rows of a pass end to end, each attending to itself alone."
+    )
+    target_head: bool = Field(
+        True, description="Compute a language head and its loss at supervised positions only."
+    )
+    low_rank: bool = Field(
+        True, description="Compute LoRA's base and update in one node, in the base's precision."
+    )
+    tokens_per_pass: Positive | Literal["auto"] = Field(
+        "auto",
+        description="Most tokens in one pass through the model, which bounds the memory; auto is "
+        "what per_device_train_batch_size rows of max_length would have.",
+    )
+    verify: bool = Field(
+        False,
+        description="Compute the first steps the plain way too, and compare loss and gradients.",
+    )

@@ -1,0 +1,137 @@
+"""How the tokens of a padded batch stand in one row without padding, and the way back.
+
+    batch   a₀ a₁ a₂ a₃        row   a₀ a₁ a₂ a₃ b₀ b₁        segments   [0, 4) [4, 6)
+            b₀ b₁ ·  ·
+
+The blocks of a model see the row, and everything before and after them sees the batch: embeddings,
+positions, norms, heads and pooling stay the model's own, and right for any model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that follow one another in the row and in a document.
+
+    Attributes:
+        start, stop: where they stand in the row.
+        past: where the tokens before them in the document stand, first to last; empty for a
+            document's beginning.
+    """
+
+    start: int
+    stop: int
+    past: tuple[Range, ...] = ()
+
+    @property
+    def position(self) -> int:
+        """The position of the first token in its document."""
+        return sum(stop - start for start, stop in self.past)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens of a batch in one row.
+
+    Attributes:
+        batch, seq: shape of the padded batch.
+        source: (tokens,) index of each token of the row in the flattened batch.
+        restore: (batch * seq,) index in the row of each place of the flattened batch; padding
+            points at some token, and nothing that counts may read it.
+        segments: what the row is made of, in its order.
+    """
+
+    batch: int
+    seq: int
+    source: torch.Tensor
+    restore: torch.Tensor
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def of_rows(cls, mask: torch.Tensor) -> Layout:
+        """Return the layout of the rows of a batch, one after the other.
+
+        Args:
+            mask: (batch, seq), 1 for a token and 0 for padding.
+        """
+        flat = mask.flatten() != 0
+        restore = (flat.cumsum(0) - 1).clamp(min=0)
+        segments, start = [], 0
+        for length in mask.sum(dim=1).tolist():
+            segments.append(Segment(start, start + length))
+            start += length
+        batch, seq = mask.shape
+        return cls(batch, seq, flat.nonzero()[:, 0], restore, tuple(segments))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
+        """Return the layout with its indices on `device`."""
+        source = self.source.to(device, non_blocking=non_blocking)
+        restore = self.restore.to(device, non_blocking=non_blocking)
+        return replace(self, source=source, restore=restore)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens go through the blocks."""
+        return len(self.source)
+
+    @cached_property
+    def column(self) -> torch.Tensor:
+        """(tokens,) the column of the batch that each token of the row stands in."""
+        return self.source % self.seq
+
+    def pack(self, states: torch.Tensor) -> torch.Tensor:
+        """Return `states` (batch or 1, seq, …) as (1, tokens, …)."""
+        if states.shape[0] == 1:
+            return states.index_select(1, self.column)
+        return states.flatten(0, 1).index_select(0, self.source)[None]
+
+    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+        """Return `states` (1, tokens, …) as (batch, seq, …)."""
+        flat = states[0].index_select(0, self.restore)
+        return flat.view(self.batch, self.seq, *states.shape[2:])
+
+    def pack_inputs(self, value: Any) -> Any:
+        """Return an argument of a block with every tensor that has a place for each token packed.
+
+        Such are the angles of rotary embeddings (1 or batch, seq, width), alone or in a tuple.
+        """
+        if isinstance(value, torch.Tensor):
+            is_per_token = value.dim() > 1 and value.shape[1] == self.seq
+            return self.pack(value) if is_per_token and value.shape[0] in (1, self.batch) else value
+        if isinstance(value, tuple | list):
+            return type(value)(self.pack_inputs(part) for part in value)
+        return value
+
+
+_current: Layout | None = None
+
+
+def current_layout() -> Layout | None:
+    """Return the layout that is being computed on, or None."""
+    return _current
+
+
+@contextlib.contextmanager
+def laid_out(layout: Layout | None) -> Iterator[None]:
+    """Compute on `layout` inside the block, which must hold the backward pass too.
+
+    It is the process's and not the thread's: on a GPU the backward pass has threads of its own,
+    and with checkpointing it runs the blocks again.
+    """
+    global _current
+    before, _current = _current, layout
+    try:
+        yield
+    finally:
+        _current = before

@@ -1,0 +1,57 @@
+"""`--fast` and `--no-fast` give one loss curve, and `--verify-fast` says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.cli.app import run
+
+SHORT = ["--max-samples", "24", "--set", "data.max_eval_samples=8", "--batch-size", "4",
+         "--gradient-accumulation-steps", "2", "--max-steps", "5", "--logging-steps", "1",
+         "--dtype", "float32", "--learning-rate", "1e-3"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def train(*arguments: str, out: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run `ftlevel train`; return its summary and its records."""
+    assert run(["train", "--quiet", "--output-dir", out, *SHORT, *arguments]) == 0
+    records = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return json.loads(Path(out, "summary.json").read_text()), records
+
+
+@pytest.mark.slow
+def test_one_curve() -> None:
+    fast, records = train("--verify-fast", out="fast")
+    plain, expected = train("--no-fast", out="plain")
+    assert fast["speed"].pop("verified")["gradient"] < 3e-5
+    assert fast["speed"] == {
+        "fast": True, "packed": True, "head_on_targets": True, "tokens_per_pass": 1528
+    }  # fmt: skip
+    assert plain["speed"] == {"fast": False}
+    assert len(records) == len(expected) == 6, "five steps and an evaluation"
+    for record, other in zip(records, expected, strict=True):
+        assert record["tokens"] == other["tokens"]
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if name in other:
+                assert record[name] == pytest.approx(other[name], rel=1e-4), name
+    assert records[-2]["loss"] != records[0]["loss"]
+
+
+def test_a_fast_step_that_is_wrong_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ftlevel.speed.layout import Layout
+
+    right = Layout.pack
+    monkeypatch.setattr(Layout, "pack", lambda layout, states: right(layout, states) * 1.0001)
+    assert run(["train", "--quiet", "--output-dir", "wrong", *SHORT, "--verify-fast"]) == 1
+    assert "--verify-fast: the fast step is not the plain one" in capsys.readouterr().err
+    assert not Path("wrong").exists()

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ftlevel.artifacts.recipe import describe_recipe
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run(["git", "-C", folder, *who, *arguments], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_git_knows_the_recipe_as_it_is(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: summarization\n")
+    git(tmp_path, "init")
+    assert describe_recipe(recipe)["commit"] is None, "it is not tracked yet"
+    git(tmp_path, "add", "recipe.yaml")
+    git(tmp_path, "commit", "-m", "A recipe")
+    found = describe_recipe(recipe)
+    assert len(found["commit"]) == 40
+    assert found["changed"] is False
+    recipe.write_text("task: translation\n")
+    assert describe_recipe(recipe)["changed"] is True
+
+
+def test_outside_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: summarization\n")
+    assert describe_recipe(recipe) == {
+        "path": str(recipe),
+        "sha256": hashlib.sha256(b"task: summarization\n").hexdigest(),
+        "commit": None,
+        "changed": None,
+    }

@@ -1,0 +1,276 @@
+"""The fast step of our Trainer gives the plain one's loss and gradient, whatever is trained how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
+
+import tiny_models
+from ftlevel.config import TrainConfig
+from ftlevel.data.collate import Collator
+from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.engine.fast import FastPlan, FastStep, StepCollator, plan_fast
+from ftlevel.engine.trainer import FtlevelTrainer
+from ftlevel.speed import attention
+from ftlevel.tasks.objectives import Classes, Objective, Spans, Tags, Tokens
+
+OBJECTIVES: dict[str, Objective] = {
+    "causal": Tokens("perplexity", shifted=True),
+    "seq2seq": Tokens("perplexity", feeds_labels=True),
+    "mlm": Tokens("perplexity"),
+    "seqcls": Classes("accuracy"),
+    "tokcls": Tags("f1"),
+    "qa": Spans("f1"),
+}
+NO_DROPOUT: dict[str, dict[str, float]] = {
+    "opt": {"dropout": 0.0, "attention_dropout": 0.0},
+    "bart": {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
+    "t5": {"dropout_rate": 0.0},
+    "bert": {"attention_probs_dropout_prob": 0.0},
+    "roberta": {"attention_probs_dropout_prob": 0.0},
+}
+LENGTHS = (5, 30, 12, 12, 3, 21, 8, 17)
+
+
+def rows_of(head: str, lengths: tuple[int, ...] = LENGTHS) -> list[Encoded]:
+    """Return rows with labels as `head` takes them; the first half of a text is not supervised."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for number, length in enumerate(lengths):
+        ids = torch.randint(10, 490, (length,), generator=generator).tolist()
+        if head == "seqcls":
+            labels: Any = number % tiny_models.LABELS
+        elif head == "qa":
+            labels = (1, length - 1)
+        elif head == "tokcls":
+            labels = [IGNORED] + [number % tiny_models.LABELS] * (length - 1)
+        elif head == "seq2seq":
+            labels = ids[::2]
+        else:
+            labels = [IGNORED if i < length // 2 else token for i, token in enumerate(ids)]
+        rows.append(Encoded(ids, labels, number))
+    return rows
+
+
+def trainer_of(model: Any, head: str, folder: Path, plan: FastPlan, **arguments: Any) -> Any:
+    fast = FastStep(model, plan) if plan.enabled else None
+    return FtlevelTrainer(
+        objective=OBJECTIVES[head], model=model, fast=fast,
+        args=TrainingArguments(str(folder), use_cpu=True, report_to="none", **arguments),
+    )  # fmt: skip
+
+
+def step_of(trainer: Any, batches: list[Any]) -> tuple[float, torch.Tensor]:
+    """Return the loss and the gradient of an optimizer step."""
+    model = trainer.model
+    model.zero_grad()
+    count = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    loss = sum(trainer.training_step(model, batch, count).item() for batch in batches)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    return loss, torch.cat([p.grad.flatten() for p in trained])
+
+
+def both(
+    model: Any, head: str, folder: Path, *, packs: bool = True, heads: bool | None = None,
+    tokens: int = 40, **arguments: Any,
+) -> tuple[tuple[float, torch.Tensor], tuple[float, torch.Tensor]]:  # fmt: skip
+    """Return the plain step, 4 micro-batches of 2 rows, and the fast one."""
+    rows, pad_id = rows_of(head), model.config.pad_token_id or 0
+    heads = head in ("causal", "seq2seq", "mlm") if heads is None else heads
+    plain = trainer_of(model, head, folder, FastPlan(), **arguments)
+    micro_batches = [Collator(pad_id)(rows[i : i + 2]) for i in range(0, len(rows), 2)]
+    expected = step_of(plain, micro_batches)
+    plan = FastPlan(True, packs, heads, tokens)
+    trainer = trainer_of(model, head, folder, plan, **arguments)
+    batch = StepCollator(pad_id, plan)(rows)
+    assert len(batch["passes"]) > 2
+    found = step_of(trainer, [batch])
+    trainer.fast.remove()
+    return expected, found
+
+
+def adapted(family: str, head: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    settings = {"target_modules": "all-linear", "r": 4, **settings}
+    base = tiny_models.build(family, head, **NO_DROPOUT.get(family, {}))
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return get_peft_model(base, LoraConfig(init_lora_weights=False, **settings))
+
+
+def check(pair: Any, bound: float = 1e-5) -> None:
+    (loss, gradient), (fast_loss, fast_gradient) = pair
+    assert fast_loss == pytest.approx(loss, rel=bound)
+    assert (fast_gradient - gradient).norm() <= bound * gradient.norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "packs"),
+    [("llama", "causal", True), ("gemma3_text", "causal", True), ("opt", "causal", True),
+     ("qwen3_moe", "causal", True), ("gpt_neo", "causal", False), ("t5", "seq2seq", False),
+     ("bart", "seq2seq", False), ("bert", "mlm", True), ("bert", "seqcls", True),
+     ("roberta", "tokcls", True), ("modernbert", "qa", True), ("llama", "seqcls", True),
+     ("deberta-v2", "seqcls", False)],
+)  # fmt: skip
+def test_a_step_of_every_task(family: str, head: str, packs: bool, tmp_path: Path) -> None:
+    check(both(adapted(family, head), head, tmp_path, packs=packs))
+
+
+def test_checkpointing(tmp_path: Path) -> None:
+    model = adapted("llama", "causal")
+    model.enable_input_require_grads()
+    expected, _ = both(model, "causal", tmp_path)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, found = both(model, "causal", tmp_path)
+    check((expected, found))
+
+
+def test_an_adapter_beside_others_and_a_head_that_is_trained(tmp_path: Path) -> None:
+    model = adapted("llama", "causal", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    check(both(model, "causal", tmp_path))
+
+
+def test_full_fine_tuning(tmp_path: Path) -> None:
+    check(both(tiny_models.build("llama").requires_grad_(True), "causal", tmp_path))
+
+
+def test_bfloat16_differs_by_its_noise(tmp_path: Path) -> None:
+    model = adapted("llama", "causal")
+    check(both(model, "causal", tmp_path, bf16=True), bound=2e-2)
+
+
+def test_rows_that_are_longer_than_a_pass(tmp_path: Path) -> None:
+    check(both(adapted("llama", "causal"), "causal", tmp_path, tokens=10))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 80), st.booleans())
+def test_every_token_is_in_one_pass_and_in_order(
+    lengths: list[int], budget: int, packs: bool
+) -> None:
+    rows = rows_of("causal", tuple(lengths))
+    passes = StepCollator(0, FastPlan(True, packs, True, budget))(rows)["passes"]
+    found = []
+    for part in passes:
+        ids, labels = part["input_ids"], part["labels"]
+        if packs:
+            layout = part["layout"]
+            ids, labels = (
+                layout.pack(ids[..., None])[0, :, 0],
+                layout.pack(labels[..., None])[0, :, 0],
+            )
+            spans = [(s.start, s.stop) for s in layout.segments]
+            assert [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])]
+            found += [(ids[a:b].tolist(), labels[a:b].tolist()) for a, b in spans]
+        else:
+            sizes = part["attention_mask"].sum(1).tolist()
+            found += [
+                (i[:n].tolist(), y[:n].tolist()) for i, y, n in zip(ids, labels, sizes, strict=True)
+            ]
+    assert sorted(found) == sorted((row.input_ids, row.labels) for row in rows)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_no_row_sees_another(data: st.DataObject) -> None:
+    """Whatever stands beside a row, what the model makes of it is the same."""
+    model = TINY.setdefault("model", tiny_models.build("llama"))
+    mine = rows_of("causal", (data.draw(st.integers(2, 20)),))[0]
+    plan = FastPlan(True, True, False, 1000)
+    fast = FastStep(model, plan)
+    try:
+        made = []
+        for _ in range(2):
+            lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
+            part = StepCollator(0, plan)([mine, *rows_of("causal", tuple(lengths))])["passes"][0]
+            with torch.no_grad(), attention_of(part):
+                logits = model(input_ids=part["input_ids"]).logits
+            at = next(i for i, ids in enumerate(part["input_ids"].tolist())
+                      if ids[: len(mine.input_ids)] == mine.input_ids)  # fmt: skip
+            made.append(logits[at, : len(mine.input_ids)])
+    finally:
+        fast.remove()
+    torch.testing.assert_close(made[0], made[1], rtol=1e-5, atol=1e-5)
+
+
+TINY: dict[str, Any] = {}
+
+
+def attention_of(part: dict[str, Any]) -> Any:
+    from ftlevel.speed.layout import laid_out
+
+    return laid_out(part["layout"])
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("llama", {}, "packed, no padding, head on targets only"),
+        ("llama", {"speed": {"pack": False}}, "padded by length (speed.pack is off), head on"),
+        ("llama", {"model": {"attn_implementation": "eager"}}, "(attention is eager)"),
+        ("llama", {"method": {"kind": "prefix"}}, "prefix puts virtual tokens into every row"),
+        ("llama", {"speed": {"fast": False}}, "plain (--no-fast)"),
+        ("gpt_neo", {}, "padded by length (gpt_neo has an attention of its own), head on"),
+        ("t5", {}, "padded by length (t5 has not one stack of blocks), head on"),
+    ],
+)  # fmt: skip
+def test_the_plan_says_what_is_done_and_why(
+    family: str, settings: dict[str, Any], said: str
+) -> None:
+    model = tiny_models.build(family)
+    kind = "encoder-decoder" if model.config.is_encoder_decoder else "decoder"
+    objective = OBJECTIVES["seq2seq" if family == "t5" else "causal"]
+    config = TrainConfig.model_validate(settings)
+    plan = plan_fast(config, model, kind, objective, "cpu", 100)
+    assert said in str(plan.choices[0])
+    assert model.config._attn_implementation != attention.NAME
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "max_length", "tokens"),
+    [("cpu", 8, 100, 1024), ("cpu", 8, 200, 1600), ("cpu", 64, 512, 2048), ("cpu", 4, 4096, 4096),
+     ("cuda", 64, 512, 32768)],
+)  # fmt: skip
+def test_a_pass_holds_what_the_batch_would(
+    device: str, batch: int, max_length: int, tokens: int
+) -> None:
+    config = TrainConfig.model_validate({"train": {"per_device_train_batch_size": batch}})
+    model = tiny_models.build("llama")
+    plan = plan_fast(config, model, "decoder", OBJECTIVES["causal"], device, max_length)
+    assert plan.tokens == tokens
+
+
+class Leaky(torch.nn.Module):
+    """A block's part that mixes neighbouring tokens, as a convolution does."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.inner(states) + states.roll(1, dims=1)
+
+
+def test_a_model_whose_rows_see_each_other_is_not_packed() -> None:
+    rows = rows_of("causal")
+    model = tiny_models.build("llama")
+    fast = FastStep(model, FastPlan(True, True, True, 100))
+    assert fast.check_packing(rows, 0, "cpu", "float32") == ""
+    assert fast.plan.packs
+    for block in model.model.layers:
+        block.mlp = Leaky(block.mlp)
+    assert "see each other" in fast.check_packing(rows, 0, "cpu", "float32")
+    assert not fast.plan.packs
+    assert model.config._attn_implementation == "sdpa"
+    fast.remove()

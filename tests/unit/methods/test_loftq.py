@@ -1,0 +1,43 @@
+"""LoftQ's start: the best low-rank fit of what quantization took away."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+
+import matrix_cells
+from ftlevel.methods.loftq import factor, start_from_residual
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_factors_are_the_truncated_svd(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape)
+    a, b = factor(matrix, 5)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert (a.shape, b.shape) == ((5, shape[1]), (shape[0], 5))
+    torch.testing.assert_close(b @ a, u[:, :5] * s[:5] @ v[:5], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_start_is_nearer_to_the_float_weights(family: str, use_rslora: bool) -> None:
+    cell = matrix_cells.TinyCell("loftq", family, "causal", ("text-generation",), "4bit")
+    model = peft.get_peft_model(
+        matrix_cells.copy_base(cell),
+        peft.LoraConfig(r=8, lora_alpha=16, use_rslora=use_rslora, target_modules="all-linear"),
+    )
+    start_from_residual(model, lambda name: matrix_cells.float_weight(cell, name))
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear4bit)]
+    names = [n for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.Linear4bit)]
+    assert layers
+    for name, layer in zip(names, layers, strict=True):
+        weight = matrix_cells.float_weight(cell, name.removeprefix("base_model.model."))
+        packed = layer.get_base_layer().weight
+        lost = weight - bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+        left = (lost - layer.get_delta_weight("default")).norm()
+        best = torch.linalg.svdvals(lost)[8:].norm()
+        torch.testing.assert_close(left, best, rtol=1e-3, atol=1e-5)
+        assert left < lost.norm()
