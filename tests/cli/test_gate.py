@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -260,3 +260,11 @@ def test_several_sets_with_shares(capsys: pytest.CaptureFixture[str]) -> None:
     write(Path("b.jsonl"), [pair(60), pair(61, completion=None)])
     code, out = dry(capsys, *both)
     assert "b.jsonl:2: 'completion' is null" in out
+
+
+def test_the_page_lists_every_check_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    for name, info in GateConfig.model_fields.items():
+        others = [action for action in get_args(info.annotation) if action != info.default]
+        line = f"| `{name}` | {info.description} | {info.default} | {', '.join(others)} |"
+        assert line in page, name

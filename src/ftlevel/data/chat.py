@@ -167,12 +167,14 @@ def _find_mark(
 def _with_end(text: str, span: tuple[int, int], ends: Sequence[str]) -> tuple[int, int]:
     """Return `span` without white space at its end, and with the special token that ends it."""
     start, end = span
-    end = start + len(text[start:end].rstrip())
-    if any(text[start:end].endswith(token) for token in ends):
-        return start, end
-    after = end + (text[end : end + 1] == " ")
-    closing = next((token for token in ends if text.startswith(token, after)), None)
-    return (start, after + len(closing)) if closing else span
+    stripped = start + len(text[start:end].rstrip())
+    if any(text[start:stripped].endswith(token) for token in ends):
+        return start, stripped
+    for after in (end, end + (text[end : end + 1] == " ")):  # an answer may end in white space
+        closing = next((token for token in ends if text.startswith(token, after)), None)
+        if closing:
+            return start, after + len(closing)
+    return span
 
 
 def _check_complete(

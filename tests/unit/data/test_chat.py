@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import published_chat_templates as published
@@ -231,6 +231,7 @@ PAIRS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 @pytest.mark.parametrize("name", list(published.TEMPLATES))
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(system=st.none() | TEXT, pairs=PAIRS)
+@example(system=None, pairs=[("a", "b\xa0"), ("c", "d ")])
 def test_any_conversation(name: str, system: str | None, pairs: list[tuple[str, str]]) -> None:
     """The text is the template's own, and the spans are the assistant's texts with their ends."""
     tokenizer = _BUILT.setdefault(name, published.build(name))
