@@ -17,11 +17,19 @@ HELP = "Fine-tune transformers efficiently: one grammar for every family, task a
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
-    "merge": ("ftlevel.cli.merge:merge", "Merge an adapter into its base and write a plain model."),
+    "preview": (
+        "ftlevel.cli.preview:preview",
+        "Show rows as the model will see them, and what is wrong with the data.",
+    ),
     "evaluate": (
         "ftlevel.cli.evaluate:evaluate",
         "Score a run, an adapter or a model with its task's metrics.",
     ),
+    "generate": (
+        "ftlevel.cli.generate:generate",
+        "Let a trained run, an adapter or a model answer a prompt.",
+    ),
+    "merge": ("ftlevel.cli.merge:merge", "Merge an adapter into its base and write a plain model."),
     "quantize": (
         "ftlevel.cli.quantize:quantize",
         "Write a model in 4 or 8 bits, and measure what that costs.",
@@ -33,10 +41,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list-methods": (
         "ftlevel.cli.list_methods:list_methods",
         "Show which methods there are, and what works with what.",
-    ),
-    "generate": (
-        "ftlevel.cli.generate:generate",
-        "Let a trained run, an adapter or a model answer a prompt.",
     ),
 }
 """Command → (where it is written, first line of its help; a test holds the two together)."""

@@ -63,6 +63,24 @@ class Screen:
             table.add_row(choice.name, f"{_plain(str(choice.value))}{reason}")
         self.console.print(table, highlight=False)
 
+    def progress(self, done: int, total: int) -> None:
+        """Show how many examples are encoded, in a terminal."""
+        if self.quiet or not self.console.is_terminal:
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("  encode {task.completed:,.0f}/{task.total:,.0f} rows"),
+                BarColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("encode", total=total)
+        self._progress.update(self._task, completed=done, total=total)
+        if done == total:
+            self.close()
+
     def warn(self, message: str) -> None:
         """Show a warning, even when quiet."""
         self.console.print(f"[yellow]warning:[/yellow] {_plain(message)}", highlight=False)

@@ -8,9 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from ftlevel.cli.flags import flag, given_flags
-from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe, read_settings
-from ftlevel.errors import ConfigError
+from ftlevel.cli.flags import flag, read_config
+from ftlevel.config import TrainConfig
 
 # Optional[...] instead of `| None`: Typer evaluates these at run time on Python 3.10 as well.
 Text = Optional[str]  # noqa: UP045
@@ -33,7 +32,12 @@ def train(
     ] = None,
     method: Annotated[Text, flag("method.kind", "--method", panel=WHAT)] = None,
     model: Annotated[Text, flag("model.name_or_path", "--model", panel=WHAT)] = None,
-    dataset: Annotated[Text, flag("data.dataset", "--dataset", panel=WHAT)] = None,
+    dataset: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        flag("data.dataset", "--dataset", panel=WHAT),
+    ] = None,
+    mix: Annotated[Text, flag("data.mix", "--mix", panel=WHAT)] = None,
+    split: Annotated[Text, flag("data.split", panel=WHAT)] = None,
     task: Annotated[Text, flag("task", "--task", panel=WHAT)] = None,
     quant: Annotated[Text, flag("quant.kind", "--quant", panel=WHAT)] = None,
     quant_type: Annotated[Text, flag("quant.quant_type", "--quant-type", panel=WHAT)] = None,
@@ -59,6 +63,8 @@ def train(
         Switch, typer.Option("--fp16", help="Short for --dtype float16.", rich_help_panel=WHAT)
     ] = None,
     device: Annotated[Text, flag("model.device", panel=WHAT)] = None,
+    format: Annotated[Text, flag("data.format", "--format", panel=WHAT)] = None,
+    chat_template: Annotated[Text, flag("data.chat_template", panel=WHAT)] = None,
     max_length: Annotated[Text, flag("data.max_length", "--max-length", panel=WHAT)] = None,
     overlong: Annotated[Text, flag("data.overlong", panel=WHAT)] = None,
     validation_split: Annotated[Float, flag("data.validation_split", panel=WHAT)] = None,
@@ -71,6 +77,10 @@ def train(
             help="What the data calls a column: --map summary=abstract. Repeatable.",
             rich_help_panel=WHAT,
         ),
+    ] = None,
+    cache: Annotated[
+        Optional[bool],  # noqa: UP045
+        flag("data.cache", "--cache/--no-cache", panel=WHAT),
     ] = None,
     on_bad_row: Annotated[Text, flag("data.on_bad_row", panel=WHAT)] = None,
     num_train_epochs: Annotated[
@@ -151,7 +161,7 @@ def train(
     if schema:
         typer.echo(json_module.dumps(TrainConfig.model_json_schema(), indent=2))
         return
-    config, origin = _read_config(context.params)
+    config, origin = read_config(context.params)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -160,49 +170,3 @@ def train(
         result = run(config, listener=screen, dry_run=dry_run, recipe=origin)
     if as_json:
         typer.echo(json_module.dumps(result.summary, default=str))
-
-
-def _read_config(parameters: dict[str, object]) -> tuple[TrainConfig, Path | None]:
-    """Merge recipe < --set < flags into one validated configuration; return the recipe too."""
-    recipe, positional = parameters["recipe"], parameters["recipe_file"]
-    if recipe is not None and positional is not None:
-        raise ConfigError(
-            f"two recipes are given, {positional} and --recipe {recipe}. Give one of them."
-        )
-    layers = []
-    path = recipe or positional
-    if path is None and parameters["resume"] and parameters["output_dir"]:
-        own = Path(str(parameters["output_dir"])) / "config.yaml"
-        path = own if own.is_file() else None
-    origin = path if isinstance(path, Path) else None
-    if origin is not None:
-        layers.append(read_recipe(origin))
-    settings = parameters["settings"]
-    layers.append(read_settings(settings if isinstance(settings, list) else []))
-    flags = given_flags(parameters)
-    _add_precision(flags, parameters)
-    _add_columns(flags, parameters["column_map"])
-    return build_config([*layers, flags]), origin
-
-
-def _add_columns(flags: Layer, pairs: object) -> None:
-    """Read --map NAME=COLUMN."""
-    for pair in pairs if isinstance(pairs, list) else []:
-        name, equals, column = pair.partition("=")
-        if not (name and equals and column):
-            raise ConfigError(f"--map {pair}: expected NAME=COLUMN, as in summary=abstract.")
-        put(flags, ("data", "columns", name), column, f"--map {name}")
-
-
-def _add_precision(flags: Layer, parameters: dict[str, object]) -> None:
-    """Read --bf16 and --fp16, the spellings of transformers' own scripts."""
-    given = [name for name in ("bf16", "fp16") if parameters[name]]
-    if parameters["dtype"] is not None:
-        given.append("dtype")
-    if len(given) > 1:
-        raise ConfigError(
-            f"--{given[0]} and --{given[1]} both set the precision. Give one of them."
-        )
-    if given and given[0] != "dtype":
-        value = {"bf16": "bfloat16", "fp16": "float16"}[given[0]]
-        put(flags, ("model", "dtype"), value, f"--{given[0]}")

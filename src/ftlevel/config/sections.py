@@ -10,25 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from ftlevel.config.gate import GateConfig
+from ftlevel.config.section import Section as Section
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 DEFAULT_MODEL = "builtin:tiny-llama"
 DEFAULT_DATASET = "builtin:docstrings"
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration; an unknown key, NaN and infinity are errors."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        validate_default=True,
-        defer_build=True,  # --help reads the fields and validates nothing
-    )
 
 
 class ModelConfig(Section):
@@ -81,13 +72,33 @@ class DataConfig(Section):
     dataset: str = Field(
         DEFAULT_DATASET,
         min_length=1,
-        description="Local file or directory, Hub id, or builtin:docstrings.",
+        description="Local file or directory, Hub id, or builtin:docstrings; repeatable.",
+    )
+    also: tuple[str, ...] = Field(
+        (), description="Further data sets, trained on together with `dataset`; --dataset repeated."
+    )
+    mix: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None,
+        description="Share of the training rows that each data set gives, in their order, as in "
+        "3,7; without it each gives all of its rows. No row comes twice.",
     )
     subset: str | None = Field(None, description="Configuration (subset) of a Hub data set.")
     split: str | None = Field(None, description="Split to train on; the default is train.")
+    format: str | None = Field(
+        None,
+        min_length=1,
+        description="What the columns are, where they fit several formats: messages, sharegpt, "
+        "prompt-completion, alpaca, text, squad, …; the default is the first that fits.",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="What ftlevel calls a column: what the data calls it, as in summary: abstract.",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="Chat template where the model has none: chatml, gemma, llama-3, mistral, "
+        "qwen, or a Jinja file.",
     )
     validation_split: Share | None = Field(
         None,
@@ -133,6 +144,18 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="Stop at a row that cannot be read, or drop it and count it."
     )
+    num_proc: Positive = Field(1, description="Processes that encode the rows of a large set.")
+    cache: bool = Field(
+        True, description="Keep the encoded rows of a large set, and use them when nothing changed."
+    )
+    gate: GateConfig = Field(
+        default_factory=GateConfig, description="What happens to rows that would spoil the run."
+    )
+
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _mix_is_a_list(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("columns")
     @classmethod

@@ -102,6 +102,12 @@ def _other_problems(config: TrainConfig) -> list[str]:
         problems.append("--resume keeps a run and --overwrite replaces it. Give one of them.")
     if config.output.resume and config.output.dir is None:
         problems.append("--resume needs the run to go on with. Add --output-dir RUN.")
+    sets, mix = 1 + len(config.data.also), config.data.mix
+    if mix is not None and len(mix) != sets:
+        problems.append(
+            f"--mix has {len(mix)} shares, and there are {sets} data sets. Give one share for each "
+            "--dataset."
+        )
     return problems + _task_problems(config)
 
 

@@ -10,12 +10,30 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftlevel.data.chat import Rendered, Turn, render_chat
 from ftlevel.data.examples import Conversation, Labelled, Pair, PlainText
-from ftlevel.data.prompts import Message, PromptFormat, render_chat
+from ftlevel.data.prompts import PromptFormat
 from ftlevel.errors import InputError
 
 IGNORED = -100
 _BATCH = 1_000
+
+
+class RowError(InputError):
+    """An example cannot be encoded.
+
+    Attributes:
+        row: its index.
+        reason: why, with the way out.
+    """
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"row {row + 1} {reason}")
+        self.row, self.reason = row, reason
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[int, str]]:
+        """Pass between processes as what it was made of."""
+        return RowError, (self.row, self.reason)
 
 
 @dataclass(frozen=True)
@@ -119,11 +137,17 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
+def _one_bos(ids: list[int], tokenizer: Any) -> list[int]:
+    """Return `ids` with one BOS, where the text brings its own before the tokenizer's."""
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
 def _encode_texts(tokenizer: Any, examples: Sequence[PlainText]) -> list[Encoded]:
     encoded = tokenizer([e.text for e in examples])["input_ids"]
     rows = []
     for ids, example in zip(encoded, examples, strict=True):
-        ended = _ended(ids, tokenizer)
+        ended = _ended(_one_bos(ids, tokenizer), tokenizer)
         rows.append(Encoded(ended, list(ended), example.row))
     return rows
 
@@ -131,7 +155,7 @@ def _encode_texts(tokenizer: Any, examples: Sequence[PlainText]) -> list[Encoded
 def _encode_chats(
     tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
 ) -> list[Encoded]:
-    rendered = [render_chat(tokenizer, _as_messages(e, prompt_format)) for e in examples]
+    rendered = [_render_example(tokenizer, example, prompt_format) for example in examples]
     # The template writes its own BOS.
     encoding = tokenizer(
         [r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True
@@ -141,10 +165,23 @@ def _encode_chats(
         ids = encoding["input_ids"][i]
         labels = [IGNORED] * len(ids)
         for position, (start, end) in enumerate(encoding["offset_mapping"][i]):
-            if any(a <= start and end <= b and start < end for a, b in shown.spans):
+            if start < end and any(_lies_in(shown, start, end, span) for span in shown.spans):
                 labels[position] = ids[position]
         rows.append(Encoded(ids, labels, example.row))
     return rows
+
+
+def _lies_in(shown: Rendered, start: int, end: int, span: tuple[int, int]) -> bool:
+    """Tell whether a token lies in `span`, but for a space before its word ("▁the")."""
+    return span[0] < end <= span[1] and not shown.text[start : span[0]].strip()
+
+
+def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -> Rendered:
+    tools = example.tools if isinstance(example, Conversation) else ()
+    try:
+        return render_chat(tokenizer, _as_turns(example, prompt_format), tools)
+    except InputError as error:
+        raise RowError(example.row, str(error)) from error
 
 
 def _encode_completions(
@@ -156,26 +193,27 @@ def _encode_completions(
     answers = tokenizer([p.target for p in pairs], add_special_tokens=False)["input_ids"]
     rows = []
     for prompt, answer, pair in zip(prompts, answers, pairs, strict=True):
-        start = prompt[:-1] if prompt[-1:] == [tokenizer.eos_token_id] else prompt
+        start = _one_bos(prompt, tokenizer)
+        start = start[:-1] if start[-1:] == [tokenizer.eos_token_id] else start
         target = _ended(answer, tokenizer)
         rows.append(Encoded(start + target, [IGNORED] * len(start) + target, pair.row))
     return rows
 
 
-def _as_messages(example: Any, prompt_format: PromptFormat) -> list[Message]:
+def _as_turns(example: Any, prompt_format: PromptFormat) -> list[Turn]:
     if isinstance(example, Pair):
         return [
             {"role": "user", "content": prompt_format.user_text(example.source)},
             {"role": "assistant", "content": example.target},
         ]
-    return [{"role": m.role, "content": m.content} for m in example.messages]
+    return [message.to_dict() for message in example.messages]
 
 
 def _as_pair(example: Any) -> Pair:
     """Return a single-turn conversation as source and target.
 
     Raises:
-        InputError: there is more than one turn.
+        RowError: there is more than one turn.
     """
     if isinstance(example, Pair):
         return example
@@ -184,9 +222,11 @@ def _as_pair(example: Any) -> Pair:
         roles = [message.role for message in example.messages]
         if roles in (["user", "assistant"], ["system", "user", "assistant"]):
             return Pair("\n\n".join(m.content for m in before), last.content, example.row)
-        raise InputError(
-            f"row {example.row + 1} is a conversation of {len(roles)} messages, and the model has "
-            "no chat template to tell its turns apart. Use a model with one (an -Instruct model)."
+        raise RowError(
+            example.row,
+            f"is a conversation of {len(roles)} messages, and the model has no chat template to "
+            "tell its turns apart. Give it one (--chat-template chatml), or use a model that has "
+            "one (an -Instruct model).",
         )
     raise InputError(
         "an encoder-decoder learns from a source and a target, and these rows are plain text. "

@@ -7,39 +7,28 @@ can't be learned from (no answer, no text, an unknown role) is collected and nam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, overload
 
 from ftlevel.data.formats import Format
+from ftlevel.data.lines import LineRows
 from ftlevel.data.table import BadRow, Row, Table, describe_bad, settle
+from ftlevel.data.turns import Message, Unusable, check_text, parse_tools, parse_turns
 from ftlevel.data.uniform import kind_of
-from ftlevel.errors import InputError, did_you_mean, listing
-
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn; `role` is "system", "user" or "assistant"."""
-
-    role: str
-    content: str
+from ftlevel.errors import InputError, listing
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns with at least one of the assistant; `row` is the index into the table."""
+    """Turns with at least one of the assistant, and the tools that it may call.
+
+    `row` is the index into the table.
+    """
 
     messages: tuple[Message, ...]
     row: int
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,17 +83,42 @@ class Question:
 Example: TypeAlias = Conversation | PlainText | Pair | Labelled | Tagged | Question
 
 
-class _Unusable(Exception):
-    """A row can't become an example; the message is the reason."""
+class LazyExamples(Sequence[Example]):
+    """The examples of a large table, each made when it is asked for.
+
+    Args:
+        table: rows that were found to be good.
+        format_: of its columns.
+    """
+
+    def __init__(self, table: Table, format_: Format) -> None:
+        self._table = table
+        self._roles = _Roles(format_, table)
+        self._build = _BUILDERS[format_.produces]
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Make an example, or several as a list."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        self._roles.turn_to(self._table.rows[at], at)
+        return self._build(self._roles)
 
 
-def to_examples(table: Table, format_: Format) -> list[Example]:
+def to_examples(table: Table, format_: Format) -> Sequence[Example]:
     """Convert every row of `table`.
 
     Raises:
         InputError: naming the rows that can't be used, or a column that the table lacks.
     """
-    examples, bad = _convert(table, format_)
+    examples, bad = convert_rows(table, format_)
     if bad:
         raise InputError(describe_bad(table, bad))
     return examples
@@ -116,10 +130,15 @@ def drop_bad_rows(table: Table, format_: Format) -> Table:
     Raises:
         InputError: no row is left, or the table lacks a column.
     """
-    return settle(table, _convert(table, format_)[1], "skip")
+    return settle(table, convert_rows(table, format_)[1], "skip")
 
 
-def _convert(table: Table, format_: Format) -> tuple[list[Example], list[BadRow]]:
+def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list[BadRow]]:
+    """Return the examples of `table`, and the rows that can't be one.
+
+    Raises:
+        InputError: the table lacks a column.
+    """
     lacking = [
         repr(column)
         for column in format_.columns.values()
@@ -134,13 +153,16 @@ def _convert(table: Table, format_: Format) -> tuple[list[Example], list[BadRow]
     roles = _Roles(format_, table)
     examples: list[Example] = []
     bad: list[BadRow] = []
+    lazy = isinstance(table.rows, LineRows)
     for index, row in enumerate(table.rows):
         roles.turn_to(row, index)
         try:
-            examples.append(build(roles))
-        except _Unusable as error:
-            bad.append(BadRow(table.lines[index], str(error)))
-    return examples, bad
+            example = build(roles)
+            if not lazy:
+                examples.append(example)
+        except Unusable as error:
+            bad.append(BadRow(table.lines[index], str(error), error.finding))
+    return (LazyExamples(table, format_) if lazy and not bad else examples), bad
 
 
 class _Roles:
@@ -169,41 +191,32 @@ class _Roles:
         value: Any = self.row
         for part in column.split("."):
             if not isinstance(value, dict) or part not in value:
-                raise _Unusable(f"{column!r} is not there ({part!r} is missing)")
+                raise Unusable(f"{column!r} is not there ({part!r} is missing)")
             value = value[part]
         return value
 
     def text(self, role: str) -> str:
         """Return the text of `role`, which must not be empty."""
-        return _check_text(self.get(role), repr(self.columns[role]))
+        return check_text(self.get(role), repr(self.columns[role]))
 
     def text_or_empty(self, role: str) -> str:
         """Return the text of `role`, or an empty string for null, or for no such column."""
         value = self.get(role)
         if value is None or (isinstance(value, str) and not value.strip()):
             return ""
-        return _check_text(value, repr(self.columns[role]))
-
-
-def _check_text(value: object, what: str) -> str:
-    """Return `value` if it is a text with something in it."""
-    if type(value) is not str:
-        kind = kind_of(value)
-        raise _Unusable(f"{what} is {kind}" + ("" if value is None else ", not a string"))
-    if not value.strip():
-        raise _Unusable(f"{what} is empty")
-    return value
+        return check_text(value, repr(self.columns[role]))
 
 
 def _conversation(roles: _Roles) -> Conversation:
-    return Conversation(tuple(_turns(roles)), roles.index)
+    tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
+    return Conversation(tuple(_turns(roles)), roles.index, tools)
 
 
 def _turns(roles: _Roles) -> list[Message]:
     """Return the turns of a row in any of the dialogue shapes."""
     for role in ("messages", "conversations"):
         if role in roles:
-            turns = _parse_turns(roles.get(role), roles.columns[role])
+            turns = parse_turns(roles.get(role), roles.columns[role])
             break
     else:
         turns = _parse_prompt(roles)
@@ -222,52 +235,11 @@ def _parse_prompt(roles: _Roles) -> list[Message]:
     prompt, completion = roles.get("prompt"), roles.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         name = f"{roles.columns['prompt']} + {roles.columns['completion']}"
-        return _parse_turns([*prompt, *completion], name)
+        return parse_turns([*prompt, *completion], name)
     return [
         Message("user", roles.text("prompt")),
         Message("assistant", roles.text("completion")),
     ]
-
-
-def _parse_turns(value: object, column: str) -> list[Message]:
-    """Return the turns of a list of objects, as OpenAI (role, content) or ShareGPT write them."""
-    if type(value) is not list:
-        raise _Unusable(f"{column!r} is {kind_of(value)}, where a list of turns is expected")
-    turns = [
-        turn
-        for number, item in enumerate(value, 1)
-        if (turn := _parse_turn(item, f"turn {number} of {column!r}")) is not None
-    ]
-    if not any(turn.role == "assistant" for turn in turns):
-        raise _Unusable(f"{column!r} has no assistant turn")
-    return turns
-
-
-def _parse_turn(item: object, what: str) -> Message | None:
-    """Return one turn; None for a system turn without text, which says nothing."""
-    if type(item) is not dict:
-        raise _Unusable(f"{what} is {kind_of(item)}, not an object with role and content")
-    role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
-    for key in (role_key, text_key):
-        if key not in item:
-            raise _Unusable(f"{what} has no {key!r} (keys: {listing(item)})")
-    for key in ("tool_calls", "function_call"):
-        if item.get(key):
-            raise _Unusable(f"{what} has {key!r}; tool calls can't be learned from yet")
-    if item.get("weight") == 0:
-        raise _Unusable(f"{what} has weight 0; turns can't be left out one by one yet")
-    role = item[role_key]
-    known = _ROLES.get(role) if isinstance(role, str) else None
-    if known is None:
-        hint = did_you_mean(str(role), _ROLES).strip().lower()
-        raise _Unusable(
-            f"{what} has the unknown role {role!r} "
-            f"({hint or 'known: system, user, assistant, human, gpt'})"
-        )
-    text = item[text_key]
-    if known == "system" and isinstance(text, str) and not text.strip():
-        return None
-    return Message(known, _check_text(text, f"{text_key!r} of {what}"))
 
 
 def _pair(roles: _Roles) -> Pair:
@@ -278,7 +250,7 @@ def _pair(roles: _Roles) -> Pair:
     asked = [turn.content for turn in turns if turn.role != "assistant"]
     order = [turn.role for turn in turns if turn.role != "system"]
     if order != ["user", "assistant"]:
-        raise _Unusable(
+        raise Unusable(
             f"has {len(order)} turns, where one question and one answer make a source and a target"
         )
     return Pair("\n\n".join(asked), turns[-1].content, roles.index)
@@ -314,10 +286,10 @@ def _class(roles: _Roles) -> str | int:
 def _classes(roles: _Roles) -> tuple[str | int, ...]:
     labels, column = roles.get("label"), repr(roles.columns["label"])
     if type(labels) is not list:
-        raise _Unusable(f"{column} is {kind_of(labels)}, not a list of labels")
+        raise Unusable(f"{column} is {kind_of(labels)}, not a list of labels")
     names = tuple(_name(name, f"label {i} of {column}") for i, name in enumerate(labels, 1))
     if len(set(names)) < len(names):
-        raise _Unusable(
+        raise Unusable(
             f"{column} names a label twice ({listing(map(repr, names), 4)}); it holds the names "
             "of the labels that are true, not a 0 or 1 for each"
         )
@@ -327,13 +299,13 @@ def _classes(roles: _Roles) -> tuple[str | int, ...]:
 def _quantity(roles: _Roles) -> float:
     value, column = roles.get("label"), repr(roles.columns["label"])
     if type(value) not in (int, float, str):
-        raise _Unusable(f"{column} is {kind_of(value)}, not a number")
+        raise Unusable(f"{column} is {kind_of(value)}, not a number")
     try:
         number = float(value)
     except ValueError:
-        raise _Unusable(f"{column} is {value!r}, not a number") from None
+        raise Unusable(f"{column} is {value!r}, not a number") from None
     if not math.isfinite(number):
-        raise _Unusable(f"{column} is {value!r}, not a finite number")
+        raise Unusable(f"{column} is {value!r}, not a finite number")
     return number
 
 
@@ -343,7 +315,7 @@ def _name(label: object, what: str) -> str | int:
         return "true" if label else "false"
     if type(label) is int:
         return label
-    return _check_text(label, what)
+    return check_text(label, what)
 
 
 _LABELS: dict[str, Callable[[_Roles], str | int | float | tuple[str | int, ...]]] = {
@@ -362,29 +334,29 @@ def _tagged(roles: _Roles) -> Tagged:
     tokens, tags = roles.get("tokens"), roles.get("tags")
     for role, value in (("tokens", tokens), ("tags", tags)):
         if type(value) is not list:
-            raise _Unusable(f"{roles.columns[role]!r} is {kind_of(value)}, not a list")
+            raise Unusable(f"{roles.columns[role]!r} is {kind_of(value)}, not a list")
     if len(tokens) != len(tags):
-        raise _Unusable(f"has {len(tokens)} tokens, but {len(tags)} tags")
+        raise Unusable(f"has {len(tokens)} tokens, but {len(tags)} tags")
     if not tokens:
-        raise _Unusable(f"{roles.columns['tokens']!r} is empty")
+        raise Unusable(f"{roles.columns['tokens']!r} is empty")
     for number, (token, tag) in enumerate(zip(tokens, tags, strict=True), 1):
-        _check_text(token, f"token {number}")
+        check_text(token, f"token {number}")
         if type(tag) is not int:
-            _check_text(tag, f"tag {number}")
+            check_text(tag, f"tag {number}")
     return Tagged(tuple(tokens), tuple(tags), roles.index)
 
 
 def _question(roles: _Roles) -> Question:
     context, question, found = roles.text("context"), roles.text("question"), roles.get("answers")
     if type(found) is not dict or not {"text", "answer_start"} <= found.keys():
-        raise _Unusable(f"{roles.columns['answers']!r} lacks 'text' and 'answer_start'")
+        raise Unusable(f"{roles.columns['answers']!r} lacks 'text' and 'answer_start'")
     texts, starts = found["text"], found["answer_start"]
     if type(texts) is not list or type(starts) is not list or len(texts) != len(starts):
-        raise _Unusable(f"{roles.columns['answers']!r} needs two lists of one length")
+        raise Unusable(f"{roles.columns['answers']!r} needs two lists of one length")
     for text, start in zip(texts, starts, strict=True):
-        _check_text(text, "an answer")
+        check_text(text, "an answer")
         if type(start) is not int or context[start : start + len(text)] != text:
-            raise _Unusable(f"the answer {text[:40]!r} does not stand at {start} of the context")
+            raise Unusable(f"the answer {text[:40]!r} does not stand at {start} of the context")
     return Question(context, question, tuple(zip(texts, starts, strict=True)), roles.index)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.data.store import change_rows, lengths_of, take_rows
 from ftlevel.errors import InputError
 
 
@@ -20,14 +23,18 @@ class Fitted:
         dropped: how many rows were left out.
         shortened: how many lost the beginning of their prompt.
         split: how many plain texts became several rows.
+        long_prompts: indices of the examples whose prompt alone is beyond `max_length`.
+        lost: indices of those that were left out because their answer would have been cut.
     """
 
-    rows: list[Encoded]
+    rows: Sequence[Encoded]
     max_length: int
     reason: str
     dropped: int = 0
     shortened: int = 0
     split: int = 0
+    long_prompts: tuple[int, ...] = ()
+    lost: tuple[int, ...] = ()
 
 
 def fit_rows(
@@ -50,7 +57,8 @@ def fit_rows(
         InputError: the length is beyond the model's positions, or rows do not fit and `overlong`
             is error, or nothing is left.
     """
-    longest = max(len(row.input_ids) for row in rows)
+    lengths = lengths_of(rows)
+    longest = int(lengths.max())
     if isinstance(max_length, int):
         if positions is not None and max_length > positions:
             raise InputError(
@@ -61,33 +69,54 @@ def fit_rows(
     else:
         limit = min(longest, positions) if positions else longest
         reason = "auto: the longest row" if limit == longest else "auto: the model's positions"
-    fitting = [row for row in rows if len(row.input_ids) <= limit]
-    over = [row for row in rows if len(row.input_ids) > limit]
-    if not over:
-        return Fitted(list(rows), limit, reason)
+    over = np.flatnonzero(lengths > limit)
+    if not len(over):
+        return Fitted(rows, limit, reason)
+    beyond = [rows[i] for i in over.tolist()]
     if overlong == "error":
-        raise InputError(_too_long(over, len(rows), limit, longest, positions, where))
+        raise InputError(_too_long(beyond, len(rows), limit, longest, positions, where))
+    long_prompts = tuple(row.row for row in beyond if (prompt_length(row) or 0) > limit)
     if overlong == "drop":
-        fitted = Fitted(fitting, limit, reason, dropped=len(over))
+        fitting = take_rows(rows, np.flatnonzero(lengths <= limit))
+        fitted = Fitted(fitting, limit, reason, len(over), long_prompts=long_prompts)
     else:
-        change = split_text if overlong == "split" else _cut_prompt
-        result = [[row] if len(row.input_ids) <= limit else change(row, limit) for row in rows]
-        lost = sum(not pieces for pieces in result)
-        changed = len(over) - lost
-        fitted = Fitted(
-            [piece for pieces in result for piece in pieces],
-            limit,
-            reason,
-            dropped=lost,
-            shortened=0 if overlong == "split" else changed,
-            split=changed if overlong == "split" else 0,
-        )
-    if not fitted.rows:
+        fitted = _changed(rows, limit, reason, overlong, long_prompts)
+    if not len(fitted.rows):
         raise InputError(
-            f"no row is left within --max-length {limit:,}: the shortest has "
-            f"{min(len(r.input_ids) for r in rows):,} tokens. Raise --max-length."
+            f"no row is left within --max-length {limit:,}: the shortest has {lengths.min():,} "
+            "tokens. Raise --max-length."
         )
     return fitted
+
+
+def _changed(
+    rows: Sequence[Encoded], limit: int, reason: str, overlong: str, long_prompts: tuple[int, ...]
+) -> Fitted:
+    """Return the rows with those that are too long shortened or split."""
+    cut = split_text if overlong == "split" else _cut_prompt
+    lost: list[int] = []
+    changed = 0
+
+    def change(row: Encoded) -> list[Encoded]:
+        nonlocal changed
+        if len(row.input_ids) <= limit:
+            return [row]
+        pieces = cut(row, limit)
+        lost.extend([] if pieces else [row.row])
+        changed += bool(pieces)
+        return pieces
+
+    result = change_rows(rows, change)
+    return Fitted(
+        result,
+        limit,
+        reason,
+        dropped=len(lost),
+        shortened=0 if overlong == "split" else changed,
+        split=changed if overlong == "split" else 0,
+        long_prompts=long_prompts,
+        lost=tuple(lost),
+    )
 
 
 def _too_long(
@@ -114,10 +143,10 @@ def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
     class) loses tokens before its last one instead, which may be SEP or EOS.
     """
     surplus = len(row.input_ids) - limit
-    if not isinstance(row.labels, list) or len(row.labels) != len(row.input_ids):
+    prompt = prompt_length(row)
+    if prompt is None or not isinstance(row.labels, list):
         extras = {name: _middle_cut(v, limit) for name, v in row.extras.items()}
         return [replace(row, input_ids=_middle_cut(row.input_ids, limit), extras=extras)]
-    prompt = next(i for i, label in enumerate(row.labels) if label != IGNORED)
     if surplus > prompt - 1:
         return []
     ids, labels = row.input_ids, row.labels
@@ -128,6 +157,14 @@ def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
             labels=labels[:1] + labels[1 + surplus :],
         )
     ]
+
+
+def prompt_length(row: Encoded) -> int | None:
+    """Return how many tokens come before the first one that is learned; None where none could."""
+    labels = row.labels
+    if not isinstance(labels, list) or len(labels) != len(row.input_ids):
+        return None
+    return next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
 def _middle_cut(values: list[int], limit: int) -> list[int]:
@@ -145,7 +182,7 @@ def split_text(row: Encoded, limit: int) -> list[Encoded]:
 
 def fit_targets(
     rows: Sequence[Encoded], limit: int, overlong: str, where: Callable[[int], str]
-) -> tuple[list[Encoded], int]:
+) -> tuple[Sequence[Encoded], int]:
     """Leave out rows whose target is beyond `limit` tokens; an answer is never cut.
 
     Returns:
@@ -154,15 +191,19 @@ def fit_targets(
     Raises:
         InputError: there are such rows and `overlong` is not drop.
     """
-    over = [row for row in rows if isinstance(row.labels, list) and len(row.labels) > limit]
-    if not over:
-        return list(rows), 0
-    worst = max(over, key=lambda row: row.supervised)
+    sizes = np.fromiter((_target_length(row) for row in rows), dtype=np.int64, count=len(rows))
+    over = np.flatnonzero(sizes > limit)
+    if not len(over):
+        return rows, 0
+    worst = rows[int(sizes.argmax())]
     if overlong != "drop":
         raise InputError(
             f"{len(over):,} of {len(rows):,} targets are longer than {limit:,} tokens; the longest "
             f"has {worst.supervised:,} ({where(worst.row)}). Raise it by --set "
             f"data.max_target_length={worst.supervised}, or pass --overlong drop."
         )
-    too_long = {id(row) for row in over}
-    return [row for row in rows if id(row) not in too_long], len(over)
+    return take_rows(rows, np.flatnonzero(sizes <= limit)), len(over)
+
+
+def _target_length(row: Encoded) -> int:
+    return len(row.labels) if isinstance(row.labels, list) else 0

@@ -64,11 +64,17 @@ class _Shape:
     guessable: bool = True
 
     @property
+    def slug(self) -> str:
+        """The name for `--format`."""
+        return self.name.replace(" + ", "-").replace("_", "-")
+
+    @property
     def roles(self) -> Names:
         return {**self.required, **self.optional}
 
 
 _SYSTEM = {"system": ("system", "system_prompt")}
+_TALK = {**_SYSTEM, "tools": ("tools",)}
 _LABEL = ("label", "labels", "class", "category", "sentiment")
 _TEXT = ("text", "sentence", "content", "review")
 
@@ -76,8 +82,8 @@ _TEXT = ("text", "sentence", "content", "review")
 def _dialogue_shapes(produces: Produces) -> tuple[_Shape, ...]:
     """Return the shapes of prompts with answers, which several tasks accept."""
     return (
-        _Shape("messages", produces, {"messages": ("messages",)}, _SYSTEM, False),
-        _Shape("conversations", produces, {"conversations": ("conversations",)}, _SYSTEM, False),
+        _Shape("messages", produces, {"messages": ("messages",)}, _TALK, False),
+        _Shape("conversations", produces, {"conversations": ("conversations",)}, _TALK, False),
         _Shape(
             "prompt + completion",
             produces,
@@ -160,8 +166,21 @@ _SHAPES: dict[str, tuple[_Shape, ...]] = {
 }
 
 
+_OTHER_NAMES = {
+    "sharegpt": "conversations",
+    "openai": "messages",
+    "alpaca": "instruction-output",
+    "squad": "context-question-answers",
+    "plain": "text",
+}
+"""Names that people have for formats → ours."""
+
+
 def detect_format(
-    columns: Sequence[str], task: str, mapping: Mapping[str, str] | None = None
+    columns: Sequence[str],
+    task: str,
+    mapping: Mapping[str, str] | None = None,
+    name: str | None = None,
 ) -> Format:
     """Find the column of each role that `task` wants.
 
@@ -169,6 +188,7 @@ def detect_format(
         columns: the names that the table has.
         task: its name, with dashes or underscores.
         mapping: column by role, as given with `--map`; it goes before every known name.
+        name: the only format to try, as given with `--format`.
 
     Raises:
         InputError: no shape of the task fits, or the mapping names what is not there.
@@ -179,6 +199,8 @@ def detect_format(
         raise InputError(
             f"--task {task}: no such task.{did_you_mean(task, _SHAPES)} Tasks: {listing(_SHAPES)}."
         )
+    if name is not None:
+        shapes = _pick_shapes(shapes, name, task)
     wanted = dict(mapping or {})
     _check_mapping(columns, task, shapes, wanted)
     for shape in shapes:
@@ -187,7 +209,21 @@ def detect_format(
             used = {column.partition(".")[0] for column in found.values()} | set(found.values())
             unused = tuple(name for name in columns if name not in used)
             return Format(task, shape.name, shape.produces, found, unused)
-    raise InputError(_describe_no_format(columns, task, wanted))
+    raise InputError(_describe_no_format(columns, task, shapes, wanted))
+
+
+def _pick_shapes(shapes: Sequence[_Shape], name: str, task: str) -> tuple[_Shape, ...]:
+    """Return the shapes of the format called `name`, such as prompt-completion or squad."""
+    wish = name.strip().lower().replace("_", "-")
+    wish = _OTHER_NAMES.get(wish, wish)
+    found = tuple(shape for shape in shapes if shape.slug == wish)
+    if not found:
+        names = list(dict.fromkeys(shape.slug for shape in shapes))
+        raise InputError(
+            f"--format {name}: --task {task} has no such format.{did_you_mean(wish, names)} "
+            f"It has: {listing(names)}."
+        )
+    return found
 
 
 def _check_mapping(
@@ -235,18 +271,19 @@ def _match(
     return found
 
 
-def _describe_no_format(columns: Sequence[str], task: str, mapping: Mapping[str, str]) -> str:
+def _describe_no_format(
+    columns: Sequence[str], task: str, shapes: Sequence[_Shape], mapping: Mapping[str, str]
+) -> str:
     """Return the message for columns that fit no shape: what is there, wanted, and near."""
     there = f"Columns: {listing(repr(name) for name in columns)}."
-    wants = listing(dict.fromkeys(shape.name for shape in _SHAPES[task]))
-    offers = [
-        offer for shape in _SHAPES[task] if (offer := _suggest(shape, columns, mapping)) is not None
-    ]
+    wants = listing(dict.fromkeys(shape.name for shape in shapes))
+    offers = [offer for shape in shapes if (offer := _suggest(shape, columns, mapping)) is not None]
     if not offers:
         pairs = " ".join(f"--map {role}={column}" for role, column in mapping.items())
         return f"{pairs}: no format of --task {task} has all of these. Formats: {wants}."
     flags = min(offers, key=lambda offer: offer[0])[1]
-    other = None if mapping else _other_task(columns, task)
+    named = len(shapes) < len(_SHAPES[task])
+    other = None if mapping or named else _other_task(columns, task)
     fits = f" These columns fit --task {other}." if other else ""
     return (
         f"--task {task}: the columns do not say what to learn. {there} "

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
+from ftlevel.data.lines import LineRows, read_lines
 from ftlevel.data.table import BadRow, Row
 from ftlevel.data.uniform import kind_of
 from ftlevel.errors import InputError
@@ -28,14 +31,37 @@ _CUT = " (the last line, without a newline: was the download or copy cut short?)
 class Raw:
     """What a reader found: rows with their lines, and lines that gave no row."""
 
-    rows: list[Row] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
+    rows: Sequence[Row] = field(default_factory=list)
+    lines: MutableSequence[int] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
 
     def add(self, row: Row, line: int) -> None:
         """Keep `row`, which begins on `line`."""
-        self.rows.append(row)
+        if isinstance(self.rows, list):
+            self.rows.append(row)
         self.lines.append(line)
+
+
+class RawLines(Raw):
+    """What the reader of a large file found: rows that are decoded when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.line_rows = LineRows(path)
+        super().__init__(self.line_rows, array("q"))
+        self._place = [0]
+
+    def read(self) -> None:
+        """Read the whole file once.
+
+        Raises:
+            UnicodeDecodeError: a line is not UTF-8.
+        """
+        read_json_lines(read_lines(self.line_rows.path, self._place), self)
+
+    def add(self, row: Row, line: int) -> None:
+        """Keep the place of `row`."""
+        self.line_rows.offsets.append(self._place[0])
+        super().add(row, line)
 
 
 class _NotStrict(ValueError):
@@ -100,13 +126,14 @@ def _fault(text: str, value: object) -> str:
     return ""
 
 
-def read_json_lines(stream: Iterable[str]) -> Raw:
+def read_json_lines(stream: Iterable[str], raw: Raw | None = None) -> Raw:
     """Read one object a line; blank lines are passed over.
 
     Args:
         stream: lines split at line feeds only, for a string may hold other line separators.
+        raw: what is added to (mutated); a new one by default.
     """
-    raw = Raw()
+    raw = Raw() if raw is None else raw
     decode, add, bad = _DECODER.decode, raw.add, raw.bad
     for number, line in enumerate(stream, 1):
         if line.isspace():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ftlevel.data.examples import Example, Labelled, Tagged
-from ftlevel.data.table import Table
+from ftlevel.data.table import BadRow, Table
 from ftlevel.errors import InputError, listing
 
 
@@ -91,6 +91,30 @@ def build_label_set(examples: Sequence[Example], table: Table, column: str) -> L
 def check_labels(labels: LabelSet, examples: Sequence[Example], table: Table) -> None:
     """Raise `InputError` if a row of another split has a class that training never sees."""
     _check_known(labels, _classes_of(examples), table, "is no class of the training rows")
+
+
+def find_unlabelled(
+    labels: LabelSet | None, examples: Sequence[Example], table: Table, column: str
+) -> list[BadRow]:
+    """Return the rows whose label is no class: negative, undeclared, or not one of `labels`.
+
+    Args:
+        labels: the classes of the training rows; None if `examples` are these.
+        examples: the converted rows of `table`.
+        table: where they came from.
+        column: the column of the label.
+    """
+    known: LabelSet | None = labels
+    if known is None and (declared := table.label_names.get(column)):
+        known = LabelSet(tuple(declared))
+    strange: dict[int, BadRow] = {}
+    for found in _classes_of(examples):
+        negative = isinstance(found.label, int) and found.label < 0
+        if negative or (known is not None and found.label not in known):
+            reason = f"label {found.label!r} is no class"
+            line = table.lines[found.row]
+            strange.setdefault(line, BadRow(line, reason, "unknown_label"))
+    return list(strange.values())
 
 
 def _classes_of(examples: Sequence[Example]) -> list[_Class]:

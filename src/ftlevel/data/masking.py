@@ -62,12 +62,21 @@ class MaskedRows(Sequence[Encoded]):
         """Return every row with masks that no epoch changes, for evaluation."""
         return [self._draw(index, _FIXED) for index in range(len(self))]
 
+    def count_hidden(self) -> int:
+        """Return how many tokens are predicted in an epoch; it is the same in each."""
+        return sum(
+            self._count(int((~np.isin(row.input_ids, self._special)).sum())) for row in self.rows
+        )
+
+    def _count(self, candidates: int) -> int:
+        return max(1, round(self.share * candidates))
+
     def _draw(self, index: int, epoch: int) -> Encoded:
         generator = np.random.default_rng((self.seed, epoch, index))
         row = self.rows[index]
         ids = np.array(row.input_ids)
         candidates = np.flatnonzero(~np.isin(ids, self._special))
-        count = max(1, round(self.share * len(candidates)))
+        count = self._count(len(candidates))
         chosen = generator.choice(candidates, count, replace=False)
         labels = np.full_like(ids, IGNORED)
         labels[chosen] = ids[chosen]

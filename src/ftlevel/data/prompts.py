@@ -1,4 +1,4 @@
-"""One formatter for training, evaluation and generation: messages ↔ the text a model sees.
+"""One formatter for training, evaluation and generation: what a prompt is laid out as.
 
 A model with a chat template is spoken to through it. One without sees the prompt, the cue of the
 task, and the answer. What is used is written beside the adapter (`PromptFormat.to_dict`).
@@ -6,13 +6,10 @@ task, and the answer. What is used is written beside the adapter (`PromptFormat.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ftlevel.errors import InputError
-
-Message = dict[str, str]
+from ftlevel.data.chat import render
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,6 @@ class PromptFormat:
         return text if text[-1:].isspace() else text + "\n"
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A text and the spans of characters in it that the model is to learn."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-
-
 def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) -> PromptFormat:
     """Return the format for a model of `kind` with `tokenizer`."""
     if kind == "encoder-decoder":
@@ -60,50 +49,6 @@ def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) 
     if getattr(tokenizer, "chat_template", None):
         return PromptFormat("chat-template", instruction)
     return PromptFormat("plain", instruction, answer_cue)
-
-
-def render_chat(tokenizer: Any, messages: Sequence[Message]) -> Rendered:
-    """Render `messages` through the chat template, and find each assistant turn in the text.
-
-    A turn is found by rendering the messages before it with the generation prompt, and the
-    messages up to it; each must begin the full rendering, else the template rewrites what came
-    before and no span could be trusted. A span includes the token that ends the turn and not the
-    white space after it.
-
-    Raises:
-        InputError: the template is not incremental, or refuses the messages.
-    """
-    full = render(tokenizer, messages)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:index], generation_prompt=True)
-        upto = render(tokenizer, messages[: index + 1])
-        if not (full.startswith(before) and full.startswith(upto) and len(before) < len(upto)):
-            raise InputError(
-                f"the chat template of {tokenizer.name_or_path} changes earlier turns when a later "
-                f"one is added (message {index + 1}), so the answers cannot be told apart."
-            )
-        spans.append((len(before), len(before) + len(upto[len(before) :].rstrip())))
-    return Rendered(full, tuple(spans))
-
-
-def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
-    """Return the text of `messages` by the chat template.
-
-    Raises:
-        InputError: the template refuses them.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except (TemplateError, ValueError) as error:
-        raise InputError(f"the chat template refuses these messages: {error}.") from None
-    return str(text)
 
 
 def prompt_ids(tokenizer: Any, prompt_format: PromptFormat, source: str) -> list[int]:

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
-from ftlevel.data.json_rows import Raw, read_json_array, read_json_lines
+from ftlevel.data import lines
+from ftlevel.data.json_rows import Raw, RawLines, read_json_array, read_json_lines
 from ftlevel.data.table import BadRow, OnBadRow, Table, settle
 from ftlevel.data.uniform import find_odd_rows
 from ftlevel.errors import InputError, did_you_mean, listing
@@ -169,6 +170,10 @@ def _read_jsonl(path: Path, source: str) -> Found:
                 f"{source}:1: looks like one JSON array, where one object a line is expected. "
                 f"Rename it to {path.with_suffix('.json').name}"
             )
+        if path.stat().st_size >= lines.LARGE_BYTES:
+            raw = RawLines(path)
+            raw.read()
+            return _build_table(raw, source, uniform=False)
         stream.seek(0)
         return _build_table(read_json_lines(stream), source, uniform=False)
 
@@ -182,8 +187,8 @@ def _read_json(path: Path, source: str) -> Found:
         return _build_table(read_json_array(text, source), source, uniform=False)
     if start == "{":
         _check_not_one_object(text, source)
-    lines = text.split("\n")
-    stream_lines = [f"{line}\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+    split = text.split("\n")
+    stream_lines = [f"{line}\n" for line in split[:-1]] + ([split[-1]] if split[-1] else [])
     return _build_table(read_json_lines(stream_lines), source, uniform=False)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,10 @@ from ftlevel.data.hub import (
     load_saved_tables,
     pick_split,
 )
+from ftlevel.data.mixing import join_tables, mix_tables
 from ftlevel.data.reader import data_files, describe_missing, is_data_file_name, read_table
 from ftlevel.data.table import OnBadRow, Table, describe_dropped
-from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.errors import InputError, did_you_mean, listing, nearest
 
 BUILTIN = ("docstrings",)
 _BUILTIN_SPLITS: tuple[Literal["train", "validation", "test"], ...] = (
@@ -102,6 +103,32 @@ def load_splits(
         for note in describe_dropped(table)
     ]
     return take_first(replace(splits, notes=[*splits.notes, *notes]), max_samples)
+
+
+def join_splits(parts: Sequence[Splits], shares: Sequence[float] | None, seed: int) -> Splits:
+    """Return several data sets as one.
+
+    Args:
+        parts: what was loaded of each.
+        shares: of the training rows that each should give; None takes all rows.
+        seed: of the rows that are taken.
+
+    Raises:
+        InputError: their columns differ, or one would give no row.
+    """
+    train, notes = [part.train for part in parts], [note for part in parts for note in part.notes]
+    if shares is not None:
+        train, mixed = mix_tables(train, shares, seed)
+        notes += mixed
+    validation = [part.validation for part in parts if part.validation is not None]
+    test = [part.test for part in parts if part.test is not None]
+    return Splits(
+        join_tables(train),
+        join_tables(validation) if validation else None,
+        join_tables(test) if test else None,
+        " + ".join(part.name for part in parts),
+        notes,
+    )
 
 
 def take_first(splits: Splits, max_samples: int | None) -> Splits:
@@ -220,6 +247,10 @@ def _load_directory(
         return _assemble(tables, pick_split(tables, split, dataset), dataset, [])
     names = data_files(path)
     stems: dict[str, str] = {}
+    if split is None and _are_shards(names):
+        table = join_tables([read_table(path / name, on_bad_row) for name in names])
+        note = f"{dataset}: reads all of {listing(names)} as training rows"
+        return Splits(table, None, None, dataset, [note])
     for name in names:
         stem = Path(name).stem.lower()
         use = next((use for use, stems_ in _SPLIT_NAMES.items() if stem in stems_), stem)
@@ -246,6 +277,13 @@ def _load_directory(
     if problems:
         raise InputError(problems)
     return _assemble(tables, train, dataset, [])
+
+
+def _are_shards(names: list[str]) -> bool:
+    """Tell whether a directory holds several files of which none is named like a split."""
+    stems = [Path(name).stem.lower() for name in names]
+    known = {stem for stems_ in _SPLIT_NAMES.values() for stem in stems_}
+    return len(names) > 1 and known.isdisjoint(stems) and not nearest("train", stems)
 
 
 def _check_hub_id(dataset: str, path: Path) -> None:

@@ -5,10 +5,12 @@ Every later room names a row with `Table.where`. This room must not read files o
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
+from ftlevel.data.lines import LineRows
 from ftlevel.errors import InputError
 
 OnBadRow: TypeAlias = Literal["error", "skip"]
@@ -24,10 +26,20 @@ class BadRow:
     Attributes:
         line: its 1-based line, or its row number where the source has no lines.
         reason: what is wrong with it, with the value; no full stop.
+        finding: the field of `config.gate` that it falls under; "" for none.
     """
 
     line: int
     reason: str
+    finding: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A table inside a larger one, whose lines are counted there from `base`."""
+
+    base: int
+    table: Table
 
 
 @dataclass(frozen=True)
@@ -35,20 +47,22 @@ class Table:
     """The rows of one split.
 
     Attributes:
-        rows: one dict a row, all with the same keys.
+        rows: one dict a row, all with the same keys; of a large file, read when asked for.
         lines: for each row the 1-based line it begins on, or its row number in the source.
         source: the path or name that messages begin with.
         unit: whether `lines` counts lines of a text file, or rows.
         dropped: the rows that `on_bad_row="skip"` left out, in order of line.
         label_names: names of the classes, for columns whose source declares them.
+        parts: the tables that it was joined from, by growing base; empty for a single one.
     """
 
-    rows: list[Row]
-    lines: list[int]
+    rows: Sequence[Row]
+    lines: Sequence[int]
     source: str
     unit: Literal["line", "row"] = "line"
     dropped: tuple[BadRow, ...] = ()
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,17 +78,18 @@ class Table:
 
     def place(self, line: int) -> str:
         """Return `path:line`, or `name row N` where the source has no lines."""
+        for part in reversed(self.parts):
+            if line > part.base:
+                return part.table.place(line - part.base)
         return f"{self.source}:{line}" if self.unit == "line" else f"{self.source} row {line}"
 
     def take(self, indices: Iterable[int]) -> Table:
         """Return a table of the rows at `indices`, in that order; `dropped` stays behind."""
         chosen = list(indices)
-        return replace(
-            self,
-            rows=[self.rows[index] for index in chosen],
-            lines=[self.lines[index] for index in chosen],
-            dropped=(),
-        )
+        rows, lines = self.rows, [self.lines[index] for index in chosen]
+        if isinstance(rows, LineRows):
+            return replace(self, rows=rows.take(chosen), lines=array("q", lines), dropped=())
+        return replace(self, rows=[rows[i] for i in chosen], lines=lines, dropped=())
 
 
 def settle(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:
@@ -128,7 +143,8 @@ def describe_dropped(table: Table) -> list[str]:
     count = len({row.line for row in table.dropped})
     total = count + len(table)
     shown = "; ".join(
-        f"{table.unit} {row.line}: {row.reason}" for row in table.dropped[:MOST_SHOWN]
+        f"{table.place(row.line) if table.parts else f'{table.unit} {row.line}'}: {row.reason}"
+        for row in table.dropped[:MOST_SHOWN]
     )
     more = "; …" if len(table.dropped) > MOST_SHOWN else ""
     return [f"{table.source}: dropped {count:,} of {total:,} rows ({shown}{more})"]

@@ -6,6 +6,7 @@ form that most rows have is the form of the file, and the rows that differ are n
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 
@@ -35,12 +36,12 @@ def find_odd_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
 
     Rows are grouped by keys and types first, so a file of one form costs one dict access a row.
     """
-    shapes: dict[_Shape, list[int]] = {}
+    shapes: dict[_Shape, array[int]] = {}
     for index, row in enumerate(rows):
         shape = (tuple(row), tuple(map(type, row.values())))
         group = shapes.get(shape)
         if group is None:
-            shapes[shape] = [index]
+            shapes[shape] = array("q", [index])
         else:
             group.append(index)
     if len(shapes) <= 1:
@@ -78,7 +79,7 @@ def _describe_keys(keys: tuple[str, ...], columns: tuple[str, ...], count: int) 
 
 
 def _odd_types(
-    shapes: dict[_Shape, list[int]], rows: Sequence[Row], lines: Sequence[int]
+    shapes: dict[_Shape, array[int]], rows: Sequence[Row], lines: Sequence[int]
 ) -> list[BadRow]:
     """Return the rows in which a column has another kind of value than in most rows."""
     kinds: dict[str, Counter[str]] = {}

@@ -9,7 +9,8 @@ import torch
 from transformers import TextStreamer
 
 from ftlevel.config import GenerateConfig
-from ftlevel.data.prompts import Message, prompt_ids, render
+from ftlevel.data.chat import Turn, render
+from ftlevel.data.prompts import prompt_ids
 from ftlevel.engine.adapter_set import AdapterSet, load_adapter_set
 from ftlevel.engine.generate import writing_of
 from ftlevel.engine.trained import Trained
@@ -37,7 +38,7 @@ class Chat:
             self.adapters: AdapterSet = load_adapter_set(config)
         self.writing = writing_of(config)
         self.speaker = next(iter(self.adapters.voices))
-        self.messages: list[Message] = []
+        self.messages: list[Turn] = []
         self.forgotten = 0
         for trained in self.adapters.voices.values():
             if trained.task.target != "text":
@@ -114,7 +115,7 @@ def _remembers(trained: Trained) -> bool:
     return form is not None and form.kind == "chat-template" and not form.instruction
 
 
-def _chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def _chat_ids(tokenizer: Any, messages: Sequence[Turn]) -> list[int]:
     text = render(tokenizer, messages, generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

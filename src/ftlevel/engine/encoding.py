@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ftlevel.config import DataConfig
-from ftlevel.data.encode import Encoded, encode_causal, encode_labelled, encode_seq2seq
+from ftlevel.data.encode import (
+    Encoded,
+    RowError,
+    encode_causal,
+    encode_labelled,
+    encode_seq2seq,
+)
 from ftlevel.data.examples import Labelled
 from ftlevel.data.fit import Fitted, fit_rows, fit_targets
 from ftlevel.data.labels import LabelSet
 from ftlevel.data.masking import encode_masked
+from ftlevel.data.parallel import Encode, Progress, be_silent, encode_to_store
 from ftlevel.data.prompts import PromptFormat
 from ftlevel.data.table import Table
 from ftlevel.data.tags import encode_tagged
@@ -32,6 +41,9 @@ class Encoder:
         positions: longest sequence that the model takes, or None.
         prompt_format: how prompts are laid out; None where there are none.
         labels: the classes or tags, or None.
+        folder: where the rows of many examples are written; None keeps them in memory.
+        progress: told how many examples are encoded.
+        split: names the file.
     """
 
     task: Task
@@ -41,6 +53,9 @@ class Encoder:
     positions: int | None
     prompt_format: PromptFormat | None = None
     labels: LabelSet | None = None
+    folder: Path | None = None
+    progress: Progress = be_silent
+    split: str = "train"
 
     def __call__(self, examples: Sequence[Any], table: Table) -> Fitted:
         """Encode `examples` of `table` and make them fit.
@@ -54,13 +69,24 @@ class Encoder:
                 f"a token covers, which --task {self.task.name} needs. Use a model with a "
                 "tokenizer.json."
             )
-        return _ENCODERS[self.task.target](self, examples, table)
+        try:
+            return _ENCODERS[self.task.target](self, examples, table)
+        except RowError as error:
+            raise InputError(f"{table.where(error.row)}: {error.reason}") from error
 
     def dropping(self) -> Encoder:
         """Return an encoder of other splits, which drops rows that do not fit."""
-        return replace(self, config=self.config.model_copy(update={"overlong": "drop"}))
+        config = self.config.model_copy(update={"overlong": "drop"})
+        return replace(self, config=config, split="validation")
 
-    def fit(self, rows: list[Encoded], table: Table) -> Fitted:
+    def collect(self, encode: Encode, examples: Sequence[Any]) -> Sequence[Encoded]:
+        """Return the rows that `encode` makes of all examples, in a file if there is a folder."""
+        if self.folder is None:
+            return encode(examples)
+        path = self.folder / f"{self.split}.arrow"
+        return encode_to_store(path, encode, examples, self.config.num_proc, self.progress)
+
+    def fit(self, rows: Sequence[Encoded], table: Table) -> Fitted:
         """Make `rows` fit as the data section says."""
         config = self.config
         return fit_rows(rows, config.max_length, self.positions, config.overlong, table.where)
@@ -86,17 +112,24 @@ class Encoder:
         return min(known, default=None)
 
 
+def _encode_some(
+    encode: Callable[..., list[Encoded]], tokenizer: Any, prompt: PromptFormat, some: Sequence[Any]
+) -> list[Encoded]:
+    return encode(tokenizer, some, prompt)
+
+
 def _encode_texts(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
     if encoder.prompt_format is None:
         raise TypeError("a task that writes text has a prompt format")
     seq2seq = encoder.kind == "encoder-decoder"
     encode = encode_seq2seq if seq2seq else encode_causal
-    fitted = encoder.fit(encode(encoder.tokenizer, examples, encoder.prompt_format), table)
+    encode_some = partial(_encode_some, encode, encoder.tokenizer, encoder.prompt_format)
+    fitted = encoder.fit(encoder.collect(encode_some, examples), table)
     if not seq2seq:
         return fitted
     longest, overlong = encoder.config.max_target_length, encoder.config.overlong
     kept, dropped = fit_targets(fitted.rows, longest, overlong, table.where)
-    if not kept:
+    if not len(kept):
         raise InputError(f"no target is within {longest:,} tokens.")
     return replace(fitted, rows=kept, dropped=fitted.dropped + dropped)
 
@@ -113,13 +146,21 @@ def _encode_classes(encoder: Encoder, examples: Sequence[Any], table: Table) -> 
             return tuple(float(i in true) for i in range(len(encoder.labels)))
         return encoder.labels.id_of(label)
 
-    return encoder.fit(encode_labelled(encoder.tokenizer, examples, target_of), table)
+    def encode(some: Sequence[Any]) -> list[Encoded]:
+        return encode_labelled(encoder.tokenizer, some, target_of)
+
+    return encoder.fit(encoder.collect(encode, examples), table)
 
 
 def _encode_tags(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
     if encoder.labels is None:
         raise TypeError("tags have a label set")
-    return encoder.fit(encode_tagged(encoder.tokenizer, examples, encoder.labels), table)
+    labels = encoder.labels
+
+    def encode(some: Sequence[Any]) -> list[Encoded]:
+        return encode_tagged(encoder.tokenizer, some, labels)
+
+    return encoder.fit(encoder.collect(encode, examples), table)
 
 
 def _encode_questions(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ftlevel.data.chat import turn_end
 from ftlevel.data.collate import Collator, pad
 from ftlevel.data.encode import IGNORED, Encoded
 from ftlevel.engine.fast import target_head, target_loss
@@ -41,7 +42,7 @@ class Writing:
             "max_new_tokens": self.max_new_tokens,
             "use_cache": True,
             "pad_token_id": tokenizer.pad_token_id or 0,
-            "eos_token_id": tokenizer.eos_token_id,
+            "eos_token_id": _stops(tokenizer),
         }
         if not self.temperature:
             return common | {"do_sample": False}
@@ -249,3 +250,11 @@ def generate_texts(
         for i, answer in zip(indices, answers, strict=True):
             texts[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
     return texts
+
+
+def _stops(tokenizer: Any) -> list[int]:
+    """Return the ids that end a generated text: EOS, and what ends a turn in the chat template."""
+    ends = [tokenizer.eos_token_id]
+    if getattr(tokenizer, "chat_template", None):
+        ends.append(turn_end(tokenizer))
+    return list(dict.fromkeys(i for i in ends if i is not None))

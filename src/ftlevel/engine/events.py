@@ -17,6 +17,9 @@ class Listener(Protocol):
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
         """What the run is made of is settled."""
 
+    def progress(self, done: int, total: int) -> None:
+        """So many of so many examples are encoded."""
+
     def warn(self, message: str) -> None:
         """Something the user should know; the run is still what was asked for."""
 
@@ -40,6 +43,9 @@ class Silence:
         """Ignore it."""
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
+        """Ignore it."""
+
+    def progress(self, done: int, total: int) -> None:
         """Ignore it."""
 
     def warn(self, message: str) -> None:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ftlevel.artifacts.fingerprint import rows_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encode import Encoded
-from ftlevel.data.examples import drop_bad_rows, to_examples
+from ftlevel.data.examples import convert_rows, to_examples
 from ftlevel.data.fit import Fitted
 from ftlevel.data.formats import Format, detect_format
-from ftlevel.data.labels import LabelSet, build_label_set, check_labels
+from ftlevel.data.gate import Finding, explain_stop
+from ftlevel.data.gate.flat import flat_batches
+from ftlevel.data.labels import LabelSet, build_label_set, check_labels, find_unlabelled
 from ftlevel.data.languages import Language, find_language
-from ftlevel.data.masking import MaskedRows
+from ftlevel.data.parallel import Progress
 from ftlevel.data.problems import choose_problem_type
 from ftlevel.data.prompts import PromptFormat, choose_format
-from ftlevel.data.sources import Splits, hold_out, load_splits
-from ftlevel.data.table import Table, settle
+from ftlevel.data.sources import Splits, hold_out, join_splits, load_splits
+from ftlevel.data.store import take_rows
+from ftlevel.data.table import BadRow, Table, settle
 from ftlevel.data.tags import find_orphans
 from ftlevel.engine.encoding import Encoder
+from ftlevel.engine.gate import Gate, settle_faults, stop_ids
 from ftlevel.errors import InputError
 from ftlevel.tasks import Task
 from ftlevel.tasks.translation import name_languages
@@ -43,15 +50,17 @@ class Loaded:
         labels: the classes or tags, or None.
         languages: of source and target, where they are known.
         choices: lines for the screen about the labels and languages.
+        findings: rows that nothing could be learned from.
     """
 
     splits: Splits
     format: Format
-    train: list[Any]
-    validation: list[Any] | None
+    train: Sequence[Any]
+    validation: Sequence[Any] | None
     labels: LabelSet | None
     languages: tuple[Language, Language] | None = None
     choices: list[Choice] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     @property
     def unanswerable(self) -> bool:
@@ -75,62 +84,112 @@ class Prepared:
         max_length: in tokens.
         facts: what summary.json says of the data.
         choices: lines for the screen.
+        findings: what the gate found.
+        table: the training rows as they were read; `Encoded.row` counts these.
+        workspace: the temporary directory of rows that are not kept; it goes with this object.
     """
 
     train: Sequence[Encoded]
-    validation: list[Encoded]
+    validation: Sequence[Encoded]
     prompt_format: PromptFormat | None
     max_length: int
+    table: Table
     facts: dict[str, Any] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
+    findings: tuple[Finding, ...] = ()
+    workspace: Any = None
 
 
-def load_examples(config: DataConfig, task: Task, seed: int) -> Loaded:
+def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = False) -> Loaded:
     """Read the data set and turn its rows into examples of `task`.
+
+    Args:
+        config: the data section.
+        task: the task.
+        seed: of the rows that are held out.
+        lenient: leave out and report rows that ought to stop the run, as a preview does.
 
     Raises:
         InputError: with `path:line`, for whatever cannot be read or learned from.
     """
     splits = read_splits(config, task, seed)
-    shape = detect_format(splits.train.columns, task.name, config.columns)
-    choices = []
+    shape = detect_format(splits.train.columns, task.name, config.columns, config.format)
+    choices = [Choice("note", note) for note in splits.notes]
     if task.target == "class":
         problem, reason = choose_problem_type(
             splits.train, shape.columns["label"], config.problem_type
         )
         shape = replace(shape, problem_type=problem)
         choices.append(Choice("problem", problem, reason))
-    train, examples = convert_rows(splits.train, shape, config)
+    labelled = task.target == "tags" or (
+        task.target == "class" and shape.problem_type != "regression"
+    )
+    convert = Converter(config, shape, labelled, task.target == "tags", lenient)
+    train, examples = convert("train", splits.train, None)
+    labels = build_label_set(examples, train, shape.columns[convert.label]) if labelled else None
+    if labels is not None and task.target == "tags":
+        train, examples = convert.without_orphans(train, examples, labels)
     validation, held_out = splits.validation, None
     if validation is not None:
-        validation, held_out = convert_rows(validation, shape, config)
-    labels = None
-    if task.target == "tags" or (task.target == "class" and shape.problem_type != "regression"):
-        column = shape.columns["tags" if task.target == "tags" else "label"]
-        labels = build_label_set(examples, train, column)
-        if held_out is not None and validation is not None:
+        validation, held_out = convert("validation", validation, labels)
+        if labels is not None:
             check_labels(labels, held_out, validation)
-    if labels is not None and task.target == "tags":
-        train, examples = refuse_orphans(train, shape, config, examples, labels)
-        if held_out is not None and validation is not None:
-            validation, held_out = refuse_orphans(validation, shape, config, held_out, labels)
+            if task.target == "tags":
+                validation, held_out = convert.without_orphans(validation, held_out, labels)
     languages = find_languages(config, shape) if task.name == "translation" else None
     if task.name == "translation":
         choices.append(_language_choice(languages))
     kept = Splits(train, validation, splits.test, splits.name, splits.notes)
-    return Loaded(kept, shape, examples, held_out, labels, languages, choices)
+    return Loaded(kept, shape, examples, held_out, labels, languages, choices, convert.findings)
+
+
+@dataclass
+class Converter:
+    """Turns tables into examples; what has to be left out is collected in `findings`."""
+
+    config: DataConfig
+    shape: Format
+    labelled: bool
+    tags: bool
+    lenient: bool
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The column of what is learned."""
+        return "tags" if self.tags else "label"
+
+    def __call__(
+        self, split: str, table: Table, labels: LabelSet | None
+    ) -> tuple[Table, Sequence[Any]]:
+        """Return the rows that can be learned from, and their examples."""
+        examples, bad = convert_rows(table, self.shape)
+        if self.labelled and (self.lenient or self.config.gate.unknown_label == "drop"):
+            bad += find_unlabelled(labels, examples, table, self.shape.columns[self.label])
+        if not bad:
+            return table, examples
+        return self._settled(split, table, bad)
+
+    def without_orphans(
+        self, table: Table, examples: Sequence[Any], labels: LabelSet
+    ) -> tuple[Table, Sequence[Any]]:
+        """Refuse rows whose tags break BIO, or drop them if the configuration says so."""
+        orphans = find_orphans(examples, labels.names, table)
+        if not orphans:
+            return table, examples
+        table = settle(table, orphans, self.config.on_bad_row)
+        return table, to_examples(table, self.shape)
+
+    def _settled(self, split: str, table: Table, bad: list[BadRow]) -> tuple[Table, Sequence[Any]]:
+        table, found = settle_faults(table, bad, self.config, split, lenient=self.lenient)
+        self.findings += found
+        return table, to_examples(table, self.shape)
 
 
 def read_splits(config: DataConfig, task: Task, seed: int) -> Splits:
     """Return the splits as far as the configuration wants them."""
-    builtin = config.dataset.startswith("builtin:")
-    splits = load_splits(
-        config.dataset,
-        split=config.split,
-        subset=_BUILTIN_KIND.get(task.name) if builtin and not config.subset else config.subset,
-        on_bad_row=config.on_bad_row,
-        max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
-    )
+    parts = [_read_one(name, config, task) for name in (config.dataset, *config.also)]
+    splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
     if config.validation_split:
         splits = hold_out(splits, config.validation_split, seed)
     train, validation = splits.train, splits.validation
@@ -141,22 +200,15 @@ def read_splits(config: DataConfig, task: Task, seed: int) -> Splits:
     return Splits(train, validation, splits.test, splits.name, splits.notes)
 
 
-def convert_rows(table: Table, shape: Format, config: DataConfig) -> tuple[Table, list[Any]]:
-    """Return the rows that can be learned from, and their examples."""
-    if config.on_bad_row == "skip":
-        table = drop_bad_rows(table, shape)
-    return table, list(to_examples(table, shape))
-
-
-def refuse_orphans(
-    table: Table, shape: Format, config: DataConfig, examples: list[Any], labels: LabelSet
-) -> tuple[Table, list[Any]]:
-    """Refuse rows whose tags break BIO, or drop them if the configuration says so."""
-    orphans = find_orphans(examples, labels.names, table)
-    if not orphans:
-        return table, examples
-    table = settle(table, orphans, config.on_bad_row)
-    return table, list(to_examples(table, shape))
+def _read_one(name: str, config: DataConfig, task: Task) -> Splits:
+    builtin = name.startswith("builtin:")
+    return load_splits(
+        name,
+        split=config.split,
+        subset=_BUILTIN_KIND.get(task.name) if builtin and not config.subset else config.subset,
+        on_bad_row=config.on_bad_row,
+        max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
+    )
 
 
 def find_languages(config: DataConfig, shape: Format) -> tuple[Language, Language] | None:
@@ -176,51 +228,101 @@ def _language_choice(languages: tuple[Language, Language] | None) -> Choice:
     return Choice("languages", f"{languages[0].name} to {languages[1].name}")
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What decides the rows beside the data section.
+
+    Attributes:
+        task: the task.
+        kind: kind of the model.
+        tokenizer: the model's tokenizer.
+        vocabulary: rows of the model's embedding.
+        positions: longest sequence that the model and its method leave to the text, or None.
+        seed: of rows that are held out, of samples and of masks.
+        lenient: leave out and report rows that ought to stop the run, as a preview does.
+    """
+
+    task: Task
+    kind: str
+    tokenizer: Any
+    vocabulary: int
+    positions: int | None
+    seed: int
+    lenient: bool = False
+
+
 def prepare_examples(
-    loaded: Loaded,
-    config: DataConfig,
-    task: Task,
-    kind: str,
-    tokenizer: Any,
-    model: Any,
-    positions: int | None,
-    seed: int,
+    loaded: Loaded, config: DataConfig, asked: Asked, folder: Path | None, progress: Progress
 ) -> Prepared:
-    """Encode the examples and make them fit.
+    """Encode the examples, make them fit, and let them through the gate.
 
     Args:
         loaded: what `load_examples` returned.
         config: the data section.
-        task: the task.
-        kind: kind of the model.
-        tokenizer: the model's tokenizer.
-        model: the model's config, for the size of its vocabulary.
-        positions: longest sequence that the model and its method leave to the text, or None.
-        seed: of the masks.
+        asked: what else decides the rows.
+        folder: where the rows are written; None keeps them in memory.
+        progress: told how many examples are encoded.
 
     Raises:
-        InputError: rows do not fit, or hold token ids that the model has no embedding for.
+        InputError: rows do not fit, or the gate found what is to stop the run.
     """
-    prompt_format = _prompt_format(loaded, task, kind, tokenizer)
-    encoder = Encoder(task, kind, tokenizer, config, positions, prompt_format, loaded.labels)
-    fitted = encoder(loaded.train, loaded.splits.train)
-    _check_vocabulary(fitted.rows, model, loaded.splits.train)
-    train: Sequence[Encoded] = fitted.rows
-    validation: list[Encoded] = []
+    task, tokenizer, lenient = asked.task, asked.tokenizer, asked.lenient
+    prompt_format = _prompt_format(loaded, task, asked.kind, tokenizer)
+    encoder = Encoder(
+        task, asked.kind, tokenizer, config, asked.positions, prompt_format, loaded.labels,
+        folder, progress,
+    )  # fmt: skip
+    gate = Gate(
+        config.gate, task.target, tokenizer.bos_token_id, stop_ids(tokenizer), asked.vocabulary
+    )
+    tables = loaded.splits
+    fitted = (encoder.dropping() if lenient else encoder)(loaded.train, tables.train)
+    kept, found = gate.check_split("train", fitted, loaded.train, tables.train)
+    findings = [*loaded.findings, *found]
+    validation: Sequence[Encoded] = []
     dropped = 0
-    if loaded.validation:
-        held_out = encoder.dropping()(
-            loaded.validation, loaded.splits.validation or loaded.splits.train
+    if loaded.validation and tables.validation:
+        held_out = encoder.dropping()(loaded.validation, tables.validation)
+        dropped = held_out.dropped
+        leaked, leaks = gate.find_leaks(
+            "validation", loaded.validation, loaded.train, tables.validation
         )
-        validation, dropped = held_out.rows, held_out.dropped
+        findings += leaks
+        if leaks and leaks[0].action == "drop":
+            example = np.fromiter((row.row for row in held_out.rows), np.int64)
+            stay = ~np.isin(example, leaked)
+            held_out = replace(held_out, rows=take_rows(held_out.rows, np.flatnonzero(stay)))
+        if len(held_out.rows):
+            validation, found = gate.check_split(
+                "validation", held_out, loaded.validation, tables.validation
+            )
+            findings += found
         fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
-    if task.target == "mask":
-        share = config.mlm_probability
-        train = MaskedRows(fitted.rows, tokenizer, share=share, seed=seed)
-        validation = MaskedRows(validation, tokenizer, share=share, seed=seed).fixed()
-    facts = _facts(loaded, fitted, train, validation) | {"validation_dropped": dropped}
+    if tables.test is not None:
+        examples, _ = convert_rows(tables.test, loaded.format)
+        findings += gate.find_leaks("test", examples, loaded.train, tables.test)[1]
+    stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
+    if stops and not lenient:
+        raise InputError(stops)
+    facts = _facts(loaded, fitted, kept, validation) | {
+        "validation_dropped": dropped,
+        "gate": [finding.to_dict() for finding in findings],
+    }
     choices = _choices(loaded, fitted, validation, facts, prompt_format)
-    return Prepared(train, validation, prompt_format, fitted.max_length, facts, choices)
+    choices += [_gate_choice(finding) for finding in findings]
+    return Prepared(
+        kept, validation, prompt_format, fitted.max_length, tables.train, facts, choices,
+        tuple(findings),
+    )  # fmt: skip
+
+
+_DONE = {"drop": "dropped", "warn": "kept", "stop": "stops the run"}
+
+
+def _gate_choice(finding: Finding) -> Choice:
+    """Return the line for what the gate found, with the flag that would change what is done."""
+    other = f"--set data.gate.{finding.name}=…"
+    return Choice("data check", str(finding), f"{_DONE[finding.action]}; {other}")
 
 
 def _prompt_format(loaded: Loaded, task: Task, kind: str, tokenizer: Any) -> PromptFormat | None:
@@ -234,32 +336,26 @@ def _prompt_format(loaded: Loaded, task: Task, kind: str, tokenizer: Any) -> Pro
     return choose_format(tokenizer, kind, instruction, cue)
 
 
-def _check_vocabulary(rows: Sequence[Encoded], model: Any, table: Table) -> None:
-    """Refuse ids beyond the embedding: the tokenizer is not the model's."""
-    size = model.get_text_config().vocab_size
-    worst = max(rows, key=lambda row: max(row.input_ids))
-    highest = max(worst.input_ids)
-    if highest >= size:
-        raise InputError(
-            f"{table.where(worst.row)} has token id {highest:,}, and the model's embedding has "
-            f"{size:,} rows. The tokenizer is not this model's."
-        )
-
-
 def _facts(
-    loaded: Loaded, fitted: Fitted, train: Sequence[Encoded], validation: Sequence[Encoded]
+    loaded: Loaded, fitted: Fitted, kept: Sequence[Encoded], validation: Sequence[Encoded]
 ) -> dict[str, Any]:
     produces = loaded.format.produces
+    refused = len(fitted.rows) - len(kept)
+    sizes = [
+        (flat.ids.lengths.sum(), flat.supervised().sum(), flat.ids.lengths.max())
+        for flat in flat_batches(kept)
+    ]
+    tokens, supervised, longest = zip(*sizes, strict=True)
     return {
         "name": loaded.splits.name,
         "format": loaded.format.description,
-        "train_rows": len(train),
+        "train_rows": len(kept),
         "validation_rows": len(validation),
-        "tokens": sum(len(row.input_ids) for row in fitted.rows),
-        "supervised": sum(row.supervised for row in train),
-        "longest": max(len(row.input_ids) for row in fitted.rows),
+        "tokens": int(sum(tokens)),
+        "supervised": int(sum(supervised)),
+        "longest": int(max(longest)),
         "max_length": fitted.max_length,
-        "dropped": fitted.dropped + len(loaded.splits.train.dropped),
+        "dropped": fitted.dropped + refused + len(loaded.splits.train.dropped),
         "shortened": fitted.shortened,
         "split": fitted.split,
         "fingerprint": rows_fingerprint(loaded.splits.train.rows),

@@ -16,7 +16,7 @@ from ftlevel.data.prompts import PromptFormat
 from ftlevel.data.sources import Splits
 from ftlevel.data.table import Table
 from ftlevel.engine.encoding import Encoder
-from ftlevel.engine.examples import convert_rows, find_languages, read_splits, refuse_orphans
+from ftlevel.engine.examples import Converter, find_languages, read_splits
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
@@ -73,15 +73,16 @@ def load_held_out(
     table, name = _choose(splits, split)
     if config.max_eval_samples is not None:
         table = table.take(range(min(len(table), config.max_eval_samples)))
-    shape = detect_format(table.columns, task.name, config.columns)
+    shape = detect_format(table.columns, task.name, config.columns, config.format)
     if task.target == "class":
         shape = replace(shape, problem_type=card.options["problem_type"])
-    table, examples = convert_rows(table, shape, config)
     labels = LabelSet(tuple(card.labels)) if card.labels else None
+    convert = Converter(config, shape, labels is not None, task.target == "tags", lenient=False)
+    table, examples = convert(name, table, labels)
     if labels is not None:
         check_labels(labels, examples, table)
         if task.target == "tags":
-            table, examples = refuse_orphans(table, shape, config, examples, labels)
+            table, examples = convert.without_orphans(table, examples, labels)
     languages = find_languages(config, shape) if task.name == "translation" else None
     prompt = PromptFormat(**card.prompt) if card.prompt else None
     encoder = Encoder(task, kind, tokenizer, config, positions, prompt, labels).dropping()

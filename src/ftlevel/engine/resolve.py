@@ -5,6 +5,7 @@ Everything that can be wrong before weights are read is found here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,11 @@ from ftlevel.config import DEFAULT_MODEL, LoraSpec, MethodConfig, QuantConfig, T
 from ftlevel.config.choices import Choice
 from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
+from ftlevel.data.chat_templates import choose_chat_template
+from ftlevel.data.parallel import Progress, be_silent
 from ftlevel.engine.adapt import apply_method
-from ftlevel.engine.examples import Loaded, Prepared, load_examples, prepare_examples
+from ftlevel.engine.dataset import prepare_data
+from ftlevel.engine.examples import Asked, Prepared
 from ftlevel.engine.fast_plan import FastPlan, plan_fast
 from ftlevel.engine.kernels import kernel_choices
 from ftlevel.engine.low_rank import low_rank_choices
@@ -91,8 +95,13 @@ class Plan:
     choices: list[Choice]
 
 
-def resolve(config: TrainConfig) -> Plan:
+def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = be_silent) -> Plan:
     """Resolve `config`.
+
+    Args:
+        config: the whole configuration.
+        lenient: report rows that ought to stop the run, as a preview does.
+        progress: told how many examples are encoded.
 
     Raises:
         ConfigError: with the first problem found; nothing was loaded or written.
@@ -108,31 +117,24 @@ def resolve(config: TrainConfig) -> Plan:
     _check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
     dtype = _dtype(config, device.value, bare.model_type)
-    loaded = load_examples(config.data, task, config.train.seed)
     tokenizer = load_tokenizer(source)
+    template = choose_chat_template(tokenizer, config.data.chat_template)
     pad = choose_pad_token(tokenizer)
-    model_config = _task_config(source, loaded, tokenizer)
+    vocabulary, positions = bare.get_text_config().vocab_size, _text_positions(config, bare)
+    asked = Asked(task, kind, tokenizer, vocabulary, positions, config.train.seed, lenient)
+    data = prepare_data(config.data, asked, progress)
+    model_config = _task_config(source, data.facts, tokenizer)
     layers = _keep_every_layer(model_config)
     meta = build_task_model(model_config, auto_class)
     _check_checkpointing(config, meta)
     heads, new_modules = _heads(task, meta, source)
     adapted = find_method_targets(config.method, meta, source.name, config.quant.kind)
-    data = prepare_examples(
-        loaded,
-        config.data,
-        task,
-        kind,
-        tokenizer,
-        model_config,
-        _text_positions(config, model_config),
-        config.train.seed,
-    )
     objective = build_objective(
         task,
         kind,
-        problem_type=loaded.format.problem_type,
-        labels=loaded.labels.names if loaded.labels else (),
-        unanswerable=loaded.unanswerable,
+        problem_type=data.facts["problem_type"],
+        labels=data.facts["labels"],
+        unanswerable=data.facts["unanswerable"],
     )
     learning_rate = _learning_rate(config, source)
     fast = plan_fast(config, meta, kind, objective, device.value, data.train, data.max_length)
@@ -148,7 +150,7 @@ def resolve(config: TrainConfig) -> Plan:
         *kernel_choices(config, device.value, bare.model_type),
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),
-        *([pad] if pad else []),
+        *filter(None, (template, pad)),
         *layers,
         learning_rate,
         *fast.choices,
@@ -301,13 +303,12 @@ def _learning_rate(config: TrainConfig, source: ModelSource) -> Choice:
     return Choice("learning rate", rate, reason)
 
 
-def _task_config(source: ModelSource, loaded: Loaded, tokenizer: Any) -> Any:
+def _task_config(source: ModelSource, facts: Mapping[str, Any], tokenizer: Any) -> Any:
     overrides: dict[str, Any] = {}
-    if loaded.format.produces == "labelled":
-        overrides["problem_type"] = loaded.format.problem_type
-        overrides["num_labels"] = 1  # of a quantity
-    if loaded.labels is not None:
-        overrides |= label_overrides(loaded.labels.names)
+    if facts["problem_type"]:
+        overrides |= {"problem_type": facts["problem_type"], "num_labels": 1}  # of a quantity
+    if facts["labels"]:
+        overrides |= label_overrides(facts["labels"])
     config = load_config(source, **overrides)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id

@@ -25,6 +25,7 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     """Return everything that must be the same when the run goes on, by dotted name."""
     values: dict[str, Any] = config.model_dump(mode="json", exclude={"output"})
     values["train"] = {k: v for k, v in values["train"].items() if k not in _FREE}
+    values["data"] = {k: v for k, v in values["data"].items() if k not in ("num_proc", "cache")}
     values["speed"].pop("verify")
     values["train"]["learning_rate"] = plan.learning_rate
     values["model"] |= {"dtype": plan.dtype, "device": plan.device}

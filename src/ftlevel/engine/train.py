@@ -86,7 +86,7 @@ def train(
     origin = describe_recipe(recipe) if recipe else None
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
-        plan = resolve(config)
+        plan = resolve(config, progress=listener.progress)
         listener.choices("train", [*plan.choices, *_size_choices(config, plan)])
         if dry_run:
             summary = {"dry_run": True, "steps": count_steps(config.train, len(plan.data.train)),

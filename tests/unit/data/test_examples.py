@@ -143,9 +143,9 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
         "turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?)",
     ),
     (
-        [ASK, {"role": "tool", "content": "x"}, ANSWER],
-        "turn 2 of 'messages' has the unknown role 'tool' "
-        "(known: system, user, assistant, human, gpt)",
+        [ASK, {"role": "critic", "content": "x"}, ANSWER],
+        "turn 2 of 'messages' has the unknown role 'critic' "
+        "(known: system, user, assistant, tool, human, gpt)",
     ),
     ([ASK, {"role": "assistant"}], "turn 2 of 'messages' has no 'content' (keys: role)"),
     (
@@ -163,7 +163,7 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
     (["hi"], "turn 1 of 'messages' is a string, not an object with role and content"),
     (
         [ASK, {"role": "assistant", "content": None, "tool_calls": [{}]}],
-        "turn 2 of 'messages' has 'tool_calls'; tool calls can't be learned from yet",
+        "turn 2 of 'messages' has a tool call without a function and its name",
     ),
     (
         [ASK, {**ANSWER, "weight": 0}],

@@ -185,8 +185,8 @@ def test_mapping_goes_before_known_names() -> None:
             "body",
             {"txt": "bodi"},
             "--map txt=bodi: --task text-generation has no 'txt'. Did you mean 'text'? It has: "
-            "messages, system, conversations, prompt, completion, instruction, output, input, "
-            "text.\n"
+            "messages, system, tools, conversations, prompt, completion, instruction, output, "
+            "input, text.\n"
             "--map txt=bodi: no column 'bodi'. Did you mean 'body'? Columns: 'body'.",
         ),
         (
@@ -211,4 +211,37 @@ def test_columns_that_fit_nothing(
 ) -> None:
     with pytest.raises(InputError) as caught:
         detect_format(columns.split(), task, mapping)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "name", "shape"),
+    [
+        ("text-generation", "instruction output text", "text", "text"),
+        ("text-generation", "messages conversations", "sharegpt", "conversations"),
+        ("text-generation", "prompt completion instruction output", "Alpaca",
+         "instruction + output"),
+        ("question-answering", "context question answers", "squad", "context + question + answers"),
+        ("summarization", "text summary prompt completion", "prompt_completion",
+         "prompt + completion"),
+    ],
+)  # fmt: skip
+def test_a_format_by_name(task: str, columns: str, name: str, shape: str) -> None:
+    assert detect_format(columns.split(), task, {}, name).name == shape
+
+
+@pytest.mark.parametrize(
+    ("columns", "name", "message"),
+    [
+        ("text", "mesages", "--format mesages: --task text-generation has no such format. Did you "
+         "mean 'messages'? It has: messages, conversations, prompt-completion, "
+         "instruction-output, text."),
+        ("text", "alpaca", "--task text-generation: the columns do not say what to learn. "
+         "Columns: 'text'. Wanted is one of: instruction + output. Say which is which: "
+         "--map instruction=text --map output=COLUMN."),
+    ],
+)  # fmt: skip
+def test_a_format_that_is_not_there(columns: str, name: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        detect_format(columns.split(), "text-generation", {}, name)
     assert str(caught.value) == message

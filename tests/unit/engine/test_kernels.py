@@ -9,7 +9,6 @@ import pytest
 from ftlevel import TrainConfig
 from ftlevel.engine.kernels import OWN_LOSS, kernel_arguments, kernel_choices
 
-
 ON = {"liger_kernel": True}
 
 

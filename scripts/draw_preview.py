@@ -1,0 +1,37 @@
+"""Draw docs/preview.svg and docs/preview.txt: what `ftlevel preview` shows of the demo's data.
+
+python scripts/draw_preview.py
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+from rich.console import Console
+
+from ftlevel.cli.preview_screen import show
+from ftlevel.config import build_config, read_recipe
+from ftlevel.engine.preview import preview
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW = 108  # a short one, so that the picture is small
+
+
+def main() -> None:
+    """Write both files."""
+    found = preview(build_config([read_recipe(ROOT / "recipes" / "demo.yaml")]), [ROW])
+    for colour, name in ((True, "preview.svg"), (False, "preview.txt")):
+        console = Console(file=io.StringIO(), record=colour, width=100, force_terminal=colour)
+        show(found, console, whole=False)
+        if colour:
+            text = console.export_svg(title="ftlevel preview recipes/demo.yaml")
+            text = re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)  # loads nothing
+        else:
+            text = console.file.getvalue()  # type: ignore[attr-defined]
+        (ROOT / "docs" / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Where prepared rows lie between runs: a folder a key, whole or absent, under the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+KEEP_DAYS = 30
+
+
+def cache_root() -> Path:
+    """Return the folder of all keys: `$XDG_CACHE_HOME/ftlevel/rows`, or under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ftlevel" / "rows"
+
+
+def files_of(name: str) -> list[Path] | None:
+    """Return the file called `name`, or those below the directory, in order.
+
+    None for what is no path here: a set of the Hub has a cache of its own.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else None
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def folder_of(key: str) -> Iterator[tuple[Path, Callable[[Path], None] | None]]:
+    """Give the folder of `key` if it is whole, else an empty one and what makes it whole.
+
+    Of several processes one prepares, and the others wait for it here.
+    """
+    from filelock import FileLock
+
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    final, partial = root / key, root / f".{key}.partial"
+    with FileLock(root / f".{key}.lock"):
+        if final.is_dir():
+            os.utime(final)
+            yield final, None
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+
+        def keep(folder: Path) -> None:
+            folder.replace(final)
+
+        try:
+            yield partial, keep
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            remove_unused(root)
+
+
+def remove_unused(root: Path) -> None:
+    """Remove what no run used for a month."""
+    oldest = time.time() - KEEP_DAYS * 24 * 3600
+    for folder in root.iterdir():
+        if folder.stat().st_mtime < oldest:
+            shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink()

@@ -1,0 +1,82 @@
+"""Checks of tokens and labels: each returns a mask of the rows in which something is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.data.gate.flat import Flat, Mask
+from ftlevel.data.windows import Window
+
+ONE_CLASS_SHARE = 0.95
+
+
+def find_unsupervised(flat: Flat) -> Mask:
+    """Return the rows without a token to learn."""
+    return flat.supervised() == 0
+
+
+def find_missing_eos(flat: Flat, ends: Collection[int]) -> Mask:
+    """Return the rows with an answer that does not end in one of the token ids `ends`.
+
+    An answer is a run of supervised tokens. A text that was split ends in its last piece only.
+    """
+    if flat.labels is None:
+        return np.zeros(len(flat.ids), dtype=bool)
+    labels, starts = flat.labels.values, flat.labels.starts
+    learned = labels != IGNORED
+    run_ends = learned.copy()
+    run_ends[:-1] &= ~learned[1:]
+    row_ends = starts[1:][flat.labels.lengths > 0] - 1
+    run_ends[row_ends] = learned[row_ends]
+    bad = flat.labels.any(run_ends & ~np.isin(labels, list(ends)))
+    bad[:-1] &= flat.example[:-1] != flat.example[1:]
+    return bad
+
+
+def find_double_bos(flat: Flat, bos: int | None) -> Mask:
+    """Return the rows that begin with `bos` twice."""
+    found = np.zeros(len(flat.ids), dtype=bool)
+    if bos is not None:
+        long = np.flatnonzero(flat.ids.lengths > 1)
+        first = flat.ids.starts[long]
+        found[long] = (flat.ids.values[first] == bos) & (flat.ids.values[first + 1] == bos)
+    return found
+
+
+def find_out_of_range(flat: Flat, vocabulary: int, *, token_labels: bool) -> Mask:
+    """Return the rows with a token id that an embedding of `vocabulary` rows does not have.
+
+    Args:
+        flat: the split.
+        vocabulary: rows of the embedding.
+        token_labels: whether labels are token ids too.
+    """
+    ids = flat.ids.values
+    found = flat.ids.any((ids >= vocabulary) | (ids < 0))
+    if token_labels and flat.labels is not None:
+        labels = flat.labels.values
+        wrong = (labels >= vocabulary) | ((labels < 0) & (labels != IGNORED))
+        found |= flat.labels.any(wrong)
+    return found
+
+
+def find_cut_spans(rows: Sequence[Encoded]) -> Mask:
+    """Return the windows of the questions whose answer is not whole in any of them."""
+    whole = {row.row for row in rows if row.labels != (0, 0)}
+    return np.fromiter(
+        (isinstance(row, Window) and bool(row.answers) and row.row not in whole for row in rows),
+        dtype=bool,
+        count=len(rows),
+    )
+
+
+def largest_class(labels: Sequence[object]) -> tuple[object, int] | None:
+    """Return the class that has at least `ONE_CLASS_SHARE` of `labels`, and how many; or None."""
+    counts: dict[object, int] = {}
+    for label in labels:
+        counts[label] = counts.get(label, 0) + 1
+    label, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
+    return (label, count) if labels and count >= ONE_CLASS_SHARE * len(labels) else None

@@ -1,0 +1,108 @@
+"""A finding is data; what follows from it is the policy of `config.gate`, a table of fields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ftlevel.config.gate import Action, GateConfig
+from ftlevel.errors import listing
+
+MOST_SHOWN = 3
+
+_TITLES = {
+    "null_content": "null content",
+    "empty_text": "empty text",
+    "unknown_role": "unknown role",
+    "unknown_label": "a label that is no class",
+    "unsupervised": "no supervised token",
+    "answer_cut": "an answer that does not fit whole",
+    "long_prompt": "a prompt that alone is beyond the max length",
+    "missing_eos": "an answer without EOS or an end of turn among its labels",
+    "double_bos": "two BOS tokens at the beginning",
+    "token_range": "a token id beyond the model's embedding",
+    "one_class": "one class has nearly all rows",
+    "exact_duplicates": "the same as an earlier row",
+    "near_duplicates": "nearly the same as an earlier row",
+    "leaked": "also a training row",
+}
+_REMEDIES = {
+    "unsupervised": "Give these rows an answer",
+    "answer_cut": "Raise --max-length (or data.doc_stride)",
+    "long_prompt": "Raise --max-length",
+    "missing_eos": "The model would not learn to stop: use a --chat-template that ends each turn "
+    "with a special token",
+    "double_bos": "Take the BOS out of the texts or of the chat template",
+    "token_range": "The tokenizer is not this model's: use its own",
+    "one_class": "Balance the rows",
+    "exact_duplicates": "Remove them",
+    "near_duplicates": "Remove them",
+    "leaked": "Remove them",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with rows of a split.
+
+    Attributes:
+        name: of the check, a field of `config.gate`.
+        split: train, validation or test.
+        count: how many of the split's rows, as the data file counts them.
+        total: how many it has.
+        places: the first few, as `file:line`, some with what is wrong there.
+        action: what is done: stop, drop or warn.
+    """
+
+    name: str
+    split: str
+    count: int
+    total: int
+    places: tuple[str, ...]
+    action: Action
+
+    @property
+    def title(self) -> str:
+        """What is wrong, in a few words."""
+        return _TITLES[self.name]
+
+    def __str__(self) -> str:
+        """Say it in one line, without a full stop."""
+        shown, more = listing(self.places), self.count - len(self.places)
+        if more and self.name != "one_class":
+            shown += f" and {more:,} more"
+        places = f" ({shown})" if self.places else ""
+        return f"{self.title}: {self.count:,} of {self.total:,} {self.split} rows{places}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for summary.json and `--json`."""
+        return {**asdict(self), "places": list(self.places), "title": self.title}
+
+
+def judge(
+    name: str, split: str, count: int, total: int, places: Sequence[str], policy: GateConfig
+) -> Finding | None:
+    """Return what was found with the action that `policy` wants; None if there is nothing to say.
+
+    Args:
+        name: of the check.
+        split: where.
+        count: rows that it found.
+        total: rows of the split.
+        places: the first few of them.
+        policy: the gate section of the configuration.
+    """
+    action: Action = getattr(policy, name)
+    if not count or action == "ignore":
+        return None
+    return Finding(name, split, count, total, tuple(places[:MOST_SHOWN]), action)
+
+
+def explain_stop(finding: Finding) -> str:
+    """Return the error for a finding whose action is stop: what, where, and the ways on."""
+    allowed = GateConfig.model_fields[finding.name].annotation
+    others = [a for a in getattr(allowed, "__args__", ()) if a not in ("stop", "ignore")]
+    ways = " or ".join(others)
+    remedy = _REMEDIES.get(finding.name, "Fix them")
+    return f"{finding}. {remedy}, or pass --set data.gate.{finding.name}={ways}."

@@ -1,0 +1,115 @@
+"""Rows of tokens laid end to end, so that a check is a few array operations and not a loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.data.store import RowStore
+
+_ROWS = 4_096
+Integers = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Integers of several rows: row i is `values[starts[i]:starts[i + 1]]`."""
+
+    values: NDArray[np.int32]
+    starts: Integers
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> Integers:
+        """The number of values of each row."""
+        return np.diff(self.starts)
+
+    def count(self, mask: Mask) -> Integers:
+        """Return how many of the values where `mask` is true each row has."""
+        total = np.concatenate(([0], np.cumsum(mask)))
+        return total[self.starts[1:]] - total[self.starts[:-1]]
+
+    def any(self, mask: Mask) -> Mask:
+        """Tell for each row whether `mask` is true for one of its values."""
+        return self.count(mask) > 0
+
+
+def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
+    """Return `rows` laid end to end."""
+    kept = list(rows)
+    starts = np.zeros(len(kept) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in kept], out=starts[1:])
+    values = np.fromiter(chain.from_iterable(kept), dtype=np.int32, count=int(starts[-1]))
+    return Ragged(values, starts)
+
+
+def _ragged(array: Any) -> Ragged:
+    """Return a column of lists, laid out as Arrow has it."""
+    starts = array.offsets.to_numpy().astype(np.int64)
+    return Ragged(array.values.to_numpy()[starts[0] : starts[-1]], starts - starts[0])
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A split as the checks see it.
+
+    Attributes:
+        ids: token ids of each row, or of the source for an encoder-decoder.
+        labels: labels of the tokens, of `ids` or of the target; None where a row has numbers.
+        example: index of the example that each row came from; rows of one example are neighbours.
+    """
+
+    ids: Ragged
+    labels: Ragged | None
+    example: Integers
+
+    @classmethod
+    def of(cls, rows: Sequence[Encoded]) -> Flat:
+        """Lay out encoded rows."""
+        labels = [row.labels for row in rows if isinstance(row.labels, list)]
+        return cls(
+            lay_out(row.input_ids for row in rows),
+            lay_out(labels) if len(labels) == len(rows) else None,
+            np.fromiter((row.row for row in rows), dtype=np.int64, count=len(rows)),
+        )
+
+    @classmethod
+    def of_batch(cls, batch: Any, *, token_labels: bool) -> Flat:
+        """Take a batch of a store as it is laid out."""
+        labels = _ragged(batch.column("labels")) if token_labels else None
+        return cls(_ragged(batch.column("input_ids")), labels, batch.column("row").to_numpy())
+
+    @property
+    def aligned(self) -> bool:
+        """Whether there is a label for each of `ids`."""
+        return self.labels is not None and np.array_equal(self.labels.starts, self.ids.starts)
+
+    def supervised(self) -> Integers:
+        """Return how many tokens of each row are learned; 1 where a row has numbers."""
+        if self.labels is None:
+            return np.ones(len(self.ids), dtype=np.int64)
+        return self.labels.count(self.labels.values != IGNORED)
+
+
+def flat_batches(rows: Sequence[Encoded]) -> Iterator[Flat]:
+    """Yield the split in parts of some thousand rows; those of one example stay together."""
+    if isinstance(rows, RowStore):
+        for batch in rows.batches():
+            yield Flat.of_batch(batch, token_labels=rows.has_token_labels)
+        return
+    begin = 0
+    while begin < len(rows):
+        end = min(begin + _ROWS, len(rows))
+        while end < len(rows) and rows[end].row == rows[end - 1].row:
+            end += 1
+        yield Flat.of(rows[begin:end])
+        begin = end

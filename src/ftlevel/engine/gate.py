@@ -1,0 +1,215 @@
+"""Run the gate over a split: what is wrong with its rows, and which of them are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ftlevel.config import DataConfig, GateConfig
+from ftlevel.config.gate import Action
+from ftlevel.data.encode import Encoded
+from ftlevel.data.fit import Fitted
+from ftlevel.data.gate import Finding, Flat, checks, duplicates, judge
+from ftlevel.data.gate.flat import Integers, Mask, flat_batches
+from ftlevel.data.store import take_rows
+from ftlevel.data.table import BadRow, Table, settle
+from ftlevel.errors import InputError
+
+_NO_ROWS = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the checks must know beside the rows.
+
+    Attributes:
+        policy: what follows from each finding.
+        target: what the task predicts, as in `Task.target`.
+        bos: id of the BOS token, or None.
+        ends: ids at which generation stops.
+        vocabulary: rows of the model's embedding.
+    """
+
+    policy: GateConfig
+    target: str
+    bos: int | None
+    ends: frozenset[int]
+    vocabulary: int
+
+    def check_split(
+        self, name: str, fitted: Fitted, examples: Sequence[Any], table: Table
+    ) -> tuple[Sequence[Encoded], list[Finding]]:
+        """Return the rows that are kept of a split, and what was found.
+
+        Args:
+            name: train or validation.
+            fitted: its encoded rows, and what was done to those that were too long.
+            examples: what they were encoded from; `Encoded.row` counts these.
+            table: where the examples came from.
+
+        Raises:
+            InputError: nothing is left.
+        """
+        rows, total = fitted.rows, len(examples)
+        example, masks = self._look(rows)
+        findings = [
+            found
+            for check, lost in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost))
+            if (found := self._judge(check, name, lost, total, table))
+        ]
+        keep = np.ones(len(rows), dtype=bool)
+        for check, mask in masks.items():
+            found = self._judge(check, name, np.unique(example[mask]), total, table)
+            findings += [found] if found else []
+            keep &= ~mask if found and found.action == "drop" else True
+        if name == "train":
+            keep &= self._find_duplicates(rows, example, examples, table, findings)
+            findings += self._find_one_class(examples, total)
+        if self.policy.long_prompt == "drop":
+            keep &= ~np.isin(example, np.array(fitted.long_prompts, dtype=np.int64))
+        kept = rows if keep.all() else take_rows(rows, np.flatnonzero(keep))
+        if not len(kept):
+            raise InputError([f"no {name} row is left: {finding}." for finding in findings])
+        return kept, findings
+
+    def _look(self, rows: Sequence[Encoded]) -> tuple[Integers, dict[str, Mask]]:
+        """Return each row's example, and for each check of tokens the rows with a finding."""
+        examples: list[Integers] = [_NO_ROWS]
+        masks: dict[str, list[Mask]] = {}
+        for flat in flat_batches(rows):
+            examples.append(flat.example)
+            for check, mask in self._token_checks(flat):
+                masks.setdefault(check, []).append(mask)
+        found = {check: np.concatenate(parts) for check, parts in masks.items()}
+        if self.target == "span":
+            found["answer_cut"] = checks.find_cut_spans(rows)
+        return np.concatenate(examples), found
+
+    def _token_checks(self, flat: Flat) -> Iterable[tuple[str, Mask]]:
+        """Yield each check of tokens with the rows in which it found something."""
+        text = self.target == "text"
+        yield "double_bos", checks.find_double_bos(flat, self.bos)
+        yield "token_range", checks.find_out_of_range(flat, self.vocabulary, token_labels=text)
+        if self.target != "mask":  # whose labels are drawn later, one at least
+            yield "unsupervised", checks.find_unsupervised(flat)
+        if text and self.ends:
+            yield "missing_eos", checks.find_missing_eos(flat, self.ends)
+
+    def _find_duplicates(
+        self,
+        rows: Sequence[Encoded],
+        example: Integers,
+        examples: Sequence[Any],
+        table: Table,
+        findings: list[Finding],
+    ) -> Mask:
+        """Add what is there twice to `findings` (mutated); return the rows that are kept."""
+        keep = np.ones(len(rows), dtype=bool)
+        policy, again = self.policy, _NO_ROWS
+        if not (policy.exact_duplicates == policy.near_duplicates == "ignore"):
+            again, first = duplicates.find_repeated(duplicates.example_keys(examples))
+            pairs = _pairs(again, first, table)
+            found = judge("exact_duplicates", "train", len(again), len(examples), pairs, policy)
+            keep &= self._add(found, findings, example, again)
+        # Questions on one context share most of their tokens by right.
+        if self.target != "span" and policy.near_duplicates != "ignore":
+            near_rows, others = duplicates.find_near(rows, np.isin(example, again))
+            near, index = np.unique(example[near_rows], return_index=True)
+            pairs = _pairs(near, example[others][index], table)
+            found = judge("near_duplicates", "train", len(near), len(examples), pairs, policy)
+            keep &= self._add(found, findings, example, near)
+        return keep
+
+    def find_leaks(
+        self, name: str, examples: Sequence[Any], train: Sequence[Any], table: Table
+    ) -> tuple[Integers, list[Finding]]:
+        """Return which `examples` of another split are training examples too, and the finding."""
+        if self.policy.leaked == "ignore":
+            return _NO_ROWS, []
+        known = duplicates.example_keys(train)
+        leaked = np.flatnonzero(np.isin(duplicates.example_keys(examples), known))
+        found = self._judge("leaked", name, leaked, len(examples), table)
+        if found and name == "test" and found.action == "drop":
+            found = replace(
+                found, action="warn"
+            )  # no run reads it, so that there is nothing to drop
+        return leaked, [found] if found else []
+
+    def _find_one_class(self, examples: Sequence[Any], total: int) -> list[Finding]:
+        labels = [e.label for e in examples] if self.target == "class" else []
+        if not labels or isinstance(labels[0], float):
+            return []
+        largest = checks.largest_class(labels)
+        if largest is None:
+            return []
+        label, count = largest
+        found = judge("one_class", "train", count, total, [f"label {label!r}"], self.policy)
+        return [found] if found else []
+
+    def _judge(
+        self, check: str, split: str, hit: Sequence[int] | Integers, total: int, table: Table
+    ) -> Finding | None:
+        places = [table.where(int(i)) for i in hit[:3]]
+        return judge(check, split, len(hit), total, places, self.policy)
+
+    @staticmethod
+    def _add(found: Finding | None, into: list[Finding], example: Integers, hit: Integers) -> Any:
+        if found is None:
+            return True
+        into.append(found)
+        return ~np.isin(example, hit) if found.action == "drop" else True
+
+
+def _pairs(again: Integers, first: Integers, table: Table) -> list[str]:
+    """Return the first places of rows that are there twice, each with the earlier one."""
+    return [
+        f"{table.where(int(a))} as {table.where(int(b))}"
+        for a, b in zip(again[:3], first[:3], strict=True)
+    ]
+
+
+def stop_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids that can end an answer: EOS, and the special tokens of the vocabulary."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {i for i, token in added.items() if token.special}
+    eos = tokenizer.eos_token_id
+    return frozenset(
+        special | set(tokenizer.all_special_ids) | ({eos} if eos is not None else set())
+    )
+
+
+def settle_faults(
+    table: Table, bad: Sequence[BadRow], config: DataConfig, split: str, *, lenient: bool
+) -> tuple[Table, list[Finding]]:
+    """Return `table` without the rows that nothing can be learned from, and what was found.
+
+    Args:
+        table: the rows of a split.
+        bad: the rows that can't be an example, each with the field of the gate it falls under.
+        config: the data section: its gate, and `on_bad_row`.
+        split: its name.
+        lenient: leave out rows that ought to stop the run, as a preview does.
+
+    Raises:
+        InputError: a row is to stop the run.
+    """
+    if not bad:
+        return table, []
+    findings: list[Finding] = []
+    grouped: dict[str, list[BadRow]] = {}
+    for row in bad:
+        grouped.setdefault(row.finding, []).append(row)
+    for name, rows in grouped.items():
+        if name:
+            places = [f"{table.place(row.line)}: {row.reason}" for row in rows[:3]]
+            action: Action = "drop" if config.on_bad_row == "skip" else getattr(config.gate, name)
+            lines = {row.line for row in rows}
+            findings.append(Finding(name, split, len(lines), len(table), tuple(places), action))
+    drops = {f.name for f in findings if f.action == "drop" or lenient}
+    rest = [row for row in bad if row.finding not in drops]
+    if rest:
+        settle(table, rest, config.on_bad_row)
+    return settle(table, bad, "skip"), findings

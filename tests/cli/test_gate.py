@@ -1,0 +1,270 @@
+"""The gate as `train` runs it: what is found is said with its place, and done by its policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from ftlevel.cli.app import run
+from ftlevel.config import GateConfig
+
+WORDS = (
+    "argument",
+    "parser",
+    "module",
+    "string",
+    "value",
+    "object",
+    "file",
+    "name",
+    "path",
+    "line",
+)
+TURN_WITHOUT_END = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def sentence(i: int, length: int = 12) -> str:
+    return " ".join(WORDS[(i * (k + 3) + k * k) % 10] + str(i * k % 7) for k in range(length))
+
+
+def pair(i: int, **changes: Any) -> dict[str, Any]:
+    return {"prompt": f"say {sentence(i)}", "completion": sentence(i + 50), **changes}
+
+
+GOOD = [pair(i) for i in range(6)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def dry(
+    capsys: pytest.CaptureFixture[str], *arguments: str, rows: list[dict[str, Any]] | None = None
+) -> tuple[int, str]:
+    """Run `train --dry-run` on rows in the current directory; return exit code and output."""
+    if rows is not None:
+        write(Path("rows.jsonl"), rows)
+        arguments = ("--dataset", "rows.jsonl", *arguments)
+    code = run(["train", "--dry-run", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+TALK = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("null_content", pair(9, completion=None), "'completion' is null"),
+        ("empty_text", pair(9, prompt=" "), "'prompt' is empty"),
+        ("unknown_role", None, "turn 1 of 'messages' has the unknown role 'userr' "
+         "(did you mean 'user'?)"),
+    ],
+)  # fmt: skip
+def test_rows_that_nothing_can_be_learned_from(
+    name: str, row: Any, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*GOOD, row]
+    if name == "unknown_role":
+        bad = {"messages": [{**TALK[0], "role": "userr"}, TALK[1]]}
+        rows = [{"messages": [{**TALK[0], "content": f"q{i}"}, TALK[1]]} for i in range(6)] + [bad]
+    code, out = dry(capsys, rows=rows)
+    assert (code, out.splitlines()[-1]) == (2, f"ftlevel: rows.jsonl:7: {reason}. {FIX}")
+    code, out = dry(capsys, "--set", f"data.gate.{name}=drop", rows=rows)
+    assert code == 0, out
+    assert f"1 of 7 train rows (rows.jsonl:7: {reason}) (dropped; --set data.gate.{name}=…)" in out
+
+
+def test_duplicates_are_counted_and_dropped_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    longer = pair(20, completion=sentence(90, 60))
+    nearly = {**longer, "completion": longer["completion"] + " end"}
+    rows = [*GOOD, {"prompt": GOOD[1]["prompt"].upper(), "completion": GOOD[1]["completion"]},
+            longer, nearly]  # fmt: skip
+    code, out = dry(capsys, rows=rows)
+    assert code == 0
+    assert (
+        "data check: the same as an earlier row: 1 of 9 train rows (rows.jsonl:7 as rows.jsonl:2) "
+        "(kept; --set data.gate.exact_duplicates=…)"
+    ) in out
+    assert (
+        "data check: nearly the same as an earlier row: 1 of 9 train rows "
+        "(rows.jsonl:9 as rows.jsonl:8)"
+    ) in out
+    both = ["data.gate.exact_duplicates=drop", "data.gate.near_duplicates=drop"]
+    code, out = dry(capsys, *(x for s in both for x in ("--set", s)), rows=rows)
+    assert "data: rows.jsonl (7 rows" in out
+    code, out = dry(capsys, "--set", "data.gate.exact_duplicates=stop", rows=rows)
+    assert (code, out.splitlines()[-1]) == (
+        2,
+        "ftlevel: the same as an earlier row: 1 of 9 train rows (rows.jsonl:7 as rows.jsonl:2). "
+        "Remove them, or pass --set data.gate.exact_duplicates=drop or warn.",
+    )
+
+
+def test_validation_rows_that_are_trained_on_are_dropped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(Path("set/train.jsonl"), GOOD)
+    write(Path("set/validation.jsonl"), [GOOD[2], pair(30), pair(31)])
+    write(Path("set/test.jsonl"), [pair(40), GOOD[0]])
+    code, out = dry(capsys, "--dataset", "set")
+    assert code == 0
+    assert "data: set (6 rows; 2 for validation)" in out
+    assert "also a training row: 1 of 3 validation rows (set/validation.jsonl:1) (dropped;" in out
+    assert "also a training row: 1 of 2 test rows (set/test.jsonl:2) (kept;" in out
+    code, out = dry(capsys, "--dataset", "set", "--set", "data.gate.leaked=stop")
+    assert code == 2
+    assert out.count("also a training row") == 2
+
+
+def test_a_template_that_teaches_no_end_is_refused(
+    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    shutil.copytree(tiny_model_dir("llama"), "model")
+    Path("model/chat_template.jinja").write_text(TURN_WITHOUT_END, encoding="utf-8")
+    code, out = dry(capsys, "--model", "model", rows=GOOD)
+    assert code == 2
+    assert (
+        "ftlevel: an answer without EOS or an end of turn among its labels: 6 of 6 train rows "
+        "(rows.jsonl:1, rows.jsonl:2, rows.jsonl:3 and 3 more). The model would not learn to stop"
+    ) in out
+
+
+MARKS_SOME = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if 'it' in m['content'] %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("learned", [0, 2])
+def test_rows_without_a_token_to_learn(
+    learned: int, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.jinja").write_text(MARKS_SOME, encoding="utf-8")
+    rows = [pair(i, completion="it " * (i < learned) + sentence(i + 50)) for i in range(6)]
+    model = ["--model", str(tiny_model_dir("qwen2")), "--chat-template", "own.jinja"]
+    code, out = dry(capsys, *model, rows=rows)
+    if not learned:
+        assert (code, out.splitlines()[-1]) == (
+            2,
+            "ftlevel: no train row is left: no supervised token: 6 of 6 train rows (rows.jsonl:1, "
+            "rows.jsonl:2, rows.jsonl:3 and 3 more).",
+        )
+        return
+    assert code == 0, out
+    assert "no supervised token: 4 of 6 train rows (rows.jsonl:3, rows.jsonl:4, rows.jsonl:5" in out
+    assert "data: rows.jsonl (2 rows" in out
+    code, out = dry(capsys, *model, "--set", "data.gate.unsupervised=stop", rows=rows)
+    assert code == 2
+
+
+def test_a_text_that_brings_its_own_bos_gets_no_second(
+    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"<s>{sentence(i)}"} for i in range(4)]
+    code, out = dry(capsys, "--model", str(tiny_model_dir("llama")), rows=rows)
+    assert code == 0
+    assert "two BOS" not in out
+
+
+def test_one_class_has_nearly_all_rows(
+    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": sentence(i), "label": "b" if i == 5 else "a"} for i in range(40)]
+    code, out = dry(
+        capsys, "--task", "text-classification", "--model", str(tiny_model_dir("bert")), rows=rows
+    )
+    assert code == 0
+    assert "one class has nearly all rows: 39 of 40 train rows (label 'a' and 38 more)" not in out
+    assert "one class has nearly all rows: 39 of 40 train rows (label 'a')" in out
+
+
+def test_another_models_tokenizer(
+    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model_dir("llama", vocab_size=300)
+    code, out = dry(capsys, "--model", str(model), rows=GOOD)
+    assert code == 2
+    assert "a token id beyond the model's embedding: 6 of 6 train rows (rows.jsonl:1" in out
+    assert "The tokenizer is not this model's: use its own, or pass" in out
+
+
+def test_long_prompts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*GOOD, pair(9, prompt=sentence(3, 200))]
+    code, out = dry(capsys, "--max-length", "300", "--overlong", "truncate-prompt", rows=rows)
+    assert code == 0, out
+    assert "a prompt that alone is beyond the max length: 1 of 7 train rows (rows.jsonl:7)" in out
+    assert "rows changed: 1 shortened at the beginning of the prompt" in out
+
+
+def test_findings_are_in_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("rows.jsonl"), [*GOOD, GOOD[0]])
+    assert run(["train", "--dry-run", "--json", "--dataset", "rows.jsonl"]) == 0
+    [found] = json.loads(capsys.readouterr().out)["data"]["gate"]
+    assert found == {
+        "name": "exact_duplicates", "split": "train", "count": 1, "total": 7, "action": "warn",
+        "places": ["rows.jsonl:7 as rows.jsonl:1"], "title": "the same as an earlier row",
+    }  # fmt: skip
+
+
+def test_an_action_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = dry(capsys, "--set", "data.gate.null_content=warn")
+    assert code == 2
+    assert "--set data.gate.null_content: 'warn' is not known. Expected one of stop, drop." in out
+    code, out = dry(capsys, "--set", "data.gate.dups=warn")
+    assert "unknown key 'data.gate.dups'" in out
+
+
+def test_every_check_has_a_title_and_every_stop_a_way_on() -> None:
+    from ftlevel.data.gate.findings import _TITLES, Finding, explain_stop
+
+    assert set(_TITLES) == set(GateConfig.model_fields)
+    for name in _TITLES:
+        message = explain_stop(Finding(name, "train", 1, 2, ("a:1",), "stop"))
+        assert "drop" in message or "warn" in message
+
+
+def test_several_sets_with_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("a.jsonl"), GOOD)
+    write(Path("b.jsonl"), [pair(60 + i) for i in range(20)])
+    both = ["--dataset", "a.jsonl", "--dataset", "b.jsonl"]
+    code, out = dry(capsys, *both)
+    assert (code, "data: a.jsonl + b.jsonl (26 rows" in out) == (0, True)
+    code, out = dry(capsys, *both, "--mix", "1,2")
+    assert "data: a.jsonl + b.jsonl (18 rows" in out
+    assert "note: mixed 1 : 2: 6 of 6 rows of a.jsonl, 12 of 20 rows of b.jsonl" in out
+    code, out = dry(capsys, *both, "--mix", "1")
+    assert (code, out.splitlines()[-1]) == (
+        2,
+        "ftlevel: --mix has 1 shares, and there are 2 data sets. Give one share for each "
+        "--dataset.",
+    )
+    write(Path("b.jsonl"), [pair(60), pair(61, completion=None)])
+    code, out = dry(capsys, *both)
+    assert "b.jsonl:2: 'completion' is null" in out
+
+
+def test_the_page_lists_every_check_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    for name, info in GateConfig.model_fields.items():
+        others = [action for action in get_args(info.annotation) if action != info.default]
+        line = f"| `{name}` | {info.description} | {info.default} | {', '.join(others)} |"
+        assert line in page, name

@@ -1,0 +1,182 @@
+"""`preview` shows what `train` would be given, for every task, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import task_data
+from ftlevel.cli.app import run
+from ftlevel.config import TrainConfig
+
+ModelDir = Callable[..., Path]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "the argument"},
+    {"role": "assistant", "content": "the [file]"},
+    {"role": "user", "content": "the value"},
+    {"role": "assistant", "content": "an object"},
+]
+
+
+def look(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    assert run(["preview", *map(str, arguments)]) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def learned(shown: str) -> str:
+    """Return what stands in brackets, joined; `\\[` is a bracket of the text."""
+    inside = re.findall(r"(?<!\\)\[((?:\\.|[^\]\\])*)\]", shown)
+    return "".join(inside).replace("\\", "")
+
+
+def test_a_conversation_in_a_pipe(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "talk.jsonl", {"messages": TALK}, {"messages": TALK[1:3]})
+    out = look(capsys, "--model", tiny_model_dir("qwen2"), "--dataset", data, "--row", "1")
+    head, row = out.split("row 1 (", 1)
+    assert "columns: messages: 'messages'" in head
+    body = row.split("length in tokens")[0]
+    assert "<|im_start|>system⏎\nBe brief.<|im_end|>⏎\n" in body
+    assert learned(body) == "the [file]<|im_end|>an object<|im_end|>"
+    assert "the run: 3 steps" in out
+    assert "data check: nothing found" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "head", "expected"),
+    [
+        ("tags", "bert", "mlm", r"\[[^\]=]*=B-LOC\].*\[[^\]=]*=O\]"),
+        ("class", "bert", "mlm", r"label: b"),
+        ("multi", "bert", "mlm", r"label: x"),
+        ("regression", "gpt2", None, r"label: 0\.\d+"),
+        ("mask", "bert", "mlm", r"\[ ?\\\[MASK\\\]=\w+\]"),
+        ("pair", "t5", None, r"\d+ tokens → \d+"),
+    ],
+)
+def test_every_task(
+    name: str, family: str, head: str | None, expected: str, tmp_path: Path,
+    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    tasks = {"tags": "token-classification", "mask": "masked-lm", "pair": "translation"}
+    data = task_data.write(tmp_path / "data", name)
+    columns = ["--map", "source=en", "--map", "target=de"] if name == "pair" else []
+    out = look(
+        capsys, "--model", tiny_model_dir(family, head), "--dataset", data,
+        "--task", tasks.get(name, "text-classification"), *columns, "--row", "2",
+    )  # fmt: skip
+    assert re.search(expected, out, re.DOTALL), out
+
+
+def test_an_answer_in_its_context(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = task_data.write(tmp_path / "data", "span")
+    out = look(
+        capsys, "--model", tiny_model_dir("bert", "mlm"), "--dataset", data, "--row", "3",
+        "--task", "question-answering", "--max-length", "48", "--set", "data.doc_stride=12",
+    )  # fmt: skip
+    windows = out.split("row 3 (")[1:]
+    assert len(windows) > 1
+    assert "no answer in this window" in out
+    assert {learned(window).strip() for window in windows} - {""} == {"module 2"}
+
+
+def test_json_is_what_the_trainer_is_given(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ftlevel.engine.resolve import resolve
+
+    data = write(tmp_path / "talk.jsonl", *({"messages": TALK[1 : 3 + 2 * i]} for i in range(2)))
+    model = str(tiny_model_dir("llama", chat=True))
+    found = json.loads(look(capsys, "--model", model, "--dataset", str(data), "--json"))
+    config = TrainConfig.model_validate(
+        {"model": {"name_or_path": model}, "data": {"dataset": str(data)}}
+    )
+    rows = {row.row + 1: row for row in resolve(config).data.train}
+    for shown in found["rows"]:
+        row = rows[shown["number"]]
+        assert [token["id"] for token in shown["tokens"]] == row.input_ids
+        assert [t["id"] if t["supervised"] else -100 for t in shown["tokens"]] == row.labels
+    assert found["tokens"] == sum(len(row.input_ids) for row in rows.values())
+    assert sum(bar["count"] for bar in found["lengths"]) == 2
+
+
+def test_what_would_stop_a_run_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"prompt": "a", "completion": "b"}
+    data = write(tmp_path / "x.jsonl", good, {"prompt": "c", "completion": None}, good)
+    assert run(["train", "--dry-run", "--dataset", str(data)]) == 2
+    capsys.readouterr()
+    out = look(capsys, "--dataset", data)
+    assert f"null content: 1 of 3 train rows ({data}:2: 'completion' is null): would stop" in out
+    assert f"the same as an earlier row: 1 of 2 train rows ({data}:3 as {data}:1): kept" in out
+
+
+def test_rows_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "x.jsonl", *({"prompt": f"{i}", "completion": "b"} for i in range(2)))
+    error = look(capsys, "--dataset", data, "--row", "9", code=2)
+    assert error == (
+        "ftlevel: --row 9: no such row. There are 2 training rows, of which 2 are trained on.\n"
+    )
+
+
+def test_a_run_shows_its_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b"})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(f"data: {{dataset: {data}}}\n", encoding="utf-8")
+    assert "row 1 (" in look(capsys, tmp_path / "run")
+    assert "no run" in look(capsys, tmp_path, code=2)
+
+
+def test_a_character_of_several_tokens_is_whole(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "x.jsonl", {"text": "the 木 and 🎈 file"})
+    for family in ("gpt2", "llama"):
+        out = look(capsys, "--model", tiny_model_dir(family, chat=False), "--dataset", data)
+        assert "the 木 and 🎈 file" in learned(out), family
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_phone(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no headless browser is installed ({', '.join(BROWSERS)})")
+    data = write(tmp_path / "x.jsonl", {"prompt": "a<b>" + "x" * 300, "completion": "</div>&amp;"})
+    page = tmp_path / "page.html"
+    look(capsys, "--model", tiny_model_dir("qwen2"), "--dataset", data, "--html", page)
+    html = page.read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=|url\(|<script|@import", html)
+    measure = (
+        "<script>document.title = [document.documentElement.scrollWidth <= innerWidth, "
+        "[...document.querySelectorAll('.l')].slice(1).map(e => e.textContent).join('')]"
+        ".join('|')</script></body>"
+    )
+    page.write_text(html.replace("</body>", measure), encoding="utf-8")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844",
+         "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    title = re.search("<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    assert title.group(1) == "true|&lt;/div&gt;&amp;amp;&lt;|im_end|&gt;"
+
+
+BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")

@@ -1,0 +1,47 @@
+"""A chat template that is given to a model travels with the adapter, into generation too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ftlevel.cli.app import run
+from ftlevel.data.prompts import prompt_ids
+from ftlevel.engine.trained import load_trained
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "the argument"},
+    {"role": "assistant", "content": "the file"},
+    {"role": "user", "content": "the value"},
+    {"role": "assistant", "content": "an object"},
+]
+
+
+@pytest.mark.slow
+def test_the_template_is_saved_and_asked_with(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "talk.jsonl"
+    rows = [{"messages": [*TALK[:4], {**TALK[4], "content": f"object {i}"}]} for i in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    model = ["--model", str(tiny_model_dir("llama", chat=False)), "--dataset", str(data)]
+    assert run(["train", "--dry-run", *model]) == 2
+    assert (
+        f"{data}:1: is a conversation of 5 messages, and the model has no chat template to tell "
+        "its turns apart. Give it one (--chat-template chatml), or"
+    ) in capsys.readouterr().err
+    out = tmp_path / "run"
+    arguments = [*model, "--chat-template", "mistral", "--max-steps", "2", "--learning-rate",
+                 "0.01", "--output-dir", str(out), "--validation-split", "0.2"]  # fmt: skip
+    assert run(["train", *arguments]) == 0
+    assert "chat template: mistral (the model has none)" in capsys.readouterr().out
+    assert "[INST]" in (out / "adapter/chat_template.jinja").read_text(encoding="utf-8")
+    trained = load_trained(str(out), "cpu")
+    assert trained.prompt_format is not None
+    ids = prompt_ids(trained.tokenizer, trained.prompt_format, "the value")
+    assert trained.tokenizer.decode(ids) == "<s>[INST] the value [/INST]"
+    assert run(["generate", str(out), "--prompt", "the value", "--device", "cpu"]) == 0

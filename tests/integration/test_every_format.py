@@ -1,0 +1,191 @@
+"""One file of every format trains, and is named on the screen."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.cli.app import run
+
+Rows = list[dict[str, Any]]
+WORDS = ("argument", "parser", "module", "string", "value", "object", "file", "path")
+CALL = {"name": "look", "arguments": {"word": "value"}}
+
+
+def words(i: int) -> str:
+    return f"the {WORDS[i % 8]} {WORDS[i * 3 % 7]} {i}"
+
+
+def turns(i: int, role: str, text: str, names: tuple[str, str, str]) -> list[dict[str, str]]:
+    system, user, assistant = names
+    return [
+        {role: system, text: "Be brief."},
+        {role: user, text: words(i)},
+        {role: assistant, text: words(i + 1)},
+        {role: user, text: words(i + 2)},
+        {role: assistant, text: words(i + 3)},
+    ]
+
+
+def with_tool(i: int) -> Rows:
+    return [
+        {"from": "human", "value": words(i)},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": words(i + 1)},
+        {"from": "gpt", "value": words(i + 2)},
+    ]
+
+
+def squad(i: int) -> dict[str, Any]:
+    context = f"There is {words(i)} and {words(i + 1)}."
+    answer = {"text": [words(i)], "answer_start": [9]}
+    return {"context": context, "question": "What is there?", "answers": answer}
+
+
+OPENAI, SHAREGPT = ("system", "user", "assistant"), ("system", "human", "gpt")
+TOOLS = json.dumps([{"type": "function", "function": {"name": "look"}}])
+FORMATS: dict[str, tuple[str, str, Callable[[int], dict[str, Any]]]] = {
+    "text": ("text-generation", "llama", lambda i: {"text": words(i)}),
+    "prompt + completion": (
+        "text-generation", "llama", lambda i: {"prompt": words(i), "completion": words(i + 1)}),
+    "instruction + output": (
+        "text-generation", "llama",
+        lambda i: {"instruction": words(i), "input": "", "output": words(i + 1)}),
+    "messages": (
+        "text-generation", "qwen2", lambda i: {"messages": turns(i, "role", "content", OPENAI)}),
+    "conversations": (
+        "text-generation", "qwen2",
+        lambda i: {"conversations": turns(i, "from", "value", SHAREGPT)}),
+    "conversations with tools": (
+        "text-generation", "qwen2", lambda i: {"conversations": with_tool(i), "tools": TOOLS}),
+    "document + summary": (
+        "summarization", "t5", lambda i: {"document": words(i) * 2, "summary": words(i)}),
+    "source + target": (
+        "translation", "t5", lambda i: {"source": words(i), "target": words(i + 1)}),
+    "text + label": (
+        "text-classification", "bert", lambda i: {"text": words(i), "label": "ab"[i % 2]}),
+    "text + label as numbers": (
+        "text-classification", "bert", lambda i: {"text": words(i), "label": i % 2}),
+    "text + several labels": (
+        "text-classification", "bert",
+        lambda i: {"text": words(i), "label": ["x", "y"][: i % 3]}),
+    "text + text_pair + label": (
+        "text-classification", "bert",
+        lambda i: {"premise": words(i), "hypothesis": words(i + 1), "label": i % 2}),
+    "tokens + tags": (
+        "token-classification", "bert",
+        lambda i: {"tokens": words(i).split(), "tags": ["O", "B-X", "O", "O"]}),
+    "context + question + answers": ("question-answering", "bert", squad),
+}  # fmt: skip
+
+
+def write_jsonl(path: Path, rows: Rows) -> Path:
+    path = path.with_suffix(".jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_json(path: Path, rows: Rows) -> Path:
+    path = path.with_suffix(".json")
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return path
+
+
+def write_csv(path: Path, rows: Rows) -> Path:
+    path = path.with_suffix(".csv")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_parquet(path: Path, rows: Rows) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".parquet"))
+    return path.with_suffix(".parquet")
+
+
+def write_saved(path: Path, rows: Rows) -> Path:
+    import datasets
+
+    datasets.Dataset.from_list(rows).save_to_disk(path)
+    return path
+
+
+def write_directory(path: Path, rows: Rows) -> Path:
+    path.mkdir()
+    write_jsonl(path / "train", rows[:-4])
+    write_csv(path / "validation", rows[-4:])
+    return path
+
+
+WRITERS = (write_jsonl, write_json, write_csv, write_parquet, write_saved, write_directory)
+
+
+def train(
+    data: Path, task: str, model: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str
+) -> str:
+    arguments = ["--dataset", data, "--task", task, "--model", model, "--output-dir", out,
+                 "--max-steps", "2", "--learning-rate", "0.01", "--device", "cpu"]  # fmt: skip
+    code = run(["train", *map(str, arguments), *more])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_trains(
+    name: str, tmp_path: Path, tiny_model_dir: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    task, family, row = FORMATS[name]
+    data = write_jsonl(tmp_path / "rows", [row(i) for i in range(12)])
+    head = "mlm" if family == "bert" else None
+    more = ["--chat-template", "qwen"] if "tools" in name else []
+    out = train(data, task, tiny_model_dir(family, head), tmp_path / "run", capsys, *more)
+    shape = name.partition(" as ")[0].partition(" with ")[0].replace("several labels", "label")
+    assert f"columns: {shape}: " in out
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__.removeprefix("write_"))
+def test_every_container_trains(
+    write: Callable[[Path, Rows], Path], tmp_path: Path, tiny_model_dir: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rows = [{"prompt": words(i), "completion": words(i + 1)} for i in range(12)]
+    data = write(tmp_path / "rows", rows)
+    out = train(data, "text-generation", tiny_model_dir("llama"), tmp_path / "run", capsys)
+    assert "columns: prompt + completion: 'prompt', 'completion'" in out
+
+
+def test_paragraphs_train(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.txt"
+    data.write_text("\n\n".join(words(i) for i in range(12)), encoding="utf-8")
+    out = train(data, "text-generation", tiny_model_dir("llama"), tmp_path / "run", capsys)
+    assert "columns: text: 'text'" in out
+
+
+def test_a_mapped_column_trains(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"frage": words(i), "antwort": words(i + 1)} for i in range(12)]
+    data, model = write_jsonl(tmp_path / "rows", rows), tiny_model_dir("llama")
+    assert run(["train", "--dry-run", "--dataset", str(data), "--model", str(model)]) == 2
+    assert (
+        "Columns: 'frage', 'antwort'. Wanted is one of: messages, conversations, prompt + "
+        "completion, instruction + output, text. Say which is which: --map prompt=frage "
+        "--map completion=antwort."
+    ) in capsys.readouterr().err
+    out = train(data, "text-generation", model, tmp_path / "run", capsys,
+                "--map", "prompt=frage", "--map", "completion=antwort")  # fmt: skip
+    assert "columns: prompt + completion: prompt from 'frage', completion from 'antwort'" in out

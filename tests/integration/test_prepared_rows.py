@@ -1,0 +1,188 @@
+"""Large sets: rows in a file are those of a list, by one process or two, and are found again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import task_data
+from ftlevel.config import TrainConfig
+from ftlevel.data import cache, lines
+from ftlevel.data.store import RowStore, change_rows, rows_to_batches, take_rows, write_store
+from ftlevel.engine import dataset
+from ftlevel.engine.preview import preview
+from ftlevel.engine.resolve import resolve
+from ftlevel.errors import InputError
+
+ModelDir = Callable[..., Path]
+ROWS = 1_200
+TASKS = {
+    "tags": ("token-classification", "bert", "mlm", {}),
+    "span": ("question-answering", "bert", "mlm", {"max_length": 48, "doc_stride": 12}),
+    "mask": ("masked-lm", "bert", "mlm", {}),
+    "class": ("text-classification", "bert", "mlm", {}),
+    "multi": ("text-classification", "bert", "mlm", {}),
+    "regression": ("text-classification", "gpt2", None, {}),
+    "pair": ("translation", "t5", None, {"columns": {"source": "en", "target": "de"}}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(dataset, "SMALL_BYTES", 0)
+
+
+def plan_of(model: Path, data: Path, task: str = "text-generation", **options: Any) -> Any:
+    return resolve(
+        TrainConfig.model_validate(
+            {
+                "task": task,
+                "model": {"name_or_path": str(model), "device": "cpu"},
+                "data": {"dataset": str(data), **options},
+            }
+        )
+    )
+
+
+def write_talk(path: Path, count: int = ROWS) -> Path:
+    lines = (json.dumps({"prompt": f"the value {i}", "completion": f"it is {i} {i * i}"})
+             for i in range(count))  # fmt: skip
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def folders() -> list[str]:
+    root = cache.cache_root()
+    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.exists() else []
+
+
+def same(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    return len(left) == len(right) and all(a == b for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_in_a_file_are_those_of_a_list(
+    name: str, tmp_path: Path, tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, family, head, options = TASKS[name]
+    data = task_data.write(tmp_path / "data", name, rows=ROWS if name != "span" else 1_000)
+    model = tiny_model_dir(family, head)
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0)
+    first = plan_of(model, data, task, **options).data
+    again = plan_of(model, data, task, **options).data
+    assert len(folders()) == 1
+    monkeypatch.setattr(dataset, "KEEP_FROM", 10**9)
+    monkeypatch.setattr(lines, "LARGE_BYTES", 10**9)
+    plain = plan_of(model, data, task, cache=False, **options).data
+    assert isinstance(getattr(plain.train, "rows", plain.train), list)
+    for kept in (first, again):
+        assert isinstance(getattr(kept.train, "rows", kept.train), RowStore)
+        assert same(kept.train, plain.train)
+        assert same(kept.validation, plain.validation)
+        assert kept.facts == json.loads(json.dumps(plain.facts))
+        assert kept.findings == plain.findings
+        assert kept.prompt_format == plain.prompt_format
+        assert kept.table.where(3) == plain.table.where(3)
+
+
+def test_two_processes_give_the_rows_of_one(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
+    data, model = write_talk(tmp_path / "x.jsonl", 3_500), tiny_model_dir("qwen2")
+    one = plan_of(model, data, cache=False).data
+    two = plan_of(model, data, cache=False, num_proc=2).data
+    assert isinstance(two.train, RowStore)
+    assert same(one.train, two.train)
+    assert folders() == []
+
+
+def test_an_error_in_another_process_names_its_row(
+    tmp_path: Path, tiny_model_dir: ModelDir
+) -> None:
+    data = tmp_path / "x.jsonl"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": turns} for _ in range(2_500)]
+    rows[2_200] = {"messages": turns * 2}
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(InputError, match=r"x\.jsonl:2201: is a conversation of 4 messages"):
+        plan_of(tiny_model_dir("llama", chat=False), data, num_proc=2)
+    assert folders() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "anew"),
+    [
+        ({}, False),
+        ({"num_proc": 2}, False),
+        ({"max_length": 60}, True),
+        ({"gate": {"near_duplicates": "ignore"}}, True),
+        ({"chat_template": "chatml"}, True),
+    ],
+)
+def test_what_changes_the_rows_changes_the_key(
+    change: dict[str, Any], anew: bool, tmp_path: Path, tiny_model_dir: ModelDir
+) -> None:
+    data, model = write_talk(tmp_path / "x.jsonl"), tiny_model_dir("qwen2")
+    plan_of(model, data)
+    plan = plan_of(model, data, **change)
+    assert len(folders()) == 1 + anew
+    [said] = [c.value for c in plan.choices if c.name == "rows"]
+    assert said == ("kept for the next run" if anew else "prepared before")
+
+
+def test_one_changed_byte_is_seen(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
+    data, model = write_talk(tmp_path / "x.jsonl"), tiny_model_dir("qwen2")
+    before = plan_of(model, data).data
+    stat = data.stat()
+    data.write_text(data.read_text().replace('value 7"', 'value 8"'), encoding="utf-8")
+    os.utime(data, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = plan_of(model, data).data
+    assert len(folders()) == 2
+    assert [i for i in range(ROWS) if before.train[i] != after.train[i]] == [7]
+
+
+def test_a_preparation_that_was_killed_leaves_nothing_that_is_used(
+    tmp_path: Path, tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, model = write_talk(tmp_path / "x.jsonl"), tiny_model_dir("qwen2")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "_save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            plan_of(model, data)
+    assert folders() == []
+    assert len(plan_of(model, data).data.train) == ROWS
+
+
+def test_a_preview_reads_what_is_kept(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
+    config = TrainConfig.model_validate(
+        {
+            "model": {"name_or_path": str(tiny_model_dir("qwen2"))},
+            "data": {"dataset": str(write_talk(tmp_path / "x.jsonl"))},
+        }
+    )
+    first, again = preview(config, [5]), preview(config, [5])
+    assert (first.rows, first.lengths, first.facts) == (again.rows, again.lengths, again.facts)
+    assert first.rows[0].place == again.rows[0].place == f"{tmp_path / 'x.jsonl'}:5"
+
+
+def test_a_store_behaves_like_a_list(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
+    rows = list(plan_of(tiny_model_dir("qwen2"), write_talk(tmp_path / "x.jsonl")).data.train)
+    store = write_store(tmp_path / "rows.arrow", rows_to_batches(rows))
+    assert store[-1] == rows[-1]
+    assert store[3:9:2] == rows[3:9:2]
+    with pytest.raises(IndexError):
+        store[ROWS]
+    some = take_rows(take_rows(store, np.arange(5, 1_100)), np.array([0, 900]))
+    assert [row.row for row in some] == [5, 905]
+    doubled = change_rows(store, lambda row: [row, row] if row.row == 2 else [row])
+    assert [row.row for row in doubled[:5]] == [0, 1, 2, 2, 3]
+    assert len(change_rows(store, lambda row: [])) == 0

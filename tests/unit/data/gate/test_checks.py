@@ -1,0 +1,88 @@
+"""Checks of tokens on rows written by hand: exactly the rows in which something is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.data.gate import Flat, checks
+from ftlevel.data.windows import Window
+
+_ = IGNORED
+BOS, EOS = 1, 2
+
+
+def flat_of(*rows: tuple[list[int], list[int]]) -> Flat:
+    return Flat.of([Encoded(ids, labels, i) for i, (ids, labels) in enumerate(rows)])
+
+
+def hits(mask: np.ndarray) -> list[int]:
+    return np.flatnonzero(mask).tolist()
+
+
+def test_rows_are_laid_out_end_to_end() -> None:
+    flat = flat_of(([5, 6], [_, 6]), ([], []), ([7], [7]))
+    assert flat.ids.values.tolist() == [5, 6, 7]
+    assert flat.ids.starts.tolist() == [0, 2, 2, 3]
+    assert flat.supervised().tolist() == [1, 0, 1]
+    assert flat.aligned
+
+
+def test_unsupervised_rows() -> None:
+    flat = flat_of(([5, 6], [_, 6]), ([5, 6], [_, _]), ([], []))
+    assert hits(checks.find_unsupervised(flat)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "wrong"),
+    [
+        ([_, 7, EOS], False),
+        ([_, 7, 8], True),
+        ([_, 7, EOS, _, _], False),  # white space behind the end of the turn
+        ([_, 7, 9, _, 7, EOS], True),  # the first of two answers does not end
+        ([_, 7, EOS, _, 7, EOS], False),
+        ([_, _, _], False),  # another check's affair
+        ([_, EOS, 7], True),
+    ],
+)
+def test_every_answer_ends(labels: list[int], wrong: bool) -> None:
+    whole = [_, 7, EOS]
+    flat = flat_of((whole, whole), (labels, labels), (whole, whole))
+    assert hits(checks.find_missing_eos(flat, {EOS})) == [1] * wrong
+
+
+def test_a_split_text_ends_in_its_last_piece() -> None:
+    pieces = [Encoded([7, 8], [7, 8], 0), Encoded([9, EOS], [9, EOS], 0), Encoded([7], [7], 1)]
+    assert hits(checks.find_missing_eos(Flat.of(pieces), {EOS})) == [2]
+
+
+def test_double_bos() -> None:
+    rows = [([BOS, BOS, 5], [_] * 3), ([BOS, 5, BOS], [_] * 3), ([BOS], [_]), ([], [])]
+    flat = flat_of(*rows)
+    assert hits(checks.find_double_bos(flat, BOS)) == [0]
+    assert hits(checks.find_double_bos(flat, None)) == []
+
+
+def test_ids_beyond_the_embedding() -> None:
+    flat = flat_of(([9], [9]), ([10], [_]), ([3], [10]), ([-1], [_]))
+    assert hits(checks.find_out_of_range(flat, 10, token_labels=True)) == [1, 2, 3]
+    assert hits(checks.find_out_of_range(flat, 10, token_labels=False)) == [1, 3]
+
+
+def test_an_answer_that_lies_in_no_window() -> None:
+    answers = (("x", 4),)
+    windows = [
+        Window([1], (0, 0), 0, {}, "", answers),
+        Window([1], (3, 4), 0, {}, "", answers),
+        Window([1], (0, 0), 1, {}, "", answers),
+        Window([1], (0, 0), 1, {}, "", answers),
+        Window([1], (0, 0), 2, {}, "", ()),
+    ]
+    assert hits(checks.find_cut_spans(windows)) == [2, 3]
+
+
+def test_one_class() -> None:
+    assert checks.largest_class(["a"] * 19 + ["b"]) == ("a", 19)
+    assert checks.largest_class(["a"] * 18 + ["b", "c"]) is None
+    assert checks.largest_class([]) is None

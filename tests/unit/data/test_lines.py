@@ -1,0 +1,68 @@
+"""A large file is read by line as a small one is: the same rows, the same complaints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ftlevel.data import lines
+from ftlevel.data.examples import LazyExamples, convert_rows
+from ftlevel.data.formats import detect_format
+from ftlevel.data.lines import LineRows
+from ftlevel.data.reader import read_table
+from ftlevel.errors import InputError
+
+ROW = b'{"prompt": "caf\xc3\xa9 %d", "completion": "x"}\n'
+GOOD = [
+    b"".join(ROW % i for i in range(5)),
+    b"\xef\xbb\xbf" + b"".join(ROW % i for i in range(3)),
+    (ROW % 1) + b"\n  \n" + (ROW % 2).rstrip(),
+    (ROW % 1).replace(b"\n", b"\r\n") + (ROW % 2),
+    '{"prompt": "a\u2028b", "completion": "c\u0085d"}\n'.encode() + ROW % 2,
+]
+BAD = [
+    (ROW % 1) + b'{"prompt": "a", "comp',
+    (ROW % 1) + b'["a"]\n',
+    (ROW % 1) + b'{"prompt": "a", "prompt": "b", "completion": "c"}\n',
+    (ROW % 1) * 3 + b'{"prompt": "a", "completion": 3}\n',
+    (ROW % 1) * 3 + b'{"prompt": "a", "txt": "b"}\n',
+    (ROW % 1) + '{"prompt": "\u00e9"}'.encode("latin-1"),
+]
+
+
+@pytest.mark.parametrize("content", GOOD)
+def test_the_same_rows(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    small = read_table(path)
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0)
+    large = read_table(path)
+    assert isinstance(large.rows, LineRows)
+    assert list(large.rows) == small.rows
+    assert list(large.lines) == small.lines
+    taken = large.take([1, 0])
+    assert [taken.rows[0], taken.rows[1]] == [small.rows[1], small.rows[0]]
+    assert taken.where(0) == small.where(1)
+    format_ = detect_format(small.columns, "text-generation")
+    examples, bad = convert_rows(large, format_)
+    assert isinstance(examples, LazyExamples)
+    assert (list(examples), bad) == convert_rows(small, format_)
+
+
+@pytest.mark.parametrize("content", BAD)
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_the_same_complaints(
+    content: bytes, on_bad_row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    outcomes = []
+    for size in (10**9, 0):
+        monkeypatch.setattr(lines, "LARGE_BYTES", size)
+        try:
+            table = read_table(path, on_bad_row)  # type: ignore[arg-type]
+            outcomes.append((list(table.rows), list(table.lines), table.dropped))
+        except InputError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
