@@ -67,9 +67,9 @@ WORKLOADS = {
     "docstring-summary": Workload(
         "summarization", SMOLLM2, "data/docstring-summary",
         (
-            *("--max-samples", "240", "--batch-size", "8", "--num-train-epochs", "1"),
+            *("--max-samples", "160", "--batch-size", "8", "--num-train-epochs", "1"),
             *("--max-length", "256", "--overlong", "truncate-prompt"),
-            *("--set", "data.max_eval_samples=48", "--set", "train.max_generate_samples=48"),
+            *("--set", "data.max_eval_samples=32", "--set", "train.max_generate_samples=32"),
             *("--set", "train.max_new_tokens=32", "--set", "train.eval_on_start=true"),
         ),
         ("rougeL", "perplexity"),
