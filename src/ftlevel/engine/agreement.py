@@ -30,13 +30,19 @@ class Scores:
 
     Attributes:
         logits: one tensor a batch, `(targets, choices)` in float32 on the CPU.
-        loss: mean over all targets of the rows, in nats (a squared error for a regression).
+        loss: mean over the targets of the rows that were asked, in nats (of a regression, the
+            squared error).
         targets: how many targets `logits` has.
     """
 
     logits: list[torch.Tensor]
     loss: float
     targets: int
+
+    def first(self, batches: int) -> Scores:
+        """Return the scores of the first batches alone."""
+        kept = self.logits[:batches]
+        return Scores(kept, self.loss, sum(map(len, kept)))
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ class Probe:
                 scores = scores[: MOST_TARGETS - count].float().cpu()
                 count += len(scores)
                 kept.append(scores)
+                if count == MOST_TARGETS:
+                    break
         return Scores(kept, loss / max(total, 1), count)
 
 

@@ -36,6 +36,7 @@ NOISE_FACTOR = 4.0
 """How far a right merge may be from the reference, in multiples of what the precision's rounding
 does by itself: both models round their activations, and the merged one its weights."""
 _FLOAT32_BOUND = 1e-4
+_NOISE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -213,9 +214,11 @@ def _measure(candidate: Candidate, subject: Subject, probe: Probe, trained: Scor
         narrow = "bfloat16"
     noise = None
     if narrow != "float32":
-        low = found if narrow == subject.dtype else probe.score(model, narrow)
+        few = replace(probe, rows=probe.rows[:_NOISE_ROWS])
         with in_float32(model):
-            noise = compare(probe.score(model, "float32"), low)
+            wide = few.score(model, "float32")
+        low = found.first(len(wide.logits)) if narrow == subject.dtype else few.score(model, narrow)
+        noise = compare(wide, low)
     return replace(candidate, trained=compare(trained, found), noise=noise)
 
 
