@@ -74,7 +74,11 @@ def test_a_run_proves_itself_and_answers(
 def test_a_head_is_trained_and_saved_beside_it(
     family: str, method: str, tiny_model_dir: Callable[..., Path]
 ) -> None:
-    rows = [{"text": f"the {word} thing", "label": word} for word in ("good", "bad")] * 6
+    rows = [
+        {"text": f"the {word} thing of {n}", "label": word}
+        for n in range(6)
+        for word in ("good", "bad")
+    ]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = train(
         "--method", method, "--task", "text-classification", "--model",

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ftlevel.artifacts.fingerprint import rows_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
@@ -24,7 +22,6 @@ from ftlevel.data.parallel import Progress
 from ftlevel.data.problems import choose_problem_type
 from ftlevel.data.prompts import PromptFormat, choose_format
 from ftlevel.data.sources import Splits, hold_out, join_splits, load_splits
-from ftlevel.data.store import take_rows
 from ftlevel.data.table import BadRow, Table, settle
 from ftlevel.data.tags import find_orphans
 from ftlevel.engine.encoding import Encoder
@@ -284,19 +281,10 @@ def prepare_examples(
     if loaded.validation and tables.validation:
         held_out = encoder.dropping()(loaded.validation, tables.validation)
         dropped = held_out.dropped
-        leaked, leaks = gate.find_leaks(
-            "validation", loaded.validation, loaded.train, tables.validation
+        validation, found = gate.check_held_out(
+            "validation", held_out, loaded.validation, tables.validation, loaded.train
         )
-        findings += leaks
-        if leaks and leaks[0].action == "drop":
-            example = np.fromiter((row.row for row in held_out.rows), np.int64)
-            stay = ~np.isin(example, leaked)
-            held_out = replace(held_out, rows=take_rows(held_out.rows, np.flatnonzero(stay)))
-        if len(held_out.rows):
-            validation, found = gate.check_split(
-                "validation", held_out, loaded.validation, tables.validation
-            )
-            findings += found
+        findings += found
         fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
     if tables.test is not None:
         examples, _ = convert_rows(tables.test, loaded.format)

@@ -75,6 +75,33 @@ class Gate:
             raise InputError([f"no {name} row is left: {finding}." for finding in findings])
         return kept, findings
 
+    def check_held_out(
+        self,
+        name: str,
+        fitted: Fitted,
+        examples: Sequence[Any],
+        table: Table,
+        train: Sequence[Any],
+    ) -> tuple[Sequence[Encoded], list[Finding]]:
+        """Return the rows that are kept of a split that is not trained on, and what was found.
+
+        Args:
+            name: of the split.
+            fitted: as for `check_split`.
+            examples: as for `check_split`.
+            table: as for `check_split`.
+            train: the training examples, which may not be among them.
+        """
+        leaked, findings = self.find_leaks(name, examples, train, table)
+        if findings and findings[0].action == "drop":
+            example = np.fromiter((row.row for row in fitted.rows), np.int64)
+            stay = np.flatnonzero(~np.isin(example, leaked))
+            fitted = replace(fitted, rows=take_rows(fitted.rows, stay))
+        if not len(fitted.rows):
+            return [], findings
+        kept, found = self.check_split(name, fitted, examples, table)
+        return kept, [*findings, *found]
+
     def _look(self, rows: Sequence[Encoded]) -> tuple[Integers, dict[str, Mask]]:
         """Return each row's example, and for each check of tokens the rows with a finding."""
         examples: list[Integers] = [_NO_ROWS]

@@ -17,6 +17,7 @@ from ftlevel.data.sources import Splits
 from ftlevel.data.table import Table
 from ftlevel.engine.encoding import Encoder
 from ftlevel.engine.examples import Converter, find_languages, read_splits
+from ftlevel.engine.gate import Gate, stop_ids
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
@@ -88,6 +89,12 @@ def load_held_out(
     encoder = Encoder(task, kind, tokenizer, config, positions, prompt, labels).dropping()
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
+    if name == "validation":  # as training let them through
+        _, learned = convert("train", splits.train, labels)
+        gate = Gate(
+            config.gate, task.target, tokenizer.bos_token_id, stop_ids(tokenizer), len(tokenizer)
+        )
+        rows, _ = gate.check_held_out(name, fitted, examples, table, learned)
     if task.target == "mask":
         rows = MaskedRows(rows, tokenizer, share=config.mlm_probability, seed=seed).fixed()
     language = languages[1].code if languages else ""

@@ -181,6 +181,12 @@ def _settle_quantization(
             f"--model {source.name} is quantized by {form}, and on such weights PEFT has --method "
             "lora alone. Use --method lora, or give the original model with --quant 4bit."
         )
+    if isinstance(method, LoraSpec) and method.init_lora_weights == "loftq":
+        raise ConfigError(
+            f"--init loftq begins at what quantization took from the weights, and --model "
+            f"{source.name} is quantized already ({form}). Give the original model with --quant "
+            "4bit, or use --init default."
+        )
     settled = config.model_copy(update={"quant": quant})
     try:
         _check_method(settled, bare, model_kind(bare))

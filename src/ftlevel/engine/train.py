@@ -220,8 +220,7 @@ def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
 
 def float_weights(config: TrainConfig, plan: Plan) -> Callable[[str], torch.Tensor]:
     """Return the way from a linear's name to its weight (out, in) before quantization."""
-    plain = config.model_copy(update={"quant": QuantConfig()})
-    base = load_base(plain, replace(plan, device="cpu"))
+    base = load_base(config, replace(plan, device="cpu", quant=QuantConfig()))
 
     def weight_of(name: str) -> torch.Tensor:
         linear = base.get_submodule(name)

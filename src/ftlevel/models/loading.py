@@ -123,6 +123,7 @@ def load_model(
     Raises:
         InputError: a file is damaged.
     """
+    config = copy.deepcopy(config)  # transformers writes the quantization into it
     arguments = source.arguments()
     if mapping := rename_prefix(config, auto_class):
         arguments["key_mapping"] = mapping
