@@ -82,13 +82,15 @@ def test_gives_trainings_numbers(
     assert result.metrics == trained["metrics"]
     check_intervals(result)
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
-    leaked = sum(
-        found["count"]
+    leaked = {
+        place
         for found in trained["data"]["gate"]
         if (found["name"], found["split"]) == ("leaked", "validation")
-    )
-    assert len(lines) == result.summary["data"]["examples"] == 6 - leaked
-    assert lines[0]["where"] == f"{data}/validation.jsonl:1"
+        for place in found["places"]
+    }
+    there = {f"{data}/validation.jsonl:{line}" for line in range(1, 7)} - leaked
+    assert len(lines) == result.summary["data"]["examples"] == len(there)
+    assert {line["where"] for line in lines} == there
     check_predictions(name, lines, result)
     has_new_head = task in ("text-classification", "token-classification", "question-answering")
     assert bool(result.base) is not has_new_head
