@@ -328,10 +328,14 @@ def test_killed_at_any_moment_the_model_is_absent_or_whole(tiny_model_dir: TinyM
     whole = {p.name: p.read_bytes() for p in Path("whole").glob("*.safetensors")}
     files = {p.name for p in Path("whole").iterdir()}
     fork, rng, found = multiprocessing.get_context("fork"), random.Random(0), []
-    for _ in range(30):
+    delays = [0.0, *(rng.uniform(0, 1.3 * seconds) for _ in range(28)), None]  # None: to its end
+    for delay in delays:
         process = fork.Process(target=merge_to, args=("killed",))
         process.start()
-        time.sleep(rng.uniform(0, 1.3 * seconds))
+        if delay is None:
+            process.join()
+        else:
+            time.sleep(delay)
         process.kill()
         process.join()
         found.append(Path("killed").exists())
