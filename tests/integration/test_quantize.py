@@ -213,7 +213,7 @@ def test_a_gguf_file_is_a_source(smollm2_gguf: Path, smollm2: Path, tmp_path: Pa
             ["--quant", "8bit", "--double-quant", "--out", "x"],
             "--double-quant belongs to --quant 4bit, and --quant is 8bit.",
         ),
-        (["--quant", "4bit", "--out", "."], "--out . exists, and nothing of yours is overwritten."),
+        (["--quant", "4bit", "--out", "."], "--out . exists and is not empty."),
         (
             ["--quant", "4bit", "--out", "x", "--eval-text", "nothing.txt"],
             "--eval-text nothing.txt cannot be read",

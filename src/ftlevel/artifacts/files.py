@@ -34,8 +34,11 @@ def check_absent(flag: str, path: Path) -> None:
     Raises:
         ConfigError: naming the `flag`.
     """
-    if path.is_dir() and not any(path.iterdir()):
-        pass
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise ConfigError(
+                f"{flag} {path} exists and is not empty. Name another directory, or delete it."
+            )
     elif path.exists() or path.is_symlink():
         raise ConfigError(
             f"{flag} {path} exists, and nothing of yours is overwritten. Name another."

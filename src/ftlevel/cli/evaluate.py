@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Optional
 
 import typer
 
+from ftlevel.cli.flags import option_of, read_columns
 from ftlevel.config import EvaluateConfig, build_section, normal_task
-from ftlevel.errors import ConfigError
 
 Text = Optional[str]  # noqa: UP045 - Typer evaluates these at run time on Python 3.10 as well
 Int = Optional[int]  # noqa: UP045
 Switch = Optional[bool]  # noqa: UP045
 
 
-def _option(name: str, *flags: str) -> Any:
-    """Return an option that sets the field `name`, described by it."""
-    declared = flags or ("--" + name.replace("_", "-"),)
-    field = EvaluateConfig.model_fields[name]
-    return typer.Option(*declared, help=field.description, show_default=False)
+_option = partial(option_of, EvaluateConfig)
 
 
 def evaluate(
@@ -58,7 +55,7 @@ def evaluate(
     there the numbers that training gave. Intervals are of 95 %, by resampling the rows.
     """
     fields = {key: context.params.get(key) for key in EvaluateConfig.model_fields}
-    fields["columns"] = _columns(column_map or []) or None
+    fields["columns"] = read_columns(column_map or []) or None
     fields["task"] = normal_task(task) if task else None
     config = build_section(EvaluateConfig, fields)
     from ftlevel.cli.screen import open_screen
@@ -74,17 +71,6 @@ def evaluate(
         typer.echo(line)
     if predictions:
         typer.echo(f"  predictions {predictions}")
-
-
-def _columns(pairs: list[str]) -> dict[str, str]:
-    """Read --map NAME=COLUMN."""
-    columns = {}
-    for pair in pairs:
-        name, equals, column = pair.partition("=")
-        if not (name and equals and column):
-            raise ConfigError(f"--map {pair}: expected NAME=COLUMN, as in summary=abstract.")
-        columns[name] = column
-    return columns
 
 
 def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -6,7 +6,7 @@ collects what was given with `given_flags` and hands it to the configuration as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -47,6 +47,12 @@ def flag(path: str, *names: str, panel: str | None = None) -> Any:
         rich_help_panel=panel,
         show_default=False,
     )
+
+
+def option_of(section: type[BaseModel], name: str, *flags: str) -> Any:
+    """Declare an option that sets the field `name` of a command's own `section`."""
+    declared = flags or ("--" + name.replace("_", "-"),)
+    return typer.Option(*declared, help=section.model_fields[name].description, show_default=False)
 
 
 def field_at(key: tuple[str, ...]) -> FieldInfo:
@@ -117,11 +123,23 @@ def read_config(parameters: Mapping[str, Any]) -> tuple[TrainConfig, Path | None
 
 def _add_columns(flags: Layer, pairs: object) -> None:
     """Read --map NAME=COLUMN."""
-    for pair in pairs if isinstance(pairs, list) else []:
+    for name, column in read_columns(pairs if isinstance(pairs, list) else []).items():
+        put(flags, ("data", "columns", name), column, f"--map {name}")
+
+
+def read_columns(pairs: Sequence[str]) -> dict[str, str]:
+    """Return name → column of every NAME=COLUMN that was given by --map.
+
+    Raises:
+        ConfigError: one is no such pair.
+    """
+    columns = {}
+    for pair in pairs:
         name, equals, column = pair.partition("=")
         if not (name and equals and column):
             raise ConfigError(f"--map {pair}: expected NAME=COLUMN, as in summary=abstract.")
-        put(flags, ("data", "columns", name), column, f"--map {name}")
+        columns[name] = column
+    return columns
 
 
 def _add_precision(flags: Layer, parameters: Mapping[str, Any]) -> None:

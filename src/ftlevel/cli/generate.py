@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
+from ftlevel.cli.flags import option_of
 from ftlevel.config import GenerateConfig, build_section, normal_task
 from ftlevel.errors import ConfigError, InputError
 
@@ -19,11 +21,7 @@ Float = Optional[float]  # noqa: UP045
 Place = Optional[Path]  # noqa: UP045
 
 
-def _option(name: str, *flags: str) -> Any:
-    """Return an option that sets the field `name`, described by it."""
-    declared = flags or ("--" + name.replace("_", "-"),)
-    field = GenerateConfig.model_fields[name]
-    return typer.Option(*declared, help=field.description, show_default=False)
+_option = partial(option_of, GenerateConfig)
 
 
 def generate(

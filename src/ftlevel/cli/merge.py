@@ -7,11 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Optional
 
 import typer
-from pydantic import ValidationError
 
-from ftlevel.config import MergeConfig
-from ftlevel.config.layers import explain
-from ftlevel.errors import ConfigError, listing
+from ftlevel.config import MergeConfig, build_section
+from ftlevel.errors import listing
 
 Text = Optional[str]  # noqa: UP045 - Typer evaluates it at run time on Python 3.10 as well
 _FLAGS = {"output_dir": "--out", "verify": "--no-verify", "adapters": "RUN|ADAPTER"}
@@ -58,7 +56,8 @@ def merge(
     was written is loaded and compared with the base and the adapter on rows of the run's data; the
     directory is there when it has passed, and whole.
     """
-    config = _read_config(context.params)
+    fields = {name: context.params.get(name) for name in MergeConfig.model_fields}
+    config = build_section(MergeConfig, fields, _FLAGS)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -97,18 +96,3 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         )
         yield f"training had moved it by KL {summary['effect']['kl']:.2g}"
     yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
-
-
-def _read_config(parameters: dict[str, Any]) -> MergeConfig:
-    given = {
-        name: value
-        for name, value in parameters.items()
-        if name in MergeConfig.model_fields and value is not None
-    }
-    origins: dict[tuple[str, ...], str] = {
-        (name,): _FLAGS.get(name, "--" + name.replace("_", "-")) for name in given
-    }
-    try:
-        return MergeConfig.model_validate(given)
-    except ValidationError as error:
-        raise ConfigError(explain(error, origins)) from None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Optional
 
 import typer
 
+from ftlevel.cli.flags import option_of
 from ftlevel.config import QuantizeConfig, build_section
 
 Text = Optional[str]  # noqa: UP045 - Typer evaluates these at run time on Python 3.10 as well
@@ -15,11 +17,7 @@ Int = Optional[int]  # noqa: UP045
 Switch = Optional[bool]  # noqa: UP045
 
 
-def _option(name: str, *flags: str) -> Any:
-    """Return an option that sets the field `name`, described by it."""
-    declared = flags or ("--" + name.replace("_", "-"),)
-    field = QuantizeConfig.model_fields[name]
-    return typer.Option(*declared, help=field.description, show_default=False)
+_option = partial(option_of, QuantizeConfig)
 
 
 def quantize(

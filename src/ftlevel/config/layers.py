@@ -150,16 +150,25 @@ def normal_task(name: str) -> str:
     return _TASK_ALIASES.get(task, task)
 
 
-def build_section(section: type[S], values: Mapping[str, Any]) -> S:
+def build_section(
+    section: type[S], values: Mapping[str, Any], flags: Mapping[str, str] | None = None
+) -> S:
     """Validate the flags of a command that has one flat section; None is a flag not given.
+
+    Args:
+        section: the section.
+        values: field → value.
+        flags: fields that are not set by the flag of their name → what sets them.
 
     Raises:
         ConfigError: with all problems found, each naming its flag.
     """
+    shown = {name: "--" + name.replace("_", "-") for name in section.model_fields}
+    shown.update(flags or {})
     given = {name: value for name, value in values.items() if value is not None}
-    origins: dict[KeyPath, str] = {(name,): "--" + name.replace("_", "-") for name in given}
+    origins: dict[KeyPath, str] = {(name,): shown.get(name, name) for name in given}
     missing = [
-        f"--{name.replace('_', '-')} is missing: {field.description}"
+        f"{shown[name]} is missing: {field.description}"
         for name, field in section.model_fields.items()
         if field.is_required() and name not in given
     ]

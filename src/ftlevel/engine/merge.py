@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import AdapterCard, library_versions
+from ftlevel.artifacts.files import check_absent, placed_directory
 from ftlevel.artifacts.merge_card import write_merge_readme
-from ftlevel.artifacts.placing import build_place, check_place
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.choices import Choice
 from ftlevel.engine.agreement import Agreement, Probe, Scores, compare, in_float32
@@ -80,7 +80,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
     """
     listener = listener or Silence()
     began = time.perf_counter()
-    check_place(config.output_dir, "--out")
+    check_absent("--out", config.output_dir)
     with quiet_libraries(), contextlib.ExitStack() as stack:
         listener.stage("find the adapter and its base")
         subject = resolve_subject(config)
@@ -93,7 +93,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
                           subject.device)  # fmt: skip
             choices.append(compared)
         listener.choices("merge", [*_describe(config, subject, ways), *choices])
-        place = stack.enter_context(build_place(config.output_dir))
+        place = stack.enter_context(placed_directory(config.output_dir))
         summary = _merge(config, subject, ways, probe, place, listener)
     summary["seconds"] = round(time.perf_counter() - began, 2)
     return MergeResult(summary, config.output_dir)

@@ -27,10 +27,10 @@ from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.quantize_layout import QUANTIZED, Layout, build_layout, predict_bytes, settle
-from ftlevel.models.quantize_shards import Written, find_shards, quantize_shards
+from ftlevel.models.quantize_shards import Written, quantize_shards
 from ftlevel.models.quantized import quantization_name, stored_quantization
-from ftlevel.models.safetensors_stream import read_entries
 from ftlevel.models.sources import ModelSource, resolve_source, snapshot
+from ftlevel.models.tensor_files import read_header, weight_files
 
 SUMMARY = "quantization.json"
 _COPIED = (
@@ -178,8 +178,8 @@ def _source_files(plan: _Plan) -> Iterator[Path]:
 
 def _write(plan: _Plan, directory: Path, out: Path, listener: Listener) -> tuple[Layout, Written]:
     """Write weights, config.json and what belongs to the tokenizer."""
-    shards = find_shards(directory)
-    layout = settle(plan.layout, (key for shard in shards for key in read_entries(shard)))
+    shards = weight_files(directory)
+    layout = settle(plan.layout, (key for shard in shards for key in read_header(shard)[0]))
     listener.begin(0)
     written = quantize_shards(shards, out, layout, lambda done, _: listener.step(done))
     stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))

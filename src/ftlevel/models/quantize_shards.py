@@ -17,16 +17,10 @@ import torch
 
 from ftlevel.errors import InputError
 from ftlevel.models.quantize_layout import QUANTIZED, Layout
-from ftlevel.models.safetensors_stream import (
-    Entry,
-    ShardWriter,
-    header_bound,
-    read_entries,
-    read_tensor,
-)
+from ftlevel.models.safetensors_stream import ShardWriter, header_bound
+from ftlevel.models.tensor_files import Stored, read_header
 
 INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"
 _MOST_PIECES = 7  # a double-quantized weight: packed, scales, their scales, two maps, settings
 
 
@@ -45,30 +39,6 @@ class Written:
     bytes: int = 0
 
 
-def find_shards(directory: Path) -> list[Path]:
-    """Return the files that hold the weights in `directory`, as transformers would read them.
-
-    Raises:
-        InputError: there are none of the names that transformers reads, or one is missing.
-    """
-    index = directory / INDEX
-    if (directory / WHOLE).is_file():
-        return [directory / WHOLE]
-    if not index.is_file():
-        raise InputError(f"{directory} has neither {WHOLE} nor {INDEX}. Save the model again.")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{index} cannot be read ({error}). Was a copy cut short?") from None
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise InputError(
-            f"{directory} lacks {len(missing)} of {len(names)} shards, such as {missing[0]}. "
-            "Fetch the model again."
-        )
-    return [directory / name for name in names]
-
-
 def quantize_shards(
     shards: list[Path], out: Path, layout: Layout, progress: Callable[[int, int], None]
 ) -> Written:
@@ -83,7 +53,7 @@ def quantize_shards(
     Raises:
         InputError: a file is damaged, or a weight is of a type that cannot be quantized.
     """
-    files = {shard: read_entries(shard) for shard in shards}
+    files = {shard: read_header(shard)[0] for shard in shards}
     total, done, written = sum(map(len, files.values())), 0, Written()
     weight_map: dict[str, str] = {}
     for shard, entries in files.items():
@@ -93,16 +63,14 @@ def quantize_shards(
             for key, name in names.items()
         }
         writer = ShardWriter(out / shard.name, header_bound(pieces))
-        with shard.open("rb") as file:
-            for key, entry in sorted(entries.items(), key=lambda item: item[1].begin):
-                tensor = read_tensor(file, entry)
-                for piece, value in _convert(key, names[key], tensor, layout).items():
-                    writer.add(piece, value)
-                    weight_map[piece] = shard.name
-                    written.parts[layout.part_of(names[key])][1] += value.nbytes
-                _count(written, layout.part_of(names[key]), entry)
-                done += 1
-                progress(done, total)
+        for key, stored in sorted(entries.items(), key=lambda item: item[1].offset):
+            for piece, value in _convert(key, names[key], stored.read(), layout).items():
+                writer.add(piece, value)
+                weight_map[piece] = shard.name
+                written.parts[layout.part_of(names[key])][1] += value.nbytes
+            _count(written, layout.part_of(names[key]), stored)
+            done += 1
+            progress(done, total)
         written.bytes += writer.close()
     if len(shards) > 1:
         text = json.dumps(_index(weight_map, written), indent=2) + "\n"
@@ -110,8 +78,8 @@ def quantize_shards(
     return written
 
 
-def _count(written: Written, part: str, entry: Entry) -> None:
-    written.parts[part][0] += entry.end - entry.begin
+def _count(written: Written, part: str, stored: Stored) -> None:
+    written.parts[part][0] += stored.spec.nbytes
     written.quantized += part == QUANTIZED
 
 

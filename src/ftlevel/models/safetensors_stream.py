@@ -1,7 +1,6 @@
-"""Reading and writing .safetensors one tensor at a time, in plain memory.
+"""Writing a .safetensors file whose tensors become known one at a time.
 
-`safe_open` maps the file, which counts against a memory limit as a whole; here one tensor is in
-memory at a time. The format: https://github.com/huggingface/safetensors#format.
+`tensor_files` reads them, and writes files of which every type and shape is known beforehand.
 """
 
 from __future__ import annotations
@@ -9,71 +8,14 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from ftlevel.errors import InputError
+from ftlevel.models.tensor_files import NAMES
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _ALIGNMENT = 8
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of a file: its type, its shape, and where its bytes are, counted from the start."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def read_entries(path: Path) -> dict[str, Entry]:
-    """Return the tensors of the file at `path` by name.
-
-    Raises:
-        InputError: the file was cut short, or holds a type of tensor that torch has not.
-    """
-    try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(size))
-    except (struct.error, ValueError, MemoryError, OverflowError) as error:
-        raise InputError(
-            f"{path} is not a safetensors file ({error}). Was a copy cut short?"
-        ) from None
-    entries = {}
-    for name, fields in header.items():
-        if name == "__metadata__":
-            continue
-        if fields["dtype"] not in _DTYPES:
-            raise InputError(f"{path}: {name} is of type {fields['dtype']}, which cannot be read.")
-        begin, end = fields["data_offsets"]
-        entries[name] = Entry(
-            _DTYPES[fields["dtype"]], tuple(fields["shape"]), 8 + size + begin, 8 + size + end
-        )
-    if path.stat().st_size < max((entry.end for entry in entries.values()), default=0):
-        raise InputError(f"{path} is shorter than its header says. Was a copy cut short?")
-    return entries
-
-
-def read_tensor(file: BinaryIO, entry: Entry) -> torch.Tensor:
-    """Read one tensor from an open file into memory of its own."""
-    data = bytearray(entry.end - entry.begin)
-    file.seek(entry.begin)
-    file.readinto(data)  # type: ignore[attr-defined]  # of every buffered file
-    if not data:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
 
 
 class ShardWriter:
@@ -107,7 +49,7 @@ class ShardWriter:
         self._file.write(data.numpy().data)
         end = self._offset + tensor.nbytes
         self._header[name] = {
-            "dtype": _CODES[tensor.dtype],
+            "dtype": NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self._offset, end],
         }

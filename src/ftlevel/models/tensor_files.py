@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,8 +31,10 @@ DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCK = 1 << 22
 _ALIGNMENT = 8
 
@@ -108,7 +110,9 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 raise ValueError("its header would be longer than the file")
             header: dict[str, Any] = json.loads(file.read(size))
     except (struct.error, ValueError, OSError) as error:
-        raise InputError(f"{path} is not a safetensors file ({error}).") from None
+        raise InputError(
+            f"{path} is not a safetensors file ({error}). Was a copy cut short?"
+        ) from None
     metadata = header.pop("__metadata__", {})
     stored = {}
     for name, entry in header.items():
@@ -119,6 +123,9 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             )
         spec = Spec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
         stored[name] = Stored(path, spec, 8 + size + entry["data_offsets"][0])
+    ends = (8 + size + entry["data_offsets"][1] for entry in header.values())
+    if path.stat().st_size < max(ends, default=0):
+        raise InputError(f"{path} is shorter than its header says. Was a copy cut short?")
     return stored, metadata
 
 
@@ -144,7 +151,7 @@ def write_file(path: Path, parts: Sequence[Part]) -> None:
     for name, spec in specs:
         end = begin + spec.nbytes
         header[name] = {
-            "dtype": _NAMES[spec.dtype],
+            "dtype": NAMES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [begin, end],
         }
@@ -203,8 +210,11 @@ def weight_files(directory: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise InputError(f"{directory} has no model.safetensors and no index of shards.")
-    names: Iterable[str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    paths = [directory / name for name in sorted(set(names))]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{index} cannot be read ({error}). Was a copy cut short?") from None
+    paths = [directory / name for name in names]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise InputError(f"{directory} lacks {missing[0]}, which its index names.")

@@ -130,7 +130,7 @@ def adapted(
     return get_peft_model(base, LoraConfig(init_lora_weights=False, **settings))
 
 
-def check(pair: Any, bound: float = 1e-5) -> None:
+def assert_same_step(pair: Any, bound: float = 1e-5) -> None:
     (loss, gradient), (fast_loss, fast_gradient) = pair
     assert fast_loss == pytest.approx(loss, rel=bound)
     assert (fast_gradient - gradient).norm() <= bound * gradient.norm()
@@ -145,7 +145,7 @@ def check(pair: Any, bound: float = 1e-5) -> None:
      ("deberta-v2", "seqcls", False)],
 )  # fmt: skip
 def test_a_step_of_every_task(family: str, head: str, packs: bool, tmp_path: Path) -> None:
-    check(both(adapted(family, head), head, tmp_path, packs=packs))
+    assert_same_step(both(adapted(family, head), head, tmp_path, packs=packs))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,9 @@ def test_shared_prefixes(family: str, tokens: int, tmp_path: Path) -> None:
     rows = conversation_rows()
     model = adapted(family, "causal")
     passes = 1 if tokens == 1000 else 2
-    check(both(model, "causal", tmp_path, rows=rows, shares=True, tokens=tokens, passes=passes))
+    assert_same_step(
+        both(model, "causal", tmp_path, rows=rows, shares=True, tokens=tokens, passes=passes)
+    )
     batch = StepCollator(0, FastPlan(True, True, True, 1000, True))(rows)
     computed = sum(part["layout"].tokens for part in batch["passes"])
     assert (
@@ -172,12 +174,12 @@ def test_shared_prefixes_with_checkpointing_and_a_window(tmp_path: Path) -> None
     expected, _ = both(model, "causal", tmp_path, passes=1, **arguments)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     _, found = both(model, "causal", tmp_path, passes=1, **arguments)
-    check((expected, found))
+    assert_same_step((expected, found))
 
 
 def test_shared_prefixes_of_texts_with_a_class(tmp_path: Path) -> None:
     rows = [replace(row, labels=row.row % 3) for row in conversation_rows()]
-    check(both(adapted("llama", "seqcls"), "seqcls", tmp_path, rows=rows, shares=True,
+    assert_same_step(both(adapted("llama", "seqcls"), "seqcls", tmp_path, rows=rows, shares=True,
                tokens=1000, passes=1))  # fmt: skip
 
 
@@ -187,27 +189,27 @@ def test_checkpointing(tmp_path: Path) -> None:
     expected, _ = both(model, "causal", tmp_path)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     _, found = both(model, "causal", tmp_path)
-    check((expected, found))
+    assert_same_step((expected, found))
 
 
 def test_an_adapter_beside_others_and_a_head_that_is_trained(tmp_path: Path) -> None:
     model = adapted("llama", "causal", target_modules=["q_proj"], modules_to_save=["lm_head"])
     model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "second"])
-    check(both(model, "causal", tmp_path))
+    assert_same_step(both(model, "causal", tmp_path))
 
 
 def test_full_fine_tuning(tmp_path: Path) -> None:
-    check(both(tiny_models.build("llama").requires_grad_(True), "causal", tmp_path))
+    assert_same_step(both(tiny_models.build("llama").requires_grad_(True), "causal", tmp_path))
 
 
 def test_bfloat16_differs_by_its_noise(tmp_path: Path) -> None:
     model = adapted("llama", "causal")
-    check(both(model, "causal", tmp_path, bf16=True), bound=2e-2)
+    assert_same_step(both(model, "causal", tmp_path, bf16=True), bound=2e-2)
 
 
 def test_rows_that_are_longer_than_a_pass(tmp_path: Path) -> None:
-    check(both(adapted("llama", "causal"), "causal", tmp_path, tokens=10))
+    assert_same_step(both(adapted("llama", "causal"), "causal", tmp_path, tokens=10))
 
 
 @settings(max_examples=50, deadline=None)

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ftlevel.errors import InputError
-from ftlevel.models.safetensors_stream import ShardWriter, header_bound, read_entries, read_tensor
+from ftlevel.models.safetensors_stream import ShardWriter, header_bound
+from ftlevel.models.tensor_files import read_header
 
 TENSORS = {
     "odd bytes": torch.arange(7, dtype=torch.uint8),
@@ -42,17 +43,16 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, str(path))
-    entries = read_entries(path)
-    with path.open("rb") as file:
-        for name, tensor in TENSORS.items():
-            assert torch.equal(read_tensor(file, entries[name]), tensor)
+    stored, _ = read_header(path)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(stored[name].read(), tensor)
 
 
 def test_every_tensor_is_aligned_for_its_type(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write(path)
-    for name, entry in read_entries(path).items():
-        assert entry.begin % entry.dtype.itemsize == 0, name
+    for name, stored in read_header(path)[0].items():
+        assert stored.offset % stored.spec.dtype.itemsize == 0, name
 
 
 @pytest.mark.parametrize("size", [0, 5, 60, -1])
@@ -61,4 +61,4 @@ def test_a_file_that_was_cut_short_is_named(size: int, tmp_path: Path) -> None:
     write(path)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(InputError, match="Was a copy cut short"):
-        read_entries(path)
+        read_header(path)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.placing import build_place, check_place
+from ftlevel.artifacts.files import check_absent, placed_directory
 from ftlevel.errors import ConfigError
 
 
 def test_it_is_there_when_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out"
-    with build_place(target) as place:
+    with placed_directory(target) as place:
         (place / "a").write_text("x")
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["a"]
@@ -21,7 +21,7 @@ def test_it_is_there_when_the_block_ends(tmp_path: Path) -> None:
 
 def test_nothing_is_left_when_the_block_raises(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with build_place(tmp_path / "out") as place:
+        with placed_directory(tmp_path / "out") as place:
             (place / "a").write_text("x")
             raise KeyboardInterrupt
 
@@ -33,7 +33,7 @@ def test_nothing_is_left_when_the_block_raises(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_not_mixed_in(tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "stale").write_text("x")
-    with build_place(tmp_path / "out") as place:
+    with placed_directory(tmp_path / "out") as place:
         (place / "a").write_text("x")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 
@@ -43,12 +43,12 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    for name in ("full", "file"):
-        with pytest.raises(ConfigError, match=f"--out .*{name} exists and is not empty"):
-            check_place(tmp_path / name, "--out")
+    for name, said in (("full", "is not empty"), ("file", "nothing of yours is overwritten")):
+        with pytest.raises(ConfigError, match=f"--out .*{name} exists,? and {said}"):
+            check_absent("--out", tmp_path / name)
     with pytest.raises(ConfigError, match="cannot be written"):
-        check_place(tmp_path / "file" / "out", "--out")
-    check_place(tmp_path / "empty", "--out")
-    with build_place(tmp_path / "empty") as place:
+        check_absent("--out", tmp_path / "file" / "out")
+    check_absent("--out", tmp_path / "empty")
+    with placed_directory(tmp_path / "empty") as place:
         (place / "a").write_text("x")
     assert (tmp_path / "empty" / "a").is_file()
