@@ -6,11 +6,14 @@ whole stack of layers; neither can be merged.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
+
+from ftlevel.methods.unmergeable import UnmergeableLayer, UnmergeableTuner
 
 _DEEPEST_SUFFIX = 3
 
@@ -21,8 +24,10 @@ CANNOT_MERGE = (
 )
 
 
-class VirtualTokenLayer(nn.Module, BaseTunerLayer):
+class VirtualTokenLayer(UnmergeableLayer, nn.Module, BaseTunerLayer):
     """The virtual tokens of one module, by the names of the adapters they belong to."""
+
+    cannot_merge = CANNOT_MERGE
 
     # What PEFT's mixin has, to type checkers that read none of its types.
     active_adapters: Any
@@ -41,32 +46,16 @@ class VirtualTokenLayer(nn.Module, BaseTunerLayer):
         present = self._get_available_adapters()
         return [name for name in self.active_adapters if name in present]
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse.
 
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(CANNOT_MERGE)
-
-    def unmerge(self) -> None:
-        """Refuse, as nothing was merged.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(CANNOT_MERGE)
-
-
-class VirtualTokenTuner(BaseTuner):
+class VirtualTokenTuner(UnmergeableTuner, BaseTuner):
     """A tuner that finds its modules by itself, and whose layers are `VirtualTokenLayer`s."""
 
     tuner_layer_cls: type[VirtualTokenLayer] = VirtualTokenLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
+    @abstractmethod
     def find_modules(self) -> list[str]:
         """Return the full names of the modules that the method wraps."""
-        raise NotImplementedError
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
@@ -79,9 +68,6 @@ class VirtualTokenTuner(BaseTuner):
             names = (name for name, _ in self.model.named_modules())
             peft_config.target_modules = shortest_names(found, names)
         return peft_config
-
-    def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(CANNOT_MERGE)
 
     def layers(self) -> list[Any]:
         """Return the layers of the tuner, in the model's order."""

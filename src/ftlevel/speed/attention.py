@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ftlevel.speed.layout import Layout, Segment, current_layout
+from ftlevel.speed.layout import Layout, NotServedError, Segment, current_layout
 from ftlevel.speed.tiles import TileAttention, cut_tiles, visible
 
 NAME = "ftlevel_documents"
@@ -68,7 +68,7 @@ def attend(
         (1, tokens, heads, head_dim), and None for the probabilities.
 
     Raises:
-        NotImplementedError: the model asks for something that is not computed here.
+        NotServedError: the model asks for something that is not computed here.
     """
     layout = current_layout()
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -79,11 +79,11 @@ def attend(
         )  # fmt: skip
     for name in _UNSUPPORTED:
         if others.get(name) is not None:
-            raise NotImplementedError(f"its attention has {name}")
+            raise NotServedError(f"its attention has {name}")
     if not causal and any(segment.past for segment in layout.segments):
-        raise NotImplementedError("its attention is not causal")
+        raise NotServedError("its attention is not causal")
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.tokens:
-        raise NotImplementedError("its attention is over something else than the row's tokens")
+        raise NotServedError("its attention is over something else than the row's tokens")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     compute = (
         torch.get_autocast_dtype(query.device.type)

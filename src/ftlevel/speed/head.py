@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ftlevel.speed.layout import NotServedError
+
 CHUNK_SCORES = 16_000_000
 """Scores of a chunk: about 200 MB with their gradient."""
 
@@ -57,13 +59,13 @@ class TargetHead:
         model: a transformers model with a language head (mutated: a hook).
 
     Raises:
-        NotImplementedError: the model has no such head.
+        NotServedError: the model has no such head.
     """
 
     def __init__(self, model: nn.Module) -> None:
         head = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
-            raise NotImplementedError(f"{type(model).__name__} has no language head")
+            raise NotServedError(f"{type(model).__name__} has no language head")
         self._head = head
         self._finish = finish_scores(model)
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
@@ -92,7 +94,7 @@ class TargetHead:
             observe: is given the scores and the targets of each chunk; only without gradients.
 
         Raises:
-            NotImplementedError: the model never asked its head.
+            NotServedError: the model never asked its head.
         """
         self._asked, self._total = (at, targets, observe), None
         try:
@@ -100,7 +102,7 @@ class TargetHead:
         finally:
             self._asked = None
         if self._total is None:
-            raise NotImplementedError("the model does not go through its language head")
+            raise NotServedError("the model does not go through its language head")
         total, self._total = self._total, None
         return total
 

@@ -20,6 +20,10 @@ import torch
 Range = tuple[int, int]
 
 
+class NotServedError(NotImplementedError):
+    """A model asks for what a part of the fast step does not compute; the plain way does."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """Tokens that follow one another in the row and in a document.

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ftlevel.methods.bottleneck.config import BottleneckConfig
+from ftlevel.methods.unmergeable import UnmergeableLayer
 
 CANNOT_MERGE = (
     "A bottleneck adapter is not linear in the hidden state, so no weight of the base model can "
@@ -38,7 +39,7 @@ class Settings:
     scaling: float
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):
+class BottleneckLayer(UnmergeableLayer, nn.Module, BaseTunerLayer):
     """A module and the adapters on it, by their names.
 
     There is one `ModuleDict` for each of the two linears, not one of pairs: PEFT takes an
@@ -51,6 +52,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             hidden states alone or first in a tuple.
     """
 
+    cannot_merge = CANNOT_MERGE
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("settings",)
     # PEFT's, whose types nn.Module's __getattr__ hides.
@@ -158,22 +160,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         inner = setting.activation(down(self._cast_input_dtype(source, _dtype(down))))
         inner = nn.functional.dropout(inner, setting.dropout, self.training)
         return up(inner) * setting.scaling
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(CANNOT_MERGE)
-
-    def unmerge(self) -> None:
-        """Refuse, as nothing was merged.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(CANNOT_MERGE)
 
     def __repr__(self) -> str:
         return f"bottleneck.{super().__repr__()}"

@@ -8,11 +8,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ftlevel.methods.bottleneck.config import BottleneckConfig
-from ftlevel.methods.bottleneck.layer import CANNOT_MERGE, BottleneckLayer
+from ftlevel.methods.bottleneck.layer import BottleneckLayer
 from ftlevel.methods.bottleneck.sites import SITES, find_input, site_pattern, sites_of
+from ftlevel.methods.unmergeable import UnmergeableTuner
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(UnmergeableTuner, BaseTuner):
     """Bottleneck adapters on a pretrained model, as PEFT's other tuners are."""
 
     prefix: str = "bottleneck_"
@@ -82,6 +83,3 @@ class BottleneckModel(BaseTuner):
         if isinstance(child, BottleneckLayer) and new_module is not child:
             child.stop_listening()
         setattr(parent, child_name, new_module)
-
-    def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(CANNOT_MERGE)
