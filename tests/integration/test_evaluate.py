@@ -255,3 +255,14 @@ def test_the_command(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "--split: 'dev' is not known. Expected one of train, validation, test." in (
         capsys.readouterr().err
     )
+
+
+def test_other_rows_are_scored_alone(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    """Those of a run on several data sets too: the others are not scored with them."""
+    one, two = task_data.write(tmp_path / "one", "class"), tmp_path / "two.jsonl"
+    two.write_bytes((one / "train.jsonl").read_bytes())
+    model = tiny_model_dir("bert", "mlm")
+    options = {"also": [str(two)], "mix": [1, 1]}
+    train(configure(model, one, tmp_path / "run", "text-classification", options=options))
+    result = score(tmp_path / "run", dataset=str(one / "validation.jsonl"))
+    assert result.summary["data"]["examples"] == 6

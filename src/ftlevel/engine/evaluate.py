@@ -144,8 +144,8 @@ def _settings(config: EvaluateConfig, found: Found) -> TrainConfig:
         if "doc_stride" in found.card.options:
             changes["doc_stride"] = found.card.options["doc_stride"]
     if config.dataset is not None:
-        changes |= {"dataset": config.dataset, "subset": config.subset, "split": None,
-                    "validation_split": None, "max_samples": None,
+        changes |= {"dataset": config.dataset, "also": (), "mix": None, "subset": config.subset,
+                    "split": None, "validation_split": None, "max_samples": None,
                     "max_eval_samples": None}  # fmt: skip
     if config.columns:
         changes["columns"] = config.columns

@@ -130,9 +130,8 @@ class StepVerifier:
                 loss = next(made, None)
             if loss is None:
                 break
-            torch.autograd.backward(
-                loss
-            )  # the generator still holds the layout that checkpoints need
+            # The generator still holds the layout, which checkpoints need.
+            torch.autograd.backward(loss)
             total += loss.item()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         gradients = [p.grad.detach().clone() for p in trained if p.grad is not None]
