@@ -186,3 +186,15 @@ def test_a_store_behaves_like_a_list(tmp_path: Path, tiny_model_dir: ModelDir) -
     doubled = change_rows(store, lambda row: [row, row] if row.row == 2 else [row])
     assert [row.row for row in doubled[:5]] == [0, 1, 2, 2, 3]
     assert len(change_rows(store, lambda row: [])) == 0
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    plan = plan_of(tiny_model_dir("llama"), write_talk(tmp_path / "rows.jsonl"))
+    assert len(plan.data.train) == ROWS
+    said = [f"{c.value} ({c.reason})" for c in plan.data.choices if c.name == "rows"]
+    root = tmp_path / "file/ftlevel/rows"
+    assert said == [f"not kept for the next run ({root} cannot be written)"]

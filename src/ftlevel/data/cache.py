@@ -19,6 +19,16 @@ def cache_root() -> Path:
     return Path(base) / "ftlevel" / "rows"
 
 
+def is_writable() -> bool:
+    """Whether something can be kept; a home that is read only is no reason to stop."""
+    root = cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(root, os.W_OK | os.X_OK)
+
+
 def files_of(name: str) -> list[Path] | None:
     """Return the file called `name`, or those below the directory, in order.
 
@@ -48,7 +58,6 @@ def folder_of(key: str) -> Iterator[tuple[Path, Callable[[Path], None] | None]]:
     from filelock import FileLock
 
     root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
     final, partial = root / key, root / f".{key}.partial"
     with FileLock(root / f".{key}.lock"):
         if final.is_dir():

@@ -15,7 +15,7 @@ import numpy as np
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
-from ftlevel.data.cache import file_digest, files_of, folder_of
+from ftlevel.data.cache import cache_root, file_digest, files_of, folder_of, is_writable
 from ftlevel.data.encode import Encoded
 from ftlevel.data.gate import Finding
 from ftlevel.data.masking import MaskedRows
@@ -45,9 +45,12 @@ def prepare_data(config: DataConfig, asked: Asked, progress: Progress) -> Prepar
         InputError: for whatever cannot be read, learned from or made to fit.
     """
     key = _key(config, asked) if config.cache else None
-    if key is None:
+    if key is None or not is_writable():
         workspace = tempfile.TemporaryDirectory(prefix="ftlevel-rows-")
         prepared = _prepare(config, asked, Path(workspace.name), progress)
+        if key is not None:
+            why = f"{cache_root()} cannot be written"
+            prepared.choices.append(Choice("rows", "not kept for the next run", why))
         return _masked(replace(prepared, workspace=workspace), config, asked)
     with folder_of(key) as (folder, keep):
         if keep is None:
