@@ -37,8 +37,14 @@ class SpeedConfig(Section):
     )
     tokens_per_pass: Positive | Literal["auto"] = Field(
         "auto",
-        description="Most tokens in one pass through the model, which bounds the memory; auto is "
-        "what per_device_train_batch_size rows of max_length would have.",
+        description="Most tokens in the passes through the model that are computed at once, which "
+        "bounds the memory; auto is what per_device_train_batch_size rows of max_length would "
+        "have, on a CPU 2,048 at most.",
+    )
+    passes_at_once: Positive | Literal["auto"] = Field(
+        "auto",
+        description="On a CPU, passes that are computed side by side, each by its share of the "
+        "threads; auto is one a thread, 4 at most, where nothing is dropped at random.",
     )
     verify: bool = Field(
         False,

@@ -20,6 +20,7 @@ from ftlevel.models.module_tree import find_blocks
 from ftlevel.speed import attention
 from ftlevel.speed.blocks import PackedBlocks
 from ftlevel.speed.head import Observe, TargetHead
+from ftlevel.speed.lanes import Lanes
 from ftlevel.tasks.objectives import Objective, Tokens
 
 
@@ -29,6 +30,7 @@ class FastStep:
     Attributes:
         plan: the parts in use.
         head: the language head on targets only, or None.
+        lanes: where passes are computed side by side, or None.
 
     Args:
         model: a model, with or without an adapter (mutated until `remove`).
@@ -45,6 +47,7 @@ class FastStep:
                 raise TypeError(f"{type(self._base).__name__} did not take {attention.NAME}")
             self._blocks = PackedBlocks(find_blocks(self._base))
         self.head = TargetHead(self._base) if plan.heads else None
+        self.lanes = Lanes(plan.lanes, torch.get_num_threads()) if plan.lanes > 1 else None
 
     def check_packing(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> str:
         """Return what cannot be done after all, and leave it; empty if everything can.
@@ -77,6 +80,9 @@ class FastStep:
         """Leave the model as it was."""
         if self.head is not None:
             self.head.remove()
+        if self.lanes is not None:
+            self.lanes.close()
+            self.lanes = None
         self._pad_again()
 
 

@@ -10,13 +10,11 @@ from typing import Any
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encode import Encoded
+from ftlevel.engine.lane_plan import VIRTUAL_TOKENS, find_random, plan_lanes
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.speed import attention
 from ftlevel.speed.prefixes import share_of_shared
 from ftlevel.tasks.objectives import Objective, Tokens
-
-VIRTUAL_TOKENS = ("prefix", "prompt", "p-tuning")
-"""Methods whose rows hold more than the text."""
 
 FEWEST_TOKENS = 1024
 """A pass is filled up to this many tokens whatever the batch size: less is slow."""
@@ -39,9 +37,10 @@ class FastPlan:
         enabled: whether the rows of a step are cut into passes by their tokens.
         packs: whether a pass has no padding.
         heads: whether a language head is computed on targets only.
-        tokens: most tokens of a pass.
+        tokens: most tokens of a pass, or of all passes that are computed at once.
         shares: whether prefixes that rows of a step have in common are computed once.
         choices: lines for the screen.
+        lanes: how many passes are computed side by side, where that is faster.
     """
 
     enabled: bool = False
@@ -50,6 +49,7 @@ class FastPlan:
     tokens: int = 0
     shares: bool = False
     choices: list[Choice] = field(default_factory=list)
+    lanes: int = 1
 
 
 def plan_fast(
@@ -80,12 +80,17 @@ def plan_fast(
     heads = speed.target_head and has_target_head(meta, objective)
     layout = "packed, no padding" if not why_padded else f"padded by length ({why_padded})"
     parts = [layout] + (["head on targets only"] if heads else [])
-    choices = [Choice("step", ", ".join(parts), f"up to {tokens:,} tokens a pass")]
+    lanes, why_one = plan_lanes(config, meta, device)
+    at_once = f"{lanes} passes at once" if lanes > 1 else "one pass at a time"
+    at_once += f": {why_one}" if why_one else ""
+    choices = [
+        Choice("step", ", ".join(parts), f"up to {tokens // lanes:,} tokens a pass, {at_once}")
+    ]
     shares = False
     if not why_padded and kind == "decoder" and speed.share_prefixes != "never":
         shares, more = _plan_sharing(config, meta, rows)
         choices += more
-    return FastPlan(True, not why_padded, heads, tokens, shares, choices)
+    return FastPlan(True, not why_padded, heads, tokens, shares, choices, lanes)
 
 
 def _plan_sharing(
@@ -97,7 +102,7 @@ def _plan_sharing(
     saved, is_wanted = _estimate_shared(config, rows), config.speed.share_prefixes == "always"
     if saved < WORTH_SHARING and not is_wanted:
         return False, []
-    drops = _find_dropout(config, meta)
+    drops = find_random(config, meta)
     if drops and not is_wanted:
         why = (
             f"{saved:.0%} of tokens could be computed once, but their {drops} would be the same "
@@ -116,16 +121,6 @@ def _estimate_shared(config: TrainConfig, rows: Sequence[Encoded]) -> float:
     steps = [draw.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]
     shares = [share_of_shared([rows[i].input_ids for i in step]) for step in steps]
     return sum(shares) / len(shares)
-
-
-def _find_dropout(config: TrainConfig, meta: Any) -> str:
-    """Return the first dropout above zero inside the blocks, by its name in its config."""
-    for owner in (config.method.model_dump(), meta.config.to_dict()):
-        for name, value in owner.items():
-            is_dropout = "drop" in name and isinstance(value, float) and value > 0
-            if is_dropout and not name.startswith(("classifier", "summary")):
-                return f"{name} {value:g}"
-    return ""
 
 
 def _tokens_per_pass(config: TrainConfig, device: str, max_length: int) -> int:

@@ -137,13 +137,14 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
         unanswerable=data.facts["unanswerable"],
     )
     learning_rate = _learning_rate(config, source)
+    threads = [choose_threads()] if device.value == "cpu" else []
     fast = plan_fast(config, meta, kind, objective, device.value, data.train, data.max_length)
     choices = [
         _model_choice(config, meta, source),
         Choice("task", task.name),
         *data.choices,
         device,
-        *([choose_threads()] if device.value == "cpu" else []),
+        *threads,
         dtype,
         *_method_choices(config, stored_quantization(bare) is not None),
         *low_rank_choices(config, device.value),

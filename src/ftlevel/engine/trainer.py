@@ -11,7 +11,8 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from ftlevel.engine.fast import FastStep, target_loss
-from ftlevel.speed.layout import laid_out
+from ftlevel.speed.lanes import Lanes
+from ftlevel.speed.layout import Layout, laid_out
 from ftlevel.tasks.objectives import Objective
 
 
@@ -65,19 +66,43 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Return the loss of the batch, whose passes have added to the gradient one by one."""
+        for part in inputs.get("passes", [inputs]):
+            self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
         if "passes" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
-        passes = inputs["passes"]
+        passes = [(part.pop("layout"), part) for part in inputs["passes"]]
         self.current_gradient_accumulation_steps = len(passes)
-        losses = []
-        for part in passes:
-            is_last = part is passes[-1]
-            layout = part.pop("layout")
+        for layout, part in passes:
             self.tokens_computed += layout.tokens if layout else part["input_ids"].numel()
+        if inputs["side_by_side"] and self.fast is not None and self.fast.lanes is not None:
+            return self._side_by_side(self.fast.lanes, model, passes, num_items_in_batch)
+        losses = []
+        for layout, part in passes:
+            is_last = part is passes[-1][1]
             once = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
             with once, laid_out(layout):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
+
+    def _side_by_side(
+        self,
+        lanes: Lanes,
+        model: Any,
+        passes: list[tuple[Layout | None, dict[str, torch.Tensor]]],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """Return the loss of passes that are computed at once. Nothing scales a loss on a CPU."""
+        model.train()
+
+        def compute(part: dict[str, torch.Tensor]) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                loss: torch.Tensor = self.compute_loss(
+                    model, part, num_items_in_batch=num_items_in_batch
+                )
+                return loss
+
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.stack(lanes.backward(compute, passes, trained)).sum()
 
     def compute_loss(
         self,
@@ -88,7 +113,6 @@ class FtlevelTrainer(Trainer):
     ) -> Any:
         """Return the micro-batch's share of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
-        self.tokens_seen += mask.sum()
         outputs = None
         if self.fast is not None and self.fast.head is not None and not return_outputs:
             total = target_loss(self.fast.head, model, self.objective, inputs)

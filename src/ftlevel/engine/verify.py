@@ -15,7 +15,7 @@ from ftlevel.engine.fast import FastStep, target_loss
 from ftlevel.engine.step_collator import StepCollator
 from ftlevel.errors import RunError
 from ftlevel.models.hardware import autocast
-from ftlevel.speed.layout import laid_out
+from ftlevel.speed.layout import Layout, laid_out
 from ftlevel.tasks.objectives import Objective
 
 STEPS = 2
@@ -74,7 +74,7 @@ class StepVerifier:
         for step in batches(rows[: STEPS * rows_a_step], rows_a_step):
             plain = self._step(self._plain(step))
             self._fuse(True)
-            fast = self._step(self._fast(step))
+            fast = self._fast(step)
             self._fuse(False)
             losses = max(losses, abs(plain[0] - fast[0]) / max(abs(plain[0]), 1e-12))
             gradients = max(gradients, _differ(fast[1], plain[1]))
@@ -107,19 +107,35 @@ class StepVerifier:
             logits = self.objective.logits(self.model(**inputs))
             yield self.objective.loss_sum(logits, labels, batch["attention_mask"])
 
-    def _fast(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
+    def _fast(self, rows: Sequence[Encoded]) -> tuple[float, list[torch.Tensor]]:
+        """Return loss and gradient of a step, its passes computed as in training."""
+        batch = StepCollator(self.pad_id, self.fast.plan)(rows)
+        passes = [(part.pop("layout"), self._on_device(part)) for part in batch["passes"]]
+        lanes = self.fast.lanes
+        if lanes is None or not batch["side_by_side"]:
+            return self._step(self._one_by_one(passes))
+        self.model.zero_grad()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        losses = lanes.backward(self._pass_loss, passes, trained)
+        return sum(loss.item() for loss in losses), self._take_gradients()
+
+    def _one_by_one(
+        self, passes: Sequence[tuple[Layout | None, dict[str, torch.Tensor]]]
+    ) -> Iterator[torch.Tensor]:
         """Yield the summed loss of each pass."""
-        head, objective = self.fast.head, self.objective
-        for part in StepCollator(self.pad_id, self.fast.plan)(rows)["passes"]:
-            layout = part.pop("layout")
-            batch = self._on_device(part)
+        for layout, batch in passes:
             with laid_out(layout.to(self.device) if layout else None):
-                if head is not None:
-                    yield target_loss(head, self.model, objective, batch)
-                    continue
-                inputs, labels = objective.split(batch)
-                logits = objective.logits(self.model(**inputs))
-                yield objective.loss_sum(logits, labels, batch["attention_mask"])
+                yield self._pass_loss(batch)
+
+    def _pass_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the summed loss of a pass on the current layout."""
+        head, objective = self.fast.head, self.objective
+        with autocast(self.device, self.dtype):
+            if head is not None:
+                return target_loss(head, self.model, objective, batch)
+            inputs, labels = objective.split(batch)
+            logits = objective.logits(self.model(**inputs))
+            return objective.loss_sum(logits, labels, batch["attention_mask"])
 
     def _step(self, losses: Iterator[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
         """Return the summed loss of a step and its gradient, tensor by tensor."""
@@ -133,10 +149,14 @@ class StepVerifier:
             # The generator still holds the layout, which checkpoints need.
             torch.autograd.backward(loss)
             total += loss.item()
+        return total, self._take_gradients()
+
+    def _take_gradients(self) -> list[torch.Tensor]:
+        """Return the gradients that are there, and leave none."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         gradients = [p.grad.detach().clone() for p in trained if p.grad is not None]
         self.model.zero_grad()
-        return total, gradients
+        return gradients
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         return {name: value.to(self.device) for name, value in batch.items()}

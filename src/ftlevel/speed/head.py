@@ -9,6 +9,7 @@ a time, so memory does not grow with the vocabulary times the sequence.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch.nn import functional
 
 from ftlevel.speed.layout import NotServedError
 
-CHUNK_SCORES = 16_000_000
-"""Scores of a chunk: about 200 MB with their gradient."""
+CHUNK_SCORES = 4_000_000
+"""Scores of a chunk: 24 MB in float32 and bfloat16, which a CPU's last cache still holds."""
 
 FEWEST = 64
 """Targets of a chunk at least: fewer would read the head's weights for too little work."""
@@ -49,6 +50,13 @@ def finish_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return finish
 
 
+class _Pass(threading.local):
+    """What a pass through the model asks for and gets; passes may be computed side by side."""
+
+    asked: tuple[torch.Tensor, torch.Tensor, Observe | None] | None = None
+    total: torch.Tensor | None = None
+
+
 class TargetHead:
     """Computes a model's head and loss at given positions, inside its forward pass.
 
@@ -70,8 +78,7 @@ class TargetHead:
         self._finish = finish_scores(model)
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
         self._chunk = max(FEWEST, CHUNK_SCORES // vocabulary)
-        self._asked: tuple[torch.Tensor, torch.Tensor, Observe | None] | None = None
-        self._total: torch.Tensor | None = None
+        self._pass = _Pass()
         self._hook = head.register_forward_pre_hook(self._take, prepend=True)
 
     def remove(self) -> None:
@@ -96,36 +103,38 @@ class TargetHead:
         Raises:
             NotServedError: the model never asked its head.
         """
-        self._asked, self._total = (at, targets, observe), None
+        self._pass.asked, self._pass.total = (at, targets, observe), None
         try:
             forward()
         finally:
-            self._asked = None
-        if self._total is None:
+            self._pass.asked = None
+        if self._pass.total is None:
             raise NotServedError("the model does not go through its language head")
-        total, self._total = self._total, None
+        total, self._pass.total = self._pass.total, None
         return total
 
     def _take(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         """Compute what is asked for from the head's input (batch, seq, hidden)."""
-        if self._asked is None:
+        if self._pass.asked is None:
             return None
-        (at, targets, observe), self._asked = self._asked, None  # the head is called again below
+        at, targets, observe = self._pass.asked
+        self._pass.asked = None  # the head is called again below
         states = args[0]
         chosen = states.flatten(0, -2).index_select(0, at)
         if torch.is_grad_enabled():
             parameters = [p for p in head.parameters() if p.requires_grad]
-            self._total = _SummedLoss.apply(  # type: ignore[no-untyped-call]
+            self._pass.total = _SummedLoss.apply(  # type: ignore[no-untyped-call]
                 chosen, targets, self._scores, self._chunk, *parameters
             )
         else:
-            self._total = self._observe(chosen, targets, observe)
+            self._pass.total = self._observe(chosen, targets, observe)
         return (states[:1, :1],)
 
     def _scores(self, states: torch.Tensor) -> torch.Tensor:
         """Return (targets, vocabulary)."""
-        scores: torch.Tensor = self._finish(self._head(states[None]))
-        return scores[0]
+        # Without a batch dimension: with one, torch's backward pass copies the head's weight.
+        scores: torch.Tensor = self._finish(self._head(states))
+        return scores
 
     def _observe(
         self, states: torch.Tensor, targets: torch.Tensor, observe: Observe | None

@@ -10,6 +10,7 @@ positions, norms, heads and pooling stay the model's own, and right for any mode
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -118,24 +119,35 @@ class Layout:
         return value
 
 
-_current: Layout | None = None
+_shared: Layout | None = None
+_own = threading.local()
 
 
 def current_layout() -> Layout | None:
     """Return the layout that is being computed on, or None."""
-    return _current
+    own: Layout | None = getattr(_own, "layout", None)
+    return own or _shared
 
 
 @contextlib.contextmanager
-def laid_out(layout: Layout | None) -> Iterator[None]:
+def laid_out(layout: Layout | None, own_thread: bool = False) -> Iterator[None]:
     """Compute on `layout` inside the block, which must hold the backward pass too.
 
-    It is the process's and not the thread's: on a GPU the backward pass has threads of its own,
-    and with checkpointing it runs the blocks again.
+    Args:
+        layout: None for a padded batch.
+        own_thread: whether the layout is this thread's alone, as that of a pass beside others on a
+            CPU. Otherwise it is the process's: on a GPU the backward pass has threads of its own,
+            and with checkpointing it runs the blocks again.
     """
-    global _current
-    before, _current = _current, layout
+    global _shared
+    if own_thread:
+        _own.layout, before = layout, getattr(_own, "layout", None)
+    else:
+        _shared, before = layout, _shared
     try:
         yield
     finally:
-        _current = before
+        if own_thread:
+            _own.layout = before
+        else:
+            _shared = before

@@ -14,13 +14,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 import tiny_models
-from ftlevel.config import TrainConfig
+from ftlevel.config import SPECS, TrainConfig
 from ftlevel.data.collate import Collator
 from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.fast import FastStep
 from ftlevel.engine.fast_plan import FastPlan, plan_fast
+from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.step_collator import StepCollator
 from ftlevel.engine.trainer import FtlevelTrainer
+from ftlevel.methods import Base
 from ftlevel.speed import attention
 from ftlevel.tasks.objectives import Classes, Objective, Spans, Tags, Tokens
 
@@ -36,6 +39,7 @@ NO_DROPOUT: dict[str, dict[str, float]] = {
     "opt": {"dropout": 0.0, "attention_dropout": 0.0},
     "bart": {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
     "t5": {"dropout_rate": 0.0},
+    "mt5": {"dropout_rate": 0.0},
     "bert": {"attention_probs_dropout_prob": 0.0},
     "roberta": {"attention_probs_dropout_prob": 0.0},
 }
@@ -101,7 +105,7 @@ def conversation_rows() -> list[Encoded]:
 def both(
     model: Any, head: str, folder: Path, *, packs: bool = True, heads: bool | None = None,
     tokens: int = 40, shares: bool = False, rows: list[Encoded] | None = None,
-    passes: int = 3, **arguments: Any,
+    passes: int = 3, lanes: int = 1, **arguments: Any,
 ) -> tuple[tuple[float, torch.Tensor], tuple[float, torch.Tensor]]:  # fmt: skip
     """Return the plain step, 4 micro-batches of 2 rows, and the fast one."""
     rows, pad_id = rows or rows_of(head), model.config.pad_token_id or 0
@@ -109,10 +113,11 @@ def both(
     plain = trainer_of(model, head, folder, FastPlan(), **arguments)
     micro_batches = [Collator(pad_id)(rows[i : i + 2]) for i in range(0, len(rows), 2)]
     expected = step_of(plain, micro_batches)
-    plan = FastPlan(True, packs, heads, tokens, shares)
+    plan = FastPlan(True, packs, heads, tokens, shares, lanes=lanes)
     trainer = trainer_of(model, head, folder, plan, **arguments)
     batch = StepCollator(pad_id, plan)(rows)
     assert len(batch["passes"]) >= passes
+    assert batch["side_by_side"] is (lanes > 1)
     found = step_of(trainer, [batch])
     trainer.fast.remove()
     return expected, found
@@ -146,6 +151,70 @@ def assert_same_step(pair: Any, bound: float = 1e-5) -> None:
 )  # fmt: skip
 def test_a_step_of_every_task(family: str, head: str, packs: bool, tmp_path: Path) -> None:
     assert_same_step(both(adapted(family, head), head, tmp_path, packs=packs))
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "packs"),
+    [*((family, "causal", family != "gpt_neo") for family in
+       ("llama", "gpt2", "gpt_neo", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "gemma3_text",
+        "phi3")),
+     *((family, "mlm", True) for family in ("bert", "roberta", "distilbert", "electra", "albert",
+                                            "modernbert")),
+     ("deberta-v2", "mlm", False), ("t5", "seq2seq", False), ("mt5", "seq2seq", False),
+     ("bart", "seq2seq", False), ("llama", "seqcls", True), ("roberta", "tokcls", True),
+     ("bert", "qa", True)],
+)  # fmt: skip
+def test_passes_side_by_side(family: str, head: str, packs: bool, tmp_path: Path) -> None:
+    model = adapted(family, head)
+    arguments: dict[str, Any] = {"packs": packs, "tokens": 80, "lanes": 2, "passes": 2}
+    first, second = (both(model, head, tmp_path, **arguments) for _ in range(2))
+    assert_same_step(first)
+    assert torch.equal(first[1][1], second[1][1])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_passes_side_by_side_of_experts(family: str, tmp_path: Path) -> None:
+    model = adapted(family, "causal", target_modules=["q_proj", "v_proj"])
+    assert_same_step(both(model, "causal", tmp_path, tokens=80, lanes=2, passes=2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("lora", {"use_dora": True}), ("lora", {"use_rslora": True}), ("adalora", {}), ("ia3", {}),
+     ("vera", {}), ("oft", {}), ("boft", {}), ("loha", {}), ("lokr", {}), ("ln-tuning", {}),
+     ("adapter", {"placement": "houlsby"}), ("adapter", {"placement": "pfeiffer"})],
+)  # fmt: skip
+def test_passes_side_by_side_of_every_method(
+    kind: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    spec, base = SPECS[kind](**fields), tiny_models.build("llama")
+    found = find_method_targets(spec, base, "llama")
+    facts = Base(base.config, "decoder", "CAUSAL_LM", found.modules, [], False, 10, [])
+    torch.manual_seed(0)
+    model = apply_method(base, spec, facts, fused=kind == "lora")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    assert_same_step(both(model, "causal", tmp_path, tokens=80, lanes=2, passes=2))
+
+
+def test_passes_side_by_side_with_checkpointing(tmp_path: Path) -> None:
+    model = adapted("llama", "causal", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model.enable_input_require_grads()
+    expected, _ = both(model, "causal", tmp_path)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, found = both(model, "causal", tmp_path, passes=2, tokens=80, lanes=2)
+    assert_same_step((expected, found))
+
+
+def test_passes_side_by_side_with_shared_prefixes(tmp_path: Path) -> None:
+    rows = [
+        Encoded([1] * 33 + ids.input_ids, [IGNORED] * 30 + [1] * 3 + ids.labels, ids.row)
+        for ids in rows_of("causal", (90, 80, 70, 60))
+    ]
+    arguments: dict[str, Any] = {"rows": rows, "shares": True, "tokens": 600, "passes": 2}
+    pair = both(adapted("llama", "causal"), "causal", tmp_path, lanes=2, **arguments)
+    assert_same_step(pair)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +362,40 @@ def test_the_plan_says_what_is_done_and_why(
     plan = plan_fast(config, model, kind, objective, "cpu", rows_of("causal"), 100)
     assert said in str(plan.choices[0])
     assert model.config._attn_implementation != attention.NAME
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("llama", {}, "2 passes at once"),
+        ("llama", {"speed": {"passes_at_once": 1}}, "one pass at a time"),
+        ("llama", {"method": {"kind": "lora", "lora_dropout": 0.1}},
+         "one pass at a time: lora_dropout 0.1 is drawn at random, in order"),
+        ("bert", {}, "one pass at a time: hidden_dropout_prob 0.1 is drawn at random"),
+        ("llama", {"method": {"kind": "full"}}, ": full would hold a gradient for every weight"),
+        ("llama", {"method": {"kind": "prefix"}}, ": prefix keeps its place in the model"),
+        ("llama", {"method": {"kind": "adapter", "placement": "parallel"}},
+         ": parallel adapters keep their input in the model"),
+        ("mixtral", {"method": {"kind": "lora", "target_parameters": "experts"}},
+         ": PEFT puts target_parameters into the model"),
+        ("longrope", {}, ": phi3 changes its rotary embedding with the length"),
+        ("unknown", {}, ": not tried with some_model"),
+    ],
+)  # fmt: skip
+def test_the_plan_says_how_many_passes_run_at_once(
+    family: str, settings: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model = tiny_models.build({"longrope": "phi3", "unknown": "llama"}.get(family, family))
+    if family == "longrope":
+        model.config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0}
+    if family == "unknown":
+        model.config.model_type = "some_model"
+    kind = "encoder" if family == "bert" else "decoder"
+    config = TrainConfig.model_validate(settings)
+    plan = plan_fast(config, model, kind, OBJECTIVES["causal"], "cpu", rows_of("causal"), 100)
+    assert said in str(plan.choices[0])
+    assert plan.lanes == (2 if said.startswith("2") else 1)
 
 
 SHARING = [[1] * 60 + [i] * 20 for i in range(8)]

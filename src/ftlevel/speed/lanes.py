@@ -1,0 +1,110 @@
+"""Passes of a step side by side on a CPU, each by its share of the threads.
+
+A pass through the model is thousands of small operations between its large products. Given all
+threads, every operation ends with all of them waiting for one another, and what is not split leaves
+all but one idle. A thread with a pass of its own has neither. The gradients are added in the order
+of the passes, whichever is done first, so the same rows give the same bits.
+
+What is computed side by side must not write to the model, nor draw at random: torch's generator
+belongs to the process, and who draws first would be chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from ftlevel.speed.layout import Layout, laid_out
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+MOST_LANES = 4
+"""Lanes at most: each holds the activations of its pass, and Python runs one of them at a time."""
+
+GAIN = 1.3
+"""What two lanes compute in the time in which one pass with all threads would compute 1: measured
+on two Zen 4 cores, docs/performance.md."""
+
+
+class Lanes:
+    """Threads that compute passes.
+
+    Attributes:
+        count: how many passes are computed at once.
+
+    Args:
+        count: as the attribute.
+        threads: torch's threads, which the lanes share out.
+    """
+
+    def __init__(self, count: int, threads: int) -> None:
+        self.count = count
+        self._threads = threads
+        share = max(1, threads // count)
+        self._pool = ThreadPoolExecutor(count, "ftlevel-lane", torch.set_num_threads, (share,))
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+        torch.set_num_threads(self._threads)  # the last number that was set is that of new threads
+
+    def backward(
+        self,
+        compute: Callable[[Any], torch.Tensor],
+        passes: Sequence[tuple[Layout | None, Any]],
+        parameters: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Add the gradients of all passes to `parameters` (mutated), in the order of the passes.
+
+        Args:
+            compute: the batch of a pass → its loss (a scalar); called in the threads.
+            passes: layout and batch of each.
+            parameters: what is trained.
+
+        Returns:
+            The losses, without their graphs. What `compute` raises is raised here.
+        """
+
+        def run(part: tuple[Layout | None, Any]) -> tuple[torch.Tensor, Gradients]:
+            layout, batch = part
+            with laid_out(layout, own_thread=True):
+                loss = compute(batch)
+                return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+        losses = []
+        for loss, gradients in self._pool.map(run, passes):  # cancels the others when one fails
+            losses.append(loss)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    _add(parameter, gradient)
+        return losses
+
+
+def _add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient
+
+
+def makespan(costs: Sequence[int], lanes: int) -> int:
+    """Return when the last of `costs` is done, if each is begun in order by a lane that is free."""
+    busy = [0] * lanes
+    for cost in costs:
+        first = busy.index(min(busy))
+        busy[first] += cost
+    return max(busy)
+
+
+def pays_off(costs: Sequence[int], alone: Sequence[int], lanes: int) -> bool:
+    """Whether passes of `costs` side by side are done before passes of `alone` one by one.
+
+    Args:
+        costs: tokens that each pass computes, where passes are side by side.
+        alone: the same where each has all threads.
+        lanes: how many are side by side.
+    """
+    return makespan(costs, lanes) * lanes < sum(alone) * GAIN
