@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ftlevel.speed.layout import Layout, NotServedError, Segment, current_layout
 from ftlevel.speed.tiles import TileAttention, cut_tiles, visible
+from ftlevel.speed.varlen import attend_in_one, can_serve
 
 NAME = "ftlevel_documents"
 """What the attention is called in `set_attn_implementation`."""
@@ -102,7 +103,9 @@ def _by_document(
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
-    """Return (tokens, heads, head_dim): short segments by tiles, long ones by SDPA."""
+    """Return (tokens, heads, head_dim): on a GPU by one kernel, on a CPU by tiles or by SDPA."""
+    if can_serve(states[0], dropout):
+        return attend_in_one(states, layout.segments, causal, window, scale)
     on_cpu = states[0].device.type == "cpu"
     is_short = all(s.stop - s.start <= LONGEST_TILED for s in layout.segments)
     is_tree = any(segment.past for segment in layout.segments)
