@@ -19,6 +19,7 @@ from ftlevel.engine.packing_check import PackingCheck
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.speed import attention
 from ftlevel.speed.blocks import PackedBlocks
+from ftlevel.speed.dropout import OwnDraws
 from ftlevel.speed.head import Observe, TargetHead
 from ftlevel.speed.lanes import Lanes
 from ftlevel.tasks.objectives import Objective, Tokens
@@ -47,9 +48,13 @@ class FastStep:
                 raise TypeError(f"{type(self._base).__name__} did not take {attention.NAME}")
             self._blocks = PackedBlocks(find_blocks(self._base))
         self.head = TargetHead(self._base) if plan.heads else None
-        self.lanes = Lanes(plan.lanes, torch.get_num_threads()) if plan.lanes > 1 else None
+        self.lanes: Lanes | None = None
+        self._draws: OwnDraws | None = None
+        if plan.lanes > 1:
+            self.lanes = Lanes(plan.lanes, torch.get_num_threads(), plan.draws)
+            self._draws = OwnDraws(model) if plan.draws else None
 
-    def check_packing(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> str:
+    def check(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> list[str]:
         """Return what cannot be done after all, and leave it; empty if everything can.
 
         Args:
@@ -59,16 +64,29 @@ class FastStep:
             dtype: compute precision's name.
         """
         if self._blocks is None:
-            return ""
+            return []
         check = PackingCheck(self._model, find_blocks(self._base)[-1], rows, pad_id, device, dtype)
+        reasons = []
         if leak := check.find_leak():
             self.plan = replace(self.plan, packs=False, shares=False)
             self._pad_again()
-            return f"rows are padded: {leak}"
-        if self.plan.shares and (reason := check.find_sharing_error()):
+            reasons.append(f"rows are padded: {leak}")
+        elif self.plan.shares and (reason := check.find_sharing_error()):
             self.plan = replace(self.plan, shares=False)
-            return f"prefixes are not shared: {reason}"
-        return ""
+            reasons.append(f"prefixes are not shared: {reason}")
+        if self._draws is not None and (leak or check.draws_outside_of_passes()):
+            self._leave_lanes()
+            self.plan = replace(self.plan, lanes=1, draws=False)
+            reasons.append("passes are computed one at a time: it draws at random, in order")
+        return reasons
+
+    def _leave_lanes(self) -> None:
+        if self._draws is not None:
+            self._draws.remove()
+            self._draws = None
+        if self.lanes is not None:
+            self.lanes.close()
+            self.lanes = None
 
     def _pad_again(self) -> None:
         if self._blocks is not None:
@@ -80,9 +98,7 @@ class FastStep:
         """Leave the model as it was."""
         if self.head is not None:
             self.head.remove()
-        if self.lanes is not None:
-            self.lanes.close()
-            self.lanes = None
+        self._leave_lanes()
         self._pad_again()
 
 

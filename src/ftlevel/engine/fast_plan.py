@@ -41,6 +41,7 @@ class FastPlan:
         shares: whether prefixes that rows of a step have in common are computed once.
         choices: lines for the screen.
         lanes: how many passes are computed side by side, where that is faster.
+        draws: whether they drop something at random.
     """
 
     enabled: bool = False
@@ -50,6 +51,7 @@ class FastPlan:
     shares: bool = False
     choices: list[Choice] = field(default_factory=list)
     lanes: int = 1
+    draws: bool = False
 
 
 def plan_fast(
@@ -80,17 +82,18 @@ def plan_fast(
     heads = speed.target_head and has_target_head(meta, objective)
     layout = "packed, no padding" if not why_padded else f"padded by length ({why_padded})"
     parts = [layout] + (["head on targets only"] if heads else [])
-    lanes, why_one = plan_lanes(config, meta, device)
-    at_once = f"{lanes} passes at once" if lanes > 1 else "one pass at a time"
-    at_once += f": {why_one}" if why_one else ""
-    choices = [
-        Choice("step", ", ".join(parts), f"up to {tokens // lanes:,} tokens a pass, {at_once}")
-    ]
+    lanes = plan_lanes(config, meta, device, packs=not why_padded)
+    at_once = f"{lanes.count} passes at once" if lanes.count > 1 else "one pass at a time"
+    at_once += f": {lanes.reason}" if lanes.reason else ""
+    bound = f"up to {tokens // lanes.count:,} tokens a pass"
+    choices = [Choice("step", ", ".join(parts), f"{bound}, {at_once}")]
     shares = False
     if not why_padded and kind == "decoder" and speed.share_prefixes != "never":
         shares, more = _plan_sharing(config, meta, rows)
         choices += more
-    return FastPlan(True, not why_padded, heads, tokens, shares, choices, lanes)
+    return FastPlan(
+        True, not why_padded, heads, tokens, shares, choices, lanes.count, bool(lanes.draws)
+    )
 
 
 def _plan_sharing(

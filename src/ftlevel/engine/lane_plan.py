@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,29 +12,57 @@ from ftlevel.config import AdapterSpec, TrainConfig
 from ftlevel.models.families import lookup_family
 from ftlevel.speed.lanes import MOST_LANES
 
+FUNCTIONAL_DROPOUT = ("opt",)
+"""Families that drop by a function, which has the process's generator, and not by a module."""
+
 VIRTUAL_TOKENS = ("prefix", "prompt", "p-tuning")
 """Methods whose rows hold more than the text."""
 
 
-def plan_lanes(config: TrainConfig, meta: Any, device: str) -> tuple[int, str]:
-    """Return how many passes are computed at once, and the reason for the screen where it is one.
+@dataclass(frozen=True)
+class LanePlan:
+    """How passes are computed.
 
-    See `speed.lanes` for what must hold.
+    Attributes:
+        count: how many at once.
+        draws: what is drawn at random in them, empty for nothing.
+        reason: for the screen, why it is one where it could be more.
+    """
+
+    count: int = 1
+    draws: str = ""
+    reason: str = ""
+
+
+def plan_lanes(config: TrainConfig, meta: Any, device: str, packs: bool) -> LanePlan:
+    """Return how many passes are computed at once. See `speed.lanes` for what must hold.
 
     Args:
         config: the configuration.
         meta: the model on the meta device.
         device: torch device type.
+        packs: whether rows are packed: attention then draws from the pass's generator.
     """
     asked, threads = config.speed.passes_at_once, torch.get_num_threads()
     if device != "cpu" or threads == 1 or asked == 1:
-        return 1, ""
+        return LanePlan()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return 1, "each process has its own"
-    reason = _writes_to_itself(config, meta)
-    if not reason and (drops := find_random(config, meta, with_head=True)):
-        reason = f"{drops} is drawn at random, in order"
-    return (1, reason) if reason else (min(threads, MOST_LANES if asked == "auto" else asked), "")
+        return LanePlan(reason="each process has its own")
+    draws = find_random(config, meta, with_head=True)
+    if reason := _writes_to_itself(config, meta) or _draws_in_order(config, meta, draws, packs):
+        return LanePlan(reason=reason)
+    return LanePlan(min(threads, MOST_LANES if asked == "auto" else asked), draws)
+
+
+def _draws_in_order(config: TrainConfig, meta: Any, draws: str, packs: bool) -> str:
+    """Return what is drawn from the process's generator; empty if nothing."""
+    if not draws or (
+        packs
+        and not config.train.gradient_checkpointing
+        and meta.config.model_type not in FUNCTIONAL_DROPOUT
+    ):
+        return ""
+    return f"{draws} is drawn at random, in order"
 
 
 def _writes_to_itself(config: TrainConfig, meta: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 from ftlevel.data.collate import Collator
 from ftlevel.data.encode import Encoded
 from ftlevel.models.hardware import autocast
+from ftlevel.speed.dropout import drawing_from
 from ftlevel.speed.layout import Layout, laid_out
 from ftlevel.speed.prefixes import lay_out_tree
 
@@ -52,6 +53,19 @@ class PackingCheck:
         """Return why the prefix of two rows cannot be computed once, empty if it can."""
         second, first = self._pair()  # the shorter one, which the longer one begins with, is first
         return self._try(lambda: self._compare_shared([first, second]))
+
+    def draws_outside_of_passes(self) -> bool:
+        """Return whether a pass in training takes numbers from the process's generator."""
+        batch, training = self._batch(self._pair()), self.model.training
+        layout, before = Layout.of_rows(batch["attention_mask"]), torch.get_rng_state()
+        self.model.train()
+        try:
+            with drawing_from(0), laid_out(layout), autocast(self.device, self.dtype):
+                self.model(**batch)
+            return not torch.equal(before, torch.get_rng_state())
+        finally:
+            torch.set_rng_state(before)
+            self.model.train(training)
 
     def _pair(self) -> list[Encoded]:
         longest = max(self.rows[:100], key=lambda row: len(row.input_ids))

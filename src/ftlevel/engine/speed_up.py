@@ -24,8 +24,7 @@ def speed_up(
     if not plan.fast.enabled:
         return None, None
     fast, pad_id = FastStep(model, plan.fast), plan.tokenizer.pad_token_id
-    reason = fast.check_packing(plan.data.train, pad_id, plan.device, plan.dtype)
-    if reason:
+    for reason in fast.check(plan.data.train, pad_id, plan.device, plan.dtype):
         listener.warn(f"{plan.model_config.model_type}: {reason}.")
     if not config.speed.verify:
         return fast, None

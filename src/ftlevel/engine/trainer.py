@@ -102,7 +102,8 @@ class FtlevelTrainer(Trainer):
                 return loss
 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.stack(lanes.backward(compute, passes, trained)).sum()
+        seed = int(torch.randint(2**62, ())) if lanes.draws else None  # resumed with torch's state
+        return torch.stack(lanes.backward(compute, passes, trained, seed)).sum()
 
     def compute_loss(
         self,

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ftlevel.speed.dropout import own_generator
 from ftlevel.speed.layout import Layout, NotServedError, Segment, current_layout
 from ftlevel.speed.tiles import TileAttention, cut_tiles, visible
 from ftlevel.speed.varlen import attend_in_one, can_serve
@@ -109,7 +110,8 @@ def _by_document(
     on_cpu = states[0].device.type == "cpu"
     is_short = all(s.stop - s.start <= LONGEST_TILED for s in layout.segments)
     is_tree = any(segment.past for segment in layout.segments)
-    if on_cpu and (is_short or is_tree):
+    draws_itself = dropout > 0 and own_generator() is not None  # SDPA has the process's generator
+    if on_cpu and (is_short or is_tree or draws_itself):
         tiles = cut_tiles(layout.segments, causal, window)
         with torch.autocast("cpu", enabled=False):
             attended: torch.Tensor = TileAttention.apply(  # type: ignore[no-untyped-call]

@@ -5,18 +5,21 @@ threads, every operation ends with all of them waiting for one another, and what
 all but one idle. A thread with a pass of its own has neither. The gradients are added in the order
 of the passes, whichever is done first, so the same rows give the same bits.
 
-What is computed side by side must not write to the model, nor draw at random: torch's generator
-belongs to the process, and who draws first would be chance.
+What is computed side by side must not write to the model. What it drops at random it draws from a
+generator of the pass (`speed.dropout`): torch's own belongs to the process, and who draws first
+would be chance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from typing import Any
 
 import torch
 
+from ftlevel.speed.dropout import drawing_from
 from ftlevel.speed.layout import Layout, laid_out
 
 Gradients = tuple[torch.Tensor | None, ...]
@@ -34,14 +37,17 @@ class Lanes:
 
     Attributes:
         count: how many passes are computed at once.
+        draws: whether they drop something at random, and need a seed.
 
     Args:
         count: as the attribute.
         threads: torch's threads, which the lanes share out.
+        draws: as the attribute.
     """
 
-    def __init__(self, count: int, threads: int) -> None:
+    def __init__(self, count: int, threads: int, draws: bool = False) -> None:
         self.count = count
+        self.draws = draws
         self._threads = threads
         share = max(1, threads // count)
         self._pool = ThreadPoolExecutor(count, "ftlevel-lane", torch.set_num_threads, (share,))
@@ -56,6 +62,7 @@ class Lanes:
         compute: Callable[[Any], torch.Tensor],
         passes: Sequence[tuple[Layout | None, Any]],
         parameters: Sequence[torch.Tensor],
+        seed: int | None = None,
     ) -> list[torch.Tensor]:
         """Add the gradients of all passes to `parameters` (mutated), in the order of the passes.
 
@@ -63,19 +70,23 @@ class Lanes:
             compute: the batch of a pass → its loss (a scalar); called in the threads.
             passes: layout and batch of each.
             parameters: what is trained.
+            seed: of what the passes draw at random; None where they draw nothing.
 
         Returns:
             The losses, without their graphs. What `compute` raises is raised here.
         """
 
-        def run(part: tuple[Layout | None, Any]) -> tuple[torch.Tensor, Gradients]:
+        def run(number: int, part: tuple[Layout | None, Any]) -> tuple[torch.Tensor, Gradients]:
             layout, batch = part
-            with laid_out(layout, own_thread=True):
+            own_seed = None if seed is None else seed + number
+            with laid_out(layout, own_thread=True), drawing_from(own_seed):
                 loss = compute(batch)
                 return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
         losses = []
-        for loss, gradients in self._pool.map(run, passes):  # cancels the others when one fails
+        for loss, gradients in self._pool.map(
+            run, count(), passes
+        ):  # cancels the others when one fails
             losses.append(loss)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:

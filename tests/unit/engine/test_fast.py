@@ -20,11 +20,13 @@ from ftlevel.data.encode import IGNORED, Encoded
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.fast import FastStep
 from ftlevel.engine.fast_plan import FastPlan, plan_fast
+from ftlevel.engine.lane_plan import FUNCTIONAL_DROPOUT
 from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.step_collator import StepCollator
 from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.methods import Base
 from ftlevel.speed import attention
+from ftlevel.speed.dropout import PassDropout, drawing_from
 from ftlevel.tasks.objectives import Classes, Objective, Spans, Tags, Tokens
 
 OBJECTIVES: dict[str, Objective] = {
@@ -198,6 +200,48 @@ def test_passes_side_by_side_of_every_method(
     assert_same_step(both(model, "causal", tmp_path, tokens=80, lanes=2, passes=2))
 
 
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("llama", "causal"), ("gpt2", "causal"), ("gpt_neox", "causal"), ("phi3", "causal"),
+     ("bert", "seqcls"), ("roberta", "tokcls"), ("distilbert", "qa"), ("electra", "seqcls"),
+     ("albert", "seqcls"), ("modernbert", "mlm"), ("opt", "causal")],
+)  # fmt: skip
+def test_passes_side_by_side_drop_by_their_seed(family: str, head: str, tmp_path: Path) -> None:
+    """Dropout gives the same bits each time, whoever is first, and those of passes in turn."""
+    names = [n for n, v in tiny_models.build_config(family).to_dict().items()
+             if "drop" in n and isinstance(v, float)]  # fmt: skip
+    base = tiny_models.build(family, head, **{n: 0.2 for n in names if "layer" not in n})
+    settings: dict[str, Any] = {"target_modules": "all-linear", "r": 4, "lora_dropout": 0.2}
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(init_lora_weights=False, **settings))
+    rows, heads = rows_of(head), head in ("causal", "mlm")
+    plan = FastPlan(True, True, heads, 80, lanes=2, draws=True)
+    trainer = trainer_of(model, head, tmp_path, plan)
+    said = trainer.fast.check(rows, 0, "cpu", "float32")
+    assert ("one at a time" in str(said)) is (family in FUNCTIONAL_DROPOUT)
+    if said:
+        return
+    batch, gradients = StepCollator(0, plan)(rows), []
+    assert batch["side_by_side"]
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        gradients.append(step_of(trainer, [StepCollator(0, plan)(rows)])[1])
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+
+    torch.manual_seed(1)
+    drawn = int(torch.randint(2**62, ()))
+    count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+    model.zero_grad()
+    for number, part in enumerate(batch["passes"]):
+        with drawing_from(drawn + number):
+            trainer.training_step(model, {"passes": [part], "side_by_side": False}, count)
+    in_turn = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(gradients[0], in_turn, rtol=1e-4, atol=1e-5)
+    trainer.fast.remove()
+    assert all(type(m) is not PassDropout for m in model.modules())
+
+
 def test_passes_side_by_side_with_checkpointing(tmp_path: Path) -> None:
     model = adapted("llama", "causal", target_modules=["q_proj"], modules_to_save=["lm_head"])
     model.enable_input_require_grads()
@@ -369,9 +413,13 @@ def test_the_plan_says_what_is_done_and_why(
     [
         ("llama", {}, "2 passes at once"),
         ("llama", {"speed": {"passes_at_once": 1}}, "one pass at a time"),
-        ("llama", {"method": {"kind": "lora", "lora_dropout": 0.1}},
+        ("llama", {"method": {"kind": "lora", "lora_dropout": 0.1}}, "2 passes at once"),
+        ("llama", {"method": {"kind": "lora", "lora_dropout": 0.1},
+                   "train": {"gradient_checkpointing": True}},
          "one pass at a time: lora_dropout 0.1 is drawn at random, in order"),
-        ("bert", {}, "one pass at a time: hidden_dropout_prob 0.1 is drawn at random"),
+        ("bert", {}, "2 passes at once"),
+        ("t5", {}, "one pass at a time: dropout_rate 0.1 is drawn at random, in order"),
+        ("opt", {}, "one pass at a time: dropout 0.1 is drawn at random, in order"),
         ("llama", {"method": {"kind": "full"}}, ": full would hold a gradient for every weight"),
         ("llama", {"method": {"kind": "prefix"}}, ": prefix keeps its place in the model"),
         ("llama", {"method": {"kind": "adapter", "placement": "parallel"}},
@@ -391,7 +439,7 @@ def test_the_plan_says_how_many_passes_run_at_once(
         model.config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0}
     if family == "unknown":
         model.config.model_type = "some_model"
-    kind = "encoder" if family == "bert" else "decoder"
+    kind = {"bert": "encoder", "t5": "encoder-decoder"}.get(family, "decoder")
     config = TrainConfig.model_validate(settings)
     plan = plan_fast(config, model, kind, OBJECTIVES["causal"], "cpu", rows_of("causal"), 100)
     assert said in str(plan.choices[0])
@@ -457,12 +505,12 @@ def test_a_model_whose_rows_see_each_other_is_not_packed() -> None:
     rows = rows_of("causal")
     model = tiny_models.build("llama")
     fast = FastStep(model, FastPlan(True, True, True, 100, True))
-    assert fast.check_packing(rows, 0, "cpu", "float32") == ""
+    assert fast.check(rows, 0, "cpu", "float32") == []
     assert fast.plan.packs
     assert fast.plan.shares
     for block in model.model.layers:
         block.mlp = Leaky(block.mlp)
-    assert "see each other" in fast.check_packing(rows, 0, "cpu", "float32")
+    assert "see each other" in fast.check(rows, 0, "cpu", "float32")[0]
     assert not fast.plan.packs
     assert model.config._attn_implementation == "sdpa"
     fast.remove()
