@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from ftlevel.engine.adapt import load_adapter
 from ftlevel.errors import RunError, listing
 from ftlevel.methods.lora_start import starts_inside_base
 from ftlevel.models.hardware import autocast
-from ftlevel.tasks.objectives import Objective
+from ftlevel.tasks.objectives import Objective, Tokens
 
 PROBE_ROWS = 4
+
+PROBE_SCORES = 8_000_000
+"""Most scores of a language head that are compared: 32 MB, of which four are held at once."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,34 @@ class Proof:
     probe_rows: int
 
 
-def probe_batch(rows: Sequence[Encoded], pad_id: int, device: str) -> dict[str, torch.Tensor]:
-    """Return a batch of the shortest rows with targets, to compare logits on."""
+def probe_batch(
+    rows: Sequence[Encoded], pad_id: int, device: str, objective: Objective, vocabulary: int
+) -> dict[str, torch.Tensor]:
+    """Return a batch of rows of a middling length, to compare logits on.
+
+    Args:
+        rows: encoded rows.
+        pad_id: fills the batch.
+        device: torch device type.
+        objective: what is trained for; what scores a vocabulary gets the beginnings of rows.
+        vocabulary: how many tokens a language head scores.
+    """
     chosen = sorted(rows, key=lambda row: len(row.input_ids))
     middle = len(chosen) // 2
     picked = chosen[max(0, middle - PROBE_ROWS // 2) :][:PROBE_ROWS]
+    if isinstance(objective, Tokens):
+        most = max(1, PROBE_SCORES // (vocabulary * len(picked)))
+        picked = [_shorten(row, most, objective) for row in picked]
     return {name: value.to(device) for name, value in Collator(pad_id)(picked).items()}
+
+
+def _shorten(row: Encoded, most: int, objective: Tokens) -> Encoded:
+    """Return the beginning of `row` with at most `most` scored positions."""
+    labels = row.labels[:most] if isinstance(row.labels, list) else row.labels
+    if objective.feeds_labels:  # the decoder's positions are the labels'
+        return replace(row, labels=labels)
+    extras = {name: values[:most] for name, values in row.extras.items()}
+    return replace(row, input_ids=row.input_ids[:most], labels=labels, extras=extras)
 
 
 def probe_logits(

@@ -133,7 +133,11 @@ def _train(
     finish_method(model, config.method)
     save(model, plan, run, build_card(config, plan, base_facts), base_facts, start)
     probe = probe_batch(
-        plan.data.validation or plan.data.train, plan.tokenizer.pad_token_id, plan.device
+        plan.data.validation or plan.data.train,
+        plan.tokenizer.pad_token_id,
+        plan.device,
+        plan.objective,
+        plan.model_config.get_text_config().vocab_size,
     )
     frozen, difference, effect = check_saved(
         model,
