@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -20,8 +21,16 @@ from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.config import QuantizeConfig
 from ftlevel.config.choices import Choice
 from ftlevel.engine.events import Listener, Silence
-from ftlevel.engine.fidelity import PREDICTS, WINDOW, Text, compare, cut_windows, read_eval_text
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.engine.fidelity import (
+    PREDICTS,
+    WINDOW,
+    Text,
+    compare,
+    cut_windows,
+    read_eval_text,
+    read_windows,
+)
+from ftlevel.errors import ConfigError, InputError, RunError
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import load_config, load_model, load_tokenizer, quiet_libraries
@@ -214,7 +223,13 @@ def _measure(
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
     began = time.perf_counter()
-    scores = compare(models[0], models[1], windows, auto_class, plan.tokenizer)
+    first, second = (read_windows(m, windows, auto_class, plan.tokenizer) for m in models)
+    scores = compare(first, second, auto_class)
+    if not math.isfinite(scores.get("kl", scores.get("cosine", math.nan))):
+        raise RunError(
+            "the quantized model predicts values that are not finite. It is not kept. "
+            "Try --dtype float32, or --quant 8bit."
+        )
     return {
         "text": text.name,
         "computed_in": str(dtype).removeprefix("torch."),
