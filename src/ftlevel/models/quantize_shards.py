@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ftlevel.errors import InputError
+from ftlevel.models.four_bit import quantize_4bit
 from ftlevel.models.quantize_layout import QUANTIZED, Layout
 from ftlevel.models.safetensors_stream import ShardWriter, header_bound
 from ftlevel.models.tensor_files import Stored, read_header
@@ -104,13 +105,8 @@ def _convert(key: str, name: str, tensor: torch.Tensor, layout: Layout) -> dict[
 
 
 def _pack_4bit(key: str, weight: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
-    from bitsandbytes.functional import quantize_4bit
-
     packed, state = quantize_4bit(
-        weight,
-        quant_type=config.bnb_4bit_quant_type,
-        compress_statistics=config.bnb_4bit_use_double_quant,
-        quant_storage=config.bnb_4bit_quant_storage,
+        weight, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant
     )
     stats = {f"{key}.{name}": value for name, value in state.as_dict(packed=True).items()}
     return {key: packed, **stats}
