@@ -1,4 +1,4 @@
-"""Pack weights in 4 bits on the CPU: bit for bit what bitsandbytes does, in less than half the time.
+"""Pack weights in 4 bits on the CPU: bitsandbytes' own bytes in less than half the time.
 
 A block of 64 weights w is stored as its scale s = max |w| and the index of the code nearest to each
 w / s (QLoRA, https://arxiv.org/abs/2305.14314, section 3). bitsandbytes 0.50 finds the index by a
