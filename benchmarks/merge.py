@@ -100,7 +100,8 @@ def work(tool: str, base: str, adapter: str, out: str, limit: int) -> None:
     seconds, cpu = time.perf_counter() - began, time.process_time() - computed
     threads = torch.get_num_threads()
     print(json.dumps({"private_mb": (peak.most - peak.first) / 1e6, "above_imports_s": seconds,
-                      "cpu_s": cpu, "imports_mb": peak.first / 1e6, "threads": threads}))  # fmt: skip
+                      "cpu_s": cpu, "imports_mb": peak.first / 1e6,
+                      "threads": threads}))  # fmt: skip
 
 
 def measure(tool: str, base: Path, adapter: Path, out: Path, limit: int = 0) -> dict[str, float]:
