@@ -4,6 +4,7 @@
     python benchmarks/merge.py
     python benchmarks/merge.py --runs 5 --model .models/SmolLM2-135M-Instruct
     python benchmarks/merge.py --no-large
+    python benchmarks/merge.py --runs 2 --shards 2 5 10 20
 
 Each merge is a process of its own; the two take turns. Private memory is RssAnon of /proc, sampled
 every 5 ms, above what it was when everything had been imported: file pages that the kernel can drop
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ LARGE = {
     "max_position_embeddings": 2048,
 }
 SHARDS = 10
+SMALL_LAYERS = 7  # about 1 GB
 
 
 def private_bytes() -> int:
@@ -86,7 +88,7 @@ def work(tool: str, base: str, adapter: str, out: str, limit: int) -> None:
     from ftlevel import MergeConfig, merge
     from ftlevel.engine import merge as _  # noqa: F401 - imports are not what is measured
 
-    began = time.perf_counter()
+    began, computed = time.perf_counter(), time.process_time()
     with Peak() as peak:
         if tool == "ftlevel":
             merge(MergeConfig(adapters=[adapter], base=base, output_dir=Path(out), verify=False))
@@ -95,10 +97,11 @@ def work(tool: str, base: str, adapter: str, out: str, limit: int) -> None:
             merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
             merged.save_pretrained(out)
             transformers.AutoTokenizer.from_pretrained(base).save_pretrained(out)
-    seconds = time.perf_counter() - began
+    seconds, cpu = time.perf_counter() - began, time.process_time() - computed
     threads = torch.get_num_threads()
     print(json.dumps({"private_mb": (peak.most - peak.first) / 1e6, "above_imports_s": seconds,
-                      "imports_mb": peak.first / 1e6, "threads": threads}))  # fmt: skip
+                      "cpu_s": cpu, "imports_mb": peak.first / 1e6,
+                      "threads": threads}))  # fmt: skip
 
 
 def measure(tool: str, base: Path, adapter: Path, out: Path, limit: int = 0) -> dict[str, float]:
@@ -114,7 +117,7 @@ def measure(tool: str, base: Path, adapter: Path, out: Path, limit: int = 0) -> 
     return {**json.loads(done.stdout.splitlines()[-1]), "wall_s": wall}
 
 
-def make_large(folder: Path, shards: int) -> Path:
+def make_large(folder: Path, shards: int, layers: int = LARGE["num_hidden_layers"]) -> Path:
     """Write a Llama of about 3 GB in bfloat16 in `shards` files, without having it in memory."""
     import torch
     import transformers
@@ -122,7 +125,7 @@ def make_large(folder: Path, shards: int) -> Path:
     from ftlevel.builtin import model_path
     from ftlevel.models.tensor_files import Part, Spec, write_files
 
-    config = transformers.LlamaConfig(**LARGE)
+    config = transformers.LlamaConfig(**{**LARGE, "num_hidden_layers": layers})
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
@@ -228,6 +231,24 @@ def under_limit(base: Path, folder: Path) -> str:
     return f"Under RLIMIT_DATA = {LIMIT_BYTES / 2**30:.1f} GiB: " + "; ".join(said) + "."
 
 
+def by_shards(counts: Sequence[int], folder: Path, runs: int) -> Iterator[str]:
+    """Merge the same model of about 1 GB in each number of shards; yield the lines of a table."""
+    bases = {n: make_large(folder / f"in-{n}", n, SMALL_LAYERS) for n in counts}
+    adapter = make_adapter(bases[counts[0]], folder / "adapter")
+    found: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    for _ in range(runs):
+        for count, base in bases.items():
+            found[count].append(measure("ftlevel", base, adapter, folder / "out"))
+    yield "| shards | processor s after the imports | wall s | private MB |"
+    yield "|--:|--:|--:|--:|"
+    for count, results in found.items():
+        cpu, wall, private = (
+            statistics.median(result[key] for result in results)
+            for key in ("cpu_s", "wall_s", "private_mb")
+        )
+        yield f"| {count} | {cpu:.1f} | {wall:.1f} | {private:.0f} |"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print Markdown, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -236,10 +257,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-large", action="store_true", help="leave the 3 GB model out")
     parser.add_argument("--worker", nargs=4, metavar=("TOOL", "BASE", "ADAPTER", "OUT"))
     parser.add_argument("--limit", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--shards", type=int, nargs="+", metavar="N",
+        help="instead, merge into a model of about 1 GB in each of these numbers of shards",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     if arguments.worker:
         tool, base, adapter, out = arguments.worker
         work(tool, base, adapter, out, arguments.limit)
+        return 0
+    if arguments.shards:
+        with tempfile.TemporaryDirectory(prefix="ftlevel-merge-") as temporary:
+            print(f"{describe_machine()}; medians of {arguments.runs} runs in turns.\n")
+            print("\n".join(by_shards(arguments.shards, Path(temporary), arguments.runs)))
         return 0
     head = ["", "private MB", "PEFT's", "ratio", "wall s", "PEFT's", "ratio", "equal tensors"]
     rows: list[list[Any]] = [head, ["---", *["--:"] * 7]]

@@ -85,7 +85,7 @@ def read_card(directory: Path) -> AdapterCard:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of what decides a run's numbers."""
-    names = ("ftlevel", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    names = ("ftlevel", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao")
     versions = {"python": platform.python_version()}
     for name in names:
         try:
@@ -171,11 +171,12 @@ def write_quantized_readme(name: str, summary: Mapping[str, Any]) -> str:
         summary: what quantization.json holds.
     """
     source, form = summary["source"]["name"], summary["quantization"]["form"]
+    library = "torchao" if form.startswith("torchao") else "bitsandbytes"
     lines = [
         "---",
         *([f"base_model: {source}"] if summary["source"]["kind"] == "hub" else []),
         "library_name: transformers",
-        "tags: [ftlevel, bitsandbytes, quantized]",
+        f"tags: [ftlevel, {library}, quantized]",
         "---",
         "",
         f"# {name}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Collection
 from typing import Annotated, Any
@@ -92,8 +93,14 @@ def _root(
     pass
 
 
+_NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that tell at import which GPU kernels this machine lacks, and what torch deprecates."""
+
+
 def main() -> None:
     """Run the command line and exit: 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     raise SystemExit(run(sys.argv[1:]))
 
 

@@ -32,6 +32,9 @@ def evaluate(
     ] = None,
     task: Annotated[Text, _option("task")] = None,
     quant: Annotated[Text, _option("quant")] = None,
+    against: Annotated[Text, _option("against")] = None,
+    eval_text: Annotated[Text, _option("eval_text")] = None,
+    eval_tokens: Annotated[Int, _option("eval_tokens")] = None,
     base: Annotated[Switch, _option("base", "--base/--no-base")] = None,
     max_eval_samples: Annotated[Int, _option("max_eval_samples")] = None,
     batch_size: Annotated[Int, _option("batch_size")] = None,
@@ -87,8 +90,30 @@ def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         if base and name in base and change:
             line += f"   change {value - base[name]:+.4f}{_range(change, signed=True)}"
         yield line
+    if "against" in summary:
+        yield from _against_lines(summary["against"])
     if "resamples" in summary:
         yield f"  [95 % intervals: {summary['resamples']:,} resamples of the examples]"
+
+
+def _against_lines(against: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how far the scored model is from the one that it is held against."""
+    rows, name = against["rows"], against["name"]
+    yield f"  beside {name}"
+    for metric, value in against["metrics"].items():
+        yield f"    {metric:<16}{_figure(value)} of {name}"
+    figures = [f"logits differ by {rows['mean_difference']:.3g} on average"]
+    if rows["kl"] is not None:
+        figures = [f"KL {rows['kl']:.4f} nats", f"same first choice {rows['top1']:.1%}", *figures]
+    yield f"    on {rows['targets']:,} targets of these rows: {', '.join(figures)}"
+    if "text" in against:
+        text = against["text"]
+        yield (
+            f"    on {text['positions']:,} positions of {text['name']}: KL {text['kl']:.4f} ± "
+            f"{text['kl_standard_error']:.4f} nats, same first choice "
+            f"{text['top1_agreement']:.1%}, perplexity {text['perplexity_source']:.3f} → "
+            f"{text['perplexity']:.3f}"
+        )
 
 
 def _figure(value: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ftlevel.config.sections import Positive, Section
 from ftlevel.config.train import TaskName
@@ -32,6 +32,17 @@ class EvaluateConfig(Section):
         None, description="Quantize the base otherwise than in training: none, 4bit or 8bit."
     )
     base: bool = Field(True, description="Score the base beside it, with the adapter switched off.")
+    against: str | None = Field(
+        None,
+        min_length=1,
+        description="Another run, adapter or model: how far from it the scored one is (KL, same "
+        "first choice), on the same rows and on general text.",
+    )
+    eval_text: Path | None = Field(
+        None,
+        description="Text of --against; the default is documentation of Python's library.",
+    )
+    eval_tokens: Positive = Field(1024, description="How many tokens of it are read.")
     max_eval_samples: Positive | None = Field(None, description="Use only the first N rows.")
     batch_size: Positive | None = Field(
         None, description="Rows a forward pass; the default is as in training."
@@ -50,3 +61,12 @@ class EvaluateConfig(Section):
         None, description="JSONL file to write a line a row to; it must not exist."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")
+
+    @model_validator(mode="after")
+    def _text_is_for_comparing(self) -> EvaluateConfig:
+        if self.eval_text is not None and self.against is None:
+            raise ValueError(
+                f"--eval-text {self.eval_text} is what two models are compared on, and there is no "
+                "--against. Name the other model, or give the rows to score with --dataset."
+            )
+        return self

@@ -17,8 +17,9 @@ class QuantizeConfig(Section):
         min_length=1, description="Hub id, local directory, local .gguf file, or builtin:NAME."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
-    quant: Literal["4bit", "8bit"] = Field(
-        description="4bit (NF4 or FP4 in blocks of 64) or 8bit (LLM.int8())."
+    quant: Literal["4bit", "8bit", "int8-torchao", "float8-torchao"] = Field(
+        description="4bit (NF4 or FP4 in blocks of 64) or 8bit (LLM.int8()); int8-torchao or "
+        "float8-torchao: torchao's weights in 8 bits with a scale a row, an extra."
     )
     quant_type: Literal["nf4", "fp4"] = Field(
         "nf4", description="4-bit data type; nf4 is the better one (QLoRA, section 3)."
@@ -54,8 +55,16 @@ class QuantizeConfig(Section):
         return self
 
     @property
-    def form(self) -> QuantConfig:
-        """The quantization as a section of a training run would have it."""
+    def form(self) -> str:
+        """The quantized form in a few words."""
+        own = self.section
+        return f"torchao {self.quant.partition('-')[0]} weights" if own is None else own.form
+
+    @property
+    def section(self) -> QuantConfig | None:
+        """The quantization as a section of a training run would have it; None for torchao's."""
+        if self.quant != "4bit" and self.quant != "8bit":
+            return None
         return QuantConfig(
             kind=self.quant, quant_type=self.quant_type, double_quant=self.double_quant
         )

@@ -14,12 +14,13 @@ from ftlevel.artifacts.files import check_absent, write_text
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.config import EvaluateConfig, QuantConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.choices import Choice
+from ftlevel.engine.against import Questions, Told, build_questions, choose_leader, find_pair
 from ftlevel.engine.arguments import eval_batch_size
 from ftlevel.engine.evaluation import Evaluator
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.held_out import HeldOut, load_held_out
 from ftlevel.engine.per_row import PerRow, describe_unit, interval
-from ftlevel.engine.trained import Found, Trained, find_trained, load_found
+from ftlevel.engine.trained import Found, Trained, load_found
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.kinds import max_positions
@@ -55,14 +56,16 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         check_absent("--predictions", config.predictions)
     with quiet_libraries():
         device = choose_device(config.device)
-        found = _requantized(find_trained(config.name, device.value, config.task), config)
-        settings = _settings(config, found)
+        found, reference = find_pair(config, device.value)
+        found = _requantized(found, config)
+        leader = choose_leader(found, reference)
+        settings = _settings(config, leader)
         listener.stage("load the model")
         trained = load_found(found, device.value)
         listener.stage("read the rows")
         held_out = load_held_out(
             settings.data,
-            found.card,
+            leader.card,
             config.split,
             kind=trained.kind,
             tokenizer=trained.tokenizer,
@@ -82,6 +85,13 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             base_record = PerRow(trained.objective)
             with trained.model.disable_adapter():
                 base = evaluator(trained.model, base_record)
+        against = None
+        if reference is not None:
+            listener.stage(f"ask {config.name} and {config.against} the same")
+            questions = build_questions(config, trained, evaluator.rows)
+            told = questions.ask(trained)
+            trained = replace(trained, model=None)  # the other one may need its memory
+            against = _hold_against(config, reference, questions, told, evaluator)
         if config.resamples:
             listener.stage("resample the rows")
         intervals = _intervals(config, evaluator, record, base_record)
@@ -102,11 +112,29 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         "dtype": trained.dtype,
         "metrics": metrics,
         "base": base,
+        **({} if against is None else {"against": against}),
         **intervals,
     }
     if config.predictions is not None:
         _write_predictions(config.predictions, trained, held_out, record, base_record)
     return Evaluation(metrics, base, summary)
+
+
+def _hold_against(
+    config: EvaluateConfig,
+    reference: Found,
+    questions: Questions,
+    told: Told,
+    evaluator: Evaluator,
+) -> dict[str, Any]:
+    """Return the metrics of `reference`, and how far from it the model is that has `told`."""
+    other = load_found(reference, evaluator.device)
+    score = replace(evaluator, generated_rows=0, dtype=other.dtype)
+    return {
+        "name": config.against,
+        "metrics": score(other.model),
+        **questions.compare(questions.ask(other), told, other),
+    }
 
 
 def _requantized(found: Found, config: EvaluateConfig) -> Found:

@@ -7,7 +7,7 @@ model without a language head is compared by its hidden states.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from ftlevel.data.docstrings import read_module, stdlib_modules
-from ftlevel.errors import InputError, RunError
+from ftlevel.errors import InputError
 
 WINDOW = 256  # tokens that a prediction can look back on, at most
 _MASKED_SHARE = 0.15
@@ -88,33 +88,42 @@ def _end(tokenizer: Any) -> int | None:
     return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
 
 
-def compare(
-    source: Any, changed: Any, windows: Sequence[list[int]], auto_class: str, tokenizer: Any
-) -> dict[str, Any]:
-    """Return how `changed` predicts beside `source`; both are in eval mode on one device.
+@dataclass(frozen=True)
+class Answer:
+    """What a model predicts in a window: `(positions, size)` in float32, and the true tokens."""
+
+    values: torch.Tensor
+    labels: torch.Tensor
+
+
+def read_windows(
+    model: Any, windows: Sequence[list[int]], auto_class: str, tokenizer: Any
+) -> Iterator[Answer]:
+    """Yield what `model`, in eval mode, predicts in each window."""
+    device = next(model.parameters()).device
+    ask = _QUESTIONS.get(auto_class, _ask_hidden)
+    for number, window in enumerate(windows):
+        question = ask(torch.tensor([window], device=device), tokenizer, number)
+        with torch.no_grad():
+            values = question.answers(model)
+        yield Answer(values, question.labels)
+
+
+def compare(source: Iterable[Answer], changed: Iterable[Answer], auto_class: str) -> dict[str, Any]:
+    """Return how the changed model predicts beside its source, asked the same.
 
     KL is the mean of KL(source ‖ changed) over the positions, in nats, with its standard error;
-    top-1 agreement the share of positions where both find the same token most likely.
-
-    Raises:
-        RunError: a prediction is not finite.
+    top-1 agreement the share of positions where both find the same token most likely. A prediction
+    that is not finite makes them NaN.
     """
-    device = next(source.parameters()).device
     scores = _Scores() if auto_class in PREDICTS else _Hidden()
-    with torch.no_grad():
-        for number, window in enumerate(windows):
-            ids = torch.tensor([window], device=device)
-            question = _QUESTIONS.get(auto_class, _ask_hidden)(ids, tokenizer, number)
-            first, second = (question.answers(model) for model in (source, changed))
-            if not torch.isfinite(second).all():
-                raise RunError(
-                    "the quantized model predicts values that are not finite. It is not kept. "
-                    "Try --dtype float32, or --quant 8bit."
-                )
-            scores.update(first, second, question.labels)
+    windows = 0
+    for first, second in zip(source, changed, strict=True):
+        scores.update(first.values, second.values.to(first.values.device), first.labels)
+        windows += 1
     return {
         "predicts": PREDICTS.get(auto_class, HIDDEN_STATES),
-        "windows": len(windows),
+        "windows": windows,
         **scores.compute(),
     }
 
@@ -184,7 +193,8 @@ class _Scores:
         self.kl.append((before.exp() * (before - after)).sum(-1).cpu())
         self.agree += int((before.argmax(-1) == after.argmax(-1)).sum())
         for index, scores in enumerate((before, after)):
-            self.nll[index] += float(functional.nll_loss(scores, labels, reduction="sum"))
+            true = labels.to(scores.device)
+            self.nll[index] += float(functional.nll_loss(scores, true, reduction="sum"))
 
     def compute(self) -> dict[str, float]:
         """Return the means over all positions."""

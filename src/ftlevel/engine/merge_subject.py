@@ -22,6 +22,7 @@ from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import check_missing, load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.quantized import quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, Task
@@ -127,11 +128,13 @@ def resolve_subject(config: MergeConfig) -> Subject:
     if not card.dtype:
         own_dtype = str(model_config.dtype or "float32").removeprefix("torch.")
         card = replace(card, dtype=own_dtype if own_dtype in DTYPES else "float32")
-    if getattr(model_config, "quantization_config", None) and source.kind != "gguf":
+    stored = stored_quantization(model_config)
+    if stored is not None and source.kind != "gguf":
         raise InputError(
-            f"{source.name} is stored quantized, and weights of a few bits cannot hold the update: "
-            "rounding it to their grid erases most of what was trained. Keep the adapter beside "
-            "it, or train on the model in floating point with --quant 4bit and merge that."
+            f"{source.name} is stored quantized ({quantization_name(stored)}), and weights of a "
+            "few bits cannot hold the update: rounding it to their grid erases most of what was "
+            "trained. Keep the adapter beside it, or train on the model in floating point with "
+            "--quant 4bit and merge that."
         )
     own = (directory / "tokenizer_config.json").is_file()
     tokens = ModelSource(str(directory), "directory", str(directory)) if own else source

@@ -106,6 +106,10 @@ def _base_name(name: str) -> str:
 
 
 def _digest(tensor: torch.Tensor) -> str:
+    data = tensor.detach()
+    if hasattr(data, "__tensor_flatten__"):  # torchao's: several tensors under one name
+        parts = [_digest(getattr(data, name)) for name in data.__tensor_flatten__()[0]]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
     plain = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
     return hashlib.sha256(plain.numpy().data).hexdigest()
 

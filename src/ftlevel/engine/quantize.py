@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -20,17 +21,33 @@ from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.config import QuantizeConfig
 from ftlevel.config.choices import Choice
 from ftlevel.engine.events import Listener, Silence
-from ftlevel.engine.fidelity import PREDICTS, WINDOW, Text, compare, cut_windows, read_eval_text
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.engine.fidelity import (
+    PREDICTS,
+    WINDOW,
+    Text,
+    compare,
+    cut_windows,
+    read_eval_text,
+    read_windows,
+)
+from ftlevel.errors import ConfigError, InputError, RunError
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from ftlevel.models.quantization import build_quantization_config
-from ftlevel.models.quantize_layout import QUANTIZED, Layout, build_layout, predict_bytes, settle
+from ftlevel.models.quantize_layout import (
+    QUANTIZED,
+    Layout,
+    build_layout,
+    kept_modules,
+    predict_bytes,
+    settle,
+)
 from ftlevel.models.quantize_shards import Written, quantize_shards
 from ftlevel.models.quantized import quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source, snapshot
 from ftlevel.models.tensor_files import read_header, weight_files
+from ftlevel.models.torchao_format import build_torchao_config
 
 SUMMARY = "quantization.json"
 _COPIED = (
@@ -94,7 +111,7 @@ def quantize(
                 parts = {name: list(sizes) for name, sizes in written.parts.items()}
                 summary = _summary(config, plan, parts, written.quantized)
                 summary["bytes_on_disk"] = written.bytes
-                summary["kept_modules"] = layout.config.llm_int8_skip_modules
+                summary["kept_modules"] = kept_modules(layout.config)
                 summary["source"]["fingerprint"] = base_fingerprint(directory)
                 if plan.text is not None:
                     listener.stage("reload and measure")
@@ -115,11 +132,17 @@ def _resolve(config: QuantizeConfig) -> _Plan:
         )
     auto_class = checkpoint_class(model_config)
     dtype, why = _kept_dtype(config, model_config)
-    wish = build_quantization_config(config.form, dtype, [])
+    section = config.section
+    wish = (
+        build_torchao_config(config.quant)
+        if section is None
+        else build_quantization_config(section, dtype, [])
+    )
     layout = build_layout(model_config, auto_class, wish, dtype)
     if not layout.linears:
+        library = "bitsandbytes" if section is not None else "torchao"
         raise ConfigError(
-            f"{config.model} ({model_config.model_type}) has no linear layer that bitsandbytes can "
+            f"{config.model} ({model_config.model_type}) has no linear layer that {library} can "
             "quantize. Nothing would be saved."
         )
     tokenizer = load_tokenizer(source) if config.measure else None
@@ -128,7 +151,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
     names = {p.name for p in layout.parameters.values() if p.part == "experts"}
     choices = [
         Choice("model", source.name, f"{model_config.model_type}, as {auto_class}"),
-        Choice("form", config.form.form, f"{len(layout.linears):,} linears"),
+        Choice("form", config.form, f"{len(layout.linears):,} linears"),
         Choice("kept in", str(dtype).removeprefix("torch."), why),
         Choice("kept", "embeddings, norms, heads", _kept_reason(layout, len(names))),
     ]
@@ -152,7 +175,7 @@ def _kept_reason(layout: Layout, experts: int) -> str:
     reasons = []
     if experts:
         reasons.append(f"and {experts:,} tensors of experts: transformers fuses them, and "
-                       "bitsandbytes takes linears")  # fmt: skip
+                       "only linears are packed")  # fmt: skip
     own = sorted({p.name.split(".")[-2] for p in layout.parameters.values()
                   if p.part == "other linears"})  # fmt: skip
     if own:
@@ -214,7 +237,13 @@ def _measure(
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
     began = time.perf_counter()
-    scores = compare(models[0], models[1], windows, auto_class, plan.tokenizer)
+    first, second = (read_windows(m, windows, auto_class, plan.tokenizer) for m in models)
+    scores = compare(first, second, auto_class)
+    if not math.isfinite(scores.get("kl", scores.get("cosine", math.nan))):
+        raise RunError(
+            "the quantized model predicts values that are not finite. It is not kept. "
+            "Try --dtype float32, or --quant 8bit."
+        )
     return {
         "text": text.name,
         "computed_in": str(dtype).removeprefix("torch."),
@@ -232,7 +261,7 @@ def _summary(
         "source": {"name": plan.source.name, "kind": plan.source.kind,
                    "revision": getattr(plan.model_config, "_commit_hash", None),
                    "type": plan.model_config.model_type},
-        "quantization": {"form": config.form.form, "quant": config.quant,
+        "quantization": {"form": config.form, "quant": config.quant,
                          **({"quant_type": config.quant_type, "double_quant": config.double_quant}
                             if config.quant == "4bit" else {})},
         "dtype": str(plan.layout.dtype).removeprefix("torch."),

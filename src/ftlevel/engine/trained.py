@@ -120,7 +120,7 @@ def find_trained(name: str, device: str, task: str | None = None) -> Found:
             is asked of it.
     """
     path = Path(name).expanduser()
-    directory = _adapter_directory(path)
+    directory = card_directory(path)
     if directory is not None:
         card = read_card(directory)
         if task not in (None, card.task):
@@ -142,7 +142,7 @@ def find_trained(name: str, device: str, task: str | None = None) -> Found:
     return Found(source, None, stand_in_card(source, wished, device))
 
 
-def _adapter_directory(path: Path) -> Path | None:
+def card_directory(path: Path) -> Path | None:
     """Return the directory with ftlevel.json that `path` means, or None for a plain model.
 
     Raises:
@@ -189,7 +189,7 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
     config = load_config(source, **card_overrides(card))
     if (stored := stored_quantization(config)) is not None:
         check_loadable(stored, source.name, device)
-    tokenizer = _load_tokenizer(source, directory)
+    tokenizer = load_own_tokenizer(source, directory)
     choose_pad_token(tokenizer)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
@@ -228,7 +228,7 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
     )  # fmt: skip
 
 
-def _load_tokenizer(source: ModelSource, directory: Path | None) -> Any:
+def load_own_tokenizer(source: ModelSource, directory: Path | None) -> Any:
     """Return the tokenizer beside the adapter, or the base's where none was saved."""
     if directory is None or not (directory / "tokenizer_config.json").is_file():
         return load_tokenizer(source)

@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ftlevel.models.kinds import TASK_CLASSES
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, linear_size
+from ftlevel.models.torchao_format import find_torchao_linears, is_torchao, torchao_bytes
 
 BLOCK = 64  # weights that share a 4-bit scale, as bitsandbytes has it
 NESTED_BLOCK = 256  # scales that share a scale of their own, with double quantization
@@ -49,7 +50,7 @@ class Layout:
 
     Attributes:
         linears: name of a quantized module → whether it is a Conv1D, whose weight is transposed.
-        config: the `BitsAndBytesConfig` for config.json, with every module that is kept.
+        config: the `BitsAndBytesConfig` or `TorchAoConfig` for config.json, with what is kept.
         dtype: of the floating-point tensors that are kept.
         in_float32: modules that stay in float32, by the last part of their name.
         parameters: every tensor of the model by name.
@@ -103,14 +104,14 @@ def build_layout(config: Any, auto_class: str, quantization: Any, dtype: torch.d
     Args:
         config: the model's config.
         auto_class: transformers' class of the checkpoint.
-        quantization: a `BitsAndBytesConfig`; a copy with the modules to keep is in the result.
+        quantization: a `BitsAndBytesConfig` or `TorchAoConfig`; the result has a copy that names
+            the modules to keep.
         dtype: of what is kept.
     """
     meta = build_task_model(config, auto_class)
     naming = Naming(meta)
     tree = ModuleTree(meta)
-    kept = copy.copy(quantization)
-    kept.llm_int8_skip_modules = find_kept_modules(config, auto_class)
+    kept = _keeping(quantization, find_kept_modules(config, auto_class))
     linears = _find_quantized(build_task_model(config, auto_class), kept)
     parameters = {p.name: p for p in _parameters(meta, tree, linears)}
     in_float32 = set(meta._keep_in_fp32_modules_strict or ())
@@ -132,8 +133,7 @@ def settle(layout: Layout, keys: Iterable[str]) -> Layout:
     lost = [name for name in layout.linears if f"{name}.weight" not in whole]
     if not lost:
         return layout
-    config = copy.copy(layout.config)
-    config.llm_int8_skip_modules = sorted({*config.llm_int8_skip_modules, *lost})
+    config = _keeping(layout.config, sorted({*kept_modules(layout.config), *lost}))
     weights = {f"{name}.weight" for name in lost}
     parameters = {
         name: replace(parameter, part="other linears") if name in weights else parameter
@@ -141,6 +141,22 @@ def settle(layout: Layout, keys: Iterable[str]) -> Layout:
     }
     linears = {name: flip for name, flip in layout.linears.items() if name not in set(lost)}
     return replace(layout, config=config, linears=linears, parameters=parameters)
+
+
+def kept_modules(quantization: Any) -> list[str]:
+    """Return the modules that `quantization` names as left alone."""
+    named = "modules_to_not_convert" if is_torchao(quantization) else "llm_int8_skip_modules"
+    return list(getattr(quantization, named) or ())
+
+
+def _keeping(quantization: Any, names: list[str]) -> Any:
+    """Return a copy of `quantization` that leaves `names` alone."""
+    kept = copy.copy(quantization)
+    if is_torchao(quantization):
+        kept.modules_to_not_convert = names
+    else:
+        kept.llm_int8_skip_modules = names
+    return kept
 
 
 def find_kept_modules(config: Any, auto_class: str) -> list[str]:
@@ -165,6 +181,8 @@ def find_kept_modules(config: Any, auto_class: str) -> list[str]:
 
 def _find_quantized(meta: Any, quantization: Any) -> dict[str, bool]:
     """Return the linears that transformers would replace (`meta` is mutated)."""
+    if is_torchao(quantization):
+        return find_torchao_linears(meta, quantization)
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
     quantizer.preprocess_model(model=meta, device_map={"": "cpu"})
     return {
@@ -219,6 +237,8 @@ def predict_bytes(layout: Layout) -> dict[str, tuple[int, int]]:
 
 def packed_bytes(shape: tuple[int, ...], quantization: Any) -> int:
     """Return the bytes of a weight `(out, in)` once quantized, its scales and settings included."""
+    if is_torchao(quantization):
+        return torchao_bytes(shape, quantization)
     count = math.prod(shape)
     if quantization.load_in_8bit:
         return count + 4 * shape[0] + 1

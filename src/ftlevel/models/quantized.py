@@ -6,6 +6,7 @@ from typing import Any
 
 from ftlevel.config.sections import QuantConfig
 from ftlevel.errors import InputError
+from ftlevel.models.torchao_format import INSTALL, torchao_kind
 
 
 def stored_quantization(config: Any) -> dict[str, Any] | None:
@@ -17,13 +18,13 @@ def stored_quantization(config: Any) -> dict[str, Any] | None:
 
 
 def quantization_name(stored: dict[str, Any]) -> str:
-    """Return what a stored quantization is called: `4bit nf4`, `8bit`, `gptq`, `awq`."""
+    """Return what a stored quantization is called: `4bit nf4`, `8bit`, `int8-torchao`, `gptq`."""
     if stored.get("load_in_8bit"):
         return "8bit"
     if stored.get("load_in_4bit"):
         double = " with double quantization" if stored.get("bnb_4bit_use_double_quant") else ""
         return f"4bit {stored.get('bnb_4bit_quant_type', 'fp4')}{double}"
-    return str(stored.get("quant_method", "an unknown method"))
+    return torchao_kind(stored) or str(stored.get("quant_method", "an unknown method"))
 
 
 def as_quant_config(stored: dict[str, Any]) -> QuantConfig | None:
@@ -54,6 +55,8 @@ def check_loadable(stored: dict[str, Any], name: str, device: str) -> None:
         quantizer.validate_environment(device_map={"": place}, weights_only=True)
     except (ImportError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
+        if stored.get("quant_method") == "torchao" and isinstance(error, ImportError):
+            reason = f"torchao is not installed ({INSTALL})."
         raise InputError(
             f"--model {name} is quantized by {method}, which cannot be loaded here: {reason} "
             "Install what it names, or give the original model with --quant 4bit."

@@ -44,6 +44,10 @@ class ShardWriter:
         else:
             self._write(name, tensor)
 
+    def note(self, name: str, text: str) -> None:
+        """Say something of `name` in the file's metadata."""
+        self._header["__metadata__"][name] = text
+
     def _write(self, name: str, tensor: torch.Tensor) -> None:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._file.write(data.numpy().data)

@@ -43,6 +43,10 @@ def build_fused_layer(
     if kwargs.get("parameter_name") is not None:  # LoRA of a bare parameter
         return None
     is_conv1d = type(target) is Conv1D
+    if type(getattr(target, "weight", None)) not in (nn.Parameter, torch.Tensor) and (
+        type(target) is nn.Linear
+    ):
+        return None  # a quantized tensor in a plain linear, as torchao has it
     if type(target) is nn.Linear or is_conv1d:
         if bool(config.fan_in_fan_out) is not is_conv1d:  # PEFT corrects the config, and warns
             return None

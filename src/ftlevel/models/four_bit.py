@@ -1,0 +1,71 @@
+"""Pack weights in 4 bits on the CPU: bitsandbytes' own bytes in less than half the time.
+
+A block of 64 weights w is stored as its scale s = max |w| and the index of the code nearest to each
+w / s (QLoRA, https://arxiv.org/abs/2305.14314, section 3). bitsandbytes 0.50 finds the index by a
+binary search in the midpoints between the codes, which no vector unit helps with; here those below
+w / s are counted, in pieces that stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+BLOCK = 64
+_PIECE = 1 << 16
+
+
+def quantize_4bit(
+    weight: torch.Tensor, quant_type: str, double_quant: bool
+) -> tuple[torch.Tensor, Any]:
+    """Return the packed bytes of `weight` and their `QuantState`, as bitsandbytes would.
+
+    Args:
+        weight: on the CPU, contiguous, in a floating-point type.
+        quant_type: nf4 or fp4.
+        double_quant: quantize the scales too.
+    """
+    import bitsandbytes.functional as bnb
+
+    if (
+        weight.numel() % BLOCK or weight.numel() == 0
+    ):  # a short last block: rare, and scaled otherwise
+        return bnb.quantize_4bit(
+            weight, quant_type=quant_type, compress_statistics=double_quant, blocksize=BLOCK
+        )
+    code = bnb.get_4bit_type(quant_type, device="cpu")
+    packed, scales = _pack(weight.reshape(-1), code)
+    more = {}
+    if double_quant:
+        more["offset"] = scales.mean()
+        scales, more["state2"] = bnb.quantize_blockwise(scales - more["offset"], blocksize=256)
+    state = bnb.QuantState(
+        absmax=scales, shape=weight.shape, dtype=weight.dtype, blocksize=BLOCK, code=code,
+        quant_type=quant_type, **more,
+    )  # fmt: skip
+    return packed.unsqueeze(1), state
+
+
+def _pack(weight: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two codes a byte, the first in the upper half, and the scale of each block."""
+    order = code.argsort()
+    ascending = code[order]
+    midpoints = ((ascending[:-1] + ascending[1:]) / 2).tolist()
+    is_sorted = torch.equal(order, torch.arange(len(code)))
+    packed = torch.empty(weight.numel() // 2, dtype=torch.uint8)
+    scales = torch.empty(weight.numel() // BLOCK)
+    buffer = torch.empty(min(_PIECE, weight.numel()), dtype=torch.bool)
+    for begin in range(0, weight.numel(), _PIECE):
+        piece = weight[begin : begin + _PIECE].float().view(-1, BLOCK)
+        largest = piece.abs().amax(dim=-1)
+        scaled = (piece * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1)
+        index, above = torch.zeros(len(scaled), dtype=torch.uint8), buffer[: len(scaled)]
+        for midpoint in midpoints:
+            torch.gt(scaled, midpoint, out=above)
+            index.add_(above.view(torch.uint8))
+        if not is_sorted:
+            index = order[index.int()].to(torch.uint8)
+        scales[begin // BLOCK : begin // BLOCK + len(largest)] = largest
+        packed[begin // 2 : (begin + len(index)) // 2] = (index[::2] << 4) | index[1::2]
+    return packed, scales
