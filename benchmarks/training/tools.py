@@ -147,7 +147,9 @@ def litgpt(work: Work, folder: Path, python: str) -> list[str]:
     checkpoint = folder.parent / "litgpt" / Path(work.model).name
     if not (checkpoint / "lit_model.pth").exists():
         shutil.copytree(work.model, checkpoint, dirs_exist_ok=True)
-        subprocess.run([program, "convert_to_litgpt", str(checkpoint)], check=True)
+        subprocess.run(
+            [program, "convert_to_litgpt", str(checkpoint)], check=True, capture_output=True
+        )
     texts = [[turn["content"] for turn in row["messages"]] for row in _read(work)]
     rows = [{"instruction": ask, "input": "", "output": answer} for ask, answer in texts]
     (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
