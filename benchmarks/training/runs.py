@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import statistics
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -41,7 +40,8 @@ class Reading:
         steps: optimizer steps of the whole run, as all that follows.
         all_tokens: like `tokens`.
         all_supervised: like `supervised`.
-        loss: mean of the steps' losses.
+        loss: mean of the steps' losses, each as often as it has supervised tokens: tools that sort
+            or pack have steps of other sizes.
         first_step_s: from the start of the process to the beginning of the first step.
         peak_mib: resident set, or what CUDA allocated.
         private_mib: resident memory that is not of a file (weights may be mapped), looked at 20
@@ -161,14 +161,14 @@ def read_events(
             micros[-1].append(event)
         elif event["kind"] == "step":
             micros.append([])
-    of_steps = micros[: len(steps)]
+    of_steps = micros[: len(steps)]  # the last is what followed the last step
     counted = [micro for group in of_steps[1:] for micro in group]
     whole = [micro for group in of_steps for micro in group]
     losses = [
-        sum(m["loss"] for m in group) / (1 if group[0]["share"] else len(group))
+        sum(m["loss"] if m["share"] else m["loss"] / len(group) for m in group)
         for group in of_steps
-        if group
     ]
+    scored = [sum(m["supervised"] for m in group) for group in of_steps]
     cuda = [event["mib"] for event in events if event["kind"] == "cuda"]
     return Reading(
         seconds=steps[-1]["wall"] - steps[0]["wall"],
@@ -179,7 +179,7 @@ def read_events(
         steps=len(steps),
         all_tokens=sum(m["tokens"] for m in whole),
         all_supervised=sum(m["supervised"] for m in whole),
-        loss=statistics.fmean(losses),
+        loss=sum(a * b for a, b in zip(losses, scored, strict=True)) / sum(scored),
         first_step_s=whole[0]["began"] - began,
         peak_mib=max(cuda, default=resident_mib),
         private_mib=private_mib,
