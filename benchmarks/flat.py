@@ -12,7 +12,8 @@ Three tables, of the model of `benchmarks/train.py`'s workload (a), LoRA r 8:
               the memory stand beside it
     lengths   tokens a second at a max length of 512 to 4,096, the rows being documented functions
               joined to nearly that length, 4,096 tokens a step
-    memory    private memory of steps of one row of each length, and the straight line through it
+    memory    private memory of steps of one row of each length, and the straight line through it;
+              beside it that of the whole run, with what prepares, saves and checks
 
 Readings are those of the meter (training/meter), from the end of the first step to the end of the
 last; medians over the rounds. Private memory is resident memory that is not of a file, at most.
@@ -89,8 +90,11 @@ def train(
         "--seed", "42", "--output-dir", str(folder / "run"), "--overwrite",
     ]  # fmt: skip
     reading = run_metered(command, folder)
-    print(f"{folder.name}: {reading.tokens / reading.seconds:.0f} tokens/s, "
-          f"{reading.private_mib:,.0f} MiB", file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"{folder.name}: {reading.tokens / reading.seconds:.0f} tokens/s, "
+        f"{reading.private_training_mib:,.0f} MiB training, {reading.private_mib:,.0f} in all",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
     return reading
 
 
@@ -118,15 +122,16 @@ def speed_table(label: str, rows: dict[int, dict[str, float]]) -> str:
     first = next(iter(rows.values()))
     lines = [
         f"| {label} | real tok/s | × first | tok/cpu-s | × first | mean row, tokens "
-        "| first step s | private MiB |",
-        "|--:|" + "--:|" * 7,
+        "| first step s | private MiB, training | in all |",
+        "|--:|" + "--:|" * 8,
     ]
     for value, row in rows.items():
         lines.append(
             f"| {value:,} | {row['speed']:.0f} | {row['speed'] / first['speed']:.2f} "
             f"| {row['cpu_speed']:.0f} | {row['cpu_speed'] / first['cpu_speed']:.2f} "
             f"| {row['all_tokens'] / row['steps'] / row['batch']:.0f} "
-            f"| {row['first_step_s']:.1f} | {row['private_mib']:,.0f} |"
+            f"| {row['first_step_s']:.1f} | {row['private_training_mib']:,.0f} "
+            f"| {row['private_mib']:,.0f} |"
         )
     return "\n".join(lines)
 
@@ -134,11 +139,16 @@ def speed_table(label: str, rows: dict[int, dict[str, float]]) -> str:
 def memory_table(rows: dict[int, dict[str, float]]) -> str:
     """Return the Markdown of the table `memory`, and the line through it."""
     lengths = [row["all_tokens"] / row["steps"] for row in rows.values()]
-    memory = [row["private_mib"] for row in rows.values()]
-    lines = ["| max length | tokens of a row | private MiB | the line |", "|--:|--:|--:|--:|"]
+    memory = [row["private_training_mib"] for row in rows.values()]
+    whole = [row["private_mib"] for row in rows.values()]
+    lines = [
+        "| max length | tokens of a row | private MiB, training | the line | in all |",
+        "|--:|--:|--:|--:|--:|",
+    ]
     start, slope, off = fit_line(lengths, memory) if len(rows) > 1 else (memory[0], 0.0, 0.0)
-    for value, length, mib in zip(rows, lengths, memory, strict=True):
-        lines.append(f"| {value:,} | {length:,.0f} | {mib:,.0f} | {start + slope * length:,.0f} |")
+    for value, length, mib, most in zip(rows, lengths, memory, whole, strict=True):
+        fitted = start + slope * length
+        lines.append(f"| {value:,} | {length:,.0f} | {mib:,.0f} | {fitted:,.0f} | {most:,.0f} |")
     lines += ["", f"The line: {start:,.0f} MiB + {slope:.3f} MiB a token; no point is further from "
               f"it than {off:,.0f} MiB ({off / max(memory):.1%} of the most)."]  # fmt: skip
     return "\n".join(lines)

@@ -46,6 +46,8 @@ class Reading:
         peak_mib: resident set, or what CUDA allocated.
         private_mib: resident memory that is not of a file (weights may be mapped), looked at 20
             times a second; 0 where the system does not tell.
+        private_training_mib: like `private_mib`, from the first step to the last: without what
+            prepares, and what saves and checks afterwards.
         threads: torch's, when the process ended.
     """
 
@@ -61,6 +63,7 @@ class Reading:
     first_step_s: float
     peak_mib: float
     private_mib: float
+    private_training_mib: float
     threads: int
 
 
@@ -100,20 +103,22 @@ def run_metered(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env=whole, cwd=folder,
         )  # fmt: skip
-        code, resident, private = _follow(process, began + limit_seconds)
+        code, resident_mib, looks = _follow(process, began + limit_seconds)
     lines = events_file.read_text("utf-8").splitlines() if events_file.exists() else []
     events = [json.loads(line) for line in lines]
     steps = sum(event["kind"] == "step" for event in events)
     if code != 0 or steps < 2:
         raise FailedRunError(f"ended with {code} after {steps} steps: {_last_words(folder)}")
-    return read_events(events, began, resident, private)
+    return read_events(events, began, resident_mib, looks)
 
 
-def _follow(process: subprocess.Popen[bytes], until: float) -> tuple[int, float, float]:
-    """Wait for the process; return its exit code, and MiB resident and private at most."""
-    private = 0.0
+def _follow(
+    process: subprocess.Popen[bytes], until: float
+) -> tuple[int, float, list[tuple[float, float]]]:
+    """Wait for the process; return its exit code, MiB resident, and times with MiB private."""
+    looks: list[tuple[float, float]] = []
     while True:
-        private = max(private, sum(_private_mib(pid) for pid in _family(process.pid)))
+        looks.append((time.time(), sum(_private_mib(pid) for pid in _family(process.pid))))
         done, status, usage = os.wait4(process.pid, os.WNOHANG)
         if not done and time.time() > until:
             process.kill()
@@ -121,7 +126,7 @@ def _follow(process: subprocess.Popen[bytes], until: float) -> tuple[int, float,
         if done:
             process.returncode = os.waitstatus_to_exitcode(status)
             unit = 1 if os.uname().sysname == "Darwin" else 1024
-            return process.returncode, usage.ru_maxrss * unit / 2**20, private
+            return process.returncode, usage.ru_maxrss * unit / 2**20, looks
         time.sleep(LOOK_SECONDS)
 
 
@@ -151,9 +156,19 @@ def _last_words(folder: Path) -> str:
 
 
 def read_events(
-    events: Sequence[dict[str, Any]], began: float, resident_mib: float, private_mib: float
+    events: Sequence[dict[str, Any]],
+    began: float,
+    resident_mib: float,
+    looks: Sequence[tuple[float, float]],
 ) -> Reading:
-    """Return the reading of a run from the meter's lines; the process began at `began`."""
+    """Return the reading of a run.
+
+    Args:
+        events: the meter's lines.
+        began: when the process began, in seconds since the epoch, as everywhere.
+        resident_mib: at most.
+        looks: times, and MiB that were private then.
+    """
     steps = [event for event in events if event["kind"] == "step"]
     micros: list[list[dict[str, Any]]] = [[]]
     for event in events:
@@ -182,6 +197,9 @@ def read_events(
         loss=sum(a * b for a, b in zip(losses, scored, strict=True)) / sum(scored),
         first_step_s=whole[0]["began"] - began,
         peak_mib=max(cuda, default=resident_mib),
-        private_mib=private_mib,
+        private_mib=max((mib for _, mib in looks), default=0.0),
+        private_training_mib=max(
+            (mib for at, mib in looks if whole[0]["began"] <= at <= steps[-1]["wall"]), default=0.0
+        ),
         threads=max((e["count"] for e in events if e["kind"] == "threads"), default=0),
     )

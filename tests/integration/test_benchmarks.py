@@ -33,14 +33,16 @@ def test_what_lies_between_the_first_step_and_the_last_is_counted() -> None:
     from training.runs import read_events
 
     shares = [_micro(11, 100, 0.5), _micro(12, 20, 0.5), _step(12), _micro(14, 60, 2.0), _step(15)]
-    reading = read_events([*shares, _micro(99, 1000, 9.0)], 8.0, 300.0, 200.0)
+    looks = [(9, 20.0), (12, 60.0), (14, 50.0), (16, 70.0)]
+    reading = read_events([*shares, _micro(99, 1000, 9.0)], 8.0, 300.0, looks)
+    assert (reading.private_mib, reading.private_training_mib) == (70, 60)
     assert (reading.seconds, reading.cpu_seconds, reading.steps) == (3, 1.5, 2)
     assert (reading.tokens, reading.places, reading.supervised) == (60, 120, 30)
     assert (reading.all_tokens, reading.all_supervised) == (180, 90)
     assert reading.first_step_s == 2
     assert reading.loss == pytest.approx((60 * 1.0 + 30 * 2.0) / 90)
     averaged = [_micro(11, 100, 1.0, share=False), _micro(12, 20, 3.0, share=False), _step(12)]
-    assert read_events([*averaged, *averaged], 8.0, 0.0, 0.0).loss == pytest.approx(2.0)
+    assert read_events([*averaged, *averaged], 8.0, 0.0, []).loss == pytest.approx(2.0)
 
 
 def test_the_table_compares_with_the_best_peer_and_names_who_did_other_work() -> None:
@@ -49,7 +51,7 @@ def test_the_table_compares_with_the_best_peer_and_names_who_did_other_work() ->
 
     def reading(seconds: float, supervised: int = 50, loss: float = 2.0) -> Reading:
         return Reading(seconds, seconds, 100, 200, supervised, 2, 200, 2 * supervised, loss,
-                       5.0, 1000.0, 900.0, 2)  # fmt: skip
+                       5.0, 1000.0, 900.0, 800.0, 2)  # fmt: skip
 
     readings = {"ftlevel": [reading(1)], "plain": [reading(4)], "trl": [reading(2), reading(2)],
                 "cut": [reading(8, supervised=40)]}  # fmt: skip
