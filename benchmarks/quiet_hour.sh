@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Everything that docs/performance.md shows of whole runs, on a machine with nothing else to do.
+# Leave OMP_NUM_THREADS unset: every tool then computes with the threads that it takes by itself.
 #
 #   benchmarks/quiet_hour.sh ~/venvs results             all parts, about 80 minutes on two cores
 #   benchmarks/quiet_hour.sh ~/venvs results a b c d     some of them
