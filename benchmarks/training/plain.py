@@ -2,8 +2,8 @@
 
     python plain.py SPEC.json
 
-What `benchmarks/train.py` compares with. SPEC has the fields of `workloads.Work`; the result,
-`plain.json` beside it, also says how many tokens the rows have, for everyone's tokens a second.
+What `benchmarks/train.py` compares with. SPEC has the fields of `workloads.Work`, and
+`sorted`: whether rows of like length go together.
 """
 
 import json
@@ -48,18 +48,6 @@ def encode_chat(tokenizer, messages):
     return {"input_ids": ids, "labels": labels}
 
 
-class Counter:
-    """A collator that counts what goes through it."""
-
-    def __init__(self, collator):
-        self.collator, self.tokens = collator, []
-
-    def __call__(self, rows):
-        """Collate `rows` and remember their number of tokens."""
-        self.tokens.append(sum(len(row["input_ids"]) for row in rows))
-        return self.collator(rows)
-
-
 def load(spec, tokenizer, rows):
     """Return the base model with LoRA on every linear of its blocks."""
     dtype = torch.bfloat16 if spec["dtype"] == "bfloat16" else torch.float32
@@ -90,17 +78,6 @@ def load(spec, tokenizer, rows):
     return get_peft_model(model, config)
 
 
-def count_linears(model):
-    """Return the weights of the linears in the blocks, and those of the language head."""
-    base = model.get_base_model()
-    head = base.get_output_embeddings() if hasattr(base, "lm_head") else None
-    blocks = 0
-    for name, module in base.named_modules():
-        if hasattr(module, "base_layer") and ".layer" in f".{name}":
-            blocks += module.in_features * module.out_features
-    return blocks, 0 if head is None else head.weight.shape[0] * head.weight.shape[1]
-
-
 def main(path):
     """Train as the spec says."""
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -113,18 +90,16 @@ def main(path):
     if spec["task"] == "text-classification":
         names = sorted({row["label"] for row in rows})
         encoded = [{**tokenizer(row["text"]), "labels": names.index(row["label"])} for row in rows]
-        collator, supervised = DataCollatorWithPadding(tokenizer), len(rows)
+        collator = DataCollatorWithPadding(tokenizer)
     else:
         encoded = [encode_chat(tokenizer, row["messages"]) for row in rows]
         for row in encoded:
             row["attention_mask"] = [1] * len(row["input_ids"])
         collator = DataCollatorForSeq2Seq(tokenizer)
-        supervised = sum(label != -100 for row in encoded for label in row["labels"])
-    counter = Counter(collator)
     trainer = Trainer(
         model=model,
         train_dataset=Dataset.from_list(encoded),
-        data_collator=counter,
+        data_collator=collator,
         args=TrainingArguments(
             output_dir=str(Path(path).parent / "plain"),
             num_train_epochs=1,
@@ -132,6 +107,7 @@ def main(path):
             gradient_accumulation_steps=spec["accumulate"],
             learning_rate=spec["learning_rate"],
             lr_scheduler_type="constant",
+            train_sampling_strategy="group_by_length" if spec["sorted"] else "random",
             optim="adamw_torch",
             bf16=spec["dtype"] == "bfloat16",
             use_cpu=spec["device"] == "cpu",
@@ -145,16 +121,6 @@ def main(path):
     )
     trainer.train()
     trainer.save_model(str(Path(path).parent / "plain"))
-    blocks, head = count_linears(model)
-    result = {
-        "tokens": sum(len(row["input_ids"]) for row in encoded),
-        "first_step_tokens": sum(counter.tokens[: spec["accumulate"]]),
-        "supervised": supervised,
-        "block_parameters": blocks,
-        "head_parameters": head,
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-    }
-    (Path(path).parent / "plain.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

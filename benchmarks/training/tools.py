@@ -1,24 +1,30 @@
 """How each tool is told to do a workload: by its own public command line or Python API.
 
 `ftlevel` and `plain` run in the environment of the benchmark; every other tool in one of its own
-(`--peer NAME=PYTHON`). Packages known to work: trl 1.16, unsloth 2026.10.9, litgpt 0.5.13 (with
-requests), llamafactory 0.9.5, ms-swift 4.6.
+(`--peer NAME=PYTHON`, or `--venvs FOLDER` for those in FOLDER/NAME). `docs/performance.md` says how
+to install them, and which versions are known to work.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from training.workloads import Work
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+TEMPLATE = HERE / "chatml.jinja"  # SmolLM2's, with marks around what is learned
+DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+THREADS = os.environ.get("OMP_NUM_THREADS") or str(psutil.cpu_count(logical=False) or 1)
 
 
 class UnsupportedError(Exception):
@@ -33,11 +39,18 @@ class Tool:
         name: as in the table.
         command: workload, folder for its files and the tool's python → its command line.
         peer: which `--peer` it needs; empty for those of this environment.
+        environment: what is set for it.
     """
 
     name: str
     command: Callable[[Work, Path, str], list[str]]
     peer: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        """Return whether it is ftlevel in some form."""
+        return self.name.startswith("ftlevel")
 
 
 def ftlevel(work: Work, folder: Path, python: str, *more: str) -> list[str]:
@@ -62,8 +75,15 @@ def plain_ftlevel(work: Work, folder: Path, python: str) -> list[str]:
 
 def plain(work: Work, folder: Path, python: str) -> list[str]:
     """Return the plain script."""
-    work.write(folder / "spec.json")
+    work.write(folder / "spec.json", sorted=False)
     return [python, str(HERE / "plain.py"), str(folder / "spec.json")]
+
+
+def plain_sorted(work: Work, folder: Path, python: str) -> list[str]:
+    """Return the plain script with rows of like length in a batch, its best switch."""
+    command = plain(work, folder, python)
+    work.write(folder / "spec.json", sorted=True)
+    return command
 
 
 def trl(work: Work, folder: Path, python: str, *more: str) -> list[str]:
@@ -71,12 +91,7 @@ def trl(work: Work, folder: Path, python: str, *more: str) -> list[str]:
     _needs_chats(work)
     data = folder / "data"
     data.mkdir(exist_ok=True)
-    single = all(len(row["messages"]) == 2 for row in _read(work))
-    rows = [
-        {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} if single else row
-        for row in _read(work)
-    ]
-    _write(data / "train.jsonl", rows)
+    _write(data / "train.jsonl", _read(work))
     quant = ["--load_in_4bit", "--bnb_4bit_quant_type", "nf4", "--use_bnb_nested_quant"]
     return [
         str(Path(python).parent / "trl"), "sft", "--model_name_or_path", work.model,
@@ -87,25 +102,38 @@ def trl(work: Work, folder: Path, python: str, *more: str) -> list[str]:
         "--learning_rate", str(work.learning_rate), "--lr_scheduler_type", "constant",
         "--seed", str(work.seed), "--use_peft", "--lora_r", "8", "--lora_alpha", "16",
         "--lora_dropout", "0", "--lora_target_modules", "all-linear",
+        "--chat_template_path", str(TEMPLATE), "--assistant_only_loss", "true",
+        "--bf16", "true" if work.dtype == "bfloat16" else "false",
         "--gradient_checkpointing", "false", "--logging_steps", "1", "--save_strategy", "no",
         "--report_to", "none", *_cpu(work, ["--use_cpu"]),
-        "--completion_only_loss" if single else "--assistant_only_loss", "true",
         *(quant if work.quant == "4bit" else []), *more,
     ]  # fmt: skip
 
 
+def trl_sorted(work: Work, folder: Path, python: str) -> list[str]:
+    """Return `trl sft` with rows of like length in a batch."""
+    return trl(work, folder, python, "--train_sampling_strategy", "group_by_length")
+
+
 def trl_packed(work: Work, folder: Path, python: str) -> list[str]:
-    """Return `trl sft` with packing, its best switch here."""
+    """Return `trl sft` with packing: the rows of a micro-batch become one, without padding."""
     command = trl(work, folder, python, "--packing", "true", "--packing_strategy", "bfd")
-    command[command.index("--gradient_accumulation_steps") + 1] = "1"
+    rows, accumulate = work.packs()
+    command[command.index("--per_device_train_batch_size") + 1] = str(rows)
+    command[command.index("--gradient_accumulation_steps") + 1] = str(accumulate)
     return command
 
 
-def unsloth(work: Work, folder: Path, python: str) -> list[str]:
+def unsloth(work: Work, folder: Path, python: str, *, is_sorted: bool = False) -> list[str]:
     """Return a script on Unsloth's Python API."""
     _needs_chats(work)
-    work.write(folder / "spec.json")
+    work.write(folder / "spec.json", sorted=is_sorted, template=str(TEMPLATE))
     return [python, str(HERE / "unsloth_api.py"), str(folder / "spec.json")]
+
+
+def unsloth_sorted(work: Work, folder: Path, python: str) -> list[str]:
+    """Return the script on Unsloth's Python API with rows of like length in a batch."""
+    return unsloth(work, folder, python, is_sorted=True)
 
 
 def litgpt(work: Work, folder: Path, python: str) -> list[str]:
@@ -119,7 +147,9 @@ def litgpt(work: Work, folder: Path, python: str) -> list[str]:
     checkpoint = folder.parent / "litgpt" / Path(work.model).name
     if not (checkpoint / "lit_model.pth").exists():
         shutil.copytree(work.model, checkpoint, dirs_exist_ok=True)
-        subprocess.run([program, "convert_to_litgpt", str(checkpoint)], check=True)
+        subprocess.run(
+            [program, "convert_to_litgpt", str(checkpoint)], check=True, capture_output=True
+        )
     texts = [[turn["content"] for turn in row["messages"]] for row in _read(work)]
     rows = [{"instruction": ask, "input": "", "output": answer} for ask, answer in texts]
     (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -172,20 +202,38 @@ def llamafactory(work: Work, folder: Path, python: str, **more: Any) -> list[str
 
 def llamafactory_packed(work: Work, folder: Path, python: str) -> list[str]:
     """Return `llamafactory-cli train` with packing under a block-diagonal mask."""
-    packing = {"packing": True, "neat_packing": True, "gradient_accumulation_steps": 1}
+    rows, accumulate = work.packs()
+    packing = {"packing": True, "neat_packing": True, "per_device_train_batch_size": rows,
+               "gradient_accumulation_steps": accumulate}  # fmt: skip
     return llamafactory(work, folder, python, **packing)
 
 
-def swift(work: Work, folder: Path, python: str) -> list[str]:
+def swift(work: Work, folder: Path, python: str, *more: str) -> list[str]:
     """Return `swift sft`."""
-    _needs_chats(work)
+    if work.task == "text-classification":
+        labels = sorted({row["label"] for row in _read(work)})
+        rows = [
+            {"messages": [{"role": "user", "content": row["text"]}],
+             "label": labels.index(row["label"])}
+            for row in _read(work)
+        ]  # fmt: skip
+        kind = [
+            "--model_type", "bert", "--template", "bert", "--task_type", "seq_cls",
+            "--num_labels", str(len(labels)), "--problem_type", "single_label_classification",
+        ]  # fmt: skip
+    else:
+        rows = _read(work)
+        kind = ["--model_type", "llama", "--template", "chatml"]
+        if rows[0]["messages"][0]["role"] != "system":
+            kind += ["--system", DEFAULT_SYSTEM]
+    _write(folder / "rows.jsonl", rows)
     quant = [
         "--quant_method", "bnb", "--quant_bits", "4", "--bnb_4bit_quant_type", "nf4",
         "--bnb_4bit_use_double_quant", "true", "--bnb_4bit_compute_dtype", work.dtype,
     ]  # fmt: skip
     return [
-        str(Path(python).parent / "swift"), "sft", "--model", work.model, "--model_type", "llama",
-        "--template", "chatml", "--dataset", work.rows, "--output_dir", str(folder / "run"),
+        str(Path(python).parent / "swift"), "sft", "--model", work.model, *kind,
+        "--dataset", str(folder / "rows.jsonl"), "--output_dir", str(folder / "run"),
         "--tuner_type", "lora", "--lora_rank", "8", "--lora_alpha", "16", "--lora_dropout", "0",
         "--target_modules", "all-linear", "--torch_dtype", work.dtype,
         "--max_length", str(work.max_length), "--num_train_epochs", "1",
@@ -194,18 +242,26 @@ def swift(work: Work, folder: Path, python: str) -> list[str]:
         "--learning_rate", str(work.learning_rate), "--lr_scheduler_type", "constant",
         "--warmup_ratio", "0", "--seed", str(work.seed), "--gradient_checkpointing", "false",
         "--split_dataset_ratio", "0", "--attn_impl", "sdpa", *_cpu(work, ["--use_cpu", "true"]),
+        "--dataloader_num_workers", "0", "--dataset_num_proc", "1",
         "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none",
-        *(quant if work.quant == "4bit" else []),
+        *(quant if work.quant == "4bit" else []), *more,
     ]  # fmt: skip
 
 
+WITH_THREADS = {"OMP_NUM_THREADS": THREADS}
+COMPILED = {"UNSLOTH_CPU_COMPILE": "1"}
 TOOLS = (
     Tool("ftlevel", ftlevel),
     Tool("ftlevel --no-fast", plain_ftlevel),
     Tool("plain", plain),
-    Tool("trl", trl, "trl"),
-    Tool("trl, packing", trl_packed, "trl"),
+    Tool("plain, sorted", plain_sorted),
+    Tool("trl as shipped", trl, "trl"),
+    Tool("trl", trl, "trl", WITH_THREADS),
+    Tool("trl, sorted", trl_sorted, "trl", WITH_THREADS),
+    Tool("trl, packing", trl_packed, "trl", WITH_THREADS),
     Tool("unsloth", unsloth, "unsloth"),
+    Tool("unsloth, sorted", unsloth_sorted, "unsloth"),
+    Tool("unsloth, compiled", unsloth, "unsloth", COMPILED),
     Tool("litgpt", litgpt, "litgpt"),
     Tool("llamafactory", llamafactory, "llamafactory"),
     Tool("llamafactory, neat_packing", llamafactory_packed, "llamafactory"),
@@ -214,12 +270,12 @@ TOOLS = (
 PEERS = tuple(dict.fromkeys(tool.peer for tool in TOOLS if tool.peer))
 
 
-def select(peers: dict[str, str]) -> list[tuple[Tool, str]]:
-    """Return the tools that can run, each with its python."""
+def select(peers: Mapping[str, str], only: Collection[str] | None) -> list[tuple[Tool, str]]:
+    """Return the tools that can run, each with its python; those named by `only`, if given."""
     return [
         (tool, peers.get(tool.peer, sys.executable))
         for tool in TOOLS
-        if not tool.peer or tool.peer in peers
+        if (not tool.peer or tool.peer in peers) and (not only or tool.name in only)
     ]
 
 

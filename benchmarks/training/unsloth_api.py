@@ -1,4 +1,8 @@
-"""LoRA fine-tuning by Unsloth's Python API: `python unsloth_api.py SPEC.json`."""
+"""LoRA fine-tuning by Unsloth's Python API: `python unsloth_api.py SPEC.json`.
+
+SPEC has the fields of `workloads.Work`, `sorted` (whether rows of like length go together) and
+`template` (the file of a chat template that marks what is learned).
+"""
 
 import json
 import sys
@@ -32,12 +36,7 @@ def main(path):
         ],
     )  # fmt: skip
     rows = load_dataset("json", data_files=spec["rows"], split="train")
-    single = all(len(row["messages"]) == 2 for row in rows)
-    if single:
-        rows = rows.map(
-            lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
-            remove_columns=["messages"],
-        )
+    tokenizer.chat_template = Path(spec["template"]).read_text(encoding="utf-8")
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
@@ -51,8 +50,8 @@ def main(path):
             learning_rate=spec["learning_rate"],
             lr_scheduler_type="constant",
             seed=spec["seed"],
-            completion_only_loss=single or None,
-            assistant_only_loss=not single,
+            train_sampling_strategy="group_by_length" if spec["sorted"] else "random",
+            assistant_only_loss=True,
             gradient_checkpointing=False,
             bf16=spec["dtype"] == "bfloat16",
             use_cpu=spec["device"] == "cpu",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +19,9 @@ from typing import Any
 from ftlevel.data.docstrings import read_docstrings
 
 ROOT = Path(__file__).resolve().parents[2]
-SMOLLM2 = ROOT / ".models" / "SmolLM2-135M-Instruct"
-MINILM = ROOT / ".models" / "all-MiniLM-L6-v2"
+MODELS = Path(os.environ.get("FTLEVEL_MODELS") or ROOT / ".models")
+SMOLLM2 = MODELS / "SmolLM2-135M-Instruct"
+MINILM = MODELS / "all-MiniLM-L6-v2"
 SUPERSENSE = ROOT / "data" / "wordnet-supersense" / "train.jsonl"
 
 SYSTEM = """You write the first line of docstrings for a Python code base that many people maintain.
@@ -57,6 +60,7 @@ class Work:
         accumulate: micro-batches a step.
         steps: optimizer steps of the epoch.
         max_length: in tokens; no row is longer.
+        tokens: of all rows.
         dtype: bfloat16 or float32.
         device: torch device type.
         learning_rate: constant.
@@ -72,14 +76,25 @@ class Work:
     accumulate: int
     steps: int
     max_length: int
+    tokens: int = 0
     dtype: str = "bfloat16"
     device: str = "cpu"
     learning_rate: float = 2e-4
     seed: int = 42
 
-    def write(self, path: Path) -> None:
-        """Write the fields, for `plain.py`."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+    def write(self, path: Path, **more: Any) -> None:
+        """Write the fields and `more`, for the scripts on a Python API."""
+        path.write_text(json.dumps({**asdict(self), **more}), encoding="utf-8")
+
+    def packs(self) -> tuple[int, int]:
+        """Return rows a micro-batch and micro-batches a step for a tool that packs rows.
+
+        Rows of `max_length` tokens, as many as hold about what a step of unpacked rows holds, so
+        that the number of steps, and with it the losses, stay as near to the others' as they can.
+        """
+        rows = max(1, round(self.tokens / self.steps / self.max_length))
+        accumulate = -(-rows // max(self.batch, 1))
+        return -(-rows // accumulate), accumulate
 
 
 def build(letter: str, folder: Path, steps: int, model: Path | None = None, **more: Any) -> Work:
@@ -99,18 +114,37 @@ def build(letter: str, folder: Path, steps: int, model: Path | None = None, **mo
     if not base.is_dir():
         raise FileNotFoundError(f"{base} is not there. Run: python scripts/fetch_models.py")
     work = Work(name, str(base), str(rows), task, quant, batch, accumulate, steps, max_length)
-    kept = itertools.islice(_fitting(letter, work), steps * batch * accumulate)
-    with rows.open("w", encoding="utf-8") as file:
-        count = sum(bool(file.write(json.dumps(row) + "\n")) for row in kept)
-    if count < steps * batch * accumulate:
-        steps = count // (batch * accumulate)
-        lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
-        rows.write_text("".join(lines[: steps * batch * accumulate]), encoding="utf-8")
-    return Work(**{**asdict(work), "steps": steps, **more})
+    kept = list(itertools.islice(_fitting(letter, work), steps * batch * accumulate))
+    steps = len(kept) // (batch * accumulate)
+    kept = kept[: steps * batch * accumulate]
+    rows.write_text("".join(json.dumps(row) + "\n" for row, _ in kept), encoding="utf-8")
+    tokens = sum(length for _, length in kept)
+    return Work(**{**asdict(work), "steps": steps, "tokens": tokens, **more})
 
 
-def _fitting(letter: str, work: Work) -> Iterator[dict[str, Any]]:
-    """Give the rows that are not longer than the workload's limit."""
+def count_weights(model: Path, *, has_head: bool) -> tuple[int, int]:
+    """Return the weights of the linears in the blocks of a model, and those of its language head.
+
+    Args:
+        model: directory of the base; no weight is read.
+        has_head: whether it is trained as a language model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        shapes = AutoModel.from_config(config).state_dict()
+    blocks = sum(
+        weight.numel()
+        for name, weight in shapes.items()
+        if weight.dim() == 2 and re.search(r"\.\d+\.", name)
+    )
+    return blocks, config.vocab_size * config.hidden_size if has_head else 0
+
+
+def _fitting(letter: str, work: Work) -> Iterator[tuple[dict[str, Any], int]]:
+    """Give the rows that are not longer than the workload's limit, and their tokens."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work.model)
@@ -121,7 +155,7 @@ def _fitting(letter: str, work: Work) -> Iterator[dict[str, Any]]:
             ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
             length = len(ids)
         if length <= work.max_length:
-            yield row
+            yield row, length
 
 
 def _rows(letter: str) -> Iterator[dict[str, Any]]:
