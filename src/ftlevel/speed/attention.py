@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ftlevel.speed.dropout import own_generator
 from ftlevel.speed.layout import Layout, NotServedError, Segment, current_layout
+from ftlevel.speed.short import ShortAttention, are_short, batch_documents
 from ftlevel.speed.tiles import TileAttention, cut_tiles, visible
 from ftlevel.speed.varlen import attend_in_one, can_serve
 
@@ -111,6 +112,13 @@ def _by_document(
     is_short = all(s.stop - s.start <= LONGEST_TILED for s in layout.segments)
     is_tree = any(segment.past for segment in layout.segments)
     draws_itself = dropout > 0 and own_generator() is not None  # SDPA has the process's generator
+    if on_cpu and are_short(layout.segments):
+        batches = batch_documents(layout.segments, causal, window)
+        with torch.autocast("cpu", enabled=False):
+            short: torch.Tensor = ShortAttention.apply(  # type: ignore[no-untyped-call]
+                *states, batches, scale, dropout
+            )
+            return short
     if on_cpu and (is_short or is_tree or draws_itself):
         tiles = cut_tiles(layout.segments, causal, window)
         with torch.autocast("cpu", enabled=False):
