@@ -316,7 +316,7 @@ def _task_config(source: ModelSource, facts: Mapping[str, Any], tokenizer: Any) 
     if facts["labels"]:
         overrides |= label_overrides(facts["labels"])
     config = load_config(source, **overrides)
-    if config.pad_token_id is None:
+    if getattr(config, "pad_token_id", None) is None:  # CodeGen's has no such field at all
         config.pad_token_id = tokenizer.pad_token_id
     return config
 

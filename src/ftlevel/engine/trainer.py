@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from ftlevel.engine.fast import FastStep, target_loss
+from ftlevel.engine.fast import FastStep
+from ftlevel.engine.target_loss import target_loss
 from ftlevel.speed.layout import laid_out
 from ftlevel.tasks.objectives import Objective
 

@@ -83,8 +83,9 @@ class GradientProof(TrainerCallback):
         if missing:
             raise RunError(
                 f"{len(missing):,} of {len(trainable):,} trainable tensors got no gradient at step "
-                f"1: {listing(missing, 3)}. They would stay as they began. This is a bug in "
-                "ftlevel or in the model's code; please report it with the command."
+                f"1: {listing(missing, 3)}. They would stay as they began. If the model does not "
+                "use these modules for this task, name the others by --target-modules; else "
+                "please report it with the command."
             )
         self.checked = len(trainable)
 

@@ -211,9 +211,14 @@ def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
     classes = getattr(transformers, auto_class)._model_mapping
     if type(config) not in families or type(config) not in classes:
         return {}
-    usual = families[type(config)].base_model_prefix
-    here = classes[type(config)].base_model_prefix
+    usual, here = (_prefix(mapping[type(config)]) for mapping in (families, classes))
     return {} if here == usual else {rf"^{usual}\.": f"{here}."}
+
+
+def _prefix(entry: Any) -> str:
+    """Return what the class of an auto mapping calls its base; Funnel has two, and one name."""
+    first = entry[0] if isinstance(entry, tuple) else entry
+    return str(first.base_model_prefix)
 
 
 def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
