@@ -17,7 +17,7 @@ _LOGS_A_RUN = 20
 
 def count_steps(config: TrainerConfig, rows: int) -> int:
     """Return how many optimizer steps a run over `rows` rows makes."""
-    micro_steps = math.ceil(rows / config.per_device_train_batch_size)
+    micro_steps = math.ceil(rows / config.per_device_train_batch_size / (config.num_processes or 1))
     an_epoch = max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
     return config.max_steps or math.ceil(config.num_train_epochs * an_epoch)
 
@@ -72,6 +72,9 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         use_cpu=plan.device == "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
+        # Every trained tensor gets a gradient in every step, which is checked at the first; and the
+        # loss of a head on targets does not go through the model's outputs, where DDP would look.
+        ddp_find_unused_parameters=False,
         report_to=config.output.report_to,
         disable_tqdm=True,
         dataloader_pin_memory=plan.device == "cuda",

@@ -36,7 +36,7 @@ def target_loss(
     inputs = dict(batch)
     labels = inputs.pop("labels")
     if objective.feeds_labels:
-        base = base_model(model)
+        base = base_model(getattr(model, "module", model))  # DDP's wrapper has no such method
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
     at, targets = objective.locate(labels)
     return head.loss_sum(lambda: model(**inputs), at, targets, observe)

@@ -17,6 +17,7 @@ from ftlevel.data.encode import Encoded
 from ftlevel.data.masking import MaskedRows
 from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.events import Listener
+from ftlevel.engine.processes import Processes
 from ftlevel.errors import RunError, listing
 
 
@@ -97,14 +98,21 @@ def _absolute_sum(gradient: torch.Tensor | None) -> torch.Tensor:
 class Interrupt(TrainerCallback):
     """Turn the first Ctrl-C or SIGTERM into a checkpoint at the end of the step, then stop.
 
-    A second one ends the process at once. Use as a context manager around training.
+    A second one ends the process at once; of several processes, whose launcher passes on what the
+    terminal has sent them already, it does not. Use as a context manager around training.
+
+    Args:
+        processes: those of the run, which stop after the same step.
+        device: torch device type.
 
     Attributes:
         received: the signal's name, or empty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes, device: str) -> None:
         self.received = ""
+        self._processes = processes
+        self._device = device
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -120,7 +128,7 @@ class Interrupt(TrainerCallback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received and self._processes.count == 1:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
@@ -132,6 +140,8 @@ class Interrupt(TrainerCallback):
         **_: Any,
     ) -> TrainerControl:
         """Save and stop, if a signal has come and the run is not over anyway."""
+        if self._processes.any(bool(self.received), self._device) and not self.received:
+            self.received = "of another process"
         if self.received and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
@@ -141,9 +151,10 @@ class Interrupt(TrainerCallback):
 class Certify(TrainerCallback):
     """Give each checkpoint its manifest, and delete old ones only after that."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, processes: Processes) -> None:
         self.directory = directory
         self.keep = keep
+        self._processes = processes
 
     def on_save(
         self,
@@ -153,8 +164,10 @@ class Certify(TrainerCallback):
         **_: Any,
     ) -> None:
         """Certify the checkpoint that was just written."""
-        checkpoints.certify(self.directory / f"checkpoint-{state.global_step}")
-        checkpoints.rotate(self.directory, self.keep)
+        self._processes.wait()  # each writes its random state
+        if self._processes.is_first:
+            checkpoints.certify(self.directory / f"checkpoint-{state.global_step}")
+            checkpoints.rotate(self.directory, self.keep)
 
 
 class FollowEpoch(TrainerCallback):

@@ -135,7 +135,9 @@ def load_model(
     elif quantization is not None:
         arguments["quantization_config"] = keep_heads(quantization, config, auto_class)
     if stored is not None or quantization is not None:
-        arguments["device_map"] = {"": "cuda:0" if device == "cuda" else device}
+        arguments["device_map"] = {
+            "": f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        }
     try:
         with quiet_libraries():
             model, info = getattr(transformers, auto_class).from_pretrained(
