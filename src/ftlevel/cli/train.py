@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ftlevel.cli.flags import flag, read_config
-from ftlevel.cli.launch import hand_over, is_follower
+from ftlevel.cli.launch import is_follower, is_launched, launch
 from ftlevel.config import TrainConfig
 
 # Optional[...] instead of `| None`: Typer evaluates these at run time on Python 3.10 as well.
@@ -164,8 +164,9 @@ def train(
         typer.echo(json_module.dumps(TrainConfig.model_json_schema(), indent=2))
         return
     config, origin = read_config(context.params)
-    if not dry_run:
-        hand_over(context.obj or [], config.train.num_processes)
+    processes = config.train.num_processes or 1
+    if processes > 1 and not dry_run and not is_launched():
+        raise typer.Exit(launch(context.obj or [], processes))
     follows = is_follower()
     from ftlevel.cli.screen import open_screen
 

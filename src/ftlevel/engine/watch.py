@@ -140,9 +140,10 @@ class Interrupt(TrainerCallback):
         **_: Any,
     ) -> TrainerControl:
         """Save and stop, if a signal has come and the run is not over anyway."""
-        if self._processes.any(bool(self.received), self._device) and not self.received:
-            self.received = "of another process"
-        if self.received and state.global_step < state.max_steps:
+        # What was agreed on counts, not what has come since: all stop after the same step.
+        is_over = self._processes.any(bool(self.received), self._device)
+        if is_over and state.global_step < state.max_steps:
+            self.received = self.received or "of another process"
             control.should_save = True
             control.should_training_stop = True
         return control
