@@ -8,14 +8,17 @@ micro-steps.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 from ftlevel.config import TrainConfig
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, FtlevelError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,21 @@ class Processes:
         if self.count > 1:
             distributed.barrier()
 
-    def from_first(self, value: Any) -> Any:
-        """Return the `value` of the first process, in all of them."""
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return what `make` gives in the first process, or raise its error, in all of them."""
         if self.count == 1:
-            return value
-        box = [value]
+            return make()
+        box: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                box[0] = make()
+            except FtlevelError as error:
+                box[1] = error
         distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        if box[1] is not None:
+            raise box[1]
+        made: T = box[0]
+        return made
 
     def any(self, flag: bool, device: str) -> bool:
         """Whether `flag` is set in one of them: what all must do at the same step."""

@@ -115,9 +115,7 @@ def _train(
     fast, verified = speed_up(model, config, plan, listener)
     start = copy_start(model)
     base_facts = describe_base(plan.source, plan.model_config)
-    run, checkpoint = processes.from_first(
-        _open(config, plan, base_facts, listener) if processes.is_first else None
-    )
+    run, checkpoint = processes.from_first(lambda: _open(config, plan, base_facts, listener))
     evaluator = build_evaluator(config, plan)
     trainer = build_trainer(config, plan, model, evaluator, run, fast)
     gradients, interrupt = GradientProof(listener), Interrupt(processes, plan.device)
