@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,31 @@ def test_ctrl_c_keeps_a_checkpoint_of_all_processes(
     (kept,) = (out / "checkpoints").glob("checkpoint-*")
     held = {path.name for path in kept.iterdir()}
     assert {"manifest.json", "rng_state_0.pth", "rng_state_1.pth"} <= held
+
+
+def test_a_resumed_run_is_the_unbroken_one(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    more = (
+        "--max-steps",
+        "8",
+        "--save-steps",
+        "5",
+        "--num-processes",
+        "2",
+        "--lora-dropout",
+        "0.1",
+    )
+    start = command(tiny_model_dir("llama"), rows, out, *more)
+    subprocess.run(start, check=True, capture_output=True)
+    weights = out / "adapter/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    shutil.rmtree(out / "adapter")
+    shutil.rmtree(out / "checkpoints/checkpoint-8")  # 5 is in the middle of the second epoch
+    resume = [*start[:4], "--output-dir", str(out), "--resume"]
+    subprocess.run(resume, check=True, capture_output=True)
+    assert weights.read_bytes() == whole
 
 
 def test_processes_that_nobody_started_are_refused() -> None:

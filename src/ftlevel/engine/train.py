@@ -17,10 +17,9 @@ from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
 from ftlevel.config import AdaloraSpec, LoraSpec, QuantConfig, TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
 from ftlevel.engine.allocation import Allocation
-from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
+from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps, row_order
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.fast import FastStep
@@ -326,16 +325,6 @@ def build_trainer(
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
-
-
-def row_order(config: TrainConfig, plan: Plan) -> LengthGroups | None:
-    """Return the order in which rows are taken, or None for Trainer's random one."""
-    train = config.train
-    if train.train_sampling_strategy == "random":
-        return None
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    step *= train.num_processes or 1
-    return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.seed)
 
 
 def save(

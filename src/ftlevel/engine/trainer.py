@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
@@ -16,19 +15,6 @@ from ftlevel.engine.fast import FastStep
 from ftlevel.engine.target_loss import target_loss
 from ftlevel.speed.layout import laid_out
 from ftlevel.tasks.objectives import Objective
-
-
-class StepLoader(DataLoader[Any]):
-    """The batches of one process; Trainer tells it the epoch, as it tells accelerate's."""
-
-    def __init__(self, *arguments: Any, order: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self.order = order
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the order of this epoch; other orders than the random one are told elsewhere."""
-        if isinstance(self.order, SeedableRandomSampler):
-            self.order.set_epoch(epoch)
 
 
 class FtlevelTrainer(Trainer):
@@ -80,16 +66,13 @@ class FtlevelTrainer(Trainer):
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         rows: Any = self.train_dataset
-        order = self.order or SeedableRandomSampler(
-            rows, generator=torch.Generator(), data_seed=self.args.data_seed
+        if self.order is None:
+            raise TypeError("several processes need an order that they share")
+        share = ShareOfSteps(
+            self.order, self.args.train_batch_size, self.args.world_size, self.args.process_index
         )
-        return StepLoader(
-            RowsAndNothing(rows),
-            batch_sampler=ShareOfSteps(
-                order, self.args.train_batch_size, self.args.world_size, self.args.process_index
-            ),
-            collate_fn=self._collate_or_nothing,
-            order=order,
+        return DataLoader(
+            RowsAndNothing(rows), batch_sampler=share, collate_fn=self._collate_or_nothing
         )
 
     def _collate_or_nothing(self, rows: list[Any]) -> dict[str, Any]:

@@ -190,6 +190,8 @@ class FollowEpoch(TrainerCallback):
             self.rows.epoch = int(state.epoch or 0)
         if isinstance(self.order, LengthGroups):
             self.order.epoch = int(state.epoch or 0)
+        elif self.order is not None:  # accelerate's random one
+            self.order.set_epoch(int(state.epoch or 0))
 
 
 class Report(TrainerCallback):
