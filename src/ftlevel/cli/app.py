@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Collection
@@ -12,6 +13,7 @@ import typer
 
 from ftlevel import __version__
 from ftlevel.cli.grammar import Command
+from ftlevel.cli.launch import is_follower
 from ftlevel.errors import FtlevelError
 
 HELP = "Fine-tune transformers efficiently: one grammar for every family, task and PEFT method."
@@ -108,9 +110,12 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; every error ends here as a line."""
     wanted = [a for a in arguments if not a.startswith("-")][:1]
     try:
-        code = build_app(wanted)(args=arguments, prog_name="ftlevel", standalone_mode=False)
+        code = build_app(wanted)(args=arguments, prog_name="ftlevel", standalone_mode=False,
+                                 obj=arguments)  # fmt: skip
     except typer.TyperException as error:  # an unknown flag, a missing argument, a bad number
-        _report(f"{error.format_message()} See: ftlevel {' '.join([*wanted, '--help'])}")
+        message = f"{error.format_message()} See: ftlevel {' '.join([*wanted, '--help'])}"
+        _report(message)
+        _report_json(arguments, message, 2)
         return 2
     except typer.Abort:
         _report("interrupted; nothing was kept.")
@@ -118,12 +123,20 @@ def run(arguments: list[str]) -> int:
     except FtlevelError as error:
         if "--traceback" in arguments:
             raise
-        _report(str(error))
+        if error.exit_code == 1 or not is_follower():  # what the user wrote, all processes see
+            _report(str(error))
+            _report_json(arguments, str(error), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         _report("interrupted; nothing was kept.")
         return 130
     return code if isinstance(code, int) else 0
+
+
+def _report_json(arguments: list[str], message: str, code: int) -> None:
+    """Give a program that asked for JSON its one object, also when there is no result."""
+    if "--json" in arguments:
+        typer.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
 
 
 def _report(message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ftlevel.cli.flags import flag, read_config
+from ftlevel.cli.launch import is_follower, is_launched, launch
 from ftlevel.config import TrainConfig
 
 # Optional[...] instead of `| None`: Typer evaluates these at run time on Python 3.10 as well.
@@ -99,6 +100,7 @@ def train(
     gradient_accumulation_steps: Annotated[
         Int, flag("train.gradient_accumulation_steps", panel=HOW)
     ] = None,
+    num_processes: Annotated[Int, flag("train.num_processes", panel=HOW)] = None,
     gradient_checkpointing: Annotated[
         Switch,
         flag(
@@ -162,11 +164,15 @@ def train(
         typer.echo(json_module.dumps(TrainConfig.model_json_schema(), indent=2))
         return
     config, origin = read_config(context.params)
+    processes = config.train.num_processes or 1
+    if processes > 1 and not dry_run and not is_launched():
+        raise typer.Exit(launch(context.obj or [], processes))
+    follows = is_follower()
     from ftlevel.cli.screen import open_screen
 
-    with open_screen(as_json=as_json, quiet=quiet) as screen:
+    with open_screen(as_json=as_json, quiet=quiet or follows) as screen:
         from ftlevel.engine.train import train as run
 
         result = run(config, listener=screen, dry_run=dry_run, recipe=origin)
-    if as_json:
+    if as_json and not follows:
         typer.echo(json_module.dumps(result.summary, default=str))

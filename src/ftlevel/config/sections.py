@@ -195,6 +195,11 @@ class TrainerConfig(Section):
     gradient_accumulation_steps: Positive = Field(
         1, description="Micro-steps that make one optimizer step."
     )
+    num_processes: Positive | None = Field(
+        None,
+        description="Processes that train together, each on a device of its own, and each with "
+        "per_device_train_batch_size rows; the default is one, or as torchrun started them.",
+    )
     train_sampling_strategy: Literal["random", "group_by_length"] = Field(
         "random",
         description="Order of the rows in an epoch; group_by_length puts rows of like length into "

@@ -6,10 +6,14 @@ resumed inside an epoch goes on with other rows, in silence. Here an epoch's ord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
+
+from ftlevel.data.encode import Encoded
 
 POOL = 50
 """Steps whose rows are sorted together: the rest of the order stays random."""
@@ -50,3 +54,48 @@ class LengthGroups(Sampler[int]):
             yield from whole[index]
         for step in rest:
             yield from step
+
+
+class ShareOfSteps(Sampler[list[int]]):
+    """The batches of one of several processes that make each optimizer step together.
+
+    Batch n of the order goes to process n mod count. All have as many, so that none waits for
+    another in vain: where an epoch ends in the middle of a step, a batch is the one row NOTHING,
+    the index after the last. accelerate would take rows from the epoch's beginning a second time.
+
+    Args:
+        order: of the rows.
+        batch: rows of a batch.
+        count: of the processes.
+        rank: of this one.
+    """
+
+    def __init__(self, order: Sampler[int], batch: int, count: int, rank: int) -> None:
+        self._order, self._batch, self._count, self._rank = order, batch, count, rank
+
+    def __len__(self) -> int:
+        rows = len(self._order)  # type: ignore[arg-type]  # every order here has a length
+        return math.ceil(rows / (self._batch * self._count))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the batches of this process."""
+        rows = list(self._order)
+        for step in range(len(self)):
+            begin = (step * self._count + self._rank) * self._batch
+            yield rows[begin : begin + self._batch] or [len(rows)]
+
+
+class RowsAndNothing(Dataset[Encoded]):
+    """Rows, and after the last one NOTHING: the first row, marked as one that does not count."""
+
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows) + 1
+
+    def __getitem__(self, index: int) -> Encoded:
+        """Return a row."""
+        if index < len(self._rows):
+            return self._rows[index]
+        return replace(self._rows[0], row=-1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ftlevel.config import FullSpec, MethodConfig
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError, listing
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.lora_start import as_plain_lora
 
@@ -25,6 +25,9 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
         method: the method's spec.
         base: facts of the model; its targets are full names of modules.
         fused: train LoRA by layers that compute base and update in one node.
+
+    Raises:
+        ConfigError: PEFT does not put it on these modules.
     """
     if isinstance(method, FullSpec):
         model.requires_grad_(not method.freeze_base)
@@ -41,11 +44,53 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
     config = own.build(method, compact)
     if fused:
         register_fused_layers(config)
-    adapted = get_peft_model(model, config, low_cpu_mem_usage=shape_only)
+    try:
+        with _unknown_patterns_ignored():
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=shape_only)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if "Target module" not in str(error):
+            raise
+        raise ConfigError(
+            f"--method {method.kind}: PEFT cannot adapt a module of {base.config.model_type} "
+            f"({' '.join(str(error).split())[:120]} …). Name others by --target-modules, or use "
+            "another --method."
+        ) from error
+    check_placed(adapted, method.kind, base)
     if own.prepare is not None:
         own.prepare(adapted)
     train_in_float32(adapted)
     return adapted
+
+
+def check_placed(adapted: Any, kind: str, base: Base) -> None:
+    """Refuse an adapter that PEFT put on other modules than those asked for.
+
+    For families whose experts became one tensor in transformers 5, PEFT 0.21 reads `gate_proj` and
+    its like as the experts, also where a dense layer or a shared expert is meant.
+
+    Raises:
+        ConfigError: naming what would not have been adapted, and what can be.
+    """
+    placed = getattr(adapted.base_model, "targeted_module_names", None)
+    if not base.targets or placed is None:
+        return
+    ends = {".".join(parts[at:]) for p in placed for parts in (p.split("."),)
+            for at in range(len(parts))}  # fmt: skip
+    lost = sorted(set(base.targets) - ends)
+    if lost:
+        names = sorted({name.rpartition(".")[2] for name in lost})
+        left = sorted({name.rpartition(".")[2] for name in base.targets} - set(names))
+        raise ConfigError(
+            f"--method {kind} on {base.config.model_type}: PEFT {_peft_version()} takes "
+            f"{listing(names)} for the experts' tensors, and {len(lost):,} linears of that name, "
+            f"such as {lost[0]}, would stay as they are. Use --target-modules {','.join(left)}."
+        )
+
+
+def _peft_version() -> str:
+    import peft
+
+    return str(peft.__version__)
 
 
 def finish_method(model: Any, method: MethodConfig) -> None:
@@ -109,7 +154,7 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
 
     ensure_registered()
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
-    with _unknown_ranks_ignored():
+    with _unknown_patterns_ignored():
         adapted = PeftModel.from_pretrained(
             base, str(directory), adapter_name=name, is_trainable=True
         )
@@ -123,7 +168,7 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
     Raises:
         InputError: it does not go with the others, or its file is not whole.
     """
-    with _unknown_ranks_ignored():
+    with _unknown_patterns_ignored():
         try:
             adapted.load_adapter(str(directory), adapter_name=name, is_trainable=True)
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -158,10 +203,13 @@ def _fill_adapter(adapted: Any, directory: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _unknown_ranks_ignored() -> Iterator[None]:
-    """Silence PEFT, which reads AdaLoRA's ranks as LoRA's, and then applies them all the same."""
+def _unknown_patterns_ignored() -> Iterator[None]:
+    """Silence PEFT, which reads AdaLoRA's ranks as LoRA's, and then applies them all the same.
+
+    It also warns of patterns that it made itself; the user's were checked before.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
         yield
 
 

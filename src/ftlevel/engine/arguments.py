@@ -6,8 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import Sampler
+
 from ftlevel.config import TrainConfig
 from ftlevel.config.sections import TrainerConfig
+from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.evaluation import Evaluator
 from ftlevel.engine.kernels import kernel_arguments
 from ftlevel.engine.resolve import Plan
@@ -17,7 +22,7 @@ _LOGS_A_RUN = 20
 
 def count_steps(config: TrainerConfig, rows: int) -> int:
     """Return how many optimizer steps a run over `rows` rows makes."""
-    micro_steps = math.ceil(rows / config.per_device_train_batch_size)
+    micro_steps = math.ceil(rows / config.per_device_train_batch_size / (config.num_processes or 1))
     an_epoch = max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
     return config.max_steps or math.ceil(config.num_train_epochs * an_epoch)
 
@@ -72,6 +77,9 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         use_cpu=plan.device == "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
+        # Every trained tensor gets a gradient in every step, which is checked at the first; and the
+        # loss of a head on targets does not go through the model's outputs, where DDP would look.
+        ddp_find_unused_parameters=False,
         report_to=config.output.report_to,
         disable_tqdm=True,
         dataloader_pin_memory=plan.device == "cuda",
@@ -105,3 +113,20 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
         language=plan.data.facts["target_language"],
         on_targets=plan.fast.heads,
     )
+
+
+def row_order(config: TrainConfig, plan: Plan) -> Sampler[int] | None:
+    """Return the order in which rows are taken, or None for Trainer's random one.
+
+    Several processes share the order that Trainer would draw for one.
+    """
+    train = config.train
+    if train.train_sampling_strategy == "random":
+        if not train.num_processes:
+            return None
+        return SeedableRandomSampler(
+            plan.data.train, generator=torch.Generator(), data_seed=train.seed
+        )
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    step *= train.num_processes or 1
+    return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.seed)

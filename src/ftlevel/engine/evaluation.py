@@ -12,7 +12,8 @@ import torch
 from ftlevel.data.chat import turn_end
 from ftlevel.data.collate import Collator, pad
 from ftlevel.data.encode import IGNORED, Encoded
-from ftlevel.engine.fast import target_head, target_loss
+from ftlevel.engine.fast import target_head
+from ftlevel.engine.target_loss import target_loss
 from ftlevel.models.hardware import autocast
 from ftlevel.speed.head import Observe
 from ftlevel.tasks.base import ScoreTexts
@@ -136,9 +137,11 @@ class Evaluator:
     def _score(self, model: Any, record: Record | None) -> dict[str, float]:
         objective = self.objective
         meter, total, count = objective.meter(), 0.0, 0
-        collate = Collator(self.tokenizer.pad_token_id or 0)
+        pad_id = self.tokenizer.pad_token_id or 0
+        collate = Collator(pad_id)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
-        with target_head(model, objective if self.on_targets else None) as head:
+        wanted = objective if self.on_targets else None
+        with target_head(model, wanted, by_length, pad_id, self.device, self.dtype) as head:
             for rows in batches(by_length, self.batch_size):
                 batch = {k: v.to(self.device) for k, v in collate(rows).items()}
                 count += int(objective.count(batch["labels"]))

@@ -1,4 +1,4 @@
-"""The fast step on a model: what is put onto it, and its loss on targets.
+"""The fast step on a model: what is put onto it, once the model has been asked whether it may be.
 
 Every part gives the numbers of the plain step. A model that a part does not know how to serve is
 served without it, and the reason is shown.
@@ -15,12 +15,14 @@ import torch
 
 from ftlevel.data.encode import Encoded
 from ftlevel.engine.fast_plan import FastPlan, has_target_head, takes_attention
+from ftlevel.engine.head_check import find_head_error
 from ftlevel.engine.packing_check import PackingCheck
+from ftlevel.engine.target_loss import base_model
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.speed import attention
 from ftlevel.speed.blocks import PackedBlocks
 from ftlevel.speed.dropout import OwnDraws
-from ftlevel.speed.head import Observe, TargetHead
+from ftlevel.speed.head import TargetHead
 from ftlevel.speed.lanes import Lanes
 from ftlevel.tasks.objectives import Objective, Tokens
 
@@ -88,6 +90,28 @@ class FastStep:
             self.lanes.close()
             self.lanes = None
 
+    def check_head(
+        self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
+    ) -> str:
+        """Return why the head is not computed on targets only, and leave it; empty if it can be.
+
+        Args:
+            objective: what the model is trained on.
+            rows: as of `find_head_error`.
+            pad_id: as of `find_head_error`.
+            device: torch device type.
+            dtype: compute precision's name.
+        """
+        if self.head is None or not isinstance(objective, Tokens):
+            return ""
+        reason = find_head_error(self.head, self._model, objective, rows, pad_id, device, dtype)
+        if not reason:
+            return ""
+        self.plan = replace(self.plan, heads=False)
+        self.head.remove()
+        self.head = None
+        return f"its head is computed on every token: {reason}"
+
     def _pad_again(self) -> None:
         if self._blocks is not None:
             self._blocks.remove()
@@ -102,45 +126,31 @@ class FastStep:
         self._pad_again()
 
 
-def base_model(model: Any) -> Any:
-    """Return the transformers model under an adapter."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
 @contextlib.contextmanager
-def target_head(model: Any, objective: Objective | None) -> Iterator[TargetHead | None]:
-    """Give the head of `model` inside the block, or None where targets have no language head."""
+def target_head(
+    model: Any,
+    objective: Objective | None,
+    rows: Sequence[Encoded],
+    pad_id: int,
+    device: str,
+    dtype: str,
+) -> Iterator[TargetHead | None]:
+    """Give the head of `model` inside the block.
+
+    None where targets have no language head, or where it is not what the model gives by itself:
+    the arguments are those of `find_head_error`.
+    """
     base = base_model(model)
     head = TargetHead(base) if has_target_head(base, objective) else None
     try:
+        if (
+            head is not None
+            and isinstance(objective, Tokens)
+            and find_head_error(head, model, objective, rows, pad_id, device, dtype)
+        ):
+            head.remove()
+            head = None
         yield head
     finally:
         if head is not None:
             head.remove()
-
-
-def target_loss(
-    head: TargetHead,
-    model: Any,
-    objective: Objective,
-    batch: dict[str, torch.Tensor],
-    observe: Observe | None = None,
-) -> torch.Tensor:
-    """Return the loss of a batch summed over its targets, its head computed on these alone.
-
-    Args:
-        head: the head of `model`.
-        model: what is called.
-        objective: what it is trained on.
-        batch: inputs and labels.
-        observe: is given scores and targets.
-    """
-    if not isinstance(objective, Tokens):
-        raise TypeError("a language head predicts tokens")
-    inputs = dict(batch)
-    labels = inputs.pop("labels")
-    if objective.feeds_labels:
-        base = base_model(model)
-        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
-    at, targets = objective.locate(labels)
-    return head.loss_sum(lambda: model(**inputs), at, targets, observe)

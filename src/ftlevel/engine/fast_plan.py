@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encode import Encoded
@@ -146,10 +148,21 @@ def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
         return f"{family} has not one stack of blocks"
     if getattr(meta.config, "layerdrop", 0):
         return f"{family} skips layers at random"
+    if _carries_a_state(meta):
+        return f"{family} carries a state from token to token"
     if not takes_attention(meta):
         return f"{family} has an attention of its own"
     meta.set_attn_implementation("sdpa")  # the config is the one that the weights are loaded with
     return ""
+
+
+def _carries_a_state(model: Any) -> bool:
+    """Whether something but attention takes tokens into others: a recurrence, a convolution."""
+    return bool(getattr(model, "_is_stateful", False)) or any(
+        isinstance(part, torch.nn.Conv1d) and part.kernel_size[0] > 1
+        for block in find_blocks(model)
+        for part in block.modules()
+    )
 
 
 def takes_attention(model: Any) -> bool:

@@ -138,7 +138,7 @@ def resolve_subject(config: MergeConfig) -> Subject:
         )
     own = (directory / "tokenizer_config.json").is_file()
     tokens = ModelSource(str(directory), "directory", str(directory)) if own else source
-    if model_config.pad_token_id is None and task.target == "class":
+    if getattr(model_config, "pad_token_id", None) is None and task.target == "class":
         model_config.pad_token_id = load_tokenizer(tokens).pad_token_id
     kind = model_kind(model_config)
     objective = build_objective(

@@ -86,7 +86,7 @@ class PackingCheck:
         batch, other = self._batch(pair), self._batch(beside)
         layout, kept = Layout.of_rows(batch["attention_mask"]), batch["attention_mask"] != 0
         packed, moved = self._states(batch, layout), self._states(other, layout)
-        if not _differ(moved[1][kept[1]], packed[1][kept[1]]) < 1e-2:
+        if not _differ(moved[1][kept[1]], packed[1][kept[1]]) < self._leak():
             return "its rows see each other when they are packed"
         if not _differ(packed[kept], self._states(batch, None)[kept]) < self._noise():
             return "packed rows give other numbers than padded ones"
@@ -101,6 +101,10 @@ class PackingCheck:
         ):
             return "shared prefixes give other numbers than rows of their own"
         return ""
+
+    def _leak(self) -> float:
+        """Return how far a row may move with its neighbour: another order of sums, no more."""
+        return 1e-5 if self.dtype == "float32" else 1e-2
 
     def _noise(self) -> float:
         return 1e-4 if self.dtype == "float32" else 1e-1

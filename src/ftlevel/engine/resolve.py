@@ -5,6 +5,7 @@ Everything that can be wrong before weights are read is found here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -317,7 +318,7 @@ def _task_config(source: ModelSource, facts: Mapping[str, Any], tokenizer: Any) 
     if facts["labels"]:
         overrides |= label_overrides(facts["labels"])
     config = load_config(source, **overrides)
-    if config.pad_token_id is None:
+    if getattr(config, "pad_token_id", None) is None:  # CodeGen's has no such field at all
         config.pad_token_id = tokenizer.pad_token_id
     return config
 
@@ -336,16 +337,12 @@ def _method_choices(config: TrainConfig, quantized_already: bool) -> list[Choice
     if quant.kind != "none":
         origin = "quantized in its checkpoint; " if quantized_already else ""
         shown.append(Choice("base", quant.form, f"{origin}heads kept in float"))
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    shown.append(
-        Choice(
-            "batch",
-            f"{batch} rows a step",
-            f"{train.per_device_train_batch_size} × {train.gradient_accumulation_steps} accumulated"
-            if train.gradient_accumulation_steps > 1
-            else "",
-        )
-    )
+    factors = {"accumulated": train.gradient_accumulation_steps,
+               "processes": train.num_processes or 1}  # fmt: skip
+    batch = train.per_device_train_batch_size * math.prod(factors.values())
+    parts = [f"{number} {name}" for name, number in factors.items() if number > 1]
+    reason = " × ".join([str(train.per_device_train_batch_size), *parts]) if parts else ""
+    shown.append(Choice("batch", f"{batch} rows a step", reason))
     return shown
 
 

@@ -24,8 +24,10 @@ def speed_up(
     if not plan.fast.enabled:
         return None, None
     fast, pad_id = FastStep(model, plan.fast), plan.tokenizer.pad_token_id
-    for reason in fast.check(plan.data.train, pad_id, plan.device, plan.dtype):
-        listener.warn(f"{plan.model_config.model_type}: {reason}.")
+    tried = (plan.data.train, pad_id, plan.device, plan.dtype)
+    for reason in (*fast.check(*tried), fast.check_head(plan.objective, *tried)):
+        if reason:
+            listener.warn(f"{plan.model_config.model_type}: {reason}.")
     if not config.speed.verify:
         return fast, None
     listener.stage("compute the first steps the plain way and the fast way")

@@ -17,14 +17,14 @@ from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
 from ftlevel.config import AdaloraSpec, LoraSpec, QuantConfig, TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
 from ftlevel.engine.allocation import Allocation
-from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
+from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps, row_order
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.fast import FastStep
 from ftlevel.engine.low_rank import uses_fused_layers
+from ftlevel.engine.processes import Processes, settle_processes, started_processes
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
@@ -81,6 +81,8 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
     listener = listener or Silence()
+    processes = started_processes()
+    config = settle_processes(config, processes, rows_only=dry_run)
     output = config.output
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
     origin = describe_recipe(recipe) if recipe else None
@@ -93,12 +95,17 @@ def train(
                        "data": plan.data.facts, "targets": plan.targets}  # fmt: skip
             listener.end(summary)
             return TrainResult(summary, None, None, plan.tokenizer)
-        return _train(config, plan, listener, origin)
+        return _train(config, plan, listener, origin, processes)
 
 
 def _train(
-    config: TrainConfig, plan: Plan, listener: Listener, recipe: Mapping[str, Any] | None
+    config: TrainConfig,
+    plan: Plan,
+    listener: Listener,
+    recipe: Mapping[str, Any] | None,
+    processes: Processes,
 ) -> TrainResult:
+    processes.join(plan.device)
     listener.stage("load the model")
     fused = uses_fused_layers(config, plan.device)
     base = base_of(config, plan)
@@ -107,14 +114,17 @@ def _train(
     fast, verified = speed_up(model, config, plan, listener)
     start = copy_start(model)
     base_facts = describe_base(plan.source, plan.model_config)
-    run, checkpoint = _open(config, plan, base_facts, listener)
+    run, checkpoint = processes.from_first(lambda: _open(config, plan, base_facts, listener))
     evaluator = build_evaluator(config, plan)
     trainer = build_trainer(config, plan, model, evaluator, run, fast)
-    gradients, interrupt = GradientProof(listener), Interrupt()
-    report = Report(listener, run.log, lambda: int(trainer.tokens_seen))
+    gradients, interrupt = GradientProof(listener), Interrupt(processes, plan.device)
+    report = Report(
+        listener, run.log if processes.is_first else (lambda _: None),
+        lambda: int(trainer.tokens_seen),
+    )  # fmt: skip
     for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train, trainer.order),
-                     *method_callbacks(config, run),
-                     Certify(run.checkpoints, config.train.save_total_limit)):  # fmt: skip
+                     Certify(run.checkpoints, config.train.save_total_limit, processes),
+                     *method_callbacks(config, run)):  # fmt: skip
         trainer.add_callback(callback)
 
     listener.stage("train")
@@ -122,6 +132,8 @@ def _train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.received and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(_what_was_kept(run, trainer.state))
+    if not processes.is_first:
+        return TrainResult({}, run.path, model, plan.tokenizer)
     trained_at = time.perf_counter()
     if fast:
         fast.remove()
@@ -317,15 +329,6 @@ def build_trainer(
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
-
-
-def row_order(config: TrainConfig, plan: Plan) -> LengthGroups | None:
-    """Return the order in which rows are taken, or None for Trainer's random one."""
-    train = config.train
-    if train.train_sampling_strategy == "random":
-        return None
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.seed)
 
 
 def save(

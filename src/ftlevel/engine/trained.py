@@ -191,7 +191,7 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
         check_loadable(stored, source.name, device)
     tokenizer = load_own_tokenizer(source, directory)
     choose_pad_token(tokenizer)
-    if config.pad_token_id is None:
+    if getattr(config, "pad_token_id", None) is None:  # CodeGen's has no such field at all
         config.pad_token_id = tokenizer.pad_token_id
     kind = model_kind(config)
     dtype, notes = card.dtype, list(found.notes)

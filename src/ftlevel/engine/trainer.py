@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
-from ftlevel.engine.fast import FastStep, target_loss
+from ftlevel.data.sampling import RowsAndNothing, ShareOfSteps
+from ftlevel.engine.fast import FastStep
+from ftlevel.engine.target_loss import target_loss
 from ftlevel.speed.lanes import Lanes
 from ftlevel.speed.layout import Layout, laid_out
 from ftlevel.tasks.objectives import Objective
@@ -53,11 +55,30 @@ class FtlevelTrainer(Trainer):
         self.order = order
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
+        self._is_nothing = False
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the order that was given, or Trainer's."""
         return self.order or super()._get_train_sampler(train_dataset)
+
+    def get_train_dataloader(self) -> Any:
+        """Return Trainer's batches; of several processes, this one's, as many as every other's."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        rows: Any = self.train_dataset
+        if self.order is None:
+            raise TypeError("several processes need an order that they share")
+        share = ShareOfSteps(
+            self.order, self.args.train_batch_size, self.args.world_size, self.args.process_index
+        )
+        return DataLoader(
+            RowsAndNothing(rows), batch_sampler=share, collate_fn=self._collate_or_nothing
+        )
+
+    def _collate_or_nothing(self, rows: list[Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.data_collator(rows)
+        return {**batch, "is_nothing": True} if rows[0].row < 0 else batch
 
     def training_step(
         self,
@@ -66,8 +87,10 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Return the loss of the batch, whose passes have added to the gradient one by one."""
+        self._is_nothing = bool(inputs.pop("is_nothing", False))
         for part in inputs.get("passes", [inputs]):
-            self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
+            if not self._is_nothing:
+                self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
         if "passes" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         passes = [(part.pop("layout"), part) for part in inputs["passes"]]
@@ -122,7 +145,7 @@ class FtlevelTrainer(Trainer):
             outputs = model(**fed)
             total = self.objective.loss_sum(self.objective.logits(outputs), labels, mask)
         count = self.objective.count(labels) if num_items_in_batch is None else num_items_in_batch
-        loss = total / count
+        loss = total * 0 if self._is_nothing else total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         if self.penalty is not None and model.training:
@@ -140,9 +163,12 @@ class FtlevelTrainer(Trainer):
         """
         if not batch_samples:
             return None
-        parts = [part for batch in batch_samples for part in batch.get("passes", [batch])]
-        counts = [self.objective.count(part["labels"]) for part in parts]
-        total = torch.stack([count.to(device) for count in counts]).sum()
+        counted = [batch for batch in batch_samples if not batch.get("is_nothing")]
+        parts = [part for batch in counted for part in batch.get("passes", [batch])]
+        counts = [self.objective.count(part["labels"]).to(device) for part in parts]
+        total = (
+            torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long).to(device)
+        )
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             total = self.accelerator.gather(total).sum()
         return total

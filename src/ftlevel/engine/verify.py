@@ -11,8 +11,9 @@ import torch
 from ftlevel.data.collate import Collator
 from ftlevel.data.encode import Encoded
 from ftlevel.engine.evaluation import batches
-from ftlevel.engine.fast import FastStep, target_loss
+from ftlevel.engine.fast import FastStep
 from ftlevel.engine.step_collator import StepCollator
+from ftlevel.engine.target_loss import target_loss
 from ftlevel.errors import RunError
 from ftlevel.models.hardware import autocast
 from ftlevel.speed.layout import Layout, laid_out

@@ -17,6 +17,7 @@ from ftlevel.data.encode import Encoded
 from ftlevel.data.masking import MaskedRows
 from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.events import Listener
+from ftlevel.engine.processes import Processes
 from ftlevel.errors import RunError, listing
 
 
@@ -83,8 +84,9 @@ class GradientProof(TrainerCallback):
         if missing:
             raise RunError(
                 f"{len(missing):,} of {len(trainable):,} trainable tensors got no gradient at step "
-                f"1: {listing(missing, 3)}. They would stay as they began. This is a bug in "
-                "ftlevel or in the model's code; please report it with the command."
+                f"1: {listing(missing, 3)}. They would stay as they began. If the model does not "
+                "use these modules for this task, name the others by --target-modules; else "
+                "please report it with the command."
             )
         self.checked = len(trainable)
 
@@ -96,14 +98,21 @@ def _absolute_sum(gradient: torch.Tensor | None) -> torch.Tensor:
 class Interrupt(TrainerCallback):
     """Turn the first Ctrl-C or SIGTERM into a checkpoint at the end of the step, then stop.
 
-    A second one ends the process at once. Use as a context manager around training.
+    A second one ends the process at once; of several processes, whose launcher passes on what the
+    terminal has sent them already, it does not. Use as a context manager around training.
+
+    Args:
+        processes: those of the run, which stop after the same step.
+        device: torch device type.
 
     Attributes:
         received: the signal's name, or empty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes, device: str) -> None:
         self.received = ""
+        self._processes = processes
+        self._device = device
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -119,7 +128,7 @@ class Interrupt(TrainerCallback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received and self._processes.count == 1:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
@@ -131,7 +140,10 @@ class Interrupt(TrainerCallback):
         **_: Any,
     ) -> TrainerControl:
         """Save and stop, if a signal has come and the run is not over anyway."""
-        if self.received and state.global_step < state.max_steps:
+        # What was agreed on counts, not what has come since: all stop after the same step.
+        is_over = self._processes.any(bool(self.received), self._device)
+        if is_over and state.global_step < state.max_steps:
+            self.received = self.received or "of another process"
             control.should_save = True
             control.should_training_stop = True
         return control
@@ -140,9 +152,10 @@ class Interrupt(TrainerCallback):
 class Certify(TrainerCallback):
     """Give each checkpoint its manifest, and delete old ones only after that."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, processes: Processes) -> None:
         self.directory = directory
         self.keep = keep
+        self._processes = processes
 
     def on_save(
         self,
@@ -152,8 +165,10 @@ class Certify(TrainerCallback):
         **_: Any,
     ) -> None:
         """Certify the checkpoint that was just written."""
-        checkpoints.certify(self.directory / f"checkpoint-{state.global_step}")
-        checkpoints.rotate(self.directory, self.keep)
+        self._processes.wait()  # each writes its random state
+        if self._processes.is_first:
+            checkpoints.certify(self.directory / f"checkpoint-{state.global_step}")
+            checkpoints.rotate(self.directory, self.keep)
 
 
 class FollowEpoch(TrainerCallback):
@@ -175,6 +190,8 @@ class FollowEpoch(TrainerCallback):
             self.rows.epoch = int(state.epoch or 0)
         if isinstance(self.order, LengthGroups):
             self.order.epoch = int(state.epoch or 0)
+        elif self.order is not None:  # accelerate's random one
+            self.order.set_epoch(int(state.epoch or 0))
 
 
 class Report(TrainerCallback):

@@ -135,7 +135,9 @@ def load_model(
     elif quantization is not None:
         arguments["quantization_config"] = keep_heads(quantization, config, auto_class)
     if stored is not None or quantization is not None:
-        arguments["device_map"] = {"": "cuda:0" if device == "cuda" else device}
+        arguments["device_map"] = {
+            "": f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        }
     try:
         with quiet_libraries():
             model, info = getattr(transformers, auto_class).from_pretrained(
@@ -211,9 +213,14 @@ def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
     classes = getattr(transformers, auto_class)._model_mapping
     if type(config) not in families or type(config) not in classes:
         return {}
-    usual = families[type(config)].base_model_prefix
-    here = classes[type(config)].base_model_prefix
+    usual, here = (_prefix(mapping[type(config)]) for mapping in (families, classes))
     return {} if here == usual else {rf"^{usual}\.": f"{here}."}
+
+
+def _prefix(entry: Any) -> str:
+    """Return what the class of an auto mapping calls its base; Funnel has two, and one name."""
+    first = entry[0] if isinstance(entry, tuple) else entry
+    return str(first.base_model_prefix)
 
 
 def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:

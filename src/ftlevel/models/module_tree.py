@@ -14,10 +14,20 @@ from typing import Any, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-Place = Literal["block", "router", "head", "other"]
+Place = Literal["block", "router", "kernel", "head", "other"]
 
 # Linears that choose experts, by their last name.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+# Mamba's scan reads these weights past their modules, so an update beside them would do nothing;
+# PEFT 0.21 refuses `out_proj` for these model types (`_check_lora_target_modules_mamba`).
+_READ_BY_KERNELS = {
+    "falcon_h1": ("out_proj",),
+    "falcon_mamba": ("out_proj", "dt_proj"),
+    "jamba": ("dt_proj",),
+    "mamba": ("out_proj", "dt_proj"),
+    "mamba2": ("out_proj",),
+    "nemotron_h": ("out_proj",),
+}
 _INDEX_LETTERS = "ijklmn"
 
 
@@ -29,7 +39,8 @@ class LinearModule:
         name: its full name in the model.
         pattern: the name with letters for the indices of layers, `model.layers.{i}.mlp.up_proj`.
         type: Linear, Conv1D or the class of a quantized linear.
-        place: `other` is outside blocks and heads, as BERT's pooler.
+        place: `other` is outside blocks and heads, as BERT's pooler; `kernel` is in a block and
+            read past its module, so that nothing can be put on it.
     """
 
     name: str
@@ -142,6 +153,9 @@ class ModuleTree:
         if not self.in_blocks(name):
             return "other"
         parts = name.split(".")
+        own = getattr(getattr(self.model, "config", None), "model_type", "")
+        if parts[-1] in _READ_BY_KERNELS.get(own, ()):
+            return "kernel"
         return "router" if parts[-1] in _ROUTERS or "router" in parts else "block"
 
     def linears(self) -> Iterator[LinearModule]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ftlevel.config.sections import QuantConfig
 from ftlevel.errors import InputError
 from ftlevel.models.torchao_format import INSTALL, torchao_kind
@@ -51,7 +53,7 @@ def check_loadable(stored: dict[str, Any], name: str, device: str) -> None:
     method = quantization_name(stored)
     try:
         quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
-        place = "cuda:0" if device == "cuda" else device
+        place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         quantizer.validate_environment(device_map={"": place}, weights_only=True)
     except (ImportError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())

@@ -275,7 +275,11 @@ class _Picker:
                 f"{self._available()}"
             ) from error
         found = [full for full in self.tree.modules if compiled.fullmatch(full)]
-        picked = [full for full in found if full in self.linears and not self.tree.in_heads(full)]
+        picked = [
+            full
+            for full in found
+            if full in self.linears and self.linears[full].place not in ("head", "kernel")
+        ]
         if not picked:
             raise InputError(self._problem(regex, found, hint=False))
         return sorted(picked)
@@ -291,6 +295,12 @@ class _Picker:
         heads = [full for full in found if self.tree.in_heads(full)]
         if heads:
             return f"{what} {self._head_reason(heads)} {self._available()}"
+        if any(full in self.linears and self.linears[full].place == "kernel" for full in found):
+            what += (
+                f" is read by the scan of {self.model_name} past its module, so that an update "
+                "beside it would do nothing. Leave it out."
+            )
+            return f"{what} {self._available()}"
         if found:
             kinds = sorted({type(self.tree.modules[full]).__name__ for full in found})
             what += f" matches no linear of {self.model_name}, only {listing(kinds)}."

@@ -116,8 +116,8 @@ def _clip(ranges: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
 class TileAttention(torch.autograd.Function):
     """The attention of a row, tile by tile.
 
-    Queries are (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim); the output
-    is (tokens, heads, head_dim).
+    Queries are (heads, tokens, head_dim), keys (key heads, tokens, head_dim), values (key heads,
+    tokens, value_dim); the output is (tokens, heads, value_dim). DeepSeek's two widths differ.
     """
 
     @staticmethod
@@ -131,9 +131,9 @@ class TileAttention(torch.autograd.Function):
         dropout: float,
     ) -> torch.Tensor:
         """Return what each query attends to."""
-        heads, tokens, width = query.shape
+        heads, tokens, _ = query.shape
         groups = len(key)
-        output = query.new_empty(tokens, heads, width)
+        output = query.new_empty(tokens, heads, value.shape[-1])
         saved: list[torch.Tensor] = []
         for tile in tiles:
             seen = probabilities = _probabilities(query, key, tile, scale)

@@ -56,7 +56,10 @@ class LowRankLinear(torch.autograd.Function):
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
         ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
         ctx.has_dropout = dropped is not None
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Not a view: what a node returns as one must not be written to, and Longformer, LED and
+        # DeBERTa scale their queries in place.
+        shaped: torch.Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        return shaped
 
     @staticmethod
     @once_differentiable

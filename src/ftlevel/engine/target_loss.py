@@ -1,0 +1,42 @@
+"""The loss of a batch whose language head is computed on its targets only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ftlevel.speed.head import Observe, TargetHead
+from ftlevel.tasks.objectives import Objective, Tokens
+
+
+def base_model(model: Any) -> Any:
+    """Return the transformers model under an adapter."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def target_loss(
+    head: TargetHead,
+    model: Any,
+    objective: Objective,
+    batch: dict[str, torch.Tensor],
+    observe: Observe | None = None,
+) -> torch.Tensor:
+    """Return the loss of a batch summed over its targets, its head computed on these alone.
+
+    Args:
+        head: the head of `model`.
+        model: what is called.
+        objective: what it is trained on.
+        batch: inputs and labels.
+        observe: is given scores and targets.
+    """
+    if not isinstance(objective, Tokens):
+        raise TypeError("a language head predicts tokens")
+    inputs = dict(batch)
+    labels = inputs.pop("labels")
+    if objective.feeds_labels:
+        base = base_model(getattr(model, "module", model))  # DDP's wrapper has no such method
+        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    at, targets = objective.locate(labels)
+    return head.loss_sum(lambda: model(**inputs), at, targets, observe)

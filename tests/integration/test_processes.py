@@ -1,0 +1,121 @@
+"""Two processes make the steps that one makes with twice the accumulation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ftlevel import TrainConfig, train
+from ftlevel.errors import ConfigError
+
+pytestmark = pytest.mark.slow
+ROWS = 18  # the last step of an epoch has rows for one of the processes only
+TEXT = ["a", "dog", "sees", "the", "old", "house", "and", "the", "cat", "sits", "there"]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        {"prompt": " ".join(TEXT[: 2 + n % 5]), "completion": " ".join(TEXT[n % 6 : 8])}
+        for n in range(ROWS)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def command(model: Path, rows: Path, out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "ftlevel", "train", "--method", "lora", "--model", str(model),
+        "--dataset", str(rows), "--dtype", "float32", "--per-device-train-batch-size", "4",
+        "--output-dir", str(out), *more,
+    ]  # fmt: skip
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    model = tiny_model_dir("llama")
+    done = subprocess.run(
+        command(model, rows, tmp_path / "two", "--max-steps", "6", "--no-fast",
+                "--num-processes", "2", "--json"),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)  # one object, of the first process
+    assert summary["steps"] == 6
+    values = TrainConfig().model_dump()
+    values["method"] = {"kind": "lora"}
+    values["model"] |= {"name_or_path": str(model), "dtype": "float32"}
+    values["data"] |= {"dataset": str(rows)}
+    values["speed"] |= {"fast": False}
+    values["train"] |= {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 6,
+    }  # fmt: skip
+    values["output"] |= {"dir": tmp_path / "one"}
+    train(TrainConfig.model_validate(values))
+    one, two = (
+        load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_ctrl_c_keeps_a_checkpoint_of_all_processes(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    more = ("--max-steps", "100000", "--num-processes", "2", "--logging-steps", "1")
+    running = subprocess.Popen(
+        command(tiny_model_dir("llama"), rows, out, *more), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=120)[0]
+    assert running.returncode == 130, said
+    assert said.count("interrupted after step") == 1
+    (kept,) = (out / "checkpoints").glob("checkpoint-*")
+    held = {path.name for path in kept.iterdir()}
+    assert {"manifest.json", "rng_state_0.pth", "rng_state_1.pth"} <= held
+
+
+def test_a_resumed_run_is_the_unbroken_one(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    more = (
+        "--max-steps",
+        "8",
+        "--save-steps",
+        "5",
+        "--num-processes",
+        "2",
+        "--lora-dropout",
+        "0.1",
+    )
+    start = command(tiny_model_dir("llama"), rows, out, *more)
+    subprocess.run(start, check=True, capture_output=True)
+    weights = out / "adapter/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    shutil.rmtree(out / "adapter")
+    shutil.rmtree(out / "checkpoints/checkpoint-8")  # 5 is in the middle of the second epoch
+    resume = [*start[:4], "--output-dir", str(out), "--resume"]
+    subprocess.run(resume, check=True, capture_output=True)
+    assert weights.read_bytes() == whole
+
+
+def test_processes_that_nobody_started_are_refused() -> None:
+    with pytest.raises(ConfigError, match="1 process was started"):
+        train(TrainConfig.model_validate({"train": {"num_processes": 2}}))
