@@ -3,9 +3,9 @@
 Writes a JSON line for every micro-batch and every optimizer step to the file named by TRAIN_METER
 when the process ends. A step is seen by torch's own global hook. A micro-batch is seen where the
 tools have it in common: `training_step` of transformers' Trainer (plain, TRL, Unsloth,
-LLaMA-Factory, ms-swift and ftlevel, whose passes through the model come there), and in LitGPT the
-model's forward and the loss. Those are wrapped in one function that counts and calls them; nothing
-else is touched, and nothing is imported that the tool does not import.
+LLaMA-Factory, ms-swift; ftlevel's is given all rows of an optimizer step, cut into passes), and in
+LitGPT the model's forward and the loss. Those are wrapped in one function that counts and calls
+them; nothing else is touched, and nothing is imported that the tool does not import.
 
 Each line has `kind`, `wall` (seconds since the epoch), `cpu` (seconds of the process). A `micro`
 also has `began` (wall), `tokens` (without padding), `places` (with), `supervised` (tokens with a
@@ -22,6 +22,7 @@ import sys
 import time
 
 _EVENTS = []
+_INSIDE = []
 _LITGPT = {}
 
 
@@ -48,17 +49,27 @@ def _watch_optimizer(module):
     module.register_optimizer_step_post_hook(lambda *_: _note("step"))
 
 
-def _watch_trainer(module):
-    step = module.Trainer.training_step
+def _watch_training_step(owner):
+    step = owner.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
+        if _INSIDE:  # of a subclass's own step, which has counted this
+            return step(self, model, inputs, *args, **kwargs)
         began = time.time()
-        counts = _count(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels"))
-        loss = step(self, model, inputs, *args, **kwargs)
+        parts = [
+            _count(part["input_ids"], part.get("attention_mask"), part.get("labels"))
+            for part in inputs.get("passes", [inputs])
+        ]
+        counts = {name: sum(part[name] for part in parts) for name in parts[0]}
+        _INSIDE.append(self)
+        try:
+            loss = step(self, model, inputs, *args, **kwargs)
+        finally:
+            _INSIDE.pop()
         _note("micro", began=began, loss=loss.detach(), share=True, **counts)
         return loss
 
-    module.Trainer.training_step = training_step
+    owner.training_step = training_step
 
 
 def _watch_litgpt_model(module):
@@ -89,7 +100,8 @@ def _watch_litgpt_loss(module):
 
 _WATCHED = {
     "torch.optim.optimizer": _watch_optimizer,
-    "transformers.trainer": _watch_trainer,
+    "transformers.trainer": lambda module: _watch_training_step(module.Trainer),
+    "ftlevel.engine.trainer": lambda module: _watch_training_step(module.FtlevelTrainer),
     "litgpt.lora": _watch_litgpt_model,
     "litgpt.utils": _watch_litgpt_loss,
 }
