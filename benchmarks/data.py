@@ -57,6 +57,7 @@ def peak_mib(processes: int) -> float:
 def measure_ours(data: Path, processes: int, *, cache: bool) -> dict[str, Any]:
     """Prepare `data` as `ftlevel train --task summarization` does; return figures."""
     from ftlevel.config import DataConfig
+    from ftlevel.data.fit import Bounds
     from ftlevel.data.parallel import be_silent
     from ftlevel.engine import encoding, gate
     from ftlevel.engine.dataset import prepare_data
@@ -84,7 +85,7 @@ def measure_ours(data: Path, processes: int, *, cache: bool) -> dict[str, Any]:
     source = resolve_source(str(MODEL), None, False)
     tokenizer, vocabulary = load_tokenizer(source), load_config(source).vocab_size
     config = DataConfig(dataset=str(data), num_proc=processes, cache=cache, overlong="drop")
-    asked = Asked(TASKS["summarization"], "decoder", tokenizer, vocabulary, 8192, 42)
+    asked = Asked(TASKS["summarization"], "decoder", tokenizer, vocabulary, Bounds(8192), 42)
     before, began = peak_mib(1), time.perf_counter()
     prepared = prepare_data(config, asked, be_silent)
     total = time.perf_counter() - began

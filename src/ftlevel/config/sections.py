@@ -110,7 +110,8 @@ class DataConfig(Section):
     )
     max_length: Positive | Literal["auto"] = Field(
         "auto",
-        description="Longest row in tokens; auto is the longest row, within the model's positions.",
+        description="Longest row in tokens; auto is the longest row, or what the model's positions "
+        "and the machine's memory allow, where that loses at most 1 % of the rows.",
     )
     max_target_length: Positive = Field(
         256, description="Longest target in tokens, for encoder-decoder models."

@@ -101,7 +101,7 @@ def _key(config: DataConfig, asked: Asked) -> str | None:
         "data": config.model_dump(mode="json", exclude=set(_LIGHT)),
         "files": [[str(file), file_digest(file)] for file in files],
         "task": [asked.task.name, asked.task.instruction, asked.task.answer_cue],
-        "model": [asked.kind, asked.vocabulary, asked.positions],
+        "model": [asked.kind, asked.vocabulary, asdict(asked.bounds)],
         "seed": asked.seed,
         "lenient": asked.lenient,
         "tokenizer": _tokenizer_text(asked.tokenizer),

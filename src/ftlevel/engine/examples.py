@@ -12,7 +12,7 @@ from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encode import Encoded
 from ftlevel.data.examples import convert_rows, to_examples
-from ftlevel.data.fit import Fitted
+from ftlevel.data.fit import Bounds, Fitted
 from ftlevel.data.formats import Format, detect_format
 from ftlevel.data.gate import Finding, explain_stop
 from ftlevel.data.gate.flat import flat_batches
@@ -234,7 +234,7 @@ class Asked:
         kind: kind of the model.
         tokenizer: the model's tokenizer.
         vocabulary: rows of the model's embedding.
-        positions: longest sequence that the model and its method leave to the text, or None.
+        bounds: of a row's length: what the model and its method leave to the text, and the memory.
         seed: of rows that are held out, of samples and of masks.
         lenient: leave out and report rows that ought to stop the run, as a preview does.
     """
@@ -243,7 +243,7 @@ class Asked:
     kind: str
     tokenizer: Any
     vocabulary: int
-    positions: int | None
+    bounds: Bounds
     seed: int
     lenient: bool = False
 
@@ -266,20 +266,20 @@ def prepare_examples(
     task, tokenizer, lenient = asked.task, asked.tokenizer, asked.lenient
     prompt_format = _prompt_format(loaded, task, asked.kind, tokenizer)
     encoder = Encoder(
-        task, asked.kind, tokenizer, config, asked.positions, prompt_format, loaded.labels,
+        task, asked.kind, tokenizer, config, asked.bounds, prompt_format, loaded.labels,
         folder, progress,
     )  # fmt: skip
     gate = Gate(
         config.gate, task.target, tokenizer.bos_token_id, stop_ids(tokenizer), asked.vocabulary
     )
     tables = loaded.splits
-    fitted = (encoder.dropping() if lenient else encoder)(loaded.train, tables.train)
+    fitted = (encoder.dropping("train") if lenient else encoder)(loaded.train, tables.train)
     kept, found = gate.check_split("train", fitted, loaded.train, tables.train)
     findings = [*loaded.findings, *found]
     validation: Sequence[Encoded] = []
     dropped = 0
     if loaded.validation and tables.validation:
-        held_out = encoder.dropping()(loaded.validation, tables.validation)
+        held_out = encoder.dropping("validation")(loaded.validation, tables.validation)
         dropped = held_out.dropped
         validation, found = gate.check_held_out(
             "validation", held_out, loaded.validation, tables.validation, loaded.train
@@ -343,6 +343,7 @@ def _facts(
         "supervised": int(sum(supervised)),
         "longest": int(max(longest)),
         "max_length": fitted.max_length,
+        "overlong": fitted.overlong,
         "dropped": fitted.dropped + refused + len(loaded.splits.train.dropped),
         "shortened": fitted.shortened,
         "split": fitted.split,
@@ -389,7 +390,7 @@ def _choices(
     for count, what in (
         (facts["dropped"], "dropped"),
         (facts["validation_dropped"], "of validation dropped, beyond the max length"),
-        (fitted.shortened, "shortened at the beginning of the prompt"),
+        (fitted.shortened, f"shortened at {fitted.shortened_at}"),
         (fitted.split, splits),
     ):
         if count:

@@ -9,6 +9,7 @@ from typing import Any
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.config import DataConfig
 from ftlevel.data.encode import Encoded
+from ftlevel.data.fit import Bounds
 from ftlevel.data.formats import detect_format
 from ftlevel.data.labels import LabelSet, check_labels
 from ftlevel.data.masking import MaskedRows
@@ -86,7 +87,9 @@ def load_held_out(
             table, examples = convert.without_orphans(table, examples, labels)
     languages = find_languages(config, shape) if task.name == "translation" else None
     prompt = PromptFormat(**card.prompt) if card.prompt else None
-    encoder = Encoder(task, kind, tokenizer, config, positions, prompt, labels).dropping()
+    encoder = Encoder(task, kind, tokenizer, config, Bounds(positions), prompt, labels).dropping(
+        name
+    )
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
     if name == "validation":  # as training let them through

@@ -25,6 +25,7 @@ def dump_config(config: TrainConfig, plan: Plan) -> str:
     values = config.model_dump(mode="json", exclude={"output": {"dir", "overwrite", "resume"}})
     values["model"] |= {"dtype": plan.dtype, "device": plan.device}
     values["data"]["max_length"] = plan.data.max_length
+    values["data"]["overlong"] = plan.data.facts["overlong"]  # auto may have lost some rows
     values["train"]["learning_rate"] = plan.learning_rate
     if config.quant.kind != "4bit":
         values["quant"] = {"kind": config.quant.kind}
