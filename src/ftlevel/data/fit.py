@@ -95,7 +95,7 @@ def fit_rows(
 
     Raises:
         InputError: the length is beyond the model's positions, or rows do not fit and `overlong`
-            is error, or nothing is left.
+            is error.
     """
     lengths = lengths_of(rows)
     longest = int(lengths.max())
@@ -118,12 +118,20 @@ def fit_rows(
         )
     else:
         fitted = _changed(rows, limit, reason, overlong, long_prompts)
+    return fitted
+
+
+def check_some_left(fitted: Fitted, rows: Sequence[Encoded]) -> None:
+    """Refuse a length within which no row of `rows` is left.
+
+    Raises:
+        InputError: none is.
+    """
     if not len(fitted.rows):
         raise InputError(
-            f"no row is left within --max-length {limit:,}: the shortest has {lengths.min():,} "
-            "tokens. Raise --max-length."
+            f"no row is left within --max-length {fitted.max_length:,}: the shortest has "
+            f"{int(lengths_of(rows).min()):,} tokens. Raise --max-length."
         )
-    return fitted
 
 
 def _resolve_length(wish: int | str, longest: int, bounds: Bounds) -> tuple[int, str]:

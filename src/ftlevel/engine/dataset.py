@@ -24,6 +24,7 @@ from ftlevel.data.prompts import PromptFormat
 from ftlevel.data.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.table import Part, Table
 from ftlevel.engine.examples import Asked, Prepared, load_examples, prepare_examples
+from ftlevel.engine.streaming import prepare_stream
 from ftlevel.errors import InputError
 
 KEEP_FROM = 1_000
@@ -44,6 +45,8 @@ def prepare_data(config: DataConfig, asked: Asked, progress: Progress) -> Prepar
     Raises:
         InputError: for whatever cannot be read, learned from or made to fit.
     """
+    if config.streaming:
+        return prepare_stream(config, asked)
     key = _key(config, asked) if config.cache else None
     if key is None or not is_writable():
         workspace = tempfile.TemporaryDirectory(prefix="ftlevel-rows-")

@@ -17,7 +17,7 @@ from ftlevel.data.encode import (
     encode_seq2seq,
 )
 from ftlevel.data.examples import Labelled
-from ftlevel.data.fit import Bounds, Fitted, fit_rows, fit_targets
+from ftlevel.data.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
 from ftlevel.data.labels import LabelSet
 from ftlevel.data.masking import encode_masked
 from ftlevel.data.parallel import Encode, Progress, be_silent, encode_to_store
@@ -43,6 +43,7 @@ class Encoder:
         labels: the classes or tags, or None.
         folder: where the rows of many examples are written; None keeps them in memory.
         progress: told how many examples are encoded.
+        partly: whether the examples are some of many, of which none need be left.
         split: names the file, so that no split writes over another.
     """
 
@@ -55,6 +56,7 @@ class Encoder:
     labels: LabelSet | None = None
     folder: Path | None = None
     progress: Progress = be_silent
+    partly: bool = False
     split: str = "train"
 
     def __call__(self, examples: Sequence[Any], table: Table) -> Fitted:
@@ -89,7 +91,10 @@ class Encoder:
     def fit(self, rows: Sequence[Encoded], table: Table) -> Fitted:
         """Make `rows` fit as the data section says."""
         config = self.config
-        return fit_rows(rows, config.max_length, self.bounds, config.overlong, table.where)
+        fitted = fit_rows(rows, config.max_length, self.bounds, config.overlong, table.where)
+        if not self.partly:
+            check_some_left(fitted, rows)
+        return fitted
 
     def limit(self, usual: int | None) -> int | None:
         """Return the longest row in tokens that the user or the model allows.
@@ -124,7 +129,7 @@ def _encode_texts(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fi
         return fitted
     longest, overlong = encoder.config.max_target_length, encoder.config.overlong
     kept, dropped = fit_targets(fitted.rows, longest, overlong, table.where)
-    if not len(kept):
+    if not len(kept) and not encoder.partly:
         raise InputError(f"no target is within {longest:,} tokens.")
     return replace(fitted, rows=kept, dropped=fitted.dropped + dropped)
 

@@ -17,7 +17,7 @@ from ftlevel.data.formats import Format, detect_format
 from ftlevel.data.gate import Finding, explain_stop
 from ftlevel.data.gate.flat import flat_batches
 from ftlevel.data.labels import LabelSet, build_label_set, check_labels, find_unlabelled
-from ftlevel.data.languages import Language, find_language
+from ftlevel.data.languages import Language
 from ftlevel.data.parallel import Progress
 from ftlevel.data.problems import choose_problem_type
 from ftlevel.data.prompts import PromptFormat, choose_format
@@ -26,6 +26,7 @@ from ftlevel.data.table import BadRow, Table, settle
 from ftlevel.data.tags import find_orphans
 from ftlevel.engine.encoding import Encoder
 from ftlevel.engine.gate import Gate, settle_faults, stop_ids
+from ftlevel.engine.languages import find_languages, language_choice
 from ftlevel.errors import InputError
 from ftlevel.tasks import Task
 from ftlevel.tasks.translation import name_languages
@@ -84,6 +85,7 @@ class Prepared:
         findings: what the gate found.
         table: the training rows as they were read; `Encoded.row` counts these.
         workspace: the temporary directory of rows that are not kept; it goes with this object.
+        stream: the `RowStream` that is trained on, of which `train` are the first rows; or None.
     """
 
     train: Sequence[Encoded]
@@ -95,6 +97,7 @@ class Prepared:
     choices: list[Choice] = field(default_factory=list)
     findings: tuple[Finding, ...] = ()
     workspace: Any = None
+    stream: Any = None
 
 
 def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = False) -> Loaded:
@@ -109,7 +112,11 @@ def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = 
     Raises:
         InputError: with `path:line`, for whatever cannot be read or learned from.
     """
-    splits = read_splits(config, task, seed)
+    return convert_splits(read_splits(config, task, seed), config, task, lenient=lenient)
+
+
+def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: bool) -> Loaded:
+    """Turn the rows of `splits` into examples of `task`; else as `load_examples`."""
     shape = detect_format(splits.train.columns, task.name, config.columns, config.format)
     choices = [Choice("note", note) for note in splits.notes]
     if task.target == "class":
@@ -135,7 +142,7 @@ def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = 
                 validation, held_out = convert.without_orphans(validation, held_out, labels)
     languages = find_languages(config, shape) if task.name == "translation" else None
     if task.name == "translation":
-        choices.append(_language_choice(languages))
+        choices.append(language_choice(languages))
     kept = Splits(train, validation, splits.test, splits.name, splits.notes)
     return Loaded(kept, shape, examples, held_out, labels, languages, choices, convert.findings)
 
@@ -206,23 +213,6 @@ def _read_one(name: str, config: DataConfig, task: Task) -> Splits:
         on_bad_row=config.on_bad_row,
         max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
     )
-
-
-def find_languages(config: DataConfig, shape: Format) -> tuple[Language, Language] | None:
-    """Return the languages of source and target; None where the columns do not tell."""
-    source = find_language("source", shape.columns, config.source_language)
-    target = find_language("target", shape.columns, config.target_language)
-    return (source, target) if source and target else None
-
-
-def _language_choice(languages: tuple[Language, Language] | None) -> Choice:
-    if languages is None:
-        return Choice(
-            "languages",
-            "not named in the prompt",
-            "the columns are no codes: --set data.source_language=… --set data.target_language=…",
-        )
-    return Choice("languages", f"{languages[0].name} to {languages[1].name}")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from ftlevel.data.prompts import PromptFormat
 from ftlevel.data.sources import Splits
 from ftlevel.data.table import Table
 from ftlevel.engine.encoding import Encoder
-from ftlevel.engine.examples import Converter, find_languages, read_splits
+from ftlevel.engine.examples import Converter, read_splits
 from ftlevel.engine.gate import Gate, stop_ids
+from ftlevel.engine.languages import find_languages
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 

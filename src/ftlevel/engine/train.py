@@ -17,7 +17,6 @@ from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
 from ftlevel.config import AdaloraSpec, LoraSpec, QuantConfig, TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
 from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
@@ -28,11 +27,19 @@ from ftlevel.engine.low_rank import uses_fused_layers
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
+from ftlevel.engine.row_order import rows_and_order
 from ftlevel.engine.speed_up import describe_speed, speed_up
 from ftlevel.engine.step_collator import StepCollator
-from ftlevel.engine.summary import build_card, build_summary, describe_base, dump_config
+from ftlevel.engine.streamed_rows import StreamedRows
+from ftlevel.engine.summary import (
+    build_card,
+    build_summary,
+    describe_base,
+    dump_config,
+    with_what_was_read,
+)
 from ftlevel.engine.trainer import FtlevelTrainer
-from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, Report
+from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, KeepStream, Report
 from ftlevel.errors import Interrupted
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.loftq import start_from_residual
@@ -110,10 +117,14 @@ def _train(
     run, checkpoint = _open(config, plan, base_facts, listener)
     evaluator = build_evaluator(config, plan)
     trainer = build_trainer(config, plan, model, evaluator, run, fast)
+    stream = trainer.train_dataset if isinstance(trainer.train_dataset, StreamedRows) else None
+    if stream and checkpoint:
+        stream.restore(checkpoint)
     gradients, interrupt = GradientProof(listener), Interrupt()
     report = Report(listener, run.log, lambda: int(trainer.tokens_seen))
     for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train, trainer.order),
                      *method_callbacks(config, run),
+                     *([KeepStream(stream, run.checkpoints)] if stream else []),
                      Certify(run.checkpoints, config.train.save_total_limit)):  # fmt: skip
         trainer.add_callback(callback)
 
@@ -125,6 +136,8 @@ def _train(
     trained_at = time.perf_counter()
     if fast:
         fast.remove()
+    if stream:
+        plan = with_what_was_read(plan, stream)
     if evaluator and not any("eval_loss" in r and r["step"] == trainer.state.global_step
                              for r in report.records):  # fmt: skip
         trainer.evaluate()
@@ -295,6 +308,7 @@ def build_trainer(
     from ftlevel.data.collate import Collator
 
     arguments = build_arguments(config, plan, run.checkpoints)
+    rows, order = rows_and_order(config, plan, arguments)
     method = METHODS.get(config.method.kind)
     pad_id = plan.tokenizer.pad_token_id
     trainer = FtlevelTrainer(
@@ -304,24 +318,15 @@ def build_trainer(
         args=arguments,
         optimizers=(build_optimizer(config, model, arguments), None),
         penalty=method.penalty if method else None,
-        train_dataset=plan.data.train,
+        train_dataset=rows,
         eval_dataset=plan.data.validation or None,
         data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
         fast=fast,
-        order=row_order(config, plan),
+        order=order,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
-
-
-def row_order(config: TrainConfig, plan: Plan) -> LengthGroups | None:
-    """Return the order in which rows are taken, or None for Trainer's random one."""
-    train = config.train
-    if train.train_sampling_strategy == "random":
-        return None
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.seed)
 
 
 def save(

@@ -17,6 +17,7 @@ from ftlevel.data.encode import Encoded
 from ftlevel.data.masking import MaskedRows
 from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.events import Listener
+from ftlevel.engine.streamed_rows import StreamedRows
 from ftlevel.errors import RunError, listing
 
 
@@ -135,6 +136,24 @@ class Interrupt(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+
+class KeepStream(TrainerCallback):
+    """Write where a stream is into each checkpoint, before it is certified."""
+
+    def __init__(self, rows: StreamedRows, directory: Path) -> None:
+        self.rows = rows
+        self.directory = directory
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Add it to the checkpoint that was just written."""
+        self.rows.save(self.directory / f"checkpoint-{state.global_step}", state.global_step)
 
 
 class Certify(TrainerCallback):

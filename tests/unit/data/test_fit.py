@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftlevel.data.encode import IGNORED, Encoded
-from ftlevel.data.fit import Bounds, Fitted, fit_rows, fit_targets
+from ftlevel.data.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
 from ftlevel.errors import InputError
 
 EOS = 2
@@ -98,8 +98,9 @@ def test_drop_leaves_out_what_does_not_fit_and_nothing_else() -> None:
     fitted = fit(rows, 10, "drop")
     assert [row.row for row in fitted.rows] == [0, 2]
     assert (fitted.dropped, fitted.long_prompts) == (1, (1,))
+    none = fit(rows, 5, "drop")
     with pytest.raises(InputError) as caught:
-        fit(rows, 5, "drop")
+        check_some_left(none, rows)
     assert str(caught.value) == (
         "no row is left within --max-length 5: the shortest has 7 tokens. Raise --max-length."
     )
