@@ -61,8 +61,8 @@ def test_a_pass_gives_every_kept_row_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [1, 3, 7])
 def test_every_checkpoint_gives_the_rows_to_come(step: int, tmp_path: Path) -> None:
-    data, options = tmp_path / "x.jsonl", {"validation_rows": 70}
-    rows = list(map(pair, range(COUNT)))
+    data, options = tmp_path / "x.jsonl", {"validation_rows": 70}  # beyond the first part
+    rows = list(map(pair, range(120)))
     whole = StreamedRows(prepare(data, rows, **options).stream, step, 60)
     expected = [whole[i] for i in InOrder(whole)]
     assert len(expected) == 60 * step
