@@ -102,15 +102,15 @@ def test_what_is_known_of_the_first_rows_only_is_said(capsys: pytest.CaptureFixt
         "data.validation_rows=N would hold some out)"
     ) in out
     assert (
-        "(auto: the longest row of the first 1,000 rows; a longer one is dropped, up to 1 % of the "
-        "rows)"
+        "max length: 46 tokens (auto: a quarter more than the longest of the first 1,000 rows, 37; "
+        "a longer one is dropped, up to 1 % of the rows)"
     ) in out
     assert " in the first 1,000 rows (" in out
     assert (
         "data check: each row as it comes (exact_duplicates, near_duplicates, leaked among the "
         "first rows only: they take the whole set)"
     ) in out
-    assert run(["preview", *STREAM[:1], "--dataset", data, "--set", "train.max_steps=3"]) == 0
+    assert run(["preview", *STREAM[:1], "--dataset", data, "--max-steps", "3"]) == 0
     assert "row 1" in capsys.readouterr().out
 
 

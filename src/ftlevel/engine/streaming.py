@@ -52,6 +52,8 @@ def prepare_stream(config: DataConfig, asked: Asked) -> Prepared:
     loaded = convert_splits(splits, config, asked.task, lenient=asked.lenient)
     prepared = prepare_examples(loaded, config, asked, None, be_silent)
     length, overlong = prepared.max_length, prepared.facts["overlong"]
+    if config.max_length == "auto":
+        length = _with_room(length, asked.bounds.tightest[0])
     may_lose = config.max_length == "auto" and overlong == "error"
     settled = config.model_copy(
         update={"max_length": length, "overlong": "drop" if may_lose else overlong}
@@ -73,10 +75,17 @@ def prepare_stream(config: DataConfig, asked: Asked) -> Prepared:
         **prepared.facts,
         "streamed": True,
         "first_rows": len(prepared.train),
+        "max_length": length,
         "fingerprint": _fingerprint(source, splits.train.rows),
     }
-    choices = [*_choices(prepared, config, may_lose), _unchecked(config.gate)]
-    return replace(prepared, stream=stream, facts=facts, choices=choices)
+    choices = [*_choices(prepared, config, length), _unchecked(config.gate)]
+    return replace(prepared, stream=stream, max_length=length, facts=facts, choices=choices)
+
+
+def _with_room(longest: int, bound: int | None) -> int:
+    """Return a quarter more than the longest of the first rows, for those to come, in bounds."""
+    roomy = longest + longest // 4
+    return roomy if bound is None else max(longest, min(roomy, bound))
 
 
 def _read_head(source: StreamSource, config: DataConfig) -> tuple[Splits, Form]:
@@ -145,7 +154,7 @@ def _fingerprint(source: StreamSource, rows: Any) -> str:
     return digest.hexdigest()
 
 
-def _choices(prepared: Prepared, config: DataConfig, may_lose: bool) -> list[Choice]:
+def _choices(prepared: Prepared, config: DataConfig, length: int) -> list[Choice]:
     """Return the lines for the screen, which say what is known of the first rows only."""
     first = f"the first {prepared.facts['train_rows']:,} rows"
     held = f"{len(prepared.validation):,} for validation" if prepared.validation else (
@@ -162,9 +171,11 @@ def _choices(prepared: Prepared, config: DataConfig, may_lose: bool) -> list[Cho
             lines.append(
                 Choice("tokens", f"{prepared.facts['tokens']:,} in {first}", choice.reason)
             )
-        elif choice.name == "max length" and may_lose:
-            why = f"{choice.reason} of {first}; a longer one is dropped, up to 1 % of the rows"
-            lines.append(Choice(choice.name, choice.value, why))
+        elif choice.name == "max length" and config.max_length == "auto":
+            why = f"auto: a quarter more than the longest of {first}, {prepared.max_length:,}"
+            if config.overlong == "error":
+                why += "; a longer one is dropped, up to 1 % of the rows"
+            lines.append(Choice(choice.name, f"{length:,} tokens", why))
         else:
             lines.append(choice)
     return lines
