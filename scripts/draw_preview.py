@@ -16,8 +16,6 @@ from ftlevel.config import build_config, read_recipe
 from ftlevel.engine.preview import preview
 
 ROOT = Path(__file__).resolve().parents[1]
-# The window of a line, which cuts an underscore off in fonts that draw it lower than Rich's own.
-_LINE = re.compile(r'(<clipPath id="[^"]*-line-\d+">\s*<rect [^>]*height=")([\d.]+)')
 ROW = 108  # a short one, so that the picture is small
 
 
@@ -30,7 +28,6 @@ def main() -> None:
         if colour:
             text = console.export_svg(title="ftlevel preview recipes/demo.yaml")
             text = re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)  # loads nothing
-            text = re.sub(_LINE, lambda m: f"{m[1]}{float(m[2]) + 4:g}", text)
         else:
             text = console.file.getvalue()  # type: ignore[attr-defined]
         (ROOT / "docs" / name).write_text(text.rstrip() + "\n", encoding="utf-8")
