@@ -16,14 +16,17 @@ one row.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import random
+import re
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,67 @@ def write_rows(path: Path, count: int) -> None:
             file.write(json.dumps({"document": document, "summary": row["summary"]}) + "\n")
 
 
+def write_short_rows(path: Path, count: int) -> None:
+    """Write `count` distinct short texts, of words of the real rows."""
+    words = SOURCE.read_text(encoding="utf-8").replace("\\n", " ").split()[:50_000]
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(count):
+            at = i * 7 % (len(words) - 8)
+            text = f"{i}: {' '.join(words[at : at + 8])}"
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+class AnonymousPeak:
+    """Samples the anonymous memory of this process and its children, shared pages counted once.
+
+    Unlike the resident set it leaves out pages of mapped files, which the system can take back.
+
+    Attributes:
+        mib: the most so far, in MiB.
+    """
+
+    def __init__(self, seconds: float = 0.1) -> None:
+        self.mib = 0.0
+        self._seconds = seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> AnonymousPeak:
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._seconds):
+            self._look()
+
+    def _look(self) -> None:
+        self.mib = max(self.mib, anonymous_mib())
+
+
+def anonymous_mib() -> float:
+    """Return the anonymous memory of this process and its children in MiB (Linux)."""
+    children = Path("/proc/self/task").glob("*/children")
+    total = 0
+    for number in ["self", *(n for file in children for n in file.read_text().split())]:
+        with contextlib.suppress(OSError):
+            rollup = Path(f"/proc/{number}/smaps_rollup").read_text(encoding="utf-8")
+            found = re.search(r"Pss_Anon:\s+(\d+) kB", rollup)
+            total += int(found[1]) if found else 0
+    return total / 1024
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process and of its children that have ended."""
+    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
 def peak_mib(processes: int) -> float:
     """Return the peak resident set of this process and its children in MiB."""
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -54,9 +118,12 @@ def peak_mib(processes: int) -> float:
     return (own + child * processes * (processes > 1)) / 1024
 
 
-def measure_ours(data: Path, processes: int, *, cache: bool) -> dict[str, Any]:
-    """Prepare `data` as `ftlevel train --task summarization` does; return figures."""
+def measure_ours(
+    data: Path, processes: int, *, cache: bool, task: str = "summarization"
+) -> dict[str, Any]:
+    """Prepare `data` as `ftlevel train --task` does; return figures."""
     from ftlevel.config import DataConfig
+    from ftlevel.data.fit import Bounds
     from ftlevel.data.parallel import be_silent
     from ftlevel.engine import encoding, gate
     from ftlevel.engine.dataset import prepare_data
@@ -84,13 +151,16 @@ def measure_ours(data: Path, processes: int, *, cache: bool) -> dict[str, Any]:
     source = resolve_source(str(MODEL), None, False)
     tokenizer, vocabulary = load_tokenizer(source), load_config(source).vocab_size
     config = DataConfig(dataset=str(data), num_proc=processes, cache=cache, overlong="drop")
-    asked = Asked(TASKS["summarization"], "decoder", tokenizer, vocabulary, 8192, 42)
-    before, began = peak_mib(1), time.perf_counter()
-    prepared = prepare_data(config, asked, be_silent)
+    asked = Asked(TASKS[task], "decoder", tokenizer, vocabulary, Bounds(8192), 42)
+    before, used, began = peak_mib(1), cpu_seconds(), time.perf_counter()
+    anonymous = anonymous_mib()
+    with AnonymousPeak() as peak:
+        prepared = prepare_data(config, asked, be_silent)
     total = time.perf_counter() - began
     return {
         "rows": len(prepared.train), "tokens": prepared.facts["tokens"], "total_s": total,
         **{f"{k}_s": v for k, v in seconds.items()}, "mib": peak_mib(processes) - before,
+        "anonymous_mib": peak.mib - anonymous, "cpu_s": cpu_seconds() - used,
         "findings": [f["name"] for f in prepared.facts["gate"]],
     }  # fmt: skip
 
@@ -153,21 +223,36 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--trl-python", help="interpreter of an environment with TRL")
+    parser.add_argument("--short", type=int, nargs="+", help="numbers of short rows, and no others")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         what, data, processes = options.child
         if what == "trl":
             figures = measure_trl(Path(data), int(processes))
+        elif what == "short":
+            figures = measure_ours(Path(data), int(processes), cache=False, task="text-generation")
         else:
             figures = measure_ours(Path(data), int(processes), cache=what == "cached")
         print(json.dumps(figures))
         return
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print("| rows | what | processes | s | rows/s | gate s (of encoding) | MiB |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| rows | what | processes | s | rows/s | gate s (of encoding) | MiB "
+        "| CPU s | anonymous MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for count in options.rows:
+        for count in options.short or []:
+            data = Path(folder) / f"short-{count}.jsonl"
+            write_short_rows(data, count)
+            for processes in options.processes:
+                found = child(
+                    sys.executable, "short", str(data), str(processes), cache=Path(folder)
+                )
+                gate = f"{found['gate_s']:.2f} ({found['gate_s'] / found['encode_s']:.0%})"
+                show(count, "ftlevel, short rows", processes, found, gate)
+        for count in [] if options.short else options.rows:
             data = Path(folder) / f"{count}.jsonl"
             write_rows(data, count)
             measure_all(data, count, options, Path(folder))
@@ -194,7 +279,8 @@ def show(count: int, what: str, processes: int, found: dict[str, Any], gate: str
     speed = count / found["total_s"]
     print(
         f"| {count:,} | {what} | {processes} | {found['total_s']:.2f} | {speed:,.0f} | {gate} "
-        f"| {found['mib']:,.0f} |",
+        f"| {found['mib']:,.0f} | {found.get('cpu_s', 0):.1f} "
+        f"| {found.get('anonymous_mib', 0):,.0f} |",
         flush=True,
     )
 

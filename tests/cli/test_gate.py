@@ -215,6 +215,25 @@ def test_long_prompts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rows changed: 1 shortened at the beginning of the prompt" in out
 
 
+def test_auto_may_lose_one_row_in_a_hundred(
+    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(tiny_model_dir("llama", max_position_embeddings=400))]
+    rows = [pair(i) for i in range(149)] + [pair(200, prompt=sentence(3, 200))]
+    code, out = dry(capsys, *model, rows=rows)
+    assert code == 0, out
+    assert "max length: 400 tokens (auto: the model's positions; 1 row is longer, up to " in out
+    assert "rows changed: 1 dropped" in out
+    code, out = dry(capsys, *model, "--max-length", "400", rows=rows)
+    assert code == 2
+    assert "1 of 150 rows are longer than 400 tokens; the longest has " in out
+    assert "(rows.jsonl:150). Pass --overlong drop or truncate-prompt." in out
+    assert run(["train", "--quiet", *model, "--dataset", "rows.jsonl", "--max-steps", "2",
+                "--save-steps", "1", "--output-dir", "run"]) == 0  # fmt: skip
+    assert json.loads(Path("run/summary.json").read_text())["data"]["dropped"] == 1
+    assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
+
+
 def test_findings_are_in_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
     write(Path("rows.jsonl"), [*GOOD, GOOD[0]])
     assert run(["train", "--dry-run", "--json", "--dataset", "rows.jsonl"]) == 0

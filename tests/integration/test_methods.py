@@ -53,6 +53,10 @@ def test_going_on_gives_the_unbroken_run(
     assert summary["proof"]["adapter_effect"] > 0
     assert summary["proof"]["idle_tensors"] == 0
     train("--model", model, *SHORT, *flags, "--output-dir", str(broken))
+    for checkpoint in (broken / "checkpoints").glob("checkpoint-*"):
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        there = {p.name for p in checkpoint.iterdir()} - {"manifest.json"}
+        assert set(manifest["files"]) == there  # nothing was written after it was certified
     shutil.rmtree(broken / "adapter")
     shutil.rmtree(broken / "checkpoints/checkpoint-4")
     assert run(["train", "--quiet", "--output-dir", str(broken), "--resume"]) == 0

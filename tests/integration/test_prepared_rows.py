@@ -174,6 +174,21 @@ def test_a_preview_reads_what_is_kept(tmp_path: Path, tiny_model_dir: ModelDir) 
     assert first.rows[0].place == again.rows[0].place == f"{tmp_path / 'x.jsonl'}:5"
 
 
+def test_a_preview_keeps_the_splits_apart(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
+    (tmp_path / "set").mkdir()
+    write_talk(tmp_path / "set/train.jsonl")
+    rows = [{"prompt": f"held {i}", "completion": f"out {i * i}"} for i in range(ROWS)]
+    text = "\n".join(map(json.dumps, rows))
+    (tmp_path / "set/validation.jsonl").write_text(text, encoding="utf-8")
+    config = TrainConfig.model_validate(
+        {"model": {"name_or_path": str(tiny_model_dir("llama")), "device": "cpu"},
+         "data": {"dataset": str(tmp_path / "set")}}
+    )  # fmt: skip
+    for _ in range(2):  # prepared, and found again
+        [row] = preview(config, [3]).rows
+        assert "the value 2" in "".join(token.text for token in row.tokens)
+
+
 def test_a_store_behaves_like_a_list(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
     rows = list(plan_of(tiny_model_dir("qwen2"), write_talk(tmp_path / "x.jsonl")).data.train)
     store = write_store(tmp_path / "rows.arrow", rows_to_batches(rows))

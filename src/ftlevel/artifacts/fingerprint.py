@@ -53,6 +53,13 @@ def _sample_file(path: Path, digest: Any) -> None:
             digest.update(file.read(_SAMPLE))
 
 
+def sampled_fingerprint(path: Path) -> str:
+    """Return a SHA-256 of the size of a file and of some bytes of each megabyte of it."""
+    digest = hashlib.sha256()
+    _sample_file(path, digest)
+    return digest.hexdigest()
+
+
 def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return a SHA-256 of `rows` in their order."""
     digest = hashlib.sha256()

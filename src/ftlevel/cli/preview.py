@@ -38,6 +38,14 @@ def preview(
     chat_template: Annotated[Text, flag("data.chat_template")] = None,
     max_length: Annotated[Text, flag("data.max_length", "--max-length")] = None,
     overlong: Annotated[Text, flag("data.overlong")] = None,
+    streaming: Annotated[
+        Optional[bool],  # noqa: UP045
+        flag("data.streaming", "--streaming/--no-streaming"),
+    ] = None,
+    max_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        flag("train.max_steps", "--max-steps"),
+    ] = None,
     validation_split: Annotated[Float, flag("data.validation_split")] = None,
     max_samples: Annotated[Int, flag("data.max_samples", "--max-samples")] = None,
     column_map: Annotated[

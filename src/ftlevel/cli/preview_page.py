@@ -51,7 +51,8 @@ def render_page(preview: Preview) -> str:
         _findings(preview),
         "<h2>Lengths in tokens</h2>",
         _lengths(preview),
-        f"<p>{preview.tokens:,} tokens an epoch, {preview.supervised:,} targets ({share:.0%}); "
+        f"<p>{preview.extent}: {preview.tokens:,} tokens, "
+        f"{preview.supervised:,} targets ({share:.0%}); "
         f"{preview.steps:,} steps.</p>",
         '<p><span class="l">What is learned</span> is green; '
         '<span class="s">special tokens</span> are coloured; a line begins each token.</p>',

@@ -46,7 +46,8 @@ def summary_lines(preview: Preview) -> Iterator[str]:
     most = max((bar.count for bar in preview.lengths), default=1)
     yield from (_bar_line(bar, most) for bar in preview.lengths)
     share = preview.supervised / preview.tokens if preview.tokens else 0
-    yield f"an epoch: {preview.tokens:,} tokens, {preview.supervised:,} targets ({share:.0%})"
+    tokens, targets = f"{preview.tokens:,} tokens", f"{preview.supervised:,} targets"
+    yield f"{preview.extent}: {tokens}, {targets} ({share:.0%})"
     yield f"the run: {preview.steps:,} steps"
     if not preview.findings:
         yield "data check: nothing found"
@@ -87,7 +88,8 @@ def _coloured(tokens: Sequence[Token], *, whole: bool) -> Text:
             text.append(f" … {token:,} tokens … ", style="italic dim")
             continue
         style = (_LEARNED if token.supervised else _GIVEN)[index % 2]
-        style = f"{style} {_SPECIAL}".strip() if token.special else style
+        if token.special:  # magenta cannot be read on green
+            style = f"{style} bold" if token.supervised else f"{style} {_SPECIAL}".strip()
         text.append(_visible(token), style=style)
         if token.label:
             text.append(f"={token.label.strip()}", style="bold yellow")

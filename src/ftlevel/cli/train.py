@@ -70,6 +70,9 @@ def train(
     overlong: Annotated[Text, flag("data.overlong", panel=WHAT)] = None,
     validation_split: Annotated[Float, flag("data.validation_split", panel=WHAT)] = None,
     max_samples: Annotated[Int, flag("data.max_samples", "--max-samples", panel=WHAT)] = None,
+    streaming: Annotated[
+        Switch, flag("data.streaming", "--streaming/--no-streaming", panel=WHAT)
+    ] = None,
     column_map: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(

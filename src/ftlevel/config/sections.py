@@ -82,6 +82,17 @@ class DataConfig(Section):
         description="Share of the training rows that each data set gives, in their order, as in "
         "3,7; without it each gives all of its rows. No row comes twice.",
     )
+    streaming: bool = Field(
+        False,
+        description="Read, check and encode the rows as they come, for a set that does not fit; "
+        "needs --max-steps.",
+    )
+    shuffle_buffer: Positive = Field(
+        1_000, description="Rows among which a streamed one is drawn; 1 keeps the order."
+    )
+    validation_rows: Positive | None = Field(
+        None, description="First rows of a streamed set that are held out for evaluation."
+    )
     subset: str | None = Field(None, description="Configuration (subset) of a Hub data set.")
     split: str | None = Field(None, description="Split to train on; the default is train.")
     format: str | None = Field(
@@ -110,7 +121,8 @@ class DataConfig(Section):
     )
     max_length: Positive | Literal["auto"] = Field(
         "auto",
-        description="Longest row in tokens; auto is the longest row, within the model's positions.",
+        description="Longest row in tokens; auto is the longest row, or what the model's positions "
+        "and the machine's memory allow, where that loses at most 1 % of the rows.",
     )
     max_target_length: Positive = Field(
         256, description="Longest target in tokens, for encoder-decoder models."

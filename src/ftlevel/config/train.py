@@ -108,7 +108,49 @@ def _other_problems(config: TrainConfig) -> list[str]:
             f"--mix has {len(mix)} shares, and there are {sets} data sets. Give one share for each "
             "--dataset."
         )
-    return problems + _task_problems(config)
+    return problems + _task_problems(config) + _stream_problems(config)
+
+
+def _stream_problems(config: TrainConfig) -> list[str]:
+    """Return what cannot be done on rows of which nobody knows how many there are."""
+    data, train = config.data, config.train
+    if not data.streaming:
+        belongs = "belongs to --streaming. Drop it, or add --streaming."
+        given = {
+            "data.shuffle_buffer": data.shuffle_buffer != 1_000,
+            "data.validation_rows": data.validation_rows is not None,
+        }
+        return [f"{name} {belongs}" for name, is_given in given.items() if is_given]
+    problems = []
+    if train.max_steps is None:
+        problems.append(
+            "--streaming does not know how many rows an epoch has, so it cannot count the steps. "
+            "Add --max-steps N."
+        )
+    if config.task not in ("text-generation", "summarization", "translation"):
+        problems.append(
+            f"--streaming cannot be used with --task {config.task}, whose labels, windows or masks "
+            "take all rows to know. Drop --streaming: rows are mapped from a file, not held in "
+            "memory."
+        )
+    if data.also or data.mix:
+        problems.append("--streaming reads one data set. Give one --dataset, or drop --streaming.")
+    if data.validation_split:
+        problems.append(
+            "--validation-split is a share of rows that --streaming cannot count. Use --set "
+            "data.validation_rows=N, or a directory with a validation file."
+        )
+    if data.max_samples:
+        problems.append(
+            "--max-samples cannot be used with --streaming, which reads no more than --max-steps "
+            "asks for. Drop one of them."
+        )
+    if train.train_sampling_strategy != "random":
+        problems.append(
+            f"train.train_sampling_strategy={train.train_sampling_strategy} sorts rows that "
+            "--streaming has not read yet. Drop it; the fast step packs them without padding."
+        )
+    return problems
 
 
 _NO_PROMPT = ("token-classification", "question-answering", "masked-lm")

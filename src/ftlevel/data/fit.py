@@ -11,6 +11,41 @@ from ftlevel.data.encode import IGNORED, Encoded
 from ftlevel.data.store import change_rows, lengths_of, take_rows
 from ftlevel.errors import InputError
 
+LOSS = 0.01
+"""Share of the rows that --max-length auto may lose to a bound."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What limits a row's length, in tokens; None where it does not.
+
+    Attributes:
+        positions: of the model.
+        memory: what a row of it may take at most; see `models.memory`.
+    """
+
+    positions: int | None = None
+    memory: int | None = None
+
+    @property
+    def tightest(self) -> tuple[int | None, str]:
+        """The smallest bound, and what it is."""
+        if self.memory is not None and (self.positions is None or self.memory < self.positions):
+            return self.memory, "this machine's memory"
+        return self.positions, "the model's positions"
+
+    def check(self, max_length: int) -> None:
+        """Refuse the user's `max_length` where the model has no such position.
+
+        Raises:
+            InputError: it has not.
+        """
+        if self.positions is not None and max_length > self.positions:
+            raise InputError(
+                f"--max-length {max_length:,} is beyond the model's {self.positions:,} positions. "
+                f"Use at most {self.positions:,}."
+            )
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -21,10 +56,12 @@ class Fitted:
         max_length: in tokens.
         reason: why this length.
         dropped: how many rows were left out.
-        shortened: how many lost the beginning of their prompt.
+        shortened: how many lost tokens, but none of an answer.
+        shortened_at: where they lost them.
         split: how many plain texts became several rows.
         long_prompts: indices of the examples whose prompt alone is beyond `max_length`.
         lost: indices of those that were left out because their answer would have been cut.
+        overlong: what was done to rows that are too long, drop or what the user asked for.
     """
 
     rows: Sequence[Encoded]
@@ -35,12 +72,14 @@ class Fitted:
     split: int = 0
     long_prompts: tuple[int, ...] = ()
     lost: tuple[int, ...] = ()
+    overlong: str = "error"
+    shortened_at: str = ""
 
 
 def fit_rows(
     rows: Sequence[Encoded],
     max_length: int | str,
-    positions: int | None,
+    bounds: Bounds,
     overlong: str,
     where: Callable[[int], str],
 ) -> Fitted:
@@ -48,45 +87,62 @@ def fit_rows(
 
     Args:
         rows: encoded rows.
-        max_length: the user's wish; "auto" is the longest row, within the model's positions.
-        positions: how many the model has, or None.
-        overlong: error, drop, truncate-prompt or split.
+        max_length: the user's wish; "auto" is the longest row, within `bounds`.
+        bounds: what the model and the machine allow.
+        overlong: error, drop, truncate-prompt or split. Where the length is "auto" and a bound
+            leaves out 1 % of the rows or fewer, error drops these.
         where: index of an example → where the user finds it, as `file:line`.
 
     Raises:
         InputError: the length is beyond the model's positions, or rows do not fit and `overlong`
-            is error, or nothing is left.
+            is error.
     """
     lengths = lengths_of(rows)
     longest = int(lengths.max())
-    if isinstance(max_length, int):
-        if positions is not None and max_length > positions:
-            raise InputError(
-                f"--max-length {max_length:,} is beyond the model's {positions:,} positions. "
-                f"Use at most {positions:,}."
-            )
-        limit, reason = max_length, ""
-    else:
-        limit = min(longest, positions) if positions else longest
-        reason = "auto: the longest row" if limit == longest else "auto: the model's positions"
+    limit, reason = _resolve_length(max_length, longest, bounds)
     over = np.flatnonzero(lengths > limit)
     if not len(over):
-        return Fitted(rows, limit, reason)
+        return Fitted(rows, limit, reason, overlong=overlong)
     beyond = [rows[i] for i in over.tolist()]
     if overlong == "error":
-        raise InputError(_too_long(beyond, len(rows), limit, longest, positions, where))
+        if max_length != "auto" or len(over) > LOSS * len(rows):
+            raise InputError(_too_long(beyond, len(rows), limit, longest, reason, bounds, where))
+        overlong = "drop"
+        lost = "1 row is" if len(over) == 1 else f"{len(over):,} of {len(rows):,} rows are"
+        reason += f"; {lost} longer, up to {longest:,}, and dropped"
     long_prompts = tuple(row.row for row in beyond if (prompt_length(row) or 0) > limit)
     if overlong == "drop":
         fitting = take_rows(rows, np.flatnonzero(lengths <= limit))
-        fitted = Fitted(fitting, limit, reason, len(over), long_prompts=long_prompts)
+        fitted = Fitted(
+            fitting, limit, reason, len(over), long_prompts=long_prompts, overlong="drop"
+        )
     else:
         fitted = _changed(rows, limit, reason, overlong, long_prompts)
+    return fitted
+
+
+def check_some_left(fitted: Fitted, rows: Sequence[Encoded]) -> None:
+    """Refuse a length within which no row of `rows` is left.
+
+    Raises:
+        InputError: none is.
+    """
     if not len(fitted.rows):
         raise InputError(
-            f"no row is left within --max-length {limit:,}: the shortest has {lengths.min():,} "
-            "tokens. Raise --max-length."
+            f"no row is left within --max-length {fitted.max_length:,}: the shortest has "
+            f"{int(lengths_of(rows).min()):,} tokens. Raise --max-length."
         )
-    return fitted
+
+
+def _resolve_length(wish: int | str, longest: int, bounds: Bounds) -> tuple[int, str]:
+    """Return the most tokens of a row, and why where the user gave no number."""
+    if isinstance(wish, int):
+        bounds.check(wish)
+        return wish, ""
+    bound, name = bounds.tightest
+    if bound is None or longest <= bound:
+        return longest, "auto: the longest row"
+    return bound, f"auto: {name}"
 
 
 def _changed(
@@ -96,6 +152,7 @@ def _changed(
     cut = split_text if overlong == "split" else _cut_prompt
     lost: list[int] = []
     changed = 0
+    has_prompt = prompt_length(rows[0]) is not None
 
     def change(row: Encoded) -> list[Encoded]:
         nonlocal changed
@@ -116,6 +173,8 @@ def _changed(
         split=changed if overlong == "split" else 0,
         long_prompts=long_prompts,
         lost=tuple(lost),
+        overlong=overlong,
+        shortened_at="the beginning of the prompt" if has_prompt else "the end of the text",
     )
 
 
@@ -124,15 +183,20 @@ def _too_long(
     total: int,
     limit: int,
     longest: int,
-    positions: int | None,
+    reason: str,
+    bounds: Bounds,
     where: Callable[[int], str],
 ) -> str:
     worst = max(over, key=lambda row: len(row.input_ids))
-    raise_it = positions is None or longest <= positions
+    raise_it = bounds.positions is None or longest <= bounds.positions
     fix = f"Raise --max-length to {longest:,} to keep all of them, or pass" if raise_it else "Pass"
+    if reason.endswith("memory"):
+        fix = "Use --gradient-checkpointing or a smaller model, or pass"
+    other = "split" if prompt_length(worst) == 0 else "truncate-prompt"
+    limited = f" ({reason.removeprefix('auto: ')})" if reason else ""
     return (
-        f"{len(over):,} of {total:,} rows are longer than {limit:,} tokens; the longest has "
-        f"{longest:,} ({where(worst.row)}). {fix} --overlong drop or truncate-prompt."
+        f"{len(over):,} of {total:,} rows are longer than {limit:,} tokens{limited}; the longest "
+        f"has {longest:,} ({where(worst.row)}). {fix} --overlong drop or {other}."
     )
 
 

@@ -53,12 +53,38 @@ def load_hub_tables(
     return {key: _to_table(data, f"{name} ({key})", most) for key, data in splits.items()}, notes
 
 
+def open_hub_streams(name: str, subset: str | None) -> dict[str, Any]:
+    """Return the splits of a Hub data set as `datasets.IterableDataset`, of which nothing is read.
+
+    Raises:
+        InputError: no such data set or subset; not permitted; or offline.
+    """
+    import datasets
+
+    if reason := _probe(name):
+        raise InputError(_describe_offline(name, reason))
+    try:
+        return dict(datasets.load_dataset(name, subset, streaming=True))
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"--dataset {name}: {_first_line(error)}") from error
+
+
+def open_saved_streams(directory: Path) -> dict[str, Any]:
+    """Return what `save_to_disk` wrote as `datasets.IterableDataset`, by split."""
+    return {key: data.to_iterable_dataset() for key, data in _load_saved(directory).items()}
+
+
 def load_saved_tables(directory: Path, most: int | None) -> dict[str, Table]:
     """Load what `save_to_disk` wrote; a single data set is its "train" split.
 
     Raises:
         InputError: the directory is damaged.
     """
+    found = _load_saved(directory)
+    return {key: _to_table(data, f"{directory} ({key})", most) for key, data in found.items()}
+
+
+def _load_saved(directory: Path) -> dict[str, Any]:
     import datasets
 
     try:
@@ -68,8 +94,7 @@ def load_saved_tables(directory: Path, most: int | None) -> dict[str, Table]:
             f"{directory}: not a readable save_to_disk directory ({_first_line(error)}) "
             "Write it again."
         ) from error
-    splits = found if isinstance(found, Mapping) else {"train": found}
-    return {key: _to_table(data, f"{directory} ({key})", most) for key, data in splits.items()}
+    return dict(found) if isinstance(found, Mapping) else {"train": found}
 
 
 def is_saved_directory(directory: Path) -> bool:
@@ -78,7 +103,7 @@ def is_saved_directory(directory: Path) -> bool:
     return any((directory / name).is_file() for name in names)
 
 
-def pick_split(splits: Mapping[str, Table], wish: str | None, source: str) -> str:
+def pick_split(splits: Mapping[str, Any], wish: str | None, source: str) -> str:
     """Return the name of the split to train on.
 
     Raises:

@@ -109,6 +109,25 @@ def _open_text(path: Path, source: str, newline: str) -> Iterator[TextIO]:
     Raises:
         InputError: the first bytes are those of something else.
     """
+    _check_head(path, source)
+    with path.open(encoding="utf-8-sig", newline=newline) as stream:
+        yield stream
+
+
+def check_opening(path: Path) -> None:
+    """Refuse a text file that is missing, empty, or begins as something else does.
+
+    Raises:
+        InputError: it is.
+    """
+    _check_file(path, str(path))
+    _check_head(path, str(path))
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        with path.open("rb") as file:
+            _check_no_array(path, file.readline().decode("utf-8-sig", errors="replace"))
+
+
+def _check_head(path: Path, source: str) -> None:
     with path.open("rb") as binary:
         head = binary.read(4096)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or _looks_like_utf16(head):
@@ -124,8 +143,6 @@ def _open_text(path: Path, source: str, newline: str) -> Iterator[TextIO]:
         raise InputError(
             f"{source}: is a Git LFS pointer, not the data. Fetch the data: git lfs pull"
         )
-    with path.open(encoding="utf-8-sig", newline=newline) as stream:
-        yield stream
 
 
 def _looks_like_utf16(head: bytes) -> bool:
@@ -140,17 +157,23 @@ def _describe_encoding(path: Path, source: str) -> str:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        at = f"(byte 0x{content[error.start]:02x} at offset {error.start:,})"
-        if error.reason == "unexpected end of data":
-            return (
-                f"{source}:{line}: the file ends inside a character {at}: "
-                "was the download or copy cut short? Fetch it again."
-            )
-        return (
-            f"{source}:{line}: not UTF-8 {at}. If it is Latin-1: "
-            f"iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}"
-        )
+        cut = error.reason == "unexpected end of data"
+        return describe_byte(path, line, content[error.start], error.start, cut=cut)
     return f"{source}: changed while it was read. Run again."
+
+
+def describe_byte(path: Path, line: int, byte: int, offset: int, *, cut: bool) -> str:
+    """Return the message for a byte that is not UTF-8, or at which the file ends too early."""
+    at = f"(byte 0x{byte:02x} at offset {offset:,})"
+    if cut:
+        return (
+            f"{path}:{line}: the file ends inside a character {at}: "
+            "was the download or copy cut short? Fetch it again."
+        )
+    return (
+        f"{path}:{line}: not UTF-8 {at}. If it is Latin-1: "
+        f"iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}"
+    )
 
 
 def _build_table(raw: Raw, source: str, *, uniform: bool) -> Found:
@@ -162,14 +185,17 @@ def _build_table(raw: Raw, source: str, *, uniform: bool) -> Found:
     return table, [*raw.bad, *odd]
 
 
+def _check_no_array(path: Path, first: str) -> None:
+    if first.strip() == "[" or first.lstrip().startswith("[{"):
+        raise InputError(
+            f"{path}:1: looks like one JSON array, where one object a line is expected. "
+            f"Rename it to {path.with_suffix('.json').name}"
+        )
+
+
 def _read_jsonl(path: Path, source: str) -> Found:
     with _open_text(path, source, "\n") as stream:
-        first = stream.readline()
-        if first.strip() == "[" or first.lstrip().startswith("[{"):
-            raise InputError(
-                f"{source}:1: looks like one JSON array, where one object a line is expected. "
-                f"Rename it to {path.with_suffix('.json').name}"
-            )
+        _check_no_array(path, stream.readline())
         if path.stat().st_size >= lines.LARGE_BYTES:
             raw = RawLines(path)
             raw.read()
@@ -226,7 +252,7 @@ def _read_separated(path: Path, source: str, separator: str) -> Found:
             reader = csv.reader(stream, delimiter=separator, strict=True)
             header = next((cells for cells in reader if cells), None)
             if header is not None:
-                _check_header(header, f"{source}:{reader.line_num}", separator)
+                check_header(header, f"{source}:{reader.line_num}", separator)
             begin = reader.line_num + 1
             for cells in reader:
                 if not cells:
@@ -238,13 +264,13 @@ def _read_separated(path: Path, source: str, separator: str) -> Found:
                     raw.add(dict(zip(header or (), cells, strict=True)), begin)
                 begin = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(_describe_csv(error, source, begin)) from None
+        raise InputError(describe_csv(error, source, begin)) from None
     finally:
         csv.field_size_limit(limit)
     return _build_table(raw, source, uniform=True)
 
 
-def _describe_csv(error: csv.Error, source: str, line: int) -> str:
+def describe_csv(error: csv.Error, source: str, line: int) -> str:
     """Return the message for a quote that is out of place; the rows past it can't be trusted."""
     if "end of data" in str(error):
         return f'{source}:{line}: a quote (") is opened in this row and never closed. Close it.'
@@ -254,7 +280,7 @@ def _describe_csv(error: csv.Error, source: str, line: int) -> str:
     )
 
 
-def _check_header(header: list[str], place: str, separator: str) -> None:
+def check_header(header: list[str], place: str, separator: str) -> None:
     """Raise unless the header names every column, once."""
     twice = sorted({name for name in header if header.count(name) > 1 and name})
     if twice:

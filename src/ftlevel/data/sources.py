@@ -30,10 +30,10 @@ _BUILTIN_SPLITS: tuple[Literal["train", "validation", "test"], ...] = (
     "test",
 )
 
-_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-_SPLIT_NAMES = {"train": ("train",), "validation": _VALIDATION_NAMES, "test": ("test",)}
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_SPLIT_NAMES = {"train": ("train",), "validation": VALIDATION_NAMES, "test": ("test",)}
 
-_HUB_PREFIX = "hf://datasets/"
+HUB_PREFIX = "hf://datasets/"
 
 # A Hub id: one name, or an organisation and a name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -84,8 +84,8 @@ def load_splits(
     """
     if dataset.startswith("builtin:"):
         splits = _load_builtin(dataset, split, subset, max_samples)
-    elif dataset.startswith(_HUB_PREFIX):
-        splits = _load_hub(dataset.removeprefix(_HUB_PREFIX), split, subset, max_samples)
+    elif dataset.startswith(HUB_PREFIX):
+        splits = _load_hub(dataset.removeprefix(HUB_PREFIX), split, subset, max_samples)
     else:
         path = Path(dataset).expanduser()
         path = path if data_dir is None else data_dir / path
@@ -94,7 +94,7 @@ def load_splits(
         elif path.exists():
             splits = _load_file(path, dataset, split, on_bad_row)
         else:
-            _check_hub_id(dataset, path)
+            check_hub_id(dataset, path)
             splits = _load_hub(dataset, split, subset, max_samples)
     notes = [
         note
@@ -192,7 +192,7 @@ def _assemble(tables: Mapping[str, Table], train: str, name: str, notes: list[st
     """Sort tables by the use of their split; the rest is named in a note."""
     if train != "train":
         notes = [*notes, f"{name}: trains on split {train!r} of {listing(tables)}"]
-    validation = next((key for key in _VALIDATION_NAMES if key in tables and key != train), None)
+    validation = next((key for key in VALIDATION_NAMES if key in tables and key != train), None)
     return Splits(
         train=tables[train],
         validation=tables[validation] if validation else None,
@@ -245,12 +245,39 @@ def _load_directory(
     if is_saved_directory(path):
         tables = load_saved_tables(path, max_samples)
         return _assemble(tables, pick_split(tables, split, dataset), dataset, [])
+    files, train, notes = choose_files(path, dataset, split)
+    if len(files[train]) > 1:
+        shards = join_tables([read_table(file, on_bad_row) for file in files[train]])
+        return Splits(shards, None, None, dataset, notes)
+    tables, problems = {}, []
+    for use, [file] in files.items():
+        try:
+            tables[use] = read_table(file, on_bad_row)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return _assemble(tables, train, dataset, [])
+
+
+def choose_files(
+    path: Path, dataset: str, split: str | None
+) -> tuple[dict[str, list[Path]], str, list[str]]:
+    """Return the files of a directory by their use, the use that is trained on, and notes.
+
+    Args:
+        path: the directory.
+        dataset: as the user names it.
+        split: the split to train on, instead of "train".
+
+    Raises:
+        InputError: no file is for training, or two are for one use.
+    """
     names = data_files(path)
-    stems: dict[str, str] = {}
     if split is None and _are_shards(names):
-        table = join_tables([read_table(path / name, on_bad_row) for name in names])
         note = f"{dataset}: reads all of {listing(names)} as training rows"
-        return Splits(table, None, None, dataset, [note])
+        return {"train": [path / name for name in names]}, "train", [note]
+    stems: dict[str, str] = {}
     for name in names:
         stem = Path(name).stem.lower()
         use = next((use for use, stems_ in _SPLIT_NAMES.items() if stem in stems_), stem)
@@ -268,15 +295,7 @@ def _load_directory(
             f"Add {train}.jsonl, or name one file: --dataset {path / (names or ['FILE'])[0]}"
         )
     uses = dict.fromkeys([train, *(use for use in _SPLIT_NAMES if use in stems)])
-    tables, problems = {}, []
-    for use in uses:
-        try:
-            tables[use] = read_table(path / stems[use], on_bad_row)
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
-    return _assemble(tables, train, dataset, [])
+    return {use: [path / stems[use]] for use in uses}, train, []
 
 
 def _are_shards(names: list[str]) -> bool:
@@ -286,7 +305,7 @@ def _are_shards(names: list[str]) -> bool:
     return len(names) > 1 and known.isdisjoint(stems) and not nearest("train", stems)
 
 
-def _check_hub_id(dataset: str, path: Path) -> None:
+def check_hub_id(dataset: str, path: Path) -> None:
     """Raise if `dataset` was meant as a path, which does not exist."""
     looks_local = (
         dataset.startswith((".", "/", "~"))
@@ -299,7 +318,7 @@ def _check_hub_id(dataset: str, path: Path) -> None:
     if "/" in dataset and path.parent.is_dir():
         raise InputError(
             f"{describe_missing(path)} If you mean the data set of the Hub: "
-            f"--dataset {_HUB_PREFIX}{dataset}"
+            f"--dataset {HUB_PREFIX}{dataset}"
         )
 
 

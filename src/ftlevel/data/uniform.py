@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ftlevel.data.table import BadRow, Row
 from ftlevel.errors import did_you_mean, listing
@@ -61,6 +62,50 @@ def find_odd_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
     return sorted([*odd, *_odd_types(regular, rows, lines)], key=lambda row: row.line)
 
 
+@dataclass(frozen=True)
+class Form:
+    """The keys and the kind of each column's values that the first rows of a stream have.
+
+    Attributes:
+        columns: the keys.
+        kinds: of each column that was not null in all of them, and the line of one such row.
+        count: how many rows were looked at.
+    """
+
+    columns: tuple[str, ...]
+    kinds: dict[str, tuple[str, int]]
+    count: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], lines: Sequence[int]) -> Form:
+        """Return the form that most of `rows` have."""
+        odd = {row.line for row in find_odd_rows(rows, lines)}
+        kinds: dict[str, tuple[str, int]] = {}
+        columns: tuple[str, ...] = ()
+        for row, line in zip(rows, lines, strict=True):
+            if line in odd:
+                continue
+            columns = columns or tuple(row)
+            for key, value in row.items():
+                if value is not None:
+                    kinds.setdefault(key, (kind_of(value), line))
+        return cls(columns, kinds, len(rows) - len(odd))
+
+    def find_odd(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
+        """Return those of `rows` that have another form."""
+        odd = []
+        for row, line in zip(rows, lines, strict=True):
+            if row.keys() != set(self.columns):
+                odd.append(BadRow(line, _describe_keys(tuple(row), self.columns, self.count)))
+                continue
+            for key, value in row.items():
+                usual, since = self.kinds.get(key, (kind_of(value), line))
+                if value is not None and kind_of(value) != usual:
+                    odd.append(BadRow(line, _describe_kind(key, value, usual, since)))
+                    break
+        return odd
+
+
 def _describe_keys(keys: tuple[str, ...], columns: tuple[str, ...], count: int) -> str:
     """Return how `keys` differ from the `columns` that `count` other rows have."""
     missing = [key for key in columns if key not in keys]
@@ -98,14 +143,17 @@ def _odd_types(
                 continue
             since = lines[first[key, usual[key]]]
             odd += [
-                BadRow(
-                    lines[index],
-                    f"{key!r} is {kind} ({_brief(rows[index][key])}), "
-                    f"but {usual[key]} in most rows (line {since} for one)",
-                )
+                BadRow(lines[index], _describe_kind(key, rows[index][key], usual[key], since))
                 for index in group
             ]
     return odd
+
+
+def _describe_kind(key: str, value: object, usual: str, since: int) -> str:
+    return (
+        f"{key!r} is {kind_of(value)} ({_brief(value)}), but {usual} in most rows "
+        f"(line {since} for one)"
+    )
 
 
 def _brief(value: object) -> str:

@@ -22,10 +22,12 @@ class Allocation(TrainerCallback):
 
     Args:
         checkpoints: directory of the checkpoint-N directories.
+        writes: whether this process writes to them: the first of several, which all know the same.
     """
 
-    def __init__(self, checkpoints: Path) -> None:
+    def __init__(self, checkpoints: Path, *, writes: bool = True) -> None:
         self.checkpoints = checkpoints
+        self.writes = writes
         self.ranks: dict[str, list[bool]] | None = None
 
     def on_train_begin(
@@ -71,6 +73,8 @@ class Allocation(TrainerCallback):
         **_: Any,
     ) -> None:
         """Write scores and ranks into the checkpoint that was just written."""
+        if not self.writes:
+            return
         directory = self.checkpoints / f"checkpoint-{state.global_step}"
         allocator = model.base_model.rankallocator
         scores = {

@@ -6,13 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import Sampler
-
 from ftlevel.config import TrainConfig
 from ftlevel.config.sections import TrainerConfig
-from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.evaluation import Evaluator
 from ftlevel.engine.kernels import kernel_arguments
 from ftlevel.engine.resolve import Plan
@@ -113,20 +108,3 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
         language=plan.data.facts["target_language"],
         on_targets=plan.fast.heads,
     )
-
-
-def row_order(config: TrainConfig, plan: Plan) -> Sampler[int] | None:
-    """Return the order in which rows are taken, or None for Trainer's random one.
-
-    Several processes share the order that Trainer would draw for one.
-    """
-    train = config.train
-    if train.train_sampling_strategy == "random":
-        if not train.num_processes:
-            return None
-        return SeedableRandomSampler(
-            plan.data.train, generator=torch.Generator(), data_seed=train.seed
-        )
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    step *= train.num_processes or 1
-    return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.seed)

@@ -24,6 +24,7 @@ from ftlevel.data.prompts import PromptFormat
 from ftlevel.data.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.table import Part, Table
 from ftlevel.engine.examples import Asked, Prepared, load_examples, prepare_examples
+from ftlevel.engine.streaming import prepare_stream
 from ftlevel.errors import InputError
 
 KEEP_FROM = 1_000
@@ -44,6 +45,8 @@ def prepare_data(config: DataConfig, asked: Asked, progress: Progress) -> Prepar
     Raises:
         InputError: for whatever cannot be read, learned from or made to fit.
     """
+    if config.streaming:
+        return prepare_stream(config, asked)
     key = _key(config, asked) if config.cache else None
     if key is None or not is_writable():
         workspace = tempfile.TemporaryDirectory(prefix="ftlevel-rows-")
@@ -101,7 +104,7 @@ def _key(config: DataConfig, asked: Asked) -> str | None:
         "data": config.model_dump(mode="json", exclude=set(_LIGHT)),
         "files": [[str(file), file_digest(file)] for file in files],
         "task": [asked.task.name, asked.task.instruction, asked.task.answer_cue],
-        "model": [asked.kind, asked.vocabulary, asked.positions],
+        "model": [asked.kind, asked.vocabulary, asdict(asked.bounds)],
         "seed": asked.seed,
         "lenient": asked.lenient,
         "tokenizer": _tokenizer_text(asked.tokenizer),

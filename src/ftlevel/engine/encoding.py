@@ -17,7 +17,7 @@ from ftlevel.data.encode import (
     encode_seq2seq,
 )
 from ftlevel.data.examples import Labelled
-from ftlevel.data.fit import Fitted, fit_rows, fit_targets
+from ftlevel.data.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
 from ftlevel.data.labels import LabelSet
 from ftlevel.data.masking import encode_masked
 from ftlevel.data.parallel import Encode, Progress, be_silent, encode_to_store
@@ -38,23 +38,25 @@ class Encoder:
         kind: kind of the model.
         tokenizer: the model's.
         config: the data section.
-        positions: longest sequence that the model takes, or None.
+        bounds: what the model and the machine allow a row.
         prompt_format: how prompts are laid out; None where there are none.
         labels: the classes or tags, or None.
         folder: where the rows of many examples are written; None keeps them in memory.
         progress: told how many examples are encoded.
-        split: names the file.
+        partly: whether the examples are some of many, of which none need be left.
+        split: names the file, so that no split writes over another.
     """
 
     task: Task
     kind: str
     tokenizer: Any
     config: DataConfig
-    positions: int | None
+    bounds: Bounds
     prompt_format: PromptFormat | None = None
     labels: LabelSet | None = None
     folder: Path | None = None
     progress: Progress = be_silent
+    partly: bool = False
     split: str = "train"
 
     def __call__(self, examples: Sequence[Any], table: Table) -> Fitted:
@@ -74,10 +76,10 @@ class Encoder:
         except RowError as error:
             raise InputError(f"{table.where(error.row)}: {error.reason}") from error
 
-    def dropping(self) -> Encoder:
-        """Return an encoder of other splits, which drops rows that do not fit."""
+    def dropping(self, split: str) -> Encoder:
+        """Return an encoder of `split` that drops rows which do not fit."""
         config = self.config.model_copy(update={"overlong": "drop"})
-        return replace(self, config=config, split="validation")
+        return replace(self, config=config, split=split)
 
     def collect(self, encode: Encode, examples: Sequence[Any]) -> Sequence[Encoded]:
         """Return the rows that `encode` makes of all examples, in a file if there is a folder."""
@@ -89,7 +91,10 @@ class Encoder:
     def fit(self, rows: Sequence[Encoded], table: Table) -> Fitted:
         """Make `rows` fit as the data section says."""
         config = self.config
-        return fit_rows(rows, config.max_length, self.positions, config.overlong, table.where)
+        fitted = fit_rows(rows, config.max_length, self.bounds, config.overlong, table.where)
+        if not self.partly:
+            check_some_left(fitted, rows)
+        return fitted
 
     def limit(self, usual: int | None) -> int | None:
         """Return the longest row in tokens that the user or the model allows.
@@ -100,15 +105,10 @@ class Encoder:
         Raises:
             InputError: the user's number is beyond the model's positions.
         """
-        wish, positions = self.config.max_length, self.positions
-        if isinstance(wish, int):
-            if positions is not None and wish > positions:
-                raise InputError(
-                    f"--max-length {wish:,} is beyond the model's {positions:,} positions. "
-                    f"Use at most {positions:,}."
-                )
+        if isinstance(wish := self.config.max_length, int):
+            self.bounds.check(wish)
             return wish
-        known = [length for length in (usual, positions) if length is not None]
+        known = [length for length in (usual, self.bounds.tightest[0]) if length is not None]
         return min(known, default=None)
 
 
@@ -129,7 +129,7 @@ def _encode_texts(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fi
         return fitted
     longest, overlong = encoder.config.max_target_length, encoder.config.overlong
     kept, dropped = fit_targets(fitted.rows, longest, overlong, table.where)
-    if not len(kept):
+    if not len(kept) and not encoder.partly:
         raise InputError(f"no target is within {longest:,} tokens.")
     return replace(fitted, rows=kept, dropped=fitted.dropped + dropped)
 
@@ -182,6 +182,7 @@ def _encode_questions(encoder: Encoder, examples: Sequence[Any], table: Table) -
         "" if given else "auto: windows as in SQuAD's baselines, within the model's positions",
         dropped=dropped,
         split=len(windows) - asked,
+        overlong=encoder.config.overlong,
     )
 
 
@@ -195,9 +196,11 @@ def _encode_blocks(encoder: Encoder, examples: Sequence[Any], table: Table) -> F
     for row in rows:
         pieces[row.row] = pieces.get(row.row, 0) + 1
     split = sum(count > 1 for count in pieces.values())
-    reason = "auto: the model's positions" if split else "auto: the longest row"
+    reason = f"auto: {encoder.bounds.tightest[1]}" if split else "auto: the longest row"
     given = isinstance(encoder.config.max_length, int)
-    return Fitted(rows, limit if given and limit else longest, "" if given else reason, split=split)
+    length = limit if given and limit else longest
+    overlong = encoder.config.overlong
+    return Fitted(rows, length, "" if given else reason, split=split, overlong=overlong)
 
 
 _ENCODERS: dict[str, Callable[[Encoder, Sequence[Any], Table], Fitted]] = {

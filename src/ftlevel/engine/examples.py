@@ -12,12 +12,12 @@ from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encode import Encoded
 from ftlevel.data.examples import convert_rows, to_examples
-from ftlevel.data.fit import Fitted
+from ftlevel.data.fit import Bounds, Fitted
 from ftlevel.data.formats import Format, detect_format
 from ftlevel.data.gate import Finding, explain_stop
 from ftlevel.data.gate.flat import flat_batches
 from ftlevel.data.labels import LabelSet, build_label_set, check_labels, find_unlabelled
-from ftlevel.data.languages import Language, find_language
+from ftlevel.data.languages import Language
 from ftlevel.data.parallel import Progress
 from ftlevel.data.problems import choose_problem_type
 from ftlevel.data.prompts import PromptFormat, choose_format
@@ -26,6 +26,7 @@ from ftlevel.data.table import BadRow, Table, settle
 from ftlevel.data.tags import find_orphans
 from ftlevel.engine.encoding import Encoder
 from ftlevel.engine.gate import Gate, settle_faults, stop_ids
+from ftlevel.engine.languages import find_languages, language_choice
 from ftlevel.errors import InputError
 from ftlevel.tasks import Task
 from ftlevel.tasks.translation import name_languages
@@ -84,6 +85,7 @@ class Prepared:
         findings: what the gate found.
         table: the training rows as they were read; `Encoded.row` counts these.
         workspace: the temporary directory of rows that are not kept; it goes with this object.
+        stream: the `RowStream` that is trained on, of which `train` are the first rows; or None.
     """
 
     train: Sequence[Encoded]
@@ -95,6 +97,7 @@ class Prepared:
     choices: list[Choice] = field(default_factory=list)
     findings: tuple[Finding, ...] = ()
     workspace: Any = None
+    stream: Any = None
 
 
 def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = False) -> Loaded:
@@ -109,7 +112,11 @@ def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = 
     Raises:
         InputError: with `path:line`, for whatever cannot be read or learned from.
     """
-    splits = read_splits(config, task, seed)
+    return convert_splits(read_splits(config, task, seed), config, task, lenient=lenient)
+
+
+def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: bool) -> Loaded:
+    """Turn the rows of `splits` into examples of `task`; else as `load_examples`."""
     shape = detect_format(splits.train.columns, task.name, config.columns, config.format)
     choices = [Choice("note", note) for note in splits.notes]
     if task.target == "class":
@@ -135,7 +142,7 @@ def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = 
                 validation, held_out = convert.without_orphans(validation, held_out, labels)
     languages = find_languages(config, shape) if task.name == "translation" else None
     if task.name == "translation":
-        choices.append(_language_choice(languages))
+        choices.append(language_choice(languages))
     kept = Splits(train, validation, splits.test, splits.name, splits.notes)
     return Loaded(kept, shape, examples, held_out, labels, languages, choices, convert.findings)
 
@@ -208,23 +215,6 @@ def _read_one(name: str, config: DataConfig, task: Task) -> Splits:
     )
 
 
-def find_languages(config: DataConfig, shape: Format) -> tuple[Language, Language] | None:
-    """Return the languages of source and target; None where the columns do not tell."""
-    source = find_language("source", shape.columns, config.source_language)
-    target = find_language("target", shape.columns, config.target_language)
-    return (source, target) if source and target else None
-
-
-def _language_choice(languages: tuple[Language, Language] | None) -> Choice:
-    if languages is None:
-        return Choice(
-            "languages",
-            "not named in the prompt",
-            "the columns are no codes: --set data.source_language=… --set data.target_language=…",
-        )
-    return Choice("languages", f"{languages[0].name} to {languages[1].name}")
-
-
 @dataclass(frozen=True)
 class Asked:
     """What decides the rows beside the data section.
@@ -234,7 +224,7 @@ class Asked:
         kind: kind of the model.
         tokenizer: the model's tokenizer.
         vocabulary: rows of the model's embedding.
-        positions: longest sequence that the model and its method leave to the text, or None.
+        bounds: of a row's length: what the model and its method leave to the text, and the memory.
         seed: of rows that are held out, of samples and of masks.
         lenient: leave out and report rows that ought to stop the run, as a preview does.
     """
@@ -243,7 +233,7 @@ class Asked:
     kind: str
     tokenizer: Any
     vocabulary: int
-    positions: int | None
+    bounds: Bounds
     seed: int
     lenient: bool = False
 
@@ -266,20 +256,20 @@ def prepare_examples(
     task, tokenizer, lenient = asked.task, asked.tokenizer, asked.lenient
     prompt_format = _prompt_format(loaded, task, asked.kind, tokenizer)
     encoder = Encoder(
-        task, asked.kind, tokenizer, config, asked.positions, prompt_format, loaded.labels,
+        task, asked.kind, tokenizer, config, asked.bounds, prompt_format, loaded.labels,
         folder, progress,
     )  # fmt: skip
     gate = Gate(
         config.gate, task.target, tokenizer.bos_token_id, stop_ids(tokenizer), asked.vocabulary
     )
     tables = loaded.splits
-    fitted = (encoder.dropping() if lenient else encoder)(loaded.train, tables.train)
+    fitted = (encoder.dropping("train") if lenient else encoder)(loaded.train, tables.train)
     kept, found = gate.check_split("train", fitted, loaded.train, tables.train)
     findings = [*loaded.findings, *found]
     validation: Sequence[Encoded] = []
     dropped = 0
     if loaded.validation and tables.validation:
-        held_out = encoder.dropping()(loaded.validation, tables.validation)
+        held_out = encoder.dropping("validation")(loaded.validation, tables.validation)
         dropped = held_out.dropped
         validation, found = gate.check_held_out(
             "validation", held_out, loaded.validation, tables.validation, loaded.train
@@ -343,6 +333,7 @@ def _facts(
         "supervised": int(sum(supervised)),
         "longest": int(max(longest)),
         "max_length": fitted.max_length,
+        "overlong": fitted.overlong,
         "dropped": fitted.dropped + refused + len(loaded.splits.train.dropped),
         "shortened": fitted.shortened,
         "split": fitted.split,
@@ -389,7 +380,7 @@ def _choices(
     for count, what in (
         (facts["dropped"], "dropped"),
         (facts["validation_dropped"], "of validation dropped, beyond the max length"),
-        (fitted.shortened, "shortened at the beginning of the prompt"),
+        (fitted.shortened, f"shortened at {fitted.shortened_at}"),
         (fitted.split, splits),
     ):
         if count:

@@ -54,26 +54,40 @@ class Gate:
             InputError: nothing is left.
         """
         rows, total = fitted.rows, len(examples)
-        example, masks = self._look(rows)
+        example, keep, findings = self.check_rows(name, fitted, total, table)
+        if name == "train":
+            keep &= self._find_duplicates(rows, example, examples, table, findings)
+            findings += self._find_one_class(examples, total)
+        kept = rows if keep.all() else take_rows(rows, np.flatnonzero(keep))
+        if not len(kept):
+            raise InputError([f"no {name} row is left: {finding}." for finding in findings])
+        return kept, findings
+
+    def check_rows(
+        self, name: str, fitted: Fitted, total: int, table: Table
+    ) -> tuple[Integers, Mask, list[Finding]]:
+        """Return each row's example, the rows that are kept, and what is wrong with single rows.
+
+        Args:
+            name: as of `check_split`.
+            fitted: as of `check_split`.
+            total: examples that were encoded.
+            table: as of `check_split`.
+        """
+        example, masks = self._look(fitted.rows)
         findings = [
             found
             for check, lost in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost))
             if (found := self._judge(check, name, lost, total, table))
         ]
-        keep = np.ones(len(rows), dtype=bool)
+        keep = np.ones(len(fitted.rows), dtype=bool)
         for check, mask in masks.items():
             found = self._judge(check, name, np.unique(example[mask]), total, table)
             findings += [found] if found else []
             keep &= ~mask if found and found.action == "drop" else True
-        if name == "train":
-            keep &= self._find_duplicates(rows, example, examples, table, findings)
-            findings += self._find_one_class(examples, total)
         if self.policy.long_prompt == "drop":
             keep &= ~np.isin(example, np.array(fitted.long_prompts, dtype=np.int64))
-        kept = rows if keep.all() else take_rows(rows, np.flatnonzero(keep))
-        if not len(kept):
-            raise InputError([f"no {name} row is left: {finding}." for finding in findings])
-        return kept, findings
+        return example, keep, findings
 
     def check_held_out(
         self,

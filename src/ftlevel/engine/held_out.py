@@ -9,6 +9,7 @@ from typing import Any
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.config import DataConfig
 from ftlevel.data.encode import Encoded
+from ftlevel.data.fit import Bounds
 from ftlevel.data.formats import detect_format
 from ftlevel.data.labels import LabelSet, check_labels
 from ftlevel.data.masking import MaskedRows
@@ -16,8 +17,9 @@ from ftlevel.data.prompts import PromptFormat
 from ftlevel.data.sources import Splits
 from ftlevel.data.table import Table
 from ftlevel.engine.encoding import Encoder
-from ftlevel.engine.examples import Converter, find_languages, read_splits
+from ftlevel.engine.examples import Converter, read_splits
 from ftlevel.engine.gate import Gate, stop_ids
+from ftlevel.engine.languages import find_languages
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
@@ -86,7 +88,9 @@ def load_held_out(
             table, examples = convert.without_orphans(table, examples, labels)
     languages = find_languages(config, shape) if task.name == "translation" else None
     prompt = PromptFormat(**card.prompt) if card.prompt else None
-    encoder = Encoder(task, kind, tokenizer, config, positions, prompt, labels).dropping()
+    encoder = Encoder(task, kind, tokenizer, config, Bounds(positions), prompt, labels).dropping(
+        name
+    )
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
     if name == "validation":  # as training let them through

@@ -94,6 +94,13 @@ class Preview:
     facts: dict[str, Any]
     choices: list[Choice]
 
+    @property
+    def extent(self) -> str:
+        """What the lengths and tokens are of: an epoch, or the first rows of a stream."""
+        return f"the first {self.facts['first_rows']:,} rows" if "streamed" in self.facts else (
+            "an epoch"
+        )  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for `--json`."""
         return {

@@ -17,6 +17,7 @@ from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.data.chat_templates import choose_chat_template
 from ftlevel.data.parallel import Progress, be_silent
 from ftlevel.engine.adapt import apply_method
+from ftlevel.engine.bounds import find_bounds
 from ftlevel.engine.dataset import prepare_data
 from ftlevel.engine.examples import Asked, Prepared
 from ftlevel.engine.fast_plan import FastPlan, plan_fast
@@ -29,7 +30,7 @@ from ftlevel.methods import METHODS, Base
 from ftlevel.methods.matrix import Cell, check_supported
 from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_device, choose_dtype
-from ftlevel.models.kinds import max_positions, model_kind
+from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import (
     build_task_model,
     find_new_poolers,
@@ -121,8 +122,9 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
     tokenizer = load_tokenizer(source)
     template = choose_chat_template(tokenizer, config.data.chat_template)
     pad = choose_pad_token(tokenizer)
-    vocabulary, positions = bare.get_text_config().vocab_size, _text_positions(config, bare)
-    asked = Asked(task, kind, tokenizer, vocabulary, positions, config.train.seed, lenient)
+    bounds = find_bounds(config, bare, device.value, dtype.value)
+    vocabulary = bare.get_text_config().vocab_size
+    asked = Asked(task, kind, tokenizer, vocabulary, bounds, config.train.seed, lenient)
     data = prepare_data(config.data, asked, progress)
     model_config = _task_config(source, data.facts, tokenizer)
     layers = _keep_every_layer(model_config)
@@ -261,21 +263,6 @@ def _check_checkpointing(config: TrainConfig, model: Any) -> None:
             "has none for it. Drop it; a smaller --per-device-train-batch-size with "
             "--gradient-accumulation-steps needs less memory too."
         )
-
-
-def _text_positions(config: TrainConfig, model_config: Any) -> int | None:
-    """Return the longest sequence in tokens that the model leaves to the text."""
-    positions = max_positions(model_config)
-    method = METHODS.get(config.method.kind)
-    if positions is None or method is None or method.positions is None:
-        return positions
-    taken = method.positions(config.method)
-    if taken >= positions:
-        raise ConfigError(
-            f"--method {config.method.kind} with num_virtual_tokens {taken:,} leaves no room for "
-            f"text in the {positions:,} positions of {model_config.model_type}. Use fewer."
-        )
-    return positions - taken
 
 
 def _dtype(config: TrainConfig, device: str, model_type: str) -> Choice:

@@ -30,6 +30,7 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     values["train"]["learning_rate"] = plan.learning_rate
     values["model"] |= {"dtype": plan.dtype, "device": plan.device}
     values["data"]["max_length"] = plan.data.max_length
+    values["data"]["overlong"] = plan.data.facts["overlong"]
     values["data"]["fingerprint"] = plan.data.facts["fingerprint"]
     values["model"]["fingerprint"] = base["fingerprint"]
     values["versions"] = library_versions()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ftlevel import __version__
@@ -11,6 +12,7 @@ from ftlevel.artifacts.cards import PEFT_IMPORTS, AdapterCard, library_versions
 from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.config import TrainConfig
 from ftlevel.engine.resolve import Plan
+from ftlevel.engine.streamed_rows import StreamedRows
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.sources import ModelSource
 
@@ -24,7 +26,9 @@ def dump_config(config: TrainConfig, plan: Plan) -> str:
 
     values = config.model_dump(mode="json", exclude={"output": {"dir", "overwrite", "resume"}})
     values["model"] |= {"dtype": plan.dtype, "device": plan.device}
-    values["data"]["max_length"] = plan.data.max_length
+    if plan.data.stream is None:  # of which rows to come may be longer still
+        values["data"]["max_length"] = plan.data.max_length
+        values["data"]["overlong"] = plan.data.facts["overlong"]  # auto may have lost some rows
     values["train"]["learning_rate"] = plan.learning_rate
     if config.quant.kind != "4bit":
         values["quant"] = {"kind": config.quant.kind}
@@ -57,6 +61,20 @@ def _cached_snapshot(source: ModelSource) -> Any:
         if isinstance(found, str):
             return Path(found).parent
     return None
+
+
+def with_what_was_read(plan: Plan, rows: StreamedRows) -> Plan:
+    """Return `plan` with what became of the rows of a stream, in place of its first rows' facts."""
+    counts = rows.counts
+    facts = {
+        **plan.data.facts,
+        "train_rows": len(rows),
+        "dropped": counts.get("dropped", 0),
+        "shortened": counts.get("shortened", 0),
+        "split": counts.get("split", 0),
+        "stream": counts,
+    }
+    return replace(plan, data=replace(plan.data, facts=facts))
 
 
 def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> AdapterCard:

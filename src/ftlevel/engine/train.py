@@ -19,7 +19,7 @@ from ftlevel.config import AdaloraSpec, LoraSpec, QuantConfig, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
 from ftlevel.engine.allocation import Allocation
-from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps, row_order
+from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.fast import FastStep
@@ -28,11 +28,19 @@ from ftlevel.engine.processes import Processes, settle_processes, started_proces
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
+from ftlevel.engine.row_order import rows_and_order
 from ftlevel.engine.speed_up import describe_speed, speed_up
 from ftlevel.engine.step_collator import StepCollator
-from ftlevel.engine.summary import build_card, build_summary, describe_base, dump_config
+from ftlevel.engine.streamed_rows import StreamedRows
+from ftlevel.engine.summary import (
+    build_card,
+    build_summary,
+    describe_base,
+    dump_config,
+    with_what_was_read,
+)
 from ftlevel.engine.trainer import FtlevelTrainer
-from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, Report
+from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, KeepStream, Report
 from ftlevel.errors import Interrupted
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.loftq import start_from_residual
@@ -117,14 +125,19 @@ def _train(
     run, checkpoint = processes.from_first(lambda: _open(config, plan, base_facts, listener))
     evaluator = build_evaluator(config, plan)
     trainer = build_trainer(config, plan, model, evaluator, run, fast)
+    stream = trainer.train_dataset if isinstance(trainer.train_dataset, StreamedRows) else None
+    if stream and checkpoint:
+        stream.restore(checkpoint)
     gradients, interrupt = GradientProof(listener), Interrupt(processes, plan.device)
     report = Report(
         listener, run.log if processes.is_first else (lambda _: None),
         lambda: int(trainer.tokens_seen),
     )  # fmt: skip
+    certify = Certify(run.checkpoints, config.train.save_total_limit, processes)
     for callback in (report, gradients, interrupt, FollowEpoch(plan.data.train, trainer.order),
-                     Certify(run.checkpoints, config.train.save_total_limit, processes),
-                     *method_callbacks(config, run)):  # fmt: skip
+                     *method_callbacks(config, run, writes=processes.is_first),
+                     *([KeepStream(stream, run.checkpoints)] if stream else []),
+                     certify):  # fmt: skip
         trainer.add_callback(callback)
 
     listener.stage("train")
@@ -137,6 +150,8 @@ def _train(
     trained_at = time.perf_counter()
     if fast:
         fast.remove()
+    if stream:
+        plan = with_what_was_read(plan, stream)
     if evaluator and not any("eval_loss" in r and r["step"] == trainer.state.global_step
                              for r in report.records):  # fmt: skip
         trainer.evaluate()
@@ -246,9 +261,16 @@ def float_weights(config: TrainConfig, plan: Plan) -> Callable[[str], torch.Tens
     return weight_of
 
 
-def method_callbacks(config: TrainConfig, run: RunDirectory) -> list[Any]:
-    """Return what a method does while training, beside its gradient steps."""
-    return [Allocation(run.checkpoints)] if isinstance(config.method, AdaloraSpec) else []
+def method_callbacks(config: TrainConfig, run: RunDirectory, *, writes: bool) -> list[Any]:
+    """Return what a method does while training, beside its gradient steps.
+
+    Args:
+        config: the configuration.
+        run: of whose checkpoints it keeps its state in.
+        writes: whether this process writes them.
+    """
+    is_pruned = isinstance(config.method, AdaloraSpec)
+    return [Allocation(run.checkpoints, writes=writes)] if is_pruned else []
 
 
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
@@ -311,6 +333,7 @@ def build_trainer(
     from ftlevel.data.collate import Collator
 
     arguments = build_arguments(config, plan, run.checkpoints)
+    rows, order = rows_and_order(config, plan, arguments)
     method = METHODS.get(config.method.kind)
     pad_id = plan.tokenizer.pad_token_id
     trainer = FtlevelTrainer(
@@ -320,11 +343,11 @@ def build_trainer(
         args=arguments,
         optimizers=(build_optimizer(config, model, arguments), None),
         penalty=method.penalty if method else None,
-        train_dataset=plan.data.train,
+        train_dataset=rows,
         eval_dataset=plan.data.validation or None,
         data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
         fast=fast,
-        order=row_order(config, plan),
+        order=order,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)

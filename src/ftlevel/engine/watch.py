@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.artifacts import checkpoints
@@ -18,6 +19,7 @@ from ftlevel.data.masking import MaskedRows
 from ftlevel.data.sampling import LengthGroups
 from ftlevel.engine.events import Listener
 from ftlevel.engine.processes import Processes
+from ftlevel.engine.streamed_rows import StreamedRows
 from ftlevel.errors import RunError, listing
 
 
@@ -149,6 +151,24 @@ class Interrupt(TrainerCallback):
         return control
 
 
+class KeepStream(TrainerCallback):
+    """Write where a stream is into each checkpoint, before it is certified."""
+
+    def __init__(self, rows: StreamedRows, directory: Path) -> None:
+        self.rows = rows
+        self.directory = directory
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Add it to the checkpoint that was just written."""
+        self.rows.save(self.directory / f"checkpoint-{state.global_step}", state.global_step)
+
+
 class Certify(TrainerCallback):
     """Give each checkpoint its manifest, and delete old ones only after that."""
 
@@ -190,7 +210,7 @@ class FollowEpoch(TrainerCallback):
             self.rows.epoch = int(state.epoch or 0)
         if isinstance(self.order, LengthGroups):
             self.order.epoch = int(state.epoch or 0)
-        elif self.order is not None:  # accelerate's random one
+        elif isinstance(self.order, SeedableRandomSampler):
             self.order.set_epoch(int(state.epoch or 0))
 
 

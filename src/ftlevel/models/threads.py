@@ -56,11 +56,13 @@ def count_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
 
 def read_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float | None:
     """Return the CPUs' worth of time that the control groups of this process leave it, or None."""
-    quotas = [quota for group in _groups(membership, root) if (quota := _quota(group))]
+    quotas = [quota for group in control_groups(membership, root) if (quota := _quota(group))]
     return min(quotas, default=None)
 
 
-def _groups(membership: Path, root: Path) -> Iterator[Path]:
+def control_groups(
+    membership: Path = _MEMBERSHIP, root: Path = _CGROUPS, controller: str = "cpu"
+) -> Iterator[Path]:
     """Give the directories that may hold a limit, from this process's group to the root.
 
     In a container the path may be the host's, which is not there, and the root is its own group.
@@ -71,9 +73,9 @@ def _groups(membership: Path, root: Path) -> Iterator[Path]:
         return
     for line in lines:
         number, controllers, path = line.split(":", 2)
-        if number != "0" and "cpu" not in controllers.split(","):
+        if number != "0" and controller not in controllers.split(","):
             continue
-        top = root if number == "0" else root / "cpu"
+        top = root if number == "0" else root / controller
         group = top / path.lstrip("/")
         yield group
         yield from (parent for parent in group.parents if parent.is_relative_to(top))

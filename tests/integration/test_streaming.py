@@ -1,0 +1,196 @@
+"""`--streaming`: rows as they come, resumed at the right row without what was before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.cli.app import run
+
+ROWS = 240
+STREAM = ["--streaming", "--batch-size", "4", "--lora-dropout", "0.1", "--logging-steps", "1",
+          "--set", "data.shuffle_buffer=30", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def row(i: int) -> dict[str, Any]:
+    return {"prompt": f"say {i} please", "completion": f"it is {i * i}" + " and" * (i % 9)}
+
+
+def write_jsonl(rows: list[dict[str, Any]]) -> str:
+    Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return "rows.jsonl"
+
+
+def train(*arguments: str, out: str = "run") -> dict[str, Any]:
+    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
+    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
+    return summary
+
+
+def outcome(out: str) -> tuple[str, list[tuple[Any, ...]]]:
+    """Return the adapter's digest and what was logged of each step."""
+    weights = Path(out, "adapter/adapter_model.safetensors").read_bytes()
+    records = map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())
+    logged = {r["step"]: (r["step"], r["epoch"], r["loss"], r["grad_norm"], r["learning_rate"])
+              for r in records if "loss" in r}  # fmt: skip
+    return hashlib.sha256(weights).hexdigest(), list(logged.values())
+
+
+def test_ctrl_c_and_resuming_give_the_unbroken_run_and_read_nothing_again() -> None:
+    data = write_jsonl([row(i) for i in range(5_000)])
+    arguments = [*STREAM, "--dataset", data, "--max-steps", "30"]
+    train(*arguments, out="whole")
+    command = [sys.executable, "-m", "ftlevel", "train", *arguments, "--output-dir", "broken"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = Path("broken/metrics.jsonl"), time.monotonic() + 240
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=240)
+    assert process.returncode == 130, complaint
+    [kept] = Path("broken/checkpoints").glob("checkpoint-*")
+    step = int(kept.name.partition("-")[2])
+    cursor = json.loads((kept / "stream.json").read_text())["cursor"]
+    assert 4 * step <= cursor["line"] <= 4 * step + 30 + 64, "a step's rows, a buffer and a part"
+    # What lies before the cursor is not looked at: the first rows are, and they are 1,000.
+    assert run(["train", "--quiet", "--output-dir", "broken", "--resume"]) == 0
+    assert outcome("broken") == outcome("whole")
+
+
+@pytest.mark.slow
+def test_several_passes_and_accumulated_steps_resume() -> None:
+    """36 rows are gone through twice by step 10; the first checkpoint lies in the first pass."""
+    data = write_jsonl([row(i) for i in range(40)])
+    arguments = [*STREAM, "--no-fast", "--dataset", data, "--gradient-accumulation-steps", "2",
+                 "--max-steps", "12", "--save-steps", "3", "--set", "data.validation_rows=4",
+                 "--set", "train.save_total_limit=9"]  # fmt: skip
+    summary = train(*arguments)
+    assert summary["data"]["stream"]["passes"] == 2
+    assert summary["data"]["train_rows"] == 96
+    assert summary["data"]["validation_rows"] == 4
+    unbroken = outcome("run")
+    for step in (9, 3):
+        for path in Path("run/checkpoints").glob("checkpoint-*"):
+            if int(path.name.partition("-")[2]) > step:
+                path.rename(Path(f"from-{step}-{path.name}"))
+        train("--resume", out="run")
+        assert outcome("run") == unbroken
+
+
+def test_what_is_known_of_the_first_rows_only_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_jsonl([row(i) for i in range(1_500)])
+    code = run(["train", "--dry-run", *STREAM, "--dataset", data, "--max-steps", "3"])
+    out = capsys.readouterr().out
+    assert code == 0
+    assert (
+        "data: rows.jsonl, read as it comes (shuffled within 30 rows; no validation rows: --set "
+        "data.validation_rows=N would hold some out)"
+    ) in out
+    assert (
+        "max length: 46 tokens (auto: a quarter more than the longest of the first 1,000 rows, 37; "
+        "a longer one is dropped, up to 1 % of the rows)"
+    ) in out
+    assert " in the first 1,000 rows (" in out
+    assert (
+        "data check: each row as it comes (exact_duplicates, near_duplicates, leaked among the "
+        "first rows only: they take the whole set)"
+    ) in out
+    assert run(["preview", *STREAM[:1], "--dataset", data, "--max-steps", "3"]) == 0
+    assert "row 1" in capsys.readouterr().out
+
+
+LATE = 1_150  # beyond the first rows, and reached by step 130
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ('{"prompt": "a" "completion": "b"}',
+         "not valid JSON (Expecting ',' delimiter, column 16)"),
+        ('{"prompt": 5, "completion": "b"}',
+         "'prompt' is a number (5), but a string in most rows (line 1 for one)"),
+        ('{"prompt": "a"}', "lacks 'completion', which the 1,000 other rows have (a value may be "
+         "null, the key must be there)"),
+        ('{"prompt": "a", "completion": null}', "'completion' is null"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named_when_it_comes(
+    bad: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps(row(i)) for i in range(1_200)]
+    lines[LATE - 1] = bad
+    Path("rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    arguments = [*STREAM, "--dataset", "rows.jsonl", "--batch-size", "100", "--max-steps", "12"]
+    assert run(["train", "--quiet", "--output-dir", "run", *arguments]) == 2
+    assert capsys.readouterr().err == (
+        f"ftlevel: rows.jsonl:{LATE}: {message}. Fix the line, or drop bad rows with --on-bad-row "
+        "skip.\n"
+    )
+    summary = train(*arguments, "--on-bad-row", "skip", out="other")
+    assert summary["data"]["dropped"] == summary["data"]["stream"]["dropped"] == 1
+
+
+@pytest.mark.slow
+def test_longer_rows_than_the_first_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    long = {"prompt": "say " + "please " * 60, "completion": "no"}
+    few = [row(i) for i in range(1_100)] + [long] * 3
+    arguments = [*STREAM, "--batch-size", "100", "--max-steps", "12"]
+    summary = train(*arguments, "--dataset", write_jsonl(few))
+    assert summary["data"]["stream"]["too_long"] == 3
+    many = [row(i) for i in range(1_100)] + [long] * 30
+    assert run(["train", "--quiet", "--output-dir", "many", *arguments, "--dataset",
+                write_jsonl(many)]) == 2  # fmt: skip
+    complaint = capsys.readouterr().err
+    assert "rows read so far are longer than" in complaint
+    assert "Give the length by --max-length, or pass --overlong drop" in complaint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Add --max-steps N."),
+        (["--max-steps", "2", "--task", "text-classification"],
+         "--streaming cannot be used with --task text-classification"),
+        (["--max-steps", "2", "--validation-split", "0.1"], "Use --set data.validation_rows=N"),
+        (["--max-steps", "2", "--max-samples", "5"], "--max-samples cannot be used with"),
+        (["--max-steps", "2", "--dataset", "other.jsonl"], "--streaming reads one data set."),
+        (["--max-steps", "2", "--set", "data.validation_rows=240"],
+         "leaves none of the 240 rows of rows.jsonl to train on"),
+        (["--max-steps", "2", "--split", "test"], "rows.jsonl is one file, without splits."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_streamed(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl([row(i) for i in range(ROWS)])
+    code = run(["train", "--dry-run", "--streaming", "--dataset", data, *arguments])
+    assert (code, message in capsys.readouterr().err) == (2, True)
+
+
+def test_what_is_no_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.json").write_text(json.dumps([row(0)]), encoding="utf-8")
+    code = run(["train", "--dry-run", "--streaming", "--max-steps", "1", "--dataset", "rows.json"])
+    assert code == 2
+    assert capsys.readouterr().err == (
+        "ftlevel: rows.json: --streaming cannot read '.json' part by part. It reads .jsonl, "
+        ".ndjson, .csv, .tsv, .parquet, .txt. Convert the file, or drop --streaming.\n"
+    )
+    code = run(["train", "--dry-run", "--streaming", "--max-steps", "1"])
+    assert code == 2
+    assert "--streaming: builtin:docstrings is a small set" in capsys.readouterr().err
