@@ -25,6 +25,11 @@ class SpeedConfig(Section):
     low_rank: bool = Field(
         True, description="Compute LoRA's base and update in one node, in the base's precision."
     )
+    elementwise: bool = Field(
+        True,
+        description="Compute norms and gated activations of frozen weights in one node each, which "
+        "keeps less for the backward pass.",
+    )
     share_prefixes: Literal["auto", "always", "never"] = Field(
         "auto",
         description="Compute a prefix that rows of a step have in common once; auto where it saves "

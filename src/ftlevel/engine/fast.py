@@ -22,6 +22,7 @@ from ftlevel.models.module_tree import find_blocks
 from ftlevel.speed import attention
 from ftlevel.speed.blocks import PackedBlocks
 from ftlevel.speed.dropout import OwnDraws
+from ftlevel.speed.elementwise import FusedElementwise
 from ftlevel.speed.head import TargetHead
 from ftlevel.speed.lanes import Lanes
 from ftlevel.tasks.objectives import Objective, Tokens
@@ -34,6 +35,7 @@ class FastStep:
         plan: the parts in use.
         head: the language head on targets only, or None.
         lanes: where passes are computed side by side, or None.
+        elementwise: norms and gates in one node each, or None.
 
     Args:
         model: a model, with or without an adapter (mutated until `remove`).
@@ -50,6 +52,7 @@ class FastStep:
                 raise TypeError(f"{type(self._base).__name__} did not take {attention.NAME}")
             self._blocks = PackedBlocks(find_blocks(self._base))
         self.head = TargetHead(self._base) if plan.heads else None
+        self.elementwise = FusedElementwise(model) if plan.elementwise else None
         self.lanes: Lanes | None = None
         self._draws: OwnDraws | None = None
         if plan.lanes > 1:
@@ -122,6 +125,8 @@ class FastStep:
         """Leave the model as it was."""
         if self.head is not None:
             self.head.remove()
+        if self.elementwise is not None:
+            self.elementwise.remove()
         self._leave_lanes()
         self._pad_again()
 

@@ -12,6 +12,7 @@ import torch
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encode import Encoded
+from ftlevel.engine.kernels import uses_liger
 from ftlevel.engine.lane_plan import VIRTUAL_TOKENS, find_random, plan_lanes
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.speed import attention
@@ -44,6 +45,7 @@ class FastPlan:
         choices: lines for the screen.
         lanes: how many passes are computed side by side, where that is faster.
         draws: whether they drop something at random.
+        elementwise: whether norms and gates are computed in one node each.
     """
 
     enabled: bool = False
@@ -54,6 +56,7 @@ class FastPlan:
     choices: list[Choice] = field(default_factory=list)
     lanes: int = 1
     draws: bool = False
+    elementwise: bool = False
 
 
 def plan_fast(
@@ -94,7 +97,15 @@ def plan_fast(
         shares, more = _plan_sharing(config, meta, rows)
         choices += more
     return FastPlan(
-        True, not why_padded, heads, tokens, shares, choices, lanes.count, bool(lanes.draws)
+        True,
+        not why_padded,
+        heads,
+        tokens,
+        shares,
+        choices,
+        lanes.count,
+        bool(lanes.draws),
+        speed.elementwise and not uses_liger(config, device, meta.config.model_type),
     )
 
 

@@ -49,6 +49,7 @@ def describe_speed(trainer: FtlevelTrainer, verified: Verified | None) -> dict[s
         "packed": plan.packs,
         "head_on_targets": plan.heads,
         "prefixes_shared": plan.shares,
+        "norms_and_gates_fused": trainer.fast.elementwise.count if trainer.fast.elementwise else 0,
         "passes_at_once": plan.lanes,
         "tokens_per_pass": plan.tokens // plan.lanes,
         "tokens_computed": trainer.tokens_computed,

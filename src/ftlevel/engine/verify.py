@@ -16,6 +16,7 @@ from ftlevel.engine.step_collator import StepCollator
 from ftlevel.engine.target_loss import target_loss
 from ftlevel.errors import RunError
 from ftlevel.models.hardware import autocast
+from ftlevel.speed.elementwise import FusedGate, FusedNorm
 from ftlevel.speed.layout import Layout, laid_out
 from ftlevel.tasks.objectives import Objective
 
@@ -93,11 +94,12 @@ class StepVerifier:
         return verified
 
     def _fuse(self, on: bool) -> None:
-        """Let LoRA layers compute in one node, which they do in training; dropout stays off."""
+        """Let modules compute in one node, as they do in training; dropout stays off."""
         from ftlevel.speed.low_rank.layer import FusedForward  # PEFT's layers import bitsandbytes
 
         for module in self.model.modules():
-            if isinstance(module, FusedForward) and isinstance(module, torch.nn.Module):
+            fused = isinstance(module, FusedForward | FusedNorm | FusedGate)
+            if fused and isinstance(module, torch.nn.Module):
                 module.training = on
 
     def _plain(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
