@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ftlevel.cli.flags import flag, read_config
+from ftlevel.cli.heavy_imports import uncollected_imports
 from ftlevel.config import TrainConfig
 
 # Optional[...] instead of `| None`: Typer evaluates these at run time on Python 3.10 as well.
@@ -165,7 +166,8 @@ def train(
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
-        from ftlevel.engine.train import train as run
+        with uncollected_imports():
+            from ftlevel.engine.train import train as run
 
         result = run(config, listener=screen, dry_run=dry_run, recipe=origin)
     if as_json:
