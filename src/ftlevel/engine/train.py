@@ -26,11 +26,12 @@ from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.fast import FastStep
 from ftlevel.engine.low_rank import uses_fused_layers
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
-from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
+from ftlevel.engine.resolve import Plan, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
 from ftlevel.engine.speed_up import describe_speed, speed_up
 from ftlevel.engine.step_collator import StepCollator
 from ftlevel.engine.summary import build_card, build_summary, describe_base, dump_config
+from ftlevel.engine.trainable import count_trainable
 from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, Report
 from ftlevel.errors import Interrupted
@@ -87,7 +88,7 @@ def train(
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
         plan = resolve(config, progress=listener.progress)
-        listener.choices("train", [*plan.choices, *_size_choices(config, plan)])
+        listener.choices("train", [*plan.choices, *_size_choices(config, plan, dry_run)])
         if dry_run:
             summary = {"dry_run": True, "steps": count_steps(config.train, len(plan.data.train)),
                        "data": plan.data.facts, "targets": plan.targets}  # fmt: skip
@@ -348,11 +349,11 @@ def save(
     partial.rename(run.adapter)
 
 
-def _size_choices(config: TrainConfig, plan: Plan) -> list[Choice]:
+def _size_choices(config: TrainConfig, plan: Plan, dry_run: bool) -> list[Choice]:
     steps = count_steps(config.train, len(plan.data.train))
     epochs = f"{config.train.num_train_epochs:g} epochs"
     reason = "" if config.train.max_steps else f"{epochs} of {len(plan.data.train):,} rows"
-    trainable, total = count_trainable(config, plan, base_of(config, plan))
+    trainable, total = count_trainable(config, plan, base_of(config, plan), try_method=dry_run)
     return [
         Choice("trainable", f"{trainable:,} of {total:,}", f"{trainable / total:.2%}"),
         Choice("steps", f"{steps:,}", reason),
