@@ -376,6 +376,7 @@ def _timings(report: Report, trained_at: float, tokens: int) -> dict[str, float]
     since_start = time.time() - psutil.Process().create_time()
     return {
         "to_first_step_s": round(since_start - (time.perf_counter() - began), 3),
+        "to_first_step_cpu_s": round(report.first_step_cpu_s, 3),
         "train_s": round(report.step_seconds, 3),
         "total_s": round(since_start, 3),
         "tokens_per_s": round(tokens / report.step_seconds, 1) if report.step_seconds else 0.0,
