@@ -1,4 +1,4 @@
-"""Import what a command needs of torch and its company without the collector going through it.
+"""Import what a command needs without the collector going through it.
 
 torch, transformers and PEFT make half a million objects while they are imported, and nearly all of
 them stay to the end of the process. Python's cycle collector goes through all of them again
