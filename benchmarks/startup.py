@@ -7,9 +7,10 @@
 
 Every command is started once to warm the disk cache and then `--runs` times; the commands take
 turns, so that a busy moment of the machine meets all of them. Times are from the start of the
-process. The first training step of `ftlevel train` stands beside a bare script that imports torch,
-transformers and peft, loads the same model and adds LoRA: what nobody can be faster than without
-loading less.
+process; on a busy machine compare processor seconds, which are beside them. Python keeps its
+bytecode, as it does of an installed package: PYTHONDONTWRITEBYTECODE would have ftlevel compiled
+anew in each run. The first training step of `ftlevel train` stands beside a bare script that
+imports torch, transformers and peft, loads the same model and adds LoRA.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -38,7 +40,7 @@ import psutil, torch, transformers, peft
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
 peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
-print(time.time() - psutil.Process().create_time())
+print(time.time() - psutil.Process().create_time(), time.process_time())
 """
 
 
@@ -48,16 +50,22 @@ class BenchmarkError(Exception):
 
 @dataclass
 class Case:
-    """One thing to measure: `measure` runs it once and returns seconds."""
+    """One thing to measure: `measure` runs it once and returns seconds, and those of processors."""
 
     name: str
-    measure: Callable[[], float]
+    measure: Callable[[], tuple[float, float]]
     seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
         """Return the median of the runs so far."""
         return statistics.median(self.seconds)
+
+    @property
+    def median_processor(self) -> float:
+        """Return the median of the processor seconds so far."""
+        return statistics.median(self.processor)
 
 
 def console_script(python: Path, name: str) -> list[str]:
@@ -69,6 +77,7 @@ def console_script(python: Path, name: str) -> list[str]:
 def run(command: Sequence[str]) -> str:
     """Run `command` without a hub and return its stdout; raise BenchmarkError when it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines()[-3:]
@@ -76,27 +85,34 @@ def run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def time_command(command: Sequence[str]) -> float:
-    """Return the seconds from starting `command` to its end."""
-    began = time.perf_counter()
+def time_command(command: Sequence[str]) -> tuple[float, float]:
+    """Return the seconds from starting `command` to its end, and those of processors."""
+    began, used = time.perf_counter(), _processor_seconds()
     run(command)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, _processor_seconds() - used
 
 
-def time_first_step(ftlevel: Sequence[str], model: Path) -> float:
-    """Return the seconds from the start of `ftlevel train` to its first training step."""
+def _processor_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def time_first_step(ftlevel: Sequence[str], model: Path) -> tuple[float, float]:
+    """Return the seconds of both kinds from the start of `ftlevel train` to its first step."""
     with tempfile.TemporaryDirectory(prefix="ftlevel-startup-") as temporary:
         output = Path(temporary) / "run"
         flags = ["--method", "lora", "--model", str(model), "--max-steps", "1"]
         flags += ["--set", "data.max_eval_samples=8"]  # what follows the step is not measured
         run([*ftlevel, "train", *flags, "--output-dir", str(output), "--quiet"])
         summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    return float(summary["timings"]["to_first_step_s"])
+    timings = summary["timings"]
+    return float(timings["to_first_step_s"]), float(timings["to_first_step_cpu_s"])
 
 
-def time_bare_script(model: Path) -> float:
-    """Return the seconds that the bare script needs, from the start of its process."""
-    return float(run([sys.executable, "-c", BARE_SCRIPT, str(model)]).split()[-1])
+def time_bare_script(model: Path) -> tuple[float, float]:
+    """Return the seconds of both kinds that the bare script needs, from its process's start."""
+    *_, seconds, processor = run([sys.executable, "-c", BARE_SCRIPT, str(model)]).split()
+    return float(seconds), float(processor)
 
 
 def measure(cases: Sequence[Case], runs: int) -> None:
@@ -106,14 +122,21 @@ def measure(cases: Sequence[Case], runs: int) -> None:
     for number in range(runs):
         print(f"round {number + 1} of {runs}", file=sys.stderr)
         for case in cases:
-            case.seconds.append(case.measure())
+            seconds, processor = case.measure()
+            case.seconds.append(seconds)
+            case.processor.append(processor)
 
 
 def table(cases: Sequence[Case], against: Case) -> str:
-    """Return a Markdown table; the last column is each median divided by that of `against`."""
-    lines = [f"| | median s | fastest s | slowest s | × {against.name} |", "|---|--:|--:|--:|--:|"]
+    """Return a Markdown table; the last columns are medians divided by those of `against`."""
+    lines = [
+        "| | median s | fastest s | slowest s | processor s, median | "
+        f"× {against.name} | × in processor s |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
     for case in cases:
-        row = [case.median, min(case.seconds), max(case.seconds), case.median / against.median]
+        row = [case.median, min(case.seconds), max(case.seconds), case.median_processor]
+        row += [case.median / against.median, case.median_processor / against.median_processor]
         lines.append(f"| {case.name} | " + " | ".join(f"{value:.2f}" for value in row) + " |")
     return "\n".join(lines)
 
@@ -187,6 +210,7 @@ def command_cases(ftlevel: Sequence[str], trl_python: Path | None) -> list[Case]
     }
     if trl_python is not None:
         commands["`trl --help`"] = [*trl_command(trl_python), "--help"]
+        commands["`trl sft --help`"] = [*trl_command(trl_python), "sft", "--help"]
     return [
         Case(name, lambda command=command: time_command(command))  # type: ignore[misc]
         for name, command in commands.items()

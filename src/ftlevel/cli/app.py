@@ -13,6 +13,7 @@ import typer
 
 from ftlevel import __version__
 from ftlevel.cli.grammar import Command
+from ftlevel.cli.heavy_imports import uncollected_imports
 from ftlevel.cli.launch import is_follower
 from ftlevel.errors import FtlevelError
 
@@ -110,8 +111,9 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; every error ends here as a line."""
     wanted = [a for a in arguments if not a.startswith("-")][:1]
     try:
-        code = build_app(wanted)(args=arguments, prog_name="ftlevel", standalone_mode=False,
-                                 obj=arguments)  # fmt: skip
+        with uncollected_imports():
+            app = build_app(wanted)
+        code = app(args=arguments, prog_name="ftlevel", standalone_mode=False, obj=arguments)
     except typer.TyperException as error:  # an unknown flag, a missing argument, a bad number
         message = f"{error.format_message()} See: ftlevel {' '.join([*wanted, '--help'])}"
         _report(message)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ftlevel.cli.heavy_imports import uncollected_imports
 from ftlevel.config import GenerateConfig
 from ftlevel.errors import ConfigError
 
@@ -21,7 +22,8 @@ HELP = """\
 
 def talk(config: GenerateConfig) -> None:
     """Read lines from the terminal and answer them until /quit or the end of the input."""
-    from ftlevel.engine.chat import Chat
+    with uncollected_imports():
+        from ftlevel.engine.chat import Chat
 
     chat = Chat(config)
     for note in chat.adapters.notes:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ftlevel.cli.flags import option_of, read_columns
+from ftlevel.cli.heavy_imports import uncollected_imports
 from ftlevel.config import EvaluateConfig, build_section, normal_task
 
 Text = Optional[str]  # noqa: UP045 - Typer evaluates these at run time on Python 3.10 as well
@@ -64,7 +65,8 @@ def evaluate(
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
-        from ftlevel.engine.evaluate import evaluate as run
+        with uncollected_imports():
+            from ftlevel.engine.evaluate import evaluate as run
 
         result = run(config, listener=screen)
     if as_json:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ftlevel.cli.flags import option_of
+from ftlevel.cli.heavy_imports import uncollected_imports
 from ftlevel.config import GenerateConfig, build_section, normal_task
 from ftlevel.errors import ConfigError, InputError
 
@@ -89,7 +90,9 @@ def generate(
 
     with open_screen(as_json=as_json, quiet=True) as screen:
         from ftlevel.artifacts.files import check_absent, write_text
-        from ftlevel.engine.generate import answer_all
+
+        with uncollected_imports():
+            from ftlevel.engine.generate import answer_all
 
         if out is not None:
             check_absent("--out", out)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ftlevel.cli.heavy_imports import uncollected_imports
 from ftlevel.config import MergeConfig, build_section
 from ftlevel.errors import listing
 
@@ -61,7 +62,8 @@ def merge(
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
-        from ftlevel.engine.merge import merge as run
+        with uncollected_imports():
+            from ftlevel.engine.merge import merge as run
 
         result = run(config, listener=screen)
     if not as_json and not quiet:

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ftlevel.cli.flags import flag, read_config
+from ftlevel.cli.heavy_imports import uncollected_imports
 
 # Optional[...] instead of `| None`: Typer evaluates these at run time on Python 3.10 as well.
 Text = Optional[str]  # noqa: UP045
@@ -86,7 +87,8 @@ def preview(
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
-        from ftlevel.engine.preview import preview as look
+        with uncollected_imports():
+            from ftlevel.engine.preview import preview as look
 
         found = look(config, row or ())
         if html is not None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ftlevel.cli.flags import option_of
+from ftlevel.cli.heavy_imports import uncollected_imports
 from ftlevel.config import QuantizeConfig, build_section
 
 Text = Optional[str]  # noqa: UP045 - Typer evaluates these at run time on Python 3.10 as well
@@ -59,7 +60,8 @@ def quantize(
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
-        from ftlevel.engine.quantize import quantize as run
+        with uncollected_imports():
+            from ftlevel.engine.quantize import quantize as run
 
         result = run(config, listener=screen, dry_run=dry_run)
     if as_json:

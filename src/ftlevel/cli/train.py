@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ftlevel.cli.flags import flag, read_config
+from ftlevel.cli.heavy_imports import uncollected_imports
 from ftlevel.cli.launch import is_follower, is_launched, launch
 from ftlevel.config import TrainConfig
 
@@ -174,7 +175,8 @@ def train(
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet or follows) as screen:
-        from ftlevel.engine.train import train as run
+        with uncollected_imports():
+            from ftlevel.engine.train import train as run
 
         result = run(config, listener=screen, dry_run=dry_run, recipe=origin)
     if as_json and not follows:

@@ -14,7 +14,7 @@ import re
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -136,9 +136,15 @@ def stdlib_modules(split: Split | None = None) -> list[tuple[str, Path]]:
         InputError: this Python comes without its source files.
     """
     root = stdlib_root()
+    return [(path, root / path) for path, own in _sorted_paths(root) if split in (None, own)]
+
+
+@lru_cache(maxsize=1)
+def _sorted_paths(root: Path) -> tuple[tuple[str, Split], ...]:
+    """Return every module's path below `root` and its split, ordered by hash."""
     paths = [path.relative_to(root).as_posix() for path in _python_files(root)]
     paths.sort(key=lambda path: hashlib.sha1(path.encode(), usedforsecurity=False).digest())
-    return [(path, root / path) for path in paths if split is None or split_of(path) == split]
+    return tuple((path, split_of(path)) for path in paths)
 
 
 def stdlib_root() -> Path:
@@ -183,6 +189,8 @@ def read_module(file: Path) -> list[Documented]:
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Scope = ast.Module | ast.ClassDef | _Function
+# Most statements of a module; they hold no others.
+_SIMPLE = (ast.Expr, ast.Assign, ast.Return, ast.AugAssign, ast.Raise, ast.Import, ast.ImportFrom)
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -205,6 +213,8 @@ def _scopes(tree: ast.Module) -> Iterator[_Scope]:
         node = pending.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node
+        elif isinstance(node, _SIMPLE):
+            continue
         for block in ("handlers", "finalbody", "orelse", "body"):
             pending.extend(reversed(getattr(node, block, ())))
 
@@ -233,11 +243,12 @@ def _rows(kind: Kind, split: Split) -> Iterator[Row]:
     seen = {
         _fingerprint(item.docstring)
         for earlier in _PRECEDENCE[: _PRECEDENCE.index(split)]
-        for item in _read_split(earlier)
+        for items in _read_split(earlier)
+        for item in items
     }
-    for _, file in stdlib_modules(split):
+    for items in _modules_of(split):
         rows = []
-        for item in read_module(file):
+        for item in items:
             key = _fingerprint(item.docstring)
             row = None if key in seen else build(item)
             if row is not None:
@@ -247,9 +258,19 @@ def _rows(kind: Kind, split: Split) -> Iterator[Row]:
         yield from (row for _, row in rows[:MAX_ROWS_PER_MODULE])
 
 
+def _modules_of(split: Split) -> Iterator[Sequence[Documented]]:
+    """Yield what each module of `split` documents; the large split is read as far as it is asked.
+
+    The others are read whole for every row of it, so they are kept.
+    """
+    if split == _PRECEDENCE[-1]:
+        return (read_module(file) for _, file in stdlib_modules(split))
+    return iter(_read_split(split))
+
+
 @lru_cache(maxsize=3)
-def _read_split(split: Split) -> tuple[Documented, ...]:
-    return tuple(item for _, file in stdlib_modules(split) for item in read_module(file))
+def _read_split(split: Split) -> tuple[tuple[Documented, ...], ...]:
+    return tuple(tuple(read_module(file)) for _, file in stdlib_modules(split))
 
 
 def _fingerprint(docstring: str) -> str:

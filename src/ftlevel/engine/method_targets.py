@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ftlevel.config import MethodConfig
@@ -23,11 +23,13 @@ class MethodTargets:
         modules: full names of modules.
         parameters: ends of names of tensors outside of linears, as PEFT's `target_parameters`.
         fan_in_fan_out: whether the modules are Conv1D, whose weight is (in, out).
+        sizes: name → (in, out) of those that are linears.
     """
 
     modules: list[str]
     parameters: list[str]
     fan_in_fan_out: bool
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def choices(self, wish: Any) -> list[Choice]:
         """Return what to show of them."""
@@ -62,7 +64,9 @@ def find_method_targets(
     # Quantization turns Conv1D into linears with the weight of a linear.
     conv1d = quant == "none" and {kind for kind, _, _ in sizes.values()} == {"Conv1D"}
     wish = getattr(spec, "target_parameters", None)
-    return MethodTargets(modules, _parameters(wish, tree, model_name) if wish else [], conv1d)
+    parameters = _parameters(wish, tree, model_name) if wish else []
+    widths = {name: (fan_in, fan_out) for name, (_, fan_in, fan_out) in sizes.items()}
+    return MethodTargets(modules, parameters, conv1d, widths)
 
 
 def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: str) -> list[str]:

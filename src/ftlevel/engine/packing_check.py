@@ -6,6 +6,7 @@ recurrent state, code that came with the model) is not, and would leak from row 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,8 +52,7 @@ class PackingCheck:
 
     def find_sharing_error(self) -> str:
         """Return why the prefix of two rows cannot be computed once, empty if it can."""
-        second, first = self._pair()  # the shorter one, which the longer one begins with, is first
-        return self._try(lambda: self._compare_shared([first, second]))
+        return self._try(self._compare_shared)
 
     def draws_outside_of_passes(self) -> bool:
         """Return whether a pass in training takes numbers from the process's generator."""
@@ -60,7 +60,12 @@ class PackingCheck:
         layout, before = Layout.of_rows(batch["attention_mask"]), torch.get_rng_state()
         self.model.train()
         try:
-            with drawing_from(0), laid_out(layout), autocast(self.device, self.dtype):
+            with (
+                torch.no_grad(),
+                drawing_from(0),
+                laid_out(layout),
+                autocast(self.device, self.dtype),
+            ):
                 self.model(**batch)
             return not torch.equal(before, torch.get_rng_state())
         finally:
@@ -68,6 +73,7 @@ class PackingCheck:
             self.model.train(training)
 
     def _pair(self) -> list[Encoded]:
+        """Return a row and its own beginning, the longer one first."""
         longest = max(self.rows[:100], key=lambda row: len(row.input_ids))
         return [_shorten(longest, length) for length in LENGTHS]
 
@@ -88,23 +94,28 @@ class PackingCheck:
         packed, moved = self._states(batch, layout), self._states(other, layout)
         if not _differ(moved[1][kept[1]], packed[1][kept[1]]) < self._leak():
             return "its rows see each other when they are packed"
-        if not _differ(packed[kept], self._states(batch, None)[kept]) < self._noise():
+        if not _differ(packed[kept], self._padded[kept]) < self._noise():
             return "packed rows give other numbers than padded ones"
         return ""
 
-    def _compare_shared(self, pair: Sequence[Encoded]) -> str:
+    def _compare_shared(self) -> str:
+        pair = self._pair()[::-1]  # the prefix of both is the first
         batch = self._batch(pair)
         kept = batch["attention_mask"] != 0
         tree = lay_out_tree([row.input_ids for row in pair], least=1).to(self.device)
-        if not _differ(self._states(batch, tree)[kept], self._states(batch, None)[kept]) < (
-            self._noise()
-        ):
+        padded = self._padded.flip(0)
+        if not _differ(self._states(batch, tree)[kept], padded[kept]) < self._noise():
             return "shared prefixes give other numbers than rows of their own"
         return ""
 
     def _leak(self) -> float:
         """Return how far a row may move with its neighbour: another order of sums, no more."""
         return 1e-5 if self.dtype == "float32" else 1e-2
+
+    @functools.cached_property
+    def _padded(self) -> torch.Tensor:
+        """States of the pair as every model computes them, which both comparisons need."""
+        return self._states(self._batch(self._pair()), None)
 
     def _noise(self) -> float:
         return 1e-4 if self.dtype == "float32" else 1e-1

@@ -16,7 +16,6 @@ from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.data.chat_templates import choose_chat_template
 from ftlevel.data.parallel import Progress, be_silent
-from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.bounds import find_bounds
 from ftlevel.engine.dataset import prepare_data
 from ftlevel.engine.examples import Asked, Prepared
@@ -26,7 +25,7 @@ from ftlevel.engine.low_rank import low_rank_choices
 from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.engine.pad_token import choose_pad_token
 from ftlevel.errors import ConfigError
-from ftlevel.methods import METHODS, Base
+from ftlevel.methods import METHODS
 from ftlevel.methods.matrix import Cell, check_supported
 from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_device, choose_dtype
@@ -70,6 +69,8 @@ class Plan:
         targets: full names of the modules that get an update.
         parameters: ends of names of the tensors that get one beside them.
         fan_in_fan_out: whether these are Conv1D.
+        sizes: target → (in, out), of those that are linears.
+        total_parameters: how many the base has.
         learning_rate: the user's or the method's.
         data: encoded rows.
         fast: the parts of the fast step that are used.
@@ -91,6 +92,8 @@ class Plan:
     targets: list[str]
     parameters: list[str]
     fan_in_fan_out: bool
+    sizes: Mapping[str, tuple[int, int]]
+    total_parameters: int
     learning_rate: float
     data: Prepared
     fast: FastPlan
@@ -142,8 +145,9 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
     learning_rate = _learning_rate(config, source)
     threads = [choose_threads()] if device.value == "cpu" else []
     fast = plan_fast(config, meta, kind, objective, device.value, data.train, data.max_length)
+    total = sum(p.numel() for p in meta.parameters())
     choices = [
-        _model_choice(config, meta, source),
+        _model_choice(config, model_config.model_type, total, source),
         Choice("task", task.name),
         *data.choices,
         device,
@@ -162,7 +166,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
     return Plan(
         source, task, kind, auto_class, model_config, tokenizer, device.value, dtype.value,
         config.quant, objective, heads, new_modules, adapted.modules, adapted.parameters,
-        adapted.fan_in_fan_out, learning_rate.value, data, fast, choices,
+        adapted.fan_in_fan_out, adapted.sizes, total, learning_rate.value, data, fast, choices,
     )  # fmt: skip
 
 
@@ -310,9 +314,8 @@ def _task_config(source: ModelSource, facts: Mapping[str, Any], tokenizer: Any) 
     return config
 
 
-def _model_choice(config: TrainConfig, meta: Any, source: ModelSource) -> Choice:
-    parameters = sum(p.numel() for p in meta.parameters())
-    size = f"{meta.config.model_type}, {parameters / 1e6:,.1f} M parameters"
+def _model_choice(config: TrainConfig, model_type: str, total: int, source: ModelSource) -> Choice:
+    size = f"{model_type}, {total / 1e6:,.1f} M parameters"
     default = config.model.name_or_path == DEFAULT_MODEL
     return Choice("model", source.name, size + ("; the built-in model" if default else ""))
 
@@ -360,15 +363,3 @@ def default_name(config: TrainConfig) -> str:
     data = config.data.dataset.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
     model, data = model.removesuffix(".gguf"), data.partition(".")[0]
     return f"{config.method.kind}-{model}-{data}"
-
-
-def count_trainable(config: TrainConfig, plan: Plan, base: Base) -> tuple[int, int]:
-    """Return how many parameters are trained and how many the model has, without its weights."""
-    meta = build_task_model(plan.model_config, plan.auto_class)
-    method = config.method
-    if isinstance(method, LoraSpec):  # how it begins changes no count, and needs weights
-        method = method.model_copy(update={"init_lora_weights": "default"})
-    total = sum(p.numel() for p in meta.parameters())
-    adapted = apply_method(meta, method, base)
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return trained, total if method.kind == "full" else total + trained

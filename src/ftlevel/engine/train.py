@@ -26,7 +26,7 @@ from ftlevel.engine.fast import FastStep
 from ftlevel.engine.low_rank import uses_fused_layers
 from ftlevel.engine.processes import Processes, settle_processes, started_processes
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
-from ftlevel.engine.resolve import Plan, count_trainable, default_name, resolve
+from ftlevel.engine.resolve import Plan, default_name, resolve
 from ftlevel.engine.resume import check_same_run, find_checkpoint, origin_of
 from ftlevel.engine.row_order import rows_and_order
 from ftlevel.engine.speed_up import describe_speed, speed_up
@@ -39,6 +39,7 @@ from ftlevel.engine.summary import (
     dump_config,
     with_what_was_read,
 )
+from ftlevel.engine.trainable import count_trainable
 from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, KeepStream, Report
 from ftlevel.errors import Interrupted
@@ -97,7 +98,7 @@ def train(
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
         plan = resolve(config, progress=listener.progress)
-        listener.choices("train", [*plan.choices, *_size_choices(config, plan)])
+        listener.choices("train", [*plan.choices, *_size_choices(config, plan, dry_run)])
         if dry_run:
             summary = {"dry_run": True, "steps": count_steps(config.train, len(plan.data.train)),
                        "data": plan.data.facts, "targets": plan.targets}  # fmt: skip
@@ -378,11 +379,11 @@ def save(
     partial.rename(run.adapter)
 
 
-def _size_choices(config: TrainConfig, plan: Plan) -> list[Choice]:
+def _size_choices(config: TrainConfig, plan: Plan, dry_run: bool) -> list[Choice]:
     steps = count_steps(config.train, len(plan.data.train))
     epochs = f"{config.train.num_train_epochs:g} epochs"
     reason = "" if config.train.max_steps else f"{epochs} of {len(plan.data.train):,} rows"
-    trainable, total = count_trainable(config, plan, base_of(config, plan))
+    trainable, total = count_trainable(config, plan, base_of(config, plan), try_method=dry_run)
     return [
         Choice("trainable", f"{trainable:,} of {total:,}", f"{trainable / total:.2%}"),
         Choice("steps", f"{steps:,}", reason),
@@ -405,6 +406,7 @@ def _timings(report: Report, trained_at: float, tokens: int) -> dict[str, float]
     since_start = time.time() - psutil.Process().create_time()
     return {
         "to_first_step_s": round(since_start - (time.perf_counter() - began), 3),
+        "to_first_step_cpu_s": round(report.first_step_cpu_s, 3),
         "train_s": round(report.step_seconds, 3),
         "total_s": round(since_start, 3),
         "tokens_per_s": round(tokens / report.step_seconds, 1) if report.step_seconds else 0.0,

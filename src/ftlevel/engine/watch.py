@@ -220,6 +220,7 @@ class Report(TrainerCallback):
     Attributes:
         records: everything that was logged.
         first_step_at: when the first step began, by `time.perf_counter`.
+        first_step_cpu_s: the process's processor time until then, of all threads.
         step_seconds: time spent in optimizer steps, without evaluation and saving.
     """
 
@@ -234,6 +235,7 @@ class Report(TrainerCallback):
         self.tokens_seen = tokens_seen
         self.records: list[dict[str, Any]] = []
         self.first_step_at: float | None = None
+        self.first_step_cpu_s = 0.0
         self.step_seconds = 0.0
         self._step_began = 0.0
 
@@ -258,6 +260,7 @@ class Report(TrainerCallback):
         self._step_began = time.perf_counter()
         if self.first_step_at is None:
             self.first_step_at = self._step_began
+            self.first_step_cpu_s = time.process_time()
 
     def on_step_end(
         self,

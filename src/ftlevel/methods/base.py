@@ -53,6 +53,8 @@ class Method:
         adapts: `norms` where it trains every norm outside the heads.
         check: spec and the input width of each linear that it adapts → nothing; raises ConfigError
             where they do not fit.
+        count: spec and (in, out) of each linear that it adapts → how many parameters it trains;
+            None where only PEFT can say.
         penalty: trained model → what is added to the loss of an optimizer step.
     """
 
@@ -66,6 +68,7 @@ class Method:
     finish: Callable[[Any], None] | None = None
     adapts: Literal["linears", "norms"] = "linears"
     check: Callable[[Any, Mapping[str, int]], None] | None = None
+    count: Callable[[Any, Mapping[str, tuple[int, int]]], int | None] | None = None
     penalty: Callable[[Any], Any] | None = None
 
 

@@ -55,4 +55,11 @@ def check(spec: LoraSpec, widths: Mapping[str, int]) -> None:
         raise ConfigError(problems)
 
 
-METHOD = Method(build, check=check)
+def count(spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> int | None:
+    """Return r · (in + out) for every linear, None where a setting makes it another number."""
+    if spec.rank_pattern or spec.use_dora or spec.bias != "none":
+        return None
+    return sum(spec.r * (fan_in + fan_out) for fan_in, fan_out in sizes.values())
+
+
+METHOD = Method(build, check=check, count=count)

@@ -119,6 +119,30 @@ def test_a_sample_parses_only_a_part_of_the_library(monkeypatch):
     assert len(parsed) == len(set(parsed)) < len(stdlib_modules()) / 2
 
 
+def test_only_statements_that_hold_no_others_are_passed_over():
+    holding = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
+    blocks = ("handlers", "finalbody", "orelse", "body")
+    for _, file in stdlib_modules("validation"):
+        tree = ast.parse(file.read_bytes())
+        plain, pending = [], [tree]
+        while pending:
+            node = pending.pop()
+            plain += [node] if isinstance(node, holding) else []
+            for block in blocks:
+                pending.extend(reversed(getattr(node, block, ())))
+        assert list(docstrings._scopes(tree)) == plain
+
+
+def test_rows_do_not_depend_on_what_was_read_before():
+    docstrings._read_split.cache_clear()
+    alone = read_docstrings("summarization", "test", limit=20)
+    docstrings._read_split.cache_clear()
+    for split in SPLITS:
+        after = read_docstrings("summarization", split, limit=20)
+    assert after == alone
+    assert split == "test"
+
+
 def test_read_module_cuts_docstrings_out(tmp_path):
     file = tmp_path / "sample.py"
     file.write_text(

@@ -1,0 +1,57 @@
+"""What a command's own process imports, and what the collector is asked to go through."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ftlevel.cli.heavy_imports import uncollected_imports
+
+UNUSED = ("sklearn", "sacrebleu", "nltk", "rouge_score", "seqeval", "matplotlib", "langdetect")
+"""Of metrics and plots: text-generation is scored by its loss alone."""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.slow  # imports torch, transformers and PEFT
+def test_training_on_text_imports_no_metric_and_no_plot():
+    code = (
+        "import sys; from ftlevel.cli.app import run; "
+        "assert run(['train', '--dry-run', '--quiet', '--max-samples', '40']) == 0; "
+        f"print([m for m in {UNUSED!r} if m in sys.modules], 'datasets' in sys.modules)"
+    )
+    assert run(code) == "[] True"  # Trainer's own module imports datasets
+
+
+def test_imports_of_a_fresh_process_are_left_out_of_collections():
+    code = (
+        "import gc; from ftlevel.cli.heavy_imports import uncollected_imports as block\n"
+        "with block():\n    import decimal\n    print(gc.isenabled())\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 1_000)"
+    )
+    assert run(code) == "True True"
+    assert run(code.rpartition("\n")[0]) == "False"
+
+
+def test_a_collector_that_is_off_stays_off():
+    code = (
+        "import gc; gc.disable(); from ftlevel.cli.heavy_imports import uncollected_imports as b\n"
+        "with b():\n    import decimal\n"
+        "print(gc.isenabled(), gc.get_freeze_count())"
+    )
+    assert run(code) == "False 0"
+
+
+def test_where_torch_is_imported_already_the_collector_is_nobody_elses_business():
+    assert torch is sys.modules["torch"]
+    before = gc.get_freeze_count()
+    with uncollected_imports():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
