@@ -281,10 +281,10 @@ def _summary(
 
 def _dry_run(config: ExportConfig, subject: Subject) -> dict[str, Any]:
     """Return the summary of what would be written; sizes are of the base's shapes."""
-    if subject.found.source.kind == "gguf":  # of an adapter on one
-        tensors, outtype = [], config.outtype
-    else:
+    outtype: str = config.outtype
+    tensors: list[Tensor] = []
+    if subject.found.source.kind != "gguf":  # of an adapter on one, no shapes are known yet
         checkpoint = _open(subject.found.source, subject.config)
-        outtype = own_outtype(checkpoint) if config.outtype == "auto" else config.outtype
+        outtype = own_outtype(checkpoint) if outtype == "auto" else outtype
         tensors = plan_tensors(checkpoint, subject.config, outtype)
     return _summary(config, subject, outtype, tensors) | {"dry_run": True}

@@ -104,7 +104,7 @@ def plan_tensors(checkpoint: Checkpoint, config: Any, outtype: str) -> list[Tens
         raise InputError(f"the checkpoint lacks {listing(missing, 3)}. Is it whole?")
     extras = extra_tensors(config)
     planned += [
-        Tensor(name, None, tuple(value.shape), "f32", False, lambda value=value: value)
+        Tensor(name, None, tuple(value.shape), "f32", False, value.clone)
         for name, value in extras.items()
     ]
     return planned
@@ -165,8 +165,9 @@ def file_keys(outtype: str) -> dict[str, Any]:
 def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
     """Return `tensor` as it is after being written as `outtype` and read, in float32.
 
-    This is computed by torch alone, so that the file can be checked by it. q8_0: of each 32 numbers
-    of a row, scale = max |x| / 127 in float16, and x / scale rounded to an integer.
+    This is computed by torch alone, so that the file can be checked by it. q8_0 (ggml-quants.c,
+    quantize_row_q8_0_ref): of each 32 numbers of a row, d = max |x| / 127, kept in float16, and
+    x · (1 / d) rounded to an integer; x / d would round some of them the other way.
     """
     tensor = tensor.float()
     if outtype == "f32":
@@ -175,7 +176,7 @@ def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
         return tensor.to(torch.float16 if outtype == "f16" else torch.bfloat16).float()
     blocks = tensor.reshape(-1, BLOCK)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    levels = torch.where(scale > 0, blocks / scale, 0.0)
+    levels = blocks * torch.where(scale > 0, 1 / scale, 0.0)
     rounded = levels.sign() * (levels.abs() + 0.5).floor()  # half away from zero
     return (rounded * scale.half().float()).reshape(tensor.shape)
 
