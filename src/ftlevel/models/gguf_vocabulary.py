@@ -279,18 +279,19 @@ def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, list[str]]:
     if not normalizers and len(steps) == 1 and steps[0]["type"] == "Metaspace":
         step = steps[0]
         if step["replacement"] == SPACE and not step.get("split", True):
-            scheme = step["prepend_scheme"]
-            return scheme != "never", _FIRST_ONLY if scheme == "first" else []
+            return step["prepend_scheme"] != "never", _PREFIX_NOTES[step["prepend_scheme"]]
     raise InputError(
         "its tokenizer falls back to bytes as SentencePiece does, but its steps are not "
         f"SentencePiece's: {json.dumps([*normalizers, *steps], ensure_ascii=False)}."
     )
 
 
-_FIRST_ONLY = [
+_AT_A_SPACE = "llama.cpp puts a space before a text that begins with one; the tokenizer does not"
+_AFTER_SPECIAL = (
     "llama.cpp puts a space before text that follows a special token; the tokenizer does so at the "
     "beginning only"
-]
+)
+_PREFIX_NOTES = {"never": [], "always": [_AT_A_SPACE], "first": [_AT_A_SPACE, _AFTER_SPECIAL]}
 
 
 def _normalizers(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
