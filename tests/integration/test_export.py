@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from ftlevel.cli.app import run
 from ftlevel.config import ExportConfig
@@ -189,8 +189,11 @@ def test_a_wrong_vocabulary_is_found(
     assert sorted(path.name for path in Path().iterdir()) == ["x.Modelfile", "x.gguf"]
 
 
+@pytest.mark.slow
 def test_a_run_is_merged_and_answers_as_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--method", "lora", "--max-steps", "4", "--max-samples", "16",
+    rows = [{"prompt": f"Say {i}.", "completion": f"It is {i} + {i}."} for i in range(24)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(["train", "--method", "lora", "--dataset", "rows.jsonl", "--max-steps", "4",
                 "--learning-rate", "2e-2", "--output-dir", "run", "--quiet"]) == 0  # fmt: skip
     capsys.readouterr()
     assert run(["export", "run", "--out", "run.gguf", "--outtype", "f32", "--json"]) == 0
@@ -198,17 +201,20 @@ def test_a_run_is_merged_and_answers_as_a_file(capsys: pytest.CaptureFixture[str
     assert summary["merged"]["verified"]
     assert summary["method"] == "lora"
     assert summary["tokenizer"]["pre"] == "qwen2"
-    assert sorted(path.name for path in Path().iterdir()) == ["run", "run.Modelfile", "run.gguf"]
+    assert sorted(path.name for path in Path().iterdir()) == (
+        ["rows.jsonl", "run", "run.Modelfile", "run.gguf"]
+    )
     lines = Path("run.Modelfile").read_text().splitlines()
     assert "FROM ./run.gguf" in lines
     assert 'PARAMETER stop "<|im_end|>"' in lines
     assert "<|im_start|>user" in "\n".join(lines)
-    answers = []
+    texts = []
     for name in ("run", "run.gguf"):
         assert run(["generate", name, "--prompt", "def add(a, b): return a + b",
                     "--max-new-tokens", "12", "--json"]) == 0  # fmt: skip
-        answers.append(json.loads(capsys.readouterr().out))
-    assert answers[0]["answers"] == answers[1]["answers"]
+        (answer,) = json.loads(capsys.readouterr().out)["answers"]
+        texts.append(answer["text"])
+    assert texts[0] == texts[1] != ""
 
 
 def write_adapter(base: Path, out: Path, **settings: Any) -> Path:
@@ -217,7 +223,7 @@ def write_adapter(base: Path, out: Path, **settings: Any) -> Path:
     for name, parameter in adapter.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
-    adapter.save_pretrained(out)
+    adapter.save_pretrained(out, save_embedding_layers=False)
     return out
 
 
@@ -271,15 +277,14 @@ def test_a_model_of_another_task_and_a_file_are_refused(
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_with_the_reason(
-    capsys: pytest.CaptureFixture[str],
+    tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["train", "--method", "prompt", "--max-steps", "1", "--max-samples", "8",
-                "--output-dir", "run", "--quiet"]) == 0  # fmt: skip
-    capsys.readouterr()
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(load(tiny_model_dir("qwen2")), settings).save_pretrained("prompts")
     for more in ([], ["--dry-run"]):
-        assert run(["export", "run", "--out", "x.gguf", *more]) == 2
-        assert "run cannot be merged" in capsys.readouterr().err
-    assert [path.name for path in Path().iterdir()] == ["run"]
+        assert run(["export", "prompts", "--out", "x.gguf", *more]) == 2
+        assert "prompts cannot be merged" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["prompts"]
 
 
 def test_nothing_is_overwritten_unasked(
@@ -302,7 +307,7 @@ def test_nothing_is_overwritten_unasked(
 def test_a_dry_run_shows_and_writes_nothing(
     model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = str(model_dir("qwen2"))
+    model = str(model_dir("gpt2"))
     assert run(["export", model, "--dry-run", "--outtype", "q8_0", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["dry_run"]
@@ -389,7 +394,7 @@ def test_llama_cpp_computes_the_same(
     program.eval(ids[0].tolist())
     found = torch.tensor(program.scores[: ids.shape[1]])
     # ggml looks GELU up in a table of float16; the others have nothing of the kind.
-    bound = 2e-3 if family in ("gpt2", "gemma3_text") else 2e-6
+    bound = 2e-3 if family in ("gpt2", "gemma3_text") else 1e-5
     torch.testing.assert_close(found, wanted, rtol=0, atol=bound)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     texts = [text for text in PROBES if family == "gemma3_text" or not text.startswith(" ")]

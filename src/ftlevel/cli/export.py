@@ -53,7 +53,7 @@ def export(
     """
     fields = {name: context.params.get(name) for name in ExportConfig.model_fields}
     if dry_run and out is None:
-        fields["out"] = "model.gguf"  # nothing is written
+        fields |= {"out": "model.gguf", "overwrite": True}  # nothing is written
     config = build_section(ExportConfig, fields, _FLAGS)
     from ftlevel.cli.screen import open_screen
 

@@ -87,6 +87,11 @@ class Original:
     device: str
     tokens: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that it is stored in."""
+        return getattr(self.config, "dtype", None) or torch.float32
+
 
 def check_file(
     path: Path, outtype: str, tensors: Sequence[Tensor], vocabulary: Vocabulary, original: Original
@@ -101,9 +106,10 @@ def check_file(
     config, unread = readable_config(load_config(source), original.config)
     probe = _probe(original)
     reference, expected = _ask_original(probe, outtype, tensors, original)
-    model, missing = load_model(
-        source, config, _CLASS, dtype=_NATIVE.get(outtype, torch.float32), device=original.device
-    )
+    # Vectors are wider in the file than its matrices; they are narrow only in a model that is.
+    same = _NATIVE.get(outtype) == original.dtype
+    dtype = original.dtype if same else torch.float32
+    model, missing = load_model(source, config, _CLASS, dtype=dtype, device=original.device)
     if missing:
         raise RunError(f"the file lacks {missing[0]} and {len(missing) - 1} more. Nothing is kept.")
     with in_float32(model):
@@ -137,9 +143,8 @@ def _ask_original(
     probe: Probe, outtype: str, tensors: Sequence[Tensor], original: Original
 ) -> tuple[Scores, Scores]:
     """Return what the original says, and what it says with weights as the file rounds them."""
-    stored = getattr(original.config, "dtype", None) or torch.float32
     # A block's scale is not a number of 16 bits: what is rounded to q8_0 needs float32 to be held.
-    dtype = torch.float32 if outtype == "q8_0" else stored
+    dtype = torch.float32 if outtype == "q8_0" else original.dtype
     model, _ = load_model(
         original.source, original.config, _CLASS, dtype=dtype, device=original.device
     )
