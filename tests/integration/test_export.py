@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from gguf import GGUFReader
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from ftlevel.cli.app import run
@@ -143,7 +144,7 @@ def test_a_narrower_file_is_the_model_rounded(
     check = export_to("x.gguf", model_dir(family), outtype=outtype).summary["check"]
     assert check["beside_rounded"]["max_difference"] <= 1e-6
     assert 1e-6 < check["beside_model"]["max_difference"] < 0.1
-    assert 0 < check["beside_model"]["kl"] < 1e-3
+    assert abs(check["beside_model"]["kl"]) < 1e-3  # of f16 it is below the sums' own rounding
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -236,8 +237,9 @@ def test_an_adapter_on_a_tied_embedding_gets_a_head_of_its_own(
     assert summary["merged"]["verified"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(Path(), gguf_file="x.gguf")
     assert len(tokenizer) <= 704
+    names = {tensor.name for tensor in GGUFReader("x.gguf").tensors}
+    assert {"output.weight", "token_embd.weight"} <= names
     found = load(Path(), gguf_file="x.gguf")
-    assert not found.config.tie_word_embeddings
     assert not torch.equal(found.lm_head.weight, found.get_input_embeddings().weight)
 
 
