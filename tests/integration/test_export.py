@@ -222,7 +222,7 @@ def write_adapter(base: Path, out: Path, **settings: Any) -> Path:
     torch.manual_seed(1)
     adapter = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings))
     for name, parameter in adapter.named_parameters():
-        if "lora_B" in name:
+        if "lora_" in name:
             parameter.data.normal_(0, 0.05)
     adapter.save_pretrained(out, save_embedding_layers=False)
     return out

@@ -81,7 +81,8 @@ def _guess(tokenizer: Any) -> TurnLayout | None:
     if to_user.startswith(user_end) and first.endswith(to_user.removeprefix(user_end)):
         user_begin, assistant_end = to_user.removeprefix(user_end), user_end
     else:
-        user_begin = _common_start(first[::-1], to_user[::-1])[::-1]
+        shared = _common_start(first[::-1], to_user[::-1])[::-1]
+        user_begin = re.sub(r"^[^<\[]*[>\]]", "", shared)  # not from the middle of a token on
         assistant_end = to_user.removesuffix(user_begin)
     around = {USER: (user_begin, user_end), ASSISTANT: (assistant_begin, assistant_end)}
     system = _system(tokenizer, user_begin)

@@ -63,6 +63,13 @@ def test_a_default_system_text_opens() -> None:
     assert layout.generation == "<|im_start|>assistant\n"
 
 
+def test_a_token_is_not_cut_where_two_end_alike() -> None:
+    layout = find_turn_layout(published.build("mistral"))  # <s>[INST] and </s>[INST]
+    assert layout is not None
+    assert layout.opening == "<s>"
+    assert layout.around == {"user": ("[INST] ", "[/INST]"), "assistant": (" ", "</s>")}
+
+
 @pytest.mark.parametrize("template", [COUNTED, SHOUTED])
 def test_what_is_more_than_fixed_texts_has_none(template: str) -> None:
     assert find_turn_layout(with_template(template)) is None
