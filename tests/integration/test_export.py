@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import json
 import multiprocessing
 import random
@@ -19,64 +19,12 @@ import transformers
 from gguf import GGUFReader
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+from export_cases import CASES, NAMES, ModelDir, export_to, exportable, load, logits_of, some_ids
 from ftlevel.cli.app import run
-from ftlevel.config import ExportConfig
 from ftlevel.engine import export_check
-from ftlevel.engine.export import ExportResult, export
-from ftlevel.engine.export_check import PROBES
 from ftlevel.errors import FtlevelError, InputError, RunError
 from ftlevel.models import gguf_families
-from tiny_tokenizers import as_sentencepiece, build_tokenizer
-
-TinyModelDir = Callable[..., Path]
-SENTENCEPIECE = ("llama", "mistral", "gemma3_text", "phi3")
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LONG_ROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0],
-    "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 2.0, 2.0, 2.0],
-    "original_max_position_embeddings": 256,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-GEMMA = {"num_hidden_layers": 6, "layer_types": None}
-GEMMA_LINEAR = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
-    "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
-}
-CASES: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("gpt2", {"n_positions": 1024}, []),
-    ("gpt2", {}, ["n_positions"]),
-    ("llama", {}, []),
-    ("llama", {"tie_word_embeddings": True}, []),
-    ("llama", {"attention_bias": True, "mlp_bias": True}, ["attention_bias", "mlp_bias"]),
-    ("llama", {"rope_parameters": LLAMA_3}, ["rope_parameters"]),
-    ("llama", {"rope_parameters": LINEAR}, ["rope_parameters"]),
-    ("mistral", {"head_dim": 32}, []),
-    ("qwen2", {}, []),
-    ("qwen3", {"head_dim": 128}, []),
-    ("qwen3", {}, ["head_dim"]),
-    ("gemma3_text", {**GEMMA, "query_pre_attn_scalar": 16}, ["query_pre_attn_scalar"]),
-    (
-        "gemma3_text",
-        {**GEMMA, "rope_parameters": GEMMA_LINEAR, "final_logit_softcapping": 1.0},
-        ["final_logit_softcapping", "query_pre_attn_scalar", "rope_parameters"],
-    ),
-    ("phi3", {}, []),
-    (
-        "phi3",
-        {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 256},
-        ["original_max_position_embeddings", "rope_parameters"],
-    ),
-]
-NAMES = [f"{family}-{'-'.join(settings)}" for family, settings, _ in CASES]
+from tiny_tokenizers import build_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -86,43 +34,14 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def model_dir(tiny_model_dir: TinyModelDir, tmp_path: Path) -> Callable[..., Path]:
+def model_dir(tiny_model_dir: ModelDir, tmp_path: Path) -> ModelDir:
     """Return a factory of tiny models whose tokenizers llama.cpp can be told of."""
-
-    def make(family: str, **overrides: Any) -> Path:
-        made = tiny_model_dir(family, **overrides)
-        if family not in SENTENCEPIECE:
-            return made
-        copy = shutil.copytree(made, tmp_path / "model")
-        as_sentencepiece(build_tokenizer(family)).save_pretrained(copy)
-        return copy
-
-    return make
-
-
-def export_to(name: str, model: Path | str, **settings: Any) -> ExportResult:
-    return export(ExportConfig(model=str(model), out=Path(name), **settings))
-
-
-def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(ids).logits[0]
-    return logits
-
-
-def load(model: Path, **arguments: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, **arguments
-    ).eval()
-
-
-def some_ids(count: int = 48) -> torch.Tensor:
-    return torch.randint(10, 490, (1, count), generator=torch.Generator().manual_seed(0))
+    return functools.partial(exportable, tiny_model_dir, tmp_path)
 
 
 @pytest.mark.parametrize(("family", "overrides", "unread"), CASES, ids=NAMES)
 def test_a_family_reads_back_as_it_was(
-    model_dir: Callable[..., Path], family: str, overrides: Mapping[str, Any], unread: list[str]
+    model_dir: ModelDir, family: str, overrides: Mapping[str, Any], unread: list[str]
 ) -> None:
     model = model_dir(family, **overrides)
     check = export_to("x.gguf", model, outtype="f32").summary["check"]
@@ -139,7 +58,7 @@ def test_a_family_reads_back_as_it_was(
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_narrower_file_is_the_model_rounded(
-    model_dir: Callable[..., Path], family: str, outtype: str
+    model_dir: ModelDir, family: str, outtype: str
 ) -> None:
     check = export_to("x.gguf", model_dir(family), outtype=outtype).summary["check"]
     assert check["beside_rounded"]["max_difference"] <= 1e-6
@@ -148,9 +67,7 @@ def test_a_narrower_file_is_the_model_rounded(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_auto_keeps_the_type_of_the_model(
-    model_dir: Callable[..., Path], tmp_path: Path, dtype: str
-) -> None:
+def test_auto_keeps_the_type_of_the_model(model_dir: ModelDir, tmp_path: Path, dtype: str) -> None:
     model = load(model_dir("qwen2")).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "typed")
     build_tokenizer("qwen2").save_pretrained(tmp_path / "typed")
@@ -167,7 +84,7 @@ WRONG: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_file_is_found_and_not_kept(
-    model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, what: str
+    model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     model = model_dir("llama")
     family = WRONG[what](gguf_families.FAMILIES["llama"])
@@ -177,9 +94,7 @@ def test_a_wrong_file_is_found_and_not_kept(
     assert [path.name for path in Path().iterdir()] == ["model"]
 
 
-def test_a_wrong_vocabulary_is_found(
-    model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_vocabulary_is_found(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_dir("qwen2")
     export_to("x.gguf", model)
     monkeypatch.setattr(
@@ -229,7 +144,7 @@ def write_adapter(base: Path, out: Path, **settings: Any) -> Path:
 
 
 def test_an_adapter_on_a_tied_embedding_gets_a_head_of_its_own(
-    model_dir: Callable[..., Path],
+    model_dir: ModelDir,
 ) -> None:
     base = model_dir("qwen2", tie_word_embeddings=True)
     adapter = write_adapter(base, Path("adapter"), r=4, target_modules=["embed_tokens", "q_proj"])
@@ -255,7 +170,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("family", "overrides", "arguments", "message"), REFUSED)
 def test_refusals_come_before_anything_is_written(
-    tiny_model_dir: TinyModelDir,
+    tiny_model_dir: ModelDir,
     capsys: pytest.CaptureFixture[str],
     family: str,
     overrides: dict[str, Any],
@@ -269,7 +184,7 @@ def test_refusals_come_before_anything_is_written(
 
 
 def test_a_model_of_another_task_and_a_file_are_refused(
-    tiny_model_dir: TinyModelDir, model_dir: Callable[..., Path]
+    tiny_model_dir: ModelDir, model_dir: ModelDir
 ) -> None:
     with pytest.raises(InputError, match=r"Qwen2ForSequenceClassification, which does not write"):
         export_to("x.gguf", tiny_model_dir("qwen2", "seqcls"))
@@ -279,7 +194,7 @@ def test_a_model_of_another_task_and_a_file_are_refused(
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_with_the_reason(
-    tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     get_peft_model(load(tiny_model_dir("qwen2")), settings).save_pretrained("prompts")
@@ -290,7 +205,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused_with_the_reason(
 
 
 def test_nothing_is_overwritten_unasked(
-    model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(model_dir("qwen2"))
     for name in ("x.gguf", "x.Modelfile"):
@@ -307,7 +222,7 @@ def test_nothing_is_overwritten_unasked(
 
 
 def test_a_dry_run_shows_and_writes_nothing(
-    model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(model_dir("gpt2"))
     assert run(["export", model, "--dry-run", "--outtype", "q8_0", "--json"]) == 0
@@ -322,7 +237,7 @@ def test_a_dry_run_shows_and_writes_nothing(
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_file_is_absent_or_whole(model_dir: Callable[..., Path]) -> None:
+def test_killed_at_any_moment_the_file_is_absent_or_whole(model_dir: ModelDir) -> None:
     model = model_dir("qwen2", num_hidden_layers=6)
 
     def write(name: str) -> None:
@@ -366,71 +281,6 @@ def test_real_weights_read_back(smollm2: Path, outtype: str) -> None:
     else:
         assert 0 < check["beside_model"]["kl"] < 0.01
         assert check["beside_model"]["top1"] > 0.95
-
-
-needs_llama_cpp = pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None,
-    reason="llama_cpp cannot be imported: pip install llama-cpp-python builds it",
-)
-
-
-def llama_cpp(path: str, context: int = 256) -> Any:
-    """Return the file as llama.cpp loads it, with a cache in float32."""
-    from llama_cpp import Llama
-
-    return Llama(path, n_ctx=context, logits_all=True, verbose=False, n_threads=1,
-                 type_k=0, type_v=0)  # fmt: skip
-
-
-@pytest.mark.slow
-@needs_llama_cpp
-@pytest.mark.parametrize(("family", "overrides", "unread"), CASES, ids=NAMES)
-def test_llama_cpp_computes_the_same(
-    model_dir: Callable[..., Path], family: str, overrides: dict[str, Any], unread: list[str]
-) -> None:
-    model = model_dir(family, **overrides)
-    export_to("x.gguf", model, outtype="f32")
-    ids = some_ids(96)
-    wanted = logits_of(load(model), ids)
-    program = llama_cpp("x.gguf")
-    program.eval(ids[0].tolist())
-    found = torch.tensor(program.scores[: ids.shape[1]])
-    # ggml looks GELU up in a table of float16; the others have nothing of the kind.
-    bound = 2e-3 if family in ("gpt2", "gemma3_text") else 1e-5
-    torch.testing.assert_close(found, wanted, rtol=0, atol=bound)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    texts = [text for text in PROBES if family == "gemma3_text" or not text.startswith(" ")]
-    for text in [*texts, *(f"a{token}" for token in tokenizer.all_special_tokens)]:
-        ours = program.tokenize(text.encode(), add_bos=True, special=True)
-        assert ours == tokenizer(text)["input_ids"], text
-    program.close()
-
-
-@pytest.mark.slow
-@needs_llama_cpp
-def test_llama_cpp_writes_what_transformers_writes_on_real_weights(smollm2: Path) -> None:
-    export_to("x.gguf", smollm2, outtype="f32", verify=False)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
-    model, program = load(smollm2), llama_cpp("x.gguf", 512)
-    for text in PROBES:
-        assert (
-            program.tokenize(text.encode(), add_bos=True, special=True)
-            == (tokenizer(text)["input_ids"])
-        )
-    talk = [{"role": "user", "content": "Name 3 colours, and say what 12 + 30 is."}]
-    ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
-    program.eval(ids)
-    tokens = list(ids)
-    for _ in range(24):
-        wanted = logits_of(model, torch.tensor([tokens]))[-1]
-        found = torch.tensor(program.scores[len(tokens) - 1])
-        torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)
-        best, second = wanted.topk(2).values.tolist()
-        if best - second > 0.1:  # where the margin allows, both choose the same
-            assert int(found.argmax()) == int(wanted.argmax())
-        tokens.append(int(wanted.argmax()))
-        program.eval(tokens[-1:])
-    program.close()
 
 
 def test_errors_of_an_export_are_ours() -> None:
