@@ -294,3 +294,23 @@ def build_tokenizer(family: str, chat: bool | None = None) -> Any:
     if wanted:
         tokenizer.chat_template = {**CHAT_BY_HABIT, **CHAT_ON_REQUEST}[family]
     return tokenizer
+
+
+def as_sentencepiece(tokenizer: Any) -> Any:
+    """Return `tokenizer` (mutated) with the merges that a SentencePiece model would have.
+
+    That joins any two neighbours whose text together is a piece, so a piece has a merge for every
+    way to cut it in two pieces, and not only the one that training found.
+    """
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = described["model"]
+    added = {token["content"] for token in described["added_tokens"]}
+    known = {piece for piece in model["vocab"] if piece not in added and piece[:3] != "<0x"}
+    model["merges"] = [
+        (piece[:cut], piece[cut:])
+        for piece in dict.fromkeys("".join(pair) for pair in model["merges"])
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+    return tokenizer

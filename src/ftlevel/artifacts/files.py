@@ -67,3 +67,42 @@ def placed_directory(path: Path) -> Iterator[Path]:
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_file_free(flag: str, path: Path, *, overwrite: bool) -> None:
+    """Refuse a file that exists, unless it may be replaced, or that cannot be created.
+
+    Raises:
+        ConfigError: naming the `flag`.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path} is a directory. Name a file in it.")
+    if (path.exists() or path.is_symlink()) and not overwrite:
+        raise ConfigError(f"{flag} {path} exists. Name another, or pass --overwrite.")
+    existing = next(p for p in path.absolute().parents if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: {existing} cannot be written. Name another.")
+
+
+@contextlib.contextmanager
+def placed_files(*paths: Path) -> Iterator[Path]:
+    """Give a new directory beside `paths`; files of their names are put in place at the end.
+
+    They are flushed to the disk and renamed one after another, so that each is absent (or what it
+    was) or whole whenever the process is killed. What else is in the directory is thrown away, and
+    after an error nothing is left.
+    """
+    parent = paths[0].absolute().parent
+    partial = parent / f".{paths[0].name}.partial"
+    if partial.exists():  # of a process that was killed
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in paths:
+            with (partial / path.name).open("rb") as opened:
+                os.fsync(opened.fileno())
+        for path in paths:
+            (partial / path.name).replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -38,6 +38,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.quantize:quantize",
         "Write a model in 4 or 8 bits, and measure what that costs.",
     ),
+    "export": (
+        "ftlevel.cli.export:export",
+        "Write a run or a model as one file for llama.cpp and Ollama.",
+    ),
     "list-targets": (
         "ftlevel.cli.list_targets:list_targets",
         "Show which modules of a model or a family can be adapted.",

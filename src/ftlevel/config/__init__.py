@@ -4,6 +4,7 @@ Importing this package never imports torch.
 """
 
 from ftlevel.config.evaluate import EvaluateConfig
+from ftlevel.config.export import ExportConfig
 from ftlevel.config.gate import GateConfig
 from ftlevel.config.generate import GenerateConfig
 from ftlevel.config.layers import (
@@ -51,6 +52,7 @@ __all__ = [
     "AdapterSpec",
     "DataConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "FullSpec",
     "GateConfig",
     "GenerateConfig",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.files import check_absent, placed_directory
+from ftlevel.artifacts.files import check_absent, placed_directory, placed_files
 from ftlevel.errors import ConfigError
 
 
@@ -52,3 +52,22 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     with placed_directory(tmp_path / "empty") as place:
         (place / "a").write_text("x")
     assert (tmp_path / "empty" / "a").is_file()
+
+
+def test_files_are_replaced_together_or_not_at_all(tmp_path: Path) -> None:
+    first, second = tmp_path / "new" / "a", tmp_path / "new" / "b"
+    with placed_files(first, second) as place:
+        (place / "a").write_text("1")
+        (place / "b").write_text("2")
+        (place / "scratch").write_text("3")
+        assert not first.exists()
+    assert sorted(path.name for path in first.parent.iterdir()) == ["a", "b"]
+
+    def broken() -> None:
+        with placed_files(first, second) as place:
+            (place / "a").write_text("other")  # b was not written
+
+    with pytest.raises(FileNotFoundError):
+        broken()
+    assert (first.read_text(), second.read_text()) == ("1", "2")
+    assert sorted(path.name for path in first.parent.iterdir()) == ["a", "b"]

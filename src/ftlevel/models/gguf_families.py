@@ -1,0 +1,281 @@
+"""What llama.cpp computes for each family, and how a checkpoint of transformers is said in it.
+
+GGUF names an architecture and its numbers; the computation itself is llama.cpp's. So a setting that
+it has no key for must have the value that it takes for granted, and is refused otherwise. Four
+things are stored otherwise than transformers has them: the rotary halves of Llama's queries and
+keys are interleaved, Gemma's norms hold 1 + weight, GPT-2's Conv1D weights are transposed, and
+stretched rotary frequencies are a tensor of divisors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Metadata = dict[str, Any]
+_GEMMA_PATTERN = 6  # of six layers, the last attends to everything
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one `model_type` of transformers is written.
+
+    Attributes:
+        architecture: `general.architecture`.
+        activation: the only one that llama.cpp computes for it.
+        rotary: the kinds of rotary positions that are written; none for learned positions.
+        interleaved: whether queries and keys have their rotary pairs side by side.
+        shifted_norms: whether norms hold 1 + weight.
+        fixed: settings that have no key, with what llama.cpp takes for granted.
+    """
+
+    architecture: str
+    activation: str = "silu"
+    rotary: tuple[str, ...] = ("default", "linear")
+    interleaved: bool = False
+    shifted_norms: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+_LLAMA = Family("llama", rotary=("default", "linear", "llama3"), interleaved=True)
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3", fixed={"attention_bias": False}),
+    "gemma3_text": Family(
+        "gemma3",
+        "gelu_pytorch_tanh",
+        shifted_norms=True,
+        fixed={
+            "attention_bias": False,
+            "attn_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+        },
+    ),
+    "phi3": Family("phi3", rotary=("default", "longrope")),
+    "gpt2": Family(
+        "gpt2",
+        "gelu_new",
+        rotary=(),
+        fixed={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+    ),
+}
+
+
+def find_problems(config: Any) -> list[str]:
+    """Return why a model of `config` cannot be written, a sentence each; empty where it can."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        return [
+            f"{config.model_type} is not among the families that ftlevel writes as GGUF: "
+            f"{', '.join(FAMILIES)}. llama.cpp's own converter knows more."
+        ]
+    found = {name: getattr(config, name, value) for name, value in family.fixed.items()}
+    problems = [
+        f"{name} is {value!r}, and llama.cpp computes {family.architecture} with "
+        f"{family.fixed[name]!r}."
+        for name, value in found.items()
+        if value != family.fixed[name]
+    ]
+    if (own := _activation(config)) != family.activation:
+        problems.append(
+            f"its activation is {own}, and llama.cpp computes {family.architecture} with "
+            f"{family.activation}."
+        )
+    problems += _rotary_problems(config, family)
+    if family.architecture == "gemma3":
+        problems += _gemma_problems(config)
+    if family.architecture == "phi3" and _head_width(config) * config.num_attention_heads != (
+        config.hidden_size
+    ):
+        problems.append("its heads do not divide the hidden size, as llama.cpp's phi3 takes it.")
+    return problems
+
+
+def describe(config: Any) -> Metadata:
+    """Return the keys of the architecture, under their full names."""
+    family = FAMILIES[config.model_type]
+    if family.architecture == "gpt2":
+        keys = _describe_gpt2(config)
+    else:
+        keys = _describe_rotary_model(config, family)
+    return {f"{family.architecture}.{key}": value for key, value in keys.items()}
+
+
+def context_limit(config: Any) -> tuple[int, int | None]:
+    """Return the positions that are stated, and the sliding window that cut them down, if one did.
+
+    llama.cpp has no sliding window for any of these families but Gemma. Up to its length a window
+    changes nothing, so that is how many positions the file offers.
+    """
+    if config.model_type == "gpt2":
+        return config.n_positions, None
+    positions = config.max_position_embeddings
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True) and config.model_type != "gemma3_text"
+    if used and window is not None and window < positions:
+        return window, window
+    return positions, None
+
+
+def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
+    """Return the divisors of stretched rotary frequencies, `(rotary width / 2,)` in float32."""
+    if config.model_type == "gpt2":
+        return {}
+    rope = _rope(config)
+    if rope["rope_type"] == "longrope":
+        return {
+            f"rope_factors_{name}.weight": torch.tensor(rope[f"{name}_factor"], dtype=torch.float32)
+            for name in ("long", "short")
+        }
+    if rope["rope_type"] != "llama3":
+        return {}
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    exponents = torch.arange(0, 2 * len(stretched), 2, dtype=torch.float32) / (2 * len(stretched))
+    return {"rope_freqs.weight": 1.0 / (rope["rope_theta"] ** exponents) / stretched}
+
+
+def convert(config: Any, name: str, tensor: torch.Tensor, *, is_conv1d: bool) -> torch.Tensor:
+    """Return what the file holds for the model's `tensor`.
+
+    Args:
+        config: of the model.
+        name: in the file.
+        tensor: as transformers has it.
+        is_conv1d: whether it is the weight of a Conv1D, which is `(in, out)`.
+    """
+    family = FAMILIES[config.model_type]
+    if is_conv1d:
+        return tensor.T
+    if family.interleaved and ".attn_q." in name:
+        return interleave(tensor, config.num_attention_heads)
+    if family.interleaved and ".attn_k." in name:
+        return interleave(tensor, config.num_key_value_heads)
+    if family.shifted_norms and name.endswith("norm.weight"):
+        return tensor.float() + 1
+    return tensor
+
+
+def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Put the rows of each head's two rotary halves in turn: 0, d/2, 1, d/2 + 1 and so on.
+
+    transformers rotates row i with row i + d/2, llama.cpp's llama row 2i with row 2i + 1.
+    """
+    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def _describe_gpt2(config: Any) -> Metadata:
+    return {
+        "context_length": config.n_positions,
+        "embedding_length": config.n_embd,
+        "block_count": config.n_layer,
+        "feed_forward_length": config.n_inner or 4 * config.n_embd,
+        "attention.head_count": config.n_head,
+        "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
+    }
+
+
+def _describe_rotary_model(config: Any, family: Family) -> Metadata:
+    rope, width = _rope(config), _head_width(config)
+    keys = {
+        "context_length": context_limit(config)[0],
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
+        "rope.freq_base": float(rope["rope_theta"]),
+    }
+    if rope["rope_type"] == "linear":
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if family.architecture == "phi3":
+        keys |= {"attention.sliding_window": 0} | _describe_longrope(config, rope)
+    if family.architecture == "gemma3":
+        keys["attention.sliding_window"] = config.sliding_window
+        local = float(config.rope_parameters["sliding_attention"]["rope_theta"])
+        if local != 10_000:  # what llama.cpp takes for granted
+            keys["rope.freq_base_swa"] = local
+        if config.final_logit_softcapping is not None:
+            keys["final_logit_softcapping"] = float(config.final_logit_softcapping)
+    return keys
+
+
+def _describe_longrope(config: Any, rope: Mapping[str, Any]) -> Metadata:
+    original = rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", config.max_position_embeddings
+    )
+    keys: Metadata = {"rope.scaling.original_context_length": original}
+    if rope["rope_type"] == "longrope":
+        stretch = config.max_position_embeddings / original
+        usual = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+        keys["rope.scaling.attn_factor"] = float(rope.get("attention_factor") or usual)
+    return keys
+
+
+def _rope(config: Any) -> Mapping[str, Any]:
+    """Return the rotary settings of the layers that attend to everything."""
+    parameters: Mapping[str, Any] = config.rope_parameters
+    return parameters.get("full_attention", parameters)
+
+
+def _head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _activation(config: Any) -> str:
+    for name in ("hidden_activation", "hidden_act", "activation_function"):
+        if (found := getattr(config, name, None)) is not None:
+            return str(found)
+    return "none"
+
+
+def _rotary_problems(config: Any, family: Family) -> Iterator[str]:
+    if not family.rotary:
+        return
+    rope = _rope(config)
+    if (kind := rope["rope_type"]) not in family.rotary:
+        yield (
+            f"its rotary positions are of the kind {kind}, which ftlevel does not write for "
+            f"{config.model_type}: {', '.join(family.rotary)}."
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and family.architecture != "phi3":
+        yield "it rotates a part of each head only, and llama.cpp rotates all of it."
+
+
+def _gemma_problems(config: Any) -> Iterator[str]:
+    usual = [
+        "sliding_attention" if (index + 1) % _GEMMA_PATTERN else "full_attention"
+        for index in range(config.num_hidden_layers)
+    ]
+    if list(config.layer_types) != usual:
+        yield (
+            "its layers do not alternate five with a sliding window and one without, as llama.cpp "
+            "takes for granted."
+        )
+    if config.rope_parameters["sliding_attention"]["rope_type"] != "default":
+        yield "its layers with a sliding window have stretched rotary positions."
+    # llama.cpp scales by the width of a head, but in the model of 62 layers by what follows.
+    width = (
+        config.hidden_size // config.num_attention_heads
+        if config.num_hidden_layers == 62  # 27B
+        else _head_width(config)
+    )
+    if config.query_pre_attn_scalar != width:
+        yield f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, not {width}."

@@ -1,0 +1,340 @@
+"""A fast tokenizer as the keys of a .gguf file, and the tokenizers that llama.cpp can be told of.
+
+A .gguf file has the tokens, the merges or scores, and the *name* of the way in which text is split
+before; the splitting itself is in llama.cpp. So the steps in tokenizer.json must be ones that have
+a name there. They are compared as they are written, and a tokenizer with other steps is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftlevel.errors import InputError, listing
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+SPACE = "\u2581"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = (
+    _CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+READ_BY_TRANSFORMERS = ("gpt-2", "llama-bpe", "qwen2")
+"""The names whose splitting transformers' reader of .gguf files applies as well."""
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """A way of splitting text that llama.cpp has a name for.
+
+    Attributes:
+        steps: the pre-tokenizer of tokenizer.json, without the keys that do not matter.
+        whole_words: whether a word that is a token is taken whole, whatever its merges.
+        normalizers: what the text may have gone through before; llama.cpp leaves NFC out.
+    """
+
+    steps: Sequence[Mapping[str, Any]]
+    whole_words: bool = False
+    normalizers: tuple[str | None, ...] = (None,)
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    regex = {"Regex": pattern}
+    return {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+
+
+SPLITTINGS = {
+    "gpt-2": Splitting([_BYTES | {"use_regex": True}]),
+    "smollm": Splitting(
+        [{"type": "Digits", "individual_digits": True}, _BYTES | {"use_regex": True}]
+    ),
+    "qwen2": Splitting(
+        [_split(_WORDS % ""), _BYTES | {"use_regex": False}], normalizers=(None, "NFC")
+    ),
+    "llama-bpe": Splitting(
+        [_split(_WORDS % "{1,3}"), _BYTES | {"use_regex": False}], whole_words=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What is written of a tokenizer.
+
+    Attributes:
+        model: `gpt2` for bytes with merges, `llama` for SentencePiece.
+        pre: the name of its splitting.
+        tokens: text of each token, in the order of their ids.
+        types: what kind of token each is.
+        merges: for `gpt2`.
+        scores: for `llama`: the higher, the sooner a token is put together.
+        special: `bos`, `eos`, `unknown`, `padding` → id.
+        flags: what is put around or before a text.
+        chat_template: Jinja; None without one.
+        notes: what llama.cpp does otherwise, and cannot be told.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str] | None
+    scores: list[float] | None
+    special: Mapping[str, int]
+    flags: Mapping[str, bool]
+    chat_template: str | None
+    notes: list[str] = field(default_factory=list)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the keys of the file."""
+        keys: dict[str, Any] = {
+            "tokenizer.ggml.model": self.model,
+            "tokenizer.ggml.pre": self.pre,
+            "tokenizer.ggml.tokens": self.tokens,
+            "tokenizer.ggml.token_type": self.types,
+        }
+        if self.merges is not None:
+            keys["tokenizer.ggml.merges"] = self.merges
+        if self.scores is not None:
+            keys["tokenizer.ggml.scores"] = self.scores
+        keys |= {f"tokenizer.ggml.{name}_token_id": value for name, value in self.special.items()}
+        keys |= {f"tokenizer.ggml.{name}": value for name, value in self.flags.items()}
+        if self.chat_template is not None:
+            keys["tokenizer.chat_template"] = self.chat_template
+        return keys
+
+
+def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
+    """Return what is written of `tokenizer` for a model of `size` tokens.
+
+    Raises:
+        InputError: llama.cpp has no name for how it splits text, or it has more tokens than the
+            model.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(
+            f"{type(tokenizer).__name__} has no tokenizer.json, which is where its steps are read. "
+            "Save it as a fast tokenizer."
+        )
+    described: dict[str, Any] = json.loads(backend.to_str())
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise InputError(
+            f"its tokenizer is of the kind {model['type']}, and llama.cpp takes these families "
+            "with BPE."
+        )
+    added = {token["id"]: token for token in described["added_tokens"]}
+    tokens, types = _tokens(tokenizer, model, added, size)
+    notes = _notes(added)
+    flags = _flags(tokenizer)
+    merges: list[str] | None = None
+    scores: list[float] | None = None
+    if model["byte_fallback"]:
+        kind, pre = "llama", "default"
+        prefix, more = _space_prefix(described)
+        flags["add_space_prefix"], notes = prefix, [*notes, *more]
+        scores = _scores(model, tokens, types)
+    else:
+        kind, pre = "gpt2", _find_splitting(described)
+        merges = [" ".join(pair) for pair in _pairs(model)]
+        notes += _normalizer_notes(described)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return Vocabulary(
+        kind, pre, tokens, types, merges, scores, _special(tokenizer), flags, template, notes
+    )
+
+
+def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the merges as pairs; older files have them as one string."""
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    return [(left, right) for left, right in pairs]
+
+
+def _tokens(
+    tokenizer: Any, model: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], size: int
+) -> tuple[list[str], list[int]]:
+    """Return the text and the kind of every token, up to the size of the model."""
+    texts = {index: text for text, index in model["vocab"].items()}
+    texts |= {index: token["content"] for index, token in added.items()}
+    if (most := max(texts)) >= size:
+        raise InputError(
+            f"its tokenizer has a token of id {most:,}, and the model's embedding has {size:,} "
+            "rows. Is it the model's own tokenizer?"
+        )
+    tokens, types = [], []
+    for index in range(size):
+        text = texts.get(index)
+        kind = UNUSED
+        if index in added:
+            kind = CONTROL if added[index]["special"] else USER_DEFINED
+            if model["byte_fallback"]:
+                # llama.cpp finds these before it makes spaces visible.
+                text = text.replace(SPACE, " ") if kind == USER_DEFINED and text else text
+                kind = UNKNOWN if index == tokenizer.unk_token_id else kind
+        elif text is not None:
+            is_byte = model["byte_fallback"] and re.fullmatch(r"<0x[0-9A-F]{2}>", text)
+            kind = BYTE if is_byte else NORMAL
+        tokens.append(f"[PAD{index}]" if text is None else text)
+        types.append(kind)
+    return tokens, types
+
+
+def _special(tokenizer: Any) -> dict[str, int]:
+    found = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
+    return {name: index for name, index in found.items() if index is not None}
+
+
+def _flags(tokenizer: Any) -> dict[str, bool]:
+    """Return what the tokenizer puts around a text, found by asking it."""
+    ids = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    added = {
+        "add_bos_token": bos is not None and ids[:1] == [bos] and plain[:1] != [bos],
+        "add_eos_token": eos is not None and ids[-1:] == [eos] and plain[-1:] != [eos],
+    }
+    if len(ids) - len(plain) != sum(added.values()):
+        raise InputError(
+            f"its tokenizer puts {listing(tokenizer.convert_ids_to_tokens(ids))} for 'a'; a .gguf "
+            "file can only say whether a BOS comes before a text and an EOS after it."
+        )
+    return added
+
+
+def _find_splitting(described: Mapping[str, Any]) -> str:
+    """Return llama.cpp's name for how the text is split.
+
+    Raises:
+        InputError: it has none that is known here.
+    """
+    model, steps = described["model"], _steps(described["pre_tokenizer"])
+    normalizer = described["normalizer"] and described["normalizer"]["type"]
+    for name, known in SPLITTINGS.items():
+        if steps == list(known.steps):
+            if model["ignore_merges"] != known.whole_words or normalizer not in known.normalizers:
+                raise InputError(
+                    f"its tokenizer splits text like {name}, but ignore_merges is "
+                    f"{model['ignore_merges']} and its normalizer {normalizer}; llama.cpp's "
+                    f"{name} has {known.whole_words} and {listing(map(str, known.normalizers))}."
+                )
+            return name
+    raise InputError(
+        "llama.cpp's name for how its tokenizer splits text is not known here: "
+        f"{json.dumps(steps, ensure_ascii=False)}. A wrong name would cut texts otherwise than in "
+        f"training. Known: {', '.join(SPLITTINGS)}, and SentencePiece."
+    )
+
+
+def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if pre_tokenizer is None:
+        return []
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    return [{key: v for key, v in step.items() if key != "trim_offsets"} for step in steps]
+
+
+def _normalizer_notes(described: Mapping[str, Any]) -> list[str]:
+    if described["normalizer"] is None:
+        return []
+    return ["llama.cpp does not compose characters (NFC): write é as one character, not as two"]
+
+
+def _notes(added: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    stripping = [t["content"] for t in added.values() if t["lstrip"] or t["rstrip"]]
+    if not stripping:
+        return []
+    return [f"llama.cpp keeps the spaces beside {listing(stripping, 3)}; the tokenizer drops them"]
+
+
+def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, list[str]]:
+    """Return whether a space is put before a text, and what llama.cpp does otherwise.
+
+    Raises:
+        InputError: the text goes through other steps than SentencePiece's.
+    """
+    steps, normalizers = _steps(described["pre_tokenizer"]), _normalizers(described["normalizer"])
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    gemma = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }  # splits nothing: the spaces are replaced by then
+    if normalizers == [prepend, replace] and not steps:
+        return True, []
+    if normalizers == [replace] and steps in ([], [gemma]):
+        return False, []
+    if not normalizers and len(steps) == 1 and steps[0]["type"] == "Metaspace":
+        step = steps[0]
+        if step["replacement"] == SPACE and not step.get("split", True):
+            return step["prepend_scheme"] != "never", _PREFIX_NOTES[step["prepend_scheme"]]
+    raise InputError(
+        "its tokenizer falls back to bytes as SentencePiece does, but its steps are not "
+        f"SentencePiece's: {json.dumps([*normalizers, *steps], ensure_ascii=False)}."
+    )
+
+
+_AT_A_SPACE = "llama.cpp puts a space before a text that begins with one; the tokenizer does not"
+_AFTER_SPECIAL = (
+    "llama.cpp puts a space before text that follows a special token; the tokenizer does so at the "
+    "beginning only"
+)
+_PREFIX_NOTES = {"never": [], "always": [_AT_A_SPACE], "first": [_AT_A_SPACE, _AFTER_SPECIAL]}
+
+
+def _normalizers(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if normalizer is None:
+        return []
+    return list(normalizer.get("normalizers", [normalizer]))
+
+
+def _scores(model: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> list[float]:
+    """Return a score for each token: minus the rank of its first merge.
+
+    llama.cpp joins any two neighbours whose text together is a token, the highest score first. That
+    is what the merges do if they have every way to cut a token in two, and those of a token follow
+    one another.
+
+    Raises:
+        InputError: they do not.
+    """
+    rank: dict[str, int] = {}
+    last = ""
+    for left, right in _pairs(model):
+        text = left + right
+        if text != last and text in rank:
+            raise InputError(_not_sentencepiece(f"the merges of {text!r} are apart"))
+        rank.setdefault(text, len(rank))
+        last = text
+    have = set(_pairs(model))
+    known = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    lacking = [
+        (text[:cut], text[cut:])
+        for text in known
+        for cut in range(1, len(text))
+        if text[:cut] in known and text[cut:] in known and (text[:cut], text[cut:]) not in have
+    ]
+    if lacking:
+        first = " + ".join(map(repr, min(lacking)))
+        raise InputError(_not_sentencepiece(f"{len(lacking):,} are missing, such as {first}"))
+    lowest = float(-len(rank) - 1)
+    return [float(-rank[text]) if text in rank else lowest for text in tokens]
+
+
+def _not_sentencepiece(reason: str) -> str:
+    return (
+        f"its merges are not those of a SentencePiece model ({reason}), and llama.cpp would join "
+        "tokens otherwise than in training."
+    )

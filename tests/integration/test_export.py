@@ -1,0 +1,288 @@
+"""`export`: a file that transformers and llama.cpp read as the model it was made of, or none."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from gguf import GGUFReader
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+from export_cases import CASES, NAMES, ModelDir, export_to, exportable, load, logits_of, some_ids
+from ftlevel.cli.app import run
+from ftlevel.engine import export_check
+from ftlevel.errors import FtlevelError, InputError, RunError
+from ftlevel.models import gguf_families
+from tiny_tokenizers import build_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model_dir(tiny_model_dir: ModelDir, tmp_path: Path) -> ModelDir:
+    """Return a factory of tiny models whose tokenizers llama.cpp can be told of."""
+    return functools.partial(exportable, tiny_model_dir, tmp_path)
+
+
+@pytest.mark.parametrize(("family", "overrides", "unread"), CASES, ids=NAMES)
+def test_a_family_reads_back_as_it_was(
+    model_dir: ModelDir, family: str, overrides: Mapping[str, Any], unread: list[str]
+) -> None:
+    model = model_dir(family, **overrides)
+    check = export_to("x.gguf", model, outtype="f32").summary["check"]
+    assert check["settings_of_the_model"] == unread
+    assert check["beside_model"]["max_difference"] <= 1e-6
+    assert check["beside_model"]["targets"] > 400
+    if not unread:  # transformers alone gives the same, without any help
+        found = load(Path(), gguf_file="x.gguf")
+        torch.testing.assert_close(
+            logits_of(found, some_ids()), logits_of(load(model), some_ids()), rtol=0, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_narrower_file_is_the_model_rounded(
+    model_dir: ModelDir, family: str, outtype: str
+) -> None:
+    check = export_to("x.gguf", model_dir(family), outtype=outtype).summary["check"]
+    assert check["beside_rounded"]["max_difference"] <= 1e-6
+    assert 1e-6 < check["beside_model"]["max_difference"] < 0.1
+    assert abs(check["beside_model"]["kl"]) < 1e-3  # of f16 it is below the sums' own rounding
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_auto_keeps_the_type_of_the_model(model_dir: ModelDir, tmp_path: Path, dtype: str) -> None:
+    model = load(model_dir("qwen2")).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "typed")
+    build_tokenizer("qwen2").save_pretrained(tmp_path / "typed")
+    summary = export_to("x.gguf", tmp_path / "typed").summary
+    assert summary["outtype"] == {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
+    assert summary["check"]["beside_model"]["max_difference"] <= 1e-6
+
+
+WRONG: dict[str, Callable[[Any], Any]] = {
+    "rows of queries and keys": lambda family: replace(family, interleaved=False),
+    "norms": lambda family: replace(family, shifted_norms=True),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_file_is_found_and_not_kept(
+    model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    model = model_dir("llama")
+    family = WRONG[what](gguf_families.FAMILIES["llama"])
+    monkeypatch.setitem(gguf_families.FAMILIES, "llama", family)
+    with pytest.raises(RunError, match="the file is not the model"):
+        export_to("x.gguf", model, outtype="f32")
+    assert [path.name for path in Path().iterdir()] == ["model"]
+
+
+def test_a_wrong_vocabulary_is_found(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_dir("qwen2")
+    export_to("x.gguf", model)
+    monkeypatch.setattr(
+        export_check, "load_tokenizer", lambda _: build_tokenizer("opt"), raising=True
+    )
+    with pytest.raises(RunError, match="the file's tokenizer is not the model's"):
+        export_to("y.gguf", model)
+    assert sorted(path.name for path in Path().iterdir()) == ["x.Modelfile", "x.gguf"]
+
+
+@pytest.mark.slow
+def test_a_run_is_merged_and_answers_as_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"Say {i}.", "completion": f"It is {i} + {i}."} for i in range(24)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(["train", "--method", "lora", "--dataset", "rows.jsonl", "--max-steps", "4",
+                "--learning-rate", "2e-2", "--output-dir", "run", "--quiet"]) == 0  # fmt: skip
+    capsys.readouterr()
+    assert run(["export", "run", "--out", "run.gguf", "--outtype", "f32", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["merged"]["verified"]
+    assert summary["method"] == "lora"
+    assert summary["tokenizer"]["pre"] == "qwen2"
+    assert sorted(path.name for path in Path().iterdir()) == (
+        ["rows.jsonl", "run", "run.Modelfile", "run.gguf"]
+    )
+    lines = Path("run.Modelfile").read_text().splitlines()
+    assert "FROM ./run.gguf" in lines
+    assert 'PARAMETER stop "<|im_end|>"' in lines
+    assert "<|im_start|>user" in "\n".join(lines)
+    texts = []
+    for name in ("run", "run.gguf"):
+        assert run(["generate", name, "--prompt", "def add(a, b): return a + b",
+                    "--max-new-tokens", "12", "--json"]) == 0  # fmt: skip
+        (answer,) = json.loads(capsys.readouterr().out)["answers"]
+        texts.append(answer["text"])
+    assert texts[0] == texts[1] != ""
+
+
+def write_adapter(base: Path, out: Path, **settings: Any) -> Path:
+    torch.manual_seed(1)
+    adapter = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    for name, parameter in adapter.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.05)
+    adapter.save_pretrained(out, save_embedding_layers=False)
+    return out
+
+
+def test_an_adapter_on_a_tied_embedding_gets_a_head_of_its_own(
+    model_dir: ModelDir,
+) -> None:
+    base = model_dir("qwen2", tie_word_embeddings=True)
+    adapter = write_adapter(base, Path("adapter"), r=4, target_modules=["embed_tokens", "q_proj"])
+    summary = export_to("x.gguf", adapter, outtype="f32").summary
+    assert summary["merged"]["verified"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(), gguf_file="x.gguf")
+    assert len(tokenizer) <= 704
+    names = {tensor.name for tensor in GGUFReader("x.gguf").tensors}
+    assert {"output.weight", "token_embd.weight"} <= names
+    found = load(Path(), gguf_file="x.gguf")
+    assert not torch.equal(found.lm_head.weight, found.get_input_embeddings().weight)
+
+
+REFUSED = [
+    ("gpt_neo", {}, [], "gpt_neo is not among the families"),
+    ("t5", {}, [], "t5 is not among the families"),
+    ("gemma3_text", {}, [], "do not alternate five"),
+    ("qwen2", {}, ["--out", "x.bin"], "x.bin does not end in .gguf"),
+    ("qwen2", {}, ["--outtype", "q4_0"], "--outtype"),
+    ("qwen2", {}, ["--format", "onnx"], "--format"),
+]
+
+
+@pytest.mark.parametrize(("family", "overrides", "arguments", "message"), REFUSED)
+def test_refusals_come_before_anything_is_written(
+    tiny_model_dir: ModelDir,
+    capsys: pytest.CaptureFixture[str],
+    family: str,
+    overrides: dict[str, Any],
+    arguments: list[str],
+    message: str,
+) -> None:
+    model = tiny_model_dir(family, **overrides)
+    assert run(["export", str(model), "--out", "x.gguf", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+
+
+def test_a_model_of_another_task_and_a_file_are_refused(
+    tiny_model_dir: ModelDir, model_dir: ModelDir
+) -> None:
+    with pytest.raises(InputError, match=r"Qwen2ForSequenceClassification, which does not write"):
+        export_to("x.gguf", tiny_model_dir("qwen2", "seqcls"))
+    export_to("x.gguf", model_dir("qwen2"), verify=False)
+    with pytest.raises(InputError, match=r"is a \.gguf file already"):
+        export_to("y.gguf", "x.gguf")
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused_with_the_reason(
+    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(load(tiny_model_dir("qwen2")), settings).save_pretrained("prompts")
+    for more in ([], ["--dry-run"]):
+        assert run(["export", "prompts", "--out", "x.gguf", *more]) == 2
+        assert "prompts cannot be merged" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["prompts"]
+
+
+def test_nothing_is_overwritten_unasked(
+    model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(model_dir("qwen2"))
+    for name in ("x.gguf", "x.Modelfile"):
+        Path(name).write_text("mine")
+        assert run(["export", model, "--out", "x.gguf"]) == 2
+        assert f"{name} exists" in capsys.readouterr().err
+        assert Path(name).read_text() == "mine"
+        if name == "x.gguf":
+            Path(name).unlink()
+    assert run(["export", model, "--out", "x.gguf", "--overwrite", "--no-verify"]) == 0
+    assert "not verified (--no-verify)" in capsys.readouterr().out
+    assert Path("x.gguf").read_bytes()[:4] == b"GGUF"
+    assert Path("x.Modelfile").read_text() != "mine"
+
+
+def test_a_dry_run_shows_and_writes_nothing(
+    model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(model_dir("gpt2"))
+    assert run(["export", model, "--dry-run", "--outtype", "q8_0", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["dry_run"]
+    assert list(Path().iterdir()) == []
+    assert run(["export", model, "--out", "x.gguf", "--outtype", "q8_0", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert summary["tensor_bytes"] == written["tensor_bytes"] < written["size_bytes"]
+    assert run(["export", model, "--out", "y.gguf", "--outtype", "q8_0", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_file_is_absent_or_whole(model_dir: ModelDir) -> None:
+    model = model_dir("qwen2", num_hidden_layers=6)
+
+    def write(name: str) -> None:
+        export_to(name, model, verify=False)
+
+    began = time.perf_counter()
+    write("whole.gguf")
+    seconds = time.perf_counter() - began
+    shutil.move("whole.gguf", "kept")
+    write("x.gguf")
+    whole = Path("x.gguf").read_bytes()
+    fork, rng, found = multiprocessing.get_context("fork"), random.Random(0), []
+    for delay in [0.0, *(rng.uniform(0, 1.3 * seconds) for _ in range(14)), None]:
+        for path in (Path("x.gguf"), Path("x.Modelfile")):
+            path.unlink(missing_ok=True)
+        process = fork.Process(target=write, args=("x.gguf",))
+        process.start()
+        if delay is None:
+            process.join()
+        else:
+            time.sleep(delay)
+        process.kill()
+        process.join()
+        found.append(Path("x.gguf").exists())
+        if found[-1]:
+            assert Path("x.gguf").read_bytes() == whole
+    assert {True, False} == set(found), "kills both before and after the end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outtype", ["auto", "q8_0"])
+def test_real_weights_read_back(smollm2: Path, outtype: str) -> None:
+    summary = export_to("x.gguf", smollm2, outtype=outtype, verify_tokens=128).summary
+    check = summary["check"]
+    assert summary["tokenizer"]["pre"] == "smollm"
+    assert check["beside_rounded"]["max_difference"] <= 1e-4
+    assert check["settings_of_the_model"] == []
+    if outtype == "auto":
+        assert summary["outtype"] == "bf16"
+        assert check["beside_model"]["max_difference"] == 0
+    else:
+        assert 0 < check["beside_model"]["kl"] < 0.01
+        assert check["beside_model"]["top1"] > 0.95
+
+
+def test_errors_of_an_export_are_ours() -> None:
+    with pytest.raises(FtlevelError, match="does not exist"):
+        export_to("x.gguf", "./nowhere")

@@ -1,0 +1,94 @@
+"""llama.cpp computes and tokenizes an exported file as transformers does its original.
+
+Skipped where its Python binding is not installed: pip install llama-cpp-python builds it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from export_cases import CASES, NAMES, ModelDir, export_to, exportable, load, logits_of, some_ids
+from ftlevel.engine.export_check import PROBES
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None,
+    reason="llama_cpp cannot be imported: pip install llama-cpp-python builds it",
+)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model_dir(tiny_model_dir: ModelDir, tmp_path: Path) -> ModelDir:
+    """Return a factory of tiny models whose tokenizers llama.cpp can be told of."""
+    return functools.partial(exportable, tiny_model_dir, tmp_path)
+
+
+def llama_cpp(path: str, context: int = 256) -> Any:
+    """Return the file as llama.cpp loads it, with a cache in float32."""
+    from llama_cpp import Llama
+
+    return Llama(path, n_ctx=context, logits_all=True, verbose=False, n_threads=1,
+                 type_k=0, type_v=0)  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.parametrize(("family", "overrides", "unread"), CASES, ids=NAMES)
+def test_llama_cpp_computes_the_same(
+    model_dir: ModelDir, family: str, overrides: dict[str, Any], unread: list[str]
+) -> None:
+    model = model_dir(family, **overrides)
+    export_to("x.gguf", model, outtype="f32")
+    ids = some_ids(96)
+    wanted = logits_of(load(model), ids)
+    program = llama_cpp("x.gguf")
+    program.eval(ids[0].tolist())
+    found = torch.tensor(program.scores[: ids.shape[1]])
+    # ggml looks GELU up in a table of float16; the others have nothing of the kind.
+    bound = 2e-3 if family in ("gpt2", "gemma3_text") else 1e-5
+    torch.testing.assert_close(found, wanted, rtol=0, atol=bound)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    texts = [text for text in PROBES if family == "gemma3_text" or not text.startswith(" ")]
+    for text in [*texts, *(f"a{token}" for token in tokenizer.all_special_tokens)]:
+        ours = program.tokenize(text.encode(), add_bos=True, special=True)
+        assert ours == tokenizer(text)["input_ids"], text
+    program.close()
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+def test_llama_cpp_writes_what_transformers_writes_on_real_weights(smollm2: Path) -> None:
+    export_to("x.gguf", smollm2, outtype="f32", verify=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    model, program = load(smollm2), llama_cpp("x.gguf", 512)
+    for text in PROBES:
+        assert (
+            program.tokenize(text.encode(), add_bos=True, special=True)
+            == (tokenizer(text)["input_ids"])
+        )
+    talk = [{"role": "user", "content": "Name 3 colours, and say what 12 + 30 is."}]
+    ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    program.eval(ids)
+    tokens = list(ids)
+    for _ in range(24):
+        wanted = logits_of(model, torch.tensor([tokens]))[-1]
+        found = torch.tensor(program.scores[len(tokens) - 1])
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)
+        best, second = wanted.topk(2).values.tolist()
+        if best - second > 0.1:  # where the margin allows, both choose the same
+            assert int(found.argmax()) == int(wanted.argmax())
+        tokens.append(int(wanted.argmax()))
+        program.eval(tokens[-1:])
+    program.close()
