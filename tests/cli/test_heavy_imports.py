@@ -55,3 +55,18 @@ def test_where_torch_is_imported_already_the_collector_is_nobody_elses_business(
     with uncollected_imports():
         assert gc.isenabled()
     assert gc.get_freeze_count() == before
+
+
+@pytest.mark.parametrize(("said", "kept"), [("", "128"), ("7", "7")])
+def test_code_is_kept_for_the_shapes_of_a_step_unless_somebody_says_otherwise(
+    said: str, kept: str, monkeypatch: pytest.MonkeyPatch
+):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(name, raising=False)
+    if said:
+        monkeypatch.setenv(name, said)
+    code = (
+        "import os; from ftlevel.cli.heavy_imports import uncollected_imports as block\n"
+        f"with block():\n    print(os.environ[{name!r}])"
+    )
+    assert run(code) == kept
