@@ -231,9 +231,9 @@ def under_limit(base: Path, folder: Path) -> str:
     return f"Under RLIMIT_DATA = {LIMIT_BYTES / 2**30:.1f} GiB: " + "; ".join(said) + "."
 
 
-def by_shards(counts: Sequence[int], folder: Path, runs: int) -> Iterator[str]:
-    """Merge the same model of about 1 GB in each number of shards; yield the lines of a table."""
-    bases = {n: make_large(folder / f"in-{n}", n, SMALL_LAYERS) for n in counts}
+def by_shards(counts: Sequence[int], folder: Path, runs: int, layers: int) -> Iterator[str]:
+    """Merge the same model of `layers` layers in each number of shards; yield a table's lines."""
+    bases = {n: make_large(folder / f"in-{n}", n, layers) for n in counts}
     adapter = make_adapter(bases[counts[0]], folder / "adapter")
     found: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
     for _ in range(runs):
@@ -261,6 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shards", type=int, nargs="+", metavar="N",
         help="instead, merge into a model of about 1 GB in each of these numbers of shards",
     )  # fmt: skip
+    parser.add_argument(
+        "--layers", type=int, default=SMALL_LAYERS, help="of that model; 3 are about half a GB"
+    )
     arguments = parser.parse_args(argv)
     if arguments.worker:
         tool, base, adapter, out = arguments.worker
@@ -269,7 +272,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.shards:
         with tempfile.TemporaryDirectory(prefix="ftlevel-merge-") as temporary:
             print(f"{describe_machine()}; medians of {arguments.runs} runs in turns.\n")
-            print("\n".join(by_shards(arguments.shards, Path(temporary), arguments.runs)))
+            print(
+                "\n".join(
+                    by_shards(arguments.shards, Path(temporary), arguments.runs, arguments.layers)
+                )
+            )
         return 0
     head = ["", "private MB", "PEFT's", "ratio", "wall s", "PEFT's", "ratio", "equal tensors"]
     rows: list[list[Any]] = [head, ["---", *["--:"] * 7]]

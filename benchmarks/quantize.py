@@ -206,15 +206,15 @@ def large_tensors(layers: int = LAYERS) -> Iterator[tuple[str, tuple[int, ...]]]
     yield "lm_head.weight", (VOCABULARY, HIDDEN)
 
 
-def by_shards(counts: Sequence[int], runs: int) -> str:
-    """Quantize the same model of about 1 GB in each number of shards; return a table."""
+def by_shards(counts: Sequence[int], runs: int, layers: int) -> str:
+    """Quantize the same model of `layers` layers in each number of shards; return a table."""
     lines = ["| shards | processor s | wall s | peak private MB after the imports |",
              "|--:|--:|--:|--:|"]  # fmt: skip
     imports = run([sys.executable, "-c", CASES[0][2]])[1].peak
     usages: dict[int, list[Usage]] = {count: [] for count in counts}
     with tempfile.TemporaryDirectory(prefix="ftlevel-shards-") as temporary:
         for count in counts:
-            make_large(Path(temporary) / str(count), count, SMALL_LAYERS)
+            make_large(Path(temporary) / str(count), count, layers)
         for number in range(runs * len(counts)):
             count, out = counts[number % len(counts)], Path(temporary) / "out"
             code, usage, said = run(CASES[0][1](Path(temporary) / str(count), out))
@@ -242,12 +242,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shards", type=int, nargs="+", metavar="N",
         help="instead, quantize a model of about 1 GB in each of these numbers of shards",
     )  # fmt: skip
+    parser.add_argument(
+        "--layers", type=int, default=SMALL_LAYERS, help="of that model; 3 are about half a GB"
+    )
     arguments = parser.parse_args(argv)
     if not Path("/proc/self/status").exists():
         parser.error("private memory is read from /proc, which is not here.")
     if arguments.shards:
         print(f"{describe_machine()}; medians of {arguments.runs} runs in turns.\n")
-        print(by_shards(arguments.shards, arguments.runs))
+        print(by_shards(arguments.shards, arguments.runs, arguments.layers))
         return 0
     if not arguments.model.is_dir():
         parser.error(f"--model: {arguments.model} is not there. See scripts/fetch_models.py.")

@@ -193,7 +193,7 @@ def peft_config(kind: str, **settings: Any) -> str:
         ({"a/adapter_config.json": peft_config("LORA")}, ["a", "--onto", "dequantized"],
          "not quantized ones. Drop --onto"),
         ({"a/adapter_config.json": peft_config("LORA")}, ["a", "--base", "no/where"],
-         "--model no/where: no such directory"),
+         "--base no/where: no such directory"),
         ({"m/x": ""}, ["a", "--out", "m"], "--out m exists and is not empty"),
         ({}, ["a", "--onto", "4bit"], "--onto: '4bit': weights of 4 or 8 bits cannot hold"),
         ({}, ["a", "--onto", "origin"], "Did you mean 'original'?"),

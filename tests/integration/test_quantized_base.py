@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 import task_data
 from ftlevel.cli.app import run
-from ftlevel.config import QuantizeConfig, TrainConfig
+from ftlevel.config import MergeConfig, QuantConfig, QuantizeConfig, TrainConfig
 from ftlevel.engine.generate import generate
+from ftlevel.engine.merge import merge
 from ftlevel.engine.quantize import quantize
 from ftlevel.engine.train import train
+from ftlevel.engine.trained import load_trained
 from ftlevel.errors import ConfigError
 
 ModelDir = Callable[..., Path]
@@ -28,11 +30,12 @@ def make(source: Path, out: Path, **form: Any) -> Path:
 
 
 def configure(model: Path, data: Path, out: Path, task: str, **more: Any) -> TrainConfig:
+    options = more.pop("options", {})
     return TrainConfig.model_validate(
         {
             "task": task,
             "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-            "data": {"dataset": str(data)},
+            "data": {"dataset": str(data), **options},
             "train": {"max_steps": 3, "learning_rate": 0.01, "logging_steps": 1},
             "output": {"dir": str(out)},
             **more,
@@ -142,3 +145,91 @@ def test_a_quantization_that_is_not_there_is_named_before_weights_load(
         assert len(said.splitlines()) == 1
     assert run(["quantize", str(base), "--quant", "4bit", "--out", str(tmp_path / "x")]) == 2
     assert "is quantized already" in capsys.readouterr().err
+
+
+CELLS = [
+    ("llama", "summarization", "pair", None),
+    ("bert", "text-classification", "class", "mlm"),
+    ("bert", "token-classification", "tags", "mlm"),
+]
+
+
+@pytest.mark.parametrize(("family", "task", "name", "head"), CELLS)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_trained_model_keeps_its_task_in_quantized_form(
+    method: str,
+    family: str,
+    task: str,
+    name: str,
+    head: str | None,
+    tiny_model_dir: ModelDir,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Task, labels and prompt go with the weights, and the card says what they are now."""
+    data = task_data.write(tmp_path / "data", name)
+    columns = {"columns": {"document": "en", "summary": "de"}} if name == "pair" else {}
+    train(
+        configure(
+            tiny_model_dir(family, head), data, tmp_path / "run", task,
+            method={"kind": method}, options=columns,
+        )
+    )  # fmt: skip
+    whole = tmp_path / "run/adapter"
+    if method == "lora":
+        whole = tmp_path / "merged"
+        merge(MergeConfig(adapters=[str(tmp_path / "run")], output_dir=whole, verify=False))
+    packed = make(whole, tmp_path / "packed", double_quant=True)
+    before, after = (json.loads((p / "ftlevel.json").read_text()) for p in (whole, packed))
+    now = {"kind": "4bit", "quant_type": "nf4", "double_quant": True}
+    assert after["quantization"] == now
+    assert after["quantized"]["source"]["name"] == str(whole)
+    changed = {key for key in after if after[key] != before[key]}
+    assert changed == {"quantization", "quantized"}
+    readme = (packed / "README.md").read_text()
+    assert f"pipeline_tag: {task}" in readme
+    assert "ftlevel generate packed --prompt" in readme
+    loaded = load_trained(str(packed), "cpu")
+    reference = load_trained(str(whole), "cpu")
+    assert loaded.prompt_format == reference.prompt_format
+    assert (loaded.task, loaded.labels) == (reference.task, reference.labels)
+    rows = ["--dataset", str(data), "--split", "validation", "--resamples", "0", "--json"]
+    rows += ["--map", "document=en", "--map", "summary=de"] if columns else []
+    capsys.readouterr()
+    assert run(["evaluate", str(packed), *rows]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["task"] == task
+    assert found["quantization"] == now
+    assert run(["evaluate", str(whole), "--quant", "4bit", *rows]) == 0
+    live = json.loads(capsys.readouterr().out)
+    assert found["metrics"]["loss"] == pytest.approx(live["metrics"]["loss"], rel=0.05)
+    assert run(["generate", str(packed), "--prompt", "the parser", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)["answers"][0]
+    assert bool(answer["text"]) or task == "summarization"
+
+
+@pytest.mark.parametrize(
+    ("form", "wishes"), [("4bit", ("8bit", "none")), ("8bit", ("4bit", "none"))]
+)
+def test_evaluate_says_what_is_stored_and_refuses_another_wish(
+    form: Literal["4bit", "8bit"],
+    wishes: tuple[str, str],
+    tiny_model_dir: ModelDir,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = make(tiny_model_dir("llama"), tmp_path / "base", quant=form, dtype="float32")
+    data = task_data.write(tmp_path / "data", "mask")
+    train(configure(base, data, tmp_path / "run", "text-generation"))
+    for name in (base, tmp_path / "run"):
+        command = ["evaluate", str(name), "--dataset", str(data), "--resamples", "0", "--no-base"]
+        for wish in ([], ["--quant", form]):
+            capsys.readouterr()
+            assert run([*command, *wish, "--json"]) == 0
+            assert json.loads(capsys.readouterr().out)["quantization"]["kind"] == form
+        for other in wishes:
+            assert run([*command, "--quant", other]) == 2
+            said = capsys.readouterr().err
+            assert f"--quant {other}: {base}" in said
+            assert f"is stored quantized ({QuantConfig(kind=form).form})" in said
+            assert len(said.splitlines()) == 1

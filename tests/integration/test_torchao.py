@@ -132,6 +132,7 @@ def test_lora_trains_on_it_and_merging_is_refused(
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     losses = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
     assert losses[-1] < losses[0]
+    check_the_run_is_used(tmp_path / "run", base, data, kind, capsys)
     assert run(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 2
     said = capsys.readouterr().err
     assert f"is stored quantized ({kind})" in said
@@ -144,6 +145,30 @@ def test_lora_trains_on_it_and_merging_is_refused(
         wrong = {**fields, **more, "output": {"dir": str(tmp_path / "wrong")}}
         with pytest.raises((ConfigError, InputError), match=complaint):
             train(TrainConfig.model_validate(wrong))
+
+
+def check_the_run_is_used(
+    trained: Path, base: Path, data: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`evaluate` and `generate` take the run and its base, and say what the weights are."""
+    assert json.loads((trained / "adapter/ftlevel.json").read_text())["quantization"] == {
+        "kind": kind
+    }
+    metrics = json.loads((trained / "summary.json").read_text())["metrics"]
+    for name in (trained, base):
+        command = ["evaluate", str(name), "--dataset", str(data), "--resamples", "0", "--device",
+                   "cpu", "--split", "validation"]  # fmt: skip
+        capsys.readouterr()
+        assert run([*command, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["quantization"] == {"kind": kind}
+        if name == trained:
+            assert found["metrics"]["loss"] == metrics["loss"]
+            assert found["base"]["loss"] > metrics["loss"]
+        assert run([*command, "--quant", "4bit"]) == 2
+        assert f"is stored quantized ({kind})" in capsys.readouterr().err
+        assert run(["generate", str(name), "--prompt", "the parser", "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)["answers"]) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -40,6 +40,8 @@ class AdapterCard:
         needs_import: what a program must import before PEFT alone can load the adapter.
         versions: of the libraries.
         merge: what was merged into a whole model, and how it was checked; empty where nothing was.
+        quantized: from which whole model this one was quantized, and how far it is from it; empty
+            where it was not. What `merge` says is of that model.
     """
 
     method: str
@@ -57,6 +59,7 @@ class AdapterCard:
     needs_import: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     merge: Mapping[str, Any] = field(default_factory=dict)
+    quantized: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Write ftlevel.json into `directory`."""
@@ -163,12 +166,13 @@ def _python_use(module: str) -> list[str]:
     ]
 
 
-def write_quantized_readme(name: str, summary: Mapping[str, Any]) -> str:
+def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | None = None) -> str:
     """Return the card of a quantized model: what it was made from, its size, and what was measured.
 
     Args:
         name: of the directory.
         summary: what quantization.json holds.
+        task: what the source was trained for by ftlevel, as in `--task`; None where it was not.
     """
     source, form = summary["source"]["name"], summary["quantization"]["form"]
     library = "torchao" if form.startswith("torchao") else "bitsandbytes"
@@ -177,6 +181,7 @@ def write_quantized_readme(name: str, summary: Mapping[str, Any]) -> str:
         *([f"base_model: {source}"] if summary["source"]["kind"] == "hub" else []),
         "library_name: transformers",
         f"tags: [ftlevel, {library}, quantized]",
+        *([f"pipeline_tag: {pipeline_tag(task)}"] if task else []),
         "---",
         "",
         f"# {name}",
@@ -211,4 +216,7 @@ def write_quantized_readme(name: str, summary: Mapping[str, Any]) -> str:
             )
     else:
         lines.append("How far it is from its source was not measured.")
+    if task:
+        lines += ["", "## Use", "", f"For {task}, as its source was trained:", "", "```sh",
+                  generate_command(name, task), "```"]  # fmt: skip
     return "\n".join([*lines, ""])

@@ -11,7 +11,14 @@ from ftlevel.config import GenerateConfig
 from ftlevel.data.prompts import PromptFormat
 from ftlevel.engine.adapt import add_adapter
 from ftlevel.engine.foreign import ADAPTER_CONFIG
-from ftlevel.engine.trained import Found, Trained, check_base, find_trained, load_found
+from ftlevel.engine.trained import (
+    Found,
+    Trained,
+    check_base,
+    find_trained,
+    load_found,
+    settle_stored,
+)
 from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.models.hardware import choose_device
 from ftlevel.tasks import TASKS
@@ -133,7 +140,7 @@ def _find_all(config: GenerateConfig, device: str) -> tuple[Found | None, dict[s
     for name, place in places.items():
         if name == BASE:
             raise ConfigError(f"--adapter {name}=…: the base is called so. Choose another name.")
-        found = find_trained(str(place), device, config.task)
+        found = find_trained(str(place), device, config.task, f"--adapter {name}={place}")
         if found.directory is None:
             raise InputError(f"--adapter {name}={place} is no adapter but a model.")
         named[name] = found
@@ -159,7 +166,7 @@ def _adapters_in(directory: Path) -> dict[str, Path]:
 def _onto(base: Found, found: Found) -> Found:
     """Return `found` to be put onto the model that the user named."""
     check_base(base.source, found.card, _directory(found))
-    return replace(found, source=base.source)
+    return settle_stored(replace(found, source=base.source))
 
 
 def _directory(found: Found) -> Path:

@@ -51,9 +51,10 @@ def find_pair(config: EvaluateConfig, device: str) -> tuple[Found, Found | None]
     cards = [card_directory(Path(name).expanduser()) for name in names]
     known = [read_card(card).task for card in cards if card is not None]
     task = config.task or (known[0] if known else None)
+    said = (config.name, f"--against {config.against}")
     found, reference = (
-        find_trained(name, device, config.task if card else task)
-        for name, card in zip(names, cards, strict=True)
+        find_trained(name, device, config.task if card else task, words)
+        for name, card, words in zip(names, cards, said, strict=True)
     )
     if found.card.task != reference.card.task:
         raise InputError(

@@ -25,6 +25,7 @@ from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.kinds import max_positions
 from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.quantized import quantization_form
 
 
 @dataclass(frozen=True)
@@ -138,16 +139,24 @@ def _hold_against(
 
 
 def _requantized(found: Found, config: EvaluateConfig) -> Found:
-    """Return `found` with the quantization that the user wishes, and a note where that is new."""
-    own = QuantConfig.model_validate(found.card.quantization)
-    if config.quant is None or config.quant == own.kind:
+    """Return `found` with the quantization that the user wishes, and a note where that is new.
+
+    Raises:
+        InputError: the weights are stored quantized otherwise.
+    """
+    own = found.card.quantization
+    if config.quant is None or config.quant == own["kind"]:
         return found
+    if found.is_stored_quantized:
+        raise InputError(
+            f"--quant {config.quant}: {found.source.words} is stored quantized "
+            f"({quantization_form(own)}), and is scored as it is stored. Drop --quant, or name the "
+            "original model."
+        )
     wish = QuantConfig(kind=config.quant)
     card = replace(found.card, quantization=wish.model_dump())
-    note = f"the base is {wish.form}; in training it was {own.form}"
+    note = f"the base is {wish.form}; in training it was {quantization_form(own)}"
     notes = [note] if found.directory is not None else []
-    if found.card.method == "full":
-        card = replace(card, method="none")  # quantized, it is not held in float32
     return replace(found, card=card, notes=[*found.notes, *notes])
 
 
@@ -215,7 +224,7 @@ def _has_comparable_base(found: Found, trained: Trained) -> bool:
 def _choices(
     config: EvaluateConfig, found: Found, trained: Trained, held_out: HeldOut, device: Choice
 ) -> list[Choice]:
-    quant = QuantConfig.model_validate(found.card.quantization)
+    quant = found.card.quantization
     if not config.base:
         base = "not scored"
     elif not trained.has_adapter:
@@ -228,7 +237,7 @@ def _choices(
     return [
         Choice("task", trained.task.name),
         Choice("base", found.source.name, base),
-        *([Choice("quantization", quant.form)] if quant.kind != "none" else []),
+        *([Choice("quantization", quantization_form(quant))] if quant["kind"] != "none" else []),
         Choice(
             "rows", f"{held_out.source}, {held_out.split}", f"{len(held_out.rows):,} rows{dropped}"
         ),

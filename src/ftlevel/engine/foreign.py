@@ -41,7 +41,13 @@ def read_plain_adapter(directory: Path) -> tuple[ModelSource, dict[str, Any]]:
             f"{directory} holds no adapter_model.safetensors. Save the adapter again with PEFT's "
             "save_pretrained."
         )
-    return resolve_source(base, settings.get("revision")), settings
+    words = base_words(str(directory), base)
+    return resolve_source(base, settings.get("revision"), said=words), settings
+
+
+def base_words(adapter: str, base: str) -> str:
+    """Return what errors call the base of an adapter, which the user did not name."""
+    return f"{base} (the base of {adapter})"
 
 
 def stand_in_card(

@@ -225,7 +225,7 @@ def _load_config(name: str) -> Any:
     else:
         from ftlevel.models.sources import resolve_source
 
-        source = resolve_source(name)
+        source = resolve_source(name, said=name)
         location, arguments = source.location, source.arguments()
     return AutoConfig.from_pretrained(location, **arguments)
 

@@ -14,6 +14,7 @@ from ftlevel.config import MergeConfig, QuantConfig, build_config, put, read_rec
 from ftlevel.config.choices import Choice
 from ftlevel.data.encode import Encoded
 from ftlevel.engine.adapt import load_adapter
+from ftlevel.engine.foreign import base_words
 from ftlevel.engine.resolve import resolve
 from ftlevel.engine.trained import card_overrides, check_base
 from ftlevel.errors import ConfigError, InputError, listing
@@ -22,7 +23,7 @@ from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import check_missing, load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import build_quantization_config
-from ftlevel.models.quantized import quantization_name, stored_quantization
+from ftlevel.models.quantized import quantization_name, read_quantization, stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, Task
@@ -121,7 +122,8 @@ def resolve_subject(config: MergeConfig) -> Subject:
     device = choose_device(config.device).value
     known = (directory / CARD).is_file()
     card = read_card(directory) if known else _card_of_peft(directory)
-    source = resolve_source(config.base or card.base["name"], card.base.get("revision"))
+    said = f"--base {config.base}" if config.base else base_words(str(directory), card.base["name"])
+    source = resolve_source(config.base or card.base["name"], card.base.get("revision"), said=said)
     _check_fingerprint(source, card, directory)
     task = TASKS[card.task]
     model_config = load_config(source, **card_overrides(card))
@@ -152,7 +154,7 @@ def resolve_subject(config: MergeConfig) -> Subject:
     return Subject(
         directory, card, run, source, model_config, task, kind,
         task.auto_class(kind, model_config.model_type), tokens, objective,
-        QuantConfig.model_validate(card.quantization), dtype, device,
+        read_quantization(card.quantization), dtype, device,
     )  # fmt: skip
 
 
@@ -224,7 +226,7 @@ def load_subject(subject: Subject, quant: QuantConfig, *, dequantized: bool = Fa
         quantization=build_quantization_config(quant, dtype, subject.card.heads),
     )
     heads = subject.card.heads
-    check_missing(missing, [*heads, *find_heads(model)] if heads else [], subject.source.name)
+    check_missing(missing, [*heads, *find_heads(model)] if heads else [], subject.source.words)
     return load_adapter(model.dequantize() if dequantized else model, subject.directory)
 
 

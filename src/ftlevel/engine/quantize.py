@@ -9,13 +9,19 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ftlevel.artifacts.cards import library_versions, write_quantized_readme
+from ftlevel.artifacts.cards import (
+    CARD,
+    AdapterCard,
+    library_versions,
+    read_card,
+    write_quantized_readme,
+)
 from ftlevel.artifacts.files import check_absent, placed_directory, write_json
 from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.config import QuantizeConfig
@@ -44,7 +50,7 @@ from ftlevel.models.quantize_layout import (
     settle,
 )
 from ftlevel.models.quantize_shards import Written, quantize_shards
-from ftlevel.models.quantized import quantization_name, stored_quantization
+from ftlevel.models.quantized import quantization_facts, quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source, snapshot
 from ftlevel.models.tensor_files import read_header, weight_files
 from ftlevel.models.torchao_format import build_torchao_config
@@ -73,6 +79,7 @@ class QuantizeResult:
 @dataclass(frozen=True)
 class _Plan:
     source: ModelSource
+    card: AdapterCard | None
     model_config: Any
     auto_class: str
     layout: Layout
@@ -117,13 +124,14 @@ def quantize(
                     listener.stage("reload and measure")
                     summary["fidelity"] = _measure(config, plan, directory, partial, plan.text)
             write_json(partial / SUMMARY, summary)
-            readme = write_quantized_readme(config.out.name, summary)
-            (partial / "README.md").write_text(readme, encoding="utf-8")
+            _write_cards(partial, config, plan, summary)
     return QuantizeResult(summary, config.out)
 
 
 def _resolve(config: QuantizeConfig) -> _Plan:
-    source = resolve_source(config.model, config.revision)
+    source = resolve_source(config.model, config.revision, said=config.model)
+    known = source.kind == "directory" and (Path(source.location) / CARD).is_file()
+    card = read_card(Path(source.location)) if known else None
     model_config = load_config(source)
     if (stored := stored_quantization(model_config)) is not None:
         raise ConfigError(
@@ -158,7 +166,9 @@ def _resolve(config: QuantizeConfig) -> _Plan:
     if text is not None:
         choices.append(Choice("measured on", text.name, f"{config.eval_tokens:,} tokens at most"))
         choices.append(device)
-    return _Plan(source, model_config, auto_class, layout, tokenizer, text, device.value, choices)
+    return _Plan(
+        source, card, model_config, auto_class, layout, tokenizer, text, device.value, choices
+    )
 
 
 def _kept_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype, str]:
@@ -215,6 +225,27 @@ def _write(plan: _Plan, directory: Path, out: Path, listener: Listener) -> tuple
             if file.is_file():
                 shutil.copyfile(file, out / file.name)
     return layout, written
+
+
+def _write_cards(
+    place: Path, config: QuantizeConfig, plan: _Plan, summary: Mapping[str, Any]
+) -> None:
+    """Write README.md, and ftlevel.json where the source has one: task, prompt and labels stay."""
+    task = plan.card.task if plan.card else None
+    readme = write_quantized_readme(config.out.name, summary, task)
+    (place / "README.md").write_text(readme, encoding="utf-8")
+    if plan.card is None:
+        return
+    stored = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    dtype = plan.card.dtype if config.dtype == "auto" else config.dtype
+    facts = {key: summary[key] for key in ("source", "fidelity", "ratio") if key in summary}
+    replace(
+        plan.card,
+        quantization=quantization_facts(stored["quantization_config"]),
+        dtype=dtype,
+        versions=library_versions(),
+        quantized=facts | {"form": config.form},
+    ).write(place)
 
 
 def _measure(

@@ -181,7 +181,7 @@ def _settle_quantization(
     stored = stored_quantization(bare)
     if stored is None:
         return config
-    quant = settle_quantization(stored, config.quant, source.name, device)
+    quant = settle_quantization(stored, config.quant, source.words, device)
     method, form = config.method, quantization_name(stored)
     plain = isinstance(method, LoraSpec) and method.init_lora_weights in ("default", "gaussian")
     if quant.kind == "none" and not plain:

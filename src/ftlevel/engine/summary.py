@@ -14,6 +14,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.engine.resolve import Plan
 from ftlevel.engine.streamed_rows import StreamedRows
 from ftlevel.models.hardware import peak_memory_bytes
+from ftlevel.models.quantized import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
 
 
@@ -79,12 +80,13 @@ def with_what_was_read(plan: Plan, rows: StreamedRows) -> Plan:
 
 def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> AdapterCard:
     """Return the card that is written beside the adapter."""
-    quant = plan.quant
+    quant, stored = plan.quant, stored_quantization(plan.model_config)
+    facts = quant.model_dump() if quant.kind == "4bit" else {"kind": quant.kind}
     return AdapterCard(
         method=config.method.kind,
         task=plan.task.name,
         base=base,
-        quantization=quant.model_dump() if quant.kind == "4bit" else {"kind": quant.kind},
+        quantization=facts if stored is None else quantization_facts(stored),
         dtype=plan.dtype,
         max_length=plan.data.max_length,
         prompt=plan.data.prompt_format.to_dict() if plan.data.prompt_format else {},

@@ -316,7 +316,7 @@ def load_base(config: TrainConfig, plan: Plan) -> Any:
         quantization=build_quantization_config(plan.quant, DTYPES[plan.dtype], plan.heads),
         attn_implementation=config.model.attn_implementation,
     )
-    check_missing(missing, plan.new_modules, plan.source.name)
+    check_missing(missing, plan.new_modules, plan.source.words)
     return model
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.config import QuantConfig
 from ftlevel.data.prompts import PromptFormat
 from ftlevel.engine.adapt import load_adapter
 from ftlevel.engine.foreign import (
     ADAPTER_CONFIG,
     PLAIN,
+    base_words,
     check_trained_head,
     read_plain_adapter,
     stand_in_card,
@@ -32,7 +32,12 @@ from ftlevel.models.loading import (
     load_tokenizer,
 )
 from ftlevel.models.quantization import build_quantization_config
-from ftlevel.models.quantized import check_loadable, stored_quantization
+from ftlevel.models.quantized import (
+    check_loadable,
+    quantization_facts,
+    read_quantization,
+    stored_quantization,
+)
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, Task
@@ -94,9 +99,11 @@ class Found:
     Attributes:
         source: the base model, or the whole model.
         directory: of the adapter; None for a whole model.
-        card: how it was trained, or what stands in for that.
+        card: how it was trained, or what stands in for that; its quantization is that of the
+            weights as they will load.
         run: the run directory that it lies in, if it lies in one.
         notes: what the user should know.
+        is_stored_quantized: whether the weights lie on the disk as they are quantized.
     """
 
     source: ModelSource
@@ -104,9 +111,10 @@ class Found:
     card: AdapterCard
     run: Path | None = None
     notes: list[str] = field(default_factory=list)
+    is_stored_quantized: bool = False
 
 
-def find_trained(name: str, device: str, task: str | None = None) -> Found:
+def find_trained(name: str, device: str, task: str | None = None, said: str = "") -> Found:
     """Find the run, adapter or model called `name`, and its card.
 
     Args:
@@ -114,11 +122,25 @@ def find_trained(name: str, device: str, task: str | None = None) -> Found:
         device: torch device type.
         task: what a plain PEFT adapter or a model is for; the default is text generation. What
             ftlevel trained knows its task.
+        said: how errors call a model; the default is its `name`, as a command's argument.
 
     Raises:
         InputError: it is not there, its base is not the one it was trained on, or another `task`
             is asked of it.
     """
+    return settle_stored(_find(name, device, task, said or name))
+
+
+def settle_stored(found: Found) -> Found:
+    """Return `found` with a card that says how its weights are stored, whoever quantized them."""
+    stored = None if found.source.kind == "gguf" else stored_quantization(load_config(found.source))
+    if stored is None:
+        return replace(found, is_stored_quantized=False)
+    card = replace(found.card, quantization=quantization_facts(stored))
+    return replace(found, card=card, is_stored_quantized=True)
+
+
+def _find(name: str, device: str, task: str | None, said: str) -> Found:
     path = Path(name).expanduser()
     directory = card_directory(path)
     if directory is not None:
@@ -127,8 +149,9 @@ def find_trained(name: str, device: str, task: str | None = None) -> Found:
             raise InputError(f"{name} was trained for {card.task}, not for {task}. Drop --task.")
         run = directory.parent if (directory.parent / CONFIG).is_file() else None
         if card.method == "full":
-            return Found(resolve_source(str(directory)), None, card, run)
-        source = resolve_source(card.base["name"], card.base.get("revision"))
+            return Found(resolve_source(str(directory), said=str(directory)), None, card, run)
+        base = card.base["name"]
+        source = resolve_source(base, card.base.get("revision"), said=base_words(name, base))
         check_base(source, card, directory)
         return Found(source, directory, card, run)
     wished = TASKS[task or "text-generation"]
@@ -138,7 +161,7 @@ def find_trained(name: str, device: str, task: str | None = None) -> Found:
         return Found(source, path, card, None, [
             f"{name} was not made by ftlevel: its base, {source.name}, is taken on trust"
         ])  # fmt: skip
-    source = resolve_source(name)
+    source = resolve_source(name, said=said)
     return Found(source, None, stand_in_card(source, wished, device))
 
 
@@ -188,7 +211,7 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
     task = TASKS[card.task]
     config = load_config(source, **card_overrides(card))
     if (stored := stored_quantization(config)) is not None:
-        check_loadable(stored, source.name, device)
+        check_loadable(stored, source.words, device)
     tokenizer = load_own_tokenizer(source, directory)
     choose_pad_token(tokenizer)
     if getattr(config, "pad_token_id", None) is None:  # CodeGen's has no such field at all
@@ -198,12 +221,15 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
     if dtype == "float16" and device == "cpu":
         dtype = "float32"
         notes.append("trained in float16; the CPU computes it in float32")
-    quant = QuantConfig.model_validate(card.quantization)
+    quant = read_quantization(card.quantization)
+    whole = (
+        card.method == "full" and not card.merge and card.quantization.get("kind", "none") == "none"
+    )
     model, missing = load_model(
         source,
         config,
         task.auto_class(kind, config.model_type),
-        dtype=DTYPES["float32" if card.method == "full" and not card.merge else dtype],
+        dtype=DTYPES["float32" if whole else dtype],
         device=device,
         quantization=build_quantization_config(quant, DTYPES[dtype], card.heads),
     )
@@ -211,7 +237,7 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
         check_trained_head(missing, find_heads(model), source.name, task.name)
     # A language head that was new has a bias that is not trained and stays zero.
     new = [*card.heads, *find_heads(model)] if card.heads and directory else []
-    check_missing(missing, new, source.name)
+    check_missing(missing, new, source.words)
     if directory is not None:
         model = load_adapter(model, directory, name)
     prompt = PromptFormat(**card.prompt) if card.prompt else None

@@ -61,7 +61,7 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
             source.location, **source.arguments(), **overrides
         )
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model {source.name}: {_first_line(error)}") from error
+        raise InputError(f"{source.words}: {_first_line(error)}") from error
 
 
 def label_overrides(names: Sequence[str]) -> dict[str, Any]:
@@ -82,9 +82,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source.location, **source.arguments())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--model {source.name} has no usable tokenizer: {_first_line(error)}"
-        ) from error
+        raise InputError(f"{source.words} has no usable tokenizer: {_first_line(error)}") from error
 
 
 def build_task_model(config: Any, auto_class: str) -> Any:
@@ -152,7 +150,7 @@ def load_model(
         if type(error).__name__ != "SafetensorError" and not isinstance(error, OSError):
             raise
         raise InputError(
-            f"--model {source.name}: its weights cannot be read ({_first_line(error)}). "
+            f"{source.words}: its weights cannot be read ({_first_line(error)}). "
             "Was a download or a copy cut short?"
         ) from error
     if mapping:
@@ -252,8 +250,8 @@ def _stored_names(source: ModelSource) -> set[str]:
     return held
 
 
-def check_missing(missing: list[str], allowed: list[str], name: str) -> None:
-    """Refuse a checkpoint that lacks weights outside the modules `allowed` (by dotted prefix).
+def check_missing(missing: list[str], allowed: list[str], words: str) -> None:
+    """Refuse a checkpoint, called `words`, that lacks weights outside the modules `allowed`.
 
     Raises:
         InputError: naming what is missing; such weights would be random without a word.
@@ -261,7 +259,7 @@ def check_missing(missing: list[str], allowed: list[str], name: str) -> None:
     lost = [key for key in missing if not any(_inside(key, module) for module in allowed)]
     if lost:
         raise InputError(
-            f"--model {name} lacks {len(lost)} weights of its architecture, such as "
+            f"{words} lacks {len(lost)} weights of its architecture, such as "
             f"{listing(lost, 3)}. They would be random. Check that config.json belongs to the "
             "weights."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,7 +43,32 @@ def as_quant_config(stored: dict[str, Any]) -> QuantConfig | None:
     return None
 
 
-def check_loadable(stored: dict[str, Any], name: str, device: str) -> None:
+def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return what a card says of a stored quantization: its `kind`, and the settings of 4 bits."""
+    own = as_quant_config(stored)
+    if own is None:
+        return {"kind": quantization_name(stored)}
+    return own.model_dump() if own.kind == "4bit" else {"kind": own.kind}
+
+
+def read_quantization(facts: Mapping[str, Any]) -> QuantConfig:
+    """Return how a base is quantized while it loads, from what a card says.
+
+    Other libraries' kinds are never made while loading: such a base is stored in them.
+    """
+    return QuantConfig.model_validate(facts) if _is_own(facts) else QuantConfig()
+
+
+def quantization_form(facts: Mapping[str, Any]) -> str:
+    """Return what a card says of the quantization in a few words."""
+    return QuantConfig.model_validate(facts).form if _is_own(facts) else str(facts["kind"])
+
+
+def _is_own(facts: Mapping[str, Any]) -> bool:
+    return facts.get("kind", "none") in ("none", "4bit", "8bit")
+
+
+def check_loadable(stored: dict[str, Any], words: str, device: str) -> None:
     """Refuse a quantized checkpoint that transformers cannot load here, before weights are read.
 
     Raises:
@@ -60,13 +86,13 @@ def check_loadable(stored: dict[str, Any], name: str, device: str) -> None:
         if stored.get("quant_method") == "torchao" and isinstance(error, ImportError):
             reason = f"torchao is not installed ({INSTALL})."
         raise InputError(
-            f"--model {name} is quantized by {method}, which cannot be loaded here: {reason} "
+            f"{words} is quantized by {method}, which cannot be loaded here: {reason} "
             "Install what it names, or give the original model with --quant 4bit."
         ) from None
 
 
 def settle_quantization(
-    stored: dict[str, Any] | None, wish: QuantConfig, name: str, device: str
+    stored: dict[str, Any] | None, wish: QuantConfig, words: str, device: str
 ) -> QuantConfig:
     """Return how the base is quantized: as the user wishes, or as the checkpoint is already.
 
@@ -76,7 +102,7 @@ def settle_quantization(
     Args:
         stored: of the checkpoint; None for a plain model.
         wish: the quant section.
-        name: of the model, as the user typed it.
+        words: what errors call the model.
         device: torch device type.
 
     Raises:
@@ -84,11 +110,11 @@ def settle_quantization(
     """
     if stored is None:
         return wish
-    check_loadable(stored, name, device)
+    check_loadable(stored, words, device)
     own, method = as_quant_config(stored), quantization_name(stored)
     if wish.kind != "none" and (own is None or own.kind != wish.kind):
         raise InputError(
-            f"--model {name} is quantized already ({method}), and cannot be brought to "
+            f"{words} is quantized already ({method}), and cannot be brought to "
             f"{wish.kind} by --quant. Drop --quant, or give the original model."
         )
     return own or wish

@@ -35,6 +35,7 @@ class ModelSource:
         revision: branch, tag or commit, for a Hub id.
         local_files_only: do not ask the network, because there is none.
         trust_remote_code: run the model's own Python code.
+        said: how errors call it; empty for `--model NAME`.
     """
 
     name: str
@@ -44,6 +45,12 @@ class ModelSource:
     revision: str | None = None
     local_files_only: bool = False
     trust_remote_code: bool = False
+    said: str = ""
+
+    @property
+    def words(self) -> str:
+        """What errors call it: as the user named it."""
+        return self.said or f"--model {self.name}"
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments for `from_pretrained` of config, tokenizer and model."""
@@ -66,56 +73,66 @@ class ModelSource:
 
 
 def resolve_source(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
+    name: str, revision: str | None = None, trust_remote_code: bool = False, said: str = ""
 ) -> ModelSource:
     """Find the model called `name`.
+
+    Args:
+        name: Hub id, directory, .gguf file or builtin:NAME.
+        revision: branch, tag or commit of a Hub id.
+        trust_remote_code: run the model's own Python code.
+        said: how errors call it, where the user did not write `--model NAME`.
 
     Raises:
         InputError: nothing of that name can be reached; the message lists the ways out.
     """
+    words = said or f"--model {name}"
     if name.startswith("builtin:"):
         directory = builtin.model_path(name.removeprefix("builtin:"))
-        return ModelSource(name, "builtin", str(directory), local_files_only=True)
+        return ModelSource(name, "builtin", str(directory), local_files_only=True, said=said)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        _check_file(path)
-        return ModelSource(name, "gguf", str(path.parent), path.name, local_files_only=True)
+        _check_file(path, words)
+        return ModelSource(
+            name, "gguf", str(path.parent), path.name, local_files_only=True, said=said
+        )
     if path.is_dir():
-        _check_directory(path)
+        _check_directory(path, words)
         return ModelSource(
             name,
             "directory",
             str(path),
             local_files_only=True,
             trust_remote_code=trust_remote_code,
+            said=said,
         )
     if path.exists():
         raise InputError(
-            f"--model {name} is a file. Expected a model directory, a .gguf file or a Hub id."
+            f"{words} is a file. Expected a model directory, a .gguf file or a Hub id."
         )
-    _check_looks_like_hub_id(name, path)
-    offline = _check_reachable(name, revision)
-    return ModelSource(name, "hub", name, None, revision, offline, trust_remote_code)
+    _check_looks_like_hub_id(name, path, words)
+    offline = _check_reachable(name, revision, words)
+    return ModelSource(name, "hub", name, None, revision, offline, trust_remote_code, said)
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, words: str) -> None:
     if not path.is_file():
         others = sorted(str(p) for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else []
-        raise InputError(f"--model {path} does not exist.{did_you_mean(str(path), others)}")
+        raise InputError(f"{words} does not exist.{did_you_mean(str(path), others)}")
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
         raise InputError(
-            f"--model {path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'. "
+            f"{words} is not a GGUF file: it begins with {magic!r}, not b'GGUF'. "
             "Was the download cut short?"
         )
 
 
-def _check_directory(path: Path) -> None:
+def _check_directory(path: Path, words: str) -> None:
     if not (path / "config.json").is_file():
         held = listing(sorted(p.name for p in path.iterdir()), 6) or "nothing"
         raise InputError(
-            f"--model {path} has no config.json (it holds {held}). "
+            f"{words} has no config.json (it holds {held}). "
             "Expected a directory that save_pretrained wrote."
         )
     if any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
@@ -123,24 +140,24 @@ def _check_directory(path: Path) -> None:
     old = listing(sorted(p.name for p in path.glob("*.bin")), 3)
     found = f"only pickled weights ({old}), which can run code when read" if old else "no weights"
     raise InputError(
-        f"--model {path} holds {found}. Expected .safetensors files: save the model again with "
+        f"{words} holds {found}. Expected .safetensors files: save the model again with "
         "save_pretrained."
     )
 
 
-def _check_looks_like_hub_id(name: str, path: Path) -> None:
+def _check_looks_like_hub_id(name: str, path: Path, words: str) -> None:
     """Refuse what can only be a path: nothing is there."""
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
         return
     parent = path.parent if path.parent.is_dir() else Path()
     names = sorted(str(p) for p in parent.iterdir() if p.is_dir())
     raise InputError(
-        f"--model {name} does not exist.{did_you_mean(name, names)} "
+        f"{words} does not exist.{did_you_mean(name, names)} "
         "Expected a directory, a .gguf file, a Hub id or builtin:tiny-llama."
     )
 
 
-def _check_reachable(name: str, revision: str | None) -> bool:
+def _check_reachable(name: str, revision: str | None, words: str) -> bool:
     """Return whether to stay offline for the Hub id `name`; refuse when it cannot be had."""
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -156,9 +173,10 @@ def _check_reachable(name: str, revision: str | None) -> bool:
     if cached:
         return True
     raise InputError(
-        f"--model {name}: no such directory here, not in the local cache, and {why}. "
+        f"{words}: no such directory here, not in the local cache, and {why}. "
         f"Give a local directory or .gguf file, fetch it where there is a network "
-        f"(hf download {name}), or use --model builtin:tiny-llama."
+        f"(hf download {name}), or use {'--model ' * words.startswith('--model')}"
+        "builtin:tiny-llama."
     )
 
 

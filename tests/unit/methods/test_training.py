@@ -164,6 +164,7 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
                 labels=("a", "b", "c"),
             )
             self.fast = None
+            self._is_nothing = False
             self.penalty = lambda _: 5 * weight
             self.tokens_seen = torch.zeros((), dtype=torch.long)
             self.current_gradient_accumulation_steps = 2
