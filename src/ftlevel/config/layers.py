@@ -62,6 +62,8 @@ def read_recipe(path: Path) -> Layer:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML ({error.problem}).") from None
+    except yaml.YAMLError as error:  # a byte that no text has
+        raise ConfigError(f"recipe {path} is no text: {str(error).splitlines()[0]}.") from None
     if node is None:
         raise ConfigError(f"recipe {path} is empty. Give it at least a section, such as method.")
     if not isinstance(node, yaml.MappingNode):
@@ -74,7 +76,14 @@ def read_recipe(path: Path) -> Layer:
                 f"{origin}: key {'.'.join(key)!r} is given twice, first at {layer.origins[key]}."
             )
         layer.origins[key] = origin
-    layer.values.update(yaml.safe_load(text))
+    try:
+        layer.values.update(yaml.safe_load(text))
+    except yaml.MarkedYAMLError as error:  # a tag such as !!python/object, or a key that is a list
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(
+            f"{path}:{line}: {error.problem}. A recipe holds plain values: text, numbers, lists "
+            "and mappings."
+        ) from None
     return layer
 
 

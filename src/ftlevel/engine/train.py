@@ -20,6 +20,7 @@ from ftlevel.config.choices import Choice
 from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
 from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
+from ftlevel.engine.disk import explain_disk_errors
 from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.fast import FastStep
@@ -142,7 +143,7 @@ def _train(
         trainer.add_callback(callback)
 
     listener.stage("train")
-    with interrupt:
+    with interrupt, explain_disk_errors(run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.received and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(_what_was_kept(run, trainer.state))
@@ -159,7 +160,8 @@ def _train(
 
     listener.stage("save and check")
     finish_method(model, config.method)
-    save(model, plan, run, build_card(config, plan, base_facts), base_facts, start)
+    with explain_disk_errors(run):
+        save(model, plan, run, build_card(config, plan, base_facts), base_facts, start)
     probe = probe_batch(
         plan.data.validation or plan.data.train,
         plan.tokenizer.pad_token_id,
@@ -191,9 +193,10 @@ def _train(
         generated_rows=evaluator.generated_rows if evaluator else 0,
         speed=describe_speed(trainer, verified),
     )
-    run.write_summary(summary)
-    run.write_card(write_readme(summary))
-    shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
+    with explain_disk_errors(run):
+        run.write_summary(summary)
+        run.write_card(write_readme(summary))
+        shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
     listener.end(summary)
     return TrainResult(summary, run.path, model, plan.tokenizer)
 

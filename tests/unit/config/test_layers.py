@@ -92,6 +92,12 @@ def test_a_recipe_error_names_file_line_and_the_nearest_right_name(
         ("", "recipe {path} is empty. Give it at least a section, such as method."),
         ("train:\n  seed: 1\n  seed: 2\n",
          "{path}:3: key 'train.seed' is given twice, first at {path}:2."),
+        ("task: x\ntrain: !!python/object:os.system {}\n",
+         "{path}:2: could not determine a constructor for the tag "
+         "'tag:yaml.org,2002:python/object:os.system'. A recipe holds plain values: text, numbers, "
+         "lists and mappings."),
+        ("\x01\n", "recipe {path} is no text: unacceptable character #x0001: special characters "
+         "are not allowed."),
     ],
 )  # fmt: skip
 def test_what_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
