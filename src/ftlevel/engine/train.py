@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ftlevel.artifacts.cards import write_readme
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
-from ftlevel.config import AdaloraSpec, LoraSpec, QuantConfig, TrainConfig
+from ftlevel.config import AdaloraSpec, LoraSpec, TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.engine.adapt import apply_method, finish_method, save_adapter, train_in_float32
+from ftlevel.engine.adapt import apply_method, finish_method, save_adapter
 from ftlevel.engine.allocation import Allocation
 from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
+from ftlevel.engine.base_model import base_of, load_base, prepare_start
 from ftlevel.engine.disk import explain_disk_errors
-from ftlevel.engine.eva import start_from_data
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.fast import FastStep
 from ftlevel.engine.low_rank import uses_fused_layers
@@ -44,12 +42,9 @@ from ftlevel.engine.trainable import count_trainable
 from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, KeepStream, Report
 from ftlevel.errors import Interrupted
-from ftlevel.methods import METHODS, Base
-from ftlevel.methods.loftq import start_from_residual
+from ftlevel.methods import METHODS
 from ftlevel.methods.lora_start import copy_start
-from ftlevel.models.hardware import DTYPES
-from ftlevel.models.loading import check_missing, load_model, quiet_libraries
-from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.loading import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -216,55 +211,6 @@ def _open(
     return run, None
 
 
-def base_of(config: TrainConfig, plan: Plan) -> Base:
-    """Return what a method must know of the model that it is put onto."""
-    return Base(
-        config=plan.model_config,
-        kind=plan.kind,
-        task_type=plan.task.peft_types.get(plan.kind),
-        targets=plan.targets,
-        heads=plan.heads,
-        fan_in_fan_out=plan.fan_in_fan_out,
-        total_steps=count_steps(config.train, len(plan.data.train)),
-        tokenizer=plan.tokenizer,
-        parameters=plan.parameters,
-    )
-
-
-def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
-    """Give LoRA its start from the training rows (eva) or from the float weights (loftq; mutated).
-
-    For loftq the float model is held beside the quantized one until its start is set.
-    """
-    init = config.method.init_lora_weights if isinstance(config.method, LoraSpec) else "default"
-    if init == "loftq":
-        start_from_residual(model, float_weights(config, plan))
-    if init != "eva":
-        return
-    start_from_data(
-        model,
-        plan.data.train,
-        pad_id=plan.tokenizer.pad_token_id,
-        batch_size=config.train.per_device_train_batch_size,
-        seed=config.train.seed,
-        device=plan.device,
-        dtype=plan.dtype,
-    )
-    train_in_float32(model)
-
-
-def float_weights(config: TrainConfig, plan: Plan) -> Callable[[str], torch.Tensor]:
-    """Return the way from a linear's name to its weight (out, in) before quantization."""
-    base = load_base(config, replace(plan, device="cpu", quant=QuantConfig()))
-
-    def weight_of(name: str) -> torch.Tensor:
-        linear = base.get_submodule(name)
-        weight: torch.Tensor = linear.weight
-        return weight if isinstance(linear, torch.nn.Linear) else weight.T  # GPT-2's Conv1D
-
-    return weight_of
-
-
 def method_callbacks(config: TrainConfig, run: RunDirectory, *, writes: bool) -> list[Any]:
     """Return what a method does while training, beside its gradient steps.
 
@@ -297,30 +243,6 @@ def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
         loraplus_weight_decay=arguments.weight_decay,
         **settings,
     )
-
-
-def load_base(config: TrainConfig, plan: Plan) -> Any:
-    """Load the base model of `plan` for training; new heads are drawn from the seed.
-
-    Raises:
-        InputError: its weights are damaged, or it lacks some.
-    """
-    from transformers import set_seed
-
-    set_seed(config.train.seed)
-    full = config.method.kind == "full"
-    dtype = DTYPES["float32" if full else plan.dtype]
-    model, missing = load_model(
-        plan.source,
-        plan.model_config,
-        plan.auto_class,
-        dtype=dtype,
-        device=plan.device,
-        quantization=build_quantization_config(plan.quant, DTYPES[plan.dtype], plan.heads),
-        attn_implementation=config.model.attn_implementation,
-    )
-    check_missing(missing, plan.new_modules, plan.source.words)
-    return model
 
 
 def build_trainer(
