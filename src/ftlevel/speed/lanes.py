@@ -27,9 +27,9 @@ Gradients = tuple[torch.Tensor | None, ...]
 MOST_LANES = 4
 """Lanes at most: each holds the activations of its pass, and Python runs one of them at a time."""
 
-GAIN = 1.3
-"""What two lanes compute in the time in which one pass with all threads would compute 1: measured
-on two Zen 4 cores, docs/performance.md."""
+GAIN = 1.1
+"""What lanes compute in the time in which one pass with all threads computes 1: 1.03 to 1.16 on two
+quiet Zen 4 cores, 1.3 to 1.5 where other work takes part of them (docs/performance.md)."""
 
 
 class Lanes:

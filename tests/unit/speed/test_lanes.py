@@ -123,7 +123,7 @@ def test_a_free_lane_takes_the_next_pass() -> None:
 
 @pytest.mark.parametrize(
     ("costs", "alone", "pays"),
-    [([50, 50], [100], True), ([64, 36], [100], True), ([66, 34], [100], False),
+    [([50, 50], [100], True), ([54, 46], [100], True), ([56, 44], [100], False),
      ([90, 90], [100], False), ([40, 40, 40], [120], False),
      ([40] * 4, [160], True)],
 )  # fmt: skip
