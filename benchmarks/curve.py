@@ -2,7 +2,7 @@
 """Does a run with everything on learn what a plain one learns? Two runs on the same rows, compared.
 
     python benchmarks/curve.py                            200 steps each, writes docs/curve.svg
-    python benchmarks/curve.py --steps 5 --svg /tmp/curve.svg
+    python benchmarks/curve.py --steps 5 --svg curve.svg
     python benchmarks/curve.py --runs FAST PLAIN          compare two run directories that are there
 
 `ftlevel train` on `data/docstring-summary` with SmolLM2-135M-Instruct, LoRA r 8, batch 4 × 2, once
