@@ -55,7 +55,6 @@ class Stream(Protocol):
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on; None is the beginning."""
-        ...
 
 
 def open_file(path: Path) -> Stream:
