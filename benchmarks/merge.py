@@ -145,9 +145,8 @@ def make_large(folder: Path, shards: int, layers: int = LARGE["num_hidden_layers
     written = 0.0
     for name, spec in names.items():
         number = min(int(written / share), shards - 1) + 1
-        files.setdefault(f"model-{number:05d}-of-{shards:05d}.safetensors", []).append(
-            draw(name, spec)
-        )
+        file = f"model-{number:05d}-of-{shards:05d}" if shards > 1 else "model"
+        files.setdefault(f"{file}.safetensors", []).append(draw(name, spec))
         written += spec.nbytes
     folder.mkdir()
     write_files(folder, files)

@@ -22,6 +22,11 @@ class SpeedConfig(Section):
     target_head: bool = Field(
         True, description="Compute a language head and its loss at supervised positions only."
     )
+    skip_unread: bool = Field(
+        True,
+        description="Compute the last block at the tokens that a head or a classifier reads, and "
+        "of the others only what attention needs.",
+    )
     low_rank: bool = Field(
         True, description="Compute LoRA's base and update in one node, in the base's precision."
     )
@@ -44,7 +49,7 @@ class SpeedConfig(Section):
         "auto",
         description="Most tokens in the passes through the model that are computed at once, which "
         "bounds the memory; auto is what per_device_train_batch_size rows of max_length would "
-        "have, on a CPU 2,048 at most.",
+        "have, on a CPU 2,048 at most, an eighth more where prefixes are shared.",
     )
     passes_at_once: Positive | Literal["auto"] = Field(
         "auto",

@@ -17,6 +17,7 @@ from ftlevel.data.encode import Encoded
 from ftlevel.engine.fast_plan import FastPlan, has_target_head, takes_attention
 from ftlevel.engine.head_check import find_head_error
 from ftlevel.engine.packing_check import PackingCheck
+from ftlevel.engine.read_check import ReadCheck
 from ftlevel.engine.target_loss import base_model
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.speed import attention
@@ -25,6 +26,7 @@ from ftlevel.speed.dropout import OwnDraws
 from ftlevel.speed.elementwise import FusedElementwise
 from ftlevel.speed.head import TargetHead
 from ftlevel.speed.lanes import Lanes
+from ftlevel.speed.unread import UnreadTokens
 from ftlevel.tasks.objectives import Objective, Tokens
 
 
@@ -36,6 +38,7 @@ class FastStep:
         head: the language head on targets only, or None.
         lanes: where passes are computed side by side, or None.
         elementwise: norms and gates in one node each, or None.
+        skipping: how many linears of the last block compute only what is read after it.
 
     Args:
         model: a model, with or without an adapter (mutated until `remove`).
@@ -54,6 +57,8 @@ class FastStep:
         self.head = TargetHead(self._base) if plan.heads else None
         self.elementwise = FusedElementwise(model) if plan.elementwise else None
         self.lanes: Lanes | None = None
+        self.skipping = 0
+        self._unread: UnreadTokens | None = None
         self._draws: OwnDraws | None = None
         if plan.lanes > 1:
             self.lanes = Lanes(plan.lanes, torch.get_num_threads(), plan.draws)
@@ -115,6 +120,26 @@ class FastStep:
         self.head = None
         return f"its head is computed on every token: {reason}"
 
+    def find_unread(
+        self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
+    ) -> None:
+        """Have the last block compute only what is read after it, where that is found to be less.
+
+        Args:
+            objective: what the model is trained on.
+            rows: as of `PackingCheck`.
+            pad_id: as of `PackingCheck`.
+            device: torch device type.
+            dtype: compute precision's name.
+        """
+        if self._blocks is None or not self.plan.skips:
+            return
+        last = find_blocks(self._base)[-1]
+        reads, linears = ReadCheck(self._model, last, rows, pad_id, device, dtype)(objective)
+        if linears:
+            self.plan = replace(self.plan, reads=reads)
+            self._unread, self.skipping = UnreadTokens(linears), len(linears)
+
     def _pad_again(self) -> None:
         if self._blocks is not None:
             self._blocks.remove()
@@ -127,6 +152,8 @@ class FastStep:
             self.head.remove()
         if self.elementwise is not None:
             self.elementwise.remove()
+        if self._unread is not None:
+            self._unread.remove()
         self._leave_lanes()
         self._pad_again()
 

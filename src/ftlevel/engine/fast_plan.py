@@ -14,6 +14,7 @@ from ftlevel.config.choices import Choice
 from ftlevel.data.encode import Encoded
 from ftlevel.engine.kernels import uses_liger
 from ftlevel.engine.lane_plan import VIRTUAL_TOKENS, find_random, plan_lanes
+from ftlevel.engine.reads import Reads
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.speed import attention
 from ftlevel.speed.prefixes import share_of_shared
@@ -24,6 +25,9 @@ FEWEST_TOKENS = 1024
 
 MOST_CPU_TOKENS = 2048
 """On a CPU a pass gains nothing from more tokens, and holds their activations."""
+
+SHARED_MORE = 8
+"""Where prefixes are shared a pass may have an eighth more: two would both compute the prefix."""
 
 WORTH_SHARING = 0.05
 """Prefixes are shared where at least this part of a step's tokens is saved."""
@@ -46,6 +50,8 @@ class FastPlan:
         lanes: how many passes are computed side by side, where that is faster.
         draws: whether they drop something at random.
         elementwise: whether norms and gates are computed in one node each.
+        skips: whether the last block computes only what is read after it, where it can be.
+        reads: which tokens those are; None before the model has been asked, or where all are read.
     """
 
     enabled: bool = False
@@ -57,6 +63,8 @@ class FastPlan:
     lanes: int = 1
     draws: bool = False
     elementwise: bool = False
+    skips: bool = False
+    reads: Reads | None = None
 
 
 def plan_fast(
@@ -88,14 +96,15 @@ def plan_fast(
     layout = "packed, no padding" if not why_padded else f"padded by length ({why_padded})"
     parts = [layout] + (["head on targets only"] if heads else [])
     lanes = plan_lanes(config, meta, device, packs=not why_padded)
+    shares, more = False, list[Choice]()
+    if not why_padded and kind == "decoder" and speed.share_prefixes != "never":
+        shares, more = _plan_sharing(config, meta, rows)
+    if shares and speed.tokens_per_pass == "auto":
+        tokens += tokens // SHARED_MORE
     at_once = f"{lanes.count} passes at once" if lanes.count > 1 else "one pass at a time"
     at_once += f": {lanes.reason}" if lanes.reason else ""
     bound = f"up to {tokens // lanes.count:,} tokens a pass"
-    choices = [Choice("step", ", ".join(parts), f"{bound}, {at_once}")]
-    shares = False
-    if not why_padded and kind == "decoder" and speed.share_prefixes != "never":
-        shares, more = _plan_sharing(config, meta, rows)
-        choices += more
+    choices = [Choice("step", ", ".join(parts), f"{bound}, {at_once}"), *more]
     return FastPlan(
         True,
         not why_padded,
@@ -106,6 +115,7 @@ def plan_fast(
         lanes.count,
         bool(lanes.draws),
         speed.elementwise and not uses_liger(config, device, meta.config.model_type),
+        skips=speed.skip_unread and not why_padded,
     )
 
 

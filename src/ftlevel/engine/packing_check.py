@@ -46,7 +46,7 @@ class PackingCheck:
 
     def find_leak(self) -> str:
         """Return why rows cannot be packed, empty if they can."""
-        first, second = self._pair()
+        first, second = shortened_pair(self.rows)
         other = replace(first, input_ids=first.input_ids[::-1])
         return self._try(lambda: self._compare_packed([first, second], [other, second]))
 
@@ -56,7 +56,7 @@ class PackingCheck:
 
     def draws_outside_of_passes(self) -> bool:
         """Return whether a pass in training takes numbers from the process's generator."""
-        batch, training = self._batch(self._pair()), self.model.training
+        batch, training = self._batch(shortened_pair(self.rows)), self.model.training
         layout, before = Layout.of_rows(batch["attention_mask"]), torch.get_rng_state()
         self.model.train()
         try:
@@ -71,11 +71,6 @@ class PackingCheck:
         finally:
             torch.set_rng_state(before)
             self.model.train(training)
-
-    def _pair(self) -> list[Encoded]:
-        """Return a row and its own beginning, the longer one first."""
-        longest = max(self.rows[:100], key=lambda row: len(row.input_ids))
-        return [_shorten(longest, length) for length in LENGTHS]
 
     def _try(self, compare: Callable[[], str]) -> str:
         training = self.model.training
@@ -99,7 +94,7 @@ class PackingCheck:
         return ""
 
     def _compare_shared(self) -> str:
-        pair = self._pair()[::-1]  # the prefix of both is the first
+        pair = shortened_pair(self.rows)[::-1]  # the prefix of both is the first
         batch = self._batch(pair)
         kept = batch["attention_mask"] != 0
         tree = lay_out_tree([row.input_ids for row in pair], least=1).to(self.device)
@@ -115,7 +110,7 @@ class PackingCheck:
     @functools.cached_property
     def _padded(self) -> torch.Tensor:
         """States of the pair as every model computes them, which both comparisons need."""
-        return self._states(self._batch(self._pair()), None)
+        return self._states(self._batch(shortened_pair(self.rows)), None)
 
     def _noise(self) -> float:
         return 1e-4 if self.dtype == "float32" else 1e-1
@@ -140,6 +135,12 @@ class PackingCheck:
         finally:
             hook.remove()
         return seen[-1]
+
+
+def shortened_pair(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Return the beginning of a row of `rows` and a shorter one, the longer one first."""
+    longest = max(rows[:100], key=lambda row: len(row.input_ids))
+    return [_shorten(longest, length) for length in LENGTHS]
 
 
 def _shorten(row: Encoded, size: int) -> Encoded:

@@ -28,6 +28,7 @@ def speed_up(
     for reason in (*fast.check(*tried), fast.check_head(plan.objective, *tried)):
         if reason:
             listener.warn(f"{plan.model_config.model_type}: {reason}.")
+    fast.find_unread(plan.objective, *tried)
     if not config.speed.verify:
         return fast, None
     listener.stage("compute the first steps the plain way and the fast way")
@@ -50,6 +51,7 @@ def describe_speed(trainer: FtlevelTrainer, verified: Verified | None) -> dict[s
         "head_on_targets": plan.heads,
         "prefixes_shared": plan.shares,
         "norms_and_gates_fused": trainer.fast.elementwise.count if trainer.fast.elementwise else 0,
+        "linears_of_last_block_on_read_tokens": trainer.fast.skipping,
         "passes_at_once": plan.lanes,
         "tokens_per_pass": plan.tokens // plan.lanes,
         "tokens_computed": trainer.tokens_computed,

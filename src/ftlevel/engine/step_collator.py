@@ -51,6 +51,8 @@ class StepCollator:
             layout = lay_out_tree([rows[i].input_ids for i in part])
         else:
             layout = Layout.of_rows(batch["attention_mask"])
+        if layout is not None and self._plan.reads is not None:
+            layout = layout.reading(self._plan.reads(batch))
         return {**batch, "layout": layout}
 
 

@@ -55,6 +55,8 @@ class Layout:
         restore: (batch * seq,) index in the row of each place of the flattened batch; padding
             points at some token, and nothing that counts may read it.
         segments: what the row is made of, in its order.
+        read: (read,) index in the row of each token whose states after the last block count,
+            ascending; None for all.
     """
 
     batch: int
@@ -62,6 +64,7 @@ class Layout:
     source: torch.Tensor
     restore: torch.Tensor
     segments: tuple[Segment, ...]
+    read: torch.Tensor | None = None
 
     @classmethod
     def of_rows(cls, mask: torch.Tensor) -> Layout:
@@ -83,7 +86,15 @@ class Layout:
         """Return the layout with its indices on `device`."""
         source = self.source.to(device, non_blocking=non_blocking)
         restore = self.restore.to(device, non_blocking=non_blocking)
-        return replace(self, source=source, restore=restore)
+        read = self.read
+        if read is not None:
+            read = read.to(device, non_blocking=non_blocking)
+        return replace(self, source=source, restore=restore, read=read)
+
+    def reading(self, at: torch.Tensor) -> Layout:
+        """Return the layout of which the places `at` of the flattened batch are read."""
+        read = torch.unique(self.restore.index_select(0, at))
+        return replace(self, read=read if len(read) < self.tokens else None)
 
     @property
     def tokens(self) -> int:

@@ -115,9 +115,10 @@ def both(
     plain = trainer_of(model, head, folder, FastPlan(), **arguments)
     micro_batches = [Collator(pad_id)(rows[i : i + 2]) for i in range(0, len(rows), 2)]
     expected = step_of(plain, micro_batches)
-    plan = FastPlan(True, packs, heads, tokens, shares, lanes=lanes)
+    plan = FastPlan(True, packs, heads, tokens, shares, lanes=lanes, skips=True)
     trainer = trainer_of(model, head, folder, plan, **arguments)
-    batch = StepCollator(pad_id, plan)(rows)
+    trainer.fast.find_unread(OBJECTIVES[head], rows, pad_id, "cpu", "float32")
+    batch = StepCollator(pad_id, trainer.fast.plan)(rows)
     assert len(batch["passes"]) >= passes
     assert batch["side_by_side"] is (lanes > 1)
     found = step_of(trainer, [batch])
