@@ -155,6 +155,22 @@ def _chunks(
     return zip(torch.split(states, size), torch.split(targets, size), strict=True)
 
 
+def _loss_and_gradient(
+    scores: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed loss of `scores` (targets, vocabulary), and its gradient, in float32.
+
+    The largest probability, 1/vocabulary at least, gives the normalizer without another exponential
+    of every score: log Σⱼ exp sⱼ = max s − log max p.
+    """
+    exact = scores.float()
+    chosen = exact.gather(-1, targets[:, None])[:, 0]
+    probabilities = torch.softmax(exact, -1)
+    normalizer = exact.amax(-1) - probabilities.amax(-1).log()
+    ones = probabilities.new_full((len(targets), 1), -1.0)
+    return (normalizer - chosen).sum(), probabilities.scatter_add_(-1, targets[:, None], ones)
+
+
 class _SummedLoss(torch.autograd.Function):
     """The loss summed over targets; its gradients are made while the scores are there."""
 
@@ -177,11 +193,8 @@ class _SummedLoss(torch.autograd.Function):
                 leaf = chunk.detach().requires_grad_()
                 scores = scores_of(leaf)
             with torch.no_grad():
-                gradient = functional.log_softmax(scores, -1, dtype=torch.float32)
-                total -= gradient.gather(-1, wanted[:, None]).sum()
-                gradient.exp_().scatter_add_(
-                    -1, wanted[:, None], gradient.new_full((len(wanted), 1), -1.0)
-                )
+                loss, gradient = _loss_and_gradient(scores, wanted)
+                total += loss
             of_chunk, *of_head = torch.autograd.grad(
                 scores, [leaf, *parameters], gradient.to(scores.dtype)
             )
