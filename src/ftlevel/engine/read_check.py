@@ -50,7 +50,8 @@ class ReadCheck:
     def __call__(self, objective: Objective) -> tuple[Reads | None, list[nn.Module]]:
         """Return what is read, and the linears of the last block that may compute it alone.
 
-        Both are empty where every token may be read, or where a block is gone through twice.
+        Both are empty where every token may be read, where a block is gone through twice, and where
+        torch cannot make the gradients that are asked for.
         """
         batch = Collator(self.pad_id)(shortened_pair(self.rows))
         del batch["labels"]
@@ -61,6 +62,8 @@ class ReadCheck:
             with autocast(self.device, self.dtype):
                 reads = self._find_reads(objective, batch)
                 return (reads, self._find_linears(batch)) if reads else (None, [])
+        except RuntimeError:
+            return None, []
         finally:
             self.model.train(training)
 
@@ -75,7 +78,8 @@ class ReadCheck:
             """Let the graph begin at the states, so that their gradient is all that is made."""
             states = output if isinstance(output, torch.Tensor) else output[0]
             seen.append(states.detach().requires_grad_())
-            return seen[-1] if isinstance(output, torch.Tensor) else (seen[-1], *output[1:])
+            states = seen[-1].clone()
+            return states if isinstance(output, torch.Tensor) else (states, *output[1:])
 
         hook = self.last_block.register_forward_hook(cut)
         try:

@@ -115,9 +115,9 @@ def _with_gradient(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments with states that ask for a gradient, so that everything does."""
-    if args:
-        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-    return (), {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+    states = args[0] if args else kwargs["hidden_states"]
+    states = states.detach().requires_grad_().clone()  # no leaf: blocks add to it in place
+    return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
 
 
 def _is_of_read(gradient: torch.Tensor, layout: Layout) -> bool:
