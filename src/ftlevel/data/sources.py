@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import random
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from ftlevel.data.hub import (
     is_saved_directory,
@@ -175,10 +178,9 @@ def hold_out(splits: Splits, validation_split: float, seed: int) -> Splits:
             f"{splits.train.source}; both parts need a row. Give a share between "
             f"{1 / total:.2g} and {1 - 1 / total:.2g}, or a validation file."
         )
-    order = list(range(total))
+    order = array("q", range(total))
     random.Random(seed).shuffle(order)
-    held = sorted(order[:count])
-    kept = sorted(order[count:])
+    held, kept = np.sort(order[:count]), np.sort(order[count:])
     note = f"validation: {count:,} of {total:,} rows held out of train (seed {seed})"
     return replace(
         splits,

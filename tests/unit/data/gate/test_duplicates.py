@@ -9,7 +9,8 @@ import numpy as np
 
 from ftlevel.data.encode import Encoded
 from ftlevel.data.examples import Labelled, Pair, PlainText
-from ftlevel.data.gate.duplicates import SIMILARITY, example_keys, find_near, find_repeated
+from ftlevel.data.gate.duplicates import example_keys, find_near, find_repeated
+from ftlevel.data.gate.similarity import SIMILARITY
 
 
 def encoded(rows: list[list[int]]) -> list[Encoded]:
