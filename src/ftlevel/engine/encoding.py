@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ftlevel.config import DataConfig
 from ftlevel.data.encode import (
     Encoded,
@@ -18,9 +20,10 @@ from ftlevel.data.encode import (
 )
 from ftlevel.data.examples import Labelled
 from ftlevel.data.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
+from ftlevel.data.gate.duplicates import Keys, example_keys
 from ftlevel.data.labels import LabelSet
 from ftlevel.data.masking import encode_masked
-from ftlevel.data.parallel import Encode, Progress, be_silent, encode_to_store
+from ftlevel.data.parallel import Encode, Progress, be_silent, encode_to_store, keys_path
 from ftlevel.data.prompts import PromptFormat
 from ftlevel.data.table import Table
 from ftlevel.data.tags import encode_tagged
@@ -72,9 +75,10 @@ class Encoder:
                 "tokenizer.json."
             )
         try:
-            return _ENCODERS[self.task.target](self, examples, table)
+            fitted = _ENCODERS[self.task.target](self, examples, table)
         except RowError as error:
             raise InputError(f"{table.where(error.row)}: {error.reason}") from error
+        return fitted if self.partly else replace(fitted, keys=self._keys(examples))
 
     def dropping(self, split: str) -> Encoder:
         """Return an encoder of `split` that drops rows which do not fit."""
@@ -87,6 +91,11 @@ class Encoder:
             return encode(examples)
         path = self.folder / f"{self.split}.arrow"
         return encode_to_store(path, encode, examples, self.config.num_proc, self.progress)
+
+    def _keys(self, examples: Sequence[Any]) -> Keys:
+        """Return the keys of `examples`, which `collect` has written if it was called."""
+        path = self.folder and keys_path(self.folder / f"{self.split}.arrow")
+        return np.memmap(path, np.uint64, "r") if path and path.exists() else example_keys(examples)
 
     def fit(self, rows: Sequence[Encoded], table: Table) -> Fitted:
         """Make `rows` fit as the data section says."""

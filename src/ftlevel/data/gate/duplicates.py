@@ -27,10 +27,11 @@ from ftlevel.data.store import RowStore, lengths_of
 _BANDS, _DEPTH = 6, 4
 _PART = 1 << 17  # keys that are sorted together
 _MOST_PARTS = 64  # of more keys each part is larger, as each costs a look at all of them
+Keys = NDArray[np.uint64]
 _NONE = np.zeros(0, dtype=np.int64)
 
 
-def example_keys(examples: Iterable[Any]) -> NDArray[np.uint64]:
+def example_keys(examples: Iterable[Any]) -> Keys:
     """Return 64 bits of each example's text without regard to case and white space."""
     digests = b"".join(
         blake2b(" ".join(_text(e).casefold().split()).encode(), digest_size=8).digest()
