@@ -158,7 +158,7 @@ def _band_keys(ids: Ragged, prefix: int, wanted: Mask) -> Hashes:
     generator = np.random.default_rng(0)
     factors = generator.integers(2**31, 2**32, _BANDS * _DEPTH, dtype=np.uint32) | np.uint32(1)
     offsets = generator.integers(0, 2**32, _BANDS * _DEPTH, dtype=np.uint32)
-    grams, starts = hash_grams(ids, prefix, wanted)
+    grams, starts, _ = hash_grams(ids, prefix, wanted)
     keys = np.zeros((len(starts), _BANDS), dtype=np.uint32)
     for number, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
         if len(starts):

@@ -13,12 +13,14 @@ from ftlevel.data.gate.flat import Integers, Mask, Ragged, gather
 
 SIMILARITY = 0.8
 GRAM = 5  # tokens
-_TOKENS = 1 << 18  # of pairs that are looked at together
+_TOKENS = 1 << 16  # of pairs that are looked at together, of which there are fewer than 2^13
 Hashes = NDArray[np.uint32]
 
 
-def hash_grams(ids: Ragged, prefix: int, wanted: Mask) -> tuple[Hashes, Integers]:
-    """Return a hash of each token 5-gram of the rows in `wanted`, and where each row's begin.
+def hash_grams(
+    ids: Ragged, prefix: int, wanted: Mask
+) -> tuple[Hashes, Integers, NDArray[np.int32]]:
+    """Return a hash of each token 5-gram of some rows, where each row's begin, and first tokens.
 
     Args:
         ids: of all rows.
@@ -34,7 +36,7 @@ def hash_grams(ids: Ragged, prefix: int, wanted: Mask) -> tuple[Hashes, Integers
     left = np.repeat(lengths, lengths) - inside
     keep = np.repeat(wanted, lengths) & (inside >= prefix) & (left >= GRAM)
     counts = lengths[wanted] - prefix - GRAM + 1
-    return mix(grams[keep]), np.cumsum(counts) - counts
+    return mix(grams[keep]), np.cumsum(counts) - counts, values[keep]
 
 
 def mix(values: Hashes) -> Hashes:
@@ -59,8 +61,9 @@ def find_similar(
         prefix: tokens to leave out at the beginning of each.
     """
     found = np.zeros(len(these), dtype=bool)
-    sizes = np.stack((lengths[these], lengths[those])) - prefix
-    possible = np.flatnonzero(_are_alike(sizes.min(axis=0), sizes.max(axis=0)))
+    sizes = np.stack((lengths[these], lengths[those]))
+    alike = _are_alike(sizes.min(axis=0) - prefix, sizes.max(axis=0) - prefix)
+    possible = np.flatnonzero(alike)
     until = np.cumsum(sizes.sum(axis=0, dtype=np.int64)[possible])
     borders = np.flatnonzero(np.diff(until // _TOKENS)) + 1
     for some in np.split(possible, borders):
@@ -76,21 +79,23 @@ def _are_alike(shorter: Any, longer: Any) -> Any:
 
 
 def _may_be_near(rows: Sequence[Encoded], these: Integers, those: Integers, prefix: int) -> Mask:
-    """Tell for each pair of rows whether the hashes of their 5-grams leave it open to be near."""
+    """Tell for each pair of rows whether they are near by 49 bits of each of their 5-grams.
+
+    Two grams of a pair have these bits in common by chance once in 10^12 pairs of short rows.
+    """
     count = len(these)
     ids = gather(rows, np.concatenate((these, those)))
-    grams, starts = hash_grams(ids, prefix, np.ones(2 * count, dtype=bool))
+    grams, starts, first = hash_grams(ids, prefix, np.ones(2 * count, dtype=bool))
     each = np.diff(starts, append=len(grams))
     pair = np.repeat(np.tile(np.arange(count), 2), each)
     side = np.repeat(np.repeat((0, 1), count), each)
-    keys = np.sort(pair << 33 | grams.astype(np.int64) << 1 | side)
+    gram = (first.astype(np.int64) & 0x1FFFF) << 32 | grams
+    keys = np.sort(pair << 50 | gram << 1 | side)
     keys = keys[np.diff(keys, prepend=-1) != 0]  # the grams of each side, once
-    pair, gram = keys >> 33, keys >> 1
+    pair, gram = keys >> 50, keys >> 1
     common = np.bincount(pair[1:][gram[1:] == gram[:-1]], minlength=count)
-    union = np.bincount(pair, minlength=count) - common
-    # Of two grams with one hash only one is counted, which may cost a pair one or two at most.
-    open_: Mask = common + 2 >= SIMILARITY * union
-    return open_
+    likely: Mask = common >= SIMILARITY * (np.bincount(pair, minlength=count) - common)
+    return likely
 
 
 def _are_near(row: Encoded, other: Encoded, prefix: int) -> bool:
