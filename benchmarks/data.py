@@ -125,8 +125,8 @@ def measure_ours(
 ) -> dict[str, Any]:
     """Prepare `data` as `ftlevel train --task` does; return figures."""
     from ftlevel.config import DataConfig
-    from ftlevel.data.fit import Bounds
     from ftlevel.data import parallel
+    from ftlevel.data.fit import Bounds
     from ftlevel.engine import encoding, gate
     from ftlevel.engine.dataset import prepare_data
     from ftlevel.engine.examples import Asked
