@@ -63,6 +63,7 @@ class Fitted:
         long_prompts: indices of the examples whose prompt alone is beyond `max_length`.
         lost: indices of those that were left out because their answer would have been cut.
         overlong: what was done to rows that are too long, drop or what the user asked for.
+        stops: why the run would stop, where rows were dropped instead, as for a preview.
         keys: 64 bits of the text of each example, by which the gate tells them apart.
     """
 
@@ -76,6 +77,7 @@ class Fitted:
     lost: tuple[int, ...] = ()
     overlong: str = "error"
     shortened_at: str = ""
+    stops: str = ""
     keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
 

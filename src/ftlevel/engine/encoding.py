@@ -47,6 +47,7 @@ class Encoder:
         folder: where the rows of many examples are written; None keeps them in memory.
         progress: told how many examples are encoded.
         partly: whether the examples are some of many, of which none need be left.
+        lenient: whether rows that ought to stop the run are dropped, and this is said.
         split: names the file, so that no split writes over another.
     """
 
@@ -60,6 +61,7 @@ class Encoder:
     folder: Path | None = None
     progress: Progress = be_silent
     partly: bool = False
+    lenient: bool = False
     split: str = "train"
 
     def __call__(self, examples: Sequence[Any], table: Table) -> Fitted:
@@ -100,7 +102,13 @@ class Encoder:
     def fit(self, rows: Sequence[Encoded], table: Table) -> Fitted:
         """Make `rows` fit as the data section says."""
         config = self.config
-        fitted = fit_rows(rows, config.max_length, self.bounds, config.overlong, table.where)
+        fit = partial(fit_rows, rows, config.max_length, self.bounds)
+        try:
+            fitted = fit(config.overlong, table.where)
+        except InputError as error:
+            if not self.lenient:
+                raise
+            fitted = replace(fit("drop", table.where), stops=str(error))
         if not self.partly:
             check_some_left(fitted, rows)
         return fitted
@@ -136,11 +144,18 @@ def _encode_texts(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fi
     fitted = encoder.fit(encoder.collect(encode_some, examples), table)
     if not seq2seq:
         return fitted
-    longest, overlong = encoder.config.max_target_length, encoder.config.overlong
-    kept, dropped = fit_targets(fitted.rows, longest, overlong, table.where)
+    longest = encoder.config.max_target_length
+    fit, stops = partial(fit_targets, fitted.rows, longest), fitted.stops
+    try:
+        kept, dropped = fit(encoder.config.overlong, table.where)
+    except InputError as error:
+        if not encoder.lenient:
+            raise
+        stops = stops or str(error)
+        kept, dropped = fit("drop", table.where)
     if not len(kept) and not encoder.partly:
         raise InputError(f"no target is within {longest:,} tokens.")
-    return replace(fitted, rows=kept, dropped=fitted.dropped + dropped)
+    return replace(fitted, rows=kept, dropped=fitted.dropped + dropped, stops=stops)
 
 
 def _encode_classes(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
@@ -181,7 +196,7 @@ def _encode_questions(encoder: Encoder, examples: Sequence[Any], table: Table) -
         stride=encoder.config.doc_stride,
         separator=question_separator(encoder.kind),
         where=table.where,
-        drop=encoder.config.overlong == "drop",
+        drop=encoder.lenient or encoder.config.overlong == "drop",
     )
     asked = len({window.row for window in windows})
     given = isinstance(encoder.config.max_length, int)

@@ -258,13 +258,13 @@ def prepare_examples(
     prompt_format = _prompt_format(loaded, task, asked.kind, tokenizer)
     encoder = Encoder(
         task, asked.kind, tokenizer, config, asked.bounds, prompt_format, loaded.labels,
-        folder, progress,
+        folder, progress, lenient=lenient,
     )  # fmt: skip
     gate = Gate(
         config.gate, task.target, tokenizer.bos_token_id, stop_ids(tokenizer), asked.vocabulary
     )
     tables = loaded.splits
-    fitted = (encoder.dropping("train") if lenient else encoder)(loaded.train, tables.train)
+    fitted = encoder(loaded.train, tables.train)
     kept, found = gate.check_split("train", fitted, loaded.train, tables.train)
     findings = [*loaded.findings, *found]
     validation: Sequence[Encoded] = []
@@ -287,6 +287,8 @@ def prepare_examples(
         "validation_dropped": dropped,
         "gate": [finding.to_dict() for finding in findings],
     }
+    if fitted.stops:  # of a preview, which goes on
+        facts["stops"] = fitted.stops
     choices = _choices(loaded, fitted, validation, facts, prompt_format)
     choices += [_gate_choice(finding) for finding in findings]
     return Prepared(
