@@ -159,9 +159,11 @@ def _save(prepared: Prepared, folder: Path) -> None:
 
 def _save_lines(lines: Sequence[int], path: Path) -> None:
     """Write the lines of all rows, some at a time."""
-    saved = np.lib.format.open_memmap(path, "w+", np.int64, (len(lines),))
-    for begin in range(0, len(lines), _SOME):
-        saved[begin : begin + _SOME] = lines[begin : begin + _SOME]
+    header = {"descr": "<i8", "fortran_order": False, "shape": (len(lines),)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for begin in range(0, len(lines), _SOME):
+            file.write(np.array(lines[begin : begin + _SOME], dtype="<i8").tobytes())
 
 
 def _save_rows(rows: Sequence[Encoded], folder: Path, name: str) -> Mapping[str, Any] | None:

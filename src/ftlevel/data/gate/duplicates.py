@@ -9,6 +9,8 @@ other, so that time and memory stay linear in the tokens whatever the data.
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -131,10 +133,13 @@ def find_near(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
 @contextmanager
 def _array_on_disk(rows: Sequence[Encoded], shape: tuple[int, ...]) -> Iterator[Hashes]:
     """Give an array of zeros, in a file beside rows that are in a file."""
-    if not isinstance(rows, RowStore):
+    if not isinstance(rows, RowStore) or not len(rows):
         yield np.zeros(shape, dtype=np.uint32)
         return
     with tempfile.TemporaryFile(dir=rows.path.parent) as file:
+        # On a full disk a write to the mapping would kill the process; this raises.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * 4)
         yield np.memmap(file, np.uint32, "w+", shape=shape)
 
 
