@@ -6,17 +6,21 @@ What is kept is the place of every 64th line, and the number of each line that i
 from __future__ import annotations
 
 import json
-import mmap
+import os
+import weakref
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from ftlevel.errors import InputError
+
 Row = dict[str, Any]
 LARGE_BYTES = 1_000_000
 """Size from which on the rows of a file are not held in memory."""
 _STRIDE = 64  # lines from one place that is kept to the next
+_BLOCK = 1 << 16  # bytes that are read at once
 _BOM = b"\xef\xbb\xbf"
 _raw_decode = json.JSONDecoder().raw_decode
 
@@ -69,8 +73,10 @@ class LineRows(Sequence[Row]):
     def __init__(self, path: Path, lines: Sequence[int], places: Sequence[int]) -> None:
         self.path, self.lines, self.places = path, lines, places
         self._next = (1, places[0]) if places else (1, 0)  # the line after the last one read
-        with path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._block, self._at = b"", 0  # bytes that were read, and where they begin
+        # Not a mapping: a file that is cut meanwhile would end the process by a signal.
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -93,16 +99,31 @@ class LineRows(Sequence[Row]):
         at, begin = self._next
         if not 0 <= line - at < _STRIDE:
             at, begin = line - (line - 1) % _STRIDE, self.places[(line - 1) // _STRIDE]
-        find = self._bytes.find
         while at < line:
-            begin = find(b"\n", begin) + 1
+            begin = self._end(begin) + 1
             at += 1
-        end = find(b"\n", begin)
-        end = end if end >= 0 else len(self._bytes)
+        end = self._end(begin)
         self._next = (line + 1, end + 1)
-        row: Row
-        row, _ = _raw_decode(self._bytes[begin:end].decode().lstrip())
+        text = self._block[begin - self._at : end - self._at].decode(errors="replace")
+        try:
+            row, _ = _raw_decode(text.lstrip())
+        except ValueError:
+            row = None
+        if type(row) is not dict:
+            raise InputError(f"{self.path}:{line}: changed while it was read. Run again.")
         return row
+
+    def _end(self, begin: int) -> int:
+        """Return where the line ends that begins at `begin`, which is in the block afterwards."""
+        found = self._block.find(b"\n", begin - self._at) if begin >= self._at else -1
+        size = _BLOCK
+        while found < 0:
+            self._block, self._at = os.pread(self._file, size, begin), begin
+            found = self._block.find(b"\n")
+            if found < 0 and len(self._block) < size:  # the last line may lack its end
+                found = len(self._block)
+            size *= 2
+        return self._at + found
 
     def take(self, indices: Iterable[int]) -> LineRows:
         """Return the rows at `indices`, of the same file, for eight bytes a row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -98,3 +99,30 @@ def test_line_numbers_are_those_that_were_added(found: set[int]) -> None:
     assert numbers[1:3] == sorted(found)[1:3]
     with pytest.raises(IndexError):
         numbers[len(found)]
+
+
+def test_a_file_that_is_cut_meanwhile_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"".join(ROW % i for i in range(5_000)))
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0)
+    table = read_table(path)
+    path.write_bytes(path.read_bytes()[:100_000])
+    read = [row["prompt"] for row in table.rows[:2_000]]
+    assert read == [f"caf\u00e9 {i}" for i in range(2_000)]
+    with pytest.raises(InputError, match=r"x\.jsonl:4001: changed while it was read. Run again"):
+        table.rows[4_000]
+
+
+def test_a_line_may_be_longer_than_what_is_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.jsonl"
+    texts = ["a" * size for size in (3, 65_536, 200_000, 5, 65_525, 65_526, 400_000)]
+    rows = [{"prompt": text, "completion": "x"} for text in texts]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0)
+    table = read_table(path)
+    assert list(table.rows) == rows
+    assert [table.rows[i] for i in (6, 0, 4, 2)] == [rows[i] for i in (6, 0, 4, 2)]
