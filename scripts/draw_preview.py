@@ -23,7 +23,10 @@ def main() -> None:
     """Write both files."""
     found = preview(build_config([read_recipe(ROOT / "recipes" / "demo.yaml")]), [ROW])
     for colour, name in ((True, "preview.svg"), (False, "preview.txt")):
-        console = Console(file=io.StringIO(), record=colour, width=100, force_terminal=colour)
+        console = Console(
+            file=io.StringIO(), record=colour, width=100, force_terminal=colour,
+            soft_wrap=not colour,  # as in a pipe
+        )  # fmt: skip
         show(found, console, whole=False)
         if colour:
             text = console.export_svg(title="ftlevel preview recipes/demo.yaml")

@@ -273,8 +273,7 @@ def test_several_sets_with_shares(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = dry(capsys, *both, "--mix", "1")
     assert (code, out.splitlines()[-1]) == (
         2,
-        "ftlevel: --mix has 1 shares, and there are 2 data sets. Give one share for each "
-        "--dataset.",
+        "ftlevel: --mix has 1 share for 2 data sets. Give one share for each --dataset.",
     )
     write(Path("b.jsonl"), [pair(60), pair(61, completion=None)])
     code, out = dry(capsys, *both)

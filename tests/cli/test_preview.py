@@ -180,3 +180,47 @@ def test_the_page_fits_a_phone(
 
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
+
+
+LONG = [{"prompt": f"{'word ' * 40 * (i % 2)}{i}", "completion": f"answer {i}"} for i in range(6)]
+
+
+def test_long_rows_are_shown_as_they_would_be_trained_on(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "long.jsonl", *LONG)
+    asked = ["--model", tiny_model_dir("llama"), "--dataset", data, "--max-length", "60"]
+    cut = ["--overlong", "truncate-prompt"]
+    out = look(capsys, *asked, *cut, "--row", "4")
+    assert "row 4 (" in out
+    assert "long.jsonl:4): 60 tokens" in out
+    assert "rows changed: 3 shortened at the beginning of the prompt" in out
+    assert "would stop the run" not in out
+
+
+def test_what_would_stop_a_run_is_said(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, page = write(tmp_path / "long.jsonl", *LONG), tmp_path / "page.html"
+    asked = ["--model", tiny_model_dir("llama"), "--dataset", data, "--max-length", "60"]
+    out = look(capsys, *asked, "--html", page)
+    assert "rows changed: 3 dropped" in out
+    said = "3 of 6 rows are longer than 60 tokens; the longest has"
+    assert f"data check: would stop the run: {said}" in out
+    assert said in page.read_text(encoding="utf-8")
+    found = json.loads(look(capsys, *asked, "--json"))
+    assert found["data"]["stops"].startswith(said)
+    assert run(["train", "--dry-run", *map(str, asked)]) == 2
+    assert found["data"]["stops"] in capsys.readouterr().err
+
+
+def test_a_long_target_that_would_stop_a_run_is_said(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"document": f"the {i}", "summary": "word " * (30 * (i == 2) + 1)} for i in range(4)]
+    data = write(tmp_path / "x.jsonl", *rows)
+    out = look(
+        capsys, "--model", tiny_model_dir("t5"), "--dataset", data, "--task", "summarization",
+        "--set", "data.max_target_length=20",
+    )  # fmt: skip
+    assert "would stop the run: 1 of 4 targets are longer than 20 tokens" in out

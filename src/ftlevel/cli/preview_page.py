@@ -74,13 +74,16 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _findings(preview: Preview) -> str:
-    if not preview.findings:
+    stops = preview.facts.get("stops")
+    if not preview.findings and not stops:
         return "<p>Nothing was found.</p>"
-    items = (
+    items = [
         f'<li><span class="{f.action}">{f.action}</span> {escape(str(f))} '
         f"<small>data.gate.{f.name}</small></li>"
         for f in preview.findings
-    )
+    ]
+    if stops:
+        items.insert(0, f'<li><span class="stop">stop</span> {escape(stops)}</li>')
     return f"<ul>{''.join(items)}</ul>"
 
 

@@ -49,7 +49,9 @@ def summary_lines(preview: Preview) -> Iterator[str]:
     tokens, targets = f"{preview.tokens:,} tokens", f"{preview.supervised:,} targets"
     yield f"{preview.extent}: {tokens}, {targets} ({share:.0%})"
     yield f"the run: {preview.steps:,} steps"
-    if not preview.findings:
+    if stops := preview.facts.get("stops"):
+        yield f"data check: would stop the run: {stops}"
+    elif not preview.findings:
         yield "data check: nothing found"
     done = {"stop": "would stop the run", "drop": "dropped", "warn": "kept"}
     for found in preview.findings:

@@ -105,8 +105,8 @@ def _other_problems(config: TrainConfig) -> list[str]:
     sets, mix = 1 + len(config.data.also), config.data.mix
     if mix is not None and len(mix) != sets:
         problems.append(
-            f"--mix has {len(mix)} shares, and there are {sets} data sets. Give one share for each "
-            "--dataset."
+            f"--mix has {len(mix)} share{'s' * (len(mix) != 1)} for {sets} data "
+            f"set{'s' * (sets != 1)}. Give one share for each --dataset."
         )
     return problems + _task_problems(config) + _stream_problems(config)
 

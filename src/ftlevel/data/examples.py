@@ -7,7 +7,7 @@ can't be learned from (no answer, no text, an unknown role) is collected and nam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias, overload
 
@@ -106,9 +106,18 @@ class LazyExamples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         """Make an example, or several as a list."""
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            chosen = range(*index.indices(len(self)))
+            rows = self._table.rows[index]
+            return [self._make(row, i) for i, row in zip(chosen, rows, strict=True)]
         at = range(len(self))[index]
-        self._roles.turn_to(self._table.rows[at], at)
+        return self._make(self._table.rows[at], at)
+
+    def __iter__(self) -> Iterator[Example]:
+        """Make one example after another."""
+        return map(self._make, self._table.rows, range(len(self)))
+
+    def _make(self, row: Row, index: int) -> Example:
+        self._roles.turn_to(row, index)
         return self._build(self._roles)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ftlevel.data.encode import IGNORED, Encoded
 from ftlevel.data.store import change_rows, lengths_of, take_rows
@@ -62,6 +63,8 @@ class Fitted:
         long_prompts: indices of the examples whose prompt alone is beyond `max_length`.
         lost: indices of those that were left out because their answer would have been cut.
         overlong: what was done to rows that are too long, drop or what the user asked for.
+        stops: why the run would stop, where rows were dropped instead, as for a preview.
+        keys: 64 bits of the text of each example, by which the gate tells them apart.
     """
 
     rows: Sequence[Encoded]
@@ -74,6 +77,8 @@ class Fitted:
     lost: tuple[int, ...] = ()
     overlong: str = "error"
     shortened_at: str = ""
+    stops: str = ""
+    keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
 
 def fit_rows(

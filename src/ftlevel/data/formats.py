@@ -277,12 +277,16 @@ def _describe_no_format(
     """Return the message for columns that fit no shape: what is there, wanted, and near."""
     there = f"Columns: {listing(repr(name) for name in columns)}."
     wants = listing(dict.fromkeys(shape.name for shape in shapes))
-    offers = [offer for shape in shapes if (offer := _suggest(shape, columns, mapping)) is not None]
+    named = len(shapes) < len(_SHAPES[task])
+    offers = [
+        offer
+        for shape in shapes
+        if (offer := _suggest(shape, columns, mapping, wished=named)) is not None
+    ]
     if not offers:
         pairs = " ".join(f"--map {role}={column}" for role, column in mapping.items())
         return f"{pairs}: no format of --task {task} has all of these. Formats: {wants}."
     flags = min(offers, key=lambda offer: offer[0])[1]
-    named = len(shapes) < len(_SHAPES[task])
     other = None if mapping or named else _other_task(columns, task)
     fits = f" These columns fit --task {other}." if other else ""
     return (
@@ -303,9 +307,12 @@ def _other_task(columns: Sequence[str], task: str) -> str | None:
 
 
 def _suggest(
-    shape: _Shape, columns: Sequence[str], mapping: Mapping[str, str]
+    shape: _Shape, columns: Sequence[str], mapping: Mapping[str, str], *, wished: bool
 ) -> tuple[tuple[int, int, int], str] | None:
-    """Return how far `shape` is from `columns`, and the flags that would make it fit."""
+    """Return how far `shape` is from `columns`, and the flags that would make it fit.
+
+    None for one that nothing speaks for, unless it is `wished` for by name.
+    """
     found = _match(shape, columns, mapping)
     if found is None:
         return None
@@ -318,7 +325,7 @@ def _suggest(
             guesses[role] = close[0]
             free.remove(close[0])
     evidence = len(found) + len(guesses)
-    if not evidence and not shape.guessable:
+    if not evidence and not shape.guessable and not wished:
         return None
     lacking = max(0, len(missing) - len(guesses) - len(free))
     pairs = dict(mapping)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ftlevel.data.lines import LineRows, read_lines
+from ftlevel.data.lines import LineNumbers, LineRows, read_lines
 from ftlevel.data.table import BadRow, Row
-from ftlevel.data.uniform import kind_of
+from ftlevel.data.uniform import Shapes, kind_of
 from ftlevel.errors import InputError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -32,7 +32,7 @@ class Raw:
     """What a reader found: rows with their lines, and lines that gave no row."""
 
     rows: Sequence[Row] = field(default_factory=list)
-    lines: MutableSequence[int] = field(default_factory=list)
+    lines: list[int] | LineNumbers = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
 
     def add(self, row: Row, line: int) -> None:
@@ -43,25 +43,32 @@ class Raw:
 
 
 class RawLines(Raw):
-    """What the reader of a large file found: rows that are decoded when they are asked for."""
+    """What the reader of a large file found: rows that are decoded when they are asked for.
 
-    def __init__(self, path: Path) -> None:
-        self.line_rows = LineRows(path)
-        super().__init__(self.line_rows, array("q"))
-        self._place = [0]
+    Attributes:
+        shapes: of the rows, counted as they were read.
+    """
 
-    def read(self) -> None:
-        """Read the whole file once.
+    def __init__(self) -> None:
+        super().__init__((), LineNumbers())
+        self.shapes = Shapes()
+
+    @classmethod
+    def read(cls, path: Path) -> RawLines:
+        """Read the whole of a file once.
 
         Raises:
             UnicodeDecodeError: a line is not UTF-8.
         """
-        read_json_lines(read_lines(self.line_rows.path, self._place), self)
+        raw, places = cls(), array("q")
+        read_json_lines(read_lines(path, places), raw)
+        raw.rows = LineRows(path, raw.lines, places)
+        return raw
 
     def add(self, row: Row, line: int) -> None:
-        """Keep the place of `row`."""
-        self.line_rows.offsets.append(self._place[0])
-        super().add(row, line)
+        """Count `row`, and keep its line."""
+        self.lines.append(line)
+        self.shapes.add(row)
 
 
 class _NotStrict(ValueError):

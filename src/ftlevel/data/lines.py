@@ -1,36 +1,85 @@
-"""Rows of a large JSON Lines file, read again when they are asked for: sixteen bytes a row held."""
+"""Rows of a JSON Lines file, read again when they are asked for: nothing is held for a row.
+
+What is kept is the place of every 64th line, and the number of each line that is no row.
+"""
 
 from __future__ import annotations
 
 import json
-import mmap
+import os
+import weakref
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from ftlevel.errors import InputError
+
 Row = dict[str, Any]
-LARGE_BYTES = 32_000_000
+LARGE_BYTES = 1_000_000
 """Size from which on the rows of a file are not held in memory."""
+_STRIDE = 64  # lines from one place that is kept to the next
+_BLOCK = 1 << 16  # bytes that are read at once
 _BOM = b"\xef\xbb\xbf"
+_raw_decode = json.JSONDecoder().raw_decode
+
+
+class LineNumbers(Sequence[int]):
+    """The lines of a file that are rows, by what is missing: memory does not grow with the rows."""
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._gaps = array("q")  # of each line that is no row: the rows before it, plus one
+
+    def append(self, line: int) -> None:
+        """Add a row; lines only grow."""
+        for missing in range(self._last + 1, line):
+            self._gaps.append(missing - len(self._gaps))
+        self._last = line
+
+    def __len__(self) -> int:
+        return self._last - len(self._gaps)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the lines of all rows."""
+        begin = 1
+        for before, gap in enumerate(self._gaps):
+            yield from range(begin + before, gap + before)
+            begin = gap
+        yield from range(begin + len(self._gaps), self._last + 1)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        """Return the line of a row, or of several as a list."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(1, len(self) + 1)[index]
+        return number + bisect_right(self._gaps, number)
 
 
 class LineRows(Sequence[Row]):
-    """Rows by the place of their lines; the lines were found to be good before.
+    """Rows by the number of their lines; the lines were found to be good before.
 
     Args:
         path: of the file, which must not change meanwhile.
-        offsets: in bytes, of each row's line.
+        lines: the 1-based line of each row.
+        places: in bytes, of line 1, 65, 129 and so on.
     """
 
-    def __init__(self, path: Path, offsets: Iterable[int] = ()) -> None:
-        self.path = path
-        self.offsets = array("q", offsets)
-        with path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def __init__(self, path: Path, lines: Sequence[int], places: Sequence[int]) -> None:
+        self.path, self.lines, self.places = path, lines, places
+        self._next = (1, places[0]) if places else (1, 0)  # the line after the last one read
+        self._block, self._at = b"", 0  # bytes that were read, and where they begin
+        # Not a mapping: a file that is cut meanwhile would end the process by a signal.
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.lines)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -39,27 +88,59 @@ class LineRows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         """Decode a row, or several as a list."""
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        begin = self.offsets[index]
-        end = self._bytes.find(b"\n", begin)
-        row: Row = json.loads(self._bytes[begin : end if end >= 0 else None])
+            return [self._read(self.lines[i]) for i in range(*index.indices(len(self)))]
+        return self._read(self.lines[index])
+
+    def __iter__(self) -> Iterator[Row]:
+        """Decode one row after another."""
+        return map(self._read, self.lines)
+
+    def _read(self, line: int) -> Row:
+        at, begin = self._next
+        if not 0 <= line - at < _STRIDE:
+            at, begin = line - (line - 1) % _STRIDE, self.places[(line - 1) // _STRIDE]
+        while at < line:
+            begin = self._end(begin) + 1
+            at += 1
+        end = self._end(begin)
+        self._next = (line + 1, end + 1)
+        text = self._block[begin - self._at : end - self._at].decode(errors="replace")
+        try:
+            row, _ = _raw_decode(text.lstrip())
+        except ValueError:
+            row = None
+        if type(row) is not dict:
+            raise InputError(f"{self.path}:{line}: changed while it was read. Run again.")
         return row
 
-    def take(self, indices: Sequence[int]) -> LineRows:
-        """Return the rows at `indices`, of the same file."""
-        return LineRows(self.path, (self.offsets[i] for i in indices))
+    def _end(self, begin: int) -> int:
+        """Return where the line ends that begins at `begin`, which is in the block afterwards."""
+        found = self._block.find(b"\n", begin - self._at) if begin >= self._at else -1
+        size = _BLOCK
+        while found < 0:
+            self._block, self._at = os.pread(self._file, size, begin), begin
+            found = self._block.find(b"\n")
+            if found < 0 and len(self._block) < size:  # the last line may lack its end
+                found = len(self._block)
+            size *= 2
+        return self._at + found
+
+    def take(self, indices: Iterable[int]) -> LineRows:
+        """Return the rows at `indices`, of the same file, for eight bytes a row."""
+        return LineRows(self.path, array("q", (self.lines[i] for i in indices)), self.places)
 
 
-def read_lines(path: Path, place: list[int]) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file, each after its offset was put into `place` (mutated).
+def read_lines(path: Path, places: array[int]) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file; the place of every 64th is added to `places` (mutated).
 
     Raises:
         UnicodeDecodeError: a line is not UTF-8.
     """
     with path.open("rb") as file:
         at = 0
-        for line in file:
+        for number, line in enumerate(file):
             skipped = len(_BOM) if not at and line.startswith(_BOM) else 0
-            place[0] = at + skipped
+            if not number % _STRIDE:
+                places.append(at + skipped)
             at += len(line)
             yield line[skipped:].decode("utf-8")

@@ -11,12 +11,14 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ftlevel.data.encode import Encoded
+from ftlevel.data.gate.duplicates import example_keys
 from ftlevel.data.store import RowStore, to_batch, write_store
 
 BATCH = 1_000  # examples
 Encode = Callable[[Sequence[Any]], list[Encoded]]
 Progress = Callable[[int, int], None]
 """Told how many examples of how many are done."""
+_Part = tuple[pa.RecordBatch | None, bytes]  # rows, and the keys of the examples
 
 
 def be_silent(done: int, total: int) -> None:
@@ -31,6 +33,9 @@ def encode_to_store(
 ) -> RowStore:
     """Encode `examples` batch by batch and write the rows to `path`, in their order.
 
+    The keys by which the gate finds what is there twice are written to `keys_path(path)`, as the
+    examples are at hand here.
+
     Args:
         path: of the file.
         encode: some examples → their rows.
@@ -41,12 +46,25 @@ def encode_to_store(
     Raises:
         ValueError: no example gave a row.
     """
-    return write_store(path, _batches(encode, examples, processes, progress))
+    with keys_path(path).open("wb") as keys:
+
+        def keep_keys() -> Iterator[pa.RecordBatch]:
+            for batch, digests in _batches(encode, examples, processes, progress):
+                keys.write(digests)
+                if batch is not None:
+                    yield batch
+
+        return write_store(path, keep_keys())
+
+
+def keys_path(path: Path) -> Path:
+    """Return where the `example_keys` lie of the examples that gave the rows at `path`."""
+    return path.with_suffix(".keys")
 
 
 def _batches(
     encode: Encode, examples: Sequence[Any], processes: int, progress: Progress
-) -> Iterator[pa.RecordBatch]:
+) -> Iterator[_Part]:
     global _work
     starts = range(0, len(examples), BATCH)
     _work = (encode, examples)
@@ -60,14 +78,13 @@ def _batches(
         _work = None
 
 
-def _reported(batches: Any, total: int, progress: Progress) -> Iterator[pa.RecordBatch]:
-    """Yield the batches that hold rows."""
-    for number, batch in enumerate(batches, 1):
+def _reported(parts: Any, total: int, progress: Progress) -> Iterator[_Part]:
+    """Yield the parts, with batches that came as bytes put together."""
+    for number, (batch, keys) in enumerate(parts, 1):
         progress(min(number * BATCH, total), total)
         if isinstance(batch, bytes):
             batch = pa.ipc.open_stream(batch).read_next_batch() if batch else None
-        if batch is not None:
-            yield batch
+        yield batch, keys
 
 
 def _begin() -> None:
@@ -75,20 +92,21 @@ def _begin() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _encode_from(start: int) -> pa.RecordBatch | None:
+def _encode_from(start: int) -> _Part:
     if _work is None:
         raise RuntimeError("there is no work")
     encode, examples = _work
-    rows = encode(examples[start : start + BATCH])
-    return to_batch(rows) if rows else None
+    some = examples[start : start + BATCH]
+    rows = encode(some)
+    return to_batch(rows) if rows else None, example_keys(some).tobytes()
 
 
-def _encode_bytes(start: int) -> bytes:
+def _encode_bytes(start: int) -> tuple[bytes, bytes]:
     """Return a batch as bytes, which pass between processes without being taken apart."""
-    batch = _encode_from(start)
+    batch, keys = _encode_from(start)
     if batch is None:
-        return b""
+        return b"", keys
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    return bytes(sink.getvalue().to_pybytes())
+    return bytes(sink.getvalue().to_pybytes()), keys

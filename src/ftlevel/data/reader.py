@@ -181,7 +181,12 @@ def _build_table(raw: Raw, source: str, *, uniform: bool) -> Found:
     table = Table(raw.rows, raw.lines, source)
     if not raw.rows and not raw.bad:
         raise InputError(f"{source}: has 0 rows. Give a file with rows.")
-    odd = [] if uniform else find_odd_rows(raw.rows, raw.lines)
+    if uniform:
+        odd = []
+    elif isinstance(raw, RawLines):
+        odd = raw.shapes.find_odd(raw.rows, raw.lines)
+    else:
+        odd = find_odd_rows(raw.rows, raw.lines)
     return table, [*raw.bad, *odd]
 
 
@@ -197,9 +202,7 @@ def _read_jsonl(path: Path, source: str) -> Found:
     with _open_text(path, source, "\n") as stream:
         _check_no_array(path, stream.readline())
         if path.stat().st_size >= lines.LARGE_BYTES:
-            raw = RawLines(path)
-            raw.read()
-            return _build_table(raw, source, uniform=False)
+            return _build_table(RawLines.read(path), source, uniform=False)
         stream.seek(0)
         return _build_table(read_json_lines(stream), source, uniform=False)
 

@@ -5,12 +5,16 @@ This room finds the rows and says where they came from; what they mean is decide
 
 from __future__ import annotations
 
+import math
 import random
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from ftlevel.data.hub import (
     is_saved_directory,
@@ -170,15 +174,15 @@ def hold_out(splits: Splits, validation_split: float, seed: int) -> Splits:
     total = len(splits.train)
     count = round(total * validation_split)
     if not 0 < count < total:
+        least = math.ceil(1_000_000 / total) / 1_000_000  # is one row of most numbers of rows
+        way = f"a share between {least:g} and {1 - least:g}, or " if total > 1 else ""
         raise InputError(
             f"--validation-split {validation_split:g}: holds {count:,} of {total:,} rows out of "
-            f"{splits.train.source}; both parts need a row. Give a share between "
-            f"{1 / total:.2g} and {1 - 1 / total:.2g}, or a validation file."
+            f"{splits.train.source}; both parts need a row. Give {way}a validation file."
         )
-    order = list(range(total))
+    order = array("q", range(total))
     random.Random(seed).shuffle(order)
-    held = sorted(order[:count])
-    kept = sorted(order[count:])
+    held, kept = np.sort(order[:count]), np.sort(order[count:])
     note = f"validation: {count:,} of {total:,} rows held out of train (seed {seed})"
     return replace(
         splits,

@@ -5,7 +5,6 @@ Every later room names a row with `Table.where`. This room must not read files o
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -85,11 +84,12 @@ class Table:
 
     def take(self, indices: Iterable[int]) -> Table:
         """Return a table of the rows at `indices`, in that order; `dropped` stays behind."""
+        if isinstance(self.rows, LineRows):
+            rows = self.rows.take(indices)
+            return replace(self, rows=rows, lines=rows.lines, dropped=())
         chosen = list(indices)
-        rows, lines = self.rows, [self.lines[index] for index in chosen]
-        if isinstance(rows, LineRows):
-            return replace(self, rows=rows.take(chosen), lines=array("q", lines), dropped=())
-        return replace(self, rows=[rows[i] for i in chosen], lines=lines, dropped=())
+        lines = [self.lines[index] for index in chosen]
+        return replace(self, rows=[self.rows[i] for i in chosen], lines=lines, dropped=())
 
 
 def settle(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:

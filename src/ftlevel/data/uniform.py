@@ -6,9 +6,8 @@ form that most rows have is the form of the file, and the rows that differ are n
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ftlevel.data.table import BadRow, Row
@@ -32,34 +31,93 @@ def kind_of(value: object) -> str:
     return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
 
 
-def find_odd_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-    """Return the rows whose keys or types differ from those of most rows, in order of line.
+class Shapes:
+    """How many rows have which keys and types, whatever the number of rows.
 
     Rows are grouped by keys and types first, so a file of one form costs one dict access a row.
     """
-    shapes: dict[_Shape, array[int]] = {}
-    for index, row in enumerate(rows):
-        shape = (tuple(row), tuple(map(type, row.values())))
-        group = shapes.get(shape)
+
+    def __init__(self) -> None:
+        self._groups: dict[_Shape, list[int]] = {}  # how many rows, and the index of the first
+        self._count = 0
+
+    def add(self, row: Row) -> None:
+        """Count a row."""
+        shape = _shape_of(row)
+        group = self._groups.get(shape)
         if group is None:
-            shapes[shape] = array("q", [index])
+            self._groups[shape] = [1, self._count]
         else:
-            group.append(index)
-    if len(shapes) <= 1:
-        return []
-    sizes: Counter[frozenset[str]] = Counter()
-    for shape, group in shapes.items():
-        sizes[frozenset(shape[0])] += len(group)
-    usual = sizes.most_common(1)[0][0]  # of equals, the one that came first
-    regular = {shape: group for shape, group in shapes.items() if usual == frozenset(shape[0])}
-    columns = next(iter(regular))[0]
-    odd = [
-        BadRow(lines[index], _describe_keys(shape[0], columns, sizes[usual]))
-        for shape, group in shapes.items()
-        if shape not in regular
-        for index in group
-    ]
-    return sorted([*odd, *_odd_types(regular, rows, lines)], key=lambda row: row.line)
+            group[0] += 1
+        self._count += 1
+
+    def find_odd(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
+        """Return the rows whose keys or types differ from those of most, in order of line.
+
+        Args:
+            rows: those that were counted; they are gone through again only if there is an odd one.
+            lines: of each row.
+        """
+        if len(self._groups) <= 1:
+            return []
+        sizes: Counter[frozenset[str]] = Counter()
+        for shape, (size, _) in self._groups.items():
+            sizes[frozenset(shape[0])] += size
+        usual = sizes.most_common(1)[0][0]  # of equals, the one that came first
+        regular = {s: g for s, g in self._groups.items() if usual == frozenset(s[0])}
+        columns = next(iter(regular))[0]
+        kinds, since = _usual_kinds(regular)
+        odd = {
+            shape
+            for shape in self._groups
+            if shape not in regular or any(True for _ in _odd_columns(shape, kinds))
+        }
+        found: list[BadRow] = []
+        for index, row in enumerate(rows if odd else ()):
+            shape = _shape_of(row)
+            if shape not in odd:
+                continue
+            line = lines[index]
+            if shape not in regular:
+                found.append(BadRow(line, _describe_keys(shape[0], columns, sizes[usual])))
+                continue
+            for key in _odd_columns(shape, kinds):
+                reason = _describe_kind(key, row[key], kinds[key], lines[since[key]])
+                found.append(BadRow(line, reason))
+        return sorted(found, key=lambda row: row.line)
+
+
+def find_odd_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
+    """Return the rows whose keys or types differ from those of most rows, in order of line."""
+    shapes = Shapes()
+    for row in rows:
+        shapes.add(row)
+    return shapes.find_odd(rows, lines)
+
+
+def _shape_of(row: Row) -> _Shape:
+    return tuple(row), tuple(map(type, row.values()))
+
+
+def _usual_kinds(shapes: Mapping[_Shape, Sequence[int]]) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the kind of value that most rows have in each column, and the first such row."""
+    counts: dict[str, Counter[str]] = {}
+    first: dict[tuple[str, str], int] = {}
+    for (keys, types), (size, begin) in shapes.items():
+        for key, type_ in zip(keys, types, strict=True):
+            if kind := _KINDS.get(type_):
+                counts.setdefault(key, Counter())[kind] += size
+                first[key, kind] = min(first.get((key, kind), begin), begin)
+    usual = {key: found.most_common(1)[0][0] for key, found in counts.items()}
+    return usual, {key: first[key, kind] for key, kind in usual.items()}
+
+
+def _odd_columns(shape: _Shape, usual: Mapping[str, str]) -> Iterator[str]:
+    """Yield the columns of a shape with another kind of value than most rows have."""
+    for key, type_ in zip(*shape, strict=True):
+        kind = _KINDS.get(type_)
+        if kind is not None and kind != usual[key]:
+            yield key
 
 
 @dataclass(frozen=True)
@@ -121,32 +179,6 @@ def _describe_keys(keys: tuple[str, ...], columns: tuple[str, ...], count: int) 
         verb = "have" if count > 1 else "has"
         return f"lacks {lacks}, which {others} {verb} (a value may be null, the key must be there)"
     return f"has {has}, which {others} {'lack' if count > 1 else 'lacks'}"
-
-
-def _odd_types(
-    shapes: dict[_Shape, array[int]], rows: Sequence[Row], lines: Sequence[int]
-) -> list[BadRow]:
-    """Return the rows in which a column has another kind of value than in most rows."""
-    kinds: dict[str, Counter[str]] = {}
-    first: dict[tuple[str, str], int] = {}
-    for (keys, types), group in shapes.items():
-        for key, type_ in zip(keys, types, strict=True):
-            if kind := _KINDS.get(type_):
-                kinds.setdefault(key, Counter())[kind] += len(group)
-                first[key, kind] = min(first.get((key, kind), group[0]), group[0])
-    usual = {key: counts.most_common(1)[0][0] for key, counts in kinds.items()}
-    odd = []
-    for (keys, types), group in shapes.items():
-        for key, type_ in zip(keys, types, strict=True):
-            kind = _KINDS.get(type_)
-            if kind is None or kind == usual[key]:
-                continue
-            since = lines[first[key, usual[key]]]
-            odd += [
-                BadRow(lines[index], _describe_kind(key, rows[index][key], usual[key], since))
-                for index in group
-            ]
-    return odd
 
 
 def _describe_kind(key: str, value: object, usual: str, since: int) -> str:

@@ -31,6 +31,7 @@ KEEP_FROM = 1_000
 """Rows from which on a set lies in a file and is kept: below, preparing takes no time."""
 SMALL_BYTES = 200_000
 """Files of fewer bytes are prepared in the time that it takes to look for what is kept."""
+_SOME = 1 << 16  # lines that are written at once
 _LIGHT = ("num_proc", "cache")  # fields of the data section that change no row
 
 
@@ -137,7 +138,9 @@ def _in_memory(prepared: Prepared) -> Prepared:
 
 def _save(prepared: Prepared, folder: Path) -> None:
     table = prepared.table
-    np.save(folder / "lines.npy", np.array(table.lines, dtype=np.int64))
+    _save_lines(table.lines, folder / "lines.npy")
+    for keys in folder.glob("*.keys"):
+        keys.unlink()
     prompt = prepared.prompt_format
     content = {
         "train": _save_rows(prepared.train, folder, "train"),
@@ -152,6 +155,15 @@ def _save(prepared: Prepared, folder: Path) -> None:
     }
     text = json.dumps(content, ensure_ascii=False, default=str)
     (folder / "prepared.json").write_text(text, encoding="utf-8")
+
+
+def _save_lines(lines: Sequence[int], path: Path) -> None:
+    """Write the lines of all rows, some at a time."""
+    header = {"descr": "<i8", "fortran_order": False, "shape": (len(lines),)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for begin in range(0, len(lines), _SOME):
+            file.write(np.array(lines[begin : begin + _SOME], dtype="<i8").tobytes())
 
 
 def _save_rows(rows: Sequence[Encoded], folder: Path, name: str) -> Mapping[str, Any] | None:

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ftlevel.config import DataConfig
 from ftlevel.data.encode import (
     Encoded,
@@ -18,9 +20,10 @@ from ftlevel.data.encode import (
 )
 from ftlevel.data.examples import Labelled
 from ftlevel.data.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
+from ftlevel.data.gate.duplicates import Keys, example_keys
 from ftlevel.data.labels import LabelSet
 from ftlevel.data.masking import encode_masked
-from ftlevel.data.parallel import Encode, Progress, be_silent, encode_to_store
+from ftlevel.data.parallel import Encode, Progress, be_silent, encode_to_store, keys_path
 from ftlevel.data.prompts import PromptFormat
 from ftlevel.data.table import Table
 from ftlevel.data.tags import encode_tagged
@@ -44,6 +47,7 @@ class Encoder:
         folder: where the rows of many examples are written; None keeps them in memory.
         progress: told how many examples are encoded.
         partly: whether the examples are some of many, of which none need be left.
+        lenient: whether rows that ought to stop the run are dropped, and this is said.
         split: names the file, so that no split writes over another.
     """
 
@@ -57,6 +61,7 @@ class Encoder:
     folder: Path | None = None
     progress: Progress = be_silent
     partly: bool = False
+    lenient: bool = False
     split: str = "train"
 
     def __call__(self, examples: Sequence[Any], table: Table) -> Fitted:
@@ -72,9 +77,10 @@ class Encoder:
                 "tokenizer.json."
             )
         try:
-            return _ENCODERS[self.task.target](self, examples, table)
+            fitted = _ENCODERS[self.task.target](self, examples, table)
         except RowError as error:
             raise InputError(f"{table.where(error.row)}: {error.reason}") from error
+        return fitted if self.partly else replace(fitted, keys=self._keys(examples))
 
     def dropping(self, split: str) -> Encoder:
         """Return an encoder of `split` that drops rows which do not fit."""
@@ -88,10 +94,21 @@ class Encoder:
         path = self.folder / f"{self.split}.arrow"
         return encode_to_store(path, encode, examples, self.config.num_proc, self.progress)
 
+    def _keys(self, examples: Sequence[Any]) -> Keys:
+        """Return the keys of `examples`, which `collect` has written if it was called."""
+        path = self.folder and keys_path(self.folder / f"{self.split}.arrow")
+        return np.memmap(path, np.uint64, "r") if path and path.exists() else example_keys(examples)
+
     def fit(self, rows: Sequence[Encoded], table: Table) -> Fitted:
         """Make `rows` fit as the data section says."""
         config = self.config
-        fitted = fit_rows(rows, config.max_length, self.bounds, config.overlong, table.where)
+        fit = partial(fit_rows, rows, config.max_length, self.bounds)
+        try:
+            fitted = fit(config.overlong, table.where)
+        except InputError as error:
+            if not self.lenient:
+                raise
+            fitted = replace(fit("drop", table.where), stops=str(error))
         if not self.partly:
             check_some_left(fitted, rows)
         return fitted
@@ -127,11 +144,18 @@ def _encode_texts(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fi
     fitted = encoder.fit(encoder.collect(encode_some, examples), table)
     if not seq2seq:
         return fitted
-    longest, overlong = encoder.config.max_target_length, encoder.config.overlong
-    kept, dropped = fit_targets(fitted.rows, longest, overlong, table.where)
+    longest = encoder.config.max_target_length
+    fit, stops = partial(fit_targets, fitted.rows, longest), fitted.stops
+    try:
+        kept, dropped = fit(encoder.config.overlong, table.where)
+    except InputError as error:
+        if not encoder.lenient:
+            raise
+        stops = stops or str(error)
+        kept, dropped = fit("drop", table.where)
     if not len(kept) and not encoder.partly:
         raise InputError(f"no target is within {longest:,} tokens.")
-    return replace(fitted, rows=kept, dropped=fitted.dropped + dropped)
+    return replace(fitted, rows=kept, dropped=fitted.dropped + dropped, stops=stops)
 
 
 def _encode_classes(encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
@@ -172,7 +196,7 @@ def _encode_questions(encoder: Encoder, examples: Sequence[Any], table: Table) -
         stride=encoder.config.doc_stride,
         separator=question_separator(encoder.kind),
         where=table.where,
-        drop=encoder.config.overlong == "drop",
+        drop=encoder.lenient or encoder.config.overlong == "drop",
     )
     asked = len({window.row for window in windows})
     given = isinstance(encoder.config.max_length, int)

@@ -15,6 +15,7 @@ from ftlevel.data.examples import convert_rows, to_examples
 from ftlevel.data.fit import Bounds, Fitted
 from ftlevel.data.formats import Format, detect_format
 from ftlevel.data.gate import Finding, explain_stop
+from ftlevel.data.gate.duplicates import example_keys
 from ftlevel.data.gate.flat import flat_batches
 from ftlevel.data.labels import LabelSet, build_label_set, check_labels, find_unlabelled
 from ftlevel.data.languages import Language
@@ -257,13 +258,13 @@ def prepare_examples(
     prompt_format = _prompt_format(loaded, task, asked.kind, tokenizer)
     encoder = Encoder(
         task, asked.kind, tokenizer, config, asked.bounds, prompt_format, loaded.labels,
-        folder, progress,
+        folder, progress, lenient=lenient,
     )  # fmt: skip
     gate = Gate(
         config.gate, task.target, tokenizer.bos_token_id, stop_ids(tokenizer), asked.vocabulary
     )
     tables = loaded.splits
-    fitted = (encoder.dropping("train") if lenient else encoder)(loaded.train, tables.train)
+    fitted = encoder(loaded.train, tables.train)
     kept, found = gate.check_split("train", fitted, loaded.train, tables.train)
     findings = [*loaded.findings, *found]
     validation: Sequence[Encoded] = []
@@ -272,13 +273,13 @@ def prepare_examples(
         held_out = encoder.dropping("validation")(loaded.validation, tables.validation)
         dropped = held_out.dropped
         validation, found = gate.check_held_out(
-            "validation", held_out, loaded.validation, tables.validation, loaded.train
+            "validation", held_out, loaded.validation, tables.validation, fitted.keys
         )
         findings += found
         fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
     if tables.test is not None:
         examples, _ = convert_rows(tables.test, loaded.format)
-        findings += gate.find_leaks("test", examples, loaded.train, tables.test)[1]
+        findings += gate.find_leaks("test", example_keys(examples), fitted.keys, tables.test)[1]
     stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
     if stops and not lenient:
         raise InputError(stops)
@@ -286,6 +287,8 @@ def prepare_examples(
         "validation_dropped": dropped,
         "gate": [finding.to_dict() for finding in findings],
     }
+    if fitted.stops:  # of a preview, which goes on
+        facts["stops"] = fitted.stops
     choices = _choices(loaded, fitted, validation, facts, prompt_format)
     choices += [_gate_choice(finding) for finding in findings]
     return Prepared(

@@ -13,7 +13,8 @@ from ftlevel.config.gate import Action
 from ftlevel.data.encode import Encoded
 from ftlevel.data.fit import Fitted
 from ftlevel.data.gate import Finding, Flat, checks, duplicates, judge
-from ftlevel.data.gate.flat import Integers, Mask, flat_batches
+from ftlevel.data.gate.duplicates import Keys
+from ftlevel.data.gate.flat import Integers, Mask, examples_of, flat_batches, rows_of
 from ftlevel.data.store import take_rows
 from ftlevel.data.table import BadRow, Table, settle
 from ftlevel.errors import InputError
@@ -54,9 +55,9 @@ class Gate:
             InputError: nothing is left.
         """
         rows, total = fitted.rows, len(examples)
-        example, keep, findings = self.check_rows(name, fitted, total, table)
+        keep, findings = self.check_rows(name, fitted, total, table)
         if name == "train":
-            keep &= self._find_duplicates(rows, example, examples, table, findings)
+            keep &= self._find_duplicates(rows, fitted.keys, table, findings)
             findings += self._find_one_class(examples, total)
         kept = rows if keep.all() else take_rows(rows, np.flatnonzero(keep))
         if not len(kept):
@@ -65,8 +66,8 @@ class Gate:
 
     def check_rows(
         self, name: str, fitted: Fitted, total: int, table: Table
-    ) -> tuple[Integers, Mask, list[Finding]]:
-        """Return each row's example, the rows that are kept, and what is wrong with single rows.
+    ) -> tuple[Mask, list[Finding]]:
+        """Return the rows that are kept, and what is wrong with single rows.
 
         Args:
             name: as of `check_split`.
@@ -74,20 +75,21 @@ class Gate:
             total: examples that were encoded.
             table: as of `check_split`.
         """
-        example, masks = self._look(fitted.rows)
+        rows = fitted.rows
         findings = [
             found
             for check, lost in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost))
             if (found := self._judge(check, name, lost, total, table))
         ]
-        keep = np.ones(len(fitted.rows), dtype=bool)
-        for check, mask in masks.items():
-            found = self._judge(check, name, np.unique(example[mask]), total, table)
+        keep = np.ones(len(rows), dtype=bool)
+        for check, (hit, examples) in self._look(rows).items():
+            found = self._judge(check, name, examples, total, table)
             findings += [found] if found else []
-            keep &= ~mask if found and found.action == "drop" else True
+            if found and found.action == "drop":
+                keep[hit] = False
         if self.policy.long_prompt == "drop":
-            keep &= ~np.isin(example, np.array(fitted.long_prompts, dtype=np.int64))
-        return example, keep, findings
+            keep &= ~rows_of(rows, np.array(fitted.long_prompts, dtype=np.int64))
+        return keep, findings
 
     def check_held_out(
         self,
@@ -95,7 +97,7 @@ class Gate:
         fitted: Fitted,
         examples: Sequence[Any],
         table: Table,
-        train: Sequence[Any],
+        known: Keys,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
         """Return the rows that are kept of a split that is not trained on, and what was found.
 
@@ -104,30 +106,33 @@ class Gate:
             fitted: as for `check_split`.
             examples: as for `check_split`.
             table: as for `check_split`.
-            train: the training examples, which may not be among them.
+            known: the keys of the training examples, which may not be among them.
         """
-        leaked, findings = self.find_leaks(name, examples, train, table)
+        leaked, findings = self.find_leaks(name, fitted.keys, known, table)
         if findings and findings[0].action == "drop":
-            example = np.fromiter((row.row for row in fitted.rows), np.int64)
-            stay = np.flatnonzero(~np.isin(example, leaked))
+            stay = np.flatnonzero(~rows_of(fitted.rows, leaked))
             fitted = replace(fitted, rows=take_rows(fitted.rows, stay))
         if not len(fitted.rows):
             return [], findings
         kept, found = self.check_split(name, fitted, examples, table)
         return kept, [*findings, *found]
 
-    def _look(self, rows: Sequence[Encoded]) -> tuple[Integers, dict[str, Mask]]:
-        """Return each row's example, and for each check of tokens the rows with a finding."""
-        examples: list[Integers] = [_NO_ROWS]
-        masks: dict[str, list[Mask]] = {}
+    def _look(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
+        """Return for each check of tokens the rows with a finding, and their examples."""
+        found: dict[str, list[tuple[Integers, Integers]]] = {}
+        begin = 0
         for flat in flat_batches(rows):
-            examples.append(flat.example)
             for check, mask in self._token_checks(flat):
-                masks.setdefault(check, []).append(mask)
-        found = {check: np.concatenate(parts) for check, parts in masks.items()}
+                hit = np.flatnonzero(mask)
+                found.setdefault(check, []).append((begin + hit, flat.example[hit]))
+            begin += len(flat.example)
         if self.target == "span":
-            found["answer_cut"] = checks.find_cut_spans(rows)
-        return np.concatenate(examples), found
+            cut = np.flatnonzero(checks.find_cut_spans(rows))
+            found["answer_cut"] = [(cut, examples_of(rows, cut))]
+        joined = {
+            check: map(np.concatenate, zip(*hits, strict=True)) for check, hits in found.items()
+        }
+        return {check: (hit, np.unique(examples)) for check, (hit, examples) in joined.items()}
 
     def _token_checks(self, flat: Flat) -> Iterable[tuple[str, Mask]]:
         """Yield each check of tokens with the rows in which it found something."""
@@ -142,8 +147,7 @@ class Gate:
     def _find_duplicates(
         self,
         rows: Sequence[Encoded],
-        example: Integers,
-        examples: Sequence[Any],
+        keys: Keys,
         table: Table,
         findings: list[Finding],
     ) -> Mask:
@@ -151,28 +155,34 @@ class Gate:
         keep = np.ones(len(rows), dtype=bool)
         policy, again = self.policy, _NO_ROWS
         if not (policy.exact_duplicates == policy.near_duplicates == "ignore"):
-            again, first = duplicates.find_repeated(duplicates.example_keys(examples))
+            again, first = duplicates.find_repeated(keys)
             pairs = _pairs(again, first, table)
-            found = judge("exact_duplicates", "train", len(again), len(examples), pairs, policy)
-            keep &= self._add(found, findings, example, again)
+            found = judge("exact_duplicates", "train", len(again), len(keys), pairs, policy)
+            keep &= self._add(found, findings, rows, again)
         # Questions on one context share most of their tokens by right.
         if self.target != "span" and policy.near_duplicates != "ignore":
-            near_rows, others = duplicates.find_near(rows, np.isin(example, again))
-            near, index = np.unique(example[near_rows], return_index=True)
-            pairs = _pairs(near, example[others][index], table)
-            found = judge("near_duplicates", "train", len(near), len(examples), pairs, policy)
-            keep &= self._add(found, findings, example, near)
+            near_rows, others = duplicates.find_near(rows, rows_of(rows, again))
+            near, index = np.unique(examples_of(rows, near_rows), return_index=True)
+            pairs = _pairs(near, examples_of(rows, others[index]), table)
+            found = judge("near_duplicates", "train", len(near), len(keys), pairs, policy)
+            keep &= self._add(found, findings, rows, near)
         return keep
 
     def find_leaks(
-        self, name: str, examples: Sequence[Any], train: Sequence[Any], table: Table
+        self, name: str, keys: Keys, known: Keys, table: Table
     ) -> tuple[Integers, list[Finding]]:
-        """Return which `examples` of another split are training examples too, and the finding."""
+        """Return which examples of another split are training examples too, and the finding.
+
+        Args:
+            name: of the split.
+            keys: of its examples.
+            known: of the training examples.
+            table: where the examples of the split came from.
+        """
         if self.policy.leaked == "ignore":
             return _NO_ROWS, []
-        known = duplicates.example_keys(train)
-        leaked = np.flatnonzero(np.isin(duplicates.example_keys(examples), known))
-        found = self._judge("leaked", name, leaked, len(examples), table)
+        leaked = duplicates.find_members(keys, known)
+        found = self._judge("leaked", name, leaked, len(keys), table)
         if found and name == "test" and found.action == "drop":
             found = replace(
                 found, action="warn"
@@ -180,10 +190,9 @@ class Gate:
         return leaked, [found] if found else []
 
     def _find_one_class(self, examples: Sequence[Any], total: int) -> list[Finding]:
-        labels = [e.label for e in examples] if self.target == "class" else []
-        if not labels or isinstance(labels[0], float):
+        if self.target != "class" or not total or isinstance(examples[0].label, float):
             return []
-        largest = checks.largest_class(labels)
+        largest = checks.largest_class(e.label for e in examples)
         if largest is None:
             return []
         label, count = largest
@@ -197,11 +206,13 @@ class Gate:
         return judge(check, split, len(hit), total, places, self.policy)
 
     @staticmethod
-    def _add(found: Finding | None, into: list[Finding], example: Integers, hit: Integers) -> Any:
+    def _add(
+        found: Finding | None, into: list[Finding], rows: Sequence[Encoded], hit: Integers
+    ) -> Any:
         if found is None:
             return True
         into.append(found)
-        return ~np.isin(example, hit) if found.action == "drop" else True
+        return ~rows_of(rows, hit) if found.action == "drop" else True
 
 
 def _pairs(again: Integers, first: Integers, table: Table) -> list[str]:

@@ -11,6 +11,7 @@ from ftlevel.config import DataConfig
 from ftlevel.data.encode import Encoded
 from ftlevel.data.fit import Bounds
 from ftlevel.data.formats import detect_format
+from ftlevel.data.gate.duplicates import example_keys
 from ftlevel.data.labels import LabelSet, check_labels
 from ftlevel.data.masking import MaskedRows
 from ftlevel.data.prompts import PromptFormat
@@ -98,7 +99,7 @@ def load_held_out(
         gate = Gate(
             config.gate, task.target, tokenizer.bos_token_id, stop_ids(tokenizer), len(tokenizer)
         )
-        rows, _ = gate.check_held_out(name, fitted, examples, table, learned)
+        rows, _ = gate.check_held_out(name, fitted, examples, table, example_keys(learned))
     if task.target == "mask":
         rows = MaskedRows(rows, tokenizer, share=config.mlm_probability, seed=seed).fixed()
     language = languages[1].code if languages else ""

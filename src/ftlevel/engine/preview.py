@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encode import IGNORED, Encoded
 from ftlevel.data.gate import Finding
+from ftlevel.data.gate.flat import flat_batches
 from ftlevel.data.masking import MaskedRows
 from ftlevel.data.store import lengths_of
 from ftlevel.engine.arguments import count_steps
@@ -148,18 +151,17 @@ def _pick(plan: Plan, numbers: Sequence[int]) -> list[Encoded]:
         order = sorted(range(len(rows)), key=lengths.__getitem__)
         ends = dict.fromkeys((order[0], order[len(order) // 2], order[-1]))
         return [rows[i] for i in ends]
-    places: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        places.setdefault(row.row + 1, []).append(index)
-    missing = [number for number in numbers if number not in places]
+    plain = rows.rows if isinstance(rows, MaskedRows) else rows
+    there = np.concatenate([flat.example for flat in flat_batches(plain)]) + 1
+    missing = [number for number in numbers if number not in there]
     if missing:
         total = len(plan.data.table.lines)
         why = "it was dropped, see the data checks" if missing[0] <= total else "no such row"
         raise ConfigError(
             f"--row {listing(map(str, missing))}: {why}. There are {total:,} training rows, of "
-            f"which {len(places):,} are trained on."
+            f"which {len(np.unique(there)):,} are trained on."
         )
-    return [rows[index] for number in numbers for index in places[number]]
+    return [rows[i] for number in numbers for i in np.flatnonzero(there == number).tolist()]
 
 
 def _lengths(plan: Plan) -> list[int]:

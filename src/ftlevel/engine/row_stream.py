@@ -75,7 +75,7 @@ class ChunkEncoder:
         self._check_loss(counts)
         if not len(fitted.rows):
             return []
-        _, keep, findings = self.gate.check_rows("train", fitted, len(examples), table)
+        keep, findings = self.gate.check_rows("train", fitted, len(examples), table)
         stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
         if stops:
             raise InputError(stops)

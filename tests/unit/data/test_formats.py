@@ -245,3 +245,16 @@ def test_a_format_that_is_not_there(columns: str, name: str, message: str) -> No
     with pytest.raises(InputError) as caught:
         detect_format(columns.split(), "text-generation", {}, name)
     assert str(caught.value) == message
+
+
+def test_a_format_that_is_wished_for_is_explained() -> None:
+    with pytest.raises(InputError) as caught:
+        detect_format(["messages"], "text-generation", None, "sharegpt")
+    assert str(caught.value) == (
+        "--task text-generation: the columns do not say what to learn. Columns: 'messages'. "
+        "Wanted is one of: conversations. Say which is which: --map conversations=messages."
+    )
+    found = detect_format(
+        ["messages"], "text-generation", {"conversations": "messages"}, "sharegpt"
+    )
+    assert found.columns == {"conversations": "messages"}

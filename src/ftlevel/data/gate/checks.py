@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -73,10 +73,11 @@ def find_cut_spans(rows: Sequence[Encoded]) -> Mask:
     )
 
 
-def largest_class(labels: Sequence[object]) -> tuple[object, int] | None:
+def largest_class(labels: Iterable[object]) -> tuple[object, int] | None:
     """Return the class that has at least `ONE_CLASS_SHARE` of `labels`, and how many; or None."""
     counts: dict[object, int] = {}
     for label in labels:
         counts[label] = counts.get(label, 0) + 1
     label, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
-    return (label, count) if labels and count >= ONE_CLASS_SHARE * len(labels) else None
+    total = sum(counts.values())
+    return (label, count) if total and count >= ONE_CLASS_SHARE * total else None

@@ -9,7 +9,11 @@ other, so that time and memory stay linear in the tokens whatever the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
 
@@ -19,13 +23,17 @@ from numpy.typing import NDArray
 from ftlevel.data.encode import Encoded
 from ftlevel.data.examples import Conversation, Labelled, Pair, PlainText, Question, Tagged
 from ftlevel.data.gate.flat import Integers, Mask, Ragged, flat_batches
+from ftlevel.data.gate.similarity import GRAM, Hashes, find_similar, hash_grams, mix
+from ftlevel.data.store import RowStore, lengths_of
 
-SIMILARITY = 0.8
-_GRAM, _BANDS, _DEPTH = 5, 6, 4
-Hashes = NDArray[np.uint32]
+_BANDS, _DEPTH = 6, 4
+_PART = 1 << 17  # keys that are sorted together
+_MOST_PARTS = 64  # of more keys each part is larger, as each costs a look at all of them
+Keys = NDArray[np.uint64]
+_NONE = np.zeros(0, dtype=np.int64)
 
 
-def example_keys(examples: Iterable[Any]) -> NDArray[np.uint64]:
+def example_keys(examples: Iterable[Any]) -> Keys:
     """Return 64 bits of each example's text without regard to case and white space."""
     digests = b"".join(
         blake2b(" ".join(_text(e).casefold().split()).encode(), digest_size=8).digest()
@@ -53,10 +61,39 @@ def _text(example: Any) -> str:
 
 def find_repeated(keys: NDArray[Any]) -> tuple[Integers, Integers]:
     """Return the indices of keys that stood before, and for each the index of the first."""
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-    original = first[group]
-    again = np.flatnonzero(original != np.arange(len(keys)))
-    return again, original[again]
+    parts = list(_repeated(keys, None))
+    again, first = (np.concatenate(side) for side in zip((_NONE, _NONE), *parts, strict=True))
+    order = np.argsort(again)
+    return again[order], first[order]
+
+
+def find_members(keys: NDArray[Any], known: NDArray[Any]) -> Integers:
+    """Return the indices of `keys` that are among `known`, which may be on disk."""
+    found = np.zeros(len(keys), dtype=bool)
+    for begin in range(0, len(known), _PART):
+        found |= np.isin(keys, known[begin : begin + _PART])
+    return np.flatnonzero(found)
+
+
+def _repeated(keys: NDArray[Any], wanted: Mask | None) -> Iterator[tuple[Integers, Integers]]:
+    """Yield what `find_repeated` returns in parts, of the keys that are `wanted`; None for all.
+
+    A part has all keys of one remainder, so that equal ones are together, and is small: what is
+    taken does not grow with the number of keys.
+    """
+    count = -(-len(keys) // max(_PART, len(keys) // _MOST_PARTS))
+    for remainder in range(count):
+        members = []
+        for begin in range(0, len(keys), _PART):
+            mask = keys[begin : begin + _PART] % count == remainder
+            if wanted is not None:
+                mask &= wanted[begin : begin + _PART]
+            members.append(begin + np.flatnonzero(mask))
+        chosen = np.concatenate(members)
+        _, first, group = np.unique(keys[chosen], return_index=True, return_inverse=True)
+        original = first[group]
+        again = np.flatnonzero(original != np.arange(len(chosen)))
+        yield chosen[again], chosen[original[again]]
 
 
 def find_near(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
@@ -68,23 +105,42 @@ def find_near(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
         rows: of a split.
         skip: which of them to leave out, being known duplicates.
     """
-    prefix = _common_prefix(rows)
-    parts, wanted, at = [np.zeros((0, _BANDS), dtype=np.uint32)], [], 0
-    for flat in flat_batches(rows):
-        chosen = flat.ids.lengths - prefix >= _GRAM
-        chosen &= ~skip[at : at + len(chosen)]
-        parts.append(_band_keys(flat.ids, prefix, chosen))
-        wanted.append(at + np.flatnonzero(chosen))
-        at += len(chosen)
-    keys, numbers = np.concatenate(parts), np.concatenate([*wanted, np.zeros(0, dtype=np.int64)])
-    found: dict[int, int] = {}
-    for band in keys.T:
-        again, first = find_repeated(band)
-        for row, other in zip(numbers[again].tolist(), numbers[first].tolist(), strict=True):
-            if row not in found and _are_near(rows[row], rows[other], prefix):
-                found[row] = other
-    ordered = sorted(found)
-    return np.array(ordered, dtype=np.int64), np.array([found[r] for r in ordered], dtype=np.int64)
+    prefix, lengths = _common_prefix(rows), lengths_of(rows)
+    left = ~skip  # the rows that may still be found
+    found, originals = [_NONE], [_NONE]
+    with _array_on_disk(rows, (_BANDS, len(rows))) as keys:
+        begin = 0
+        for flat in flat_batches(rows):
+            chosen = flat.ids.lengths - prefix >= GRAM
+            chosen &= left[begin : begin + len(chosen)]
+            left[begin : begin + len(chosen)] = chosen
+            keys[:, begin + np.flatnonzero(chosen)] = _band_keys(flat.ids, prefix, chosen).T
+            begin += len(chosen)
+        wanted = left.copy()
+        for band in keys:
+            for again, first in _repeated(band, wanted):
+                open_ = left[again]
+                again, first = again[open_], first[open_]
+                near = find_similar(rows, lengths, again, first, prefix)
+                left[again[near]] = False
+                found.append(again[near])
+                originals.append(first[near])
+    all_found = np.concatenate(found)
+    order = np.argsort(all_found)
+    return all_found[order], np.concatenate(originals)[order]
+
+
+@contextmanager
+def _array_on_disk(rows: Sequence[Encoded], shape: tuple[int, ...]) -> Iterator[Hashes]:
+    """Give an array of zeros, in a file beside rows that are in a file."""
+    if not isinstance(rows, RowStore) or not len(rows):
+        yield np.zeros(shape, dtype=np.uint32)
+        return
+    with tempfile.TemporaryFile(dir=rows.path.parent) as file:
+        # On a full disk a write to the mapping would kill the process; this raises.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * 4)
+        yield np.memmap(file, np.uint32, "w+", shape=shape)
 
 
 def _common_prefix(rows: Sequence[Encoded]) -> int:
@@ -107,48 +163,10 @@ def _band_keys(ids: Ragged, prefix: int, wanted: Mask) -> Hashes:
     generator = np.random.default_rng(0)
     factors = generator.integers(2**31, 2**32, _BANDS * _DEPTH, dtype=np.uint32) | np.uint32(1)
     offsets = generator.integers(0, 2**32, _BANDS * _DEPTH, dtype=np.uint32)
-    grams, starts = _grams(ids, prefix, wanted)
+    grams, starts, _ = hash_grams(ids, prefix, wanted)
     keys = np.zeros((len(starts), _BANDS), dtype=np.uint32)
     for number, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
         if len(starts):
             least = np.minimum.reduceat(grams * factor + offset, starts)
-            keys[:, number // _DEPTH] = _mix(keys[:, number // _DEPTH] * np.uint32(31) + least)
+            keys[:, number // _DEPTH] = mix(keys[:, number // _DEPTH] * np.uint32(31) + least)
     return keys
-
-
-def _grams(ids: Ragged, prefix: int, wanted: Mask) -> tuple[Hashes, Integers]:
-    """Return a hash of each token 5-gram of the rows in `wanted`, and where each row's begin.
-
-    Args:
-        ids: of all rows.
-        prefix: tokens to leave out at the beginning of each.
-        wanted: which rows.
-    """
-    values, starts, lengths = ids.values, ids.starts, ids.lengths
-    tokens = _mix(np.concatenate((values, np.zeros(_GRAM, dtype=np.int32))).astype(np.uint32))
-    grams = np.zeros(len(values), dtype=np.uint32)
-    for k in range(_GRAM):
-        grams = grams * np.uint32(0x01000193) + tokens[k : k + len(values)]
-    inside = np.arange(len(values)) - np.repeat(starts[:-1], lengths)
-    left = np.repeat(lengths, lengths) - inside
-    keep = np.repeat(wanted, lengths) & (inside >= prefix) & (left >= _GRAM)
-    counts = lengths[wanted] - prefix - _GRAM + 1
-    return _mix(grams[keep]), np.cumsum(counts) - counts
-
-
-def _mix(values: Hashes) -> Hashes:
-    """Return a bijective scramble of 32 bits (the finalizer of MurmurHash3)."""
-    values = (values ^ (values >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    values = (values ^ (values >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return values ^ (values >> np.uint32(16))
-
-
-def _are_near(row: Encoded, other: Encoded, prefix: int) -> bool:
-    """Tell whether the Jaccard similarity of the 5-grams of two examples is high enough."""
-    lengths = sorted(len(r.input_ids) - prefix for r in (row, other))
-    if row.row == other.row or lengths[0] < SIMILARITY * lengths[1] - _GRAM:
-        return False
-    sets = []
-    for tokens in (row.input_ids[prefix:], other.input_ids[prefix:]):
-        sets.append(set(zip(*(tokens[k:] for k in range(_GRAM)), strict=False)))
-    return len(sets[0] & sets[1]) >= SIMILARITY * len(sets[0] | sets[1])

@@ -52,6 +52,29 @@ def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
     return Ragged(values, starts)
 
 
+def gather(rows: Sequence[Encoded], at: Integers) -> Ragged:
+    """Return the token ids of the rows at `at`."""
+    if isinstance(rows, RowStore):
+        return Ragged(*rows.gather(at))
+    return lay_out(rows[i].input_ids for i in at.tolist())
+
+
+def examples_of(rows: Sequence[Encoded], at: Integers) -> Integers:
+    """Return the example that each of the rows at `at` came from."""
+    return np.fromiter((rows[i].row for i in at.tolist()), dtype=np.int64, count=len(at))
+
+
+def rows_of(rows: Sequence[Encoded], examples: Integers) -> Mask:
+    """Return the rows that came from one of `examples`."""
+    found = np.zeros(len(rows), dtype=bool)
+    begin = 0
+    for flat in flat_batches(rows) if len(examples) else ():
+        end = begin + len(flat.example)
+        found[begin:end] = np.isin(flat.example, examples)
+        begin = end
+    return found
+
+
 def _ragged(array: Any) -> Ragged:
     """Return a column of lists, laid out as Arrow has it."""
     starts = array.offsets.to_numpy().astype(np.int64)

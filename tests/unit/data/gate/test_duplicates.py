@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import random
 import time
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ftlevel.data.encode import Encoded
 from ftlevel.data.examples import Labelled, Pair, PlainText
-from ftlevel.data.gate.duplicates import SIMILARITY, example_keys, find_near, find_repeated
+from ftlevel.data.gate import duplicates, similarity
+from ftlevel.data.gate.duplicates import example_keys, find_members, find_near, find_repeated
+from ftlevel.data.gate.similarity import SIMILARITY, find_similar
+from ftlevel.data.store import RowStore, lengths_of, rows_to_batches, take_rows, write_store
 
 
 def encoded(rows: list[list[int]]) -> list[Encoded]:
@@ -89,3 +94,55 @@ def test_many_equal_rows_take_no_quadratic_step() -> None:
     began = time.perf_counter()
     assert len(near([*[text(1)] * 4000, text(2)])) == 3999
     assert time.perf_counter() - began < 5
+
+
+def stored(folder: Path, rows: list[list[int]]) -> RowStore:
+    return write_store(folder / "rows.arrow", rows_to_batches(encoded(rows)))
+
+
+def relatives(count: int) -> list[list[int]]:
+    """Rows of which many are like an earlier one, most of these near the border."""
+    generator = random.Random(0)
+    rows: list[list[int]] = [[7, 7, *text(0, 40)]]
+    while len(rows) < count:
+        row = list(generator.choice(rows[-15:])) if generator.random() < 0.8 else text(len(rows))
+        for _ in range(generator.randrange(3)):
+            row[generator.randrange(2, len(row))] = generator.randrange(1000)
+        rows.append([7, 7, *row[2 : generator.randrange(30, 45)]])
+    return rows
+
+
+def test_hashes_find_the_pairs_that_full_comparison_finds(tmp_path: Path) -> None:
+    rows = relatives(2_500)
+    pairs = np.random.default_rng(0).integers(0, len(rows), (2, 20_000))
+    pairs[1, ::2] = np.maximum(0, pairs[0, ::2] - pairs[1, ::2] % 20)
+    pairs = pairs[:, pairs[0] != pairs[1]]
+    expected = [jaccard(rows[a][2:], rows[b][2:]) >= SIMILARITY for a, b in pairs.T.tolist()]
+    assert 100 < sum(expected) < 15_000
+    for some in (encoded(rows), stored(tmp_path, rows)):
+        assert find_similar(some, lengths_of(some), pairs[0], pairs[1], 2).tolist() == expected
+
+
+def test_one_example_is_no_duplicate_of_itself() -> None:
+    rows = [Encoded(text(1), [], 0), Encoded(text(1), [], 0), Encoded(text(2), [], 1)]
+    found, _ = find_near(rows, np.zeros(3, dtype=bool))
+    assert found.tolist() == []
+
+
+def test_parts_on_disk_find_what_is_found_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = relatives(3_000)
+    skip = np.arange(len(rows)) % 11 == 0
+    whole = [side.tolist() for side in find_near(encoded(rows), skip)]
+    assert len(whole[0]) > 100
+    keys = np.random.default_rng(1).integers(0, 2_000, 5_000).astype(np.uint64)
+    repeated = [side.tolist() for side in find_repeated(keys)]
+    known = np.arange(0, 2_000, 3, dtype=np.uint64)
+    monkeypatch.setattr(duplicates, "_PART", 100)
+    monkeypatch.setattr(similarity, "_TOKENS", 1_000)
+    assert [side.tolist() for side in find_repeated(keys)] == repeated
+    assert find_members(keys, known).tolist() == np.flatnonzero(keys % 3 == 0).tolist()
+    store = stored(tmp_path, [text(9), *rows])
+    for some in (encoded(rows), take_rows(store, np.arange(1, len(store)))):
+        assert [side.tolist() for side in find_near(some, skip)] == whole

@@ -1,0 +1,67 @@
+"""Preparing takes no more memory for many rows than for few: a bound in bytes a row."""
+
+from __future__ import annotations
+
+import gc
+import json
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from ftlevel.config import DataConfig
+from ftlevel.data import lines, parallel
+from ftlevel.data.encode import Encoded
+from ftlevel.data.fit import Bounds
+from ftlevel.data.gate import duplicates, similarity
+from ftlevel.engine import encoding
+from ftlevel.engine.dataset import prepare_data
+from ftlevel.engine.examples import Asked
+from ftlevel.tasks import TASKS
+
+BYTES_A_ROW = 10
+FEW, MANY = 3_000, 13_000
+
+
+def encode_quickly(tokenizer: Any, examples: Sequence[Any], _: Any) -> list[Encoded]:
+    """Encode without the tokenizer, which holds nothing and takes the time."""
+    coded = [[*map(int, f"{e.row * 7919 % 10**7:07d}"), tokenizer.eos_token_id] for e in examples]
+    return [Encoded(ids, ids, e.row) for ids, e in zip(coded, examples, strict=True)]
+
+
+def peak_bytes(path: Path, tokenizer: Any, rows: int) -> int:
+    """Return the most that Python and NumPy held while `rows` rows were prepared."""
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(rows):
+            file.write(json.dumps({"text": f"{i * 7 % 1000} is {i}"}) + "\n")
+            file.write("\n" if i % 1000 == 3 else "")
+    config = DataConfig(dataset=str(path), cache=False)
+    asked = Asked(TASKS["text-generation"], "decoder", tokenizer, len(tokenizer), Bounds(64), 42)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        assert len(prepare_data(config, asked, parallel.be_silent).train) == rows
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_rows(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "encode_causal", encode_quickly)
+    monkeypatch.setattr(lines, "LARGE_BYTES", 0)
+    # What does not grow is made small, so that few rows show what does.
+    monkeypatch.setattr(parallel, "BATCH", 500)
+    monkeypatch.setattr(lines, "_BLOCK", 4_096)
+    monkeypatch.setattr(duplicates, "_PART", 1_024)
+    monkeypatch.setattr(duplicates, "_MOST_PARTS", 10**6)
+    monkeypatch.setattr(similarity, "_TOKENS", 4_096)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("qwen2"))
+    peak_bytes(tmp_path / "warm.jsonl", tokenizer, 1_000)  # what is imported and cached once
+    few = peak_bytes(tmp_path / "few.jsonl", tokenizer, FEW)
+    many = peak_bytes(tmp_path / "many.jsonl", tokenizer, MANY)
+    assert (many - few) / (MANY - FEW) < BYTES_A_ROW, f"{few:,} bytes, then {many:,}"
