@@ -101,6 +101,7 @@ def find_adapter(name: str) -> tuple[Path, Path | None]:
         )
     if not (directory / "adapter_config.json").is_file():
         held = listing(sorted(p.name for p in path.iterdir()), 6) if path.is_dir() else "a file"
+        held = held or "nothing"
         raise InputError(
             f"{name} is no run and no adapter (it holds {held}). Expected a directory with "
             "adapter_config.json."

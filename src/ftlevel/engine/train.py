@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import write_readme
+from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
@@ -23,6 +25,7 @@ from ftlevel.engine.disk import explain_disk_errors
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.fast import FastStep
 from ftlevel.engine.low_rank import uses_fused_layers
+from ftlevel.engine.packages import check_packages
 from ftlevel.engine.processes import Processes, settle_processes, started_processes
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, default_name, resolve
@@ -90,6 +93,7 @@ def train(
     config = settle_processes(config, processes, rows_only=dry_run)
     output = config.output
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
+    check_packages(config)
     origin = describe_recipe(recipe) if recipe else None
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
@@ -100,7 +104,8 @@ def train(
                        "data": plan.data.facts, "targets": plan.targets}  # fmt: skip
             listener.end(summary)
             return TrainResult(summary, None, None, plan.tokenizer)
-        return _train(config, plan, listener, origin, processes)
+        with contextlib.ExitStack() as held:
+            return _train(config, plan, listener, origin, processes, held)
 
 
 def _train(
@@ -109,6 +114,7 @@ def _train(
     listener: Listener,
     recipe: Mapping[str, Any] | None,
     processes: Processes,
+    held: contextlib.ExitStack,
 ) -> TrainResult:
     processes.join(plan.device)
     listener.stage("load the model")
@@ -120,6 +126,8 @@ def _train(
     start = copy_start(model)
     base_facts = describe_base(plan.source, plan.model_config)
     run, checkpoint = processes.from_first(lambda: _open(config, plan, base_facts, listener))
+    if processes.is_first:
+        held.enter_context(claimed(run.path))
     evaluator = build_evaluator(config, plan)
     trainer = build_trainer(config, plan, model, evaluator, run, fast)
     stream = trainer.train_dataset if isinstance(trainer.train_dataset, StreamedRows) else None
