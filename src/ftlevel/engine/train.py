@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import write_readme
@@ -327,7 +328,7 @@ def _what_was_kept(run: RunDirectory, state: Any) -> str:
     return (
         f"interrupted after step {state.global_step:,} of {state.max_steps:,}; "
         f"{run.checkpoints / f'checkpoint-{state.global_step}'} is kept, and there is no adapter "
-        f"yet. Go on with: ftlevel train --output-dir {run.path} --resume"
+        f"yet. Go on with: ftlevel train --output-dir {quote(str(run.path))} --resume"
     )
 
 

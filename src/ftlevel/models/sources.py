@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 from urllib.parse import urlparse
 
@@ -134,7 +135,7 @@ def _check_directory(path: Path, words: str) -> None:
         if any((path / part / "adapter_config.json").is_file() for part in ("", "adapter")):
             raise InputError(
                 f"{words} is an adapter, and a model is expected here. Name the model it was "
-                f"trained on, or make one of both: ftlevel merge {path} --out NEW"
+                f"trained on, or make one of both: ftlevel merge {quote(str(path))} --out NEW"
             )
         raise InputError(
             f"{words} has no config.json (it holds {held}). "
