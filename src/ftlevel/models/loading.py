@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from ftlevel.errors import InputError, listing
 from ftlevel.models.integrity import check_finite, check_shapes
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import find_heads, find_unpackable
 from ftlevel.models.quantization import keep_trainable_layout
 from ftlevel.models.quantized import as_quant_config, stored_quantization
 from ftlevel.models.sources import ModelSource
@@ -207,12 +207,15 @@ def load_model(
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
     """Return `quantization` that leaves every head in floating point, language models' too.
 
+    So are linears whose packed weights a kernel could not read (Mamba's `dt_proj`).
+
     Left to itself transformers spares a tied output; given a list it spares that alone, and BERT's
     `cls.predictions.decoder` would be cut off from its embedding.
     """
     kept = copy.copy(quantization)
-    heads = find_heads(build_task_model(config, auto_class))
-    kept.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *heads})
+    meta = build_task_model(config, auto_class)
+    floats = [*find_heads(meta), *find_unpackable(meta)]
+    kept.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *floats})
     return kept
 
 
