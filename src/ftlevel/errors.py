@@ -45,13 +45,20 @@ class Interrupted(FtlevelError):
     exit_code = 130
 
 
+_BEGINNING = 4  # letters from which on the beginning of a name is a wish for it
+
+
 def nearest(name: str, options: Iterable[str], count: int = 1) -> list[str]:
-    """Return the `count` options that look most like `name`, best first; none if none is near."""
+    """Return the `count` options that look most like `name`, best first; none if none is near.
+
+    Those that `name` is the beginning of come first, in their order: `adamw` is `adamw_torch`.
+    """
     names = list(dict.fromkeys(options))
     folded = {option.lower().replace("_", "-"): option for option in names}
     wish = name.lower().replace("_", "-")
+    begun = [key for key in folded if len(wish) >= _BEGINNING and key.startswith(wish)]
     close = difflib.get_close_matches(wish, list(folded), n=count, cutoff=0.6)
-    return [folded[match] for match in close]
+    return [folded[match] for match in dict.fromkeys([*begun, *close])][:count]
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -113,7 +114,7 @@ def pipeline_tag(task: str) -> str:
 def generate_command(run: str, task: str) -> str:
     """Return the command that asks `run`, with what its `task` needs to be asked."""
     asked = _PROMPTS.get(task, '--prompt "…"')
-    return f"ftlevel generate {run} {asked}"
+    return f"ftlevel generate {shlex.quote(run)} {asked}"
 
 
 def write_readme(summary: Mapping[str, Any]) -> str:

@@ -48,6 +48,20 @@ def check_absent(flag: str, path: Path) -> None:
         raise ConfigError(f"{flag} {path}: {existing} cannot be written. Name another.")
 
 
+def _make(partial: Path) -> None:
+    """Create a directory to write into.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {partial.parent} cannot be written ({error.strerror}). Name another."
+        ) from None
+
+
 @contextlib.contextmanager
 def placed_directory(path: Path) -> Iterator[Path]:
     """Give a new directory beside `path` to write into; it becomes `path` when the block ends.
@@ -58,7 +72,7 @@ def placed_directory(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     if partial.exists():  # of a process that was killed
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    _make(partial)
     try:
         yield partial
         for file in sorted(p for p in partial.rglob("*") if p.is_file()):
@@ -96,7 +110,7 @@ def placed_files(*paths: Path) -> Iterator[Path]:
     partial = parent / f".{paths[0].name}.partial"
     if partial.exists():  # of a process that was killed
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    _make(partial)
     try:
         yield partial
         for path in paths:

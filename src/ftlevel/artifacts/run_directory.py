@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ftlevel.artifacts.claim import check_unclaimed
 from ftlevel.artifacts.files import write_json, write_text
 from ftlevel.errors import ConfigError
 
@@ -60,6 +61,7 @@ def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> No
     if directory is not None and directory.exists():
         if not directory.is_dir():
             raise ConfigError(f"--output-dir {directory} is a file. Name a directory.")
+        check_unclaimed(directory)
         if resume:
             if not (directory / CONFIG).is_file():
                 raise ConfigError(
@@ -97,15 +99,30 @@ def open_run(directory: Path | None, name: str, *, overwrite: bool) -> RunDirect
         directory: the user's wish, or None for the first free runs/NAME-N.
         name: what the run is called if the user did not say.
         overwrite: delete a run that exists.
+
+    Raises:
+        ConfigError: it cannot be created, or another run has begun in it.
     """
-    if directory is None:
-        run = RunDirectory(_next_free(Path("runs"), name))
-    else:
-        if directory.exists() and overwrite:
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True, exist_ok=True)  # check_output has seen that it is empty
-        run = RunDirectory(directory)
-    run.checkpoints.mkdir()
+    try:
+        if directory is None:
+            run = RunDirectory(_next_free(Path("runs"), name))
+        else:
+            if directory.exists() and overwrite:
+                check_unclaimed(directory)
+                shutil.rmtree(directory)
+            directory.mkdir(parents=True, exist_ok=True)  # check_output has seen that it is empty
+            run = RunDirectory(directory)
+        run.checkpoints.mkdir()
+    except FileExistsError:
+        raise ConfigError(
+            f"--output-dir {directory}: another run has begun in it since this one started. Name "
+            "another directory."
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"--output-dir {directory or 'runs'} cannot be created ({error.strerror}). Name "
+            "another directory."
+        ) from None
     return run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -14,6 +15,7 @@ import typer
 from ftlevel import __version__
 from ftlevel.cli.grammar import Command
 from ftlevel.cli.heavy_imports import uncollected_imports
+from ftlevel.cli.lasting import discard
 from ftlevel.cli.launch import is_follower
 from ftlevel.errors import FtlevelError
 
@@ -104,6 +106,9 @@ _NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that tell at import which GPU kernels this machine lacks, and what torch deprecates."""
 
 
+_INTERRUPTED = "interrupted; nothing was kept."
+
+
 def main() -> None:
     """Run the command line and exit: 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
     for name in _NOISY:
@@ -124,7 +129,8 @@ def run(arguments: list[str]) -> int:
         _report_json(arguments, message, 2)
         return 2
     except typer.Abort:
-        _report("interrupted; nothing was kept.")
+        _report(_INTERRUPTED)
+        _report_json(arguments, _INTERRUPTED, 130)
         return 130
     except FtlevelError as error:
         if "--traceback" in arguments:
@@ -134,14 +140,30 @@ def run(arguments: list[str]) -> int:
             _report_json(arguments, str(error), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
-        _report("interrupted; nothing was kept.")
+        _report(_INTERRUPTED)
+        _report_json(arguments, _INTERRUPTED, 130)
         return 130
+    except OSError as error:  # a full disk, a stream nobody reads, a file that went away
+        if "--traceback" in arguments or error.strerror is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror}. Add --traceback to see where it happened."
+        _report(message)
+        _report_json(arguments, message, 1)
+        if error.filename is None and sys.stdout is not None:
+            discard(sys.stdout)
+        return 1
+    except Exception as error:  # a bug of ours: the traceback is for us, the object for a program
+        _report_json(arguments, f"{type(error).__name__}: {error}", 1)
+        raise
     return code if isinstance(code, int) else 0
 
 
 def _report_json(arguments: list[str], message: str, code: int) -> None:
     """Give a program that asked for JSON its one object, also when there is no result."""
-    if "--json" in arguments:
+    if "--json" not in arguments:
+        return
+    with contextlib.suppress(OSError):  # nobody reads it
         typer.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
 
 

@@ -6,14 +6,16 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ftlevel import __version__
 from ftlevel.artifacts.cards import generate_command
+from ftlevel.cli.lasting import Lasting
 from ftlevel.config.choices import Choice
 
 _FIGURES = {
@@ -22,6 +24,9 @@ _FIGURES = {
     "grad_norm": ("grad", "{:.3g}"),
     "epoch": ("epoch", "{:.2f}"),
 }
+
+
+_BAR, _ROOM_FOR_BAR, _ROOM_FOR_FIGURES = 20, 80, 60  # columns of the terminal
 
 
 class Screen:
@@ -53,14 +58,14 @@ class Screen:
         self._line(f"[bold]ftlevel {__version__}[/bold] {title}")
         if not self.console.is_terminal:
             for choice in choices:
-                self._line(f"  {choice.name}: {_plain(str(choice))}")
+                self._line(_plain(f"  {choice.name}: {choice}"))
             return
         table = Table(box=None, show_header=False, padding=(0, 1, 0, 2))
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
         for choice in choices:
             reason = f" [dim]({_plain(choice.reason)})[/dim]" if choice.reason else ""
-            table.add_row(choice.name, f"{_plain(str(choice.value))}{reason}")
+            table.add_row(_plain(choice.name), f"{_plain(str(choice.value))}{reason}")
         self.console.print(table, highlight=False)
 
     def progress(self, done: int, total: int) -> None:
@@ -90,11 +95,16 @@ class Screen:
         self._total = total_steps
         if self.quiet or not self.console.is_terminal:
             return
+        # What is worth least gives way: the figures are on the lines above the bar as well.
+        width, whole = self.console.width, Column(no_wrap=True)
+        bar = [BarColumn(bar_width=_BAR)] if width >= _ROOM_FOR_BAR else []
+        figures = [TextColumn("{task.fields[figures]}", table_column=Column(overflow="ellipsis"))]
         self._progress = Progress(
-            TextColumn("  step {task.completed:,.0f}/{task.total:,.0f}"),
-            BarColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            TextColumn("  step {task.completed:,.0f}/{task.total:,.0f}", table_column=whole),
+            *bar,
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left", table_column=Column(no_wrap=True)),
+            *(figures if width >= _ROOM_FOR_FIGURES else []),
             console=self.console,
             transient=True,
         )
@@ -112,7 +122,7 @@ class Screen:
             return
         scores = {k.removeprefix("eval_"): v for k, v in record.items() if k.startswith("eval_")}
         if scores:
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            shown = _plain("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             self._line(f"  [green]evaluation at step {record['step']:,}[/green]  {shown}")
             return
         parts = [
@@ -123,7 +133,8 @@ class Screen:
         parts.append(self._speed(record))
         figures = "  ".join(part for part in parts if part)
         if self._progress is not None:
-            self._progress.update(self._task, figures=figures)
+            short = [part for part in parts if part.startswith("loss") or part.endswith("tok/s")]
+            self._progress.update(self._task, figures="  ".join(short))
         self._line(f"  step {record['step']:>{len(str(self._total))}}/{self._total}  {figures}")
 
     def _speed(self, record: Mapping[str, Any]) -> str:
@@ -165,7 +176,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     before = summary["metrics_before"]
     for name, value in summary["metrics"].items():
         first = f"{before[name]:.4f} → " if name in before else ""
-        yield f"  [bold]{name}[/bold] {first}{value:.4f}  [dim](validation)[/dim]"
+        yield f"  [bold]{_plain(name)}[/bold] {first}{value:.4f}  [dim](validation)[/dim]"
     frozen = (
         f"{proof['frozen_tensors']:,} frozen tensors unchanged; "
         if (proof["frozen_tensors"])
@@ -181,14 +192,14 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{timings['total_s']:.1f} s in all, {timings['to_first_step_s']:.1f} s to the first step; "
         f"peak memory {summary['memory']['peak_bytes'] / 2**30:.2f} GiB"
     )
-    yield f"  [bold]saved[/bold] {summary['run']}"
+    yield f"  [bold]saved[/bold] {_plain(summary['run'])}"
     command = generate_command(summary["run"], summary["task"])
     yield f"  [bold]try it[/bold] {_plain(command)}"
 
 
 def _plain(text: str) -> str:
-    """Escape square brackets, which rich reads as markup."""
-    return text.replace("[", "\\[")
+    """Escape what rich would read as markup."""
+    return escape(text)
 
 
 @contextlib.contextmanager
@@ -196,8 +207,9 @@ def open_screen(*, as_json: bool, quiet: bool) -> Iterator[Screen]:
     """Give a screen that is cleaned up whatever happens."""
     # Libraries draw progress bars through tqdm, which reads this when it is first imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    console = Console(stderr=as_json, soft_wrap=not sys.stdout.isatty())
-    silent = quiet or (as_json and not sys.stderr.isatty())
+    stream = Lasting(sys.stderr if as_json else sys.stdout)
+    console = Console(file=cast("IO[str]", stream), soft_wrap=not stream.isatty())
+    silent = quiet or (as_json and not stream.isatty())
     screen = Screen(console, quiet=silent)
     try:
         yield screen

@@ -139,6 +139,7 @@ def build_config(layers: Iterable[Layer]) -> TrainConfig:
     origins: dict[KeyPath, str] = {}
     for layer in layers:
         expanded = {k: _expand(k, v) for k, v in layer.values.items() if v is not None}
+        _check_sections(expanded, layer)
         _merge(merged, expanded)
         for key, origin in layer.origins.items():
             short = len(key) == 1 and not isinstance(layer.values.get(key[0]), Mapping)
@@ -195,6 +196,17 @@ def _expand(section: str, value: Any) -> Any:
     return value
 
 
+def _check_sections(values: Mapping[str, Any], layer: Layer) -> None:
+    """Refuse a plain value for a section, which a later layer would replace without a word."""
+    for name, value in values.items():
+        fields = _fields_of((name,))
+        if fields and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{layer.origins.get((name,), name)}: {name} is a section, and {value!r} is given "
+                f"for it. Set its fields, such as {name}.{fields[0]}."
+            )
+
+
 def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
     for key, value in new.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
@@ -209,6 +221,8 @@ def explain(error: ValidationError, origins: Mapping[KeyPath, str]) -> list[str]
     seen: set[KeyPath] = set()
     for detail in error.errors():
         key, kind = _key_and_method(detail)
+        if detail["type"] == "extra_forbidden" and key not in origins:
+            key = next((full for full in origins if full[: len(key)] == key), key)
         if key and key in seen:  # the other branches of a union of values
             continue
         seen.add(key)
@@ -226,7 +240,8 @@ def _key_and_method(detail: ErrorDetails) -> tuple[KeyPath, str | None]:
     """Return the key as the user writes it, and the method whose field it would be."""
     location = [str(part) for part in detail["loc"]]
     if len(location) > 1 and location[0] in _TAGGED and location[1] in SPECS:
-        return (location[0], *location[2:]), location[1]
+        inner = location[2:] if detail["type"] == "extra_forbidden" else location[2:3]
+        return (location[0], *inner), location[1]
     if detail["type"] == "union_tag_invalid":
         return (*location, "kind"), None
     if detail["type"] != "extra_forbidden":  # a union of values adds its branch to the location
@@ -252,9 +267,29 @@ def _unknown_key(key: KeyPath, kind: str | None) -> str:
         siblings: Iterable[str] = SPECS[kind].model_fields
     else:
         siblings = _fields_of(key[:-1])
-    near = nearest(key[-1], siblings) or [name for name in siblings if _names_alike(key[-1], name)]
+        if elsewhere := _nearest_elsewhere(key):
+            return f"unknown key {dotted!r}. Did you mean {elsewhere!r}?"
+    if not siblings:  # the section is not known either
+        return f"unknown key {dotted!r}. Sections: {listing(TrainConfig.model_fields)}."
+    near = [name for name in siblings if _names_alike(key[-1], name)] or nearest(key[-1], siblings)
     hint = f" Did you mean {'.'.join((*key[:-1], near[0]))!r}?" if near else ""
     return f"unknown key {dotted!r}.{hint or ' Keys here: ' + listing(siblings, 30) + '.'}"
+
+
+def _nearest_elsewhere(key: KeyPath) -> str:
+    """Return the dotted field that `key` means, if its section is misspelt, missing or another."""
+    section, name = key[:-1], key[-1]
+    sections = [part for part in TrainConfig.model_fields if _fields_of((part,))]
+    if len(section) == 1 and section[0] not in TrainConfig.model_fields:
+        owner = nearest(section[0], sections)
+        field = nearest(name, _fields_of((owner[0],))) if owner else []
+        if field:
+            return f"{owner[0]}.{field[0]}"
+    if name in _fields_of(section) or len(section) > 1:
+        return ""
+    owners = [part for part in sections if name in _fields_of((part,))]
+    owners += ["method"] * any(name in spec.model_fields for spec in SPECS.values())
+    return f"{owners[0]}.{name}" if owners else ""
 
 
 _SYNONYMS = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
@@ -15,3 +18,28 @@ class Section(BaseModel):
         validate_default=True,
         defer_build=True,  # --help reads the fields and validates nothing
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_switch_is_no_number(cls, raw: Any) -> Any:
+        """Give true and false as words to fields of a number, which then refuse them.
+
+        To Python they are 1 and 0, and YAML reads `yes` and `on` as true.
+        """
+        if not isinstance(raw, dict):
+            return raw
+        wrong = {
+            name: str(value).lower()
+            for name, value in raw.items()
+            if isinstance(value, bool) and name in cls.model_fields
+            and bool not in (parts := set(_parts(cls.model_fields[name].annotation)))
+            and parts & {int, float}
+        }  # fmt: skip
+        return {**raw, **wrong}
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield `annotation` and everything that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)

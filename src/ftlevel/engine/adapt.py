@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 
 from ftlevel.config import FullSpec, MethodConfig
-from ftlevel.errors import ConfigError, InputError, listing
+from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.lora_start import as_plain_lora
+from ftlevel.models.integrity import check_finite
 
 
 def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = False) -> Any:
@@ -148,16 +150,25 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
     """Return `base` with the adapter saved in `directory`, in eval mode, its weights in float32.
 
     Raises:
-        InputError: the file lacks weights that its configuration promises, or has others.
+        InputError: it is damaged, of a kind that PEFT does not know, or of another base; the file
+            lacks weights that its configuration promises, or has others.
     """
     from peft import PeftModel
 
     ensure_registered()
+    _check_whole(directory)
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
-    with _unknown_patterns_ignored():
-        adapted = PeftModel.from_pretrained(
-            base, str(directory), adapter_name=name, is_trainable=True
-        )
+    try:
+        with _unknown_patterns_ignored():
+            adapted = PeftModel.from_pretrained(
+                base, str(directory), adapter_name=name, is_trainable=True
+            )
+    except (ValueError, TypeError, RuntimeError) as error:  # other modules, or other shapes
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{directory} does not fit its base model, {base.config.model_type} "
+            f"({reason[:200]}). Name the base that it was trained on."
+        ) from error
     _fill_adapter(adapted, directory, name)
     return adapted
 
@@ -168,6 +179,7 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
     Raises:
         InputError: it does not go with the others, or its file is not whole.
     """
+    _check_whole(directory)
     with _unknown_patterns_ignored():
         try:
             adapted.load_adapter(str(directory), adapter_name=name, is_trainable=True)
@@ -175,6 +187,31 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
             reason = " ".join(str(error).split())
             raise InputError(f"{directory} cannot stand beside the others: {reason}") from None
     _fill_adapter(adapted, directory, name)
+
+
+def _check_whole(directory: Path) -> None:
+    """Refuse an adapter whose file is missing, damaged or not finite, or of an unknown kind."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    kind = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise InputError(
+            f"{directory} is an adapter of type {kind!r}, which PEFT {_peft_version()} does not "
+            f"know.{did_you_mean(kind, PEFT_TYPE_TO_CONFIG_MAPPING)} Was it made by a newer PEFT?"
+        )
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        raise InputError(
+            f"{directory} holds no adapter_model.safetensors. Save the adapter again with PEFT's "
+            "save_pretrained."
+        )
+    try:
+        weights = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}). Was a copy cut short?") from None
+    check_finite(weights.items(), str(path))
 
 
 def _fill_adapter(adapted: Any, directory: Path, name: str) -> None:

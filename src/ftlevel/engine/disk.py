@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
+from shlex import quote
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.run_directory import RunDirectory
@@ -51,7 +52,8 @@ def _what_is_kept(run: RunDirectory) -> str:
     whole, _ = checkpoints.newest_whole(run.checkpoints)
     if whole is None:
         return "There is no whole checkpoint: mend that, and start again with --overwrite."
+    directory = quote(str(run.path))
     return (
-        f"{whole} is whole. Mend that, and go on with: ftlevel train --output-dir {run.path} "
+        f"{whole} is whole. Mend that, and go on with: ftlevel train --output-dir {directory} "
         "--resume"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -180,10 +181,11 @@ def describe_model(name: str, r: int = 8) -> TargetReport:
     from ftlevel.models.kinds import model_kind
     from ftlevel.models.targets import build_meta_model, inspect_model
 
+    bad_config = (ValueError, KeyError, OSError, TypeError, struct.error, StrictDataclassError)
     try:
         config = _load_config(name)
         found = inspect_model(build_meta_model(config))
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:  # a bad config
+    except bad_config as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{name}: transformers cannot build a model from its configuration: {reason} "

@@ -6,6 +6,7 @@ import functools
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
@@ -92,7 +93,7 @@ def find_adapter(name: str) -> tuple[Path, Path | None]:
     if (path / CONFIG).is_file() and not (path / "adapter").is_dir():
         raise InputError(
             f"{path} is a run that has no adapter yet: it did not come to its end. "
-            f"Go on with it: ftlevel train --output-dir {path} --resume"
+            f"Go on with it: ftlevel train --output-dir {quote(str(path))} --resume"
         )
     if (directory / CARD).is_file() and read_card(directory).method == "full":
         raise InputError(
@@ -101,6 +102,7 @@ def find_adapter(name: str) -> tuple[Path, Path | None]:
         )
     if not (directory / "adapter_config.json").is_file():
         held = listing(sorted(p.name for p in path.iterdir()), 6) if path.is_dir() else "a file"
+        held = held or "nothing"
         raise InputError(
             f"{name} is no run and no adapter (it holds {held}). Expected a directory with "
             "adapter_config.json."

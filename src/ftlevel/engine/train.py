@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import write_readme
+from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
@@ -23,6 +26,7 @@ from ftlevel.engine.disk import explain_disk_errors
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.fast import FastStep
 from ftlevel.engine.low_rank import uses_fused_layers
+from ftlevel.engine.packages import check_packages
 from ftlevel.engine.processes import Processes, settle_processes, started_processes
 from ftlevel.engine.proof import Proof, check_saved, probe_batch
 from ftlevel.engine.resolve import Plan, default_name, resolve
@@ -90,6 +94,7 @@ def train(
     config = settle_processes(config, processes, rows_only=dry_run)
     output = config.output
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
+    check_packages(config)
     origin = describe_recipe(recipe) if recipe else None
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
@@ -100,7 +105,8 @@ def train(
                        "data": plan.data.facts, "targets": plan.targets}  # fmt: skip
             listener.end(summary)
             return TrainResult(summary, None, None, plan.tokenizer)
-        return _train(config, plan, listener, origin, processes)
+        with contextlib.ExitStack() as held:
+            return _train(config, plan, listener, origin, processes, held)
 
 
 def _train(
@@ -109,6 +115,7 @@ def _train(
     listener: Listener,
     recipe: Mapping[str, Any] | None,
     processes: Processes,
+    held: contextlib.ExitStack,
 ) -> TrainResult:
     processes.join(plan.device)
     listener.stage("load the model")
@@ -120,6 +127,8 @@ def _train(
     start = copy_start(model)
     base_facts = describe_base(plan.source, plan.model_config)
     run, checkpoint = processes.from_first(lambda: _open(config, plan, base_facts, listener))
+    if processes.is_first:
+        held.enter_context(claimed(run.path))
     evaluator = build_evaluator(config, plan)
     trainer = build_trainer(config, plan, model, evaluator, run, fast)
     stream = trainer.train_dataset if isinstance(trainer.train_dataset, StreamedRows) else None
@@ -319,7 +328,7 @@ def _what_was_kept(run: RunDirectory, state: Any) -> str:
     return (
         f"interrupted after step {state.global_step:,} of {state.max_steps:,}; "
         f"{run.checkpoints / f'checkpoint-{state.global_step}'} is kept, and there is no adapter "
-        f"yet. Go on with: ftlevel train --output-dir {run.path} --resume"
+        f"yet. Go on with: ftlevel train --output-dir {quote(str(run.path))} --resume"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
@@ -178,7 +179,7 @@ def card_directory(path: Path) -> Path | None:
     if (path / CONFIG).is_file():
         raise InputError(
             f"{path} is a run that has no adapter yet: it did not come to its end. "
-            f"Go on with it: ftlevel train --output-dir {path} --resume"
+            f"Go on with it: ftlevel train --output-dir {quote(str(path))} --resume"
         )
     return None
 

@@ -46,8 +46,17 @@ def choose_dtype(wish: str, device: str, method: str, model_type: str) -> Choice
     Weights that are trained are held in float32 in any case; this is what is multiplied in.
 
     Raises:
-        ConfigError: float16 on a CPU, or for T5, whose activations overflow in it.
+        ConfigError: float16 on a CPU, or for T5, whose activations overflow in it; half precision
+            for DeBERTa (1), whose mask does.
     """
+    if model_type == "deberta":  # transformers 5.24 masks by float32's minimum, whatever the type
+        if wish in ("auto", "float32"):
+            why = "auto: DeBERTa's mask overflows anything shorter" if wish == "auto" else ""
+            return Choice("dtype", "float32", why)
+        raise ConfigError(
+            f"--dtype {wish} cannot be used with deberta: its attention mask overflows it. "
+            "Use --dtype float32."
+        )
     if wish == "float16":
         if device == "cpu":
             raise ConfigError(

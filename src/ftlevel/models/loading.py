@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
 from ftlevel.errors import InputError, listing
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.integrity import check_finite, check_shapes
+from ftlevel.models.module_tree import find_heads, find_unpackable
 from ftlevel.models.quantization import keep_trainable_layout
 from ftlevel.models.quantized import as_quant_config, stored_quantization
 from ftlevel.models.sources import ModelSource
+
+_UNREADABLE = (OSError, json.JSONDecodeError, struct.error)
+"""What reading a damaged file raises: a safetensors file, an index of shards, a .gguf."""
 
 
 @contextlib.contextmanager
@@ -60,8 +68,28 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         return transformers.AutoConfig.from_pretrained(
             source.location, **source.arguments(), **overrides
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{source.words}: {_first_line(error)}") from error
+    except struct.error as error:  # of a .gguf whose header is not whole
+        raise InputError(
+            f"{source.words} ends before its header says ({_first_line(error)}). Was the download "
+            "cut short?"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"{source.words}: {_why_not(error)}") from error
+
+
+def _why_not(error: Exception) -> str:
+    """Say in a line why transformers builds no config, with what to do where that is known."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code of its own (auto_map in its config.json), which is not run "
+            "unless you say so. If you have read it and trust it: --set "
+            "model.trust_remote_code=true."
+        )
+    if "cannot reshape array" in str(error):  # a .gguf whose numbers are not all there
+        return f"its tensors are not whole ({_first_line(error)}). Was the download cut short?"
+    if isinstance(error, (StrictDataclassError, TypeError)):
+        return f"its config.json is not one of a model: {' '.join(str(error).split())}"
+    return _first_line(error)
 
 
 def label_overrides(names: Sequence[str]) -> dict[str, Any]:
@@ -82,7 +110,17 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source.location, **source.arguments())
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if source.kind == "directory" and not _holds_tokenizer(Path(source.location)):
+            raise InputError(
+                f"{source.words} has no tokenizer. Expected tokenizer.json in {source.location}: "
+                "copy it there from the model that the weights come from."
+            ) from error
         raise InputError(f"{source.words} has no usable tokenizer: {_first_line(error)}") from error
+
+
+def _holds_tokenizer(directory: Path) -> bool:
+    patterns = ("tokenizer*", "vocab*", "merges.txt", "*.model")
+    return any(next(directory.glob(pattern), None) for pattern in patterns)
 
 
 def build_task_model(config: Any, auto_class: str) -> Any:
@@ -144,15 +182,18 @@ def load_model(
                 dtype=dtype,
                 use_safetensors=None if source.gguf_file else True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_shapes says which, and where it may be
                 **arguments,
             )
     except Exception as error:
-        if type(error).__name__ != "SafetensorError" and not isinstance(error, OSError):
+        if type(error).__name__ != "SafetensorError" and not isinstance(error, _UNREADABLE):
             raise
         raise InputError(
             f"{source.words}: its weights cannot be read ({_first_line(error)}). "
             "Was a download or a copy cut short?"
         ) from error
+    redrawn = check_shapes(model, info["mismatched_keys"], source.words)
+    check_finite(model.named_parameters(), source.words)
     if mapping:
         _forget_renaming(model, mapping)
     if source.gguf_file:
@@ -160,18 +201,21 @@ def load_model(
     if stored is None and quantization is None:
         model.to(device)
     keep_trainable_layout(model)
-    return model, sorted(info["missing_keys"])
+    return model, sorted({*info["missing_keys"], *redrawn})
 
 
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
     """Return `quantization` that leaves every head in floating point, language models' too.
 
+    So are linears whose packed weights a kernel could not read (Mamba's `dt_proj`).
+
     Left to itself transformers spares a tied output; given a list it spares that alone, and BERT's
     `cls.predictions.decoder` would be cut off from its embedding.
     """
     kept = copy.copy(quantization)
-    heads = find_heads(build_task_model(config, auto_class))
-    kept.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *heads})
+    meta = build_task_model(config, auto_class)
+    floats = [*find_heads(meta), *find_unpackable(meta)]
+    kept.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *floats})
     return kept
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-Place = Literal["block", "router", "kernel", "head", "other"]
+Place = Literal["block", "router", "kernel", "aside", "head", "other"]
 
 # Linears that choose experts, by their last name.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -28,6 +28,20 @@ _READ_BY_KERNELS = {
     "mamba2": ("out_proj",),
     "nemotron_h": ("out_proj",),
 }
+# Used only with inputs that no task here gives (entities), or not by every task (global attention).
+_ASIDE = {
+    "led": ("query_global", "key_global", "value_global"),
+    "longformer": ("query_global", "key_global", "value_global"),
+    "luke": ("w2e_query", "e2w_query", "e2e_query"),
+}
+# The forward pass casts these, scales them, or casts its numbers to their type: not to be packed.
+_WRITTEN_TO = {
+    "led": ("query_global",),  # its output is divided in place, which bitsandbytes' product forbids
+    "longformer": ("query_global",),
+    "longt5": ("wo",),
+    "rwkv": ("attention.output", "feed_forward.value"),
+    "switch_transformers": ("router.classifier", "wo"),
+}
 _INDEX_LETTERS = "ijklmn"
 
 
@@ -40,7 +54,8 @@ class LinearModule:
         pattern: the name with letters for the indices of layers, `model.layers.{i}.mlp.up_proj`.
         type: Linear, Conv1D or the class of a quantized linear.
         place: `other` is outside blocks and heads, as BERT's pooler; `kernel` is in a block and
-            read past its module, so that nothing can be put on it.
+            read past its module, so that nothing can be put on it; `aside` is in a block, and
+            no part of every forward pass.
     """
 
     name: str
@@ -156,6 +171,8 @@ class ModuleTree:
         own = getattr(getattr(self.model, "config", None), "model_type", "")
         if parts[-1] in _READ_BY_KERNELS.get(own, ()):
             return "kernel"
+        if parts[-1] in _ASIDE.get(own, ()):
+            return "aside"
         return "router" if parts[-1] in _ROUTERS or "router" in parts else "block"
 
     def linears(self) -> Iterator[LinearModule]:
@@ -215,6 +232,15 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model of one stack, in their order; several stacks have none."""
     tree = ModuleTree(model)
     return list(tree.modules[tree.blocks[0]].children()) if len(tree.blocks) == 1 else []
+
+
+def find_unpackable(model: nn.Module) -> list[str]:
+    """Return linears whose weights are read or written past their modules: not to be quantized."""
+    kind = str(getattr(model.config, "model_type", ""))
+    ends = (*_READ_BY_KERNELS.get(kind, ()), *_WRITTEN_TO.get(kind, ()))
+    return [name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.endswith(tuple(f".{end}" for end in ends))
+            ] if ends else []  # fmt: skip
 
 
 def find_heads(model: nn.Module) -> list[str]:

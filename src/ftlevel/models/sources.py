@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 from urllib.parse import urlparse
 
@@ -91,7 +92,7 @@ def resolve_source(
         directory = builtin.model_path(name.removeprefix("builtin:"))
         return ModelSource(name, "builtin", str(directory), local_files_only=True, said=said)
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         _check_file(path, words)
         return ModelSource(
             name, "gguf", str(path.parent), path.name, local_files_only=True, said=said
@@ -131,6 +132,11 @@ def _check_file(path: Path, words: str) -> None:
 def _check_directory(path: Path, words: str) -> None:
     if not (path / "config.json").is_file():
         held = listing(sorted(p.name for p in path.iterdir()), 6) or "nothing"
+        if any((path / part / "adapter_config.json").is_file() for part in ("", "adapter")):
+            raise InputError(
+                f"{words} is an adapter, and a model is expected here. Name the model it was "
+                f"trained on, or make one of both: ftlevel merge {quote(str(path))} --out NEW"
+            )
         raise InputError(
             f"{words} has no config.json (it holds {held}). "
             "Expected a directory that save_pretrained wrote."

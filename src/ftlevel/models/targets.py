@@ -288,7 +288,9 @@ class _Picker:
         """Keep the linears of the blocks among the modules found; without any, the others."""
         linears = [self.linears[full] for full in found if full in self.linears]
         inside = [part.name for part in linears if part.place == "block"]
-        return inside or [part.name for part in linears if part.place in ("router", "other")]
+        return inside or [
+            part.name for part in linears if part.place in ("router", "aside", "other")
+        ]
 
     def _problem(self, wish: str, found: Sequence[str], *, hint: bool = True) -> str:
         what = f"--target-modules: {wish!r}"

@@ -145,6 +145,46 @@ def test_numbers_out_of_range_are_refused(setting: str) -> None:
     assert problems(read_settings([setting]))[0].startswith(f"--set {key}: ")
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["train.seed=yes", "train.learning_rate=on", "method.r=true", "method.lora_dropout=no",
+     "data.max_length=true", "data.mix=yes", "train.save_steps=on", "model.name_or_path=no",
+     "output.dir=true", "method.target_modules=yes"],
+)  # fmt: skip
+def test_a_switch_is_no_number(setting: str) -> None:
+    """YAML reads `yes` as true, which is 1 to Python."""
+    (found,) = problems(read_settings([setting]))
+    assert found.startswith(f"--set {setting.partition('=')[0]}: ")
+    assert build_config([read_settings(["train.eval_on_start=yes"])]).train.eval_on_start
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("trian.seed=4", "unknown key 'trian.seed'. Did you mean 'train.seed'?"),
+        ("seed=4", "unknown key 'seed'. Did you mean 'train.seed'?"),
+        ("train.max_length=4", "unknown key 'train.max_length'. Did you mean 'data.max_length'?"),
+        ("train.r=4", "unknown key 'train.r'. Did you mean 'method.r'?"),
+        ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
+         "speed, output."),
+        ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
+         "adamw_torch_fused, adafactor, adamw_8bit, paged_adamw_8bit, sgd. Did you mean "
+         "'adamw_torch'?"),
+    ],
+)  # fmt: skip
+def test_a_setting_is_named_as_it_was_typed_with_the_nearest_right_one(
+    setting: str, message: str
+) -> None:
+    key = setting.partition("=")[0]
+    assert problems(read_settings([setting])) == [f"--set {key}: {message}"]
+
+
+def test_a_value_for_a_whole_section_is_not_replaced_by_a_flag() -> None:
+    flags = read_settings(["train.max_steps=3"])
+    with pytest.raises(ConfigError, match="--set train: train is a section, and 4 is given for it"):
+        build_config([read_settings(["train=4"]), flags])
+
+
 def test_target_modules_are_names_or_one_pattern() -> None:
     def read(value: str) -> object:
         return build_config([read_settings([f"method.target_modules={value}"])]).method

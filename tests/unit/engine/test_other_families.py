@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import tiny_models
-from ftlevel.config import SPECS, TrainConfig
+from ftlevel.config import SPECS, QuantConfig, TrainConfig
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.fast import FastStep
 from ftlevel.engine.fast_plan import FastPlan, plan_fast
 from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.errors import ConfigError
 from ftlevel.methods import Base
-from ftlevel.models.loading import rename_prefix
+from ftlevel.models.hardware import choose_dtype
+from ftlevel.models.loading import keep_heads, rename_prefix
+from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.targets import resolve_targets
 from ftlevel.speed.low_rank.node import LowRankLinear
 from unit.engine.test_fast import OBJECTIVES, rows_of
@@ -149,3 +151,40 @@ def test_a_fused_output_may_be_scaled_in_place() -> None:
     expected = (functional.linear(x, weight) + 2.0 * x @ a.T @ b.T) / 3.0
     wanted = torch.autograd.grad(expected.square().sum(), (x, a, b))
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "aside"),
+    [
+        ("longformer", {"attention_window": [8, 8]}, {"query_global", "key_global"}),
+        ("luke", {"entity_vocab_size": 9}, {"w2e_query", "e2w_query", "e2e_query"}),
+    ],
+)
+def test_linears_that_a_task_does_not_use_are_left_out(
+    family: str, more: dict[str, Any], aside: set[str]
+) -> None:
+    config = AutoConfig.for_model(family, **{**_DECODER, **more})
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(config)
+    names = {name.rpartition(".")[2] for name in resolve_targets(model, "all-linear")}
+    assert "query" in names
+    assert not names & aside
+    assert len(resolve_targets(model, sorted(aside)[0])) == 2  # who names them gets them
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv", "switch_transformers"])
+def test_linears_that_cannot_be_packed_stay_as_they_are(family: str) -> None:
+    sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "hidden_size": 64, "d_model": 64,
+             "num_layers": 2, "num_decoder_layers": 2}  # fmt: skip
+    kind = "Seq2SeqLM" if family == "switch_transformers" else "CausalLM"
+    config = AutoConfig.for_model(family, **sizes)
+    quantization = build_quantization_config(QuantConfig(kind="4bit"), torch.float32, [])
+    kept = keep_heads(quantization, config, f"AutoModelFor{kind}").llm_int8_skip_modules
+    ends = {"mamba": "dt_proj", "rwkv": "feed_forward.value", "switch_transformers": "wo"}
+    assert any(name.endswith(f".{ends[family]}") for name in kept)
+
+
+def test_deberta_computes_in_float32() -> None:
+    assert choose_dtype("auto", "cpu", "lora", "deberta").value == "float32"
+    with pytest.raises(ConfigError, match="--dtype bfloat16 cannot be used with deberta"):
+        choose_dtype("bfloat16", "cpu", "lora", "deberta")

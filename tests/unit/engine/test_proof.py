@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+import tiny_models
 from ftlevel.data.encode import Encoded
-from ftlevel.engine.proof import PROBE_ROWS, PROBE_SCORES, probe_batch
+from ftlevel.engine.proof import PROBE_ROWS, PROBE_SCORES, _compare_frozen, probe_batch
+from ftlevel.errors import RunError
 from ftlevel.tasks.objectives import Classes, Tokens
 
 VOCABULARY = 100_000
@@ -33,3 +35,14 @@ def test_a_class_is_of_the_whole_row() -> None:
     texts = [Encoded([1] * 5000, 2, i) for i in range(2)]
     batch = probe_batch(texts, 0, "cpu", Classes("accuracy"), VOCABULARY)
     assert batch["input_ids"].shape == (2, 5000)
+
+
+def test_a_frozen_weight_that_was_only_cast_is_unchanged() -> None:
+    """Switch Transformers holds its router in float32, whatever it was loaded in."""
+    fresh, trained = (tiny_models.build("llama").bfloat16().requires_grad_(False) for _ in "ab")
+    count = _compare_frozen(trained, fresh)
+    trained.model.norm.float()
+    assert _compare_frozen(trained, fresh) == count
+    trained.model.norm.weight[0] += 1e-3
+    with pytest.raises(RunError, match=r"1 frozen tensors changed while training: model\.norm"):
+        _compare_frozen(trained, fresh)

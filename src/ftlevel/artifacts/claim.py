@@ -1,0 +1,60 @@
+"""One run at a time in a run directory: a lock that ends with the process, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ftlevel.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Hold `directory` for this process inside the block.
+
+    The directory itself is locked (flock), so that no file is left behind; where its file system
+    has no locks, nothing is held.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    descriptor = _open(directory)
+    try:
+        if descriptor is not None and fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"--output-dir {directory}: another run is writing into it. Wait for its end, "
+                    "or name another directory."
+                ) from None
+            except OSError:  # no locks on this file system
+                pass
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def check_unclaimed(directory: Path) -> None:
+    """Refuse a directory that another run writes into.
+
+    Raises:
+        ConfigError: it does.
+    """
+    with claimed(directory):
+        pass
+
+
+def _open(directory: Path) -> int | None:
+    try:
+        return os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None

@@ -1,0 +1,89 @@
+"""Whether the weights that were loaded are those of the model: their shapes, and that they count.
+
+What transformers only prints, or what would show as a strange loss much later, is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from ftlevel.errors import InputError, listing
+from ftlevel.models.module_tree import find_heads
+
+_SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""Name of a parameter, its shape in the checkpoint, and in the model."""
+
+
+def check_shapes(model: Any, mismatched: Iterable[Mismatch], words: str) -> list[str]:
+    """Return the parameters of heads that have another shape in the checkpoint, and are new.
+
+    A classifier of three classes is no start for one of two; anywhere else config.json is wrong.
+
+    Args:
+        model: the loaded model.
+        mismatched: what transformers found.
+        words: what errors call the model.
+
+    Raises:
+        InputError: a weight outside the heads has another shape.
+    """
+    heads = tuple(f"{head}." for head in find_heads(model))
+    rows = sorted(mismatched)
+    wrong = [row for row in rows if not row[0].startswith(heads) or not heads]
+    if wrong:
+        name, stored, expected = wrong[0]
+        raise InputError(
+            f"{words}: {len(wrong):,} weights do not have the shape that its config.json asks for, "
+            f"such as {name}: {_by(stored)} in the checkpoint, {_by(expected)} in the model. Check "
+            "that config.json belongs to the weights."
+        )
+    return [name for name, _, _ in rows]
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"
+
+
+def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:
+    """Refuse weights with NaN or infinity in them: every loss and every answer would be NaN.
+
+    Args:
+        tensors: names and parameters; of quantized ones the scales are looked at.
+        words: what errors call their owner.
+
+    Raises:
+        InputError: naming the tensors.
+    """
+    parts = [(name, part) for name, tensor in tensors for part in _floats(tensor)]
+    if not parts:
+        return
+    # NaN and infinity survive a sum, which reads each number once; a sum may also overflow.
+    sums = torch.stack([part.sum().float().cpu() for _, part in parts])
+    suspects = [
+        pair for pair, ok in zip(parts, torch.isfinite(sums).tolist(), strict=True) if not ok
+    ]
+    broken = [name for name, part in suspects if not bool(torch.isfinite(part).all())]
+    if broken:
+        raise InputError(
+            f"{words} has NaN or infinity in {len(broken):,} of its tensors: {listing(broken, 3)}. "
+            "Nothing can be computed with it. Fetch or make it again."
+        )
+
+
+def _floats(tensor: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of plain floating-point numbers that `tensor` consists of."""
+    state = getattr(tensor, "quant_state", None)  # bitsandbytes, 4 bits
+    while state is not None:
+        if state.absmax.dtype in _SUMMED:
+            yield state.absmax.detach()
+        state = state.state2
+    scales = getattr(tensor, "SCB", None)  # bitsandbytes, 8 bits
+    if scales is not None:
+        yield scales.detach()
+    if tensor.dtype in _SUMMED and not hasattr(tensor, "__tensor_flatten__") and not tensor.is_meta:
+        yield tensor.detach()

@@ -1,0 +1,109 @@
+"""What a run shows: to a reader who goes away, of names like markup, in a narrow window."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ftlevel.cli.app import run
+from ftlevel.cli.lasting import Lasting
+from ftlevel.cli.screen import Screen
+from ftlevel.config.choices import Choice
+
+RECORD = {"step": 7, "loss": 2.3456, "learning_rate": 1e-4, "grad_norm": 0.123, "epoch": 0.12,
+          "tokens": 900, "elapsed_s": 1.0}  # fmt: skip
+
+
+class Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_reader_who_goes_away_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(file=Lasting(Gone()))
+    console.print("one")
+    console.print("two")
+    said = "ftlevel: nothing more is shown (Broken pipe); the work goes on.\n"
+    assert capsys.readouterr().err == said
+    Console(file=Lasting(None)).print("three")
+
+
+def test_letters_that_a_stream_lacks_are_replaced() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
+    Console(file=Lasting(stream)).print("loss 2 → 1")
+    assert raw.getvalue() == b"loss 2 ? 1\n"
+
+
+@pytest.mark.parametrize("name", ["[red]x", "[/]", "a\\[b]"])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_that_look_like_markup(name: str, terminal: bool) -> None:
+    file = io.StringIO()
+    screen = Screen(Console(file=file, force_terminal=terminal, no_color=True, width=90),
+                    quiet=False)  # fmt: skip
+    screen.choices("train", [Choice("data", name, f"of {name}"), Choice(name, 1)])
+    screen.log({"step": 1, f"eval_f1 {name}": 0.5})
+    screen.warn(name)
+    assert file.getvalue().count(name) == 5
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 200])
+def test_the_time_that_is_left_is_never_cut_off(width: int) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, no_color=True, width=width)
+    screen = Screen(console, quiet=False)
+    screen.begin(12_345)
+    for step in range(1, 9):
+        screen.step(step)
+    screen.log(RECORD)
+    screen.log({**RECORD, "tokens": 123_456, "elapsed_s": 2.0})
+    assert screen._progress is not None
+    console.print(screen._progress.get_renderable())
+    screen.close()
+    bars = [line for line in file.getvalue().splitlines() if "8/12,345" in line]
+    assert bars
+    assert all(" left" in line for line in bars)
+    if width >= 80:
+        assert "loss 2.3456" in bars[-1]
+        assert "122,556 tok/s" in bars[-1]
+
+
+def train(model: Path, data: Path, **streams: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ftlevel", "train", "--model", str(model), "--dataset",
+               str(data), "--max-steps", "2", "--output-dir", str(data.parent / "run")]  # fmt: skip
+    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **streams)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_a_run_ends_well_though_nothing_can_be_shown(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a b", "completion": "c d"}\n' * 3)
+    with Path("/dev/full").open("w") as full:
+        process = train(tiny_model_dir("llama"), data, stdout=full)
+        _, err = process.communicate(timeout=120)
+    said = "nothing more is shown (No space left on device); the work goes on."
+    assert (process.returncode, err.strip()) == (0, f"ftlevel: {said}")
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("arguments", [["list-targets", "llama"], ["train", "--json", "--lr", "9"]])
+def test_a_full_disk_under_stdout_is_a_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert run(arguments) == (1 if "list-targets" in arguments else 2)
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,127 @@
+"""Weights that are not those of their config.json, or are no numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ftlevel.config import QuantConfig
+from ftlevel.errors import InputError
+from ftlevel.models.loading import label_overrides, load_config, load_model, load_tokenizer
+from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.sources import resolve_source
+
+Make = Callable[..., Path]
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def copied(tmp_path: Path, tiny_model_dir: Make) -> Callable[..., Path]:
+    """Return a factory of copies of tiny models whose weights a function changes."""
+
+    def make(change: Callable[[dict[str, torch.Tensor]], None], *kind: str) -> Path:
+        directory = tmp_path / "model"
+        shutil.copytree(tiny_model_dir(*(kind or ("llama",))), directory)
+        path = directory / "model.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, metadata={"format": "pt"})
+        return directory
+
+    return make
+
+
+def load(directory: Path, kind: str = "none", auto_class: str = "", **overrides: Any) -> Any:
+    source = resolve_source(str(directory))
+    quantization = build_quantization_config(QuantConfig(kind=kind), torch.float32, [])  # type: ignore[arg-type]
+    return load_model(
+        source, load_config(source, **overrides), auto_class or "AutoModelForCausalLM",
+        dtype=torch.float32, device="cpu", quantization=quantization,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["none", "4bit", "8bit"])
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_a_weight_that_is_no_number_is_named(
+    copied: Callable[..., Path], number: str, kind: str
+) -> None:
+    directory = copied(lambda weights: weights[UP][0].__setitem__(0, float(number)))
+    with pytest.raises(InputError, match=f"NaN or infinity in 1 of its tensors: {UP}"):
+        load(directory, kind)
+
+
+def test_large_numbers_are_numbers(copied: Callable[..., Path]) -> None:
+    """Their sum is not finite, and they are."""
+    load(copied(lambda weights: weights[UP].fill_(3e38)))
+
+
+def test_a_weight_of_another_shape_is_named(copied: Callable[..., Path]) -> None:
+    directory = copied(lambda weights: weights.update({UP: torch.zeros(3, 5)}))
+    with pytest.raises(InputError, match=f"such as {UP}: 3 x 5 in the checkpoint, 128 x 64"):
+        load(directory)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_head_for_another_number_of_classes_is_new(
+    copied: Callable[..., Path], classes: int
+) -> None:
+    directory = copied(lambda _: None, "bert", "seqcls")  # of three classes
+    overrides = label_overrides([f"class {index}" for index in range(classes)])
+    model, missing = load(directory, "none", "AutoModelForSequenceClassification", **overrides)
+    assert model.classifier.weight.shape == (classes, 64)
+    assert missing == ([] if classes == 3 else ["classifier.bias", "classifier.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_attention_heads": 7}, "not a multiple of the number of attention heads"),
+     ({"hidden_size": "64"}, "'hidden_size' expected int, got str"),
+     ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
+      "it needs Python code of its own .* --set model.trust_remote_code=true")],
+)  # fmt: skip
+def test_a_config_that_is_none_of_a_model(
+    copied: Callable[..., Path], change: dict[str, Any], message: str
+) -> None:
+    path = copied(lambda _: None) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=message):
+        load(path.parent)
+
+
+def test_a_damaged_index_is_an_input_error(copied: Callable[..., Path]) -> None:
+    directory = copied(lambda _: None)
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    (directory / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(InputError, match="its weights cannot be read"):
+        load(directory)
+
+
+@pytest.mark.parametrize("content", [b"GGUF", b"GGUF\x03\0\0\0" + b"\1" + b"\0" * 7])
+def test_a_gguf_that_is_cut_short(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="cut short"):
+        load_config(resolve_source(str(path)))
+
+
+def test_a_model_without_a_tokenizer(copied: Callable[..., Path]) -> None:
+    directory = copied(lambda _: None)
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"has no tokenizer\. Expected tokenizer.json in"):
+        load_tokenizer(resolve_source(str(directory)))
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for place in (tmp_path, tmp_path / "adapter"):
+        with pytest.raises(InputError, match="is an adapter, and a model is expected here"):
+            resolve_source(str(place))
