@@ -1,6 +1,18 @@
-"""`python -m ftlevel`, for launchers such as torchrun."""
+"""The program `ftlevel`, also as `python -m ftlevel`, for launchers such as torchrun."""
 
-from ftlevel.cli.app import main
+import sys
+
+
+def main() -> None:
+    """Import the command line and run it; Ctrl-C ends it in a line from the first moment."""
+    try:
+        from ftlevel.cli.app import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("ftlevel: interrupted; nothing was kept.\n")
+        raise SystemExit(130) from None
+
 
 if __name__ == "__main__":
     main()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe
+from ftlevel.errors import ConfigError
 
 _ORIGIN = "FineTunePipeLine({})"
 
@@ -66,10 +67,16 @@ class FineTunePipeLine:
             (("model", "device"), None if use_accelerate else "cpu", "use_accelerate"),
         ):
             if value is not None:
-                put(given, key, value, _ORIGIN.format(argument))
+                plain = str(value) if isinstance(value, Path) else value
+                put(given, key, plain, _ORIGIN.format(argument))
         for section, fields in (("method", peft_config), ("train", training_args)):
+            argument = "peft_config" if section == "method" else "training_args"
+            if not isinstance(fields, Mapping | None):
+                raise ConfigError(
+                    f"{_ORIGIN.format(argument)}: {fields!r} is no mapping. Expected names and "
+                    "values, as in {'r': 16}."
+                )
             for name, value in (fields or {}).items():
-                argument = "peft_config" if section == "method" else "training_args"
                 put(given, (section, name), value, _ORIGIN.format(argument))
         self.config: TrainConfig = build_config([*layers, given])
         self.result: Any = None

@@ -131,3 +131,37 @@ def test_a_mistake_is_one_line_and_exit_2(
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "TrainConfig"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_ctrl_c_is_said_wherever_it_comes(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ftlevel.engine.train as engine
+
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "resolve", press)
+    assert run(["train", *(["--json"] if as_json else [])]) == 130
+    shown = capsys.readouterr()
+    assert shown.err == "ftlevel: interrupted; nothing was kept.\n"
+    if as_json:
+        assert json.loads(shown.out) == {"error": "interrupted; nothing was kept.",
+                                         "exit_code": 130}  # fmt: skip
+
+
+def test_ctrl_c_while_the_program_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ftlevel.cli.app
+    from ftlevel.__main__ import main
+
+    def press() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ftlevel.cli.app, "main", press)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "ftlevel: interrupted; nothing was kept.\n"

@@ -64,3 +64,15 @@ def test_importing_the_package_costs_nothing() -> None:
     code = "import sys, ftlevel; print('torch' in sys.modules, 'pydantic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_wrong_arguments_are_errors_of_ours(tmp_path: Path) -> None:
+    from ftlevel import FineTunePipeLine, train
+    from ftlevel.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"peft_config\): \[1\] is no mapping"):
+        FineTunePipeLine(peft_config=[1])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"train\(\) was given dict"):
+        train({"task": "text-generation"})  # type: ignore[arg-type]
+    config = FineTunePipeLine(checkpoint=tmp_path, dataset_name=tmp_path / "x").config  # type: ignore[arg-type]
+    assert config.model.name_or_path == str(tmp_path)

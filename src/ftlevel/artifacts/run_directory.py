@@ -70,6 +70,11 @@ def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> No
                 )
         elif any(directory.iterdir()):
             _check_replaceable(directory, overwrite)
+    elif directory is not None and directory.is_symlink():
+        raise ConfigError(
+            f"--output-dir {directory} is a link to {directory.readlink()}, which does not exist. "
+            "Name another directory."
+        )
     elif resume:
         raise ConfigError(f"--output-dir {directory} does not exist, so it cannot be resumed.")
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())

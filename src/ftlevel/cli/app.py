@@ -154,9 +154,22 @@ def run(arguments: list[str]) -> int:
             discard(sys.stdout)
         return 1
     except Exception as error:  # a bug of ours: the traceback is for us, the object for a program
+        if _is_from_ctrl_c(error):
+            _report(_INTERRUPTED)
+            _report_json(arguments, _INTERRUPTED, 130)
+            return 130
         _report_json(arguments, f"{type(error).__name__}: {error}", 1)
         raise
     return code if isinstance(code, int) else 0
+
+
+def _is_from_ctrl_c(error: BaseException | None) -> bool:
+    """Whether `error` is what a library made of Ctrl-C: transformers' imports lose it."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _report_json(arguments: list[str], message: str, code: int) -> None:

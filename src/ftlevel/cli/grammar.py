@@ -6,6 +6,8 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from ftlevel.errors import Interrupted
+
 SECOND_NAMES: dict[str, str] = {
     "--peft-method": "--method",
     "--model-name-or-path": "--model",
@@ -56,6 +58,17 @@ class Command(TyperCommand):
             name = canonical(argument)
             rewritten.append(name if name.partition("=")[0] in known else _dashed(argument))
         return super().parse_args(ctx, rewritten)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; Ctrl-C is said, which Typer would turn into a bare exit code.
+
+        Raises:
+            Interrupted: the user pressed Ctrl-C, and the command had nothing to keep.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; nothing was kept.") from None
 
 
 def _dashed(argument: str) -> str:

@@ -45,7 +45,7 @@ from ftlevel.engine.summary import (
 from ftlevel.engine.trainable import count_trainable
 from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.engine.watch import Certify, FollowEpoch, GradientProof, Interrupt, KeepStream, Report
-from ftlevel.errors import Interrupted
+from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.methods import METHODS
 from ftlevel.methods.lora_start import copy_start
 from ftlevel.models.loading import quiet_libraries
@@ -89,6 +89,11 @@ def train(
             is not the trained one.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"train() was given {type(config).__name__}. Expected a TrainConfig, as "
+            "TrainConfig(task=…), or FineTunePipeLine(args_dir=FILE).config for a recipe."
+        )
     listener = listener or Silence()
     processes = started_processes()
     config = settle_processes(config, processes, rows_only=dry_run)
