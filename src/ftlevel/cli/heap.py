@@ -13,7 +13,7 @@ import ctypes
 import os
 import sys
 
-KEPT_FREE = 512 << 20
+KEPT_FREE = 128 << 20
 """Bytes at the end of the heap that are kept when they are free."""
 
 LARGEST_IN_HEAP = 32 << 20

@@ -7,7 +7,8 @@
 
 Written out in torch's operations, a norm keeps its input twice in float32 and once more in the
 model's precision for the backward pass, and a gate keeps a(g) beside g and u. The nodes keep x and
-ρ, and g and u, which the linears around them keep anyway: a third less memory for a token.
+ρ, and g and u, which the linears around them keep anyway, and say how their output is made again
+(`speed.remake`), so that LoRA's linears keep none of it.
 
 A module is recognized by what it computes, not by its name: what gives other numbers than these
 formulas on random input is left alone.
@@ -17,12 +18,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from ftlevel.speed.remake import with_recipe
 
 Backward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -31,8 +35,10 @@ class _Norm(torch.autograd.Function):
     """The norm of a frozen weight. See the module for the formulas."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Return y, of x's shape (…, hidden) and dtype.
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y, of x's shape (…, hidden) and dtype, and ρ (…, 1), which has no gradient.
 
         Args:
             ctx: autograd's.
@@ -44,20 +50,36 @@ class _Norm(torch.autograd.Function):
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        normed = exact * scale
-        if weight.dtype == exact.dtype:
-            return normed.mul_(weight).to(x.dtype)
-        return normed.to(x.dtype).mul_(weight)
+        ctx.mark_non_differentiable(scale)
+        return _normalize(exact, weight, scale, x.dtype), scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any,
+        gradient: torch.Tensor,
+        of_scale: torch.Tensor,  # noqa: ARG004 - zeros
+    ) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of x."""
         x, weight, scale = ctx.saved_tensors
         normed = x.to(scale.dtype) * scale
         of_normed = gradient.to(scale.dtype) * weight.to(scale.dtype)
         along = (of_normed * normed).mean(-1, keepdim=True)
         return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), None, None
+
+
+def _normalize(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return w ∘ x · ρ in `dtype`, of x in float32; w's own dtype says where it multiplies."""
+    normed = x * scale
+    if weight.dtype == scale.dtype:
+        return normed.mul_(weight).to(dtype)
+    return normed.to(dtype).mul_(weight)
+
+
+def _norm_again(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return _normalize(x.to(scale.dtype), weight, scale, x.dtype)
 
 
 class FusedNorm(nn.Module):
@@ -88,8 +110,8 @@ class FusedNorm(nn.Module):
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self._shift:
             weight = weight + self._shift
-        normed: torch.Tensor = _Norm.apply(x, weight, self._eps)  # type: ignore[no-untyped-call]
-        return normed
+        normed, scale = _Norm.apply(x, weight, self._eps)  # type: ignore[no-untyped-call]
+        return with_recipe(normed, _norm_again, x, weight, scale)
 
 
 class _Gate(torch.autograd.Function):
@@ -100,7 +122,7 @@ class _Gate(torch.autograd.Function):
         """Return a(gate) ∘ up; all are (…, intermediate)."""
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
-        return ACTIVATIONS[kind][0](gate).mul_(up)
+        return _gate_again(kind, gate, up)
 
     @staticmethod
     @once_differentiable
@@ -109,6 +131,10 @@ class _Gate(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         activate, of_gate = ACTIVATIONS[ctx.kind]
         return of_gate(gradient * up, gate), activate(gate).mul_(gradient), None
+
+
+def _gate_again(kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return ACTIVATIONS[kind][0](gate).mul_(up)
 
 
 ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Backward]] = {
@@ -143,6 +169,7 @@ class FusedGate(nn.Module):
             return plain
         gate, up = self.get_submodule("gate_proj")(x), self.get_submodule("up_proj")(x)
         gated = _Gate.apply(gate, up, self._kind)  # type: ignore[no-untyped-call]
+        gated = with_recipe(gated, partial(_gate_again, self._kind), gate, up)
         down: torch.Tensor = self.get_submodule("down_proj")(gated)
         return down
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ftlevel.speed.low_rank.node import LowRankLinear
+from ftlevel.speed.remake import recipe_of
 
 
 def register_fused_layers(config: LoraConfig) -> None:
@@ -81,6 +82,7 @@ class FusedForward:
                 self.base_layer.bias,
                 functools.partial(self._weight, compute),
                 self.scaling[name],
+                recipe_of(x),
             )
         return y.to(result)
 

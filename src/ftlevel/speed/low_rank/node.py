@@ -18,6 +18,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ftlevel.speed.remake import Recipe
+
 
 class LowRankLinear(torch.autograd.Function):
     """A frozen linear and its low-rank update. See the module for the formulas."""
@@ -32,6 +34,7 @@ class LowRankLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
         weight: Callable[[], torch.Tensor],
         scaling: float,
+        recipe: Recipe | None = None,
     ) -> torch.Tensor:
         """Return y, (…, out), in x's dtype.
 
@@ -45,6 +48,7 @@ class LowRankLinear(torch.autograd.Function):
             weight: gives W, (out, in), in x's dtype; asked once here and once in backward, so that
                 a dequantized weight is not held between them.
             scaling: s.
+            recipe: how x is made again, so that it need not be kept; or None.
         """
         rows = x.reshape(-1, x.shape[-1])
         source = rows if dropped is None else dropped.reshape(rows.shape)
@@ -52,7 +56,9 @@ class LowRankLinear(torch.autograd.Function):
         inner = down @ source.t()
         y = functional.linear(rows, weight(), None if bias is None else bias.to(x.dtype))
         y.addmm_(inner.t(), up.t())
-        ctx.save_for_backward(source, inner, down, up)
+        ctx.recipe = recipe if dropped is None else None
+        kept = (source,) if ctx.recipe is None else ctx.recipe.enter()
+        ctx.save_for_backward(inner, down, up, *kept)
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
         ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
         ctx.has_dropout = dropped is not None
@@ -65,7 +71,7 @@ class LowRankLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of forward's arguments."""
-        source, inner, down, up = ctx.saved_tensors
+        inner, down, up, *kept = ctx.saved_tensors
         for_x, for_dropped, for_a, for_b, for_bias = ctx.needs_input_grad[:5]
         dtype_a, dtype_b, dtype_bias = ctx.dtypes
         g = grad.reshape(-1, grad.shape[-1])
@@ -79,9 +85,10 @@ class LowRankLinear(torch.autograd.Function):
         if for_dropped:
             grad_dropped = (through_a.t() @ down).view(ctx.shape)
         if for_a:
-            grad_a = (through_a @ source).to(dtype_a)
+            source = kept[0] if ctx.recipe is None else ctx.recipe.make(*kept)
+            grad_a = (through_a @ source.reshape(-1, source.shape[-1])).to(dtype_a)
         if for_b:
             grad_b = (inner @ g).t().to(dtype_b) * ctx.scaling
         if for_bias:
             grad_bias = g.sum(0, dtype=dtype_bias)
-        return grad_x, grad_dropped, grad_a, grad_b, grad_bias, None, None
+        return grad_x, grad_dropped, grad_a, grad_b, grad_bias, None, None, None
