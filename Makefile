@@ -1,6 +1,6 @@
 # make test    everything that must pass before a change is merged, in a virtual environment of its own
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
-# make matrix  train every method on every family, task and base in tiny models (20 minutes)
+# make matrix  train every method on every family, task and base in tiny models (10 minutes)
 # make lint    the linters and type checks alone
 # make clean   remove environments and caches; models, data and runs stay
 #

@@ -91,7 +91,7 @@ def run_workload(
         for tool, python in tools.select(peers, arguments.only):
             if tool.name in refused:
                 continue
-            place = folder / re.sub(r"\W+", "-", tool.name)
+            place = folder / f"{re.sub(r'[^a-z]+', '-', tool.name)}-{number + 1}"  # of its own
             try:
                 reading = run_tool(tool, python, work, place)
             except (tools.UnsupportedError, FailedRunError) as error:
