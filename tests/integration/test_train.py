@@ -199,6 +199,24 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_gives_the_unbroken_run(tmp_path:
     assert digest("broken") == digest("whole")
 
 
+def test_ctrl_c_while_the_run_is_checked_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ftlevel.engine.train.check_saved", press)
+        arguments = [*SHORT, "--max-steps", "2", "--save-steps", "1"]
+        assert run(["train", "--quiet", *arguments, "--output-dir", "run"]) == 130
+    assert capsys.readouterr().err == (
+        "ftlevel: interrupted at once; run/checkpoints/checkpoint-2 is kept. "
+        "Go on with: ftlevel train --output-dir run --resume\n"
+    )
+    assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
+    assert Path("run/summary.json").exists()
+
+
 def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     train(*SHORT, "--max-steps", "2", "--save-steps", "1")
     code = run(["train", "--quiet", "--output-dir", "run", "--resume", "--lora-r", "4"])

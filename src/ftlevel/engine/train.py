@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import write_readme
@@ -25,6 +24,7 @@ from ftlevel.engine.base_model import base_of, load_base, prepare_start
 from ftlevel.engine.disk import explain_disk_errors
 from ftlevel.engine.events import Listener, Silence
 from ftlevel.engine.fast import FastStep
+from ftlevel.engine.interrupted import describe_stop, telling_what_is_kept
 from ftlevel.engine.low_rank import uses_fused_layers
 from ftlevel.engine.packages import check_packages
 from ftlevel.engine.processes import Processes, settle_processes, started_processes
@@ -134,6 +134,7 @@ def _train(
     run, checkpoint = processes.from_first(lambda: _open(config, plan, base_facts, listener))
     if processes.is_first:
         held.enter_context(claimed(run.path))
+    held.enter_context(telling_what_is_kept(run))
     evaluator = build_evaluator(config, plan)
     trainer = build_trainer(config, plan, model, evaluator, run, fast)
     stream = trainer.train_dataset if isinstance(trainer.train_dataset, StreamedRows) else None
@@ -155,7 +156,7 @@ def _train(
     with interrupt, explain_disk_errors(run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.received and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(_what_was_kept(run, trainer.state))
+        raise Interrupted(describe_stop(run, trainer.state))
     if not processes.is_first:
         return TrainResult({}, run.path, model, plan.tokenizer)
     trained_at = time.perf_counter()
@@ -327,14 +328,6 @@ def _size_choices(config: TrainConfig, plan: Plan, dry_run: bool) -> list[Choice
         Choice("trainable", f"{trainable:,} of {total:,}", f"{trainable / total:.2%}"),
         Choice("steps", f"{steps:,}", reason),
     ]
-
-
-def _what_was_kept(run: RunDirectory, state: Any) -> str:
-    return (
-        f"interrupted after step {state.global_step:,} of {state.max_steps:,}; "
-        f"{run.checkpoints / f'checkpoint-{state.global_step}'} is kept, and there is no adapter "
-        f"yet. Go on with: ftlevel train --output-dir {quote(str(run.path))} --resume"
-    )
 
 
 def _timings(report: Report, trained_at: float, tokens: int) -> dict[str, float]:
