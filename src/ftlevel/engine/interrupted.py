@@ -1,0 +1,45 @@
+"""What an interrupted run says: what was kept, and how to go on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from shlex import quote
+from typing import Any
+
+from ftlevel.artifacts import checkpoints
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.errors import Interrupted
+
+
+def describe_stop(run: RunDirectory, state: Any) -> str:
+    """Say what a run that was stopped after a step has.
+
+    Args:
+        run: its directory.
+        state: Trainer's, whose step has a checkpoint.
+    """
+    return (
+        f"interrupted after step {state.global_step:,} of {state.max_steps:,}; "
+        f"{run.checkpoints / f'checkpoint-{state.global_step}'} is kept, and there is no adapter "
+        f"yet. {_go_on(run)}"
+    )
+
+
+@contextlib.contextmanager
+def telling_what_is_kept(run: RunDirectory) -> Iterator[None]:
+    """Say what the run has when Ctrl-C ends the block at once, in the middle of a step or a save.
+
+    Raises:
+        Interrupted: instead of KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        whole, _ = checkpoints.newest_whole(run.checkpoints)
+        kept = f"{whole} is kept. {_go_on(run)}" if whole else "there was no checkpoint yet."
+        raise Interrupted(f"interrupted at once; {kept}") from None
+
+
+def _go_on(run: RunDirectory) -> str:
+    return f"Go on with: ftlevel train --output-dir {quote(str(run.path))} --resume"
