@@ -108,7 +108,6 @@ def main(path):
             learning_rate=spec["learning_rate"],
             lr_scheduler_type="constant",
             train_sampling_strategy="group_by_length" if spec["sorted"] else "random",
-            optim="adamw_torch",
             bf16=spec["dtype"] == "bfloat16",
             use_cpu=spec["device"] == "cpu",
             seed=spec["seed"],

@@ -199,7 +199,7 @@ class TrainerConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm; 0 is off.")
     optim: Literal[
         "adamw_torch", "adamw_torch_fused", "adafactor", "adamw_8bit", "paged_adamw_8bit", "sgd"
-    ] = Field("adamw_torch", description="Optimizer, by transformers' name.")
+    ] = Field("adamw_torch_fused", description="Optimizer, by transformers' name, and its default.")
     per_device_train_batch_size: Positive = Field(8, description="Rows a device and micro-step.")
     per_device_eval_batch_size: Positive | None = Field(
         None, description="Rows a device in evaluation; the default is the training batch."

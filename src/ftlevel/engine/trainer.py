@@ -56,6 +56,9 @@ class FtlevelTrainer(Trainer):
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
         self._is_nothing = False
+        # Going through the modules of a model takes longer than some of its layers.
+        self._trained: list[torch.Tensor] = []
+        self._operations_per_token = 0
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -115,7 +118,8 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """Return the loss of passes that are computed at once. Nothing scales a loss on a CPU."""
-        model.train()
+        if not model.training:
+            model.train()
 
         def compute(part: dict[str, torch.Tensor]) -> torch.Tensor:
             with self.compute_loss_context_manager():
@@ -124,9 +128,9 @@ class FtlevelTrainer(Trainer):
                 )
                 return loss
 
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._trained = self._trained or [p for p in model.parameters() if p.requires_grad]
         seed = int(torch.randint(2**62, ())) if lanes.draws else None  # resumed with torch's state
-        return torch.stack(lanes.backward(compute, passes, trained, seed)).sum()
+        return torch.stack(lanes.backward(compute, passes, self._trained, seed)).sum()
 
     def compute_loss(
         self,
@@ -176,7 +180,10 @@ class FtlevelTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the sum over the passes of Trainer's estimate."""
         parts = inputs.get("passes", [inputs])
-        return sum(int(super(FtlevelTrainer, self).floating_point_ops(part)) for part in parts)
+        if not self._operations_per_token:
+            whole = int(super().floating_point_ops(parts[0]))
+            self._operations_per_token = whole // parts[0]["input_ids"].numel()
+        return self._operations_per_token * sum(part["input_ids"].numel() for part in parts)
 
     def evaluate(
         self,

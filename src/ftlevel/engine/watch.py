@@ -38,6 +38,7 @@ class GradientProof(TrainerCallback):
         self.listener = listener
         self.checked = 0
         self.idle: list[str] = []
+        self._trainable: list[tuple[str, Any]] = []
         self._zero_first: set[str] | None = None
         self._has_moved = False
         self._is_settled = False
@@ -52,9 +53,12 @@ class GradientProof(TrainerCallback):
         **_: Any,
     ) -> None:
         """Look at every gradient of the optimizer step that is about to be made."""
-        trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not self.checked:  # the first step of this process: a resumed run proves itself too
-            self._check_all_have_one(trainable)
+            self._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            self._check_all_have_one(self._trainable)
+        trainable = self._trainable
+        if self._is_settled and self._are_finite():
+            return
         sums = torch.stack([_absolute_sum(p.grad) for _, p in trainable])
         if not bool(torch.isfinite(sums).all()):
             bad = [n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)]
@@ -66,6 +70,11 @@ class GradientProof(TrainerCallback):
         if not self._is_settled:
             zero = {n for (n, _), s in zip(trainable, sums, strict=True) if s == 0}
             self._look_for_idle(zero, len(trainable), optimizer)
+
+    def _are_finite(self) -> bool:
+        """Whether the norm of all gradients is, which one operation a group of tensors tells."""
+        gradients = [p.grad for _, p in self._trainable if p.grad is not None]
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
     def _look_for_idle(self, zero: set[str], count: int, optimizer: Any) -> None:
         """Compare the tensors with a zero gradient before and after the first real step."""
