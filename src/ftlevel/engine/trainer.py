@@ -59,6 +59,7 @@ class FtlevelTrainer(Trainer):
         # Going through the modules of a model takes longer than some of its layers.
         self._trained: list[torch.Tensor] = []
         self._operations_per_token = 0
+        self._in_training = False
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -118,8 +119,9 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """Return the loss of passes that are computed at once. Nothing scales a loss on a CPU."""
-        if not model.training:
+        if not self._in_training:  # a model's own flag says nothing of the modules in it
             model.train()
+            self._in_training = True
 
         def compute(part: dict[str, torch.Tensor]) -> torch.Tensor:
             with self.compute_loss_context_manager():
@@ -192,6 +194,7 @@ class FtlevelTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Return the evaluator's metrics and log them, as Trainer does."""
+        self._in_training = False
         scores = self.evaluator(self.model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))

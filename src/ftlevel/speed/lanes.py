@@ -95,8 +95,14 @@ class Lanes:
 
 
 def _add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Add as `backward` would, which gives a gradient the strides of its parameter.
+
+    Fused optimizers go through both by one index: with other strides they would take the gradient
+    of another element.
+    """
     if parameter.grad is None:
-        parameter.grad = gradient
+        is_alike = gradient.stride() == parameter.stride()
+        parameter.grad = gradient if is_alike else torch.empty_like(parameter).copy_(gradient)
     else:
         parameter.grad += gradient
 

@@ -27,6 +27,7 @@ from ftlevel.engine.trainer import FtlevelTrainer
 from ftlevel.methods import Base
 from ftlevel.speed import attention
 from ftlevel.speed.dropout import PassDropout, drawing_from
+from ftlevel.speed.low_rank import register_fused_layers
 from ftlevel.tasks.objectives import Classes, Objective, Spans, Tags, Tokens
 
 OBJECTIVES: dict[str, Objective] = {
@@ -241,6 +242,45 @@ def test_passes_side_by_side_drop_by_their_seed(family: str, head: str, tmp_path
     torch.testing.assert_close(gradients[0], in_turn, rtol=1e-4, atol=1e-5)
     trainer.fast.remove()
     assert all(type(m) is not PassDropout for m in model.modules())
+
+
+def test_passes_side_by_side_are_trained_whatever_the_models_flag_says(tmp_path: Path) -> None:
+    """A PEFT model says that it is in training where the base in it, as loaded, is not."""
+    model = adapted("llama", "causal", lora_dropout=0.5)
+    plan = FastPlan(True, True, True, 80, lanes=2, draws=True)
+    trainer = trainer_of(model, "causal", tmp_path, plan)
+    trainer.fast.check(rows_of("causal"), 0, "cpu", "float32")
+    for evaluate in (False, True):
+        model.eval()
+        model.training = True
+        if evaluate:
+            trainer.evaluator = lambda _: {}
+            trainer.evaluate()
+        step_of(trainer, [StepCollator(0, plan)(rows_of("causal"))])
+        assert all(module.training for module in model.modules())
+    trainer.fast.remove()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_weights_after_a_step(optimizer: str, lanes: int, tmp_path: Path) -> None:
+    """An optimizer that goes through raw memory finds each gradient where its weight is."""
+    weights = []
+    rows = rows_of("causal")
+    for plan in (FastPlan(), FastPlan(True, True, True, 80, lanes=lanes)):
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
+        register_fused_layers(config)
+        model = get_peft_model(tiny_models.build("llama"), config)
+        trainer = trainer_of(model, "causal", tmp_path, plan, optim=optimizer, learning_rate=1e-3)
+        batches = [StepCollator(0, plan)(rows)] if plan.enabled else [Collator(0)(rows)]
+        step_of(trainer, batches)
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        assert all(p.grad.stride() == p.stride() for p in trained)
+        before = torch.cat([p.detach().flatten() for p in trained])
+        trainer.create_optimizer().step()
+        weights.append(torch.cat([p.detach().flatten() for p in trained]) - before)
+    assert (weights[1] - weights[0]).norm() < 1e-2 * weights[0].norm()
 
 
 def test_passes_side_by_side_with_checkpointing(tmp_path: Path) -> None:
