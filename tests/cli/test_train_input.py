@@ -52,6 +52,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--model", "owner/name"], "--model owner/name: no such directory here, not in the local "
          "cache, and HF_HUB_OFFLINE is set."),
         (["--model", "builtin:tiny-lama"], "tiny-lama"),
+        (["--set", "model.revision=main"], "revision main was asked for, and --model "
+         "builtin:tiny-llama lies on this disk"),
         (["--model", "rows.jsonl"], "--model rows.jsonl is a file."),
         (["--model", "gone.gguf"], "--model gone.gguf does not exist."),
         (["--dataset", "row.jsonl"], "Did you mean 'rows.jsonl'"),
@@ -66,6 +68,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
          "--dtype float16 cannot be used on the CPU."),
         (["--max-length", "4096"], "--max-length 4,096 is beyond the model's 1,024 positions."),
         (["--dataset", "rows.jsonl", "--max-length", "9"], "8 of 8 rows are longer than 9 tokens"),
+        (["--output-dir", "x" * 256], f"{'x' * 256}: File name too long. Name a shorter path."),
         (["--output-dir", "rows.jsonl"], "--output-dir rows.jsonl is a file."),
         (["--output-dir", "."], "--output-dir . exists and is not empty."),
         (["--output-dir", ".", "--overwrite"], "--overwrite .: it is not a run of ftlevel"),

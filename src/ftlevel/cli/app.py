@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import logging
@@ -147,12 +148,15 @@ def run(arguments: list[str]) -> int:
         if "--traceback" in arguments or error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{error.strerror}. Add --traceback to see where it happened."
+        is_mistake = error.errno == errno.ENAMETOOLONG  # whoever meets the name meets this
+        advice = "Name a shorter path" if is_mistake else "Add --traceback to see where it happened"
+        message = f"{where}{error.strerror}. {advice}."
+        code = 2 if is_mistake else 1
         _report(message)
-        _report_json(arguments, message, 1)
+        _report_json(arguments, message, code)
         if error.filename is None and sys.stdout is not None:
             discard(sys.stdout)
-        return 1
+        return code
     except Exception as error:  # a bug of ours: the traceback is for us, the object for a program
         if _is_from_ctrl_c(error):
             _report(_INTERRUPTED)

@@ -33,7 +33,7 @@ from ftlevel.models.loading import (
     rename_prefix,
 )
 from ftlevel.models.quantized import quantization_name, stored_quantization
-from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.tasks import TASKS
 
 _CLASS = "AutoModelForCausalLM"
@@ -116,7 +116,13 @@ def _resolve(config: ExportConfig, device: str) -> Subject:
     found = find_trained(config.model, device)
     if found.directory is not None:
         find_adapter(config.model)  # refuses what cannot be merged
+        if config.revision is not None:
+            raise InputError(
+                f"--revision {config.revision}: {config.model} is an adapter, and its base is the "
+                "one that it was trained on. Drop it."
+            )
     elif config.revision is not None:
+        check_revision(found.source, config.revision)
         found = Found(resolve_source(config.model, config.revision), None, found.card)
     source = found.source
     if source.kind == "gguf" and found.directory is None:

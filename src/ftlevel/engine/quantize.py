@@ -51,7 +51,7 @@ from ftlevel.models.quantize_layout import (
 )
 from ftlevel.models.quantize_shards import Written, quantize_shards
 from ftlevel.models.quantized import quantization_facts, quantization_name, stored_quantization
-from ftlevel.models.sources import ModelSource, resolve_source, snapshot
+from ftlevel.models.sources import ModelSource, check_revision, resolve_source, snapshot
 from ftlevel.models.tensor_files import read_header, weight_files
 from ftlevel.models.torchao_format import build_torchao_config
 
@@ -130,6 +130,7 @@ def quantize(
 
 def _resolve(config: QuantizeConfig) -> _Plan:
     source = resolve_source(config.model, config.revision, said=config.model)
+    check_revision(source, config.revision)
     known = source.kind == "directory" and (Path(source.location) / CARD).is_file()
     card = read_card(Path(source.location)) if known else None
     model_config = load_config(source)

@@ -42,7 +42,7 @@ from ftlevel.models.quantized import (
     settle_quantization,
     stored_quantization,
 )
-from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.targets import find_heads, find_new_language_head
 from ftlevel.models.threads import choose_threads
 from ftlevel.tasks import TASKS, Task
@@ -115,6 +115,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
     source = resolve_source(
         config.model.name_or_path, config.model.revision, config.model.trust_remote_code
     )
+    check_revision(source, config.model.revision)
     bare = load_config(source)
     kind = model_kind(bare)
     device = choose_device(config.model.device)

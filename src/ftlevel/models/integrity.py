@@ -5,15 +5,19 @@ What transformers only prints, or what would show as a strange loss much later, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ftlevel.errors import InputError, listing
 from ftlevel.models.module_tree import find_heads
 
 _SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_STORED_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Name of a parameter, its shape in the checkpoint, and in the model."""
@@ -47,6 +51,85 @@ def check_shapes(model: Any, mismatched: Iterable[Mismatch], words: str) -> list
 
 def _by(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape)) or "a single number"
+
+
+def check_unread(model: nn.Module, unread: Iterable[str], words: str) -> None:
+    """Refuse a checkpoint of which the model leaves out layers or biases.
+
+    What else it may hold and a task may leave unread, such as another task's head, is none of it.
+
+    Args:
+        model: the loaded model.
+        unread: names of the checkpoint's tensors that the model has no place for.
+        words: what errors call the model.
+
+    Raises:
+        InputError: naming what config.json leaves out.
+    """
+    lengths = {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    names = sorted(unread)
+    for name in names:
+        layer = re.match(r"(.+?)\.(\d+)\.", name)
+        length = _find(lengths, layer[1]) if layer else None
+        if layer and length is not None and int(layer[2]) >= length:
+            raise InputError(
+                f"{words} has weights of layer {layer[2]} ({name}), and its config.json asks for "
+                f"{length:,} layers, counted from 0. The model would be cut off without a word. "
+                "Check that config.json belongs to the weights."
+            )
+    modules = dict(model.named_modules())
+    for name in names:
+        owner, _, part = name.rpartition(".")
+        module = _find(modules, owner)
+        if module is not None and module._parameters.get(part, "none") is None:
+            raise InputError(
+                f"{words} has {name}, and its config.json asks for a model without it, which would "
+                "compute something else. Check that config.json belongs to the weights."
+            )
+
+
+def _find(named: Mapping[str, Any], name: str) -> Any:
+    """Return what `named` has under `name`, which may lack the prefix of the model or have one."""
+    if name in named:
+        return named[name]
+    if not name:
+        return None
+    return next(
+        (
+            value
+            for key, value in named.items()
+            if key and (key.endswith(f".{name}") or name.endswith(f".{key}"))
+        ),
+        None,
+    )
+
+
+def check_stored_dtypes(stored: Mapping[str, str], words: str) -> None:
+    """Refuse integers where a checkpoint without a quantization has weights: they lack a scale.
+
+    Args:
+        stored: the checkpoint's tensors and their types, as safetensors calls them.
+        words: what errors call the model.
+
+    Raises:
+        InputError: naming the tensors.
+    """
+    packed = {
+        name: dtype
+        for name, dtype in stored.items()
+        if name.endswith((".weight", ".bias")) and dtype not in _STORED_FLOATS
+    }
+    if packed:
+        name, dtype = next(iter(packed.items()))
+        raise InputError(
+            f"{words} stores {len(packed):,} of its weights as {dtype}, such as {name}, and its "
+            "config.json has no quantization_config that says what they stand for. Fetch the "
+            "config.json that belongs to them, or the model in floating point."
+        )
 
 
 def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:

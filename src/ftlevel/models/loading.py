@@ -21,7 +21,12 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
 from ftlevel.errors import InputError, listing
-from ftlevel.models.integrity import check_finite, check_shapes
+from ftlevel.models.integrity import (
+    check_finite,
+    check_shapes,
+    check_stored_dtypes,
+    check_unread,
+)
 from ftlevel.models.module_tree import find_heads, find_unpackable
 from ftlevel.models.quantization import keep_trainable_layout
 from ftlevel.models.quantized import as_quant_config, stored_quantization
@@ -157,7 +162,7 @@ def load_model(
         random (a new head's; `check_missing` says which are allowed).
 
     Raises:
-        InputError: a file is damaged.
+        InputError: a file is damaged, or its weights are not those that the config asks for.
     """
     config = copy.deepcopy(config)  # transformers writes the quantization into it
     arguments = source.arguments()
@@ -170,6 +175,8 @@ def load_model(
         config = _keep_new_heads(stored, source, config, auto_class, dtype)
     elif quantization is not None:
         arguments["quantization_config"] = keep_heads(quantization, config, auto_class)
+    if stored is None:
+        check_stored_dtypes(_stored_dtypes(source), source.words)
     if stored is not None or quantization is not None:
         arguments["device_map"] = {
             "": f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
@@ -193,6 +200,7 @@ def load_model(
             "Was a download or a copy cut short?"
         ) from error
     redrawn = check_shapes(model, info["mismatched_keys"], source.words)
+    check_unread(model, info["unexpected_keys"], source.words)
     check_finite(model.named_parameters(), source.words)
     if mapping:
         _forget_renaming(model, mapping)
@@ -229,7 +237,7 @@ def _keep_new_heads(
     """
     if as_quant_config(stored) is None:
         return config
-    packed = [name for name in _stored_names(source) if name.endswith((".absmax", ".SCB"))]
+    packed = [name for name in _stored_dtypes(source) if name.endswith((".absmax", ".SCB"))]
     heads = [
         head
         for head in find_heads(build_task_model(config, auto_class))
@@ -271,7 +279,7 @@ def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
     A masked language model is saved without one. It would be random, so it is trained and saved
     like a head. Nothing is found for a .gguf file or a model that is not on this disk yet.
     """
-    held = _stored_names(source)
+    held = _stored_dtypes(source)
     if not held:
         return []
     return [
@@ -283,14 +291,15 @@ def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
     ]
 
 
-def _stored_names(source: ModelSource) -> set[str]:
-    """Return the names of the checkpoint's tensors; none for a .gguf or one not on this disk."""
-    held: set[str] = set()
+def _stored_dtypes(source: ModelSource) -> dict[str, str]:
+    """Return the checkpoint's tensors and their types; none for a .gguf or one not on this disk."""
+    held: dict[str, str] = {}
     if source.path is None or source.path.is_file():
         return held
     for path in source.path.glob("*.safetensors"):
         with safe_open(str(path), framework="pt") as file:
-            held.update(file.keys())
+            names = file.keys()
+            held.update((name, file.get_slice(name).get_dtype()) for name in names)
     return held
 
 

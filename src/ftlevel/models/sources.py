@@ -116,6 +116,19 @@ def resolve_source(
     return ModelSource(name, "hub", name, None, revision, offline, trust_remote_code, said)
 
 
+def check_revision(source: ModelSource, revision: str | None) -> None:
+    """Refuse a `revision` that the user asked for and that nothing would look at.
+
+    Raises:
+        InputError: `source` is not on the Hub.
+    """
+    if revision and source.kind != "hub":
+        raise InputError(
+            f"revision {revision} was asked for, and {source.words} lies on this disk, where it "
+            "has none. Drop the revision, or name a Hub id that no directory here has."
+        )
+
+
 def _check_file(path: Path, words: str) -> None:
     if not path.is_file():
         others = sorted(str(p) for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else []

@@ -68,6 +68,56 @@ def test_a_weight_of_another_shape_is_named(copied: Callable[..., Path]) -> None
         load(directory)
 
 
+def test_layers_that_config_json_leaves_out(copied: Callable[..., Path]) -> None:
+    path = copied(lambda _: None) / "config.json"
+    config = json.loads(path.read_text())
+    layers = config.pop("num_hidden_layers")
+    config.pop("layer_types", None)
+    path.write_text(json.dumps({**config, "num_hidden_layers": layers - 1}))
+    message = rf"has weights of layer {layers - 1} \(model.layers.* asks for {layers - 1} layers"
+    with pytest.raises(InputError, match=message):
+        load(path.parent)
+
+
+def test_the_layers_of_a_bare_encoder(copied: Callable[..., Path]) -> None:
+    """A checkpoint without the prefix of the class that reads it."""
+
+    def rename(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if name.startswith("bert.")]:
+            weights[name.removeprefix("bert.")] = weights.pop(name)
+
+    path = copied(rename, "bert", "seqcls") / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(InputError, match=r"has weights of layer 1 \(.*asks for 1 layers"):
+        load(path.parent, "none", "AutoModelForSequenceClassification", num_labels=3)
+
+
+@pytest.mark.parametrize("kind", ["none", "4bit"])
+def test_a_bias_that_config_json_leaves_out(copied: Callable[..., Path], kind: str) -> None:
+    name = "model.layers.1.mlp.down_proj.bias"
+    directory = copied(lambda weights: weights.update({name: torch.ones(64)}))
+    with pytest.raises(InputError, match=f"has {name}, and its config.json asks for a model with"):
+        load(directory, kind)
+
+
+def test_what_else_a_checkpoint_holds(copied: Callable[..., Path]) -> None:
+    """Old checkpoints have buffers; other tasks have heads."""
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "score.weight": torch.ones(3, 64),
+        "vision.layers.7.weight": torch.ones(3),
+    }
+    load(copied(lambda weights: weights.update(extra)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_numbers_without_their_scale(copied: Callable[..., Path], dtype: torch.dtype) -> None:
+    directory = copied(lambda weights: weights.update({UP: weights[UP].to(dtype)}))
+    with pytest.raises(InputError, match=f"stores 1 of its weights as .*8.*, such as {UP}"):
+        load(directory)
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_head_for_another_number_of_classes_is_new(
     copied: Callable[..., Path], classes: int
