@@ -69,6 +69,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--max-length", "4096"], "--max-length 4,096 is beyond the model's 1,024 positions."),
         (["--dataset", "rows.jsonl", "--max-length", "9"], "8 of 8 rows are longer than 9 tokens"),
         (["--output-dir", "x" * 256], f"{'x' * 256}: File name too long. Name a shorter path."),
+        (["--warmup-steps", "5", "--lr-scheduler-type", "constant"],
+         "--warmup-steps 5: --lr-scheduler-type constant has no warm-up."),
         (["--output-dir", "rows.jsonl"], "--output-dir rows.jsonl is a file."),
         (["--output-dir", "."], "--output-dir . exists and is not empty."),
         (["--output-dir", ".", "--overwrite"], "--overwrite .: it is not a run of ftlevel"),

@@ -102,6 +102,11 @@ def _other_problems(config: TrainConfig) -> list[str]:
         problems.append("--resume keeps a run and --overwrite replaces it. Give one of them.")
     if config.output.resume and config.output.dir is None:
         problems.append("--resume needs the run to go on with. Add --output-dir RUN.")
+    if config.train.warmup_steps and config.train.lr_scheduler_type == "constant":
+        problems.append(
+            f"--warmup-steps {config.train.warmup_steps:g}: --lr-scheduler-type constant has no "
+            "warm-up. Use constant_with_warmup, or drop --warmup-steps."
+        )
     sets, mix = 1 + len(config.data.also), config.data.mix
     if mix is not None and len(mix) != sets:
         problems.append(

@@ -22,6 +22,25 @@ def count_steps(config: TrainerConfig, rows: int) -> int:
     return config.max_steps or math.ceil(config.num_train_epochs * an_epoch)
 
 
+def doubts(config: TrainerConfig, rows: int, validation_rows: int) -> list[str]:
+    """Return what was asked for and will not come to pass in a run of this length."""
+    steps, found = count_steps(config, rows), []
+    if config.warmup_steps > max(steps, 1):
+        reached = (steps - 1) / int(config.warmup_steps)
+        found.append(
+            f"--warmup-steps {config.warmup_steps:,g} is longer than the run of {steps:,} steps: "
+            f"the learning rate ends at {reached:.0%} of its peak."
+        )
+    asked = {"--eval-steps": config.eval_steps, "train.eval_on_start": config.eval_on_start}
+    if not validation_rows and any(asked.values()):
+        name = next(name for name, value in asked.items() if value)
+        found.append(
+            f"{name}: there are no validation rows, so nothing is evaluated; "
+            "--validation-split 0.05 holds some back."
+        )
+    return found
+
+
 def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
     """Return the `TrainingArguments` of a run.
 

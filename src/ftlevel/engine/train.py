@@ -19,7 +19,7 @@ from ftlevel.config import AdaloraSpec, LoraSpec, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.engine.adapt import apply_method, finish_method, save_adapter
 from ftlevel.engine.allocation import Allocation
-from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps
+from ftlevel.engine.arguments import build_arguments, build_evaluator, count_steps, doubts
 from ftlevel.engine.base_model import base_of, load_base, prepare_start
 from ftlevel.engine.disk import explain_disk_errors
 from ftlevel.engine.events import Listener, Silence
@@ -105,6 +105,8 @@ def train(
         listener.stage("read the data and the model's shape")
         plan = resolve(config, progress=listener.progress)
         listener.choices("train", [*plan.choices, *_size_choices(config, plan, dry_run)])
+        for doubt in doubts(config.train, len(plan.data.train), len(plan.data.validation)):
+            listener.warn(doubt)
         if dry_run:
             summary = {"dry_run": True, "steps": count_steps(config.train, len(plan.data.train)),
                        "data": plan.data.facts, "targets": plan.targets}  # fmt: skip
