@@ -78,12 +78,15 @@ class FastStep:
         check = PackingCheck(self._model, find_blocks(self._base)[-1], rows, pad_id, device, dtype)
         reasons = []
         if leak := check.find_leak():
-            self.plan = replace(self.plan, packs=False, shares=False)
+            self.plan = replace(self.plan, packs=False, shares=False, trunk=False)
             self._pad_again()
             reasons.append(f"rows are padded: {leak}")
         elif self.plan.shares and (reason := check.find_sharing_error()):
-            self.plan = replace(self.plan, shares=False)
+            self.plan = replace(self.plan, shares=False, trunk=False)
             reasons.append(f"prefixes are not shared: {reason}")
+        elif self.plan.trunk and (reason := check.find_trunk_error()):
+            self.plan = replace(self.plan, trunk=False)
+            reasons.append(f"passes do not share their prefix: {reason}")
         if self._draws is not None and (leak or check.draws_outside_of_passes()):
             self._leave_lanes()
             self.plan = replace(self.plan, lanes=1, draws=False)
@@ -115,7 +118,7 @@ class FastStep:
         reason = find_head_error(self.head, self._model, objective, rows, pad_id, device, dtype)
         if not reason:
             return ""
-        self.plan = replace(self.plan, heads=False)
+        self.plan = replace(self.plan, heads=False, trunk=False)
         self.head.remove()
         self.head = None
         return f"its head is computed on every token: {reason}"

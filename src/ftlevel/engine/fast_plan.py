@@ -52,6 +52,8 @@ class FastPlan:
         elementwise: whether norms and gates are computed in one node each.
         skips: whether the last block computes only what is read after it, where it can be.
         reads: which tokens those are; None before the model has been asked, or where all are read.
+        trunk: whether what all rows of a step begin with may be computed before passes that are
+            side by side, and not in each of them.
     """
 
     enabled: bool = False
@@ -65,6 +67,7 @@ class FastPlan:
     elementwise: bool = False
     skips: bool = False
     reads: Reads | None = None
+    trunk: bool = False
 
 
 def plan_fast(
@@ -116,6 +119,8 @@ def plan_fast(
         bool(lanes.draws),
         speed.elementwise and not uses_liger(config, device, meta.config.model_type),
         skips=speed.skip_unread and not why_padded,
+        # Checkpoints would compute a pass again after the trunk has let go of its layout.
+        trunk=shares and heads and not lanes.draws and not config.train.gradient_checkpointing,
     )
 
 

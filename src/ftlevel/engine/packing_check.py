@@ -19,9 +19,13 @@ from ftlevel.models.hardware import autocast
 from ftlevel.speed.dropout import drawing_from
 from ftlevel.speed.layout import Layout, laid_out
 from ftlevel.speed.prefixes import lay_out_tree
+from ftlevel.speed.trunk import Trunk, along
 
 LENGTHS = 16, 12
 """Tokens of the two rows that are tried: enough to see each other."""
+
+TRUNK = 7
+"""Tokens of them that are tried as a trunk."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class PackingCheck:
     def find_sharing_error(self) -> str:
         """Return why the prefix of two rows cannot be computed once, empty if it can."""
         return self._try(self._compare_shared)
+
+    def find_trunk_error(self) -> str:
+        """Return why the prefix of two rows cannot be computed in a pass before theirs."""
+        return self._try(self._compare_trunk)
 
     def draws_outside_of_passes(self) -> bool:
         """Return whether a pass in training takes numbers from the process's generator."""
@@ -101,6 +109,21 @@ class PackingCheck:
         padded = self._padded.flip(0)
         if not _differ(self._states(batch, tree)[kept], padded[kept]) < self._noise():
             return "shared prefixes give other numbers than rows of their own"
+        return ""
+
+    def _compare_trunk(self) -> str:
+        pair = shortened_pair(self.rows)[::-1]
+        batch, kept = self._batch(pair), self._batch(pair)["attention_mask"] != 0
+        first = {name: value[:1, :TRUNK] for name, value in batch.items()}
+        trunk = Trunk(TRUNK)
+        with along(trunk):
+            self._states(first, Layout.of_rows(first["attention_mask"]))
+            trunk.close()
+            ids = [row.input_ids for row in pair]
+            states = self._states(batch, lay_out_tree(ids, 1, TRUNK).to(self.device))
+        kept[:, :TRUNK] = False
+        if not _differ(states[kept], self._padded.flip(0)[kept]) < self._noise():
+            return "rows give other numbers after a prefix of an earlier pass"
         return ""
 
     def _leak(self) -> float:

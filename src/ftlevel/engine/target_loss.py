@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from ftlevel.speed.head import Observe, TargetHead
+from ftlevel.speed.layout import Layout, laid_out
+from ftlevel.speed.trunk import Trunk, along
 from ftlevel.tasks.objectives import Objective, Tokens
 
 
@@ -40,3 +42,22 @@ def target_loss(
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
     at, targets = objective.locate(labels)
     return head.loss_sum(lambda: model(**inputs), at, targets, observe)
+
+
+def compute_trunk(
+    head: TargetHead, model: Any, layout: Layout, batch: dict[str, torch.Tensor]
+) -> Trunk:
+    """Return what all rows of a step begin with, computed by `model` without any loss.
+
+    Args:
+        head: the head of `model`.
+        model: what is called.
+        layout: of the trunk.
+        batch: the trunk as a batch of one row.
+    """
+    trunk = Trunk(layout.tokens)
+    nowhere = torch.zeros(0, dtype=torch.long, device=batch["input_ids"].device)
+    with laid_out(layout), along(trunk):
+        head.loss_sum(lambda: model(**batch), nowhere, nowhere)
+    trunk.close()
+    return trunk

@@ -12,9 +12,10 @@ from transformers import Trainer
 
 from ftlevel.data.sampling import RowsAndNothing, ShareOfSteps
 from ftlevel.engine.fast import FastStep
-from ftlevel.engine.target_loss import target_loss
+from ftlevel.engine.target_loss import compute_trunk, target_loss
 from ftlevel.speed.lanes import Lanes
 from ftlevel.speed.layout import Layout, laid_out
+from ftlevel.speed.trunk import Trunk
 from ftlevel.tasks.objectives import Objective
 
 
@@ -102,7 +103,8 @@ class FtlevelTrainer(Trainer):
         for layout, part in passes:
             self.tokens_computed += layout.tokens if layout else part["input_ids"].numel()
         if inputs["side_by_side"] and self.fast is not None and self.fast.lanes is not None:
-            return self._side_by_side(self.fast.lanes, model, passes, num_items_in_batch)
+            trunk = inputs.get("trunk")
+            return self._side_by_side(self.fast.lanes, model, passes, trunk, num_items_in_batch)
         losses = []
         for layout, part in passes:
             is_last = part is passes[-1][1]
@@ -116,6 +118,7 @@ class FtlevelTrainer(Trainer):
         lanes: Lanes,
         model: Any,
         passes: list[tuple[Layout | None, dict[str, torch.Tensor]]],
+        beginning: dict[str, Any] | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """Return the loss of passes that are computed at once. Nothing scales a loss on a CPU."""
@@ -132,7 +135,16 @@ class FtlevelTrainer(Trainer):
 
         self._trained = self._trained or [p for p in model.parameters() if p.requires_grad]
         seed = int(torch.randint(2**62, ())) if lanes.draws else None  # resumed with torch's state
-        return torch.stack(lanes.backward(compute, passes, self._trained, seed)).sum()
+        trunk = self._trunk(model, **beginning) if beginning else None
+        return torch.stack(lanes.backward(compute, passes, self._trained, seed, trunk)).sum()
+
+    def _trunk(self, model: Any, layout: Layout, **batch: torch.Tensor) -> Trunk:
+        """Return what all rows of a step begin with, computed."""
+        if self.fast is None or self.fast.head is None:
+            raise TypeError("a trunk is of language models whose head is computed on targets")
+        self.tokens_computed += layout.tokens
+        with self.compute_loss_context_manager():
+            return compute_trunk(self.fast.head, model, layout, batch)
 
     def compute_loss(
         self,

@@ -13,11 +13,12 @@ from ftlevel.data.encode import Encoded
 from ftlevel.engine.evaluation import batches
 from ftlevel.engine.fast import FastStep
 from ftlevel.engine.step_collator import StepCollator
-from ftlevel.engine.target_loss import target_loss
+from ftlevel.engine.target_loss import compute_trunk, target_loss
 from ftlevel.errors import RunError
 from ftlevel.models.hardware import autocast
 from ftlevel.speed.elementwise import FusedGate, FusedNorm
 from ftlevel.speed.layout import Layout, laid_out
+from ftlevel.speed.trunk import Trunk
 from ftlevel.tasks.objectives import Objective
 
 STEPS = 2
@@ -119,8 +120,18 @@ class StepVerifier:
             return self._step(self._one_by_one(passes))
         self.model.zero_grad()
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        losses = lanes.backward(self._pass_loss, passes, trained)
+        losses = lanes.backward(
+            self._pass_loss, passes, trained, trunk=self._trunk(batch.get("trunk"))
+        )
         return sum(loss.item() for loss in losses), self._take_gradients()
+
+    def _trunk(self, beginning: dict[str, Any] | None) -> Trunk | None:
+        """Return what all rows of a step begin with, computed, if anything."""
+        if beginning is None or self.fast.head is None:
+            return None
+        layout = beginning.pop("layout")
+        with autocast(self.device, self.dtype):
+            return compute_trunk(self.fast.head, self.model, layout, beginning)
 
     def _one_by_one(
         self, passes: Sequence[tuple[Layout | None, dict[str, torch.Tensor]]]

@@ -18,6 +18,7 @@ from ftlevel.speed.dropout import own_generator
 from ftlevel.speed.layout import Layout, NotServedError, Segment, current_layout
 from ftlevel.speed.short import ShortAttention, are_short, batch_documents
 from ftlevel.speed.tiles import TileAttention, cut_tiles, visible
+from ftlevel.speed.trunk import current_trunk
 from ftlevel.speed.varlen import attend_in_one, can_serve
 
 NAME = "ftlevel_documents"
@@ -87,6 +88,9 @@ def attend(
         raise NotServedError("its attention is not causal")
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.tokens:
         raise NotServedError("its attention is over something else than the row's tokens")
+    trunk = current_trunk()
+    if trunk is not None:
+        query, key, value = trunk.join(module, query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     compute = (
         torch.get_autocast_dtype(query.device.type)
@@ -94,7 +98,8 @@ def attend(
         else value.dtype
     )
     states = [part[0].to(compute) for part in (query, key, value)]
-    return _by_document(layout, states, causal, sliding_window, scale, dropout)[None], None
+    attended = _by_document(layout, states, causal, sliding_window, scale, dropout)
+    return attended[layout.before :][None], None
 
 
 def _by_document(

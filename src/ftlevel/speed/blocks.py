@@ -40,10 +40,10 @@ def _enter(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pack what a block is called with; the blocks after the first get their states packed."""
     layout = current_layout()
-    if layout is None or layout.batch == 1:
+    if layout is None or layout.is_whole_row:
         return None
     states, *others = args if args else (kwargs["hidden_states"],)
-    if states.shape[0] == layout.batch:
+    if layout.is_padded(states):
         states = layout.pack(states)
     kwargs = {name: layout.pack_inputs(value) for name, value in kwargs.items()}
     if args:
@@ -58,7 +58,7 @@ def _leave(
 ) -> Any:
     """Pad what the last block returns: its states, alone or first in a tuple."""
     layout = current_layout()
-    if layout is None or layout.batch == 1:
+    if layout is None or layout.is_whole_row:
         return None
     if isinstance(output, torch.Tensor):
         return layout.unpack(output)

@@ -21,6 +21,7 @@ import torch
 
 from ftlevel.speed.dropout import drawing_from
 from ftlevel.speed.layout import Layout, laid_out
+from ftlevel.speed.trunk import Trunk, along
 
 Gradients = tuple[torch.Tensor | None, ...]
 
@@ -63,35 +64,47 @@ class Lanes:
         passes: Sequence[tuple[Layout | None, Any]],
         parameters: Sequence[torch.Tensor],
         seed: int | None = None,
+        trunk: Trunk | None = None,
     ) -> list[torch.Tensor]:
         """Add the gradients of all passes to `parameters` (mutated), in the order of the passes.
+
+        Those through a trunk come last.
 
         Args:
             compute: the batch of a pass → its loss (a scalar); called in the threads.
             passes: layout and batch of each.
             parameters: what is trained.
             seed: of what the passes draw at random; None where they draw nothing.
+            trunk: what all passes begin with, computed; its graph is gone afterwards.
 
         Returns:
             The losses, without their graphs. What `compute` raises is raised here.
         """
+        leaves = trunk.leaves if trunk is not None else []
+        wanted = [*parameters, *leaves]
 
         def run(number: int, part: tuple[Layout | None, Any]) -> tuple[torch.Tensor, Gradients]:
             layout, batch = part
             own_seed = None if seed is None else seed + number
-            with laid_out(layout, own_thread=True), drawing_from(own_seed):
+            with laid_out(layout, own_thread=True), drawing_from(own_seed), along(trunk):
                 loss = compute(batch)
-                return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+                return loss.detach(), torch.autograd.grad(loss, wanted, allow_unused=True)
 
         losses = []
         for loss, gradients in self._pool.map(
             run, count(), passes
         ):  # cancels the others when one fails
             losses.append(loss)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    _add(parameter, gradient)
+            _add_all(wanted, gradients)
+        if trunk is not None:
+            _add_all(parameters, trunk.gradients([leaf.grad for leaf in leaves], parameters))
         return losses
+
+
+def _add_all(parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            _add(parameter, gradient)
 
 
 def _add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -116,12 +129,11 @@ def makespan(costs: Sequence[int], lanes: int) -> int:
     return max(busy)
 
 
-def pays_off(costs: Sequence[int], alone: Sequence[int], lanes: int) -> bool:
-    """Whether passes of `costs` side by side are done before passes of `alone` one by one.
+def duration(costs: Sequence[int], lanes: int) -> float:
+    """Return in what time passes of `costs` are done, in tokens that all threads compute in it.
 
     Args:
-        costs: tokens that each pass computes, where passes are side by side.
-        alone: the same where each has all threads.
-        lanes: how many are side by side.
+        costs: tokens that each pass computes.
+        lanes: how many passes are side by side; 1 for all threads on one.
     """
-    return makespan(costs, lanes) * lanes < sum(alone) * GAIN
+    return sum(costs) if lanes == 1 else makespan(costs, lanes) * lanes / GAIN

@@ -57,6 +57,8 @@ class Layout:
         segments: what the row is made of, in its order.
         read: (read,) index in the row of each token whose states after the last block count,
             ascending; None for all.
+        before: tokens of a trunk (`speed.trunk`) that stand before the row in every attention, but
+            not in it; the places of segments and pasts count them, `source` and `restore` do not.
     """
 
     batch: int
@@ -65,6 +67,7 @@ class Layout:
     restore: torch.Tensor
     segments: tuple[Segment, ...]
     read: torch.Tensor | None = None
+    before: int = 0
 
     @classmethod
     def of_rows(cls, mask: torch.Tensor) -> Layout:
@@ -100,6 +103,15 @@ class Layout:
     def tokens(self) -> int:
         """How many tokens go through the blocks."""
         return len(self.source)
+
+    @property
+    def is_whole_row(self) -> bool:
+        """Whether the batch is the row: one row, all of whose tokens are computed."""
+        return self.batch == 1 and self.tokens == self.seq
+
+    def is_padded(self, states: torch.Tensor) -> bool:
+        """Whether `states` (…, …, width) are those of the batch, and not yet of the row."""
+        return states.shape[0] == self.batch and states.shape[1] == self.seq
 
     @cached_property
     def column(self) -> torch.Tensor:

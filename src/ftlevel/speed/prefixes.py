@@ -60,22 +60,24 @@ def share_of_shared(rows: Sequence[Tokens]) -> float:
     return sum(shared) / sum(len(row) for row in rows)
 
 
-def lay_out_tree(rows: Sequence[Tokens], least: int = LEAST) -> Layout:
+def lay_out_tree(rows: Sequence[Tokens], least: int = LEAST, before: int = 0) -> Layout:
     """Return the layout of `rows`, padded on the right to the longest, with shared prefixes once.
 
     Args:
         rows: token ids, in the order of `sort_by_prefix`.
         least: shortest prefix that is shared.
+        before: tokens that all rows begin with and a trunk computes; each row has more.
     """
-    return _Tree(rows, least).layout()
+    return _Tree(rows, least, before).layout()
 
 
 class _Tree:
     """Grows the segments of a layout, parents first."""
 
-    def __init__(self, rows: Sequence[Tokens], least: int) -> None:
+    def __init__(self, rows: Sequence[Tokens], least: int, before: int) -> None:
         self._rows = rows
         self._least = least
+        self._before = before
         self._common = [0, *(count_common(a, b) for a, b in pairwise(rows))]
         self._seq = max(len(row) for row in rows)
         self._source: list[int] = []
@@ -83,10 +85,16 @@ class _Tree:
         self._segments: list[Segment] = []
 
     def layout(self) -> Layout:
-        self._grow(range(len(self._rows)), 0, ())
-        source = torch.tensor(self._source)
-        segments = tuple(self._segments)
-        return Layout(len(self._rows), self._seq, source, self._restore.flatten(), segments)
+        trunk = ((0, self._before),) if self._before else ()
+        self._grow(range(len(self._rows)), self._before, trunk)
+        return Layout(
+            len(self._rows),
+            self._seq,
+            torch.tensor(self._source),
+            self._restore.flatten(),
+            tuple(self._segments),
+            before=self._before,
+        )
 
     def _grow(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
         """Add what `rows`, which share their first `depth` tokens, have beyond them."""
@@ -103,9 +111,10 @@ class _Tree:
         until = min((self._common[row] for row in rows[1:]), default=len(self._rows[first]))
         if until > depth:
             start = len(self._source)
-            own = (start, start + until - depth)
+            stop = start + until - depth
             self._source += range(first * self._seq + depth, first * self._seq + until)
-            self._restore[first : rows.stop, depth:until] = torch.arange(*own)
+            self._restore[first : rows.stop, depth:until] = torch.arange(start, stop)
+            own = (self._before + start, self._before + stop)
             self._segments.append(Segment(*own, past))
             past = (*past, own)
         if len(rows) > 1:

@@ -17,6 +17,7 @@ import tiny_models
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.data.collate import Collator
 from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.engine import step_collator
 from ftlevel.engine.adapt import apply_method
 from ftlevel.engine.fast import FastStep
 from ftlevel.engine.fast_plan import FastPlan, plan_fast
@@ -108,7 +109,7 @@ def conversation_rows() -> list[Encoded]:
 def both(
     model: Any, head: str, folder: Path, *, packs: bool = True, heads: bool | None = None,
     tokens: int = 40, shares: bool = False, rows: list[Encoded] | None = None,
-    passes: int = 3, lanes: int = 1, **arguments: Any,
+    passes: int = 3, lanes: int = 1, trunk: int = 0, **arguments: Any,
 ) -> tuple[tuple[float, torch.Tensor], tuple[float, torch.Tensor]]:  # fmt: skip
     """Return the plain step, 4 micro-batches of 2 rows, and the fast one."""
     rows, pad_id = rows or rows_of(head), model.config.pad_token_id or 0
@@ -116,12 +117,16 @@ def both(
     plain = trainer_of(model, head, folder, FastPlan(), **arguments)
     micro_batches = [Collator(pad_id)(rows[i : i + 2]) for i in range(0, len(rows), 2)]
     expected = step_of(plain, micro_batches)
-    plan = FastPlan(True, packs, heads, tokens, shares, lanes=lanes, skips=True)
+    plan = FastPlan(True, packs, heads, tokens, shares, lanes=lanes, skips=True, trunk=trunk > 0)
     trainer = trainer_of(model, head, folder, plan, **arguments)
     trainer.fast.find_unread(OBJECTIVES[head], rows, pad_id, "cpu", "float32")
     batch = StepCollator(pad_id, trainer.fast.plan)(rows)
     assert len(batch["passes"]) >= passes
     assert batch["side_by_side"] is (lanes > 1)
+    assert ("trunk" in batch) is (trunk > 0)
+    if trunk:
+        assert batch["trunk"]["layout"].tokens == trunk
+        assert all(part["layout"].before == trunk for part in batch["passes"])
     found = step_of(trainer, [batch])
     trainer.fast.remove()
     return expected, found
@@ -302,10 +307,111 @@ def test_passes_side_by_side_with_shared_prefixes(tmp_path: Path) -> None:
     assert_same_step(pair)
 
 
+def trunk_rows() -> list[Encoded]:
+    """Return rows that begin with the same 60 tokens, some of which go on alike for 35 more.
+
+    The first target of the first row is its 57th token, predicted by the 56th: a trunk of 55.
+    """
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda n: torch.randint(10, 490, (n,), generator=generator).tolist()  # noqa: E731
+    start, middle = draw(60), draw(35)
+    ends = [draw(n) for n in (1, 20, 3, 9, 24, 30, 12, 12)]
+    texts = [start + (middle if i % 3 == 1 else []) + end for i, end in enumerate(ends)]
+    return [
+        Encoded(ids, [IGNORED] * (56 if i == 0 else 62) + ids[56 if i == 0 else 62 :], i)
+        for i, ids in enumerate(texts)
+    ]
+
+
+DECODERS = ("llama", "gpt2", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "gemma3_text",
+            "phi3", "mixtral", "qwen3_moe")  # fmt: skip
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_trunk_before_passes_side_by_side(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_collator, "A_PASS", 0)
+    has_experts = family in ("mixtral", "qwen3_moe")  # which no lanes have LoRA on
+    targets = {"target_modules": ["q_proj", "v_proj"]} if has_experts else {}
+    model = adapted(family, "causal", **targets)
+    arguments: dict[str, Any] = {"rows": trunk_rows(), "shares": True, "tokens": 200, "passes": 2}
+    first, second = (
+        both(model, "causal", tmp_path, lanes=2, trunk=55, **arguments) for _ in range(2)
+    )
+    assert_same_step(first)
+    assert torch.equal(first[1][1], second[1][1])
+
+
 @pytest.mark.parametrize(
-    "family", ["llama", "gpt2", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "gemma3_text",
-               "phi3", "mixtral", "qwen3_moe"]
+    "settings",
+    [{"target_modules": ["v_proj"], "layers_to_transform": [1]},
+     {"target_modules": ["o_proj", "down_proj"]},
+     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+     {"target_modules": ["k_proj"], "use_dora": True},
+     {"target_modules": ["q_proj", "embed_tokens"]}],
 )  # fmt: skip
+def test_a_trunk_whatever_is_trained(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no gradient reaches it, or only from its last blocks."""
+    monkeypatch.setattr(step_collator, "A_PASS", 0)
+    rows = trunk_rows()
+    pair = both(
+        adapted("llama", "causal", **settings), "causal", tmp_path,
+        rows=rows, shares=True, tokens=200, passes=2, lanes=2, trunk=55,
+    )  # fmt: skip
+    assert_same_step(pair)
+
+
+def test_a_trunk_longer_than_a_window_and_passes_of_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_collator, "A_PASS", 0)
+    model = adapted("mistral", "causal", config={"sliding_window": 30})
+    arguments: dict[str, Any] = {"rows": trunk_rows(), "shares": True, "passes": 8}
+    assert_same_step(both(model, "causal", tmp_path, tokens=60, lanes=2, trunk=55, **arguments))
+
+
+def test_a_trunk_that_is_worth_a_pass() -> None:
+    def rows(begin: int) -> list[Encoded]:
+        texts = [[7] * begin + [8 + i] * 12 for i in range(40)]
+        return [Encoded(ids, [IGNORED] * begin + ids[begin:], i) for i, ids in enumerate(texts)]
+
+    plan = FastPlan(True, True, True, 400, True, lanes=2, trunk=True)
+    step = StepCollator(0, plan)(rows(200))
+    assert step["trunk"]["layout"].tokens == 199  # the last one predicts a target
+    assert len(step["passes"]) == 6
+    assert sum(part["layout"].tokens for part in step["passes"]) == 40 * 13
+    assert "trunk" not in StepCollator(0, replace(plan, trunk=False))(rows(200))
+    assert "trunk" not in StepCollator(0, plan)(rows(50)), "short"
+    learned = [replace(row, labels=list(row.input_ids)) for row in rows(200)]
+    assert "trunk" not in StepCollator(0, plan)(learned), "the second token is a target"
+
+
+def test_a_model_that_cannot_go_on_from_a_trunk_is_left_alone(tmp_path: Path) -> None:
+    model = adapted("llama", "causal")
+    plan = FastPlan(True, True, True, 600, True, lanes=2, trunk=True)
+    fast = FastStep(model, plan)
+    assert fast.check(trunk_rows(), 0, "cpu", "float32") == []
+    assert fast.plan.trunk
+    rotary = model.get_base_model().model.rotary_emb
+    hook = (
+        model.get_base_model()
+        .model.layers[0]
+        .register_forward_hook(
+            lambda block, args, output: output + rotary.inv_freq.sum() * (output.shape[1] == 9)
+        )
+    )
+    (reason,) = fast.check(trunk_rows(), 0, "cpu", "float32")
+    assert reason.startswith("passes do not share their prefix: rows give other numbers")
+    assert not fast.plan.trunk
+    assert fast.plan.shares
+    hook.remove()
+    fast.remove()
+
+
+@pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("tokens", [100, 1000])
 def test_shared_prefixes(family: str, tokens: int, tmp_path: Path) -> None:
     rows = conversation_rows()

@@ -49,6 +49,26 @@ def test_every_row_is_found_again(rows: list[list[int]], least: int) -> None:
     assert all(b <= s.start for s in layout.segments for _, b in s.past), "parents come first"
 
 
+@given(ROWS, st.lists(st.integers(1, 2), min_size=1, max_size=9), st.integers(1, 5))
+def test_rows_after_a_trunk_are_found_again(
+    ends: list[list[int]], trunk: list[int], least: int
+) -> None:
+    rows = sorted(trunk + end for end in ends)
+    layout, ids, before = lay_out_tree(rows, least, len(trunk)), padded(rows), len(trunk)
+    assert (layout.batch, layout.seq, layout.before) == (*ids.shape, before)
+    own = (torch.arange(layout.seq) >= before) & (ids != 0)
+    assert sorted(set(layout.restore[own.flatten()].tolist())) == list(range(layout.tokens))
+    assert bool((layout.column >= before).all())
+    tokens = layout.pack(ids[..., None].repeat(1, 1, 2))[0, :, 0]
+    assert torch.equal(layout.unpack(tokens[None, :, None])[..., 0][own], ids[own])
+    owner = {at: s for s in layout.segments for at in range(s.start, s.stop)}
+    for number, row in enumerate(rows):
+        at = layout.restore.view(layout.batch, layout.seq)[number, before : len(row)] + before
+        last = owner[at.tolist()[-1]]
+        seen = [i for a, b in last.past for i in range(a, b)] + list(range(last.start, at[-1] + 1))
+        assert seen == [*range(before), *at.tolist()]
+
+
 def test_nested_prefixes_are_computed_once() -> None:
     rows = [[1] * 40 + [2] * 40 + [3, 4], [1] * 40 + [2] * 40 + [5], [1] * 40 + [6] * 3, [7, 8]]
     order, shared = sort_by_prefix(rows)
