@@ -17,8 +17,8 @@ from ftlevel.speed.passes import Passes, cost_shared, cut_packed, cut_padded, cu
 from ftlevel.speed.prefixes import LEAST, lay_out_tree, sort_by_prefix
 
 A_PASS = 250
-"""What a trunk's pass costs beside its tokens, in tokens. With 342 tokens and 1,776 after it, a step
-of SmolLM2 took 5 % longer than without; with 1,450 and 2,100 a fifth less (docs/performance.md)."""
+"""What a trunk's pass costs beside its tokens, in tokens. With 342 tokens and 1,776 after it a step
+of SmolLM2 takes 5 % longer than without; with 1,450 and 2,100 a fifth less (docs/performance.md)."""
 
 
 class StepCollator:
