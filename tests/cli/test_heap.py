@@ -1,4 +1,4 @@
-"""One heap for all threads of a training process."""
+"""Two heaps for all threads of a training process."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ import sys
 
 import pytest
 
+from ftlevel.cli.heap import HEAPS
+
 WHERE = """
 import ctypes, threading
-from ftlevel.cli.heap import share_one_heap
-done = share_one_heap()
+from ftlevel.cli.heap import share_heaps
+done = share_heaps()
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-found = []
-threads = [threading.Thread(target=lambda: found.append(library.malloc(50_000))) for _ in range(3)]
+found, all_are_there = [], threading.Barrier(6)
+
+def ask():
+    all_are_there.wait()
+    found.append(library.malloc(50_000))
+    all_are_there.wait()
+
+threads = [threading.Thread(target=ask) for _ in range(6)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-heap = [line.split()[0].split("-") for line in open("/proc/self/maps") if "[heap]" in line]
-inside = [any(int(a, 16) <= at < int(b, 16) for a, b in heap) for at in found]
-print(done, all(inside))
+maps = [line.split() for line in open("/proc/self/maps")]
+(low, high), *_ = [m[0].split("-") for m in maps if m[-1] == "[heap]"]
+is_main = [int(low, 16) <= at < int(high, 16) for at in found]
+heaps = {0 if main else at >> 26 for at, main in zip(found, is_main)}  # others begin at 64 MiB
+print(done, len(heaps))
 """
 
 
@@ -35,8 +45,11 @@ def run(**environment: str) -> str:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc's malloc")
-def test_what_threads_ask_for_comes_from_one_heap():
-    assert run() == "True True"
+def test_what_threads_ask_for_comes_from_two_heaps():
+    assert run() == f"True {HEAPS}"
+    done, heaps = run(MALLOC_ARENA_MAX="8").split()
+    assert done == "False"
+    assert int(heaps) > HEAPS
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc's malloc")

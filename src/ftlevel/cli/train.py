@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ftlevel.cli.flags import flag, read_config
-from ftlevel.cli.heap import share_one_heap
+from ftlevel.cli.heap import share_heaps
 from ftlevel.cli.heavy_imports import uncollected_imports
 from ftlevel.cli.launch import is_follower, is_launched, launch
 from ftlevel.config import TrainConfig
@@ -176,7 +176,7 @@ def train(
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet or follows) as screen:
-        share_one_heap()
+        share_heaps()
         with uncollected_imports():
             from ftlevel.engine.train import train as run
 

@@ -59,10 +59,9 @@ class FastStep:
         self.lanes: Lanes | None = None
         self.skipping = 0
         self._unread: UnreadTokens | None = None
-        self._draws: OwnDraws | None = None
+        self._draws = OwnDraws(model)
         if plan.lanes > 1:
             self.lanes = Lanes(plan.lanes, torch.get_num_threads(), plan.draws)
-            self._draws = OwnDraws(model) if plan.draws else None
 
     def check(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> list[str]:
         """Return what cannot be done after all, and leave it; empty if everything can.
@@ -87,16 +86,14 @@ class FastStep:
         elif self.plan.trunk and (reason := check.find_trunk_error()):
             self.plan = replace(self.plan, trunk=False)
             reasons.append(f"passes do not share their prefix: {reason}")
-        if self._draws is not None and (leak or check.draws_outside_of_passes()):
+        draws = self.lanes is not None and self.lanes.draws
+        if draws and (leak or check.draws_outside_of_passes()):
             self._leave_lanes()
             self.plan = replace(self.plan, lanes=1, draws=False)
             reasons.append("passes are computed one at a time: it draws at random, in order")
         return reasons
 
     def _leave_lanes(self) -> None:
-        if self._draws is not None:
-            self._draws.remove()
-            self._draws = None
         if self.lanes is not None:
             self.lanes.close()
             self.lanes = None
@@ -157,6 +154,7 @@ class FastStep:
             self.elementwise.remove()
         if self._unread is not None:
             self._unread.remove()
+        self._draws.remove()
         self._leave_lanes()
         self._pad_again()
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.speed.dropout import own_generator
+from ftlevel.speed.dropout import draw_kept
 from ftlevel.speed.layout import Segment
 from ftlevel.speed.tiles import visible
 
@@ -119,8 +119,8 @@ class ShortAttention(torch.autograd.Function):
             p = seen = _probabilities(q, k, batch, scale)
             saved += [q, k, v, p]
             if dropout:
-                keep = torch.empty_like(p).bernoulli_(1 - dropout, generator=own_generator())
-                saved.append(keep.div_(1 - dropout))
+                keep = draw_kept(p, dropout)
+                saved.append(keep)
                 seen = p * keep
             outputs.append(_put(torch.bmm(seen, v), batch, groups))
         ctx.save_for_backward(*saved)

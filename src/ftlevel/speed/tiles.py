@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.speed.dropout import own_generator
+from ftlevel.speed.dropout import draw_kept
 from ftlevel.speed.layout import Range, Segment
 
 QUERIES = 128
@@ -138,8 +138,7 @@ class TileAttention(torch.autograd.Function):
         for tile in tiles:
             seen = probabilities = _probabilities(query, key, tile, scale)
             if dropout:
-                keep = torch.empty_like(seen).bernoulli_(1 - dropout, generator=own_generator())
-                keep.div_(1 - dropout)
+                keep = draw_kept(seen, dropout)
                 seen = probabilities * keep
                 saved.append(keep)
             if dropout or tile.width <= KEPT_KEYS:
