@@ -70,7 +70,8 @@ def train(
         sys.executable, "-m", "ftlevel", "train", "--quiet", "--method", "lora", "--model",
         str(arguments.model), "--dataset", str(rows), "--task", "text-generation",
         "--max-length", str(prompt + OWN), "--overlong", "drop", "--dtype", "bfloat16",
-        "--device", "cpu", "--no-cache", "--max-steps", str(arguments.steps), "--per-device-train-batch-size", "1",
+        "--device", "cpu", "--no-cache", "--max-steps", str(arguments.steps),
+        "--per-device-train-batch-size", "1",
         "--gradient-accumulation-steps", str(arguments.rows_a_step), "--seed", "42",
         "--output-dir", str(folder / "run"), *WAYS[way],
     ]  # fmt: skip
