@@ -187,8 +187,12 @@ def describe_base(cell: TinyCell, spec: Any) -> Base:
     )
 
 
-def run_cell(cell: TinyCell) -> None:
-    """Train, save, load into a fresh base and compare; any failure raises."""
+def run_cell(cell: TinyCell) -> float:
+    """Train, save, load into a fresh base and compare; any failure raises.
+
+    Returns:
+        How far training moved a logit.
+    """
     torch.manual_seed(0)
     spec = build_spec(cell.row)
     base = describe_base(cell, spec)
@@ -212,10 +216,11 @@ def run_cell(cell: TinyCell) -> None:
         else:
             model.save_pretrained(directory)
         objective = build_objective(TASKS[cell.tasks[0]], FAMILIES[cell.family].kind)
-        check_saved(
+        _, _, effect = check_saved(
             model, directory, lambda: fresh(cell), _probe(batch), objective=objective,
             device="cpu", dtype=cell.dtype,
         )  # fmt: skip
+    return effect
 
 
 def float_weight(cell: TinyCell, name: str) -> torch.Tensor:

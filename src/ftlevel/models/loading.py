@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ftlevel.errors import InputError, listing
 from ftlevel.models.integrity import (
@@ -32,8 +32,24 @@ from ftlevel.models.quantization import keep_trainable_layout
 from ftlevel.models.quantized import as_quant_config, stored_quantization
 from ftlevel.models.sources import ModelSource
 
-_UNREADABLE = (OSError, json.JSONDecodeError, struct.error)
+_UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 """What reading a damaged file raises: a safetensors file, an index of shards, a .gguf."""
+
+
+@contextlib.contextmanager
+def _naming_damage(source: ModelSource) -> Iterator[None]:
+    """Say inside the block which model has weights that cannot be read.
+
+    Raises:
+        InputError: instead of what reading a damaged file raises.
+    """
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise InputError(
+            f"{source.words}: its weights cannot be read ({_first_line(error)}). "
+            "Was a download or a copy cut short?"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -181,24 +197,16 @@ def load_model(
         arguments["device_map"] = {
             "": f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         }
-    try:
-        with quiet_libraries():
-            model, info = getattr(transformers, auto_class).from_pretrained(
-                source.location,
-                config=config,
-                dtype=dtype,
-                use_safetensors=None if source.gguf_file else True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # check_shapes says which, and where it may be
-                **arguments,
-            )
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError" and not isinstance(error, _UNREADABLE):
-            raise
-        raise InputError(
-            f"{source.words}: its weights cannot be read ({_first_line(error)}). "
-            "Was a download or a copy cut short?"
-        ) from error
+    with _naming_damage(source), quiet_libraries():
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            source.location,
+            config=config,
+            dtype=dtype,
+            use_safetensors=None if source.gguf_file else True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_shapes says which, and where it may be
+            **arguments,
+        )
     redrawn = check_shapes(model, info["mismatched_keys"], source.words)
     check_unread(model, info["unexpected_keys"], source.words)
     check_finite(model.named_parameters(), source.words)
@@ -292,12 +300,16 @@ def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
 
 
 def _stored_dtypes(source: ModelSource) -> dict[str, str]:
-    """Return the checkpoint's tensors and their types; none for a .gguf or one not on this disk."""
+    """Return the checkpoint's tensors and their types; none for a .gguf or one not on this disk.
+
+    Raises:
+        InputError: a file is damaged.
+    """
     held: dict[str, str] = {}
     if source.path is None or source.path.is_file():
         return held
     for path in source.path.glob("*.safetensors"):
-        with safe_open(str(path), framework="pt") as file:
+        with _naming_damage(source), safe_open(str(path), framework="pt") as file:
             names = file.keys()
             held.update((name, file.get_slice(name).get_dtype()) for name in names)
     return held

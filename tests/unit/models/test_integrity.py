@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from ftlevel.config import QuantConfig
 from ftlevel.errors import InputError
-from ftlevel.models.loading import label_overrides, load_config, load_model, load_tokenizer
+from ftlevel.models.loading import (
+    build_task_model,
+    find_new_poolers,
+    label_overrides,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import resolve_source
 
@@ -59,7 +66,9 @@ def test_a_weight_that_is_no_number_is_named(
 
 def test_large_numbers_are_numbers(copied: Callable[..., Path]) -> None:
     """Their sum is not finite, and they are."""
-    load(copied(lambda weights: weights[UP].fill_(3e38)))
+    model, missing = load(copied(lambda weights: weights[UP].fill_(3e38)))
+    assert missing == []
+    assert bool((model.get_parameter(UP) == torch.tensor(3e38)).all())
 
 
 def test_a_weight_of_another_shape_is_named(copied: Callable[..., Path]) -> None:
@@ -108,7 +117,9 @@ def test_what_else_a_checkpoint_holds(copied: Callable[..., Path]) -> None:
         "score.weight": torch.ones(3, 64),
         "vision.layers.7.weight": torch.ones(3),
     }
-    load(copied(lambda weights: weights.update(extra)))
+    model, missing = load(copied(lambda weights: weights.update(extra)))
+    assert missing == []
+    assert set(extra).isdisjoint(model.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -151,6 +162,21 @@ def test_a_damaged_index_is_an_input_error(copied: Callable[..., Path]) -> None:
     (directory / "model.safetensors.index.json").write_text("{")
     with pytest.raises(InputError, match="its weights cannot be read"):
         load(directory)
+
+
+@pytest.mark.parametrize("kind", ["none", "4bit"])
+@pytest.mark.parametrize("head", ["causal", "seqcls"])
+def test_weights_that_are_cut_short(copied: Callable[..., Path], kind: str, head: str) -> None:
+    directory = copied(lambda _: None, "llama" if head == "causal" else "bert", head)
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    auto_class = {"seqcls": "AutoModelForSequenceClassification"}.get(head, "")
+    with pytest.raises(InputError, match=r"its weights cannot be read .* cut short\?"):
+        load(directory, kind, auto_class)
+    source = resolve_source(str(directory))
+    meta = build_task_model(load_config(source), "AutoModel")
+    with pytest.raises(InputError, match=r"its weights cannot be read .* cut short\?"):
+        find_new_poolers(meta, source)
 
 
 @pytest.mark.parametrize("content", [b"GGUF", b"GGUF\x03\0\0\0" + b"\1" + b"\0" * 7])
