@@ -125,11 +125,12 @@ def measure_ours(
 ) -> dict[str, Any]:
     """Prepare `data` as `ftlevel train --task` does; return figures."""
     from ftlevel.config import DataConfig
-    from ftlevel.data import parallel
-    from ftlevel.data.fit import Bounds
-    from ftlevel.engine import encoding, gate
-    from ftlevel.engine.dataset import prepare_data
-    from ftlevel.engine.examples import Asked
+    from ftlevel.data.encoding.fit import Bounds
+    from ftlevel.data.gate import gate
+    from ftlevel.data.prepare import encoder as encoding
+    from ftlevel.data.prepare import parallel
+    from ftlevel.data.prepare.dataset import prepare_data
+    from ftlevel.data.prepare.examples import Asked
     from ftlevel.models.loading import load_config, load_tokenizer
     from ftlevel.models.sources import resolve_source
     from ftlevel.tasks import TASKS

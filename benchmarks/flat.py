@@ -36,7 +36,7 @@ from startup import describe_machine
 from training import workloads
 from training.runs import FailedRunError, Reading, run_metered
 
-from ftlevel.data.docstrings import read_docstrings
+from ftlevel.data.sources.docstrings import read_docstrings
 
 TOKENS_PER_STEP = 4096
 Messages = list[dict[str, str]]

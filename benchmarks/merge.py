@@ -86,7 +86,6 @@ def work(tool: str, base: str, adapter: str, out: str, limit: int) -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401 - both need it
 
     from ftlevel import MergeConfig, merge
-    from ftlevel.engine import merge as _  # noqa: F401 - imports are not what is measured
 
     began, computed = time.perf_counter(), time.process_time()
     with Peak() as peak:
@@ -122,8 +121,8 @@ def make_large(folder: Path, shards: int, layers: int = LARGE["num_hidden_layers
     import torch
     import transformers
 
-    from ftlevel.builtin import model_path
-    from ftlevel.models.tensor_files import Part, Spec, write_files
+    from ftlevel.models.builtin import model_path
+    from ftlevel.weights.tensor_files import Part, Spec, write_files
 
     config = transformers.LlamaConfig(**{**LARGE, "num_hidden_layers": layers})
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
@@ -184,7 +183,7 @@ def same_tensors(first: Path, second: Path) -> tuple[int, int]:
     """Return how many tensors of two checkpoints are the same bytes, and how many there are."""
     import torch
 
-    from ftlevel.models.tensor_files import read_header, weight_files
+    from ftlevel.weights.tensor_files import read_header, weight_files
 
     found, expected = (
         {n: t for file in weight_files(folder) for n, t in read_header(file)[0].items()}

@@ -32,7 +32,7 @@ from startup import describe_machine
 from training import workloads
 from training.runs import FailedRunError, Reading, run_metered
 
-from ftlevel.data.docstrings import read_docstrings
+from ftlevel.data.sources.docstrings import read_docstrings
 
 WAYS = {
     "as it is": [],

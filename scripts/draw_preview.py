@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ftlevel.cli.preview_screen import show
+from ftlevel.commands.preview import preview
 from ftlevel.config import build_config, read_recipe
-from ftlevel.engine.preview import preview
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = 108  # a short one, so that the picture is small

@@ -5,7 +5,7 @@ source. Modules of the validation and test splits of `builtin:docstrings` are he
 their source nor their docstrings are read, and a paragraph that they share with other text is
 removed from that text.
 
-    python scripts/pretrain_builtin.py                  # writes src/ftlevel/builtin/tiny-llama
+    python scripts/pretrain_builtin.py        # writes src/ftlevel/models/builtin/tiny-llama
     python scripts/pretrain_builtin.py --steps 40 --output-dir DIR    # a quick look
 
 The same Python, seed, thread count and machine give the same weights. Needs torch 2.9 for Muon.
@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ftlevel.data.docstrings import read_module, stdlib_modules
+from ftlevel.data.sources.docstrings import read_module, stdlib_modules
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = Path(__file__).resolve().parent / "pretrain_builtin_card.md"
@@ -128,7 +128,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's settings."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "src/ftlevel/builtin/tiny-llama")
+    parser.add_argument(
+        "--output-dir", type=Path, default=ROOT / "src/ftlevel/models/builtin/tiny-llama"
+    )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=4, help=f"blocks of {BLOCK} tokens")
     parser.add_argument("--learning-rate", type=float, default=1e-2)

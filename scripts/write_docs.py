@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ftlevel.commands.list_methods import QUANTS, task_refusal
 from ftlevel.config import SPECS
 from ftlevel.config.methods import DEFAULT_LEARNING_RATE
-from ftlevel.engine.list_methods import QUANTS, task_refusal
 from ftlevel.methods.facts import FACTS, MethodFacts
 from ftlevel.methods.matrix import RULES, Cell, find_refusal, known_rows
 from ftlevel.models.families import FAMILIES
-from ftlevel.models.family_facts import Family
+from ftlevel.models.families.facts import Family
 from ftlevel.tasks import TASKS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -19,12 +19,7 @@ import transformers
 
 import tiny_models
 from ftlevel.config import SPECS, QuantConfig
-from ftlevel.data.encode import Encoded
-from ftlevel.engine.adapt import apply_method, finish_method, save_adapter
-from ftlevel.engine.allocation import Allocation
-from ftlevel.engine.eva import start_from_data
-from ftlevel.engine.method_targets import find_method_targets
-from ftlevel.engine.proof import check_saved
+from ftlevel.data.encoding.encode import Encoded
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.facts import FACTS
 from ftlevel.methods.loftq import start_from_residual
@@ -38,6 +33,11 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.objectives import build_objective
+from ftlevel.trained.adapt import apply_method, finish_method, save_adapter
+from ftlevel.training.callbacks.allocation import Allocation
+from ftlevel.training.eva import start_from_data
+from ftlevel.training.plan.method_targets import find_method_targets
+from ftlevel.training.proof import check_saved
 
 QUANTS = ("none", "4bit", "8bit")
 STEPS = 4

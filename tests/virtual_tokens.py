@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ftlevel.engine.adapt import apply_method, load_adapter
 from ftlevel.methods import METHODS, Base
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.module_tree import find_heads
+from ftlevel.trained.adapt import apply_method, load_adapter
 from tiny_models import FAMILIES, build, build_batch, compute_logits
 
 TASK_TYPES = {

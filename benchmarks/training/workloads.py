@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ftlevel.data.docstrings import read_docstrings
+from ftlevel.data.sources.docstrings import read_docstrings
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(os.environ.get("FTLEVEL_MODELS") or ROOT / ".models")

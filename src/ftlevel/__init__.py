@@ -11,33 +11,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from ftlevel.config import EvaluateConfig, MergeConfig, QuantizeConfig, TrainConfig
-    from ftlevel.engine.evaluate import Evaluation, evaluate
-    from ftlevel.engine.generate import generate
-    from ftlevel.engine.list_targets import list_targets
-    from ftlevel.engine.merge import MergeResult, merge
-    from ftlevel.engine.quantize import QuantizeResult, quantize
-    from ftlevel.engine.train import TrainResult, train
-    from ftlevel.pipeline import FineTunePipeLine
+from ftlevel._version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from ftlevel.commands.evaluate import Evaluation, evaluate
+    from ftlevel.commands.generate import generate
+    from ftlevel.commands.list_targets import list_targets
+    from ftlevel.commands.merge import MergeResult, merge
+    from ftlevel.commands.quantize import QuantizeResult, quantize
+    from ftlevel.commands.train import TrainResult, train
+    from ftlevel.config import EvaluateConfig, MergeConfig, QuantizeConfig, TrainConfig
+    from ftlevel.pipeline import FineTunePipeLine
 
 _PLACES = {
     "MergeConfig": "ftlevel.config",
-    "MergeResult": "ftlevel.engine.merge",
+    "MergeResult": "ftlevel.commands.merge",
     "EvaluateConfig": "ftlevel.config",
-    "Evaluation": "ftlevel.engine.evaluate",
+    "Evaluation": "ftlevel.commands.evaluate",
     "QuantizeConfig": "ftlevel.config",
-    "QuantizeResult": "ftlevel.engine.quantize",
+    "QuantizeResult": "ftlevel.commands.quantize",
     "TrainConfig": "ftlevel.config",
-    "TrainResult": "ftlevel.engine.train",
-    "train": "ftlevel.engine.train",
-    "quantize": "ftlevel.engine.quantize",
-    "evaluate": "ftlevel.engine.evaluate",
-    "generate": "ftlevel.engine.generate",
-    "list_targets": "ftlevel.engine.list_targets",
-    "merge": "ftlevel.engine.merge",
+    "TrainResult": "ftlevel.commands.train",
+    "train": "ftlevel.commands.train",
+    "quantize": "ftlevel.commands.quantize",
+    "evaluate": "ftlevel.commands.evaluate",
+    "generate": "ftlevel.commands.generate",
+    "list_targets": "ftlevel.commands.list_targets",
+    "merge": "ftlevel.commands.merge",
     "FineTunePipeLine": "ftlevel.pipeline",
 }
 

@@ -91,7 +91,7 @@ class FineTunePipeLine:
         Raises:
             FtlevelError: as `ftlevel.train` does.
         """
-        from ftlevel.engine.train import train
+        from ftlevel.commands.train import train
 
         self.result = train(self.config)
         return self.result.model, self.result.tokenizer

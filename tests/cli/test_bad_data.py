@@ -132,7 +132,7 @@ def folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
 ) -> Path:
     """Return the working directory, in which two models lie and no weights can be loaded."""
-    import ftlevel.engine.base_model as engine
+    import ftlevel.training.model as engine
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")

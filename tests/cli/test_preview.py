@@ -99,7 +99,7 @@ def test_an_answer_in_its_context(
 def test_json_is_what_the_trainer_is_given(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ftlevel.engine.resolve import resolve
+    from ftlevel.training.plan.resolve import resolve
 
     data = write(tmp_path / "talk.jsonl", *({"messages": TALK[1 : 3 + 2 * i]} for i in range(2)))
     model = str(tiny_model_dir("llama", chat=True))

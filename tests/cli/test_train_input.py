@@ -18,7 +18,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return an empty working directory with a data file in it, and no way to load weights."""
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", ROWS)
-    import ftlevel.engine.base_model as engine
+    import ftlevel.training.model as engine
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")

@@ -14,9 +14,9 @@ import transformers
 
 import task_data
 from ftlevel.cli.app import run
+from ftlevel.commands.evaluate import Evaluation, evaluate
+from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, TrainConfig
-from ftlevel.engine.evaluate import Evaluation, evaluate
-from ftlevel.engine.train import train
 
 ModelDir = Callable[..., Path]
 

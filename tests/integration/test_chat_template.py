@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ftlevel.cli.app import run
-from ftlevel.data.prompts import prompt_ids
-from ftlevel.engine.trained import load_trained
+from ftlevel.data.encoding.prompts import prompt_ids
+from ftlevel.trained.load import load_trained
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 
 import task_data
 from ftlevel.cli.app import run
+from ftlevel.commands.evaluate import Evaluation, evaluate
+from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, TrainConfig
-from ftlevel.engine.evaluate import Evaluation, evaluate
-from ftlevel.engine.train import train
 from ftlevel.errors import ConfigError, InputError
 
 ModelDir = Callable[..., Path]

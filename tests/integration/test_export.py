@@ -21,9 +21,9 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from export_cases import CASES, NAMES, ModelDir, export_to, exportable, load, logits_of, some_ids
 from ftlevel.cli.app import run
-from ftlevel.engine import export_check
 from ftlevel.errors import FtlevelError, InputError, RunError
-from ftlevel.models import gguf_families
+from ftlevel.merging import export_check
+from ftlevel.weights.gguf import families as gguf_families
 from tiny_tokenizers import build_tokenizer
 
 

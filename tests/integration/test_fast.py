@@ -48,7 +48,7 @@ def test_one_curve() -> None:
 def test_a_fast_step_that_is_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ftlevel.speed.layout import Layout
+    from ftlevel.fast.packing.layout import Layout
 
     right = Layout.pack
     monkeypatch.setattr(Layout, "pack", lambda layout, states: right(layout, states) * 1.0001)

@@ -13,13 +13,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from ftlevel.config import DataConfig
-from ftlevel.data import lines, parallel
-from ftlevel.data.encode import Encoded
-from ftlevel.data.fit import Bounds
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.gate import duplicates, similarity
-from ftlevel.engine import encoding
-from ftlevel.engine.dataset import prepare_data
-from ftlevel.engine.examples import Asked
+from ftlevel.data.prepare import encoder as encoding
+from ftlevel.data.prepare import parallel
+from ftlevel.data.prepare.dataset import prepare_data
+from ftlevel.data.prepare.examples import Asked
+from ftlevel.data.sources import lines
 from ftlevel.tasks import TASKS
 
 BYTES_A_ROW = 10

@@ -16,14 +16,14 @@ from peft import LoraConfig, get_peft_model
 
 import task_data
 from ftlevel.cli.app import run
+from ftlevel.commands.chat import Chat
+from ftlevel.commands.generate import generate
+from ftlevel.commands.train import train
 from ftlevel.config import GenerateConfig, TrainConfig
-from ftlevel.data.prompts import prompt_ids
-from ftlevel.engine.chat import Chat
-from ftlevel.engine.evaluation import Writing, generate_texts
-from ftlevel.engine.generate import generate
-from ftlevel.engine.train import train
-from ftlevel.engine.trained import load_trained
+from ftlevel.data.encoding.prompts import prompt_ids
 from ftlevel.errors import ConfigError, InputError
+from ftlevel.evaluation.scoring import Writing, generate_texts
+from ftlevel.trained.load import load_trained
 
 ModelDir = Callable[..., Path]
 

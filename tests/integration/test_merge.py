@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import task_data
 from ftlevel import MergeConfig, merge
 from ftlevel.cli.app import run
-from ftlevel.engine.generate import generate
+from ftlevel.commands.generate import generate
 from ftlevel.methods.merging import Skeleton
 
 TinyModelDir = Callable[..., Path]

@@ -12,13 +12,19 @@ import numpy as np
 import pytest
 
 import task_data
+from ftlevel.commands.preview import preview
 from ftlevel.config import TrainConfig
-from ftlevel.data import cache, lines
-from ftlevel.data.store import RowStore, change_rows, rows_to_batches, take_rows, write_store
-from ftlevel.engine import dataset
-from ftlevel.engine.preview import preview
-from ftlevel.engine.resolve import resolve
+from ftlevel.data.encoding.store import (
+    RowStore,
+    change_rows,
+    rows_to_batches,
+    take_rows,
+    write_store,
+)
+from ftlevel.data.prepare import cache, dataset
+from ftlevel.data.sources import lines
 from ftlevel.errors import InputError
+from ftlevel.training.plan.resolve import resolve
 
 ModelDir = Callable[..., Path]
 ROWS = 1_200

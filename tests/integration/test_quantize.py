@@ -18,12 +18,12 @@ import transformers
 from safetensors.torch import load_file
 
 from ftlevel.cli.app import run
+from ftlevel.commands.quantize import quantize
 from ftlevel.config import QuantizeConfig
-from ftlevel.engine.quantize import quantize
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.kinds import checkpoint_class
-from ftlevel.models.quantize_layout import find_kept_modules
-from ftlevel.models.safetensors_stream import ShardWriter
+from ftlevel.weights.quantize_layout import find_kept_modules
+from ftlevel.weights.safetensors_stream import ShardWriter
 
 ModelDir = Callable[..., Path]
 

@@ -12,13 +12,13 @@ import torch
 
 import task_data
 from ftlevel.cli.app import run
+from ftlevel.commands.generate import generate
+from ftlevel.commands.merge import merge
+from ftlevel.commands.quantize import quantize
+from ftlevel.commands.train import train
 from ftlevel.config import MergeConfig, QuantConfig, QuantizeConfig, TrainConfig
-from ftlevel.engine.generate import generate
-from ftlevel.engine.merge import merge
-from ftlevel.engine.quantize import quantize
-from ftlevel.engine.train import train
-from ftlevel.engine.trained import load_trained
 from ftlevel.errors import ConfigError
+from ftlevel.trained.load import load_trained
 
 ModelDir = Callable[..., Path]
 

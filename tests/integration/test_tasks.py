@@ -18,9 +18,9 @@ import torch
 
 import task_data
 from ftlevel.cli.app import run
+from ftlevel.commands.generate import generate
+from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
-from ftlevel.engine.generate import generate
-from ftlevel.engine.train import train
 
 ModelDir = Callable[..., Path]
 

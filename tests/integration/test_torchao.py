@@ -15,12 +15,12 @@ from safetensors import safe_open
 
 import task_data
 from ftlevel.cli.app import run
+from ftlevel.commands.quantize import quantize
+from ftlevel.commands.train import train
 from ftlevel.config import QuantizeConfig, TrainConfig
-from ftlevel.engine.quantize import quantize
-from ftlevel.engine.train import train
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.models.quantize_layout import find_kept_modules
 from ftlevel.models.torchao_format import build_torchao_config
+from ftlevel.weights.quantize_layout import find_kept_modules
 
 ModelDir = Callable[..., Path]
 KINDS = ("int8-torchao", "float8-torchao")

@@ -101,7 +101,7 @@ def _watch_litgpt_loss(module):
 _WATCHED = {
     "torch.optim.optimizer": _watch_optimizer,
     "transformers.trainer": lambda module: _watch_training_step(module.Trainer),
-    "ftlevel.engine.trainer": lambda module: _watch_training_step(module.FtlevelTrainer),
+    "ftlevel.training.trainer": lambda module: _watch_training_step(module.FtlevelTrainer),
     "litgpt.lora": _watch_litgpt_model,
     "litgpt.utils": _watch_litgpt_loss,
 }

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ftlevel import __version__
+from ftlevel._version import __version__
 from ftlevel.cli.grammar import Command
 from ftlevel.cli.heavy_imports import uncollected_imports
 from ftlevel.cli.lasting import discard

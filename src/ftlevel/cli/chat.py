@@ -11,7 +11,7 @@ from ftlevel.config import GenerateConfig
 from ftlevel.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ftlevel.engine.chat import Chat
+    from ftlevel.commands.chat import Chat
 
 HELP = """\
 /adapter NAME   let that adapter go on (without NAME: show them)
@@ -23,7 +23,7 @@ HELP = """\
 def talk(config: GenerateConfig) -> None:
     """Read lines from the terminal and answer them until /quit or the end of the input."""
     with uncollected_imports():
-        from ftlevel.engine.chat import Chat
+        from ftlevel.commands.chat import Chat
 
     chat = Chat(config)
     for note in chat.adapters.notes:

@@ -66,7 +66,7 @@ def evaluate(
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         with uncollected_imports():
-            from ftlevel.engine.evaluate import evaluate as run
+            from ftlevel.commands.evaluate import evaluate as run
 
         result = run(config, listener=screen)
     if as_json:

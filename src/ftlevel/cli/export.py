@@ -58,7 +58,7 @@ def export(
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
-        from ftlevel.engine.export import export as run
+        from ftlevel.commands.export import export as run
 
         result = run(config, listener=screen, dry_run=dry_run)
     if as_json:

@@ -92,7 +92,7 @@ def generate(
         from ftlevel.artifacts.files import check_absent, write_text
 
         with uncollected_imports():
-            from ftlevel.engine.generate import answer_all
+            from ftlevel.commands.generate import answer_all
 
         if out is not None:
             check_absent("--out", out)

@@ -10,8 +10,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from ftlevel.engine.list_methods import MethodReport
-from ftlevel.engine.list_methods import list_methods as describe
+from ftlevel.commands.list_methods import MethodReport
+from ftlevel.commands.list_methods import list_methods as describe
 
 _NARROWEST = 80
 _COLORS = {"yes": "green", "in part": "yellow", "no": "red"}

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from ftlevel.engine.list_targets import LoraSize, TargetReport, TargetRow, split_pattern
-from ftlevel.engine.list_targets import list_targets as describe
+from ftlevel.commands.list_targets import LoraSize, TargetReport, TargetRow, split_pattern
+from ftlevel.commands.list_targets import list_targets as describe
 
 _NARROWEST = 80
 _GAP = "  "

@@ -63,7 +63,7 @@ def merge(
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         with uncollected_imports():
-            from ftlevel.engine.merge import merge as run
+            from ftlevel.commands.merge import merge as run
 
         result = run(config, listener=screen)
     if not as_json and not quiet:

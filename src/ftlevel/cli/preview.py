@@ -88,7 +88,7 @@ def preview(
 
     with open_screen(as_json=as_json, quiet=True) as screen:
         with uncollected_imports():
-            from ftlevel.engine.preview import preview as look
+            from ftlevel.commands.preview import preview as look
 
         found = look(config, row or ())
         if html is not None:

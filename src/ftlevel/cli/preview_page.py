@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftlevel import __version__
+from ftlevel._version import __version__
 
 if TYPE_CHECKING:
-    from ftlevel.engine.preview import Preview, ShownRow, Token
+    from ftlevel.commands.preview import Preview, ShownRow, Token
 
 _STYLE = """
 :root { color-scheme: light dark; --learned: #b7f0c0; --text: #1c1e21; --page: #fff;

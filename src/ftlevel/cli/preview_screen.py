@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ftlevel.engine.preview import Bar, Preview, ShownRow, Token
+    from ftlevel.commands.preview import Bar, Preview, ShownRow, Token
 
 _MOST = 240  # tokens of a row that are shown unless it was asked for
 _BAR = 40

@@ -61,7 +61,7 @@ def quantize(
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         with uncollected_imports():
-            from ftlevel.engine.quantize import quantize as run
+            from ftlevel.commands.quantize import quantize as run
 
         result = run(config, listener=screen, dry_run=dry_run)
     if as_json:

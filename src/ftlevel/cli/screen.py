@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from ftlevel import __version__
+from ftlevel._version import __version__
 from ftlevel.artifacts.cards import generate_command
 from ftlevel.cli.lasting import Lasting
 from ftlevel.config.choices import Choice

@@ -178,7 +178,7 @@ def train(
     with open_screen(as_json=as_json, quiet=quiet or follows) as screen:
         share_heaps()
         with uncollected_imports():
-            from ftlevel.engine.train import train as run
+            from ftlevel.commands.train import train as run
 
         result = run(config, listener=screen, dry_run=dry_run, recipe=origin)
     if as_json and not follows:

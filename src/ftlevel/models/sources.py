@@ -16,8 +16,8 @@ from shlex import quote
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from ftlevel import builtin
 from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.models import builtin
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _PROBE_SECONDS = 3.0

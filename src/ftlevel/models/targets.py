@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ftlevel.errors import InputError, did_you_mean, listing
-from ftlevel.models.family_facts import FLOAT32_BYTES, lora_parameters
+from ftlevel.models.families.facts import FLOAT32_BYTES, lora_parameters
 from ftlevel.models.module_tree import (
     LinearModule,
     ModuleTree,

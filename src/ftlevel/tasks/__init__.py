@@ -1,5 +1,6 @@
 """What each task is: its model class, its prompt and its metrics. One small module a task."""
 
+from ftlevel.task import Task
 from ftlevel.tasks import (
     masked_lm,
     question_answering,
@@ -9,7 +10,6 @@ from ftlevel.tasks import (
     token_classification,
     translation,
 )
-from ftlevel.tasks.base import Task
 
 TASKS: dict[str, Task] = {
     module.TASK.name: module.TASK

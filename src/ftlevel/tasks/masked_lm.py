@@ -1,6 +1,6 @@
 """Masked language modelling: fill in tokens that were hidden; adapts an encoder to its texts."""
 
-from ftlevel.tasks.base import Task
+from ftlevel.task import Task
 
 TASK = Task(
     name="masked-lm",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ftlevel.tasks.base import Task
+from ftlevel.task import Task
 from ftlevel.tasks.meters import (
     ClassMeter,
     Meter,

@@ -1,6 +1,6 @@
 """Extractive question answering: the span of a context that answers a question."""
 
-from ftlevel.tasks.base import Task
+from ftlevel.task import Task
 
 _CLASS = "AutoModelForQuestionAnswering"
 

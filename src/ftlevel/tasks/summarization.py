@@ -1,6 +1,6 @@
 """Summarization: document → summary, by a decoder as prompt and completion, or by T5 and BART."""
 
-from ftlevel.tasks.base import Task
+from ftlevel.task import Task
 from ftlevel.tasks.text_scores import score_rouge
 
 TASK = Task(

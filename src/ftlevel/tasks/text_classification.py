@@ -1,6 +1,6 @@
 """Text classification: one label a text, several, or a number (regression)."""
 
-from ftlevel.tasks.base import Task
+from ftlevel.task import Task
 
 _CLASS = "AutoModelForSequenceClassification"
 

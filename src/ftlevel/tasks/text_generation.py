@@ -1,6 +1,6 @@
 """Text generation: continue a prompt; supervised on the completion, or on all of a plain text."""
 
-from ftlevel.tasks.base import Task
+from ftlevel.task import Task
 from ftlevel.tasks.text_scores import score_rouge
 
 TASK = Task(

@@ -1,6 +1,6 @@
 """Token classification: a tag for each word, as in named entity recognition."""
 
-from ftlevel.tasks.base import Task
+from ftlevel.task import Task
 
 _CLASS = "AutoModelForTokenClassification"
 

@@ -3,7 +3,7 @@
 The instruction names the languages; `name_languages` writes it as the kind of model knows it.
 """
 
-from ftlevel.tasks.base import Task
+from ftlevel.task import Task
 from ftlevel.tasks.text_scores import score_translations
 
 TASK = Task(

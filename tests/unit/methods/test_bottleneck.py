@@ -15,7 +15,6 @@ from peft import PeftConfig, PeftModel
 from peft.utils.peft_types import PeftType
 
 from ftlevel.config import AdapterSpec
-from ftlevel.engine.adapt import apply_method, load_adapter
 from ftlevel.errors import InputError
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.bottleneck.layer import BottleneckLayer
@@ -23,6 +22,7 @@ from ftlevel.methods.bottleneck.sites import SITES, find_input
 from ftlevel.models.families import FAMILIES as KNOWN
 from ftlevel.models.quantization import keep_trainable_layout
 from ftlevel.models.targets import find_heads
+from ftlevel.trained.adapt import apply_method, load_adapter
 from tiny_models import (
     AUTO_CLASSES,
     FAMILIES,

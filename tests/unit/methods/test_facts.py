@@ -7,10 +7,10 @@ import torch
 import transformers
 
 from ftlevel.config import SPECS
-from ftlevel.engine.adapt import apply_method
-from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.facts import FACTS, rows_of
+from ftlevel.trained.adapt import apply_method
+from ftlevel.training.plan.method_targets import find_method_targets
 
 LAYERS = 32
 

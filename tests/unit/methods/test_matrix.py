@@ -154,7 +154,7 @@ def test_nothing_heavy_is_imported():
     import subprocess
 
     code = (
-        "import sys, ftlevel.methods.matrix, ftlevel.engine.list_methods\n"
+        "import sys, ftlevel.methods.matrix, ftlevel.commands.list_methods\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

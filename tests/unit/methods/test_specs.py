@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from ftlevel.config import SPECS, build_config, read_settings
-from ftlevel.engine.method_targets import find_method_targets
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS, Base
 from ftlevel.models.targets import find_heads
+from ftlevel.training.plan.method_targets import find_method_targets
 from unit.models.meta_models import build, has_model
 from unit.models.tiny_configs import TINY
 

@@ -11,16 +11,16 @@ import torch
 import transformers
 
 import tiny_models
+from ftlevel.commands.train import build_optimizer
 from ftlevel.config import SPECS, TrainConfig
-from ftlevel.engine.adapt import apply_method, load_adapter, save_adapter
-from ftlevel.engine.allocation import Allocation
-from ftlevel.engine.method_targets import find_method_targets
-from ftlevel.engine.train import build_optimizer
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.lora_start import copy_start
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.objectives import build_objective
+from ftlevel.trained.adapt import apply_method, load_adapter, save_adapter
+from ftlevel.training.callbacks.allocation import Allocation
+from ftlevel.training.plan.method_targets import find_method_targets
 
 FORMS = [
     {},
@@ -150,7 +150,7 @@ def _tensors(directory: Path):
 
 
 def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
-    from ftlevel.engine.trainer import FtlevelTrainer
+    from ftlevel.training.trainer import FtlevelTrainer
 
     weight = torch.nn.Parameter(torch.ones(()))
     logits = torch.zeros(2, 3, requires_grad=True)

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from ftlevel.errors import InputError
 from ftlevel.models.families import FAMILIES, find_family, lookup_family
-from ftlevel.models.family_facts import (
+from ftlevel.models.families.facts import (
     WIDTHS,
     Dims,
     Family,

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from ftlevel.data.tags import TaggedRow
-from ftlevel.data.windows import Window
+from ftlevel.data.encoding.tags import TaggedRow
+from ftlevel.data.encoding.windows import Window
 from ftlevel.tasks.meters import (
     ClassMeter,
     MultiLabelMeter,

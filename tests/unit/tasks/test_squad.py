@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ftlevel.data.windows import Window
+from ftlevel.data.encoding.windows import Window
 from ftlevel.tasks.squad import Found, exact_match, f1, normalize_answer, update_found
 
 

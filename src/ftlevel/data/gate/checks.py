@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.windows import Window
 from ftlevel.data.gate.flat import Flat, Mask
-from ftlevel.data.windows import Window
 
 ONE_CLASS_SHARE = 0.95
 

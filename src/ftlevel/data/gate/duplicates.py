@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlevel.data.encode import Encoded
-from ftlevel.data.examples import Conversation, Labelled, Pair, PlainText, Question, Tagged
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.store import RowStore, lengths_of
+from ftlevel.data.formats.examples import Conversation, Labelled, Pair, PlainText, Question, Tagged
 from ftlevel.data.gate.flat import Integers, Mask, Ragged, flat_batches
 from ftlevel.data.gate.similarity import GRAM, Hashes, find_similar, hash_grams, mix
-from ftlevel.data.store import RowStore, lengths_of
 
 _BANDS, _DEPTH = 6, 4
 _PART = 1 << 17  # keys that are sorted together

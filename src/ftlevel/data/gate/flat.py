@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlevel.data.encode import IGNORED, Encoded
-from ftlevel.data.store import RowStore
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.store import RowStore
 
 _ROWS = 4_096
 Integers = NDArray[np.int64]

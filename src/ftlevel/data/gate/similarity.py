@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlevel.data.encode import Encoded
+from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.gate.flat import Integers, Mask, Ragged, gather
 
 SIMILARITY = 0.8

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ftlevel.data.encode import IGNORED, Encoded
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.windows import Window
 from ftlevel.data.gate import Flat, checks
-from ftlevel.data.windows import Window
 
 _ = IGNORED
 BOS, EOS = 1, 2

@@ -9,12 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ftlevel.data.encode import Encoded
-from ftlevel.data.examples import Labelled, Pair, PlainText
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.store import (
+    RowStore,
+    lengths_of,
+    rows_to_batches,
+    take_rows,
+    write_store,
+)
+from ftlevel.data.formats.examples import Labelled, Pair, PlainText
 from ftlevel.data.gate import duplicates, similarity
 from ftlevel.data.gate.duplicates import example_keys, find_members, find_near, find_repeated
 from ftlevel.data.gate.similarity import SIMILARITY, find_similar
-from ftlevel.data.store import RowStore, lengths_of, rows_to_batches, take_rows, write_store
 
 
 def encoded(rows: list[list[int]]) -> list[Encoded]:

@@ -1,0 +1,301 @@
+"""Evaluate: find → read the rows → load → score tuned and base → intervals → predictions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftlevel.artifacts.files import check_absent, write_text
+from ftlevel.artifacts.run_directory import CONFIG
+from ftlevel.config import EvaluateConfig, QuantConfig, TrainConfig, build_config, read_recipe
+from ftlevel.config.choices import Choice
+from ftlevel.data.prepare.held_out import HeldOut, load_held_out
+from ftlevel.errors import ConfigError, InputError
+from ftlevel.evaluation.against import Questions, Told, build_questions, choose_leader, find_pair
+from ftlevel.evaluation.intervals import PerRow, describe_unit, interval
+from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.events import Listener, Silence
+from ftlevel.models.hardware import choose_device
+from ftlevel.models.kinds import max_positions
+from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.quantized import quantization_form
+from ftlevel.trained.load import Found, Trained, load_found
+from ftlevel.training.arguments import eval_batch_size
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        metrics: of what was asked for.
+        base: of its base; empty where it was not asked.
+        summary: all of it, as `--json` prints it.
+    """
+
+    metrics: Mapping[str, float]
+    base: Mapping[str, float]
+    summary: Mapping[str, Any]
+
+
+def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Evaluation:
+    """Score a run, an adapter or a model with its task's metrics.
+
+    On the split that training evaluated, the numbers are training's.
+
+    Raises:
+        ConfigError: the predictions' file exists; --task is missing or wrong.
+        InputError: the model or the rows cannot be read.
+    """
+    listener = listener or Silence()
+    if config.predictions is not None:
+        check_absent("--predictions", config.predictions)
+    with quiet_libraries():
+        device = choose_device(config.device)
+        found, reference = find_pair(config, device.value)
+        found = _requantized(found, config)
+        leader = choose_leader(found, reference)
+        settings = _settings(config, leader)
+        listener.stage("load the model")
+        trained = load_found(found, device.value)
+        listener.stage("read the rows")
+        held_out = load_held_out(
+            settings.data,
+            leader.card,
+            config.split,
+            kind=trained.kind,
+            tokenizer=trained.tokenizer,
+            positions=max_positions(trained.model.config),
+            seed=settings.train.seed,
+        )
+        listener.choices("evaluate", _choices(config, found, trained, held_out, device))
+        for note in trained.notes:
+            listener.warn(note)
+        evaluator = _evaluator(config, trained, held_out, settings)
+        listener.stage("score")
+        record = PerRow(trained.objective)
+        metrics = evaluator(trained.model, record)
+        base, base_record = {}, None
+        if config.base and _has_comparable_base(found, trained):
+            listener.stage("score the base")
+            base_record = PerRow(trained.objective)
+            with trained.model.disable_adapter():
+                base = evaluator(trained.model, base_record)
+        against = None
+        if reference is not None:
+            listener.stage(f"ask {config.name} and {config.against} the same")
+            questions = build_questions(config, trained, evaluator.rows)
+            told = questions.ask(trained)
+            trained = replace(trained, model=None)  # the other one may need its memory
+            against = _hold_against(config, reference, questions, told, evaluator)
+        if config.resamples:
+            listener.stage("resample the rows")
+        intervals = _intervals(config, evaluator, record, base_record)
+    summary = {
+        "name": config.name,
+        "task": trained.task.name,
+        "headline": trained.objective.headline,
+        "data": {
+            "name": held_out.source,
+            "split": held_out.split,
+            "examples": len(record.units),
+            "rows": len(held_out.rows),
+            "dropped": held_out.dropped,
+            "generated_rows": evaluator.generated_rows,
+        },
+        "base_model": found.source.name,
+        "quantization": found.card.quantization,
+        "dtype": trained.dtype,
+        "metrics": metrics,
+        "base": base,
+        **({} if against is None else {"against": against}),
+        **intervals,
+    }
+    if config.predictions is not None:
+        _write_predictions(config.predictions, trained, held_out, record, base_record)
+    return Evaluation(metrics, base, summary)
+
+
+def _hold_against(
+    config: EvaluateConfig,
+    reference: Found,
+    questions: Questions,
+    told: Told,
+    evaluator: Evaluator,
+) -> dict[str, Any]:
+    """Return the metrics of `reference`, and how far from it the model is that has `told`."""
+    other = load_found(reference, evaluator.device)
+    score = replace(evaluator, generated_rows=0, dtype=other.dtype)
+    return {
+        "name": config.against,
+        "metrics": score(other.model),
+        **questions.compare(questions.ask(other), told, other),
+    }
+
+
+def _requantized(found: Found, config: EvaluateConfig) -> Found:
+    """Return `found` with the quantization that the user wishes, and a note where that is new.
+
+    Raises:
+        InputError: the weights are stored quantized otherwise.
+    """
+    own = found.card.quantization
+    if config.quant is None or config.quant == own["kind"]:
+        return found
+    if found.is_stored_quantized:
+        raise InputError(
+            f"--quant {config.quant}: {found.source.words} is stored quantized "
+            f"({quantization_form(own)}), and is scored as it is stored. Drop --quant, or name the "
+            "original model."
+        )
+    wish = QuantConfig(kind=config.quant)
+    card = replace(found.card, quantization=wish.model_dump())
+    note = f"the base is {wish.form}; in training it was {quantization_form(own)}"
+    notes = [note] if found.directory is not None else []
+    return replace(found, card=card, notes=[*found.notes, *notes])
+
+
+def _settings(config: EvaluateConfig, found: Found) -> TrainConfig:
+    """Return where the rows are and how they are scored: the user's word, then the run's.
+
+    Raises:
+        ConfigError: nobody says where the rows are.
+    """
+    own = TrainConfig() if found.run is None else build_config([read_recipe(found.run / CONFIG)])
+    data = own.data
+    if found.run is None and config.dataset is None:
+        name = found.card.data.get("name")
+        if name is None:
+            raise ConfigError(
+                f"{config.name} does not say what it was trained on. Add --dataset FILE."
+            )
+        data = data.model_copy(update={"dataset": name})
+    changes: dict[str, Any] = {"overlong": "drop"}
+    if found.run is None:
+        changes["max_length"] = found.card.max_length or "auto"
+        if "doc_stride" in found.card.options:
+            changes["doc_stride"] = found.card.options["doc_stride"]
+    if config.dataset is not None:
+        changes |= {"dataset": config.dataset, "also": (), "mix": None, "subset": config.subset,
+                    "split": None, "validation_split": None, "max_samples": None,
+                    "max_eval_samples": None}  # fmt: skip
+    if config.columns:
+        changes["columns"] = config.columns
+    if config.max_eval_samples is not None:
+        changes["max_eval_samples"] = config.max_eval_samples
+    return own.model_copy(update={"data": data.model_copy(update=changes)})
+
+
+def _evaluator(
+    config: EvaluateConfig, trained: Trained, held_out: HeldOut, settings: TrainConfig
+) -> Evaluator:
+    train, speed = settings.train, settings.speed
+    wish = train.predict_with_generate
+    task = trained.task
+    generates = task.generates if wish is None else wish and task.target == "text"
+    generates = generates or (task.target == "text" and config.max_generate_samples is not None)
+    rows = config.max_generate_samples or train.max_generate_samples
+    return Evaluator(
+        rows=held_out.rows,
+        tokenizer=trained.tokenizer,
+        kind=trained.kind,
+        objective=trained.objective,
+        device=trained.device,
+        dtype=trained.dtype,
+        batch_size=config.batch_size or eval_batch_size(train),
+        generated_rows=min(rows, len(held_out.rows)) if generates else 0,
+        max_new_tokens=config.max_new_tokens or train.max_new_tokens,
+        score_texts=task.score_texts,
+        language=held_out.language,
+        on_targets=speed.fast and speed.target_head,
+    )
+
+
+def _has_comparable_base(found: Found, trained: Trained) -> bool:
+    """Whether the base can do the task: not if its head is new, and random without the adapter."""
+    return trained.has_adapter and not found.card.heads
+
+
+def _choices(
+    config: EvaluateConfig, found: Found, trained: Trained, held_out: HeldOut, device: Choice
+) -> list[Choice]:
+    quant = found.card.quantization
+    if not config.base:
+        base = "not scored"
+    elif not trained.has_adapter:
+        base = "there is no adapter to switch off"
+    elif found.card.heads:
+        base = f"not scored: without the adapter its {', '.join(found.card.heads)} is random"
+    else:
+        base = "scored beside it, with the adapter switched off"
+    dropped = f"; {held_out.dropped:,} dropped, beyond the max length" if held_out.dropped else ""
+    return [
+        Choice("task", trained.task.name),
+        Choice("base", found.source.name, base),
+        *([Choice("quantization", quantization_form(quant))] if quant["kind"] != "none" else []),
+        Choice(
+            "rows", f"{held_out.source}, {held_out.split}", f"{len(held_out.rows):,} rows{dropped}"
+        ),
+        Choice("dtype", trained.dtype, "as in training"),
+        device,
+    ]
+
+
+def _intervals(
+    config: EvaluateConfig, evaluator: Evaluator, record: PerRow, base: PerRow | None
+) -> dict[str, Any]:
+    """Return the 95 % intervals of the metrics, and of their differences from the base's."""
+    if not config.resamples:
+        return {}
+    if len(record.units) < 2:
+        raise InputError("one example has no interval. Score more rows, or pass --resamples 0.")
+    settings = (config.resamples, config.seed, evaluator.score_texts, evaluator.language)
+    tuned = record.resample(*settings)
+    found: dict[str, Any] = {
+        "resamples": config.resamples,
+        "intervals": {name: interval(values) for name, values in tuned.items()},
+    }
+    if base is not None:
+        other = base.resample(*settings)
+        both = [name for name in tuned if name in other]
+        found["base_intervals"] = {name: interval(other[name]) for name in both}
+        found["difference_intervals"] = {
+            name: interval(np.subtract(tuned[name], other[name])) for name in both
+        }
+    return found
+
+
+def _write_predictions(
+    path: Path, trained: Trained, held_out: HeldOut, record: PerRow, base: PerRow | None
+) -> None:
+    """Write a line of JSON an example: where it is from, what was said, what is true."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = _prediction_lines(trained, held_out, record, base)
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _prediction_lines(
+    trained: Trained, held_out: HeldOut, record: PerRow, base: PerRow | None
+) -> Iterator[dict[str, Any]]:
+    written = {item.row: item for item in record.written}
+    base_written = {item.row: item for item in base.written} if base else {}
+    for row in sorted(record.units):
+        unit = record.units[row]
+        line: dict[str, Any] = {"row": row, "where": held_out.table.where(row)}
+        line["loss"] = unit.loss / unit.targets if unit.targets else None
+        line |= describe_unit(unit.meter, trained.labels)
+        if row in written:
+            line |= {"predicted": written[row].text, "true": written[row].reference}
+        if base is not None:
+            other = base.units[row]
+            line["base_loss"] = other.loss / other.targets if other.targets else None
+            said = describe_unit(other.meter, trained.labels)
+            line |= {f"base_{key}": value for key, value in said.items() if key != "true"}
+            if row in base_written:
+                line["base_predicted"] = base_written[row].text
+        yield line

@@ -1,0 +1,150 @@
+"""Which methods there are, and which of them work on a model, for a task, on a quantized base.
+
+Reads the tables of methods, families and tasks; imports neither torch nor transformers, except to
+find out the family of a model that is neither a directory nor a family's name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from ftlevel.config import SPECS
+from ftlevel.config.sections import QuantConfig
+from ftlevel.config.train import TASKS as TASK_NAMES
+from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
+from ftlevel.methods.facts import FACTS, MethodFacts
+from ftlevel.methods.matrix import Cell, explain, find_limits, find_refusal
+from ftlevel.models.families import find_family
+from ftlevel.models.families.facts import Family
+from ftlevel.tasks import TASKS
+
+Answer = Literal["yes", "in part", "no"]
+QUANTS: tuple[str, ...] = get_args(QuantConfig.model_fields["kind"].annotation)
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method or form of a method, for what was asked.
+
+    Attributes:
+        works: `in part` where it depends on what was not asked.
+        reasons: why it does not, or where it does not.
+    """
+
+    name: str
+    method: str
+    flags: str
+    works: Answer
+    reasons: tuple[str, ...]
+    trains: str
+    merges: bool
+    paper: str
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """The answer, and what it was asked for; None is everything."""
+
+    model: str | None
+    family: str | None
+    kind: str | None
+    task: str | None
+    quant: str | None
+    methods: tuple[MethodRow, ...]
+
+
+def list_methods(
+    model: str | None = None, task: str | None = None, quant: str | None = None
+) -> MethodReport:
+    """Describe every method, narrowed to a model or family, a task and a quantization.
+
+    Raises:
+        ConfigError: there is no such task or quantization.
+        InputError: there is no such model or family.
+    """
+    task = _known("--task", task.replace("_", "-") if task else None, TASK_NAMES)
+    quant = _known("--quant", quant, QUANTS)
+    family = find_family(family_name(model)) if model else None
+    rows = tuple(
+        _row(facts, family, task, quant) for facts in FACTS.values() if facts.kind in SPECS
+    )
+    return MethodReport(
+        model,
+        family.name if family else None,
+        family.kind if family else None,
+        task,
+        quant,
+        rows,
+    )
+
+
+def _known(flag: str, value: str | None, names: tuple[str, ...]) -> str | None:
+    if value is None or value in names:
+        return value
+    raise ConfigError(
+        f"{flag} {value!r} is not known. Expected one of {listing(names)}."
+        f"{did_you_mean(value, names)}"
+    )
+
+
+def family_name(model: str) -> str:
+    """Return the model_type of a directory or a built-in or Hub model, or the name as it is.
+
+    Raises:
+        InputError: the directory is no model.
+    """
+    config = Path(model) / "config.json"
+    if config.is_file():
+        try:
+            return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{config} names no model_type ({error}).") from None
+    if model.startswith("builtin:") or model.endswith(".gguf") or "/" in model:
+        from ftlevel.models.loading import load_config
+        from ftlevel.models.sources import resolve_source
+
+        return str(load_config(resolve_source(model, said=model)).model_type)
+    return model
+
+
+def task_refusal(family: Family, task: str) -> str | None:
+    """Return why no method does `task` on a model of `family`, or None."""
+    try:
+        TASKS[task].auto_class(family.kind, family.name)
+    except ConfigError as error:
+        return str(error)
+    heads = {head.task for head in family.heads}
+    if TASKS[task].has_new_head and task not in heads:
+        return f"transformers has no model of {family.name} for --task {task}."
+    return None
+
+
+def _row(
+    facts: MethodFacts, family: Family | None, task: str | None, quant: str | None
+) -> MethodRow:
+    cell = Cell(
+        facts.name,
+        family.name if family else None,
+        family.kind if family else None,
+        task,
+        quant,
+        bool(family.target_parameters) if family else None,
+    )
+    works: Answer = "yes"
+    reasons: tuple[str, ...] = ()
+    lacks = task_refusal(family, task) if family and task else None
+    rule = find_refusal(cell)
+    if lacks:
+        works, reasons = "no", (lacks,)
+    elif rule is not None:
+        works, reasons = "no", (explain(rule, facts, cell),)
+    elif limits := find_limits(cell):
+        works = "in part"
+        reasons = tuple(f"not {limit.where}: {limit.why}" for limit in limits)
+    return MethodRow(
+        facts.name, facts.kind, facts.flags, works, reasons, facts.trains, bool(facts.merges),
+        facts.paper,
+    )  # fmt: skip

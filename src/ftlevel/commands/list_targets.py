@@ -1,0 +1,312 @@
+"""What can be adapted in a family, from the table, or in a model, from its configuration.
+
+A family is answered without torch and transformers; a model is built on the meta device, so no
+weights are read either way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ftlevel.errors import ConfigError, InputError
+from ftlevel.models.families import find_family, lookup_family
+from ftlevel.models.families.facts import (
+    FLOAT32_BYTES,
+    BlockLinear,
+    ExpertTensor,
+    Family,
+    Stack,
+    example_lora_parameters,
+)
+
+if TYPE_CHECKING:
+    from ftlevel.models.targets import ExpertKind, LinearKind, ModelTargets
+
+_BLOCK = re.compile(r"(.*\{\w\})\.(.+)")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """The linears, or the tensors of experts, that differ only in their layer.
+
+    Attributes:
+        name: what `--target-modules` takes, `q_proj`.
+        pattern: the full name, `{i}` for the layer.
+        block: the part of the pattern that is the block; empty outside the blocks.
+        shape: `in -> out`, in numbers for a model and in symbols for a family.
+        count: how many there are; None for a family, where it depends on the size.
+        all_linear: whether `all-linear` picks it.
+        default: whether it is adapted when nothing is asked.
+        lora_parameters: what LoRA of the asked rank adds to all of them together.
+        only: which models of the family have it; empty when all do.
+    """
+
+    name: str
+    pattern: str
+    block: str
+    type: str
+    shape: str
+    attention: bool
+    all_linear: bool
+    default: bool
+    in_features: int | None = None
+    out_features: int | None = None
+    count: int | None = None
+    lora_parameters: int | None = None
+    only: str = ""
+
+    @property
+    def path(self) -> str:
+        """The name inside the block."""
+        return self.pattern.removeprefix(f"{self.block}.") if self.block else self.pattern
+
+
+@dataclass(frozen=True)
+class LoraSize:
+    """How large LoRA on `all-linear` is.
+
+    Attributes:
+        of: the model that the numbers are of: the one asked, or the family's example.
+        adapter_bytes: size of the weights in float32.
+        share: trainable parameters for one of the model's; None for a family.
+    """
+
+    r: int
+    of: str
+    trainable_parameters: int
+    adapter_bytes: int
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """The answer of `ftlevel list-targets`; `dataclasses.asdict` of it is its JSON.
+
+    Attributes:
+        source: whether it was read from the table or from a model's configuration.
+        aliases: models that share every name in it.
+        heads: what `modules_to_save` would name, by task; by the model's class for a model.
+        attention_only: `--target-modules` for the attention alone; empty when not known.
+        target_parameters: the expert tensors, for PEFT's option of that name.
+        lora: None when the family has no example.
+    """
+
+    source: Literal["family", "model"]
+    name: str
+    family: str
+    kind: str
+    linears: tuple[TargetRow, ...]
+    experts: tuple[TargetRow, ...]
+    heads: dict[str, tuple[str, ...]]
+    norms: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    all_linear: tuple[str, ...]
+    attention_only: tuple[str, ...]
+    target_parameters: tuple[str, ...]
+    lora: LoraSize | None
+    aliases: tuple[str, ...] = ()
+    total_parameters: int | None = None
+    note: str = ""
+
+
+def list_targets(name: str, r: int = 8) -> TargetReport:
+    """Describe the model or the family called `name`.
+
+    A directory with a `config.json`, a name with a slash, a `.gguf` file and `builtin:NAME` are
+    models; every other name is looked up among the families first.
+
+    Raises:
+        InputError: there is no such model, or no such family; the message has the nearest ones.
+    """
+    return describe_model(name, r) if is_model(name) else describe_family(name, r)
+
+
+def is_model(name: str) -> bool:
+    """Whether `name` is meant as a model rather than a family."""
+    if name.startswith("builtin:") or name.endswith(".gguf") or "/" in name or os.sep in name:
+        return True
+    directory = Path(name)
+    return directory.is_dir() and ((directory / "config.json").is_file() or not lookup_family(name))
+
+
+def describe_family(name: str, r: int = 8) -> TargetReport:
+    """Describe a family from the table. Imports neither torch nor transformers.
+
+    Raises:
+        InputError: no family has that name.
+    """
+    _check_rank(r)
+    family = find_family(name)
+    return TargetReport(
+        source="family",
+        name=family.name,
+        family=family.name,
+        kind=family.kind,
+        linears=tuple(
+            _family_row(stack, linear) for stack in family.stacks for linear in stack.linears
+        ),
+        experts=tuple(
+            _family_expert(stack, expert) for stack in family.stacks for expert in stack.experts
+        ),
+        heads={head.task: head.modules for head in family.heads},
+        norms=(
+            *(f"{stack.path}.{norm}" for stack in family.stacks for norm in stack.norms),
+            *family.outer_norms,
+        ),
+        embeddings=family.embeddings,
+        all_linear=family.default_targets,
+        attention_only=family.attention_only,
+        target_parameters=family.target_parameters,
+        lora=_example_size(family, r),
+        aliases=family.aliases,
+        note=family.note,
+    )
+
+
+def describe_model(name: str, r: int = 8) -> TargetReport:
+    """Describe a model: a directory, a .gguf file, a Hub id or `builtin:NAME`; reads no weights.
+
+    Raises:
+        InputError: the model cannot be found, or transformers has no class for it.
+    """
+    _check_rank(r)
+    from huggingface_hub.errors import StrictDataclassError
+
+    from ftlevel.models.kinds import model_kind
+    from ftlevel.models.targets import build_meta_model, inspect_model
+
+    bad_config = (ValueError, KeyError, OSError, TypeError, struct.error, StrictDataclassError)
+    try:
+        config = _load_config(name)
+        found = inspect_model(build_meta_model(config))
+    except bad_config as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{name}: transformers cannot build a model from its configuration: {reason} "
+            "Expected the config.json of a transformers model."
+        ) from error
+    family = lookup_family(found.model_type)
+    picked = [kind for kind in found.linears if kind.all_linear]
+    return TargetReport(
+        source="model",
+        name=name,
+        family=found.model_type,
+        kind=model_kind(config),
+        linears=tuple(_model_row(kind, r) for kind in found.linears),
+        experts=tuple(_model_expert(kind, r) for kind in found.experts),
+        heads={found.class_name: found.heads},
+        norms=tuple(norm.pattern for norm in found.norms),
+        embeddings=tuple(part.pattern for part in found.embeddings),
+        all_linear=tuple(dict.fromkeys(kind.name for kind in picked)),
+        attention_only=family.attention_only if family else (),
+        target_parameters=tuple(split_pattern(kind.pattern)[1] for kind in found.experts),
+        lora=_model_size(name, found, r),
+        aliases=family.aliases if family else (),
+        total_parameters=found.total_parameters,
+    )
+
+
+def _check_rank(r: int) -> None:
+    if r < 1:
+        raise ConfigError(f"--lora-r {r} is not a rank. Expected 1 or more; 8 is usual.")
+
+
+def _load_config(name: str) -> Any:
+    """Read the transformers configuration of a model; weights need not be there."""
+    from transformers import AutoConfig
+
+    directory = Path(name).expanduser()
+    if (directory / "config.json").is_file():
+        location, arguments = str(directory), {"local_files_only": True, "trust_remote_code": False}
+    else:
+        from ftlevel.models.sources import resolve_source
+
+        source = resolve_source(name, said=name)
+        location, arguments = source.location, source.arguments()
+    return AutoConfig.from_pretrained(location, **arguments)
+
+
+def split_pattern(pattern: str) -> tuple[str, str]:
+    """Split a full name with letters for layers into the block, empty outside, and the rest."""
+    match = _BLOCK.fullmatch(pattern)
+    return (match[1], match[2]) if match else ("", pattern)
+
+
+def _family_row(stack: Stack, linear: BlockLinear) -> TargetRow:
+    return TargetRow(
+        name=linear.name,
+        pattern=f"{stack.path}.{linear.path}",
+        block=stack.path,
+        type=linear.type,
+        shape=f"{linear.fan_in} -> {linear.fan_out}",
+        attention=linear.attention,
+        all_linear=True,
+        default=True,
+        only=linear.only,
+    )
+
+
+def _family_expert(stack: Stack, expert: ExpertTensor) -> TargetRow:
+    return TargetRow(
+        name=expert.path.rpartition(".")[2],
+        pattern=f"{stack.path}.{expert.path}",
+        block=stack.path,
+        type="experts",
+        shape=f"experts of {expert.fan_in} -> {expert.fan_out}",
+        attention=False,
+        all_linear=False,
+        default=False,
+    )
+
+
+def _model_row(kind: LinearKind, r: int) -> TargetRow:
+    return TargetRow(
+        name=kind.name,
+        pattern=kind.pattern,
+        block=split_pattern(kind.pattern)[0],
+        type=kind.type,
+        shape=f"{kind.in_features} -> {kind.out_features}",
+        attention=bool(kind.all_linear and _ATTENTION.search(split_pattern(kind.pattern)[1])),
+        all_linear=kind.all_linear,
+        default=kind.default,
+        in_features=kind.in_features,
+        out_features=kind.out_features,
+        count=kind.count,
+        lora_parameters=kind.lora_parameters(r),
+    )
+
+
+def _model_expert(kind: ExpertKind, r: int) -> TargetRow:
+    return TargetRow(
+        name=kind.name,
+        pattern=kind.pattern,
+        block=split_pattern(kind.pattern)[0],
+        type="experts",
+        shape=f"{kind.experts} of {kind.in_features} -> {kind.out_features}",
+        attention=False,
+        all_linear=False,
+        default=False,
+        in_features=kind.in_features,
+        out_features=kind.out_features,
+        count=kind.count,
+        lora_parameters=kind.lora_parameters(r),
+    )
+
+
+def _example_size(family: Family, r: int) -> LoraSize | None:
+    if family.example is None:
+        return None
+    parameters = example_lora_parameters(family, r)
+    return LoraSize(r, family.example.name, parameters, parameters * FLOAT32_BYTES)
+
+
+def _model_size(name: str, found: ModelTargets, r: int) -> LoraSize:
+    parameters = found.lora_parameters(r)
+    share = parameters / found.total_parameters
+    return LoraSize(r, name, parameters, parameters * FLOAT32_BYTES, share)

@@ -1,0 +1,333 @@
+"""Merge: find → mix → write → compare → put in place. Nothing is there until all of it is right."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.cards import AdapterCard, library_versions
+from ftlevel.artifacts.files import check_absent, placed_directory
+from ftlevel.artifacts.merge_card import write_merge_readme
+from ftlevel.config import MergeConfig, QuantConfig
+from ftlevel.config.choices import Choice
+from ftlevel.errors import ConfigError, RunError
+from ftlevel.evaluation.agreement import Agreement, Probe, Scores, compare, in_float32
+from ftlevel.events import Listener, Silence
+from ftlevel.merging.merge_input import (
+    Subject,
+    choose_rows,
+    load_subject,
+    resolve_subject,
+)
+from ftlevel.merging.merged_model import Written, write_merged
+from ftlevel.merging.mixture import mix
+from ftlevel.models.hardware import DTYPES
+from ftlevel.models.loading import keep_heads, load_config, load_model, quiet_libraries
+from ftlevel.models.quantization import build_quantization_config, build_rounding
+from ftlevel.models.sources import ModelSource
+
+FLOAT = QuantConfig(kind="none")
+NOISE_FACTOR = 4.0
+"""How far a right merge may be from the reference, in multiples of what the precision's rounding
+does by itself: both models round their activations, and the merged one its weights."""
+_FLOAT32_BOUND = 1e-4
+_NOISE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge gave.
+
+    Attributes:
+        summary: what `--json` prints.
+        path: the merged model.
+    """
+
+    summary: dict[str, Any]
+    path: Path
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A merged model that was written, and what was measured of it.
+
+    Attributes:
+        onto: `original` or `dequantized`.
+        directory: where it is for now.
+        written: what it holds.
+        trained: how far it is from the model as trained; None if that was not measured.
+        noise: what rounding to its precision alone does to its scores; None likewise.
+    """
+
+    onto: str
+    directory: Path
+    written: Written
+    trained: Agreement | None = None
+    noise: Agreement | None = None
+
+
+def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResult:
+    """Merge an adapter, or a mixture of several, into its base, and write a plain model.
+
+    Raises:
+        ConfigError: something is wrong that can be known before weights are read.
+        RunError: the merge changed nothing, or is not the model that was trained.
+    """
+    listener = listener or Silence()
+    began = time.perf_counter()
+    check_absent("--out", config.output_dir)
+    with quiet_libraries(), contextlib.ExitStack() as stack:
+        listener.stage("find the adapter and its base")
+        subject = resolve_subject(config)
+        ways = _ways(config, subject)
+        subject, choices = mix(config, subject, stack)
+        probe = None
+        if config.verify:
+            rows, compared = choose_rows(subject, config.rows)
+            probe = Probe(rows, subject.objective, subject.tokenizer.pad_token_id or 0,
+                          subject.device)  # fmt: skip
+            choices.append(compared)
+        listener.choices("merge", [*_describe(config, subject, ways), *choices])
+        place = stack.enter_context(placed_directory(config.output_dir))
+        summary = _merge(config, subject, ways, probe, place, listener)
+    summary["seconds"] = round(time.perf_counter() - began, 2)
+    return MergeResult(summary, config.output_dir)
+
+
+def _merge(
+    config: MergeConfig,
+    subject: Subject,
+    ways: list[str],
+    probe: Probe | None,
+    place: Path,
+    listener: Listener,
+) -> dict[str, Any]:
+    """Write what was asked for into `place`, measured, with its card."""
+    trained = effect = None
+    if probe is not None:
+        listener.stage("ask the model as trained")
+        trained, effect = _ask_trained(subject, probe)
+    candidates = []
+    for onto in ways:
+        listener.stage(f"merge onto the {onto} weights")
+        candidate = _write(config, subject, onto, place / f".{onto}")
+        if probe is not None and trained is not None:
+            candidate = _measure(candidate, subject, probe, trained)
+        candidates.append(candidate)
+    chosen, reason = _choose(candidates)
+    checked = _check(chosen, subject, probe, listener)
+    if checked and effect and checked.mean_difference > effect.mean_difference / 2:
+        listener.warn(
+            f"what was trained moves the logits by {effect.mean_difference:.2g} on average, and "
+            f"merging into {chosen.written.dtype} by {checked.mean_difference:.2g}: much of it is "
+            "lost in rounding. --dtype float32 keeps it."
+        )
+    for candidate in candidates:
+        if candidate is not chosen:
+            shutil.rmtree(candidate.directory)
+    for path in sorted(chosen.directory.iterdir()):
+        path.rename(place / path.name)
+    chosen.directory.rmdir()
+    summary = {
+        "adapters": config.adapters,
+        "method": subject.card.method,
+        "base": dict(subject.card.base),
+        "out": str(config.output_dir),
+        "onto": chosen.onto,
+        "reason": reason,
+        "written": asdict(chosen.written),
+        "verified": checked is not None,
+        "agreement": checked and asdict(checked),
+        "effect": effect and asdict(effect),
+        "candidates": {c.onto: {"trained": c.trained and asdict(c.trained),
+                                "noise": c.noise and asdict(c.noise)} for c in candidates},
+        "versions": library_versions(),
+    }  # fmt: skip
+    _write_cards(place, config, subject, summary, chosen.written.dtype)
+    return summary
+
+
+def _ask_trained(subject: Subject, probe: Probe) -> tuple[Scores, Agreement]:
+    """Return what the model as trained says, and how far from it its base is by itself."""
+    model = load_subject(subject, subject.quant)
+    trained = probe.score(model, subject.dtype)
+    with model.disable_adapter():
+        return trained, compare(trained, probe.score(model, subject.dtype))
+
+
+def _ways(config: MergeConfig, subject: Subject) -> list[str]:
+    """Return the weights to merge onto: both where it must be measured which are the better ones.
+
+    Raises:
+        ConfigError: a choice that the run does not have, or that cannot be made unmeasured.
+    """
+    if subject.quant.kind == "none":
+        if config.onto == "dequantized":
+            raise ConfigError(
+                f"--onto dequantized: {config.adapters[0]} was trained on weights in floating "
+                "point, not quantized ones. Drop --onto."
+            )
+        return ["original"]
+    if subject.source.kind == "gguf" and config.onto != "original":
+        raise ConfigError(
+            f"--onto {config.onto}: {subject.source.name} is a .gguf file, whose weights cannot be "
+            "read a tensor at a time to quantize them again. Use --onto original."
+        )
+    if config.onto != "auto":
+        return [config.onto]
+    if not config.verify:
+        raise ConfigError(
+            "--onto auto measures both ways on a quantized run, and --no-verify leaves measuring "
+            "out. Say --onto dequantized (the model as trained) or --onto original."
+        )
+    return ["dequantized", "original"]
+
+
+def _write(config: MergeConfig, subject: Subject, onto: str, directory: Path) -> Candidate:
+    directory.mkdir()
+    dtype = None if config.dtype == "auto" else config.dtype
+    if onto == "original":
+        return Candidate(onto, directory, write_merged(directory, subject, dtype, None))
+    compute = DTYPES[subject.dtype]
+    quantization = build_quantization_config(subject.quant, compute, subject.card.heads)
+    kept = keep_heads(quantization, subject.config, subject.auto_class)
+    written = write_merged(
+        directory,
+        subject,
+        dtype or subject.dtype,
+        lambda model: build_rounding(model, kept, compute),
+    )
+    return Candidate(onto, directory, written)
+
+
+def _measure(candidate: Candidate, subject: Subject, probe: Probe, trained: Scores) -> Candidate:
+    """Load what was written, compare it with the model as trained, and measure its rounding."""
+    model = load_merged(candidate.directory, subject)
+    found = probe.score(model, subject.dtype)
+    narrow = "bfloat16" if "bfloat16" in (candidate.written.dtype, subject.dtype) else subject.dtype
+    if candidate.written.dtype == "float16" and narrow == "float32":
+        narrow = "bfloat16"
+    noise = None
+    if narrow != "float32":
+        few = replace(probe, rows=probe.rows[:_NOISE_ROWS])
+        with in_float32(model):
+            wide = few.score(model, "float32")
+        low = found.first(len(wide.logits)) if narrow == subject.dtype else few.score(model, narrow)
+        noise = compare(wide, low)
+    return replace(candidate, trained=compare(trained, found), noise=noise)
+
+
+def load_merged(directory: Path, subject: Subject) -> Any:
+    """Return the model in `directory`, loaded afresh as any program would load it."""
+    source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
+    model, missing = load_model(
+        source,
+        load_config(source),
+        subject.auto_class,
+        dtype=DTYPES[subject.dtype],
+        device=subject.device,
+    )
+    if missing:
+        raise RunError(f"the merged model lacks {len(missing):,} tensors, such as {missing[0]}.")
+    return model.eval()
+
+
+def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
+    """Return the candidate nearest to the model as trained, and why."""
+    if len(candidates) == 1:
+        return candidates[0], ""
+    ranked = sorted(candidates, key=lambda c: c.trained.kl if c.trained else 0.0)
+    first, second = ranked[0], ranked[1]
+    one, other = first.trained, second.trained
+    if one is None or other is None:
+        raise ValueError("candidates are chosen by what was measured of them")
+    reason = (
+        f"nearer to the model as trained: KL {one.kl:.2g} and top-1 {one.top1:.1%}, against "
+        f"{other.kl:.2g} and {other.top1:.1%} {second.onto}; loss {one.loss:.4f} (as trained "
+        f"{one.loss_reference:.4f}), against {other.loss:.4f}"
+    )
+    return first, reason
+
+
+def _check(
+    chosen: Candidate, subject: Subject, probe: Probe | None, listener: Listener
+) -> Agreement | None:
+    """Return how far the merged model is from its base with the adapter beside it.
+
+    Raises:
+        RunError: farther than the rounding of its precision explains.
+    """
+    if probe is None or chosen.trained is None:
+        return None
+    agreement = chosen.trained
+    if (reference := _other_reference(chosen, subject)) is not None:
+        listener.stage("ask the adapter beside the weights that it was merged into")
+        found = probe.score(load_merged(chosen.directory, subject), subject.dtype)
+        agreement = compare(probe.score(reference(), subject.dtype), found)
+    bound = _bound(agreement, chosen.noise)
+    if not agreement.mean_difference <= bound:
+        raise RunError(
+            f"the merged model is not the base with the adapter: its logits differ by "
+            f"{agreement.mean_difference:.3g} on average, and rounding explains {bound:.3g} "
+            f"(KL {agreement.kl:.3g}, top-1 {agreement.top1:.1%}, {agreement.targets:,} targets). "
+            f"Nothing was kept. Please report this with the command."
+        )
+    return agreement
+
+
+def _other_reference(chosen: Candidate, subject: Subject) -> Callable[[], Any] | None:
+    """Return what loads the model to check a merge by, where it is not the model as trained.
+
+    The original weights are not those that a quantized run was trained on; and a base of 8 bits
+    rounds its activations as well (LLM.int8), which no weight can repeat.
+    """
+    if subject.quant.kind == "none":
+        return None
+    if chosen.onto == "original":
+        return lambda: load_subject(subject, FLOAT)
+    if subject.quant.kind == "8bit":
+        return lambda: load_subject(subject, subject.quant, dequantized=True)
+    return None
+
+
+def _bound(agreement: Agreement, noise: Agreement | None) -> float:
+    """Return the mean logit difference up to which a merge is right."""
+    least = _FLOAT32_BOUND * agreement.scale
+    return max(least, NOISE_FACTOR * noise.mean_difference) if noise else least
+
+
+def _describe(config: MergeConfig, subject: Subject, ways: list[str]) -> Iterator[Choice]:
+    yield Choice("adapter", str(subject.directory), f"{subject.card.method}, {subject.task.name}")
+    fingerprint = subject.card.base.get("fingerprint")
+    proof = "the weights it was trained on" if fingerprint else "no fingerprint to check it by"
+    yield Choice("base", subject.source.name, proof)
+    if subject.quant.kind != "none":
+        reason = "auto: both are measured" if len(ways) > 1 else f"--onto {config.onto}"
+        yield Choice("onto", " and ".join(ways), reason)
+    yield Choice("out", config.output_dir)
+
+
+def _write_cards(
+    place: Path, config: MergeConfig, subject: Subject, summary: dict[str, Any], dtype: str
+) -> None:
+    """Write README.md, and ftlevel.json by which the commands know the task and its prompt."""
+    facts = {key: summary[key] for key in ("adapters", "onto", "reason", "verified", "agreement")}
+    if len(config.adapters) > 1:
+        facts |= {"weights": config.weights, "strategy": config.strategy}
+    card: AdapterCard = replace(
+        subject.card,
+        method="full",
+        quantization={"kind": "none"},
+        dtype=dtype if config.dtype != "auto" else subject.card.dtype,
+        needs_import="",
+        versions=library_versions(),
+        merge=facts,
+    )
+    card.write(place)
+    text = write_merge_readme(summary, subject.card.task)
+    (place / "README.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,272 @@
+"""The data as the model will see it: rows by token, lengths, and what the gate found.
+
+Everything is read, encoded and judged as `train` does it; what would stop a run is shown instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ftlevel.config import TrainConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.masking import MaskedRows
+from ftlevel.data.encoding.store import lengths_of
+from ftlevel.data.gate import Finding
+from ftlevel.data.gate.flat import flat_batches
+from ftlevel.errors import ConfigError, listing
+from ftlevel.models.loading import quiet_libraries
+from ftlevel.training.arguments import count_steps
+from ftlevel.training.plan.resolve import Plan, resolve
+
+_BARS = 10  # of the histogram
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token as it is shown.
+
+    Attributes:
+        id: its number; of a masked one, the mask's.
+        text: what it adds to the text before it.
+        supervised: whether the model learns it, or something at it.
+        special: whether it is a special token.
+        label: what is learned at it, where that is not the token itself.
+    """
+
+    id: int
+    text: str
+    supervised: bool
+    special: bool
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row as the model sees it.
+
+    Attributes:
+        number: of the example, from 1, as the data counts its rows.
+        place: where it is, as `file:line`.
+        tokens: of the row, or of the source for an encoder-decoder.
+        target: tokens of an encoder-decoder's target; empty for other models.
+        label: what is learned of the whole row; "" where tokens are learned.
+    """
+
+    number: int
+    place: str
+    tokens: tuple[Token, ...]
+    target: tuple[Token, ...]
+    label: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of the histogram: `count` rows of `begin` to `end` tokens, both included."""
+
+    begin: int
+    end: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `ftlevel preview` shows.
+
+    Attributes:
+        rows: the rows that were asked for, or a short, a middling and a long one.
+        lengths: a histogram of the rows' lengths in tokens.
+        tokens: tokens of an epoch.
+        supervised: how many of them, or of the targets, are learned.
+        findings: what the gate found.
+        steps: optimizer steps of the run.
+        facts: what summary.json would say of the data.
+        choices: lines for the screen.
+    """
+
+    rows: list[ShownRow]
+    lengths: list[Bar]
+    tokens: int
+    supervised: int
+    findings: list[Finding]
+    steps: int
+    facts: dict[str, Any]
+    choices: list[Choice]
+
+    @property
+    def extent(self) -> str:
+        """What the lengths and tokens are of: an epoch, or the first rows of a stream."""
+        return f"the first {self.facts['first_rows']:,} rows" if "streamed" in self.facts else (
+            "an epoch"
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for `--json`."""
+        return {
+            "data": self.facts,
+            "rows": [asdict(row) for row in self.rows],
+            "lengths": [asdict(bar) for bar in self.lengths],
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "steps": self.steps,
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+
+def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
+    """Return the data of `config` as the model will see it.
+
+    Args:
+        config: the configuration of a run.
+        numbers: the examples to show, from 1; by default a short, a middling and a long one.
+
+    Raises:
+        ConfigError: the data cannot be read, or there is no such row.
+    """
+    with quiet_libraries():
+        plan = resolve(config, lenient=True)
+        rows = plan.data.train
+        shown = [_show_row(plan, row) for row in _pick(plan, numbers)]
+    facts = plan.data.facts
+    return Preview(
+        shown,
+        build_histogram(_lengths(plan)),
+        facts["tokens"],
+        facts["supervised"],
+        list(plan.data.findings),
+        count_steps(config.train, len(rows)),
+        facts,
+        plan.data.choices,
+    )
+
+
+def _pick(plan: Plan, numbers: Sequence[int]) -> list[Encoded]:
+    rows = plan.data.train
+    if not numbers:
+        lengths = _lengths(plan)
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        ends = dict.fromkeys((order[0], order[len(order) // 2], order[-1]))
+        return [rows[i] for i in ends]
+    plain = rows.rows if isinstance(rows, MaskedRows) else rows
+    there = np.concatenate([flat.example for flat in flat_batches(plain)]) + 1
+    missing = [number for number in numbers if number not in there]
+    if missing:
+        total = len(plan.data.table.lines)
+        why = "it was dropped, see the data checks" if missing[0] <= total else "no such row"
+        raise ConfigError(
+            f"--row {listing(map(str, missing))}: {why}. There are {total:,} training rows, of "
+            f"which {len(np.unique(there)):,} are trained on."
+        )
+    return [rows[i] for number in numbers for i in np.flatnonzero(there == number).tolist()]
+
+
+def _lengths(plan: Plan) -> list[int]:
+    rows = plan.data.train
+    lengths: list[int] = lengths_of(rows.rows if isinstance(rows, MaskedRows) else rows).tolist()
+    return lengths
+
+
+def _show_row(plan: Plan, row: Encoded) -> ShownRow:
+    speller = Speller(plan.tokenizer)
+    texts = speller.spell(row.input_ids)
+    learned = _labels_of_tokens(plan, row, speller)
+    special = speller.special
+    tokens = tuple(
+        Token(id_, text, label is not None, id_ in special, label or "")
+        for id_, text, label in zip(row.input_ids, texts, learned, strict=True)
+    )
+    target: tuple[Token, ...] = ()
+    if plan.kind == "encoder-decoder" and plan.task.target == "text":
+        ids = [i for i in row.labels if i != IGNORED] if isinstance(row.labels, list) else []
+        target = tuple(
+            Token(id_, text, True, id_ in special)
+            for id_, text in zip(ids, speller.spell(ids), strict=True)
+        )
+    place = plan.data.table.where(row.row)
+    return ShownRow(row.row + 1, place, tokens, target, _label_of_row(plan, row))
+
+
+def _labels_of_tokens(plan: Plan, row: Encoded, speller: Speller) -> list[str | None]:
+    """Return what is learned at each token; "" for the token itself, None for nothing."""
+    labels, count = row.labels, len(row.input_ids)
+    if plan.task.target == "span" and isinstance(labels, tuple):
+        first, last = int(labels[0]), int(labels[1])
+        return ["" if last and first <= i <= last else None for i in range(count)]
+    if not isinstance(labels, list) or len(labels) != count:
+        return [None] * count
+    if plan.task.target == "text" and plan.kind == "encoder-decoder":
+        return [None] * count
+    if plan.task.target == "tags":
+        names = plan.data.facts["labels"]
+        return [None if label == IGNORED else names[label] for label in labels]
+    if plan.task.target == "mask":
+        spelled = speller.spell([max(label, 0) for label in labels])
+        return [
+            None if label == IGNORED else text for label, text in zip(labels, spelled, strict=True)
+        ]
+    return [None if label == IGNORED else "" for label in labels]
+
+
+def _label_of_row(plan: Plan, row: Encoded) -> str:
+    names, labels = plan.data.facts["labels"], row.labels
+    if plan.task.target == "span":
+        return "" if labels != (0, 0) else "no answer in this window"
+    if plan.task.target != "class":
+        return ""
+    if isinstance(labels, tuple):
+        return listing((n for n, on in zip(names, labels, strict=True) if on), 20) or "(none)"
+    return names[labels] if isinstance(labels, int) and names else str(labels)
+
+
+class Speller:
+    """Says what text each token stands for.
+
+    A decoder joins tokens in its own way (a space before a word, bytes of one character), so a
+    token is spelled as what it adds behind another one.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.special = {i for i, token in added.items() if token.special}
+        self.special |= set(tokenizer.all_special_ids)
+        self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+
+    def spell(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each of `ids`; bytes of one character are spelled at its last."""
+        before = self._decode(self._anchor)
+        texts, open_ = [], []
+        for id_ in ids:
+            open_.append(id_)
+            text = self._decode([*self._anchor, *open_])
+            whole = not text.endswith("\ufffd") or len(open_) > 3
+            texts.append(text.removeprefix(before) if whole else "")
+            open_ = [] if whole else open_
+        return texts
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def build_histogram(lengths: Sequence[int]) -> list[Bar]:
+    """Return bars of equal width over `lengths`, at most ten; empty for no lengths."""
+    if not lengths:
+        return []
+    least, most = min(lengths), max(lengths)
+    width = max(1, -(-(most - least + 1) // _BARS))
+    counts = [0] * (-(-(most - least + 1) // width))
+    for length in lengths:
+        counts[(length - least) // width] += 1
+    starts = [least + i * width for i in range(len(counts))]
+    return [Bar(s, min(s + width - 1, most), c) for s, c in zip(starts, counts, strict=True)]

@@ -1,0 +1,308 @@
+"""Quantize: resolve → read, pack and write tensor by tensor → reload → measure → put in place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftlevel.artifacts.cards import (
+    CARD,
+    AdapterCard,
+    library_versions,
+    read_card,
+    write_quantized_readme,
+)
+from ftlevel.artifacts.files import check_absent, placed_directory, write_json
+from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.config import QuantizeConfig
+from ftlevel.config.choices import Choice
+from ftlevel.errors import ConfigError, InputError, RunError
+from ftlevel.evaluation.fidelity import (
+    PREDICTS,
+    WINDOW,
+    Text,
+    compare,
+    cut_windows,
+    read_eval_text,
+    read_windows,
+)
+from ftlevel.events import Listener, Silence
+from ftlevel.models.hardware import DTYPES, choose_device
+from ftlevel.models.kinds import checkpoint_class, max_positions
+from ftlevel.models.loading import load_config, load_model, load_tokenizer, quiet_libraries
+from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.quantized import quantization_facts, quantization_name, stored_quantization
+from ftlevel.models.sources import ModelSource, check_revision, resolve_source, snapshot
+from ftlevel.models.torchao_format import build_torchao_config
+from ftlevel.weights.quantize_layout import (
+    QUANTIZED,
+    Layout,
+    build_layout,
+    kept_modules,
+    predict_bytes,
+    settle,
+)
+from ftlevel.weights.quantize_shards import Written, quantize_shards
+from ftlevel.weights.tensor_files import read_header, weight_files
+
+SUMMARY = "quantization.json"
+_COPIED = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "vocab.*", "merges.txt", "*.model", "preprocessor_config.json",
+    "processor_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What came out.
+
+    Attributes:
+        summary: what quantization.json holds; after a dry run the expected sizes.
+        path: the directory; None after a dry run.
+    """
+
+    summary: Mapping[str, Any]
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    source: ModelSource
+    card: AdapterCard | None
+    model_config: Any
+    auto_class: str
+    layout: Layout
+    tokenizer: Any
+    text: Text | None
+    device: str
+    choices: list[Choice]
+
+
+def quantize(
+    config: QuantizeConfig, *, listener: Listener | None = None, dry_run: bool = False
+) -> QuantizeResult:
+    """Write the model of `config` quantized, and measure what that has cost.
+
+    One tensor is in memory at a time, so that a model may be larger than the memory; the comparison
+    afterwards maps the source from the disk.
+
+    Raises:
+        ConfigError: the model is quantized already, or `out` exists; before any weight is read.
+        InputError: the model or the text cannot be read.
+        RunError: the quantized model gives values that are not finite; it is not kept.
+    """
+    listener = listener or Silence()
+    check_absent("--out", config.out)
+    with quiet_libraries():
+        plan = _resolve(config)
+        listener.choices("quantize", plan.choices)
+        if dry_run:
+            parts = {name: list(sizes) for name, sizes in predict_bytes(plan.layout).items()}
+            summary = _summary(config, plan, parts, len(plan.layout.linears)) | {"dry_run": True}
+            return QuantizeResult(summary, None)
+        with placed_directory(config.out) as partial:
+            with _source_files(plan) as directory:
+                listener.stage("quantize")
+                layout, written = _write(plan, directory, partial, listener)
+                parts = {name: list(sizes) for name, sizes in written.parts.items()}
+                summary = _summary(config, plan, parts, written.quantized)
+                summary["bytes_on_disk"] = written.bytes
+                summary["kept_modules"] = kept_modules(layout.config)
+                summary["source"]["fingerprint"] = base_fingerprint(directory)
+                if plan.text is not None:
+                    listener.stage("reload and measure")
+                    summary["fidelity"] = _measure(config, plan, directory, partial, plan.text)
+            write_json(partial / SUMMARY, summary)
+            _write_cards(partial, config, plan, summary)
+    return QuantizeResult(summary, config.out)
+
+
+def _resolve(config: QuantizeConfig) -> _Plan:
+    source = resolve_source(config.model, config.revision, said=config.model)
+    check_revision(source, config.revision)
+    known = source.kind == "directory" and (Path(source.location) / CARD).is_file()
+    card = read_card(Path(source.location)) if known else None
+    model_config = load_config(source)
+    if (stored := stored_quantization(model_config)) is not None:
+        raise ConfigError(
+            f"{config.model} is quantized already ({quantization_name(stored)}). Quantizing it "
+            "again would add a second error to the first. Give the original model."
+        )
+    auto_class = checkpoint_class(model_config)
+    dtype, why = _kept_dtype(config, model_config)
+    section = config.section
+    wish = (
+        build_torchao_config(config.quant)
+        if section is None
+        else build_quantization_config(section, dtype, [])
+    )
+    layout = build_layout(model_config, auto_class, wish, dtype)
+    if not layout.linears:
+        library = "bitsandbytes" if section is not None else "torchao"
+        raise ConfigError(
+            f"{config.model} ({model_config.model_type}) has no linear layer that {library} can "
+            "quantize. Nothing would be saved."
+        )
+    tokenizer = load_tokenizer(source) if config.measure else None
+    text = read_eval_text(config.eval_text, config.eval_tokens) if config.measure else None
+    device = choose_device(config.device)
+    names = {p.name for p in layout.parameters.values() if p.part == "experts"}
+    choices = [
+        Choice("model", source.name, f"{model_config.model_type}, as {auto_class}"),
+        Choice("form", config.form, f"{len(layout.linears):,} linears"),
+        Choice("kept in", str(dtype).removeprefix("torch."), why),
+        Choice("kept", "embeddings, norms, heads", _kept_reason(layout, len(names))),
+    ]
+    if text is not None:
+        choices.append(Choice("measured on", text.name, f"{config.eval_tokens:,} tokens at most"))
+        choices.append(device)
+    return _Plan(
+        source, card, model_config, auto_class, layout, tokenizer, text, device.value, choices
+    )
+
+
+def _kept_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype, str]:
+    """Return the precision of what is not quantized, which is also the one computed in."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype], ""
+    own = getattr(model_config, "dtype", None)
+    if own is None:
+        return torch.float32, "auto: config.json names none"
+    return getattr(torch, own) if isinstance(own, str) else own, "auto: the model's own"
+
+
+def _kept_reason(layout: Layout, experts: int) -> str:
+    reasons = []
+    if experts:
+        reasons.append(f"and {experts:,} tensors of experts: transformers fuses them, and "
+                       "only linears are packed")  # fmt: skip
+    own = sorted({p.name.split(".")[-2] for p in layout.parameters.values()
+                  if p.part == "other linears"})  # fmt: skip
+    if own:
+        reasons.append(f"and {', '.join(own)}: the architecture asks for it")
+    return "; ".join(reasons)
+
+
+@contextlib.contextmanager
+def _source_files(plan: _Plan) -> Iterator[Path]:
+    """Give the directory with the source's .safetensors, made for the moment from a .gguf."""
+    if plan.source.kind != "gguf":
+        yield snapshot(plan.source, _COPIED)
+        return
+    with tempfile.TemporaryDirectory(prefix="ftlevel-gguf-") as temporary:
+        model, _ = load_model(
+            plan.source, plan.model_config, plan.auto_class, dtype=plan.layout.dtype, device="cpu"
+        )
+        model.save_pretrained(temporary, max_shard_size="2GB")
+        load_tokenizer(plan.source).save_pretrained(temporary)
+        del model
+        yield Path(temporary)
+
+
+def _write(plan: _Plan, directory: Path, out: Path, listener: Listener) -> tuple[Layout, Written]:
+    """Write weights, config.json and what belongs to the tokenizer."""
+    shards = weight_files(directory)
+    layout = settle(plan.layout, (key for shard in shards for key in read_header(shard)[0]))
+    listener.begin(0)
+    written = quantize_shards(shards, out, layout, lambda done, _: listener.step(done))
+    stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    stored["quantization_config"] = layout.config.to_dict()
+    stored["dtype"] = str(layout.dtype).removeprefix("torch.")
+    stored.pop("torch_dtype", None)
+    write_json(out / "config.json", stored)
+    for pattern in _COPIED:
+        for file in directory.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
+    return layout, written
+
+
+def _write_cards(
+    place: Path, config: QuantizeConfig, plan: _Plan, summary: Mapping[str, Any]
+) -> None:
+    """Write README.md, and ftlevel.json where the source has one: task, prompt and labels stay."""
+    task = plan.card.task if plan.card else None
+    readme = write_quantized_readme(config.out.name, summary, task)
+    (place / "README.md").write_text(readme, encoding="utf-8")
+    if plan.card is None:
+        return
+    stored = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    dtype = plan.card.dtype if config.dtype == "auto" else config.dtype
+    facts = {key: summary[key] for key in ("source", "fidelity", "ratio") if key in summary}
+    replace(
+        plan.card,
+        quantization=quantization_facts(stored["quantization_config"]),
+        dtype=dtype,
+        versions=library_versions(),
+        quantized=facts | {"form": config.form},
+    ).write(place)
+
+
+def _measure(
+    config: QuantizeConfig, plan: _Plan, directory: Path, out: Path, text: Text
+) -> dict[str, Any]:
+    """Return how the model saved in `out` predicts beside its source."""
+    auto_class = plan.auto_class if plan.auto_class in PREDICTS else "AutoModel"
+    dtype = plan.layout.dtype
+    if dtype == torch.float16 and plan.device == "cpu":
+        dtype = torch.float32
+    models = []
+    for place in (directory, out):
+        source = ModelSource(str(place), "directory", str(place), local_files_only=True)
+        model, _ = load_model(
+            source, load_config(source), auto_class, dtype=dtype, device=plan.device
+        )
+        models.append(model.eval())
+    length = min(WINDOW, max_positions(plan.model_config) or WINDOW)
+    windows = cut_windows(plan.tokenizer, text.content, config.eval_tokens, length)
+    if not windows:
+        raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
+    began = time.perf_counter()
+    first, second = (read_windows(m, windows, auto_class, plan.tokenizer) for m in models)
+    scores = compare(first, second, auto_class)
+    if not math.isfinite(scores.get("kl", scores.get("cosine", math.nan))):
+        raise RunError(
+            "the quantized model predicts values that are not finite. It is not kept. "
+            "Try --dtype float32, or --quant 8bit."
+        )
+    return {
+        "text": text.name,
+        "computed_in": str(dtype).removeprefix("torch."),
+        **scores,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _summary(
+    config: QuantizeConfig, plan: _Plan, parts: dict[str, list[int]], quantized: int
+) -> dict[str, Any]:
+    before = sum(sizes[0] for sizes in parts.values())
+    after = sum(sizes[1] for sizes in parts.values())
+    return {
+        "source": {"name": plan.source.name, "kind": plan.source.kind,
+                   "revision": getattr(plan.model_config, "_commit_hash", None),
+                   "type": plan.model_config.model_type},
+        "quantization": {"form": config.form, "quant": config.quant,
+                         **({"quant_type": config.quant_type, "double_quant": config.double_quant}
+                            if config.quant == "4bit" else {})},
+        "dtype": str(plan.layout.dtype).removeprefix("torch."),
+        "quantized_linears": quantized,
+        "parts": {name: {"bytes_before": sizes[0], "bytes": sizes[1]}
+                  for name, sizes in parts.items()},
+        "bytes_before": before,
+        "bytes": after,
+        "ratio": before / after,
+        "quantized_ratio": parts[QUANTIZED][0] / parts[QUANTIZED][1],
+        "versions": library_versions(),
+    }  # fmt: skip

@@ -1,0 +1,50 @@
+"""From encoded rows to a batch of tensors: padded on the right to the longest row, no further."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+
+
+class Collator:
+    """Pad rows into a batch.
+
+    Args:
+        pad_id: the id that fills `input_ids`; it is masked, so any id that exists will do.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `attention_mask` `(batch, seq)`, and `labels`.
+
+        Labels are `(batch,)` for a number a row, `(batch, n)` for n numbers a row, and
+        `(batch, target)` filled with -100 for tokens.
+        """
+        batch = {
+            "input_ids": pad([r.input_ids for r in rows], self.pad_id),
+            "attention_mask": pad([[1] * len(r.input_ids) for r in rows], 0),
+        }
+        for name in rows[0].extras:
+            batch[name] = pad([r.extras[name] for r in rows], 0)
+        labels: list[Any] = [r.labels for r in rows]
+        if isinstance(labels[0], list):
+            batch["labels"] = pad(labels, IGNORED)
+        else:
+            batch["labels"] = torch.tensor(labels)
+        return batch
+
+
+def pad(rows: Sequence[list[int]], value: int, *, left: bool = False) -> torch.Tensor:
+    """Stack rows into `(batch, longest)`, filled with `value` on the right, or on the left."""
+    longest = max(len(row) for row in rows)
+    filled = [
+        [value] * (longest - len(row)) + row if left else row + [value] * (longest - len(row))
+        for row in rows
+    ]
+    return torch.tensor(filled, dtype=torch.long)

@@ -1,0 +1,234 @@
+"""From examples to token ids and labels. A label of -100 is a token that is not learned.
+
+The end-of-sequence token is always supervised, told by its place and never by its id, so that a
+model whose padding is its EOS still learns to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftlevel.data.encoding.chat import Rendered, Turn, render_chat
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.formats.examples import Conversation, Labelled, Pair, PlainText
+from ftlevel.errors import InputError
+
+IGNORED = -100
+_BATCH = 1_000
+
+
+class RowError(InputError):
+    """An example cannot be encoded.
+
+    Attributes:
+        row: its index.
+        reason: why, with the way out.
+    """
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"row {row + 1} {reason}")
+        self.row, self.reason = row, reason
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[int, str]]:
+        """Pass between processes as what it was made of."""
+        return RowError, (self.row, self.reason)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as the model sees it.
+
+    Attributes:
+        input_ids: token ids of the row, or of the source for an encoder-decoder.
+        labels: as a list, a label for each of `input_ids`, or the target's ids of an
+            encoder-decoder; as a number, the row's class or quantity; as a tuple, several numbers
+            of the row: 0.0 or 1.0 for each class, or the first and last token of a span.
+        row: index of the example in its table.
+        extras: further inputs by name, such as `token_type_ids`.
+    """
+
+    input_ids: list[int]
+    labels: list[int] | int | float | tuple[float, ...] | tuple[int, int]
+    row: int
+    extras: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def supervised(self) -> int:
+        """Number of targets: tokens, or what is said of the row."""
+        if isinstance(self.labels, int | float):
+            return 1
+        return sum(label != IGNORED for label in self.labels)
+
+
+def encode_causal(
+    tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
+) -> list[Encoded]:
+    """Encode plain texts, pairs and conversations for a decoder.
+
+    Raises:
+        InputError: a conversation of several turns and no chat template; no EOS token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path} has no EOS token, so the model cannot "
+            "learn where to stop. Set eos_token in its tokenizer_config.json."
+        )
+    rows: list[Encoded] = []
+    for chunk in _chunks(examples):
+        if isinstance(chunk[0], PlainText):
+            rows += _encode_texts(tokenizer, chunk)
+        elif prompt_format.kind == "chat-template":
+            rows += _encode_chats(tokenizer, chunk, prompt_format)
+        else:
+            rows += _encode_completions(tokenizer, chunk, prompt_format)
+    return rows
+
+
+def encode_seq2seq(
+    tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
+) -> list[Encoded]:
+    """Encode pairs and single-turn conversations for an encoder-decoder."""
+    rows: list[Encoded] = []
+    for chunk in _chunks(examples):
+        pairs = [_as_pair(example) for example in chunk]
+        sources = tokenizer([prompt_format.user_text(p.source) for p in pairs])["input_ids"]
+        targets = tokenizer(text_target=[p.target for p in pairs])["input_ids"]
+        rows += [
+            Encoded(s, _ended(t, tokenizer), p.row)
+            for s, t, p in zip(sources, targets, pairs, strict=True)
+        ]
+    return rows
+
+
+def encode_labelled(
+    tokenizer: Any,
+    examples: Sequence[Labelled],
+    target_of: Callable[[Labelled], int | float | tuple[float, ...]],
+) -> list[Encoded]:
+    """Encode texts, or pairs of texts, with their class, classes or quantity."""
+    rows: list[Encoded] = []
+    for chunk in _chunks(examples):
+        pairs = [e.text_pair for e in chunk]
+        second = pairs if pairs[0] is not None else None
+        encoding = tokenizer([e.text for e in chunk], second)
+        extra_names = [n for n in encoding if n not in ("input_ids", "attention_mask")]
+        rows += [
+            Encoded(
+                encoding["input_ids"][i],
+                target_of(example),
+                example.row,
+                {name: encoding[name][i] for name in extra_names},
+            )
+            for i, example in enumerate(chunk)
+        ]
+    return rows
+
+
+def _chunks(examples: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    for start in range(0, len(examples), _BATCH):
+        yield examples[start : start + _BATCH]
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """Return `ids` with the EOS token at the end, once."""
+    eos = tokenizer.eos_token_id
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+
+def _one_bos(ids: list[int], tokenizer: Any) -> list[int]:
+    """Return `ids` with one BOS, where the text brings its own before the tokenizer's."""
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _encode_texts(tokenizer: Any, examples: Sequence[PlainText]) -> list[Encoded]:
+    encoded = tokenizer([e.text for e in examples])["input_ids"]
+    rows = []
+    for ids, example in zip(encoded, examples, strict=True):
+        ended = _ended(_one_bos(ids, tokenizer), tokenizer)
+        rows.append(Encoded(ended, list(ended), example.row))
+    return rows
+
+
+def _encode_chats(
+    tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
+) -> list[Encoded]:
+    rendered = [_render_example(tokenizer, example, prompt_format) for example in examples]
+    # The template writes its own BOS.
+    encoding = tokenizer(
+        [r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True
+    )
+    rows = []
+    for i, (shown, example) in enumerate(zip(rendered, examples, strict=True)):
+        ids = encoding["input_ids"][i]
+        labels = [IGNORED] * len(ids)
+        for position, (start, end) in enumerate(encoding["offset_mapping"][i]):
+            if start < end and any(_lies_in(shown, start, end, span) for span in shown.spans):
+                labels[position] = ids[position]
+        rows.append(Encoded(ids, labels, example.row))
+    return rows
+
+
+def _lies_in(shown: Rendered, start: int, end: int, span: tuple[int, int]) -> bool:
+    """Tell whether a token lies in `span`, but for a space before its word ("▁the")."""
+    return span[0] < end <= span[1] and not shown.text[start : span[0]].strip()
+
+
+def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -> Rendered:
+    tools = example.tools if isinstance(example, Conversation) else ()
+    try:
+        return render_chat(tokenizer, _as_turns(example, prompt_format), tools)
+    except InputError as error:
+        raise RowError(example.row, str(error)) from error
+
+
+def _encode_completions(
+    tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
+) -> list[Encoded]:
+    """Encode prompt and completion apart, as generation does, and join them."""
+    pairs = [_as_pair(example) for example in examples]
+    prompts = tokenizer([prompt_format.plain_prompt(p.source) for p in pairs])["input_ids"]
+    answers = tokenizer([p.target for p in pairs], add_special_tokens=False)["input_ids"]
+    rows = []
+    for prompt, answer, pair in zip(prompts, answers, pairs, strict=True):
+        start = _one_bos(prompt, tokenizer)
+        start = start[:-1] if start[-1:] == [tokenizer.eos_token_id] else start
+        target = _ended(answer, tokenizer)
+        rows.append(Encoded(start + target, [IGNORED] * len(start) + target, pair.row))
+    return rows
+
+
+def _as_turns(example: Any, prompt_format: PromptFormat) -> list[Turn]:
+    if isinstance(example, Pair):
+        return [
+            {"role": "user", "content": prompt_format.user_text(example.source)},
+            {"role": "assistant", "content": example.target},
+        ]
+    return [message.to_dict() for message in example.messages]
+
+
+def _as_pair(example: Any) -> Pair:
+    """Return a single-turn conversation as source and target.
+
+    Raises:
+        RowError: there is more than one turn.
+    """
+    if isinstance(example, Pair):
+        return example
+    if isinstance(example, Conversation):
+        *before, last = example.messages
+        roles = [message.role for message in example.messages]
+        if roles in (["user", "assistant"], ["system", "user", "assistant"]):
+            return Pair("\n\n".join(m.content for m in before), last.content, example.row)
+        raise RowError(
+            example.row,
+            f"is a conversation of {len(roles)} messages, and the model has no chat template to "
+            "tell its turns apart. Give it one (--chat-template chatml), or use a model that has "
+            "one (an -Instruct model).",
+        )
+    raise InputError(
+        "an encoder-decoder learns from a source and a target, and these rows are plain text. "
+        "Give the data a prompt and a completion column."
+    )

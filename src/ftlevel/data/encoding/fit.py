@@ -1,0 +1,278 @@
+"""Make rows fit a length: what is too long is refused, dropped or shortened, never in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.store import change_rows, lengths_of, take_rows
+from ftlevel.errors import InputError
+
+LOSS = 0.01
+"""Share of the rows that --max-length auto may lose to a bound."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What limits a row's length, in tokens; None where it does not.
+
+    Attributes:
+        positions: of the model.
+        memory: what a row of it may take at most; see `models.memory`.
+    """
+
+    positions: int | None = None
+    memory: int | None = None
+
+    @property
+    def tightest(self) -> tuple[int | None, str]:
+        """The smallest bound, and what it is."""
+        if self.memory is not None and (self.positions is None or self.memory < self.positions):
+            return self.memory, "this machine's memory"
+        return self.positions, "the model's positions"
+
+    def check(self, max_length: int) -> None:
+        """Refuse the user's `max_length` where the model has no such position.
+
+        Raises:
+            InputError: it has not.
+        """
+        if self.positions is not None and max_length > self.positions:
+            raise InputError(
+                f"--max-length {max_length:,} is beyond the model's {self.positions:,} positions. "
+                f"Use at most {self.positions:,}."
+            )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Rows that fit, and what was done to the others.
+
+    Attributes:
+        rows: all of at most `max_length` tokens.
+        max_length: in tokens.
+        reason: why this length.
+        dropped: how many rows were left out.
+        shortened: how many lost tokens, but none of an answer.
+        shortened_at: where they lost them.
+        split: how many plain texts became several rows.
+        long_prompts: indices of the examples whose prompt alone is beyond `max_length`.
+        lost: indices of those that were left out because their answer would have been cut.
+        overlong: what was done to rows that are too long, drop or what the user asked for.
+        stops: why the run would stop, where rows were dropped instead, as for a preview.
+        keys: 64 bits of the text of each example, by which the gate tells them apart.
+    """
+
+    rows: Sequence[Encoded]
+    max_length: int
+    reason: str
+    dropped: int = 0
+    shortened: int = 0
+    split: int = 0
+    long_prompts: tuple[int, ...] = ()
+    lost: tuple[int, ...] = ()
+    overlong: str = "error"
+    shortened_at: str = ""
+    stops: str = ""
+    keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+
+
+def fit_rows(
+    rows: Sequence[Encoded],
+    max_length: int | str,
+    bounds: Bounds,
+    overlong: str,
+    where: Callable[[int], str],
+) -> Fitted:
+    """Make `rows` fit `max_length` tokens.
+
+    Args:
+        rows: encoded rows.
+        max_length: the user's wish; "auto" is the longest row, within `bounds`.
+        bounds: what the model and the machine allow.
+        overlong: error, drop, truncate-prompt or split. Where the length is "auto" and a bound
+            leaves out 1 % of the rows or fewer, error drops these.
+        where: index of an example → where the user finds it, as `file:line`.
+
+    Raises:
+        InputError: the length is beyond the model's positions, or rows do not fit and `overlong`
+            is error.
+    """
+    lengths = lengths_of(rows)
+    longest = int(lengths.max())
+    limit, reason = _resolve_length(max_length, longest, bounds)
+    over = np.flatnonzero(lengths > limit)
+    if not len(over):
+        return Fitted(rows, limit, reason, overlong=overlong)
+    beyond = [rows[i] for i in over.tolist()]
+    if overlong == "error":
+        if max_length != "auto" or len(over) > LOSS * len(rows):
+            raise InputError(_too_long(beyond, len(rows), limit, longest, reason, bounds, where))
+        overlong = "drop"
+        lost = "1 row is" if len(over) == 1 else f"{len(over):,} of {len(rows):,} rows are"
+        reason += f"; {lost} longer, up to {longest:,}, and dropped"
+    long_prompts = tuple(row.row for row in beyond if (prompt_length(row) or 0) > limit)
+    if overlong == "drop":
+        fitting = take_rows(rows, np.flatnonzero(lengths <= limit))
+        fitted = Fitted(
+            fitting, limit, reason, len(over), long_prompts=long_prompts, overlong="drop"
+        )
+    else:
+        fitted = _changed(rows, limit, reason, overlong, long_prompts)
+    return fitted
+
+
+def check_some_left(fitted: Fitted, rows: Sequence[Encoded]) -> None:
+    """Refuse a length within which no row of `rows` is left.
+
+    Raises:
+        InputError: none is.
+    """
+    if not len(fitted.rows):
+        raise InputError(
+            f"no row is left within --max-length {fitted.max_length:,}: the shortest has "
+            f"{int(lengths_of(rows).min()):,} tokens. Raise --max-length."
+        )
+
+
+def _resolve_length(wish: int | str, longest: int, bounds: Bounds) -> tuple[int, str]:
+    """Return the most tokens of a row, and why where the user gave no number."""
+    if isinstance(wish, int):
+        bounds.check(wish)
+        return wish, ""
+    bound, name = bounds.tightest
+    if bound is None or longest <= bound:
+        return longest, "auto: the longest row"
+    return bound, f"auto: {name}"
+
+
+def _changed(
+    rows: Sequence[Encoded], limit: int, reason: str, overlong: str, long_prompts: tuple[int, ...]
+) -> Fitted:
+    """Return the rows with those that are too long shortened or split."""
+    cut = split_text if overlong == "split" else _cut_prompt
+    lost: list[int] = []
+    changed = 0
+    has_prompt = prompt_length(rows[0]) is not None
+
+    def change(row: Encoded) -> list[Encoded]:
+        nonlocal changed
+        if len(row.input_ids) <= limit:
+            return [row]
+        pieces = cut(row, limit)
+        lost.extend([] if pieces else [row.row])
+        changed += bool(pieces)
+        return pieces
+
+    result = change_rows(rows, change)
+    return Fitted(
+        result,
+        limit,
+        reason,
+        dropped=len(lost),
+        shortened=0 if overlong == "split" else changed,
+        split=changed if overlong == "split" else 0,
+        long_prompts=long_prompts,
+        lost=tuple(lost),
+        overlong=overlong,
+        shortened_at="the beginning of the prompt" if has_prompt else "the end of the text",
+    )
+
+
+def _too_long(
+    over: Sequence[Encoded],
+    total: int,
+    limit: int,
+    longest: int,
+    reason: str,
+    bounds: Bounds,
+    where: Callable[[int], str],
+) -> str:
+    worst = max(over, key=lambda row: len(row.input_ids))
+    raise_it = bounds.positions is None or longest <= bounds.positions
+    fix = f"Raise --max-length to {longest:,} to keep all of them, or pass" if raise_it else "Pass"
+    if reason.endswith("memory"):
+        fix = "Use --gradient-checkpointing or a smaller model, or pass"
+    other = "split" if prompt_length(worst) == 0 else "truncate-prompt"
+    limited = f" ({reason.removeprefix('auto: ')})" if reason else ""
+    return (
+        f"{len(over):,} of {total:,} rows are longer than {limit:,} tokens{limited}; the longest "
+        f"has {longest:,} ({where(worst.row)}). {fix} --overlong drop or {other}."
+    )
+
+
+def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
+    """Drop tokens from the beginning of the prompt; [] if the answer alone is too long.
+
+    The first token stays, which may be BOS. A row without a prompt of its own (a text with a
+    class) loses tokens before its last one instead, which may be SEP or EOS.
+    """
+    surplus = len(row.input_ids) - limit
+    prompt = prompt_length(row)
+    if prompt is None or not isinstance(row.labels, list):
+        extras = {name: _middle_cut(v, limit) for name, v in row.extras.items()}
+        return [replace(row, input_ids=_middle_cut(row.input_ids, limit), extras=extras)]
+    if surplus > prompt - 1:
+        return []
+    ids, labels = row.input_ids, row.labels
+    return [
+        replace(
+            row,
+            input_ids=ids[:1] + ids[1 + surplus :],
+            labels=labels[:1] + labels[1 + surplus :],
+        )
+    ]
+
+
+def prompt_length(row: Encoded) -> int | None:
+    """Return how many tokens come before the first one that is learned; None where none could."""
+    labels = row.labels
+    if not isinstance(labels, list) or len(labels) != len(row.input_ids):
+        return None
+    return next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
+
+
+def _middle_cut(values: list[int], limit: int) -> list[int]:
+    return values[: limit - 1] + values[-1:]
+
+
+def split_text(row: Encoded, limit: int) -> list[Encoded]:
+    """Cut a plain text into pieces of at most `limit` tokens; [] for a row with a prompt."""
+    if not isinstance(row.labels, list) or IGNORED in row.labels:
+        return []
+    starts = range(0, len(row.input_ids), limit)
+    pieces = [row.input_ids[start : start + limit] for start in starts]
+    return [replace(row, input_ids=ids, labels=list(ids)) for ids in pieces if len(ids) > 1]
+
+
+def fit_targets(
+    rows: Sequence[Encoded], limit: int, overlong: str, where: Callable[[int], str]
+) -> tuple[Sequence[Encoded], int]:
+    """Leave out rows whose target is beyond `limit` tokens; an answer is never cut.
+
+    Returns:
+        The rows that are left, and how many were dropped.
+
+    Raises:
+        InputError: there are such rows and `overlong` is not drop.
+    """
+    sizes = np.fromiter((_target_length(row) for row in rows), dtype=np.int64, count=len(rows))
+    over = np.flatnonzero(sizes > limit)
+    if not len(over):
+        return rows, 0
+    worst = rows[int(sizes.argmax())]
+    if overlong != "drop":
+        raise InputError(
+            f"{len(over):,} of {len(rows):,} targets are longer than {limit:,} tokens; the longest "
+            f"has {worst.supervised:,} ({where(worst.row)}). Raise it by --set "
+            f"data.max_target_length={worst.supervised}, or pass --overlong drop."
+        )
+    return take_rows(rows, np.flatnonzero(sizes <= limit)), len(over)
+
+
+def _target_length(row: Encoded) -> int:
+    return len(row.labels) if isinstance(row.labels, list) else 0

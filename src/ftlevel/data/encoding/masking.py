@@ -1,0 +1,118 @@
+"""Masked language modelling: texts in blocks, and tokens hidden by a draw that can be repeated.
+
+BERT's rule (Devlin et al., 2019, section 3.1): 15 % of a row's tokens are predicted, of which 80 %
+become the mask token, 10 % a random one, and 10 % stay. The draw depends on the seed, the epoch and
+the row alone, so that a resumed run sees the masks of an unbroken one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, overload
+
+import numpy as np
+
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.formats.examples import PlainText
+from ftlevel.errors import InputError
+
+_BATCH = 1_000
+_MASKED, _RANDOM = 0.8, 0.1
+_FIXED = 0  # the epoch of the validation rows; those of training count from 1
+
+
+class MaskedRows(Sequence[Encoded]):
+    """Rows whose masks are drawn anew each epoch, when a row is taken.
+
+    Args:
+        rows: unmasked, without labels.
+        tokenizer: knows the mask token, the special tokens and the vocabulary.
+        share: of the tokens of a row that are predicted; at least one is.
+        seed: of the draws.
+
+    Attributes:
+        epoch: of the training, from 0; set it before the epoch's first row is taken.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], tokenizer: Any, *, share: float, seed: int) -> None:
+        self.rows = rows
+        self.share = share
+        self.seed = seed
+        self.epoch = 0
+        self._mask = int(tokenizer.mask_token_id)
+        self._special = np.array(sorted(tokenizer.all_special_ids))
+        self._vocabulary = np.setdiff1d(np.arange(len(tokenizer)), self._special)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        """Return a row with the masks of this epoch, or several."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        return self._draw(position, self.epoch + 1)
+
+    def fixed(self) -> list[Encoded]:
+        """Return every row with masks that no epoch changes, for evaluation."""
+        return [self._draw(index, _FIXED) for index in range(len(self))]
+
+    def count_hidden(self) -> int:
+        """Return how many tokens are predicted in an epoch; it is the same in each."""
+        return sum(
+            self._count(int((~np.isin(row.input_ids, self._special)).sum())) for row in self.rows
+        )
+
+    def _count(self, candidates: int) -> int:
+        return max(1, round(self.share * candidates))
+
+    def _draw(self, index: int, epoch: int) -> Encoded:
+        generator = np.random.default_rng((self.seed, epoch, index))
+        row = self.rows[index]
+        ids = np.array(row.input_ids)
+        candidates = np.flatnonzero(~np.isin(ids, self._special))
+        count = self._count(len(candidates))
+        chosen = generator.choice(candidates, count, replace=False)
+        labels = np.full_like(ids, IGNORED)
+        labels[chosen] = ids[chosen]
+        lot = generator.random(count)
+        words = generator.choice(self._vocabulary, count)
+        masked, random = lot < _MASKED, lot >= 1 - _RANDOM
+        ids[chosen[masked]] = self._mask
+        ids[chosen[random]] = words[random]
+        return replace(row, input_ids=ids.tolist(), labels=labels.tolist())
+
+
+def encode_masked(
+    tokenizer: Any, examples: Sequence[PlainText], length: int | None
+) -> list[Encoded]:
+    """Encode texts; a text of more than `length` tokens becomes several rows.
+
+    Raises:
+        InputError: the tokenizer has no mask token.
+    """
+    if tokenizer.mask_token_id is None:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path} has no mask token, which --task masked-lm "
+            "hides words with. Use a model such as BERT, RoBERTa or ModernBERT."
+        )
+    special = set(tokenizer.all_special_ids)
+    rows = []
+    for start in range(0, len(examples), _BATCH):
+        chunk = examples[start : start + _BATCH]
+        cut = {"truncation": True, "max_length": length} if length else {}
+        encoding = tokenizer([e.text for e in chunk], return_overflowing_tokens=True, **cut)
+        skipped = ("input_ids", "attention_mask", "overflow_to_sample_mapping")
+        further = [name for name in encoding if name not in skipped]
+        for index, ids in enumerate(encoding["input_ids"]):
+            if special.issuperset(ids):
+                continue
+            example = chunk[encoding["overflow_to_sample_mapping"][index]]
+            extras = {name: encoding[name][index] for name in further}
+            rows.append(Encoded(ids, [IGNORED] * len(ids), example.row, extras))
+    return rows

@@ -1,0 +1,268 @@
+"""Encoded rows in an Arrow file that is mapped into memory, so that a large set takes none.
+
+A row in a list takes some kilobytes of Python objects. Here it takes four bytes a token, on disk,
+and is built when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.tags import TaggedRow
+from ftlevel.data.encoding.windows import Window
+
+_BATCH = 1_000  # rows
+_INTS = pa.list_(pa.int32())
+_NONE = -1  # stands for None in a list of positions
+
+
+def _kind_of(labels: Any) -> str:
+    if isinstance(labels, list):
+        return "tokens"
+    if isinstance(labels, tuple):
+        return "floats" if isinstance(labels[0], float) else "span"
+    return "float" if isinstance(labels, float) else "int"
+
+
+_LABEL_TYPES = {
+    "tokens": _INTS,
+    "span": _INTS,
+    "int": pa.int32(),
+    "float": pa.float64(),
+    "floats": pa.list_(pa.float64()),
+}
+
+
+def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
+    """Return rows of one kind as columns."""
+    first = rows[0]
+    kind = _kind_of(first.labels)
+    arrays = {
+        "input_ids": pa.array([r.input_ids for r in rows], _INTS),
+        "labels": pa.array([r.labels for r in rows], _LABEL_TYPES[kind]),
+        "row": pa.array([r.row for r in rows], pa.int64()),
+    }
+    for name in first.extras:
+        arrays[f"extra:{name}"] = pa.array([r.extras[name] for r in rows], _INTS)
+    if isinstance(first, TaggedRow):
+        tagged: list[Any] = list(rows)
+        arrays["tags"] = pa.array([r.tags for r in tagged], _INTS)
+        places = [[_NONE if p is None else p for p in r.positions] for r in tagged]
+        arrays["positions"] = pa.array(places, _INTS)
+    if isinstance(first, Window):
+        windows: list[Any] = list(rows)
+        arrays["context"] = pa.array([r.context for r in windows], pa.string())
+        arrays["answers"] = pa.array([json.dumps(r.answers) for r in windows], pa.string())
+        arrays["context_start"] = pa.array([r.context_start for r in windows], pa.int32())
+        flat = [[at for pair in r.offsets for at in pair] for r in windows]
+        arrays["offsets"] = pa.array(flat, _INTS)
+    schema = pa.schema(
+        [(name, array.type) for name, array in arrays.items()],
+        metadata={"labels": kind, "type": type(first).__name__},
+    )
+    return pa.record_batch(list(arrays.values()), schema=schema)
+
+
+def write_store(path: Path, batches: Iterable[pa.RecordBatch]) -> RowStore:
+    """Write batches of rows to `path`, which appears when all are written, and map it.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    writer = None
+    with pa.OSFile(str(partial), "wb") as sink:
+        for batch in batches:
+            if writer is None:
+                writer = pa.ipc.new_file(sink, batch.schema)
+            writer.write_batch(batch)
+        if writer is None:
+            raise ValueError("no rows to write")
+        writer.close()
+    partial.replace(path)
+    return RowStore(path)
+
+
+def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
+    """Yield `rows` in batches; the rows of one example stay together."""
+    pending: list[Encoded] = []
+    for row in rows:
+        if len(pending) >= _BATCH and row.row != pending[-1].row:
+            yield to_batch(pending)
+            pending = []
+        pending.append(row)
+    if pending:
+        yield to_batch(pending)
+
+
+class RowStore(Sequence[Encoded]):
+    """Rows in a file that `write_store` wrote.
+
+    Args:
+        path: of the file, which must stay there.
+        indices: the rows to show, in order; None shows all.
+
+    Attributes:
+        path: of the file.
+        indices: as given.
+    """
+
+    def __init__(self, path: Path, indices: Any = None) -> None:
+        self.path = path
+        self._bytes = pa.memory_map(str(path)).read_buffer()
+        self._file = pa.ipc.open_file(self._bytes)
+        metadata = self._file.schema.metadata
+        self._kind, self._type = metadata[b"labels"].decode(), metadata[b"type"].decode()
+        self._batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self.indices = indices
+        self._views: dict[int, dict[str, Any]] = {}
+        self._places: tuple[Any, Any, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices) if self.indices is not None else int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        """Return a row, or several as a list."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        return self._build(int(self.indices[at]) if self.indices is not None else at)
+
+    def take(self, indices: Any) -> RowStore:
+        """Return a store of the rows at `indices` (an array), of the same file."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return RowStore(self.path, chosen if self.indices is None else self.indices[chosen])
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield the rows that are shown as columns, some hundred to a thousand at a time."""
+        if self.indices is None:
+            yield from self._batches
+            return
+        ends = np.searchsorted(self.indices, self._starts)  # a selection is in order
+        for batch, first, begin, end in zip(
+            self._batches, self._starts, ends, ends[1:], strict=False
+        ):
+            if begin < end:
+                yield batch.take(pa.array(self.indices[begin:end] - first))
+
+    @property
+    def has_token_labels(self) -> bool:
+        """Whether labels are lists, a label for a token."""
+        return self._kind == "tokens"
+
+    def lengths(self) -> Any:
+        """Return the number of `input_ids` of each row, as a NumPy array."""
+        every = np.empty(int(self._starts[-1]), dtype=np.int32)
+        for begin, batch in zip(self._starts, self._batches, strict=False):
+            lengths = np.diff(batch.column("input_ids").offsets.to_numpy())
+            every[begin : begin + len(lengths)] = lengths
+        return every if self.indices is None else every[self.indices]
+
+    def gather(self, at: Any) -> tuple[Any, Any]:
+        """Return the `input_ids` of the rows at `at` (an array) end to end, and where each begins.
+
+        The file is read as one array of 32-bit integers, so that no row is built.
+        """
+        if self._places is None:
+            columns = [batch.column("input_ids") for batch in self._batches]
+            base = self._bytes.address
+            self._places = (
+                np.frombuffer(self._bytes, np.int32, self._bytes.size // 4),
+                np.array([(c.values.buffers()[1].address - base) // 4 for c in columns]),
+                np.array([(c.buffers()[1].address - base) // 4 for c in columns]),
+            )
+        whole, values, offsets = self._places
+        chosen = np.asarray(at) if self.indices is None else self.indices[at]
+        batch = np.searchsorted(self._starts, chosen, side="right") - 1
+        place = offsets[batch] + chosen - self._starts[batch]
+        begins = whole[place].astype(np.int64)
+        lengths = whole[place + 1] - begins
+        starts = np.zeros(len(chosen) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        places = np.repeat(values[batch] + begins - starts[:-1], lengths)
+        places += np.arange(starts[-1])
+        return whole[places], starts
+
+    def _view(self, batch: int) -> dict[str, Any]:
+        """Return the columns of a batch as NumPy arrays, without a copy."""
+        if batch not in self._views:
+            columns = self._batches[batch]
+            self._views[batch] = {
+                name: _as_numpy(columns.column(name)) for name in columns.schema.names
+            }
+        return self._views[batch]
+
+    def _build(self, at: int) -> Encoded:
+        batch = bisect_right(self._starts, at) - 1
+        view, i = self._view(batch), at - int(self._starts[batch])
+
+        def values(name: str) -> list[Any]:
+            flat, starts = view[name]
+            return flat[starts[i] : starts[i + 1]].tolist()
+
+        labels: Any
+        if self._kind in ("tokens", "span", "floats"):
+            labels = values("labels")
+            labels = labels if self._kind == "tokens" else tuple(labels)
+        else:
+            labels = view["labels"][i].item()
+        extras = {n.removeprefix("extra:"): values(n) for n in view if n.startswith("extra:")}
+        ids, row = values("input_ids"), int(view["row"][i])
+        if self._type == "TaggedRow":
+            places = tuple(None if p == _NONE else p for p in values("positions"))
+            return TaggedRow(ids, labels, row, extras, tuple(values("tags")), places)
+        if self._type == "Window":
+            answers = tuple((text, start) for text, start in json.loads(view["answers"][i].as_py()))
+            flat = values("offsets")
+            offsets = tuple(zip(flat[::2], flat[1::2], strict=True))
+            context, start = view["context"][i].as_py(), int(view["context_start"][i])
+            return Window(ids, labels, row, extras, context, answers, start, offsets)
+        return Encoded(ids, labels, row, extras)
+
+
+def _as_numpy(array: Any) -> Any:
+    """Return numbers as an array, lists as values with starts, and texts as they are."""
+    if pa.types.is_list(array.type):
+        return array.values.to_numpy(), array.offsets.to_numpy()
+    return array if pa.types.is_string(array.type) else array.to_numpy()
+
+
+def lengths_of(rows: Sequence[Encoded]) -> Any:
+    """Return the number of tokens of each row, as a NumPy array; quick for a `RowStore`."""
+    if isinstance(rows, RowStore):
+        return rows.lengths()
+    return np.fromiter((len(row.input_ids) for row in rows), dtype=np.int64, count=len(rows))
+
+
+def take_rows(rows: Sequence[Encoded], indices: Any) -> Sequence[Encoded]:
+    """Return the rows at `indices` (an array)."""
+    if isinstance(rows, RowStore):
+        return rows.take(indices)
+    return [rows[i] for i in indices.tolist()]
+
+
+Change = Callable[[Encoded], list[Encoded]]
+
+
+def change_rows(rows: Sequence[Encoded], change: Change) -> Sequence[Encoded]:
+    """Return what `change` makes of each row; of a store a new one beside it."""
+    changed = (piece for row in rows for piece in change(row))
+    if not isinstance(rows, RowStore):
+        return list(changed)
+    try:
+        return write_store(rows.path.with_suffix(".fitted"), rows_to_batches(changed))
+    except ValueError:  # nothing was left
+        return []

@@ -1,0 +1,379 @@
+"""From rows to examples: the few canonical forms that every later room works on.
+
+Text is taken as it stands; nothing is trimmed or joined but an instruction and its input. What
+can't be learned from (no answer, no text, an unknown role) is collected and named by `path:line`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias, overload
+
+from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.turns import Message, Unusable, check_text, parse_tools, parse_turns
+from ftlevel.data.sources.lines import LineRows
+from ftlevel.data.sources.table import BadRow, Row, Table, describe_bad, settle
+from ftlevel.data.sources.uniform import kind_of
+from ftlevel.errors import InputError, listing
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns with at least one of the assistant, and the tools that it may call.
+
+    `row` is the index into the table.
+    """
+
+    messages: tuple[Message, ...]
+    row: int
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text to continue; `row` is the index into the table."""
+
+    text: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A text and what to make of it; `row` is the index into the table."""
+
+    source: str
+    target: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text, or two, with its class, its classes or a quantity; `row` is the index."""
+
+    text: str
+    text_pair: str | None
+    label: str | int | float | tuple[str | int, ...]
+    row: int
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """Words with one tag each; `row` is the index into the table."""
+
+    tokens: tuple[str, ...]
+    tags: tuple[str | int, ...]
+    row: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the spans of `context` that answer it, each a text and its start.
+
+    No span means that the context has no answer, as in SQuAD 2.0.
+    """
+
+    context: str
+    question: str
+    answers: tuple[tuple[str, int], ...]
+    row: int
+
+
+Example: TypeAlias = Conversation | PlainText | Pair | Labelled | Tagged | Question
+
+
+class LazyExamples(Sequence[Example]):
+    """The examples of a large table, each made when it is asked for.
+
+    Args:
+        table: rows that were found to be good.
+        format_: of its columns.
+    """
+
+    def __init__(self, table: Table, format_: Format) -> None:
+        self._table = table
+        self._roles = _Roles(format_, table)
+        self._build = _BUILDERS[format_.produces]
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Make an example, or several as a list."""
+        if isinstance(index, slice):
+            chosen = range(*index.indices(len(self)))
+            rows = self._table.rows[index]
+            return [self._make(row, i) for i, row in zip(chosen, rows, strict=True)]
+        at = range(len(self))[index]
+        return self._make(self._table.rows[at], at)
+
+    def __iter__(self) -> Iterator[Example]:
+        """Make one example after another."""
+        return map(self._make, self._table.rows, range(len(self)))
+
+    def _make(self, row: Row, index: int) -> Example:
+        self._roles.turn_to(row, index)
+        return self._build(self._roles)
+
+
+def to_examples(table: Table, format_: Format) -> Sequence[Example]:
+    """Convert every row of `table`.
+
+    Raises:
+        InputError: naming the rows that can't be used, or a column that the table lacks.
+    """
+    examples, bad = convert_rows(table, format_)
+    if bad:
+        raise InputError(describe_bad(table, bad))
+    return examples
+
+
+def drop_bad_rows(table: Table, format_: Format) -> Table:
+    """Return `table` without the rows that `to_examples` would refuse, counted in `dropped`.
+
+    Raises:
+        InputError: no row is left, or the table lacks a column.
+    """
+    return settle(table, convert_rows(table, format_)[1], "skip")
+
+
+def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list[BadRow]]:
+    """Return the examples of `table`, and the rows that can't be one.
+
+    Raises:
+        InputError: the table lacks a column.
+    """
+    lacking = [
+        repr(column)
+        for column in format_.columns.values()
+        if column not in table.columns and column.partition(".")[0] not in table.columns
+    ]
+    if lacking:
+        raise InputError(
+            f"{table.source}: has no column {listing(lacking)}. Columns: "
+            f"{listing(repr(name) for name in table.columns)}. Give every split the same columns."
+        )
+    build = _BUILDERS[format_.produces]
+    roles = _Roles(format_, table)
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    lazy = isinstance(table.rows, LineRows)
+    for index, row in enumerate(table.rows):
+        roles.turn_to(row, index)
+        try:
+            example = build(roles)
+            if not lazy:
+                examples.append(example)
+        except Unusable as error:
+            bad.append(BadRow(table.lines[index], str(error), error.finding))
+    return (LazyExamples(table, format_) if lazy and not bad else examples), bad
+
+
+class _Roles:
+    """The values of one row, by role."""
+
+    def __init__(self, format_: Format, table: Table) -> None:
+        self.columns = format_.columns
+        self.problem_type = format_.problem_type
+        self.table = table
+        self.row: Row = {}
+        self.index = 0
+
+    def turn_to(self, row: Row, index: int) -> None:
+        self.row, self.index = row, index
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.columns
+
+    def get(self, role: str) -> Any:
+        """Return the value of `role`; None where the format has no column for it."""
+        column = self.columns.get(role)
+        if column is None:
+            return None
+        if column in self.row:
+            return self.row[column]
+        value: Any = self.row
+        for part in column.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise Unusable(f"{column!r} is not there ({part!r} is missing)")
+            value = value[part]
+        return value
+
+    def text(self, role: str) -> str:
+        """Return the text of `role`, which must not be empty."""
+        return check_text(self.get(role), repr(self.columns[role]))
+
+    def text_or_empty(self, role: str) -> str:
+        """Return the text of `role`, or an empty string for null, or for no such column."""
+        value = self.get(role)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return ""
+        return check_text(value, repr(self.columns[role]))
+
+
+def _conversation(roles: _Roles) -> Conversation:
+    tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
+    return Conversation(tuple(_turns(roles)), roles.index, tools)
+
+
+def _turns(roles: _Roles) -> list[Message]:
+    """Return the turns of a row in any of the dialogue shapes."""
+    for role in ("messages", "conversations"):
+        if role in roles:
+            turns = parse_turns(roles.get(role), roles.columns[role])
+            break
+    else:
+        turns = _parse_prompt(roles)
+    if (system := roles.text_or_empty("system")) and turns[0].role != "system":
+        turns.insert(0, Message("system", system))
+    return turns
+
+
+def _parse_prompt(roles: _Roles) -> list[Message]:
+    """Return the two turns of a prompt, or an instruction with its input, and the answer."""
+    if "instruction" in roles:
+        ask = roles.text("instruction")
+        if more := roles.text_or_empty("input"):
+            ask = f"{ask}\n\n{more}"
+        return [Message("user", ask), Message("assistant", roles.text("output"))]
+    prompt, completion = roles.get("prompt"), roles.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        name = f"{roles.columns['prompt']} + {roles.columns['completion']}"
+        return parse_turns([*prompt, *completion], name)
+    return [
+        Message("user", roles.text("prompt")),
+        Message("assistant", roles.text("completion")),
+    ]
+
+
+def _pair(roles: _Roles) -> Pair:
+    for source, target in (("document", "summary"), ("source", "target")):
+        if source in roles:
+            return Pair(roles.text(source), roles.text(target), roles.index)
+    turns = _turns(roles)
+    asked = [turn.content for turn in turns if turn.role != "assistant"]
+    order = [turn.role for turn in turns if turn.role != "system"]
+    if order != ["user", "assistant"]:
+        raise Unusable(
+            f"has {len(order)} turns, where one question and one answer make a source and a target"
+        )
+    return Pair("\n\n".join(asked), turns[-1].content, roles.index)
+
+
+def _plain(roles: _Roles) -> PlainText:
+    return PlainText(roles.text("text"), roles.index)
+
+
+def _labelled(roles: _Roles) -> Labelled:
+    label = _LABELS[roles.problem_type](roles)
+    pair = roles.text("text_pair") if "text_pair" in roles else None
+    return Labelled(roles.text("text"), pair, label, roles.index)
+
+
+def _class(roles: _Roles) -> str | int:
+    label, column = roles.get("label"), repr(roles.columns["label"])
+    if type(label) is float:
+        _refuse_labels(
+            roles,
+            f"{column} is a fraction ({label}). Classes are names or whole numbers. To learn a "
+            "quantity: --set data.problem_type=regression",
+        )
+    if type(label) is list:
+        _refuse_labels(
+            roles,
+            f"{column} is a list, and with problem_type single_label_classification each row has "
+            "one class. For several: --set data.problem_type=multi_label_classification",
+        )
+    return _name(label, column)
+
+
+def _classes(roles: _Roles) -> tuple[str | int, ...]:
+    labels, column = roles.get("label"), repr(roles.columns["label"])
+    if type(labels) is not list:
+        raise Unusable(f"{column} is {kind_of(labels)}, not a list of labels")
+    names = tuple(_name(name, f"label {i} of {column}") for i, name in enumerate(labels, 1))
+    if len(set(names)) < len(names):
+        raise Unusable(
+            f"{column} names a label twice ({listing(map(repr, names), 4)}); it holds the names "
+            "of the labels that are true, not a 0 or 1 for each"
+        )
+    return names
+
+
+def _quantity(roles: _Roles) -> float:
+    value, column = roles.get("label"), repr(roles.columns["label"])
+    if type(value) not in (int, float, str):
+        raise Unusable(f"{column} is {kind_of(value)}, not a number")
+    try:
+        number = float(value)
+    except ValueError:
+        raise Unusable(f"{column} is {value!r}, not a number") from None
+    if not math.isfinite(number):
+        raise Unusable(f"{column} is {value!r}, not a finite number")
+    return number
+
+
+def _name(label: object, what: str) -> str | int:
+    """Return the name or number of a class."""
+    if type(label) is bool:
+        return "true" if label else "false"
+    if type(label) is int:
+        return label
+    return check_text(label, what)
+
+
+_LABELS: dict[str, Callable[[_Roles], str | int | float | tuple[str | int, ...]]] = {
+    "single_label_classification": _class,
+    "multi_label_classification": _classes,
+    "regression": _quantity,
+}
+
+
+def _refuse_labels(roles: _Roles, reason: str) -> NoReturn:
+    """Refuse the whole table: to leave such rows out would leave none."""
+    raise InputError(f"{roles.table.where(roles.index)}: {reason}.")
+
+
+def _tagged(roles: _Roles) -> Tagged:
+    tokens, tags = roles.get("tokens"), roles.get("tags")
+    for role, value in (("tokens", tokens), ("tags", tags)):
+        if type(value) is not list:
+            raise Unusable(f"{roles.columns[role]!r} is {kind_of(value)}, not a list")
+    if len(tokens) != len(tags):
+        raise Unusable(f"has {len(tokens)} tokens, but {len(tags)} tags")
+    if not tokens:
+        raise Unusable(f"{roles.columns['tokens']!r} is empty")
+    for number, (token, tag) in enumerate(zip(tokens, tags, strict=True), 1):
+        check_text(token, f"token {number}")
+        if type(tag) is not int:
+            check_text(tag, f"tag {number}")
+    return Tagged(tuple(tokens), tuple(tags), roles.index)
+
+
+def _question(roles: _Roles) -> Question:
+    context, question, found = roles.text("context"), roles.text("question"), roles.get("answers")
+    if type(found) is not dict or not {"text", "answer_start"} <= found.keys():
+        raise Unusable(f"{roles.columns['answers']!r} lacks 'text' and 'answer_start'")
+    texts, starts = found["text"], found["answer_start"]
+    if type(texts) is not list or type(starts) is not list or len(texts) != len(starts):
+        raise Unusable(f"{roles.columns['answers']!r} needs two lists of one length")
+    for text, start in zip(texts, starts, strict=True):
+        check_text(text, "an answer")
+        if type(start) is not int or context[start : start + len(text)] != text:
+            raise Unusable(f"the answer {text[:40]!r} does not stand at {start} of the context")
+    return Question(context, question, tuple(zip(texts, starts, strict=True)), roles.index)
+
+
+_BUILDERS: dict[str, Callable[[_Roles], Example]] = {
+    "conversation": _conversation,
+    "text": _plain,
+    "pair": _pair,
+    "labelled": _labelled,
+    "tagged": _tagged,
+    "question": _question,
+}

@@ -1,0 +1,169 @@
+"""The turns of a conversation, as OpenAI (role, content) or ShareGPT (from, value) write them.
+
+Roles become system, user, assistant and tool. A call of a tool is a part of an assistant's turn,
+its arguments an object, as chat templates want them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftlevel.data.sources.uniform import kind_of
+from ftlevel.errors import did_you_mean, listing
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: system, user, assistant or tool.
+        content: its text; empty only where the assistant calls a tool without a word.
+        extra: what else a template reads: `tool_calls`, `tool_call_id`, `name`.
+    """
+
+    role: str
+    content: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the turn as chat templates read it."""
+        return {"role": self.role, "content": self.content, **self.extra}
+
+
+class Unusable(Exception):
+    """A row can't become an example; the message is the reason.
+
+    Attributes:
+        finding: the field of `config.gate` that decides what follows; "" if the row is broken in
+            another way.
+    """
+
+    def __init__(self, reason: str, finding: str = "") -> None:
+        super().__init__(reason)
+        self.finding = finding
+
+
+def check_text(value: object, what: str) -> str:
+    """Return `value` if it is a text with something in it.
+
+    Raises:
+        Unusable: it is not.
+    """
+    if value is None:
+        raise Unusable(f"{what} is null", "null_content")
+    if type(value) is not str:
+        raise Unusable(f"{what} is {kind_of(value)}, not a string")
+    if not value.strip():
+        raise Unusable(f"{what} is empty", "empty_text")
+    return value
+
+
+def parse_turns(value: object, column: str) -> list[Message]:
+    """Return the turns of a list of objects, of which one at least is the assistant's.
+
+    Raises:
+        Unusable: it is no such list.
+    """
+    if type(value) is not list:
+        finding = "null_content" if value is None else ""
+        raise Unusable(
+            f"{column!r} is {kind_of(value)}, where a list of turns is expected", finding
+        )
+    turns = [
+        turn
+        for number, item in enumerate(value, 1)
+        if (turn := _parse_turn(item, f"turn {number} of {column!r}")) is not None
+    ]
+    if not any(turn.role == "assistant" for turn in turns):
+        raise Unusable(f"{column!r} has no assistant turn", "unsupervised")
+    return turns
+
+
+def parse_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
+    """Return the tools that a row declares, as objects; a list, or the JSON of one.
+
+    Raises:
+        Unusable: it is something else.
+    """
+    if isinstance(value, str):
+        value = _parse_json(value, repr(column)) if value.strip() else []
+    if value is None:
+        return ()
+    if type(value) is not list or not all(isinstance(tool, dict) for tool in value):
+        raise Unusable(f"{column!r} is {kind_of(value)}, where a list of tools is expected")
+    return tuple(value)
+
+
+def _parse_turn(item: object, what: str) -> Message | None:
+    """Return one turn; None for a system turn without text, which says nothing."""
+    if type(item) is not dict:
+        raise Unusable(f"{what} is {kind_of(item)}, not an object with role and content")
+    role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
+    calls = item.get("tool_calls")
+    for key in (role_key, text_key):
+        if key not in item and not (calls and key == text_key):
+            raise Unusable(f"{what} has no {key!r} (keys: {listing(item)})")
+    if item.get("weight") == 0:
+        raise Unusable(f"{what} has weight 0; turns can't be left out one by one yet")
+    name, text = item[role_key], item.get(text_key)
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        hint = did_you_mean(str(name), _ROLES).strip().lower()
+        raise Unusable(
+            f"{what} has the unknown role {name!r} "
+            f"({hint or 'known: system, user, assistant, tool, human, gpt'})",
+            "unknown_role",
+        )
+    if role == "system" and isinstance(text, str) and not text.strip():
+        return None
+    content = f"{text_key!r} of {what}"
+    if name == "function_call":
+        calls, text = _parse_json(check_text(text, content), content), ""
+        calls = calls if isinstance(calls, list) else [calls]
+    extra: dict[str, Any] = {k: item[k] for k in ("name", "tool_call_id") if item.get(k)}
+    if calls or item.get("function_call"):
+        calls = calls or [item["function_call"]]
+        extra["tool_calls"] = [_parse_call(call, what) for call in calls]
+        return Message(role, check_text(text, content) if text else "", extra)
+    return Message(role, check_text(text, content), extra)
+
+
+def _parse_call(call: object, what: str) -> dict[str, Any]:
+    """Return a tool call as OpenAI writes it, with its arguments as an object."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "name" not in function:
+        raise Unusable(f"{what} has a tool call without a function and its name")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _parse_json(arguments, f"'arguments' of {what}")
+    own = {"id": call["id"]} if isinstance(call, dict) and call.get("id") else {}
+    return {
+        **own,
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+
+
+def _parse_json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Unusable(f"{what} is not valid JSON ({error})") from None

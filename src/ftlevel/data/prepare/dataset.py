@@ -1,0 +1,203 @@
+"""The rows of a run: from the cache if they were prepared before, else prepared and kept there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftlevel.artifacts.cards import library_versions
+from ftlevel.config import DataConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.prepare.cache import cache_root, file_digest, files_of, folder_of, is_writable
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.gate import Finding
+from ftlevel.data.encoding.masking import MaskedRows
+from ftlevel.data.prepare.parallel import Progress
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
+from ftlevel.data.sources.table import Part, Table
+from ftlevel.data.prepare.examples import Asked, Prepared, load_examples, prepare_examples
+from ftlevel.data.prepare.streaming import prepare_stream
+from ftlevel.errors import InputError
+
+KEEP_FROM = 1_000
+"""Rows from which on a set lies in a file and is kept: below, preparing takes no time."""
+SMALL_BYTES = 200_000
+"""Files of fewer bytes are prepared in the time that it takes to look for what is kept."""
+_SOME = 1 << 16  # lines that are written at once
+_LIGHT = ("num_proc", "cache")  # fields of the data section that change no row
+
+
+def prepare_data(config: DataConfig, asked: Asked, progress: Progress) -> Prepared:
+    """Return the rows of `config`, ready for the model.
+
+    Args:
+        config: the data section.
+        asked: what else decides the rows.
+        progress: told how many examples are encoded.
+
+    Raises:
+        InputError: for whatever cannot be read, learned from or made to fit.
+    """
+    if config.streaming:
+        return prepare_stream(config, asked)
+    key = _key(config, asked) if config.cache else None
+    if key is None or not is_writable():
+        workspace = tempfile.TemporaryDirectory(prefix="ftlevel-rows-")
+        prepared = _prepare(config, asked, Path(workspace.name), progress)
+        if key is not None:
+            why = f"{cache_root()} cannot be written"
+            prepared.choices.append(Choice("rows", "not kept for the next run", why))
+        return _masked(replace(prepared, workspace=workspace), config, asked)
+    with folder_of(key) as (folder, keep):
+        if keep is None:
+            return _masked(_load(folder, "prepared before"), config, asked)
+        prepared = _prepare(config, asked, folder, progress)
+        if len(prepared.train) < KEEP_FROM:
+            return _masked(_in_memory(prepared), config, asked)
+        _save(prepared, folder)
+        keep(folder)
+    return _masked(_load(folder.with_name(key), "kept for the next run"), config, asked)
+
+
+def _prepare(config: DataConfig, asked: Asked, folder: Path, progress: Progress) -> Prepared:
+    loaded = load_examples(config, asked.task, asked.seed, lenient=asked.lenient)
+    large = len(loaded.train) >= KEEP_FROM
+    return prepare_examples(loaded, config, asked, folder if large else None, progress)
+
+
+def _masked(prepared: Prepared, config: DataConfig, asked: Asked) -> Prepared:
+    """Return rows whose tokens are hidden as they are taken, for masked-lm."""
+    if asked.task.target != "mask":
+        return prepared
+
+    def hide(rows: Sequence[Encoded]) -> MaskedRows:
+        return MaskedRows(rows, asked.tokenizer, share=config.mlm_probability, seed=asked.seed)
+
+    train, validation = hide(prepared.train), hide(prepared.validation).fixed()
+    facts = {**prepared.facts, "supervised": train.count_hidden()}
+    share = f"{facts['supervised']:,} supervised, drawn anew each epoch"
+    choices = [
+        Choice(c.name, c.value, share) if c.name == "tokens" else c for c in prepared.choices
+    ]
+    return replace(prepared, train=train, validation=validation, facts=facts, choices=choices)
+
+
+def _key(config: DataConfig, asked: Asked) -> str | None:
+    """Return a digest of everything that decides the rows; None for what is not kept."""
+    files: list[Path] = []
+    for name in (config.dataset, *config.also):
+        found = files_of(name)
+        if found is None:
+            return None
+        files += found
+    if sum(file.stat().st_size for file in files) < SMALL_BYTES:
+        return None
+    template = getattr(asked.tokenizer, "chat_template", None)
+    decides = {
+        "data": config.model_dump(mode="json", exclude=set(_LIGHT)),
+        "files": [[str(file), file_digest(file)] for file in files],
+        "task": [asked.task.name, asked.task.instruction, asked.task.answer_cue],
+        "model": [asked.kind, asked.vocabulary, asdict(asked.bounds)],
+        "seed": asked.seed,
+        "lenient": asked.lenient,
+        "tokenizer": _tokenizer_text(asked.tokenizer),
+        "template": [template, _probe(asked.tokenizer) if template else ""],
+        "versions": library_versions(),
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_text(tokenizer: Any) -> str:
+    own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    text = json.dumps([own, tokenizer.special_tokens_map, tokenizer.padding_side], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _probe(tokenizer: Any) -> str:
+    """Return a rendered question: some templates write today's date into it."""
+    from ftlevel.data.encoding.chat import render
+
+    try:
+        return render(tokenizer, [{"role": "user", "content": "?"}], generation_prompt=True)
+    except InputError as error:
+        return str(error)
+
+
+def _in_memory(prepared: Prepared) -> Prepared:
+    """Return `prepared` with rows that need no file."""
+    return replace(prepared, train=list(prepared.train), validation=list(prepared.validation))
+
+
+def _save(prepared: Prepared, folder: Path) -> None:
+    table = prepared.table
+    _save_lines(table.lines, folder / "lines.npy")
+    for keys in folder.glob("*.keys"):
+        keys.unlink()
+    prompt = prepared.prompt_format
+    content = {
+        "train": _save_rows(prepared.train, folder, "train"),
+        "validation": _save_rows(prepared.validation, folder, "validation"),
+        "prompt_format": prompt.to_dict() if prompt else None,
+        "max_length": prepared.max_length,
+        "facts": prepared.facts,
+        "choices": [asdict(choice) for choice in prepared.choices],
+        "findings": [asdict(finding) for finding in prepared.findings],
+        "source": [table.source, table.unit],
+        "parts": [[p.base, p.table.source, p.table.unit] for p in table.parts],
+    }
+    text = json.dumps(content, ensure_ascii=False, default=str)
+    (folder / "prepared.json").write_text(text, encoding="utf-8")
+
+
+def _save_lines(lines: Sequence[int], path: Path) -> None:
+    """Write the lines of all rows, some at a time."""
+    header = {"descr": "<i8", "fortran_order": False, "shape": (len(lines),)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for begin in range(0, len(lines), _SOME):
+            file.write(np.array(lines[begin : begin + _SOME], dtype="<i8").tobytes())
+
+
+def _save_rows(rows: Sequence[Encoded], folder: Path, name: str) -> Mapping[str, Any] | None:
+    """Return where `rows` lie in `folder`; None if there are none."""
+    if not len(rows):
+        return None
+    if not isinstance(rows, RowStore):
+        rows = write_store(folder / f"{name}.arrow", rows_to_batches(rows))
+    if rows.indices is not None:
+        np.save(folder / f"{name}.npy", rows.indices)
+    return {"file": rows.path.name, "chosen": rows.indices is not None}
+
+
+def _load(folder: Path, note: str) -> Prepared:
+    content = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    lines = np.load(folder / "lines.npy", mmap_mode="r")
+    parts = tuple(Part(base, Table([], [], name, unit)) for base, name, unit in content["parts"])
+    source, unit = content["source"]
+    kept = Choice("rows", note, f"{folder}; --no-cache prepares them anew")
+    return Prepared(
+        _load_rows(folder, "train", content),
+        _load_rows(folder, "validation", content),
+        PromptFormat(**content["prompt_format"]) if content["prompt_format"] else None,
+        content["max_length"],
+        Table([], lines, source, unit, parts=parts),
+        content["facts"],
+        [*(Choice(**choice) for choice in content["choices"]), kept],
+        tuple(Finding(**{**f, "places": tuple(f["places"])}) for f in content["findings"]),
+    )
+
+
+def _load_rows(folder: Path, name: str, content: Mapping[str, Any]) -> Sequence[Encoded]:
+    spec = content[name]
+    if spec is None:
+        return []
+    indices = np.load(folder / f"{name}.npy") if spec["chosen"] else None
+    return RowStore(folder / spec["file"], indices)

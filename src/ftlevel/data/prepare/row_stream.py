@@ -1,0 +1,221 @@
+"""Rows of a stream for as long as a run wants them: read, gated, encoded and shuffled as they come.
+
+What the stream is at a row is a `StreamState`, from which it goes on without what was before.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ftlevel.config import DataConfig
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.fit import LOSS
+from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.examples import convert_rows
+from ftlevel.data.gate import explain_stop
+from ftlevel.data.gate.gate import Gate
+from ftlevel.data.prepare.encoder import Encoder
+from ftlevel.data.prepare.shuffle import ShuffleBuffer
+from ftlevel.data.sources.streams import Chunk, Cursor, Stream
+from ftlevel.data.sources.table import BadRow, Table, describe_bad
+from ftlevel.data.sources.uniform import Form
+from ftlevel.errors import InputError
+
+_SURE = 1_000  # rows after which a share of them is worth a word
+
+
+@dataclass(frozen=True)
+class ChunkEncoder:
+    """Turns a chunk into encoded rows.
+
+    Attributes:
+        config: the data section.
+        shape: what the columns are.
+        form: keys and types that every row must have.
+        encoder: of the examples; it drops or changes rows, or refuses them.
+        gate: of the encoded rows.
+        may_lose: whether the length was chosen from the first rows, so that 1 % may be lost to it.
+    """
+
+    config: DataConfig
+    shape: Format
+    form: Form
+    encoder: Encoder
+    gate: Gate
+    may_lose: bool
+
+    def __call__(self, chunk: Chunk, counts: Counter[str]) -> list[Encoded]:
+        """Return the rows of `chunk`, `Encoded.row` being their line; count what became of them.
+
+        Args:
+            chunk: some rows.
+            counts: rows read, dropped, changed and found, by name (mutated).
+
+        Raises:
+            InputError: with `file:line`, for a row that is to stop the run.
+        """
+        table = Table(chunk.rows, chunk.lines, chunk.source, chunk.unit)
+        counts["read"] += len(chunk.rows) + len(chunk.bad)
+        bad = [*chunk.bad, *self.form.find_odd(chunk.rows, chunk.lines)]
+        table = self._without(table, bad, counts)
+        if not table.rows:
+            return []
+        table = self._without(table, convert_rows(table, self.shape)[1], counts)
+        examples = convert_rows(table, self.shape)[0] if table.rows else []
+        if not examples:
+            return []
+        fitted = self.encoder(examples, table)
+        counts.update(too_long=fitted.dropped, shortened=fitted.shortened, split=fitted.split)
+        counts["dropped"] += fitted.dropped
+        self._check_loss(counts)
+        if not len(fitted.rows):
+            return []
+        keep, findings = self.gate.check_rows("train", fitted, len(examples), table)
+        stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
+        if stops:
+            raise InputError(stops)
+        for finding in findings:
+            counts[f"gate.{finding.name}"] += finding.count
+        counts["dropped"] += int((~keep).sum())
+        kept = [fitted.rows[i] for i in np.flatnonzero(keep).tolist()]
+        return [replace(row, row=table.lines[row.row]) for row in kept]
+
+    def _without(self, table: Table, bad: list[BadRow], counts: Counter[str]) -> Table:
+        """Return `table` without the rows in `bad`, or refuse them, as the configuration says."""
+        gate, skips = self.config.gate, self.config.on_bad_row == "skip"
+        stops = [
+            row for row in bad
+            if not skips and not (row.finding and getattr(gate, row.finding) == "drop")
+        ]  # fmt: skip
+        if stops:
+            raise InputError(describe_bad(table, stops))
+        lines = {row.line for row in bad}
+        for row in bad:
+            counts[f"gate.{row.finding}" if row.finding else "bad"] += 1
+        counts["dropped"] += len(lines)
+        return table.take(i for i, line in enumerate(table.lines) if line not in lines)
+
+    def _check_loss(self, counts: Counter[str]) -> None:
+        lost, read = counts["too_long"], counts["read"]
+        if self.may_lose and read >= _SURE and lost > LOSS * read:
+            raise InputError(
+                f"{lost:,} of the {read:,} rows read so far are longer than "
+                f"{self.encoder.config.max_length:,} tokens, which was enough for the first ones. "
+                "Give the length by --max-length, or pass --overlong drop or truncate-prompt."
+            )
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream is: all that decides the rows to come.
+
+    Attributes:
+        passes: how often the source was gone through to its end.
+        cursor: where the next chunk begins; None at the beginning of a pass.
+        skip: rows from there on that are held out.
+        kept: whether the pass has given a row.
+        waiting: encoded rows that are not in the buffer yet.
+        buffered: those in the buffer.
+        draws: state of the shuffle.
+        counts: what became of the rows so far.
+    """
+
+    passes: int
+    cursor: Cursor | None
+    skip: int
+    kept: bool
+    waiting: tuple[Encoded, ...]
+    buffered: tuple[Encoded, ...]
+    draws: Any
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class RowStream:
+    """Encoded rows without end: after the last row of the source its first one comes again.
+
+    Every pass gives every kept row once, in an order of its own.
+
+    Args:
+        source: the rows.
+        encode: makes them rows for the model.
+        held_out: how many rows at the beginning of the source are not for training.
+        buffer: rows of the shuffle's buffer.
+        seed: of the shuffle.
+    """
+
+    def __init__(
+        self, source: Stream, encode: ChunkEncoder, held_out: int, buffer: int, seed: int
+    ) -> None:
+        self._source, self._encode, self._held_out = source, encode, held_out
+        self._size, self._seed = buffer, seed
+        self._counts: Counter[str] = Counter()
+        self._begin_pass()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the rows that were read."""
+        return {"passes": self._passes, **self._counts}
+
+    def state(self) -> StreamState:
+        """Return where the stream is."""
+        return StreamState(
+            self._passes, self._cursor, self._skip, self._kept, tuple(self._waiting),
+            tuple(self._buffer.items), self._buffer.draws(), dict(self._counts),
+        )  # fmt: skip
+
+    def set_state(self, state: StreamState) -> None:
+        """Go on from `state`."""
+        self._begin_pass(state.passes, state.cursor)
+        self._skip, self._kept = state.skip, state.kept
+        self._waiting.extend(state.waiting)
+        self._buffer.items.extend(state.buffered)
+        self._buffer.set_draws(state.draws)
+        self._counts = Counter(state.counts)
+
+    def _begin_pass(self, number: int = 0, cursor: Cursor | None = None) -> None:
+        self._passes, self._cursor = number, cursor
+        self._skip = self._held_out
+        self._chunks = self._source.chunks(cursor)
+        self._waiting: deque[Encoded] = deque()
+        self._buffer: ShuffleBuffer[Encoded] = ShuffleBuffer(self._size, f"{self._seed}:{number}")
+        self._kept = False
+
+    def __iter__(self) -> Iterator[Encoded]:
+        return self
+
+    def __next__(self) -> Encoded:
+        """Return the next row.
+
+        Raises:
+            InputError: a row is to stop the run, or a whole pass gave none.
+        """
+        while True:
+            while self._waiting:
+                row = self._buffer.push(self._waiting.popleft())
+                if row is not None:
+                    return row
+            if self._read():
+                continue
+            if self._buffer.items:
+                return self._buffer.pop()
+            if not self._kept:
+                raise InputError("--streaming: no row is left to train on; all were dropped.")
+            self._begin_pass(self._passes + 1)
+
+    def _read(self) -> bool:
+        """Encode the next chunk; return whether there was one."""
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            return False
+        self._cursor = chunk.cursor
+        if self._skip:
+            skipped, self._skip = self._skip, max(0, self._skip - len(chunk.rows))
+            chunk = replace(chunk, rows=chunk.rows[skipped:], lines=chunk.lines[skipped:])
+        self._waiting.extend(self._encode(chunk, self._counts))
+        self._kept = self._kept or bool(self._waiting)
+        return True

@@ -1,0 +1,191 @@
+"""The beginning of a streamed run: its first rows stand for all where these cannot be known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.fingerprint import rows_fingerprint, sampled_fingerprint
+from ftlevel.config import DataConfig, GateConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.gate.gate import Gate, stop_ids
+from ftlevel.data.prepare.encoder import Encoder
+from ftlevel.data.prepare.examples import Asked, Prepared, convert_splits, prepare_examples
+from ftlevel.data.prepare.parallel import be_silent
+from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream
+from ftlevel.data.sources.splits import Splits
+from ftlevel.data.sources.stream_sources import StreamSource, open_source
+from ftlevel.data.sources.streams import Chunk
+from ftlevel.data.sources.table import BadRow, Row, Table, settle
+from ftlevel.data.sources.uniform import Form, find_odd_rows
+from ftlevel.errors import InputError
+
+SAMPLE = 1_000
+"""First training rows from which the lengths, the columns and the types are known."""
+
+WHOLE_SET = ("exact_duplicates", "near_duplicates", "leaked")
+"""Checks that compare rows with one another, and so are done among the first rows alone."""
+
+
+def prepare_stream(config: DataConfig, asked: Asked) -> Prepared:
+    """Return the first rows of a stream, ready for the model, and the stream itself.
+
+    Args:
+        config: the data section.
+        asked: what else decides the rows.
+
+    Raises:
+        InputError: the source cannot be streamed, or its first rows cannot be used.
+    """
+    source = open_source(
+        config.dataset,
+        split=config.split,
+        subset=config.subset,
+        on_bad_row=config.on_bad_row,
+        validation_rows=config.max_eval_samples,
+    )
+    splits, form = _read_head(source, config)
+    loaded = convert_splits(splits, config, asked.task, lenient=asked.lenient)
+    prepared = prepare_examples(loaded, config, asked, None, be_silent)
+    length, overlong = prepared.max_length, prepared.facts["overlong"]
+    if config.max_length == "auto":
+        length = _with_room(length, asked.bounds.tightest[0])
+    may_lose = config.max_length == "auto" and overlong == "error"
+    settled = config.model_copy(
+        update={"max_length": length, "overlong": "drop" if may_lose else overlong}
+    )
+    tokenizer = asked.tokenizer
+    encoder = Encoder(
+        asked.task, asked.kind, tokenizer, settled, asked.bounds, prepared.prompt_format,
+        partly=True,
+    )  # fmt: skip
+    gate = Gate(
+        config.gate, asked.task.target, tokenizer.bos_token_id, stop_ids(tokenizer),
+        asked.vocabulary,
+    )  # fmt: skip
+    encode = ChunkEncoder(settled, loaded.format, form, encoder, gate, may_lose)
+    stream = RowStream(
+        source.train, encode, config.validation_rows or 0, config.shuffle_buffer, asked.seed
+    )
+    facts = {
+        **prepared.facts,
+        "streamed": True,
+        "first_rows": len(prepared.train),
+        "max_length": length,
+        "fingerprint": _fingerprint(source, splits.train.rows),
+    }
+    choices = [*_choices(prepared, config, length), _unchecked(config.gate)]
+    return replace(prepared, stream=stream, max_length=length, facts=facts, choices=choices)
+
+
+def _with_room(longest: int, bound: int | None) -> int:
+    """Return a quarter more than the longest of the first rows, for those to come, in bounds."""
+    roomy = longest + longest // 4
+    return roomy if bound is None else max(longest, min(roomy, bound))
+
+
+def _read_head(source: StreamSource, config: DataConfig) -> tuple[Splits, Form]:
+    """Read the rows that are held out and the first ones for training; return them and their form.
+
+    Raises:
+        InputError: there are too few, or one is bad.
+    """
+    held, wanted = config.validation_rows or 0, SAMPLE + (config.validation_rows or 0)
+    if held and source.validation is not None:
+        raise InputError(
+            f"data.validation_rows={held:,}: {config.dataset} has its own validation rows. Drop it."
+        )
+    rows: list[Row] = []
+    lines: list[int] = []
+    bad: list[BadRow] = []
+    chunk: Chunk | None = None
+    for chunk in _until(source.train.chunks(), wanted):
+        rows += chunk.rows
+        lines += chunk.lines
+        bad += chunk.bad
+    if chunk is None or not (rows or bad):
+        raise InputError(f"{config.dataset}: has 0 rows. Give a set with rows.")
+    if held and len(rows) <= held:
+        raise InputError(
+            f"data.validation_rows={held:,} leaves none of the {len(rows):,} rows of "
+            f"{config.dataset} to train on. Hold out fewer."
+        )
+    table = Table(rows[:wanted], lines[:wanted], chunk.source, chunk.unit)
+    bad = [row for row in bad if row.line <= table.lines[-1]] if len(rows) >= wanted else bad
+    odd = find_odd_rows(table.rows, table.lines)
+    form = Form.of(table.rows, table.lines)
+    train, validation = table, source.validation
+    if held:
+        validation = settle(
+            table.take(range(held)), _within(odd, table, 0, held), config.on_bad_row
+        )
+        train = table.take(range(held, len(table)))
+    train = settle(train, [*bad, *_within(odd, table, held, len(table))], config.on_bad_row)
+    notes = list(source.notes)
+    if held:
+        notes.append(f"validation: the first {held:,} rows, which are not trained on")
+    return Splits(train, validation, None, config.dataset, notes), form
+
+
+def _until(chunks: Iterator[Chunk], rows: int) -> Iterator[Chunk]:
+    """Yield chunks until they hold `rows` rows."""
+    seen = 0
+    for chunk in chunks:
+        yield chunk
+        seen += len(chunk.rows)
+        if seen >= rows:
+            return
+
+
+def _within(odd: list[BadRow], table: Table, begin: int, end: int) -> list[BadRow]:
+    lines = set(islice(table.lines, begin, end))
+    return [row for row in odd if row.line in lines]
+
+
+def _fingerprint(source: StreamSource, rows: Any) -> str:
+    """Return a digest of the first rows, and of samples of local files."""
+    digest = hashlib.sha256(rows_fingerprint(rows).encode())
+    for file in source.files:
+        digest.update(sampled_fingerprint(Path(file)).encode())
+    return digest.hexdigest()
+
+
+def _choices(prepared: Prepared, config: DataConfig, length: int) -> list[Choice]:
+    """Return the lines for the screen, which say what is known of the first rows only."""
+    first = f"the first {prepared.facts['train_rows']:,} rows"
+    held = f"{len(prepared.validation):,} for validation" if prepared.validation else (
+        "no validation rows: --set data.validation_rows=N would hold some out"
+    )  # fmt: skip
+    shuffle = f"shuffled within {config.shuffle_buffer:,} rows" if config.shuffle_buffer > 1 else (
+        "in the set's order"
+    )  # fmt: skip
+    lines = []
+    for choice in prepared.choices:
+        if choice.name == "data":
+            lines.append(Choice("data", f"{choice.value}, read as it comes", f"{shuffle}; {held}"))
+        elif choice.name == "tokens":
+            lines.append(
+                Choice("tokens", f"{prepared.facts['tokens']:,} in {first}", choice.reason)
+            )
+        elif choice.name == "max length" and config.max_length == "auto":
+            why = f"auto: a quarter more than the longest of {first}, {prepared.max_length:,}"
+            if config.overlong == "error":
+                why += "; a longer one is dropped, up to 1 % of the rows"
+            lines.append(Choice(choice.name, f"{length:,} tokens", why))
+        else:
+            lines.append(choice)
+    return lines
+
+
+def _unchecked(gate: GateConfig) -> Choice:
+    """Return the line that names what is not checked on every row."""
+    wanted = [name for name in WHOLE_SET if getattr(gate, name) != "ignore"]
+    return Choice(
+        "data check",
+        "each row as it comes",
+        f"{', '.join(wanted)} among the first rows only: they take the whole set" if wanted else "",
+    )

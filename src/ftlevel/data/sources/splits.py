@@ -1,0 +1,340 @@
+"""From a wish to splits: a built-in set, a local file or directory, or a Hub data set.
+
+This room finds the rows and says where they came from; what they mean is decided in `formats`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ftlevel.data.sources.hub import (
+    is_saved_directory,
+    load_hub_tables,
+    load_saved_tables,
+    pick_split,
+)
+from ftlevel.data.sources.mixing import join_tables, mix_tables
+from ftlevel.data.sources.reader import data_files, describe_missing, is_data_file_name, read_table
+from ftlevel.data.sources.table import OnBadRow, Table, describe_dropped
+from ftlevel.errors import InputError, did_you_mean, listing, nearest
+
+BUILTIN = ("docstrings",)
+_BUILTIN_SPLITS: tuple[Literal["train", "validation", "test"], ...] = (
+    "train",
+    "validation",
+    "test",
+)
+
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_SPLIT_NAMES = {"train": ("train",), "validation": VALIDATION_NAMES, "test": ("test",)}
+
+HUB_PREFIX = "hf://datasets/"
+
+# A Hub id: one name, or an organisation and a name.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a data set.
+
+    Attributes:
+        train: the rows to learn from.
+        validation: the rows to watch during a run; None if there are none.
+        test: rows that no run looks at; None if there are none.
+        name: what the user asked for.
+        notes: what was chosen or left out, one sentence each, to be shown.
+    """
+
+    train: Table
+    validation: Table | None
+    test: Table | None
+    name: str
+    notes: list[str] = field(default_factory=list)
+
+
+def load_splits(
+    dataset: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    on_bad_row: OnBadRow = "error",
+    data_dir: Path | None = None,
+    max_samples: int | None = None,
+) -> Splits:
+    """Read the splits of a data set.
+
+    Args:
+        dataset: "builtin:NAME", the path of a file or a directory, or a Hub id. What exists as a
+            path is a path; "hf://datasets/ID" is never one.
+        split: the split to train on, instead of "train".
+        subset: the configuration of a Hub data set; for a built-in set the kind of its rows.
+        on_bad_row: refuse bad rows or leave them out; see `reader.read_table`.
+        data_dir: the directory that a relative path is looked up in; the current one by default.
+        max_samples: keep the first N rows of each split. A text file is read and checked as a
+            whole even so.
+
+    Raises:
+        InputError: with `path:line` where there is one, and the one thing to do.
+    """
+    if dataset.startswith("builtin:"):
+        splits = _load_builtin(dataset, split, subset, max_samples)
+    elif dataset.startswith(HUB_PREFIX):
+        splits = _load_hub(dataset.removeprefix(HUB_PREFIX), split, subset, max_samples)
+    else:
+        path = Path(dataset).expanduser()
+        path = path if data_dir is None else data_dir / path
+        if path.is_dir():
+            splits = _load_directory(path, dataset, split, on_bad_row, max_samples)
+        elif path.exists():
+            splits = _load_file(path, dataset, split, on_bad_row)
+        else:
+            check_hub_id(dataset, path)
+            splits = _load_hub(dataset, split, subset, max_samples)
+    notes = [
+        note
+        for table in (splits.train, splits.validation, splits.test)
+        if table is not None
+        for note in describe_dropped(table)
+    ]
+    return take_first(replace(splits, notes=[*splits.notes, *notes]), max_samples)
+
+
+def join_splits(parts: Sequence[Splits], shares: Sequence[float] | None, seed: int) -> Splits:
+    """Return several data sets as one.
+
+    Args:
+        parts: what was loaded of each.
+        shares: of the training rows that each should give; None takes all rows.
+        seed: of the rows that are taken.
+
+    Raises:
+        InputError: their columns differ, or one would give no row.
+    """
+    train, notes = [part.train for part in parts], [note for part in parts for note in part.notes]
+    if shares is not None:
+        train, mixed = mix_tables(train, shares, seed)
+        notes += mixed
+    validation = [part.validation for part in parts if part.validation is not None]
+    test = [part.test for part in parts if part.test is not None]
+    return Splits(
+        join_tables(train),
+        join_tables(validation) if validation else None,
+        join_tables(test) if test else None,
+        " + ".join(part.name for part in parts),
+        notes,
+    )
+
+
+def take_first(splits: Splits, max_samples: int | None) -> Splits:
+    """Return the first `max_samples` rows of each split; None keeps all."""
+    if max_samples is None:
+        return splits
+
+    def cut(table: Table) -> Table:
+        if len(table) <= max_samples:
+            return table
+        return replace(table.take(range(max_samples)), dropped=table.dropped)
+
+    return replace(
+        splits,
+        train=cut(splits.train),
+        validation=None if splits.validation is None else cut(splits.validation),
+        test=None if splits.test is None else cut(splits.test),
+    )
+
+
+def hold_out(splits: Splits, validation_split: float, seed: int) -> Splits:
+    """Move a share of the training rows to validation, unless the source brings its own.
+
+    The choice depends on the seed and the number of rows alone; both parts keep their order.
+
+    Args:
+        splits: what was loaded.
+        validation_split: the share, between 0 and 1; 0 moves nothing.
+        seed: of the shuffle that picks the rows.
+
+    Raises:
+        InputError: one of the two parts would be empty.
+    """
+    if validation_split <= 0:
+        return splits
+    if splits.validation is not None:
+        note = f"{splits.name}: has its own validation split; --validation-split is not used"
+        return replace(splits, notes=[*splits.notes, note])
+    total = len(splits.train)
+    count = round(total * validation_split)
+    if not 0 < count < total:
+        least = math.ceil(1_000_000 / total) / 1_000_000  # is one row of most numbers of rows
+        way = f"a share between {least:g} and {1 - least:g}, or " if total > 1 else ""
+        raise InputError(
+            f"--validation-split {validation_split:g}: holds {count:,} of {total:,} rows out of "
+            f"{splits.train.source}; both parts need a row. Give {way}a validation file."
+        )
+    order = array("q", range(total))
+    random.Random(seed).shuffle(order)
+    held, kept = np.sort(order[:count]), np.sort(order[count:])
+    note = f"validation: {count:,} of {total:,} rows held out of train (seed {seed})"
+    return replace(
+        splits,
+        train=replace(splits.train.take(kept), dropped=splits.train.dropped),
+        validation=splits.train.take(held),
+        notes=[*splits.notes, note],
+    )
+
+
+def _assemble(tables: Mapping[str, Table], train: str, name: str, notes: list[str]) -> Splits:
+    """Sort tables by the use of their split; the rest is named in a note."""
+    if train != "train":
+        notes = [*notes, f"{name}: trains on split {train!r} of {listing(tables)}"]
+    validation = next((key for key in VALIDATION_NAMES if key in tables and key != train), None)
+    return Splits(
+        train=tables[train],
+        validation=tables[validation] if validation else None,
+        test=tables["test"] if "test" in tables and train != "test" else None,
+        name=name,
+        notes=notes,
+    )
+
+
+def _load_builtin(
+    dataset: str, split: str | None, subset: str | None, max_samples: int | None
+) -> Splits:
+    """Read a set that every machine has; `subset` is the kind of rows."""
+    name = dataset.removeprefix("builtin:")
+    if name not in BUILTIN:
+        raise InputError(
+            f"--dataset {dataset}: no such built-in set.{did_you_mean(name, BUILTIN)} "
+            f"There is: {listing(f'builtin:{each}' for each in BUILTIN)}."
+        )
+    if split is not None and split not in _BUILTIN_SPLITS:
+        raise InputError(
+            f"--split {split}: no such split of {dataset}."
+            f"{did_you_mean(split, _BUILTIN_SPLITS)} Splits: {listing(_BUILTIN_SPLITS)}."
+        )
+    from ftlevel.data.sources.docstrings import read_docstrings
+
+    kind: Any = subset or "generation"  # checked there
+    tables: dict[str, Table] = {}
+    for part in _BUILTIN_SPLITS:
+        rows = read_docstrings(kind, part, limit=max_samples)
+        numbers = list(range(1, len(rows) + 1))
+        tables[part] = Table(list(rows), numbers, f"{dataset} ({part})", unit="row")
+    return _assemble(tables, split or "train", dataset, [])
+
+
+def _load_file(path: Path, dataset: str, split: str | None, on_bad_row: OnBadRow) -> Splits:
+    """Read one file: all of it is for training."""
+    if split not in (None, "train"):
+        raise InputError(
+            f"--split {split}: {dataset} is one file, without splits. Drop --split, or name a "
+            "directory that holds train and validation files."
+        )
+    return Splits(read_table(path, on_bad_row), None, None, dataset)
+
+
+def _load_directory(
+    path: Path, dataset: str, split: str | None, on_bad_row: OnBadRow, max_samples: int | None
+) -> Splits:
+    """Read a directory of one file a split, or one that `save_to_disk` wrote."""
+    if is_saved_directory(path):
+        tables = load_saved_tables(path, max_samples)
+        return _assemble(tables, pick_split(tables, split, dataset), dataset, [])
+    files, train, notes = choose_files(path, dataset, split)
+    if len(files[train]) > 1:
+        shards = join_tables([read_table(file, on_bad_row) for file in files[train]])
+        return Splits(shards, None, None, dataset, notes)
+    tables, problems = {}, []
+    for use, [file] in files.items():
+        try:
+            tables[use] = read_table(file, on_bad_row)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return _assemble(tables, train, dataset, [])
+
+
+def choose_files(
+    path: Path, dataset: str, split: str | None
+) -> tuple[dict[str, list[Path]], str, list[str]]:
+    """Return the files of a directory by their use, the use that is trained on, and notes.
+
+    Args:
+        path: the directory.
+        dataset: as the user names it.
+        split: the split to train on, instead of "train".
+
+    Raises:
+        InputError: no file is for training, or two are for one use.
+    """
+    names = data_files(path)
+    if split is None and _are_shards(names):
+        note = f"{dataset}: reads all of {listing(names)} as training rows"
+        return {"train": [path / name for name in names]}, "train", [note]
+    stems: dict[str, str] = {}
+    for name in names:
+        stem = Path(name).stem.lower()
+        use = next((use for use, stems_ in _SPLIT_NAMES.items() if stem in stems_), stem)
+        if use in stems and (use in _SPLIT_NAMES or use == split):
+            raise InputError(
+                f"{path}: {stems[use]!r} and {name!r} are both its {use} split. Remove one."
+            )
+        stems[use] = name
+    train = (split or "train").lower()
+    train = next((use for use, stems_ in _SPLIT_NAMES.items() if train in stems_), train)
+    if train not in stems:
+        there = f"Files in it: {listing(names)}." if names else "It holds no data file."
+        raise InputError(
+            f"{path}: has no {train} file.{did_you_mean(train, stems)} {there} "
+            f"Add {train}.jsonl, or name one file: --dataset {path / (names or ['FILE'])[0]}"
+        )
+    uses = dict.fromkeys([train, *(use for use in _SPLIT_NAMES if use in stems)])
+    return {use: [path / stems[use]] for use in uses}, train, []
+
+
+def _are_shards(names: list[str]) -> bool:
+    """Tell whether a directory holds several files of which none is named like a split."""
+    stems = [Path(name).stem.lower() for name in names]
+    known = {stem for stems_ in _SPLIT_NAMES.values() for stem in stems_}
+    return len(names) > 1 and known.isdisjoint(stems) and not nearest("train", stems)
+
+
+def check_hub_id(dataset: str, path: Path) -> None:
+    """Raise if `dataset` was meant as a path, which does not exist."""
+    looks_local = (
+        dataset.startswith((".", "/", "~"))
+        or "\\" in dataset
+        or dataset.count("/") > 1
+        or is_data_file_name(dataset)
+    )
+    if looks_local or not _HUB_ID.fullmatch(dataset):
+        raise InputError(describe_missing(path))
+    if "/" in dataset and path.parent.is_dir():
+        raise InputError(
+            f"{describe_missing(path)} If you mean the data set of the Hub: "
+            f"--dataset {HUB_PREFIX}{dataset}"
+        )
+
+
+def _load_hub(
+    dataset: str, split: str | None, subset: str | None, max_samples: int | None
+) -> Splits:
+    """Load a Hub data set; a `split` with a slice is loaded without the others."""
+    sliced = split is not None and not split.isidentifier()
+    try:
+        tables, notes = load_hub_tables(dataset, subset, split if sliced else None, max_samples)
+    except InputError as error:
+        here = did_you_mean(dataset, (entry.name for entry in Path().iterdir()))
+        raise InputError(f"{error}{here}") from error
+    train = split if sliced and split else pick_split(tables, split, dataset)
+    return _assemble(tables, train, dataset, notes)

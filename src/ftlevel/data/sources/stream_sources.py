@@ -1,0 +1,110 @@
+"""From a wish to a stream: a local file or directory, or a Hub data set, read part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftlevel.data.sources.hub import (
+    is_saved_directory,
+    open_hub_streams,
+    open_saved_streams,
+    pick_split,
+)
+from ftlevel.data.sources.reader import build_arrow_table, read_table
+from ftlevel.data.sources.splits import HUB_PREFIX, VALIDATION_NAMES, check_hub_id, choose_files
+from ftlevel.data.sources.streams import ChainedStream, IterableStream, Stream, open_file
+from ftlevel.data.sources.table import OnBadRow, Table
+from ftlevel.errors import InputError
+
+REMOTE_ROWS = 1_000
+"""Validation rows that are read of a set that is not a local file, where no number is given."""
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """A set that is read part by part.
+
+    Attributes:
+        train: its training rows.
+        validation: its validation rows, read; None if it has none.
+        files: local files of the training rows; empty for a remote set.
+        notes: what was chosen, one sentence each, to be shown.
+    """
+
+    train: Stream
+    validation: Table | None = None
+    files: tuple[Path, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+def open_source(
+    dataset: str,
+    *,
+    split: str | None,
+    subset: str | None,
+    on_bad_row: OnBadRow,
+    validation_rows: int | None,
+) -> StreamSource:
+    """Open a data set; only its validation rows are read.
+
+    Args:
+        dataset: path of a file or a directory, or a Hub id, as of `sources.load_splits`.
+        split: the split to train on, instead of "train".
+        subset: the configuration of a Hub data set.
+        on_bad_row: what is done to a bad validation row.
+        validation_rows: most validation rows to read.
+
+    Raises:
+        InputError: it is not there, or cannot be streamed.
+    """
+    if dataset.startswith("builtin:"):
+        raise InputError(f"--streaming: {dataset} is a small set in memory. Drop --streaming.")
+    path = Path(dataset).expanduser()
+    if dataset.startswith(HUB_PREFIX) or not path.exists():
+        name = dataset.removeprefix(HUB_PREFIX)
+        if name == dataset:
+            check_hub_id(dataset, path)
+        found = open_hub_streams(name, subset)
+        make = lambda key: lambda: open_hub_streams(name, subset)[key]  # noqa: E731
+        return _iterable(found, make, split, name, validation_rows)
+    if path.is_dir() and is_saved_directory(path):
+        made = open_saved_streams(path)
+        make = lambda key: lambda: open_saved_streams(path)[key]  # noqa: E731
+        return _iterable(made, make, split, dataset, validation_rows)
+    if not path.is_dir():
+        if split not in (None, "train"):
+            raise InputError(
+                f"--split {split}: {dataset} is one file, without splits. Drop --split."
+            )
+        return StreamSource(open_file(path), files=(path,))
+    files, train, notes = choose_files(path, dataset, split)
+    held = files.get("validation") if train != "validation" else None
+    validation = read_table(held[0], on_bad_row) if held else None
+    if validation is not None and validation_rows is not None:
+        validation = validation.take(range(min(validation_rows, len(validation))))
+    streams = [open_file(file) for file in files[train]]
+    stream = streams[0] if len(streams) == 1 else ChainedStream(streams)
+    return StreamSource(stream, validation, tuple(files[train]), notes)
+
+
+def _iterable(
+    found: Mapping[str, Any],
+    make: Callable[[str], Callable[[], Any]],
+    split: str | None,
+    name: str,
+    most: int | None,
+) -> StreamSource:
+    """Return the splits that are used of `found`."""
+    train = pick_split(found, split, name)
+    held = next((key for key in VALIDATION_NAMES if key in found and key != train), None)
+    validation = None
+    if held is not None:
+        import pyarrow as pa  # type: ignore[import-untyped]
+
+        rows = list(found[held].take(most or REMOTE_ROWS))
+        validation = build_arrow_table(pa.Table.from_pylist(rows), f"{name} ({held})")
+    stream = IterableStream(make(train), f"{name} ({train})")
+    return StreamSource(stream, validation)

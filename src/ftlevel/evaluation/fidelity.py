@@ -1,0 +1,235 @@
+"""How far a changed model is from its source, measured on text: KL, agreement, perplexity.
+
+Both models see the same tokens, and are compared position by position on what they predict; a
+model without a language head is compared by its hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ftlevel.data.sources.docstrings import read_module, stdlib_modules
+from ftlevel.errors import InputError
+
+WINDOW = 256  # tokens that a prediction can look back on, at most
+_MASKED_SHARE = 0.15
+_DOCUMENTATION = "documentation of Python's standard library"
+_CHARACTERS_A_TOKEN = 12  # more than any tokenizer packs, so that enough text is read
+
+PREDICTS = {
+    "AutoModelForCausalLM": "next tokens",
+    "AutoModelForMaskedLM": "masked tokens (15 %)",
+    "AutoModelForSeq2SeqLM": "the second half of each window, given the first",
+}
+HIDDEN_STATES = "hidden states (the model has no language head)"
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is read, and where it is from."""
+
+    content: str
+    name: str
+
+
+def read_eval_text(path: Path | None, tokens: int) -> Text:
+    """Return the text to compare on.
+
+    Args:
+        path: the user's file; None for the documentation of modules that no built-in training row
+            comes from.
+        tokens: how many will be used.
+
+    Raises:
+        InputError: the file cannot be read or is empty.
+    """
+    if path is not None:
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--eval-text {path} cannot be read: {error}.") from None
+        if not content.strip():
+            raise InputError(f"--eval-text {path} is empty. Name a text file.")
+        return Text(content, str(path))
+    parts, size = [], 0
+    for _, file in stdlib_modules("test"):
+        for item in read_module(file):
+            parts.append(item.docstring)
+            size += len(item.docstring)
+        if size > tokens * _CHARACTERS_A_TOKEN:
+            break
+    return Text("\n\n".join(parts), _DOCUMENTATION)
+
+
+def cut_windows(tokenizer: Any, text: str, tokens: int, length: int) -> list[list[int]]:
+    """Return the first `tokens` tokens of `text` in windows of at most `length`.
+
+    Each has the special tokens that the tokenizer puts around a text.
+    """
+    around = tokenizer("")["input_ids"]
+    head = around[:-1] if around and around[-1] == _end(tokenizer) else around
+    tail = around[len(head) :]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+    room = length - len(around)
+    parts = [ids[start : start + room] for start in range(0, len(ids), room)]
+    return [[*head, *part, *tail] for part in parts if len(part) > 1]
+
+
+def _end(tokenizer: Any) -> int | None:
+    if tokenizer.sep_token_id is not None:
+        return int(tokenizer.sep_token_id)
+    return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model predicts in a window: `(positions, size)` in float32, and the true tokens."""
+
+    values: torch.Tensor
+    labels: torch.Tensor
+
+
+def read_windows(
+    model: Any, windows: Sequence[list[int]], auto_class: str, tokenizer: Any
+) -> Iterator[Answer]:
+    """Yield what `model`, in eval mode, predicts in each window."""
+    device = next(model.parameters()).device
+    ask = _QUESTIONS.get(auto_class, _ask_hidden)
+    for number, window in enumerate(windows):
+        question = ask(torch.tensor([window], device=device), tokenizer, number)
+        with torch.no_grad():
+            values = question.answers(model)
+        yield Answer(values, question.labels)
+
+
+def compare(source: Iterable[Answer], changed: Iterable[Answer], auto_class: str) -> dict[str, Any]:
+    """Return how the changed model predicts beside its source, asked the same.
+
+    KL is the mean of KL(source ‖ changed) over the positions, in nats, with its standard error;
+    top-1 agreement the share of positions where both find the same token most likely. A prediction
+    that is not finite makes them NaN.
+    """
+    scores = _Scores() if auto_class in PREDICTS else _Hidden()
+    windows = 0
+    for first, second in zip(source, changed, strict=True):
+        scores.update(first.values, second.values.to(first.values.device), first.labels)
+        windows += 1
+    return {
+        "predicts": PREDICTS.get(auto_class, HIDDEN_STATES),
+        "windows": windows,
+        **scores.compute(),
+    }
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A window as a model is asked: its inputs, which outputs count, and the true tokens there."""
+
+    inputs: dict[str, torch.Tensor]
+    places: torch.Tensor | slice
+    labels: torch.Tensor
+    output: str = "logits"
+
+    def answers(self, model: Any) -> torch.Tensor:
+        """Return the outputs that count, `(positions, size)` in float32."""
+        inputs = dict(self.inputs)
+        if self.output == "last_hidden_state" and model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        output = model(**inputs)
+        return output[self.output][0][self.places].float()
+
+
+def _ask_next(ids: torch.Tensor, tokenizer: Any, number: int) -> _Question:  # noqa: ARG001
+    return _Question({"input_ids": ids}, slice(0, -1), ids[0, 1:])
+
+
+def _ask_masked(ids: torch.Tensor, tokenizer: Any, number: int) -> _Question:
+    special = torch.tensor(tokenizer.all_special_ids, device=ids.device)
+    plain = (~torch.isin(ids[0], special)).nonzero().flatten()
+    count = max(1, round(len(plain) * _MASKED_SHARE))
+    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(number))
+    places = plain[order[:count].to(ids.device)].sort().values
+    hidden = ids.clone()
+    hidden[0, places] = tokenizer.mask_token_id
+    return _Question({"input_ids": hidden}, places, ids[0, places])
+
+
+def _ask_half(ids: torch.Tensor, tokenizer: Any, number: int) -> _Question:  # noqa: ARG001
+    middle = ids.shape[1] // 2
+    inputs = {"input_ids": ids[:, :middle], "labels": ids[:, middle:]}
+    return _Question(inputs, slice(None), ids[0, middle:])
+
+
+def _ask_hidden(ids: torch.Tensor, tokenizer: Any, number: int) -> _Question:  # noqa: ARG001
+    inputs = {"input_ids": ids}
+    return _Question(inputs, slice(None), ids[0], "last_hidden_state")
+
+
+_QUESTIONS = {
+    "AutoModelForCausalLM": _ask_next,
+    "AutoModelForMaskedLM": _ask_masked,
+    "AutoModelForSeq2SeqLM": _ask_half,
+}
+
+
+class _Scores:
+    """Sums over the positions of a language model."""
+
+    def __init__(self) -> None:
+        self.kl: list[torch.Tensor] = []
+        self.agree = 0
+        self.nll = [0.0, 0.0]
+
+    def update(self, first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add logits `(positions, vocabulary)` of both models and the true tokens."""
+        before, after = first.log_softmax(-1), second.log_softmax(-1)
+        self.kl.append((before.exp() * (before - after)).sum(-1).cpu())
+        self.agree += int((before.argmax(-1) == after.argmax(-1)).sum())
+        for index, scores in enumerate((before, after)):
+            true = labels.to(scores.device)
+            self.nll[index] += float(functional.nll_loss(scores, true, reduction="sum"))
+
+    def compute(self) -> dict[str, float]:
+        """Return the means over all positions."""
+        kl = torch.cat(self.kl)
+        count = len(kl)
+        return {
+            "positions": count,
+            "kl": float(kl.mean()),
+            "kl_standard_error": float(kl.std() / math.sqrt(count)) if count > 1 else math.nan,
+            "top1_agreement": self.agree / count,
+            "perplexity_source": math.exp(self.nll[0] / count),
+            "perplexity": math.exp(self.nll[1] / count),
+        }
+
+
+class _Hidden:
+    """The angle between the hidden states of both models."""
+
+    def __init__(self) -> None:
+        self.cosine: list[torch.Tensor] = []
+
+    def update(
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        labels: torch.Tensor,  # noqa: ARG002 - as _Scores
+    ) -> None:
+        """Add hidden states `(positions, hidden)`."""
+        self.cosine.append(functional.cosine_similarity(first, second, dim=-1).cpu())
+
+    def compute(self) -> dict[str, float]:
+        """Return the mean and the smallest cosine over all positions."""
+        cosine = torch.cat(self.cosine)
+        return {
+            "positions": len(cosine),
+            "cosine": float(cosine.mean()),
+            "cosine_smallest": float(cosine.min()),
+        }

@@ -1,0 +1,263 @@
+"""Score a model on encoded rows: one way for training, for `evaluate` and for the checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ftlevel.data.encoding.chat import turn_end
+from ftlevel.data.encoding.collate import Collator, pad
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.fast.head.cross_entropy import Observe
+from ftlevel.fast.head.loss import target_loss
+from ftlevel.fast.step import target_head
+from ftlevel.models.hardware import autocast
+from ftlevel.task import ScoreTexts
+from ftlevel.tasks.meters import Meter
+from ftlevel.tasks.objectives import Objective, Tokens
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How text is generated.
+
+    Attributes:
+        max_new_tokens: longest text.
+        temperature: of the draws; 0 takes the most likely token.
+        top_p: draw from the fewest tokens that have this probability together.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def arguments(self, tokenizer: Any) -> dict[str, Any]:
+        """Return the arguments of `generate`; the draws begin anew (the global state is set)."""
+        common = {
+            "max_new_tokens": self.max_new_tokens,
+            "use_cache": True,
+            "pad_token_id": tokenizer.pad_token_id or 0,
+            "eos_token_id": _stops(tokenizer),
+        }
+        if not self.temperature:
+            return common | {"do_sample": False}
+        torch.manual_seed(self.seed)
+        # top_k is 50 by default in transformers: off, so that these two say everything.
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return common | {"do_sample": True} | drawn
+
+
+class Record(Protocol):
+    """Hears of every row that an evaluator scores."""
+
+    def add(
+        self,
+        rows: Sequence[Encoded],
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> None:
+        """A batch was scored: its rows, and what the objective made of it."""
+
+    def add_targets(
+        self,
+        rows: Sequence[Encoded],
+        owners: torch.Tensor,
+        scores: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> None:
+        """Tokens of a batch were scored; `owners` are their indices in `rows`."""
+
+    def add_texts(
+        self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]
+    ) -> None:
+        """Texts were generated for `rows`."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Everything that scoring needs beside the model.
+
+    Attributes:
+        rows: encoded validation rows.
+        tokenizer: decodes generated text and pads.
+        kind: kind of the model.
+        objective: what the model is trained on.
+        device: torch device type.
+        dtype: compute precision's name.
+        batch_size: rows a forward pass.
+        generated_rows: how many of the first rows are generated and scored; 0 for none.
+        max_new_tokens: longest generated text.
+        score_texts: scores the generated texts.
+        language: ISO 639-1 code of the generated texts; "" if unknown.
+        on_targets: whether a language head is computed on supervised positions only.
+    """
+
+    rows: Sequence[Encoded]
+    tokenizer: Any
+    kind: str
+    objective: Objective
+    device: str
+    dtype: str
+    batch_size: int
+    generated_rows: int = 0
+    max_new_tokens: int = 64
+    score_texts: ScoreTexts | None = None
+    language: str = ""
+    on_targets: bool = True
+
+    def __call__(self, model: Any, record: Record | None = None) -> dict[str, float]:
+        """Return the metrics of `model`, which is left in the mode it was in.
+
+        Args:
+            model: what is scored.
+            record: told of every row and every generated text, where it is given.
+        """
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), autocast(self.device, self.dtype):
+                metrics = self._score(model, record)
+                if self.generated_rows and self.score_texts is not None:
+                    texts = self.generate(model)
+                    references = [self._reference(row) for row in self._generated()]
+                    metrics |= self.score_texts(texts, references, self.language)
+                    if record is not None:
+                        record.add_texts(self._generated(), texts, references)
+        finally:
+            model.train(training)
+        return metrics
+
+    def _score(self, model: Any, record: Record | None) -> dict[str, float]:
+        objective = self.objective
+        meter, total, count = objective.meter(), 0.0, 0
+        pad_id = self.tokenizer.pad_token_id or 0
+        collate = Collator(pad_id)
+        by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
+        wanted = objective if self.on_targets else None
+        with target_head(model, wanted, by_length, pad_id, self.device, self.dtype) as head:
+            for rows in batches(by_length, self.batch_size):
+                batch = {k: v.to(self.device) for k, v in collate(rows).items()}
+                count += int(objective.count(batch["labels"]))
+                if head is not None:
+                    observe = self._observer(meter, record, rows, batch["labels"])
+                    total += target_loss(head, model, objective, batch, observe).item()
+                    continue
+                inputs, labels = objective.split(batch)
+                logits = objective.logits(model(**inputs))
+                total += objective.loss_sum(logits, labels, batch["attention_mask"]).item()
+                meter.update(*objective.targets(logits, labels), rows)
+                if record is not None:
+                    record.add(rows, logits, labels, batch["attention_mask"])
+        loss = total / count if count else math.nan
+        return {"loss": loss, **meter.compute(loss)}
+
+    def _observer(
+        self, meter: Meter, record: Record | None, rows: Sequence[Encoded], labels: torch.Tensor
+    ) -> Observe:
+        """Return what is given scores and targets, chunk by chunk, in the order of the batch."""
+        owners = None
+        if record is not None and isinstance(self.objective, Tokens):
+            owners = self.objective.locate(labels)[0] // labels.shape[1]
+        seen = 0
+
+        def observe(scores: torch.Tensor, targets: torch.Tensor) -> None:
+            nonlocal seen
+            meter.update(scores, targets, rows)
+            if record is not None and owners is not None:
+                record.add_targets(rows, owners[seen : seen + len(targets)], scores, targets)
+            seen += len(targets)
+
+        return observe
+
+    def _generated(self) -> Sequence[Encoded]:
+        return self.rows[: self.generated_rows]
+
+    def generate(self, model: Any) -> list[str]:
+        """Return what `model` writes, greedily, for the first `generated_rows` rows."""
+        prompts = [self._prompt(row) for row in self._generated()]
+        return generate_texts(
+            model,
+            self.tokenizer,
+            prompts,
+            self.device,
+            self.batch_size,
+            Writing(self.max_new_tokens),
+        )
+
+    def _prompt(self, row: Encoded) -> list[int]:
+        """Return the ids before the last answer of `row`."""
+        if self.kind == "encoder-decoder" or not isinstance(row.labels, list):
+            return row.input_ids
+        return row.input_ids[: self._answer_start(row.labels)]
+
+    def _reference(self, row: Encoded) -> str:
+        labels = row.labels if isinstance(row.labels, list) else []
+        if self.kind != "encoder-decoder":
+            labels = labels[self._answer_start(labels) :]
+        ids = [label for label in labels if label != IGNORED]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    @staticmethod
+    def _answer_start(labels: list[int]) -> int:
+        """Return where the last run of supervised labels begins."""
+        end = len(labels)
+        while end and labels[end - 1] == IGNORED:
+            end -= 1
+        start = end
+        while start and labels[start - 1] != IGNORED:
+            start -= 1
+        return start
+
+
+def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Yield `rows` in runs of at most `size`."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    device: str,
+    batch_size: int,
+    writing: Writing,
+) -> list[str]:
+    """Return what `model` writes after each prompt, without special tokens.
+
+    Prompts are generated in batches of like length; the order is kept. A decoder goes on where a
+    prompt ends, so that it is padded on the left; an encoder counts positions from the beginning,
+    and BART's would move with padding there.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    encoder_decoder = model.config.is_encoder_decoder
+    left = not encoder_decoder
+    for indices in batches(order, batch_size):
+        ids = pad([prompts[i] for i in indices], pad_id, left=left).to(device)
+        mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=left).to(device)
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            **writing.arguments(tokenizer),
+        )
+        answers = written if encoder_decoder else written[:, ids.shape[1] :]
+        for i, answer in zip(indices, answers, strict=True):
+            texts[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    return texts
+
+
+def _stops(tokenizer: Any) -> list[int]:
+    """Return the ids that end a generated text: EOS, and what ends a turn in the chat template."""
+    ends = [tokenizer.eos_token_id]
+    if getattr(tokenizer, "chat_template", None):
+        ends.append(turn_end(tokenizer))
+    return list(dict.fromkeys(i for i in ends if i is not None))

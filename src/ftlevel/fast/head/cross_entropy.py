@@ -1,0 +1,218 @@
+"""The head and the loss on targets only, in chunks, with the gradient made in the same pass.
+
+    L = Σᵢ −log softmax(f(zᵢ))[yᵢ],  z = head(h)    ∂L/∂f(zᵢ) = softmax(f(zᵢ)) − onehot(yᵢ)
+
+A language model scores every token of its vocabulary at every position, and most positions are
+prompt or padding. Here the head's input is taken at the positions that predict a target, a chunk at
+a time, so memory does not grow with the vocabulary times the sequence.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ftlevel.fast.packing.layout import NotServedError
+
+CHUNK_SCORES = 4_000_000
+"""Scores of a chunk: 24 MB in float32 and bfloat16, which a CPU's last cache still holds."""
+
+FEWEST = 64
+"""Targets of a chunk at least: fewer would read the head's weights for too little work."""
+
+Observe = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+def finish_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what `model` does to the scores that its head gives.
+
+    Args:
+        model: a transformers model: Gemma caps its scores, Cohere and Granite scale them, BART adds
+            a constant.
+    """
+    config: Any = model.config
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
+    bias = getattr(model, "final_logits_bias", None)
+
+    def finish(scores: torch.Tensor) -> torch.Tensor:
+        if scale != 1:
+            scores = scores * scale
+        if cap is not None:
+            scores = torch.tanh(scores / cap) * cap
+        return scores if bias is None else scores + bias.to(scores.device)
+
+    return finish
+
+
+class _Pass(threading.local):
+    """What a pass through the model asks for and gets; passes may be computed side by side."""
+
+    asked: tuple[torch.Tensor, torch.Tensor, Observe | None] | None = None
+    total: torch.Tensor | None = None
+
+
+class TargetHead:
+    """Computes a model's head and loss at given positions, inside its forward pass.
+
+    A hook takes the head's input, computes there what is asked for, and lets the model go on with
+    one position, so that precision, adapters on the head and a trained head are the model's own.
+
+    Args:
+        model: a transformers model with a language head (mutated: a hook).
+
+    Raises:
+        NotServedError: the model has no such head.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise NotServedError(f"{type(model).__name__} has no language head")
+        self._head = head
+        self._finish = finish_scores(model)
+        vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+        self._chunk = max(FEWEST, CHUNK_SCORES // vocabulary)
+        self._pass = _Pass()
+        self._hook = head.register_forward_pre_hook(self._take, prepend=True)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._hook.remove()
+
+    def loss_sum(
+        self,
+        forward: Callable[[], Any],
+        at: torch.Tensor,
+        targets: torch.Tensor,
+        observe: Observe | None = None,
+    ) -> torch.Tensor:
+        """Return the summed negative log likelihood of `targets` in nats (a scalar, float32).
+
+        Args:
+            forward: calls the model on a batch.
+            at: (targets,) positions that predict them, in the flattened (batch, seq).
+            targets: (targets,) token ids.
+            observe: is given the scores and the targets of each chunk; only without gradients.
+
+        Raises:
+            NotServedError: the model never asked its head.
+        """
+        self._pass.asked, self._pass.total = (at, targets, observe), None
+        try:
+            forward()
+        finally:
+            self._pass.asked = None
+        if self._pass.total is None:
+            raise NotServedError("the model does not go through its language head")
+        total, self._pass.total = self._pass.total, None
+        return total
+
+    def _take(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+        """Compute what is asked for from the head's input (batch, seq, hidden)."""
+        if self._pass.asked is None:
+            return None
+        at, targets, observe = self._pass.asked
+        self._pass.asked = None  # the head is called again below
+        states = args[0]
+        chosen = states.flatten(0, -2).index_select(0, at)
+        if torch.is_grad_enabled():
+            parameters = [p for p in head.parameters() if p.requires_grad]
+            self._pass.total = _SummedLoss.apply(  # type: ignore[no-untyped-call]
+                chosen, targets, self._scores, self._chunk, *parameters
+            )
+        else:
+            self._pass.total = self._observe(chosen, targets, observe)
+        return (states[:1, :1],)
+
+    def _scores(self, states: torch.Tensor) -> torch.Tensor:
+        """Return (targets, vocabulary)."""
+        # Without a batch dimension: with one, torch's backward pass copies the head's weight.
+        scores: torch.Tensor = self._finish(self._head(states))
+        return scores
+
+    def _observe(
+        self, states: torch.Tensor, targets: torch.Tensor, observe: Observe | None
+    ) -> torch.Tensor:
+        """Return the loss of all chunks, and show each to `observe`."""
+        total = torch.zeros((), device=states.device)
+        for chunk, wanted in _chunks(states, targets, self._chunk):
+            scores = self._scores(chunk)
+            total += functional.cross_entropy(scores.float(), wanted, reduction="sum")
+            if observe is not None:
+                observe(scores, wanted)
+        return total
+
+
+def _chunks(
+    states: torch.Tensor, targets: torch.Tensor, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(torch.split(states, size), torch.split(targets, size), strict=True)
+
+
+def _loss_and_gradient(
+    scores: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed loss of `scores` (targets, vocabulary), and its gradient, in float32.
+
+    The largest probability, 1/vocabulary at least, gives the normalizer without another exponential
+    of every score: log Σⱼ exp sⱼ = max s − log max p.
+    """
+    exact = scores.float()
+    chosen = exact.gather(-1, targets[:, None])[:, 0]
+    probabilities = torch.softmax(exact, -1)
+    normalizer = exact.amax(-1) - probabilities.amax(-1).log()
+    ones = probabilities.new_full((len(targets), 1), -1.0)
+    return (normalizer - chosen).sum(), probabilities.scatter_add_(-1, targets[:, None], ones)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The loss summed over targets; its gradients are made while the scores are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        scores_of: Callable[[torch.Tensor], torch.Tensor],
+        size: int,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the loss, and keep the gradient of `states` and of the head's `parameters`."""
+        total = torch.zeros((), device=states.device)
+        of_states = torch.empty_like(states)
+        of_parameters = [torch.zeros_like(p) for p in parameters]
+        begin = 0
+        for chunk, wanted in _chunks(states, targets, size):
+            with torch.enable_grad():
+                leaf = chunk.detach().requires_grad_()
+                scores = scores_of(leaf)
+            with torch.no_grad():
+                loss, gradient = _loss_and_gradient(scores, wanted)
+                total += loss
+            of_chunk, *of_head = torch.autograd.grad(
+                scores, [leaf, *parameters], gradient.to(scores.dtype)
+            )
+            of_states[begin : begin + len(wanted)] = of_chunk
+            begin += len(wanted)
+            for total_gradient, part in zip(of_parameters, of_head, strict=True):
+                total_gradient += part
+        ctx.save_for_backward(of_states, *of_parameters)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the kept gradients, times the gradient of the loss."""
+        of_states, *of_parameters = ctx.saved_tensors
+        return (
+            of_states * upstream.to(of_states.dtype),
+            None,
+            None,
+            None,
+            *(part * upstream.to(part.dtype) for part in of_parameters),
+        )

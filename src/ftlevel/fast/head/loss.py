@@ -1,0 +1,63 @@
+"""The loss of a batch whose language head is computed on its targets only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ftlevel.fast.head.cross_entropy import Observe, TargetHead
+from ftlevel.fast.packing.layout import Layout, laid_out
+from ftlevel.fast.prefixes.shared_prefix import Trunk, along
+from ftlevel.tasks.objectives import Objective, Tokens
+
+
+def base_model(model: Any) -> Any:
+    """Return the transformers model under an adapter."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def target_loss(
+    head: TargetHead,
+    model: Any,
+    objective: Objective,
+    batch: dict[str, torch.Tensor],
+    observe: Observe | None = None,
+) -> torch.Tensor:
+    """Return the loss of a batch summed over its targets, its head computed on these alone.
+
+    Args:
+        head: the head of `model`.
+        model: what is called.
+        objective: what it is trained on.
+        batch: inputs and labels.
+        observe: is given scores and targets.
+    """
+    if not isinstance(objective, Tokens):
+        raise TypeError("a language head predicts tokens")
+    inputs = dict(batch)
+    labels = inputs.pop("labels")
+    if objective.feeds_labels:
+        base = base_model(getattr(model, "module", model))  # DDP's wrapper has no such method
+        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    at, targets = objective.locate(labels)
+    return head.loss_sum(lambda: model(**inputs), at, targets, observe)
+
+
+def compute_trunk(
+    head: TargetHead, model: Any, layout: Layout, batch: dict[str, torch.Tensor]
+) -> Trunk:
+    """Return what all rows of a step begin with, computed by `model` without any loss.
+
+    Args:
+        head: the head of `model`.
+        model: what is called.
+        layout: of the trunk.
+        batch: the trunk as a batch of one row.
+    """
+    trunk = Trunk(layout.tokens)
+    nowhere = torch.zeros(0, dtype=torch.long, device=batch["input_ids"].device)
+    with laid_out(layout), along(trunk):
+        head.loss_sum(lambda: model(**batch), nowhere, nowhere)
+    trunk.close()
+    return trunk

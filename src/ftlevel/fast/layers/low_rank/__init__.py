@@ -1,0 +1,11 @@
+"""LoRA's linear as one autograd node, on float, 4-bit and 8-bit bases.
+
+PEFT computes `base(x) + B(A(dropout(x))) * s` as eight operations with four casts of activations
+around them. Here base and update are one node that computes in the base's precision from float32
+A and B. The layers are PEFT's own classes with another `forward`: parameters, state dict, merging,
+switching and the saved adapter are PEFT's, and where the node does not apply its `forward` runs.
+"""
+
+from ftlevel.fast.layers.low_rank.layer import register_fused_layers
+
+__all__ = ["register_fused_layers"]

@@ -1,0 +1,287 @@
+"""Root mean square norms and gated activations of frozen weights, each as one autograd node.
+
+    norm    y = w ∘ x̂,  x̂ = x · ρ,  ρ = (mean x² + ε)^−½
+            ∂L/∂x = ρ · (d − x̂ · mean(d ∘ x̂)),  d = w ∘ ∂L/∂y
+    gate    y = a(g) ∘ u
+            ∂L/∂g = a′(g) ∘ u ∘ ∂L/∂y,  ∂L/∂u = a(g) ∘ ∂L/∂y
+
+Written out in torch's operations, a norm keeps its input twice in float32 and once more in the
+model's precision for the backward pass, and a gate keeps a(g) beside g and u. The nodes keep x and
+ρ, and g and u, which the linears around them keep anyway, and say how their output is made again
+(`speed.remake`), so that LoRA's linears keep none of it.
+
+A module is recognized by what it computes, not by its name: what gives other numbers than these
+formulas on random input is left alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ftlevel.fast.layers.recompute import with_recipe
+
+Backward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _Norm(torch.autograd.Function):
+    """The norm of a frozen weight. See the module for the formulas."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y, of x's shape (…, hidden) and dtype, and ρ (…, 1), which has no gradient.
+
+        Args:
+            ctx: autograd's.
+            x: input.
+            weight: (hidden,), what the normalized input is multiplied by, in float32 if that
+                product is made in float32, else in x's dtype.
+            eps: ε.
+        """
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.mark_non_differentiable(scale)
+        return _normalize(exact, weight, scale, x.dtype), scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        gradient: torch.Tensor,
+        of_scale: torch.Tensor,  # noqa: ARG004 - zeros
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient of x."""
+        x, weight, scale = ctx.saved_tensors
+        normed = x.to(scale.dtype) * scale
+        of_normed = gradient.to(scale.dtype) * weight.to(scale.dtype)
+        along = (of_normed * normed).mean(-1, keepdim=True)
+        return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), None, None
+
+
+def _normalize(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return w ∘ x · ρ in `dtype`, of x in float32; w's own dtype says where it multiplies."""
+    normed = x * scale
+    if weight.dtype == scale.dtype:
+        return normed.mul_(weight).to(dtype)
+    return normed.to(dtype).mul_(weight)
+
+
+def _norm_again(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return _normalize(x.to(scale.dtype), weight, scale, x.dtype)
+
+
+class FusedNorm(nn.Module):
+    """A norm with the weight of another one, in training as one node, else as the other computes.
+
+    Args:
+        norm: what it stands for; its weight is shared.
+        shift: what is added to the weight: 1 in Gemma, else 0.
+        in_float32: whether the weight multiplies in float32.
+    """
+
+    def __init__(self, norm: nn.Module, shift: float, in_float32: bool) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = _weight_of(norm)
+        self._shift, self._in_float32 = shift, in_float32
+        self._eps = _eps_of(norm)
+        # In a list it is no child: names and state stay the model's.
+        self._plain = [norm]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normalized `x` (…, hidden)."""
+        weight: torch.Tensor = self.weight
+        is_same = self._in_float32 or weight.dtype == x.dtype
+        if not (self.training and torch.is_grad_enabled() and is_same) or weight.requires_grad:
+            plain: torch.Tensor = self._plain[0](x)
+            return plain
+        if self._in_float32:
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if self._shift:
+            weight = weight + self._shift
+        normed, scale = _Norm.apply(x, weight, self._eps)  # type: ignore[no-untyped-call]
+        return with_recipe(normed, _norm_again, x, weight, scale)
+
+
+class _Gate(torch.autograd.Function):
+    """An activation of one linear times another one. See the module for the formulas."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+        """Return a(gate) ∘ up; all are (…, intermediate)."""
+        ctx.save_for_backward(gate, up)
+        ctx.kind = kind
+        return _gate_again(kind, gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of gate and up."""
+        gate, up = ctx.saved_tensors
+        activate, of_gate = ACTIVATIONS[ctx.kind]
+        return of_gate(gradient * up, gate), activate(gate).mul_(gradient), None
+
+
+def _gate_again(kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return ACTIVATIONS[kind][0](gate).mul_(up)
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Backward]] = {
+    "silu": (functional.silu, torch.ops.aten.silu_backward),
+    "gelu": (functional.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": (
+        lambda x: functional.gelu(x, approximate="tanh"),
+        lambda g, x: torch.ops.aten.gelu_backward(g, x, approximate="tanh"),
+    ),
+}
+
+
+class FusedGate(nn.Module):
+    """A gated feed-forward with the linears of another one: down(a(gate(x)) ∘ up(x)).
+
+    Args:
+        block: what it stands for; its linears, adapted or not, are shared.
+        kind: of `ACTIVATIONS`.
+    """
+
+    def __init__(self, block: nn.Module, kind: str) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self._kind = kind
+        self._plain = [block]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the feed-forward makes of `x` (…, hidden)."""
+        if not (self.training and torch.is_grad_enabled()):
+            plain: torch.Tensor = self._plain[0](x)
+            return plain
+        gate, up = self.get_submodule("gate_proj")(x), self.get_submodule("up_proj")(x)
+        gated = _Gate.apply(gate, up, self._kind)  # type: ignore[no-untyped-call]
+        gated = with_recipe(gated, partial(_gate_again, self._kind), gate, up)
+        down: torch.Tensor = self.get_submodule("down_proj")(gated)
+        return down
+
+
+class FusedElementwise:
+    """The norms and feed-forwards of a model, replaced where they compute the formulas.
+
+    Args:
+        model: mutated until `remove`.
+
+    Attributes:
+        count: how many modules were replaced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        known: dict[tuple[type, int, float], tuple[float, bool] | str | None] = {}
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                fused = _fuse(child, known)
+                if fused is not None:
+                    fused.train(child.training)
+                    setattr(parent, name, fused)
+                    self._replaced.append((parent, name, child))
+        self.count = len(self._replaced)
+
+    def remove(self) -> None:
+        """Put the modules back."""
+        for parent, name, child in self._replaced:
+            child.train(getattr(parent, name).training)
+            setattr(parent, name, child)
+
+
+def _fuse(module: nn.Module, known: dict[Any, Any]) -> nn.Module | None:
+    """Return what replaces `module`, or None. `known` keeps what was found for its like."""
+    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        return None
+    if _looks_like_norm(module):
+        key: Any = (type(module), len(_weight_of(module)), _eps_of(module))
+        if key not in known:
+            known[key] = _find_norm(module)
+        return None if known[key] is None else FusedNorm(module, *known[key])
+    children = dict(module.named_children())
+    if set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        key = (type(module), type(children["act_fn"]))
+        if key not in known:
+            known[key] = _find_gate(module)
+        return None if known[key] is None else FusedGate(module, known[key])
+    return None
+
+
+def _weight_of(norm: nn.Module) -> nn.Parameter:
+    (weight,) = norm.parameters()
+    return weight
+
+
+def _eps_of(module: nn.Module) -> float:
+    eps = getattr(module, "variance_epsilon", None)
+    return float(getattr(module, "eps", 0.0) if eps is None else eps)
+
+
+def _looks_like_norm(module: nn.Module) -> bool:
+    """Whether `module` is a frozen vector and an ε, and nothing else."""
+    parameters = dict(module.named_parameters())
+    return (
+        list(parameters) == ["weight"]
+        and parameters["weight"].dim() == 1
+        and not parameters["weight"].requires_grad
+        and not list(module.buffers())
+        and isinstance(getattr(module, "variance_epsilon", getattr(module, "eps", None)), float)
+    )
+
+
+def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
+    """Return the shift, and whether it multiplies in float32; None for another formula."""
+    low = copy.deepcopy(module).to("cpu", torch.bfloat16)
+    weight, generator = _weight_of(low), torch.Generator().manual_seed(0)
+    x = torch.randn(3, len(weight), generator=generator).to(torch.bfloat16)
+    with torch.no_grad():
+        weight.copy_(torch.randn(len(weight), generator=generator))
+        expected = _try(low, x)
+    for shift in (0.0, 1.0):
+        for in_float32 in (False, True):
+            found = FusedNorm(low, shift, in_float32)(x)
+            if expected is not None and torch.equal(found, expected.to(found)):
+                return (shift, in_float32) if found.dtype == expected.dtype else None
+    return None
+
+
+def _find_gate(module: nn.Module) -> str | None:
+    """Return the activation of `ACTIVATIONS`; None for another formula."""
+    low, generator = copy.copy(module), torch.Generator().manual_seed(0)
+    low._modules = dict(module._modules)
+    for name, (width, inner) in (
+        ("gate_proj", (8, 16)), ("up_proj", (8, 16)), ("down_proj", (16, 8)),
+    ):  # fmt: skip
+        linear = nn.Linear(width, inner, bias=False).requires_grad_(False)
+        linear.weight.copy_(torch.randn(inner, width, generator=generator))
+        low._modules[name] = linear
+    x = torch.randn(3, 8, generator=generator)
+    expected = _try(low, x)
+    for kind in ACTIVATIONS:
+        found = FusedGate(low, kind)(x)
+        if expected is not None and torch.allclose(found, expected, rtol=1e-6, atol=1e-6):
+            return kind
+    return None
+
+
+def _try(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Return what `module` makes of `x`, or None where it takes or gives something else."""
+    try:
+        made = module(x)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return made if isinstance(made, torch.Tensor) and made.shape == x.shape else None

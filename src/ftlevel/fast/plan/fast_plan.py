@@ -1,0 +1,207 @@
+"""Which parts of the fast step a run uses, and why not the others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ftlevel.config import TrainConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.fast.attention import packed as attention
+from ftlevel.fast.head.needed_tokens import Reads
+from ftlevel.fast.plan.liger import uses_liger
+from ftlevel.fast.plan.workers import VIRTUAL_TOKENS, find_random, plan_lanes
+from ftlevel.fast.prefixes.tree import share_of_shared
+from ftlevel.models.module_tree import find_blocks
+from ftlevel.tasks.objectives import Objective, Tokens
+
+FEWEST_TOKENS = 1024
+"""A pass is filled up to this many tokens whatever the batch size: less is slow."""
+
+MOST_CPU_TOKENS = 2048
+"""On a CPU a pass gains nothing from more tokens, and holds their activations."""
+
+SHARED_MORE = 8
+"""Where prefixes are shared a pass may have an eighth more: two would both compute the prefix."""
+
+WORTH_SHARING = 0.05
+"""Prefixes are shared where at least this part of a step's tokens is saved."""
+
+SAMPLED_STEPS = 8
+"""Steps on which that is estimated."""
+
+
+@dataclass(frozen=True)
+class FastPlan:
+    """Which parts of the fast step a run uses.
+
+    Attributes:
+        enabled: whether the rows of a step are cut into passes by their tokens.
+        packs: whether a pass has no padding.
+        heads: whether a language head is computed on targets only.
+        tokens: most tokens of a pass, or of all passes that are computed at once.
+        shares: whether prefixes that rows of a step have in common are computed once.
+        choices: lines for the screen.
+        lanes: how many passes are computed side by side, where that is faster.
+        draws: whether they drop something at random.
+        elementwise: whether norms and gates are computed in one node each.
+        skips: whether the last block computes only what is read after it, where it can be.
+        reads: which tokens those are; None before the model has been asked, or where all are read.
+        trunk: whether what all rows of a step begin with may be computed before passes that are
+            side by side, and not in each of them.
+    """
+
+    enabled: bool = False
+    packs: bool = False
+    heads: bool = False
+    tokens: int = 0
+    shares: bool = False
+    choices: list[Choice] = field(default_factory=list)
+    lanes: int = 1
+    draws: bool = False
+    elementwise: bool = False
+    skips: bool = False
+    reads: Reads | None = None
+    trunk: bool = False
+
+
+def plan_fast(
+    config: TrainConfig,
+    meta: Any,
+    kind: str,
+    objective: Objective,
+    device: str,
+    rows: Sequence[Encoded],
+    max_length: int,
+) -> FastPlan:
+    """Return the parts that the model of shape `meta` can use.
+
+    Args:
+        config: the configuration.
+        meta: the model on the meta device.
+        kind: of the model.
+        objective: what it is trained on.
+        device: torch device type.
+        rows: what is trained on.
+        max_length: longest row in tokens.
+    """
+    speed = config.speed
+    if not speed.fast:
+        return FastPlan(choices=[Choice("step", "plain", "--no-fast")])
+    tokens = _tokens_per_pass(config, device, max_length)
+    why_padded = _why_padded(config, meta, kind)
+    heads = speed.target_head and has_target_head(meta, objective)
+    layout = "packed, no padding" if not why_padded else f"padded by length ({why_padded})"
+    parts = [layout] + (["head on targets only"] if heads else [])
+    lanes = plan_lanes(config, meta, device, packs=not why_padded)
+    shares, more = False, list[Choice]()
+    if not why_padded and kind == "decoder" and speed.share_prefixes != "never":
+        shares, more = _plan_sharing(config, meta, rows)
+    if shares and speed.tokens_per_pass == "auto":
+        tokens += tokens // SHARED_MORE
+    at_once = f"{lanes.count} passes at once" if lanes.count > 1 else "one pass at a time"
+    at_once += f": {lanes.reason}" if lanes.reason else ""
+    bound = f"up to {tokens // lanes.count:,} tokens a pass"
+    choices = [Choice("step", ", ".join(parts), f"{bound}, {at_once}"), *more]
+    return FastPlan(
+        True,
+        not why_padded,
+        heads,
+        tokens,
+        shares,
+        choices,
+        lanes.count,
+        bool(lanes.draws),
+        speed.elementwise and not uses_liger(config, device, meta.config.model_type),
+        skips=speed.skip_unread and not why_padded,
+        # Checkpoints would compute a pass again after the trunk has let go of its layout.
+        trunk=shares and heads and not lanes.draws and not config.train.gradient_checkpointing,
+    )
+
+
+def _plan_sharing(
+    config: TrainConfig, meta: Any, rows: Sequence[Encoded]
+) -> tuple[bool, list[Choice]]:
+    """Return whether prefixes are shared, and what the screen says about it."""
+    if any(row.extras for row in rows[:1]):
+        return False, []
+    saved, is_wanted = _estimate_shared(config, rows), config.speed.share_prefixes == "always"
+    if saved < WORTH_SHARING and not is_wanted:
+        return False, []
+    drops = find_random(config, meta)
+    if drops and not is_wanted:
+        why = (
+            f"{saved:.0%} of tokens could be computed once, but their {drops} would be the same "
+            "for all rows: speed.share_prefixes=always takes that"
+        )
+        return False, [Choice("prefix sharing", "off", why)]
+    why = f"estimated on {SAMPLED_STEPS} steps" + (f"; shares {drops}" if drops else "")
+    return True, [Choice("prefix sharing", f"{saved:.0%} of tokens computed once", why)]
+
+
+def _estimate_shared(config: TrainConfig, rows: Sequence[Encoded]) -> float:
+    """Return which part of the tokens rows of one step share, over a few steps drawn at random."""
+    train = config.train
+    size = min(train.per_device_train_batch_size * train.gradient_accumulation_steps, len(rows))
+    draw = random.Random(train.seed)
+    steps = [draw.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]
+    shares = [share_of_shared([rows[i].input_ids for i in step]) for step in steps]
+    return sum(shares) / len(shares)
+
+
+def _tokens_per_pass(config: TrainConfig, device: str, max_length: int) -> int:
+    if config.speed.tokens_per_pass != "auto":
+        return config.speed.tokens_per_pass
+    tokens = max(config.train.per_device_train_batch_size * max_length, FEWEST_TOKENS)
+    return min(tokens, max(MOST_CPU_TOKENS, max_length)) if device == "cpu" else tokens
+
+
+def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
+    """Return why rows cannot be packed; empty where they can."""
+    family = meta.config.model_type
+    if not config.speed.pack:
+        return "speed.pack is off"
+    if config.model.attn_implementation not in ("auto", "sdpa"):
+        return f"attention is {config.model.attn_implementation}"
+    if config.method.kind in VIRTUAL_TOKENS:
+        return f"{config.method.kind} puts virtual tokens into every row"
+    if kind == "encoder-decoder" or not find_blocks(meta):
+        return f"{family} has not one stack of blocks"
+    if getattr(meta.config, "layerdrop", 0):
+        return f"{family} skips layers at random"
+    if _carries_a_state(meta):
+        return f"{family} carries a state from token to token"
+    if not takes_attention(meta):
+        return f"{family} has an attention of its own"
+    meta.set_attn_implementation("sdpa")  # the config is the one that the weights are loaded with
+    return ""
+
+
+def _carries_a_state(model: Any) -> bool:
+    """Whether something but attention takes tokens into others: a recurrence, a convolution."""
+    return bool(getattr(model, "_is_stateful", False)) or any(
+        isinstance(part, torch.nn.Conv1d) and part.kernel_size[0] > 1
+        for block in find_blocks(model)
+        for part in block.modules()
+    )
+
+
+def takes_attention(model: Any) -> bool:
+    """Give `model` the attention of documents (mutated); return whether it took it."""
+    if model.config._attn_implementation != "sdpa":
+        return False
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    return bool(model.config._attn_implementation == attention.NAME)
+
+
+def has_target_head(model: Any, objective: Objective | None) -> bool:
+    """Whether `model` has a language head that can be computed on targets only."""
+    if not isinstance(objective, Tokens) or model.get_output_embeddings() is None:
+        return False
+    return not objective.feeds_labels or hasattr(model, "prepare_decoder_input_ids_from_labels")

@@ -1,0 +1,275 @@
+"""What is merged: an adapter, how it was trained, its base, and rows to compare models on."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
+from ftlevel.artifacts.run_directory import CONFIG
+from ftlevel.config import MergeConfig, QuantConfig, build_config, put, read_recipe
+from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.trained.adapt import load_adapter
+from ftlevel.trained.plain_peft import base_words
+from ftlevel.training.plan.resolve import resolve
+from ftlevel.trained.load import card_overrides, check_base
+from ftlevel.errors import ConfigError, InputError, listing
+from ftlevel.methods.merging import read_peft_config, why_not_mergeable
+from ftlevel.models.hardware import DTYPES, choose_device
+from ftlevel.models.kinds import model_kind
+from ftlevel.models.loading import check_missing, load_config, load_model, load_tokenizer
+from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.quantized import quantization_name, read_quantization, stored_quantization
+from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.models.targets import find_heads
+from ftlevel.tasks import TASKS, Task
+from ftlevel.tasks.objectives import Objective, build_objective
+
+_PEFT_TASKS = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+}
+_MADE_UP_LENGTH = 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter that can be merged, before any weights are loaded.
+
+    Attributes:
+        directory: where the adapter is.
+        card: how it was trained; made up from its PEFT config where ftlevel did not train it.
+        run: its run directory, or None.
+        source: its base model.
+        config: the base's config, with the head that was trained.
+        task: what it was trained for.
+        kind: kind of the model.
+        auto_class: transformers' class for the task.
+        tokens: where its tokenizer is.
+        objective: what it was trained on.
+        quant: how its base was quantized.
+        dtype: compute precision's name.
+        device: torch device type for comparing.
+    """
+
+    directory: Path
+    card: AdapterCard
+    run: Path | None
+    source: ModelSource
+    config: Any
+    task: Task
+    kind: str
+    auto_class: str
+    tokens: ModelSource
+    objective: Objective
+    quant: QuantConfig
+    dtype: str
+    device: str
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when it is first asked for: it takes more than merging does."""
+        return load_tokenizer(self.tokens)
+
+
+def find_adapter(name: str) -> tuple[Path, Path | None]:
+    """Return the adapter directory that `name` means, and its run if it lies in one.
+
+    Raises:
+        InputError: there is none, or it is one that cannot be merged.
+    """
+    path = Path(name).expanduser()
+    directory = path / "adapter" if (path / "adapter").is_dir() else path
+    if not path.exists():
+        raise InputError(f"{name} does not exist. Expected a run or an adapter directory.")
+    if (path / CONFIG).is_file() and not (path / "adapter").is_dir():
+        raise InputError(
+            f"{path} is a run that has no adapter yet: it did not come to its end. "
+            f"Go on with it: ftlevel train --output-dir {quote(str(path))} --resume"
+        )
+    if (directory / CARD).is_file() and read_card(directory).method == "full":
+        raise InputError(
+            f"{name} was trained with --method full, so there is nothing to merge: {directory} is "
+            "a whole model already."
+        )
+    if not (directory / "adapter_config.json").is_file():
+        held = listing(sorted(p.name for p in path.iterdir()), 6) if path.is_dir() else "a file"
+        held = held or "nothing"
+        raise InputError(
+            f"{name} is no run and no adapter (it holds {held}). Expected a directory with "
+            "adapter_config.json."
+        )
+    reason = why_not_mergeable(read_peft_config(directory))
+    if reason is not None:
+        raise InputError(f"{name} cannot be merged. {reason}")
+    run = directory.parent if (directory.parent / CONFIG).is_file() else None
+    return directory, run
+
+
+def resolve_subject(config: MergeConfig) -> Subject:
+    """Find the adapter, or the first of several, and its base; no weights are read.
+
+    Raises:
+        InputError: it cannot be merged, its base is not there or is not the one it was trained on.
+    """
+    directory, run = find_adapter(config.adapters[0])
+    device = choose_device(config.device).value
+    known = (directory / CARD).is_file()
+    card = read_card(directory) if known else _card_of_peft(directory)
+    said = f"--base {config.base}" if config.base else base_words(str(directory), card.base["name"])
+    source = resolve_source(config.base or card.base["name"], card.base.get("revision"), said=said)
+    _check_fingerprint(source, card, directory)
+    task = TASKS[card.task]
+    model_config = load_config(source, **card_overrides(card))
+    if not card.dtype:
+        own_dtype = str(model_config.dtype or "float32").removeprefix("torch.")
+        card = replace(card, dtype=own_dtype if own_dtype in DTYPES else "float32")
+    stored = stored_quantization(model_config)
+    if stored is not None and source.kind != "gguf":
+        raise InputError(
+            f"{source.name} is stored quantized ({quantization_name(stored)}), and weights of a "
+            "few bits cannot hold the update: rounding it to their grid erases most of what was "
+            "trained. Keep the adapter beside it, or train on the model in floating point with "
+            "--quant 4bit and merge that."
+        )
+    own = (directory / "tokenizer_config.json").is_file()
+    tokens = ModelSource(str(directory), "directory", str(directory)) if own else source
+    if getattr(model_config, "pad_token_id", None) is None and task.target == "class":
+        model_config.pad_token_id = load_tokenizer(tokens).pad_token_id
+    kind = model_kind(model_config)
+    objective = build_objective(
+        task,
+        kind,
+        problem_type=card.options.get("problem_type"),
+        labels=card.labels,
+        unanswerable=card.options.get("unanswerable", False),
+    )
+    dtype = "float32" if card.dtype == "float16" and device == "cpu" else card.dtype
+    return Subject(
+        directory, card, run, source, model_config, task, kind,
+        task.auto_class(kind, model_config.model_type), tokens, objective,
+        read_quantization(card.quantization), dtype, device,
+    )  # fmt: skip
+
+
+def _check_fingerprint(source: ModelSource, card: AdapterCard, directory: Path) -> None:
+    """Refuse another base than the one trained on, a Hub model's too where it is cached."""
+    check_base(source, card, directory)
+    expected = card.base.get("fingerprint")
+    if source.kind == "hub" and expected is not None:
+        from ftlevel.weights.checkpoint import local_directory
+
+        local = local_directory(source)
+        check_base(replace(source, kind="directory", location=str(local)), card, directory)
+
+
+def _card_of_peft(directory: Path) -> AdapterCard:
+    """Return a card for an adapter that PEFT alone wrote.
+
+    Raises:
+        InputError: its config does not say what it is for.
+    """
+    peft_config = read_peft_config(directory)
+    task, base = peft_config.get("task_type"), peft_config.get("base_model_name_or_path")
+    if task not in _PEFT_TASKS or not base:
+        raise InputError(
+            f"{directory}/adapter_config.json has task_type {task!r} and base_model_name_or_path "
+            f"{base!r}. Expected one of {', '.join(_PEFT_TASKS)}, and the name of the base model."
+        )
+    heads = list(peft_config.get("modules_to_save") or [])
+    classes = _count_classes(directory) if task in ("SEQ_CLS", "TOKEN_CLS") else 0
+    return AdapterCard(
+        method=str(peft_config["peft_type"]).lower().replace("_", "-"),
+        task=_PEFT_TASKS[task],
+        base={"name": base, "revision": peft_config.get("revision")},
+        quantization={"kind": "none"},
+        dtype="",  # the base's own
+        max_length=_MADE_UP_LENGTH,
+        labels=[f"LABEL_{index}" for index in range(classes)],
+        heads=heads,
+    )
+
+
+def _count_classes(directory: Path) -> int:
+    """Return how many rows the last layer of the saved head has."""
+    from safetensors import safe_open
+
+    with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    ends = [shape for name, shape in shapes.items() if "lora_" not in name and "bias" in name
+            and any(head in name for head in ("classifier", "score"))]  # fmt: skip
+    ends += [shape for name, shape in shapes.items() if name.endswith("score.weight")]
+    return min((shape[0] for shape in ends), default=0)
+
+
+def load_subject(subject: Subject, quant: QuantConfig, *, dequantized: bool = False) -> Any:
+    """Return the base, quantized as `quant` says, with the adapter on it, in eval mode.
+
+    Args:
+        subject: the adapter and its base.
+        quant: how the base is quantized.
+        dequantized: widen the quantized weights again, so that products are not quantized either.
+    """
+    dtype = DTYPES[subject.dtype]
+    model, missing = load_model(
+        subject.source,
+        subject.config,
+        subject.auto_class,
+        dtype=dtype,
+        device=subject.device,
+        quantization=build_quantization_config(quant, dtype, subject.card.heads),
+    )
+    heads = subject.card.heads
+    check_missing(missing, [*heads, *find_heads(model)] if heads else [], subject.source.words)
+    return load_adapter(model.dequantize() if dequantized else model, subject.directory)
+
+
+def choose_rows(subject: Subject, count: int) -> tuple[list[Encoded], Choice]:
+    """Return at most `count` rows to compare models on: the run's held-out ones if it has any."""
+    if subject.run is None:
+        return _made_up(subject, count, "there is no run beside the adapter")
+    try:
+        layer = read_recipe(subject.run / CONFIG)
+        put(layer, ("model", "device"), subject.device, "--device")
+        put(layer, ("model", "dtype"), "auto", "--dtype")
+        put(layer, ("model", "name_or_path"), subject.source.name, "--base")
+        data = resolve(build_config([layer])).data
+    except ConfigError as error:
+        reason = str(error).split("\n")[0]
+        return _made_up(subject, count, f"the run's data cannot be read: {reason}")
+    rows = list(data.validation[:count]) or [
+        data.train[i] for i in range(min(count, len(data.train)))
+    ]
+    kind = "validation" if data.validation else "training"
+    return rows, Choice("compared on", f"{len(rows)} {kind} rows", data.facts["name"])
+
+
+def _made_up(subject: Subject, count: int, reason: str) -> tuple[list[Encoded], Choice]:
+    """Return rows of random tokens: what two equal models must agree on as well."""
+    rng = random.Random(0)
+    size = min(len(subject.tokenizer), subject.config.get_text_config().vocab_size)
+    rows = []
+    for index in range(count):
+        ids = [rng.randrange(size) for _ in range(_MADE_UP_LENGTH)]
+        rows.append(Encoded(ids, _made_up_labels(subject, ids), index))
+    return rows, Choice("compared on", f"{count} rows of random tokens", reason)
+
+
+def _made_up_labels(subject: Subject, ids: list[int]) -> Any:
+    target = subject.task.target
+    if target == "class":
+        problem = subject.card.options.get("problem_type")
+        if problem == "multi_label_classification":
+            return (0.0,) * len(subject.card.labels)
+        return 0.0 if problem == "regression" else 0
+    if target == "span":
+        return (1, 2)
+    return [0] * len(ids) if target == "tags" else list(ids)

@@ -1,0 +1,313 @@
+"""Write the merged model: every tensor read, merged and written before the next one is read."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftlevel.errors import InputError, RunError, listing
+from ftlevel.merging.merge_input import Subject
+from ftlevel.methods.merging import Skeleton, build_skeleton
+from ftlevel.models.hardware import DTYPES
+from ftlevel.models.loading import build_task_model, load_model, load_tokenizer, rename_prefix
+from ftlevel.models.quantization import Rounding
+from ftlevel.models.sources import ModelSource
+from ftlevel.models.targets import find_heads
+from ftlevel.weights.checkpoint import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    as_saved,
+    checkpoint_in_memory,
+    local_directory,
+    open_checkpoint,
+)
+from ftlevel.weights.tensor_files import Part, Spec, spec_of, write_files
+
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        tensors: how many tensors the files hold.
+        merged: how many tensors of the base the adapter was merged into.
+        unchanged: how many of these are what they were, because the update is below their rounding.
+        untied: whether the output layer has weights of its own now.
+        unused: tensors of the base's checkpoint that the model has no use for.
+        size_bytes: of all tensors.
+        dtype: of most numbers.
+    """
+
+    tensors: int
+    merged: int
+    unchanged: int
+    untied: bool
+    unused: list[str]
+    size_bytes: int
+    dtype: str
+
+
+@dataclass
+class Fold:
+    """The base and the adapter, and what each tensor of the merged model is.
+
+    Attributes:
+        checkpoint: the base's weights.
+        skeleton: the adapter.
+        shapes: name of a tensor of the model → its shape; in the model's order.
+        dtype: wished type of the weights; None keeps the base's.
+        rounding: quantizes and dequantizes as the base was in training; None leaves it as it is.
+        unchanged: tensors that merging did not change, as far as they were merged.
+    """
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype | None
+    rounding: Rounding | None
+    unchanged: set[str] = field(default_factory=set)
+    _unit: tuple[str, dict[str, torch.Tensor]] = ("", {})
+
+    def adapts(self, name: str) -> bool:
+        """Whether the adapter has a part in the tensor `name`."""
+        return name in self.skeleton.supplied or self.skeleton.unit_of(name) is not None
+
+    def spec(self, name: str) -> Spec:
+        """Return what the merged tensor `name` is, without reading it."""
+        return Spec(self._dtype_of(name), self.shapes[name])
+
+    def value(self, name: str) -> torch.Tensor:
+        """Return the merged tensor `name`."""
+        if name in self.skeleton.supplied:
+            return self.skeleton.supplied[name].to(self._dtype_of(name))
+        unit = self.skeleton.unit_of(name)
+        if unit is None:
+            return self.base(name)
+        if self._unit[0] != unit:
+            self._unit = (unit, self._merge(unit))
+        return self._unit[1][name].to(self._dtype_of(name))
+
+    def base(self, name: str) -> torch.Tensor:
+        """Return the base's tensor `name` as the adapter is merged into it."""
+        if not self.checkpoint.holds(name):  # the bias of a new head: check_whole let it pass
+            return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
+        value = self.checkpoint.read(name)
+        if self.rounding is not None:
+            value = self.rounding(name, value)
+        return value.to(self._dtype_of(name))
+
+    def check_whole(self, heads: list[str], base: str) -> None:
+        """Refuse a base that lacks tensors which the adapter does not bring.
+
+        Args:
+            heads: new heads; a bias of theirs that was not trained is zero, as it began.
+            base: name of the base.
+
+        Raises:
+            InputError: naming what is missing.
+        """
+        lost = [
+            name
+            for name in self.shapes
+            if not self.checkpoint.holds(name)
+            and not self.adapts(name)
+            and not (name.endswith(".bias") and name.startswith(tuple(f"{h}." for h in heads)))
+        ]
+        if lost:
+            raise InputError(
+                f"--base {base} lacks {len(lost):,} weights of the model that was trained, and the "
+                f"adapter does not have them: {listing(lost, 3)}. They would be random. Check that "
+                "it is the model that the adapter was trained on."
+            )
+
+    def copied(self, name: str) -> bool:
+        """Whether the tensor `name` is the base's, byte for byte."""
+        stored = self.checkpoint.spec(name).dtype
+        rounds = self.rounding is not None and (
+            name in self.rounding.names
+            or (stored.is_floating_point and stored != self.rounding.dtype)
+        )
+        return not self.adapts(name) and not rounds and stored == self._dtype_of(name)
+
+    def _merge(self, unit: str) -> dict[str, torch.Tensor]:
+        before: dict[str, torch.Tensor] = {}
+
+        def read(name: str) -> torch.Tensor:
+            value = self.base(name)
+            before[name] = value.clone()
+            return value
+
+        merged = self.skeleton.merge(unit, read)
+        for name, value in before.items():
+            if name.endswith("weight") and torch.equal(merged[name].to(value.dtype), value):
+                self.unchanged.add(name)
+        return merged
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        held = self.checkpoint.holds(name)
+        stored = self.checkpoint.spec(name).dtype if held else self.main_dtype
+        if self.dtype is not None and stored.is_floating_point:
+            return self.dtype
+        return stored
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The type of most of the model's numbers."""
+        if self.dtype is not None:
+            return self.dtype
+        counts: Counter[torch.dtype] = Counter()
+        for name in self.checkpoint.groups:
+            spec = self.checkpoint.spec(name)
+            if spec.dtype.is_floating_point:
+                counts[spec.dtype] += spec.nbytes // spec.dtype.itemsize
+        return counts.most_common(1)[0][0]
+
+
+def write_merged(
+    directory: Path, subject: Subject, dtype: str | None, rounding: Callable[[Any], Rounding] | None
+) -> Written:
+    """Write the base of `subject` with its adapter merged in, as a plain model, to `directory`.
+
+    Args:
+        directory: exists and is empty.
+        subject: the adapter and its base.
+        dtype: type of the weights; None keeps the base's.
+        rounding: model on the meta device → how its weights were quantized in training; None
+            merges into the base as it is.
+
+    Raises:
+        InputError: a tensor of the adapter or of the base cannot be placed.
+        RunError: the merge changed nothing.
+    """
+    model = build_task_model(subject.config, subject.auto_class)
+    rounds = rounding(build_task_model(subject.config, subject.auto_class)) if rounding else None
+    checkpoint = _open(subject, model)
+    ties = dict(model.all_tied_weights_keys)
+    ignored = set(model._keys_to_ignore_on_save or ()) - set(ties)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
+    heads = find_heads(model) if subject.card.heads else []
+    skeleton = build_skeleton(model, subject.directory)
+    fold = Fold(checkpoint, skeleton, shapes, DTYPES[dtype] if dtype else None, rounds)
+    fold.check_whole(heads, subject.source.name)
+    untied = _parted(fold, ties)
+    names = [n for n in shapes if n not in ties or untied or n in checkpoint.groups]
+    shards = _lay_out(fold, names)
+    size = write_files(directory, shards)
+    merged = sum(fold.adapts(name) for name in names)
+    if len(fold.unchanged) == merged or merged == 0:
+        raise RunError(
+            f"the merge changed nothing: the update of {subject.directory} is below the rounding "
+            f"of {str(fold.main_dtype).removeprefix('torch.')} in every tensor. Use --dtype "
+            "float32, or train longer."
+        )
+    _write_config(directory, subject, model, fold.main_dtype, untied=untied)
+    return Written(
+        sum(len(part.specs) for parts in shards.values() for part in parts),
+        merged, len(fold.unchanged), untied, checkpoint.unused, size,
+        str(fold.main_dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def _open(subject: Subject, model: Any) -> Checkpoint:
+    """Return the base's weights: in files, or of a .gguf file in memory."""
+    if subject.source.kind == "gguf":
+        loaded, _ = load_model(
+            subject.source,
+            subject.config,
+            subject.auto_class,
+            dtype=DTYPES[subject.dtype],
+            device="cpu",
+        )
+        return checkpoint_in_memory(model, loaded)
+    mapping = rename_prefix(subject.config, subject.auto_class)
+    return open_checkpoint(subject.source, model, mapping)
+
+
+def _parted(fold: Fold, ties: Mapping[str, str]) -> bool:
+    """Whether tensors that the base shares are no longer the same once the adapter is merged.
+
+    An update of an embedding is not one of the output layer that shares its weights: PEFT adds it
+    to the lookup only, and a merge into the shared tensor would be another model.
+    """
+    return any(
+        (fold.adapts(target) or fold.adapts(source))
+        and not torch.equal(fold.value(target), fold.value(source))
+        for target, source in ties.items()
+    )
+
+
+def _lay_out(fold: Fold, names: list[str]) -> dict[str, list[Part]]:
+    """Return the files to write: as the base's, with new tensors in the last one."""
+    shards: dict[str, list[Part]] = defaultdict(list)
+    checkpoint, new = fold.checkpoint, []
+    for name in names:
+        if name in checkpoint.groups:
+            shards[checkpoint.file(name) or _SINGLE] += _parts(fold, name)
+        else:
+            new += _parts(fold, name)
+    files = sorted(shards) or [_SINGLE]
+    shards[files[-1]] += new
+    if len(files) == 1:
+        return {_SINGLE: shards[files[0]]}
+    return {name: shards[name] for name in files}
+
+
+def _parts(fold: Fold, name: str) -> list[Part]:
+    """Return what is written for the tensor `name`: copied where it can be."""
+    model = fold.checkpoint.model
+    saved = as_saved(model, name, fold.spec(name).meta())
+    specs = {key: spec_of(tensor) for key, tensor in saved.items()}
+    if fold.checkpoint.holds(name) and fold.copied(name):
+        if len(specs) == 1 and (stored := fold.checkpoint.plain(name)) is not None:
+            return [Part(specs, stored)]
+        if all(key in fold.checkpoint.stored for key in specs):
+            tensors = {key: fold.checkpoint.stored[key] for key in specs}
+            return [_copy(key, spec, tensors[key]) for key, spec in specs.items()]
+    return [Part(specs, lambda: as_saved(model, name, fold.value(name)))]
+
+
+def _copy(key: str, spec: Spec, stored: Any) -> Part:
+    return Part(
+        {key: spec}, (lambda: {key: stored}) if isinstance(stored, torch.Tensor) else stored
+    )
+
+
+def _write_config(
+    directory: Path, subject: Subject, model: Any, dtype: torch.dtype, *, untied: bool
+) -> None:
+    """Write what stands beside the weights, so that the directory is a model by itself."""
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    if untied:
+        config.tie_word_embeddings = False
+        config.get_text_config().tie_word_embeddings = False
+    config.save_pretrained(directory)
+    _write_tokenizer(directory, subject.tokens)
+    gguf = subject.source.kind == "gguf"
+    own = None if gguf else local_directory(subject.source) / "generation_config.json"
+    if own is not None and own.is_file():
+        shutil.copyfile(own, directory / own.name)
+    elif model.can_generate():
+        model.generation_config.save_pretrained(directory)
+
+
+def _write_tokenizer(directory: Path, tokens: ModelSource) -> None:
+    """Copy the tokenizer's files as they are; of a .gguf file, write what it holds."""
+    if tokens.kind == "gguf":
+        load_tokenizer(tokens).save_pretrained(directory)
+        return
+    folder = local_directory(tokens)
+    for path in sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}):
+        if path.is_file():
+            target = directory / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)

@@ -1,0 +1,51 @@
+"""The families of models that ftlevel knows by name, and how to find one.
+
+A static table: no model, no configuration file and neither torch nor transformers is needed to
+answer. A test holds every line of it against the modules that transformers really builds.
+"""
+
+from __future__ import annotations
+
+from ftlevel.errors import InputError, listing, nearest
+from ftlevel.models.families.decoder import DECODER_FAMILIES
+from ftlevel.models.families.encoder import ENCODER_FAMILIES
+from ftlevel.models.families.facts import Family
+from ftlevel.models.families.seq2seq import SEQ2SEQ_FAMILIES
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (*DECODER_FAMILIES, *ENCODER_FAMILIES, *SEQ2SEQ_FAMILIES)
+}
+
+
+def _fold(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
+_INDEX: dict[str, Family] = {
+    _fold(spelling): family
+    for family in FAMILIES.values()
+    for spelling in (*family.aliases, family.name)
+}
+
+
+def lookup_family(name: str) -> Family | None:
+    """Return the family of a `model_type` or an alias, in any case, with dashes or underscores."""
+    return _INDEX.get(_fold(name))
+
+
+def find_family(name: str) -> Family:
+    """Return the family called `name`.
+
+    Raises:
+        InputError: no family has that name; the message has the nearest ones and the list.
+    """
+    family = lookup_family(name)
+    if family is not None:
+        return family
+    close = nearest(_fold(name), _INDEX, count=3)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise InputError(
+        f"{name!r} is neither a family that ftlevel knows nor a model.{hint} "
+        f"Families: {listing(FAMILIES, most=len(FAMILIES))}. "
+        "For a model, give its directory or its full id: ftlevel list-targets OWNER/NAME"
+    )

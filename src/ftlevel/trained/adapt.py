@@ -1,0 +1,265 @@
+"""Put a method onto a loaded model, and put a saved adapter onto a fresh one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftlevel.config import FullSpec, MethodConfig
+from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
+from ftlevel.methods import METHODS, Base, ensure_registered
+from ftlevel.methods.lora_start import as_plain_lora
+from ftlevel.models.integrity import check_finite
+
+
+def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = False) -> Any:
+    """Return `model` with what `method` trains, in float32, and everything else frozen.
+
+    Args:
+        model: the loaded base (mutated by PEFT), or its shape on the meta device.
+        method: the method's spec.
+        base: facts of the model; its targets are full names of modules.
+        fused: train LoRA by layers that compute base and update in one node.
+
+    Raises:
+        ConfigError: PEFT does not put it on these modules.
+    """
+    if isinstance(method, FullSpec):
+        model.requires_grad_(not method.freeze_base)
+        for name in base.heads if method.freeze_base else ():
+            model.get_submodule(name).requires_grad_(True)
+        return model
+    from peft import get_peft_model
+
+    from ftlevel.fast.layers.low_rank import (
+        register_fused_layers,  # PEFT's layers import bitsandbytes
+    )
+
+    compact = replace(base, targets=compact_targets(model, base.targets))
+    shape_only = next(model.parameters()).is_meta
+    own = METHODS[method.kind]
+    config = own.build(method, compact)
+    if fused:
+        register_fused_layers(config)
+    try:
+        with _unknown_patterns_ignored():
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=shape_only)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if "Target module" not in str(error):
+            raise
+        raise ConfigError(
+            f"--method {method.kind}: PEFT cannot adapt a module of {base.config.model_type} "
+            f"({' '.join(str(error).split())[:120]} …). Name others by --target-modules, or use "
+            "another --method."
+        ) from error
+    check_placed(adapted, method.kind, base)
+    if own.prepare is not None:
+        own.prepare(adapted)
+    train_in_float32(adapted)
+    return adapted
+
+
+def check_placed(adapted: Any, kind: str, base: Base) -> None:
+    """Refuse an adapter that PEFT put on other modules than those asked for.
+
+    For families whose experts became one tensor in transformers 5, PEFT 0.21 reads `gate_proj` and
+    its like as the experts, also where a dense layer or a shared expert is meant.
+
+    Raises:
+        ConfigError: naming what would not have been adapted, and what can be.
+    """
+    placed = getattr(adapted.base_model, "targeted_module_names", None)
+    if not base.targets or placed is None:
+        return
+    ends = {".".join(parts[at:]) for p in placed for parts in (p.split("."),)
+            for at in range(len(parts))}  # fmt: skip
+    lost = sorted(set(base.targets) - ends)
+    if lost:
+        names = sorted({name.rpartition(".")[2] for name in lost})
+        left = sorted({name.rpartition(".")[2] for name in base.targets} - set(names))
+        raise ConfigError(
+            f"--method {kind} on {base.config.model_type}: PEFT {_peft_version()} takes "
+            f"{listing(names)} for the experts' tensors, and {len(lost):,} linears of that name, "
+            f"such as {lost[0]}, would stay as they are. Use --target-modules {','.join(left)}."
+        )
+
+
+def _peft_version() -> str:
+    import peft
+
+    return str(peft.__version__)
+
+
+def finish_method(model: Any, method: MethodConfig) -> None:
+    """Take from the trained `model` what only training needed (mutated)."""
+    finish = None if isinstance(method, FullSpec) else METHODS[method.kind].finish
+    if finish is not None:
+        finish(model)
+
+
+def train_in_float32(model: Any) -> None:
+    """Hold every trainable parameter of `model` in float32 (mutated): updates are small.
+
+    A head that was loaded in bfloat16 would lose most of AdamW's steps to rounding.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the shortest names that PEFT's suffix match reads as exactly `targets`.
+
+    `q_proj` instead of 32 full names, if every linear of that name is a target; other programs
+    that read adapter_config.json expect such names. Where none will do, the full names.
+    """
+    wanted = set(targets)
+    if not wanted:
+        return []
+    names = [name for name, _ in model.named_modules()]
+    for depth in (1, 2, 3):
+        short = {".".join(name.split(".")[-depth:]) for name in wanted}
+        matched = {
+            name for name in names if any(name == s or name.endswith("." + s) for s in short)
+        }
+        if matched == wanted:
+            return sorted(short)
+    return sorted(wanted)
+
+
+def save_adapter(model: Any, directory: Path, start: dict[str, Any]) -> None:
+    """Write the adapter of `model`, to be used on the untouched base.
+
+    Args:
+        model: a trained PEFT model.
+        directory: where to.
+        start: what `copy_start` returned before training.
+    """
+    with as_plain_lora(model, start) as state:
+        # "auto" would ask the Hub whether the vocabulary was resized.
+        more = {} if state is None else {"state_dict": state}
+        model.save_pretrained(str(directory), save_embedding_layers=False, **more)
+
+
+def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
+    """Return `base` with the adapter saved in `directory`, in eval mode, its weights in float32.
+
+    Raises:
+        InputError: it is damaged, of a kind that PEFT does not know, or of another base; the file
+            lacks weights that its configuration promises, or has others.
+    """
+    from peft import PeftModel
+
+    ensure_registered()
+    _check_whole(directory)
+    # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
+    try:
+        with _unknown_patterns_ignored():
+            adapted = PeftModel.from_pretrained(
+                base, str(directory), adapter_name=name, is_trainable=True
+            )
+    except (ValueError, TypeError, RuntimeError) as error:  # other modules, or other shapes
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{directory} does not fit its base model, {base.config.model_type} "
+            f"({reason[:200]}). Name the base that it was trained on."
+        ) from error
+    _fill_adapter(adapted, directory, name)
+    return adapted
+
+
+def add_adapter(adapted: Any, directory: Path, name: str) -> None:
+    """Put another adapter beside those of `adapted` (mutated), not switched on.
+
+    Raises:
+        InputError: it does not go with the others, or its file is not whole.
+    """
+    _check_whole(directory)
+    with _unknown_patterns_ignored():
+        try:
+            adapted.load_adapter(str(directory), adapter_name=name, is_trainable=True)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{directory} cannot stand beside the others: {reason}") from None
+    _fill_adapter(adapted, directory, name)
+
+
+def _check_whole(directory: Path) -> None:
+    """Refuse an adapter whose file is missing, damaged or not finite, or of an unknown kind."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    kind = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise InputError(
+            f"{directory} is an adapter of type {kind!r}, which PEFT {_peft_version()} does not "
+            f"know.{did_you_mean(kind, PEFT_TYPE_TO_CONFIG_MAPPING)} Was it made by a newer PEFT?"
+        )
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        raise InputError(
+            f"{directory} holds no adapter_model.safetensors. Save the adapter again with PEFT's "
+            "save_pretrained."
+        )
+    try:
+        weights = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}). Was a copy cut short?") from None
+    check_finite(weights.items(), str(path))
+
+
+def _fill_adapter(adapted: Any, directory: Path, name: str) -> None:
+    """Read the weights again into float32, check that all are there, and freeze them."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    train_in_float32(adapted)
+    # PEFT has put a head into the base's precision, and rounded it: read it again into float32.
+    weights = load_file(str(directory / "adapter_model.safetensors"))
+    with _ranks_applied(adapted.peft_config[name]):
+        set_peft_model_state_dict(adapted, weights, adapter_name=name)
+    promised = set(
+        get_peft_model_state_dict(adapted, save_embedding_layers=False, adapter_name=name)
+    )
+    found = set(weights)
+    if promised != found:
+        odd = sorted(promised ^ found)
+        raise InputError(
+            f"{directory}: {len(promised - found):,} weights of the adapter are missing and "
+            f"{len(found - promised):,} are unknown, such as {odd[0]}. It does not belong to this "
+            "base model."
+        )
+    adapted.requires_grad_(False)
+    adapted.eval()
+
+
+@contextlib.contextmanager
+def _unknown_patterns_ignored() -> Iterator[None]:
+    """Silence PEFT, which reads AdaLoRA's ranks as LoRA's, and then applies them all the same.
+
+    It also warns of patterns that it made itself; the user's were checked before.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _ranks_applied(config: Any) -> Iterator[None]:
+    """Hide a config's ranks inside the block: AdaLoRA would prune by them a second time."""
+    ranks = getattr(config, "rank_pattern", None)
+    if ranks:
+        config.rank_pattern = None
+    try:
+        yield
+    finally:
+        if ranks:
+            config.rank_pattern = ranks

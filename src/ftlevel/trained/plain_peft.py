@@ -1,0 +1,116 @@
+"""What ftlevel did not train: plain PEFT adapters and models, with cards that stand in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.cards import AdapterCard
+from ftlevel.data.encoding.pad_token import choose_pad_token
+from ftlevel.data.encoding.prompts import choose_format
+from ftlevel.errors import InputError
+from ftlevel.models.hardware import choose_dtype
+from ftlevel.models.kinds import max_positions, model_kind
+from ftlevel.models.loading import load_config, load_tokenizer
+from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.tasks import Task
+
+ADAPTER_CONFIG = "adapter_config.json"
+PLAIN = "none"
+"""The method of a model that has no adapter."""
+
+
+def read_plain_adapter(directory: Path) -> tuple[ModelSource, dict[str, Any]]:
+    """Return the base of the PEFT adapter in `directory`, and its configuration.
+
+    Raises:
+        InputError: the configuration is unreadable, names no base, or the base is not there.
+    """
+    path = directory / ADAPTER_CONFIG
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}). Was a copy cut short?") from None
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{path} names no base model. Write it as base_model_name_or_path.")
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"{directory} holds no adapter_model.safetensors. Save the adapter again with PEFT's "
+            "save_pretrained."
+        )
+    words = base_words(str(directory), base)
+    return resolve_source(base, settings.get("revision"), said=words), settings
+
+
+def base_words(adapter: str, base: str) -> str:
+    """Return what errors call the base of an adapter, which the user did not name."""
+    return f"{base} (the base of {adapter})"
+
+
+def stand_in_card(
+    source: ModelSource,
+    task: Task,
+    device: str,
+    directory: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> AdapterCard:
+    """Return what a card would say of a model, or of a PEFT adapter on it.
+
+    Prompts are laid out as `train` would. Classes are those that the config names.
+
+    Args:
+        source: the base, or the model.
+        task: what it is used for.
+        device: torch device type.
+        directory: of the adapter, which may have a tokenizer of its own.
+        settings: the adapter's configuration; None for a model.
+    """
+    config = load_config(source)
+    kind = model_kind(config)
+    task.auto_class(kind, config.model_type)  # refuses a task that the model cannot have
+    own = directory is not None and (directory / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(
+        ModelSource(str(directory), "directory", str(directory)) if own else source
+    )
+    choose_pad_token(tokenizer)
+    prompt = {}
+    if task.target == "text":
+        prompt = choose_format(tokenizer, kind, task.instruction, task.answer_cue).to_dict()
+    labels: Sequence[str] = ()
+    if task.target in ("class", "tags"):
+        labels = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    options: dict[str, Any] = {}
+    if task.target == "class":
+        usual = "regression" if len(labels) == 1 else "single_label_classification"
+        options["problem_type"] = config.problem_type or usual
+    if task.target == "span":
+        options = {"doc_stride": 128, "unanswerable": False}
+    return AdapterCard(
+        method=str(settings["peft_type"]).lower() if settings else PLAIN,
+        task=task.name,
+        base={"name": source.name, "kind": source.kind, "revision": source.revision},
+        quantization={"kind": "none"},
+        dtype=choose_dtype("auto", device, "lora", config.model_type).value,
+        max_length=max_positions(config) or 0,
+        prompt=prompt,
+        labels=list(labels),
+        options=options,
+        heads=list((settings or {}).get("modules_to_save") or ()),
+    )
+
+
+def check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str, task: str) -> None:
+    """Refuse a model whose head for `task` would be random.
+
+    Raises:
+        InputError: weights of a head are missing from the checkpoint.
+    """
+    lost = [key for key in missing if any(key.startswith(f"{head}.") for head in heads)]
+    if lost:
+        raise InputError(
+            f"{name} has no trained head for --task {task} ({lost[0]} is missing). Name a model or "
+            f"a run that was trained for it: ftlevel train --task {task} --model {name} …"
+        )

@@ -1,0 +1,81 @@
+"""Go on with a run: only if it is the same run, and only from a checkpoint that is whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts import checkpoints
+from ftlevel.artifacts.cards import library_versions
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.config import TrainConfig
+from ftlevel.errors import ConfigError, listing
+from ftlevel.events import Listener
+from ftlevel.training.plan.resolve import Plan
+
+# These say how a run is watched, not what it computes.
+_FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_on_start",
+         "predict_with_generate", "max_generate_samples", "max_new_tokens",
+         "per_device_eval_batch_size"}  # fmt: skip
+
+
+def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that must be the same when the run goes on, by dotted name."""
+    values: dict[str, Any] = config.model_dump(mode="json", exclude={"output"})
+    values["train"] = {k: v for k, v in values["train"].items() if k not in _FREE}
+    values["data"] = {k: v for k, v in values["data"].items() if k not in ("num_proc", "cache")}
+    values["speed"].pop("verify")
+    values["train"]["learning_rate"] = plan.learning_rate
+    values["model"] |= {"dtype": plan.dtype, "device": plan.device}
+    values["data"]["max_length"] = plan.data.max_length
+    values["data"]["overlong"] = plan.data.facts["overlong"]
+    values["data"]["fingerprint"] = plan.data.facts["fingerprint"]
+    values["model"]["fingerprint"] = base["fingerprint"]
+    values["versions"] = library_versions()
+    flat = {"task": values.pop("task")}
+    flat |= {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
+    return flat
+
+
+def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
+    """Refuse to resume `run` with another configuration, base model or data.
+
+    Raises:
+        ConfigError: naming every field that differs, with both values.
+    """
+    path = run.checkpoints / "origin.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
+    now = json.loads(json.dumps(origin, default=str))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        shown = listing(
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(changed)
+        )
+        raise ConfigError(
+            f"--resume {run.path}: not the same run: {shown}. "
+            "Give it as it was, or start anew in another --output-dir."
+        )
+
+
+def find_checkpoint(run: RunDirectory, listener: Listener) -> Path:
+    """Return the newest whole checkpoint of `run`; newer damaged ones are set aside and named.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    newest, rejected = checkpoints.newest_whole(run.checkpoints)
+    for line in rejected:
+        listener.warn(f"{line}; it is not used")
+    if newest is None:
+        found = f" ({listing(rejected)})" if rejected else ""
+        raise ConfigError(
+            f"--resume {run.path}: it has no whole checkpoint{found}. Start it again with "
+            "--overwrite, and with --save-steps to have checkpoints."
+        )
+    checkpoints.set_aside_newer(run.checkpoints, newest)
+    return newest

@@ -1,0 +1,164 @@
+"""What a run writes about itself: config.yaml, summary.json and the adapter's card."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ftlevel._version import __version__
+from ftlevel.artifacts.cards import PEFT_IMPORTS, AdapterCard, library_versions
+from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.config import TrainConfig
+from ftlevel.data.prepare.streamed_rows import StreamedRows
+from ftlevel.models.hardware import peak_memory_bytes
+from ftlevel.models.quantized import quantization_facts, stored_quantization
+from ftlevel.models.sources import ModelSource
+from ftlevel.training.plan.resolve import Plan
+
+
+def dump_config(config: TrainConfig, plan: Plan) -> str:
+    """Return config.yaml: everything that decides the run, with what ftlevel chose filled in.
+
+    The output directory is left out, so that `ftlevel train RUN/config.yaml` makes a new run.
+    """
+    import yaml
+
+    values = config.model_dump(mode="json", exclude={"output": {"dir", "overwrite", "resume"}})
+    values["model"] |= {"dtype": plan.dtype, "device": plan.device}
+    if plan.data.stream is None:  # of which rows to come may be longer still
+        values["data"]["max_length"] = plan.data.max_length
+        values["data"]["overlong"] = plan.data.facts["overlong"]  # auto may have lost some rows
+    values["train"]["learning_rate"] = plan.learning_rate
+    if config.quant.kind != "4bit":
+        values["quant"] = {"kind": config.quant.kind}
+    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return f"# Written by ftlevel {__version__}. Train it again: ftlevel train THIS_FILE\n{body}"
+
+
+def describe_base(source: ModelSource, config: Any) -> dict[str, Any]:
+    """Return the name, kind, revision and fingerprint of a base model."""
+    path = source.path
+    name = source.name if source.kind in ("hub", "builtin") or path is None else str(path.resolve())
+    if path is None:
+        path = _cached_snapshot(source)
+    return {
+        "name": name,
+        "kind": source.kind,
+        "revision": getattr(config, "_commit_hash", None) or source.revision,
+        "fingerprint": base_fingerprint(path) if path is not None else None,
+    }
+
+
+def _cached_snapshot(source: ModelSource) -> Any:
+    """Return where the Hub cache holds the weights of `source`, or None."""
+    from pathlib import Path
+
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        found = try_to_load_from_cache(source.location, name, revision=source.revision or "main")
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def with_what_was_read(plan: Plan, rows: StreamedRows) -> Plan:
+    """Return `plan` with what became of the rows of a stream, in place of its first rows' facts."""
+    counts = rows.counts
+    facts = {
+        **plan.data.facts,
+        "train_rows": len(rows),
+        "dropped": counts.get("dropped", 0),
+        "shortened": counts.get("shortened", 0),
+        "split": counts.get("split", 0),
+        "stream": counts,
+    }
+    return replace(plan, data=replace(plan.data, facts=facts))
+
+
+def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> AdapterCard:
+    """Return the card that is written beside the adapter."""
+    quant, stored = plan.quant, stored_quantization(plan.model_config)
+    facts = quant.model_dump() if quant.kind == "4bit" else {"kind": quant.kind}
+    return AdapterCard(
+        method=config.method.kind,
+        task=plan.task.name,
+        base=base,
+        quantization=facts if stored is None else quantization_facts(stored),
+        dtype=plan.dtype,
+        max_length=plan.data.max_length,
+        prompt=plan.data.prompt_format.to_dict() if plan.data.prompt_format else {},
+        labels=plan.data.facts["labels"],
+        options=_task_options(config, plan),
+        heads=list(plan.heads),
+        data={k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
+        needs_import=PEFT_IMPORTS.get(config.method.kind, ""),
+        versions=library_versions(),
+    )
+
+
+def _task_options(config: TrainConfig, plan: Plan) -> dict[str, Any]:
+    """Return what else must be known to ask the model as it was trained."""
+    if plan.task.target == "class":
+        return {"problem_type": plan.data.facts["problem_type"]}
+    if plan.task.target == "span":
+        stride = config.data.doc_stride
+        return {"doc_stride": stride, "unanswerable": plan.data.facts["unanswerable"]}
+    return {}
+
+
+def build_summary(
+    config: TrainConfig,
+    plan: Plan,
+    *,
+    run: str,
+    recipe: Mapping[str, Any] | None,
+    base: Mapping[str, Any],
+    model: Any,
+    records: Sequence[Mapping[str, Any]],
+    proof: Mapping[str, Any],
+    timings: Mapping[str, float],
+    generated_rows: int,
+    speed: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what summary.json holds. Times are in seconds, memory in bytes, loss in nats."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    losses = [record["loss"] for record in records if "loss" in record]
+    scores = [record for record in records if any(k.startswith("eval_") for k in record)]
+    first = scores[0] if scores and scores[0]["step"] == 0 else {}
+    last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
+    return {
+        "run": run,
+        "recipe": recipe,
+        "task": plan.task.name,
+        "headline": plan.objective.headline,
+        "method": config.method.kind,
+        "model": {**base, "type": plan.model_config.model_type},
+        "trainable_parameters": trainable,
+        "total_parameters": sum(_count(p) for p in model.parameters()),
+        "data": {**plan.data.facts, "generated_rows": generated_rows},
+        "steps": records[-1]["step"] if records else 0,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "metrics_before": _scores(first),
+        "metrics": _scores(last),
+        "proof": dict(proof),
+        "timings": dict(timings),
+        "speed": dict(speed),
+        "memory": {"peak_bytes": peak_memory_bytes(plan.device)},
+        "choices": [{"name": c.name, "value": str(c.value), "reason": c.reason}
+                    for c in plan.choices],
+        "versions": library_versions(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+
+
+def _scores(record: Mapping[str, Any]) -> dict[str, float]:
+    return {k.removeprefix("eval_"): v for k, v in record.items() if k.startswith("eval_")}
+
+
+def _count(parameter: Any) -> int:
+    """Return how many numbers `parameter` stands for; 4-bit weights hold two a byte."""
+    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)

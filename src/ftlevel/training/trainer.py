@@ -1,0 +1,214 @@
+"""`transformers.Trainer`, with the loss of an optimizer step as the mean over its targets."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
+
+from ftlevel.data.prepare.sampling import RowsAndNothing, ShareOfSteps
+from ftlevel.fast.head.loss import compute_trunk, target_loss
+from ftlevel.fast.packing.layout import Layout, laid_out
+from ftlevel.fast.parallel_workers import Lanes
+from ftlevel.fast.prefixes.shared_prefix import Trunk
+from ftlevel.fast.step import FastStep
+from ftlevel.tasks.objectives import Objective
+
+
+class FtlevelTrainer(Trainer):
+    """Overrides the loss, the count of its targets, and evaluation, which reduces by batch.
+
+    With a fast step the batch that Trainer knows is all rows of an optimizer step, and it is cut
+    here into passes through the model: the order of the rows, the steps, the schedule and resuming
+    are Trainer's.
+
+    The loss of an optimizer step is the sum over its targets (tokens, words, rows, ends of spans),
+    divided by their number in all of its micro-batches, whatever the model's own loss would do:
+    T5, BART and the classification models of transformers 5.24 average within a micro-batch and
+    ignore `num_items_in_batch`.
+
+    Attributes:
+        tokens_seen: tokens of the training rows, without padding.
+        tokens_computed: places that the blocks computed: with padding, shared prefixes once.
+        penalty: model → what its method adds to the loss of an optimizer step, or None. It is in
+            the gradient alone: the loss that is logged is the one that evaluation measures.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        evaluator: Any = None,
+        penalty: Callable[[Any], torch.Tensor] | None = None,
+        fast: FastStep | None = None,
+        order: Sampler[int] | None = None,
+        **arguments: Any,
+    ):
+        super().__init__(**arguments)
+        self.objective = objective
+        self.penalty = penalty
+        self.evaluator = evaluator
+        self.fast = fast
+        self.order = order
+        self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self.tokens_computed = 0
+        self._is_nothing = False
+        # Going through the modules of a model takes longer than some of its layers.
+        self._trained: list[torch.Tensor] = []
+        self._operations_per_token = 0
+        self._in_training = False
+        self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the order that was given, or Trainer's."""
+        return self.order or super()._get_train_sampler(train_dataset)
+
+    def get_train_dataloader(self) -> Any:
+        """Return Trainer's batches; of several processes, this one's, as many as every other's."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        rows: Any = self.train_dataset
+        if self.order is None:
+            raise TypeError("several processes need an order that they share")
+        share = ShareOfSteps(
+            self.order, self.args.train_batch_size, self.args.world_size, self.args.process_index
+        )
+        return DataLoader(
+            RowsAndNothing(rows), batch_sampler=share, collate_fn=self._collate_or_nothing
+        )
+
+    def _collate_or_nothing(self, rows: list[Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.data_collator(rows)
+        return {**batch, "is_nothing": True} if rows[0].row < 0 else batch
+
+    def training_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of the batch, whose passes have added to the gradient one by one."""
+        self._is_nothing = bool(inputs.pop("is_nothing", False))
+        for part in inputs.get("passes", [inputs]):
+            if not self._is_nothing:
+                self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
+        if "passes" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        passes = [(part.pop("layout"), part) for part in inputs["passes"]]
+        self.current_gradient_accumulation_steps = len(passes)
+        for layout, part in passes:
+            self.tokens_computed += layout.tokens if layout else part["input_ids"].numel()
+        if inputs["side_by_side"] and self.fast is not None and self.fast.lanes is not None:
+            trunk = inputs.get("trunk")
+            return self._side_by_side(self.fast.lanes, model, passes, trunk, num_items_in_batch)
+        losses = []
+        for layout, part in passes:
+            is_last = part is passes[-1][1]
+            once = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
+            with once, laid_out(layout):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def _side_by_side(
+        self,
+        lanes: Lanes,
+        model: Any,
+        passes: list[tuple[Layout | None, dict[str, torch.Tensor]]],
+        beginning: dict[str, Any] | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """Return the loss of passes that are computed at once. Nothing scales a loss on a CPU."""
+        if not self._in_training:  # a model's own flag says nothing of the modules in it
+            model.train()
+            self._in_training = True
+
+        def compute(part: dict[str, torch.Tensor]) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                loss: torch.Tensor = self.compute_loss(
+                    model, part, num_items_in_batch=num_items_in_batch
+                )
+                return loss
+
+        self._trained = self._trained or [p for p in model.parameters() if p.requires_grad]
+        seed = int(torch.randint(2**62, ())) if lanes.draws else None  # resumed with torch's state
+        trunk = self._trunk(model, **beginning) if beginning else None
+        return torch.stack(lanes.backward(compute, passes, self._trained, seed, trunk)).sum()
+
+    def _trunk(self, model: Any, layout: Layout, **batch: torch.Tensor) -> Trunk:
+        """Return what all rows of a step begin with, computed."""
+        if self.fast is None or self.fast.head is None:
+            raise TypeError("a trunk is of language models whose head is computed on targets")
+        self.tokens_computed += layout.tokens
+        with self.compute_loss_context_manager():
+            return compute_trunk(self.fast.head, model, layout, batch)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the micro-batch's share of the optimizer step's mean loss (a scalar)."""
+        mask, labels = inputs["attention_mask"], inputs["labels"]
+        outputs = None
+        if self.fast is not None and self.fast.head is not None and not return_outputs:
+            total = target_loss(self.fast.head, model, self.objective, inputs)
+        else:
+            fed, labels = self.objective.split(inputs)
+            outputs = model(**fed)
+            total = self.objective.loss_sum(self.objective.logits(outputs), labels, mask)
+        count = self.objective.count(labels) if num_items_in_batch is None else num_items_in_batch
+        loss = total * 0 if self._is_nothing else total / count
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        if self.penalty is not None and model.training:
+            extra = self.penalty(self.accelerator.unwrap_model(model))
+            loss = loss + (extra - extra.detach()) / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> torch.Tensor | int | None:
+        """Return the number of targets of an optimizer step, over all processes.
+
+        Trainer counts labels that are not -100, shifted by the model's own loss; for spans, numbers
+        and several labels a row that is another number than the loss is a sum over.
+        """
+        if not batch_samples:
+            return None
+        counted = [batch for batch in batch_samples if not batch.get("is_nothing")]
+        parts = [part for batch in counted for part in batch.get("passes", [batch])]
+        counts = [self.objective.count(part["labels"]).to(device) for part in parts]
+        total = (
+            torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long).to(device)
+        )
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            total = self.accelerator.gather(total).sum()
+        return total
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return the sum over the passes of Trainer's estimate."""
+        parts = inputs.get("passes", [inputs])
+        if not self._operations_per_token:
+            whole = int(super().floating_point_ops(parts[0]))
+            self._operations_per_token = whole // parts[0]["input_ids"].numel()
+        return self._operations_per_token * sum(part["input_ids"].numel() for part in parts)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,  # noqa: ARG002 - the evaluator has its rows
+        ignore_keys: list[str] | None = None,  # noqa: ARG002 - nothing is returned but metrics
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Return the evaluator's metrics and log them, as Trainer does."""
+        self._in_training = False
+        scores = self.evaluator(self.model)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(dict(metrics))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

@@ -1,0 +1,221 @@
+"""The weights of a model on disk, under the names that its class gives them, and back again.
+
+A checkpoint may call a tensor otherwise than the model does (a prefix of another class, names of an
+older version), and hold in several what the model holds in one (the experts of a mixture).
+transformers translates while it loads and while it saves; this room asks it for both translations
+and reads a tensor when it is wanted, so that the model itself is never in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from ftlevel.models.sources import ModelSource
+from ftlevel.weights.tensor_files import Spec, Stored, read_header, spec_of, weight_files
+
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
+"""Files that a tokenizer consists of, by the names that transformers gives them."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stored tensors that become one tensor of the model.
+
+    Attributes:
+        keys: their names in the checkpoint, in the order in which transformers reads them.
+        converter: how they become it; None where it is a single one and stays as it is.
+        patterns: for each key, the pattern of `converter` that it matched.
+    """
+
+    keys: list[str]
+    converter: Any = None
+    patterns: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Checkpoint:
+    """A model's weights, read when they are asked for.
+
+    Attributes:
+        stored: name in the checkpoint → tensor; in memory for a .gguf file.
+        groups: name in the model → what it is made of.
+        model: the model on the meta device.
+        ties: name in the model → name whose tensor it shares, where the checkpoint has only that.
+        unused: names in the checkpoint that the model has no use for.
+    """
+
+    stored: Mapping[str, Stored | torch.Tensor]
+    groups: dict[str, Group]
+    model: Any
+    ties: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+    def holds(self, name: str) -> bool:
+        """Whether the model's tensor `name` can be read."""
+        return self.ties.get(name, name) in self.groups
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the model's tensor `name`, in memory of its own and as precise as it is stored."""
+        group = self.groups[self.ties.get(name, name)]
+        return self._convert(name, group, {key: self._tensor(key) for key in group.keys})
+
+    def spec(self, name: str) -> Spec:
+        """Return what `read` would give, without reading it."""
+        group = self.groups[self.ties.get(name, name)]
+        specs = {key: self._spec(key).meta() for key in group.keys}
+        return spec_of(self._convert(name, group, specs))
+
+    def plain(self, name: str) -> Stored | None:
+        """Return the stored tensor that is the model's tensor `name` as it is, if there is one."""
+        group = self.groups[self.ties.get(name, name)]
+        found = self.stored[group.keys[0]]
+        return found if group.converter is None and isinstance(found, Stored) else None
+
+    def file(self, name: str) -> str | None:
+        """Return the name of the file that the model's tensor `name` begins in; None in memory."""
+        found = self.stored[self.groups[self.ties.get(name, name)].keys[0]]
+        return found.path.name if isinstance(found, Stored) else None
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        found = self.stored[key]
+        return found.read() if isinstance(found, Stored) else found.clone()
+
+    def _spec(self, key: str) -> Spec:
+        found = self.stored[key]
+        return found.spec if isinstance(found, Stored) else spec_of(found)
+
+    def _convert(
+        self, name: str, group: Group, tensors: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        if group.converter is None:
+            return tensors[group.keys[0]]
+        converter = copy.deepcopy(group.converter)
+        for key, pattern in zip(group.keys, group.patterns, strict=True):
+            converter.add_tensor(name, key, pattern, tensors[key])
+        value = converter.convert(name, model=self.model, config=self.model.config)[name]
+        return value[0] if isinstance(value, list) else value
+
+
+def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, str]) -> Checkpoint:
+    """Return the weights of `source` for `model`, which is on the meta device.
+
+    Args:
+        source: a directory, a built-in model, or a Hub model that is fetched if it must be.
+        model: the model's class on the meta device; it is told which names were translated, as
+            `from_pretrained` tells it (mutated).
+        key_mapping: as `rename_prefix` gives it.
+
+    Raises:
+        InputError: its files are missing or damaged.
+    """
+    stored: dict[str, Stored | torch.Tensor] = {}
+    for path in weight_files(local_directory(source)):
+        stored.update(read_header(path)[0])
+    conversions = get_model_conversion_mapping(model, dict(key_mapping) or None)
+    groups, unused = _translate(stored, model, conversions)
+    model._weight_conversions = [
+        conversion
+        for conversion in conversions
+        if conversion.was_used() and set(key_mapping).isdisjoint(conversion.source_patterns)
+    ]
+    checkpoint = Checkpoint(stored, groups, model, unused=unused)
+    _tie(checkpoint)
+    return checkpoint
+
+
+def checkpoint_in_memory(model: Any, loaded: Any) -> Checkpoint:
+    """Return the weights of a model that is `loaded` already, as from a .gguf file.
+
+    Args:
+        model: its class on the meta device.
+        loaded: the model; the tensors stay its own.
+    """
+    state = {name: tensor.detach() for name, tensor in loaded.state_dict().items()}
+    model._weight_conversions = []
+    return Checkpoint(state, {name: Group([name]) for name in state}, model)
+
+
+def local_directory(source: ModelSource) -> Path:
+    """Return the directory on this disk that has the weights of `source`.
+
+    A Hub model is fetched into the cache where it is not there.
+    """
+    if source.path is not None:
+        return source.path
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            source.location,
+            revision=source.revision,
+            local_files_only=source.local_files_only,
+            allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES],
+        )
+    )
+
+
+def as_saved(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what `save_pretrained` writes for the model's tensor `name`.
+
+    It is the tensor itself where names and shapes agree, and several for one of a fused mixture.
+    """
+    if not model._weight_conversions:
+        return {name: tensor}
+    saved: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: tensor})
+    return saved
+
+
+def _translate(
+    stored: Mapping[str, Any], model: Any, conversions: list[Any]
+) -> tuple[dict[str, Group], list[str]]:
+    """Group stored names by the model's names, as transformers does when it loads."""
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    names = model.state_dict()
+    groups: dict[str, Group] = {}
+    unused = []
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, names
+        )
+        if name not in names and key in names:
+            name, pattern = key, None
+        if name not in names:
+            unused.append(key)
+        elif pattern is None:
+            groups[name] = Group([key])
+        else:
+            group = groups.setdefault(name, Group([], by_pattern[pattern]))
+            group.keys.append(key)
+            group.patterns.append(pattern)
+    return groups, unused
+
+
+def _tie(checkpoint: Checkpoint) -> None:
+    """Note which tensors share another's because the checkpoint holds one of them (mutated)."""
+    for target, source in checkpoint.model.all_tied_weights_keys.items():
+        if target in checkpoint.groups and source not in checkpoint.groups:
+            target, source = source, target
+        if target not in checkpoint.groups and source in checkpoint.groups:
+            checkpoint.ties[target] = source
+    for target, source in checkpoint.model.all_tied_weights_keys.items():
+        if target not in checkpoint.groups and source in checkpoint.ties:
+            checkpoint.ties.setdefault(target, checkpoint.ties[source])

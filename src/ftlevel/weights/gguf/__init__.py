@@ -1,0 +1,1 @@
+"""GGUF files: what llama.cpp computes for each family, its vocabularies, how they are written."""

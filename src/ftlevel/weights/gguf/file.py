@@ -1,0 +1,236 @@
+"""Writing a .gguf file: its keys, then its tensors, one in memory at a time.
+
+Matrices are written in the wished type; vectors, norms, learned positions and rotary divisors stay
+in float32, as llama.cpp wants them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    get_tensor_name_map,
+)
+from gguf.quants import quantize
+
+from ftlevel.errors import InputError, RunError, listing
+from ftlevel.weights.checkpoint import Checkpoint
+from ftlevel.weights.gguf.families import FAMILIES, convert, extra_tensors
+
+BLOCK = 32  # numbers that share a scale in q8_0
+OUTTYPES = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+_STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_QUANTIZATION_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the file.
+
+    Attributes:
+        name: in the file.
+        source: in the model; None for one that the model does not have.
+        shape: as rows and columns, so in the reverse of the file's order.
+        outtype: what it is written as, a key of `OUTTYPES`.
+        transposed: whether the model has it the other way round.
+        read: gives it, in the file's orientation.
+    """
+
+    name: str
+    source: str | None
+    shape: tuple[int, ...]
+    outtype: str
+    transposed: bool
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file, without padding."""
+        per_block, size = GGML_QUANT_SIZES[OUTTYPES[self.outtype][0]]
+        return math.prod(self.shape) // per_block * size
+
+
+def own_outtype(checkpoint: Checkpoint) -> str:
+    """Return the type that loses nothing: that of the input embedding in the checkpoint."""
+    name = next(
+        name
+        for name, parameter in checkpoint.model.named_parameters()
+        if parameter is checkpoint.model.get_input_embeddings().weight
+    )
+    return _STORED.get(checkpoint.spec(name).dtype, "f32")
+
+
+def plan_tensors(checkpoint: Checkpoint, config: Any, outtype: str) -> list[Tensor]:
+    """Return the tensors of the file in order; nothing is read.
+
+    Raises:
+        InputError: the model has one that the architecture has no place for, or lacks one.
+    """
+    names = get_tensor_name_map(_architecture(config), config.num_hidden_layers)
+    planned, lost, missing = [], [], []
+    for source in dict.fromkeys(name for name, _ in checkpoint.model.named_parameters()):
+        if source in checkpoint.ties:
+            continue
+        if not checkpoint.holds(source):
+            missing.append(source)
+            continue
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            lost.append(source)
+            continue
+        planned.append(_plan(checkpoint, config, source, name, outtype))
+    if lost:
+        raise InputError(
+            f"{listing(lost, 3)}: llama.cpp's {FAMILIES[config.model_type].architecture} has no "
+            "place for it. The model would not be the same without it."
+        )
+    if missing:
+        raise InputError(f"the checkpoint lacks {listing(missing, 3)}. Is it whole?")
+    extras = extra_tensors(config)
+    planned += [
+        Tensor(name, None, tuple(value.shape), "f32", False, value.clone)
+        for name, value in extras.items()
+    ]
+    return planned
+
+
+def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: str) -> Tensor:
+    module = checkpoint.model.get_submodule(source.rpartition(".")[0])
+    transposed = type(module).__name__ == "Conv1D" and source.endswith(".weight")
+    shape = checkpoint.spec(source).shape
+    shape = shape[::-1] if transposed else shape
+    if len(shape) == 1 or name.startswith(("position_embd", "rope_")) or "_norm" in name:
+        outtype = "f32"
+    elif outtype == "q8_0" and shape[-1] % BLOCK:
+        outtype = "f16"
+
+    def read() -> torch.Tensor:
+        return convert(config, name, checkpoint.read(source), is_conv1d=transposed)
+
+    return Tensor(name, source, shape, outtype, transposed, read)
+
+
+def _architecture(config: Any) -> Any:
+    name = FAMILIES[config.model_type].architecture
+    return next(key for key, value in MODEL_ARCH_NAMES.items() if value == name)
+
+
+def write_gguf(
+    path: Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor], step: Callable[[int], None]
+) -> None:
+    """Write the file; `metadata` names the architecture, `step` is told how many are written.
+
+    Raises:
+        RunError: a number is too large for the type it is written as.
+    """
+    writer = GGUFWriter(path, metadata["general.architecture"])
+    for key, value in metadata.items():
+        if key != "general.architecture":
+            _add(writer, key, value)
+    for tensor in tensors:
+        _announce(writer, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for done, tensor in enumerate(tensors, 1):
+        writer.write_tensor_data(_pack(tensor))
+        step(done)
+    writer.close()
+
+
+def file_keys(outtype: str) -> dict[str, Any]:
+    """Return the keys that say what most tensors are written as."""
+    keys: dict[str, Any] = {"general.file_type": int(OUTTYPES[outtype][1])}
+    if outtype == "q8_0":
+        keys["general.quantization_version"] = _QUANTIZATION_VERSION
+    return keys
+
+
+def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
+    """Return `tensor` as it is after being written as `outtype` and read, in float32.
+
+    This is computed by torch alone, so that the file can be checked by it. q8_0 (ggml-quants.c,
+    quantize_row_q8_0_ref): of each 32 numbers of a row, d = max |x| / 127, kept in float16, and
+    x · (1 / d) rounded to an integer; x / d would round some of them the other way.
+    """
+    tensor = tensor.float()
+    if outtype == "f32":
+        return tensor
+    if outtype != "q8_0":
+        return tensor.to(torch.float16 if outtype == "f16" else torch.bfloat16).float()
+    blocks = tensor.reshape(-1, BLOCK)
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    levels = blocks * torch.where(scale > 0, 1 / scale, 0.0)
+    rounded = levels.sign() * (levels.abs() + 0.5).floor()  # half away from zero
+    return (rounded * scale.half().float()).reshape(tensor.shape)
+
+
+def weights_as_written(tensors: Sequence[Tensor], model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each weight of `model` that the file rounds, by its name, with its rounded values."""
+    parameters = dict(model.named_parameters())
+    for tensor in tensors:
+        if tensor.source is None or tensor.outtype == "f32":
+            continue
+        weight = parameters[tensor.source].detach()
+        # Interleaving moves whole rows, so that blocks are the same before and after it.
+        rounded = round_to(weight.T if tensor.transposed else weight, tensor.outtype)
+        yield tensor.source, rounded.T if tensor.transposed else rounded
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add one key in the type that llama.cpp reads it as."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _announce(writer: GGUFWriter, tensor: Tensor) -> None:
+    kind = OUTTYPES[tensor.outtype][0]
+    if tensor.outtype in ("f32", "f16"):
+        dtype = np.dtype(np.float32 if tensor.outtype == "f32" else np.float16)
+        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes)
+        return
+    per_block, size = GGML_QUANT_SIZES[kind]
+    packed = (*tensor.shape[:-1], tensor.shape[-1] // per_block * size)
+    writer.add_tensor_info(tensor.name, packed, np.dtype(np.uint8), tensor.nbytes, raw_dtype=kind)
+
+
+def _pack(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor as numpy has them, `(rows, …)`."""
+    value = tensor.read().detach()
+    if tensor.outtype == "f32":
+        return value.float().contiguous().numpy()
+    if tensor.outtype == "bf16":
+        return value.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+    if tensor.outtype == "f16":
+        narrow = value.to(torch.float16).contiguous()
+        if not torch.isfinite(narrow).all():
+            raise RunError(
+                f"{tensor.source} has numbers beyond float16, which ends at 65,504. Nothing was "
+                "written. Use --outtype bf16 or f32."
+            )
+        return narrow.numpy()
+    return quantize(value.float().contiguous().numpy(), OUTTYPES[tensor.outtype][0])

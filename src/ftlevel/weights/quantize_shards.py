@@ -1,0 +1,138 @@
+"""Pack weights as bitsandbytes or torchao does, shard by shard, one tensor in memory at a time.
+
+What is written is, tensor for tensor, what `save_pretrained` writes of a model that transformers
+has quantized and that never ran: the layout that every device reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftlevel.errors import InputError
+from ftlevel.models.torchao_format import PLAIN_NOTE, is_torchao, pack_torchao
+from ftlevel.weights.four_bit import quantize_4bit
+from ftlevel.weights.quantize_layout import QUANTIZED, Layout
+from ftlevel.weights.safetensors_stream import ShardWriter, header_bound
+from ftlevel.weights.tensor_files import Stored, read_header
+
+INDEX = "model.safetensors.index.json"
+_MOST_PIECES = 7  # a double-quantized weight: packed, scales, their scales, two maps, settings
+
+
+@dataclass
+class Written:
+    """What came out.
+
+    Attributes:
+        parts: part → [bytes before, bytes after].
+        quantized: how many weights are packed.
+        bytes: size of the files.
+    """
+
+    parts: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    quantized: int = 0
+    bytes: int = 0
+
+
+def quantize_shards(
+    shards: list[Path], out: Path, layout: Layout, progress: Callable[[int, int], None]
+) -> Written:
+    """Write the shards of a model quantized to `out`, under their own names.
+
+    Args:
+        shards: the source's files.
+        out: an existing directory.
+        layout: what is quantized, settled for this checkpoint.
+        progress: told the number of tensors done and of all.
+
+    Raises:
+        InputError: a file is damaged, or a weight is of a type that cannot be quantized.
+    """
+    files = {shard: read_header(shard)[0] for shard in shards}
+    total, done, written = sum(map(len, files.values())), 0, Written()
+    weight_map: dict[str, str] = {}
+    noted = is_torchao(layout.config)
+    # transformers reads one list of names, whichever file it comes from.
+    all_names = json.dumps([key for entries in files.values() for key in entries])
+    for shard, entries in files.items():
+        names = {key: layout.naming(key)[0] for key in entries}
+        pieces = {
+            key: _MOST_PIECES if layout.part_of(name) == QUANTIZED else 1 + 2 * noted
+            for key, name in names.items()
+        }
+        writer = ShardWriter(out / shard.name, header_bound(pieces) + 2 * noted * len(all_names))
+        said: dict[str, str] = {}
+        for key, stored in sorted(entries.items(), key=lambda item: item[1].offset):
+            tensors, notes = _convert(key, names[key], stored.read(), layout)
+            said |= notes
+            for piece, value in tensors.items():
+                writer.add(piece, value)
+                weight_map[piece] = shard.name
+                written.parts[layout.part_of(names[key])][1] += value.nbytes
+            _count(written, layout.part_of(names[key]), stored)
+            done += 1
+            progress(done, total)
+        if noted:
+            said["tensor_names"] = all_names
+        for key, text in said.items():
+            writer.note(key, text)
+        written.bytes += writer.close()
+    if len(shards) > 1:
+        text = json.dumps(_index(weight_map, written), indent=2) + "\n"
+        (out / INDEX).write_text(text, encoding="utf-8")
+    return written
+
+
+def _count(written: Written, part: str, stored: Stored) -> None:
+    written.parts[part][0] += stored.spec.nbytes
+    written.quantized += part == QUANTIZED
+
+
+def _index(weight_map: Mapping[str, str], written: Written) -> dict[str, Any]:
+    size = sum(after for _, after in written.parts.values())
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _convert(
+    key: str, name: str, tensor: torch.Tensor, layout: Layout
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return what is stored for one tensor of the checkpoint, and what the metadata says of it."""
+    noted = is_torchao(layout.config)
+    if layout.part_of(name) != QUANTIZED:
+        kept = {key: tensor.to(layout.kept_dtype(name, tensor.dtype))}
+        return kept, {key: PLAIN_NOTE} if noted else {}
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise InputError(
+            f"{key} is stored as {tensor.dtype}: the model is quantized already. Give its original."
+        )
+    weight = tensor.to(layout.dtype)
+    if layout.linears[name.removesuffix(".weight")]:
+        weight = weight.T.contiguous()
+    if noted:
+        return pack_torchao(key, weight, layout.config)
+    pack = _pack_8bit if layout.config.load_in_8bit else _pack_4bit
+    return pack(key, weight, layout.config), {}
+
+
+def _pack_4bit(key: str, weight: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
+    packed, state = quantize_4bit(
+        weight, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant
+    )
+    stats = {f"{key}.{name}": value for name, value in state.as_dict(packed=True).items()}
+    return {key: packed, **stats}
+
+
+def _pack_8bit(key: str, weight: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:  # noqa: ARG001 - as _pack_4bit
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    packed, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+    module = key.removesuffix("weight")
+    row_major = torch.tensor(0, dtype=torch.uint8)
+    return {key: packed, f"{module}SCB": scales, f"{module}weight_format": row_major}

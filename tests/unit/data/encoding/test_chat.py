@@ -1,0 +1,256 @@
+"""Conversations through real templates: the text is the template's, the labels are the answers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import published_chat_templates as published
+from ftlevel.data.encoding.chat import render, render_chat, turn_end
+from ftlevel.data.encoding.chat_templates import MARKERS, choose_chat_template
+from ftlevel.data.encoding.encode import IGNORED, encode_causal
+from ftlevel.data.encoding.prompts import PromptFormat, prompt_ids
+from ftlevel.data.formats.examples import Conversation
+from ftlevel.data.formats.turns import Message
+from ftlevel.errors import InputError
+
+FORMAT = PromptFormat("chat-template")
+TALK = (
+    Message("system", "Be brief."),
+    Message("user", "the file"),
+    Message("assistant", "the path"),
+    Message("user", "and the value"),
+    Message("assistant", "an object"),
+)
+# What the model sees of TALK; what it learns stands in ‹ ›.
+EXPECTED = {
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe file<|im_end|>\n"
+    "<|im_start|>assistant\n‹the path<|im_end|>›\n<|im_start|>user\nand the value<|im_end|>\n"
+    "<|im_start|>assistant\n‹an object<|im_end|>›\n",
+    "llama-3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nthe file<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n‹the path<|eot_id|>›"
+    "<|start_header_id|>user<|end_header_id|>\n\nand the value<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n‹an object<|eot_id|>›",
+    "qwen-3": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe file<|im_end|>\n"
+    "<|im_start|>assistant\n‹the path<|im_end|>›\n<|im_start|>user\nand the value<|im_end|>\n"
+    "<|im_start|>assistant\n‹<think>\n\n</think>\n\nan object<|im_end|>›\n",
+    "gemma-3": "<bos><start_of_turn>user\nBe brief.\n\nthe file<end_of_turn>\n"
+    "<start_of_turn>model\n‹the path<end_of_turn>›\n<start_of_turn>user\nand the value<end_of_turn>"
+    "\n<start_of_turn>model\n‹an object<end_of_turn>›\n",
+    "mistral": "<s>[INST] the file[/INST] ‹the path</s>›[INST] Be brief.\n\nand the value[/INST]"
+    "‹ an object</s>›",
+}
+END = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>", "qwen-3": "<|im_end|>",
+       "gemma-3": "<end_of_turn>", "mistral": "</s>"}  # fmt: skip
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+WITH_TOOL = (
+    Message("user", "add one"),
+    Message("assistant", "", {"tool_calls": [CALL]}),
+    Message("tool", "2"),
+    Message("assistant", "It is two."),
+)
+
+
+@pytest.fixture(scope="module", params=list(published.TEMPLATES))
+def family(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    return request.param, published.build(request.param)
+
+
+def encode(tokenizer: Any, *messages: Message, tools: tuple[Any, ...] = ()) -> Any:
+    [row] = encode_causal(tokenizer, [Conversation(messages, 0, tools)], FORMAT)
+    return row
+
+
+def marked(rendered: Any) -> str:
+    """Return the text with ‹ › around what is learned."""
+    text = rendered.text
+    for start, end in reversed(rendered.spans):
+        text = f"{text[:start]}‹{text[start:end]}›{text[end:]}"
+    return text
+
+
+def learned(tokenizer: Any, row: Any) -> list[str]:
+    """Return the text of each run of supervised tokens."""
+    runs: list[list[int]] = [[]]
+    for label in row.labels:
+        if label == IGNORED:
+            runs.append([])
+        else:
+            runs[-1].append(label)
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def turns(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+    return [message.to_dict() for message in messages]
+
+
+def test_the_answers_and_their_ends_are_learned_and_nothing_else(family: tuple[str, Any]) -> None:
+    name, tokenizer = family
+    expected = EXPECTED[name]
+    assert marked(render_chat(tokenizer, turns(TALK))) == expected
+    row = encode(tokenizer, *TALK)
+    whole = tokenizer.apply_chat_template(turns(TALK), tokenize=True, return_dict=True)
+    assert row.input_ids == whole["input_ids"]
+    runs = [run.strip() for run in re.findall("‹(.*?)›", expected, re.DOTALL)]
+    assert [run.strip() for run in learned(tokenizer, row)] == runs
+    assert all(run.endswith(END[name]) for run in runs)
+    bos = tokenizer.bos_token_id
+    assert bos is None or row.input_ids.count(bos) <= 1
+
+
+def test_training_goes_on_where_generation_is_asked(family: tuple[str, Any]) -> None:
+    """The prompt at generation is the unsupervised beginning of the row in training."""
+    _, tokenizer = family
+    row = encode(tokenizer, Message("user", "the file"), Message("assistant", "the path"))
+    asked = prompt_ids(tokenizer, FORMAT, "the file")
+    assert row.input_ids[: len(asked)] == asked
+    assert set(row.labels[: len(asked)]) == {IGNORED}
+    assert row.labels[len(asked)] != IGNORED
+
+
+def test_generation_stops_at_the_end_of_a_turn(family: tuple[str, Any]) -> None:
+    name, tokenizer = family
+    assert turn_end(tokenizer) == tokenizer.convert_tokens_to_ids(END[name])
+
+
+def test_a_call_of_a_tool_is_learned_and_its_answer_is_not() -> None:
+    tokenizer = published.build("qwen-3")
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    row = encode(tokenizer, *WITH_TOOL, tools=(TOOL,))
+    final = "<think>\n\n</think>\n\nIt is two.<|im_end|>"
+    assert learned(tokenizer, row) == [call, final]
+    assert '"name": "add", "parameters"' in tokenizer.decode(row.input_ids)
+
+
+def test_tools_that_the_template_hides_are_refused() -> None:
+    tokenizer = published.build("chatml")
+    talk = (Message("user", "a"), Message("assistant", "b"))
+    with pytest.raises(InputError, match="does not show tools to the model"):
+        encode(tokenizer, *talk, tools=(TOOL,))
+
+
+def test_a_turn_that_the_template_leaves_out_is_refused() -> None:
+    """As the template of Mistral 7B v0.3 does with a system text, unless a question comes last."""
+    tokenizer = published.build("mistral")
+    tokenizer.chat_template = published.MISTRAL.replace("message == users[-1]", "loop.last")
+    with pytest.raises(InputError, match="leaves out message 1, of role 'system'"):
+        encode(tokenizer, *TALK)
+
+
+def test_a_template_that_mixes_turns_is_refused() -> None:
+    tokenizer = published.build("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{{ messages[-1]['content'] }}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="changes earlier turns when a later one is added"):
+        encode(tokenizer, *TALK)
+
+
+def test_marks_win_and_the_end_of_the_turn_is_learned_with_them() -> None:
+    tokenizer = published.build("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}"
+        "{% endif %}<|im_end|>\n{% endfor %}"
+    )
+    assert learned(tokenizer, encode(tokenizer, *TALK)) == [
+        "the path<|im_end|>",
+        "an object<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [("chatml", "chatml"), ("qwen", "qwen-3"), ("llama-3", "llama-3"), ("gemma", "gemma-3"),
+     ("mistral", "mistral")],
+)  # fmt: skip
+def test_our_templates_give_the_published_texts(name: str, like: str) -> None:
+    tokenizer = published.build(like)
+    talk = turns(TALK)
+    theirs = render(tokenizer, talk[1:])
+    choose_chat_template(tokenizer, name)
+    if name == "mistral":  # where v0.3 has no space after the instruction
+        theirs = theirs.replace("[/INST]", " [/INST]")
+    ours = render_chat(tokenizer, talk[1:])
+    assert ours.text == theirs.replace("<think>\n\n</think>\n\n", "")
+    assert len(ours.spans) == 2
+    assert all(ours.text[:end].endswith(END[like]) for _, end in ours.spans)
+    assert "Be brief." in render(tokenizer, talk)
+    runs = [run.strip() for run in learned(tokenizer, encode(tokenizer, *TALK))]
+    assert runs == [f"the path{END[like]}", f"an object{END[like]}"]
+
+
+def test_our_template_for_tools() -> None:
+    tokenizer = published.build("qwen-3")
+    choose_chat_template(tokenizer, "qwen")
+    row = encode(tokenizer, Message("system", "s"), *WITH_TOOL, tools=(TOOL,))
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    assert learned(tokenizer, row) == [call, "It is two.<|im_end|>"]
+
+
+def test_a_template_whose_tokens_the_model_lacks_is_refused() -> None:
+    tokenizer = published.build("mistral")
+    with pytest.raises(InputError) as caught:
+        choose_chat_template(tokenizer, "chatml")
+    assert "has no token for <|im_start|>, <|im_end|>, so that" in str(caught.value)
+    assert str(caught.value).endswith("Its tokens fit: mistral.")
+
+
+def test_a_template_from_a_file(tmp_path: Any) -> None:
+    tokenizer = published.build("mistral")
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
+    choice = choose_chat_template(tokenizer, str(tmp_path / "own.jinja"))
+    assert choice is not None
+    assert choice.reason == "in place of the model's own"
+    assert render(tokenizer, [{"role": "user", "content": "x"}]) == "x"
+    (tmp_path / "bad.jinja").write_text("x\n{% for %}", encoding="utf-8")
+    with pytest.raises(InputError, match=r"bad\.jinja:2: not a Jinja template"):
+        choose_chat_template(tokenizer, str(tmp_path / "bad.jinja"))
+    with pytest.raises(InputError, match="Did you mean 'chatml'"):
+        choose_chat_template(tokenizer, "chatlm")
+
+
+def test_every_named_template_is_in_the_package() -> None:
+    from ftlevel.data.encoding import chat_templates
+
+    assert {path.stem for path in chat_templates._FOLDER.glob("*.jinja")} == set(MARKERS)
+
+
+TEXT = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Co", "Cn")), min_size=1
+).filter(lambda text: text.strip() and "⁂" not in text and "<" not in text)
+PAIRS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("name", list(published.TEMPLATES))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(system=st.none() | TEXT, pairs=PAIRS)
+@example(system=None, pairs=[("a", "b\xa0"), ("c", "d ")])
+def test_any_conversation(name: str, system: str | None, pairs: list[tuple[str, str]]) -> None:
+    """The text is the template's own, and the spans are the assistant's texts with their ends."""
+    tokenizer = _BUILT.setdefault(name, published.build(name))
+    messages = [Message("system", system)] if system else []
+    for question, answer in pairs:
+        messages += [Message("user", question), Message("assistant", answer)]
+    talk = turns(tuple(messages))
+    rendered = render_chat(tokenizer, talk)
+    assert rendered.text == tokenizer.apply_chat_template(talk, tokenize=False)
+    trims = name in ("llama-3", "gemma-3")
+    answers = [(answer.strip() if trims else answer) + END[name] for _, answer in pairs]
+    spans = [rendered.text[start:end] for start, end in rendered.spans]
+    found = [span.removeprefix("<think>\n\n</think>\n\n").lstrip() for span in spans]
+    assert found == [answer.lstrip() for answer in answers]
+    row = encode(tokenizer, *messages)
+    ids = tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
+    assert row.input_ids == ids
+    kept = [label for label in row.labels if label != IGNORED]
+    assert kept.count(tokenizer.convert_tokens_to_ids(END[name])) == len(pairs)
+
+
+_BUILT: dict[str, Any] = {}

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from ftlevel.data.encoding.tags import TaggedRow, encode_tagged, find_orphans, first_tokens
+from ftlevel.data.formats.examples import Tagged
+from ftlevel.data.formats.labels import LabelSet, build_label_set
+from ftlevel.data.sources.table import Table
+from tiny_models import FAMILIES
+from tiny_tokenizers import build_tokenizer
+
+NAMES = ("B-LOC", "I-LOC", "O")
+
+
+def tagged(*rows: Sequence[str | int]) -> tuple[list[Tagged], Table]:
+    examples = [Tagged(tuple("w" * len(tags)), tuple(tags), i) for i, tags in enumerate(rows)]
+    table = Table([{"tags": list(tags)} for tags in rows], list(range(1, len(rows) + 1)), "x.jsonl")
+    return examples, table
+
+
+def test_first_tokens_by_hand() -> None:
+    # text: "New York ​ 5"; the space before a word may belong to its token
+    offsets = [(0, 0), (0, 1), (1, 3), (3, 8), (8, 9), (10, 12), (0, 0)]
+    assert first_tokens(("New", "York", "​", "5"), offsets) == (1, 3, None, 5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_word_is_what_it_is_in_its_text(family: str) -> None:
+    tokenizer = build_tokenizer(family, None)
+    words = ("The", "value", "of", "New", "York", "parser", ",", "object", "-5")
+    labels = LabelSet(tuple("abcdefghi"))
+    [row] = encode_tagged(tokenizer, [Tagged(words, tuple("abcdefghi"), 7)], labels)
+    assert isinstance(row, TaggedRow)
+    assert row.row == 7
+    assert row.input_ids == tokenizer(" ".join(words))["input_ids"]
+    assert None not in row.positions
+    assert list(row.positions) == sorted(set(row.positions))
+    ends = [*row.positions[1:], len(row.input_ids)]
+    for word, begin, end in zip(words[:-1], row.positions, ends, strict=False):
+        text = tokenizer.decode(row.input_ids[begin:end]).strip().rstrip("▁").strip()
+        assert text.lower() == word.lower()
+    supervised = {at: label for at, label in enumerate(row.labels) if label != -100}
+    assert supervised == dict(zip(row.positions, range(9), strict=True))
+
+
+def test_bert_agrees_with_word_ids() -> None:
+    tokenizer = build_tokenizer("bert", None)
+    words = ["Hello", "arguments", "-5", "."]
+    [row] = encode_tagged(tokenizer, [Tagged(tuple(words), (0, 1, 2, 2), 0)], LabelSet(NAMES))
+    split = tokenizer([words], is_split_into_words=True)
+    assert row.input_ids == split["input_ids"][0]
+    assert [split.word_ids(0).index(i) for i in range(4)] == list(row.positions)
+
+
+def test_orphans_are_named() -> None:
+    examples, table = tagged(
+        ["O", "B-LOC", "I-LOC"], ["I-LOC", "O"], ["O", "O", "I-LOC"], ["B-LOC", "O", "O"]
+    )
+    found = find_orphans(examples, NAMES, table)
+    assert [(bad.line, bad.reason) for bad in found] == [
+        (2, "tag 1, 'I-LOC', begins the row; in BIO an entity begins with 'B-LOC'"),
+        (3, "tag 3, 'I-LOC', follows 'O'; in BIO an entity begins with 'B-LOC'"),
+    ]
+
+
+def test_numbers_are_read_by_name() -> None:
+    examples, table = tagged([2, 0, 1], [1, 2])
+    assert [bad.line for bad in find_orphans(examples, NAMES, table)] == [2]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (["I-LOC", "I-LOC", "B-LOC"], ["O", "I-LOC"]),  # IOB1: B- parts neighbours only
+        (["O", "I-LOC"],),  # IO
+        (["NOUN", "I-LOC"],),
+    ],
+)
+def test_other_schemes_pass(rows: tuple[list[str], ...]) -> None:
+    examples, table = tagged(*rows)
+    names = sorted({tag for row in rows for tag in row})
+    assert find_orphans(examples, names, table) == []
+
+
+def test_tags_are_classes() -> None:
+    examples, table = tagged(["O", "B-LOC", "B-LOC"], ["I-LOC"])
+    assert build_label_set(examples, table, "tags") == LabelSet(NAMES)

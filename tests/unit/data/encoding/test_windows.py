@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.windows import Window, encode_questions, find_span
+from ftlevel.data.formats.examples import Question
+from ftlevel.errors import InputError
+from tiny_models import FAMILIES
+from tiny_tokenizers import build_tokenizer
+
+CONTEXT = "The parser reads a file. The module name is argparse 42, it is said. " * 3
+ANSWER = "argparse 42"
+
+
+def question(text: str = ANSWER, start: int | None = None) -> Question:
+    at = CONTEXT.index(text) if start is None else start
+    return Question(CONTEXT, "What is the name?", ((text, at),), 0)
+
+
+def encode(
+    family: str, example: Question, length: int = 60, stride: int = 16, drop: bool = False
+) -> list[Window]:
+    tokenizer = build_tokenizer(family, None)
+    rows, _ = encode_questions(
+        tokenizer, [example], length=length, stride=stride, separator="\n",
+        where=lambda i: f"x.jsonl:{i + 1}", drop=drop,
+    )  # fmt: skip
+    return [as_window(row) for row in rows]
+
+
+def as_window(row: Encoded) -> Window:
+    assert isinstance(row, Window)
+    return row
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_found_in_their_windows(family: str) -> None:
+    windows = encode(family, question())
+    assert len(windows) > 1
+    begin, end = question().answers[0][1], question().answers[0][1] + len(ANSWER)
+    seen = 0
+    for window in windows:
+        assert len(window.input_ids) <= 60
+        first, last = window.labels  # type: ignore[misc]
+        covered = window.offsets[0][0] <= begin and window.offsets[-1][1] >= end
+        if (first, last) == (0, 0):
+            assert not covered
+            continue
+        seen += 1
+        begun = window.offsets[first - window.context_start][0]
+        ended = window.offsets[last - window.context_start][1]
+        assert CONTEXT[begun:ended].strip() == ANSWER
+    assert seen >= 1
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_windows_overlap_and_cover_the_context(family: str) -> None:
+    windows = encode(family, question())
+    tokenizer = build_tokenizer(family, None)
+    special = {*tokenizer.all_special_ids}
+    for before, after in pairwise(windows):
+        assert before.offsets[-16:] == after.offsets[:16]
+    assert windows[0].offsets[0][0] == 0
+    assert windows[-1].offsets[-1][1] >= len(CONTEXT.rstrip())
+    for window in windows:
+        context = window.input_ids[window.context_start :][: len(window.offsets)]
+        assert not special.intersection(context)
+
+
+def test_spans_by_hand() -> None:
+    offsets = ((0, 3), (3, 7), (8, 9))
+    assert find_span(offsets, 4, 7) == (1, 1)  # the token covers the space before its word
+    assert find_span(offsets, 0, 9) == (0, 2)
+    assert find_span(offsets, 8, 10) is None
+    assert find_span(((5, 9),), 2, 7) is None
+
+
+def test_no_answer_points_to_the_first_token() -> None:
+    for window in encode("bert", Question(CONTEXT, "Why?", (), 0)):
+        assert window.labels == (0, 0)
+
+
+def test_questions_that_leave_no_room() -> None:
+    long = Question(CONTEXT, "What " * 30, (), 4)
+    with pytest.raises(InputError) as caught:
+        encode("bert", long)
+    assert "1 of 1 questions leave no room for their context in windows of 60 tokens" in str(
+        caught.value
+    )
+    assert "(x.jsonl:5)" in str(caught.value)
+    tokenizer = build_tokenizer("bert", None)
+    rows, dropped = encode_questions(
+        tokenizer, [long, question()], length=60, stride=16, separator="", where=str, drop=True
+    )
+    assert dropped == 1
+    assert {row.row for row in rows} == {0}

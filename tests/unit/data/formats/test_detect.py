@@ -1,0 +1,260 @@
+"""Which columns are used for what, and what is said when none fits."""
+
+from __future__ import annotations
+
+import pytest
+
+from ftlevel.data.formats.detect import detect_format
+from ftlevel.errors import InputError
+
+GENERATION = "messages, conversations, prompt + completion, instruction + output, text"
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "produces", "description"),
+    [
+        (
+            "text-generation",
+            "messages topic",
+            "conversation",
+            "messages: 'messages'; not used: 'topic'",
+        ),
+        ("text_generation", "text", "text", "text: 'text'"),
+        ("text-generation", "ref text", "text", "text: 'text'; not used: 'ref'"),
+        (
+            "text-generation",
+            "conversations system",
+            "conversation",
+            "conversations: 'conversations', 'system'",
+        ),
+        (
+            "text-generation",
+            "instruction input output text",
+            "conversation",
+            "instruction + output: 'instruction', 'output', 'input'; not used: 'text'",
+        ),
+        (
+            "text-generation",
+            "instruction context response category",
+            "conversation",
+            "instruction + output: 'instruction', output from 'response', input from 'context'; "
+            "not used: 'category'",
+        ),
+        (
+            "text-generation",
+            "question answer",
+            "conversation",
+            "prompt + completion: prompt from 'question', completion from 'answer'",
+        ),
+        ("masked-lm", "text label", "text", "text: 'text'; not used: 'label'"),
+        (
+            "summarization",
+            "id dialogue summary",
+            "pair",
+            "document + summary: document from 'dialogue', 'summary'; not used: 'id'",
+        ),
+        (
+            "summarization",
+            "article highlights",
+            "pair",
+            "document + summary: document from 'article', summary from 'highlights'",
+        ),
+        (
+            "summarization",
+            "text summary",
+            "pair",
+            "document + summary: document from 'text', 'summary'",
+        ),
+        (
+            "summarization",
+            "prompt completion",
+            "pair",
+            "prompt + completion: 'prompt', 'completion'",
+        ),
+        ("text-classification", "text label", "labelled", "text + label: 'text', 'label'"),
+        (
+            "text-classification",
+            "Sentence Label",
+            "labelled",
+            "text + label: text from 'Sentence', label from 'Label'",
+        ),
+        (
+            "text-classification",
+            "premise hypothesis label",
+            "labelled",
+            "text + text_pair + label: text from 'premise', text_pair from 'hypothesis', 'label'",
+        ),
+        (
+            "text-classification",
+            "sentence1 sentence2 label idx",
+            "labelled",
+            "text + text_pair + label: text from 'sentence1', text_pair from 'sentence2', 'label'; "
+            "not used: 'idx'",
+        ),
+        (
+            "token-classification",
+            "tokens ner_tags title",
+            "tagged",
+            "tokens + tags: 'tokens', tags from 'ner_tags'; not used: 'title'",
+        ),
+        (
+            "question-answering",
+            "id title context question answers",
+            "question",
+            "context + question + answers: 'context', 'question', 'answers', 'id'; "
+            "not used: 'title'",
+        ),
+    ],
+)
+def test_known_columns(task: str, columns: str, produces: str, description: str) -> None:
+    found = detect_format(columns.split(), task)
+    assert (found.produces, found.description) == (produces, description)
+    assert found.task == task.replace("_", "-")
+
+
+def test_mapping_goes_before_known_names() -> None:
+    found = detect_format(
+        ["text", "body", "gist"], "summarization", {"document": "body", "summary": "gist"}
+    )
+    assert found.columns == {"document": "body", "summary": "gist"}
+    assert found.unused == ("text",)
+    nested = {"source": "translation.en", "target": "translation.de"}
+    found = detect_format(["translation"], "translation", nested)
+    assert found.columns == nested
+    assert found.unused == ()
+    # One mapped role is enough where the other has a known name, and a column has one use.
+    found = detect_format(
+        ["text", "summary"], "text-generation", {"completion": "summary", "prompt": "text"}
+    )
+    assert found.name == "prompt + completion"
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "mapping", "message"),
+    [
+        (
+            "summarization",
+            "body gist",
+            {},
+            "--task summarization: the columns do not say what to learn. Columns: 'body', 'gist'. "
+            "Wanted is one of: document + summary, messages, conversations, prompt + completion, "
+            "instruction + output. Say which is which: --map document=body --map summary=gist.",
+        ),
+        (
+            "text-generation",
+            "document summary",
+            {},
+            "--task text-generation: the columns do not say what to learn. Columns: 'document', "
+            f"'summary'. Wanted is one of: {GENERATION}. Say which is which: --map prompt=document "
+            "--map completion=summary. These columns fit --task summarization.",
+        ),
+        (
+            "text-generation",
+            "id txt",
+            {},
+            "--task text-generation: the columns do not say what to learn. Columns: 'id', 'txt'. "
+            f"Wanted is one of: {GENERATION}. Say which is which: --map text=txt.",
+        ),
+        (
+            "text-classification",
+            "idx txt labl",
+            {},
+            "--task text-classification: the columns do not say what to learn. Columns: 'idx', "
+            "'txt', 'labl'. Wanted is one of: text + text_pair + label, text + label. "
+            "Say which is which: --map text=txt --map label=labl.",
+        ),
+        (
+            "summarization",
+            "text",
+            {},
+            "--task summarization: the columns do not say what to learn. Columns: 'text'. "
+            "Wanted is one of: document + summary, messages, conversations, prompt + completion, "
+            "instruction + output. Say which is which: --map summary=COLUMN. "
+            "These columns fit --task text-generation.",
+        ),
+        (
+            "text-generation",
+            "a b",
+            {"prompt": "a"},
+            "--task text-generation: the columns do not say what to learn. Columns: 'a', 'b'. "
+            f"Wanted is one of: {GENERATION}. Say which is which: "
+            "--map prompt=a --map completion=b.",
+        ),
+        (
+            "text-generation",
+            "body",
+            {"txt": "bodi"},
+            "--map txt=bodi: --task text-generation has no 'txt'. Did you mean 'text'? It has: "
+            "messages, system, tools, conversations, prompt, completion, instruction, output, "
+            "input, text.\n"
+            "--map txt=bodi: no column 'bodi'. Did you mean 'body'? Columns: 'body'.",
+        ),
+        (
+            "text-generation",
+            "a b",
+            {"prompt": "a", "text": "b"},
+            "--map prompt=a --map text=b: no format of --task text-generation has all of these. "
+            f"Formats: {GENERATION}.",
+        ),
+        (
+            "sumarization",
+            "text",
+            {},
+            "--task sumarization: no such task. Did you mean 'summarization'? Tasks: "
+            "text-generation, masked-lm, summarization, translation, text-classification, "
+            "token-classification, question-answering.",
+        ),
+    ],
+)
+def test_columns_that_fit_nothing(
+    task: str, columns: str, mapping: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        detect_format(columns.split(), task, mapping)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "name", "shape"),
+    [
+        ("text-generation", "instruction output text", "text", "text"),
+        ("text-generation", "messages conversations", "sharegpt", "conversations"),
+        ("text-generation", "prompt completion instruction output", "Alpaca",
+         "instruction + output"),
+        ("question-answering", "context question answers", "squad", "context + question + answers"),
+        ("summarization", "text summary prompt completion", "prompt_completion",
+         "prompt + completion"),
+    ],
+)  # fmt: skip
+def test_a_format_by_name(task: str, columns: str, name: str, shape: str) -> None:
+    assert detect_format(columns.split(), task, {}, name).name == shape
+
+
+@pytest.mark.parametrize(
+    ("columns", "name", "message"),
+    [
+        ("text", "mesages", "--format mesages: --task text-generation has no such format. Did you "
+         "mean 'messages'? It has: messages, conversations, prompt-completion, "
+         "instruction-output, text."),
+        ("text", "alpaca", "--task text-generation: the columns do not say what to learn. "
+         "Columns: 'text'. Wanted is one of: instruction + output. Say which is which: "
+         "--map instruction=text --map output=COLUMN."),
+    ],
+)  # fmt: skip
+def test_a_format_that_is_not_there(columns: str, name: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        detect_format(columns.split(), "text-generation", {}, name)
+    assert str(caught.value) == message
+
+
+def test_a_format_that_is_wished_for_is_explained() -> None:
+    with pytest.raises(InputError) as caught:
+        detect_format(["messages"], "text-generation", None, "sharegpt")
+    assert str(caught.value) == (
+        "--task text-generation: the columns do not say what to learn. Columns: 'messages'. "
+        "Wanted is one of: conversations. Say which is which: --map conversations=messages."
+    )
+    found = detect_format(
+        ["messages"], "text-generation", {"conversations": "messages"}, "sharegpt"
+    )
+    assert found.columns == {"conversations": "messages"}

@@ -1,0 +1,273 @@
+"""Rows to examples, for the shapes that real sets have, and every row that can't be one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ftlevel.data.formats.detect import detect_format
+from ftlevel.data.formats.examples import (
+    Conversation,
+    Example,
+    Labelled,
+    Message,
+    Pair,
+    PlainText,
+    Question,
+    Tagged,
+    drop_bad_rows,
+    to_examples,
+)
+from ftlevel.data.sources.table import Table
+from ftlevel.errors import InputError
+
+GEN, SUM, CLS = "text-generation", "summarization", "text-classification"
+FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
+ASK = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+def table_of(*rows: dict[str, Any]) -> Table:
+    return Table(list(rows), list(range(1, len(rows) + 1)), "x.jsonl")
+
+
+def convert(task: str, *rows: dict[str, Any], **mapping: str) -> list[Example]:
+    table = table_of(*rows)
+    return to_examples(table, detect_format(table.columns, task, mapping))
+
+
+def talk(*turns: str) -> Conversation:
+    """Return a conversation from turns such as "user: hello"."""
+    parts = [turn.partition(": ") for turn in turns]
+    return Conversation(tuple(Message(role, text) for role, _, text in parts), 0)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "example"),
+    [
+        (GEN, {"text": " a\n"}, PlainText(" a\n", 0)),
+        (GEN, {"prompt": "q", "completion": " a"}, talk("user: q", "assistant:  a")),
+        (
+            GEN,
+            {"prompt": [ASK], "completion": [ANSWER]},
+            talk("user: q", "assistant: a"),
+        ),
+        (
+            GEN,
+            {"instruction": "do", "input": "this", "output": "a"},
+            talk("user: do\n\nthis", "assistant: a"),
+        ),
+        (
+            GEN,
+            {"instruction": "do", "input": "", "output": "a", "system": "be"},
+            talk("system: be", "user: do", "assistant: a"),
+        ),
+        (
+            GEN,
+            {"instruction": "do", "input": None, "output": "a", "system": None},
+            talk("user: do", "assistant: a"),
+        ),
+        (GEN, {"messages": [ASK, ANSWER], "topic": "t"}, talk("user: q", "assistant: a")),
+        (
+            GEN,
+            {"messages": [{"role": "developer", "content": "s"}, ASK, ANSWER, ASK]},
+            talk("system: s", "user: q", "assistant: a", "user: q"),
+        ),
+        (
+            GEN,
+            {"messages": [{"role": "system", "content": ""}, ASK, ANSWER], "system": "s"},
+            talk("system: s", "user: q", "assistant: a"),
+        ),
+        (
+            GEN,
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "q"},
+                    {"from": "gpt", "value": "a"},
+                ]
+            },
+            talk("system: s", "user: q", "assistant: a"),
+        ),
+        (SUM, {"document": "d", "summary": "s", "file": "f"}, Pair("d", "s", 0)),
+        (SUM, {"instruction": "do", "input": "this", "output": "a"}, Pair("do\n\nthis", "a", 0)),
+        (
+            SUM,
+            {"messages": [{"role": "system", "content": "s"}, ASK, ANSWER]},
+            Pair("s\n\nq", "a", 0),
+        ),
+        (CLS, {"text": "t", "label": "animal"}, Labelled("t", None, "animal", 0)),
+        (CLS, {"sentence": "t", "label": 1}, Labelled("t", None, 1, 0)),
+        (CLS, {"text": "t", "label": True}, Labelled("t", None, "true", 0)),
+        (CLS, {"premise": "p", "hypothesis": "h", "label": 0}, Labelled("p", "h", 0, 0)),
+        (
+            "token-classification",
+            {"tokens": ["In", "Rome"], "ner_tags": ["O", "B-CITY"]},
+            Tagged(("In", "Rome"), ("O", "B-CITY"), 0),
+        ),
+        (
+            "question-answering",
+            {
+                "context": "é in Rome",
+                "question": "q",
+                "answers": {"text": ["Rome"], "answer_start": [5]},
+            },
+            Question("é in Rome", "q", (("Rome", 5),), 0),
+        ),
+    ],
+)
+def test_rows_become_examples(task: str, row: dict[str, Any], example: Example) -> None:
+    assert convert(task, row) == [example]
+
+
+def test_translation_by_mapping() -> None:
+    row = {"en": "cat", "de": "Katze"}
+    assert convert("translation", row, source="en", target="de") == [Pair("cat", "Katze", 0)]
+    nested = {"source": "translation.en", "target": "translation.de"}
+    assert convert("translation", {"translation": row}, **nested) == [Pair("cat", "Katze", 0)]
+    with pytest.raises(InputError) as caught:
+        convert("translation", {"translation": row}, **{**nested, "target": "translation.dee"})
+    assert str(caught.value) == (
+        f"x.jsonl:1: 'translation.dee' is not there ('dee' is missing). {FIX}"
+    )
+
+
+MESSAGES_BAD: list[tuple[Any, str]] = [
+    (None, "'messages' is null, where a list of turns is expected"),
+    ("hello", "'messages' is a string, where a list of turns is expected"),
+    ([], "'messages' has no assistant turn"),
+    ([ASK], "'messages' has no assistant turn"),
+    (
+        [{"role": "userr", "content": "q"}, ANSWER],
+        "turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?)",
+    ),
+    (
+        [ASK, {"role": "critic", "content": "x"}, ANSWER],
+        "turn 2 of 'messages' has the unknown role 'critic' "
+        "(known: system, user, assistant, tool, human, gpt)",
+    ),
+    ([ASK, {"role": "assistant"}], "turn 2 of 'messages' has no 'content' (keys: role)"),
+    (
+        [ASK, {"role": "assistant", "content": None}],
+        "'content' of turn 2 of 'messages' is null",
+    ),
+    (
+        [ASK, {"role": "assistant", "content": " \n"}],
+        "'content' of turn 2 of 'messages' is empty",
+    ),
+    (
+        [{"role": "user", "content": [{"type": "text"}]}, ANSWER],
+        "'content' of turn 1 of 'messages' is a list, not a string",
+    ),
+    (["hi"], "turn 1 of 'messages' is a string, not an object with role and content"),
+    (
+        [ASK, {"role": "assistant", "content": None, "tool_calls": [{}]}],
+        "turn 2 of 'messages' has a tool call without a function and its name",
+    ),
+    (
+        [ASK, {**ANSWER, "weight": 0}],
+        "turn 2 of 'messages' has weight 0; turns can't be left out one by one yet",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "reason"),
+    [
+        *((GEN, {"messages": value}, reason) for value, reason in MESSAGES_BAD),
+        (
+            GEN,
+            {"conversations": [{"from": "human", "text": "q"}]},
+            "turn 1 of 'conversations' has no 'value' (keys: from, text)",
+        ),
+        (GEN, {"text": None}, "'text' is null"),
+        (GEN, {"text": " "}, "'text' is empty"),
+        (GEN, {"text": 5}, "'text' is a number, not a string"),
+        (GEN, {"prompt": "q", "completion": ""}, "'completion' is empty"),
+        (GEN, {"question": "", "answer": "a"}, "'question' is empty"),
+        (GEN, {"instruction": "i", "input": 3, "output": "a"}, "'input' is a number, not a string"),
+        (GEN, {"instruction": "i", "input": "", "output": None}, "'output' is null"),
+        (SUM, {"article": "d", "highlights": None}, "'highlights' is null"),
+        (
+            SUM,
+            {"messages": [ASK, ANSWER, ASK, ANSWER]},
+            "has 4 turns, where one question and one answer make a source and a target",
+        ),
+        (CLS, {"text": "t", "label": None}, "'label' is null"),
+        (CLS, {"text": "t", "label": ""}, "'label' is empty"),
+        (CLS, {"text": "", "label": 1}, "'text' is empty"),
+        (CLS, {"sentence1": "t", "sentence2": None, "label": 1}, "'sentence2' is null"),
+        ("token-classification", {"tokens": ["a"], "tags": []}, "has 1 tokens, but 0 tags"),
+        ("token-classification", {"tokens": [], "tags": []}, "'tokens' is empty"),
+        ("token-classification", {"tokens": "a b", "tags": []}, "'tokens' is a string, not a list"),
+        ("token-classification", {"tokens": ["a"], "tags": [None]}, "tag 1 is null"),
+        (
+            "question-answering",
+            {
+                "context": "in Rome",
+                "question": "q",
+                "answers": {"text": ["Rome"], "answer_start": [2]},
+            },
+            "the answer 'Rome' does not stand at 2 of the context",
+        ),
+        (
+            "question-answering",
+            {"context": "c", "question": "q", "answers": "c"},
+            "'answers' lacks 'text' and 'answer_start'",
+        ),
+    ],
+)
+def test_unusable_row(task: str, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError) as caught:
+        convert(task, row)
+    assert str(caught.value) == f"x.jsonl:1: {reason}. {FIX}"
+
+
+def test_unusable_rows_are_collected_or_dropped() -> None:
+    texts = ["a", None, "", "b", *([""] * 5)]
+    table = table_of(*({"text": text} for text in texts))
+    found = detect_format(["text"], GEN)
+    with pytest.raises(InputError) as caught:
+        to_examples(table, found)
+    assert caught.value.problems == [
+        "x.jsonl:2: 'text' is null.",
+        *(f"x.jsonl:{line}: 'text' is empty." for line in (3, 5, 6, 7)),
+        "x.jsonl: 7 of 9 rows are bad (the first 5 are above). Fix them, or drop bad rows with "
+        "--on-bad-row skip.",
+    ]
+    kept = drop_bad_rows(table, found)
+    assert to_examples(kept, found) == [PlainText("a", 0), PlainText("b", 1)]
+    assert kept.where(1) == "x.jsonl:4"
+    assert [row.line for row in kept.dropped] == [2, 3, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (
+            4.5,
+            "x.jsonl:1: 'label' is a fraction (4.5). Classes are names or whole numbers. To learn "
+            "a quantity: --set data.problem_type=regression.",
+        ),
+        (
+            ["a", "b"],
+            "x.jsonl:1: 'label' is a list, and with problem_type single_label_classification each "
+            "row has one class. For several: --set data.problem_type=multi_label_classification.",
+        ),
+    ],
+)
+def test_labels_of_another_problem_type(label: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        convert(CLS, {"text": "t", "label": label})
+    assert str(caught.value) == message
+
+
+def test_a_split_that_lacks_a_column() -> None:
+    found = detect_format(["text", "label"], CLS)
+    with pytest.raises(InputError) as caught:
+        to_examples(table_of({"text": "t", "class": 1}), found)
+    assert str(caught.value) == (
+        "x.jsonl: has no column 'label'. Columns: 'text', 'class'. "
+        "Give every split the same columns."
+    )

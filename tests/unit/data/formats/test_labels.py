@@ -1,0 +1,109 @@
+"""The classes of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from ftlevel.data.formats.examples import Labelled
+from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels
+from ftlevel.data.sources.table import Table
+from ftlevel.errors import InputError
+
+Labels = Sequence[str | int]
+
+
+def make(labels: Labels, names: tuple[str, ...] = ()) -> tuple[list[Labelled], Table]:
+    rows = [{"text": "t", "label": label} for label in labels]
+    table = Table(
+        rows, list(range(1, len(rows) + 1)), "x.csv", label_names={"label": names} if names else {}
+    )
+    return [Labelled("t", None, label, index) for index, label in enumerate(labels)], table
+
+
+@pytest.mark.parametrize(
+    ("labels", "declared", "names"),
+    [
+        (["pos", "neg", "pos"], (), ("neg", "pos")),
+        ([2, 0, 1, 0], (), ("0", "1", "2")),
+        (["10", "9", "1"], (), ("1", "9", "10")),
+        (["true", "false"], (), ("false", "true")),
+        (["v1.0", "v2.0"], (), ("v1.0", "v2.0")),
+        ([1, 0], ("neg", "pos"), ("neg", "pos")),
+        ([2, 0], ("c", "b", "a"), ("c", "b", "a")),
+        (["b", "c"], ("c", "b"), ("c", "b")),
+    ],
+)
+def test_names(labels: Labels, declared: tuple[str, ...], names: tuple[str, ...]) -> None:
+    found = build_label_set(*make(labels, declared), "label")
+    assert found == LabelSet(names)
+    assert len(found) == len(names)
+
+
+def test_ids() -> None:
+    labels = LabelSet(("neg", "pos"))
+    assert [labels.id_of(label) for label in ("neg", "pos", 0, 1)] == [0, 1, 0, 1]
+    for strange in ("x", 2, -1):
+        assert strange not in labels
+        with pytest.raises(KeyError):
+            labels.id_of(strange)
+
+
+@pytest.mark.parametrize(
+    ("labels", "declared", "message"),
+    [
+        (
+            ["pos"] * 1200,
+            (),
+            "x.csv: 'label' is 'pos' in all 1,200 rows; to classify takes two classes. If the "
+            "file is sorted by label, raise --max-samples; if it is another column: "
+            "--map label=COLUMN.",
+        ),
+        (
+            [1, 2, 4],
+            (),
+            "x.csv: 'label' has the classes 1, 2, 4; numbers must be 0, 1, … without a gap, and "
+            '0, 3 never occurs. Count from 0, or write names: "4" in quotes is one.',
+        ),
+        (
+            [0, 1, -1, -1],
+            (),
+            "x.csv:3: 'label' is -1, and classes begin at 0. Such numbers mark rows without a "
+            "label: remove these rows.",
+        ),
+        (
+            ["4.5", "3", "1.0"],
+            (),
+            "x.csv:3: 'label' is a fraction (1.0). Classes are names or whole numbers. To learn "
+            "a quantity: --set data.problem_type=regression.",
+        ),
+        (
+            [0, 1, 2],
+            ("neg", "pos"),
+            "x.csv:3: label 2 (1 rows) is not one of the 2 declared classes (neg, pos). "
+            "Remove these rows, or correct them.",
+        ),
+        (
+            [0, 1, -1],
+            ("neg", "pos"),
+            "x.csv:3: label -1 (1 rows) is not one of the 2 declared classes (neg, pos). "
+            "Such numbers mark rows without a label: remove these rows.",
+        ),
+    ],
+)
+def test_refused(labels: Labels, declared: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build_label_set(*make(labels, declared), "label")
+    assert str(caught.value) == message
+
+
+def test_a_class_that_training_never_sees() -> None:
+    labels = LabelSet(("a", "b"))
+    check_labels(labels, *make(["a", "a"]))
+    with pytest.raises(InputError) as caught:
+        check_labels(labels, *make(["a", "c", "d", "c"]))
+    assert str(caught.value) == (
+        "x.csv:2: label 'c' (2 rows), 'd' (1 rows) are no class of the training rows (a, b). "
+        "Remove these rows, or correct them."
+    )

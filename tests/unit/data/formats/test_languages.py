@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+
+from ftlevel.data.formats.languages import Language, find_language, read_language
+
+GERMAN = Language("German", "de")
+
+
+@pytest.mark.parametrize(
+    ("column", "given", "language"),
+    [
+        ("de", None, GERMAN),
+        ("DE", None, GERMAN),
+        ("de_AT", None, GERMAN),
+        ("translation.de", None, GERMAN),
+        ("target", None, None),
+        ("design", None, None),
+        ("en", "de", GERMAN),
+        ("target", "german", GERMAN),
+        ("target", "Klingon", Language("Klingon", "")),
+    ],
+)
+def test_language_of_a_column(column: str, given: str | None, language: Language | None) -> None:
+    assert find_language("target", {"target": column}, given) == language
+
+
+def test_codes() -> None:
+    assert read_language("pt-BR") == Language("Portuguese", "pt")

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.examples import Labelled, to_examples
+from ftlevel.data.formats.labels import build_label_set, check_labels
+from ftlevel.data.formats.problems import choose_problem_type
+from ftlevel.data.sources.table import Table
+from ftlevel.errors import InputError
+
+SINGLE, SEVERAL, QUANTITY = (
+    "single_label_classification", "multi_label_classification", "regression",
+)  # fmt: skip
+
+
+def table(*labels: Any) -> Table:
+    rows = [{"text": "t", "label": label} for label in labels]
+    return Table(rows, list(range(1, len(rows) + 1)), "x.jsonl")
+
+
+def convert(problem: Any, *labels: Any) -> list[Any]:
+    columns = {"text": "text", "label": "label"}
+    shape = Format("text-classification", "", "labelled", columns, (), problem)
+    return [e.label for e in to_examples(table(*labels), shape) if isinstance(e, Labelled)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        (["a", "b"], SINGLE),
+        ([0, 1], SINGLE),
+        ([1.0, 2.0], SINGLE),
+        ([True, False], SINGLE),
+        (["1.5", "x"], SINGLE),
+        (["nan", "1"], SINGLE),
+        ([1, 2.5], QUANTITY),
+        (["1.5", "2"], QUANTITY),
+        ([["a"], []], SEVERAL),
+    ],
+)
+def test_chosen_by_the_labels(labels: list[Any], problem: str) -> None:
+    found, reason = choose_problem_type(table(*labels), "label")
+    assert (found, reason[:4]) == (problem, "auto")
+
+
+def test_a_wish_and_declared_names_win() -> None:
+    assert choose_problem_type(table(1, 2), "label", "regression") == (QUANTITY, "")
+    declared = Table([{"label": 0.5}], [1], "x", label_names={"label": ("a", "b")})
+    assert choose_problem_type(declared, "label")[0] == SINGLE
+
+
+def test_quantities() -> None:
+    assert convert(QUANTITY, 1, -2.5, "3.25") == [1.0, -2.5, 3.25]
+    for strange, reason in (
+        ("x", "'label' is 'x', not a number"),
+        (float("inf"), "'label' is inf, not a finite number"),
+        (True, "'label' is true or false, not a number"),
+        (None, "'label' is null, not a number"),
+    ):
+        with pytest.raises(InputError, match=f"x.jsonl:1: {reason}"):
+            convert(QUANTITY, strange)
+
+
+def test_several_labels() -> None:
+    assert convert(SEVERAL, ["b", "a"], [], ["c"]) == [("b", "a"), (), ("c",)]
+    for strange, reason in (
+        ("a", "'label' is a string, not a list of labels"),
+        ([0, 1, 0], "'label' names a label twice"),
+        (["a", None], "label 2 of 'label' is null"),
+    ):
+        with pytest.raises(InputError, match=f"x.jsonl:1: {reason}"):
+            convert(SEVERAL, strange)
+
+
+def test_label_set_of_several() -> None:
+    rows = table(["b", "a"], [], ["c"])
+    examples = [Labelled("t", None, tuple(row["label"]), i) for i, row in enumerate(rows.rows)]
+    labels = build_label_set(examples, rows, "label")
+    assert labels.names == ("a", "b", "c")
+    with pytest.raises(InputError, match=r"x.jsonl:1: label 'd' .* is no class of the training"):
+        check_labels(labels, [Labelled("t", None, ("a", "d"), 0)], rows)

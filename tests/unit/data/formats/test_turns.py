@@ -1,0 +1,78 @@
+"""Turns of OpenAI and ShareGPT, with systems and tools, become one form; bad ones are named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ftlevel.data.formats.turns import Message, Unusable, parse_tools, parse_turns
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CONTENT = "'content' of turn 1 of 'messages'"
+END = {"role": "assistant", "content": "2"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"role": "developer", "content": "s"}, Message("system", "s")),
+        ({"from": "human", "value": "q"}, Message("user", "q")),
+        ({"from": "gpt", "value": "a"}, Message("assistant", "a")),
+        ({"from": "observation", "value": "2"}, Message("tool", "2")),
+        (
+            {"role": "tool", "content": "2", "tool_call_id": "x", "name": "add", "other": 1},
+            Message("tool", "2", {"tool_call_id": "x", "name": "add"}),
+        ),
+        (
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            Message("assistant", "", {"tool_calls": [CALL]}),
+        ),
+        (
+            {
+                "role": "assistant",
+                "content": "I add.",
+                "tool_calls": [{"id": "x", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+            },
+            Message("assistant", "I add.", {"tool_calls": [{"id": "x", **CALL}]}),
+        ),
+        (
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+            Message("assistant", "", {"tool_calls": [CALL]}),
+        ),
+    ],
+)
+def test_a_turn(turn: dict[str, Any], message: Message) -> None:
+    assert parse_turns([turn, END], "messages")[0] == message
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason", "finding"),
+    [
+        (
+            {"role": "userr", "content": "q"},
+            "turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?)",
+            "unknown_role",
+        ),
+        ({"role": "user", "content": None}, f"{CONTENT} is null", "null_content"),
+        ({"role": "user", "content": " "}, f"{CONTENT} is empty", "empty_text"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+            "'arguments' of turn 1 of 'messages' is not valid JSON (Expecting property name "
+            "enclosed in double quotes: line 1 column 2 (char 1))",
+            "",
+        ),
+    ],
+)
+def test_a_bad_turn(turn: dict[str, Any], reason: str, finding: str) -> None:
+    with pytest.raises(Unusable) as caught:
+        parse_turns([turn, END], "messages")
+    assert (str(caught.value), caught.value.finding) == (reason, finding)
+
+
+def test_tools_are_a_list_or_the_json_of_one() -> None:
+    assert parse_tools([CALL], "tools") == (CALL,)
+    assert parse_tools('[{"name": "add"}]', "tools") == ({"name": "add"},)
+    assert parse_tools(None, "tools") == parse_tools("", "tools") == ()
+    with pytest.raises(Unusable, match="'tools' is a number, where a list of tools is expected"):
+        parse_tools(3, "tools")

@@ -1,0 +1,124 @@
+"""A stream of encoded rows: each kept row once a pass, and the same rows from any state on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.config import DataConfig
+from ftlevel.data.encoding.fit import Bounds
+from ftlevel.data.prepare.examples import Asked, Prepared
+from ftlevel.data.prepare.row_stream import RowStream
+from ftlevel.data.prepare.streamed_rows import InOrder, StreamedRows
+from ftlevel.data.prepare.streaming import prepare_stream
+from ftlevel.errors import ConfigError, InputError
+from ftlevel.tasks import TASKS
+from tiny_tokenizers import build_tokenizer
+
+COUNT = 90
+
+
+def prepare(path: Path, rows: list[Any], **options: Any) -> Prepared:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = DataConfig(dataset=str(path), streaming=True, shuffle_buffer=20, **options)
+    tokenizer = build_tokenizer("llama", None)
+    asked = Asked(
+        TASKS["text-generation"], "decoder", tokenizer, len(tokenizer), Bounds(200), seed=3
+    )
+    return prepare_stream(config, asked)
+
+
+def pair(i: int) -> dict[str, str]:
+    return {"prompt": f"say {i}", "completion": f"it is {i}" + " and" * (i % 7)}
+
+
+def take(stream: RowStream, count: int) -> list[Any]:
+    return [next(stream) for _ in range(count)]
+
+
+def test_a_pass_gives_every_kept_row_once(tmp_path: Path) -> None:
+    prepared = prepare(
+        tmp_path / "x.jsonl", [*map(pair, range(COUNT)), pair(1) | {"completion": None}],
+        on_bad_row="skip", validation_rows=10,
+    )  # fmt: skip
+    first, second = take(prepared.stream, COUNT - 10), take(prepared.stream, COUNT - 10)
+    lines = [row.row for row in first]
+    assert sorted(lines) == list(range(11, COUNT + 1)), "the first ten are held out"
+    assert lines != sorted(lines)
+    assert sorted(row.row for row in second) == sorted(lines)
+    assert [row.row for row in second] != lines, "each pass has an order of its own"
+    assert {row.row: row.input_ids for row in first} == {r.row: r.input_ids for r in second}
+    known = {tuple(row.input_ids) for row in prepared.train}
+    assert {tuple(row.input_ids) for row in first} == known, "as they are without streaming"
+    assert len(prepared.validation) == 10
+    assert prepared.stream.counts["passes"] == 1
+    assert prepared.stream.counts["gate.null_content"] == 2, "once a pass"
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])
+def test_every_checkpoint_gives_the_rows_to_come(step: int, tmp_path: Path) -> None:
+    data, options = tmp_path / "x.jsonl", {"validation_rows": 70}  # beyond the first part
+    rows = list(map(pair, range(120)))
+    whole = StreamedRows(prepare(data, rows, **options).stream, step, 60)
+    expected = [whole[i] for i in InOrder(whole)]
+    assert len(expected) == 60 * step
+    for at in (1, 2, 30, 59):
+        begun = StreamedRows(prepare(data, rows, **options).stream, step, 60)
+        for i in range(min(at * step + 2 * step, len(begun))):  # the loader is ahead
+            begun[i]
+        folder = tmp_path / f"checkpoint-{at}"
+        folder.mkdir()
+        begun.save(folder, at)
+        resumed = StreamedRows(prepare(data, rows, **options).stream, step, 60)
+        resumed.restore(folder)
+        assert [resumed[i] for i in range(at * step, 60 * step)] == expected[at * step :]
+
+
+def test_rows_of_other_processes_are_gone_over(tmp_path: Path) -> None:
+    rows = list(map(pair, range(COUNT)))
+    whole = StreamedRows(prepare(tmp_path / "x.jsonl", rows).stream, 8, 9)
+    other = StreamedRows(prepare(tmp_path / "x.jsonl", rows).stream, 8, 9)
+    expected = [whole[i] for i in range(72)]
+    mine = [i for i in range(72) if i % 8 >= 4]
+    assert [other[i] for i in mine] == [expected[i] for i in mine]
+    with pytest.raises(IndexError, match="was taken"):
+        other[3]
+
+
+def test_a_stream_of_which_nothing_is_left(tmp_path: Path) -> None:
+    prepared = prepare(tmp_path / "x.jsonl", list(map(pair, range(8))), validation_rows=7)
+    first = next(prepared.stream)
+    assert next(prepared.stream).input_ids == first.input_ids
+    text = "".join(json.dumps(pair(i) | {"completion": None}) + "\n" for i in range(9))
+    skipping = prepare(tmp_path / "y.jsonl", [pair(0)], on_bad_row="skip")
+    (tmp_path / "y.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="no row is left to train on; all were dropped"):
+        next(skipping.stream)
+
+
+def test_a_checkpoint_without_a_stream(tmp_path: Path) -> None:
+    rows = StreamedRows(prepare(tmp_path / "x.jsonl", list(map(pair, range(9)))).stream, 1, 1)
+    with pytest.raises(ConfigError, match=r"has no stream\.json, so it is not of a streamed run"):
+        rows.restore(tmp_path)
+
+
+Policy = Callable[[list[Any]], None]
+
+
+@pytest.mark.parametrize(
+    ("overlong", "lines", "named"),
+    [("drop", 3, "dropped"), ("truncate-prompt", 4, "shortened")],
+)
+def test_overlong_rows_of_a_stream(overlong: str, lines: int, named: str, tmp_path: Path) -> None:
+    rows = [*map(pair, range(3)), {"prompt": "say " + "please " * 30, "completion": "no"}]
+    prepared = prepare(
+        tmp_path / "x.jsonl", rows, max_length=50, overlong=overlong, max_eval_samples=1
+    )
+    assert len({row.row for row in take(prepared.stream, lines)}) == lines
+    assert prepared.stream.counts[named] >= 1
+    with pytest.raises(InputError, match=r"1 of 4 rows are longer than 50 tokens; .*x\.jsonl:4"):
+        prepare(tmp_path / "x.jsonl", rows, max_length=50)

@@ -1,0 +1,97 @@
+"""Several data sets as one: places are kept, shares are true, and no row comes twice."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftlevel.data.sources.mixing import join_tables, mix_tables
+from ftlevel.data.sources.splits import join_splits, load_splits
+from ftlevel.data.sources.table import BadRow, Table
+from ftlevel.errors import InputError
+
+
+def table(name: str, count: int, *dropped: BadRow) -> Table:
+    rows = [{"text": f"{name}{i}"} for i in range(count)]
+    return Table(rows, [2 * i + 1 for i in range(count)], f"{name}.jsonl", dropped=dropped)
+
+
+def test_each_row_keeps_its_place() -> None:
+    joined = join_tables([table("a", 4, BadRow(12, "bad")), table("b", 2), table("c", 1)])
+    assert joined.source == "a.jsonl + b.jsonl + c.jsonl"
+    places = {row["text"]: joined.where(i) for i, row in enumerate(joined.rows)}
+    assert places == {
+        "a0": "a.jsonl:1", "a1": "a.jsonl:3", "a2": "a.jsonl:5", "a3": "a.jsonl:7",
+        "b0": "b.jsonl:1", "b1": "b.jsonl:3", "c0": "c.jsonl:1",
+    }  # fmt: skip
+    assert joined.place(joined.dropped[0].line) == "a.jsonl:12"
+    taken = joined.take([0, 3])
+    assert [taken.where(0), taken.where(1)] == [joined.where(0), joined.where(3)]
+
+
+def test_the_first_rows_are_a_fair_sample() -> None:
+    joined = join_tables([table("a", 90), table("b", 30)])
+    first = Counter(row["text"][0] for row in joined.rows[:40])
+    assert first == {"a": 30, "b": 10}
+
+
+def test_other_columns_are_refused() -> None:
+    other = Table([{"content": "x"}], [1], "b.jsonl")
+    with pytest.raises(InputError) as caught:
+        join_tables([table("a", 1), other])
+    assert str(caught.value) == (
+        "b.jsonl: has the columns 'content', and a.jsonl has 'text'. Data sets that are trained on "
+        "together need the same columns."
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 10)), min_size=2, max_size=4),
+    st.integers(0, 9),
+)
+def test_shares_are_true_and_no_row_comes_twice(sets: list[tuple[int, float]], seed: int) -> None:
+    tables = [table("abcd"[i], count) for i, (count, _) in enumerate(sets)]
+    shares = [share for _, share in sets]
+    whole = min(len(t) * sum(shares) / s for t, s in zip(tables, shares, strict=True))
+    if any(int(whole * share / sum(shares) + 1e-9) < 1 for share in shares):
+        with pytest.raises(InputError, match="leaves no row"):
+            mix_tables(tables, shares, seed)
+        return
+    taken, notes = mix_tables(tables, shares, seed)
+    texts = [row["text"] for part in taken for row in part.rows]
+    assert len(texts) == len(set(texts))
+    assert any(len(part) == len(given) for part, given in zip(taken, tables, strict=True))
+    for part, share in zip(taken, shares, strict=True):
+        assert abs(len(part) - whole * share / sum(shares)) <= 1
+    assert len(notes) == 1
+
+
+def test_sets_with_and_without_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("a/train", 4), ("a/validation", 2), ("b", 6)):
+        path = Path(f"{name}.jsonl")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"text": f"{name}{i}"}) + "\n" for i in range(count)))
+    parts = [load_splits("a"), load_splits("b.jsonl")]
+    joined = join_splits(parts, [1, 1], seed=0)
+    assert (len(joined.train), joined.name) == (8, "a + b.jsonl")
+    assert joined.validation is not None
+    assert joined.validation.where(1) == "a/validation.jsonl:2"
+    assert joined.notes == ["mixed 1 : 1: 4 of 4 rows of a/train.jsonl, 4 of 6 rows of b.jsonl"]
+
+
+def test_a_directory_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    for i in range(3):
+        Path(f"d/part-{i}.jsonl").write_text(json.dumps({"text": f"t{i}"}) + "\n")
+    splits = load_splits("d")
+    assert sorted(row["text"] for row in splits.train.rows) == ["t0", "t1", "t2"]
+    assert splits.notes == [
+        "d: reads all of part-0.jsonl, part-1.jsonl, part-2.jsonl as training rows"
+    ]

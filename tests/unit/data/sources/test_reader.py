@@ -1,0 +1,159 @@
+"""Files to rows: what good files look like as rows, what is skipped, what is read back."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ftlevel.data.sources.reader import read_table
+from ftlevel.data.sources.table import BadRow, describe_dropped
+from ftlevel.errors import InputError
+
+GOOD = '{"text": "a", "n": 1}\n'
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "x.parquet", b"PAR1 and no more")
+    with pytest.raises(
+        InputError, match=r"x\.parquet: not a readable Parquet file \(.*\)\. Was the "
+    ):
+        read_table(path)
+
+
+def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(InputError, match=r"x\.parquet: has the column 'text' twice\. Rename one\."):
+        read_table(path)
+
+
+def test_every_bad_row_is_skipped_and_counted(tmp_path: Path) -> None:
+    content = GOOD * 3 + '{"txt": "a", "n": 1}\n' + '{"text": 5, "n": 1}\n' + "oops\n" + GOOD
+    table = read_table(write(tmp_path, "x.jsonl", content), "skip")
+    assert table.lines == [1, 2, 3, 7]
+    assert table.rows == [json.loads(GOOD)] * 4
+    assert [row.line for row in table.dropped] == [4, 5, 6]
+    assert table.dropped[2] == BadRow(6, "not valid JSON (Expecting value, column 1)")
+    (note,) = describe_dropped(table)
+    assert note.startswith(f"{table.source}: dropped 3 of 7 rows (line 4: lacks 'text' and has")
+
+
+def test_two_faults_in_one_row_count_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "x.jsonl", GOOD * 2 + '{"text": 5, "n": "a"}\n')
+    table = read_table(path, "skip")
+    assert describe_dropped(table)[0].startswith(f"{path}: dropped 1 of 3 rows")
+    with pytest.raises(InputError, match=r"1 of 3 rows are bad"):
+        read_table(path)
+
+
+def test_skip_refuses_to_drop_everything(tmp_path: Path) -> None:
+    path = write(tmp_path, "x.jsonl", "a\nb\n")
+    with pytest.raises(InputError) as caught:
+        read_table(path, "skip")
+    assert str(caught.value) == (
+        f"{path}:1: not valid JSON (Expecting value, column 1). No row is left: --on-bad-row skip "
+        f"would drop all 2 rows of {path}. Fix the file."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows", "lines"),
+    [
+        ("x.jsonl", b"\xef\xbb\xbf" + GOOD.encode(), [{"text": "a", "n": 1}], [1]),
+        ("x.csv", b"\xef\xbb\xbftext\na\n", [{"text": "a"}], [2]),
+        ("x.JSONL", "\n" + GOOD.strip(), [{"text": "a", "n": 1}], [2]),
+        ("x.ndjson", '{"text": "a\u2028b"}\r\n', [{"text": "a\u2028b"}], [1]),
+        ("x.jsonl", '{"n": 1}\n{"n": 1.5}\n', [{"n": 1}, {"n": 1.5}], [1, 2]),
+        ("x.jsonl", '{"t": null}\n{"t": "a"}\n', [{"t": None}, {"t": "a"}], [1, 2]),
+        ("x.json", '{"a": 1}\n{"a": null}', [{"a": 1}, {"a": None}], [1, 2]),
+        ("x.json", '\n[\n {"t":\n  1},\n\n {"t": 2}]\n', [{"t": 1}, {"t": 2}], [3, 6]),
+        ("x.json", '{"t": 1}\n{"t": 2}\n', [{"t": 1}, {"t": 2}], [1, 2]),
+        ("x.json", '{"messages": [{"role": "user"}]}', [{"messages": [{"role": "user"}]}], [1]),
+        ("x.csv", 'a,b\n"x\ny","""z"\n', [{"a": "x\ny", "b": '"z'}], [2]),
+        ("x.csv", 'a,b\n"x\ny",\n\n1,2\n', [{"a": "x\ny", "b": ""}, {"a": "1", "b": "2"}], [2, 5]),
+        ("x.tsv", "a\tb\nx, y\tz\n", [{"a": "x, y", "b": "z"}], [2]),
+        ("x.txt", "\none\r\n two\n\n \nthree", [{"text": "one\n two"}, {"text": "three"}], [2, 6]),
+        ("x.csv", "a\n" + "x" * 200_000 + "\n", [{"a": "x" * 200_000}], [2]),
+    ],
+)  # fmt: skip
+def test_good_files(
+    tmp_path: Path, name: str, content: str | bytes, rows: list[Any], lines: list[int]
+) -> None:
+    table = read_table(write(tmp_path, name, content))
+    assert table.rows == rows
+    assert table.lines == lines
+    assert table.where(0) == f"{tmp_path / name}:{lines[0]}"
+
+
+def test_parquet_has_row_numbers_and_class_names(tmp_path: Path) -> None:
+    feature = {"names": ["neg", "pos"], "_type": "ClassLabel"}
+    info = {"info": {"features": {"label": feature, "text": {"_type": "Value"}}}}
+    data = pa.table({"text": ["a", "b"], "label": [0, 1]})
+    path = tmp_path / "x.parquet"
+    pq.write_table(data.replace_schema_metadata({"huggingface": json.dumps(info)}), path)
+    table = read_table(path)
+    assert table.rows == [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+    assert table.where(1) == f"{path} row 2"
+    assert table.label_names == {"label": ("neg", "pos")}
+
+
+def random_value(rng: random.Random, depth: int) -> Any:
+    kind = rng.randrange(7 if depth else 5)
+    if kind == 0:
+        return rng.choice([None, True, False])
+    if kind == 1:
+        return rng.choice([0, -1, 10**30, rng.random() * 10 ** rng.randrange(-300, 300)])
+    if kind < 5:
+        pool = 'ab"\\\n\r\t\0\u2028\u0085\x1cé漢🙂 {}[],:'
+        return "".join(rng.choices(pool, k=rng.randrange(12)))
+    if kind == 5:
+        return [random_value(rng, depth - 1) for _ in range(rng.randrange(4))]
+    return {random_key(rng): random_value(rng, depth - 1) for _ in range(rng.randrange(4))}
+
+
+def random_key(rng: random.Random) -> str:
+    return "".join(rng.choices('ab" é🙂', k=rng.randrange(1, 5)))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_json_dumps_wrote_is_read_back(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    columns = {random_key(rng): random_value(rng, 3) for _ in range(4)}
+    rows = [columns] * 3
+    ascii_ = rng.random() < 0.5
+    lines = "".join(json.dumps(row, ensure_ascii=ascii_) + "\n" for row in rows)
+    assert read_table(write(tmp_path, "x.jsonl", lines)).rows == rows
+    array = json.dumps(rows, ensure_ascii=ascii_, indent=rng.choice([None, 2]))
+    assert read_table(write(tmp_path, "x.json", array)).rows == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        (r"\ud83d\ude42", True),
+        (r"\uD83D\uDE42\ud83d\ude42", True),
+        (r"\\ud83d", True),  # a backslash and four letters
+        (r"\\\ud83d\ude42", True),
+        (r"\ud83d", False),
+        (r"\ude42", False),
+        (r"\ud83d\ud83d\ude42", False),
+        (r"\ud83d\ude42\ude42", False),
+        (r"\\ud83d\ude42", False),
+        (r"\ud83d\\ude42", False),
+    ],
+)
+def test_half_surrogates_are_found(tmp_path: Path, text: str, good: bool) -> None:
+    path = write(tmp_path, "x.jsonl", f'{{"text": "{text}"}}\n' + GOOD.replace(', "n": 1', ""))
+    assert len(read_table(path, "skip")) == 1 + good

@@ -1,0 +1,195 @@
+"""Every container part by part: the rows of the strict reader, and cursors to read on from."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.data.sources import streams
+from ftlevel.data.sources.reader import read_table
+from ftlevel.data.sources.stream_sources import open_source
+from ftlevel.data.sources.streams import Chunk, IterableStream, Stream, open_file
+from ftlevel.errors import InputError
+
+COUNT = 150
+ROWS = [{"text": f'row {i}\nof two lines, "quoted" é', "n": str(i)} for i in range(COUNT)]
+
+
+def jsonl(path: Path, rows: list[Any] = ROWS) -> Path:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
+    return path
+
+
+def separated(path: Path) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        mark = "\t" if path.suffix == ".tsv" else ","
+        writer = csv.DictWriter(file, ROWS[0], delimiter=mark)
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path
+
+
+def txt(path: Path) -> Path:
+    path.write_text("\n\n\n".join(row["text"] for row in ROWS), encoding="utf-8")
+    return path
+
+
+def parquet(path: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=70)
+    return path
+
+
+FILES: dict[str, Callable[[Path], Path]] = {
+    "x.jsonl": jsonl, "x.csv": separated, "x.tsv": separated, "x.txt": txt, "x.parquet": parquet,
+}  # fmt: skip
+
+
+def flat(chunks: list[Chunk]) -> list[tuple[int, Any]]:
+    return [pair for c in chunks for pair in zip(c.lines, c.rows, strict=True)]
+
+
+def goes_on_from_every_cursor(stream: Stream) -> None:
+    chunks = list(stream.chunks())
+    assert len(chunks) > 1
+    for number, chunk in enumerate(chunks, 1):
+        cursor = json.loads(json.dumps(chunk.cursor))
+        assert flat(list(stream.chunks(cursor))) == flat(chunks[number:])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_rows_are_those_of_the_reader(name: str, tmp_path: Path) -> None:
+    path = FILES[name](tmp_path / name)
+    stream, table = open_file(path), read_table(path)
+    found = flat(list(stream.chunks()))
+    assert [row for _, row in found] == list(table.rows)
+    assert [line for line, _ in found] == list(table.lines)
+    goes_on_from_every_cursor(stream)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.txt"])
+def test_what_lies_before_the_cursor_is_not_read(name: str, tmp_path: Path) -> None:
+    path = FILES[name](tmp_path / name)
+    stream = open_file(path)
+    first, *others = stream.chunks()
+    at = first.cursor["at"]
+    with path.open("r+b") as file:
+        file.write(b"\xff" * at)
+    assert flat(list(stream.chunks(first.cursor))) == flat(others)
+    with pytest.raises(InputError, match="not UTF-8"):
+        list(JSON_OF(path).chunks())
+
+
+JSON_OF = streams.JsonStream
+
+
+def test_of_parquet_only_the_row_group_of_the_cursor_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = open_file(parquet(tmp_path / "x.parquet"))
+    assert isinstance(stream, streams.ParquetStream)
+    cursor = [chunk.cursor for chunk in stream.chunks()][-2]
+    asked: list[Any] = []
+    real = stream._file
+
+    class Spy:
+        num_row_groups = real.num_row_groups
+
+        def iter_batches(self, size: int, row_groups: list[int]) -> Any:
+            asked.extend(row_groups)
+            return real.iter_batches(size, row_groups=row_groups)
+
+    monkeypatch.setattr(stream, "_file", Spy())
+    list(stream.chunks(cursor))
+    assert asked == [cursor["group"], *range(cursor["group"] + 1, real.num_row_groups)]
+    assert asked[0] > 0
+
+
+def test_files_follow_one_another(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(100)])
+    source = open_source(
+        str(tmp_path), split=None, subset=None, on_bad_row="error", validation_rows=None
+    )
+    assert [row["text"] for _, row in flat(list(source.train.chunks()))] == [
+        f"{name} {i}" for name in "abc" for i in range(100)
+    ]
+    assert [chunk.source for chunk in source.train.chunks()][-1] == str(tmp_path / "c.jsonl")
+    goes_on_from_every_cursor(source.train)
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_the_state_of_datasets_goes_on(kind: str, tmp_path: Path) -> None:
+    """What a Hub set is read through, here on local files."""
+    import datasets
+
+    names = []
+    for number, part in enumerate((ROWS[:80], ROWS[80:])):
+        path = tmp_path / f"{number}.{kind}"
+        if kind == "json":
+            path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+        else:
+            datasets.Dataset.from_list(part).to_parquet(path)
+        names.append(str(path))
+    make = lambda: datasets.load_dataset(  # noqa: E731
+        kind, data_files={"train": names}, streaming=True
+    )["train"]
+    stream = IterableStream(make, "hub (train)")
+    found = flat(list(stream.chunks()))
+    assert found == list(enumerate(ROWS, 1))
+    goes_on_from_every_cursor(stream)
+
+
+def test_a_saved_directory(tmp_path: Path) -> None:
+    import datasets
+
+    splits = {"train": datasets.Dataset.from_list(ROWS), "validation": ROWS[:5]}
+    splits["validation"] = datasets.Dataset.from_list(ROWS[:5])
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    source = open_source(
+        str(tmp_path / "saved"), split=None, subset=None, on_bad_row="error", validation_rows=3
+    )
+    assert source.validation is not None
+    assert list(source.validation.rows) == ROWS[:3]
+    assert flat(list(source.train.chunks())) == list(enumerate(ROWS, 1))
+    goes_on_from_every_cursor(source.train)
+
+
+def test_bad_lines_keep_their_numbers_after_a_cursor(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": str(i)}) for i in range(200)]
+    lines[149] = '{"text" 5}'
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    stream = open_file(path)
+    cursor = next(stream.chunks()).cursor
+    bad = [row for chunk in stream.chunks(cursor) for row in chunk.bad]
+    assert [(row.line, row.reason) for row in bad] == [
+        (150, "not valid JSON (Expecting ':' delimiter, column 9)")
+    ]
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"180"', b'"18\xe9"'))
+    with pytest.raises(InputError) as caught:
+        list(open_file(path).chunks(cursor))
+    offset = path.read_bytes().index(b"\xe9")
+    assert str(caught.value) == (
+        f"{path}:181: not UTF-8 (byte 0xe9 at offset {offset:,}). If it is Latin-1: "
+        "iconv -f LATIN1 -t UTF-8 x.jsonl > utf8-x.jsonl"
+    )
+
+
+def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text,n\n" + "a,1\n" * 100 + '"b,1\nc,1\n', encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        list(open_file(path).chunks())
+    assert str(caught.value) == (
+        f'{path}:102: a quote (") is opened in this row and never closed. Close it.'
+    )

@@ -1,0 +1,28 @@
+"""Which rows of a file are the odd ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ftlevel.data.sources.uniform import find_odd_rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "odd_lines"),
+    [
+        ([{"a": 1}, {"a": 2.5}, {"a": None}], []),
+        ([{"a": 1, "b": 2}, {"b": 3, "a": 4}], []),  # the order of keys is no difference
+        ([{"a": None}, {"a": None}], []),
+        ([{"a": None}, {"a": "x"}, {"a": 1}], [3]),
+        ([{"a": "x"}, {"a": 1}, {"a": 2}], [1]),  # the first row is the odd one
+        ([{"a": 1}, {"a": True}], [2]),  # to Python True is an int
+        ([{"a": "x"}, {"a": {}}, {"a": []}], [2, 3]),
+        ([{"a": 1}, {"b": 1}, {"b": 1}, {"b": "x"}], [1, 4]),
+        ([{"a": 1, "b": "x"}, {"a": "y", "b": 2}, {"a": 1, "b": "x"}], [2, 2]),
+    ],
+)
+def test_odd_rows(rows: list[dict[str, Any]], odd_lines: list[int]) -> None:
+    found = find_odd_rows(rows, list(range(1, len(rows) + 1)))
+    assert [row.line for row in found] == odd_lines

@@ -1,0 +1,81 @@
+"""Intervals by resampling: of the size that theory says, and paired between two models."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.evaluation.intervals import PerRow, interval
+from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.tasks import TASKS
+from ftlevel.tasks.objectives import build_objective
+
+CLASSES = build_objective(
+    TASKS["text-classification"], "encoder", problem_type="single_label_classification"
+)
+
+
+def record(right: list[bool], confidence: float = 2.0) -> PerRow:
+    """Return a record of a two-class model that is right where `right` says."""
+    per_row = PerRow(CLASSES)
+    rows = [Encoded([1], 0, index) for index in range(len(right))]
+    logits = torch.tensor([[confidence, 0.0] if ok else [0.0, confidence] for ok in right])
+    labels, mask = torch.zeros(len(right), dtype=torch.long), torch.ones(len(right), 1)
+    per_row.add(rows, logits, labels, mask)
+    return per_row
+
+
+def test_the_interval_of_a_share_is_the_binomial_one() -> None:
+    right = [index % 4 != 0 for index in range(400)]  # 75 %
+    draws = record(right).resample(300, 0, None, "")
+    low, high = interval(draws["accuracy"])
+    half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert low == pytest.approx(0.75 - half, abs=0.012)
+    assert high == pytest.approx(0.75 + half, abs=0.012)
+    assert draws["accuracy"].mean() == pytest.approx(0.75, abs=0.005)
+
+
+def test_two_models_are_drawn_alike() -> None:
+    right = [index % 3 != 0 for index in range(60)]
+    worse = [ok and index % 5 != 1 for index, ok in enumerate(right)]
+    first, second = (record(r).resample(40, 7, None, "") for r in (right, worse))
+    assert (first["accuracy"] >= second["accuracy"]).all()
+    same = record(right).resample(40, 7, None, "")
+    assert np.array_equal(first["accuracy"], same["accuracy"])
+    assert not np.array_equal(
+        first["accuracy"], record(right).resample(40, 8, None, "")["accuracy"]
+    )
+
+
+def test_the_whole_is_the_pool_of_its_rows() -> None:
+    per_row = record([True, True, False, True])
+    units = [per_row.units[row] for row in sorted(per_row.units)]
+    whole = PerRow._metrics(units, np.arange(4))
+    meter = CLASSES.meter()
+    meter.update(torch.tensor([[2.0, 0], [2.0, 0], [0, 2.0], [2.0, 0]]), torch.zeros(4), [])
+    assert whole == pytest.approx({"loss": whole["loss"], **meter.compute(0.0)})
+    expected = (3 * math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 4
+    assert whole["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_that_come_in_chunks_belong_to_their_rows() -> None:
+    objective = build_objective(TASKS["text-generation"], "decoder")
+    rows = [Encoded([1, 2, 3], [1, 2, 3], 5), Encoded([4, 5], [4, 5], 6)]
+    labels = torch.tensor([[1, 2, 3], [4, 5, -100]])
+    evaluator = Evaluator(rows, None, "decoder", objective, "cpu", "float32", 2)
+    scores, targets = torch.randn(3, 9), torch.tensor([2, 3, 5])
+    records = []
+    for cuts in ([3], [1, 2], [2, 1]):
+        record = PerRow(objective)
+        observe = evaluator._observer(objective.meter(), record, rows, labels)
+        for part, true in zip(scores.split(cuts), targets.split(cuts), strict=True):
+            observe(part, true)
+        records.append({row: (unit.targets, unit.loss) for row, unit in record.units.items()})
+    assert {row: count for row, (count, _) in records[0].items()} == {5: 2, 6: 1}
+    for other in records[1:]:
+        assert other.keys() == records[0].keys()
+        assert all(other[row] == pytest.approx(records[0][row]) for row in other)

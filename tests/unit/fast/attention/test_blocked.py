@@ -1,0 +1,79 @@
+"""Attention by tiles is attention: values and gradients against SDPA, document by document."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from ftlevel.fast.attention.blocked import KEPT_KEYS, QUERIES, TileAttention, cut_tiles, visible
+from ftlevel.fast.packing.layout import Segment
+
+HEADS, GROUPS, WIDTH = 4, 2, 16
+DOCUMENTS = (Segment(0, 5), Segment(5, 5 + QUERIES + 3), Segment(136, 137), Segment(137, 500))
+# A prefix of 150 tokens, a branch with a branch of its own, and a second branch.
+TREE = (
+    Segment(0, 150),
+    Segment(150, 160, ((0, 150),)),
+    Segment(160, 300, ((0, 150), (150, 160))),
+    Segment(300, 320, ((0, 150),)),
+)
+
+
+def states(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    # As models give them: (heads, tokens, width) of memory that is (tokens, heads, width).
+    return [
+        torch.randn(tokens, heads, WIDTH, dtype=dtype).transpose(0, 1).requires_grad_()
+        for heads in (HEADS, GROUPS, GROUPS)
+    ]
+
+
+def by_sdpa(
+    parts: list[torch.Tensor], segments: tuple[Segment, ...], causal: bool, window: int | None
+) -> torch.Tensor:
+    query, key, value = parts
+    outputs = []
+    for segment in segments:
+        at = [i for a, b in (*segment.past, (segment.start, segment.stop)) for i in range(a, b)]
+        seen = visible(segment.position, segment.stop - segment.start, 0, len(at), causal, window)
+        outputs.append(functional.scaled_dot_product_attention(
+            query[None, :, segment.start : segment.stop], key[None, :, at], value[None, :, at],
+            attn_mask=seen, scale=0.3, enable_gqa=True,
+        )[0])  # fmt: skip
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("segments", "causal", "window"),
+    [(DOCUMENTS, True, None), (DOCUMENTS, False, None), (DOCUMENTS, True, 40),
+     (DOCUMENTS, False, 40), (TREE, True, None), (TREE, True, 30)],
+)  # fmt: skip
+def test_tiles_equal_sdpa(segments: tuple[Segment, ...], causal: bool, window: int | None) -> None:
+    tokens = segments[-1].stop
+    assert any(tile.width > KEPT_KEYS for tile in cut_tiles(segments, causal, None))
+    parts = states(tokens)
+    weights = torch.randn(tokens, HEADS, WIDTH, dtype=torch.float64)
+    expected = by_sdpa(parts, segments, causal, window)
+    wanted = torch.autograd.grad(expected, parts, weights)
+    found = TileAttention.apply(*parts, cut_tiles(segments, causal, window), 0.3, 0.0)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, parts, weights), wanted)
+
+
+def test_a_tile_holds_no_key_that_no_query_sees() -> None:
+    tiles = cut_tiles((Segment(0, 1000),), causal=True, window=None)
+    assert [tile.width for tile in tiles] == [128, 256, 384, 512, 640, 768, 896, 1000]
+    windowed = cut_tiles((Segment(0, 1000),), causal=True, window=64)
+    assert {tile.width for tile in windowed[1:-1]} == {QUERIES + 63}
+
+
+def test_dropout_hides_in_the_backward_pass_what_it_hid_in_the_forward_pass() -> None:
+    segments = (Segment(0, 300),)
+    parts = states(300)
+    tiles = cut_tiles(segments, False, None)
+    torch.manual_seed(3)
+    kept = TileAttention.apply(*parts, tiles, 0.3, 0.5)
+    (of_value,) = torch.autograd.grad(kept.sum(), parts[2])
+    # Linear in the values: the gradient tells the output again, if the same places are hidden.
+    torch.testing.assert_close((of_value * parts[2]).sum(), kept.sum())
+    assert (kept - TileAttention.apply(*parts, tiles, 0.3, 0.0)).abs().max() > 0.01

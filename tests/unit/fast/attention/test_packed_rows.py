@@ -1,0 +1,86 @@
+"""A packed batch gives what the padded one gives, for every family that claims it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import tiny_models
+from ftlevel.fast.attention import packed as attention
+from ftlevel.fast.packing.blocks import PackedBlocks
+from ftlevel.fast.packing.layout import Layout, laid_out
+from ftlevel.models.module_tree import find_blocks
+
+LENGTHS = (7, 40, 3, 19, 19, 1)
+DECODERS = ("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3",
+            "mixtral", "qwen3_moe")  # fmt: skip
+ENCODERS = ("bert", "roberta", "distilbert", "electra", "albert", "modernbert")
+CELLS = [(family, head) for family in (*DECODERS, *ENCODERS) for head in tiny_models.HEADS[family]]
+
+
+def build(family: str, head: str, **overrides: Any) -> Any:
+    """Return a tiny model with a LoRA that does something, in eval mode, without dropout."""
+    torch.manual_seed(0)
+    base = tiny_models.build(family, head, **overrides)
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+    return model.eval()
+
+
+def batch_of(model: Any, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, Any]:
+    """Return a batch of documents of `lengths`, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    ids = torch.randint(10, 490, (len(lengths), longest), generator=generator)
+    mask = torch.tensor([[1] * n + [0] * (longest - n) for n in lengths])
+    return {"input_ids": torch.where(mask == 1, ids, model.config.pad_token_id or 0),
+            "attention_mask": mask}  # fmt: skip
+
+
+def outputs_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what counts of the logits, and the gradient of a sum over it that weighs each."""
+    model.zero_grad()
+    output = (
+        model(**batch, use_cache=False)
+        if "Causal" in type(model.get_base_model()).__name__
+        else model(**batch)
+    )
+    if hasattr(output, "start_logits"):
+        logits = torch.stack([output.start_logits, output.end_logits], -1)
+    else:
+        logits = output.logits
+    counted = logits[batch["attention_mask"] == 1] if logits.dim() == 3 else logits
+    weights = torch.linspace(-1, 1, counted.numel()).view_as(counted)
+    (counted.double() * weights).sum().backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return counted.detach(), torch.cat(gradients)
+
+
+def packed(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    base = model.get_base_model()
+    attention.register()
+    base.set_attn_implementation(attention.NAME)
+    blocks = PackedBlocks(find_blocks(base))
+    try:
+        with laid_out(Layout.of_rows(batch["attention_mask"])):
+            return outputs_and_gradients(model, batch)
+    finally:
+        blocks.remove()
+        base.set_attn_implementation("sdpa")
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(("family", "head"), CELLS)
+def test_packed_equals_padded(family: str, head: str) -> None:
+    model = build(family, head)
+    batch = batch_of(model)
+    plain, packed_ones = outputs_and_gradients(model, batch), packed(model, batch)
+    assert relative(packed_ones[0], plain[0]) < 1e-5
+    assert relative(packed_ones[1], plain[1]) < 1e-5

@@ -1,0 +1,158 @@
+"""The last block at the tokens that are read. That steps stay equal is shown in `test_fast`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import tiny_models
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.fast.head.needed_tokens import AtEnds, AtTargets
+from ftlevel.fast.head.pruning import UnreadTokens, find_token_wise
+from ftlevel.fast.packing.layout import Layout, laid_out
+from ftlevel.fast.plan.fast_plan import FastPlan
+from ftlevel.fast.step import FastStep
+from ftlevel.fast.step_collator import StepCollator
+from ftlevel.models.module_tree import find_blocks
+from ftlevel.tasks.objectives import IGNORED, Classes, Objective, Spans, Tags, Tokens
+
+OBJECTIVES: dict[str, Objective] = {
+    "causal": Tokens("perplexity", shifted=True),
+    "mlm": Tokens("perplexity"),
+    "seqcls": Classes("accuracy"),
+    "tokcls": Tags("f1"),
+    "qa": Spans("f1"),
+}
+ROWS = [
+    Encoded(list(range(10, 40)), [IGNORED] * 26 + [1, 2, 3, 4], 0),
+    Encoded(list(range(50, 60)), [IGNORED] * 8 + [5, 6], 1),
+]
+
+
+def asked(model: Any, head: str, rows: list[Encoded] = ROWS) -> FastStep:
+    fast = FastStep(model, FastPlan(True, True, head in ("causal", "mlm"), 1000, skips=True))
+    pad_id = model.config.pad_token_id or 0  # decoders look for it to find a row's last token
+    fast.find_unread(OBJECTIVES[head], rows, pad_id, "cpu", "float32")
+    return fast
+
+
+def adapted(family: str, head: str) -> Any:
+    torch.manual_seed(0)
+    base = tiny_models.build(family, head)
+    return get_peft_model(base, LoraConfig(target_modules="all-linear", r=4))
+
+
+def linears_of(fast: FastStep) -> set[str]:
+    """Return the names, in the last block, of the linears that skip tokens."""
+    block = find_blocks(fast._base)[-1]
+    assert fast._unread is not None
+    hooked = {hook.hooks_dict_ref() and id(hook.hooks_dict_ref()) for hook in fast._unread._hooks}
+    return {
+        name.rpartition(".")[2]
+        for name, part in block.named_modules()
+        if id(part._forward_pre_hooks) in hooked
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "linears"),
+    [("llama", "causal", {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+     ("qwen3", "causal", {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+     ("gpt2", "causal", {"c_proj", "c_fc"}),
+     ("phi3", "causal", {"o_proj", "gate_up_proj", "down_proj"}),
+     ("opt", "causal", {"q_proj", "out_proj", "fc1", "fc2"}),
+     ("bert", "seqcls", {"query", "dense"}), ("roberta", "mlm", {"query", "dense"}),
+     ("distilbert", "seqcls", {"q_lin", "out_lin", "lin1", "lin2"})],
+)  # fmt: skip
+def test_all_but_keys_and_values_skip(family: str, head: str, linears: set[str]) -> None:
+    fast = asked(adapted(family, head), head)
+    assert linears_of(fast) == linears
+    assert fast.skipping >= len(linears)
+
+
+@pytest.mark.parametrize(("family", "last"), [("bert", False), ("distilbert", False),
+                                              ("electra", False), ("llama", True),
+                                              ("gpt2", True), ("opt", True)])  # fmt: skip
+def test_what_a_classifier_reads_is_found(family: str, last: bool) -> None:
+    fast = asked(adapted(family, "seqcls"), "seqcls")
+    assert fast.plan.reads == AtEnds(last)
+
+
+def test_the_mean_of_all_tokens_reads_them_all() -> None:
+    base = tiny_models.build("modernbert", "seqcls", classifier_pooling="mean")
+    assert asked(base, "seqcls").plan.reads is None
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", "qa"), ("roberta", "tokcls")])
+def test_heads_that_read_every_token_are_left_alone(family: str, head: str) -> None:
+    fast = asked(adapted(family, head), head)
+    assert (fast.plan.reads, fast.skipping) == (None, 0)
+
+
+def test_a_block_that_is_gone_through_twice_is_left_alone() -> None:
+    fast = asked(tiny_models.build("albert", "mlm"), "mlm")
+    assert (fast.plan.reads, fast.skipping) == (None, 0)
+
+
+def test_rows_too_short_to_ask_are_left_alone() -> None:
+    rows = [Encoded([11, 12], [11, 12], 0)]
+    assert asked(adapted("llama", "causal"), "causal", rows).skipping == 0
+
+
+def test_the_last_block_computes_what_is_read() -> None:
+    """6 of 40 tokens predict a target; keys and values are made of all of them."""
+    model = adapted("llama", "causal")
+    fast = asked(model, "causal")
+    assert fast.plan.reads == AtTargets(OBJECTIVES["causal"])  # type: ignore[arg-type]
+    (batch,) = StepCollator(0, fast.plan)(ROWS)["passes"]
+    layout, seen = batch.pop("layout"), {}
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"):
+        module = find_blocks(fast._base)[-1].get_submodule(
+            f"{'mlp' if name in ('up_proj', 'down_proj') else 'self_attn'}.{name}.base_layer"
+        )
+        module.register_forward_hook(
+            lambda _, args, __, name=name: seen.update({name: args[0].shape[-2]})
+        )
+    labels = batch.pop("labels")
+    with laid_out(layout):
+        model(**batch)
+    assert layout.read.tolist() == [25, 26, 27, 28, 37, 38]
+    assert labels.shape == (2, 30)
+    assert seen == {
+        "q_proj": 6, "k_proj": 40, "v_proj": 40, "o_proj": 6, "up_proj": 6, "down_proj": 6,
+    }  # fmt: skip
+    fast.remove()
+    assert not any(
+        part._forward_pre_hooks or part._forward_hooks
+        for part in find_blocks(fast._base)[-1].modules()
+        if "base_layer" in dict(part.named_children())
+    )
+
+
+class Mixing(torch.nn.Module):
+    """States plus what two linears make of them, the second of which reaches the next token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.own, self.next = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        made = hidden_states + self.own(hidden_states)
+        return made + self.next(hidden_states).roll(1, dims=1)
+
+
+def test_a_linear_that_reaches_other_tokens_is_not_taken() -> None:
+    block, states = Mixing(), torch.randn(1, 6, 8)
+    layout = Layout.of_rows(torch.ones(1, 6)).reading(torch.tensor([1, 4]))
+    linears = [block.own, block.next]
+    assert find_token_wise(block, (states,), {}, layout, linears) == [block.own]
+    expected = block(states)[:, [1, 4]]
+    for taken, is_equal in ((linears[:1], True), (linears[1:], False)):
+        hooks = UnreadTokens(taken)
+        with laid_out(layout):
+            assert torch.allclose(block(states)[:, [1, 4]], expected) is is_equal
+        hooks.remove()

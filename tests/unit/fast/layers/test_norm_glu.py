@@ -1,0 +1,117 @@
+"""Norms and gates in one node give the model's numbers and gradients; other formulas are left."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tiny_models
+from ftlevel.fast.layers.norm_glu import FusedElementwise, FusedGate, FusedNorm
+
+COUNTS = {"llama": (5, 2), "qwen3": (9, 2), "gemma3_text": (13, 2), "phi3": (5, 0),
+          "qwen3_moe": (9, 0), "t5": (12, 0), "gpt2": (0, 0), "bert": (0, 0),
+          "modernbert": (0, 0)}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", COUNTS)
+def test_what_is_replaced(family: str) -> None:
+    model = tiny_models.build(family).requires_grad_(False)
+    names, state = [n for n, _ in model.named_parameters()], model.state_dict()
+    fused = FusedElementwise(model)
+    kinds = [type(module) for module in model.modules()]
+    assert (kinds.count(FusedNorm), kinds.count(FusedGate)) == COUNTS[family]
+    assert fused.count == sum(COUNTS[family])
+    assert [n for n, _ in model.named_parameters()] == names
+    assert model.state_dict().keys() == state.keys()
+    fused.remove()
+    assert not any(isinstance(m, FusedNorm | FusedGate) for m in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "t5"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
+)
+def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) -> None:
+    dropout = {"dropout_rate": 0.0} if family == "t5" else {}
+    model = tiny_models.build(family, **dropout).requires_grad_(False).to(dtype).train()
+    embeddings = model.get_input_embeddings().requires_grad_(True)
+    batch = tiny_models.build_batch(family, None)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model(**batch).logits.float()
+        loss = logits.square().mean() + logits.flatten()[::7].sum()
+        (gradient,) = torch.autograd.grad(loss, [embeddings.weight])
+        return logits, gradient.float()
+
+    plain = step()
+    fused = FusedElementwise(model)
+    assert fused.count
+    for one, other in zip(step(), plain, strict=True):
+        assert (one - other).norm() <= bound * other.norm()
+    model.eval()
+    with torch.no_grad():
+        evaluated = model(**batch).logits
+        fused.remove()
+        assert torch.equal(evaluated, model(**batch).logits)
+
+
+def test_gradients_of_the_nodes() -> None:
+    torch.manual_seed(0)
+    base = tiny_models.build("llama").requires_grad_(False).double().train()
+    norm, mlp = base.model.norm, base.model.layers[0].mlp
+    norm.weight.copy_(torch.randn_like(norm.weight))
+    x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(FusedNorm(norm, 0.0, False).train(), (x,))
+    assert torch.autograd.gradcheck(FusedNorm(norm, 1.0, True).train(), (x,))
+    assert torch.autograd.gradcheck(FusedGate(mlp, "silu").train(), (x,))
+    assert torch.autograd.gradcheck(FusedGate(mlp, "gelu_tanh").train(), (x,))
+
+
+class Other(nn.Module):
+    """As a norm looks, and computes something else."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        self.weight = like.weight
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def test_other_formulas_trained_norms_and_watched_modules_are_left() -> None:
+    model = tiny_models.build("llama").requires_grad_(False)
+    layer = model.model.layers[0]
+    layer.input_layernorm = Other(layer.input_layernorm)
+    layer.post_attention_layernorm.weight.requires_grad_(True)
+    layer.mlp.register_forward_hook(lambda *_: None)
+    before = dict(model.named_modules())
+    fused = FusedElementwise(model)
+    after = dict(model.named_modules())
+    for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
+        assert after[f"model.layers.0.{name}"] is before[f"model.layers.0.{name}"]
+    assert fused.count == 7 - 3
+
+
+def test_it_keeps_less_for_the_backward_pass() -> None:
+    model = tiny_models.build("llama").requires_grad_(False).to(torch.bfloat16).train()
+    layer = model.model.layers[0]
+    x = torch.randn(1, 50, 64).to(torch.bfloat16).requires_grad_()
+
+    def held(module: nn.Module) -> int:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            module(x)
+        return sum(kept.values())
+
+    norm = copy.deepcopy(layer.input_layernorm)
+    assert held(FusedNorm(norm, 0.0, False).train()) < 0.6 * held(norm)
+    assert held(FusedGate(layer.mlp, "silu").train()) < held(layer.mlp)

@@ -1,0 +1,106 @@
+"""A tree holds every row, whole and in order, and computes what they share once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftlevel.fast.prefixes.tree import (
+    count_common,
+    lay_out_tree,
+    share_of_shared,
+    sort_by_prefix,
+)
+
+# Few different tokens, so that rows begin alike by chance, at several depths.
+ROWS = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=14), min_size=1, max_size=8)
+
+
+def padded(rows: list[list[int]]) -> torch.Tensor:
+    seq = max(map(len, rows))
+    return torch.tensor([row + [0] * (seq - len(row)) for row in rows])
+
+
+@given(ROWS, st.integers(1, 5))
+def test_every_row_is_found_again(rows: list[list[int]], least: int) -> None:
+    order, _ = sort_by_prefix(rows, least)
+    rows = [rows[i] for i in order]
+    layout = lay_out_tree(rows, least)
+    ids = padded(rows)
+    tokens = layout.pack(ids[..., None].repeat(1, 1, 2))[0, :, 0]
+    assert (layout.batch, layout.seq) == ids.shape
+    assert torch.equal(tokens, ids.flatten()[layout.source])
+    back = layout.unpack(tokens[None, :, None])[..., 0]
+    assert torch.equal(back[ids != 0], ids[ids != 0])
+    assert layout.tokens <= sum(map(len, rows))
+    assert sorted(set(layout.restore[(ids != 0).flatten()].tolist())) == list(range(layout.tokens))
+
+    owner = {at: s for s in layout.segments for at in range(s.start, s.stop)}
+    for number, row in enumerate(rows):
+        at = layout.restore.view(layout.batch, layout.seq)[number, : len(row)].tolist()
+        last = owner[at[-1]]
+        # What the last token of the row sees is the row: its past, and its segment up to itself.
+        seen = [i for a, b in last.past for i in range(a, b)] + list(range(last.start, at[-1] + 1))
+        assert seen == at
+        assert last.position == len(row) - (at[-1] + 1 - last.start)
+    assert [s.start for s in layout.segments] == [0, *(s.stop for s in layout.segments[:-1])]
+    assert all(b <= s.start for s in layout.segments for _, b in s.past), "parents come first"
+
+
+@given(ROWS, st.lists(st.integers(1, 2), min_size=1, max_size=9), st.integers(1, 5))
+def test_rows_after_a_trunk_are_found_again(
+    ends: list[list[int]], trunk: list[int], least: int
+) -> None:
+    rows = sorted(trunk + end for end in ends)
+    layout, ids, before = lay_out_tree(rows, least, len(trunk)), padded(rows), len(trunk)
+    assert (layout.batch, layout.seq, layout.before) == (*ids.shape, before)
+    own = (torch.arange(layout.seq) >= before) & (ids != 0)
+    assert sorted(set(layout.restore[own.flatten()].tolist())) == list(range(layout.tokens))
+    assert bool((layout.column >= before).all())
+    tokens = layout.pack(ids[..., None].repeat(1, 1, 2))[0, :, 0]
+    assert torch.equal(layout.unpack(tokens[None, :, None])[..., 0][own], ids[own])
+    owner = {at: s for s in layout.segments for at in range(s.start, s.stop)}
+    for number, row in enumerate(rows):
+        at = layout.restore.view(layout.batch, layout.seq)[number, before : len(row)] + before
+        last = owner[at.tolist()[-1]]
+        seen = [i for a, b in last.past for i in range(a, b)] + list(range(last.start, at[-1] + 1))
+        assert seen == [*range(before), *at.tolist()]
+
+
+def test_nested_prefixes_are_computed_once() -> None:
+    rows = [[1] * 40 + [2] * 40 + [3, 4], [1] * 40 + [2] * 40 + [5], [1] * 40 + [6] * 3, [7, 8]]
+    order, shared = sort_by_prefix(rows)
+    assert order == [0, 1, 2, 3]
+    assert shared == [0, 80, 40, 0]
+    layout = lay_out_tree(rows)
+    assert [(s.start, s.stop, s.past) for s in layout.segments] == [
+        (0, 40, ()),
+        (40, 80, ((0, 40),)),
+        (80, 82, ((0, 40), (40, 80))),
+        (82, 83, ((0, 40), (40, 80))),
+        (83, 86, ((0, 40),)),
+        (86, 88, ()),
+    ]
+    assert share_of_shared(rows) == pytest.approx(120 / sum(map(len, rows)))
+
+
+def test_equal_rows_are_one_row() -> None:
+    rows = [[1] * 50] * 3
+    layout = lay_out_tree(rows)
+    assert layout.tokens == 50
+    assert layout.restore.tolist() == list(range(50)) * 3
+
+
+def test_a_short_prefix_is_not_shared() -> None:
+    rows = [[1] * 31 + [2], [1] * 31 + [3]]
+    assert lay_out_tree(rows).tokens == 64
+    assert share_of_shared(rows) == 0
+
+
+@given(st.lists(st.integers(0, 1)), st.lists(st.integers(0, 1)))
+def test_what_two_rows_have_in_common(one: list[int], other: list[int]) -> None:
+    common = count_common(one, other)
+    assert one[:common] == other[:common]
+    assert common == min(len(one), len(other)) or one[common] != other[common]

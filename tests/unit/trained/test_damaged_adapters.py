@@ -1,0 +1,66 @@
+"""Adapters that are damaged, or of another base, are one line wherever they are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny_models
+from ftlevel.errors import InputError
+from ftlevel.trained.adapt import add_adapter, load_adapter
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny_models.build("llama"), config).save_pretrained(str(tmp_path))
+    return tmp_path
+
+
+def edit_config(directory: Path, **values: Any) -> None:
+    path = directory / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(directory / WEIGHTS)
+    change(weights)
+    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:500]), "cannot be read"),
+    (lambda d: (d / WEIGHTS).unlink(), "holds no adapter_model.safetensors"),
+    (lambda d: edit_config(d, peft_type="LORAA"), "type 'LORAA', which PEFT .* 'LORA'"),
+    (lambda d: edit_weights(d, lambda w: w[A][0].__setitem__(0, float("nan"))),
+     f"has NaN or infinity in 1 of its tensors: {A}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_damaged_adapter(adapter: Path, damage: Callable[[Path], Any], message: str) -> None:
+    whole = load_adapter(tiny_models.build("llama"), adapter)
+    damage(adapter)
+    with pytest.raises(InputError, match=message):
+        load_adapter(tiny_models.build("llama"), adapter)
+    with pytest.raises(InputError, match=message):
+        add_adapter(whole, adapter, "another")
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("gpt2", {}), ("llama", {"hidden_size": 128, "head_dim": 32})]
+)
+def test_an_adapter_of_another_base(adapter: Path, family: str, overrides: dict[str, Any]) -> None:
+    base = tiny_models.build(family, **overrides)
+    with pytest.raises(InputError, match=f"does not fit its base model, {family}"):
+        load_adapter(base, adapter)

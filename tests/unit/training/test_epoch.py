@@ -1,0 +1,87 @@
+"""An epoch: every token of every row is in exactly one batch, in whatever layout it is computed."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TrainingArguments
+
+import tiny_models
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.prepare.sampling import LengthGroups
+from ftlevel.fast.plan.fast_plan import FastPlan
+from ftlevel.fast.step_collator import StepCollator
+from ftlevel.tasks.objectives import Tokens
+from ftlevel.training.trainer import FtlevelTrainer
+
+PAD = 0
+COLLATORS = {
+    "plain": Collator(PAD),
+    "padded": StepCollator(PAD, FastPlan(True, tokens=64)),
+    "packed": StepCollator(PAD, FastPlan(True, packs=True, tokens=64)),
+    "shared": StepCollator(PAD, FastPlan(True, packs=True, shares=True, tokens=64)),
+}
+model = functools.cache(lambda: tiny_models.build("llama"))
+folder = functools.cache(tempfile.mkdtemp)
+
+
+def batches_of(rows: list[Encoded], collate: Any, size: int, *, by_length: bool) -> list[Any]:
+    """Return what our Trainer's loader gives in one epoch."""
+    arguments = TrainingArguments(
+        folder(), use_cpu=True, report_to="none", per_device_train_batch_size=size,
+        remove_unused_columns=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = FtlevelTrainer(
+        objective=Tokens("perplexity"), model=model(), args=arguments, train_dataset=rows,
+        data_collator=collate,
+        order=LengthGroups([len(r.input_ids) for r in rows], size, 1) if by_length else None,
+    )  # fmt: skip
+    return [
+        part for batch in trainer.get_train_dataloader() for part in batch.get("passes", [batch])
+    ]
+
+
+def seen(part: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return each token with its label, as the blocks and the loss are given them."""
+    ids, labels, mask = part["input_ids"], part["labels"], part["attention_mask"].bool()
+    if layout := part.get("layout"):
+        ids = layout.unpack(layout.pack(ids[..., None]))[..., 0]
+    assert (labels[~mask] == IGNORED).all()
+    return list(zip(ids[mask].tolist(), labels[mask].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+@pytest.mark.parametrize("name", COLLATORS)
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40)), min_size=1, max_size=30),
+    size=st.integers(1, 7),
+)
+def test_every_token_once(
+    name: str, by_length: bool, lengths: list[tuple[int, int]], size: int
+) -> None:
+    rows = []
+    for number, (start, length) in enumerate(lengths):
+        # Rows of one `start` begin alike, and go on with tokens that no other row has.
+        ids = [start] * (20 if length % 2 else 1)
+        own = [1_000 * (number + 1) + i for i in range(length)]
+        rows.append(Encoded(ids + own, [IGNORED] * len(ids) + own, number))
+    parts = batches_of(rows, COLLATORS[name], size, by_length=by_length)
+    expected = Counter(
+        pair
+        for row in rows
+        for pair in zip(row.input_ids, row.labels, strict=True)  # type: ignore[arg-type]
+    )
+    assert Counter(pair for part in parts for pair in seen(part)) == expected
+    assert sum(int(part["attention_mask"].sum()) for part in parts) == expected.total()
+    if name == "shared":
+        layouts = [part["layout"] for part in parts]
+        assert all(torch.unique(layout.source).numel() == layout.tokens for layout in layouts)

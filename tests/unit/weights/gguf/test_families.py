@@ -1,0 +1,101 @@
+"""What llama.cpp takes for granted, and how weights are turned for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ftlevel.weights.gguf.families import (
+    FAMILIES,
+    context_limit,
+    convert,
+    describe,
+    extra_tensors,
+    find_problems,
+    interleave,
+)
+from tiny_models import build_config
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 128}  # fmt: skip
+GEMMA = {"num_hidden_layers": 6, "layer_types": None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_usual_model_of_a_family_is_written(family: str) -> None:
+    overrides = GEMMA if family == "gemma3_text" else {}
+    assert find_problems(build_config(family, **overrides)) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("gpt_neo", {}, "gpt_neo is not among the families"),
+        ("mixtral", {}, "mixtral is not among the families"),
+        ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
+        ("llama", {"rope_parameters": YARN}, "of the kind yarn"),
+        ("qwen2", {"rope_parameters": LLAMA_3}, "of the kind llama3"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("gpt2", {"activation_function": "relu"}, "its activation is relu"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gemma3_text", {}, "do not alternate five"),
+        ("gemma3_text", {**GEMMA, "query_pre_attn_scalar": 8}, "query_pre_attn_scalar is 8"),
+        ("gemma3_text", {**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    family: str, overrides: dict[str, Any], message: str
+) -> None:
+    problems = find_problems(build_config(family, **overrides))
+    assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(("heads", "shape"), [(4, (64, 48)), (2, (32, 48)), (4, (64,))])
+def test_interleaving_is_what_transformers_undoes(heads: int, shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    turned = interleave(weight, heads)
+    assert not torch.equal(turned, weight)
+    back = LlamaTensorProcessor()._reverse_permute_weights(turned.numpy(), heads)
+    assert torch.equal(torch.from_numpy(back.copy()), weight)
+
+
+def test_norms_of_gemma_hold_one_more() -> None:
+    config = build_config("gemma3_text", **GEMMA)
+    weight = torch.tensor([0.5, -0.25], dtype=torch.bfloat16)
+    found = convert(config, "blk.0.attn_q_norm.weight", weight, is_conv1d=False)
+    assert found.tolist() == [1.5, 0.75]
+    found = convert(config, "blk.0.attn_q.weight", weight, is_conv1d=False)
+    assert torch.equal(found, weight)
+
+
+def test_divisors_give_the_stretched_frequencies() -> None:
+    config = build_config("llama", rope_parameters=LLAMA_3)
+    divisors = extra_tensors(config)["rope_freqs.weight"]
+    plain = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
+    stretched = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+    torch.testing.assert_close(plain / divisors, stretched)
+    assert divisors.max() > 7.9
+    assert divisors.min() == 1
+    assert extra_tensors(build_config("llama")) == {}
+
+
+def test_a_sliding_window_limits_the_context_that_is_stated() -> None:
+    assert context_limit(build_config("mistral")) == (512, None)
+    assert context_limit(build_config("mistral", sliding_window=128)) == (128, 128)
+    assert context_limit(build_config("mistral", sliding_window=4096)) == (512, None)
+    assert context_limit(build_config("qwen2", sliding_window=128)) == (512, None)
+    config = build_config("gemma3_text", **GEMMA)
+    assert context_limit(config) == (512, None)
+    assert describe(config)["gemma3.attention.sliding_window"] == 64

@@ -1,0 +1,56 @@
+"""Types of a .gguf file: rounded as the gguf package rounds, and nothing beyond float16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize, quantize
+
+from ftlevel.errors import RunError
+from ftlevel.weights.gguf.file import OUTTYPES, Tensor, round_to, write_gguf
+
+
+@pytest.mark.parametrize("outtype", OUTTYPES)
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 0.0])
+def test_rounding_is_what_the_gguf_package_writes(outtype: str, scale: float) -> None:
+    # Numbers of bfloat16 are often halfway between two levels, where formulas part.
+    weight = (torch.randn(64, 96) * scale).bfloat16().float()
+    kind = OUTTYPES[outtype][0]
+    stored = torch.from_numpy(dequantize(quantize(weight.numpy(), kind), kind))
+    assert torch.equal(round_to(weight, outtype), stored)
+
+
+def planned(value: torch.Tensor, outtype: str) -> Tensor:
+    return Tensor("blk.0.ffn_up.weight", "up", tuple(value.shape), outtype, False, value.clone)
+
+
+@pytest.mark.parametrize("outtype", OUTTYPES)
+def test_a_file_holds_what_it_was_given(tmp_path: Path, outtype: str) -> None:
+    weight = torch.randn(3, 64)
+    keys: dict[str, Any] = {
+        "general.architecture": "llama",
+        "llama.block_count": 3,
+        "llama.rope.freq_base": 1e6,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.tokens": ["a", "é"],
+    }
+    done: list[int] = []
+    tensor = planned(weight, outtype)
+    write_gguf(tmp_path / "x.gguf", keys, [tensor], done.append)
+    reader = GGUFReader(tmp_path / "x.gguf")
+    assert {key: reader.get_field(key).contents() for key in keys} == keys
+    (found,) = reader.tensors
+    assert (found.name, list(found.shape), found.n_bytes) == (tensor.name, [64, 3], tensor.nbytes)
+    stored = torch.tensor(dequantize(found.data, found.tensor_type))
+    assert torch.equal(stored.reshape(3, 64), round_to(weight, outtype))
+    assert done == [1]
+
+
+def test_a_number_beyond_float16_is_refused(tmp_path: Path) -> None:
+    tensor = planned(torch.tensor([[1e5, 0.0]]), "f16")
+    with pytest.raises(RunError, match=r"up has numbers beyond float16.*--outtype bf16"):
+        write_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [tensor], print)

@@ -1,0 +1,128 @@
+"""Tokenizers that llama.cpp can be told of, and those that it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import Regex, normalizers, pre_tokenizers
+
+from ftlevel.errors import InputError
+from ftlevel.weights.gguf import vocabulary as gguf
+from ftlevel.weights.gguf.vocabulary import read_vocabulary
+from tiny_tokenizers import as_sentencepiece, build_tokenizer
+
+SIZE = 704
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def splitting(*steps: Any, family: str = "gpt2") -> Any:
+    """Return a byte-level tokenizer that splits text by `steps`."""
+    tokenizer = build_tokenizer(family)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+    return tokenizer
+
+
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+BYTES_ONLY = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def llama_3() -> Any:
+    tokenizer = splitting(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES_ONLY)
+    tokenizer.backend_tokenizer.model.ignore_merges = True
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "name"),
+    [
+        (build_tokenizer("gpt2"), "gpt-2"),
+        (build_tokenizer("qwen2"), "qwen2"),
+        (splitting(DIGITS, BYTES), "smollm"),
+        (llama_3(), "llama-bpe"),
+    ],
+)
+def test_a_splitting_is_known_by_its_steps(tokenizer: Any, name: str) -> None:
+    vocabulary = read_vocabulary(tokenizer, SIZE)
+    assert (vocabulary.model, vocabulary.pre) == ("gpt2", name)
+    assert vocabulary.scores is None
+    assert vocabulary.merges is not None
+    keys = vocabulary.metadata()
+    assert keys["tokenizer.ggml.pre"] == name
+    assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == SIZE
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (splitting(pre_tokenizers.Digits(individual_digits=False), BYTES), "'individual_digits'"),
+        (splitting(pre_tokenizers.Split(Regex(r"\p{N}{1,2}"), "isolated"), BYTES_ONLY), "{1,2}"),
+        (splitting(BYTES, DIGITS), "not known here"),
+        (splitting(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES_ONLY), "ignore_merges"),
+        (build_tokenizer("t5"), "of the kind Unigram"),
+        (build_tokenizer("bert"), "of the kind WordPiece"),
+        (build_tokenizer("llama"), "not those of a SentencePiece model"),
+    ],
+)
+def test_another_tokenizer_is_refused_by_what_it_does(tokenizer: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message.replace("{", r"\{").replace("'", '"')):
+        read_vocabulary(tokenizer, SIZE)
+
+
+def test_a_normalizer_that_llama_cpp_lacks_is_refused() -> None:
+    tokenizer = build_tokenizer("gpt2")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(InputError, match="normalizer Lowercase"):
+        read_vocabulary(tokenizer, SIZE)
+
+
+def test_a_tokenizer_beyond_the_embedding_is_refused() -> None:
+    with pytest.raises(InputError, match="a token of id 500, and the model's embedding has 500"):
+        read_vocabulary(build_tokenizer("gpt2"), 500)
+
+
+def test_tokens_have_their_kinds() -> None:
+    tokenizer = as_sentencepiece(build_tokenizer("gemma3_text"))
+    tokenizer.add_tokens(["\u2581\u2581x"])  # not special: found before spaces are made visible
+    vocabulary = read_vocabulary(tokenizer, SIZE)
+    kinds = dict(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    assert vocabulary.model == "llama"
+    assert kinds["<bos>"] == kinds["<end_of_turn>"] == gguf.CONTROL
+    assert kinds["<unk>"] == gguf.UNKNOWN
+    assert kinds["<0x0A>"] == gguf.BYTE
+    assert kinds["  x"] == gguf.USER_DEFINED
+    assert kinds["e"] == gguf.NORMAL
+    assert kinds[f"[PAD{SIZE - 1}]"] == gguf.UNUSED
+    assert vocabulary.special == {"bos": 2, "eos": 1, "unknown": 3, "padding": 0}
+    assert vocabulary.flags == {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "add_space_prefix": False,
+    }
+
+
+def test_scores_fall_in_the_order_of_the_merges() -> None:
+    tokenizer = as_sentencepiece(build_tokenizer("llama"))
+    vocabulary = read_vocabulary(tokenizer, SIZE)
+    assert vocabulary.scores is not None
+    model = gguf.json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    order = list(dict.fromkeys("".join(pair) for pair in model["merges"]))
+    scores = dict(zip(vocabulary.tokens, vocabulary.scores, strict=True))
+    assert [scores[token] for token in order] == [-float(rank) for rank in range(len(order))]
+    assert scores["<s>"] < scores[order[-1]]
+    assert len(vocabulary.notes) == 2, "Metaspace prepends at the beginning only"
+
+
+def test_merges_of_a_token_that_are_apart_are_refused() -> None:
+    tokenizer = as_sentencepiece(build_tokenizer("llama"))
+    described = gguf.json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = described["model"]["merges"]
+    several = next(i for i, (a, b) in enumerate(merges) if a + b == "".join(merges[i + 1]))
+    merges.append(merges.pop(several))
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(gguf.json.dumps(described))
+    with pytest.raises(InputError, match="are apart"):
+        read_vocabulary(tokenizer, SIZE)

@@ -1,0 +1,96 @@
+"""safetensors files, written as a stream and read a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ftlevel.errors import InputError
+from ftlevel.weights.tensor_files import (
+    DTYPES,
+    Part,
+    read_header,
+    spec_of,
+    weight_files,
+    write_file,
+    write_files,
+)
+
+
+def draw() -> dict[str, torch.Tensor]:
+    tensors = {name: (torch.rand(3, 5) * 100).to(dtype) for name, dtype in DTYPES.items()}
+    return {**tensors, "scalar": torch.tensor(2.5), "empty": torch.empty(0, 4)}
+
+
+def part(name: str, tensor: torch.Tensor) -> Part:
+    return Part({name: spec_of(tensor)}, lambda: {name: tensor})
+
+
+def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = draw()
+    write_file(tmp_path / "a.safetensors", [part(n, t) for n, t in tensors.items()])
+    found = load_file(tmp_path / "a.safetensors")
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_what_safetensors_writes_is_read_and_copied(tmp_path: Path) -> None:
+    tensors = draw()
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    stored, metadata = read_header(tmp_path / "a.safetensors")
+    assert metadata == {"format": "pt"}
+    for name, tensor in tensors.items():
+        read = stored[name].read()
+        assert torch.equal(read, tensor)
+        read.zero_()  # memory of its own: the file stays as it is
+        assert torch.equal(stored[name].read(), tensor)
+    write_file(tmp_path / "b.safetensors", [Part({n: t.spec}, t) for n, t in stored.items()])
+    found = load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_several_files_have_an_index(tmp_path: Path) -> None:
+    first, second = torch.rand(4), torch.rand(2, 2)
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    shards = {names[0]: [part("x", first)], names[1]: [part("y", second)]}
+    assert write_files(tmp_path, shards) == 32
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index == {
+        "metadata": {"total_size": 32},
+        "weight_map": dict(zip("xy", names, strict=True)),
+    }
+    assert [path.name for path in weight_files(tmp_path)] == names
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(InputError, match=r"lacks model-00001-of-00002\.safetensors"):
+        weight_files(tmp_path)
+
+
+def test_a_tensor_that_is_not_what_was_announced_is_an_error(tmp_path: Path) -> None:
+    wrong = Part({"x": spec_of(torch.rand(3))}, lambda: {"x": torch.rand(4)})
+    with pytest.raises(ValueError, match="was announced as"):
+        write_file(tmp_path / "a.safetensors", [wrong])
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", b"\x02\0\0\0\0\0\0\0no"])
+def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="is not a safetensors file"):
+        read_header(path)
+
+
+def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.rand(1000)}, path)
+    (stored,) = read_header(path)[0].values()
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match="is shorter than its header says"):
+        read_header(path)
+    with pytest.raises(InputError, match="ends before its header says"):
+        stored.read()
+    with pytest.raises(InputError, match="ends before its header says"):
+        write_file(tmp_path / "b.safetensors", [Part({"x": stored.spec}, stored)])
