@@ -11,17 +11,19 @@ from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.config import MergeConfig, QuantConfig, build_config, put, read_recipe
+from ftlevel.config import MergeConfig, QuantConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.chat_templates import choose_chat_template
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.trained.adapt import load_adapter
-from ftlevel.trained.plain_peft import base_words
-from ftlevel.training.plan.resolve import resolve
-from ftlevel.trained.load import card_overrides, check_base
+from ftlevel.data.encoding.fit import Bounds
+from ftlevel.data.encoding.pad_token import choose_pad_token
+from ftlevel.data.prepare.dataset import prepare_data
+from ftlevel.data.prepare.examples import Asked, Prepared
+from ftlevel.data.prepare.parallel import be_silent
 from ftlevel.errors import ConfigError, InputError, listing
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.hardware import DTYPES, choose_device
-from ftlevel.models.kinds import model_kind
+from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import check_missing, load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.quantized import quantization_name, read_quantization, stored_quantization
@@ -29,6 +31,9 @@ from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, Task
 from ftlevel.tasks.objectives import Objective, build_objective
+from ftlevel.trained.adapt import load_adapter
+from ftlevel.trained.load import card_overrides, check_base
+from ftlevel.trained.plain_peft import base_words
 
 _PEFT_TASKS = {
     "CAUSAL_LM": "text-generation",
@@ -238,10 +243,7 @@ def choose_rows(subject: Subject, count: int) -> tuple[list[Encoded], Choice]:
         return _made_up(subject, count, "there is no run beside the adapter")
     try:
         layer = read_recipe(subject.run / CONFIG)
-        put(layer, ("model", "device"), subject.device, "--device")
-        put(layer, ("model", "dtype"), "auto", "--dtype")
-        put(layer, ("model", "name_or_path"), subject.source.name, "--base")
-        data = resolve(build_config([layer])).data
+        data = _prepare_rows(subject, build_config([layer]))
     except ConfigError as error:
         reason = str(error).split("\n")[0]
         return _made_up(subject, count, f"the run's data cannot be read: {reason}")
@@ -250,6 +252,17 @@ def choose_rows(subject: Subject, count: int) -> tuple[list[Encoded], Choice]:
     ]
     kind = "validation" if data.validation else "training"
     return rows, Choice("compared on", f"{len(rows)} {kind} rows", data.facts["name"])
+
+
+def _prepare_rows(subject: Subject, config: TrainConfig) -> Prepared:
+    """Return the rows of the run, whose config.yaml names their length."""
+    tokenizer = subject.tokenizer
+    choose_chat_template(tokenizer, config.data.chat_template)
+    choose_pad_token(tokenizer)
+    vocabulary = subject.config.get_text_config().vocab_size
+    bounds = Bounds(max_positions(subject.config))
+    asked = Asked(subject.task, subject.kind, tokenizer, vocabulary, bounds, config.train.seed)
+    return prepare_data(config.data, asked, be_silent)
 
 
 def _made_up(subject: Subject, count: int, reason: str) -> tuple[list[Encoded], Choice]:

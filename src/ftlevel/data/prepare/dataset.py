@@ -15,16 +15,16 @@ import numpy as np
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
-from ftlevel.data.prepare.cache import cache_root, file_digest, files_of, folder_of, is_writable
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.gate import Finding
 from ftlevel.data.encoding.masking import MaskedRows
-from ftlevel.data.prepare.parallel import Progress
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
-from ftlevel.data.sources.table import Part, Table
+from ftlevel.data.gate import Finding
+from ftlevel.data.prepare.cache import cache_root, file_digest, files_of, folder_of, is_writable
 from ftlevel.data.prepare.examples import Asked, Prepared, load_examples, prepare_examples
+from ftlevel.data.prepare.parallel import Progress
 from ftlevel.data.prepare.streaming import prepare_stream
+from ftlevel.data.sources.table import Part, Table
 from ftlevel.errors import InputError
 
 KEEP_FROM = 1_000
@@ -101,11 +101,14 @@ def _key(config: DataConfig, asked: Asked) -> str | None:
     if sum(file.stat().st_size for file in files) < SMALL_BYTES:
         return None
     template = getattr(asked.tokenizer, "chat_template", None)
+    bounds = asked.bounds
+    if config.max_length != "auto":  # the memory decides nothing where the length is given
+        bounds = replace(bounds, memory=None)
     decides = {
         "data": config.model_dump(mode="json", exclude=set(_LIGHT)),
         "files": [[str(file), file_digest(file)] for file in files],
         "task": [asked.task.name, asked.task.instruction, asked.task.answer_cue],
-        "model": [asked.kind, asked.vocabulary, asdict(asked.bounds)],
+        "model": [asked.kind, asked.vocabulary, asdict(bounds)],
         "seed": asked.seed,
         "lenient": asked.lenient,
         "tokenizer": _tokenizer_text(asked.tokenizer),
