@@ -129,8 +129,8 @@ def measure_ours(
     from ftlevel.data.gate import gate
     from ftlevel.data.prepare import encoder as encoding
     from ftlevel.data.prepare import parallel
+    from ftlevel.data.prepare.context import EncodingContext
     from ftlevel.data.prepare.dataset import prepare_data
-    from ftlevel.data.prepare.examples import Asked
     from ftlevel.models.loading import load_config, load_tokenizer
     from ftlevel.models.sources import resolve_source
     from ftlevel.tasks import TASKS
@@ -155,11 +155,11 @@ def measure_ours(
     source = resolve_source(str(MODEL), None, False)
     tokenizer, vocabulary = load_tokenizer(source), load_config(source).vocab_size
     config = DataConfig(dataset=str(data), num_proc=processes, cache=cache, overlong="drop")
-    asked = Asked(TASKS[task], "decoder", tokenizer, vocabulary, Bounds(8192), 42)
+    context = EncodingContext(TASKS[task], "decoder", tokenizer, vocabulary, Bounds(8192), 42)
     before, used, began = peak_mib(1), cpu_seconds(), time.perf_counter()
     anonymous = anonymous_mib()
     with AnonymousPeak() as peak:
-        prepared = prepare_data(config, asked, parallel.be_silent)
+        prepared = prepare_data(config, context, parallel.be_silent)
     total = time.perf_counter() - began
     parts = {
         "gate_s": seconds["check"] + seconds["keys"],

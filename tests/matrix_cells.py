@@ -32,7 +32,6 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.objectives import build_objective
 from ftlevel.trained.adapt import apply_method, finish_method, save_adapter
 from ftlevel.training.callbacks.allocation import Allocation
 from ftlevel.training.eva import start_from_data
@@ -215,7 +214,7 @@ def run_cell(cell: TinyCell) -> float:
             save_adapter(model, directory, start)
         else:
             model.save_pretrained(directory)
-        objective = build_objective(TASKS[cell.tasks[0]], FAMILIES[cell.family].kind)
+        objective = TASKS[cell.tasks[0]].build_objective(FAMILIES[cell.family].kind, {})
         _, _, effect = check_saved(
             model, directory, lambda: fresh(cell), _probe(batch), objective=objective,
             device="cpu", dtype=cell.dtype,

@@ -1,67 +1,226 @@
-"""The shape of a task: the model class and PEFT type by kind of model, and how it is scored."""
+"""What the rooms below ask of a task: how its rows are made, and what a model is trained on.
+
+A task is one file of `ftlevel.tasks`, above the rooms that read, encode and compute. They are given
+one as an argument, and this is all that they know of it. Nothing heavy is imported here.
+
+A loss is a sum over targets and goes with their number, so that the loss of an optimizer step is
+the mean over the targets of all its micro-batches, however they were cut.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from ftlevel.errors import ConfigError, listing
+if TYPE_CHECKING:
+    import torch
 
-Target = Literal["text", "class", "tags", "span", "mask"]
-"""What is predicted: text after or from a text, a class or a number of a text, a tag for each
-word, a span of a text, or the tokens that were masked."""
+    from ftlevel.config import DataConfig
+    from ftlevel.config.choices import Choice
+    from ftlevel.data.encoding.encode import Encoded
+    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.encoding.prompts import PromptFormat
+    from ftlevel.data.formats.detect import Format
+    from ftlevel.data.formats.labels import LabelSet
+    from ftlevel.data.gate.flat import Mask
+    from ftlevel.data.prepare.context import EncodingContext, Prepared
+    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.loading import Loaded
+    from ftlevel.data.sources.table import BadRow, Table
+
+IGNORED = -100
+"""The label of a token that is not learned."""
 
 ScoreTexts = Callable[[Sequence[str], Sequence[str], str], dict[str, float]]
+"""Scores generated texts against references in a language ("" if unknown)."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """What ftlevel knows of a task.
+class Checks:
+    """Which checks of the gate the encoded rows of a task go through.
+
+    Attributes:
+        token_labels: labels are token ids, and so within the vocabulary.
+        supervised: each row has something to learn.
+        ends: each answer ends in a token at which generation stops.
+        near_duplicates: rows that share most of their tokens are one too many.
+    """
+
+    token_labels: bool = False
+    supervised: bool = True
+    ends: bool = False
+    near_duplicates: bool = True
+
+
+class Task(Protocol):
+    """How rows become what a model learns.
 
     Attributes:
         name: as in `--task`.
-        target: what is predicted.
-        auto_classes: kind of model → transformers' auto class.
-        peft_types: kind of model → PEFT's TaskType; a kind without one is a plain `PeftModel`.
-        headline: the metric that is shown first, without prefix.
         instruction: what a decoder or T5 is told before the source text; empty for none.
         answer_cue: what ends the prompt of a model without a chat template.
-        generates: whether generated text is scored by default.
-        score_texts: scores generated texts against references in a language ("" if unknown).
-        refusals: kind of model → why the task cannot be had, and what to do.
+        builtin_subset: which part of `builtin:docstrings` is read; empty for all.
+        needs_offsets: whether encoding asks which characters a token covers.
+        checks: which checks of the gate its rows go through.
     """
 
-    name: str
-    target: Target
-    auto_classes: Mapping[str, str]
-    peft_types: Mapping[str, str]
-    headline: str
-    instruction: str = ""
-    answer_cue: str = ""
-    generates: bool = False
-    score_texts: ScoreTexts | None = None
-    refusals: Mapping[str, str] = field(default_factory=dict)
-
     @property
-    def has_new_head(self) -> bool:
-        """Whether the head is new on a pretrained model, and so trained and saved in full."""
-        return self.target in ("class", "tags", "span")
+    def name(self) -> str: ...  # noqa: D102 - as above, like the next four
+    @property
+    def instruction(self) -> str: ...  # noqa: D102
+    @property
+    def answer_cue(self) -> str: ...  # noqa: D102
+    @property
+    def builtin_subset(self) -> str: ...  # noqa: D102
+    @property
+    def needs_offsets(self) -> bool: ...  # noqa: D102
+    @property
+    def checks(self) -> Checks: ...  # noqa: D102
 
-    def auto_class(self, kind: str, model_type: str) -> str:
-        """Return transformers' auto class for a model of `kind`.
+    def find_format(self, columns: Sequence[str], config: DataConfig) -> Format:
+        """Return what `columns` are used for.
 
         Raises:
-            ConfigError: the task cannot be done by such a model.
+            InputError: no format of the task fits.
         """
-        if kind in self.auto_classes:
-            return self.auto_classes[kind]
-        wanted = listing(self.auto_classes)
-        raise ConfigError(
-            f"--task {self.name} cannot be used with {model_type}, which is {_article(kind)}; it "
-            f"needs {_article(wanted)}. {self.refusals.get(kind, '')}".strip()
-        )
+
+    def read_columns(
+        self, format_: Format, table: Table, config: DataConfig
+    ) -> tuple[Format, list[Choice]]:
+        """Return the format with what the task reads off the columns, and the lines about it."""
+
+    def label_role(self, format_: Format) -> str | None:
+        """Return the role whose values are classes, to be numbered; None where there are none."""
+
+    def find_faults(self, examples: Sequence[Any], labels: LabelSet, table: Table) -> list[BadRow]:
+        """Return the rows whose classes do not go together."""
+
+    def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
+        """Return how prompts are laid out for a model of `kind`; None where there are none."""
+
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+        """Return the encoded rows of `examples`, of a length that fits.
+
+        Raises:
+            InputError: one cannot be encoded or made to fit.
+        """
+
+    def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
+        """Return check of the gate → the rows with a finding, beside those that `checks` names."""
+
+    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        """Return (check of the gate, examples with it, what it is) for training examples."""
+
+    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+        """Return what summary.json says of the data, beside what is known of any."""
+
+    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+        """Return the lines for the screen that say how much there is to learn."""
+
+    @property
+    def split_words(self) -> str:
+        """What it is called that an example became several rows."""
+
+    def finish(self, prepared: Prepared, config: DataConfig, context: EncodingContext) -> Prepared:
+        """Return `prepared` as it is trained on: where labels are drawn anew, with the draws."""
+
+    def fix(
+        self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
+    ) -> Sequence[Encoded]:
+        """Return rows to score, which are the same whenever they are taken."""
 
 
-def _article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+class Meter(Protocol):
+    """Metrics that are summed up batch by batch, so that no logits outlive their batch.
+
+    The mean loss is computed beside it.
+    """
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+        """Add a batch of encoded `rows`, by what `Objective.targets` returned."""
+
+    def compute(self, loss: float) -> dict[str, float]:
+        """Return the metrics but the loss; `loss` is the mean over all targets."""
+
+    def pool(self, meters: Sequence[Any]) -> Meter:
+        """Return a new meter of this kind that has seen what each of `meters` has seen."""
+
+    def describe(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return what was predicted for the only example seen and what is true, in words.
+
+        Args:
+            names: of the classes or tags.
+        """
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """How the outputs of a model and the labels of a batch become a loss and metrics.
+
+    Attributes:
+        headline: the metric that is shown first.
+        feeds_labels: whether the model needs the labels to build its decoder's inputs.
+        per_row: whether scores are of whole rows, made of one token of each: `(batch, …)`.
+        has_choice: whether there is something to choose between, so that KL and top-1 have sense.
+    """
+
+    headline: str
+    feeds_labels: bool = False
+    per_row: ClassVar[bool] = False
+    has_choice: ClassVar[bool] = True
+
+    def split(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
+        """Return what the model is called with, and the labels."""
+        inputs = dict(batch)
+        labels = inputs["labels"] if self.feeds_labels else inputs.pop("labels")
+        return inputs, labels
+
+    def logits(self, outputs: Any) -> torch.Tensor:
+        """Return the scores of a model's outputs, in the shape that the other methods take."""
+        scores: torch.Tensor = outputs.logits
+        return scores
+
+    def targets(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores and labels of the supervised targets only."""
+        return logits, labels
+
+    def choices(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the logits of the supervised targets as `(targets, choices)`."""
+        return self.targets(logits, labels)[0]
+
+    def count(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the number of targets (a scalar)."""
+        return labels.ne(IGNORED).sum()
+
+    @abstractmethod
+    def loss_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss summed over the targets (a scalar, float32).
+
+        Args:
+            logits: as `logits` gave them.
+            labels: as `split` gave them.
+            mask: the attention mask `(batch, seq)`.
+        """
+
+    @abstractmethod
+    def meter(self) -> Meter:
+        """Return a new meter; it is updated with what `targets` returns."""
+
+
+class TokenObjective(Objective):
+    """What predicts tokens by a language head, and so needs it at some positions only."""
+
+    @abstractmethod
+    def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where targets are predicted in the flattened (batch, seq), and the targets."""

@@ -18,8 +18,8 @@ from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.gate import duplicates, similarity
 from ftlevel.data.prepare import encoder as encoding
 from ftlevel.data.prepare import parallel
+from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.dataset import prepare_data
-from ftlevel.data.prepare.examples import Asked
 from ftlevel.data.sources import lines
 from ftlevel.tasks import TASKS
 
@@ -40,11 +40,12 @@ def peak_bytes(path: Path, tokenizer: Any, rows: int) -> int:
             file.write(json.dumps({"text": f"{i * 7 % 1000} is {i}"}) + "\n")
             file.write("\n" if i % 1000 == 3 else "")
     config = DataConfig(dataset=str(path), cache=False)
-    asked = Asked(TASKS["text-generation"], "decoder", tokenizer, len(tokenizer), Bounds(64), 42)
+    task, size = TASKS["text-generation"], len(tokenizer)
+    context = EncodingContext(task, "decoder", tokenizer, size, Bounds(64), 42)
     gc.collect()
     tracemalloc.start()
     try:
-        assert len(prepare_data(config, asked, parallel.be_silent).train) == rows
+        assert len(prepare_data(config, context, parallel.be_silent).train) == rows
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

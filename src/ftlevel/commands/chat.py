@@ -41,7 +41,7 @@ class Chat:
         self.messages: list[Turn] = []
         self.forgotten = 0
         for trained in self.adapters.voices.values():
-            if trained.task.target != "text":
+            if not trained.task.writes_text:
                 raise ConfigError(
                     f"--chat is for models that write text, and this one does {trained.task.name}. "
                     "Use --prompt."

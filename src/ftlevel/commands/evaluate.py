@@ -14,10 +14,12 @@ from ftlevel.artifacts.files import check_absent, write_text
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.config import EvaluateConfig, QuantConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.fit import Bounds
+from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.held_out import HeldOut, load_held_out
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.against import Questions, Told, build_questions, choose_leader, find_pair
-from ftlevel.evaluation.intervals import PerRow, describe_unit, interval
+from ftlevel.evaluation.intervals import PerRow, interval
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.events import Listener, Silence
 from ftlevel.models.hardware import choose_device
@@ -65,13 +67,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         trained = load_found(found, device.value)
         listener.stage("read the rows")
         held_out = load_held_out(
-            settings.data,
-            leader.card,
-            config.split,
-            kind=trained.kind,
-            tokenizer=trained.tokenizer,
-            positions=max_positions(trained.model.config),
-            seed=settings.train.seed,
+            settings.data, leader.card, config.split, _context(trained, settings.train.seed)
         )
         listener.choices("evaluate", _choices(config, found, trained, held_out, device))
         for note in trained.notes:
@@ -178,8 +174,6 @@ def _settings(config: EvaluateConfig, found: Found) -> TrainConfig:
     changes: dict[str, Any] = {"overlong": "drop"}
     if found.run is None:
         changes["max_length"] = found.card.max_length or "auto"
-        if "doc_stride" in found.card.options:
-            changes["doc_stride"] = found.card.options["doc_stride"]
     if config.dataset is not None:
         changes |= {"dataset": config.dataset, "also": (), "mix": None, "subset": config.subset,
                     "split": None, "validation_split": None, "max_samples": None,
@@ -191,14 +185,20 @@ def _settings(config: EvaluateConfig, found: Found) -> TrainConfig:
     return own.model_copy(update={"data": data.model_copy(update=changes)})
 
 
+def _context(trained: Trained, seed: int) -> EncodingContext:
+    """Return what decides the rows that `trained` is scored on; `seed` is that of the training."""
+    tokenizer, bounds = trained.tokenizer, Bounds(max_positions(trained.model.config))
+    return EncodingContext(trained.task, trained.kind, tokenizer, len(tokenizer), bounds, seed)
+
+
 def _evaluator(
     config: EvaluateConfig, trained: Trained, held_out: HeldOut, settings: TrainConfig
 ) -> Evaluator:
     train, speed = settings.train, settings.speed
     wish = train.predict_with_generate
     task = trained.task
-    generates = task.generates if wish is None else wish and task.target == "text"
-    generates = generates or (task.target == "text" and config.max_generate_samples is not None)
+    generates = task.generates if wish is None else wish and task.writes_text
+    generates = generates or (task.writes_text and config.max_generate_samples is not None)
     rows = config.max_generate_samples or train.max_generate_samples
     return Evaluator(
         rows=held_out.rows,
@@ -288,13 +288,13 @@ def _prediction_lines(
         unit = record.units[row]
         line: dict[str, Any] = {"row": row, "where": held_out.table.where(row)}
         line["loss"] = unit.loss / unit.targets if unit.targets else None
-        line |= describe_unit(unit.meter, trained.labels)
+        line |= unit.meter.describe(trained.labels)
         if row in written:
             line |= {"predicted": written[row].text, "true": written[row].reference}
         if base is not None:
             other = base.units[row]
             line["base_loss"] = other.loss / other.targets if other.targets else None
-            said = describe_unit(other.meter, trained.labels)
+            said = other.meter.describe(trained.labels)
             line |= {f"base_{key}": value for key, value in said.items() if key != "true"}
             if row in base_written:
                 line["base_predicted"] = base_written[row].text

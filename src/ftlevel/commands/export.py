@@ -129,7 +129,7 @@ def _resolve(config: ExportConfig, device: str) -> Subject:
         raise InputError(
             f"{config.model} is a .gguf file already. llama.cpp's llama-quantize changes its type."
         )
-    if TASKS[found.card.task].target != "text":
+    if not TASKS[found.card.task].writes_text:
         raise InputError(
             f"{config.model} was trained for {found.card.task}, and a .gguf file is for programs "
             "that write text. Keep it with transformers."

@@ -10,10 +10,11 @@ import torch
 
 from ftlevel.config import GenerateConfig, build_section
 from ftlevel.errors import ConfigError
-from ftlevel.evaluation.answers import Ask, Reply, answer
+from ftlevel.evaluation.answers import Ask, answer
 from ftlevel.evaluation.scoring import Writing
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import quiet_libraries
+from ftlevel.tasks.base import Reply
 from ftlevel.trained.adapter_set import BASE, AdapterSet, load_adapter_set
 
 

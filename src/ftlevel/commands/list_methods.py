@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from ftlevel.config import SPECS
 from ftlevel.config.sections import QuantConfig
-from ftlevel.config.train import TASKS as TASK_NAMES
+from ftlevel.config.tasks import TASKS as TASK_NAMES
 from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.methods.facts import FACTS, MethodFacts
 from ftlevel.methods.matrix import Cell, explain, find_limits, find_refusal
@@ -65,7 +65,7 @@ def list_methods(
         ConfigError: there is no such task or quantization.
         InputError: there is no such model or family.
     """
-    task = _known("--task", task.replace("_", "-") if task else None, TASK_NAMES)
+    task = _known("--task", task.replace("_", "-") if task else None, tuple(TASK_NAMES))
     quant = _known("--quant", quant, QUANTS)
     family = find_family(family_name(model)) if model else None
     rows = tuple(

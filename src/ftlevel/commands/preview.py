@@ -13,7 +13,7 @@ import numpy as np
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.masking import MaskedRows
 from ftlevel.data.encoding.store import lengths_of
 from ftlevel.data.gate import Finding
@@ -173,53 +173,20 @@ def _lengths(plan: Plan) -> list[int]:
 def _show_row(plan: Plan, row: Encoded) -> ShownRow:
     speller = Speller(plan.tokenizer)
     texts = speller.spell(row.input_ids)
-    learned = _labels_of_tokens(plan, row, speller)
+    names = plan.data.facts["labels"]
+    learned = plan.task.show_targets(row, names, plan.kind, speller)
     special = speller.special
     tokens = tuple(
         Token(id_, text, label is not None, id_ in special, label or "")
         for id_, text, label in zip(row.input_ids, texts, learned, strict=True)
     )
-    target: tuple[Token, ...] = ()
-    if plan.kind == "encoder-decoder" and plan.task.target == "text":
-        ids = [i for i in row.labels if i != IGNORED] if isinstance(row.labels, list) else []
-        target = tuple(
-            Token(id_, text, True, id_ in special)
-            for id_, text in zip(ids, speller.spell(ids), strict=True)
-        )
+    ids = plan.task.show_answer(row, plan.kind)
+    target = tuple(
+        Token(id_, text, True, id_ in special)
+        for id_, text in zip(ids, speller.spell(ids), strict=True)
+    )
     place = plan.data.table.where(row.row)
-    return ShownRow(row.row + 1, place, tokens, target, _label_of_row(plan, row))
-
-
-def _labels_of_tokens(plan: Plan, row: Encoded, speller: Speller) -> list[str | None]:
-    """Return what is learned at each token; "" for the token itself, None for nothing."""
-    labels, count = row.labels, len(row.input_ids)
-    if plan.task.target == "span" and isinstance(labels, tuple):
-        first, last = int(labels[0]), int(labels[1])
-        return ["" if last and first <= i <= last else None for i in range(count)]
-    if not isinstance(labels, list) or len(labels) != count:
-        return [None] * count
-    if plan.task.target == "text" and plan.kind == "encoder-decoder":
-        return [None] * count
-    if plan.task.target == "tags":
-        names = plan.data.facts["labels"]
-        return [None if label == IGNORED else names[label] for label in labels]
-    if plan.task.target == "mask":
-        spelled = speller.spell([max(label, 0) for label in labels])
-        return [
-            None if label == IGNORED else text for label, text in zip(labels, spelled, strict=True)
-        ]
-    return [None if label == IGNORED else "" for label in labels]
-
-
-def _label_of_row(plan: Plan, row: Encoded) -> str:
-    names, labels = plan.data.facts["labels"], row.labels
-    if plan.task.target == "span":
-        return "" if labels != (0, 0) else "no answer in this window"
-    if plan.task.target != "class":
-        return ""
-    if isinstance(labels, tuple):
-        return listing((n for n, on in zip(names, labels, strict=True) if on), 20) or "(none)"
-    return names[labels] if isinstance(labels, int) and names else str(labels)
+    return ShownRow(row.row + 1, place, tokens, target, plan.task.show_label(row, names))
 
 
 class Speller:

@@ -41,7 +41,8 @@ from ftlevel.config.sections import (
     TrainerConfig,
 )
 from ftlevel.config.speed import SpeedConfig
-from ftlevel.config.train import TASKS, TaskName, TrainConfig
+from ftlevel.config.tasks import TASKS, TaskName
+from ftlevel.config.train import TrainConfig
 
 __all__ = [
     "DEFAULT_DATASET",

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ftlevel.config.sections import Positive, Section
-from ftlevel.config.train import TaskName
+from ftlevel.config.tasks import TaskName
 
 
 class EvaluateConfig(Section):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ftlevel.config.sections import Positive, Section
-from ftlevel.config.train import TaskName
+from ftlevel.config.tasks import TaskName
 
 
 class GenerateConfig(Section):

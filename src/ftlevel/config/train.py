@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -16,17 +16,7 @@ from ftlevel.config.sections import (
     TrainerConfig,
 )
 from ftlevel.config.speed import SpeedConfig
-
-TaskName = Literal[
-    "text-generation",
-    "summarization",
-    "translation",
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "masked-lm",
-]
-TASKS: tuple[str, ...] = get_args(TaskName)
+from ftlevel.config.tasks import TaskName
 
 
 class TrainConfig(Section):

@@ -14,7 +14,7 @@ from ftlevel.artifacts.cards import read_card
 from ftlevel.config import EvaluateConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError
-from ftlevel.evaluation.agreement import Probe, Scores, has_choice
+from ftlevel.evaluation.agreement import Probe, Scores
 from ftlevel.evaluation.agreement import compare as compare_scores
 from ftlevel.evaluation.fidelity import (
     PREDICTS,
@@ -132,7 +132,7 @@ class Questions:
     def compare(self, reference: Told, found: Told, trained: Trained) -> dict[str, Any]:
         """Return how far `found` is from `reference`, both of models like `trained`."""
         rows = asdict(compare_scores(reference.scores, found.scores))
-        if not has_choice(trained.objective):
+        if not trained.objective.has_choice:
             rows |= {"kl": None, "top1": None}
         if not self.windows:
             return {"rows": rows}

@@ -15,10 +15,10 @@ import torch
 from torch.nn import functional
 
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.scoring import batches
 from ftlevel.models.hardware import autocast
-from ftlevel.tasks.objectives import MultiLabel, Objective, Regression, Spans, Tags
+from ftlevel.task import Objective
 
 MOST_TARGETS = 512
 _BATCH = 4
@@ -97,35 +97,13 @@ class Probe:
                 logits = objective.logits(model(**inputs))
                 loss += objective.loss_sum(logits, labels, batch["attention_mask"]).item()
                 total += int(objective.count(labels))
-                scores = choices(objective, logits, labels, batch["attention_mask"])
+                scores = objective.choices(logits, labels, batch["attention_mask"])
                 scores = scores[: MOST_TARGETS - count].float().cpu()
                 count += len(scores)
                 kept.append(scores)
                 if count == MOST_TARGETS:
                     break
         return Scores(kept, loss / max(total, 1), count)
-
-
-def choices(
-    objective: Objective, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Return the logits of the supervised targets, `(targets, choices)`.
-
-    Args:
-        objective: what the model is trained on.
-        logits: as `objective.logits` gives them.
-        labels: as `objective.split` gives them.
-        mask: the attention mask `(batch, seq)`.
-    """
-    if isinstance(objective, Tags):
-        return logits[labels != IGNORED]
-    if isinstance(objective, MultiLabel):  # yes or no: a logit z is the choice between 0 and z
-        flat = logits.reshape(-1, 1)
-        return torch.cat([torch.zeros_like(flat), flat], dim=1)
-    if isinstance(objective, Spans):  # padding is no candidate
-        scores = logits.masked_fill(mask[..., None] == 0, -1e4)
-        return scores.transpose(1, 2).flatten(0, 1)
-    return objective.targets(logits, labels)[0]
 
 
 def compare(reference: Scores, found: Scores) -> Agreement:
@@ -145,11 +123,6 @@ def compare(reference: Scores, found: Scores) -> Agreement:
         largest, total / max(numbers, 1), scale, divergence / max(reference.targets, 1),
         same / max(reference.targets, 1), found.loss, reference.loss, reference.targets,
     )  # fmt: skip
-
-
-def has_choice(objective: Objective) -> bool:
-    """Whether there is something to choose between, so that KL and top-1 say something."""
-    return not isinstance(objective, Regression)
 
 
 @contextlib.contextmanager

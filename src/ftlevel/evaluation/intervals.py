@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.task import ScoreTexts
-from ftlevel.tasks.meters import Meter
-from ftlevel.tasks.objectives import Objective
+from ftlevel.task import Meter, Objective, ScoreTexts
 
 PERCENTILES = (2.5, 97.5)
 
@@ -140,30 +137,3 @@ def interval(values: np.ndarray) -> list[float]:
     """Return the 95 % percentile interval of the draws."""
     low, high = np.percentile(values, PERCENTILES)
     return [float(low), float(high)]
-
-
-def describe_unit(meter: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Return what was predicted for an example and what is true, in words.
-
-    Args:
-        meter: of one example.
-        names: of the classes or tags.
-    """
-    if hasattr(meter, "found"):
-        ((row, found),) = meter.found.items()
-        predicted = found.answer(unanswerable=meter.unanswerable)
-        return {"predicted": predicted, "true": meter.answers[row]}
-    if hasattr(meter, "tokens"):
-        return {"tokens": meter.tokens, "tokens_right": meter.right}
-    return {
-        "predicted": _in_words(meter.predicted[0], names),
-        "true": _in_words(meter.true[0], names),
-    }
-
-
-def _in_words(value: Any, names: Sequence[str]) -> Any:
-    if isinstance(value, int) and names:
-        return names[value]
-    if isinstance(value, list) and value and isinstance(value[0], int):
-        return [name for name, is_set in zip(names, value, strict=True) if is_set]
-    return value

@@ -16,9 +16,7 @@ from ftlevel.fast.head.cross_entropy import Observe
 from ftlevel.fast.head.loss import target_loss
 from ftlevel.fast.step import target_head
 from ftlevel.models.hardware import autocast
-from ftlevel.task import ScoreTexts
-from ftlevel.tasks.meters import Meter
-from ftlevel.tasks.objectives import Objective, Tokens
+from ftlevel.task import Meter, Objective, ScoreTexts, TokenObjective
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ class Evaluator:
     ) -> Observe:
         """Return what is given scores and targets, chunk by chunk, in the order of the batch."""
         owners = None
-        if record is not None and isinstance(self.objective, Tokens):
+        if record is not None and isinstance(self.objective, TokenObjective):
             owners = self.objective.locate(labels)[0] // labels.shape[1]
         seen = 0
 

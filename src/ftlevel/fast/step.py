@@ -27,7 +27,7 @@ from ftlevel.fast.packing.blocks import PackedBlocks
 from ftlevel.fast.parallel_workers import Lanes
 from ftlevel.fast.plan.fast_plan import FastPlan, has_target_head, takes_attention
 from ftlevel.models.module_tree import find_blocks
-from ftlevel.tasks.objectives import Objective, Tokens
+from ftlevel.task import Objective, TokenObjective
 
 
 class FastStep:
@@ -110,7 +110,7 @@ class FastStep:
             device: torch device type.
             dtype: compute precision's name.
         """
-        if self.head is None or not isinstance(objective, Tokens):
+        if self.head is None or not isinstance(objective, TokenObjective):
             return ""
         reason = find_head_error(self.head, self._model, objective, rows, pad_id, device, dtype)
         if not reason:
@@ -178,7 +178,7 @@ def target_head(
     try:
         if (
             head is not None
-            and isinstance(objective, Tokens)
+            and isinstance(objective, TokenObjective)
             and find_head_error(head, model, objective, rows, pad_id, device, dtype)
         ):
             head.remove()

@@ -22,7 +22,6 @@ from ftlevel.models.kinds import max_positions
 from ftlevel.models.loading import load_config, load_model, load_tokenizer
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.objectives import build_objective
 from ftlevel.weights.gguf.file import Tensor, weights_as_written
 from ftlevel.weights.gguf.vocabulary import READ_BY_TRANSFORMERS, Vocabulary
 
@@ -135,7 +134,7 @@ def _probe(original: Original) -> Probe:
             cut_windows(original.tokenizer, text.content, original.tokens, length)
         )
     ]
-    objective = build_objective(TASKS["text-generation"], "decoder")
+    objective = TASKS["text-generation"].build_objective("decoder", {})
     return Probe(rows, objective, original.tokenizer.pad_token_id or 0, original.device)
 
 

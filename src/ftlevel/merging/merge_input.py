@@ -17,8 +17,8 @@ from ftlevel.data.encoding.chat_templates import choose_chat_template
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.encoding.pad_token import choose_pad_token
+from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
-from ftlevel.data.prepare.examples import Asked, Prepared
 from ftlevel.data.prepare.parallel import be_silent
 from ftlevel.errors import ConfigError, InputError, listing
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
@@ -29,8 +29,8 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.quantized import quantization_name, read_quantization, stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
-from ftlevel.tasks import TASKS, Task
-from ftlevel.tasks.objectives import Objective, build_objective
+from ftlevel.task import Objective
+from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.load import card_overrides, check_base
 from ftlevel.trained.plain_peft import base_words
@@ -70,7 +70,7 @@ class Subject:
     run: Path | None
     source: ModelSource
     config: Any
-    task: Task
+    task: BaseTask
     kind: str
     auto_class: str
     tokens: ModelSource
@@ -147,16 +147,10 @@ def resolve_subject(config: MergeConfig) -> Subject:
         )
     own = (directory / "tokenizer_config.json").is_file()
     tokens = ModelSource(str(directory), "directory", str(directory)) if own else source
-    if getattr(model_config, "pad_token_id", None) is None and task.target == "class":
+    if getattr(model_config, "pad_token_id", None) is None and task.finds_ends_by_padding:
         model_config.pad_token_id = load_tokenizer(tokens).pad_token_id
     kind = model_kind(model_config)
-    objective = build_objective(
-        task,
-        kind,
-        problem_type=card.options.get("problem_type"),
-        labels=card.labels,
-        unanswerable=card.options.get("unanswerable", False),
-    )
+    objective = task.build_objective(kind, {"labels": card.labels, **card.options})
     dtype = "float32" if card.dtype == "float16" and device == "cpu" else card.dtype
     return Subject(
         directory, card, run, source, model_config, task, kind,
@@ -261,8 +255,10 @@ def _prepare_rows(subject: Subject, config: TrainConfig) -> Prepared:
     choose_pad_token(tokenizer)
     vocabulary = subject.config.get_text_config().vocab_size
     bounds = Bounds(max_positions(subject.config))
-    asked = Asked(subject.task, subject.kind, tokenizer, vocabulary, bounds, config.train.seed)
-    return prepare_data(config.data, asked, be_silent)
+    context = EncodingContext(
+        subject.task, subject.kind, tokenizer, vocabulary, bounds, config.train.seed
+    )
+    return prepare_data(config.data, context, be_silent)
 
 
 def _made_up(subject: Subject, count: int, reason: str) -> tuple[list[Encoded], Choice]:
@@ -272,17 +268,6 @@ def _made_up(subject: Subject, count: int, reason: str) -> tuple[list[Encoded], 
     rows = []
     for index in range(count):
         ids = [rng.randrange(size) for _ in range(_MADE_UP_LENGTH)]
-        rows.append(Encoded(ids, _made_up_labels(subject, ids), index))
+        labels = subject.task.probe_labels(ids, subject.card.labels, subject.card.options)
+        rows.append(Encoded(ids, labels, index))
     return rows, Choice("compared on", f"{count} rows of random tokens", reason)
-
-
-def _made_up_labels(subject: Subject, ids: list[int]) -> Any:
-    target = subject.task.target
-    if target == "class":
-        problem = subject.card.options.get("problem_type")
-        if problem == "multi_label_classification":
-            return (0.0,) * len(subject.card.labels)
-        return 0.0 if problem == "regression" else 0
-    if target == "span":
-        return (1, 2)
-    return [0] * len(ids) if target == "tags" else list(ids)

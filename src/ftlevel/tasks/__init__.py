@@ -1,27 +1,15 @@
-"""What each task is: its model class, its prompt and its metrics. One small module a task."""
+"""One file a kind of target, and in it everything that the rest asks of its tasks.
 
-from ftlevel.task import Task
-from ftlevel.tasks import (
-    masked_lm,
-    question_answering,
-    summarization,
-    text_classification,
-    text_generation,
-    token_classification,
-    translation,
-)
+May import fast and what is below it. What a task is can be read without torch: whatever computes
+imports it where it is used. `config.tasks` names the file of each task.
+"""
 
-TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK
-    for module in (
-        text_generation,
-        summarization,
-        translation,
-        text_classification,
-        token_classification,
-        question_answering,
-        masked_lm,
-    )
-}
+from __future__ import annotations
 
-__all__ = ["TASKS", "Task"]
+from ftlevel.config import TASKS as NAMES
+from ftlevel.tasks.base import BaseTask
+from ftlevel.tasks.registry import find_task
+
+TASKS: dict[str, BaseTask] = {name: find_task(name) for name in NAMES}
+
+__all__ = ["TASKS", "BaseTask"]

@@ -6,14 +6,16 @@ questions without an answer.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MAX_ANSWER_TOKENS = 30
 _PUNCTUATION = frozenset(string.punctuation)
@@ -30,8 +32,8 @@ class Found:
     """
 
     text: str = ""
-    score: float = -torch.inf
-    null: float = torch.inf
+    score: float = -math.inf
+    null: float = math.inf
 
     def answer(self, *, unanswerable: bool) -> str:
         """Return the text, or "" where `unanswerable` is possible and scores higher."""
@@ -51,8 +53,8 @@ def update_found(found: Found, scores: torch.Tensor, window: Any) -> None:
     start = scores[begin : begin + count, 0].float()
     end = scores[begin : begin + count, 1].float()
     spans = start[:, None] + end[None, :]
-    allowed = torch.ones_like(spans, dtype=torch.bool).triu().tril(MAX_ANSWER_TOKENS - 1)
-    spans = spans.masked_fill(~allowed, -torch.inf)
+    allowed = spans.new_ones(spans.shape).triu().tril(MAX_ANSWER_TOKENS - 1).bool()
+    spans = spans.masked_fill(~allowed, -math.inf)
     best = int(spans.argmax())
     first, last = divmod(best, count)
     score = float(spans[first, last])

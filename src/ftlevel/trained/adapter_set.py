@@ -201,10 +201,7 @@ def _base_identity(found: Found) -> str:
 
 
 def _head(found: Found) -> str:
-    task = TASKS[found.card.task]
-    if task.target == "text":
-        return "text"
-    return f"{task.name} of {', '.join(found.card.labels)}" if found.card.labels else task.name
+    return TASKS[found.card.task].describe_head(found.card.labels)
 
 
 def _voice(trained: Trained, found: Found) -> Trained:

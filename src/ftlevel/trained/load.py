@@ -32,8 +32,8 @@ from ftlevel.models.quantized import (
 )
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
-from ftlevel.tasks import TASKS, Task
-from ftlevel.tasks.objectives import Objective, build_objective
+from ftlevel.task import Objective
+from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.plain_peft import (
     ADAPTER_CONFIG,
@@ -66,7 +66,7 @@ class Trained:
 
     model: Any
     tokenizer: Any
-    task: Task
+    task: BaseTask
     kind: str
     device: str
     dtype: str
@@ -242,13 +242,7 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
     if directory is not None:
         model = load_adapter(model, directory, name)
     prompt = PromptFormat(**card.prompt) if card.prompt else None
-    objective = build_objective(
-        task,
-        kind,
-        problem_type=card.options.get("problem_type"),
-        labels=card.labels,
-        unanswerable=card.options.get("unanswerable", False),
-    )
+    objective = task.build_objective(kind, {"labels": card.labels, **card.options})
     return Trained(
         model.eval(), tokenizer, task, kind, device, dtype, objective, card.max_length,
         prompt, card.labels, card.options, notes,

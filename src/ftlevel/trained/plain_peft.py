@@ -9,13 +9,12 @@ from typing import Any
 
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.data.encoding.pad_token import choose_pad_token
-from ftlevel.data.encoding.prompts import choose_format
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import load_config, load_tokenizer
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.tasks import Task
+from ftlevel.tasks import BaseTask
 
 ADAPTER_CONFIG = "adapter_config.json"
 PLAIN = "none"
@@ -52,7 +51,7 @@ def base_words(adapter: str, base: str) -> str:
 
 def stand_in_card(
     source: ModelSource,
-    task: Task,
+    task: BaseTask,
     device: str,
     directory: Path | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -76,18 +75,7 @@ def stand_in_card(
         ModelSource(str(directory), "directory", str(directory)) if own else source
     )
     choose_pad_token(tokenizer)
-    prompt = {}
-    if task.target == "text":
-        prompt = choose_format(tokenizer, kind, task.instruction, task.answer_cue).to_dict()
-    labels: Sequence[str] = ()
-    if task.target in ("class", "tags"):
-        labels = [str(config.id2label[index]) for index in sorted(config.id2label)]
-    options: dict[str, Any] = {}
-    if task.target == "class":
-        usual = "regression" if len(labels) == 1 else "single_label_classification"
-        options["problem_type"] = config.problem_type or usual
-    if task.target == "span":
-        options = {"doc_stride": 128, "unanswerable": False}
+    known = task.stand_in(config, tokenizer, kind)
     return AdapterCard(
         method=str(settings["peft_type"]).lower() if settings else PLAIN,
         task=task.name,
@@ -95,9 +83,7 @@ def stand_in_card(
         quantization={"kind": "none"},
         dtype=choose_dtype("auto", device, "lora", config.model_type).value,
         max_length=max_positions(config) or 0,
-        prompt=prompt,
-        labels=list(labels),
-        options=options,
+        **known,
         heads=list((settings or {}).get("modules_to_save") or ()),
     )
 

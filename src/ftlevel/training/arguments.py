@@ -111,7 +111,7 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
     if not plan.data.validation:
         return None
     wish = config.train.predict_with_generate
-    generates = plan.task.generates if wish is None else wish and plan.task.target == "text"
+    generates = plan.task.generates if wish is None else wish and plan.task.writes_text
     rows = min(config.train.max_generate_samples, len(plan.data.validation))
     return Evaluator(
         rows=plan.data.validation,

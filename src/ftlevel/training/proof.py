@@ -16,7 +16,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError, listing
 from ftlevel.methods.lora_start import starts_inside_base
 from ftlevel.models.hardware import autocast
-from ftlevel.tasks.objectives import Objective, Tokens
+from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import load_adapter
 
 PROBE_ROWS = 4
@@ -61,13 +61,13 @@ def probe_batch(
     chosen = sorted(rows, key=lambda row: len(row.input_ids))
     middle = len(chosen) // 2
     picked = chosen[max(0, middle - PROBE_ROWS // 2) :][:PROBE_ROWS]
-    if isinstance(objective, Tokens):
+    if isinstance(objective, TokenObjective):
         most = max(1, PROBE_SCORES // (vocabulary * len(picked)))
         picked = [_shorten(row, most, objective) for row in picked]
     return {name: value.to(device) for name, value in Collator(pad_id)(picked).items()}
 
 
-def _shorten(row: Encoded, most: int, objective: Tokens) -> Encoded:
+def _shorten(row: Encoded, most: int, objective: TokenObjective) -> Encoded:
     """Return the beginning of `row` with at most `most` scored positions."""
     labels = row.labels[:most] if isinstance(row.labels, list) else row.labels
     if objective.feeds_labels:  # the decoder's positions are the labels'

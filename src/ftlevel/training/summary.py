@@ -91,22 +91,12 @@ def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> Adap
         max_length=plan.data.max_length,
         prompt=plan.data.prompt_format.to_dict() if plan.data.prompt_format else {},
         labels=plan.data.facts["labels"],
-        options=_task_options(config, plan),
+        options=plan.task.card_options(config.data, plan.data.facts),
         heads=list(plan.heads),
         data={k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
         needs_import=PEFT_IMPORTS.get(config.method.kind, ""),
         versions=library_versions(),
     )
-
-
-def _task_options(config: TrainConfig, plan: Plan) -> dict[str, Any]:
-    """Return what else must be known to ask the model as it was trained."""
-    if plan.task.target == "class":
-        return {"problem_type": plan.data.facts["problem_type"]}
-    if plan.task.target == "span":
-        stride = config.data.doc_stride
-        return {"doc_stride": stride, "unanswerable": plan.data.facts["unanswerable"]}
-    return {}
 
 
 def build_summary(

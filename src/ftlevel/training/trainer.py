@@ -16,7 +16,7 @@ from ftlevel.fast.packing.layout import Layout, laid_out
 from ftlevel.fast.parallel_workers import Lanes
 from ftlevel.fast.prefixes.shared_prefix import Trunk
 from ftlevel.fast.step import FastStep
-from ftlevel.tasks.objectives import Objective
+from ftlevel.task import Objective
 
 
 class FtlevelTrainer(Trainer):

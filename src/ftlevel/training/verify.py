@@ -19,7 +19,7 @@ from ftlevel.fast.prefixes.shared_prefix import Trunk
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import autocast
-from ftlevel.tasks.objectives import Objective
+from ftlevel.task import Objective
 
 STEPS = 2
 LOSS_BOUND = {"float32": 1e-5}

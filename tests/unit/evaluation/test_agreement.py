@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.evaluation.agreement import MOST_TARGETS, Probe, Scores, choices, compare, in_float32
-from ftlevel.tasks.objectives import Classes, MultiLabel, Spans, Tags, Tokens
+from ftlevel.evaluation.agreement import MOST_TARGETS, Probe, Scores, compare, in_float32
+from ftlevel.tasks.classes import Classes, MultiLabel
+from ftlevel.tasks.span import Spans
+from ftlevel.tasks.tags import Tags
+from ftlevel.tasks.tokens import Tokens
 from tiny_models import build, build_batch, compute_logits
 
 
@@ -26,13 +29,13 @@ def test_the_figures_are_those_of_their_definitions() -> None:
 def test_targets_are_the_supervised_ones() -> None:
     logits, mask = torch.rand(2, 4, 5), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     labels = torch.tensor([[-100, 3, -100, -100], [-100, 1, 2, -100]])
-    shifted = choices(Tokens("x", shifted=True), logits, labels, mask)
+    shifted = Tokens("x", shifted=True).choices(logits, labels, mask)
     assert torch.equal(shifted, torch.stack([logits[0, 0], logits[1, 0], logits[1, 1]]))
-    assert choices(Tags("x"), logits, labels, mask).shape == (3, 5)
-    assert choices(Classes("x"), logits[:, 0], labels[:, 0], mask).shape == (2, 5)
-    yes_or_no = choices(MultiLabel("x"), logits[:, 0], labels[:, 0], mask)
+    assert Tags("x").choices(logits, labels, mask).shape == (3, 5)
+    assert Classes("x").choices(logits[:, 0], labels[:, 0], mask).shape == (2, 5)
+    yes_or_no = MultiLabel("x").choices(logits[:, 0], labels[:, 0], mask)
     assert torch.allclose(yes_or_no.softmax(-1)[:, 1], logits[:, 0].flatten().sigmoid())
-    spans = choices(Spans("x"), logits[..., :2], labels[:, :2], mask)
+    spans = Spans("x").choices(logits[..., :2], labels[:, :2], mask)
     assert spans.shape == (4, 4)
     assert spans[0, 3] == spans[1, 3] == -1e4, "padding is no candidate"
 

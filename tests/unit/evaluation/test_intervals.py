@@ -12,11 +12,8 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.intervals import PerRow, interval
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.objectives import build_objective
 
-CLASSES = build_objective(
-    TASKS["text-classification"], "encoder", problem_type="single_label_classification"
-)
+CLASSES = TASKS["text-classification"].build_objective("encoder", {})
 
 
 def record(right: list[bool], confidence: float = 2.0) -> PerRow:
@@ -63,7 +60,7 @@ def test_the_whole_is_the_pool_of_its_rows() -> None:
 
 
 def test_tokens_that_come_in_chunks_belong_to_their_rows() -> None:
-    objective = build_objective(TASKS["text-generation"], "decoder")
+    objective = TASKS["text-generation"].build_objective("decoder", {})
     rows = [Encoded([1, 2, 3], [1, 2, 3], 5), Encoded([4, 5], [4, 5], 6)]
     labels = torch.tensor([[1, 2, 3], [4, 5, -100]])
     evaluator = Evaluator(rows, None, "decoder", objective, "cpu", "float32", 2)

@@ -26,7 +26,11 @@ from ftlevel.fast.plan.workers import FUNCTIONAL_DROPOUT
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import Base
-from ftlevel.tasks.objectives import Classes, Objective, Spans, Tags, Tokens
+from ftlevel.task import Objective
+from ftlevel.tasks.classes import Classes
+from ftlevel.tasks.span import Spans
+from ftlevel.tasks.tags import Tags
+from ftlevel.tasks.tokens import Tokens
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.method_targets import find_method_targets
 from ftlevel.training.trainer import FtlevelTrainer

@@ -17,7 +17,6 @@ from ftlevel.methods import METHODS, Base
 from ftlevel.methods.lora_start import copy_start
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.objectives import build_objective
 from ftlevel.trained.adapt import apply_method, load_adapter, save_adapter
 from ftlevel.training.callbacks.allocation import Allocation
 from ftlevel.training.plan.method_targets import find_method_targets
@@ -157,12 +156,7 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
 
     class Loss(FtlevelTrainer):
         def __init__(self):
-            self.objective = build_objective(
-                TASKS["text-classification"],
-                "encoder",
-                problem_type="single_label_classification",
-                labels=("a", "b", "c"),
-            )
+            self.objective = TASKS["text-classification"].build_objective("encoder", {})
             self.fast = None
             self._is_nothing = False
             self.penalty = lambda _: 5 * weight

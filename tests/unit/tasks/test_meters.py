@@ -7,14 +7,10 @@ import torch
 
 from ftlevel.data.encoding.tags import TaggedRow
 from ftlevel.data.encoding.windows import Window
-from ftlevel.tasks.meters import (
-    ClassMeter,
-    MultiLabelMeter,
-    RegressionMeter,
-    SpanMeter,
-    TagMeter,
-    TokenMeter,
-)
+from ftlevel.tasks.classes import ClassMeter, MultiLabelMeter, RegressionMeter
+from ftlevel.tasks.span import SpanMeter
+from ftlevel.tasks.tags import TagMeter
+from ftlevel.tasks.tokens import TokenMeter
 
 
 def test_tokens() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import tiny_models
+from ftlevel.task import Objective
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.objectives import Objective, Spans, build_objective
+from ftlevel.tasks.span import Spans
 
 CELLS = [
     ("text-generation", "decoder", "llama", "causal", {}),
@@ -47,7 +48,7 @@ def test_mean_is_the_models_own_loss(
 ) -> None:
     model = tiny_models.build(family, head, **config)
     batch = full_batch(family, head)
-    objective = build_objective(TASKS[task], kind)
+    objective = TASKS[task].build_objective(kind, {})
     given = dict(batch)
     if head == "qa":
         given["start_positions"], given["end_positions"] = given.pop("labels").unbind(1)
@@ -68,7 +69,7 @@ def test_classification_of_other_problem_types(
 ) -> None:
     model = tiny_models.build("bert", "seqcls", problem_type=problem, num_labels=classes)
     batch = {**full_batch("bert", "seqcls"), "labels": labels}
-    objective = build_objective(TASKS["text-classification"], "encoder", problem_type=problem)
+    objective = TASKS["text-classification"].build_objective("encoder", {"problem_type": problem})
     with torch.no_grad():
         expected = model(**batch).loss
         assert share_of(objective, model, batch).item() == pytest.approx(expected.item(), rel=1e-5)

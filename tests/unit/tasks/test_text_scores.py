@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from ftlevel.tasks import TASKS
+from ftlevel.tasks.text import name_languages
 from ftlevel.tasks.text_scores import score_rouge, score_translations
-from ftlevel.tasks.translation import name_languages
 
 
 def test_perfect_translations() -> None:
@@ -42,4 +42,4 @@ def test_instructions_name_the_languages() -> None:
 def test_every_task_can_be_had_by_a_kind_of_model() -> None:
     for task in TASKS.values():
         assert set(task.peft_types) <= set(task.auto_classes)
-        assert (task.score_texts is not None) == (task.target == "text")
+        assert (task.score_texts is not None) == task.writes_text

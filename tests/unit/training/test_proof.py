@@ -7,7 +7,8 @@ import pytest
 import tiny_models
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
-from ftlevel.tasks.objectives import Classes, Tokens
+from ftlevel.tasks.classes import Classes
+from ftlevel.tasks.tokens import Tokens
 from ftlevel.training.proof import PROBE_ROWS, PROBE_SCORES, _compare_frozen, probe_batch
 
 VOCABULARY = 100_000

@@ -14,9 +14,11 @@ from ftlevel.data.encoding.chat import Rendered, Turn, render_chat
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.formats.examples import Conversation, Labelled, Pair, PlainText
 from ftlevel.errors import InputError
+from ftlevel.task import IGNORED as IGNORED
 
-IGNORED = -100
 _BATCH = 1_000
+ROW_TYPES: dict[str, type[Encoded]] = {}
+"""Every kind of row by its name, so that what is stored becomes one again."""
 
 
 class RowError(InputError):
@@ -38,7 +40,7 @@ class RowError(InputError):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as the model sees it.
+    """One row as the model sees it; a task may have a kind of its own.
 
     Attributes:
         input_ids: token ids of the row, or of the source for an encoder-decoder.
@@ -54,12 +56,19 @@ class Encoded:
     row: int
     extras: dict[str, list[int]] = field(default_factory=dict)
 
+    def __init_subclass__(cls) -> None:
+        """Know a kind of row, whose further fields name their `column` (see `store.COLUMNS`)."""
+        ROW_TYPES[cls.__name__] = cls
+
     @property
     def supervised(self) -> int:
         """Number of targets: tokens, or what is said of the row."""
         if isinstance(self.labels, int | float):
             return 1
         return sum(label != IGNORED for label in self.labels)
+
+
+ROW_TYPES[Encoded.__name__] = Encoded
 
 
 def encode_causal(

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.tags import TaggedRow
-from ftlevel.data.encoding.windows import Window
+from ftlevel.data.encoding.encode import ROW_TYPES, Encoded
 
 _BATCH = 1_000  # rows
 _INTS = pa.list_(pa.int32())
@@ -41,6 +40,51 @@ _LABEL_TYPES = {
 }
 
 
+@dataclass(frozen=True)
+class Column:
+    """How a further field of a kind of row is stored.
+
+    Attributes:
+        type: of the column.
+        store: the field's value → the column's.
+        restore: back again, from numbers as a list, or from one element.
+    """
+
+    type: Any
+    store: Callable[[Any], Any]
+    restore: Callable[[Any], Any]
+
+
+def _frozen(value: Any) -> Any:
+    """Return what JSON gives with tuples for its lists."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+COLUMNS: dict[str, Column] = {
+    "ints": Column(_INTS, list, tuple),
+    "places": Column(
+        _INTS,
+        lambda places: [_NONE if place is None else place for place in places],
+        lambda held: tuple(None if place == _NONE else place for place in held),
+    ),
+    "pairs": Column(
+        _INTS,
+        lambda pairs: [at for pair in pairs for at in pair],
+        lambda held: tuple(zip(held[::2], held[1::2], strict=True)),
+    ),
+    "int": Column(pa.int32(), int, int),
+    "text": Column(pa.string(), str, lambda held: held.as_py()),
+    "json": Column(pa.string(), json.dumps, lambda held: _frozen(json.loads(held.as_py()))),
+}
+"""`column` in the metadata of a row's field → how it is stored."""
+
+
+def _extra_columns(kind: type[Encoded]) -> list[tuple[str, Column]]:
+    """Return the fields that `kind` has beside those of `Encoded`, and their columns."""
+    own = fields(kind)[len(fields(Encoded)) :]
+    return [(field.name, COLUMNS[field.metadata["column"]]) for field in own]
+
+
 def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
     """Return rows of one kind as columns."""
     first = rows[0]
@@ -52,18 +96,8 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
     }
     for name in first.extras:
         arrays[f"extra:{name}"] = pa.array([r.extras[name] for r in rows], _INTS)
-    if isinstance(first, TaggedRow):
-        tagged: list[Any] = list(rows)
-        arrays["tags"] = pa.array([r.tags for r in tagged], _INTS)
-        places = [[_NONE if p is None else p for p in r.positions] for r in tagged]
-        arrays["positions"] = pa.array(places, _INTS)
-    if isinstance(first, Window):
-        windows: list[Any] = list(rows)
-        arrays["context"] = pa.array([r.context for r in windows], pa.string())
-        arrays["answers"] = pa.array([json.dumps(r.answers) for r in windows], pa.string())
-        arrays["context_start"] = pa.array([r.context_start for r in windows], pa.int32())
-        flat = [[at for pair in r.offsets for at in pair] for r in windows]
-        arrays["offsets"] = pa.array(flat, _INTS)
+    for name, column in _extra_columns(type(first)):
+        arrays[name] = pa.array([column.store(getattr(r, name)) for r in rows], column.type)
     schema = pa.schema(
         [(name, array.type) for name, array in arrays.items()],
         metadata={"labels": kind, "type": type(first).__name__},
@@ -221,16 +255,12 @@ class RowStore(Sequence[Encoded]):
             labels = view["labels"][i].item()
         extras = {n.removeprefix("extra:"): values(n) for n in view if n.startswith("extra:")}
         ids, row = values("input_ids"), int(view["row"][i])
-        if self._type == "TaggedRow":
-            places = tuple(None if p == _NONE else p for p in values("positions"))
-            return TaggedRow(ids, labels, row, extras, tuple(values("tags")), places)
-        if self._type == "Window":
-            answers = tuple((text, start) for text, start in json.loads(view["answers"][i].as_py()))
-            flat = values("offsets")
-            offsets = tuple(zip(flat[::2], flat[1::2], strict=True))
-            context, start = view["context"][i].as_py(), int(view["context_start"][i])
-            return Window(ids, labels, row, extras, context, answers, start, offsets)
-        return Encoded(ids, labels, row, extras)
+        kind = ROW_TYPES[self._type]
+        more = {
+            name: column.restore(values(name) if column.type == _INTS else view[name][i])
+            for name, column in _extra_columns(kind)
+        }
+        return kind(ids, labels, row, extras, **more)
 
 
 def _as_numpy(array: Any) -> Any:

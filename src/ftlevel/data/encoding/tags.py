@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
@@ -32,8 +32,8 @@ class TaggedRow(Encoded):
             control character.
     """
 
-    tags: tuple[int, ...] = ()
-    positions: tuple[int | None, ...] = ()
+    tags: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
+    positions: tuple[int | None, ...] = field(default=(), metadata={"column": "places"})
 
 
 def find_orphans(examples: Sequence[Tagged], names: Sequence[str], table: Table) -> list[BadRow]:

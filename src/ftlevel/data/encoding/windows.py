@@ -7,7 +7,7 @@ that does not hold the whole answer points to its first token, which no context 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ftlevel.data.encoding.encode import Encoded
@@ -31,10 +31,10 @@ class Window(Encoded):
         offsets: characters in `context` of each of the context's tokens.
     """
 
-    context: str = ""
-    answers: tuple[tuple[str, int], ...] = ()
-    context_start: int = 0
-    offsets: Offsets = ()
+    context: str = field(default="", metadata={"column": "text"})
+    answers: tuple[tuple[str, int], ...] = field(default=(), metadata={"column": "json"})
+    context_start: int = field(default=0, metadata={"column": "int"})
+    offsets: Offsets = field(default=(), metadata={"column": "pairs"})
 
 
 def encode_questions(

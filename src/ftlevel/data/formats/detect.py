@@ -6,17 +6,15 @@ by the names that published data sets use, or by the user's `--map`. `examples` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from ftlevel.errors import InputError, did_you_mean, listing, nearest
 
-Produces: TypeAlias = Literal["conversation", "text", "pair", "labelled", "tagged", "question"]
-ProblemType: TypeAlias = Literal[
-    "single_label_classification", "multi_label_classification", "regression"
-]
 Names: TypeAlias = Mapping[str, tuple[str, ...]]
+Build: TypeAlias = Callable[[Any], Any]
+"""The `Roles` of a row → the example that it is; raises `Unusable` where it cannot be one."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +24,18 @@ class Format:
     Attributes:
         task: the task the format was found for.
         name: of the shape, such as "prompt + completion".
-        produces: the kind of example that a row becomes.
+        build: makes the example that a row becomes.
         columns: the column of each role; "answers.text" reaches into an object.
         unused: the columns that no role takes.
-        problem_type: what the label of a text is.
+        options: what the task read off the columns beside, such as a problem type.
     """
 
     task: str
     name: str
-    produces: Produces
+    build: Build
     columns: Mapping[str, str]
     unused: tuple[str, ...] = ()
-    problem_type: ProblemType = "single_label_classification"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def description(self) -> str:
@@ -51,14 +49,19 @@ class Format:
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """A set of roles, each with the column names that it is known by, the best first.
 
-    `guessable` shapes are suggested also for columns whose names say nothing.
+    Attributes:
+        name: such as "prompt + completion".
+        build: as of `Format`.
+        required: roles without which it is another shape.
+        optional: roles that are taken where they are there.
+        guessable: whether it is suggested also for columns whose names say nothing.
     """
 
     name: str
-    produces: Produces
+    build: Build
     required: Names
     optional: Names = field(default_factory=dict)
     guessable: bool = True
@@ -70,100 +73,8 @@ class _Shape:
 
     @property
     def roles(self) -> Names:
+        """Every role."""
         return {**self.required, **self.optional}
-
-
-_SYSTEM = {"system": ("system", "system_prompt")}
-_TALK = {**_SYSTEM, "tools": ("tools",)}
-_LABEL = ("label", "labels", "class", "category", "sentiment")
-_TEXT = ("text", "sentence", "content", "review")
-
-
-def _dialogue_shapes(produces: Produces) -> tuple[_Shape, ...]:
-    """Return the shapes of prompts with answers, which several tasks accept."""
-    return (
-        _Shape("messages", produces, {"messages": ("messages",)}, _TALK, False),
-        _Shape("conversations", produces, {"conversations": ("conversations",)}, _TALK, False),
-        _Shape(
-            "prompt + completion",
-            produces,
-            {
-                "prompt": ("prompt", "question", "query"),
-                "completion": ("completion", "response", "answer"),
-            },
-            _SYSTEM,
-        ),
-        _Shape(
-            "instruction + output",
-            produces,
-            {"instruction": ("instruction",), "output": ("output", "response", "completion")},
-            {"input": ("input", "context"), **_SYSTEM},
-        ),
-    )
-
-
-def _classification_shapes() -> tuple[_Shape, ...]:
-    pairs = (
-        ("text", "text_pair"),
-        ("sentence1", "sentence2"),
-        ("premise", "hypothesis"),
-        ("question1", "question2"),
-        ("text1", "text2"),
-        ("question", "sentence"),
-    )
-    return (
-        *(
-            _Shape(
-                "text + text_pair + label",
-                "labelled",
-                {"text": (first,), "text_pair": (second,), "label": _LABEL},
-                guessable=False,
-            )
-            for first, second in pairs
-        ),
-        _Shape("text + label", "labelled", {"text": _TEXT, "label": _LABEL}),
-    )
-
-
-_PLAIN = _Shape("text", "text", {"text": ("text", "content")})
-
-# Of the shapes that fit, the first is taken: Alpaca's files have `instruction` and `output`, and
-# the two rendered once more as `text`.
-_SHAPES: dict[str, tuple[_Shape, ...]] = {
-    "text-generation": (*_dialogue_shapes("conversation"), _PLAIN),
-    "masked-lm": (_PLAIN,),
-    "summarization": (
-        _Shape(
-            "document + summary",
-            "pair",
-            {
-                "document": ("document", "article", "dialogue", "text"),
-                "summary": ("summary", "highlights"),
-            },
-        ),
-        *_dialogue_shapes("pair"),
-    ),
-    "translation": (
-        _Shape("source + target", "pair", {"source": ("source",), "target": ("target",)}),
-        *_dialogue_shapes("pair"),
-    ),
-    "text-classification": _classification_shapes(),
-    "token-classification": (
-        _Shape(
-            "tokens + tags",
-            "tagged",
-            {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "pos_tags", "labels")},
-        ),
-    ),
-    "question-answering": (
-        _Shape(
-            "context + question + answers",
-            "question",
-            {"context": ("context",), "question": ("question",), "answers": ("answers",)},
-            {"id": ("id",)},
-        ),
-    ),
-}
 
 
 _OTHER_NAMES = {
@@ -176,9 +87,14 @@ _OTHER_NAMES = {
 """Names that people have for formats → ours."""
 
 
+class NoFormatError(InputError):
+    """No shape of a task fits the columns, of which another task may know what to make."""
+
+
 def detect_format(
     columns: Sequence[str],
     task: str,
+    shapes: Sequence[Shape],
     mapping: Mapping[str, str] | None = None,
     name: str | None = None,
 ) -> Format:
@@ -186,19 +102,17 @@ def detect_format(
 
     Args:
         columns: the names that the table has.
-        task: its name, with dashes or underscores.
+        task: its name.
+        shapes: what it can make of columns; of those that fit, the first is taken.
         mapping: column by role, as given with `--map`; it goes before every known name.
         name: the only format to try, as given with `--format`.
 
     Raises:
-        InputError: no shape of the task fits, or the mapping names what is not there.
+        NoFormatError: nobody said what the columns are, and no shape fits.
+        InputError: the shape that was asked for does not fit, or the mapping names what is not
+            there.
     """
-    task = task.replace("_", "-")
-    shapes = _SHAPES.get(task)
-    if shapes is None:
-        raise InputError(
-            f"--task {task}: no such task.{did_you_mean(task, _SHAPES)} Tasks: {listing(_SHAPES)}."
-        )
+    known = shapes
     if name is not None:
         shapes = _pick_shapes(shapes, name, task)
     wanted = dict(mapping or {})
@@ -208,11 +122,18 @@ def detect_format(
         if found is not None and all(role in found for role in shape.required):
             used = {column.partition(".")[0] for column in found.values()} | set(found.values())
             unused = tuple(name for name in columns if name not in used)
-            return Format(task, shape.name, shape.produces, found, unused)
-    raise InputError(_describe_no_format(columns, task, shapes, wanted))
+            return Format(task, shape.name, shape.build, found, unused)
+    named = len(shapes) < len(known)
+    error = InputError if wanted or named else NoFormatError
+    raise error(_describe_no_format(columns, task, shapes, wanted, named=named))
 
 
-def _pick_shapes(shapes: Sequence[_Shape], name: str, task: str) -> tuple[_Shape, ...]:
+def fits(columns: Sequence[str], shapes: Sequence[Shape]) -> bool:
+    """Whether `columns` have every role of one of `shapes`."""
+    return any((_match(shape, columns, {}) or {}).keys() >= set(shape.required) for shape in shapes)
+
+
+def _pick_shapes(shapes: Sequence[Shape], name: str, task: str) -> tuple[Shape, ...]:
     """Return the shapes of the format called `name`, such as prompt-completion or squad."""
     wish = name.strip().lower().replace("_", "-")
     wish = _OTHER_NAMES.get(wish, wish)
@@ -227,7 +148,7 @@ def _pick_shapes(shapes: Sequence[_Shape], name: str, task: str) -> tuple[_Shape
 
 
 def _check_mapping(
-    columns: Sequence[str], task: str, shapes: Sequence[_Shape], mapping: Mapping[str, str]
+    columns: Sequence[str], task: str, shapes: Sequence[Shape], mapping: Mapping[str, str]
 ) -> None:
     """Raise unless each role of `mapping` is one of the task, and each column is there."""
     roles = list(dict.fromkeys(role for shape in shapes for role in shape.roles))
@@ -248,7 +169,7 @@ def _check_mapping(
 
 
 def _match(
-    shape: _Shape, columns: Sequence[str], mapping: Mapping[str, str]
+    shape: Shape, columns: Sequence[str], mapping: Mapping[str, str]
 ) -> dict[str, str] | None:
     """Return the columns found for the roles of `shape`; None if it lacks a mapped role."""
     if not mapping.keys() <= shape.roles.keys():
@@ -272,12 +193,16 @@ def _match(
 
 
 def _describe_no_format(
-    columns: Sequence[str], task: str, shapes: Sequence[_Shape], mapping: Mapping[str, str]
+    columns: Sequence[str],
+    task: str,
+    shapes: Sequence[Shape],
+    mapping: Mapping[str, str],
+    *,
+    named: bool,
 ) -> str:
     """Return the message for columns that fit no shape: what is there, wanted, and near."""
     there = f"Columns: {listing(repr(name) for name in columns)}."
     wants = listing(dict.fromkeys(shape.name for shape in shapes))
-    named = len(shapes) < len(_SHAPES[task])
     offers = [
         offer
         for shape in shapes
@@ -287,27 +212,14 @@ def _describe_no_format(
         pairs = " ".join(f"--map {role}={column}" for role, column in mapping.items())
         return f"{pairs}: no format of --task {task} has all of these. Formats: {wants}."
     flags = min(offers, key=lambda offer: offer[0])[1]
-    other = None if mapping or named else _other_task(columns, task)
-    fits = f" These columns fit --task {other}." if other else ""
     return (
         f"--task {task}: the columns do not say what to learn. {there} "
-        f"Wanted is one of: {wants}. Say which is which: {flags}.{fits}"
+        f"Wanted is one of: {wants}. Say which is which: {flags}."
     )
 
 
-def _other_task(columns: Sequence[str], task: str) -> str | None:
-    """Return the first other task that the columns fit."""
-    for name, shapes in _SHAPES.items():
-        fits = any(
-            (_match(shape, columns, {}) or {}).keys() >= set(shape.required) for shape in shapes
-        )
-        if name != task and fits:
-            return name
-    return None
-
-
 def _suggest(
-    shape: _Shape, columns: Sequence[str], mapping: Mapping[str, str], *, wished: bool
+    shape: Shape, columns: Sequence[str], mapping: Mapping[str, str], *, wished: bool
 ) -> tuple[tuple[int, int, int], str] | None:
     """Return how far `shape` is from `columns`, and the flags that would make it fit.
 

@@ -7,14 +7,14 @@ can't be learned from (no answer, no text, an unknown role) is collected and nam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias, overload
+from typing import Any, NoReturn, Protocol, overload
 
-from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.formats.turns import Message, Unusable, check_text, parse_tools, parse_turns
 from ftlevel.data.sources.lines import LineRows
-from ftlevel.data.sources.table import BadRow, Row, Table, describe_bad, settle
+from ftlevel.data.sources.table import BadRow, Row, Table, describe_bad
 from ftlevel.data.sources.uniform import kind_of
 from ftlevel.errors import InputError, listing
 
@@ -30,6 +30,11 @@ class Conversation:
     row: int
     tools: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def key_text(self) -> str:
+        """The text by which the gate tells examples apart."""
+        return "\0".join(f"{m.role}\0{m.content}" for m in self.messages)
+
 
 @dataclass(frozen=True)
 class PlainText:
@@ -37,6 +42,11 @@ class PlainText:
 
     text: str
     row: int
+
+    @property
+    def key_text(self) -> str:
+        """The text by which the gate tells examples apart."""
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,11 @@ class Pair:
     source: str
     target: str
     row: int
+
+    @property
+    def key_text(self) -> str:
+        """The text by which the gate tells examples apart."""
+        return f"{self.source}\0{self.target}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,18 @@ class Labelled:
     label: str | int | float | tuple[str | int, ...]
     row: int
 
+    @property
+    def key_text(self) -> str:
+        """The text by which the gate tells examples apart."""
+        return f"{self.text}\0{self.text_pair}\0{self.label}"
+
+    @property
+    def classes(self) -> Sequence[str | int]:
+        """The classes, each once; a quantity is none."""
+        if isinstance(self.label, float):
+            raise TypeError("a quantity is no class")
+        return self.label if isinstance(self.label, tuple) else (self.label,)
+
 
 @dataclass(frozen=True)
 class Tagged:
@@ -65,6 +92,16 @@ class Tagged:
     tokens: tuple[str, ...]
     tags: tuple[str | int, ...]
     row: int
+
+    @property
+    def key_text(self) -> str:
+        """The text by which the gate tells examples apart."""
+        return "\0".join((*self.tokens, *map(str, self.tags)))
+
+    @property
+    def classes(self) -> Sequence[str | int]:
+        """The tags, each once."""
+        return tuple(dict.fromkeys(self.tags))
 
 
 @dataclass(frozen=True)
@@ -79,8 +116,30 @@ class Question:
     answers: tuple[tuple[str, int], ...]
     row: int
 
+    @property
+    def key_text(self) -> str:
+        """The text by which the gate tells examples apart."""
+        return f"{self.question}\0{self.context}\0{self.answers}"
 
-Example: TypeAlias = Conversation | PlainText | Pair | Labelled | Tagged | Question
+
+class Example(Protocol):
+    """What every example has; a task may bring one of its own."""
+
+    @property
+    def row(self) -> int:
+        """Its index in the table."""
+
+    @property
+    def key_text(self) -> str:
+        """The text by which the gate tells examples apart."""
+
+
+class Classed(Example, Protocol):
+    """An example that has classes, to be numbered."""
+
+    @property
+    def classes(self) -> Sequence[str | int]:
+        """Those that it has, each once."""
 
 
 class LazyExamples(Sequence[Example]):
@@ -93,8 +152,8 @@ class LazyExamples(Sequence[Example]):
 
     def __init__(self, table: Table, format_: Format) -> None:
         self._table = table
-        self._roles = _Roles(format_, table)
-        self._build = _BUILDERS[format_.produces]
+        self._roles = Roles(format_, table)
+        self._build = format_.build
 
     def __len__(self) -> int:
         return len(self._table)
@@ -133,15 +192,6 @@ def to_examples(table: Table, format_: Format) -> Sequence[Example]:
     return examples
 
 
-def drop_bad_rows(table: Table, format_: Format) -> Table:
-    """Return `table` without the rows that `to_examples` would refuse, counted in `dropped`.
-
-    Raises:
-        InputError: no row is left, or the table lacks a column.
-    """
-    return settle(table, convert_rows(table, format_)[1], "skip")
-
-
 def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list[BadRow]]:
     """Return the examples of `table`, and the rows that can't be one.
 
@@ -158,8 +208,8 @@ def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list
             f"{table.source}: has no column {listing(lacking)}. Columns: "
             f"{listing(repr(name) for name in table.columns)}. Give every split the same columns."
         )
-    build = _BUILDERS[format_.produces]
-    roles = _Roles(format_, table)
+    build = format_.build
+    roles = Roles(format_, table)
     examples: list[Example] = []
     bad: list[BadRow] = []
     lazy = isinstance(table.rows, LineRows)
@@ -174,17 +224,22 @@ def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list
     return (LazyExamples(table, format_) if lazy and not bad else examples), bad
 
 
-class _Roles:
-    """The values of one row, by role."""
+class Roles:
+    """The values of one row, by role.
+
+    Args:
+        format_: which column each role has.
+        table: where the rows are.
+    """
 
     def __init__(self, format_: Format, table: Table) -> None:
         self.columns = format_.columns
-        self.problem_type = format_.problem_type
         self.table = table
         self.row: Row = {}
         self.index = 0
 
     def turn_to(self, row: Row, index: int) -> None:
+        """Go on with `row`, the one at `index` of the table."""
         self.row, self.index = row, index
 
     def __contains__(self, role: str) -> bool:
@@ -216,12 +271,13 @@ class _Roles:
         return check_text(value, repr(self.columns[role]))
 
 
-def _conversation(roles: _Roles) -> Conversation:
+def build_conversation(roles: Roles) -> Conversation:
+    """Return the turns of a row, and the tools they may call."""
     tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
     return Conversation(tuple(_turns(roles)), roles.index, tools)
 
 
-def _turns(roles: _Roles) -> list[Message]:
+def _turns(roles: Roles) -> list[Message]:
     """Return the turns of a row in any of the dialogue shapes."""
     for role in ("messages", "conversations"):
         if role in roles:
@@ -234,7 +290,7 @@ def _turns(roles: _Roles) -> list[Message]:
     return turns
 
 
-def _parse_prompt(roles: _Roles) -> list[Message]:
+def _parse_prompt(roles: Roles) -> list[Message]:
     """Return the two turns of a prompt, or an instruction with its input, and the answer."""
     if "instruction" in roles:
         ask = roles.text("instruction")
@@ -251,7 +307,8 @@ def _parse_prompt(roles: _Roles) -> list[Message]:
     ]
 
 
-def _pair(roles: _Roles) -> Pair:
+def build_pair(roles: Roles) -> Pair:
+    """Return a source and a target, also from a conversation of one question and one answer."""
     for source, target in (("document", "summary"), ("source", "target")):
         if source in roles:
             return Pair(roles.text(source), roles.text(target), roles.index)
@@ -265,17 +322,32 @@ def _pair(roles: _Roles) -> Pair:
     return Pair("\n\n".join(asked), turns[-1].content, roles.index)
 
 
-def _plain(roles: _Roles) -> PlainText:
+def build_plain(roles: Roles) -> PlainText:
+    """Return a text."""
     return PlainText(roles.text("text"), roles.index)
 
 
-def _labelled(roles: _Roles) -> Labelled:
-    label = _LABELS[roles.problem_type](roles)
+def build_labelled(roles: Roles) -> Labelled:
+    """Return a text with one class."""
+    return _labelled(roles, _class(roles))
+
+
+def build_multi_labelled(roles: Roles) -> Labelled:
+    """Return a text with the classes that are true of it."""
+    return _labelled(roles, _classes(roles))
+
+
+def build_quantity(roles: Roles) -> Labelled:
+    """Return a text with a quantity."""
+    return _labelled(roles, _quantity(roles))
+
+
+def _labelled(roles: Roles, label: str | int | float | tuple[str | int, ...]) -> Labelled:
     pair = roles.text("text_pair") if "text_pair" in roles else None
     return Labelled(roles.text("text"), pair, label, roles.index)
 
 
-def _class(roles: _Roles) -> str | int:
+def _class(roles: Roles) -> str | int:
     label, column = roles.get("label"), repr(roles.columns["label"])
     if type(label) is float:
         _refuse_labels(
@@ -292,7 +364,7 @@ def _class(roles: _Roles) -> str | int:
     return _name(label, column)
 
 
-def _classes(roles: _Roles) -> tuple[str | int, ...]:
+def _classes(roles: Roles) -> tuple[str | int, ...]:
     labels, column = roles.get("label"), repr(roles.columns["label"])
     if type(labels) is not list:
         raise Unusable(f"{column} is {kind_of(labels)}, not a list of labels")
@@ -305,7 +377,7 @@ def _classes(roles: _Roles) -> tuple[str | int, ...]:
     return names
 
 
-def _quantity(roles: _Roles) -> float:
+def _quantity(roles: Roles) -> float:
     value, column = roles.get("label"), repr(roles.columns["label"])
     if type(value) not in (int, float, str):
         raise Unusable(f"{column} is {kind_of(value)}, not a number")
@@ -327,19 +399,13 @@ def _name(label: object, what: str) -> str | int:
     return check_text(label, what)
 
 
-_LABELS: dict[str, Callable[[_Roles], str | int | float | tuple[str | int, ...]]] = {
-    "single_label_classification": _class,
-    "multi_label_classification": _classes,
-    "regression": _quantity,
-}
-
-
-def _refuse_labels(roles: _Roles, reason: str) -> NoReturn:
+def _refuse_labels(roles: Roles, reason: str) -> NoReturn:
     """Refuse the whole table: to leave such rows out would leave none."""
     raise InputError(f"{roles.table.where(roles.index)}: {reason}.")
 
 
-def _tagged(roles: _Roles) -> Tagged:
+def build_tagged(roles: Roles) -> Tagged:
+    """Return words with their tags."""
     tokens, tags = roles.get("tokens"), roles.get("tags")
     for role, value in (("tokens", tokens), ("tags", tags)):
         if type(value) is not list:
@@ -355,7 +421,8 @@ def _tagged(roles: _Roles) -> Tagged:
     return Tagged(tuple(tokens), tuple(tags), roles.index)
 
 
-def _question(roles: _Roles) -> Question:
+def build_question(roles: Roles) -> Question:
+    """Return a question with its context and answers."""
     context, question, found = roles.text("context"), roles.text("question"), roles.get("answers")
     if type(found) is not dict or not {"text", "answer_start"} <= found.keys():
         raise Unusable(f"{roles.columns['answers']!r} lacks 'text' and 'answer_start'")
@@ -369,11 +436,5 @@ def _question(roles: _Roles) -> Question:
     return Question(context, question, tuple(zip(texts, starts, strict=True)), roles.index)
 
 
-_BUILDERS: dict[str, Callable[[_Roles], Example]] = {
-    "conversation": _conversation,
-    "text": _plain,
-    "pair": _pair,
-    "labelled": _labelled,
-    "tagged": _tagged,
-    "question": _question,
-}
+PLAIN_TEXT = Shape("text", build_plain, {"text": ("text", "content")})
+"""A text that is learned as a whole."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ftlevel.data.formats.examples import Example, Labelled, Tagged
+from ftlevel.data.formats.examples import Classed
 from ftlevel.data.sources.table import BadRow, Table
 from ftlevel.errors import InputError, listing
 
@@ -51,7 +52,7 @@ class _Class:
     row: int
 
 
-def build_label_set(examples: Sequence[Example], table: Table, column: str) -> LabelSet:
+def build_label_set(examples: Sequence[Classed], table: Table, column: str) -> LabelSet:
     """Find the classes of the training rows, or the tags of their words.
 
     Names are sorted, as numbers where all are digits. Numbers must be 0, 1, … without a gap. Names
@@ -88,13 +89,13 @@ def build_label_set(examples: Sequence[Example], table: Table, column: str) -> L
     return LabelSet(tuple(sorted(names)))
 
 
-def check_labels(labels: LabelSet, examples: Sequence[Example], table: Table) -> None:
+def check_labels(labels: LabelSet, examples: Sequence[Classed], table: Table) -> None:
     """Raise `InputError` if a row of another split has a class that training never sees."""
     _check_known(labels, _classes_of(examples), table, "is no class of the training rows")
 
 
 def find_unlabelled(
-    labels: LabelSet | None, examples: Sequence[Example], table: Table, column: str
+    labels: LabelSet | None, examples: Sequence[Any], table: Table, column: str
 ) -> list[BadRow]:
     """Return the rows whose label is no class: negative, undeclared, or not one of `labels`.
 
@@ -117,18 +118,9 @@ def find_unlabelled(
     return list(strange.values())
 
 
-def _classes_of(examples: Sequence[Example]) -> list[_Class]:
+def _classes_of(examples: Sequence[Classed]) -> list[_Class]:
     """Return each class that each row has, once a row."""
-    found: list[_Class] = []
-    for example in examples:
-        if isinstance(example, Tagged):
-            found += [_Class(tag, example.row) for tag in dict.fromkeys(example.tags)]
-        elif isinstance(example, Labelled) and not isinstance(example.label, float):
-            labels = example.label if isinstance(example.label, tuple) else (example.label,)
-            found += [_Class(label, example.row) for label in labels]
-        else:
-            raise TypeError("labels are found in the examples of a classification task only")
-    return found
+    return [_Class(label, example.row) for example in examples for label in example.classes]
 
 
 def _check_known(

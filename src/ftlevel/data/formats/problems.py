@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from ftlevel.data.formats.detect import ProblemType
 from ftlevel.data.sources.table import Row, Table
+
+ProblemType: TypeAlias = Literal[
+    "single_label_classification", "multi_label_classification", "regression"
+]
 
 
 def choose_problem_type(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
-from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.encoding.windows import Window
+from ftlevel.data.encoding.encode import IGNORED
 from ftlevel.data.gate.flat import Flat, Mask
 
 ONE_CLASS_SHARE = 0.95
@@ -61,16 +60,6 @@ def find_out_of_range(flat: Flat, vocabulary: int, *, token_labels: bool) -> Mas
         wrong = (labels >= vocabulary) | ((labels < 0) & (labels != IGNORED))
         found |= flat.labels.any(wrong)
     return found
-
-
-def find_cut_spans(rows: Sequence[Encoded]) -> Mask:
-    """Return the windows of the questions whose answer is not whole in any of them."""
-    whole = {row.row for row in rows if row.labels != (0, 0)}
-    return np.fromiter(
-        (isinstance(row, Window) and bool(row.answers) and row.row not in whole for row in rows),
-        dtype=bool,
-        count=len(rows),
-    )
 
 
 def largest_class(labels: Iterable[object]) -> tuple[object, int] | None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import RowStore, lengths_of
-from ftlevel.data.formats.examples import Conversation, Labelled, Pair, PlainText, Question, Tagged
+from ftlevel.data.formats.examples import Example
 from ftlevel.data.gate.flat import Integers, Mask, Ragged, flat_batches
 from ftlevel.data.gate.similarity import GRAM, Hashes, find_similar, hash_grams, mix
 
@@ -33,30 +33,13 @@ Keys = NDArray[np.uint64]
 _NONE = np.zeros(0, dtype=np.int64)
 
 
-def example_keys(examples: Iterable[Any]) -> Keys:
+def example_keys(examples: Iterable[Example]) -> Keys:
     """Return 64 bits of each example's text without regard to case and white space."""
     digests = b"".join(
-        blake2b(" ".join(_text(e).casefold().split()).encode(), digest_size=8).digest()
+        blake2b(" ".join(e.key_text.casefold().split()).encode(), digest_size=8).digest()
         for e in examples
     )
     return np.frombuffer(digests, dtype=np.uint64)
-
-
-def _text(example: Any) -> str:
-    match example:
-        case Conversation():
-            return "\0".join(f"{m.role}\0{m.content}" for m in example.messages)
-        case PlainText():
-            return example.text
-        case Pair():
-            return f"{example.source}\0{example.target}"
-        case Labelled():
-            return f"{example.text}\0{example.text_pair}\0{example.label}"
-        case Tagged():
-            return "\0".join((*example.tokens, *map(str, example.tags)))
-        case Question():
-            return f"{example.question}\0{example.context}\0{example.answers}"
-    raise TypeError(f"{type(example).__name__} is no example")
 
 
 def find_repeated(keys: NDArray[Any]) -> tuple[Integers, Integers]:

@@ -18,6 +18,7 @@ from ftlevel.data.gate.duplicates import Keys
 from ftlevel.data.gate.flat import Integers, Mask, examples_of, flat_batches, rows_of
 from ftlevel.data.sources.table import BadRow, Table, settle
 from ftlevel.errors import InputError
+from ftlevel.task import Task
 
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 
@@ -28,14 +29,14 @@ class Gate:
 
     Attributes:
         policy: what follows from each finding.
-        target: what the task predicts, as in `Task.target`.
+        task: says which checks its rows go through, and has some of its own.
         bos: id of the BOS token, or None.
         ends: ids at which generation stops.
         vocabulary: rows of the model's embedding.
     """
 
     policy: GateConfig
-    target: str
+    task: Task
     bos: int | None
     ends: frozenset[int]
     vocabulary: int
@@ -58,7 +59,11 @@ class Gate:
         keep, findings = self.check_rows(name, fitted, total, table)
         if name == "train":
             keep &= self._find_duplicates(rows, fitted.keys, table, findings)
-            findings += self._find_one_class(examples, total)
+            judged = [
+                judge(check, name, count, total, [what], self.policy)
+                for check, count, what in self.task.judge_examples(examples)
+            ]
+            findings += filter(None, judged)
         kept = rows if keep.all() else take_rows(rows, np.flatnonzero(keep))
         if not len(kept):
             raise InputError([f"no {name} row is left: {finding}." for finding in findings])
@@ -126,9 +131,9 @@ class Gate:
                 hit = np.flatnonzero(mask)
                 found.setdefault(check, []).append((begin + hit, flat.example[hit]))
             begin += len(flat.example)
-        if self.target == "span":
-            cut = np.flatnonzero(checks.find_cut_spans(rows))
-            found["answer_cut"] = [(cut, examples_of(rows, cut))]
+        for check, mask in self.task.look(rows).items():
+            hit = np.flatnonzero(mask)
+            found[check] = [(hit, examples_of(rows, hit))]
         joined = {
             check: map(np.concatenate, zip(*hits, strict=True)) for check, hits in found.items()
         }
@@ -136,12 +141,15 @@ class Gate:
 
     def _token_checks(self, flat: Flat) -> Iterable[tuple[str, Mask]]:
         """Yield each check of tokens with the rows in which it found something."""
-        text = self.target == "text"
+        wanted = self.task.checks
         yield "double_bos", checks.find_double_bos(flat, self.bos)
-        yield "token_range", checks.find_out_of_range(flat, self.vocabulary, token_labels=text)
-        if self.target != "mask":  # whose labels are drawn later, one at least
+        yield (
+            "token_range",
+            checks.find_out_of_range(flat, self.vocabulary, token_labels=wanted.token_labels),
+        )
+        if wanted.supervised:
             yield "unsupervised", checks.find_unsupervised(flat)
-        if text and self.ends:
+        if wanted.ends and self.ends:
             yield "missing_eos", checks.find_missing_eos(flat, self.ends)
 
     def _find_duplicates(
@@ -159,8 +167,7 @@ class Gate:
             pairs = _pairs(again, first, table)
             found = judge("exact_duplicates", "train", len(again), len(keys), pairs, policy)
             keep &= self._add(found, findings, rows, again)
-        # Questions on one context share most of their tokens by right.
-        if self.target != "span" and policy.near_duplicates != "ignore":
+        if self.task.checks.near_duplicates and policy.near_duplicates != "ignore":
             near_rows, others = duplicates.find_near(rows, rows_of(rows, again))
             near, index = np.unique(examples_of(rows, near_rows), return_index=True)
             pairs = _pairs(near, examples_of(rows, others[index]), table)
@@ -188,16 +195,6 @@ class Gate:
                 found, action="warn"
             )  # no run reads it, so that there is nothing to drop
         return leaked, [found] if found else []
-
-    def _find_one_class(self, examples: Sequence[Any], total: int) -> list[Finding]:
-        if self.target != "class" or not total or isinstance(examples[0].label, float):
-            return []
-        largest = checks.largest_class(e.label for e in examples)
-        if largest is None:
-            return []
-        label, count = largest
-        found = judge("one_class", "train", count, total, [f"label {label!r}"], self.policy)
-        return [found] if found else []
 
     def _judge(
         self, check: str, split: str, hit: Sequence[int] | Integers, total: int, table: Table

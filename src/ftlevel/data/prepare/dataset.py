@@ -16,12 +16,13 @@ from ftlevel.artifacts.cards import library_versions
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.masking import MaskedRows
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.gate import Finding
 from ftlevel.data.prepare.cache import cache_root, file_digest, files_of, folder_of, is_writable
-from ftlevel.data.prepare.examples import Asked, Prepared, load_examples, prepare_examples
+from ftlevel.data.prepare.context import EncodingContext, Prepared
+from ftlevel.data.prepare.examples import prepare_examples
+from ftlevel.data.prepare.loading import load_examples
 from ftlevel.data.prepare.parallel import Progress
 from ftlevel.data.prepare.streaming import prepare_stream
 from ftlevel.data.sources.table import Part, Table
@@ -35,62 +36,49 @@ _SOME = 1 << 16  # lines that are written at once
 _LIGHT = ("num_proc", "cache")  # fields of the data section that change no row
 
 
-def prepare_data(config: DataConfig, asked: Asked, progress: Progress) -> Prepared:
+def prepare_data(config: DataConfig, context: EncodingContext, progress: Progress) -> Prepared:
     """Return the rows of `config`, ready for the model.
 
     Args:
         config: the data section.
-        asked: what else decides the rows.
+        context: what else decides the rows.
         progress: told how many examples are encoded.
 
     Raises:
         InputError: for whatever cannot be read, learned from or made to fit.
     """
     if config.streaming:
-        return prepare_stream(config, asked)
-    key = _key(config, asked) if config.cache else None
+        return prepare_stream(config, context)
+    key = _key(config, context) if config.cache else None
     if key is None or not is_writable():
         workspace = tempfile.TemporaryDirectory(prefix="ftlevel-rows-")
-        prepared = _prepare(config, asked, Path(workspace.name), progress)
+        prepared = _prepare(config, context, Path(workspace.name), progress)
         if key is not None:
             why = f"{cache_root()} cannot be written"
             prepared.choices.append(Choice("rows", "not kept for the next run", why))
-        return _masked(replace(prepared, workspace=workspace), config, asked)
+        return context.task.finish(replace(prepared, workspace=workspace), config, context)
     with folder_of(key) as (folder, keep):
         if keep is None:
-            return _masked(_load(folder, "prepared before"), config, asked)
-        prepared = _prepare(config, asked, folder, progress)
+            return context.task.finish(_load(folder, "prepared before"), config, context)
+        prepared = _prepare(config, context, folder, progress)
         if len(prepared.train) < KEEP_FROM:
-            return _masked(_in_memory(prepared), config, asked)
+            return context.task.finish(_in_memory(prepared), config, context)
         _save(prepared, folder)
         keep(folder)
-    return _masked(_load(folder.with_name(key), "kept for the next run"), config, asked)
+    return context.task.finish(
+        _load(folder.with_name(key), "kept for the next run"), config, context
+    )
 
 
-def _prepare(config: DataConfig, asked: Asked, folder: Path, progress: Progress) -> Prepared:
-    loaded = load_examples(config, asked.task, asked.seed, lenient=asked.lenient)
+def _prepare(
+    config: DataConfig, context: EncodingContext, folder: Path, progress: Progress
+) -> Prepared:
+    loaded = load_examples(config, context.task, context.seed, lenient=context.lenient)
     large = len(loaded.train) >= KEEP_FROM
-    return prepare_examples(loaded, config, asked, folder if large else None, progress)
+    return prepare_examples(loaded, config, context, folder if large else None, progress)
 
 
-def _masked(prepared: Prepared, config: DataConfig, asked: Asked) -> Prepared:
-    """Return rows whose tokens are hidden as they are taken, for masked-lm."""
-    if asked.task.target != "mask":
-        return prepared
-
-    def hide(rows: Sequence[Encoded]) -> MaskedRows:
-        return MaskedRows(rows, asked.tokenizer, share=config.mlm_probability, seed=asked.seed)
-
-    train, validation = hide(prepared.train), hide(prepared.validation).fixed()
-    facts = {**prepared.facts, "supervised": train.count_hidden()}
-    share = f"{facts['supervised']:,} supervised, drawn anew each epoch"
-    choices = [
-        Choice(c.name, c.value, share) if c.name == "tokens" else c for c in prepared.choices
-    ]
-    return replace(prepared, train=train, validation=validation, facts=facts, choices=choices)
-
-
-def _key(config: DataConfig, asked: Asked) -> str | None:
+def _key(config: DataConfig, context: EncodingContext) -> str | None:
     """Return a digest of everything that decides the rows; None for what is not kept."""
     files: list[Path] = []
     for name in (config.dataset, *config.also):
@@ -100,19 +88,19 @@ def _key(config: DataConfig, asked: Asked) -> str | None:
         files += found
     if sum(file.stat().st_size for file in files) < SMALL_BYTES:
         return None
-    template = getattr(asked.tokenizer, "chat_template", None)
-    bounds = asked.bounds
+    template = getattr(context.tokenizer, "chat_template", None)
+    bounds = context.bounds
     if config.max_length != "auto":  # the memory decides nothing where the length is given
         bounds = replace(bounds, memory=None)
     decides = {
         "data": config.model_dump(mode="json", exclude=set(_LIGHT)),
         "files": [[str(file), file_digest(file)] for file in files],
-        "task": [asked.task.name, asked.task.instruction, asked.task.answer_cue],
-        "model": [asked.kind, asked.vocabulary, asdict(bounds)],
-        "seed": asked.seed,
-        "lenient": asked.lenient,
-        "tokenizer": _tokenizer_text(asked.tokenizer),
-        "template": [template, _probe(asked.tokenizer) if template else ""],
+        "task": [context.task.name, context.task.instruction, context.task.answer_cue],
+        "model": [context.kind, context.vocabulary, asdict(bounds)],
+        "seed": context.seed,
+        "lenient": context.lenient,
+        "tokenizer": _tokenizer_text(context.tokenizer),
+        "template": [template, _probe(context.tokenizer) if template else ""],
         "versions": library_versions(),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.fit import Bounds
-from ftlevel.data.encoding.masking import MaskedRows
 from ftlevel.data.encoding.prompts import PromptFormat
-from ftlevel.data.formats.detect import detect_format
-from ftlevel.data.formats.labels import LabelSet, check_labels
+from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.gate.duplicates import example_keys
-from ftlevel.data.gate.gate import Gate, stop_ids
+from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.encoder import Encoder
-from ftlevel.data.prepare.examples import Converter, read_splits
-from ftlevel.data.prepare.language_choice import find_languages
+from ftlevel.data.prepare.loading import open_converter, read_splits
 from ftlevel.data.sources.splits import Splits
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
-from ftlevel.tasks import TASKS
 
 _DEFAULT_SPLIT = "validation"
 
@@ -49,14 +43,7 @@ class HeldOut:
 
 
 def load_held_out(
-    config: DataConfig,
-    card: AdapterCard,
-    split: str | None,
-    *,
-    kind: str,
-    tokenizer: Any,
-    positions: int | None,
-    seed: int,
+    config: DataConfig, card: AdapterCard, split: str | None, context: EncodingContext
 ) -> HeldOut:
     """Read and encode the rows to score.
 
@@ -64,45 +51,35 @@ def load_held_out(
         config: where the rows are, and how training cut them.
         card: of what is scored: its task, prompt, labels.
         split: as wished; None takes validation, or a file as a whole.
-        kind: kind of the model.
-        tokenizer: its tokenizer.
-        positions: longest sequence that it takes, or None.
-        seed: of the training: it held rows out, and masked them.
+        context: of the model; its seed is that of the training, which held rows out.
 
     Raises:
         InputError: there are no such rows, or they are not of the task.
     """
-    task = TASKS[card.task]
-    splits = read_splits(config, task, seed)
+    task = context.task
+    fields = DataConfig.model_fields
+    known = {name: value for name, value in card.options.items() if name in fields}
+    config = config.model_copy(update=known)  # what training found out
+    splits = read_splits(config, task, context.seed)
     table, name = _choose(splits, split)
     if config.max_eval_samples is not None:
         table = table.take(range(min(len(table), config.max_eval_samples)))
-    shape = detect_format(table.columns, task.name, config.columns, config.format)
-    if task.target == "class":
-        shape = replace(shape, problem_type=card.options["problem_type"])
+    convert, _ = open_converter(table, config, task)
     labels = LabelSet(tuple(card.labels)) if card.labels else None
-    convert = Converter(config, shape, labels is not None, task.target == "tags", lenient=False)
-    table, examples = convert(name, table, labels)
-    if labels is not None:
-        check_labels(labels, examples, table)
-        if task.target == "tags":
-            table, examples = convert.without_orphans(table, examples, labels)
-    languages = find_languages(config, shape) if task.name == "translation" else None
+    table, examples = convert.known(name, table, labels)
     prompt = PromptFormat(**card.prompt) if card.prompt else None
-    encoder = Encoder(task, kind, tokenizer, config, Bounds(positions), prompt, labels).dropping(
-        name
-    )
+    encoder = Encoder(
+        task, context.kind, context.tokenizer, config, context.bounds, prompt, labels
+    ).dropping(name)
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
     if name == "validation":  # as training let them through
         _, learned = convert("train", splits.train, labels)
-        gate = Gate(
-            config.gate, task.target, tokenizer.bos_token_id, stop_ids(tokenizer), len(tokenizer)
+        rows, _ = context.gate(config.gate).check_held_out(
+            name, fitted, examples, table, example_keys(learned)
         )
-        rows, _ = gate.check_held_out(name, fitted, examples, table, example_keys(learned))
-    if task.target == "mask":
-        rows = MaskedRows(rows, tokenizer, share=config.mlm_probability, seed=seed).fixed()
-    language = languages[1].code if languages else ""
+    rows = task.fix(rows, config, context)
+    language = convert.shape.options.get("target_language", "")
     return HeldOut(table, rows, name, fitted.dropped, language, splits.name)
 
 

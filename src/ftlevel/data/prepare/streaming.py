@@ -12,9 +12,10 @@ from typing import Any
 from ftlevel.artifacts.fingerprint import rows_fingerprint, sampled_fingerprint
 from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.choices import Choice
-from ftlevel.data.gate.gate import Gate, stop_ids
+from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.encoder import Encoder
-from ftlevel.data.prepare.examples import Asked, Prepared, convert_splits, prepare_examples
+from ftlevel.data.prepare.examples import prepare_examples
+from ftlevel.data.prepare.loading import convert_splits
 from ftlevel.data.prepare.parallel import be_silent
 from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream
 from ftlevel.data.sources.splits import Splits
@@ -31,12 +32,12 @@ WHOLE_SET = ("exact_duplicates", "near_duplicates", "leaked")
 """Checks that compare rows with one another, and so are done among the first rows alone."""
 
 
-def prepare_stream(config: DataConfig, asked: Asked) -> Prepared:
+def prepare_stream(config: DataConfig, context: EncodingContext) -> Prepared:
     """Return the first rows of a stream, ready for the model, and the stream itself.
 
     Args:
         config: the data section.
-        asked: what else decides the rows.
+        context: what else decides the rows.
 
     Raises:
         InputError: the source cannot be streamed, or its first rows cannot be used.
@@ -49,27 +50,24 @@ def prepare_stream(config: DataConfig, asked: Asked) -> Prepared:
         validation_rows=config.max_eval_samples,
     )
     splits, form = _read_head(source, config)
-    loaded = convert_splits(splits, config, asked.task, lenient=asked.lenient)
-    prepared = prepare_examples(loaded, config, asked, None, be_silent)
+    loaded = convert_splits(splits, config, context.task, lenient=context.lenient)
+    prepared = prepare_examples(loaded, config, context, None, be_silent)
     length, overlong = prepared.max_length, prepared.facts["overlong"]
     if config.max_length == "auto":
-        length = _with_room(length, asked.bounds.tightest[0])
+        length = _with_room(length, context.bounds.tightest[0])
     may_lose = config.max_length == "auto" and overlong == "error"
     settled = config.model_copy(
         update={"max_length": length, "overlong": "drop" if may_lose else overlong}
     )
-    tokenizer = asked.tokenizer
     encoder = Encoder(
-        asked.task, asked.kind, tokenizer, settled, asked.bounds, prepared.prompt_format,
-        partly=True,
+        context.task, context.kind, context.tokenizer, settled, context.bounds,
+        prepared.prompt_format, partly=True,
     )  # fmt: skip
-    gate = Gate(
-        config.gate, asked.task.target, tokenizer.bos_token_id, stop_ids(tokenizer),
-        asked.vocabulary,
-    )  # fmt: skip
-    encode = ChunkEncoder(settled, loaded.format, form, encoder, gate, may_lose)
+    encode = ChunkEncoder(
+        settled, loaded.format, form, encoder, context.gate(config.gate), may_lose
+    )
     stream = RowStream(
-        source.train, encode, config.validation_rows or 0, config.shuffle_buffer, asked.seed
+        source.train, encode, config.validation_rows or 0, config.shuffle_buffer, context.seed
     )
     facts = {
         **prepared.facts,

@@ -19,7 +19,7 @@ from ftlevel.fast.head.cross_entropy import TargetHead
 from ftlevel.fast.head.loss import target_loss
 from ftlevel.fast.packing.layout import NotServedError
 from ftlevel.models.hardware import autocast
-from ftlevel.tasks.objectives import Tokens
+from ftlevel.task import TokenObjective
 
 LENGTHS = 16, 12
 """Tokens of the two rows that are tried."""
@@ -33,7 +33,7 @@ COARSE = 1e-2
 def find_head_error(
     head: TargetHead,
     model: Any,
-    objective: Tokens,
+    objective: TokenObjective,
     rows: Sequence[Encoded],
     pad_id: int,
     device: str,
@@ -69,7 +69,7 @@ def find_head_error(
     return ""
 
 
-def _pair(rows: Sequence[Encoded], objective: Tokens) -> list[Encoded]:
+def _pair(rows: Sequence[Encoded], objective: TokenObjective) -> list[Encoded]:
     """Return the beginnings of two rows, every token of which is a target."""
     pair = []
     for row, length in zip((rows[0], rows[min(1, len(rows) - 1)]), LENGTHS, strict=True):

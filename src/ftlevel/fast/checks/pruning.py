@@ -19,7 +19,7 @@ from ftlevel.fast.head.pruning import find_token_wise
 from ftlevel.fast.packing.layout import Layout, laid_out
 from ftlevel.models.hardware import autocast
 from ftlevel.models.module_tree import linear_size
-from ftlevel.tasks.objectives import Classes, MultiLabel, Objective, Regression, Tokens
+from ftlevel.task import Objective, TokenObjective
 
 FEWEST = 6
 """Tokens of the two rows that are tried, at least: some must be between those that are read."""
@@ -68,9 +68,9 @@ class ReadCheck:
             self.model.train(training)
 
     def _find_reads(self, objective: Objective, batch: dict[str, torch.Tensor]) -> Reads | None:
-        if isinstance(objective, Tokens):
+        if isinstance(objective, TokenObjective):
             return AtTargets(objective)
-        if not isinstance(objective, Classes | MultiLabel | Regression):
+        if not objective.per_row:
             return None
         seen: list[torch.Tensor] = []
 

@@ -9,7 +9,7 @@ import torch
 from ftlevel.fast.head.cross_entropy import Observe, TargetHead
 from ftlevel.fast.packing.layout import Layout, laid_out
 from ftlevel.fast.prefixes.shared_prefix import Trunk, along
-from ftlevel.tasks.objectives import Objective, Tokens
+from ftlevel.task import Objective, TokenObjective
 
 
 def base_model(model: Any) -> Any:
@@ -33,7 +33,7 @@ def target_loss(
         batch: inputs and labels.
         observe: is given scores and targets.
     """
-    if not isinstance(objective, Tokens):
+    if not isinstance(objective, TokenObjective):
         raise TypeError("a language head predicts tokens")
     inputs = dict(batch)
     labels = inputs.pop("labels")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ftlevel.tasks.objectives import Tokens
+from ftlevel.task import TokenObjective
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -20,7 +20,7 @@ class AtTargets:
         objective: says where they are.
     """
 
-    objective: Tokens
+    objective: TokenObjective
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return (read,) places in the flattened (batch, seq)."""

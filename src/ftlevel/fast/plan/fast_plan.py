@@ -18,7 +18,7 @@ from ftlevel.fast.plan.liger import uses_liger
 from ftlevel.fast.plan.workers import VIRTUAL_TOKENS, find_random, plan_lanes
 from ftlevel.fast.prefixes.tree import share_of_shared
 from ftlevel.models.module_tree import find_blocks
-from ftlevel.tasks.objectives import Objective, Tokens
+from ftlevel.task import Objective, TokenObjective
 
 FEWEST_TOKENS = 1024
 """A pass is filled up to this many tokens whatever the batch size: less is slow."""
@@ -202,6 +202,6 @@ def takes_attention(model: Any) -> bool:
 
 def has_target_head(model: Any, objective: Objective | None) -> bool:
     """Whether `model` has a language head that can be computed on targets only."""
-    if not isinstance(objective, Tokens) or model.get_output_embeddings() is None:
+    if not isinstance(objective, TokenObjective) or model.get_output_embeddings() is None:
         return False
     return not objective.feeds_labels or hasattr(model, "prepare_decoder_input_ids_from_labels")

@@ -16,8 +16,8 @@ from ftlevel.config.methods import default_learning_rate
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.data.encoding.chat_templates import choose_chat_template
 from ftlevel.data.encoding.pad_token import choose_pad_token
+from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
-from ftlevel.data.prepare.examples import Asked, Prepared
 from ftlevel.data.prepare.parallel import Progress, be_silent
 from ftlevel.errors import ConfigError
 from ftlevel.fast.plan.fast_plan import FastPlan, plan_fast
@@ -30,7 +30,6 @@ from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import (
     build_task_model,
-    find_new_poolers,
     label_overrides,
     load_config,
     load_tokenizer,
@@ -41,10 +40,9 @@ from ftlevel.models.quantized import (
     stored_quantization,
 )
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
-from ftlevel.models.targets import find_heads, find_new_language_head
 from ftlevel.models.threads import choose_threads
-from ftlevel.tasks import TASKS, Task
-from ftlevel.tasks.objectives import Objective, build_objective
+from ftlevel.task import Objective
+from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.method_targets import find_method_targets
 
@@ -78,7 +76,7 @@ class Plan:
     """
 
     source: ModelSource
-    task: Task
+    task: BaseTask
     kind: str
     auto_class: str
     model_config: Any
@@ -128,21 +126,15 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
     pad = choose_pad_token(tokenizer)
     bounds = find_bounds(config, bare, device.value, dtype.value)
     vocabulary = bare.get_text_config().vocab_size
-    asked = Asked(task, kind, tokenizer, vocabulary, bounds, config.train.seed, lenient)
-    data = prepare_data(config.data, asked, progress)
+    context = EncodingContext(task, kind, tokenizer, vocabulary, bounds, config.train.seed, lenient)
+    data = prepare_data(config.data, context, progress)
     model_config = _task_config(source, data.facts, tokenizer)
     layers = _keep_every_layer(model_config)
     meta = build_task_model(model_config, auto_class)
     _check_checkpointing(config, meta)
-    heads, new_modules = _heads(task, meta, source)
+    heads, new_modules = task.find_heads(meta, source)
     adapted = find_method_targets(config.method, meta, source.name, config.quant.kind)
-    objective = build_objective(
-        task,
-        kind,
-        problem_type=data.facts["problem_type"],
-        labels=data.facts["labels"],
-        unanswerable=data.facts["unanswerable"],
-    )
+    objective = task.build_objective(kind, data.facts)
     learning_rate = _learning_rate(config, source)
     threads = [choose_threads()] if device.value == "cpu" else []
     fast = plan_fast(config, meta, kind, objective, device.value, data.train, data.max_length)
@@ -205,23 +197,8 @@ def _settle_quantization(
     return settled
 
 
-def _heads(task: Task, meta: Any, source: ModelSource) -> tuple[list[str], list[str]]:
-    """Return the modules to train in full, and those whose weights a checkpoint may lack."""
-    if task.has_new_head:
-        heads = list(dict.fromkeys([*find_new_poolers(meta, source), *find_heads(meta)]))
-        return heads, heads
-    if task.target == "mask":
-        return find_new_language_head(meta)
-    return [], []
-
-
-def _head_choices(task: Task, heads: list[str]) -> list[Choice]:
-    if not heads:
-        return []
-    why = "trained in full and saved"
-    if task.target == "mask":
-        why = f"the checkpoint has no masked language head: new, {why}"
-    return [Choice("heads", ", ".join(heads), why)]
+def _head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
+    return [Choice("heads", ", ".join(heads), task.why_heads)] if heads else []
 
 
 def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.formats.detect import detect_format
+from ftlevel.config import DataConfig
 from ftlevel.data.formats.examples import (
     Conversation,
     Example,
@@ -16,11 +16,12 @@ from ftlevel.data.formats.examples import (
     PlainText,
     Question,
     Tagged,
-    drop_bad_rows,
+    convert_rows,
     to_examples,
 )
-from ftlevel.data.sources.table import Table
+from ftlevel.data.sources.table import Table, settle
 from ftlevel.errors import InputError
+from ftlevel.tasks import TASKS
 
 GEN, SUM, CLS = "text-generation", "summarization", "text-classification"
 FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
@@ -34,7 +35,7 @@ def table_of(*rows: dict[str, Any]) -> Table:
 
 def convert(task: str, *rows: dict[str, Any], **mapping: str) -> list[Example]:
     table = table_of(*rows)
-    return to_examples(table, detect_format(table.columns, task, mapping))
+    return to_examples(table, TASKS[task].find_format(table.columns, DataConfig(columns=mapping)))
 
 
 def talk(*turns: str) -> Conversation:
@@ -227,7 +228,7 @@ def test_unusable_row(task: str, row: dict[str, Any], reason: str) -> None:
 def test_unusable_rows_are_collected_or_dropped() -> None:
     texts = ["a", None, "", "b", *([""] * 5)]
     table = table_of(*({"text": text} for text in texts))
-    found = detect_format(["text"], GEN)
+    found = TASKS[GEN].find_format(["text"], DataConfig())
     with pytest.raises(InputError) as caught:
         to_examples(table, found)
     assert caught.value.problems == [
@@ -236,7 +237,7 @@ def test_unusable_rows_are_collected_or_dropped() -> None:
         "x.jsonl: 7 of 9 rows are bad (the first 5 are above). Fix them, or drop bad rows with "
         "--on-bad-row skip.",
     ]
-    kept = drop_bad_rows(table, found)
+    kept = settle(table, convert_rows(table, found)[1], "skip")
     assert to_examples(kept, found) == [PlainText("a", 0), PlainText("b", 1)]
     assert kept.where(1) == "x.jsonl:4"
     assert [row.line for row in kept.dropped] == [2, 3, 5, 6, 7, 8, 9]
@@ -264,7 +265,7 @@ def test_labels_of_another_problem_type(label: Any, message: str) -> None:
 
 
 def test_a_split_that_lacks_a_column() -> None:
-    found = detect_format(["text", "label"], CLS)
+    found = TASKS[CLS].find_format(["text", "label"], DataConfig())
     with pytest.raises(InputError) as caught:
         to_examples(table_of({"text": "t", "class": 1}), found)
     assert str(caught.value) == (

@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 
+from ftlevel.config import DataConfig
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import Labelled, to_examples
+from ftlevel.data.formats.examples import Labelled, build_labelled, to_examples
 from ftlevel.data.formats.labels import build_label_set, check_labels
 from ftlevel.data.formats.problems import choose_problem_type
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
+from ftlevel.tasks import TASKS
 
 SINGLE, SEVERAL, QUANTITY = (
     "single_label_classification", "multi_label_classification", "regression",
@@ -23,7 +25,9 @@ def table(*labels: Any) -> Table:
 
 def convert(problem: Any, *labels: Any) -> list[Any]:
     columns = {"text": "text", "label": "label"}
-    shape = Format("text-classification", "", "labelled", columns, (), problem)
+    config = DataConfig(problem_type=problem)
+    shape = Format("text-classification", "", build_labelled, columns)
+    shape, _ = TASKS["text-classification"].read_columns(shape, table(*labels), config)
     return [e.label for e in to_examples(table(*labels), shape) if isinstance(e, Labelled)]
 
 

@@ -8,6 +8,7 @@ import pytest
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.windows import Window
 from ftlevel.data.gate import Flat, checks
+from ftlevel.tasks import TASKS
 
 _ = IGNORED
 BOS, EOS = 1, 2
@@ -79,7 +80,7 @@ def test_an_answer_that_lies_in_no_window() -> None:
         Window([1], (0, 0), 1, {}, "", answers),
         Window([1], (0, 0), 2, {}, "", ()),
     ]
-    assert hits(checks.find_cut_spans(windows)) == [2, 3]
+    assert hits(TASKS["question-answering"].look(windows)["answer_cut"]) == [2, 3]
 
 
 def test_one_class() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.fit import Bounds
-from ftlevel.data.prepare.examples import Asked, Prepared
+from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.row_stream import RowStream
 from ftlevel.data.prepare.streamed_rows import InOrder, StreamedRows
 from ftlevel.data.prepare.streaming import prepare_stream
@@ -26,10 +26,10 @@ def prepare(path: Path, rows: list[Any], **options: Any) -> Prepared:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = DataConfig(dataset=str(path), streaming=True, shuffle_buffer=20, **options)
     tokenizer = build_tokenizer("llama", None)
-    asked = Asked(
+    context = EncodingContext(
         TASKS["text-generation"], "decoder", tokenizer, len(tokenizer), Bounds(200), seed=3
     )
-    return prepare_stream(config, asked)
+    return prepare_stream(config, context)
 
 
 def pair(i: int) -> dict[str, str]:

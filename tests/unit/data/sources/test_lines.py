@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlevel.data.formats.detect import detect_format
+from ftlevel.config import DataConfig
 from ftlevel.data.formats.examples import LazyExamples, convert_rows
 from ftlevel.data.sources import lines
 from ftlevel.data.sources.lines import LineNumbers, LineRows
 from ftlevel.data.sources.reader import read_table
 from ftlevel.errors import InputError
+from ftlevel.tasks import TASKS
 
 ROW = b'{"prompt": "caf\xc3\xa9 %d", "completion": "x"}\n'
 GOOD = [
@@ -49,7 +50,7 @@ def test_the_same_rows(content: bytes, tmp_path: Path, monkeypatch: pytest.Monke
     taken = large.take([1, 0])
     assert [taken.rows[0], taken.rows[1]] == [small.rows[1], small.rows[0]]
     assert taken.where(0) == small.where(1)
-    format_ = detect_format(small.columns, "text-generation")
+    format_ = TASKS["text-generation"].find_format(small.columns, DataConfig())
     examples, bad = convert_rows(large, format_)
     assert isinstance(examples, LazyExamples)
     assert (list(examples), bad) == convert_rows(small, format_)

@@ -17,7 +17,11 @@ from ftlevel.fast.plan.fast_plan import FastPlan
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.module_tree import find_blocks
-from ftlevel.tasks.objectives import IGNORED, Classes, Objective, Spans, Tags, Tokens
+from ftlevel.task import IGNORED, Objective
+from ftlevel.tasks.classes import Classes
+from ftlevel.tasks.span import Spans
+from ftlevel.tasks.tags import Tags
+from ftlevel.tasks.tokens import Tokens
 
 OBJECTIVES: dict[str, Objective] = {
     "causal": Tokens("perplexity", shifted=True),

@@ -1,0 +1,20 @@
+"""The tasks by name, and the module that holds each: a new task is its file and a line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+TASKS: dict[str, str] = {
+    "text-generation": "ftlevel.tasks.text",
+    "summarization": "ftlevel.tasks.text",
+    "translation": "ftlevel.tasks.text",
+    "text-classification": "ftlevel.tasks.classes",
+    "token-classification": "ftlevel.tasks.tags",
+    "question-answering": "ftlevel.tasks.span",
+    "masked-lm": "ftlevel.tasks.mask",
+}
+
+if TYPE_CHECKING:
+    TaskName: TypeAlias = str
+else:
+    TaskName = Literal[tuple(TASKS)]

@@ -1,0 +1,171 @@
+"""From the data section of the configuration to examples, before a tokenizer sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ftlevel.config import DataConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.examples import convert_rows, to_examples
+from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels, find_unlabelled
+from ftlevel.data.gate import Finding
+from ftlevel.data.gate.gate import settle_faults
+from ftlevel.data.sources.splits import Splits, hold_out, join_splits, load_splits
+from ftlevel.data.sources.table import BadRow, Table, settle
+from ftlevel.task import Task
+
+BUILTIN_ROWS = 192
+"""Training rows taken from the built-in set where the user gives no number: a quick first run."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows as read, before a tokenizer sees them.
+
+    Attributes:
+        splits: tables of the splits.
+        format: what the columns are.
+        train: examples of the training split.
+        validation: examples of the validation split, or None.
+        labels: the classes or tags, or None.
+        choices: lines for the screen about what the task read off the columns.
+        findings: rows that nothing could be learned from.
+    """
+
+    splits: Splits
+    format: Format
+    train: Sequence[Any]
+    validation: Sequence[Any] | None
+    labels: LabelSet | None
+    choices: list[Choice] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = False) -> Loaded:
+    """Read the data set and turn its rows into examples of `task`.
+
+    Args:
+        config: the data section.
+        task: the task.
+        seed: of the rows that are held out.
+        lenient: leave out and report rows that ought to stop the run, as a preview does.
+
+    Raises:
+        InputError: with `path:line`, for whatever cannot be read or learned from.
+    """
+    return convert_splits(read_splits(config, task, seed), config, task, lenient=lenient)
+
+
+def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: bool) -> Loaded:
+    """Turn the rows of `splits` into examples of `task`; else as `load_examples`."""
+    convert, told = open_converter(splits.train, config, task, lenient=lenient)
+    choices = [*(Choice("note", note) for note in splits.notes), *told]
+    train, examples = convert("train", splits.train, None)
+    labels = None
+    if convert.label_column is not None:
+        labels = build_label_set(examples, train, convert.label_column)
+        train, examples = convert.without_faults(train, examples, labels)
+    validation, held_out = splits.validation, None
+    if validation is not None:
+        validation, held_out = convert.known("validation", validation, labels)
+    kept = Splits(train, validation, splits.test, splits.name, splits.notes)
+    return Loaded(kept, convert.shape, examples, held_out, labels, choices, convert.findings)
+
+
+def open_converter(
+    table: Table, config: DataConfig, task: Task, *, lenient: bool = False
+) -> tuple[Converter, list[Choice]]:
+    """Return what turns rows such as those of `table` into examples, and lines for the screen.
+
+    Raises:
+        InputError: the columns do not say what to learn.
+    """
+    shape, choices = task.read_columns(task.find_format(table.columns, config), table, config)
+    return Converter(config, task, shape, lenient), choices
+
+
+@dataclass
+class Converter:
+    """Turns tables into examples; what has to be left out is collected in `findings`."""
+
+    config: DataConfig
+    task: Task
+    shape: Format
+    lenient: bool
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def label_column(self) -> str | None:
+        """The column whose values are classes; None where there are none."""
+        role = self.task.label_role(self.shape)
+        return self.shape.columns[role] if role is not None else None
+
+    def __call__(
+        self, split: str, table: Table, labels: LabelSet | None
+    ) -> tuple[Table, Sequence[Any]]:
+        """Return the rows that can be learned from, and their examples."""
+        examples: Sequence[Any]
+        examples, bad = convert_rows(table, self.shape)
+        column = self.label_column
+        if column is not None and (self.lenient or self.config.gate.unknown_label == "drop"):
+            bad += find_unlabelled(labels, examples, table, column)
+        if not bad:
+            return table, examples
+        return self._settled(split, table, bad)
+
+    def known(
+        self, split: str, table: Table, labels: LabelSet | None
+    ) -> tuple[Table, Sequence[Any]]:
+        """Return the rows and examples of a split whose classes are those of `labels`.
+
+        Raises:
+            InputError: a row has another class, or classes that do not go together.
+        """
+        table, examples = self(split, table, labels)
+        if labels is None:
+            return table, examples
+        check_labels(labels, examples, table)
+        return self.without_faults(table, examples, labels)
+
+    def without_faults(
+        self, table: Table, examples: Sequence[Any], labels: LabelSet
+    ) -> tuple[Table, Sequence[Any]]:
+        """Refuse rows whose classes do not go together, or drop them as the configuration says."""
+        faults = self.task.find_faults(examples, labels, table)
+        if not faults:
+            return table, examples
+        table = settle(table, faults, self.config.on_bad_row)
+        return table, to_examples(table, self.shape)
+
+    def _settled(self, split: str, table: Table, bad: list[BadRow]) -> tuple[Table, Sequence[Any]]:
+        table, found = settle_faults(table, bad, self.config, split, lenient=self.lenient)
+        self.findings += found
+        return table, to_examples(table, self.shape)
+
+
+def read_splits(config: DataConfig, task: Task, seed: int) -> Splits:
+    """Return the splits as far as the configuration wants them."""
+    parts = [_read_one(name, config, task) for name in (config.dataset, *config.also)]
+    splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
+    if config.validation_split:
+        splits = hold_out(splits, config.validation_split, seed)
+    train, validation = splits.train, splits.validation
+    if config.max_samples and config.max_samples < len(train):
+        train = replace(train.take(range(config.max_samples)), dropped=train.dropped)
+    if validation is not None and config.max_eval_samples:
+        validation = validation.take(range(min(len(validation), config.max_eval_samples)))
+    return Splits(train, validation, splits.test, splits.name, splits.notes)
+
+
+def _read_one(name: str, config: DataConfig, task: Task) -> Splits:
+    builtin = name.startswith("builtin:")
+    return load_splits(
+        name,
+        split=config.split,
+        subset=config.subset or (task.builtin_subset or None if builtin else None),
+        on_bad_row=config.on_bad_row,
+        max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
+    )

@@ -1,0 +1,328 @@
+"""What every task is, whatever it predicts: the answers that most of them give to the rest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from ftlevel.config import TASKS as NAMES
+from ftlevel.config import DataConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.formats.detect import Format, NoFormatError, Shape, detect_format, fits
+from ftlevel.data.formats.labels import LabelSet
+from ftlevel.data.sources.table import BadRow, Table
+from ftlevel.errors import ConfigError, InputError, listing
+from ftlevel.task import Checks, Objective, ScoreTexts
+from ftlevel.tasks.registry import find_task
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.gate.flat import Mask
+    from ftlevel.data.prepare.context import EncodingContext, Prepared
+    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.loading import Loaded
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model says to one prompt.
+
+    Attributes:
+        text: to be shown.
+        scores: class or word → probability; empty where there are none.
+        tags: each word with its tag; empty but for token classification.
+    """
+
+    text: str
+    scores: dict[str, float] = field(default_factory=dict)
+    tags: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Asked(Protocol):
+    """A model that is asked.
+
+    Attributes:
+        tokenizer: its tokenizer.
+        kind: kind of the model.
+        labels: names of the classes or tags.
+        options: of the task, as `card_options` gave them.
+        max_length: of a training row, in tokens.
+        prompt_format: as in training; None where there are no prompts.
+    """
+
+    tokenizer: Any
+    kind: str
+    labels: Sequence[str]
+    options: Mapping[str, Any]
+    max_length: int
+    prompt_format: PromptFormat | None
+
+    def write(self, prompts: Sequence[list[int]]) -> list[str]:
+        """Return the text that it writes after each prompt, given as token ids."""
+
+    def score(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
+        """Yield the logits of each row, without padding, in order."""
+
+
+class Speller(Protocol):
+    """Says what text each token stands for."""
+
+    def spell(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each of `ids`."""
+
+
+@dataclass(frozen=True)
+class BaseTask(ABC):
+    """A task; a kind of target derives from it, and says what is different.
+
+    Attributes:
+        name: as in `--task`.
+        shapes: what it can make of columns; of those that fit, the first is taken.
+        auto_classes: kind of model → transformers' auto class.
+        peft_types: kind of model → PEFT's TaskType; a kind without one is a plain `PeftModel`.
+        headline: the metric that is shown first, without prefix.
+        instruction: what a decoder or T5 is told before the source text; empty for none.
+        answer_cue: what ends the prompt of a model without a chat template.
+        generates: whether generated text is scored by default.
+        score_texts: scores generated texts against references in a language ("" if unknown).
+        refusals: kind of model → why the task cannot be had, and what to do.
+        builtin_subset: which part of `builtin:docstrings` is read; empty for all.
+        has_new_head: whether the head is new on a pretrained model, and so trained in full.
+        writes_text: whether the model writes text.
+        needs_offsets: whether encoding asks which characters a token covers.
+        finds_ends_by_padding: whether the model finds the end of a row by its padding token.
+        wants_context: whether a question is asked about a text of its own.
+        checks: which checks of the gate its rows go through.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    auto_classes: Mapping[str, str]
+    peft_types: Mapping[str, str]
+    headline: str
+    instruction: str = ""
+    answer_cue: str = ""
+    generates: bool = False
+    score_texts: ScoreTexts | None = None
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    builtin_subset: str = ""
+
+    has_new_head: ClassVar[bool] = False
+    writes_text: ClassVar[bool] = False
+    needs_offsets: ClassVar[bool] = False
+    finds_ends_by_padding: ClassVar[bool] = False
+    wants_context: ClassVar[bool] = False
+    checks: ClassVar[Checks] = Checks()
+    split_words: ClassVar[str] = "split into several"
+
+    # ---- the model
+
+    def auto_class(self, kind: str, model_type: str) -> str:
+        """Return transformers' auto class for a model of `kind`.
+
+        Raises:
+            ConfigError: the task cannot be done by such a model.
+        """
+        if kind in self.auto_classes:
+            return self.auto_classes[kind]
+        wanted = listing(self.auto_classes)
+        raise ConfigError(
+            f"--task {self.name} cannot be used with {model_type}, which is {_article(kind)}; it "
+            f"needs {_article(wanted)}. {self.refusals.get(kind, '')}".strip()
+        )
+
+    def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
+        """Return the modules to train in full, and those whose weights a checkpoint may lack.
+
+        Args:
+            meta: the model on the meta device.
+            source: where its weights are.
+        """
+        if not self.has_new_head:
+            return [], []
+        from ftlevel.models.loading import find_new_poolers
+        from ftlevel.models.targets import find_heads
+
+        heads = list(dict.fromkeys([*find_new_poolers(meta, source), *find_heads(meta)]))
+        return heads, heads
+
+    @property
+    def why_heads(self) -> str:
+        """Why the modules that `find_heads` gave are trained in full, for the screen."""
+        return "trained in full and saved"
+
+    @abstractmethod
+    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
+        """Return what a model of `kind` is trained on.
+
+        Args:
+            kind: encoder, decoder or encoder-decoder.
+            facts: of the data, or of a card: its labels and what `card_options` gave.
+        """
+
+    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what else must be known to ask the model as it was trained."""
+        return {}
+
+    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+        """Return `prompt`, `labels` and `options` of a card for a model that has none."""
+        return {}
+
+    def describe_head(self, labels: Sequence[str]) -> str:
+        """Return what tells the head apart from one that answers otherwise."""
+        return f"{self.name} of {', '.join(labels)}" if labels else self.name
+
+    # ---- from columns to encoded rows
+
+    def find_format(self, columns: Sequence[str], config: DataConfig) -> Format:
+        """Return what `columns` are used for.
+
+        Raises:
+            InputError: no format of the task fits.
+        """
+        try:
+            return detect_format(columns, self.name, self.shapes, config.columns, config.format)
+        except NoFormatError as error:
+            others = (task for task in map(find_task, NAMES) if task.name != self.name)
+            other = next((task.name for task in others if fits(columns, task.shapes)), None)
+            if other is None:
+                raise
+            raise InputError(f"{error} These columns fit --task {other}.") from None
+
+    def read_columns(
+        self,
+        format_: Format,
+        table: Table,
+        config: DataConfig,
+    ) -> tuple[Format, list[Choice]]:
+        """Return the format with what the task reads off the columns, and the lines about it."""
+        return format_, []
+
+    def label_role(self, format_: Format) -> str | None:
+        """Return the role whose values are classes, to be numbered; None where there are none."""
+        return None
+
+    def find_faults(
+        self,
+        examples: Sequence[Any],
+        labels: LabelSet,
+        table: Table,
+    ) -> list[BadRow]:
+        """Return the rows whose classes do not go together."""
+        return []
+
+    def prompt_format(
+        self,
+        format_: Format,
+        kind: str,
+        tokenizer: Any,
+    ) -> PromptFormat | None:
+        """Return how prompts are laid out for a model of `kind`; None where there are none."""
+        return None
+
+    @abstractmethod
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+        """Return the encoded rows of `examples`, of a length that fits.
+
+        Raises:
+            InputError: one cannot be encoded or made to fit.
+        """
+
+    def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
+        """Return check of the gate → the rows with a finding, beside those that `checks` names."""
+        return {}
+
+    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        """Return (check of the gate, examples with it, what it is) for training examples."""
+        return ()
+
+    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+        """Return what summary.json says of the data, beside what is known of any."""
+        return {}
+
+    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+        """Return the lines for the screen that say how much there is to learn."""
+        tokens, supervised = facts["tokens"], facts["supervised"]
+        share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
+        return [Choice("tokens", f"{tokens:,} an epoch", share)]
+
+    def finish(
+        self,
+        prepared: Prepared,
+        config: DataConfig,
+        context: EncodingContext,
+    ) -> Prepared:
+        """Return `prepared` as it is trained on: where labels are drawn anew, with the draws."""
+        return prepared
+
+    def fix(
+        self,
+        rows: Sequence[Encoded],
+        config: DataConfig,
+        context: EncodingContext,
+    ) -> Sequence[Encoded]:
+        """Return rows to score, which are the same whenever they are taken."""
+        return rows
+
+    # ---- answers, probes and pictures
+
+    @abstractmethod
+    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+        """Return what `model` says to each prompt.
+
+        Args:
+            model: what is asked.
+            prompts: one or more.
+            context: where answers are looked for; given where the task wants one.
+
+        Raises:
+            ConfigError: a prompt that nothing can be said to.
+        """
+
+    @abstractmethod
+    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
+        """Return labels for a row of random tokens, of the form that training rows have.
+
+        Args:
+            ids: the row.
+            labels: names of the classes or tags.
+            options: as `card_options` gave them.
+        """
+
+    def show_targets(
+        self,
+        row: Encoded,
+        names: Sequence[str],
+        kind: str,
+        speller: Speller,
+    ) -> list[str | None]:
+        """Return what is learned at each token of `row`; "" for the token itself, None for nothing.
+
+        Args:
+            row: an encoded row.
+            names: of the classes or tags.
+            kind: of the model.
+            speller: says what text a token stands for.
+        """
+        labels, count = row.labels, len(row.input_ids)
+        if not isinstance(labels, list) or len(labels) != count:
+            return [None] * count
+        return [None if label == IGNORED else "" for label in labels]
+
+    def show_answer(self, row: Encoded, kind: str) -> list[int]:
+        """Return the ids of a target that is apart from the row, as an encoder-decoder's."""
+        return []
+
+    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+        """Return what is learned of the whole row; "" where tokens are learned."""
+        return ""
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

@@ -1,0 +1,368 @@
+"""Text classification: a text or two has one class, several, or a quantity (regression)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftlevel.config import DataConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.encode import Encoded, encode_labelled
+from ftlevel.data.formats.detect import Format, Shape
+from ftlevel.data.formats.examples import (
+    Labelled,
+    build_labelled,
+    build_multi_labelled,
+    build_quantity,
+)
+from ftlevel.data.formats.labels import LabelSet
+from ftlevel.data.formats.problems import choose_problem_type
+from ftlevel.data.sources.table import Table
+from ftlevel.errors import listing
+from ftlevel.task import Meter, Objective
+from ftlevel.tasks.base import Asked, BaseTask, Reply
+from ftlevel.tasks.pairs import Pairs
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.loading import Loaded
+
+NO_LABEL = "(no label)"
+_SINGLE, _SEVERAL, _QUANTITY = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
+_BUILDERS = {_SINGLE: build_labelled, _SEVERAL: build_multi_labelled, _QUANTITY: build_quantity}
+_LABEL = ("label", "labels", "class", "category", "sentiment")
+_PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("question", "sentence"),
+)
+
+
+@dataclass(frozen=True)
+class ClassTask(BaseTask):
+    """A task whose target is said of a whole row."""
+
+    has_new_head: ClassVar[bool] = True
+    finds_ends_by_padding: ClassVar[bool] = True
+
+    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
+        """Return what the problem type asks for."""
+        problem = facts.get("problem_type")
+        if problem == _SEVERAL:
+            return MultiLabel("micro_f1")
+        return Regression("pearson") if problem == _QUANTITY else Classes(self.headline)
+
+    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the problem type, by transformers' name."""
+        return {"problem_type": facts["problem_type"]}
+
+    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+        """Return the classes that the model's config names, and its problem type."""
+        labels = read_labels(model_config)
+        usual = _QUANTITY if len(labels) == 1 else _SINGLE
+        return {
+            "labels": labels,
+            "options": {"problem_type": model_config.problem_type or usual},
+        }
+
+    def read_columns(
+        self, format_: Format, table: Table, config: DataConfig
+    ) -> tuple[Format, list[Choice]]:
+        """Return the format with the problem type, which decides what an example is."""
+        problem, reason = choose_problem_type(table, format_.columns["label"], config.problem_type)
+        known = replace(format_, build=_BUILDERS[problem], options={"problem_type": problem})
+        return known, [Choice("problem", problem, reason)]
+
+    def label_role(self, format_: Format) -> str | None:
+        """Return `label`, but for a quantity."""
+        return None if format_.options["problem_type"] == _QUANTITY else "label"
+
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+        """Return the texts with the numbers of their classes, or their quantities."""
+        targets = _Targets(encoder.labels)
+
+        def encode(some: Sequence[Any]) -> list[Encoded]:
+            return encode_labelled(encoder.tokenizer, some, targets)
+
+        return encoder.fit(encoder.collect(encode, examples), table)
+
+    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        """Return the class that nearly all examples have."""
+        from ftlevel.data.gate.checks import largest_class
+
+        if not examples or isinstance(examples[0].label, float):
+            return ()
+        largest = largest_class(e.label for e in examples)
+        return () if largest is None else [("one_class", largest[1], f"label {largest[0]!r}")]
+
+    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+        """Return the problem type."""
+        return {"problem_type": loaded.format.options["problem_type"]}
+
+    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+        """Return nothing: a row is a target, and the rows are counted already."""
+        return []
+
+    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+        """Return the class of each text, its classes, or its quantity."""
+        texts = [Labelled(text, None, 0, i) for i, text in enumerate(prompts)]
+        rows = encode_labelled(model.tokenizer, texts, lambda _: 0)
+        return [_read_label(model, logits.float()) for logits in model.score(rows)]
+
+    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
+        """Return a class, no class, or a quantity."""
+        problem = options.get("problem_type")
+        if problem == _SEVERAL:
+            return (0.0,) * len(labels)
+        return 0.0 if problem == _QUANTITY else 0
+
+    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+        """Return the names of the row's classes, or its quantity."""
+        labels = row.labels
+        if isinstance(labels, tuple):
+            return listing((n for n, on in zip(names, labels, strict=True) if on), 20) or "(none)"
+        return names[labels] if isinstance(labels, int) and names else str(labels)
+
+
+def read_labels(model_config: Any) -> list[str]:
+    """Return the names of the classes that a model's config gives them, by number."""
+    return [str(model_config.id2label[index]) for index in sorted(model_config.id2label)]
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Example → its class's number, 0.0 or 1.0 for each class, or its quantity."""
+
+    labels: LabelSet | None
+
+    def __call__(self, example: Labelled) -> int | float | tuple[float, ...]:
+        label = example.label
+        if isinstance(label, float):
+            return label
+        if self.labels is None:
+            raise TypeError("a class has a label set")
+        if isinstance(label, tuple):
+            true = {self.labels.id_of(name) for name in label}
+            return tuple(float(i in true) for i in range(len(self.labels)))
+        return self.labels.id_of(label)
+
+
+def _read_label(model: Asked, logits: torch.Tensor) -> Reply:
+    problem = model.options.get("problem_type")
+    if problem == _QUANTITY:
+        return Reply(f"{float(logits[0]):.4f}")
+    several = problem == _SEVERAL
+    shares = logits.sigmoid() if several else logits.softmax(-1)
+    scores = dict(zip(model.labels, shares.tolist(), strict=True))
+    if several:
+        above = [label for label, share in scores.items() if share > 0.5]
+        return Reply(", ".join(above) or NO_LABEL, scores)
+    return Reply(max(scores, key=lambda label: scores[label]), scores)
+
+
+@dataclass(frozen=True)
+class Classes(Objective):
+    """Cross entropy over rows: logits `(batch, classes)`, labels `(batch,)`."""
+
+    per_row: ClassVar[bool] = True
+
+    def loss_sum(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the sum of the negative log likelihoods, in nats."""
+        from torch.nn import functional
+
+        return functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+    def meter(self) -> Meter:
+        """Return a `ClassMeter`."""
+        return ClassMeter()
+
+
+@dataclass(frozen=True)
+class MultiLabel(Objective):
+    """Binary cross entropy over rows and classes: logits and float labels `(batch, classes)`."""
+
+    per_row: ClassVar[bool] = True
+
+    def choices(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return yes and no of each class: a logit z is the choice between 0 and z."""
+        import torch
+
+        flat = logits.reshape(-1, 1)
+        return torch.cat([torch.zeros_like(flat), flat], dim=1)
+
+    def count(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return rows times classes."""
+        import torch
+
+        return torch.tensor(labels.numel())
+
+    def loss_sum(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the sum over every class of every row, in nats."""
+        from torch.nn import functional
+
+        return functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
+
+    def meter(self) -> Meter:
+        """Return a `MultiLabelMeter`."""
+        return MultiLabelMeter()
+
+
+@dataclass(frozen=True)
+class Regression(Objective):
+    """Squared error over rows: logits `(batch, 1)`, float labels `(batch,)`."""
+
+    per_row: ClassVar[bool] = True
+    has_choice: ClassVar[bool] = False
+
+    def count(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the number of rows; -100.0 is a number like any other."""
+        import torch
+
+        return torch.tensor(labels.numel())
+
+    def loss_sum(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the sum of the squared errors."""
+        from torch.nn import functional
+
+        return functional.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")
+
+    def meter(self) -> Meter:
+        """Return a `RegressionMeter`."""
+        return RegressionMeter()
+
+
+class ClassMeter(Pairs):
+    """Accuracy, macro F1 and Matthews' correlation of single-label classification."""
+
+    def update(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        rows: Sequence[Any],
+    ) -> None:
+        """Add a batch: logits `(batch, classes)`, labels `(batch,)`."""
+        self.predicted += logits.argmax(-1).tolist()
+        self.true += labels.tolist()
+
+    def compute(self, loss: float) -> dict[str, float]:
+        """Return accuracy, F1 (its mean over the classes that occur) and MCC (-1 to 1)."""
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+        return {
+            "accuracy": float(accuracy_score(self.true, self.predicted)),
+            "f1": float(f1_score(self.true, self.predicted, average="macro", zero_division=0)),
+            "mcc": float(matthews_corrcoef(self.true, self.predicted)),
+        }
+
+
+class MultiLabelMeter(Pairs):
+    """F1 and subset accuracy of labels that are told apart at a probability of one half."""
+
+    def update(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        rows: Sequence[Any],
+    ) -> None:
+        """Add a batch: logits and labels (0.0 or 1.0) `(batch, classes)`."""
+        self.predicted += (logits > 0).int().tolist()
+        self.true += labels.int().tolist()
+
+    def compute(self, loss: float) -> dict[str, float]:
+        """Return micro and macro F1, and the share of rows whose labels are all right."""
+        from sklearn.metrics import f1_score
+
+        rows = list(zip(self.true, self.predicted, strict=True))
+        return {
+            "micro_f1": float(
+                f1_score(self.true, self.predicted, average="micro", zero_division=0)
+            ),
+            "macro_f1": float(
+                f1_score(self.true, self.predicted, average="macro", zero_division=0)
+            ),
+            "subset_accuracy": sum(t == p for t, p in rows) / len(rows),
+        }
+
+
+class RegressionMeter(Pairs):
+    """Root mean squared error, and Pearson's and Spearman's correlation."""
+
+    def update(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        rows: Sequence[Any],
+    ) -> None:
+        """Add a batch: logits `(batch, 1)`, labels `(batch,)`."""
+        self.predicted += logits.float().squeeze(-1).tolist()
+        self.true += labels.tolist()
+
+    def compute(self, loss: float) -> dict[str, float]:
+        """Return the three; a correlation is left out where one side is constant."""
+        from scipy.stats import pearsonr, spearmanr
+
+        scores = {"rmse": math.sqrt(loss)}
+        if len(set(self.predicted)) > 1 and len(set(self.true)) > 1:
+            scores["pearson"] = float(pearsonr(self.predicted, self.true)[0])
+            scores["spearman"] = float(spearmanr(self.predicted, self.true)[0])
+        return scores
+
+
+_CLASS = "AutoModelForSequenceClassification"
+
+TASKS = (
+    ClassTask(
+        name="text-classification",
+        shapes=(
+            *(
+                Shape(
+                    "text + text_pair + label",
+                    build_labelled,
+                    {"text": (first,), "text_pair": (second,), "label": _LABEL},
+                    guessable=False,
+                )
+                for first, second in _PAIRS
+            ),
+            Shape(
+                "text + label",
+                build_labelled,
+                {"text": ("text", "sentence", "content", "review"), "label": _LABEL},
+            ),
+        ),
+        auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},
+        peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS", "encoder-decoder": "SEQ_CLS"},
+        headline="accuracy",
+    ),
+)

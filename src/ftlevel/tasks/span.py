@@ -1,0 +1,254 @@
+"""Extractive question answering: the span of a context that answers a question."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftlevel.config import DataConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.windows import USUAL_LENGTH, Window, encode_questions
+from ftlevel.data.formats.detect import Shape
+from ftlevel.data.formats.examples import Question, build_question
+from ftlevel.data.sources.table import Table
+from ftlevel.task import Checks, Meter, Objective
+from ftlevel.tasks.base import Asked, BaseTask, Reply, Speller
+from ftlevel.tasks.squad import Found, exact_match, f1, update_found
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.gate.flat import Mask
+    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.loading import Loaded
+
+NO_ANSWER = "(no answer)"
+
+
+@dataclass(frozen=True)
+class SpanTask(BaseTask):
+    """A task whose target is a span of a text that is asked about."""
+
+    has_new_head: ClassVar[bool] = True
+    needs_offsets: ClassVar[bool] = True
+    wants_context: ClassVar[bool] = True
+    # Questions on one context share most of their tokens by right.
+    checks: ClassVar[Checks] = Checks(near_duplicates=False)
+    split_words: ClassVar[str] = "more windows than questions"
+
+    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
+        """Return the cross entropy of the first and the last token."""
+        return Spans(self.headline, unanswerable=facts.get("unanswerable", False))
+
+    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return how windows overlap, and whether a question may have no answer."""
+        return {"doc_stride": config.doc_stride, "unanswerable": facts["unanswerable"]}
+
+    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+        """Return the usual windows."""
+        return {"options": {"doc_stride": 128, "unanswerable": False}}
+
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+        """Return each question with one window or more of its context."""
+        from ftlevel.data.encoding.fit import Fitted
+
+        config = encoder.config
+        length = encoder.limit(USUAL_LENGTH) or USUAL_LENGTH
+        windows, dropped = encode_questions(
+            encoder.tokenizer,
+            examples,
+            length=length,
+            stride=config.doc_stride,
+            separator=_separator(encoder.kind),
+            where=table.where,
+            drop=encoder.lenient or config.overlong == "drop",
+        )
+        asked = len({window.row for window in windows})
+        given = isinstance(config.max_length, int)
+        return Fitted(
+            windows,
+            length,
+            "" if given else "auto: windows as in SQuAD's baselines, within the model's positions",
+            dropped=dropped,
+            split=len(windows) - asked,
+            overlong=config.overlong,
+        )
+
+    def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
+        """Return the windows of the questions whose answer is not whole in any of them."""
+        import numpy as np
+
+        whole = {row.row for row in rows if row.labels != (0, 0)}
+        cut = (
+            isinstance(row, Window) and bool(row.answers) and row.row not in whole for row in rows
+        )
+        return {"answer_cut": np.fromiter(cut, dtype=bool, count=len(rows))}
+
+    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+        """Return whether there are questions without an answer among the training rows."""
+        return {"unanswerable": any(not question.answers for question in loaded.train)}
+
+    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+        """Return how many questions there are, and how many without an answer."""
+        none = sum(not question.answers for question in loaded.train)
+        aside = f"{none:,} without an answer" if none else "each has an answer"
+        return [Choice("questions", f"{len(loaded.train):,}", aside)]
+
+    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+        """Return the span of `context` that answers each question."""
+        questions = [Question(context or "", text, (), i) for i, text in enumerate(prompts)]
+        windows, _ = encode_questions(
+            model.tokenizer,
+            questions,
+            length=model.max_length,
+            stride=model.options["doc_stride"],
+            separator=_separator(model.kind),
+            where=lambda index: f"--prompt {index + 1}",
+        )
+        found = [Found() for _ in questions]
+        for window, logits in zip(windows, model.score(windows), strict=True):
+            update_found(found[window.row], logits.cpu(), window)
+        texts = [best.answer(unanswerable=model.options["unanswerable"]) for best in found]
+        return [Reply(text or NO_ANSWER) for text in texts]
+
+    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
+        """Return a span of two tokens."""
+        return (1, 2)
+
+    def show_targets(
+        self,
+        row: Encoded,
+        names: Sequence[str],
+        kind: str,
+        speller: Speller,
+    ) -> list[str | None]:
+        """Return the tokens of the answer."""
+        first, last = row.labels if isinstance(row.labels, tuple) else (0, 0)
+        return ["" if last and first <= i <= last else None for i in range(len(row.input_ids))]
+
+    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+        """Return whether the answer lies elsewhere."""
+        return "" if row.labels != (0, 0) else "no answer in this window"
+
+
+def _separator(kind: str) -> str:
+    """Return what ends a question for a model of `kind`: a decoder has no token for it."""
+    return "\n" if kind == "decoder" else ""
+
+
+@dataclass(frozen=True)
+class Spans(Objective):
+    """Cross entropy over the first and the last token of an answer.
+
+    Logits are `(batch, seq, 2)`, labels `(batch, 2)`. Unlike transformers' own loss, padding is no
+    candidate: with it, a row's loss would depend on the rows that it is batched with.
+
+    Attributes:
+        unanswerable: whether "no answer" may be predicted.
+    """
+
+    unanswerable: bool = False
+
+    def logits(self, outputs: Any) -> torch.Tensor:
+        """Return start and end logits side by side."""
+        import torch
+
+        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
+
+    def choices(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the scores of starts and of ends, `(2 · batch, seq)`; padding is no candidate."""
+        scores = logits.masked_fill(mask[..., None] == 0, -1e4)
+        return scores.transpose(1, 2).flatten(0, 1)
+
+    def loss_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum of the negative log likelihoods of starts and ends, in nats."""
+        import torch
+        from torch.nn import functional
+
+        scores = logits.float().masked_fill(mask[..., None] == 0, torch.finfo(torch.float32).min)
+        return functional.cross_entropy(scores, labels, reduction="sum")
+
+    def meter(self) -> Meter:
+        """Return a `SpanMeter`."""
+        return SpanMeter(self.unanswerable)
+
+
+class SpanMeter:
+    """SQuAD's exact match and F1, between 0 and 1, of the best span over a question's windows.
+
+    Args:
+        unanswerable: whether "no answer" may be the prediction.
+    """
+
+    def __init__(self, unanswerable: bool) -> None:
+        self.unanswerable = unanswerable
+        self.found: defaultdict[int, Found] = defaultdict(Found)
+        self.answers: dict[int, list[str]] = {}
+
+    def update(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        rows: Sequence[Any],
+    ) -> None:
+        """Add a batch of `Window`: start and end logits `(batch, seq, 2)`."""
+        for scores, window in zip(logits.cpu(), rows, strict=True):
+            update_found(self.found[window.row], scores, window)
+            self.answers[window.row] = [text for text, _ in window.answers]
+
+    def compute(self, loss: float) -> dict[str, float]:
+        """Return exact match and F1, means over the questions."""
+        given = {
+            row: found.answer(unanswerable=self.unanswerable) for row, found in self.found.items()
+        }
+        count = len(given)
+        return {
+            "exact_match": sum(exact_match(t, self.answers[r]) for r, t in given.items()) / count,
+            "f1": sum(f1(t, self.answers[r]) for r, t in given.items()) / count,
+        }
+
+    def pool(self, meters: Sequence[SpanMeter]) -> SpanMeter:
+        """Return a meter of all their questions; one that comes twice counts twice."""
+        pooled = SpanMeter(self.unanswerable)
+        for meter in meters:
+            for row, found in meter.found.items():
+                pooled.answers[len(pooled.found)] = meter.answers[row]
+                pooled.found[len(pooled.found)] = found
+        return pooled
+
+    def describe(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the span that was found for the only question seen, and those that answer it."""
+        ((row, found),) = self.found.items()
+        predicted = found.answer(unanswerable=self.unanswerable)
+        return {"predicted": predicted, "true": self.answers[row]}
+
+
+_CLASS = "AutoModelForQuestionAnswering"
+
+TASKS = (
+    SpanTask(
+        name="question-answering",
+        shapes=(
+            Shape(
+                "context + question + answers",
+                build_question,
+                {"context": ("context",), "question": ("question",), "answers": ("answers",)},
+                {"id": ("id",)},
+            ),
+        ),
+        auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},
+        peft_types=dict.fromkeys(("encoder", "decoder", "encoder-decoder"), "QUESTION_ANS"),
+        headline="f1",
+    ),
+)

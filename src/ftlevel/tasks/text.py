@@ -1,0 +1,233 @@
+"""Tasks that write text: generation, summarization and translation.
+
+A decoder goes on after a prompt, or learns all of a plain text; T5, mT5 and BART turn a source into
+a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftlevel.config import DataConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.encode import IGNORED, Encoded, encode_causal, encode_seq2seq
+from ftlevel.data.encoding.prompts import PromptFormat, choose_format, prompt_ids
+from ftlevel.data.formats.detect import Build, Format, Shape
+from ftlevel.data.formats.examples import PLAIN_TEXT, build_conversation, build_pair
+from ftlevel.data.formats.languages import find_language
+from ftlevel.data.sources.table import Table
+from ftlevel.task import Checks, Objective
+from ftlevel.tasks.base import Asked, BaseTask, Reply, Speller
+from ftlevel.tasks.text_scores import score_rouge, score_translations
+from ftlevel.tasks.tokens import Tokens
+
+if TYPE_CHECKING:
+    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.loading import Loaded
+
+_SYSTEM = {"system": ("system", "system_prompt")}
+_TALK = {**_SYSTEM, "tools": ("tools",)}
+
+
+def _dialogue_shapes(build: Build) -> tuple[Shape, ...]:
+    """Return the shapes of prompts with answers.
+
+    Alpaca's files have `instruction` and `output`, and the two rendered once more as `text`.
+    """
+    return (
+        Shape("messages", build, {"messages": ("messages",)}, _TALK, False),
+        Shape("conversations", build, {"conversations": ("conversations",)}, _TALK, False),
+        Shape(
+            "prompt + completion",
+            build,
+            {
+                "prompt": ("prompt", "question", "query"),
+                "completion": ("completion", "response", "answer"),
+            },
+            _SYSTEM,
+        ),
+        Shape(
+            "instruction + output",
+            build,
+            {"instruction": ("instruction",), "output": ("output", "response", "completion")},
+            {"input": ("input", "context"), **_SYSTEM},
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class TextTask(BaseTask):
+    """A task whose target is a text."""
+
+    writes_text: ClassVar[bool] = True
+    checks: ClassVar[Checks] = Checks(token_labels=True, ends=True)
+
+    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
+        """Return the cross entropy of the target's tokens."""
+        return Tokens(self.headline, kind == "encoder-decoder", kind == "decoder")
+
+    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+        """Return a prompt as `train` would lay it out."""
+        prompt = choose_format(tokenizer, kind, self.instruction, self.answer_cue)
+        return {"prompt": prompt.to_dict()}
+
+    def describe_head(self, labels: Sequence[str]) -> str:
+        """Return one word for all: each writes with the language head."""
+        return "text"
+
+    def prompt_format(
+        self,
+        format_: Format,
+        kind: str,
+        tokenizer: Any,
+    ) -> PromptFormat | None:
+        """Return how prompts are laid out for a model of `kind`."""
+        return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
+
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+        """Return prompts with answers, of which the answers alone are learned, or plain texts."""
+        if encoder.prompt_format is None:
+            raise TypeError("a task that writes text has a prompt format")
+        seq2seq = encoder.kind == "encoder-decoder"
+        encode = encode_seq2seq if seq2seq else encode_causal
+        encode_some = partial(encode, encoder.tokenizer, prompt_format=encoder.prompt_format)
+        fitted = encoder.fit(encoder.collect(encode_some, examples), table)
+        return encoder.fit_targets(fitted, table) if seq2seq else fitted
+
+    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+        """Return the text that `model` writes after each prompt."""
+        if model.prompt_format is None:
+            raise TypeError("a model that writes text has a prompt format")
+        ids = [prompt_ids(model.tokenizer, model.prompt_format, text) for text in prompts]
+        return [Reply(text) for text in model.write(ids)]
+
+    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
+        """Return the tokens themselves."""
+        return list(ids)
+
+    def show_targets(
+        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
+    ) -> list[str | None]:
+        """Return nothing for an encoder-decoder, whose target is apart; else as `BaseTask`."""
+        if kind == "encoder-decoder":
+            return [None] * len(row.input_ids)
+        return super().show_targets(row, names, kind, speller)
+
+    def show_answer(self, row: Encoded, kind: str) -> list[int]:
+        """Return the ids of an encoder-decoder's target."""
+        if kind != "encoder-decoder" or not isinstance(row.labels, list):
+            return []
+        return [label for label in row.labels if label != IGNORED]
+
+
+@dataclass(frozen=True)
+class TranslationTask(TextTask):
+    """Source → target; the instruction names the languages where they are known."""
+
+    def read_columns(
+        self,
+        format_: Format,
+        table: Table,
+        config: DataConfig,
+    ) -> tuple[Format, list[Choice]]:
+        """Return the format with the `languages`, where the columns or the user tell them."""
+        source = find_language("source", format_.columns, config.source_language)
+        target = find_language("target", format_.columns, config.target_language)
+        if not (source and target):
+            return format_, [
+                Choice(
+                    "languages",
+                    "not named in the prompt",
+                    "the columns are no codes: --set data.source_language=… "
+                    "--set data.target_language=…",
+                )
+            ]
+        known = {"languages": (source, target), "target_language": target.code}
+        told = Choice("languages", f"{source.name} to {target.name}")
+        return replace(format_, options=known), [told]
+
+    def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
+        """Return how prompts are laid out; rows that bring prompts of their own get no other."""
+        instruction, cue = self.instruction, self.answer_cue
+        if "source" not in format_.columns:
+            instruction = cue = ""  # the rows' own prompts say what to do
+        elif "languages" in format_.options:
+            source, target = format_.options["languages"]
+            instruction = name_languages(kind, source.name, target.name)
+        return choose_format(tokenizer, kind, instruction, cue)
+
+    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+        """Return the ISO 639-1 code of the target; "" if unknown."""
+        return {"target_language": loaded.format.options.get("target_language", "")}
+
+
+def name_languages(kind: str, source: str, target: str) -> str:
+    """Return the instruction for a model of `kind`, from names of languages in English.
+
+    An encoder-decoder gets the prefix of T5's pretraining (Raffel et al., 2020, appendix D).
+    """
+    if kind == "encoder-decoder":
+        return f"translate {source} to {target}:"
+    return f"Translate from {source} to {target}."
+
+
+_AUTO = {"decoder": "AutoModelForCausalLM", "encoder-decoder": "AutoModelForSeq2SeqLM"}
+_PEFT = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+_NO_ENCODERS = {"encoder": "Use a decoder such as Llama, or T5 or BART."}
+
+TASKS = (
+    TextTask(
+        name="text-generation",
+        shapes=(*_dialogue_shapes(build_conversation), PLAIN_TEXT),
+        auto_classes=_AUTO,
+        peft_types=_PEFT,
+        headline="perplexity",
+        score_texts=score_rouge,
+        refusals={
+            "encoder": "Use --task masked-lm or text-classification, or a model such as GPT-2 or "
+            "Llama."
+        },
+    ),
+    TextTask(
+        name="summarization",
+        shapes=(
+            Shape(
+                "document + summary",
+                build_pair,
+                {
+                    "document": ("document", "article", "dialogue", "text"),
+                    "summary": ("summary", "highlights"),
+                },
+            ),
+            *_dialogue_shapes(build_pair),
+        ),
+        auto_classes=_AUTO,
+        peft_types=_PEFT,
+        headline="rougeL",
+        instruction="Summarize the following text.",
+        answer_cue="Summary:",
+        generates=True,
+        score_texts=score_rouge,
+        refusals=_NO_ENCODERS,
+        builtin_subset="summarization",
+    ),
+    TranslationTask(
+        name="translation",
+        shapes=(
+            Shape("source + target", build_pair, {"source": ("source",), "target": ("target",)}),
+            *_dialogue_shapes(build_pair),
+        ),
+        auto_classes=_AUTO,
+        peft_types=_PEFT,
+        headline="chrf",
+        instruction="Translate the following text.",
+        answer_cue="Translation:",
+        generates=True,
+        score_texts=score_translations,
+        refusals=_NO_ENCODERS,
+    ),
+)
