@@ -1,0 +1,158 @@
+"""Ranking: which of two texts is the better one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.formats.detect import Format, Shape
+from ftlevel.data.formats.examples import Roles
+from ftlevel.data.sources.table import Table
+from ftlevel.task import Meter, Objective
+from ftlevel.tasks.base import Asked, BaseTask, Reply
+from ftlevel.tasks.pairs import Pairs
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.prepare.encoder import Encoder
+
+_SEPARATOR = " ||| "
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Two texts, and which of them is better; `row` is the index into the table."""
+
+    first: str
+    second: str
+    better: str
+    row: int
+
+    @property
+    def key_text(self) -> str:
+        """The text by which the gate tells examples apart."""
+        return f"{self.first}\0{self.second}\0{self.better}"
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Which one is better."""
+        return (self.better,)
+
+
+@dataclass(frozen=True)
+class RankedRow(Encoded):
+    """Two texts as the model sees them.
+
+    Attributes:
+        second_at: where the second text begins.
+    """
+
+    second_at: int = field(default=0, metadata={"column": "int"})
+
+
+def build_ranked(roles: Roles) -> Ranked:
+    """Return two texts with which is better."""
+    return Ranked(roles.text("first"), roles.text("second"), roles.text("better"), roles.index)
+
+
+@dataclass(frozen=True)
+class RankTask(BaseTask):
+    """A task whose target is the better one of two texts."""
+
+    has_new_head: ClassVar[bool] = True
+    finds_ends_by_padding: ClassVar[bool] = True
+
+    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
+        """Return the logistic loss of the difference between the two scores."""
+        return Ranking(self.headline)
+
+    def label_role(self, format_: Format) -> str | None:
+        """Return `better`."""
+        return "better"
+
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+        """Return the two texts, one after the other."""
+        labels, tokenizer = encoder.labels, encoder.tokenizer
+
+        def encode(some: Sequence[Ranked]) -> list[Encoded]:
+            rows: list[Encoded] = []
+            for example in some:
+                first, second = tokenizer([example.first, _SEPARATOR + example.second])["input_ids"]
+                label = labels.id_of(example.better) if labels else 0
+                rows.append(RankedRow(first + second, label, example.row, {}, len(first)))
+            return rows
+
+        return encoder.fit(encoder.collect(encode, examples), table)
+
+    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+        """Return which of two texts is better, which a prompt holds with ||| between them."""
+        ids = model.tokenizer(list(prompts))["input_ids"]
+        rows = [Encoded(row, 0, i) for i, row in enumerate(ids)]
+        shares = [logits.float().softmax(-1).tolist() for logits in model.score(rows)]
+        scores = [dict(zip(model.labels, share, strict=True)) for share in shares]
+        return [Reply(max(score, key=score.__getitem__), score) for score in scores]
+
+    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
+        """Return the first one."""
+        return 0
+
+    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+        """Return which one is better."""
+        return f"{names[row.labels]} is better" if isinstance(row.labels, int) else ""
+
+
+@dataclass(frozen=True)
+class Ranking(Objective):
+    """Logistic loss of a difference: logits `(batch, 2)`, labels `(batch,)`."""
+
+    per_row: ClassVar[bool] = True
+
+    def loss_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum of -log sigmoid of the better one's score less the other's."""
+        from torch.nn import functional
+
+        margin = (logits[:, 1] - logits[:, 0]).float() * (2 * labels - 1)
+        return -functional.logsigmoid(margin).sum()
+
+    def meter(self) -> Meter:
+        """Return a `RankMeter`."""
+        return RankMeter()
+
+
+class RankMeter(Pairs):
+    """The share of pairs in which the better one scores higher."""
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+        """Add a batch: logits `(batch, 2)`, labels `(batch,)`."""
+        self.predicted += logits.argmax(-1).tolist()
+        self.true += labels.tolist()
+
+    def compute(self, loss: float) -> dict[str, float]:
+        """Return the share."""
+        right = sum(p == t for p, t in zip(self.predicted, self.true, strict=True))
+        return {"ranked_right": right / len(self.true)}
+
+
+_CLASS = "AutoModelForSequenceClassification"
+
+TASKS = (
+    RankTask(
+        name="rank",
+        shapes=(
+            Shape(
+                "first + second + better",
+                build_ranked,
+                {"first": ("first",), "second": ("second",), "better": ("better",)},
+            ),
+        ),
+        auto_classes={"encoder": _CLASS, "decoder": _CLASS},
+        peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS"},
+        headline="ranked_right",
+    ),
+)
