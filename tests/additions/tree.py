@@ -54,10 +54,28 @@ class Addition:
         return folder
 
 
+_LAST_TASK = '"masked-lm": "ftlevel.tasks.mask",'
 TARGET = Addition(
     {"tasks/rank.py": "rank.py"},
-    [("config/tasks.py", '"masked-lm": "ftlevel.tasks.mask",', '    "rank": "ftlevel.tasks.rank",')],
+    [("config/tasks.py", _LAST_TASK, '    "rank": "ftlevel.tasks.rank",')],
     "tests/integration/test_add_a_task.py",
+)
+
+_SHORT = """    short_row: Annotated[Action, Check("fewer than three tokens")] = Field(
+        "warn", description="A row of fewer than three tokens."
+    )"""
+_LAST_CHECK = '"drop", description="A validation or test row that is also a training row."\n    )'
+_TABLE = "TOKEN_CHECKS: dict[str, Callable[[Flat, Known], Mask | None]] = {"
+CHECK = Addition(
+    {},
+    [
+        ("config/gate.py", _LAST_CHECK, _SHORT),
+        (
+            "data/gate/checks.py",
+            _TABLE,
+            '    "short_row": lambda flat, known: flat.ids.lengths < 3,',
+        ),
+    ],
 )
 
 

@@ -253,10 +253,12 @@ def test_an_action_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[
 
 
 def test_every_check_has_a_title_and_every_stop_a_way_on() -> None:
-    from ftlevel.data.gate.findings import _TITLES, Finding, explain_stop
+    from ftlevel.config.gate import CHECKS
+    from ftlevel.data.gate.findings import Finding, explain_stop
 
-    assert set(_TITLES) == set(GateConfig.model_fields)
-    for name in _TITLES:
+    assert set(CHECKS) == set(GateConfig.model_fields)
+    for name, check in CHECKS.items():
+        assert check.title
         message = explain_stop(Finding(name, "train", 1, 2, ("a:1",), "stop"))
         assert "drop" in message or "warn" in message
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from additions.tree import TARGET, run
 
 pytestmark = pytest.mark.slow

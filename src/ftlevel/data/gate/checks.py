@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
 from ftlevel.data.encoding.encode import IGNORED
 from ftlevel.data.gate.flat import Flat, Mask
+from ftlevel.task import Checks
 
 ONE_CLASS_SHARE = 0.95
+
+
+@dataclass(frozen=True)
+class Known:
+    """What checks of tokens must know beside the rows.
+
+    Attributes:
+        wanted: which of them the task's rows go through.
+        bos: id of the BOS token, or None.
+        ends: ids at which generation stops.
+        vocabulary: rows of the model's embedding.
+    """
+
+    wanted: Checks
+    bos: int | None
+    ends: frozenset[int]
+    vocabulary: int
 
 
 def find_unsupervised(flat: Flat) -> Mask:
@@ -70,3 +89,18 @@ def largest_class(labels: Iterable[object]) -> tuple[object, int] | None:
     label, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
     total = sum(counts.values())
     return (label, count) if total and count >= ONE_CLASS_SHARE * total else None
+
+
+TOKEN_CHECKS: dict[str, Callable[[Flat, Known], Mask | None]] = {
+    "double_bos": lambda flat, known: find_double_bos(flat, known.bos),
+    "token_range": lambda flat, known: find_out_of_range(
+        flat, known.vocabulary, token_labels=known.wanted.token_labels
+    ),
+    "unsupervised": lambda flat, known: (
+        find_unsupervised(flat) if known.wanted.supervised else None
+    ),
+    "missing_eos": lambda flat, known: (
+        find_missing_eos(flat, known.ends) if known.wanted.ends and known.ends else None
+    ),
+}
+"""Field of `config.gate` → the rows in which it found something; None where it does not apply."""

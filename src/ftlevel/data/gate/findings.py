@@ -6,40 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ftlevel.config.gate import Action, GateConfig
+from ftlevel.config.gate import CHECKS, Action, GateConfig
 from ftlevel.errors import listing
 
 MOST_SHOWN = 3
-
-_TITLES = {
-    "null_content": "null content",
-    "empty_text": "empty text",
-    "unknown_role": "unknown role",
-    "unknown_label": "a label that is no class",
-    "unsupervised": "no supervised token",
-    "answer_cut": "an answer that does not fit whole",
-    "long_prompt": "a prompt that alone is beyond the max length",
-    "missing_eos": "an answer without EOS or an end of turn among its labels",
-    "double_bos": "two BOS tokens at the beginning",
-    "token_range": "a token id beyond the model's embedding",
-    "one_class": "one class has nearly all rows",
-    "exact_duplicates": "the same as an earlier row",
-    "near_duplicates": "nearly the same as an earlier row",
-    "leaked": "also a training row",
-}
-_REMEDIES = {
-    "unsupervised": "Give these rows an answer",
-    "answer_cut": "Raise --max-length (or data.doc_stride)",
-    "long_prompt": "Raise --max-length",
-    "missing_eos": "The model would not learn to stop: use a --chat-template that ends each turn "
-    "with a special token",
-    "double_bos": "Take the BOS out of the texts or of the chat template",
-    "token_range": "The tokenizer is not this model's: use its own",
-    "one_class": "Balance the rows",
-    "exact_duplicates": "Remove them",
-    "near_duplicates": "Remove them",
-    "leaked": "Remove them",
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +35,7 @@ class Finding:
     @property
     def title(self) -> str:
         """What is wrong, in a few words."""
-        return _TITLES[self.name]
+        return CHECKS[self.name].title
 
     def __str__(self) -> str:
         """Say it in one line, without a full stop."""
@@ -104,5 +74,5 @@ def explain_stop(finding: Finding) -> str:
     allowed = GateConfig.model_fields[finding.name].annotation
     others = [a for a in getattr(allowed, "__args__", ()) if a not in ("stop", "ignore")]
     ways = " or ".join(others)
-    remedy = _REMEDIES.get(finding.name, "Fix them")
+    remedy = CHECKS[finding.name].remedy or "Fix them"
     return f"{finding}. {remedy}, or pass --set data.gate.{finding.name}={ways}."

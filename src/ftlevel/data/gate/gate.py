@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from ftlevel.config.gate import Action
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Fitted
 from ftlevel.data.encoding.store import take_rows
-from ftlevel.data.gate import Finding, Flat, checks, duplicates, judge
+from ftlevel.data.gate import Finding, checks, duplicates, judge
 from ftlevel.data.gate.duplicates import Keys
 from ftlevel.data.gate.flat import Integers, Mask, examples_of, flat_batches, rows_of
 from ftlevel.data.sources.table import BadRow, Table, settle
@@ -125,9 +125,13 @@ class Gate:
     def _look(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
         """Return for each check of tokens the rows with a finding, and their examples."""
         found: dict[str, list[tuple[Integers, Integers]]] = {}
+        known = checks.Known(self.task.checks, self.bos, self.ends, self.vocabulary)
         begin = 0
         for flat in flat_batches(rows):
-            for check, mask in self._token_checks(flat):
+            for check, find in checks.TOKEN_CHECKS.items():
+                mask = find(flat, known)
+                if mask is None:
+                    continue
                 hit = np.flatnonzero(mask)
                 found.setdefault(check, []).append((begin + hit, flat.example[hit]))
             begin += len(flat.example)
@@ -138,19 +142,6 @@ class Gate:
             check: map(np.concatenate, zip(*hits, strict=True)) for check, hits in found.items()
         }
         return {check: (hit, np.unique(examples)) for check, (hit, examples) in joined.items()}
-
-    def _token_checks(self, flat: Flat) -> Iterable[tuple[str, Mask]]:
-        """Yield each check of tokens with the rows in which it found something."""
-        wanted = self.task.checks
-        yield "double_bos", checks.find_double_bos(flat, self.bos)
-        yield (
-            "token_range",
-            checks.find_out_of_range(flat, self.vocabulary, token_labels=wanted.token_labels),
-        )
-        if wanted.supervised:
-            yield "unsupervised", checks.find_unsupervised(flat)
-        if wanted.ends and self.ends:
-            yield "missing_eos", checks.find_missing_eos(flat, self.ends)
 
     def _find_duplicates(
         self,
