@@ -16,12 +16,11 @@ from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.gate import duplicates, similarity
-from ftlevel.data.prepare import encoder as encoding
 from ftlevel.data.prepare import parallel
 from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.sources import lines
-from ftlevel.tasks import TASKS
+from ftlevel.tasks import TASKS, text
 
 BYTES_A_ROW = 10
 FEW, MANY = 3_000, 13_000
@@ -54,7 +53,7 @@ def peak_bytes(path: Path, tokenizer: Any, rows: int) -> int:
 def test_memory_does_not_grow_with_the_rows(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "encode_causal", encode_quickly)
+    monkeypatch.setattr(text, "encode_causal", encode_quickly)
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
     # What does not grow is made small, so that few rows show what does.
     monkeypatch.setattr(parallel, "BATCH", 500)
