@@ -15,6 +15,8 @@ import typer
 
 import cli_page
 import write_docs
+from additions.tree import FLAG
+from additions.tree import run as run_in
 from ftlevel.cli.app import COMMANDS, build_app, run
 from ftlevel.cli.flags import Given, add_command
 from ftlevel.cli.grammar import canonical
@@ -124,6 +126,14 @@ def test_an_added_row_is_in_help_and_docs(capsys: pytest.CaptureFixture[str]) ->
     )
     assert "--packing" not in said
     assert "weight-decay" not in help_of(capsys, "train")
+
+
+def test_a_flag_is_one_line_of_one_file(tmp_path: Path) -> None:
+    assert FLAG.touched == ["config/flags.py"]
+    tree = FLAG.apply(tmp_path)
+    assert "  --weight-decay <float>" in run_in(tree, "train", "--help", cwd=tmp_path)
+    said = run_in(tree, "train", "--weight-decay", "5", cwd=tmp_path, code=2)
+    assert said.startswith("ftlevel: --weight-decay: 5.0 is out of range")
 
 
 def test_two_spellings_of_one_field() -> None:
