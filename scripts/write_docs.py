@@ -1,6 +1,7 @@
 """Write the pages of docs/ that come from the program itself.
 
 python scripts/write_docs.py methods          write docs/methods.md
+python scripts/write_docs.py cli              write docs/cli.md
 python scripts/write_docs.py --check          exit with 1 where a page is not up to date
 """
 
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cli_page import cli_page
 from ftlevel.commands.list_methods import QUANTS, task_refusal
 from ftlevel.config import SPECS
 from ftlevel.config.methods import DEFAULT_LEARNING_RATE
@@ -130,7 +132,7 @@ def _rule_lines() -> list[str]:
     ]
 
 
-PAGES: dict[str, Callable[[], str]] = {"methods": methods_page}
+PAGES: dict[str, Callable[[], str]] = {"methods": methods_page, "cli": cli_page}
 
 
 def main(arguments: list[str] | None = None) -> int:
