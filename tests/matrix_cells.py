@@ -21,9 +21,10 @@ import tiny_models
 from ftlevel.config import SPECS, QuantConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.methods import METHODS, Base
+from ftlevel.methods.adalora.allocation import Allocation
 from ftlevel.methods.facts import FACTS
-from ftlevel.methods.loftq import start_from_residual
-from ftlevel.methods.lora_start import copy_start
+from ftlevel.methods.lora.inside_base import copy_start
+from ftlevel.methods.lora.loftq import start_from_residual
 from ftlevel.methods.matrix import Cell, find_problems, find_refusal
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.hardware import DTYPES, autocast
@@ -33,7 +34,6 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, finish_method, save_adapter
-from ftlevel.training.callbacks.allocation import Allocation
 from ftlevel.training.eva import start_from_data
 from ftlevel.training.plan.method_targets import find_method_targets
 from ftlevel.training.proof import check_saved

@@ -24,11 +24,11 @@ from ftlevel.fast.plan.low_rank import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
-from ftlevel.methods.lora_start import copy_start
+from ftlevel.methods.adalora.allocation import Allocation
+from ftlevel.methods.lora.inside_base import copy_start
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.trained.adapt import apply_method, finish_method, save_adapter
 from ftlevel.training.arguments import build_arguments, build_evaluator, count_steps, doubts
-from ftlevel.training.callbacks.allocation import Allocation
 from ftlevel.training.callbacks.watch import (
     Certify,
     FollowEpoch,

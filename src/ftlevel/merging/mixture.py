@@ -17,12 +17,12 @@ from ftlevel.config import MergeConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.merging.merge_input import Subject, find_adapter
-from ftlevel.methods.merging import read_peft_config
-from ftlevel.methods.mixing import (
+from ftlevel.methods.lora.mixing import (
     mix_exactly,
     mix_with_peft,
     why_not_mixable,
 )
+from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.loading import build_task_model
 
 

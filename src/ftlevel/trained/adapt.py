@@ -15,7 +15,7 @@ import torch
 from ftlevel.config import FullSpec, MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.methods import METHODS, Base, ensure_registered
-from ftlevel.methods.lora_start import as_plain_lora
+from ftlevel.methods.lora.inside_base import as_plain_lora
 from ftlevel.models.integrity import check_finite
 
 

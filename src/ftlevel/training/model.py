@@ -10,7 +10,7 @@ import torch
 
 from ftlevel.config import LoraSpec, QuantConfig, TrainConfig
 from ftlevel.methods import Base
-from ftlevel.methods.loftq import start_from_residual
+from ftlevel.methods.lora.loftq import start_from_residual
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model
 from ftlevel.models.quantization import build_quantization_config

@@ -14,7 +14,7 @@ import torch
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError, listing
-from ftlevel.methods.lora_start import starts_inside_base
+from ftlevel.methods.lora.inside_base import starts_inside_base
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import load_adapter

@@ -14,11 +14,11 @@ import tiny_models
 from ftlevel.commands.train import build_optimizer
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.methods import METHODS, Base
-from ftlevel.methods.lora_start import copy_start
+from ftlevel.methods.adalora.allocation import Allocation
+from ftlevel.methods.lora.inside_base import copy_start
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, load_adapter, save_adapter
-from ftlevel.training.callbacks.allocation import Allocation
 from ftlevel.training.plan.method_targets import find_method_targets
 
 FORMS = [
