@@ -15,9 +15,9 @@ from pathlib import Path
 from cli_page import cli_page
 from ftlevel.commands.list_methods import QUANTS, task_refusal
 from ftlevel.config import SPECS
-from ftlevel.config.methods import DEFAULT_LEARNING_RATE
-from ftlevel.methods.facts import FACTS, MethodFacts
-from ftlevel.methods.matrix import RULES, Cell, find_refusal, known_rows
+from ftlevel.methods import METHODS
+from ftlevel.methods.facts import Cell, MethodFacts
+from ftlevel.methods.matrix import FACTS, RULES, find_refusal, known_rows
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.families.facts import Family
 from ftlevel.tasks import TASKS
@@ -83,9 +83,10 @@ def _facts_line(row: MethodFacts) -> str:
 
 
 def _defaults_line(kind: str) -> str:
-    fields = SPECS[kind]().model_dump(exclude=_HIDDEN)
+    spec = SPECS[kind]()
+    fields = spec.model_dump(exclude=_HIDDEN)
     shown = [f"{name} {value}" for name, value in fields.items() if value not in (None, {}, [])]
-    return f"| {kind} | {', '.join(shown) or '–'} | {DEFAULT_LEARNING_RATE[kind]:g} |"
+    return f"| {kind} | {', '.join(shown) or '–'} | {METHODS[kind].learning_rate(spec):g} |"
 
 
 def _family_table(rows: list[MethodFacts]) -> list[str]:

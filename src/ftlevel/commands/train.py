@@ -15,7 +15,7 @@ from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
-from ftlevel.config import AdaloraSpec, LoraSpec, TrainConfig
+from ftlevel.config import MethodConfig, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.errors import ConfigError, Interrupted
@@ -23,11 +23,9 @@ from ftlevel.events import Listener, Silence
 from ftlevel.fast.plan.low_rank import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
-from ftlevel.methods import METHODS
-from ftlevel.methods.adalora.allocation import Allocation
-from ftlevel.methods.lora.inside_base import copy_start
+from ftlevel.methods import METHODS, needs_import
 from ftlevel.models.loading import quiet_libraries
-from ftlevel.trained.adapt import apply_method, finish_method, save_adapter
+from ftlevel.trained.adapt import apply_method, copy_start, finish_method, save_adapter
 from ftlevel.training.arguments import build_arguments, build_evaluator, count_steps, doubts
 from ftlevel.training.callbacks.watch import (
     Certify,
@@ -138,7 +136,7 @@ def _train(
     model = apply_method(load_base(config, plan), config.method, base, fused=fused)
     prepare_start(model, config, plan)
     fast, verified = speed_up(model, config, plan, listener)
-    start = copy_start(model)
+    start = copy_start(model, config.method)
     base_facts = describe_base(plan.source, plan.model_config)
     run, checkpoint = processes.from_first(lambda: _open(config, plan, base_facts, listener))
     if processes.is_first:
@@ -180,7 +178,9 @@ def _train(
     listener.stage("save and check")
     finish_method(model, config.method)
     with explain_disk_errors(run):
-        save(model, plan, run, build_card(config, plan, base_facts), base_facts, start)
+        save(
+            model, config.method, plan, run, build_card(config, plan, base_facts), base_facts, start
+        )
     probe = probe_batch(
         plan.data.validation or plan.data.train,
         plan.tokenizer.pad_token_id,
@@ -196,6 +196,7 @@ def _train(
         objective=plan.objective,
         device=plan.device,
         dtype=plan.dtype,
+        rewritten=METHODS[config.method.kind].rewrites_base(config.method),
     )
     rows = len(probe["input_ids"])
     proof = Proof(gradients.checked, len(gradients.idle), frozen, difference, effect, rows)
@@ -214,7 +215,7 @@ def _train(
     )
     with explain_disk_errors(run):
         run.write_summary(summary)
-        run.write_card(write_readme(summary))
+        run.write_card(write_readme(summary, needs_import(config.method)))
         shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
     listener.end(summary)
     return TrainResult(summary, run.path, model, plan.tokenizer)
@@ -243,30 +244,14 @@ def method_callbacks(config: TrainConfig, run: RunDirectory, *, writes: bool) ->
         run: of whose checkpoints it keeps its state in.
         writes: whether this process writes them.
     """
-    is_pruned = isinstance(config.method, AdaloraSpec)
-    return [Allocation(run.checkpoints, writes=writes)] if is_pruned else []
+    build = METHODS[config.method.kind].callbacks
+    return build(config.method, run.checkpoints, writes) if build else []
 
 
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
-    """Return LoRA+'s optimizer if a ratio is asked for; None leaves the choice to Trainer.
-
-    PEFT gives B, and every vector such as a head's bias, `lora_plus_ratio` times A's rate.
-    """
-    ratio = config.method.lora_plus_ratio if isinstance(config.method, LoraSpec) else None
-    if ratio is None:
-        return None
-    from peft.optimizers import create_loraplus_optimizer
-
-    optimizer_class, settings = FtlevelTrainer.get_optimizer_cls_and_kwargs(arguments, model)
-    rate = settings.pop("lr")
-    return create_loraplus_optimizer(
-        model,
-        optimizer_class,
-        lr=rate,
-        loraplus_lr_ratio=ratio,
-        loraplus_weight_decay=arguments.weight_decay,
-        **settings,
-    )
+    """Return the method's own optimizer, if it has one; None leaves the choice to Trainer."""
+    build = METHODS[config.method.kind].optimizer
+    return build(config.method, model, arguments) if build else None
 
 
 def build_trainer(
@@ -284,7 +269,6 @@ def build_trainer(
 
     arguments = build_arguments(config, plan, run.checkpoints)
     rows, order = rows_and_order(config, plan, arguments)
-    method = METHODS.get(config.method.kind)
     pad_id = plan.tokenizer.pad_token_id
     trainer = FtlevelTrainer(
         objective=plan.objective,
@@ -292,7 +276,7 @@ def build_trainer(
         model=model,
         args=arguments,
         optimizers=(build_optimizer(config, model, arguments), None),
-        penalty=method.penalty if method else None,
+        penalty=METHODS[config.method.kind].penalty,
         train_dataset=rows,
         eval_dataset=plan.data.validation or None,
         data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
@@ -306,6 +290,7 @@ def build_trainer(
 
 def save(
     model: Any,
+    method: MethodConfig,
     plan: Plan,
     run: RunDirectory,
     card: Any,
@@ -318,7 +303,7 @@ def save(
         shutil.rmtree(partial)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = base["name"]
-        save_adapter(model, partial, start)
+        save_adapter(model, method, partial, start)
     else:
         model.save_pretrained(str(partial))
     plan.tokenizer.save_pretrained(str(partial))

@@ -1,22 +1,25 @@
-"""The base of a run: what a method is told of it, its weights, and where LoRA starts in it."""
+"""The base of a run: what a method is told of it, its weights, and what it may begin from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ftlevel.config import LoraSpec, QuantConfig, TrainConfig
-from ftlevel.methods import Base
-from ftlevel.methods.lora.loftq import start_from_residual
+from ftlevel.config import QuantConfig, TrainConfig
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.methods import METHODS, Base
+from ftlevel.methods.base import StartInputs
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.trained.adapt import train_in_float32
 from ftlevel.training.arguments import count_steps
-from ftlevel.training.eva import start_from_data
 from ftlevel.training.plan.resolve import Plan
 
 
@@ -44,8 +47,8 @@ def load_base(config: TrainConfig, plan: Plan) -> Any:
     from transformers import set_seed
 
     set_seed(config.train.seed)
-    full = config.method.kind == "full"
-    dtype = DTYPES["float32" if full else plan.dtype]
+    whole = METHODS[config.method.kind].build is None
+    dtype = DTYPES["float32" if whole else plan.dtype]
     model, missing = load_model(
         plan.source,
         plan.model_config,
@@ -60,25 +63,47 @@ def load_base(config: TrainConfig, plan: Plan) -> Any:
 
 
 def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
-    """Give LoRA its start from the training rows (eva) or from the float weights (loftq; mutated).
-
-    For loftq the float model is held beside the quantized one until its start is set.
-    """
-    init = config.method.init_lora_weights if isinstance(config.method, LoraSpec) else "default"
-    if init == "loftq":
-        start_from_residual(model, float_weights(config, plan))
-    if init != "eva":
+    """Let the method begin where it does, which may need rows or the float weights (mutated)."""
+    start = METHODS[config.method.kind].start
+    if start is None:
         return
-    start_from_data(
-        model,
-        plan.data.train,
-        pad_id=plan.tokenizer.pad_token_id,
-        batch_size=config.train.per_device_train_batch_size,
-        seed=config.train.seed,
+    size, seed = config.train.per_device_train_batch_size, config.train.seed
+    pad_id = plan.tokenizer.pad_token_id
+    inputs = StartInputs(
+        batches=lambda: ShuffledBatches(plan.data.train, pad_id, size, seed, plan.device),
+        float_weights=lambda: float_weights(config, plan),
         device=plan.device,
         dtype=plan.dtype,
     )
+    start.begin(model, config.method, inputs)
     train_in_float32(model)
+
+
+class ShuffledBatches:
+    """The rows in one random order, collated; begins anew whenever it is gone through.
+
+    A batch has a mask `supervised` of its tokens that are real and, in generation, learned.
+    """
+
+    def __init__(
+        self, rows: Sequence[Encoded], pad_id: int, size: int, seed: int, device: str
+    ) -> None:
+        self.rows = list(rows)
+        random.Random(seed).shuffle(self.rows)
+        self.size, self.device = size, device
+        self.collate = Collator(pad_id)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.size)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(0, len(self.rows), self.size):
+            batch = self.collate(self.rows[start : start + self.size])
+            batch = {name: value.to(self.device) for name, value in batch.items()}
+            mask, labels = batch["attention_mask"].bool(), batch.get("labels")
+            if labels is not None and labels.shape == mask.shape:
+                mask &= labels != IGNORED
+            yield {**batch, "supervised": mask}
 
 
 def float_weights(config: TrainConfig, plan: Plan) -> Callable[[str], torch.Tensor]:

@@ -14,7 +14,6 @@ import torch
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError, listing
-from ftlevel.methods.lora.inside_base import starts_inside_base
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import load_adapter
@@ -123,6 +122,7 @@ def check_saved(
     objective: Objective,
     device: str,
     dtype: str,
+    rewritten: bool = False,
 ) -> tuple[int, float, float]:
     """Load what was saved in `directory` into a fresh base and compare it with `trained`.
 
@@ -134,6 +134,7 @@ def check_saved(
         objective: what was trained for.
         device: torch device type.
         dtype: compute precision's name.
+        rewritten: whether the method took its start out of the weights under its updates.
 
     Returns:
         Frozen tensors compared, largest difference after reloading, largest effect of training.
@@ -144,14 +145,13 @@ def check_saved(
     after = probe_logits(trained, batch, objective, device, dtype)
     fresh = load_base()
     full = not hasattr(trained, "peft_config")
+    frozen = _compare_frozen(trained, fresh, rewritten=rewritten)
     if full:
-        frozen = _compare_frozen(trained, fresh)
         before = probe_logits(fresh, batch, objective, device, dtype)
         reloaded = type(trained).from_pretrained(
             directory, dtype=torch.float32, use_safetensors=True
         ).to(device)  # fmt: skip
     else:
-        frozen = _compare_frozen(trained, fresh)
         reloaded = load_adapter(fresh, directory)
         with disabled_adapter(reloaded):
             before = probe_logits(reloaded, batch, objective, device, dtype)
@@ -174,7 +174,7 @@ def check_saved(
     return frozen, difference, effect
 
 
-def _compare_frozen(trained: Any, fresh: Any) -> int:
+def _compare_frozen(trained: Any, fresh: Any, *, rewritten: bool = False) -> int:
     """Return how many frozen tensors of `trained` equal those of `fresh`; raise if one does not."""
     expected = {name: _digest(tensor) for name, tensor in fresh.named_parameters()}
     found = digest_frozen(trained)
@@ -183,7 +183,7 @@ def _compare_frozen(trained: Any, fresh: Any) -> int:
         changed = sorted(set(changed) - _only_cast(trained, fresh))
     # A head's frozen original is random where the checkpoint has no head; it is never used.
     changed = [name for name in changed if not _is_replaced(trained, name)]
-    if starts_inside_base(trained):  # the weights under its updates are those without the start
+    if rewritten:  # the weights under its updates are those without the start
         changed = [name for name in changed if not _is_adapted(trained, name)]
     if changed:
         raise RunError(

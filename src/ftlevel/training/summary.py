@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import PEFT_IMPORTS, AdapterCard, library_versions
+from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
+from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantized import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
@@ -94,7 +95,7 @@ def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> Adap
         options=plan.task.card_options(config.data, plan.data.facts),
         heads=list(plan.heads),
         data={k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
-        needs_import=PEFT_IMPORTS.get(config.method.kind, ""),
+        needs_import=needs_import(config.method),
         versions=library_versions(),
     )
 

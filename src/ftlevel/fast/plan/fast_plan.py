@@ -15,8 +15,9 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.attention import packed as attention
 from ftlevel.fast.head.needed_tokens import Reads
 from ftlevel.fast.plan.liger import uses_liger
-from ftlevel.fast.plan.workers import VIRTUAL_TOKENS, find_random, plan_lanes
+from ftlevel.fast.plan.workers import find_random, plan_lanes
 from ftlevel.fast.prefixes.tree import share_of_shared
+from ftlevel.methods import METHODS
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.task import Objective, TokenObjective
 
@@ -168,8 +169,8 @@ def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
         return "speed.pack is off"
     if config.model.attn_implementation not in ("auto", "sdpa"):
         return f"attention is {config.model.attn_implementation}"
-    if config.method.kind in VIRTUAL_TOKENS:
-        return f"{config.method.kind} puts virtual tokens into every row"
+    if reason := METHODS[config.method.kind].step.packing(config.method):
+        return reason
     if kind == "encoder-decoder" or not find_blocks(meta):
         return f"{family} has not one stack of blocks"
     if getattr(meta.config, "layerdrop", 0):

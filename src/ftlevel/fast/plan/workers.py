@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from ftlevel.config import AdapterSpec, TrainConfig
+from ftlevel.config import TrainConfig
 from ftlevel.fast.parallel_workers import MOST_LANES
+from ftlevel.methods import METHODS
 from ftlevel.models.families import lookup_family
 
 FUNCTIONAL_DROPOUT = ("opt",)
 """Families that drop by a function, which has the process's generator, and not by a module."""
-
-VIRTUAL_TOKENS = ("prefix", "prompt", "p-tuning")
-"""Methods whose rows hold more than the text."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +66,8 @@ def _draws_in_order(config: TrainConfig, meta: Any, draws: str, packs: bool) -> 
 def _writes_to_itself(config: TrainConfig, meta: Any) -> str:
     """Return what a forward pass changes in the model, or may; empty if nothing."""
     method, family = config.method, meta.config.model_type
-    if method.kind == "full":
-        return "full would hold a gradient for every weight and pass"
-    if method.kind in VIRTUAL_TOKENS:
-        return f"{method.kind} keeps its place in the model"
-    if isinstance(method, AdapterSpec) and method.placement == "parallel":
-        return "parallel adapters keep their input in the model"
-    if getattr(method, "target_parameters", None):
-        return "PEFT puts target_parameters into the model in each pass"
+    if reason := METHODS[method.kind].step.workers(method):
+        return reason
     if lookup_family(family) is None:
         return f"not tried with {family}"
     if _changes_rope(meta.config):

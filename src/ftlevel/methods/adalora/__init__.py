@@ -6,11 +6,14 @@ matrices as in `peft.AdaLoraModel.forward`, which adds it to a loss that ftlevel
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from ftlevel.config.methods import AdaloraSpec
+from ftlevel.config.methods.adalora import AdaloraSpec
 from ftlevel.errors import ConfigError
-from ftlevel.methods.base import Base, Method, whole
+from ftlevel.methods.base import Base, Merging, Method, whole
+from ftlevel.methods.facts import MERGES, MethodFacts
+from ftlevel.methods.lora import why_not_mergeable
 
 _TINIT, _TFINAL = 0.1, 0.3
 
@@ -93,4 +96,44 @@ def finish(model: Any) -> None:
         layer.r["default"] = sum(alive)
 
 
-METHOD = Method(build, penalty=orthogonality, prepare=prepare, finish=finish)
+def build_callbacks(_spec: AdaloraSpec, checkpoints: Path, writes: bool) -> list[Any]:
+    """Return what prunes the ranks between steps, and keeps them in checkpoints."""
+    from ftlevel.methods.adalora.allocation import Allocation
+
+    return [Allocation(checkpoints, writes=writes)]
+
+
+def forget_ranks(config: Any) -> None:
+    """Take ranks and start out of `config` (mutated): the file holds the ranks that are left."""
+    config.rank_pattern = None
+    config.init_lora_weights = True
+
+
+def restore_ranks(adapted: Any, config: Any) -> None:
+    """Set what the update is divided by, which is not saved: the rank at the start (mutated)."""
+    import torch
+
+    for module in adapted.modules():
+        if hasattr(module, "ranknum"):
+            rank = torch.full((1,), float(config.init_r))
+            module.ranknum["default"] = torch.nn.Parameter(rank, requires_grad=False)
+
+
+_METHOD = Method(
+    (
+        MethodFacts(
+            "adalora", "adalora", "--method adalora", "LoRA, its rank pruned by importance",
+            MERGES, "Zhang et al., 2023, arXiv:2303.10512", 29_985_408,
+        ),
+    ),
+    rate=1e-3,  # within the range of AdaLoRA's on GLUE
+    build=build,
+    prepare=prepare,
+    callbacks=build_callbacks,
+    penalty=orthogonality,
+    finish=finish,
+    merging=Merging(
+        ("ADALORA",), why_not=why_not_mergeable, prepare=forget_ranks, restore=restore_ranks
+    ),
+)  # fmt: skip
+METHODS = {"adalora": _METHOD}

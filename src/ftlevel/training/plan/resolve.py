@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.config import DEFAULT_MODEL, LoraSpec, MethodConfig, QuantConfig, TrainConfig
+from ftlevel.config import DEFAULT_MODEL, MethodConfig, QuantConfig, TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.config.methods import default_learning_rate
-from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.data.encoding.chat_templates import choose_chat_template
 from ftlevel.data.encoding.pad_token import choose_pad_token
 from ftlevel.data.prepare.context import EncodingContext, Prepared
@@ -24,7 +22,9 @@ from ftlevel.fast.plan.fast_plan import FastPlan, plan_fast
 from ftlevel.fast.plan.liger import kernel_choices
 from ftlevel.fast.plan.low_rank import low_rank_choices
 from ftlevel.methods import METHODS
-from ftlevel.methods.matrix import Cell, check_supported
+from ftlevel.methods.base import QuantizedCheckpoint
+from ftlevel.methods.facts import Cell
+from ftlevel.methods.matrix import check_supported
 from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_device, choose_dtype
 from ftlevel.models.kinds import model_kind
@@ -176,18 +176,9 @@ def _settle_quantization(
         return config
     quant = settle_quantization(stored, config.quant, source.words, device)
     method, form = config.method, quantization_name(stored)
-    plain = isinstance(method, LoraSpec) and method.init_lora_weights in ("default", "gaussian")
-    if quant.kind == "none" and not plain:
-        raise ConfigError(
-            f"--model {source.name} is quantized by {form}, and on such weights PEFT has --method "
-            "lora alone. Use --method lora, or give the original model with --quant 4bit."
-        )
-    if isinstance(method, LoraSpec) and method.init_lora_weights == "loftq":
-        raise ConfigError(
-            f"--init loftq begins at what quantization took from the weights, and --model "
-            f"{source.name} is quantized already ({form}). Give the original model with --quant "
-            "4bit, or use --init default."
-        )
+    base = QuantizedCheckpoint(source.name, form, quant.kind)
+    if reason := METHODS[method.kind].refuse_quantized(method, base):
+        raise ConfigError(reason)
     settled = config.model_copy(update={"quant": quant})
     try:
         _check_method(settled, bare, model_kind(bare))
@@ -211,8 +202,8 @@ def _check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
     experts = bool(family.target_parameters) if family else None
     base = Cell("", model_config.model_type, kind, config.task, quant, experts)
     check_supported(config.method, base)
-    method = METHODS.get(config.method.kind)
-    if method is None or method.refuse is None:
+    method = METHODS[config.method.kind]
+    if method.refuse is None:
         return
     reason = method.refuse(config.method, model_config, kind, config.task, config.quant.kind)
     if reason is not None:
@@ -251,18 +242,12 @@ def _dtype(config: TrainConfig, device: str, model_type: str) -> Choice:
     """Return the compute precision.
 
     Raises:
-        ConfigError: a LoRA that starts inside the weights, in a precision that would round them.
+        ConfigError: it is one that the device, the model or the method's start cannot have.
     """
-    init = getattr(config.method, "init_lora_weights", "default")
-    if init not in INSIDE_BASE:
-        return choose_dtype(config.model.dtype, device, config.method.kind, model_type)
-    if config.model.dtype not in ("auto", "float32"):
-        raise ConfigError(
-            f"--init {init} cannot be used with --dtype {config.model.dtype}: it takes its start "
-            "out of the base's weights, what is left is rounded, and the adapter would not be what "
-            "was trained. Use --dtype float32, or --init default."
-        )
-    return Choice("dtype", "float32", f"auto: {init} takes its start out of the weights")
+    method, wish = config.method, config.model.dtype
+    start = METHODS[method.kind].start
+    needed = start.precision(method, wish) if start else None
+    return needed or choose_dtype(wish, device, method.kind, model_type)
 
 
 def _learning_rate(config: TrainConfig, source: ModelSource) -> Choice:
@@ -274,7 +259,7 @@ def _learning_rate(config: TrainConfig, source: ModelSource) -> Choice:
     kind = config.method.kind
     if config.train.learning_rate is not None:
         return Choice("learning rate", config.train.learning_rate)
-    rate, reason = default_learning_rate(config.method), f"default for {kind}"
+    rate, reason = METHODS[kind].learning_rate(config.method), f"default for {kind}"
     if source.kind == "builtin" and rate * 10 <= 1e-2:
         return Choice("learning rate", rate * 10, f"{reason}, times 10 for a model this small")
     return Choice("learning rate", rate, reason)
@@ -316,18 +301,6 @@ def _method_choices(config: TrainConfig, quantized_already: bool) -> list[Choice
 
 def _describe(method: MethodConfig) -> str:
     """Return the settings of a method in a few words."""
-    if isinstance(method, LoraSpec):
-        init, ratio = method.init_lora_weights, method.lora_plus_ratio
-        forms = {
-            "rsLoRA": method.use_rslora,
-            "DoRA": method.use_dora,
-            f"{init} start": init != "default",
-            f"LoRA+ with ratio {ratio or 0:g}": ratio is not None,
-        }
-        detail = f"r {method.r}, alpha {method.lora_alpha:g}, dropout {method.lora_dropout:g}"
-        return ", ".join([detail, *(name for name, on in forms.items() if on)])
-    if method.kind == "full":
-        return "the head is trained" if method.freeze_base else "every weight is trained"
     own = METHODS[method.kind].describe
     if own is not None:
         return own(method)

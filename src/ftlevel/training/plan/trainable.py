@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ftlevel.config import LoraSpec, TrainConfig
+from ftlevel.config import TrainConfig
 from ftlevel.methods import METHODS, Base
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import apply_method
@@ -23,16 +23,15 @@ def count_trainable(
         base: facts of the model.
         try_method: put the method onto the shape in any case, as nothing will be after a dry run.
     """
-    own = METHODS.get(config.method.kind)
-    if own and own.count and not (try_method or plan.heads or plan.parameters):
-        added = own.count(config.method, plan.sizes)
+    method, own = config.method, METHODS[config.method.kind]
+    if own.count and not (try_method or plan.heads or plan.parameters):
+        added = own.count(method, plan.sizes)
         if added is not None:
             return added, plan.total_parameters + added
     meta = build_task_model(plan.model_config, plan.auto_class)
-    method = config.method
-    if isinstance(method, LoraSpec):  # how it begins changes no count, and needs weights
-        method = method.model_copy(update={"init_lora_weights": "default"})
+    if own.start:
+        method = own.start.default(method)
     total = plan.total_parameters
     adapted = apply_method(meta, method, base)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return trained, total if method.kind == "full" else total + trained
+    return trained, total + trained if own.build else total
