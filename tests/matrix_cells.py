@@ -34,7 +34,7 @@ from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_start, finish_method, save_adapter
 from ftlevel.training.model import ShuffledBatches
 from ftlevel.training.plan.method_targets import find_method_targets
-from ftlevel.training.proof import check_saved
+from ftlevel.training.proof import Probe, check_saved
 
 QUANTS = ("none", "4bit", "8bit")
 STEPS = 4
@@ -218,8 +218,9 @@ def run_cell(cell: TinyCell) -> float:
             model.save_pretrained(directory)
         objective = TASKS[cell.tasks[0]].build_objective(FAMILIES[cell.family].kind, {})
         _, _, effect = check_saved(
-            model, directory, lambda: fresh(cell), _probe(batch), objective=objective,
-            device="cpu", dtype=cell.dtype, rewritten=method.rewrites_base(spec),
+            model, directory, lambda: fresh(cell),
+            Probe(_probe(batch), objective, "cpu", cell.dtype),
+            rewritten=method.rewrites_base(spec),
         )  # fmt: skip
     return effect
 

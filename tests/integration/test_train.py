@@ -205,7 +205,7 @@ def test_ctrl_c_while_the_run_is_checked_says_what_is_kept(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ftlevel.commands.train.check_saved", press)
+        patch.setattr("ftlevel.training.proof.check_saved", press)
         arguments = [*SHORT, "--max-steps", "2", "--save-steps", "1"]
         assert run(["train", "--quiet", *arguments, "--output-dir", "run"]) == 130
     assert capsys.readouterr().err == (

@@ -9,7 +9,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.events import Listener
 from ftlevel.fast.step import FastStep
-from ftlevel.training.plan.resolve import Plan
+from ftlevel.training.plan.plan import Plan
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import StepVerifier, Verified
 
@@ -23,17 +23,18 @@ def speed_up(
     """
     if not plan.fast.enabled:
         return None, None
-    fast, pad_id = FastStep(model, plan.fast), plan.tokenizer.pad_token_id
-    tried = (plan.data.train, pad_id, plan.device, plan.dtype)
+    fast, pad_id = FastStep(model, plan.fast), plan.model.pad_id
+    machine = plan.model.device, plan.model.dtype
+    tried = (plan.data.train, pad_id, *machine)
     for reason in (*fast.check(*tried), fast.check_head(plan.objective, *tried)):
         if reason:
-            listener.warn(f"{plan.model_config.model_type}: {reason}.")
+            listener.warn(f"{plan.model.family}: {reason}.")
     fast.find_unread(plan.objective, *tried)
     if not config.speed.verify:
         return fast, None
     listener.stage("compute the first steps the plain way and the fast way")
     rows = config.train.per_device_train_batch_size
-    verify = StepVerifier(model, fast, plan.objective, pad_id, rows, plan.device, plan.dtype)
+    verify = StepVerifier(model, fast, plan.objective, pad_id, rows, *machine)
     verified = verify(plan.data.train, rows * config.train.gradient_accumulation_steps)
     apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
     listener.choices("verify-fast", [Choice(f"{verified.steps} steps", apart)])

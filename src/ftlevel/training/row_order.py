@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.sampling import LengthGroups
 from ftlevel.data.prepare.streamed_rows import InOrder, StreamedRows
-from ftlevel.training.plan.resolve import Plan
+from ftlevel.training.plan.plan import Plan
 
 
 def rows_and_order(

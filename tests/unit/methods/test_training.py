@@ -11,13 +11,13 @@ import torch
 import transformers
 
 import tiny_models
-from ftlevel.commands.train import build_optimizer
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.adalora.allocation import Allocation
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_start, load_adapter, save_adapter
+from ftlevel.training.build_trainer import build_optimizer
 from ftlevel.training.plan.method_targets import find_method_targets
 
 FORMS = [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ftlevel.config.sections import TrainerConfig
-from ftlevel.training.arguments import doubts
+from ftlevel.training.plan.schedule import find_warnings
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from ftlevel.training.arguments import doubts
 def test_what_will_not_come_to_pass_is_said(
     settings: dict[str, Any], validation_rows: int, expected: list[str]
 ) -> None:
-    assert doubts(TrainerConfig(**settings), 64, validation_rows) == expected
+    assert find_warnings(TrainerConfig(**settings), 64, validation_rows) == expected
 
 
 def test_the_share_of_the_peak_is_the_schedules_own() -> None:
@@ -43,5 +43,5 @@ def test_the_share_of_the_peak_is_the_schedules_own() -> None:
     for _ in range(4):  # the fifth step is made with the rate after the fourth
         optimizer.step()
         schedule.step()
-    (doubt,) = doubts(TrainerConfig(warmup_steps=50, max_steps=5), 64, 1)
-    assert f"{schedule.get_last_lr()[0]:.0%} of its peak" in doubt
+    (warning,) = find_warnings(TrainerConfig(warmup_steps=50, max_steps=5), 64, 1)
+    assert f"{schedule.get_last_lr()[0]:.0%} of its peak" in warning
