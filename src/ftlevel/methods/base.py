@@ -122,11 +122,6 @@ class Merging:
     restore: Callable[[Any, Any], None] = lambda *_: None
 
 
-def nothing_against(_spec: Any) -> str:
-    """Return no reason."""
-    return ""
-
-
 @dataclass(frozen=True)
 class StepSupport:
     """What of the fast step a method goes with: spec → the reason against, empty for none.
@@ -138,8 +133,8 @@ class StepSupport:
     """
 
     fusing: Callable[[Any], str] | None = None
-    packing: Callable[[Any], str] = nothing_against
-    workers: Callable[[Any], str] = nothing_against
+    packing: Callable[[Any], str] = lambda _: ""
+    workers: Callable[[Any], str] = lambda _: ""
 
 
 def refuse_other_forms(_spec: Any, base: QuantizedCheckpoint) -> str | None:

@@ -19,19 +19,9 @@ def unfreeze(spec: FullSpec, base: Base, model: Any) -> None:
         model.get_submodule(name).requires_grad_(True)
 
 
-def trains_base(spec: FullSpec) -> bool:
-    """Whether the base's weights are trained."""
-    return not spec.freeze_base
-
-
 def describe(spec: FullSpec) -> str:
     """Return what is trained."""
     return "the head is trained" if spec.freeze_base else "every weight is trained"
-
-
-def against_workers(_spec: FullSpec) -> str:
-    """Return why passes are not computed side by side."""
-    return "full would hold a gradient for every weight and pass"
 
 
 _METHOD = Method(
@@ -60,8 +50,8 @@ _METHOD = Method(
         ),
     ),
     unfreeze=unfreeze,
-    trains_base=trains_base,
+    trains_base=lambda spec: not spec.freeze_base,
     describe=describe,
-    step=StepSupport(workers=against_workers),
+    step=StepSupport(workers=lambda _: "full would hold a gradient for every weight and pass"),
 )  # fmt: skip
 METHODS = {"full": _METHOD}

@@ -25,7 +25,6 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
     from transformers import TrainingArguments
 
     train = config.train
-    evaluates = bool(plan.data.validation)
     rows, accumulated = train.per_device_train_batch_size, train.gradient_accumulation_steps
     if plan.fast.enabled:  # a batch is a whole step, which our trainer cuts into passes
         rows, accumulated = rows * accumulated, 1
@@ -40,7 +39,6 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         max_grad_norm=train.max_grad_norm,
         optim=train.optim,
         per_device_train_batch_size=rows,
-        per_device_eval_batch_size=eval_batch_size(train),
         gradient_accumulation_steps=accumulated,
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs=(
@@ -48,13 +46,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         ),
         seed=train.seed,
         data_seed=train.seed,
-        logging_strategy="steps",
-        logging_steps=train.logging_steps or max(1, plan.schedule.steps // _LOGS_A_RUN),
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # the filter shows a NaN loss as 0.0
-        eval_strategy="no" if not evaluates else "steps" if train.eval_steps else "epoch",
-        eval_steps=train.eval_steps,
-        eval_on_start=evaluates and train.eval_on_start,
+        **_watching(train, plan),
         save_strategy="steps" if train.save_steps else "no",
         save_steps=train.save_steps or 500,
         save_total_limit=None,  # checkpoints are rotated by us, once they are certified
@@ -71,6 +63,21 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         dataloader_pin_memory=plan.model.device == "cuda",
         **kernel_arguments(config, plan.model.device, plan.model.family),
     )
+
+
+def _watching(train: TrainerConfig, plan: Plan) -> dict[str, Any]:
+    """Return when a run is logged and evaluated, which changes nothing that it computes."""
+    evaluates = bool(plan.data.validation)
+    return {
+        "logging_strategy": "steps",
+        "logging_steps": train.logging_steps or max(1, plan.schedule.steps // _LOGS_A_RUN),
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
+        "eval_strategy": "no" if not evaluates else "steps" if train.eval_steps else "epoch",
+        "eval_steps": train.eval_steps,
+        "eval_on_start": evaluates and train.eval_on_start,
+        "per_device_eval_batch_size": eval_batch_size(train),
+    }
 
 
 def eval_batch_size(train: TrainerConfig) -> int:

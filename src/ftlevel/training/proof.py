@@ -191,11 +191,9 @@ def check_saved(
         reloaded = type(trained).from_pretrained(
             directory, dtype=torch.float32, use_safetensors=True
         ).to(probe.device)  # fmt: skip
-    again = probe.logits(reloaded)
-    difference = (again - after).abs().max().item()
+    difference = (probe.logits(reloaded) - after).abs().max().item()
     effect = (after - before).abs().max().item()
-    scale = after.abs().max().item()
-    bound = scale * (1e-5 if probe.dtype == "float32" else 1e-2)
+    bound = after.abs().max().item() * (1e-5 if probe.dtype == "float32" else 1e-2)
     if not difference <= bound:
         raise RunError(
             f"the adapter saved in {directory} is not the one that was trained: its logits differ "

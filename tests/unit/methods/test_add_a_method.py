@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from ftlevel.config import SPECS
+
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs/add-a-method.md").read_text(encoding="utf-8")
 FILE = re.compile(r"^`(src/[\w/.]+)`(?:(?!^`src).)*?^```(python|diff)\n(.*?)^```", re.M | re.S)
@@ -61,6 +63,13 @@ def test_the_page_names_files_that_there_are() -> None:
     named = set(re.findall(r"`((?:src|tests|scripts|docs)/[\w/.]+)`", PAGE)) - set(NEW)
     assert len(named) > 10
     assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
+
+
+def test_nobody_asks_which_method_it_has() -> None:
+    names = {spec.__name__ for spec in SPECS.values()}
+    asks = re.compile(rf"isinstance\([^)]*\b(?:{'|'.join(names)})\b")
+    sources = (ROOT / "src").rglob("*.py")
+    assert [path for path in sources if asks.search(path.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.slow

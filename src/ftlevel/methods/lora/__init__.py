@@ -108,11 +108,6 @@ def refuse_quantized(spec: LoraSpec, base: QuantizedCheckpoint) -> str | None:
     return None
 
 
-def against_fusing(spec: LoraSpec) -> str:
-    """Return why base and update are not computed by one function; empty if they can be."""
-    return "DoRA scales by a norm of the whole weight" if spec.use_dora else ""
-
-
 def against_workers(spec: LoraSpec) -> str:
     """Return what a forward pass changes in the model; empty if nothing."""
     if spec.target_parameters:
@@ -144,7 +139,10 @@ _METHOD = Method(
     refuse_quantized=refuse_quantized,
     start=START,
     optimizer=build_optimizer,
-    step=StepSupport(fusing=against_fusing, workers=against_workers),
+    step=StepSupport(
+        fusing=lambda spec: spec.use_dora * "DoRA scales by a norm of the whole weight",
+        workers=against_workers,
+    ),
     merging=Merging(("LORA",), why_not=why_not_mergeable, prepare=forget_start),
 )
 METHODS = {"lora": _METHOD, "qlora": _METHOD}

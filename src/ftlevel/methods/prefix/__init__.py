@@ -7,7 +7,6 @@ they import peft and are only imported when one is built or loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ftlevel.config.methods.prefix import PrefixSpec
@@ -15,6 +14,7 @@ from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.facts import MethodFacts, Rule, rows
 from ftlevel.methods.peft_types import register_tuner
 from ftlevel.methods.prefix.sites import find_attentions, why_no_prefix
+from ftlevel.methods.unmergeable import VIRTUAL_TOKENS
 
 ENCODER_WIDTH = 512  # Li & Liang, 2021, section 4.3
 
@@ -65,23 +65,6 @@ def finish(model: Any) -> None:
     model.base_model.fold(model.active_adapter)
 
 
-def against_packing(spec: PrefixSpec) -> str:
-    """Return why rows need padding."""
-    return f"{spec.kind} puts virtual tokens into every row"
-
-
-def against_workers(spec: PrefixSpec) -> str:
-    """Return what a forward pass changes in the model."""
-    return f"{spec.kind} keeps its place in the model"
-
-
-def why_not_mergeable(_config: Mapping[str, Any]) -> str:
-    """Return why no adapter of this type can be merged."""
-    from ftlevel.methods.virtual_tokens import CANNOT_MERGE
-
-    return CANNOT_MERGE
-
-
 def learning_rate(spec: PrefixSpec) -> float:
     """Return the default rate: the top of P-tuning v2's range, which trains plain vectors too.
 
@@ -116,9 +99,12 @@ _METHOD = Method(
     describe=describe,
     refuse=refuse,
     finish=finish,
-    step=StepSupport(packing=against_packing, workers=against_workers),
+    step=StepSupport(
+        packing=lambda spec: f"{spec.kind} puts virtual tokens into every row",
+        workers=lambda spec: f"{spec.kind} keeps its place in the model",
+    ),
     merging=Merging(
-        ("PREFIX_KV", "PREFIX_TUNING"), into_weights=False, why_not=why_not_mergeable
+        ("PREFIX_KV", "PREFIX_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS
     ),
 )  # fmt: skip
 METHODS = {"prefix": _METHOD}

@@ -7,7 +7,6 @@ are only imported when one is built or loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
@@ -15,6 +14,7 @@ from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.facts import MethodFacts
 from ftlevel.methods.peft_types import register_tuner
 from ftlevel.methods.soft_prompt.stacks import find_stacks
+from ftlevel.methods.unmergeable import VIRTUAL_TOKENS
 
 # These add to each layer's input what the ids of its tokens pick; a prompt has no ids.
 _READ_IDS_IN_LAYERS = frozenset({"gemma3n", "gemma3n_text", "gemma4", "gemma4_text"})
@@ -107,24 +107,10 @@ def finish(model: Any) -> None:
     model.base_model.fold(model.active_adapter)
 
 
-def against_packing(spec: PromptSpec | PTuningSpec) -> str:
-    """Return why rows need padding."""
-    return f"{spec.kind} puts virtual tokens into every row"
-
-
-def against_workers(spec: PromptSpec | PTuningSpec) -> str:
-    """Return what a forward pass changes in the model."""
-    return f"{spec.kind} keeps its place in the model"
-
-
-def why_not_mergeable(_config: Mapping[str, Any]) -> str:
-    """Return why no adapter of this type can be merged."""
-    from ftlevel.methods.virtual_tokens import CANNOT_MERGE
-
-    return CANNOT_MERGE
-
-
-_STEP = StepSupport(packing=against_packing, workers=against_workers)
+_STEP = StepSupport(
+    packing=lambda spec: f"{spec.kind} puts virtual tokens into every row",
+    workers=lambda spec: f"{spec.kind} keeps its place in the model",
+)
 _PROMPT = Method(
     (
         MethodFacts(
@@ -142,7 +128,7 @@ _PROMPT = Method(
     step=_STEP,
     merging=Merging(
         ("SOFT_PROMPT", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"),
-        into_weights=False, why_not=why_not_mergeable,
+        into_weights=False, why_not=lambda _: VIRTUAL_TOKENS,
     ),
 )  # fmt: skip
 _P_TUNING = Method(
@@ -163,7 +149,7 @@ _P_TUNING = Method(
     finish=finish,
     step=_STEP,
     merging=Merging(
-        ("SOFT_PROMPT", "P_TUNING"), into_weights=False, why_not=why_not_mergeable
+        ("SOFT_PROMPT", "P_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS
     ),
 )  # fmt: skip
 METHODS = {"prompt": _PROMPT, "p-tuning": _P_TUNING}
