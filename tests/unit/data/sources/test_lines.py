@@ -14,7 +14,7 @@ from ftlevel.data.formats.detect import detect_format
 from ftlevel.data.formats.examples import LazyExamples, convert_rows
 from ftlevel.data.sources import lines
 from ftlevel.data.sources.lines import LineNumbers, LineRows
-from ftlevel.data.sources.reader import read_table
+from ftlevel.data.sources.readers.files import read_table
 from ftlevel.errors import InputError
 
 ROW = b'{"prompt": "caf\xc3\xa9 %d", "completion": "x"}\n'
