@@ -20,7 +20,7 @@ from ftlevel.config.choices import Choice
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener, Silence
-from ftlevel.fast.plan.low_rank import uses_fused_layers
+from ftlevel.fast.plan.fused_lora import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS

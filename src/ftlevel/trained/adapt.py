@@ -38,7 +38,7 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
         return model
     from peft import get_peft_model
 
-    from ftlevel.fast.layers.low_rank import (
+    from ftlevel.fast.layers.fused_lora import (
         register_fused_layers,  # PEFT's layers import bitsandbytes
     )
 

@@ -96,7 +96,7 @@ class StepVerifier:
 
     def _fuse(self, on: bool) -> None:
         """Let modules compute in one node, as they do in training; dropout stays off."""
-        from ftlevel.fast.layers.low_rank.layer import (
+        from ftlevel.fast.layers.fused_lora.forward import (
             FusedForward,  # PEFT's layers import bitsandbytes
         )
 

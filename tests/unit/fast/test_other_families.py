@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 import tiny_models
 from ftlevel.config import SPECS, QuantConfig, TrainConfig
 from ftlevel.errors import ConfigError
-from ftlevel.fast.layers.low_rank.function import LowRankLinear
+from ftlevel.fast.layers.fused_lora.function import LowRankLinear
 from ftlevel.fast.plan.fast_plan import FastPlan, plan_fast
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import Base

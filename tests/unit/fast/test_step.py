@@ -20,7 +20,7 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast import step_collator
 from ftlevel.fast.attention import packed as attention
 from ftlevel.fast.layers.dropout import PassDropout, drawing_from
-from ftlevel.fast.layers.low_rank import register_fused_layers
+from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.plan.fast_plan import FastPlan, plan_fast
 from ftlevel.fast.plan.workers import FUNCTIONAL_DROPOUT
 from ftlevel.fast.step import FastStep

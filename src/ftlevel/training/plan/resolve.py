@@ -21,8 +21,8 @@ from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.parallel import Progress, be_silent
 from ftlevel.errors import ConfigError
 from ftlevel.fast.plan.fast_plan import FastPlan, plan_fast
+from ftlevel.fast.plan.fused_lora import fused_lora_choices
 from ftlevel.fast.plan.liger import kernel_choices
-from ftlevel.fast.plan.low_rank import low_rank_choices
 from ftlevel.methods import METHODS
 from ftlevel.methods.matrix import Cell, check_supported
 from ftlevel.models.families import lookup_family
@@ -147,7 +147,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
         *threads,
         dtype,
         *_method_choices(config, stored_quantization(bare) is not None),
-        *low_rank_choices(config, device.value),
+        *fused_lora_choices(config, device.value),
         *kernel_choices(config, device.value, bare.model_type),
         *adapted.choices(getattr(config.method, "target_modules", None)),
         *_head_choices(task, heads),

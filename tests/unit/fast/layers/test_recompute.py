@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny_models
-from ftlevel.fast.layers.low_rank import register_fused_layers
+from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.layers.norm_glu import FusedElementwise
 from ftlevel.fast.layers.recompute import Recipe, recipe_of, with_recipe
 
@@ -76,7 +76,7 @@ def test_less_is_kept_and_the_same_is_learned(family: str, monkeypatch: pytest.M
     fused = FusedElementwise(model)
     batch = tiny_models.build_batch(family, None)
     gradient, size = step(model, batch)
-    monkeypatch.setattr("ftlevel.fast.layers.low_rank.layer.recipe_of", lambda tensor: None)
+    monkeypatch.setattr("ftlevel.fast.layers.fused_lora.forward.recipe_of", lambda tensor: None)
     expected, kept = step(model, batch)
     assert torch.equal(gradient, expected)
     widths = 2 * model.config.hidden_size + model.config.intermediate_size

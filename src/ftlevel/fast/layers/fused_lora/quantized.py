@@ -11,7 +11,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import bnb as lora_bnb
 from torch import nn
 
-from ftlevel.fast.layers.low_rank.layer import FusedForward
+from ftlevel.fast.layers.fused_lora.forward import FusedForward
 
 
 def find_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | None:

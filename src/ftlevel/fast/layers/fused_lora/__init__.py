@@ -6,6 +6,6 @@ A and B. The layers are PEFT's own classes with another `forward`: parameters, s
 switching and the saved adapter are PEFT's, and where the node does not apply its `forward` runs.
 """
 
-from ftlevel.fast.layers.low_rank.layer import register_fused_layers
+from ftlevel.fast.layers.fused_lora.layer import register_fused_layers
 
 __all__ = ["register_fused_layers"]

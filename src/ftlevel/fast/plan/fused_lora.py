@@ -11,7 +11,7 @@ def uses_fused_layers(config: TrainConfig, device: str) -> bool:
     return isinstance(config.method, LoraSpec) and _reason_against(config, device) is None
 
 
-def low_rank_choices(config: TrainConfig, device: str) -> list[Choice]:
+def fused_lora_choices(config: TrainConfig, device: str) -> list[Choice]:
     """Return the line that says how LoRA's layers are computed; none for other methods."""
     if not isinstance(config.method, LoraSpec):
         return []
