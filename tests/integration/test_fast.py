@@ -48,10 +48,10 @@ def test_one_curve() -> None:
 def test_a_fast_step_that_is_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ftlevel.fast.packing.layout import Layout
+    from ftlevel.fast.packing.layout import PackedLayout
 
-    right = Layout.pack
-    monkeypatch.setattr(Layout, "pack", lambda layout, states: right(layout, states) * 1.0001)
+    right = PackedLayout.pack
+    monkeypatch.setattr(PackedLayout, "pack", lambda layout, states: right(layout, states) * 1.0001)
     assert run(["train", "--quiet", "--output-dir", "wrong", *SHORT, "--verify-fast"]) == 1
     assert "--verify-fast: the fast step is not the plain one" in capsys.readouterr().err
     assert not Path("wrong").exists()

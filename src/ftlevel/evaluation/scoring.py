@@ -13,8 +13,8 @@ from ftlevel.data.encoding.chat import turn_end
 from ftlevel.data.encoding.collate import Collator, pad
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast.head.cross_entropy import Observe
-from ftlevel.fast.head.loss import target_loss
-from ftlevel.fast.step import target_head
+from ftlevel.fast.head.loss import supervised_loss
+from ftlevel.fast.step import chunked_cross_entropy
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Meter, Objective, ScoreTexts, TokenObjective
 
@@ -139,13 +139,15 @@ class Evaluator:
         collate = Collator(pad_id)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
         wanted = objective if self.on_targets else None
-        with target_head(model, wanted, by_length, pad_id, self.device, self.dtype) as head:
+        with chunked_cross_entropy(
+            model, wanted, by_length, pad_id, self.device, self.dtype
+        ) as head:
             for rows in batches(by_length, self.batch_size):
                 batch = {k: v.to(self.device) for k, v in collate(rows).items()}
                 count += int(objective.count(batch["labels"]))
                 if head is not None:
                     observe = self._observer(meter, record, rows, batch["labels"])
-                    total += target_loss(head, model, objective, batch, observe).item()
+                    total += supervised_loss(head, model, objective, batch, observe).item()
                     continue
                 inputs, labels = objective.split(batch)
                 logits = objective.logits(model(**inputs))

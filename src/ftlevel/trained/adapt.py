@@ -26,7 +26,7 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
         model: the loaded base (mutated by PEFT), or its shape on the meta device.
         method: the method's spec.
         base: facts of the model; its targets are full names of modules.
-        fused: train LoRA by layers that compute base and update in one node.
+        fused: train LoRA by layers that compute base and update in one fused function.
 
     Raises:
         ConfigError: PEFT does not put it on these modules.

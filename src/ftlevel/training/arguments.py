@@ -55,7 +55,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
     steps = count_steps(train, len(plan.data.train))
     evaluates = bool(plan.data.validation)
     rows, accumulated = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    if plan.fast.enabled:  # a batch is a whole step, which our trainer cuts into passes
+    if plan.fast.enabled:  # a batch is a whole step, which our trainer splits into micro-batches
         rows, accumulated = rows * accumulated, 1
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -125,5 +125,5 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
         max_new_tokens=config.train.max_new_tokens,
         score_texts=plan.task.score_texts,
         language=plan.data.facts["target_language"],
-        on_targets=plan.fast.heads,
+        on_targets=plan.fast.chunked_cross_entropy,
     )

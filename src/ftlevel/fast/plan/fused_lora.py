@@ -1,4 +1,4 @@
-"""Whether a run computes LoRA's layers in one node, and what the screen says about it."""
+"""Whether LoRA's layers are each one fused autograd function, and what the screen says about it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ftlevel.config.choices import Choice
 
 
 def uses_fused_layers(config: TrainConfig, device: str) -> bool:
-    """Return whether LoRA's base and update are computed in one node."""
+    """Return whether LoRA's base and update are one fused autograd function."""
     return isinstance(config.method, LoraSpec) and _reason_against(config, device) is None
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlevel.fast.layers.fused_lora.function import LowRankLinear
-from ftlevel.fast.layers.recompute import recipe_of
+from ftlevel.fast.layers.fused_lora.function import FusedLoraFunction
+from ftlevel.fast.layers.recompute import recomputation_of
 
 
 class FusedForward:
-    """A LoRA layer's forward as one node, in training; in any other case its PEFT class's own.
+    """A LoRA layer's forward, fused in training; in any other case its PEFT class's own.
 
     Evaluation and generation thereby see what anyone sees who loads the adapter with PEFT.
     """
@@ -27,7 +27,7 @@ class FusedForward:
         x = x.to(compute)
         dropout = self.lora_dropout[name]
         with torch.autocast(x.device.type, enabled=False):
-            y = LowRankLinear.apply(  # type: ignore[no-untyped-call]  # torch's
+            y = FusedLoraFunction.apply(  # type: ignore[no-untyped-call]  # torch's
                 x,
                 None if isinstance(dropout, nn.Identity) else dropout(x),
                 self.lora_A[name].weight,
@@ -35,7 +35,7 @@ class FusedForward:
                 self.base_layer.bias,
                 functools.partial(self._weight, compute),
                 self.scaling[name],
-                recipe_of(x),
+                recomputation_of(x),
             )
         return y.to(result)
 
@@ -51,7 +51,7 @@ class FusedForward:
 
 
 def _lone_adapter(layer: Any) -> str | None:
-    """Return the one active adapter of `layer`, if base and update can be one node.
+    """Return the one active adapter of `layer`, if base and update can be fused.
 
     None where there are several or none, a variant such as DoRA, a bias of B, hooks (of offloading,
     tensor parallelism, an observer), which expect their module to be called, or a trained base.

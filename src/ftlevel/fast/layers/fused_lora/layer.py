@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers with a forward of one node, and how a `LoraConfig` comes to build them."""
+"""PEFT's LoRA layers with the fused forward, and how a `LoraConfig` comes to build them."""
 
 from __future__ import annotations
 

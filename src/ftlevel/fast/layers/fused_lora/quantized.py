@@ -52,7 +52,7 @@ class FusedLinear8bitLt(FusedForward, lora_bnb.Linear8bitLt):
     """LoRA of `bitsandbytes.nn.Linear8bitLt`, on the CPU.
 
     There bitsandbytes trains on the dequantized weight as well. On a GPU it multiplies in int8,
-    which this node does not: PEFT's forward runs.
+    which the fused function does not: PEFT's forward runs.
     """
 
     def _is_ready(self) -> bool:
