@@ -14,6 +14,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ftlevel.cli.launch import is_launched
 from ftlevel.config import (
     SPECS,
     Layer,
@@ -118,7 +119,12 @@ def read_config(parameters: Mapping[str, Any]) -> tuple[TrainConfig, Path | None
     flags = given_flags(parameters)
     _add_precision(flags, parameters)
     _add_columns(flags, parameters.get("column_map"))
-    return build_config([*layers, flags]), recipe_path
+    return build_config([*layers, flags], None if is_launched() else _note), recipe_path
+
+
+def _note(line: str) -> None:
+    """Say on stderr what is worth a line before there is a screen; of several processes, once."""
+    typer.echo(f"note: {line}", err=True)
 
 
 def _add_columns(flags: Layer, pairs: object) -> None:

@@ -600,7 +600,7 @@ def test_the_plan_says_what_is_done_and_why(
     ("family", "settings", "said"),
     [
         ("llama", {}, "2 parallel workers"),
-        ("llama", {"speed": {"passes_at_once": 1}}, "one micro-batch at a time"),
+        ("llama", {"speed": {"parallel_workers": 1}}, "one micro-batch at a time"),
         ("llama", {"method": {"kind": "lora", "lora_dropout": 0.1}}, "2 parallel workers"),
         ("llama", {"method": {"kind": "lora", "lora_dropout": 0.1},
                    "train": {"gradient_checkpointing": True}},

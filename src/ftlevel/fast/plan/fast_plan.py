@@ -96,14 +96,14 @@ def plan_fast(
         return FastPlan(choices=[Choice("step", "plain", "--no-fast")])
     tokens = _tokens_per_micro_batch(config, device, max_length)
     why_padded = _why_padded(config, meta, kind)
-    chunked = speed.target_head and has_language_head(meta, objective)
+    chunked = speed.chunked_cross_entropy and has_language_head(meta, objective)
     layout = "packed, no padding" if not why_padded else f"padded by length ({why_padded})"
     parts = [layout] + (["cross-entropy on supervised tokens only"] if chunked else [])
     workers = plan_workers(config, meta, device, packs=not why_padded)
     shares, more = False, list[Choice]()
     if not why_padded and kind == "decoder" and speed.share_prefixes != "never":
         shares, more = _plan_sharing(config, meta, rows)
-    if shares and speed.tokens_per_pass == "auto":
+    if shares and speed.tokens_per_micro_batch == "auto":
         tokens += tokens // SHARED_MORE
     at_once = (
         f"{workers.count} parallel workers" if workers.count > 1 else "one micro-batch at a time"
@@ -120,8 +120,8 @@ def plan_fast(
         choices,
         workers.count,
         bool(workers.random),
-        speed.elementwise and not uses_liger(config, device, meta.config.model_type),
-        prunes_last_layer=speed.skip_unread and not why_padded,
+        speed.fused_norm_glu and not uses_liger(config, device, meta.config.model_type),
+        prunes_last_layer=speed.prune_last_layer and not why_padded,
         # Checkpoints would compute a micro-batch again after the prefix has let go of its layout.
         shared_prefix=shares
         and chunked
@@ -161,8 +161,8 @@ def _estimate_shared(config: TrainConfig, rows: Sequence[Encoded]) -> float:
 
 
 def _tokens_per_micro_batch(config: TrainConfig, device: str, max_length: int) -> int:
-    if config.speed.tokens_per_pass != "auto":
-        return config.speed.tokens_per_pass
+    if config.speed.tokens_per_micro_batch != "auto":
+        return config.speed.tokens_per_micro_batch
     tokens = max(config.train.per_device_train_batch_size * max_length, FEWEST_TOKENS)
     return min(tokens, max(MOST_CPU_TOKENS, max_length)) if device == "cpu" else tokens
 

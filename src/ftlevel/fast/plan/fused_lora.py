@@ -25,8 +25,8 @@ def _reason_against(config: TrainConfig, device: str) -> str | None:
     speed, method = config.speed, config.method
     if not speed.fast:
         return "--no-fast"
-    if not speed.low_rank:
-        return "speed.low_rank is off"
+    if not speed.fused_lora:
+        return "speed.fused_lora is off"
     if getattr(method, "use_dora", False):
         return "DoRA scales by a norm of the whole weight"
     if config.quant.kind == "8bit" and device != "cpu":

@@ -43,7 +43,7 @@ def plan_workers(config: TrainConfig, meta: Any, device: str, packs: bool) -> Wo
         device: torch device type.
         packs: whether rows are packed: attention then draws from the worker's generator.
     """
-    asked, threads = config.speed.passes_at_once, torch.get_num_threads()
+    asked, threads = config.speed.parallel_workers, torch.get_num_threads()
     if device != "cpu" or threads == 1 or asked == 1:
         return WorkerPlan()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

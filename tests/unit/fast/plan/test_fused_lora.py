@@ -21,7 +21,7 @@ INT8 = "PEFT's layers (LLM.int8() multiplies in int8 on a GPU)"
         ({"quant": {"kind": "8bit"}}, "cpu", FUSED),
         ({"quant": {"kind": "8bit"}}, "cuda", INT8),
         ({"speed": {"fast": False}}, "cpu", "PEFT's layers (--no-fast)"),
-        ({"speed": {"low_rank": False}}, "cpu", "PEFT's layers (speed.low_rank is off)"),
+        ({"speed": {"fused_lora": False}}, "cpu", "PEFT's layers (speed.fused_lora is off)"),
         ({"method": {"kind": "lora", "use_dora": True}}, "cpu",
          "PEFT's layers (DoRA scales by a norm of the whole weight)"),
         ({"method": {"kind": "ia3"}}, "cpu", None),
