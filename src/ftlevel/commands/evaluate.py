@@ -212,7 +212,7 @@ def _evaluator(
         max_new_tokens=config.max_new_tokens or train.max_new_tokens,
         score_texts=task.score_texts,
         language=held_out.language,
-        on_targets=speed.fast and speed.chunked_cross_entropy,
+        chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,
     )
 
 

@@ -94,7 +94,7 @@ class Evaluator:
         max_new_tokens: longest generated text.
         score_texts: scores the generated texts.
         language: ISO 639-1 code of the generated texts; "" if unknown.
-        on_targets: whether a language head is computed on supervised positions only.
+        chunked_cross_entropy: whether a language head is computed on supervised tokens only.
     """
 
     rows: Sequence[Encoded]
@@ -108,7 +108,7 @@ class Evaluator:
     max_new_tokens: int = 64
     score_texts: ScoreTexts | None = None
     language: str = ""
-    on_targets: bool = True
+    chunked_cross_entropy: bool = True
 
     def __call__(self, model: Any, record: Record | None = None) -> dict[str, float]:
         """Return the metrics of `model`, which is left in the mode it was in.
@@ -138,7 +138,7 @@ class Evaluator:
         pad_id = self.tokenizer.pad_token_id or 0
         collate = Collator(pad_id)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
-        wanted = objective if self.on_targets else None
+        wanted = objective if self.chunked_cross_entropy else None
         with chunked_cross_entropy(
             model, wanted, by_length, pad_id, self.device, self.dtype
         ) as head:

@@ -125,5 +125,5 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
         max_new_tokens=config.train.max_new_tokens,
         score_texts=plan.task.score_texts,
         language=plan.data.facts["target_language"],
-        on_targets=plan.fast.chunked_cross_entropy,
+        chunked_cross_entropy=plan.fast.chunked_cross_entropy,
     )
