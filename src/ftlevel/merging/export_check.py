@@ -55,7 +55,7 @@ class Checked:
     Attributes:
         file: the file beside the model with weights rounded by torch; it is right.
         model: the file beside the model as it is: what rounding costs.
-        unread: settings that transformers' reader leaves out; they were taken from the model.
+        own_settings: settings that transformers' reader leaves out; they were taken from the model.
         texts: how many texts gave the same tokens.
         splitting: whether transformers splits text as the file says; else the model's own
             splitting was used to compare the rest.
@@ -63,7 +63,7 @@ class Checked:
 
     file: Agreement
     model: Agreement
-    unread: list[str]
+    own_settings: list[str]
     texts: int
     splitting: bool
 
@@ -102,7 +102,7 @@ def check_file(
     """
     source = ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
     texts = check_tokens(load_tokenizer(source), original.tokenizer, vocabulary)
-    config, unread = readable_config(load_config(source), original.config)
+    config, own_settings = readable_config(load_config(source), original.config)
     probe = _probe(original)
     reference, expected = _ask_original(probe, outtype, tensors, original)
     # Vectors are wider in the file than its matrices; they are narrow only in a model that is.
@@ -121,7 +121,7 @@ def check_file(
             f"top-1 {file.top1:.1%}). Nothing is kept. Please report this with the command."
         )
     splitting = vocabulary.pre in READ_BY_TRANSFORMERS
-    return Checked(file, compare(reference, found), unread, texts, splitting)
+    return Checked(file, compare(reference, found), own_settings, texts, splitting)
 
 
 def _probe(original: Original) -> Probe:

@@ -129,10 +129,10 @@ def find_trained(name: str, device: str, task: str | None = None, said: str = ""
         InputError: it is not there, its base is not the one it was trained on, or another `task`
             is asked of it.
     """
-    return settle_stored(_find(name, device, task, said or name))
+    return resolve_stored(_find(name, device, task, said or name))
 
 
-def settle_stored(found: Found) -> Found:
+def resolve_stored(found: Found) -> Found:
     """Return `found` with a card that says how its weights are stored, whoever quantized them."""
     stored = None if found.source.kind == "gguf" else stored_quantization(load_config(found.source))
     if stored is None:
