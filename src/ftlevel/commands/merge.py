@@ -16,7 +16,9 @@ from ftlevel.artifacts.merge_card import write_merge_readme
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError, RunError
-from ftlevel.evaluation.agreement import Agreement, Probe, Scores, compare, in_float32
+from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
+from ftlevel.evaluation.two_models.float32 import in_float32
+from ftlevel.evaluation.two_models.on_rows import Probe, Scores
 from ftlevel.events import Listener, Silence
 from ftlevel.merging.merge_input import (
     MergeInput,
@@ -157,7 +159,7 @@ def _ask_trained(inputs: MergeInput, probe: Probe) -> tuple[Scores, Agreement]:
     model = load_trained_model(inputs, inputs.quant)
     trained = probe.score(model, inputs.dtype)
     with model.disable_adapter():
-        return trained, compare(trained, probe.score(model, inputs.dtype))
+        return trained, compare_rows(trained, probe.score(model, inputs.dtype))
 
 
 def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
@@ -218,8 +220,8 @@ def _measure(candidate: Candidate, inputs: MergeInput, probe: Probe, trained: Sc
         with in_float32(model):
             wide = few.score(model, "float32")
         low = found.first(len(wide.logits)) if narrow == inputs.dtype else few.score(model, narrow)
-        noise = compare(wide, low)
-    return replace(candidate, trained=compare(trained, found), noise=noise)
+        noise = compare_rows(wide, low)
+    return replace(candidate, trained=compare_rows(trained, found), noise=noise)
 
 
 def load_merged(directory: Path, inputs: MergeInput) -> Any:
@@ -268,7 +270,7 @@ def _check(
     if (reference := _other_reference(chosen, inputs)) is not None:
         listener.stage("ask the adapter beside the weights that it was merged into")
         found = probe.score(load_merged(chosen.directory, inputs), inputs.dtype)
-        agreement = compare(probe.score(reference(), inputs.dtype), found)
+        agreement = compare_rows(probe.score(reference(), inputs.dtype), found)
     bound = _bound(agreement, chosen.noise)
     if not agreement.mean_difference <= bound:
         raise RunError(
