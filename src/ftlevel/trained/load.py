@@ -14,7 +14,7 @@ from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.data.encoding.pad_token import choose_pad_token
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.errors import InputError
-from ftlevel.models.hardware import DTYPES, choose_device
+from ftlevel.models.hardware import DTYPES
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import (
     check_missing,
@@ -81,16 +81,6 @@ class Trained:
     def has_adapter(self) -> bool:
         """Whether the base can be had by switching the adapter off."""
         return hasattr(self.model, "peft_config")
-
-
-def load_trained(name: str, device_wish: str = "auto") -> Trained:
-    """Load the run, adapter or model called `name`, to be used as it was trained.
-
-    Raises:
-        InputError: it is not there, its base is not the one it was trained on, or it is damaged.
-    """
-    device = choose_device(device_wish).value
-    return load_found(find_trained(name, device), device)
 
 
 @dataclass(frozen=True)
