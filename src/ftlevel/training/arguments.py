@@ -92,7 +92,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         remove_unused_columns=False,
         label_names=["labels"],
         # Every trained tensor gets a gradient in every step, which is checked at the first; and the
-        # loss of a head on targets does not go through the model's outputs, where DDP would look.
+        # chunked cross-entropy does not go through the model's outputs, where DDP would look.
         ddp_find_unused_parameters=False,
         report_to=config.output.report_to,
         disable_tqdm=True,

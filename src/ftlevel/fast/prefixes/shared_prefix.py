@@ -62,7 +62,7 @@ class SharedPrefix:
             The three, of (…, tokens + own, …) where the prefix is done; its queries are zeros.
 
         Raises:
-            NotServedError: an attention is gone through twice, or was not in the prefix's pass.
+            NotServedError: an attention is gone through twice, or the prefix did not meet it.
         """
         if self._leaves is None:
             if module in self._made:
