@@ -328,7 +328,7 @@ def test_facts_of_a_field() -> None:
     assert (kind.default, kind.description) == ("lora", "What is trained.")
     assert {"lora", "full", "p-tuning"} <= set(kind.choices)
     assert describe_field(TrainConfig, "data.max_length").choices == ()  # a number, or auto
-    assert describe_field(TrainConfig, "speed.passes_at_once").type is str
+    assert describe_field(TrainConfig, "speed.parallel_workers").type is str
     assert describe_field(TrainConfig, "train.save_steps").type is int
     assert describe_field(EvaluateConfig, "name").required
 

@@ -62,8 +62,8 @@ def _check_lines(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterat
         f"loss {model['loss']:.4f} (the model {model['loss_reference']:.4f})"
     )
     if check["settings_of_the_model"]:
-        unread = ", ".join(check["settings_of_the_model"])
-        yield f"transformers does not read {unread} from a .gguf; the model's own was used"
+        own_settings = ", ".join(check["settings_of_the_model"])
+        yield f"transformers does not read {own_settings} from a .gguf; the model's own was used"
     how = (
         "" if check["splitting_read"]
         else f" (how it splits text is named, {summary['tokenizer']['pre']}; transformers does not "

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import typer
 
 from ftlevel.cli.grammar import Command, Seconds
+from ftlevel.cli.launch import is_launched
 from ftlevel.config import (
     Layer,
     TrainConfig,
@@ -198,7 +199,12 @@ def read_config(given: Given) -> tuple[TrainConfig, Path | None]:
         path = _config_of_run(path)
     layers = [] if path is None else [read_recipe(path)]
     layers.append(read_settings(values["settings"] or []))
-    return build_config([*layers, given.layer()]), path
+    return build_config([*layers, given.layer()], None if is_launched() else _note), path
+
+
+def _note(line: str) -> None:
+    """Say on stderr what is worth a line before there is a screen; of several processes, once."""
+    typer.echo(f"note: {line}", err=True)
 
 
 def _config_of_run(directory: Path) -> Path:

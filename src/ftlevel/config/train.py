@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
+from ftlevel.config.renamed import with_new_names
 from ftlevel.config.sections import (
     DataConfig,
     ModelConfig,
@@ -30,6 +32,17 @@ class TrainConfig(Section):
     train: TrainerConfig = Field(default_factory=TrainerConfig, description="The optimisation.")
     speed: SpeedConfig = Field(default_factory=SpeedConfig, description="How a step is computed.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="What is written.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, raw: Any) -> Any:
+        """Accept keys by their old names, from Python; files and flags have new ones by now."""
+        if not isinstance(raw, dict):
+            return raw
+        values, lines = with_new_names(raw, {})
+        for line in lines:
+            warnings.warn(line, FutureWarning, stacklevel=2)
+        return values
 
     @model_validator(mode="before")
     @classmethod

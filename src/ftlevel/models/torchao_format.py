@@ -15,7 +15,6 @@ import torch
 
 from ftlevel.errors import ConfigError
 
-SUFFIX = "-torchao"
 INSTALL = "pip install 'ftlevel[torchao]'"
 _CONFIGS = {"int8-torchao": "Int8WeightOnlyConfig", "float8-torchao": "Float8WeightOnlyConfig"}
 

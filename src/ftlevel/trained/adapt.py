@@ -25,7 +25,7 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
         model: the loaded base (mutated by PEFT), or its shape on the meta device.
         method: the method's spec.
         base: facts of the model; its targets are full names of modules.
-        fused: train LoRA by layers that compute base and update in one node.
+        fused: train LoRA by layers that compute base and update in one fused function.
 
     Raises:
         ConfigError: PEFT does not put it on these modules.
@@ -37,7 +37,7 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
         return model
     from peft import get_peft_model
 
-    from ftlevel.fast.layers.low_rank import (
+    from ftlevel.fast.layers.fused_lora import (
         register_fused_layers,  # PEFT's layers import bitsandbytes
     )
 

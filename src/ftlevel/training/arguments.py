@@ -26,7 +26,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
 
     train = config.train
     rows, accumulated = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    if plan.fast.enabled:  # a batch is a whole step, which our trainer cuts into passes
+    if plan.fast.enabled:  # a batch is a whole step, which our trainer splits into micro-batches
         rows, accumulated = rows * accumulated, 1
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -56,7 +56,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         remove_unused_columns=False,
         label_names=["labels"],
         # Every trained tensor gets a gradient in every step, which is checked at the first; and the
-        # loss of a head on targets does not go through the model's outputs, where DDP would look.
+        # chunked cross-entropy does not go through the model's outputs, where DDP would look.
         ddp_find_unused_parameters=False,
         report_to=config.output.report_to,
         disable_tqdm=True,
@@ -104,5 +104,5 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
         max_new_tokens=config.train.max_new_tokens,
         score_texts=plan.task.score_texts,
         language=plan.data.facts["target_language"],
-        on_targets=plan.fast.heads,
+        chunked_cross_entropy=plan.fast.chunked_cross_entropy,
     )

@@ -26,10 +26,10 @@ def speed_up(
     fast, pad_id = FastStep(model, plan.fast), plan.model.pad_id
     machine = plan.model.device, plan.model.dtype
     tried = (plan.data.train, pad_id, *machine)
-    for reason in (*fast.check(*tried), fast.check_head(plan.objective, *tried)):
+    for reason in (*fast.check(*tried), fast.check_cross_entropy(plan.objective, *tried)):
         if reason:
             listener.warn(f"{plan.model.family}: {reason}.")
-    fast.find_unread(plan.objective, *tried)
+    fast.prune_last_layer(plan.objective, *tried)
     if not config.speed.verify:
         return fast, None
     listener.stage("compute the first steps the plain way and the fast way")
@@ -49,12 +49,12 @@ def describe_speed(trainer: FtlevelTrainer, verified: Verified | None) -> dict[s
     return {
         "fast": True,
         "packed": plan.packs,
-        "head_on_targets": plan.heads,
-        "prefixes_shared": plan.shares,
-        "norms_and_gates_fused": trainer.fast.elementwise.count if trainer.fast.elementwise else 0,
-        "linears_of_last_block_on_read_tokens": trainer.fast.skipping,
-        "passes_at_once": plan.lanes,
-        "tokens_per_pass": plan.tokens // plan.lanes,
+        "chunked_cross_entropy": plan.chunked_cross_entropy,
+        "prefixes_shared": plan.prefix_tree,
+        "fused_norms_and_glus": trainer.fast.norm_glu.count if trainer.fast.norm_glu else 0,
+        "pruned_linears": trainer.fast.pruned_linears,
+        "parallel_workers": plan.workers,
+        "tokens_per_micro_batch": plan.tokens // plan.workers,
         "tokens_computed": trainer.tokens_computed,
         "tokens_in_rows": int(trainer.tokens_seen),
         "verified": asdict(verified) if verified else None,

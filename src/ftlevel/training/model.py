@@ -14,7 +14,7 @@ from ftlevel.config import QuantConfig, TrainConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.events import Listener
-from ftlevel.fast.plan.low_rank import uses_fused_layers
+from ftlevel.fast.plan.fused_lora import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import StartInputs

@@ -12,6 +12,7 @@ from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.run_directory import RunDirectory, open_run
 from ftlevel.config import TrainConfig
+from ftlevel.config.renamed import RENAMED
 from ftlevel.errors import ConfigError, listing
 from ftlevel.events import Listener
 from ftlevel.training.plan.plan import Plan
@@ -68,6 +69,7 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
+    before = {RENAMED.get(key, key): value for key, value in before.items()}
     now = json.loads(json.dumps(origin, default=str))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:

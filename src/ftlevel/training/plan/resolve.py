@@ -18,8 +18,8 @@ from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.parallel import Progress, be_silent
 from ftlevel.errors import ConfigError
 from ftlevel.fast.plan.fast_plan import plan_fast
+from ftlevel.fast.plan.fused_lora import fused_lora_choices
 from ftlevel.fast.plan.liger import kernel_choices
-from ftlevel.fast.plan.low_rank import low_rank_choices
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import (
@@ -174,7 +174,7 @@ def _method_choices(config: TrainConfig, bare: _Bare) -> list[Choice]:
     device = bare.device.value
     return [
         *method_choices(config, stored_quantization(bare.config) is not None),
-        *low_rank_choices(config, device),
+        *fused_lora_choices(config, device),
         *kernel_choices(config, device, bare.config.model_type),
     ]
 

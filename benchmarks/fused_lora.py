@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """One LoRA layer, forward and backward: PEFT's beside ours, on every kind of base.
 
-    python benchmarks/low_rank.py
-    python benchmarks/low_rank.py --tokens 512 --kinds float 4bit --dtype float32
+    python benchmarks/fused_lora.py
+    python benchmarks/fused_lora.py --tokens 512 --kinds float 4bit --dtype float32
 
 Shapes are those of SmolLM2-135M's blocks. One thread, seconds of CPU, the best of `--rounds`
 rounds in which the variants take turns, so that a busy machine meets all of them. `base` is the
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ftlevel.fast.layers.low_rank import register_fused_layers
+from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.models.quantization import keep_trainable_layout
 
 SHAPES = {"q, o": (576, 576), "k, v": (576, 192), "gate, up": (576, 1536), "down": (1536, 576)}

@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny_models
 from ftlevel.config import SPECS
-from ftlevel.fast.layers.low_rank.function import LowRankLinear
-from ftlevel.fast.layers.low_rank.layer import FusedForward, FusedLinear
+from ftlevel.fast.layers.fused_lora.forward import FusedForward
+from ftlevel.fast.layers.fused_lora.function import FusedLoraFunction
+from ftlevel.fast.layers.fused_lora.layer import FusedLinear
 from ftlevel.methods import Base
 from ftlevel.models.hardware import autocast
 from ftlevel.models.targets import find_heads
@@ -93,11 +94,13 @@ def test_loss_and_gradients_are_pefts_in_float32(family, quant):
 
 @pytest.mark.parametrize("quant", ["none", "4bit", "8bit"])
 @pytest.mark.parametrize("family", HEADS)
-def test_every_linear_is_one_node(family, quant, monkeypatch):
+def test_every_linear_is_one_function(family, quant, monkeypatch):
     calls = []
-    real = LowRankLinear.forward
+    real = FusedLoraFunction.forward
     monkeypatch.setattr(
-        LowRankLinear, "forward", staticmethod(lambda ctx, *a: (calls.append(1), real(ctx, *a))[1])
+        FusedLoraFunction,
+        "forward",
+        staticmethod(lambda ctx, *a: (calls.append(1), real(ctx, *a))[1]),
     )
     model = build(family, quant, fused=True)
     backward(model, family)
@@ -135,11 +138,11 @@ def test_node_has_the_derivatives_of_its_formula():
     for source in (None, dropped):
         for shift in (None, bias):
             inputs = (x, source, a, b, shift, lambda: weight, 1.7)
-            y = LowRankLinear.apply(*inputs)
+            y = FusedLoraFunction.apply(*inputs)
             plain = x if source is None else source
             expected = nn.functional.linear(x, weight, shift) + 1.7 * plain @ a.T @ b.T
             torch.testing.assert_close(y, expected)
-            assert torch.autograd.gradcheck(LowRankLinear.apply, inputs)
+            assert torch.autograd.gradcheck(FusedLoraFunction.apply, inputs)
 
 
 def test_dropout_in_bfloat16_is_drawn_from_the_seed():
@@ -235,7 +238,7 @@ class OwnLinear(nn.Linear):
 )
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_other_linears_get_pefts_layer(linear, fan_in_fan_out, fused):
-    from ftlevel.fast.layers.low_rank import register_fused_layers
+    from ftlevel.fast.layers.fused_lora import register_fused_layers
 
     config = peft.LoraConfig(target_modules=["0"], fan_in_fan_out=fan_in_fan_out)
     register_fused_layers(config)

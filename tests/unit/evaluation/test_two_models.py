@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.evaluation.agreement import MOST_TARGETS, Probe, Scores, compare, in_float32
+from ftlevel.evaluation.two_models.compare import compare_rows
+from ftlevel.evaluation.two_models.float32 import in_float32
+from ftlevel.evaluation.two_models.on_rows import MOST_TARGETS, Probe, Scores
 from ftlevel.tasks.classes import Classes, MultiLabel
 from ftlevel.tasks.span import Spans
 from ftlevel.tasks.tags import Tags
@@ -17,7 +19,7 @@ from tiny_models import build, build_batch, compute_logits
 def test_the_figures_are_those_of_their_definitions() -> None:
     first, second = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 1.0]]), torch.zeros(2, 3)
     second[0, 1] = 2.0
-    found = compare(Scores([first], 1.5, 2), Scores([second], 1.25, 2))
+    found = compare_rows(Scores([first], 1.5, 2), Scores([second], 1.25, 2))
     p, q = first.softmax(-1), second.softmax(-1)
     assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
     assert found.top1 == 1.0  # of equal numbers the first is the largest

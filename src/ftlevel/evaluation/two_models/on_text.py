@@ -1,19 +1,13 @@
-"""How far a changed model is from its source, measured on text: KL, agreement, perplexity.
-
-Both models see the same tokens, and are compared position by position on what they predict; a
-model without a language head is compared by its hidden states.
-"""
+"""What a model predicts in windows of a text, or its hidden states where it has no head."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from ftlevel.data.sources.docstrings import read_module, stdlib_modules
 from ftlevel.errors import InputError
@@ -109,25 +103,6 @@ def read_windows(
         yield Answer(values, question.labels)
 
 
-def compare(source: Iterable[Answer], changed: Iterable[Answer], auto_class: str) -> dict[str, Any]:
-    """Return how the changed model predicts beside its source, asked the same.
-
-    KL is the mean of KL(source ‖ changed) over the positions, in nats, with its standard error;
-    top-1 agreement the share of positions where both find the same token most likely. A prediction
-    that is not finite makes them NaN.
-    """
-    scores = _Scores() if auto_class in PREDICTS else _Hidden()
-    windows = 0
-    for first, second in zip(source, changed, strict=True):
-        scores.update(first.values, second.values.to(first.values.device), first.labels)
-        windows += 1
-    return {
-        "predicts": PREDICTS.get(auto_class, HIDDEN_STATES),
-        "windows": windows,
-        **scores.compute(),
-    }
-
-
 @dataclass(frozen=True)
 class _Question:
     """A window as a model is asked: its inputs, which outputs count, and the true tokens there."""
@@ -177,59 +152,3 @@ _QUESTIONS = {
     "AutoModelForMaskedLM": _ask_masked,
     "AutoModelForSeq2SeqLM": _ask_half,
 }
-
-
-class _Scores:
-    """Sums over the positions of a language model."""
-
-    def __init__(self) -> None:
-        self.kl: list[torch.Tensor] = []
-        self.agree = 0
-        self.nll = [0.0, 0.0]
-
-    def update(self, first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add logits `(positions, vocabulary)` of both models and the true tokens."""
-        before, after = first.log_softmax(-1), second.log_softmax(-1)
-        self.kl.append((before.exp() * (before - after)).sum(-1).cpu())
-        self.agree += int((before.argmax(-1) == after.argmax(-1)).sum())
-        for index, scores in enumerate((before, after)):
-            true = labels.to(scores.device)
-            self.nll[index] += float(functional.nll_loss(scores, true, reduction="sum"))
-
-    def compute(self) -> dict[str, float]:
-        """Return the means over all positions."""
-        kl = torch.cat(self.kl)
-        count = len(kl)
-        return {
-            "positions": count,
-            "kl": float(kl.mean()),
-            "kl_standard_error": float(kl.std() / math.sqrt(count)) if count > 1 else math.nan,
-            "top1_agreement": self.agree / count,
-            "perplexity_source": math.exp(self.nll[0] / count),
-            "perplexity": math.exp(self.nll[1] / count),
-        }
-
-
-class _Hidden:
-    """The angle between the hidden states of both models."""
-
-    def __init__(self) -> None:
-        self.cosine: list[torch.Tensor] = []
-
-    def update(
-        self,
-        first: torch.Tensor,
-        second: torch.Tensor,
-        labels: torch.Tensor,  # noqa: ARG002 - as _Scores
-    ) -> None:
-        """Add hidden states `(positions, hidden)`."""
-        self.cosine.append(functional.cosine_similarity(first, second, dim=-1).cpu())
-
-    def compute(self) -> dict[str, float]:
-        """Return the mean and the smallest cosine over all positions."""
-        cosine = torch.cat(self.cosine)
-        return {
-            "positions": len(cosine),
-            "cosine": float(cosine.mean()),
-            "cosine_smallest": float(cosine.min()),
-        }

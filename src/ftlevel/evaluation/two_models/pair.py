@@ -1,7 +1,4 @@
-"""How far one model is from another that is asked the same: the task's rows, and general text.
-
-The two are never in memory together: what the first said is kept.
-"""
+"""Two models that can be asked the same: which they are, what they are asked, how far apart."""
 
 from __future__ import annotations
 
@@ -14,9 +11,9 @@ from ftlevel.artifacts.cards import read_card
 from ftlevel.config import EvaluateConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError
-from ftlevel.evaluation.agreement import Probe, Scores
-from ftlevel.evaluation.agreement import compare as compare_scores
-from ftlevel.evaluation.fidelity import (
+from ftlevel.evaluation.two_models.compare import compare_rows, compare_text
+from ftlevel.evaluation.two_models.on_rows import Probe, Scores
+from ftlevel.evaluation.two_models.on_text import (
     PREDICTS,
     WINDOW,
     Answer,
@@ -24,7 +21,6 @@ from ftlevel.evaluation.fidelity import (
     read_eval_text,
     read_windows,
 )
-from ftlevel.evaluation.fidelity import compare as compare_text
 from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
 from ftlevel.trained.load import (
@@ -94,7 +90,7 @@ def choose_leader(found: Found, reference: Found | None) -> Found:
 
 
 @dataclass(frozen=True)
-class Told:
+class ModelAnswers:
     """What a model said of the rows, and in the windows of the text."""
 
     scores: Scores
@@ -117,7 +113,7 @@ class Questions:
     auto_class: str
     text: str
 
-    def ask(self, trained: Trained) -> Told:
+    def ask(self, trained: Trained) -> ModelAnswers:
         """Return what `trained` says, computed as it always computes."""
         model, tokenizer = trained.model, trained.tokenizer
         probe = Probe(self.rows, trained.objective, tokenizer.pad_token_id or 0, trained.device)
@@ -127,11 +123,13 @@ class Questions:
                 Answer(answer.values.cpu(), answer.labels.cpu())
                 for answer in read_windows(model, self.windows, self.auto_class, tokenizer)
             ]
-        return Told(scores, text)
+        return ModelAnswers(scores, text)
 
-    def compare(self, reference: Told, found: Told, trained: Trained) -> dict[str, Any]:
+    def compare(
+        self, reference: ModelAnswers, found: ModelAnswers, trained: Trained
+    ) -> dict[str, Any]:
         """Return how far `found` is from `reference`, both of models like `trained`."""
-        rows = asdict(compare_scores(reference.scores, found.scores))
+        rows = asdict(compare_rows(reference.scores, found.scores))
         if not trained.objective.has_choice:
             rows |= {"kl": None, "top1": None}
         if not self.windows:

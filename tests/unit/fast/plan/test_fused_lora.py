@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ftlevel import TrainConfig, train
-from ftlevel.fast.layers.low_rank.layer import FusedForward
-from ftlevel.fast.plan.low_rank import low_rank_choices, uses_fused_layers
+from ftlevel.fast.layers.fused_lora.forward import FusedForward
+from ftlevel.fast.plan.fused_lora import fused_lora_choices, uses_fused_layers
 
 FUSED = "fused with the base (same gradients as PEFT's layers)"
 INT8 = "PEFT's layers (LLM.int8() multiplies in int8 on a GPU)"
@@ -21,7 +21,7 @@ INT8 = "PEFT's layers (LLM.int8() multiplies in int8 on a GPU)"
         ({"quant": {"kind": "8bit"}}, "cpu", FUSED),
         ({"quant": {"kind": "8bit"}}, "cuda", INT8),
         ({"speed": {"fast": False}}, "cpu", "PEFT's layers (--no-fast)"),
-        ({"speed": {"low_rank": False}}, "cpu", "PEFT's layers (speed.low_rank is off)"),
+        ({"speed": {"fused_lora": False}}, "cpu", "PEFT's layers (speed.fused_lora is off)"),
         ({"method": {"kind": "lora", "use_dora": True}}, "cpu",
          "PEFT's layers (DoRA scales by a norm of the whole weight)"),
         ({"method": {"kind": "ia3"}}, "cpu", None),
@@ -29,7 +29,7 @@ INT8 = "PEFT's layers (LLM.int8() multiplies in int8 on a GPU)"
 )  # fmt: skip
 def test_the_screen_says_how_lora_is_computed(raw, device, said):
     config = TrainConfig.model_validate(raw)
-    shown = [str(choice) for choice in low_rank_choices(config, device)]
+    shown = [str(choice) for choice in fused_lora_choices(config, device)]
     assert shown == ([] if said is None else [said])
     assert uses_fused_layers(config, device) is (said is not None and said.startswith("fused"))
 

@@ -1,4 +1,4 @@
-"""Whether a run computes LoRA's layers in one node, and what the screen says about it."""
+"""Whether LoRA's layers are each one fused autograd function, and what the screen says about it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ftlevel.methods import METHODS
 
 
 def uses_fused_layers(config: TrainConfig, device: str) -> bool:
-    """Return whether LoRA's base and update are computed in one node."""
+    """Return whether LoRA's base and update are one fused autograd function."""
     return _reason_against(config, device) == ""
 
 
-def low_rank_choices(config: TrainConfig, device: str) -> list[Choice]:
+def fused_lora_choices(config: TrainConfig, device: str) -> list[Choice]:
     """Return the line that says how LoRA's layers are computed; none for other methods."""
     reason = _reason_against(config, device)
     if reason is None:
@@ -29,8 +29,8 @@ def _reason_against(config: TrainConfig, device: str) -> str | None:
         return None
     if not speed.fast:
         return "--no-fast"
-    if not speed.low_rank:
-        return "speed.low_rank is off"
+    if not speed.fused_lora:
+        return "speed.fused_lora is off"
     if reason := against(config.method):
         return reason
     if config.quant.kind == "8bit" and device != "cpu":

@@ -11,7 +11,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import bnb as lora_bnb
 from torch import nn
 
-from ftlevel.fast.layers.low_rank.layer import FusedForward
+from ftlevel.fast.layers.fused_lora.forward import FusedForward
 
 
 def find_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | None:
@@ -52,7 +52,7 @@ class FusedLinear8bitLt(FusedForward, lora_bnb.Linear8bitLt):
     """LoRA of `bitsandbytes.nn.Linear8bitLt`, on the CPU.
 
     There bitsandbytes trains on the dequantized weight as well. On a GPU it multiplies in int8,
-    which this node does not: PEFT's forward runs.
+    which the fused function does not: PEFT's forward runs.
     """
 
     def _is_ready(self) -> bool:

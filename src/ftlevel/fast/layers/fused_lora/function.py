@@ -1,4 +1,4 @@
-"""The node: y = x Wᵀ + b + s · d Aᵀ Bᵀ, with d = dropout(x), and its backward in one pass.
+"""The fused function: y = x Wᵀ + b + s · d Aᵀ Bᵀ, with d = dropout(x), and its backward at once.
 
 W is frozen, A is (r, in), B is (out, r). With g = ∂L/∂y, both (tokens, out), and u = s · Bᵀ gᵀ:
 
@@ -18,10 +18,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ftlevel.fast.layers.recompute import Recipe
+from ftlevel.fast.layers.recompute import Recomputation
 
 
-class LowRankLinear(torch.autograd.Function):
+class FusedLoraFunction(torch.autograd.Function):
     """A frozen linear and its low-rank update. See the module for the formulas."""
 
     @staticmethod
@@ -34,7 +34,7 @@ class LowRankLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
         weight: Callable[[], torch.Tensor],
         scaling: float,
-        recipe: Recipe | None = None,
+        recomputation: Recomputation | None = None,
     ) -> torch.Tensor:
         """Return y, (…, out), in x's dtype.
 
@@ -48,7 +48,7 @@ class LowRankLinear(torch.autograd.Function):
             weight: gives W, (out, in), in x's dtype; asked once here and once in backward, so that
                 a dequantized weight is not held between them.
             scaling: s.
-            recipe: how x is made again, so that it need not be kept; or None.
+            recomputation: how x is recomputed, so that it need not be kept; or None.
         """
         rows = x.reshape(-1, x.shape[-1])
         source = rows if dropped is None else dropped.reshape(rows.shape)
@@ -56,13 +56,13 @@ class LowRankLinear(torch.autograd.Function):
         inner = down @ source.t()
         y = functional.linear(rows, weight(), None if bias is None else bias.to(x.dtype))
         y.addmm_(inner.t(), up.t())
-        ctx.recipe = recipe if dropped is None else None
-        kept = (source,) if ctx.recipe is None else ctx.recipe.enter()
+        ctx.recomputation = recomputation if dropped is None else None
+        kept = (source,) if ctx.recomputation is None else ctx.recomputation.enter()
         ctx.save_for_backward(inner, down, up, *kept)
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
         ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
         ctx.has_dropout = dropped is not None
-        # Not a view: what a node returns as one must not be written to, and Longformer, LED and
+        # Not a view: what a function returns as one must not be written to, and Longformer, LED and
         # DeBERTa scale their queries in place.
         shaped: torch.Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
         return shaped
@@ -85,7 +85,7 @@ class LowRankLinear(torch.autograd.Function):
         if for_dropped:
             grad_dropped = (through_a.t() @ down).view(ctx.shape)
         if for_a:
-            source = kept[0] if ctx.recipe is None else ctx.recipe.make(*kept)
+            source = kept[0] if ctx.recomputation is None else ctx.recomputation.make(*kept)
             grad_a = (through_a @ source.reshape(-1, source.shape[-1])).to(dtype_a)
         if for_b:
             grad_b = (inner @ g).t().to(dtype_b) * ctx.scaling
