@@ -6,6 +6,7 @@ Tests train with them; `scripts/house.py` counts what each touches.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ class Addition:
     """What one feature takes.
 
     Attributes:
-        files: new file of the package → the file beside this one that is put there.
+        files: new file of the package → its text.
         lines: (file of the package, line in it, the line to come after that one).
         test: the test of the feature, which is one more file.
     """
@@ -42,10 +43,10 @@ class Addition:
         """Copy ftlevel into `folder`, add the feature there, and return `folder`."""
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(PACKAGE, folder / "ftlevel", ignore=ignored)
-        for path, source in self.files.items():
+        for path, text in self.files.items():
             target = folder / "ftlevel" / path
             assert not target.exists(), f"{path} is there already"
-            shutil.copyfile(HERE / source, target)
+            target.write_text(text, encoding="utf-8")
         for path, anchor, line in self.lines:
             target = folder / "ftlevel" / path
             text = target.read_text(encoding="utf-8")
@@ -54,9 +55,13 @@ class Addition:
         return folder
 
 
+def _read(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
 _LAST_TASK = '"masked-lm": "ftlevel.tasks.mask",'
 TARGET = Addition(
-    {"tasks/rank.py": "rank.py"},
+    {"tasks/rank.py": _read("rank.py")},
     [("config/tasks.py", _LAST_TASK, '    "rank": "ftlevel.tasks.rank",')],
     "tests/integration/test_add_a_task.py",
 )
@@ -81,6 +86,50 @@ CHECK = Addition(
 _SEED = '    Flag("train.seed", "", HOW),'
 _DECAY = '    Flag("train.weight_decay", "", HOW),'
 FLAG = Addition({}, [("config/flags.py", _SEED, _DECAY)])
+
+_LAST_FORMAT = '    "gguf": ExportFormat("ftlevel.merging.formats.gguf", ".gguf", (".Modelfile",)),'
+EXPORT = Addition(
+    {"merging/formats/names.py": _read("names.py")},
+    [
+        (
+            "config/export.py",
+            _LAST_FORMAT,
+            '    "names": ExportFormat("ftlevel.merging.formats.names", ".names"),',
+        )
+    ],
+)
+
+_LAST_READER = '    ".parquet": Parquet,'
+DATA_FORMAT = Addition(
+    {"data/sources/readers/key_value.py": _read("key_value.py")},
+    [
+        ("data/sources/readers/files.py", _LAST_READER, '    ".kv": KeyValue,'),
+        (
+            "data/sources/readers/files.py",
+            "from ftlevel.data.sources.readers.json_lines import JsonLines",
+            "from ftlevel.data.sources.readers.key_value import KeyValue",
+        ),
+    ],
+)
+
+PAGE = (HERE.parents[1] / "docs/add-a-method.md").read_text(encoding="utf-8")
+_FILE = re.compile(r"^`src/ftlevel/([\w/.]+)`(?:(?!^`src).)*?^```python\n(.*?)^```", re.M | re.S)
+_DIFF = re.compile(r"^```diff\n (.*)\n\+(.*)\n```", re.M)
+METHOD = Addition(
+    dict(_FILE.findall(PAGE)),
+    [("config/methods/__init__.py", before, added) for before, added in _DIFF.findall(PAGE)],
+)
+"""The method that docs/add-a-method.md shows."""
+
+ADDITIONS: dict[str, tuple[str, int, Addition]] = {
+    "a kind of target, with its tests": ("~22", 3, TARGET),
+    "a PEFT method": ("6", 3, METHOD),
+    "a data format": ("2–4", 2, DATA_FORMAT),
+    "an export format": ("≥ 5", 2, EXPORT),
+    "a flag": ("3–4", 1, FLAG),
+    "a check of the gate": ("4", 2, CHECK),
+}
+"""Feature → how many files it took in 0.1.0, how many it may take, and what it takes."""
 
 
 def run(tree: Path, *arguments: Any, cwd: Path, code: int = 0) -> str:

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from ftlevel.config.sections import Positive, Section
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """Where a format is found, and what its files are called.
+
+    Attributes:
+        module: that writes it.
+        suffix: of the file.
+        beside: suffixes of the files that come beside it.
+    """
+
+    module: str
+    suffix: str
+    beside: tuple[str, ...] = ()
+
+
+FORMATS: dict[str, ExportFormat] = {
+    "gguf": ExportFormat("ftlevel.merging.formats.gguf", ".gguf", (".Modelfile",)),
+}
+"""Every format: a new one is its module and a line here."""
+
+if TYPE_CHECKING:
+    FormatName: TypeAlias = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
 
 
 class ExportConfig(Section):
@@ -19,7 +46,7 @@ class ExportConfig(Section):
         "adapter is merged into its base first.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
-    format: Literal["gguf"] = Field(
+    format: FormatName = Field(
         "gguf", description="gguf, the format of llama.cpp, Ollama and LM Studio."
     )
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = Field(
@@ -40,15 +67,17 @@ class ExportConfig(Section):
 
     @field_validator("out")
     @classmethod
-    def _is_named_gguf(cls, value: Path) -> Path:
-        if value.suffix != ".gguf":
+    def _is_named_by_its_format(cls, value: Path, info: ValidationInfo) -> Path:
+        format_ = FORMATS.get(info.data.get("format", ""))
+        if format_ is not None and value.suffix != format_.suffix:
             raise ValueError(
-                f"{value} does not end in .gguf, by which programs know the format. "
-                f"Name it {value.with_suffix('.gguf')}"
+                f"{value} does not end in {format_.suffix}, by which programs know the format. "
+                f"Name it {value.with_suffix(format_.suffix)}"
             )
         return value
 
     @property
-    def modelfile(self) -> Path:
-        """Where the Modelfile goes."""
-        return self.out.with_suffix(".Modelfile")
+    def outputs(self) -> tuple[Path, ...]:
+        """The files that are written, `out` first."""
+        beside = FORMATS[self.format].beside
+        return (self.out, *(self.out.with_suffix(suffix) for suffix in beside))

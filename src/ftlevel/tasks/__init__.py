@@ -7,8 +7,7 @@ imports it where it is used. `config.tasks` names the file of each task.
 from __future__ import annotations
 
 from ftlevel.config import TASKS as NAMES
-from ftlevel.tasks.base import BaseTask
-from ftlevel.tasks.registry import find_task
+from ftlevel.tasks.base import BaseTask, find_task
 
 TASKS: dict[str, BaseTask] = {name: find_task(name) for name in NAMES}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.sources.table import BadRow, Table
 from ftlevel.errors import ConfigError, InputError, listing
 from ftlevel.task import Checks, Objective, ScoreTexts
-from ftlevel.tasks.registry import find_task
 
 if TYPE_CHECKING:
     import torch
@@ -322,6 +322,12 @@ class BaseTask(ABC):
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
         """Return what is learned of the whole row; "" where tokens are learned."""
         return ""
+
+
+def find_task(name: str) -> BaseTask:
+    """Return the task called `name`: the one of that name among its module's `TASKS`."""
+    tasks: tuple[BaseTask, ...] = importlib.import_module(NAMES[name]).TASKS
+    return next(task for task in tasks if task.name == name)
 
 
 def _article(noun: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,39 +13,18 @@ from typing import Any
 
 import pytest
 
+from additions.tree import METHOD, PAGE
 from ftlevel.config import SPECS
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGE = (ROOT / "docs/add-a-method.md").read_text(encoding="utf-8")
-FILE = re.compile(r"^`(src/[\w/.]+)`(?:(?!^`src).)*?^```(python|diff)\n(.*?)^```", re.M | re.S)
-DIFF = re.compile(r"^```diff\n (.*)\n\+(.*)\n```", re.M)
-REGISTRY = "src/ftlevel/config/methods/__init__.py"
-NEW = {path: text for path, language, text in FILE.findall(PAGE) if language == "python"}
-
-
-def add_method(tree: Path) -> set[str]:
-    """Do what the page says in the copy `tree`; return the files that it touched."""
-    touched = set(NEW)
-    for path, text in NEW.items():
-        (tree / path).write_text(text, encoding="utf-8")
-    registry = tree / REGISTRY
-    text = registry.read_text(encoding="utf-8")
-    for before, added in DIFF.findall(PAGE):
-        assert text.count(f"{before}\n") == 1
-        text = text.replace(f"{before}\n", f"{before}\n{added}\n")
-        touched.add(REGISTRY)
-    registry.write_text(text, encoding="utf-8")
-    return touched
 
 
 @pytest.fixture(scope="module")
 def ftlevel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Return the command line of a copy of the package that has the page's method."""
-    folder = tmp_path_factory.mktemp("method")
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "src", folder / "src", ignore=ignored)
-    assert len(add_method(folder)) <= 3
-    environment = {**os.environ, "PYTHONPATH": str(folder / "src")}
+    folder = METHOD.apply(tmp_path_factory.mktemp("method"))
+    assert len(METHOD.touched) <= 3
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
 
     def call(*arguments: str, code: int = 0) -> Any:
         done = subprocess.run(
@@ -60,7 +38,9 @@ def ftlevel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 def test_the_page_names_files_that_there_are() -> None:
-    named = set(re.findall(r"`((?:src|tests|scripts|docs)/[\w/.]+)`", PAGE)) - set(NEW)
+    named = set(re.findall(r"`((?:src|tests|scripts|docs)/[\w/.]+)`", PAGE)) - {
+        f"src/ftlevel/{path}" for path in METHOD.files
+    }
     assert len(named) > 10
     assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
 

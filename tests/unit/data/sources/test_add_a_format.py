@@ -4,46 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from additions.key_value import KeyValue
+from additions.tree import DATA_FORMAT
+from additions.tree import run as run_in
 from ftlevel.cli.app import run
-from ftlevel.data.sources.lines import PART
 from ftlevel.data.sources.readers.files import READERS
-from ftlevel.data.sources.readers.text_lines import TextLines
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.data.sources.stream_sources import open_source
-from ftlevel.data.sources.streams import Chunk, Cursor, Reader
-from ftlevel.data.sources.table import BadRow, Row
 from ftlevel.errors import InputError
 
 ROOT = Path(__file__).parents[4]
 PAGE = (ROOT / "docs/add-a-format.md").read_text(encoding="utf-8")
-
-
-class KeyValue(Reader):
-    """`key=value;key=value`, a row a line."""
-
-    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on."""
-        at = cursor or {"at": 0, "line": 0}
-        text = TextLines(self.path, **at)
-        taken, number = iter(text), int(at["line"])
-        while some := list(islice(taken, PART)):
-            rows: list[Row] = []
-            lines: list[int] = []
-            bad: list[BadRow] = []
-            for number, line in enumerate(some, number + 1):  # noqa: B020
-                pairs = [pair.split("=") for pair in line.strip().split(";")]
-                if all(len(pair) == 2 for pair in pairs):
-                    rows.append(dict(pairs))
-                    lines.append(number)
-                else:
-                    bad.append(BadRow(number, "not key=value;key=value"))
-            yield self.chunk(rows, lines, bad, text.cursor(number))
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +74,10 @@ def test_the_page_names_files_and_names_that_are_there() -> None:
     for name in ("in_parts", "uniform", "unit", "read", "path"):
         assert f"`{name}`" in PAGE
         assert name in dir(KeyValue(Path("x.kv")))
+
+
+@pytest.mark.slow
+def test_it_takes_one_file_and_lines_of_another(tmp_path: Path) -> None:
+    assert len(DATA_FORMAT.touched) <= 2
+    tree = DATA_FORMAT.apply(tmp_path / "tree")
+    assert "x.kv:1" in run_in(tree, "preview", "--dataset", "x.kv", cwd=tmp_path)

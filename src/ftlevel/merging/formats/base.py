@@ -1,0 +1,58 @@
+"""What `ftlevel export` asks of a format: a module with `plan_export`, named in `config.export`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ftlevel.config import ExportConfig
+from ftlevel.config.choices import Choice
+from ftlevel.config.export import FORMATS
+from ftlevel.events import Listener
+from ftlevel.trained.load import Found
+
+MergeAdapter = Callable[[Path], Mapping[str, Any]]
+"""Merges the adapter that is exported into its base, in a directory; returns merge's summary."""
+
+
+class Export(Protocol):
+    """What is written, before any weights are read.
+
+    Attributes:
+        notes: what the user should know, as sentences without a full stop.
+    """
+
+    @property
+    def notes(self) -> Sequence[str]: ...  # noqa: D102 - as above
+
+    def choices(self, device: Choice) -> Iterable[Choice]:
+        """Return the lines for the screen."""
+
+    def dry_run(self) -> dict[str, Any]:
+        """Return the summary of what would be written."""
+
+    def write(
+        self, place: Path, device: str, listener: Listener, merge: MergeAdapter
+    ) -> dict[str, Any]:
+        """Write the files of `ExportConfig.outputs` into the directory `place`; return the summary.
+
+        Raises:
+            RunError: what was written is not the model.
+        """
+
+    def describe(self, summary: Mapping[str, Any]) -> Iterable[str]:
+        """Return what came out, a line each."""
+
+
+def plan_export(config: ExportConfig, found: Found) -> Export:
+    """Return what will be written in the format that `config` names.
+
+    Raises:
+        InputError: the format cannot hold the model.
+    """
+    planned: Export = importlib.import_module(FORMATS[config.format].module).plan_export(
+        config, found
+    )
+    return planned

@@ -1,0 +1,62 @@
+"""The names and shapes of a model's tensors, a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.config import ExportConfig
+from ftlevel.config.choices import Choice
+from ftlevel.events import Listener
+from ftlevel.merging.formats.base import MergeAdapter
+from ftlevel.models.loading import build_task_model, load_config
+from ftlevel.tasks import TASKS
+from ftlevel.trained.load import Found
+
+
+def plan_export(config: ExportConfig, found: Found) -> NamesExport:
+    """Return what will be written."""
+    return NamesExport(config, found)
+
+
+@dataclass(frozen=True)
+class NamesExport:
+    """A list of tensors.
+
+    Attributes:
+        config: what was asked for.
+        found: the run, adapter or model.
+    """
+
+    config: ExportConfig
+    found: Found
+    notes: tuple[str, ...] = ()
+
+    def choices(self, device: Choice) -> Iterator[Choice]:
+        """Yield the lines for the screen."""
+        yield Choice("model", self.config.model)
+
+    def dry_run(self) -> dict[str, Any]:
+        """Return the summary of what would be written."""
+        return {"format": "names", "tensors": len(self._shapes())}
+
+    def write(
+        self, place: Path, device: str, listener: Listener, merge: MergeAdapter
+    ) -> dict[str, Any]:
+        """Write the list."""
+        shapes = self._shapes()
+        text = "".join(f"{name} {shape}\n" for name, shape in shapes.items())
+        (place / self.config.out.name).write_text(text, encoding="utf-8")
+        return {"format": "names", "tensors": len(shapes)}
+
+    def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what came out."""
+        yield f"{summary['tensors']:,} tensors"
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        config = load_config(self.found.source)
+        kind = TASKS[self.found.card.task].auto_class("decoder", config.model_type)
+        model = build_task_model(config, kind)
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
