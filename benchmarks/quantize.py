@@ -51,7 +51,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=wi
 model.save_pretrained(sys.argv[2])
 """
 )
-OWN_IMPORTS = "import bitsandbytes, ftlevel.commands.quantize, ftlevel.cli.screen"
+OWN_IMPORTS = "import bitsandbytes, ftlevel.commands.quantize, ftlevel.cli.screens.screen"
 
 
 @dataclass(frozen=True)

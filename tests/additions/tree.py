@@ -92,7 +92,7 @@ EXPORT = Addition(
     {"merging/formats/names.py": _read("names.py")},
     [
         (
-            "config/export.py",
+            "config/commands/export.py",
             _LAST_FORMAT,
             '    "names": ExportFormat("ftlevel.merging.formats.names", ".names"),',
         )

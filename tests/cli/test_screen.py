@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from ftlevel.cli.app import run
-from ftlevel.cli.lasting import Lasting
-from ftlevel.cli.screen import Screen
+from ftlevel.cli.screens.lasting import Lasting
+from ftlevel.cli.screens.screen import Screen
 from ftlevel.config.choices import Choice
 
 RECORD = {"step": 7, "loss": 2.3456, "learning_rate": 1e-4, "grad_norm": 0.123, "epoch": 0.12,

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ftlevel._version import __version__
-from ftlevel.cli.heavy_imports import uncollected_imports
-from ftlevel.cli.lasting import discard
-from ftlevel.cli.launch import is_follower
+from ftlevel.cli.screens.lasting import discard
+from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.launch import is_follower
 from ftlevel.errors import FtlevelError
 
 if TYPE_CHECKING:

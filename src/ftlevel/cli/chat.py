@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ftlevel.cli.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import uncollected_imports
 from ftlevel.config import GenerateConfig
 from ftlevel.errors import ConfigError
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import typer
 
 from ftlevel.cli.grammar import Command, Seconds
-from ftlevel.cli.launch import is_launched
+from ftlevel.cli.startup.launch import is_launched
 from ftlevel.config import (
     Layer,
     TrainConfig,

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from ftlevel.cli.flags import Given
-from ftlevel.cli.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import uncollected_imports
 from ftlevel.config import GenerateConfig, normal_task
 from ftlevel.errors import ConfigError, InputError
 
@@ -44,7 +44,7 @@ def generate(
     asked = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
     if not asked:
         raise ConfigError("there is nothing to ask. Add --prompt TEXT, --prompts FILE or --chat.")
-    from ftlevel.cli.screen import open_screen
+    from ftlevel.cli.screens.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
         from ftlevel.artifacts.files import check_absent, write_text

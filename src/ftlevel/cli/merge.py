@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ftlevel.cli.flags import Given
-from ftlevel.cli.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import uncollected_imports
 from ftlevel.config import MergeConfig
 from ftlevel.errors import listing
 
@@ -22,7 +22,7 @@ def merge(given: Given, *, as_json: bool, quiet: bool) -> None:
     directory is there when it has passed, and whole.
     """
     config = given.section(MergeConfig)
-    from ftlevel.cli.screen import open_screen
+    from ftlevel.cli.screens.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         with uncollected_imports():

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from ftlevel.cli.flags import Given, read_config
-from ftlevel.cli.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import uncollected_imports
 
 
 def preview(given: Given, *, row: Sequence[int] | None, html: Path | None, as_json: bool) -> None:
@@ -20,7 +20,7 @@ def preview(given: Given, *, row: Sequence[int] | None, html: Path | None, as_js
     lengths, the share that is learned, the tokens of an epoch, the steps, and what the gate found.
     """
     config, _ = read_config(given)
-    from ftlevel.cli.screen import open_screen
+    from ftlevel.cli.screens.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
         with uncollected_imports():
@@ -28,13 +28,13 @@ def preview(given: Given, *, row: Sequence[int] | None, html: Path | None, as_js
 
         found = look(config, row or ())
         if html is not None:
-            from ftlevel.cli.preview_page import write_page
+            from ftlevel.cli.screens.preview_page import write_page
 
             write_page(found, html)
         if as_json:
             typer.echo(json_module.dumps(found.to_dict()))
             return
-        from ftlevel.cli.preview_screen import show
+        from ftlevel.cli.screens.preview_screen import show
 
         show(found, screen.console, whole=bool(row))
         if html is not None:

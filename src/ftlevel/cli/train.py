@@ -7,9 +7,9 @@ import json as json_module
 import typer
 
 from ftlevel.cli.flags import Given, read_config
-from ftlevel.cli.heap import share_heaps
-from ftlevel.cli.heavy_imports import uncollected_imports
-from ftlevel.cli.launch import is_follower, is_launched, launch
+from ftlevel.cli.startup.heap import share_heaps
+from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.launch import is_follower, is_launched, launch
 from ftlevel.config import TrainConfig
 
 
@@ -27,7 +27,7 @@ def train(given: Given, *, dry_run: bool, as_json: bool, quiet: bool, schema: bo
     if processes > 1 and not dry_run and not is_launched():
         raise typer.Exit(launch(given.arguments, processes))
     follows = is_follower()
-    from ftlevel.cli.screen import open_screen
+    from ftlevel.cli.screens.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet or follows) as screen:
         share_heaps()

@@ -3,10 +3,12 @@
 Importing this package never imports torch.
 """
 
-from ftlevel.config.evaluate import EvaluateConfig
-from ftlevel.config.export import ExportConfig
+from ftlevel.config.commands.evaluate import EvaluateConfig
+from ftlevel.config.commands.export import ExportConfig
+from ftlevel.config.commands.generate import GenerateConfig
+from ftlevel.config.commands.merge import MergeConfig
+from ftlevel.config.commands.quantize import QuantizeConfig
 from ftlevel.config.gate import GateConfig
-from ftlevel.config.generate import GenerateConfig
 from ftlevel.config.layers import (
     Layer,
     build_config,
@@ -16,9 +18,7 @@ from ftlevel.config.layers import (
     read_recipe,
     read_settings,
 )
-from ftlevel.config.merge import MergeConfig
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
-from ftlevel.config.quantize import QuantizeConfig
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,

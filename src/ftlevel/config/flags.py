@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftlevel.config.evaluate import EvaluateConfig
-from ftlevel.config.export import ExportConfig
+from ftlevel.config.commands.evaluate import EvaluateConfig
+from ftlevel.config.commands.export import ExportConfig
+from ftlevel.config.commands.generate import GenerateConfig
+from ftlevel.config.commands.merge import MergeConfig
+from ftlevel.config.commands.quantize import QuantizeConfig
 from ftlevel.config.field_facts import FieldFacts, describe_field
-from ftlevel.config.generate import GenerateConfig
-from ftlevel.config.merge import MergeConfig
-from ftlevel.config.quantize import QuantizeConfig
 from ftlevel.config.section import Section
 from ftlevel.config.train import TrainConfig
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ftlevel.config import ExportConfig
 from ftlevel.config.choices import Choice
-from ftlevel.config.export import FORMATS
+from ftlevel.config.commands.export import FORMATS
 from ftlevel.events import Listener
 from ftlevel.trained.load import Found
 

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import generate_command
-from ftlevel.cli.lasting import Lasting
+from ftlevel.cli.screens.lasting import Lasting
 from ftlevel.config.choices import Choice
 
 _FIGURES = {

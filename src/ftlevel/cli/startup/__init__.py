@@ -1,0 +1,1 @@
+"""What happens before a command: imports without collection, heaps, further processes."""

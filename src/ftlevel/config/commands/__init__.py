@@ -1,0 +1,1 @@
+"""What a command beside train is told, one file each."""
