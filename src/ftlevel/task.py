@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from ftlevel.config.choices import Choice
+
 if TYPE_CHECKING:
     import torch
 
     from ftlevel.config import DataConfig
-    from ftlevel.config.choices import Choice
     from ftlevel.data.encoding.encode import Encoded
     from ftlevel.data.encoding.fit import Fitted
     from ftlevel.data.encoding.prompts import PromptFormat
@@ -54,8 +55,8 @@ class Checks:
     near_duplicates: bool = True
 
 
-class Task(Protocol):
-    """How rows become what a model learns.
+class Task(ABC):
+    """How rows become what a model learns; what most tasks answer is answered here.
 
     Attributes:
         name: as in `--task`.
@@ -64,21 +65,18 @@ class Task(Protocol):
         builtin_subset: which part of `builtin:docstrings` is read; empty for all.
         needs_offsets: whether encoding asks which characters a token covers.
         checks: which checks of the gate its rows go through.
+        split_words: what it is called that an example became several rows.
     """
 
-    @property
-    def name(self) -> str: ...  # noqa: D102 - as above, like the next four
-    @property
-    def instruction(self) -> str: ...  # noqa: D102
-    @property
-    def answer_cue(self) -> str: ...  # noqa: D102
-    @property
-    def builtin_subset(self) -> str: ...  # noqa: D102
-    @property
-    def needs_offsets(self) -> bool: ...  # noqa: D102
-    @property
-    def checks(self) -> Checks: ...  # noqa: D102
+    name: str
+    instruction: str
+    answer_cue: str
+    builtin_subset: str
+    needs_offsets: ClassVar[bool] = False
+    checks: ClassVar[Checks] = Checks()
+    split_words: ClassVar[str] = "split into several"
 
+    @abstractmethod
     def find_format(self, columns: Sequence[str], config: DataConfig) -> Format:
         """Return what `columns` are used for.
 
@@ -90,16 +88,21 @@ class Task(Protocol):
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
         """Return the format with what the task reads off the columns, and the lines about it."""
+        return format_, []
 
     def label_role(self, format_: Format) -> str | None:
         """Return the role whose values are classes, to be numbered; None where there are none."""
+        return None
 
     def find_faults(self, examples: Sequence[Any], labels: LabelSet, table: Table) -> list[BadRow]:
         """Return the rows whose classes do not go together."""
+        return []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
         """Return how prompts are laid out for a model of `kind`; None where there are none."""
+        return None
 
+    @abstractmethod
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
         """Return the encoded rows of `examples`, of a length that fits.
 
@@ -109,27 +112,31 @@ class Task(Protocol):
 
     def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         """Return check of the gate → the rows with a finding, beside those that `checks` names."""
+        return {}
 
     def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
         """Return (check of the gate, examples with it, what it is) for training examples."""
+        return ()
 
     def facts(self, loaded: Loaded) -> Mapping[str, Any]:
         """Return what summary.json says of the data, beside what is known of any."""
+        return {}
 
     def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
         """Return the lines for the screen that say how much there is to learn."""
-
-    @property
-    def split_words(self) -> str:
-        """What it is called that an example became several rows."""
+        tokens, supervised = facts["tokens"], facts["supervised"]
+        share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
+        return [Choice("tokens", f"{tokens:,} an epoch", share)]
 
     def finish(self, prepared: Prepared, config: DataConfig, context: EncodingContext) -> Prepared:
         """Return `prepared` as it is trained on: where labels are drawn anew, with the draws."""
+        return prepared
 
     def fix(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
         """Return rows to score, which are the same whenever they are taken."""
+        return rows
 
 
 class Meter(Protocol):

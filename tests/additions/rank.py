@@ -11,7 +11,7 @@ from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.formats.examples import Roles
 from ftlevel.data.sources.table import Table
 from ftlevel.task import Meter, Objective
-from ftlevel.tasks.base import Asked, BaseTask, Reply
+from ftlevel.tasks.base import BaseTask, PromptedModel, Reply
 from ftlevel.tasks.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ class RankTask(BaseTask):
 
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+    def answer(
+        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    ) -> list[Reply]:
         """Return which of two texts is better, which a prompt holds with ||| between them."""
         ids = model.tokenizer(list(prompts))["input_ids"]
         rows = [Encoded(row, 0, i) for i, row in enumerate(ids)]

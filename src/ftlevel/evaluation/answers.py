@@ -46,10 +46,10 @@ def answer(trained: Trained, ask: Ask) -> list[Reply]:
         raise ConfigError(f"{task.name} looks for an answer in a text. Add --context TEXT.")
     if ask.context is not None and not task.wants_context:
         raise ConfigError(f"--context belongs to question answering, and this is {task.name}.")
-    return task.answer(_Asked(trained, ask), ask.prompts, ask.context)
+    return task.answer(_PromptedModel(trained, ask), ask.prompts, ask.context)
 
 
-class _Asked:
+class _PromptedModel:
     """A loaded model as its task asks it.
 
     Args:

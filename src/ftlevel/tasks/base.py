@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ftlevel.config import TASKS as NAMES
 from ftlevel.config import DataConfig
-from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.formats.detect import Format, NoFormatError, Shape, detect_format, fits
-from ftlevel.data.formats.labels import LabelSet
-from ftlevel.data.sources.table import BadRow, Table
 from ftlevel.errors import ConfigError, InputError, listing
-from ftlevel.task import Checks, Objective, ScoreTexts
+from ftlevel.task import Objective, ScoreTexts, Task
 
 if TYPE_CHECKING:
     import torch
-
-    from ftlevel.data.encoding.fit import Fitted
-    from ftlevel.data.gate.flat import Mask
-    from ftlevel.data.prepare.context import EncodingContext, Prepared
-    from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import Loaded
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Reply:
     tags: list[tuple[str, str]] = field(default_factory=list)
 
 
-class Asked(Protocol):
+class PromptedModel(Protocol):
     """A model that is asked.
 
     Attributes:
@@ -78,7 +69,7 @@ class Speller(Protocol):
 
 
 @dataclass(frozen=True)
-class BaseTask(ABC):
+class BaseTask(Task):
     """A task; a kind of target derives from it, and says what is different.
 
     Attributes:
@@ -95,10 +86,8 @@ class BaseTask(ABC):
         builtin_subset: which part of `builtin:docstrings` is read; empty for all.
         has_new_head: whether the head is new on a pretrained model, and so trained in full.
         writes_text: whether the model writes text.
-        needs_offsets: whether encoding asks which characters a token covers.
         finds_ends_by_padding: whether the model finds the end of a row by its padding token.
         wants_context: whether a question is asked about a text of its own.
-        checks: which checks of the gate its rows go through.
     """
 
     name: str
@@ -115,11 +104,8 @@ class BaseTask(ABC):
 
     has_new_head: ClassVar[bool] = False
     writes_text: ClassVar[bool] = False
-    needs_offsets: ClassVar[bool] = False
     finds_ends_by_padding: ClassVar[bool] = False
     wants_context: ClassVar[bool] = False
-    checks: ClassVar[Checks] = Checks()
-    split_words: ClassVar[str] = "split into several"
 
     # ---- the model
 
@@ -181,11 +167,7 @@ class BaseTask(ABC):
     # ---- from columns to encoded rows
 
     def find_format(self, columns: Sequence[str], config: DataConfig) -> Format:
-        """Return what `columns` are used for.
-
-        Raises:
-            InputError: no format of the task fits.
-        """
+        """Return what `columns` are used for; else name the task that they would fit."""
         try:
             return detect_format(columns, self.name, self.shapes, config.columns, config.format)
         except NoFormatError as error:
@@ -195,85 +177,12 @@ class BaseTask(ABC):
                 raise
             raise InputError(f"{error} These columns fit --task {other}.") from None
 
-    def read_columns(
-        self,
-        format_: Format,
-        table: Table,
-        config: DataConfig,
-    ) -> tuple[Format, list[Choice]]:
-        """Return the format with what the task reads off the columns, and the lines about it."""
-        return format_, []
-
-    def label_role(self, format_: Format) -> str | None:
-        """Return the role whose values are classes, to be numbered; None where there are none."""
-        return None
-
-    def find_faults(
-        self,
-        examples: Sequence[Any],
-        labels: LabelSet,
-        table: Table,
-    ) -> list[BadRow]:
-        """Return the rows whose classes do not go together."""
-        return []
-
-    def prompt_format(
-        self,
-        format_: Format,
-        kind: str,
-        tokenizer: Any,
-    ) -> PromptFormat | None:
-        """Return how prompts are laid out for a model of `kind`; None where there are none."""
-        return None
-
-    @abstractmethod
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
-        """Return the encoded rows of `examples`, of a length that fits.
-
-        Raises:
-            InputError: one cannot be encoded or made to fit.
-        """
-
-    def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Return check of the gate → the rows with a finding, beside those that `checks` names."""
-        return {}
-
-    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Return (check of the gate, examples with it, what it is) for training examples."""
-        return ()
-
-    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
-        """Return what summary.json says of the data, beside what is known of any."""
-        return {}
-
-    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return the lines for the screen that say how much there is to learn."""
-        tokens, supervised = facts["tokens"], facts["supervised"]
-        share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
-        return [Choice("tokens", f"{tokens:,} an epoch", share)]
-
-    def finish(
-        self,
-        prepared: Prepared,
-        config: DataConfig,
-        context: EncodingContext,
-    ) -> Prepared:
-        """Return `prepared` as it is trained on: where labels are drawn anew, with the draws."""
-        return prepared
-
-    def fix(
-        self,
-        rows: Sequence[Encoded],
-        config: DataConfig,
-        context: EncodingContext,
-    ) -> Sequence[Encoded]:
-        """Return rows to score, which are the same whenever they are taken."""
-        return rows
-
     # ---- answers, probes and pictures
 
     @abstractmethod
-    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+    def answer(
+        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    ) -> list[Reply]:
         """Return what `model` says to each prompt.
 
         Args:

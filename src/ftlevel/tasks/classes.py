@@ -22,7 +22,7 @@ from ftlevel.data.formats.problems import choose_problem_type
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import listing
 from ftlevel.task import Meter, Objective
-from ftlevel.tasks.base import Asked, BaseTask, Reply
+from ftlevel.tasks.base import BaseTask, PromptedModel, Reply
 from ftlevel.tasks.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -115,7 +115,9 @@ class ClassTask(BaseTask):
         """Return nothing: a row is a target, and the rows are counted already."""
         return []
 
-    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+    def answer(
+        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    ) -> list[Reply]:
         """Return the class of each text, its classes, or its quantity."""
         texts = [Labelled(text, None, 0, i) for i, text in enumerate(prompts)]
         rows = encode_labelled(model.tokenizer, texts, lambda _: 0)
@@ -159,7 +161,7 @@ class _Targets:
         return self.labels.id_of(label)
 
 
-def _read_label(model: Asked, logits: torch.Tensor) -> Reply:
+def _read_label(model: PromptedModel, logits: torch.Tensor) -> Reply:
     problem = model.options.get("problem_type")
     if problem == _QUANTITY:
         return Reply(f"{float(logits[0]):.4f}")

@@ -13,7 +13,7 @@ from ftlevel.data.formats.examples import PLAIN_TEXT
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.task import Checks, Objective
-from ftlevel.tasks.base import Asked, BaseTask, Reply, Speller
+from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller
 from ftlevel.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ class MaskTask(BaseTask):
         """Return rows with the same tokens hidden whenever they are taken."""
         return _hide(rows, config, context).fixed()
 
-    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+    def answer(
+        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    ) -> list[Reply]:
         """Return each text with its masks filled in, and what else the first could be.
 
         Raises:

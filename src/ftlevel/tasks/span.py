@@ -15,7 +15,7 @@ from ftlevel.data.formats.detect import Shape
 from ftlevel.data.formats.examples import Question, build_question
 from ftlevel.data.sources.table import Table
 from ftlevel.task import Checks, Meter, Objective
-from ftlevel.tasks.base import Asked, BaseTask, Reply, Speller
+from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller
 from ftlevel.tasks.squad import Found, exact_match, f1, update_found
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ class SpanTask(BaseTask):
         aside = f"{none:,} without an answer" if none else "each has an answer"
         return [Choice("questions", f"{len(loaded.train):,}", aside)]
 
-    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+    def answer(
+        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    ) -> list[Reply]:
         """Return the span of `context` that answers each question."""
         questions = [Question(context or "", text, (), i) for i, text in enumerate(prompts)]
         windows, _ = encode_questions(

@@ -14,7 +14,7 @@ from ftlevel.data.formats.examples import build_tagged
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.sources.table import BadRow, Table
 from ftlevel.task import Meter, Objective
-from ftlevel.tasks.base import Asked, BaseTask, Reply, Speller
+from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller
 from ftlevel.tasks.classes import read_labels
 from ftlevel.tasks.entities import are_entity_tags, score_entities
 from ftlevel.tasks.pairs import Pairs
@@ -62,7 +62,9 @@ class TagTask(BaseTask):
 
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+    def answer(
+        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    ) -> list[Reply]:
         """Return each text with its words' tags."""
         sentences = [_WORDS.findall(text) or [text] for text in prompts]
         ids, extras, positions = encode_words(model.tokenizer, sentences)

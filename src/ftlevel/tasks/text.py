@@ -20,7 +20,7 @@ from ftlevel.data.formats.examples import PLAIN_TEXT, build_conversation, build_
 from ftlevel.data.formats.languages import find_language
 from ftlevel.data.sources.table import Table
 from ftlevel.task import Checks, Objective
-from ftlevel.tasks.base import Asked, BaseTask, Reply, Speller
+from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller
 from ftlevel.tasks.text_scores import score_rouge, score_translations
 from ftlevel.tasks.tokens import Tokens
 
@@ -98,7 +98,9 @@ class TextTask(BaseTask):
         fitted = encoder.fit(encoder.collect(encode_some, examples), table)
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
-    def answer(self, model: Asked, prompts: Sequence[str], context: str | None) -> list[Reply]:
+    def answer(
+        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    ) -> list[Reply]:
         """Return the text that `model` writes after each prompt."""
         if model.prompt_format is None:
             raise TypeError("a model that writes text has a prompt format")
