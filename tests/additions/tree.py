@@ -121,9 +121,15 @@ METHOD = Addition(
 )
 """The method that docs/add-a-method.md shows."""
 
+_FIRST_FAMILY = "_LLAMA_LIKE = (\n    _LLAMA,"
+FAMILY = Addition(
+    {}, [("models/families/decoder.py", _FIRST_FAMILY, '    _llama_like("stablelm"),')]
+)
+
 ADDITIONS: dict[str, tuple[str, int, Addition]] = {
     "a kind of target, with its tests": ("~22", 3, TARGET),
     "a PEFT method": ("6", 3, METHOD),
+    "a family of models": ("1", 1, FAMILY),
     "a data format": ("2–4", 2, DATA_FORMAT),
     "an export format": ("≥ 5", 2, EXPORT),
     "a flag": ("3–4", 1, FLAG),

@@ -1,0 +1,50 @@
+"""A family is a line of a table: StableLM is added so, listed by name, and trained for a step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from additions.tree import FAMILY, run
+from tiny_tokenizers import build_tokenizer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FAMILY.apply(tmp_path_factory.mktemp("tree"))
+
+
+def test_it_takes_one_line() -> None:
+    assert len(FAMILY.touched) == len(FAMILY.lines) == 1
+
+
+def test_it_is_listed_by_its_name(tree: Path, tmp_path: Path) -> None:
+    told = json.loads(run(tree, "list-targets", "stablelm", "--json", cwd=tmp_path))
+    assert "q_proj" in json.dumps(told)
+
+
+def test_it_trains_a_step(tree: Path, tmp_path: Path) -> None:
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    tokenizer = build_tokenizer("llama", None)
+    config = StableLmConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    StableLmForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = ["train", "--model", "model", "--max-steps", "1", "--max-samples", "16", "--json"]
+    told = json.loads(run(tree, *command, "--output-dir", "run", cwd=tmp_path))
+    assert told["model"]["type"] == "stablelm"
+    assert told["proof"]["frozen_tensors"] > 0
