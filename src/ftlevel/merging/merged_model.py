@@ -19,6 +19,7 @@ from ftlevel.models.loading import build_task_model, load_model, load_tokenizer,
 from ftlevel.models.quantization import Rounding
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
+from ftlevel.models.upstream.architectures import tied_names, unsaved_names
 from ftlevel.weights.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
@@ -190,8 +191,8 @@ def write_merged(
     model = build_task_model(subject.config, subject.auto_class)
     rounds = rounding(build_task_model(subject.config, subject.auto_class)) if rounding else None
     checkpoint = _open(subject, model)
-    ties = dict(model.all_tied_weights_keys)
-    ignored = set(model._keys_to_ignore_on_save or ()) - set(ties)
+    ties = tied_names(model)
+    ignored = unsaved_names(model) - set(ties)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
     heads = find_heads(model) if subject.card.heads else []
     skeleton = build_skeleton(model, subject.directory)

@@ -18,6 +18,7 @@ from typing import Any
 
 from ftlevel.errors import InputError, listing
 from ftlevel.methods.peft_types import ensure_registered
+from ftlevel.methods.upstream import merge_layer, restore_ranks
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER = "default"
@@ -113,13 +114,7 @@ class Skeleton:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                if hasattr(layer, "unload_and_optionally_merge_module"):
-                    merged = layer.unload_and_optionally_merge_module(
-                        merge=True, safe_merge=False, adapter_names=None
-                    )
-                else:
-                    layer.merge()
-                    merged = layer.get_base_layer()
+                merged = merge_layer(layer)
         except RuntimeError as error:
             raise InputError(f"{path} cannot be merged: {error}") from None
         return {f"{path}.{name}": tensor for name, tensor in merged.state_dict().items()}
@@ -150,7 +145,8 @@ def build_skeleton(model: Any, directory: Path) -> Skeleton:
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
         tensors = load_file(str(directory / WEIGHTS))
         _load(adapted, tensors, directory)
-    _restore_ranks(adapted, config)
+    if str(config.peft_type.value) == "ADALORA":
+        restore_ranks(adapted, ADAPTER, config.init_r)
     base = adapted.get_base_model()
     units = dict(_find_units(base))
     supplied = {
@@ -166,9 +162,11 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
     """Put every tensor of the file into its place in float32, each exactly once (mutated)."""
     import torch
 
+    from ftlevel.models.upstream.tensors import own_tensors
+
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in adapted.modules():
-        for box in (module._parameters, module._buffers):
+        for box in own_tensors(module):
             for name, tensor in box.items():
                 places.setdefault(id(tensor), []).append((box, name))
     promised = _promised(adapted, with_embeddings=False)
@@ -202,20 +200,10 @@ def _promised(adapted: Any, *, with_embeddings: bool) -> dict[str, Any]:
     return found
 
 
-def _restore_ranks(adapted: Any, config: Any) -> None:
-    """Set what AdaLoRA divides by, which is not saved: the rank that it began with (mutated)."""
-    import torch
-
-    for module in adapted.modules():
-        if hasattr(module, "ranknum"):
-            rank = torch.full((1,), float(config.init_r))
-            module.ranknum[ADAPTER] = torch.nn.Parameter(rank, requires_grad=False)
-
-
 def _find_units(base: Any) -> Iterator[tuple[str, Any]]:
     """Yield the outermost adapter layers, as `merge_and_unload` visits them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils import AuxiliaryTrainingWrapper
 
     inside = ""
     for name, module in base.named_modules():
@@ -235,7 +223,7 @@ def _base_of(layer: Any) -> Any:
 
 def _replaces(layer: Any) -> bool:
     """Whether the base's module plays no part any more: a head that was trained in full."""
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper
 
     return isinstance(layer, ModulesToSaveWrapper)
 
@@ -244,8 +232,10 @@ def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
     """Give `base` its weights where the adapter has not supplied them (mutated)."""
     import torch
 
+    from ftlevel.models.upstream.tensors import own_tensors
+
     for inner, module in base.named_modules():
-        for box in (module._parameters, module._buffers):
+        for box in own_tensors(module):
             for key, tensor in box.items():
                 if tensor is None or not tensor.is_meta:
                     continue

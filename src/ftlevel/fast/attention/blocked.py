@@ -21,6 +21,7 @@ import torch
 
 from ftlevel.fast.layers.dropout import draw_kept
 from ftlevel.fast.packing.layout import Range, Segment
+from ftlevel.models.upstream.tensors import softmax_backward
 
 QUERIES = 128
 """Queries of a tile: what was fastest of 64, 128 and 256 in bfloat16."""
@@ -167,7 +168,7 @@ class TileAttention(torch.autograd.Function):
             _add(of_value, tile.keys, seen.transpose(1, 2), of_output)
             of_seen = torch.bmm(of_output, _rows(value, tile.keys).transpose(1, 2))
             of_p = of_seen if keep is None else of_seen.mul_(keep)
-            of_scores = torch.ops.aten._softmax_backward_data(of_p, p, -1, p.dtype)
+            of_scores = softmax_backward(of_p, p, -1, p.dtype)
             of_scores = of_scores.mul_(ctx.scale)
             of_tile = torch.bmm(of_scores, _rows(key, tile.keys))
             _put(of_query[tile.start : tile.stop], of_tile, groups)

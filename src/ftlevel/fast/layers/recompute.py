@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from ftlevel.models.upstream.tensors import version_of
+
 _NAME = "_ftlevel_recipe"
 
 
@@ -50,7 +52,7 @@ def with_recipe(
 ) -> torch.Tensor:
     """Return `tensor`, which from now on says how it is made again (mutated)."""
     recipe = Recipe(make, *(part.detach() for part in kept))
-    setattr(tensor, _NAME, (recipe, tensor._version))
+    setattr(tensor, _NAME, (recipe, version_of(tensor)))
     return tensor
 
 
@@ -60,4 +62,4 @@ def recipe_of(tensor: torch.Tensor) -> Recipe | None:
     So have views and copies, and a tensor that was written to since.
     """
     recipe, version = getattr(tensor, _NAME, (None, None))
-    return recipe if version == tensor._version else None
+    return recipe if version == version_of(tensor) else None

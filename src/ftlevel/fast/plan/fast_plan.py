@@ -18,6 +18,7 @@ from ftlevel.fast.plan.liger import uses_liger
 from ftlevel.fast.plan.workers import VIRTUAL_TOKENS, find_random, plan_lanes
 from ftlevel.fast.prefixes.tree import share_of_shared
 from ftlevel.models.module_tree import find_blocks
+from ftlevel.models.upstream.architectures import attention_of, is_stateful
 from ftlevel.task import Objective, TokenObjective
 
 FEWEST_TOKENS = 1024
@@ -184,7 +185,7 @@ def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
 
 def _carries_a_state(model: Any) -> bool:
     """Whether something but attention takes tokens into others: a recurrence, a convolution."""
-    return bool(getattr(model, "_is_stateful", False)) or any(
+    return is_stateful(model) or any(
         isinstance(part, torch.nn.Conv1d) and part.kernel_size[0] > 1
         for block in find_blocks(model)
         for part in block.modules()
@@ -193,11 +194,11 @@ def _carries_a_state(model: Any) -> bool:
 
 def takes_attention(model: Any) -> bool:
     """Give `model` the attention of documents (mutated); return whether it took it."""
-    if model.config._attn_implementation != "sdpa":
+    if attention_of(model) != "sdpa":
         return False
     attention.register()
     model.set_attn_implementation(attention.NAME)
-    return bool(model.config._attn_implementation == attention.NAME)
+    return attention_of(model) == attention.NAME
 
 
 def has_target_head(model: Any, objective: Objective | None) -> bool:

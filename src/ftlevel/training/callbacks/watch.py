@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.artifacts import checkpoints
@@ -20,6 +19,7 @@ from ftlevel.data.prepare.sampling import LengthGroups
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.errors import RunError, listing
 from ftlevel.events import Listener
+from ftlevel.models.upstream.data import is_shared_order
 from ftlevel.training.processes import Processes
 
 
@@ -219,7 +219,7 @@ class FollowEpoch(TrainerCallback):
             self.rows.epoch = int(state.epoch or 0)
         if isinstance(self.order, LengthGroups):
             self.order.epoch = int(state.epoch or 0)
-        elif isinstance(self.order, SeedableRandomSampler):
+        elif is_shared_order(self.order):
             self.order.set_epoch(int(state.epoch or 0))
 
 

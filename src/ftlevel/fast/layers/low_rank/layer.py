@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ftlevel.fast.layers.low_rank.function import LowRankLinear
 from ftlevel.fast.layers.recompute import recipe_of
+from ftlevel.methods.upstream import is_cut_over_devices, register_lora_layers
+from ftlevel.models.upstream.tensors import is_watched
 
 
 def register_fused_layers(config: LoraConfig) -> None:
@@ -23,8 +25,7 @@ def register_fused_layers(config: LoraConfig) -> None:
     This is PEFT's door for custom modules. Nothing of it is saved: the adapter's configuration
     and keys are those of a plain LoRA, and whoever loads it gets PEFT's layers.
     """
-    # The first entry that matches is asked, and what it declines (None) goes on to PEFT's own.
-    config._register_custom_module({nn.Linear: build_fused_layer, Conv1D: build_fused_layer})
+    register_lora_layers(config, {nn.Linear: build_fused_layer, Conv1D: build_fused_layer})
 
 
 def build_fused_layer(
@@ -39,7 +40,7 @@ def build_fused_layer(
         kwargs: as PEFT passes them to its own layers.
     """
     layer: Any = None
-    if isinstance(target, BaseTunerLayer) or hasattr(target, "_hf_tp_plan"):
+    if isinstance(target, BaseTunerLayer) or is_cut_over_devices(target):
         return None
     if kwargs.get("parameter_name") is not None:  # LoRA of a bare parameter
         return None
@@ -112,18 +113,8 @@ def _lone_adapter(layer: Any) -> str | None:
     base = layer.base_layer
     if name in layer.lora_variant or layer.lora_bias[name] or base.weight.requires_grad:
         return None
-    watched = any(map(_is_hooked, (base, layer.lora_A[name], layer.lora_B[name])))
+    watched = any(map(is_watched, (base, layer.lora_A[name], layer.lora_B[name])))
     return None if watched else name
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or hasattr(module, "_hf_hook")
-    )
 
 
 class FusedLinear(FusedForward, lora.Linear):
