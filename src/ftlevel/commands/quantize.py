@@ -291,7 +291,7 @@ def _summary(
     after = sum(sizes[1] for sizes in parts.values())
     return {
         "source": {"name": plan.source.name, "kind": plan.source.kind,
-                   "revision": getattr(plan.model_config, "_commit_hash", None),
+                   "revision": plan.source.revision,
                    "type": plan.model_config.model_type},
         "quantization": {"form": config.form, "quant": config.quant,
                          **({"quant_type": config.quant_type, "double_quant": config.double_quant}

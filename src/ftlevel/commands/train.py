@@ -139,7 +139,7 @@ def _train(
     prepare_start(model, config, plan)
     fast, verified = speed_up(model, config, plan, listener)
     start = copy_start(model)
-    base_facts = describe_base(plan.source, plan.model_config)
+    base_facts = describe_base(plan.source)
     run, checkpoint = processes.from_first(lambda: _open(config, plan, base_facts, listener))
     if processes.is_first:
         held.enter_context(claimed(run.path))

@@ -37,7 +37,7 @@ def dump_config(config: TrainConfig, plan: Plan) -> str:
     return f"# Written by ftlevel {__version__}. Train it again: ftlevel train THIS_FILE\n{body}"
 
 
-def describe_base(source: ModelSource, config: Any) -> dict[str, Any]:
+def describe_base(source: ModelSource) -> dict[str, Any]:
     """Return the name, kind, revision and fingerprint of a base model."""
     path = source.path
     name = source.name if source.kind in ("hub", "builtin") or path is None else str(path.resolve())
@@ -46,7 +46,7 @@ def describe_base(source: ModelSource, config: Any) -> dict[str, Any]:
     return {
         "name": name,
         "kind": source.kind,
-        "revision": getattr(config, "_commit_hash", None) or source.revision,
+        "revision": source.revision,
         "fingerprint": base_fingerprint(path) if path is not None else None,
     }
 
