@@ -9,7 +9,7 @@ length, and the documented functions' texts with their first lines as answers. E
 trained in three ways, in turns:
 
     as it is          `ftlevel train`
-    one at a time     speed.passes_at_once=1: each pass computes the prompt once
+    one at a time     speed.parallel_workers=1: each micro-batch computes the prompt once
     not shared        speed.share_prefixes=never: each row computes it
 
 Readings are those of the meter (training/meter), from the end of the first step to the end of the
@@ -36,7 +36,7 @@ from ftlevel.data.sources.docstrings import read_docstrings
 
 WAYS = {
     "as it is": [],
-    "one at a time": ["--set", "speed.passes_at_once=1"],
+    "one at a time": ["--set", "speed.parallel_workers=1"],
     "not shared": ["--set", "speed.share_prefixes=never"],
 }
 LONGEST_TEXT = 300

@@ -1,6 +1,7 @@
 """Write the pages of docs/ that come from the program itself.
 
 python scripts/write_docs.py methods          write docs/methods.md
+python scripts/write_docs.py cli              write docs/cli.md
 python scripts/write_docs.py --check          exit with 1 where a page is not up to date
 """
 
@@ -11,11 +12,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cli_page import cli_page
 from ftlevel.commands.list_methods import QUANTS, task_refusal
 from ftlevel.config import SPECS
-from ftlevel.config.methods import DEFAULT_LEARNING_RATE
-from ftlevel.methods.facts import FACTS, MethodFacts
-from ftlevel.methods.matrix import RULES, Cell, find_refusal, known_rows
+from ftlevel.methods import METHODS
+from ftlevel.methods.facts import Cell, MethodFacts
+from ftlevel.methods.matrix import FACTS, RULES, find_refusal, known_rows
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.families.facts import Family
 from ftlevel.tasks import TASKS
@@ -81,9 +83,10 @@ def _facts_line(row: MethodFacts) -> str:
 
 
 def _defaults_line(kind: str) -> str:
-    fields = SPECS[kind]().model_dump(exclude=_HIDDEN)
+    spec = SPECS[kind]()
+    fields = spec.model_dump(exclude=_HIDDEN)
     shown = [f"{name} {value}" for name, value in fields.items() if value not in (None, {}, [])]
-    return f"| {kind} | {', '.join(shown) or '–'} | {DEFAULT_LEARNING_RATE[kind]:g} |"
+    return f"| {kind} | {', '.join(shown) or '–'} | {METHODS[kind].learning_rate(spec):g} |"
 
 
 def _family_table(rows: list[MethodFacts]) -> list[str]:
@@ -130,7 +133,7 @@ def _rule_lines() -> list[str]:
     ]
 
 
-PAGES: dict[str, Callable[[], str]] = {"methods": methods_page}
+PAGES: dict[str, Callable[[], str]] = {"methods": methods_page, "cli": cli_page}
 
 
 def main(arguments: list[str] | None = None) -> int:

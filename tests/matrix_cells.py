@@ -1,6 +1,6 @@
 """Every cell of what works with what, in tiny models: trained, saved, loaded anew and compared.
 
-A cell is a row of `ftlevel.methods.facts`, a family, a head and a quantization. Tasks that put the
+A cell is a row of `ftlevel.methods.matrix`, a family, a head and a quantization. Tasks that put the
 same head on a family are one cell. Used by scripts/run_matrix.py and by a sample in the tests.
 """
 
@@ -21,10 +21,9 @@ import tiny_models
 from ftlevel.config import SPECS, QuantConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.methods import METHODS, Base
-from ftlevel.methods.facts import FACTS
-from ftlevel.methods.loftq import start_from_residual
-from ftlevel.methods.lora_start import copy_start
-from ftlevel.methods.matrix import Cell, find_problems, find_refusal
+from ftlevel.methods.base import StartInputs
+from ftlevel.methods.facts import Cell
+from ftlevel.methods.matrix import FACTS, find_problems, find_refusal
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.hardware import DTYPES, autocast
 from ftlevel.models.loading import build_task_model, load_model
@@ -32,11 +31,10 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
-from ftlevel.trained.adapt import apply_method, finish_method, save_adapter
-from ftlevel.training.callbacks.allocation import Allocation
-from ftlevel.training.eva import start_from_data
+from ftlevel.trained.adapt import apply_method, copy_start, finish_method, save_adapter
+from ftlevel.training.model import ShuffledBatches
 from ftlevel.training.plan.method_targets import find_method_targets
-from ftlevel.training.proof import check_saved
+from ftlevel.training.proof import Probe, check_saved
 
 QUANTS = ("none", "4bit", "8bit")
 STEPS = 4
@@ -197,27 +195,32 @@ def run_cell(cell: TinyCell) -> float:
     base = describe_base(cell, spec)
     model = apply_method(copy_base(cell), spec, base)
     batch = tiny_models.build_batch(cell.family, cell.head)
-    if cell.row == "eva":
+    method = METHODS[spec.kind]
+    if method.start is not None:
         rows = [
             Encoded(ids.tolist(), ids.tolist() if cell.head == "causal" else 0, 0)
             for ids in batch["input_ids"].repeat(4, 1)
         ]
-        start_from_data(model, rows, pad_id=0, batch_size=4, seed=0, device="cpu", dtype=cell.dtype)
-    if cell.row == "loftq":
-        start_from_residual(model, lambda name: float_weight(cell, name))
-    start = copy_start(model)
+        inputs = StartInputs(
+            lambda: ShuffledBatches(rows, 0, 4, 0, "cpu"),
+            lambda: lambda name: float_weight(cell, name),
+            "cpu", cell.dtype,
+        )  # fmt: skip
+        method.start.begin(model, spec, inputs)
+    start = copy_start(model, spec)
     _train(model, batch, spec, cell.dtype)
     with tempfile.TemporaryDirectory(prefix="ftlevel-matrix-") as folder:
         directory = Path(folder)
         finish_method(model, spec)
         if hasattr(model, "peft_config"):
-            save_adapter(model, directory, start)
+            save_adapter(model, spec, directory, start)
         else:
             model.save_pretrained(directory)
         objective = TASKS[cell.tasks[0]].build_objective(FAMILIES[cell.family].kind, {})
         _, _, effect = check_saved(
-            model, directory, lambda: fresh(cell), _probe(batch), objective=objective,
-            device="cpu", dtype=cell.dtype,
+            model, directory, lambda: fresh(cell),
+            Probe(_probe(batch), objective, "cpu", cell.dtype),
+            rewritten=method.rewrites_base(spec),
         )  # fmt: skip
     return effect
 
@@ -239,8 +242,9 @@ def _probe(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any, dtype: str) -> None:
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=5e-3)
-    allocation = Allocation(Path()) if spec.kind == "adalora" else None
-    penalty = METHODS[spec.kind].penalty if spec.kind in METHODS else None
+    method = METHODS[spec.kind]
+    callbacks = method.callbacks(spec, Path(), True) if method.callbacks else []
+    penalty = method.penalty
     moved: set[str] = set()
     model.train()
     for step in range(STEPS):
@@ -254,12 +258,12 @@ def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any, dtype: str) ->
         assert not missing, f"no gradient: {missing[:3]}"
         moved |= {name for name, p in trainable.items() if bool(p.grad.abs().sum() > 0)}
         optimizer.step()
-        if allocation is not None:
-            state = transformers.TrainerState(global_step=step)
-            allocation.on_optimizer_step(None, state, None, model=model)
+        state = transformers.TrainerState(global_step=step)
+        for callback in callbacks:
+            callback.on_optimizer_step(None, state, None, model=model)
         optimizer.zero_grad()
-    if allocation is not None:
-        allocation.on_train_end(None, transformers.TrainerState(), None, model=model)
+    for callback in callbacks:
+        callback.on_train_end(None, transformers.TrainerState(), None, model=model)
     idle = sorted(set(trainable) - moved)
     assert not idle, f"gradient always zero: {idle[:3]}"
 

@@ -5,6 +5,7 @@ A thin face over `TrainConfig` and `train`: the same configuration, the same che
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe
 from ftlevel.errors import ConfigError
 
 _ORIGIN = "FineTunePipeLine({})"
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, FutureWarning, stacklevel=4)
 
 
 class FineTunePipeLine:
@@ -78,7 +83,7 @@ class FineTunePipeLine:
                 )
             for name, value in (fields or {}).items():
                 put(given, (section, name), value, _ORIGIN.format(argument))
-        self.config: TrainConfig = build_config([*layers, given])
+        self.config: TrainConfig = build_config([*layers, given], _warn)
         self.result: Any = None
 
     def run(self) -> tuple[Any, Any]:

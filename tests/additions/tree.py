@@ -78,6 +78,10 @@ CHECK = Addition(
     ],
 )
 
+_SEED = '    Flag("train.seed", "", HOW),'
+_DECAY = '    Flag("train.weight_decay", "", HOW),'
+FLAG = Addition({}, [("config/flags.py", _SEED, _DECAY)])
+
 
 def run(tree: Path, *arguments: Any, cwd: Path, code: int = 0) -> str:
     """Run the ftlevel of `tree` and return what it prints.

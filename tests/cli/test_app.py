@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
-from ftlevel.cli.app import COMMANDS, build_app, run
-from ftlevel.cli.flags import FLAG_PATHS, field_at
-from ftlevel.cli.grammar import SECOND_NAMES, canonical
+from ftlevel.cli.app import COMMANDS, run
 from ftlevel.config import SPECS, TrainConfig
+from ftlevel.config.flags import CONFIGS
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "accelerate")
 
@@ -48,14 +46,6 @@ def test_python_dash_m_is_the_same_program() -> None:
     assert done.stdout.startswith("ftlevel ")
 
 
-def test_every_flag_reaches_a_field_that_is_described() -> None:
-    typer.main.get_command(build_app())  # Typer evaluates the declarations
-    assert len(FLAG_PATHS) > 25
-    for parameter, (shown, key) in FLAG_PATHS.items():
-        assert shown == "--" + parameter.replace("_", "-")
-        assert field_at(key).description, key
-
-
 def test_every_field_has_a_consumer() -> None:
     """A field that no code below the configuration reads would be a flag that does nothing."""
     source = Path(importlib.import_module("ftlevel").__file__ or "").parent
@@ -64,7 +54,11 @@ def test_every_field_has_a_consumer() -> None:
     text = "\n".join(p.read_text() for room in rooms for p in room.rglob("*.py"))
     text += (source / "config/train.py").read_text()
     sections = [f.annotation for f in TrainConfig.model_fields.values()]
-    models = [*SPECS.values(), *(s for s in sections if hasattr(s, "model_fields"))]
+    models = [
+        *SPECS.values(),
+        *(s for s in sections if hasattr(s, "model_fields")),
+        *(config for config in CONFIGS.values() if config is not TrainConfig),
+    ]
     idle = [
         f"{model.__name__}.{name}"
         for model in models
@@ -72,29 +66,6 @@ def test_every_field_has_a_consumer() -> None:
         if name != "kind" and f".{name}" not in text and f'"{name}"' not in text
     ]
     assert idle == []
-
-
-@pytest.mark.parametrize(
-    ("typed", "read"),
-    [
-        ("--lora_r", "--lora-r"),
-        ("--lora_r=8", "--lora-r=8"),
-        ("--model_name_or_path", "--model"),
-        ("--task_type=text_generation", "--task=text_generation"),
-        ("--quantization_type", "--quant"),
-        ("--dataset-name", "--dataset"),
-        ("lora_r", "lora_r"),
-        ("--", "--"),
-    ],
-)
-def test_second_spellings(typed: str, read: str) -> None:
-    assert canonical(typed) == read
-
-
-def test_second_names_lead_to_flags_that_exist() -> None:
-    typer.main.get_command(build_app())
-    shown = {flag for flag, _ in FLAG_PATHS.values()}
-    assert set(SECOND_NAMES.values()) <= shown
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,17 @@ def test_weights_that_are_not_safetensors_are_refused(
     assert "only pickled weights (pytorch_model.bin)" in found
 
 
+def test_an_old_name_of_a_key_is_said_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--dataset", "rows.jsonl", "--dry-run", "--set", "speed.passes_at_once=1"]
+    assert run(["train", *arguments]) == 0
+    assert capsys.readouterr().err == (
+        "note: --set speed.passes_at_once: speed.passes_at_once is now called "
+        "speed.parallel_workers; the old name is still accepted.\n"
+    )
+
+
 def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--dataset", "rows.jsonl", "--dry-run"]) == 0
     assert sorted(p.name for p in folder.iterdir()) == ["rows.jsonl"]

@@ -39,16 +39,16 @@ def model_dir(tiny_model_dir: ModelDir, tmp_path: Path) -> ModelDir:
     return functools.partial(exportable, tiny_model_dir, tmp_path)
 
 
-@pytest.mark.parametrize(("family", "overrides", "unread"), CASES, ids=NAMES)
+@pytest.mark.parametrize(("family", "overrides", "own_settings"), CASES, ids=NAMES)
 def test_a_family_reads_back_as_it_was(
-    model_dir: ModelDir, family: str, overrides: Mapping[str, Any], unread: list[str]
+    model_dir: ModelDir, family: str, overrides: Mapping[str, Any], own_settings: list[str]
 ) -> None:
     model = model_dir(family, **overrides)
     check = export_to("x.gguf", model, outtype="f32").summary["check"]
-    assert check["settings_of_the_model"] == unread
+    assert check["settings_of_the_model"] == own_settings
     assert check["beside_model"]["max_difference"] <= 1e-6
     assert check["beside_model"]["targets"] > 400
-    if not unread:  # transformers alone gives the same, without any help
+    if not own_settings:  # transformers alone gives the same, without any help
         found = load(Path(), gguf_file="x.gguf")
         torch.testing.assert_close(
             logits_of(found, some_ids()), logits_of(load(model), some_ids()), rtol=0, atol=1e-6

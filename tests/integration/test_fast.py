@@ -33,7 +33,7 @@ def test_one_curve() -> None:
     plain, expected = train("--no-fast", out="plain")
     assert fast["speed"]["verified"]["gradient"] < 3e-5
     assert fast["speed"]["packed"]
-    assert fast["speed"]["head_on_targets"]
+    assert fast["speed"]["chunked_cross_entropy"]
     assert fast["speed"]["tokens_computed"] == fast["speed"]["tokens_in_rows"] > 1000
     assert plain["speed"] == {"fast": False}
     assert len(records) == len(expected) == 7, "five steps and two evaluations"
@@ -48,10 +48,10 @@ def test_one_curve() -> None:
 def test_a_fast_step_that_is_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ftlevel.fast.packing.layout import Layout
+    from ftlevel.fast.packing.layout import PackedLayout
 
-    right = Layout.pack
-    monkeypatch.setattr(Layout, "pack", lambda layout, states: right(layout, states) * 1.0001)
+    right = PackedLayout.pack
+    monkeypatch.setattr(PackedLayout, "pack", lambda layout, states: right(layout, states) * 1.0001)
     assert run(["train", "--quiet", "--output-dir", "wrong", *SHORT, "--verify-fast"]) == 1
     assert "--verify-fast: the fast step is not the plain one" in capsys.readouterr().err
     assert not Path("wrong").exists()

@@ -26,7 +26,7 @@ BYTES_A_ROW = 10
 FEW, MANY = 3_000, 13_000
 
 
-def encode_quickly(tokenizer: Any, examples: Sequence[Any], _: Any) -> list[Encoded]:
+def encode_quickly(tokenizer: Any, examples: Sequence[Any], prompt_format: Any) -> list[Encoded]:
     """Encode without the tokenizer, which holds nothing and takes the time."""
     coded = [[*map(int, f"{e.row * 7919 % 10**7:07d}"), tokenizer.eos_token_id] for e in examples]
     return [Encoded(ids, ids, e.row) for ids, e in zip(coded, examples, strict=True)]

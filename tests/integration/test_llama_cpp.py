@@ -45,9 +45,9 @@ def llama_cpp(path: str, context: int = 256) -> Any:
 
 @pytest.mark.slow
 @needs_llama_cpp
-@pytest.mark.parametrize(("family", "overrides", "unread"), CASES, ids=NAMES)
+@pytest.mark.parametrize(("family", "overrides", "own_settings"), CASES, ids=NAMES)
 def test_llama_cpp_computes_the_same(
-    model_dir: ModelDir, family: str, overrides: dict[str, Any], unread: list[str]
+    model_dir: ModelDir, family: str, overrides: dict[str, Any], own_settings: list[str]
 ) -> None:
     model = model_dir(family, **overrides)
     export_to("x.gguf", model, outtype="f32")

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from ftlevel.cli.app import run
+from ftlevel.config.renamed import RENAMED
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
 
@@ -205,7 +206,7 @@ def test_ctrl_c_while_the_run_is_checked_says_what_is_kept(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ftlevel.commands.train.check_saved", press)
+        patch.setattr("ftlevel.training.proof.check_saved", press)
         arguments = [*SHORT, "--max-steps", "2", "--save-steps", "1"]
         assert run(["train", "--quiet", *arguments, "--output-dir", "run"]) == 130
     assert capsys.readouterr().err == (
@@ -225,6 +226,24 @@ def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[
         "ftlevel: --resume run: not the same run: method.r was 8 and is 4. "
         "Give it as it was, or start anew in another --output-dir.\n"
     )
+
+
+def test_a_run_of_old_names_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    train(*SHORT, "--max-steps", "2", "--save-steps", "1")
+    unbroken = digest("run")
+    Path("run/adapter/adapter_model.safetensors").unlink()
+    for path in (Path("run/config.yaml"), Path("run/checkpoints/origin.json")):
+        text = path.read_text()
+        for old, new in RENAMED.items():
+            own = (old, new) if path.suffix == ".json" else (old[6:] + ":", new[6:] + ":")
+            assert own[1] in text
+            text = text.replace(own[1], own[0])
+        path.write_text(text)
+    capsys.readouterr()
+    assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "is now called" in line]
+    assert len(notes) == len(RENAMED)
+    assert digest("run") == unbroken
 
 
 def test_resuming_inside_an_epoch_of_rows_by_length() -> None:

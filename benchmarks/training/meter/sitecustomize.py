@@ -3,7 +3,7 @@
 Writes a JSON line for every micro-batch and every optimizer step to the file named by TRAIN_METER
 when the process ends. A step is seen by torch's own global hook. A micro-batch is seen where the
 tools have it in common: `training_step` of transformers' Trainer (plain, TRL, Unsloth,
-LLaMA-Factory, ms-swift; ftlevel's is given all rows of an optimizer step, cut into passes), and in
+LLaMA-Factory, ms-swift; ftlevel's is given a whole optimizer step, split into micro-batches), in
 LitGPT the model's forward and the loss. Those are wrapped in one function that counts and calls
 them; nothing else is touched, and nothing is imported that the tool does not import.
 
@@ -58,7 +58,7 @@ def _watch_training_step(owner):
         began = time.time()
         parts = [
             _count(part["input_ids"], part.get("attention_mask"), part.get("labels"))
-            for part in inputs.get("passes", [inputs])
+            for part in inputs.get("micro_batches", [inputs])
         ]
         counts = {name: sum(part[name] for part in parts) for name in parts[0]}
         _INSIDE.append(self)

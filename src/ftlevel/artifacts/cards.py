@@ -16,9 +16,6 @@ from ftlevel.errors import InputError
 
 CARD = "ftlevel.json"
 
-PEFT_IMPORTS = dict.fromkeys(("adapter", "prefix", "prompt", "p-tuning"), "ftlevel.adapters")
-"""Method → what a program must import before PEFT alone can load such an adapter."""
-
 
 @dataclass(frozen=True)
 class AdapterCard:
@@ -117,8 +114,13 @@ def generate_command(run: str, task: str) -> str:
     return f"ftlevel generate {shlex.quote(run)} {asked}"
 
 
-def write_readme(summary: Mapping[str, Any]) -> str:
-    """Return the model card of a run: front matter for the Hub, what it is, how it did, its use."""
+def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
+    """Return the model card of a run: front matter for the Hub, what it is, how it did, its use.
+
+    Args:
+        summary: what summary.json holds.
+        needs_import: what a program must import before PEFT alone can load the adapter.
+    """
     metrics = summary.get("metrics", {})
     lines = [
         "---",
@@ -145,8 +147,8 @@ def write_readme(summary: Mapping[str, Any]) -> str:
         lines += ["", f"Measured on {rows:,} validation rows; text metrics on the first "
                   f"{summary['data']['generated_rows']:,} of them.", ""]  # fmt: skip
     lines += ["## Use", "", "```sh", generate_command(summary["run"], summary["task"]), "```", ""]
-    if summary["method"] in PEFT_IMPORTS:
-        lines += _python_use(PEFT_IMPORTS[summary["method"]])
+    if needs_import:
+        lines += _python_use(needs_import)
     lines += ["The settings are in `config.yaml`, the figures in `summary.json`.", ""]
     return "\n".join(lines)
 

@@ -8,17 +8,19 @@ import importlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Collection
-from typing import Annotated, Any
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ftlevel._version import __version__
-from ftlevel.cli.grammar import Command
 from ftlevel.cli.heavy_imports import uncollected_imports
 from ftlevel.cli.lasting import discard
 from ftlevel.cli.launch import is_follower
 from ftlevel.errors import FtlevelError
+
+if TYPE_CHECKING:
+    from ftlevel.config.flags import Flag
 
 HELP = "Fine-tune transformers efficiently: one grammar for every family, task and PEFT method."
 
@@ -57,10 +59,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Command → (where it is written, first line of its help; a test holds the two together)."""
 
 
-def build_app(wanted: Collection[str] = tuple(COMMANDS)) -> typer.Typer:
+def build_app(
+    wanted: Collection[str] = tuple(COMMANDS), flags: Sequence[Flag] | None = None
+) -> typer.Typer:
     """Build the program; only `wanted` commands are imported, the others are shown by name.
 
-    Importing every command for `ftlevel --help` would cost more than showing it.
+    Importing every command for `ftlevel --help` would cost more than showing it, and so would the
+    table of flags, which is `flags` where it is another one.
     """
     app = typer.Typer(
         name="ftlevel",
@@ -73,9 +78,13 @@ def build_app(wanted: Collection[str] = tuple(COMMANDS)) -> typer.Typer:
     )
     app.callback()(_root)
     for name, (place, summary) in COMMANDS.items():
-        function = _load(place) if name in wanted else _placeholder
-        help_text = None if name in wanted else summary
-        app.command(name=name, cls=Command, help=help_text)(function)
+        if name in wanted:
+            from ftlevel.cli.flags import add_command
+            from ftlevel.config.flags import FLAGS
+
+            add_command(app, name, _load(place), FLAGS if flags is None else flags)
+        else:
+            app.command(name=name, help=summary)(_placeholder)
     return app
 
 

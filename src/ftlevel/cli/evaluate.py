@@ -4,64 +4,24 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Annotated, Any, Optional
+from typing import Any
 
 import typer
 
-from ftlevel.cli.flags import option_of, read_columns
+from ftlevel.cli.flags import Given
 from ftlevel.cli.heavy_imports import uncollected_imports
-from ftlevel.config import EvaluateConfig, build_section, normal_task
-
-Text = Optional[str]  # noqa: UP045 - Typer evaluates these at run time on Python 3.10 as well
-Int = Optional[int]  # noqa: UP045
-Switch = Optional[bool]  # noqa: UP045
-
-
-_option = partial(option_of, EvaluateConfig)
+from ftlevel.config import EvaluateConfig, normal_task
 
 
 def evaluate(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What is scored.")],
-    dataset: Annotated[Text, _option("dataset")] = None,
-    split: Annotated[Text, _option("split")] = None,
-    subset: Annotated[Text, _option("subset")] = None,
-    column_map: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--map", metavar="NAME=COLUMN", help="What the data calls a column."),
-    ] = None,
-    task: Annotated[Text, _option("task")] = None,
-    quant: Annotated[Text, _option("quant")] = None,
-    against: Annotated[Text, _option("against")] = None,
-    eval_text: Annotated[Text, _option("eval_text")] = None,
-    eval_tokens: Annotated[Int, _option("eval_tokens")] = None,
-    base: Annotated[Switch, _option("base", "--base/--no-base")] = None,
-    max_eval_samples: Annotated[Int, _option("max_eval_samples")] = None,
-    batch_size: Annotated[Int, _option("batch_size")] = None,
-    max_generate_samples: Annotated[Int, _option("max_generate_samples")] = None,
-    max_new_tokens: Annotated[Int, _option("max_new_tokens")] = None,
-    resamples: Annotated[Int, _option("resamples")] = None,
-    seed: Annotated[Int, _option("seed")] = None,
-    predictions: Annotated[Text, _option("predictions")] = None,
-    device: Annotated[Text, _option("device")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the metrics only.")] = False,
-    show_traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error arose.")
-    ] = False,
+    given: Given, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
 ) -> None:
     """Score a run, an adapter or a model with its task's metrics.
 
     A run is scored on its own validation rows unless --split or --dataset say otherwise, and gives
     there the numbers that training gave. Intervals are of 95 %, by resampling the rows.
     """
-    fields = {key: context.params.get(key) for key in EvaluateConfig.model_fields}
-    fields["columns"] = read_columns(column_map or []) or None
-    fields["task"] = normal_task(task) if task else None
-    config = build_section(EvaluateConfig, fields)
+    config = given.section(EvaluateConfig, task=normal_task(task) if task else None)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:

@@ -4,57 +4,23 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Annotated, Any, Optional
+from typing import Any
 
 import typer
 
-from ftlevel.cli.flags import option_of
-from ftlevel.config import ExportConfig, build_section
-
-Text = Optional[str]  # noqa: UP045 - Typer evaluates these at run time on Python 3.10 as well
-Int = Optional[int]  # noqa: UP045
-Switch = Optional[bool]  # noqa: UP045
-
-_option = partial(option_of, ExportConfig)
-_FLAGS = {"model": "RUN|MODEL", "verify": "--no-verify"}
+from ftlevel.cli.flags import Given
+from ftlevel.config import ExportConfig
 
 
-def export(
-    context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(metavar="RUN|MODEL", help=ExportConfig.model_fields["model"].description),
-    ],
-    format: Annotated[Text, _option("format")] = None,
-    outtype: Annotated[Text, _option("outtype")] = None,
-    out: Annotated[Text, _option("out", "--out", "-o")] = None,
-    overwrite: Annotated[Switch, _option("overwrite", "--overwrite")] = None,
-    verify: Annotated[Switch, _option("verify", "--verify/--no-verify")] = None,
-    verify_tokens: Annotated[Int, _option("verify_tokens")] = None,
-    device: Annotated[Text, _option("device")] = None,
-    revision: Annotated[Text, _option("revision")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show everything; write nothing.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    show_traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error arose.")
-    ] = False,
-) -> None:
+def export(given: Given, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
     """Write a run or a model as one file for llama.cpp and Ollama.
 
     A run's adapter is merged into its base first. One tensor is in memory at a time. What was
     written is read back through transformers and compared with the model before it is put in
     place.
     """
-    fields = {name: context.params.get(name) for name in ExportConfig.model_fields}
-    if dry_run and out is None:
-        fields |= {"out": "model.gguf", "overwrite": True}  # nothing is written
-    config = build_section(ExportConfig, fields, _FLAGS)
+    nowhere = {"out": "model.gguf", "overwrite": True} if dry_run and out is None else {}
+    config = given.section(ExportConfig, **nowhere)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -96,8 +62,8 @@ def _check_lines(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterat
         f"loss {model['loss']:.4f} (the model {model['loss_reference']:.4f})"
     )
     if check["settings_of_the_model"]:
-        unread = ", ".join(check["settings_of_the_model"])
-        yield f"transformers does not read {unread} from a .gguf; the model's own was used"
+        own_settings = ", ".join(check["settings_of_the_model"])
+        yield f"transformers does not read {own_settings} from a .gguf; the model's own was used"
     how = (
         "" if check["splitting_read"]
         else f" (how it splits text is named, {summary['tokenizer']['pre']}; transformers does not "

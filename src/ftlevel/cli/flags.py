@@ -1,159 +1,210 @@
-"""Flags that set a field of the configuration: declared by hand, described by the field.
-
-`flag("train.learning_rate")` is a Typer option whose help is the field's description; the command
-collects what was given with `given_flags` and hands it to the configuration as one layer.
-"""
+"""From the table of flags to Typer's options, and from what was given to a configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
+from ftlevel.cli.grammar import Command, Seconds
+from ftlevel.cli.launch import is_launched
 from ftlevel.config import (
-    SPECS,
     Layer,
     TrainConfig,
     build_config,
+    build_section,
     put,
     read_recipe,
     read_settings,
 )
+from ftlevel.config.field_facts import FieldFacts
+from ftlevel.config.flags import Flag, flags_of, second_names
+from ftlevel.config.section import Section
 from ftlevel.errors import ConfigError
 
-FLAG_PATHS: dict[str, tuple[str, tuple[str, ...]]] = {}
-"""Parameter name → (flag as shown, path of the field that it sets)."""
+S = TypeVar("S", bound=Section)
+_WIDEST_CHOICES = 20  # letters that stand for a value in help
 
 
-def flag(path: str, *names: str, panel: str | None = None) -> Any:
-    """Declare an option that sets the configuration field at `path`.
+def add_command(
+    app: typer.Typer, name: str, function: Callable[..., None], flags: Sequence[Flag]
+) -> None:
+    """Add a command to `app` that has its flags from the table.
 
-    Args:
-        path: dotted path of the field; `method.NAME` may be a field of any method.
-        names: the flag as Typer declares it; the default is the field's name in kebab case.
-        panel: heading under which `--help` shows it.
+    `function` names the flags that it reads itself as its parameters, and `given` for all of them.
     """
-    key = tuple(path.split("."))
-    declared = names or ("--" + key[-1].replace("_", "-"),)
-    shown = declared[0].partition("/")[0]
-    FLAG_PATHS[shown.removeprefix("--").replace("-", "_")] = (shown, key)
-    return typer.Option(
-        *declared,
-        help=field_at(key).description,
-        rich_help_panel=panel,
-        show_default=False,
+    rows = flags_of(name, flags)
+
+    class Own(Command):
+        seconds: ClassVar[Seconds] = second_names(flags)
+        answers: ClassVar[Mapping[str, str]] = {
+            row.shown: row.answer for row in flags if row.answer and name in row.on
+        }
+
+    def call(ctx: typer.Context, **values: Any) -> None:
+        values["given"] = Given(name, rows, values.copy(), ctx.obj or [])
+        function(**{parameter: values[parameter] for parameter in reads})
+
+    reads = inspect.signature(function).parameters
+    call.__dict__["__signature__"] = _signature_of(name, rows)
+    call.__doc__ = function.__doc__
+    app.command(name=name, cls=Own)(call)
+
+
+def _signature_of(command: str, rows: Sequence[Flag]) -> inspect.Signature:
+    """Return the signature in which Typer finds the flags of `command`."""
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    return inspect.Signature([context, *(p for row in rows for p in _parameters_of(command, row))])
+
+
+def _parameters_of(command: str, row: Flag) -> Iterator[inspect.Parameter]:
+    facts = row.facts(command)
+    kind = row.type if facts is None or facts.type is str else facts.type
+    short = _short_choices(facts)
+    shown: dict[str, Any] = {
+        "help": row.help if facts is None else _help_of(facts, row),
+        "metavar": row.names if row.is_argument else row.metavar or short or None,
+        "min": row.minimum,
+        "rich_help_panel": row.panel or None,
+        "show_default": row.default is not None,
+    }
+    if row.is_argument:
+        yield _parameter(row, kind, typer.Argument(**shown))
+        return
+    yield _parameter(row, kind, typer.Option(*row.declared(kind is bool), **shown))
+    for other in row.spellings:
+        if other.value is not None:
+            text = f"Short for {row.shown} {other.value}."
+            option = typer.Option(other.name, help=text, rich_help_panel=row.panel)
+            yield _parameter(Flag(names=other.name), bool | None, option)
+
+
+def _parameter(row: Flag, kind: Any, info: Any) -> inspect.Parameter:
+    default = False if kind is bool and not row.path else row.default
+    return inspect.Parameter(
+        row.parameter,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[kind if row.required or default is not None else kind | None, info],
+        default=inspect.Parameter.empty if row.required else default,
     )
 
 
-def option_of(section: type[BaseModel], name: str, *flags: str) -> Any:
-    """Declare an option that sets the field `name` of a command's own `section`."""
-    declared = flags or ("--" + name.replace("_", "-"),)
-    return typer.Option(*declared, help=section.model_fields[name].description, show_default=False)
+def _short_choices(facts: FieldFacts | None) -> str:
+    """Return the choices of a field where they are short enough to stand for its value."""
+    choices = "|".join(facts.choices) if facts else ""
+    return choices if len(choices) <= _WIDEST_CHOICES else ""
 
 
-def field_at(key: tuple[str, ...]) -> FieldInfo:
-    """Return the configuration field at `key`."""
-    if key[0] == "method" and len(key) == 2:
-        if key[1] == "kind":
-            return FieldInfo(description=f"What is trained: {', '.join(SPECS)}.")
-        return next(s.model_fields[key[1]] for s in SPECS.values() if key[1] in s.model_fields)
-    model: type[BaseModel] = TrainConfig
-    for part in key[:-1]:
-        annotation = model.model_fields[part].annotation
-        while get_origin(annotation) is Annotated:
-            annotation = get_args(annotation)[0]
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            raise KeyError(".".join(key))
-        model = annotation
-    return model.model_fields[key[-1]]
+def _help_of(facts: FieldFacts, row: Flag) -> str:
+    """Return the help of a flag that sets a field: its text, and choices and default if untold."""
+    told = _short_choices(facts) or all(word in facts.description for word in facts.choices)
+    notes = [
+        "" if told else ", ".join(facts.choices),
+        f"default: {facts.default}" if facts.default else "",
+        "required" if facts.required and not row.required else "",  # else Typer says it
+    ]
+    extra = "; ".join(note for note in notes if note)
+    return f"{facts.description}  [{extra}]" if extra else facts.description
 
 
-def given_flags(parameters: Mapping[str, Any]) -> Layer:
-    """Return the configuration layer of the flags in `parameters` that the user gave."""
-    layer = Layer()
-    for name, value in parameters.items():
-        if value is None or name not in FLAG_PATHS:
-            continue
-        shown, key = FLAG_PATHS[name]
-        if name == "dataset" and not isinstance(value, str):  # repeated, it is several sets
-            if not value:
-                continue
-            value, *also = value
-            if also:
-                put(layer, ("data", "also"), also, shown)
-        put(layer, key, value, shown)
-    return layer
+@dataclass(frozen=True)
+class Given:
+    """What the user gave one command.
+
+    Attributes:
+        command: its name.
+        rows: the flags that it has.
+        values: parameter → value; None is a flag not given.
+        arguments: the whole command line, to start it again.
+    """
+
+    command: str
+    rows: Sequence[Flag]
+    values: Mapping[str, Any]
+    arguments: Sequence[str]
+
+    def layer(self) -> Layer:
+        """Return the configuration layer of the flags that set a field."""
+        layer = Layer()
+        for row in self.rows:
+            if row.path and (given := self._given(row)) is not None:
+                _put(layer, row, *given)
+        return layer
+
+    def section(self, section: type[S], **others: Any) -> S:
+        """Validate the flags as one flat `section`; `others` are fields that the command made."""
+        shown = {row.path: row.shown for row in self.rows if row.path}
+        return build_section(section, {**self.layer().values, **others}, shown)
+
+    def _given(self, row: Flag) -> tuple[str, Any] | None:
+        """Return what the user typed for `row`, by whichever of its spellings, and the value."""
+        switches = {other.name: other.value for other in row.spellings if other.value is not None}
+        found = [
+            (name, value)
+            for name, value in switches.items()
+            if self.values[Flag(names=name).parameter]
+        ]
+        value = self.values[row.parameter]
+        if value is not None:
+            found.append((row.shown, value))
+        if len(found) > 1:
+            raise ConfigError(
+                f"{found[0][0]} and {found[1][0]} both set {row.noun or row.path}. "
+                "Give one of them."
+            )
+        return found[0] if found else None
 
 
-def read_config(parameters: Mapping[str, Any]) -> tuple[TrainConfig, Path | None]:
+def _put(layer: Layer, row: Flag, shown: str, value: Any) -> None:
+    """Put a value where `row` says, in `layer` (mutated)."""
+    key = tuple(row.path.split("."))
+    if row.example:
+        for pair in value:
+            name, equals, column = pair.partition("=")
+            if not (name and equals and column):
+                raise ConfigError(f"{shown} {pair}: expected {row.metavar}, as in {row.example}.")
+            put(layer, (*key, name), column, f"{shown} {name}")
+        return
+    if row.rest:
+        value, *others = value
+        if others:
+            put(layer, tuple(row.rest.split(".")), others, shown)
+    put(layer, key, value, shown)
+
+
+def read_config(given: Given) -> tuple[TrainConfig, Path | None]:
     """Merge recipe < --set < flags into one validated configuration; return the recipe too.
 
     Args:
-        parameters: of a command that takes a recipe, `--set` and the flags of `train` or some.
+        given: to a command that takes a recipe, `--set` and the flags of `train` or some.
 
     Raises:
         ConfigError: with all problems found.
     """
-    recipe, positional = parameters.get("recipe"), parameters.get("recipe_file")
+    values = given.values
+    recipe, positional = values["recipe"], values["recipe_file"]
     if recipe is not None and positional is not None:
         raise ConfigError(
             f"two recipes are given, {positional} and --recipe {recipe}. Give one of them."
         )
-    layers = []
     path = recipe or positional
-    if path is None and parameters.get("resume") and parameters.get("output_dir"):
-        own = Path(str(parameters["output_dir"])) / "config.yaml"
+    if path is None and values.get("resume") and values.get("output_dir"):
+        own = Path(str(values["output_dir"])) / "config.yaml"
         path = own if own.is_file() else None
-    if isinstance(path, Path) and path.is_dir():
+    if path is not None and path.is_dir():
         path = _config_of_run(path)
-    recipe_path = path if isinstance(path, Path) else None
-    if recipe_path is not None:
-        layers.append(read_recipe(recipe_path))
-    settings = parameters.get("settings")
-    layers.append(read_settings(settings if isinstance(settings, list) else []))
-    flags = given_flags(parameters)
-    _add_precision(flags, parameters)
-    _add_columns(flags, parameters.get("column_map"))
-    return build_config([*layers, flags]), recipe_path
+    layers = [] if path is None else [read_recipe(path)]
+    layers.append(read_settings(values["settings"] or []))
+    return build_config([*layers, given.layer()], None if is_launched() else _note), path
 
 
-def _add_columns(flags: Layer, pairs: object) -> None:
-    """Read --map NAME=COLUMN."""
-    for name, column in read_columns(pairs if isinstance(pairs, list) else []).items():
-        put(flags, ("data", "columns", name), column, f"--map {name}")
-
-
-def read_columns(pairs: Sequence[str]) -> dict[str, str]:
-    """Return name → column of every NAME=COLUMN that was given by --map.
-
-    Raises:
-        ConfigError: one is no such pair.
-    """
-    columns = {}
-    for pair in pairs:
-        name, equals, column = pair.partition("=")
-        if not (name and equals and column):
-            raise ConfigError(f"--map {pair}: expected NAME=COLUMN, as in summary=abstract.")
-        columns[name] = column
-    return columns
-
-
-def _add_precision(flags: Layer, parameters: Mapping[str, Any]) -> None:
-    """Read --bf16 and --fp16, the spellings of transformers' own scripts."""
-    given = [name for name in ("bf16", "fp16") if parameters.get(name)]
-    if parameters.get("dtype") is not None:
-        given.append("dtype")
-    if len(given) > 1:
-        raise ConfigError(
-            f"--{given[0]} and --{given[1]} both set the precision. Give one of them."
-        )
-    if given and given[0] != "dtype":
-        value = {"bf16": "bfloat16", "fp16": "float16"}[given[0]]
-        put(flags, ("model", "dtype"), value, f"--{given[0]}")
+def _note(line: str) -> None:
+    """Say on stderr what is worth a line before there is a screen; of several processes, once."""
+    typer.echo(f"note: {line}", err=True)
 
 
 def _config_of_run(directory: Path) -> Path:

@@ -3,68 +3,26 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Any
 
 import typer
 
-from ftlevel.cli.flags import option_of
+from ftlevel.cli.flags import Given
 from ftlevel.cli.heavy_imports import uncollected_imports
-from ftlevel.config import GenerateConfig, build_section, normal_task
+from ftlevel.config import GenerateConfig, normal_task
 from ftlevel.errors import ConfigError, InputError
-
-Text = Optional[str]  # noqa: UP045 - Typer evaluates these at run time on Python 3.10 as well
-Texts = Optional[list[str]]  # noqa: UP045
-Int = Optional[int]  # noqa: UP045
-Float = Optional[float]  # noqa: UP045
-Place = Optional[Path]  # noqa: UP045
-
-
-_option = partial(option_of, GenerateConfig)
 
 
 def generate(
-    context: typer.Context,
-    name: Annotated[Text, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to ask.")] = None,
-    prompt: Annotated[
-        Texts, typer.Option("--prompt", "-p", help="What to say; repeatable.")
-    ] = None,
-    prompts: Annotated[
-        Place,
-        typer.Option("--prompts", help="File of prompts: a line each, or JSONL with 'prompt'."),
-    ] = None,
-    out: Annotated[
-        Place, typer.Option("--out", help="Write the answers to this JSONL file; must not exist.")
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Talk in the terminal; /help shows its commands.")
-    ] = False,
-    adapter: Annotated[
-        Texts,
-        typer.Option(
-            "--adapter",
-            metavar="NAME[=DIR]",
-            help="An adapter of the same base, or one of --adapters-dir; repeatable.",
-        ),
-    ] = None,
-    adapters_dir: Annotated[Place, _option("adapters_dir")] = None,
-    passage: Annotated[Text, _option("context", "--context")] = None,
-    compare_base: Annotated[bool, _option("compare_base")] = False,
-    task: Annotated[Text, _option("task")] = None,
-    max_new_tokens: Annotated[Int, _option("max_new_tokens")] = None,
-    temperature: Annotated[Float, _option("temperature")] = None,
-    top_p: Annotated[Float, _option("top_p")] = None,
-    seed: Annotated[Int, _option("seed")] = None,
-    batch_size: Annotated[Int, _option("batch_size")] = None,
-    device: Annotated[Text, _option("device")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, nothing else.")
-    ] = False,
-    show_traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error arose.")
-    ] = False,
+    given: Given,
+    *,
+    prompt: list[str] | None,
+    prompts: Path | None,
+    out: Path | None,
+    chat: bool,
+    as_json: bool,
 ) -> None:
     """Let a trained run, an adapter or a model answer a prompt.
 
@@ -73,7 +31,7 @@ def generate(
     one half, a number, the words with their tags, the words for each [MASK], or the span of
     --context that answers.
     """
-    config = _read_config(context.params)
+    config = _read_config(given)
     if chat:
         if prompt or prompts or out or as_json:
             raise ConfigError(
@@ -109,19 +67,16 @@ def generate(
     elif out is not None:
         typer.echo(f"{len(lines):,} answers in {out}")
     else:
-        _show(answers, config)
+        _show(answers)
 
 
-def _read_config(parameters: Mapping[str, Any]) -> GenerateConfig:
+def _read_config(given: Given) -> GenerateConfig:
     """Turn the flags into the configuration; `--adapter` names, or names and places."""
-    fields = {key: parameters.get(key) for key in GenerateConfig.model_fields}
-    fields["context"] = parameters["passage"]
-    fields["task"] = normal_task(parameters["task"]) if parameters["task"] else None
     adapters, chosen = {}, []
-    for given in parameters["adapter"] or []:
-        label, equals, place = given.partition("=")
+    for wish in given.values["adapter"] or []:
+        label, equals, place = wish.partition("=")
         if not label or (equals and not place):
-            raise ConfigError(f"--adapter {given}: expected NAME, or NAME=DIR.")
+            raise ConfigError(f"--adapter {wish}: expected NAME, or NAME=DIR.")
         if label in adapters:
             raise ConfigError(f"two adapters are called {label!r}. Name one otherwise.")
         if equals:
@@ -129,7 +84,13 @@ def _read_config(parameters: Mapping[str, Any]) -> GenerateConfig:
         chosen.append(label)
     if adapters and len(adapters) == len(chosen):
         chosen = []  # all that are placed answer, and what else is named
-    return build_section(GenerateConfig, {**fields, "adapters": adapters, "chosen": chosen})
+    task = given.values["task"]
+    return given.section(
+        GenerateConfig,
+        task=normal_task(task) if task else None,
+        adapters=adapters,
+        chosen=chosen,
+    )
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -159,7 +120,7 @@ def _read_prompts(path: Path) -> list[str]:
     return found
 
 
-def _show(answers: Sequence[Any], config: GenerateConfig) -> None:
+def _show(answers: Sequence[Any]) -> None:
     several = len({answer.adapter for answer in answers}) > 1
     asked = len({answer.prompt for answer in answers}) > 1
     before = None

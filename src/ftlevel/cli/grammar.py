@@ -1,63 +1,53 @@
-"""How a command line is read: dashes or underscores, second names, and one line for a mistake."""
+"""How a command line is read: dashes or underscores, second names, panels, a line for a mistake."""
 
 from __future__ import annotations
 
-from typing import Any
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 from typer.core import TyperCommand
 
-from ftlevel.errors import Interrupted
+from ftlevel.config.flags import GENERAL
+from ftlevel.errors import ConfigError, Interrupted
 
-SECOND_NAMES: dict[str, str] = {
-    "--peft-method": "--method",
-    "--model-name-or-path": "--model",
-    "--dataset-name": "--dataset",
-    "--task-type": "--task",
-    "--quantization-type": "--quant",
-    "--bnb-4bit-quant-type": "--quant-type",
-    "--bnb-4bit-use-double-quant": "--double-quant",
-    "--use-double-quant": "--double-quant",
-    "--lora-rank": "--lora-r",
-    "--rank": "--lora-r",
-    "--lora-target-modules": "--target-modules",
-    "--use-dora": "--dora",
-    "--use-rslora": "--rslora",
-    "--init-lora-weights": "--init",
-    "--loraplus-lr-ratio": "--lora-plus-ratio",
-    "--torch-dtype": "--dtype",
-    "--max-seq-length": "--max-length",
-    "--model-max-length": "--max-length",
-    "--max-train-samples": "--max-samples",
-    "--epochs": "--num-train-epochs",
-    "--lr": "--learning-rate",
-    "--train-batch-size": "--per-device-train-batch-size",
-    "--batch-size": "--per-device-train-batch-size",
-    "--overwrite-output-dir": "--overwrite",
-    "--resume-from-checkpoint": "--resume",
-}
-"""Spellings that people have in their scripts → the flag of the commands that have it."""
+Seconds = Mapping[str, tuple[str, Mapping[str, str]]]
+"""Second name → (the flag's own, their word for a value → ours)."""
 
 
-def canonical(argument: str) -> str:
-    """Return `argument` in ftlevel's spelling: `--lora_r=8` is `--lora-r=8`."""
-    if not argument.startswith("--") or argument == "--":
-        return argument
-    name, equals, value = argument.partition("=")
-    name = name.replace("_", "-")
-    return SECOND_NAMES.get(name, name) + equals + value
+_WIDEST_NAME = 28  # of a flag that shares its line with its help
 
 
 class Command(TyperCommand):
-    """A command that accepts the second spellings of its flags."""
+    """A command that accepts the second names of its flags and shows them in panels."""
+
+    seconds: ClassVar[Seconds] = {}
+    answers: ClassVar[Mapping[str, str]] = {}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Rewrite flags to their canonical spelling before they are parsed."""
         known = {option for parameter in self.params for option in parameter.opts}
-        rewritten = []
-        for argument in args:
-            name = canonical(argument)
-            rewritten.append(name if name.partition("=")[0] in known else _dashed(argument))
+        rewritten = list(canonical(args, known, self.seconds))
+        for argument in rewritten:
+            name = argument.partition("=")[0]
+            if name in self.answers:
+                raise ConfigError(f"{name}: {self.answers[name]}")
         return super().parse_args(ctx, rewritten)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section a panel; importing rich for it would double the time of `--help`."""
+        panels: dict[str, list[Any]] = {}
+        parameters: list[Any] = self.get_params(ctx)
+        for parameter in parameters:
+            is_argument = parameter.param_type_name == "argument"
+            title = "Arguments" if is_argument else parameter.rich_help_panel or GENERAL
+            panels.setdefault(title, []).append(parameter.get_help_record(ctx))
+        names = [name for records in panels.values() for name, _ in records]
+        column = min(max(map(len, names)), _WIDEST_NAME) + 4
+        for title, records in panels.items():
+            with formatter.section(title):
+                for name, text in records:
+                    formatter.write(_entry(name, text, column, formatter.width))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; Ctrl-C is said, which Typer would turn into a bare exit code.
@@ -71,9 +61,34 @@ class Command(TyperCommand):
             raise Interrupted("interrupted; nothing was kept.") from None
 
 
-def _dashed(argument: str) -> str:
-    """Turn underscores into dashes in a flag's name, so that the nearest flag can be found."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+def _entry(name: str, text: str, column: int, width: int) -> str:
+    """Return a flag and its help, from `column` on; no word of it is broken at a dash."""
+    head = f"  {name}".ljust(column)
+    lines = textwrap.wrap(text, width - column, break_on_hyphens=False, break_long_words=False)
+    if len(head) > column or not lines:
+        lines.insert(0, "")
+    rest = "".join(f"{' ' * column}{line}\n" for line in lines[1:])
+    return f"{head}{lines[0]}".rstrip() + "\n" + rest
+
+
+def canonical(arguments: Iterable[str], known: Collection[str], seconds: Seconds) -> Iterator[str]:
+    """Yield the arguments in ftlevel's spelling: `--lora_rank=8` is `--lora-r=8`.
+
+    Args:
+        arguments: as they were typed.
+        known: the flags that the command has.
+        seconds: second names, and what they stand for in a command that has that flag.
+    """
+    words: Mapping[str, str] = {}
+    for argument in arguments:
+        if argument in words or not argument.startswith("--"):
+            yield words.get(argument, argument)
+            words = {}
+            continue
+        name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
+        own, words = seconds.get(name, (name, {}))
+        if name in known or own not in known:
+            own, words = name, {}
+        yield own + equals + words.get(value, value)
+        words = {} if equals else words

@@ -1,8 +1,8 @@
 """Have the threads of a training process share two heaps.
 
-glibc gives every thread a heap of its own, and what was freed in one serves no other. Passes that
-are computed side by side (`speed.lanes`) ask for the same tensors over and over, each in threads of
-its own. With few heaps, SmolLM2's steps need a sixth less memory, and what is free stays in the
+glibc gives every thread a heap of its own, and what was freed in one serves no other.
+Parallel workers (`fast.parallel_workers`) ask for the same tensors over and over, each in threads
+of its own. With few heaps, SmolLM2's steps need a sixth less memory, and what is free stays in the
 process up to `KEPT_FREE`, so that the kernel does not clear the same pages in every step. With only
 one, threads would wait for its lock (docs/performance.md).
 """

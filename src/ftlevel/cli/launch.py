@@ -53,7 +53,7 @@ def launch(arguments: Sequence[str], count: int) -> int:
         for rank in range(count)
     ]
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def pass_on(number: int, _frame: FrameType | None) -> None:
         for process in running:
             process.send_signal(number)
 

@@ -6,7 +6,6 @@ import json as json_module
 import shutil
 import textwrap
 from dataclasses import asdict
-from typing import Annotated, Optional
 
 import typer
 
@@ -15,23 +14,9 @@ from ftlevel.commands.list_methods import list_methods as describe
 
 _NARROWEST = 80
 _COLORS = {"yes": "green", "in part": "yellow", "no": "red"}
-Text = Optional[str]  # noqa: UP045 - Typer evaluates it at run time on Python 3.10 as well
 
 
-def list_methods(
-    model: Annotated[
-        Text,
-        typer.Option("--model", metavar="MODEL|FAMILY", help="Only what this model can take."),
-    ] = None,
-    task: Annotated[Text, typer.Option("--task", help="Only what this task can be.")] = None,
-    quant: Annotated[Text, typer.Option("--quant", help="On a base of: none, 4bit, 8bit.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, nothing else.")
-    ] = False,
-    show_traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error arose.")
-    ] = False,
-) -> None:
+def list_methods(model: str | None, task: str | None, quant: str | None, as_json: bool) -> None:
     """Show which methods there are, and what works with what.
 
     Without --model, --task and --quant the answer is for all of them: "in part" names what a

@@ -7,7 +7,6 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 
@@ -18,22 +17,7 @@ _NARROWEST = 80
 _GAP = "  "
 
 
-def list_targets(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|FAMILY",
-            help="A directory, a .gguf file, a Hub id, builtin:NAME, or a family such as llama.",
-        ),
-    ],
-    lora_r: Annotated[int, typer.Option("--lora-r", help="The rank to count for.", min=1)] = 8,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, nothing else.")
-    ] = False,
-    show_traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error arose.")
-    ] = False,
-) -> None:
+def list_targets(model: str, lora_r: int, as_json: bool) -> None:
     """Show which modules of a model or a family can be adapted.
 
     A family is answered from a table in an instant; a model from its configuration, without its

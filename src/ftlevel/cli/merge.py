@@ -4,61 +4,24 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Optional
+from typing import Any
 
 import typer
 
+from ftlevel.cli.flags import Given
 from ftlevel.cli.heavy_imports import uncollected_imports
-from ftlevel.config import MergeConfig, build_section
+from ftlevel.config import MergeConfig
 from ftlevel.errors import listing
 
-Text = Optional[str]  # noqa: UP045 - Typer evaluates it at run time on Python 3.10 as well
-_FLAGS = {"output_dir": "--out", "verify": "--no-verify", "adapters": "RUN|ADAPTER"}
 
-
-def _help(field: str) -> str:
-    return MergeConfig.model_fields[field].description or ""
-
-
-def merge(
-    context: typer.Context,
-    adapters: Annotated[
-        list[str], typer.Argument(metavar="RUN|ADAPTER...", help=_help("adapters"))
-    ],
-    output_dir: Annotated[str, typer.Option("--out", metavar="DIR", help=_help("output_dir"))],
-    onto: Annotated[Text, typer.Option("--onto", help=_help("onto"))] = None,
-    base: Annotated[Text, typer.Option("--base", help=_help("base"))] = None,
-    dtype: Annotated[Text, typer.Option("--dtype", help=_help("dtype"))] = None,
-    weights: Annotated[Text, typer.Option("--weights", help=_help("weights"))] = None,
-    strategy: Annotated[Text, typer.Option("--strategy", help=_help("strategy"))] = None,
-    density: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--density", help=_help("density")),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help=_help("verify"), show_default=True)
-    ] = True,
-    rows: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--rows", help=_help("rows")),
-    ] = None,
-    device: Annotated[Text, typer.Option("--device", help=_help("device"))] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    show_traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error arose.")
-    ] = False,
-) -> None:
+def merge(given: Given, *, as_json: bool, quiet: bool) -> None:
     """Merge an adapter into its base and write a plain model.
 
     The base is read and written a tensor at a time, so that memory for one tensor is enough. What
     was written is loaded and compared with the base and the adapter on rows of the run's data; the
     directory is there when it has passed, and whole.
     """
-    fields = {name: context.params.get(name) for name in MergeConfig.model_fields}
-    config = build_section(MergeConfig, fields, _FLAGS)
+    config = given.section(MergeConfig)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:

@@ -4,59 +4,24 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Annotated, Any, Optional
+from typing import Any
 
 import typer
 
-from ftlevel.cli.flags import option_of
+from ftlevel.cli.flags import Given
 from ftlevel.cli.heavy_imports import uncollected_imports
-from ftlevel.config import QuantizeConfig, build_section
-
-Text = Optional[str]  # noqa: UP045 - Typer evaluates these at run time on Python 3.10 as well
-Int = Optional[int]  # noqa: UP045
-Switch = Optional[bool]  # noqa: UP045
+from ftlevel.config import QuantizeConfig
 
 
-_option = partial(option_of, QuantizeConfig)
-
-
-def quantize(
-    context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help=QuantizeConfig.model_fields["model"].description)
-    ],
-    quant: Annotated[Text, _option("quant")] = None,
-    quant_type: Annotated[Text, _option("quant_type")] = None,
-    double_quant: Annotated[Switch, _option("double_quant", "--double-quant")] = None,
-    out: Annotated[Text, _option("out", "--out", "-o")] = None,
-    dtype: Annotated[Text, _option("dtype")] = None,
-    eval_text: Annotated[Text, _option("eval_text")] = None,
-    eval_tokens: Annotated[Int, _option("eval_tokens")] = None,
-    measure: Annotated[Switch, _option("measure", "--measure/--no-measure")] = None,
-    device: Annotated[Text, _option("device")] = None,
-    revision: Annotated[Text, _option("revision")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the sizes from the config alone; write nothing.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    show_traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error arose.")
-    ] = False,
-) -> None:
+def quantize(given: Given, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
     """Write a model in 4 or 8 bits, and measure what that costs.
 
     Embeddings, norms and heads stay as they are. The result loads in transformers, in ftlevel
     train (LoRA on top), generate and evaluate. A model larger than the memory works: one tensor is
     held at a time.
     """
-    fields = {name: context.params.get(name) for name in QuantizeConfig.model_fields}
-    if dry_run and out is None:
-        fields["out"] = "quantized"  # nothing is written
-    config = build_section(QuantizeConfig, fields)
+    nowhere = {"out": "quantized"} if dry_run and out is None else {}
+    config = given.section(QuantizeConfig, **nowhere)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:

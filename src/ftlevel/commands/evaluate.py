@@ -18,9 +18,15 @@ from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.held_out import HeldOut, load_held_out
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.evaluation.against import Questions, Told, build_questions, choose_leader, find_pair
 from ftlevel.evaluation.intervals import PerRow, interval
 from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.evaluation.two_models.pair import (
+    ModelAnswers,
+    Questions,
+    build_questions,
+    choose_leader,
+    find_pair,
+)
 from ftlevel.events import Listener, Silence
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.kinds import max_positions
@@ -121,7 +127,7 @@ def _hold_against(
     config: EvaluateConfig,
     reference: Found,
     questions: Questions,
-    told: Told,
+    told: ModelAnswers,
     evaluator: Evaluator,
 ) -> dict[str, Any]:
     """Return the metrics of `reference`, and how far from it the model is that has `told`."""
@@ -212,7 +218,7 @@ def _evaluator(
         max_new_tokens=config.max_new_tokens or train.max_new_tokens,
         score_texts=task.score_texts,
         language=held_out.language,
-        on_targets=speed.fast and speed.target_head,
+        chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,
     )
 
 

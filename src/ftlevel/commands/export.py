@@ -53,7 +53,7 @@ class ExportResult:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExportInput:
     """What is exported, before any weights are read.
 
     Attributes:
@@ -95,19 +95,19 @@ def export(
     with quiet_libraries():
         listener.stage("find the model")
         device = choose_device(config.device)
-        subject = _resolve(config, device.value)
-        listener.choices("export", list(_describe(config, subject, device)))
-        for note in subject.vocabulary.notes:
+        inputs = _resolve(config, device.value)
+        listener.choices("export", list(_describe(config, inputs, device)))
+        for note in inputs.vocabulary.notes:
             listener.warn(note + ".")
         if dry_run:
-            return ExportResult(_dry_run(config, subject), None)
+            return ExportResult(_dry_run(config, inputs), None)
         with placed_files(config.out, config.modelfile) as place:
-            summary = _export(config, subject, device.value, place, listener)
+            summary = _export(config, inputs, device.value, place, listener)
     summary["seconds"] = round(time.perf_counter() - began, 2)
     return ExportResult(summary, config.out)
 
 
-def _resolve(config: ExportConfig, device: str) -> Subject:
+def _resolve(config: ExportConfig, device: str) -> ExportInput:
     """Find what is to be exported, and refuse what cannot be.
 
     Raises:
@@ -146,7 +146,7 @@ def _resolve(config: ExportConfig, device: str) -> Subject:
     except InputError as error:
         raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
     prompting = find_prompting(tokenizer, found.card, vocabulary)
-    return Subject(found, model_config, tokens, tokenizer, vocabulary, prompting)
+    return ExportInput(found, model_config, tokens, tokenizer, vocabulary, prompting)
 
 
 def _check_model(name: str, model_config: Any, *, has_adapter: bool) -> None:
@@ -169,12 +169,12 @@ def _saved_as(model_config: Any) -> str:
 
 
 def _export(
-    config: ExportConfig, subject: Subject, device: str, place: Path, listener: Listener
+    config: ExportConfig, inputs: ExportInput, device: str, place: Path, listener: Listener
 ) -> dict[str, Any]:
     """Write both files into `place`, and compare; return the summary."""
-    source, model_config, merged = subject.found.source, subject.config, None
-    vocabulary = subject.vocabulary
-    if subject.has_adapter:
+    source, model_config, merged = inputs.found.source, inputs.config, None
+    vocabulary = inputs.vocabulary
+    if inputs.has_adapter:
         directory = place / "merged"
         listener.stage("merge the adapter")
         merged = merge(
@@ -182,14 +182,14 @@ def _export(
                 adapters=[config.model],
                 output_dir=directory,
                 verify=config.verify,
-                onto="auto" if config.verify else _unmeasured(subject),
+                onto="auto" if config.verify else _unmeasured(inputs),
                 device=config.device,
             ),
             listener=Silence(),
         ).summary
         source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
         model_config = load_config(source)
-        vocabulary = read_vocabulary(subject.tokenizer, model_config.vocab_size)
+        vocabulary = read_vocabulary(inputs.tokenizer, model_config.vocab_size)
     checkpoint = _open(source, model_config)
     outtype = own_outtype(checkpoint) if config.outtype == "auto" else config.outtype
     tensors = plan_tensors(checkpoint, model_config, outtype)
@@ -200,11 +200,11 @@ def _export(
     checked = None
     if config.verify:
         listener.stage("read the file back and compare")
-        original = Original(source, model_config, subject.tokenizer, device, config.verify_tokens)
+        original = Original(source, model_config, inputs.tokenizer, device, config.verify_tokens)
         checked = check_file(path, outtype, tensors, vocabulary, original)
-    text = modelfile(config.out.name, subject.prompting)
+    text = modelfile(config.out.name, inputs.prompting)
     (place / config.modelfile.name).write_text(text, encoding="utf-8")
-    return _summary(config, subject, outtype, tensors) | {
+    return _summary(config, inputs, outtype, tensors) | {
         "size_bytes": path.stat().st_size,
         "merged": merged and {key: merged[key] for key in ("onto", "verified", "agreement")},
         "verified": checked is not None,
@@ -212,9 +212,9 @@ def _export(
     }
 
 
-def _unmeasured(subject: Subject) -> str:
+def _unmeasured(inputs: ExportInput) -> str:
     """Return what a run is merged onto when nothing is measured: the weights it was trained on."""
-    kind = subject.found.card.quantization.get("kind", "none")
+    kind = inputs.found.card.quantization.get("kind", "none")
     return "auto" if kind == "none" else "dequantized"
 
 
@@ -239,58 +239,56 @@ def _facts(checked: Checked) -> dict[str, Any]:
     return {
         "beside_rounded": asdict(checked.file),
         "beside_model": asdict(checked.model),
-        "settings_of_the_model": checked.unread,
+        "settings_of_the_model": checked.own_settings,
         "texts": checked.texts,
         "splitting_read": checked.splitting,
     }
 
 
-def _describe(config: ExportConfig, subject: Subject, device: Choice) -> Iterator[Choice]:
-    found, architecture = subject.found, FAMILIES[subject.config.model_type].architecture
-    reason = f"{found.card.method}, merged first" if subject.has_adapter else "as it is"
+def _describe(config: ExportConfig, inputs: ExportInput, device: Choice) -> Iterator[Choice]:
+    found, architecture = inputs.found, FAMILIES[inputs.config.model_type].architecture
+    reason = f"{found.card.method}, merged first" if inputs.has_adapter else "as it is"
     yield Choice("model", config.model, reason)
-    yield Choice("architecture", architecture, f"{subject.config.model_type} in transformers")
+    yield Choice("architecture", architecture, f"{inputs.config.model_type} in transformers")
     yield Choice("outtype", config.outtype, "the model's own" if config.outtype == "auto" else "")
-    positions, window = context_limit(subject.config)
+    positions, window = context_limit(inputs.config)
     why = f"its sliding window; llama.cpp has none for {architecture}" if window else ""
     yield Choice("context", f"{positions:,} tokens", why)
-    yield Choice(
-        "tokenizer", subject.vocabulary.model, f"splits text like {subject.vocabulary.pre}"
-    )
-    yield Choice("template", subject.prompting.kind, subject.prompting.reason)
+    yield Choice("tokenizer", inputs.vocabulary.model, f"splits text like {inputs.vocabulary.pre}")
+    yield Choice("template", inputs.prompting.kind, inputs.prompting.reason)
     yield Choice("out", config.out)
     if config.verify:
         yield device
 
 
 def _summary(
-    config: ExportConfig, subject: Subject, outtype: str, tensors: list[Tensor]
+    config: ExportConfig, inputs: ExportInput, outtype: str, tensors: list[Tensor]
 ) -> dict[str, Any]:
     return {
         "model": config.model,
-        "method": subject.found.card.method,
+        "method": inputs.found.card.method,
         "format": config.format,
-        "architecture": FAMILIES[subject.config.model_type].architecture,
+        "architecture": FAMILIES[inputs.config.model_type].architecture,
         "outtype": outtype,
         "tensors": len(tensors),
         "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
-        "tokenizer": {"model": subject.vocabulary.model, "pre": subject.vocabulary.pre,
-                      "tokens": len(subject.vocabulary.tokens),
-                      "notes": subject.vocabulary.notes},
-        "template": subject.prompting.kind,
-        "stops": subject.prompting.stops,
+        "tokenizer": {"model": inputs.vocabulary.model, "pre": inputs.vocabulary.pre,
+                      "tokens": len(inputs.vocabulary.tokens),
+                      "notes": inputs.vocabulary.notes},
+        "template": inputs.prompting.kind,
+        "stops": inputs.prompting.stops,
         "out": str(config.out),
         "modelfile": str(config.modelfile),
         "versions": library_versions(),
     }  # fmt: skip
 
 
-def _dry_run(config: ExportConfig, subject: Subject) -> dict[str, Any]:
+def _dry_run(config: ExportConfig, inputs: ExportInput) -> dict[str, Any]:
     """Return the summary of what would be written; sizes are of the base's shapes."""
     outtype: str = config.outtype
     tensors: list[Tensor] = []
-    if subject.found.source.kind != "gguf":  # of an adapter on one, no shapes are known yet
-        checkpoint = _open(subject.found.source, subject.config)
+    if inputs.found.source.kind != "gguf":  # of an adapter on one, no shapes are known yet
+        checkpoint = _open(inputs.found.source, inputs.config)
         outtype = own_outtype(checkpoint) if outtype == "auto" else outtype
-        tensors = plan_tensors(checkpoint, subject.config, outtype)
-    return _summary(config, subject, outtype, tensors) | {"dry_run": True}
+        tensors = plan_tensors(checkpoint, inputs.config, outtype)
+    return _summary(config, inputs, outtype, tensors) | {"dry_run": True}

@@ -16,13 +16,15 @@ from ftlevel.artifacts.merge_card import write_merge_readme
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError, RunError
-from ftlevel.evaluation.agreement import Agreement, Probe, Scores, compare, in_float32
+from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
+from ftlevel.evaluation.two_models.float32 import in_float32
+from ftlevel.evaluation.two_models.on_rows import Probe, Scores
 from ftlevel.events import Listener, Silence
 from ftlevel.merging.merge_input import (
-    Subject,
+    MergeInput,
     choose_rows,
-    load_subject,
-    resolve_subject,
+    load_trained_model,
+    resolve_merge_input,
 )
 from ftlevel.merging.merged_model import Written, write_merged
 from ftlevel.merging.mixture import mix
@@ -83,25 +85,25 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
     check_absent("--out", config.output_dir)
     with quiet_libraries(), contextlib.ExitStack() as stack:
         listener.stage("find the adapter and its base")
-        subject = resolve_subject(config)
-        ways = _ways(config, subject)
-        subject, choices = mix(config, subject, stack)
+        inputs = resolve_merge_input(config)
+        ways = _ways(config, inputs)
+        inputs, choices = mix(config, inputs, stack)
         probe = None
         if config.verify:
-            rows, compared = choose_rows(subject, config.rows)
-            probe = Probe(rows, subject.objective, subject.tokenizer.pad_token_id or 0,
-                          subject.device)  # fmt: skip
+            rows, compared = choose_rows(inputs, config.rows)
+            probe = Probe(rows, inputs.objective, inputs.tokenizer.pad_token_id or 0,
+                          inputs.device)  # fmt: skip
             choices.append(compared)
-        listener.choices("merge", [*_describe(config, subject, ways), *choices])
+        listener.choices("merge", [*_describe(config, inputs, ways), *choices])
         place = stack.enter_context(placed_directory(config.output_dir))
-        summary = _merge(config, subject, ways, probe, place, listener)
+        summary = _merge(config, inputs, ways, probe, place, listener)
     summary["seconds"] = round(time.perf_counter() - began, 2)
     return MergeResult(summary, config.output_dir)
 
 
 def _merge(
     config: MergeConfig,
-    subject: Subject,
+    inputs: MergeInput,
     ways: list[str],
     probe: Probe | None,
     place: Path,
@@ -111,16 +113,16 @@ def _merge(
     trained = effect = None
     if probe is not None:
         listener.stage("ask the model as trained")
-        trained, effect = _ask_trained(subject, probe)
+        trained, effect = _ask_trained(inputs, probe)
     candidates = []
     for onto in ways:
         listener.stage(f"merge onto the {onto} weights")
-        candidate = _write(config, subject, onto, place / f".{onto}")
+        candidate = _write(config, inputs, onto, place / f".{onto}")
         if probe is not None and trained is not None:
-            candidate = _measure(candidate, subject, probe, trained)
+            candidate = _measure(candidate, inputs, probe, trained)
         candidates.append(candidate)
     chosen, reason = _choose(candidates)
-    checked = _check(chosen, subject, probe, listener)
+    checked = _check(chosen, inputs, probe, listener)
     if checked and effect and checked.mean_difference > effect.mean_difference / 2:
         listener.warn(
             f"what was trained moves the logits by {effect.mean_difference:.2g} on average, and "
@@ -135,8 +137,8 @@ def _merge(
     chosen.directory.rmdir()
     summary = {
         "adapters": config.adapters,
-        "method": subject.card.method,
-        "base": dict(subject.card.base),
+        "method": inputs.card.method,
+        "base": dict(inputs.card.base),
         "out": str(config.output_dir),
         "onto": chosen.onto,
         "reason": reason,
@@ -148,34 +150,34 @@ def _merge(
                                 "noise": c.noise and asdict(c.noise)} for c in candidates},
         "versions": library_versions(),
     }  # fmt: skip
-    _write_cards(place, config, subject, summary, chosen.written.dtype)
+    _write_cards(place, config, inputs, summary, chosen.written.dtype)
     return summary
 
 
-def _ask_trained(subject: Subject, probe: Probe) -> tuple[Scores, Agreement]:
+def _ask_trained(inputs: MergeInput, probe: Probe) -> tuple[Scores, Agreement]:
     """Return what the model as trained says, and how far from it its base is by itself."""
-    model = load_subject(subject, subject.quant)
-    trained = probe.score(model, subject.dtype)
+    model = load_trained_model(inputs, inputs.quant)
+    trained = probe.score(model, inputs.dtype)
     with model.disable_adapter():
-        return trained, compare(trained, probe.score(model, subject.dtype))
+        return trained, compare_rows(trained, probe.score(model, inputs.dtype))
 
 
-def _ways(config: MergeConfig, subject: Subject) -> list[str]:
+def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
     """Return the weights to merge onto: both where it must be measured which are the better ones.
 
     Raises:
         ConfigError: a choice that the run does not have, or that cannot be made unmeasured.
     """
-    if subject.quant.kind == "none":
+    if inputs.quant.kind == "none":
         if config.onto == "dequantized":
             raise ConfigError(
                 f"--onto dequantized: {config.adapters[0]} was trained on weights in floating "
                 "point, not quantized ones. Drop --onto."
             )
         return ["original"]
-    if subject.source.kind == "gguf" and config.onto != "original":
+    if inputs.source.kind == "gguf" and config.onto != "original":
         raise ConfigError(
-            f"--onto {config.onto}: {subject.source.name} is a .gguf file, whose weights cannot be "
+            f"--onto {config.onto}: {inputs.source.name} is a .gguf file, whose weights cannot be "
             "read a tensor at a time to quantize them again. Use --onto original."
         )
     if config.onto != "auto":
@@ -188,28 +190,28 @@ def _ways(config: MergeConfig, subject: Subject) -> list[str]:
     return ["dequantized", "original"]
 
 
-def _write(config: MergeConfig, subject: Subject, onto: str, directory: Path) -> Candidate:
+def _write(config: MergeConfig, inputs: MergeInput, onto: str, directory: Path) -> Candidate:
     directory.mkdir()
     dtype = None if config.dtype == "auto" else config.dtype
     if onto == "original":
-        return Candidate(onto, directory, write_merged(directory, subject, dtype, None))
-    compute = DTYPES[subject.dtype]
-    quantization = build_quantization_config(subject.quant, compute, subject.card.heads)
-    kept = keep_heads(quantization, subject.config, subject.auto_class)
+        return Candidate(onto, directory, write_merged(directory, inputs, dtype, None))
+    compute = DTYPES[inputs.dtype]
+    quantization = build_quantization_config(inputs.quant, compute, inputs.card.heads)
+    kept = keep_heads(quantization, inputs.config, inputs.auto_class)
     written = write_merged(
         directory,
-        subject,
-        dtype or subject.dtype,
+        inputs,
+        dtype or inputs.dtype,
         lambda model: build_rounding(model, kept, compute),
     )
     return Candidate(onto, directory, written)
 
 
-def _measure(candidate: Candidate, subject: Subject, probe: Probe, trained: Scores) -> Candidate:
+def _measure(candidate: Candidate, inputs: MergeInput, probe: Probe, trained: Scores) -> Candidate:
     """Load what was written, compare it with the model as trained, and measure its rounding."""
-    model = load_merged(candidate.directory, subject)
-    found = probe.score(model, subject.dtype)
-    narrow = "bfloat16" if "bfloat16" in (candidate.written.dtype, subject.dtype) else subject.dtype
+    model = load_merged(candidate.directory, inputs)
+    found = probe.score(model, inputs.dtype)
+    narrow = "bfloat16" if "bfloat16" in (candidate.written.dtype, inputs.dtype) else inputs.dtype
     if candidate.written.dtype == "float16" and narrow == "float32":
         narrow = "bfloat16"
     noise = None
@@ -217,20 +219,20 @@ def _measure(candidate: Candidate, subject: Subject, probe: Probe, trained: Scor
         few = replace(probe, rows=probe.rows[:_NOISE_ROWS])
         with in_float32(model):
             wide = few.score(model, "float32")
-        low = found.first(len(wide.logits)) if narrow == subject.dtype else few.score(model, narrow)
-        noise = compare(wide, low)
-    return replace(candidate, trained=compare(trained, found), noise=noise)
+        low = found.first(len(wide.logits)) if narrow == inputs.dtype else few.score(model, narrow)
+        noise = compare_rows(wide, low)
+    return replace(candidate, trained=compare_rows(trained, found), noise=noise)
 
 
-def load_merged(directory: Path, subject: Subject) -> Any:
+def load_merged(directory: Path, inputs: MergeInput) -> Any:
     """Return the model in `directory`, loaded afresh as any program would load it."""
     source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
     model, missing = load_model(
         source,
         load_config(source),
-        subject.auto_class,
-        dtype=DTYPES[subject.dtype],
-        device=subject.device,
+        inputs.auto_class,
+        dtype=DTYPES[inputs.dtype],
+        device=inputs.device,
     )
     if missing:
         raise RunError(f"the merged model lacks {len(missing):,} tensors, such as {missing[0]}.")
@@ -255,7 +257,7 @@ def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
 
 
 def _check(
-    chosen: Candidate, subject: Subject, probe: Probe | None, listener: Listener
+    chosen: Candidate, inputs: MergeInput, probe: Probe | None, listener: Listener
 ) -> Agreement | None:
     """Return how far the merged model is from its base with the adapter beside it.
 
@@ -265,10 +267,10 @@ def _check(
     if probe is None or chosen.trained is None:
         return None
     agreement = chosen.trained
-    if (reference := _other_reference(chosen, subject)) is not None:
+    if (reference := _other_reference(chosen, inputs)) is not None:
         listener.stage("ask the adapter beside the weights that it was merged into")
-        found = probe.score(load_merged(chosen.directory, subject), subject.dtype)
-        agreement = compare(probe.score(reference(), subject.dtype), found)
+        found = probe.score(load_merged(chosen.directory, inputs), inputs.dtype)
+        agreement = compare_rows(probe.score(reference(), inputs.dtype), found)
     bound = _bound(agreement, chosen.noise)
     if not agreement.mean_difference <= bound:
         raise RunError(
@@ -280,18 +282,18 @@ def _check(
     return agreement
 
 
-def _other_reference(chosen: Candidate, subject: Subject) -> Callable[[], Any] | None:
+def _other_reference(chosen: Candidate, inputs: MergeInput) -> Callable[[], Any] | None:
     """Return what loads the model to check a merge by, where it is not the model as trained.
 
     The original weights are not those that a quantized run was trained on; and a base of 8 bits
     rounds its activations as well (LLM.int8), which no weight can repeat.
     """
-    if subject.quant.kind == "none":
+    if inputs.quant.kind == "none":
         return None
     if chosen.onto == "original":
-        return lambda: load_subject(subject, FLOAT)
-    if subject.quant.kind == "8bit":
-        return lambda: load_subject(subject, subject.quant, dequantized=True)
+        return lambda: load_trained_model(inputs, FLOAT)
+    if inputs.quant.kind == "8bit":
+        return lambda: load_trained_model(inputs, inputs.quant, dequantized=True)
     return None
 
 
@@ -301,33 +303,33 @@ def _bound(agreement: Agreement, noise: Agreement | None) -> float:
     return max(least, NOISE_FACTOR * noise.mean_difference) if noise else least
 
 
-def _describe(config: MergeConfig, subject: Subject, ways: list[str]) -> Iterator[Choice]:
-    yield Choice("adapter", str(subject.directory), f"{subject.card.method}, {subject.task.name}")
-    fingerprint = subject.card.base.get("fingerprint")
+def _describe(config: MergeConfig, inputs: MergeInput, ways: list[str]) -> Iterator[Choice]:
+    yield Choice("adapter", str(inputs.directory), f"{inputs.card.method}, {inputs.task.name}")
+    fingerprint = inputs.card.base.get("fingerprint")
     proof = "the weights it was trained on" if fingerprint else "no fingerprint to check it by"
-    yield Choice("base", subject.source.name, proof)
-    if subject.quant.kind != "none":
+    yield Choice("base", inputs.source.name, proof)
+    if inputs.quant.kind != "none":
         reason = "auto: both are measured" if len(ways) > 1 else f"--onto {config.onto}"
         yield Choice("onto", " and ".join(ways), reason)
     yield Choice("out", config.output_dir)
 
 
 def _write_cards(
-    place: Path, config: MergeConfig, subject: Subject, summary: dict[str, Any], dtype: str
+    place: Path, config: MergeConfig, inputs: MergeInput, summary: dict[str, Any], dtype: str
 ) -> None:
     """Write README.md, and ftlevel.json by which the commands know the task and its prompt."""
     facts = {key: summary[key] for key in ("adapters", "onto", "reason", "verified", "agreement")}
     if len(config.adapters) > 1:
         facts |= {"weights": config.weights, "strategy": config.strategy}
     card: AdapterCard = replace(
-        subject.card,
+        inputs.card,
         method="full",
         quantization={"kind": "none"},
-        dtype=dtype if config.dtype != "auto" else subject.card.dtype,
+        dtype=dtype if config.dtype != "auto" else inputs.card.dtype,
         needs_import="",
         versions=library_versions(),
         merge=facts,
     )
     card.write(place)
-    text = write_merge_readme(summary, subject.card.task)
+    text = write_merge_readme(summary, inputs.card.task)
     (place / "README.md").write_text(text, encoding="utf-8")

@@ -20,8 +20,8 @@ from ftlevel.data.gate import Finding
 from ftlevel.data.gate.flat import flat_batches
 from ftlevel.errors import ConfigError, listing
 from ftlevel.models.loading import quiet_libraries
-from ftlevel.training.arguments import count_steps
-from ftlevel.training.plan.resolve import Plan, resolve
+from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.resolve import resolve
 
 _BARS = 10  # of the histogram
 
@@ -129,7 +129,6 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
     """
     with quiet_libraries():
         plan = resolve(config, lenient=True)
-        rows = plan.data.train
         shown = [_show_row(plan, row) for row in _pick(plan, numbers)]
     facts = plan.data.facts
     return Preview(
@@ -138,7 +137,7 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
         facts["tokens"],
         facts["supervised"],
         list(plan.data.findings),
-        count_steps(config.train, len(rows)),
+        plan.schedule.steps,
         facts,
         plan.data.choices,
     )
@@ -171,16 +170,16 @@ def _lengths(plan: Plan) -> list[int]:
 
 
 def _show_row(plan: Plan, row: Encoded) -> ShownRow:
-    speller = Speller(plan.tokenizer)
+    speller = Speller(plan.model.tokenizer)
     texts = speller.spell(row.input_ids)
     names = plan.data.facts["labels"]
-    learned = plan.task.show_targets(row, names, plan.kind, speller)
+    learned = plan.task.show_targets(row, names, plan.model.kind, speller)
     special = speller.special
     tokens = tuple(
         Token(id_, text, label is not None, id_ in special, label or "")
         for id_, text, label in zip(row.input_ids, texts, learned, strict=True)
     )
-    ids = plan.task.show_answer(row, plan.kind)
+    ids = plan.task.show_answer(row, plan.model.kind)
     target = tuple(
         Token(id_, text, True, id_ in special)
         for id_, text in zip(ids, speller.spell(ids), strict=True)

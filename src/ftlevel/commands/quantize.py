@@ -27,11 +27,11 @@ from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.config import QuantizeConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError, InputError, RunError
-from ftlevel.evaluation.fidelity import (
+from ftlevel.evaluation.two_models.compare import compare_text
+from ftlevel.evaluation.two_models.on_text import (
     PREDICTS,
     WINDOW,
     Text,
-    compare,
     cut_windows,
     read_eval_text,
     read_windows,
@@ -270,7 +270,7 @@ def _measure(
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
     began = time.perf_counter()
     first, second = (read_windows(m, windows, auto_class, plan.tokenizer) for m in models)
-    scores = compare(first, second, auto_class)
+    scores = compare_text(first, second, auto_class)
     if not math.isfinite(scores.get("kl", scores.get("cosine", math.nan))):
         raise RunError(
             "the quantized model predicts values that are not finite. It is not kept. "

@@ -17,18 +17,7 @@ from ftlevel.config.layers import (
     read_settings,
 )
 from ftlevel.config.merge import MergeConfig
-from ftlevel.config.methods import (
-    SPECS,
-    AdaloraSpec,
-    AdapterSpec,
-    FullSpec,
-    LoraSpec,
-    MethodConfig,
-    PrefixSpec,
-    PromptSpec,
-    PTuningSpec,
-    QloraSpec,
-)
+from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
 from ftlevel.config.quantize import QuantizeConfig
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
@@ -49,24 +38,18 @@ __all__ = [
     "DEFAULT_MODEL",
     "SPECS",
     "TASKS",
-    "AdaloraSpec",
-    "AdapterSpec",
     "DataConfig",
     "EvaluateConfig",
     "ExportConfig",
-    "FullSpec",
     "GateConfig",
     "GenerateConfig",
     "Layer",
     "LoraSpec",
     "MergeConfig",
     "MethodConfig",
+    "MethodSpec",
     "ModelConfig",
     "OutputConfig",
-    "PTuningSpec",
-    "PrefixSpec",
-    "PromptSpec",
-    "QloraSpec",
     "QuantConfig",
     "QuantizeConfig",
     "Section",

@@ -6,7 +6,7 @@ remembers where it came from, so that an error names the flag or the line of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ftlevel.config.methods import SPECS
+from ftlevel.config.renamed import RENAMED, with_new_names
 from ftlevel.config.train import TrainConfig
 from ftlevel.errors import ConfigError, did_you_mean, listing, nearest
 
@@ -129,15 +130,19 @@ def put(layer: Layer, key: KeyPath, value: Any, origin: str) -> None:
     layer.origins[key] = origin
 
 
-def build_config(layers: Iterable[Layer]) -> TrainConfig:
+def build_config(layers: Iterable[Layer], note: Callable[[str], None] | None = None) -> TrainConfig:
     """Merge `layers`, later ones winning, and validate the result once.
+
+    Args:
+        layers: raw values; keys may have their old names.
+        note: is told of each old name that is used; None for nobody.
 
     Raises:
         ConfigError: with all problems found, each naming the flag or the file and line.
     """
     merged: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
-    for layer in layers:
+    for layer in [_under_new_names(layer, note) for layer in layers]:
         expanded = {k: _expand(k, v) for k, v in layer.values.items() if v is not None}
         _check_sections(expanded, layer)
         _merge(merged, expanded)
@@ -152,6 +157,20 @@ def build_config(layers: Iterable[Layer]) -> TrainConfig:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(explain(error, origins)) from None
+
+
+def _under_new_names(layer: Layer, note: Callable[[str], None] | None) -> Layer:
+    try:
+        values, lines = with_new_names(layer.values, layer.origins)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not lines:
+        return layer
+    if note is not None:
+        for line in lines:
+            note(line)
+    new = {tuple(old.split(".")): tuple(new.split(".")) for old, new in RENAMED.items()}
+    return Layer(values, {new.get(key, key): origin for key, origin in layer.origins.items()})
 
 
 def normal_task(name: str) -> str:

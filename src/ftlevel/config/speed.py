@@ -17,23 +17,27 @@ class SpeedConfig(Section):
         description="Use the faster forms of the step; off leaves every part to the libraries.",
     )
     pack: bool = Field(
-        True, description="Lay the rows of a pass end to end, each attending to itself alone."
-    )
-    target_head: bool = Field(
-        True, description="Compute a language head and its loss at supervised positions only."
-    )
-    skip_unread: bool = Field(
         True,
-        description="Compute the last block at the tokens that a head or a classifier reads, and "
+        description="Lay the rows of a micro-batch end to end, each attending to itself alone.",
+    )
+    chunked_cross_entropy: bool = Field(
+        True,
+        description="Compute a language head and its loss at supervised tokens only, in chunks.",
+    )
+    prune_last_layer: bool = Field(
+        True,
+        description="Compute the last block at the tokens that a head or a classifier needs, and "
         "of the others only what attention needs.",
     )
-    low_rank: bool = Field(
-        True, description="Compute LoRA's base and update in one node, in the base's precision."
-    )
-    elementwise: bool = Field(
+    fused_lora: bool = Field(
         True,
-        description="Compute norms and gated activations of frozen weights in one node each, which "
-        "keeps less for the backward pass.",
+        description="Compute LoRA's base and update in one autograd function, in the base's "
+        "precision.",
+    )
+    fused_norm_glu: bool = Field(
+        True,
+        description="Compute norms and gated linear units of frozen weights in one autograd "
+        "function each, which keeps less for the backward pass.",
     )
     share_prefixes: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -45,15 +49,15 @@ class SpeedConfig(Section):
         description="On a CUDA GPU, use liger-kernel's norms, rotary embedding and activation "
         "where the package is installed and has them for the model. Off until it is measured.",
     )
-    tokens_per_pass: Positive | Literal["auto"] = Field(
+    tokens_per_micro_batch: Positive | Literal["auto"] = Field(
         "auto",
-        description="Most tokens in the passes through the model that are computed at once, which "
-        "bounds the memory; auto is what per_device_train_batch_size rows of max_length would "
-        "have, on a CPU 2,048 at most, an eighth more where prefixes are shared.",
+        description="Most tokens in the micro-batches that are computed at once, which bounds the "
+        "memory; auto is what per_device_train_batch_size rows of max_length would have, on a CPU "
+        "2,048 at most, an eighth more where prefixes are shared.",
     )
-    passes_at_once: Positive | Literal["auto"] = Field(
+    parallel_workers: Positive | Literal["auto"] = Field(
         "auto",
-        description="On a CPU, passes that are computed side by side, each by its share of the "
+        description="On a CPU, workers that compute a micro-batch each, with their share of the "
         "threads; auto is one a thread, 4 at most, where nothing is dropped at random.",
     )
     verify: bool = Field(

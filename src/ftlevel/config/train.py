@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.methods import LoraSpec, MethodConfig, QloraSpec
+from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
+from ftlevel.config.renamed import with_new_names
 from ftlevel.config.sections import (
     DataConfig,
     ModelConfig,
@@ -33,13 +35,24 @@ class TrainConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _qlora_means_four_bits(cls, raw: Any) -> Any:
+    def _old_names(cls, raw: Any) -> Any:
+        """Accept keys by their old names, from Python; files and flags have new ones by now."""
+        if not isinstance(raw, dict):
+            return raw
+        values, lines = with_new_names(raw, {})
+        for line in lines:
+            warnings.warn(line, FutureWarning, stacklevel=2)
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _quantized_as_the_method_wants(cls, raw: Any) -> Any:
         """Give `qlora` its 4-bit base where nothing else is asked for."""
         if not isinstance(raw, dict) or not isinstance(raw.get("method"), dict):
             return raw
-        quant = raw.get("quant") or {}
-        if raw["method"].get("kind") == "qlora" and isinstance(quant, dict) and "kind" not in quant:
-            return {**raw, "quant": {**quant, "kind": "4bit"}}
+        quant, spec = raw.get("quant") or {}, SPECS.get(str(raw["method"].get("kind")))
+        if spec and spec.wants_quant != "none" and isinstance(quant, dict) and "kind" not in quant:
+            return {**raw, "quant": {**quant, "kind": spec.wants_quant}}
         return raw
 
     @model_validator(mode="after")
@@ -51,18 +64,8 @@ class TrainConfig(Section):
 
 
 def _quantization_problems(config: TrainConfig) -> list[str]:
-    quant, method = config.quant, config.method
-    problems = []
-    if quant.kind != "none" and method.kind == "full":
-        problems.append(
-            f"--quant {quant.kind} cannot be used with --method full: {quant.kind[0]}-bit weights "
-            "receive no gradients. Use --method qlora, or drop --quant."
-        )
-    if quant.kind == "none" and isinstance(method, QloraSpec):
-        problems.append(
-            "--method qlora needs a quantized base, and --quant is none. "
-            "Use --quant 4bit or 8bit, or --method lora."
-        )
+    quant = config.quant
+    problems = config.method.quant_problems(quant)
     if quant.kind != "4bit":
         for flag, given in (
             ("--double-quant", quant.double_quant),
@@ -73,11 +76,6 @@ def _quantization_problems(config: TrainConfig) -> list[str]:
                     f"{flag} belongs to --quant 4bit, and --quant is {quant.kind}. "
                     f"Use --quant 4bit, or drop {flag.split()[0]}."
                 )
-    if quant.kind == "8bit" and isinstance(method, LoraSpec) and method.use_dora:
-        problems.append(
-            "use_dora cannot be used with --quant 8bit: PEFT cannot read 8-bit weights for the "
-            "magnitude. Use --quant 4bit, or drop use_dora."
-        )
     return problems
 
 

@@ -13,8 +13,8 @@ from ftlevel.data.encoding.chat import turn_end
 from ftlevel.data.encoding.collate import Collator, pad
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast.head.cross_entropy import Observe
-from ftlevel.fast.head.loss import target_loss
-from ftlevel.fast.step import target_head
+from ftlevel.fast.head.loss import supervised_loss
+from ftlevel.fast.step import chunked_cross_entropy
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Meter, Objective, ScoreTexts, TokenObjective
 
@@ -94,7 +94,7 @@ class Evaluator:
         max_new_tokens: longest generated text.
         score_texts: scores the generated texts.
         language: ISO 639-1 code of the generated texts; "" if unknown.
-        on_targets: whether a language head is computed on supervised positions only.
+        chunked_cross_entropy: whether a language head is computed on supervised tokens only.
     """
 
     rows: Sequence[Encoded]
@@ -108,7 +108,7 @@ class Evaluator:
     max_new_tokens: int = 64
     score_texts: ScoreTexts | None = None
     language: str = ""
-    on_targets: bool = True
+    chunked_cross_entropy: bool = True
 
     def __call__(self, model: Any, record: Record | None = None) -> dict[str, float]:
         """Return the metrics of `model`, which is left in the mode it was in.
@@ -138,14 +138,16 @@ class Evaluator:
         pad_id = self.tokenizer.pad_token_id or 0
         collate = Collator(pad_id)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
-        wanted = objective if self.on_targets else None
-        with target_head(model, wanted, by_length, pad_id, self.device, self.dtype) as head:
+        wanted = objective if self.chunked_cross_entropy else None
+        with chunked_cross_entropy(
+            model, wanted, by_length, pad_id, self.device, self.dtype
+        ) as head:
             for rows in batches(by_length, self.batch_size):
                 batch = {k: v.to(self.device) for k, v in collate(rows).items()}
                 count += int(objective.count(batch["labels"]))
                 if head is not None:
                     observe = self._observer(meter, record, rows, batch["labels"])
-                    total += target_loss(head, model, objective, batch, observe).item()
+                    total += supervised_loss(head, model, objective, batch, observe).item()
                     continue
                 inputs, labels = objective.split(batch)
                 logits = objective.logits(model(**inputs))

@@ -1,13 +1,13 @@
-"""Passes of a step side by side on a CPU, each by its share of the threads.
+"""Micro-batches of a step in parallel on a CPU, each by a worker with its share of the threads.
 
-A pass through the model is thousands of small operations between its large products. Given all
-threads, every operation ends with all of them waiting for one another, and what is not split leaves
-all but one idle. A thread with a pass of its own has neither. The gradients are added in the order
-of the passes, whichever is done first, so the same rows give the same bits.
+A micro-batch is thousands of small operations between its large products. Given all threads, every
+operation ends with all of them waiting for one another, and what is not split leaves all but one
+idle. A worker with a micro-batch of its own has neither. The gradients are added in the order of
+the micro-batches, whichever is done first, so the same rows give the same bits.
 
-What is computed side by side must not write to the model. What it drops at random it draws from a
-generator of the pass (`speed.dropout`): torch's own belongs to the process, and who draws first
-would be chance.
+What is computed in parallel must not write to the model. What it drops at random it draws from the
+worker's own generator (`layers.dropout`), seeded by micro-batch: torch's belongs to the process,
+and who draws first would be chance.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from typing import Any
 
 import torch
 
-from ftlevel.fast.layers.dropout import drawing_from
-from ftlevel.fast.packing.layout import Layout, laid_out
-from ftlevel.fast.prefixes.shared_prefix import Trunk, along
+from ftlevel.fast.layers.dropout import using_generator
+from ftlevel.fast.packing.layout import PackedLayout, using_layout
+from ftlevel.fast.prefixes.shared_prefix import SharedPrefix, using_prefix
 
 Gradients = tuple[torch.Tensor | None, ...]
 
-MOST_LANES = 4
-"""Lanes at most: each holds the activations of its pass, and Python runs one of them at a time."""
+MAX_WORKERS = 4
+"""Each holds the activations of its micro-batch, and Python runs one of them at a time."""
 
 GAIN = 1.1
-"""What lanes compute in the time in which one pass with all threads computes 1: 1.03 to 1.16 on two
-quiet Zen 4 cores, 1.3 to 1.5 where other work takes part of them (docs/performance.md)."""
+"""What workers compute in the time in which all threads on one micro-batch compute 1: 1.03 to 1.16
+on two quiet Zen 4 cores, 1.3 to 1.5 where other work takes part of them (docs/performance.md)."""
 
 
-class Lanes:
-    """Threads that compute passes.
+class ParallelWorkers:
+    """Threads that compute micro-batches.
 
     Attributes:
-        count: how many passes are computed at once.
-        draws: whether they drop something at random, and need a seed.
+        count: how many micro-batches are computed at once.
+        is_random: whether they drop something at random, and need a seed.
 
     Args:
         count: as the attribute.
-        threads: torch's threads, which the lanes share out.
-        draws: as the attribute.
+        threads: torch's threads, which the workers share out.
+        is_random: as the attribute.
     """
 
-    def __init__(self, count: int, threads: int, draws: bool = False) -> None:
+    def __init__(self, count: int, threads: int, is_random: bool = False) -> None:
         self.count = count
-        self.draws = draws
+        self.is_random = is_random
         self._threads = threads
         share = max(1, threads // count)
-        self._pool = ThreadPoolExecutor(count, "ftlevel-lane", torch.set_num_threads, (share,))
+        self._pool = ThreadPoolExecutor(count, "ftlevel-worker", torch.set_num_threads, (share,))
 
     def close(self) -> None:
         """End the threads."""
@@ -61,43 +61,51 @@ class Lanes:
     def backward(
         self,
         compute: Callable[[Any], torch.Tensor],
-        passes: Sequence[tuple[Layout | None, Any]],
+        micro_batches: Sequence[tuple[PackedLayout | None, Any]],
         parameters: Sequence[torch.Tensor],
         seed: int | None = None,
-        trunk: Trunk | None = None,
+        shared_prefix: SharedPrefix | None = None,
     ) -> list[torch.Tensor]:
-        """Add the gradients of all passes to `parameters` (mutated), in the order of the passes.
+        """Add the gradients of all micro-batches to `parameters` (mutated), in their order.
 
-        Those through a trunk come last.
+        Those through a shared prefix come last.
 
         Args:
-            compute: the batch of a pass → its loss (a scalar); called in the threads.
-            passes: layout and batch of each.
+            compute: the batch of a micro-batch → its loss (a scalar); called in the threads.
+            micro_batches: layout and batch of each.
             parameters: what is trained.
-            seed: of what the passes draw at random; None where they draw nothing.
-            trunk: what all passes begin with, computed; its graph is gone afterwards.
+            seed: of what the micro-batches draw at random; None where they draw nothing.
+            shared_prefix: what all of them begin with, computed; its graph is gone afterwards.
 
         Returns:
             The losses, without their graphs. What `compute` raises is raised here.
         """
-        leaves = trunk.leaves if trunk is not None else []
+        leaves = shared_prefix.leaves if shared_prefix is not None else []
         wanted = [*parameters, *leaves]
 
-        def run(number: int, part: tuple[Layout | None, Any]) -> tuple[torch.Tensor, Gradients]:
+        def run(
+            number: int, part: tuple[PackedLayout | None, Any]
+        ) -> tuple[torch.Tensor, Gradients]:
             layout, batch = part
             own_seed = None if seed is None else seed + number
-            with laid_out(layout, own_thread=True), drawing_from(own_seed), along(trunk):
+            with (
+                using_layout(layout, own_thread=True),
+                using_generator(own_seed),
+                using_prefix(shared_prefix),
+            ):
                 loss = compute(batch)
                 return loss.detach(), torch.autograd.grad(loss, wanted, allow_unused=True)
 
         losses = []
         for loss, gradients in self._pool.map(
-            run, count(), passes
+            run, count(), micro_batches
         ):  # cancels the others when one fails
             losses.append(loss)
             _add_all(wanted, gradients)
-        if trunk is not None:
-            _add_all(parameters, trunk.gradients([leaf.grad for leaf in leaves], parameters))
+        if shared_prefix is not None:
+            _add_all(
+                parameters, shared_prefix.gradients([leaf.grad for leaf in leaves], parameters)
+            )
         return losses
 
 
@@ -120,20 +128,20 @@ def _add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         parameter.grad += gradient
 
 
-def makespan(costs: Sequence[int], lanes: int) -> int:
-    """Return when the last of `costs` is done, if each is begun in order by a lane that is free."""
-    busy = [0] * lanes
+def makespan(costs: Sequence[int], workers: int) -> int:
+    """Return when the last of `costs` is done, if a free worker begins each in order."""
+    busy = [0] * workers
     for cost in costs:
         first = busy.index(min(busy))
         busy[first] += cost
     return max(busy)
 
 
-def duration(costs: Sequence[int], lanes: int) -> float:
-    """Return in what time passes of `costs` are done, in tokens that all threads compute in it.
+def duration(costs: Sequence[int], workers: int) -> float:
+    """Return in what time `costs` are done, in tokens that all threads compute in it.
 
     Args:
-        costs: tokens that each pass computes.
-        lanes: how many passes are side by side; 1 for all threads on one.
+        costs: tokens that each micro-batch computes.
+        workers: how many micro-batches are in parallel; 1 for all threads on one.
     """
-    return sum(costs) if lanes == 1 else makespan(costs, lanes) * lanes / GAIN
+    return sum(costs) if workers == 1 else makespan(costs, workers) * workers / GAIN

@@ -15,17 +15,17 @@ import torch
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.attention import packed as attention
-from ftlevel.fast.checks.head import find_head_error
+from ftlevel.fast.checks.head import find_cross_entropy_error
 from ftlevel.fast.checks.packing import PackingCheck
-from ftlevel.fast.checks.pruning import ReadCheck
-from ftlevel.fast.head.cross_entropy import TargetHead
+from ftlevel.fast.checks.pruning import PruningCheck
+from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.head.loss import base_model
-from ftlevel.fast.head.pruning import UnreadTokens
-from ftlevel.fast.layers.dropout import OwnDraws
-from ftlevel.fast.layers.norm_glu import FusedElementwise
+from ftlevel.fast.head.pruning import LastLayerPruning
+from ftlevel.fast.layers.dropout import PerWorkerDropout
+from ftlevel.fast.layers.norm_glu import FusedNormGlu
 from ftlevel.fast.packing.blocks import PackedBlocks
-from ftlevel.fast.parallel_workers import Lanes
-from ftlevel.fast.plan.fast_plan import FastPlan, has_target_head, takes_attention
+from ftlevel.fast.parallel_workers import ParallelWorkers
+from ftlevel.fast.plan.fast_plan import FastPlan, has_language_head, set_packed_attention
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.task import Objective, TokenObjective
 
@@ -35,10 +35,10 @@ class FastStep:
 
     Attributes:
         plan: the parts in use.
-        head: the language head on targets only, or None.
-        lanes: where passes are computed side by side, or None.
-        elementwise: norms and gates in one node each, or None.
-        skipping: how many linears of the last block compute only what is read after it.
+        cross_entropy: the language head and its loss on supervised tokens only, or None.
+        workers: where micro-batches are computed in parallel, or None.
+        norm_glu: norms and GLUs in one fused function each, or None.
+        pruned_linears: how many linears of the last block compute only the tokens needed after it.
 
     Args:
         model: a model, with or without an adapter (mutated until `remove`).
@@ -51,17 +51,17 @@ class FastStep:
         self._base = base_model(model)
         self._blocks: PackedBlocks | None = None
         if plan.packs:
-            if not takes_attention(self._base):
+            if not set_packed_attention(self._base):
                 raise TypeError(f"{type(self._base).__name__} did not take {attention.NAME}")
             self._blocks = PackedBlocks(find_blocks(self._base))
-        self.head = TargetHead(self._base) if plan.heads else None
-        self.elementwise = FusedElementwise(model) if plan.elementwise else None
-        self.lanes: Lanes | None = None
-        self.skipping = 0
-        self._unread: UnreadTokens | None = None
-        self._draws = OwnDraws(model)
-        if plan.lanes > 1:
-            self.lanes = Lanes(plan.lanes, torch.get_num_threads(), plan.draws)
+        self.cross_entropy = ChunkedCrossEntropy(self._base) if plan.chunked_cross_entropy else None
+        self.norm_glu = FusedNormGlu(model) if plan.fused_norm_glu else None
+        self.workers: ParallelWorkers | None = None
+        self.pruned_linears = 0
+        self._pruning: LastLayerPruning | None = None
+        self._dropout = PerWorkerDropout(model)
+        if plan.workers > 1:
+            self.workers = ParallelWorkers(plan.workers, torch.get_num_threads(), plan.is_random)
 
     def check(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> list[str]:
         """Return what cannot be done after all, and leave it; empty if everything can.
@@ -77,53 +77,55 @@ class FastStep:
         check = PackingCheck(self._model, find_blocks(self._base)[-1], rows, pad_id, device, dtype)
         reasons = []
         if leak := check.find_leak():
-            self.plan = replace(self.plan, packs=False, shares=False, trunk=False)
+            self.plan = replace(self.plan, packs=False, prefix_tree=False, shared_prefix=False)
             self._pad_again()
             reasons.append(f"rows are padded: {leak}")
-        elif self.plan.shares and (reason := check.find_sharing_error()):
-            self.plan = replace(self.plan, shares=False, trunk=False)
+        elif self.plan.prefix_tree and (reason := check.find_prefix_tree_error()):
+            self.plan = replace(self.plan, prefix_tree=False, shared_prefix=False)
             reasons.append(f"prefixes are not shared: {reason}")
-        elif self.plan.trunk and (reason := check.find_trunk_error()):
-            self.plan = replace(self.plan, trunk=False)
-            reasons.append(f"passes do not share their prefix: {reason}")
-        draws = self.lanes is not None and self.lanes.draws
-        if draws and (leak or check.draws_outside_of_passes()):
-            self._leave_lanes()
-            self.plan = replace(self.plan, lanes=1, draws=False)
-            reasons.append("passes are computed one at a time: it draws at random, in order")
+        elif self.plan.shared_prefix and (reason := check.find_shared_prefix_error()):
+            self.plan = replace(self.plan, shared_prefix=False)
+            reasons.append(f"micro-batches do not share their prefix: {reason}")
+        is_random = self.workers is not None and self.workers.is_random
+        if is_random and (leak or check.uses_global_generator()):
+            self._end_workers()
+            self.plan = replace(self.plan, workers=1, is_random=False)
+            reasons.append("micro-batches are computed one at a time: it draws at random, in order")
         return reasons
 
-    def _leave_lanes(self) -> None:
-        if self.lanes is not None:
-            self.lanes.close()
-            self.lanes = None
+    def _end_workers(self) -> None:
+        if self.workers is not None:
+            self.workers.close()
+            self.workers = None
 
-    def check_head(
+    def check_cross_entropy(
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> str:
-        """Return why the head is not computed on targets only, and leave it; empty if it can be.
+        """Return why the head is computed on every token, and leave it so; empty if it need not be.
 
         Args:
             objective: what the model is trained on.
-            rows: as of `find_head_error`.
-            pad_id: as of `find_head_error`.
+            rows: as of `find_cross_entropy_error`.
+            pad_id: as of `find_cross_entropy_error`.
             device: torch device type.
             dtype: compute precision's name.
         """
-        if self.head is None or not isinstance(objective, TokenObjective):
+        if self.cross_entropy is None or not isinstance(objective, TokenObjective):
             return ""
-        reason = find_head_error(self.head, self._model, objective, rows, pad_id, device, dtype)
+        reason = find_cross_entropy_error(
+            self.cross_entropy, self._model, objective, rows, pad_id, device, dtype
+        )
         if not reason:
             return ""
-        self.plan = replace(self.plan, heads=False, trunk=False)
-        self.head.remove()
-        self.head = None
+        self.plan = replace(self.plan, chunked_cross_entropy=False, shared_prefix=False)
+        self.cross_entropy.remove()
+        self.cross_entropy = None
         return f"its head is computed on every token: {reason}"
 
-    def find_unread(
+    def prune_last_layer(
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> None:
-        """Have the last block compute only what is read after it, where that is found to be less.
+        """Have the last block compute only the tokens needed after it, where that is less.
 
         Args:
             objective: what the model is trained on.
@@ -132,13 +134,13 @@ class FastStep:
             device: torch device type.
             dtype: compute precision's name.
         """
-        if self._blocks is None or not self.plan.skips:
+        if self._blocks is None or not self.plan.prunes_last_layer:
             return
         last = find_blocks(self._base)[-1]
-        reads, linears = ReadCheck(self._model, last, rows, pad_id, device, dtype)(objective)
+        needed, linears = PruningCheck(self._model, last, rows, pad_id, device, dtype)(objective)
         if linears:
-            self.plan = replace(self.plan, reads=reads)
-            self._unread, self.skipping = UnreadTokens(linears), len(linears)
+            self.plan = replace(self.plan, needed_tokens=needed)
+            self._pruning, self.pruned_linears = LastLayerPruning(linears), len(linears)
 
     def _pad_again(self) -> None:
         if self._blocks is not None:
@@ -148,38 +150,38 @@ class FastStep:
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        if self.head is not None:
-            self.head.remove()
-        if self.elementwise is not None:
-            self.elementwise.remove()
-        if self._unread is not None:
-            self._unread.remove()
-        self._draws.remove()
-        self._leave_lanes()
+        if self.cross_entropy is not None:
+            self.cross_entropy.remove()
+        if self.norm_glu is not None:
+            self.norm_glu.remove()
+        if self._pruning is not None:
+            self._pruning.remove()
+        self._dropout.remove()
+        self._end_workers()
         self._pad_again()
 
 
 @contextlib.contextmanager
-def target_head(
+def chunked_cross_entropy(
     model: Any,
     objective: Objective | None,
     rows: Sequence[Encoded],
     pad_id: int,
     device: str,
     dtype: str,
-) -> Iterator[TargetHead | None]:
-    """Give the head of `model` inside the block.
+) -> Iterator[ChunkedCrossEntropy | None]:
+    """Give the chunked cross-entropy of `model` inside the block.
 
     None where targets have no language head, or where it is not what the model gives by itself:
-    the arguments are those of `find_head_error`.
+    the arguments are those of `find_cross_entropy_error`.
     """
     base = base_model(model)
-    head = TargetHead(base) if has_target_head(base, objective) else None
+    head = ChunkedCrossEntropy(base) if has_language_head(base, objective) else None
     try:
         if (
             head is not None
             and isinstance(objective, TokenObjective)
-            and find_head_error(head, model, objective, rows, pad_id, device, dtype)
+            and find_cross_entropy_error(head, model, objective, rows, pad_id, device, dtype)
         ):
             head.remove()
             head = None

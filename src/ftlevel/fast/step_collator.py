@@ -1,4 +1,4 @@
-"""From the rows of an optimizer step to passes through the model."""
+"""From the rows of an optimizer step to the micro-batches that go through the model."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.fast.packing.layout import Layout
+from ftlevel.fast.packing.layout import PackedLayout
 from ftlevel.fast.packing.micro_batches import (
-    Passes,
-    cost_shared,
-    cut_packed,
-    cut_padded,
-    cut_shared,
+    MicroBatches,
+    count_shared,
+    split_packed,
+    split_padded,
+    split_shared,
 )
 from ftlevel.fast.parallel_workers import duration
 from ftlevel.fast.plan.fast_plan import WORTH_SHARING, FastPlan
-from ftlevel.fast.prefixes.tree import LEAST, lay_out_tree, sort_by_prefix
+from ftlevel.fast.prefixes.tree import MIN_PREFIX, build_prefix_tree, sort_by_prefix
 
-A_PASS = 250
-"""What a trunk's pass costs beside its tokens, in tokens. With 342 tokens and 1,776 after it a step
-of SmolLM2 is 5 % longer than without; with 1,450 and 2,100 a fifth shorter."""
+OVERHEAD_TOKENS = 250
+"""What a shared prefix's own micro-batch costs beside its tokens. With 342 tokens and 1,776 after
+it a step of SmolLM2 is 5 % longer than without; with 1,450 and 2,100 a fifth shorter."""
 
 
 class StepCollator:
-    """Turn the rows of an optimizer step into passes, each a padded batch with its layout.
+    """Turn the rows of an optimizer step into micro-batches, each a padded batch with its layout.
 
-    What a pass holds depends on the rows and the plan alone, so a run that is resumed cuts them as
-    before.
+    What a micro-batch holds depends on the rows and the plan alone, so a run that is resumed splits
+    them as before.
 
     Args:
         pad_id: as of `Collator`.
@@ -43,117 +43,128 @@ class StepCollator:
         self._plan = plan
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Return `passes`, whether they are computed `side_by_side`, and their `trunk` if any.
+        """Return `micro_batches`, whether they are computed `in_parallel`, and `shared_prefix`.
 
-        A pass is what `Collator` returns and its `layout` (None where rows are padded). A trunk is
-        the batch of what all rows begin with, and its layout: the passes go on from it.
+        A micro-batch is what `Collator` returns and its `layout` (None where rows are padded). A
+        shared prefix, if there is one, is the batch of what all rows begin with, and its layout:
+        the micro-batches go on from it.
         """
-        plan = self._plan
-        cut = _Cut(rows, plan)
-        ways = [_Way(cut, plan.tokens, 1)]
-        if plan.lanes > 1:
-            ways.append(_Way(cut, plan.tokens // plan.lanes, plan.lanes))
-            if plan.trunk and (trunk := cut.find_trunk(rows)):
-                # Its activations are held, too; half of the budget is for rows at least.
-                budget = max(plan.tokens - trunk, plan.tokens // 2) // plan.lanes
-                ways.append(_Way(cut.beyond(trunk), budget, plan.lanes))
-        way = min(ways, key=lambda way: way.duration)  # the first of equals
-        trunk = way.cut.trunk
+        schedule = self._choose_schedule(rows)
+        partition = schedule.partition
         step: dict[str, Any] = {
-            "passes": [self._pass(rows, part, way.cut) for part in way.passes],
-            "side_by_side": way.lanes > 1,
+            "micro_batches": [
+                self._micro_batch(rows, part, partition) for part in schedule.micro_batches
+            ],
+            "in_parallel": schedule.workers > 1,
         }
-        return {**step, "trunk": self._trunk(rows[0].input_ids[:trunk])} if trunk else step
+        if partition.prefix:
+            step["shared_prefix"] = self._shared_prefix(rows[0].input_ids[: partition.prefix])
+        return step
 
-    def _trunk(self, tokens: list[int]) -> dict[str, Any]:
+    def _choose_schedule(self, rows: Sequence[Encoded]) -> _Schedule:
+        """Return the fastest way to compute the step, the first of equals."""
+        plan, partition = self._plan, _Partition(rows, self._plan)
+        schedules = [_Schedule(partition, plan.tokens, 1)]
+        if plan.workers > 1:
+            schedules.append(_Schedule(partition, plan.tokens // plan.workers, plan.workers))
+            if plan.shared_prefix and (prefix := partition.find_shared_prefix(rows)):
+                # Its activations are held, too; half of the budget is for rows at least.
+                budget = max(plan.tokens - prefix, plan.tokens // 2) // plan.workers
+                schedules.append(_Schedule(partition.beyond(prefix), budget, plan.workers))
+        return min(schedules, key=lambda schedule: schedule.duration)
+
+    def _shared_prefix(self, tokens: list[int]) -> dict[str, Any]:
         ids = torch.tensor([tokens])
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        layout = Layout.of_rows(batch["attention_mask"])
-        if self._plan.reads is not None:  # nothing is, and one token is the least that there is
-            layout = layout.reading(torch.tensor([len(tokens) - 1]))
+        layout = PackedLayout.from_mask(batch["attention_mask"])
+        if self._plan.needed_tokens is not None:  # none is, and one is the least that there is
+            layout = layout.needing(torch.tensor([len(tokens) - 1]))
         return {**batch, "layout": layout}
 
-    def _pass(self, rows: Sequence[Encoded], part: Sequence[int], cut: _Cut) -> dict[str, Any]:
+    def _micro_batch(
+        self, rows: Sequence[Encoded], part: Sequence[int], partition: _Partition
+    ) -> dict[str, Any]:
         batch: dict[str, Any] = self._collate([rows[i] for i in part])
         if not self._plan.packs:
             layout = None
-        elif cut.is_tree:
-            layout = lay_out_tree([rows[i].input_ids for i in part], before=cut.trunk)
+        elif partition.is_tree:
+            layout = build_prefix_tree([rows[i].input_ids for i in part], before=partition.prefix)
         else:
-            layout = Layout.of_rows(batch["attention_mask"])
-        if layout is not None and self._plan.reads is not None:
-            layout = layout.reading(self._plan.reads(batch))
+            layout = PackedLayout.from_mask(batch["attention_mask"])
+        if layout is not None and self._plan.needed_tokens is not None:
+            layout = layout.needing(self._plan.needed_tokens(batch))
         return {**batch, "layout": layout}
 
 
-class _Cut:
-    """How the rows of one step are cut: padded, packed, or as trees where that is worth it.
+class _Partition:
+    """How the rows of one step are split: padded, packed, or as trees where that is worth it.
 
     Attributes:
-        is_tree: whether a pass computes shared prefixes once.
-        trunk: how many tokens of every row are left to a pass before these.
+        is_tree: whether a micro-batch computes the prefixes that its rows share once.
+        prefix: how many tokens of every row are left to a micro-batch before these.
     """
 
     def __init__(self, rows: Sequence[Encoded], plan: FastPlan) -> None:
         self._lengths = [len(row.input_ids) for row in rows]
         self._packs = plan.packs
         self.is_tree = False
-        self.trunk = 0
-        if plan.packs and plan.shares:
+        self.prefix = 0
+        if plan.packs and plan.prefix_tree:
             self._order, self._shared = sort_by_prefix([row.input_ids for row in rows])
             self.is_tree = sum(self._shared) >= WORTH_SHARING * sum(self._lengths)
 
-    def __call__(self, budget: int, multiple: int) -> Passes:
-        """Return the rows of each pass of at most `budget` tokens."""
+    def __call__(self, budget: int, multiple: int) -> MicroBatches:
+        """Return the rows of each micro-batch of at most `budget` tokens."""
         if self.is_tree:
-            return cut_shared(self._lengths, budget, self._order, self._shared, multiple)
-        cut = cut_packed if self._packs else cut_padded
-        return cut(self._lengths, budget, multiple)
+            return split_shared(self._lengths, budget, self._order, self._shared, multiple)
+        split = split_packed if self._packs else split_padded
+        return split(self._lengths, budget, multiple)
 
-    def find_trunk(self, rows: Sequence[Encoded]) -> int:
+    def find_shared_prefix(self, rows: Sequence[Encoded]) -> int:
         """Return how many tokens all `rows` begin with, of which none predicts a target."""
         if not self.is_tree or len(rows) < 2:
             return 0
         common = min(self._shared[row] for row in self._order[1:])
-        common = min(common, *(_first_read(row) for row in rows))
-        return common if common >= LEAST else 0
+        common = min(common, *(_first_needed(row) for row in rows))
+        return common if common >= MIN_PREFIX else 0
 
-    def beyond(self, trunk: int) -> _Cut:
-        """Return how the rows are cut where a pass of its own computes their first tokens."""
-        cut = copy.copy(self)
-        cut.trunk = trunk
-        cut._lengths = [length - trunk for length in self._lengths]
-        cut._shared = [s - trunk if s - trunk >= LEAST else 0 for s in self._shared]
-        return cut
+    def beyond(self, prefix: int) -> _Partition:
+        """Return how the rows are split where a micro-batch of its own computes `prefix`."""
+        partition = copy.copy(self)
+        partition.prefix = prefix
+        partition._lengths = [length - prefix for length in self._lengths]
+        partition._shared = [s - prefix if s - prefix >= MIN_PREFIX else 0 for s in self._shared]
+        return partition
 
-    def cost(self, part: Sequence[int]) -> int:
-        """Return how many places of the row a pass computes."""
+    def count_tokens(self, part: Sequence[int]) -> int:
+        """Return how many places of the row a micro-batch computes."""
         if self.is_tree:
-            return cost_shared(part, self._lengths, self._order, self._shared)
+            return count_shared(part, self._lengths, self._order, self._shared)
         own = [self._lengths[row] for row in part]
         return sum(own) if self._packs else max(own) * len(own)
 
 
-class _Way:
+class _Schedule:
     """One way to compute a step.
 
     Attributes:
-        cut: how its rows are cut.
-        passes: the rows of each pass.
-        lanes: how many are side by side.
-        duration: how long it takes, as `speed.lanes.duration` counts it.
+        partition: how its rows are split.
+        micro_batches: the rows of each micro-batch.
+        workers: how many are computed in parallel.
+        duration: how long it takes, as `parallel_workers.duration` counts it.
     """
 
-    def __init__(self, cut: _Cut, budget: int, lanes: int) -> None:
-        self.cut = cut
-        self.passes = cut(max(1, budget), lanes)
-        self.lanes = lanes if len(self.passes) > 1 else 1
-        self.duration = duration([cut.cost(part) for part in self.passes], self.lanes)
-        if cut.trunk:
-            self.duration += cut.trunk + A_PASS
+    def __init__(self, partition: _Partition, budget: int, workers: int) -> None:
+        self.partition = partition
+        self.micro_batches = partition(max(1, budget), workers)
+        self.workers = workers if len(self.micro_batches) > 1 else 1
+        costs = [partition.count_tokens(part) for part in self.micro_batches]
+        self.duration = duration(costs, self.workers)
+        if partition.prefix:
+            self.duration += partition.prefix + OVERHEAD_TOKENS
 
 
-def _first_read(row: Encoded) -> int:
+def _first_needed(row: Encoded) -> int:
     """Return which token of a causal model's row is the first to predict a target, or the last."""
     labels = row.labels
     if not isinstance(labels, list):

@@ -16,8 +16,10 @@ import torch
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
-from ftlevel.evaluation.agreement import Agreement, Probe, Scores, compare, in_float32
-from ftlevel.evaluation.fidelity import cut_windows, read_eval_text
+from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
+from ftlevel.evaluation.two_models.float32 import in_float32
+from ftlevel.evaluation.two_models.on_rows import Probe, Scores
+from ftlevel.evaluation.two_models.on_text import cut_windows, read_eval_text
 from ftlevel.models.kinds import max_positions
 from ftlevel.models.loading import load_config, load_model, load_tokenizer
 from ftlevel.models.sources import ModelSource
@@ -55,7 +57,7 @@ class Checked:
     Attributes:
         file: the file beside the model with weights rounded by torch; it is right.
         model: the file beside the model as it is: what rounding costs.
-        unread: settings that transformers' reader leaves out; they were taken from the model.
+        own_settings: settings that transformers' reader leaves out; they were taken from the model.
         texts: how many texts gave the same tokens.
         splitting: whether transformers splits text as the file says; else the model's own
             splitting was used to compare the rest.
@@ -63,7 +65,7 @@ class Checked:
 
     file: Agreement
     model: Agreement
-    unread: list[str]
+    own_settings: list[str]
     texts: int
     splitting: bool
 
@@ -102,7 +104,7 @@ def check_file(
     """
     source = ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
     texts = check_tokens(load_tokenizer(source), original.tokenizer, vocabulary)
-    config, unread = readable_config(load_config(source), original.config)
+    config, own_settings = readable_config(load_config(source), original.config)
     probe = _probe(original)
     reference, expected = _ask_original(probe, outtype, tensors, original)
     # Vectors are wider in the file than its matrices; they are narrow only in a model that is.
@@ -113,7 +115,7 @@ def check_file(
         raise RunError(f"the file lacks {missing[0]} and {len(missing) - 1} more. Nothing is kept.")
     with in_float32(model):
         found = probe.score(model, "float32")
-    file = compare(expected, found)
+    file = compare_rows(expected, found)
     if not file.max_difference <= BOUND * file.scale:
         raise RunError(
             f"the file is not the model: read back by transformers, its logits differ by up to "
@@ -121,7 +123,7 @@ def check_file(
             f"top-1 {file.top1:.1%}). Nothing is kept. Please report this with the command."
         )
     splitting = vocabulary.pre in READ_BY_TRANSFORMERS
-    return Checked(file, compare(reference, found), unread, texts, splitting)
+    return Checked(file, compare_rows(reference, found), own_settings, texts, splitting)
 
 
 def _probe(original: Original) -> Probe:

@@ -46,7 +46,7 @@ _MADE_UP_LENGTH = 32
 
 
 @dataclass(frozen=True)
-class Subject:
+class MergeInput:
     """An adapter that can be merged, before any weights are loaded.
 
     Attributes:
@@ -119,7 +119,7 @@ def find_adapter(name: str) -> tuple[Path, Path | None]:
     return directory, run
 
 
-def resolve_subject(config: MergeConfig) -> Subject:
+def resolve_merge_input(config: MergeConfig) -> MergeInput:
     """Find the adapter, or the first of several, and its base; no weights are read.
 
     Raises:
@@ -152,7 +152,7 @@ def resolve_subject(config: MergeConfig) -> Subject:
     kind = model_kind(model_config)
     objective = task.build_objective(kind, {"labels": card.labels, **card.options})
     dtype = "float32" if card.dtype == "float16" and device == "cpu" else card.dtype
-    return Subject(
+    return MergeInput(
         directory, card, run, source, model_config, task, kind,
         task.auto_class(kind, model_config.model_type), tokens, objective,
         read_quantization(card.quantization), dtype, device,
@@ -209,38 +209,38 @@ def _count_classes(directory: Path) -> int:
     return min((shape[0] for shape in ends), default=0)
 
 
-def load_subject(subject: Subject, quant: QuantConfig, *, dequantized: bool = False) -> Any:
+def load_trained_model(inputs: MergeInput, quant: QuantConfig, *, dequantized: bool = False) -> Any:
     """Return the base, quantized as `quant` says, with the adapter on it, in eval mode.
 
     Args:
-        subject: the adapter and its base.
+        inputs: the adapter and its base.
         quant: how the base is quantized.
         dequantized: widen the quantized weights again, so that products are not quantized either.
     """
-    dtype = DTYPES[subject.dtype]
+    dtype = DTYPES[inputs.dtype]
     model, missing = load_model(
-        subject.source,
-        subject.config,
-        subject.auto_class,
+        inputs.source,
+        inputs.config,
+        inputs.auto_class,
         dtype=dtype,
-        device=subject.device,
-        quantization=build_quantization_config(quant, dtype, subject.card.heads),
+        device=inputs.device,
+        quantization=build_quantization_config(quant, dtype, inputs.card.heads),
     )
-    heads = subject.card.heads
-    check_missing(missing, [*heads, *find_heads(model)] if heads else [], subject.source.words)
-    return load_adapter(model.dequantize() if dequantized else model, subject.directory)
+    heads = inputs.card.heads
+    check_missing(missing, [*heads, *find_heads(model)] if heads else [], inputs.source.words)
+    return load_adapter(model.dequantize() if dequantized else model, inputs.directory)
 
 
-def choose_rows(subject: Subject, count: int) -> tuple[list[Encoded], Choice]:
+def choose_rows(inputs: MergeInput, count: int) -> tuple[list[Encoded], Choice]:
     """Return at most `count` rows to compare models on: the run's held-out ones if it has any."""
-    if subject.run is None:
-        return _made_up(subject, count, "there is no run beside the adapter")
+    if inputs.run is None:
+        return _made_up(inputs, count, "there is no run beside the adapter")
     try:
-        layer = read_recipe(subject.run / CONFIG)
-        data = _prepare_rows(subject, build_config([layer]))
+        layer = read_recipe(inputs.run / CONFIG)
+        data = _prepare_rows(inputs, build_config([layer]))
     except ConfigError as error:
         reason = str(error).split("\n")[0]
-        return _made_up(subject, count, f"the run's data cannot be read: {reason}")
+        return _made_up(inputs, count, f"the run's data cannot be read: {reason}")
     rows = list(data.validation[:count]) or [
         data.train[i] for i in range(min(count, len(data.train)))
     ]
@@ -248,26 +248,26 @@ def choose_rows(subject: Subject, count: int) -> tuple[list[Encoded], Choice]:
     return rows, Choice("compared on", f"{len(rows)} {kind} rows", data.facts["name"])
 
 
-def _prepare_rows(subject: Subject, config: TrainConfig) -> Prepared:
+def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> Prepared:
     """Return the rows of the run, whose config.yaml names their length."""
-    tokenizer = subject.tokenizer
+    tokenizer = inputs.tokenizer
     choose_chat_template(tokenizer, config.data.chat_template)
     choose_pad_token(tokenizer)
-    vocabulary = subject.config.get_text_config().vocab_size
-    bounds = Bounds(max_positions(subject.config))
+    vocabulary = inputs.config.get_text_config().vocab_size
+    bounds = Bounds(max_positions(inputs.config))
     context = EncodingContext(
-        subject.task, subject.kind, tokenizer, vocabulary, bounds, config.train.seed
+        inputs.task, inputs.kind, tokenizer, vocabulary, bounds, config.train.seed
     )
     return prepare_data(config.data, context, be_silent)
 
 
-def _made_up(subject: Subject, count: int, reason: str) -> tuple[list[Encoded], Choice]:
+def _made_up(inputs: MergeInput, count: int, reason: str) -> tuple[list[Encoded], Choice]:
     """Return rows of random tokens: what two equal models must agree on as well."""
     rng = random.Random(0)
-    size = min(len(subject.tokenizer), subject.config.get_text_config().vocab_size)
+    size = min(len(inputs.tokenizer), inputs.config.get_text_config().vocab_size)
     rows = []
     for index in range(count):
         ids = [rng.randrange(size) for _ in range(_MADE_UP_LENGTH)]
-        labels = subject.task.probe_labels(ids, subject.card.labels, subject.card.options)
+        labels = inputs.task.probe_labels(ids, inputs.card.labels, inputs.card.options)
         rows.append(Encoded(ids, labels, index))
     return rows, Choice("compared on", f"{count} rows of random tokens", reason)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ftlevel.errors import InputError, RunError, listing
-from ftlevel.merging.merge_input import Subject
+from ftlevel.merging.merge_input import MergeInput
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import build_task_model, load_model, load_tokenizer, rename_prefix
@@ -57,8 +57,8 @@ class Written:
 
 
 @dataclass
-class Fold:
-    """The base and the adapter, and what each tensor of the merged model is.
+class TensorMerger:
+    """Makes each tensor of the merged model of the base and the adapter.
 
     Attributes:
         checkpoint: the base's weights.
@@ -173,13 +173,16 @@ class Fold:
 
 
 def write_merged(
-    directory: Path, subject: Subject, dtype: str | None, rounding: Callable[[Any], Rounding] | None
+    directory: Path,
+    inputs: MergeInput,
+    dtype: str | None,
+    rounding: Callable[[Any], Rounding] | None,
 ) -> Written:
-    """Write the base of `subject` with its adapter merged in, as a plain model, to `directory`.
+    """Write the base of `inputs` with its adapter merged in, as a plain model, to `directory`.
 
     Args:
         directory: exists and is empty.
-        subject: the adapter and its base.
+        inputs: the adapter and its base.
         dtype: type of the weights; None keeps the base's.
         rounding: model on the meta device → how its weights were quantized in training; None
             merges into the base as it is.
@@ -188,72 +191,72 @@ def write_merged(
         InputError: a tensor of the adapter or of the base cannot be placed.
         RunError: the merge changed nothing.
     """
-    model = build_task_model(subject.config, subject.auto_class)
-    rounds = rounding(build_task_model(subject.config, subject.auto_class)) if rounding else None
-    checkpoint = _open(subject, model)
+    model = build_task_model(inputs.config, inputs.auto_class)
+    rounds = rounding(build_task_model(inputs.config, inputs.auto_class)) if rounding else None
+    checkpoint = _open(inputs, model)
     ties = tied_names(model)
     ignored = unsaved_names(model) - set(ties)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
-    heads = find_heads(model) if subject.card.heads else []
-    skeleton = build_skeleton(model, subject.directory)
-    fold = Fold(checkpoint, skeleton, shapes, DTYPES[dtype] if dtype else None, rounds)
-    fold.check_whole(heads, subject.source.name)
-    untied = _parted(fold, ties)
+    heads = find_heads(model) if inputs.card.heads else []
+    skeleton = build_skeleton(model, inputs.directory)
+    merger = TensorMerger(checkpoint, skeleton, shapes, DTYPES[dtype] if dtype else None, rounds)
+    merger.check_whole(heads, inputs.source.name)
+    untied = _are_untied(merger, ties)
     names = [n for n in shapes if n not in ties or untied or n in checkpoint.groups]
-    shards = _lay_out(fold, names)
+    shards = _plan_files(merger, names)
     size = write_files(directory, shards)
-    merged = sum(fold.adapts(name) for name in names)
-    if len(fold.unchanged) == merged or merged == 0:
+    merged = sum(merger.adapts(name) for name in names)
+    if len(merger.unchanged) == merged or merged == 0:
         raise RunError(
-            f"the merge changed nothing: the update of {subject.directory} is below the rounding "
-            f"of {str(fold.main_dtype).removeprefix('torch.')} in every tensor. Use --dtype "
+            f"the merge changed nothing: the update of {inputs.directory} is below the rounding "
+            f"of {str(merger.main_dtype).removeprefix('torch.')} in every tensor. Use --dtype "
             "float32, or train longer."
         )
-    _write_config(directory, subject, model, fold.main_dtype, untied=untied)
+    _write_config(directory, inputs, model, merger.main_dtype, untied=untied)
     return Written(
         sum(len(part.specs) for parts in shards.values() for part in parts),
-        merged, len(fold.unchanged), untied, checkpoint.unused, size,
-        str(fold.main_dtype).removeprefix("torch."),
+        merged, len(merger.unchanged), untied, checkpoint.unused, size,
+        str(merger.main_dtype).removeprefix("torch."),
     )  # fmt: skip
 
 
-def _open(subject: Subject, model: Any) -> Checkpoint:
+def _open(inputs: MergeInput, model: Any) -> Checkpoint:
     """Return the base's weights: in files, or of a .gguf file in memory."""
-    if subject.source.kind == "gguf":
+    if inputs.source.kind == "gguf":
         loaded, _ = load_model(
-            subject.source,
-            subject.config,
-            subject.auto_class,
-            dtype=DTYPES[subject.dtype],
+            inputs.source,
+            inputs.config,
+            inputs.auto_class,
+            dtype=DTYPES[inputs.dtype],
             device="cpu",
         )
         return checkpoint_in_memory(model, loaded)
-    mapping = rename_prefix(subject.config, subject.auto_class)
-    return open_checkpoint(subject.source, model, mapping)
+    mapping = rename_prefix(inputs.config, inputs.auto_class)
+    return open_checkpoint(inputs.source, model, mapping)
 
 
-def _parted(fold: Fold, ties: Mapping[str, str]) -> bool:
+def _are_untied(merger: TensorMerger, ties: Mapping[str, str]) -> bool:
     """Whether tensors that the base shares are no longer the same once the adapter is merged.
 
     An update of an embedding is not one of the output layer that shares its weights: PEFT adds it
     to the lookup only, and a merge into the shared tensor would be another model.
     """
     return any(
-        (fold.adapts(target) or fold.adapts(source))
-        and not torch.equal(fold.value(target), fold.value(source))
+        (merger.adapts(target) or merger.adapts(source))
+        and not torch.equal(merger.value(target), merger.value(source))
         for target, source in ties.items()
     )
 
 
-def _lay_out(fold: Fold, names: list[str]) -> dict[str, list[Part]]:
+def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Part]]:
     """Return the files to write: as the base's, with new tensors in the last one."""
     shards: dict[str, list[Part]] = defaultdict(list)
-    checkpoint, new = fold.checkpoint, []
+    checkpoint, new = merger.checkpoint, []
     for name in names:
         if name in checkpoint.groups:
-            shards[checkpoint.file(name) or _SINGLE] += _parts(fold, name)
+            shards[checkpoint.file(name) or _SINGLE] += _parts(merger, name)
         else:
-            new += _parts(fold, name)
+            new += _parts(merger, name)
     files = sorted(shards) or [_SINGLE]
     shards[files[-1]] += new
     if len(files) == 1:
@@ -261,18 +264,18 @@ def _lay_out(fold: Fold, names: list[str]) -> dict[str, list[Part]]:
     return {name: shards[name] for name in files}
 
 
-def _parts(fold: Fold, name: str) -> list[Part]:
+def _parts(merger: TensorMerger, name: str) -> list[Part]:
     """Return what is written for the tensor `name`: copied where it can be."""
-    model = fold.checkpoint.model
-    saved = as_saved(model, name, fold.spec(name).meta())
+    model = merger.checkpoint.model
+    saved = as_saved(model, name, merger.spec(name).meta())
     specs = {key: spec_of(tensor) for key, tensor in saved.items()}
-    if fold.checkpoint.holds(name) and fold.copied(name):
-        if len(specs) == 1 and (stored := fold.checkpoint.plain(name)) is not None:
+    if merger.checkpoint.holds(name) and merger.copied(name):
+        if len(specs) == 1 and (stored := merger.checkpoint.plain(name)) is not None:
             return [Part(specs, stored)]
-        if all(key in fold.checkpoint.stored for key in specs):
-            tensors = {key: fold.checkpoint.stored[key] for key in specs}
+        if all(key in merger.checkpoint.stored for key in specs):
+            tensors = {key: merger.checkpoint.stored[key] for key in specs}
             return [_copy(key, spec, tensors[key]) for key, spec in specs.items()]
-    return [Part(specs, lambda: as_saved(model, name, fold.value(name)))]
+    return [Part(specs, lambda: as_saved(model, name, merger.value(name)))]
 
 
 def _copy(key: str, spec: Spec, stored: Any) -> Part:
@@ -282,7 +285,7 @@ def _copy(key: str, spec: Spec, stored: Any) -> Part:
 
 
 def _write_config(
-    directory: Path, subject: Subject, model: Any, dtype: torch.dtype, *, untied: bool
+    directory: Path, inputs: MergeInput, model: Any, dtype: torch.dtype, *, untied: bool
 ) -> None:
     """Write what stands beside the weights, so that the directory is a model by itself."""
     config = model.config
@@ -292,9 +295,9 @@ def _write_config(
         config.tie_word_embeddings = False
         config.get_text_config().tie_word_embeddings = False
     config.save_pretrained(directory)
-    _write_tokenizer(directory, subject.tokens)
-    gguf = subject.source.kind == "gguf"
-    own = None if gguf else local_directory(subject.source) / "generation_config.json"
+    _write_tokenizer(directory, inputs.tokens)
+    gguf = inputs.source.kind == "gguf"
+    own = None if gguf else local_directory(inputs.source) / "generation_config.json"
     if own is not None and own.is_file():
         shutil.copyfile(own, directory / own.name)
     elif model.can_generate():

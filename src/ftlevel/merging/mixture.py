@@ -16,20 +16,20 @@ from ftlevel.artifacts.cards import CARD, read_card
 from ftlevel.config import MergeConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.merging.merge_input import Subject, find_adapter
-from ftlevel.methods.merging import read_peft_config
-from ftlevel.methods.mixing import (
+from ftlevel.merging.merge_input import MergeInput, find_adapter
+from ftlevel.methods.lora.mixing import (
     mix_exactly,
     mix_with_peft,
     why_not_mixable,
 )
+from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.loading import build_task_model
 
 
 def mix(
-    config: MergeConfig, subject: Subject, stack: contextlib.ExitStack
-) -> tuple[Subject, list[Choice]]:
-    """Return the subject whose adapter is the mixture of all of `config`, and what to say of it.
+    config: MergeConfig, inputs: MergeInput, stack: contextlib.ExitStack
+) -> tuple[MergeInput, list[Choice]]:
+    """Return the input whose adapter is the mixture of all of `config`, and what to say of it.
 
     A single adapter with weight 1 is returned as it is.
 
@@ -38,33 +38,33 @@ def mix(
     """
     weights = config.weights or [1.0] * len(config.adapters)
     if weights == [1.0]:
-        return subject, []
+        return inputs, []
     directories = [find_adapter(name)[0] for name in config.adapters]
     for name, directory in zip(config.adapters, directories, strict=True):
         reason = why_not_mixable(read_peft_config(directory))
         if reason is not None:
             raise InputError(f"{name} cannot be mixed: {reason}.")
-        _check_same_base(subject, name, directory)
+        _check_same_base(inputs, name, directory)
     mixture = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ftlevel-mixture-")))
     if config.strategy == "cat":
         mix_exactly(directories, weights, mixture)
     else:
-        _mix_with_peft(config, subject, directories, weights, mixture)
+        _mix_with_peft(config, inputs, directories, weights, mixture)
     shown = ", ".join(f"{w:g} × {n}" for w, n in zip(weights, config.adapters, strict=True))
     exact = "the weighted sum, exactly" if config.strategy == "cat" else "not the weighted sum"
-    return replace(subject, directory=mixture), [
+    return replace(inputs, directory=mixture), [
         Choice("mixture", shown, f"--strategy {config.strategy}: {exact}")
     ]
 
 
 def _mix_with_peft(
     config: MergeConfig,
-    subject: Subject,
+    inputs: MergeInput,
     directories: list[Path],
     weights: list[float],
     mixture: Path,
 ) -> None:
-    model = build_task_model(subject.config, subject.auto_class).to_empty(device="cpu")
+    model = build_task_model(inputs.config, inputs.auto_class).to_empty(device="cpu")
     try:
         mix_with_peft(model, directories, weights, mixture, config.strategy, config.density)
     except ValueError as error:
@@ -74,14 +74,14 @@ def _mix_with_peft(
         ) from None
 
 
-def _check_same_base(subject: Subject, name: str, directory: Path) -> None:
+def _check_same_base(inputs: MergeInput, name: str, directory: Path) -> None:
     """Refuse an adapter that was trained on other weights than the first one."""
     if not (directory / CARD).is_file():
         return
-    own, first = read_card(directory).base, subject.card.base
+    own, first = read_card(directory).base, inputs.card.base
     if own.get("fingerprint") != first.get("fingerprint"):
         raise InputError(
-            f"{name} was trained on {own.get('name')} and {subject.directory} on "
+            f"{name} was trained on {own.get('name')} and {inputs.directory} on "
             f"{first.get('name')}, whose weights are others. Their updates have no meaning for "
             "each other's base."
         )

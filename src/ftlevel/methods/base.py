@@ -1,10 +1,19 @@
-"""What a method is to the engine: how it finds its modules and how it becomes a `peft` config."""
+"""What a method is to the rest: its facts, how it gets onto a model, and what it does in a run.
+
+A method's own module fills in a `Method`. Every member but the facts and the rate is optional, and
+nobody outside asks which method it has in hand: what differs between methods is a member here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
+
+from ftlevel.config.choices import Choice
+from ftlevel.methods.facts import MethodFacts, Rule
 
 
 @dataclass(frozen=True)
@@ -35,41 +44,174 @@ class Base:
 
 
 @dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A base whose weights were quantized before this run.
+
+    Attributes:
+        name: of the model, as the user gave it.
+        form: by what it was quantized, as `GPTQ, 4-bit`.
+        kind: as in `--quant`; none where it is another library's form.
+    """
+
+    name: str
+    form: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class StartInputs:
+    """What a method may begin from, made only if it is asked for.
+
+    Attributes:
+        batches: gives the training rows in batches on the device, to be gone through as often as
+            one likes; each has a mask `supervised` (batch, seq) of the tokens that are learned.
+        float_weights: gives the way from a linear's name in the base to its weight (out, in)
+            before quantization, on the CPU.
+        device: torch device type.
+        dtype: compute precision's name.
+    """
+
+    batches: Callable[[], Any]
+    float_weights: Callable[[], Callable[[str], Any]]
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a method begins, where that is more than PEFT's default.
+
+    Attributes:
+        precision: spec and `--dtype` → the precision that the start needs, None for any; raises
+            ConfigError where the user wants another.
+        begin: model, spec and what it may begin from; mutates the model before it is trained.
+        rewrites_base: spec → whether the start is taken out of the base's weights, so that with
+            the adapter off the model is not what it was.
+        copy: untrained model → what `as_saved` needs of the start, by tensors' names.
+        as_saved: trained model and copied start → context that gives the state dict to save for
+            the untouched base; None saves the model as it is.
+        default: spec → the spec of the same shapes that begins as PEFT's default.
+    """
+
+    precision: Callable[[Any, str], Choice | None]
+    begin: Callable[[Any, Any, StartInputs], None]
+    rewrites_base: Callable[[Any], bool]
+    copy: Callable[[Any], dict[str, Any]]
+    as_saved: Callable[[Any, dict[str, Any]], AbstractContextManager[dict[str, Any] | None]]
+    default: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How an adapter of a method becomes part of the base's weights.
+
+    Attributes:
+        peft_types: what adapter_config.json calls its adapters, those of PEFT's own tuners for the
+            same method too.
+        into_weights: whether it can at all.
+        why_not: adapter_config.json → why this adapter cannot be merged and what to do, or None.
+        prepare: the adapter's `PeftConfig`, mutated before it is put onto the base: what only
+            training needs goes.
+        restore: the adapter on its base, and its config; mutated: what the file does not hold.
+    """
+
+    peft_types: tuple[str, ...] = ()
+    into_weights: bool = True
+    why_not: Callable[[Mapping[str, Any]], str | None] = lambda _: None
+    prepare: Callable[[Any], None] = lambda _: None
+    restore: Callable[[Any, Any], None] = lambda *_: None
+
+
+@dataclass(frozen=True)
+class StepSupport:
+    """What of the fast step a method goes with: spec → the reason against, empty for none.
+
+    Attributes:
+        fusing: why its linears are PEFT's; None where they are no LoRA in the first place.
+        packing: why rows need padding.
+        workers: what a forward pass changes in the model, so that two at once would meet.
+    """
+
+    fusing: Callable[[Any], str] | None = None
+    packing: Callable[[Any], str] = lambda _: ""
+    workers: Callable[[Any], str] = lambda _: ""
+
+
+def refuse_other_forms(_spec: Any, base: QuantizedCheckpoint) -> str | None:
+    """Return why only a plain LoRA goes onto weights that another library quantized."""
+    if base.kind != "none":
+        return None
+    return (
+        f"--model {base.name} is quantized by {base.form}, and on such weights PEFT has --method "
+        "lora alone. Use --method lora, or give the original model with --quant 4bit."
+    )
+
+
+@dataclass(frozen=True)
 class Method:
     """One PEFT method.
 
     Attributes:
-        build: spec and base → `peft.PeftConfig`.
+        facts: its rows of the table, in the order in which they are shown.
+        rules: the cells of the table where they do not work.
+        rate: peak learning rate where the user gives none, or spec → it.
+        build: spec and base → `peft.PeftConfig`; None where the model itself is trained.
+        unfreeze: spec, base and frozen model → nothing; in place of `build`, mutates the model.
+        trains_base: spec → whether the base's own weights are trained.
+        register: makes PEFT know a tuner of our own; a second call does nothing. Imports peft.
         find_targets: spec and meta model → full names of the modules it adapts, sorted; None where
             the spec's `target_modules` are linears that the user names.
-        targets_linears: whether `--target-modules` applies.
-        describe: spec → its settings in a line, for the screen.
-        refuse: spec, model config, kind of model, task and quantization → why the method cannot be
-            used there and the nearest thing that works, in sentences that follow `--method NAME: `;
-            None where it can. Asked before weights load.
-        positions: spec → positions of the model that the method takes from the text.
-        prepare: the model that the method was put onto, mutated before it is trained.
-        finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
-        adapts: `norms` where it trains every norm outside the heads.
         check: spec and the input width of each linear that it adapts → nothing; raises ConfigError
             where they do not fit.
         count: spec and (in, out) of each linear that it adapts → how many parameters it trains;
             None where only PEFT can say.
+        describe: spec → its settings in a line, for the screen.
+        refuse: spec, model config, kind of model, task and quantization → why the method cannot be
+            used there and the nearest thing that works, in sentences that follow `--method NAME: `;
+            None where it can. Asked before weights load.
+        refuse_quantized: spec and a base that was quantized before → the same, as a whole message.
+        positions: spec → positions of the model that the method takes from the text.
+        prepare: the model that the method was put onto, mutated before it is trained.
+        start: how it begins, where that is more than PEFT's default.
+        optimizer: spec, model and `TrainingArguments` → the optimizer; None leaves it to Trainer.
+        callbacks: spec, directory of checkpoints, and whether this process writes to it → what the
+            method does between steps.
         penalty: trained model → what is added to the loss of an optimizer step.
+        finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
+        step: what of the fast step it goes with.
+        merging: how it becomes part of the weights.
     """
 
-    build: Callable[[Any, Base], Any]
+    facts: tuple[MethodFacts, ...]
+    rate: float | Callable[[Any], float]
+    build: Callable[[Any, Base], Any] | None
+    rules: tuple[Rule, ...] = ()
+    unfreeze: Callable[[Any, Base, Any], None] | None = None
+    trains_base: Callable[[Any], bool] = lambda _: False
+    register: Callable[[], None] | None = None
     find_targets: Callable[[Any, Any], list[str]] | None = None
-    targets_linears: bool = True
-    describe: Callable[[Any], str] | None = None
-    refuse: Callable[[Any, Any, str, str, str], str | None] | None = None
-    positions: Callable[[Any], int] | None = None
-    prepare: Callable[[Any], None] | None = None
-    finish: Callable[[Any], None] | None = None
-    adapts: Literal["linears", "norms"] = "linears"
     check: Callable[[Any, Mapping[str, int]], None] | None = None
     count: Callable[[Any, Mapping[str, tuple[int, int]]], int | None] | None = None
+    describe: Callable[[Any], str] | None = None
+    refuse: Callable[[Any, Any, str, str, str], str | None] | None = None
+    refuse_quantized: Callable[[Any, QuantizedCheckpoint], str | None] = refuse_other_forms
+    positions: Callable[[Any], int] | None = None
+    prepare: Callable[[Any], None] | None = None
+    start: Start | None = None
+    optimizer: Callable[[Any, Any, Any], Any] | None = None
+    callbacks: Callable[[Any, Path, bool], list[Any]] | None = None
     penalty: Callable[[Any], Any] | None = None
+    finish: Callable[[Any], None] | None = None
+    step: StepSupport = StepSupport()
+    merging: Merging = Merging()
+
+    def learning_rate(self, spec: Any) -> float:
+        """Return the peak learning rate where the user gives none."""
+        return self.rate(spec) if callable(self.rate) else self.rate
+
+    def rewrites_base(self, spec: Any) -> bool:
+        """Return whether the base without the adapter is not what it was before."""
+        return self.start is not None and self.start.rewrites_base(spec)
 
 
 def whole(number: float) -> int | float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ftlevel.config.methods import Ia3Spec
+from ftlevel.config.methods.ia3 import Ia3Spec
 from ftlevel.config.sections import Section
-from ftlevel.methods.base import Base, Method
+from ftlevel.methods.base import Base, Merging, Method
+from ftlevel.methods.facts import MERGES, MethodFacts
 
 # Ends of names, over all families. Keys and values, or one linear of query, key and value:
 _KEY_VALUE = re.compile(
@@ -50,4 +51,16 @@ def build(spec: Ia3Spec, base: Base) -> Any:
     )
 
 
-METHOD = Method(build, find_targets)
+_METHOD = Method(
+    (
+        MethodFacts(
+            "ia3", "ia3", "--method ia3", "a factor for each key, value and inner feature", MERGES,
+            "Liu et al., 2022, arXiv:2205.05638", 614_400,
+        ),
+    ),
+    rate=3e-3,  # (IA)³'s recipe, T-Few
+    build=build,
+    find_targets=find_targets,
+    merging=Merging(("IA3",)),
+)  # fmt: skip
+METHODS = {"ia3": _METHOD}

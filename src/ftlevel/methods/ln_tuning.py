@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftlevel.config.methods import LnTuningSpec
-from ftlevel.methods.base import Base, Method
+from ftlevel.config.methods.ln_tuning import LnTuningSpec
+from ftlevel.methods.base import Base, Merging, Method
+from ftlevel.methods.facts import MERGES, MethodFacts
 
 
 def build(spec: LnTuningSpec, base: Base) -> Any:
@@ -19,4 +20,23 @@ def build(spec: LnTuningSpec, base: Base) -> Any:
     )
 
 
-METHOD = Method(build, targets_linears=False, adapts="norms")
+def find_targets(_spec: LnTuningSpec, model: Any) -> list[str]:
+    """Return the full names of all norms of `model` outside its heads, sorted."""
+    from ftlevel.models.module_tree import ModuleTree
+
+    return sorted(ModuleTree(model).norm_names())
+
+
+_METHOD = Method(
+    (
+        MethodFacts(
+            "ln-tuning", "ln-tuning", "--method ln-tuning", "the norm layers", MERGES,
+            "Zhao et al., 2024, arXiv:2312.11420", 266_240,
+        ),
+    ),
+    rate=1e-3,
+    build=build,
+    find_targets=find_targets,
+    merging=Merging(("LN_TUNING",)),
+)  # fmt: skip
+METHODS = {"ln-tuning": _METHOD}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftlevel.config.methods import LohaSpec, LokrSpec
-from ftlevel.methods.base import Base, Method, whole
+from ftlevel.config.methods.lycoris import LohaSpec, LokrSpec
+from ftlevel.methods.base import Base, Merging, Method, whole
+from ftlevel.methods.facts import CONV1D, MERGES, MethodFacts, Rule, rows
 
 
 def build_loha(spec: LohaSpec, base: Base) -> Any:
@@ -39,5 +40,38 @@ def build_lokr(spec: LokrSpec, base: Base) -> Any:
     )
 
 
-LOHA = Method(build_loha)
-LOKR = Method(build_lokr)
+_RULES = (
+    Rule(
+        rows("loha", "lokr"), "its linears are Conv1D, which PEFT does not take here",
+        "Use --method lora.", families=CONV1D, quants=frozenset({"none"}),
+    ),
+    Rule(
+        rows("loha", "lokr"), "PEFT multiplies the update with packed 4-bit weights",
+        "Use --quant 8bit, or --method lora.", quants=frozenset({"4bit"}),
+    ),
+)  # fmt: skip
+_LOHA = Method(
+    (
+        MethodFacts(
+            "loha", "loha", "--method loha", "a product of two low-rank updates", MERGES,
+            "Hyeon-Woo et al., 2022, arXiv:2108.06098", 39_976_960,
+        ),
+    ),
+    rate=1e-3,
+    build=build_loha,
+    rules=_RULES,
+    merging=Merging(("LOHA",)),
+)  # fmt: skip
+_LOKR = Method(
+    (
+        MethodFacts(
+            "lokr", "lokr", "--method lokr", "a Kronecker product as update", MERGES,
+            "Yeh et al., 2024, arXiv:2309.14859", 1_331_200,
+        ),
+    ),
+    rate=1e-3,
+    build=build_lokr,
+    rules=_RULES,
+    merging=Merging(("LOKR",)),
+)  # fmt: skip
+METHODS = {"loha": _LOHA, "lokr": _LOKR}

@@ -11,30 +11,27 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftlevel.errors import InputError, listing
-from ftlevel.methods.peft_types import ensure_registered
-from ftlevel.methods.upstream import merge_layer, restore_ranks
+from ftlevel.methods import METHODS, ensure_registered
+from ftlevel.methods.base import Merging
+from ftlevel.methods.upstream import merge_layer
 
 WEIGHTS = "adapter_model.safetensors"
-ADAPTER = "default"
 
-MERGED = ("LORA", "ADALORA", "IA3", "VERA", "OFT", "BOFT", "LOHA", "LOKR", "LN_TUNING")
-"""PEFT types that become part of the base's weights."""
-
-_VIRTUAL = ("PREFIX_KV", "SOFT_PROMPT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING",
-            "MULTITASK_PROMPT_TUNING", "CPT")  # fmt: skip
-_LORA_ALONE = {
-    "layer_replication": "it repeats layers, so it is another architecture",
-    "alora_invocation_tokens": "it acts only after its invocation tokens",
-    "arrow_config": "it routes each token among adapters",
-    "megatron_config": "it is laid out for Megatron",
-    "use_bdlora": "it is laid out in blocks over several devices",
+BY_PEFT_TYPE: dict[str, Merging] = {
+    peft_type: method.merging
+    for method in METHODS.values()
+    for peft_type in method.merging.peft_types
 }
+"""PEFT type → how adapters of it are merged, or why not."""
+
+MERGED = tuple(name for name, merging in BY_PEFT_TYPE.items() if merging.into_weights)
+"""PEFT types that become part of the base's weights."""
 
 
 def read_peft_config(directory: Path) -> dict[str, Any]:
@@ -51,26 +48,15 @@ def read_peft_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def why_not_mergeable(config: dict[str, Any]) -> str | None:
+def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
     """Return why an adapter of `config` cannot be merged and what to do, or None if it can."""
     kind = str(config.get("peft_type"))
-    if kind == "BOTTLENECK":
-        from ftlevel.methods.bottleneck.layer import CANNOT_MERGE
-
-        return CANNOT_MERGE
-    if kind in _VIRTUAL:
-        from ftlevel.methods.virtual_tokens import CANNOT_MERGE as CANNOT_MERGE_TOKENS
-
-        return CANNOT_MERGE_TOKENS
-    if kind not in MERGED:
+    if kind not in BY_PEFT_TYPE:
         return (
             f"PEFT type {kind} has not been tried. Merged are {listing(MERGED)}; for others use "
             "merge_and_unload of PEFT."
         )
-    for key, reason in _LORA_ALONE.items():
-        if config.get(key):
-            return f"{key} is set: {reason}, and no plain weight can hold that. Keep the adapter."
-    return None
+    return BY_PEFT_TYPE[kind].why_not(config)
 
 
 @dataclass(frozen=True)
@@ -138,15 +124,12 @@ def build_skeleton(model: Any, directory: Path) -> Skeleton:
         warnings.simplefilter("ignore")
         config = PeftConfig.from_pretrained(str(directory))
         config.inference_mode = True
-        if str(config.peft_type.value) == "ADALORA":
-            config.rank_pattern = None  # the file holds the ranks that are left
-        if hasattr(config, "init_lora_weights"):
-            config.init_lora_weights = True  # how it began does not matter any more
+        merging = BY_PEFT_TYPE[str(config.peft_type.value)]
+        merging.prepare(config)
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
         tensors = load_file(str(directory / WEIGHTS))
         _load(adapted, tensors, directory)
-    if str(config.peft_type.value) == "ADALORA":
-        restore_ranks(adapted, ADAPTER, config.init_r)
+    merging.restore(adapted, config)
     base = adapted.get_base_model()
     units = dict(_find_units(base))
     supplied = {

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ftlevel.config.methods import BoftSpec, OftSpec
+from ftlevel.config.methods.orthogonal import BoftSpec, OftSpec
 from ftlevel.errors import ConfigError, listing
-from ftlevel.methods.base import Base, Method
+from ftlevel.methods.base import Base, Merging, Method
+from ftlevel.methods.facts import CONV1D, MERGES, MethodFacts, Rule, rows
 
 
 def build_oft(spec: OftSpec, base: Base) -> Any:
@@ -71,5 +72,37 @@ def _check_blocks(field: str, size: int, widths: Mapping[str, int]) -> None:
     )
 
 
-OFT = Method(build_oft, check=check_oft)
-BOFT = Method(build_boft, check=check_boft)
+_RULES = (
+    Rule(
+        rows("oft", "boft"), "its linears are Conv1D, which PEFT has no rotation for",
+        "Use --method lora, or --quant 4bit, which makes them linears.",
+        families=CONV1D, quants=frozenset({"none"}),
+    ),
+)  # fmt: skip
+_OFT = Method(
+    (
+        MethodFacts(
+            "oft", "oft", "--method oft", "a rotation of every linear's input", MERGES,
+            "Qiu et al., 2023, arXiv:2306.07280; 2025, arXiv:2506.19847", 17_649_664,
+        ),
+    ),
+    rate=4e-4,
+    build=build_oft,
+    rules=_RULES,
+    check=check_oft,
+    merging=Merging(("OFT",)),
+)  # fmt: skip
+_BOFT = Method(
+    (
+        MethodFacts(
+            "boft", "boft", "--method boft", "a rotation of every linear's input, in small blocks",
+            MERGES, "Liu et al., 2024, arXiv:2311.06243", 5_914_624,
+        ),
+    ),
+    rate=4e-4,
+    build=build_boft,
+    rules=_RULES,
+    check=check_boft,
+    merging=Merging(("BOFT",)),
+)  # fmt: skip
+METHODS = {"oft": _OFT, "boft": _BOFT}

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar, NoReturn
 
+VIRTUAL_TOKENS = (
+    "Virtual tokens are inputs and not weights, so no weight of the base model can hold them and "
+    "they cannot be merged. Keep the adapter beside the base, or train with a method that merges, "
+    "such as --method lora."
+)
+
 
 class UnmergeableLayer:
     """A layer that refuses; it stands before `BaseTunerLayer` among the bases.

@@ -31,7 +31,7 @@ FACTS = (
          "PEFT's experimental door for layers of one's own"),
     Fact("Linear._hf_tp_plan", _PEFT, "peft/tuners/lora/model.py",
          "marks a linear that is cut over several devices"),
-    # subclassed in fast/layers/low_rank
+    # subclassed in fast/layers/fused_lora
     Fact("LoraLayer.lora_variant", _PEFT, _LORA, "whether it is DoRA or another form of LoRA"),
     Fact("LoraLayer.lora_bias", _PEFT, _LORA, "whether B has a bias"),
     Fact("lora.Linear4bit", _PEFT, "peft/tuners/lora/bnb.py", "LoRA of a 4-bit linear"),
@@ -91,14 +91,25 @@ def merge_layer(layer: Any) -> Any:
     return layer.get_base_layer()
 
 
-def restore_ranks(adapted: Any, adapter: str, rank: int) -> None:
-    """Set what AdaLoRA divides by: the rank that it began with (mutated)."""
+def freeze_ranks(model: Any) -> None:
+    """Freeze the rank that AdaLoRA's update is divided by (in place).
+
+    On a base that is not in float32 PEFT 0.21 leaves it trainable, and does not save it.
+    """
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.float()
+
+
+def restore_ranks(adapted: Any, config: Any) -> None:
+    """Set what AdaLoRA divides by, which is not saved: the rank at the start (mutated)."""
     import torch
 
     for module in adapted.modules():
         if hasattr(module, "ranknum"):
-            number = torch.full((1,), float(rank))
-            module.ranknum[adapter] = torch.nn.Parameter(number, requires_grad=False)
+            rank = torch.full((1,), float(config.init_r))
+            module.ranknum["default"] = torch.nn.Parameter(rank, requires_grad=False)
 
 
 def importance_scores(model: Any) -> dict[str, dict[str, Any]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftlevel.config.methods import VeraSpec
-from ftlevel.methods.base import Base, Method
+from ftlevel.config.methods.vera import VeraSpec
+from ftlevel.methods.base import Base, Merging, Method
+from ftlevel.methods.facts import MERGES, MethodFacts
 
 
 def build(spec: VeraSpec, base: Base) -> Any:
@@ -25,4 +26,15 @@ def build(spec: VeraSpec, base: Base) -> Any:
     )
 
 
-METHOD = Method(build)
+_METHOD = Method(
+    (
+        MethodFacts(
+            "vera", "vera", "--method vera", "two vectors beside every linear", MERGES,
+            "Kopiczko et al., 2024, arXiv:2310.11454", 1_417_216,
+        ),
+    ),
+    rate=4e-3,  # within the range of VeRA's on GLUE
+    build=build,
+    merging=Merging(("VERA",)),
+)  # fmt: skip
+METHODS = {"vera": _METHOD}

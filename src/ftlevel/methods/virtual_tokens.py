@@ -13,21 +13,15 @@ from typing import Any, ClassVar
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ftlevel.methods.unmergeable import UnmergeableLayer, UnmergeableTuner
+from ftlevel.methods.unmergeable import VIRTUAL_TOKENS, UnmergeableLayer, UnmergeableTuner
 
 _DEEPEST_SUFFIX = 3
-
-CANNOT_MERGE = (
-    "Virtual tokens are inputs and not weights, so no weight of the base model can hold them and "
-    "they cannot be merged. Keep the adapter beside the base, or train with a method that merges, "
-    "such as --method lora."
-)
 
 
 class VirtualTokenLayer(UnmergeableLayer, nn.Module, BaseTunerLayer):
     """The virtual tokens of one module, by the names of the adapters they belong to."""
 
-    cannot_merge = CANNOT_MERGE
+    cannot_merge = VIRTUAL_TOKENS
 
     # What PEFT's mixin has, to type checkers that read none of its types.
     active_adapters: Any

@@ -16,7 +16,6 @@ import torch
 from ftlevel.errors import ConfigError
 from ftlevel.models.upstream.quantizers import pack_by_torchao
 
-SUFFIX = "-torchao"
 INSTALL = "pip install 'ftlevel[torchao]'"
 _CONFIGS = {"int8-torchao": "Int8WeightOnlyConfig", "float8-torchao": "Float8WeightOnlyConfig"}
 

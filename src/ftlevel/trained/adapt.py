@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from ftlevel.config import FullSpec, MethodConfig
+from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.methods import METHODS, Base, ensure_registered
-from ftlevel.methods.lora_start import as_plain_lora
 from ftlevel.models.integrity import check_finite
 
 
@@ -26,25 +25,24 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
         model: the loaded base (mutated by PEFT), or its shape on the meta device.
         method: the method's spec.
         base: facts of the model; its targets are full names of modules.
-        fused: train LoRA by layers that compute base and update in one node.
+        fused: train LoRA by layers that compute base and update in one fused function.
 
     Raises:
         ConfigError: PEFT does not put it on these modules.
     """
-    if isinstance(method, FullSpec):
-        model.requires_grad_(not method.freeze_base)
-        for name in base.heads if method.freeze_base else ():
-            model.get_submodule(name).requires_grad_(True)
+    own = METHODS[method.kind]
+    if own.build is None:
+        if own.unfreeze is not None:
+            own.unfreeze(method, base, model)
         return model
     from peft import get_peft_model
 
-    from ftlevel.fast.layers.low_rank import (
+    from ftlevel.fast.layers.fused_lora import (
         register_fused_layers,  # PEFT's layers import bitsandbytes
     )
 
     compact = replace(base, targets=compact_targets(model, base.targets))
     shape_only = next(model.parameters()).is_meta
-    own = METHODS[method.kind]
     config = own.build(method, compact)
     if fused:
         register_fused_layers(config)
@@ -99,7 +97,7 @@ def _peft_version() -> str:
 
 def finish_method(model: Any, method: MethodConfig) -> None:
     """Take from the trained `model` what only training needed (mutated)."""
-    finish = None if isinstance(method, FullSpec) else METHODS[method.kind].finish
+    finish = METHODS[method.kind].finish
     if finish is not None:
         finish(model)
 
@@ -134,15 +132,23 @@ def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]
     return sorted(wanted)
 
 
-def save_adapter(model: Any, directory: Path, start: dict[str, Any]) -> None:
+def copy_start(model: Any, method: MethodConfig) -> dict[str, Any]:
+    """Return what `save_adapter` needs of an untrained `model`, empty if its start is lost."""
+    start = METHODS[method.kind].start
+    return start.copy(model) if start else {}
+
+
+def save_adapter(model: Any, method: MethodConfig, directory: Path, begun: dict[str, Any]) -> None:
     """Write the adapter of `model`, to be used on the untouched base.
 
     Args:
         model: a trained PEFT model.
+        method: the method's spec.
         directory: where to.
-        start: what `copy_start` returned before training.
+        begun: what `copy_start` returned before training.
     """
-    with as_plain_lora(model, start) as state:
+    start = METHODS[method.kind].start
+    with start.as_saved(model, begun) if start else contextlib.nullcontext() as state:
         # "auto" would ask the Hub whether the vocabulary was resized.
         more = {} if state is None else {"state_dict": state}
         model.save_pretrained(str(directory), save_embedding_layers=False, **more)

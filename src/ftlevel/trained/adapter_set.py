@@ -19,7 +19,7 @@ from ftlevel.trained.load import (
     check_base,
     find_trained,
     load_found,
-    settle_stored,
+    resolve_stored,
 )
 from ftlevel.trained.plain_peft import ADAPTER_CONFIG
 
@@ -166,7 +166,7 @@ def _adapters_in(directory: Path) -> dict[str, Path]:
 def _onto(base: Found, found: Found) -> Found:
     """Return `found` to be put onto the model that the user named."""
     check_base(base.source, found.card, _directory(found))
-    return settle_stored(replace(found, source=base.source))
+    return resolve_stored(replace(found, source=base.source))
 
 
 def _directory(found: Found) -> Path:

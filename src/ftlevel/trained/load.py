@@ -14,7 +14,7 @@ from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.data.encoding.pad_token import choose_pad_token
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.errors import InputError
-from ftlevel.models.hardware import DTYPES, choose_device
+from ftlevel.models.hardware import DTYPES
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import (
     check_missing,
@@ -83,16 +83,6 @@ class Trained:
         return hasattr(self.model, "peft_config")
 
 
-def load_trained(name: str, device_wish: str = "auto") -> Trained:
-    """Load the run, adapter or model called `name`, to be used as it was trained.
-
-    Raises:
-        InputError: it is not there, its base is not the one it was trained on, or it is damaged.
-    """
-    device = choose_device(device_wish).value
-    return load_found(find_trained(name, device), device)
-
-
 @dataclass(frozen=True)
 class Found:
     """What a name means, before weights load.
@@ -129,10 +119,10 @@ def find_trained(name: str, device: str, task: str | None = None, said: str = ""
         InputError: it is not there, its base is not the one it was trained on, or another `task`
             is asked of it.
     """
-    return settle_stored(_find(name, device, task, said or name))
+    return resolve_stored(_find(name, device, task, said or name))
 
 
-def settle_stored(found: Found) -> Found:
+def resolve_stored(found: Found) -> Found:
     """Return `found` with a card that says how its weights are stored, whoever quantized them."""
     stored = None if found.source.kind == "gguf" else stored_quantization(load_config(found.source))
     if stored is None:

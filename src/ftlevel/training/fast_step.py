@@ -9,7 +9,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.events import Listener
 from ftlevel.fast.step import FastStep
-from ftlevel.training.plan.resolve import Plan
+from ftlevel.training.plan.plan import Plan
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import StepVerifier, Verified
 
@@ -23,17 +23,18 @@ def speed_up(
     """
     if not plan.fast.enabled:
         return None, None
-    fast, pad_id = FastStep(model, plan.fast), plan.tokenizer.pad_token_id
-    tried = (plan.data.train, pad_id, plan.device, plan.dtype)
-    for reason in (*fast.check(*tried), fast.check_head(plan.objective, *tried)):
+    fast, pad_id = FastStep(model, plan.fast), plan.model.pad_id
+    machine = plan.model.device, plan.model.dtype
+    tried = (plan.data.train, pad_id, *machine)
+    for reason in (*fast.check(*tried), fast.check_cross_entropy(plan.objective, *tried)):
         if reason:
-            listener.warn(f"{plan.model_config.model_type}: {reason}.")
-    fast.find_unread(plan.objective, *tried)
+            listener.warn(f"{plan.model.family}: {reason}.")
+    fast.prune_last_layer(plan.objective, *tried)
     if not config.speed.verify:
         return fast, None
     listener.stage("compute the first steps the plain way and the fast way")
     rows = config.train.per_device_train_batch_size
-    verify = StepVerifier(model, fast, plan.objective, pad_id, rows, plan.device, plan.dtype)
+    verify = StepVerifier(model, fast, plan.objective, pad_id, rows, *machine)
     verified = verify(plan.data.train, rows * config.train.gradient_accumulation_steps)
     apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
     listener.choices("verify-fast", [Choice(f"{verified.steps} steps", apart)])
@@ -48,12 +49,12 @@ def describe_speed(trainer: FtlevelTrainer, verified: Verified | None) -> dict[s
     return {
         "fast": True,
         "packed": plan.packs,
-        "head_on_targets": plan.heads,
-        "prefixes_shared": plan.shares,
-        "norms_and_gates_fused": trainer.fast.elementwise.count if trainer.fast.elementwise else 0,
-        "linears_of_last_block_on_read_tokens": trainer.fast.skipping,
-        "passes_at_once": plan.lanes,
-        "tokens_per_pass": plan.tokens // plan.lanes,
+        "chunked_cross_entropy": plan.chunked_cross_entropy,
+        "prefixes_shared": plan.prefix_tree,
+        "fused_norms_and_glus": trainer.fast.norm_glu.count if trainer.fast.norm_glu else 0,
+        "pruned_linears": trainer.fast.pruned_linears,
+        "parallel_workers": plan.workers,
+        "tokens_per_micro_batch": plan.tokens // plan.workers,
         "tokens_computed": trainer.tokens_computed,
         "tokens_in_rows": int(trainer.tokens_seen),
         "verified": asdict(verified) if verified else None,

@@ -1,42 +1,61 @@
-"""The base of a run: what a method is told of it, its weights, and where LoRA starts in it."""
+"""The model of a run: its weights, its method on it, and what that may begin from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ftlevel.config import LoraSpec, QuantConfig, TrainConfig
-from ftlevel.methods import Base
-from ftlevel.methods.loftq import start_from_residual
+from ftlevel.config import QuantConfig, TrainConfig
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.events import Listener
+from ftlevel.fast.plan.fused_lora import uses_fused_layers
+from ftlevel.fast.step import FastStep
+from ftlevel.methods import METHODS
+from ftlevel.methods.base import StartInputs
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model
 from ftlevel.models.quantization import build_quantization_config
-from ftlevel.trained.adapt import train_in_float32
-from ftlevel.training.arguments import count_steps
-from ftlevel.training.eva import start_from_data
-from ftlevel.training.plan.resolve import Plan
+from ftlevel.trained.adapt import apply_method, copy_start, train_in_float32
+from ftlevel.training.fast_step import speed_up
+from ftlevel.training.plan.plan import Plan, PlannedModel
+from ftlevel.training.verify import Verified
 
 
-def base_of(config: TrainConfig, plan: Plan) -> Base:
-    """Return what a method must know of the model that it is put onto."""
-    return Base(
-        config=plan.model_config,
-        kind=plan.kind,
-        task_type=plan.task.peft_types.get(plan.kind),
-        targets=plan.targets,
-        heads=plan.heads,
-        fan_in_fan_out=plan.fan_in_fan_out,
-        total_steps=count_steps(config.train, len(plan.data.train)),
-        tokenizer=plan.tokenizer,
-        parameters=plan.parameters,
-    )
+@dataclass(frozen=True)
+class Adapted:
+    """A model that is ready to be trained.
+
+    Attributes:
+        model: the base with the method on it.
+        start: how it began, where that is lost in training.
+        fast: the fast step that is on it, if any.
+        verified: how far that is from the plain one, where it was asked for.
+    """
+
+    model: Any
+    start: dict[str, Any]
+    fast: FastStep | None
+    verified: Verified | None
 
 
-def load_base(config: TrainConfig, plan: Plan) -> Any:
-    """Load the base model of `plan` for training; new heads are drawn from the seed.
+def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted:
+    """Load the base, put the method onto it and the fast step onto both."""
+    fused = uses_fused_layers(config, plan.model.device)
+    base = load_base(config, plan.model)
+    model = apply_method(base, config.method, plan.base, fused=fused)
+    prepare_start(model, config, plan)
+    fast, verified = speed_up(model, config, plan, listener)
+    return Adapted(model, copy_start(model, config.method), fast, verified)
+
+
+def load_base(config: TrainConfig, planned: PlannedModel) -> Any:
+    """Load the base model for training; new heads are drawn from the seed.
 
     Raises:
         InputError: its weights are damaged, or it lacks some.
@@ -44,46 +63,68 @@ def load_base(config: TrainConfig, plan: Plan) -> Any:
     from transformers import set_seed
 
     set_seed(config.train.seed)
-    full = config.method.kind == "full"
-    dtype = DTYPES["float32" if full else plan.dtype]
+    whole = METHODS[config.method.kind].build is None
+    compute = DTYPES[planned.dtype]
     model, missing = load_model(
-        plan.source,
-        plan.model_config,
-        plan.auto_class,
-        dtype=dtype,
-        device=plan.device,
-        quantization=build_quantization_config(plan.quant, DTYPES[plan.dtype], plan.heads),
+        planned.source,
+        planned.config,
+        planned.auto_class,
+        dtype=DTYPES["float32"] if whole else compute,
+        device=planned.device,
+        quantization=build_quantization_config(planned.quant, compute, planned.heads),
         attn_implementation=config.model.attn_implementation,
     )
-    check_missing(missing, plan.new_modules, plan.source.words)
+    check_missing(missing, planned.new_modules, planned.source.words)
     return model
 
 
 def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
-    """Give LoRA its start from the training rows (eva) or from the float weights (loftq; mutated).
-
-    For loftq the float model is held beside the quantized one until its start is set.
-    """
-    init = config.method.init_lora_weights if isinstance(config.method, LoraSpec) else "default"
-    if init == "loftq":
-        start_from_residual(model, float_weights(config, plan))
-    if init != "eva":
+    """Let the method begin where it does, which may need rows or the float weights (mutated)."""
+    start = METHODS[config.method.kind].start
+    if start is None:
         return
-    start_from_data(
-        model,
-        plan.data.train,
-        pad_id=plan.tokenizer.pad_token_id,
-        batch_size=config.train.per_device_train_batch_size,
-        seed=config.train.seed,
-        device=plan.device,
-        dtype=plan.dtype,
+    size, seed = config.train.per_device_train_batch_size, config.train.seed
+    pad_id, device = plan.model.pad_id, plan.model.device
+    inputs = StartInputs(
+        batches=lambda: ShuffledBatches(plan.data.train, pad_id, size, seed, device),
+        float_weights=lambda: float_weights(config, plan.model),
+        device=device,
+        dtype=plan.model.dtype,
     )
+    start.begin(model, config.method, inputs)
     train_in_float32(model)
 
 
-def float_weights(config: TrainConfig, plan: Plan) -> Callable[[str], torch.Tensor]:
+class ShuffledBatches:
+    """The rows in one random order, collated; begins anew whenever it is gone through.
+
+    A batch has a mask `supervised` of its tokens that are real and, in generation, learned.
+    """
+
+    def __init__(
+        self, rows: Sequence[Encoded], pad_id: int, size: int, seed: int, device: str
+    ) -> None:
+        self.rows = list(rows)
+        random.Random(seed).shuffle(self.rows)
+        self.size, self.device = size, device
+        self.collate = Collator(pad_id)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.size)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(0, len(self.rows), self.size):
+            batch = self.collate(self.rows[start : start + self.size])
+            batch = {name: value.to(self.device) for name, value in batch.items()}
+            mask, labels = batch["attention_mask"].bool(), batch.get("labels")
+            if labels is not None and labels.shape == mask.shape:
+                mask &= labels != IGNORED
+            yield {**batch, "supervised": mask}
+
+
+def float_weights(config: TrainConfig, planned: PlannedModel) -> Callable[[str], torch.Tensor]:
     """Return the way from a linear's name to its weight (out, in) before quantization."""
-    base = load_base(config, replace(plan, device="cpu", quant=QuantConfig()))
+    base = load_base(config, replace(planned, device="cpu", quant=QuantConfig()))
 
     def weight_of(name: str) -> torch.Tensor:
         linear = base.get_submodule(name)

@@ -105,7 +105,7 @@ def started_processes() -> Processes:
     return Processes(count, rank, local)
 
 
-def settle_processes(config: TrainConfig, processes: Processes, rows_only: bool) -> TrainConfig:
+def resolve_processes(config: TrainConfig, processes: Processes, rows_only: bool) -> TrainConfig:
     """Return `config` with the number of processes that there are; None stands for one.
 
     Args:
@@ -123,7 +123,7 @@ def settle_processes(config: TrainConfig, processes: Processes, rows_only: bool)
             f"started. Run it by the ftlevel program, which starts them, or by torchrun "
             f"--nproc-per-node {wish} -m ftlevel train …"
         )
-    settled = wish if rows_only else count
-    number = None if settled in (None, 1) else settled
+    number = wish if rows_only else count
+    number = None if number == 1 else number
     train = config.train.model_copy(update={"num_processes": number})
     return config.model_copy(update={"train": train})

@@ -11,14 +11,19 @@ from typing import Any
 
 import torch
 
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError, listing
-from ftlevel.methods.lora_start import starts_inside_base
+from ftlevel.methods import METHODS
 from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import load_adapter
+from ftlevel.training.callbacks.gradient_proof import GradientProof
+from ftlevel.training.model import load_base
+from ftlevel.training.plan.plan import Plan
 
 PROBE_ROWS = 4
 
@@ -45,6 +50,29 @@ class Proof:
     reload_difference: float
     adapter_effect: float
     probe_rows: int
+
+
+def prove(
+    model: Any, config: TrainConfig, plan: Plan, run: RunDirectory, gradients: GradientProof
+) -> Proof:
+    """Compare what `run` has saved with `model`, as it was trained.
+
+    Raises:
+        RunError: it is not what was trained, or nothing was.
+    """
+    planned, rows = plan.model, plan.data.validation or plan.data.train
+    batch = probe_batch(rows, planned.pad_id, planned.device, plan.objective, planned.vocabulary)
+    frozen, difference, effect = check_saved(
+        model,
+        run.adapter,
+        lambda: load_base(config, planned),
+        Probe(batch, plan.objective, planned.device, planned.dtype),
+        rewritten=METHODS[config.method.kind].rewrites_base(config.method),
+    )
+    return Proof(
+        gradients.checked, len(gradients.idle), frozen, difference, effect,
+        len(batch["input_ids"]),
+    )  # fmt: skip
 
 
 def probe_batch(
@@ -77,18 +105,32 @@ def _shorten(row: Encoded, most: int, objective: TokenObjective) -> Encoded:
     return replace(row, input_ids=row.input_ids[:most], labels=labels, extras=extras)
 
 
-def probe_logits(
-    model: Any, batch: dict[str, torch.Tensor], objective: Objective, device: str, dtype: str
-) -> torch.Tensor:
-    """Return `model`'s logits in eval mode, in float32 on the CPU."""
-    inputs, _ = objective.split(batch)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), autocast(device, dtype):
-            return objective.logits(model(**inputs)).float().cpu()
-    finally:
-        model.train(training)
+@dataclass(frozen=True)
+class Probe:
+    """What two models are compared on.
+
+    Attributes:
+        batch: rows, on the device.
+        objective: what was trained for.
+        device: torch device type.
+        dtype: compute precision's name.
+    """
+
+    batch: dict[str, torch.Tensor]
+    objective: Objective
+    device: str
+    dtype: str
+
+    def logits(self, model: Any) -> torch.Tensor:
+        """Return `model`'s logits in eval mode, in float32 on the CPU."""
+        inputs, _ = self.objective.split(self.batch)
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), autocast(self.device, self.dtype):
+                return self.objective.logits(model(**inputs)).float().cpu()
+        finally:
+            model.train(training)
 
 
 def digest_frozen(model: Any) -> dict[str, str]:
@@ -118,11 +160,9 @@ def check_saved(
     trained: Any,
     directory: Path,
     load_base: Callable[[], Any],
-    batch: dict[str, torch.Tensor],
+    probe: Probe,
     *,
-    objective: Objective,
-    device: str,
-    dtype: str,
+    rewritten: bool = False,
 ) -> tuple[int, float, float]:
     """Load what was saved in `directory` into a fresh base and compare it with `trained`.
 
@@ -130,10 +170,8 @@ def check_saved(
         trained: the model as it was trained.
         directory: the saved adapter, or the whole model of `--method full`.
         load_base: loads the base anew.
-        batch: rows to compare logits on.
-        objective: what was trained for.
-        device: torch device type.
-        dtype: compute precision's name.
+        probe: what to compare logits on.
+        rewritten: whether the method took its start out of the weights under its updates.
 
     Returns:
         Frozen tensors compared, largest difference after reloading, largest effect of training.
@@ -141,25 +179,21 @@ def check_saved(
     Raises:
         RunError: frozen weights changed, the reloaded model differs, or training changed nothing.
     """
-    after = probe_logits(trained, batch, objective, device, dtype)
+    after = probe.logits(trained)
     fresh = load_base()
-    full = not hasattr(trained, "peft_config")
-    if full:
-        frozen = _compare_frozen(trained, fresh)
-        before = probe_logits(fresh, batch, objective, device, dtype)
-        reloaded = type(trained).from_pretrained(
-            directory, dtype=torch.float32, use_safetensors=True
-        ).to(device)  # fmt: skip
-    else:
-        frozen = _compare_frozen(trained, fresh)
+    frozen = _compare_frozen(trained, fresh, rewritten=rewritten)
+    if hasattr(trained, "peft_config"):
         reloaded = load_adapter(fresh, directory)
         with disabled_adapter(reloaded):
-            before = probe_logits(reloaded, batch, objective, device, dtype)
-    again = probe_logits(reloaded, batch, objective, device, dtype)
-    difference = (again - after).abs().max().item()
+            before = probe.logits(reloaded)
+    else:
+        before = probe.logits(fresh)
+        reloaded = type(trained).from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True
+        ).to(probe.device)  # fmt: skip
+    difference = (probe.logits(reloaded) - after).abs().max().item()
     effect = (after - before).abs().max().item()
-    scale = after.abs().max().item()
-    bound = scale * (1e-5 if dtype == "float32" else 1e-2)
+    bound = after.abs().max().item() * (1e-5 if probe.dtype == "float32" else 1e-2)
     if not difference <= bound:
         raise RunError(
             f"the adapter saved in {directory} is not the one that was trained: its logits differ "
@@ -174,7 +208,7 @@ def check_saved(
     return frozen, difference, effect
 
 
-def _compare_frozen(trained: Any, fresh: Any) -> int:
+def _compare_frozen(trained: Any, fresh: Any, *, rewritten: bool = False) -> int:
     """Return how many frozen tensors of `trained` equal those of `fresh`; raise if one does not."""
     expected = {name: _digest(tensor) for name, tensor in fresh.named_parameters()}
     found = digest_frozen(trained)
@@ -183,7 +217,7 @@ def _compare_frozen(trained: Any, fresh: Any) -> int:
         changed = sorted(set(changed) - _only_cast(trained, fresh))
     # A head's frozen original is random where the checkpoint has no head; it is never used.
     changed = [name for name in changed if not _is_replaced(trained, name)]
-    if starts_inside_base(trained):  # the weights under its updates are those without the start
+    if rewritten:  # the weights under its updates are those without the start
         changed = [name for name in changed if not _is_adapted(trained, name)]
     if changed:
         raise RunError(

@@ -1,4 +1,4 @@
-"""Go on with a run: only if it is the same run, and only from a checkpoint that is whole."""
+"""Begin a run, or go on with one: only with the same one, and from a checkpoint that is whole."""
 
 from __future__ import annotations
 
@@ -9,16 +9,35 @@ from typing import Any
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.cards import library_versions
-from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.run_directory import RunDirectory, open_run
 from ftlevel.config import TrainConfig
+from ftlevel.config.renamed import RENAMED
 from ftlevel.errors import ConfigError, listing
 from ftlevel.events import Listener
-from ftlevel.training.plan.resolve import Plan
+from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.resolve import default_name
+from ftlevel.training.summary import dump_config
 
 # These say how a run is watched, not what it computes.
 _FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_on_start",
          "predict_with_generate", "max_generate_samples", "max_new_tokens",
          "per_device_eval_batch_size"}  # fmt: skip
+
+
+def open_or_resume(
+    config: TrainConfig, plan: Plan, base: Mapping[str, Any], listener: Listener
+) -> tuple[RunDirectory, Path | None]:
+    """Return the run directory, and the checkpoint to go on from when resuming."""
+    output, origin = config.output, origin_of(config, plan, base)
+    if output.resume and output.dir is not None:
+        run = RunDirectory(output.dir)
+        check_same_run(run, origin)
+        return run, find_checkpoint(run, listener)
+    run = open_run(output.dir, default_name(config), overwrite=output.overwrite)
+    run.write_config(dump_config(config, plan))
+    write_json(run.checkpoints / "origin.json", origin)
+    return run, None
 
 
 def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,8 +46,8 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     values["train"] = {k: v for k, v in values["train"].items() if k not in _FREE}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("num_proc", "cache")}
     values["speed"].pop("verify")
-    values["train"]["learning_rate"] = plan.learning_rate
-    values["model"] |= {"dtype": plan.dtype, "device": plan.device}
+    values["train"]["learning_rate"] = plan.schedule.learning_rate
+    values["model"] |= {"dtype": plan.model.dtype, "device": plan.model.device}
     values["data"]["max_length"] = plan.data.max_length
     values["data"]["overlong"] = plan.data.facts["overlong"]
     values["data"]["fingerprint"] = plan.data.facts["fingerprint"]
@@ -50,6 +69,7 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
+    before = {RENAMED.get(key, key): value for key, value in before.items()}
     now = json.loads(json.dumps(origin, default=str))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:

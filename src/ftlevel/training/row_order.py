@@ -10,7 +10,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.sampling import LengthGroups
 from ftlevel.data.prepare.streamed_rows import InOrder, StreamedRows
 from ftlevel.models.upstream.data import shared_order
-from ftlevel.training.plan.resolve import Plan
+from ftlevel.training.plan.plan import Plan
 
 
 def rows_and_order(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import PEFT_IMPORTS, AdapterCard, library_versions
+from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
+from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantized import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
-from ftlevel.training.plan.resolve import Plan
+from ftlevel.training.plan.plan import Plan
+from ftlevel.training.proof import Proof
 
 
 def dump_config(config: TrainConfig, plan: Plan) -> str:
@@ -26,11 +29,11 @@ def dump_config(config: TrainConfig, plan: Plan) -> str:
     import yaml
 
     values = config.model_dump(mode="json", exclude={"output": {"dir", "overwrite", "resume"}})
-    values["model"] |= {"dtype": plan.dtype, "device": plan.device}
+    values["model"] |= {"dtype": plan.model.dtype, "device": plan.model.device}
     if plan.data.stream is None:  # of which rows to come may be longer still
         values["data"]["max_length"] = plan.data.max_length
         values["data"]["overlong"] = plan.data.facts["overlong"]  # auto may have lost some rows
-    values["train"]["learning_rate"] = plan.learning_rate
+    values["train"]["learning_rate"] = plan.schedule.learning_rate
     if config.quant.kind != "4bit":
         values["quant"] = {"kind": config.quant.kind}
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -53,8 +56,6 @@ def describe_base(source: ModelSource) -> dict[str, Any]:
 
 def _cached_snapshot(source: ModelSource) -> Any:
     """Return where the Hub cache holds the weights of `source`, or None."""
-    from pathlib import Path
-
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("model.safetensors", "model.safetensors.index.json"):
@@ -80,64 +81,79 @@ def with_what_was_read(plan: Plan, rows: StreamedRows) -> Plan:
 
 def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> AdapterCard:
     """Return the card that is written beside the adapter."""
-    quant, stored = plan.quant, stored_quantization(plan.model_config)
+    quant, stored = plan.model.quant, stored_quantization(plan.model.config)
     facts = quant.model_dump() if quant.kind == "4bit" else {"kind": quant.kind}
     return AdapterCard(
         method=config.method.kind,
         task=plan.task.name,
         base=base,
         quantization=facts if stored is None else quantization_facts(stored),
-        dtype=plan.dtype,
+        dtype=plan.model.dtype,
         max_length=plan.data.max_length,
         prompt=plan.data.prompt_format.to_dict() if plan.data.prompt_format else {},
         labels=plan.data.facts["labels"],
         options=plan.task.card_options(config.data, plan.data.facts),
-        heads=list(plan.heads),
+        heads=list(plan.model.heads),
         data={k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
-        needs_import=PEFT_IMPORTS.get(config.method.kind, ""),
+        needs_import=needs_import(config.method),
         versions=library_versions(),
     )
 
 
-def build_summary(
-    config: TrainConfig,
-    plan: Plan,
-    *,
-    run: str,
-    recipe: Mapping[str, Any] | None,
-    base: Mapping[str, Any],
-    model: Any,
-    records: Sequence[Mapping[str, Any]],
-    proof: Mapping[str, Any],
-    timings: Mapping[str, float],
-    generated_rows: int,
-    speed: Mapping[str, Any],
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run gave, beside what was planned.
+
+    Attributes:
+        run: its directory.
+        recipe: where its settings were read from, and the state of git there.
+        base: what `describe_base` says.
+        model: as it was trained.
+        records: everything that was logged.
+        proof: that what was saved is what was trained.
+        timings: in seconds.
+        generated_rows: how many rows were answered for the metrics.
+        speed: how the steps were computed.
+    """
+
+    run: Path
+    recipe: Mapping[str, Any] | None
+    base: Mapping[str, Any]
+    model: Any
+    records: Sequence[Mapping[str, Any]]
+    proof: Proof
+    timings: Mapping[str, float]
+    generated_rows: int
+    speed: Mapping[str, Any]
+
+
+def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str, Any]:
     """Return what summary.json holds. Times are in seconds, memory in bytes, loss in nats."""
+    model, records = outcome.model, outcome.records
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     losses = [record["loss"] for record in records if "loss" in record]
     scores = [record for record in records if any(k.startswith("eval_") for k in record)]
     first = scores[0] if scores and scores[0]["step"] == 0 else {}
     last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
     return {
-        "run": run,
-        "recipe": recipe,
+        "run": str(outcome.run),
+        "recipe": outcome.recipe,
         "task": plan.task.name,
         "headline": plan.objective.headline,
         "method": config.method.kind,
-        "model": {**base, "type": plan.model_config.model_type},
+        "model": {**outcome.base, "type": plan.model.family},
         "trainable_parameters": trainable,
         "total_parameters": sum(_count(p) for p in model.parameters()),
-        "data": {**plan.data.facts, "generated_rows": generated_rows},
+        "data": {**plan.data.facts, "generated_rows": outcome.generated_rows},
         "steps": records[-1]["step"] if records else 0,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "metrics_before": _scores(first),
         "metrics": _scores(last),
-        "proof": dict(proof),
-        "timings": dict(timings),
-        "speed": dict(speed),
-        "memory": {"peak_bytes": peak_memory_bytes(plan.device)},
+        "proof": asdict(outcome.proof),
+        "timings": dict(outcome.timings),
+        "speed": dict(outcome.speed),
+        "memory": {"peak_bytes": peak_memory_bytes(plan.model.device)},
         "choices": [{"name": c.name, "value": str(c.value), "reason": c.reason}
                     for c in plan.choices],
         "versions": library_versions(),

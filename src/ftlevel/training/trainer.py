@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from ftlevel.data.prepare.sampling import RowsAndNothing, ShareOfSteps
-from ftlevel.fast.head.loss import compute_trunk, target_loss
-from ftlevel.fast.packing.layout import Layout, laid_out
-from ftlevel.fast.parallel_workers import Lanes
-from ftlevel.fast.prefixes.shared_prefix import Trunk
+from ftlevel.fast.head.loss import compute_shared_prefix, supervised_loss
+from ftlevel.fast.packing.layout import PackedLayout, using_layout
+from ftlevel.fast.parallel_workers import ParallelWorkers
+from ftlevel.fast.prefixes.shared_prefix import SharedPrefix
 from ftlevel.fast.step import FastStep
 from ftlevel.task import Objective
 
@@ -23,8 +23,8 @@ class FtlevelTrainer(Trainer):
     """Overrides the loss, the count of its targets, and evaluation, which reduces by batch.
 
     With a fast step the batch that Trainer knows is all rows of an optimizer step, and it is cut
-    here into passes through the model: the order of the rows, the steps, the schedule and resuming
-    are Trainer's.
+    here into micro-batches: the order of the rows, the steps, the schedule and resuming are
+    Trainer's.
 
     The loss of an optimizer step is the sum over its targets (tokens, words, rows, ends of spans),
     divided by their number in all of its micro-batches, whatever the model's own loss would do:
@@ -91,37 +91,39 @@ class FtlevelTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return the loss of the batch, whose passes have added to the gradient one by one."""
+        """Return the loss of the batch, whose micro-batches have added to the gradient in turn."""
         self._is_nothing = bool(inputs.pop("is_nothing", False))
-        for part in inputs.get("passes", [inputs]):
+        for part in inputs.get("micro_batches", [inputs]):
             if not self._is_nothing:
                 self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
-        if "passes" not in inputs:
+        if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
-        passes = [(part.pop("layout"), part) for part in inputs["passes"]]
-        self.current_gradient_accumulation_steps = len(passes)
-        for layout, part in passes:
+        micro_batches = [(part.pop("layout"), part) for part in inputs["micro_batches"]]
+        self.current_gradient_accumulation_steps = len(micro_batches)
+        for layout, part in micro_batches:
             self.tokens_computed += layout.tokens if layout else part["input_ids"].numel()
-        if inputs["side_by_side"] and self.fast is not None and self.fast.lanes is not None:
-            trunk = inputs.get("trunk")
-            return self._side_by_side(self.fast.lanes, model, passes, trunk, num_items_in_batch)
+        if inputs["in_parallel"] and self.fast is not None and self.fast.workers is not None:
+            prefix = inputs.get("shared_prefix")
+            return self._in_parallel(
+                self.fast.workers, model, micro_batches, prefix, num_items_in_batch
+            )
         losses = []
-        for layout, part in passes:
-            is_last = part is passes[-1][1]
+        for layout, part in micro_batches:
+            is_last = part is micro_batches[-1][1]
             once = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
-            with once, laid_out(layout):
+            with once, using_layout(layout):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def _side_by_side(
+    def _in_parallel(
         self,
-        lanes: Lanes,
+        workers: ParallelWorkers,
         model: Any,
-        passes: list[tuple[Layout | None, dict[str, torch.Tensor]]],
+        micro_batches: list[tuple[PackedLayout | None, dict[str, torch.Tensor]]],
         beginning: dict[str, Any] | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        """Return the loss of passes that are computed at once. Nothing scales a loss on a CPU."""
+        """Return the loss of micro-batches computed in parallel. Nothing scales a loss on a CPU."""
         if not self._in_training:  # a model's own flag says nothing of the modules in it
             model.train()
             self._in_training = True
@@ -134,17 +136,21 @@ class FtlevelTrainer(Trainer):
                 return loss
 
         self._trained = self._trained or [p for p in model.parameters() if p.requires_grad]
-        seed = int(torch.randint(2**62, ())) if lanes.draws else None  # resumed with torch's state
-        trunk = self._trunk(model, **beginning) if beginning else None
-        return torch.stack(lanes.backward(compute, passes, self._trained, seed, trunk)).sum()
+        # Resumed with torch's state.
+        seed = int(torch.randint(2**62, ())) if workers.is_random else None
+        prefix = self._shared_prefix(model, **beginning) if beginning else None
+        losses = workers.backward(compute, micro_batches, self._trained, seed, prefix)
+        return torch.stack(losses).sum()
 
-    def _trunk(self, model: Any, layout: Layout, **batch: torch.Tensor) -> Trunk:
+    def _shared_prefix(
+        self, model: Any, layout: PackedLayout, **batch: torch.Tensor
+    ) -> SharedPrefix:
         """Return what all rows of a step begin with, computed."""
-        if self.fast is None or self.fast.head is None:
-            raise TypeError("a trunk is of language models whose head is computed on targets")
+        if self.fast is None or self.fast.cross_entropy is None:
+            raise TypeError("a shared prefix needs the chunked cross-entropy of a language head")
         self.tokens_computed += layout.tokens
         with self.compute_loss_context_manager():
-            return compute_trunk(self.fast.head, model, layout, batch)
+            return compute_shared_prefix(self.fast.cross_entropy, model, layout, batch)
 
     def compute_loss(
         self,
@@ -156,8 +162,8 @@ class FtlevelTrainer(Trainer):
         """Return the micro-batch's share of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
         outputs = None
-        if self.fast is not None and self.fast.head is not None and not return_outputs:
-            total = target_loss(self.fast.head, model, self.objective, inputs)
+        if self.fast is not None and self.fast.cross_entropy is not None and not return_outputs:
+            total = supervised_loss(self.fast.cross_entropy, model, self.objective, inputs)
         else:
             fed, labels = self.objective.split(inputs)
             outputs = model(**fed)
@@ -182,7 +188,7 @@ class FtlevelTrainer(Trainer):
         if not batch_samples:
             return None
         counted = [batch for batch in batch_samples if not batch.get("is_nothing")]
-        parts = [part for batch in counted for part in batch.get("passes", [batch])]
+        parts = [part for batch in counted for part in batch.get("micro_batches", [batch])]
         counts = [self.objective.count(part["labels"]).to(device) for part in parts]
         total = (
             torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long).to(device)
@@ -192,8 +198,8 @@ class FtlevelTrainer(Trainer):
         return total
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return the sum over the passes of Trainer's estimate."""
-        parts = inputs.get("passes", [inputs])
+        """Return the sum over the micro-batches of Trainer's estimate."""
+        parts = inputs.get("micro_batches", [inputs])
         if not self._operations_per_token:
             whole = int(super().floating_point_ops(parts[0]))
             self._operations_per_token = whole // parts[0]["input_ids"].numel()

@@ -12,10 +12,10 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
 from ftlevel.evaluation.scoring import batches
-from ftlevel.fast.head.loss import compute_trunk, target_loss
-from ftlevel.fast.layers.norm_glu import FusedGate, FusedNorm
-from ftlevel.fast.packing.layout import Layout, laid_out
-from ftlevel.fast.prefixes.shared_prefix import Trunk
+from ftlevel.fast.head.loss import compute_shared_prefix, supervised_loss
+from ftlevel.fast.layers.norm_glu import FusedGlu, FusedNorm
+from ftlevel.fast.packing.layout import PackedLayout, using_layout
+from ftlevel.fast.prefixes.shared_prefix import SharedPrefix
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import autocast
@@ -95,13 +95,13 @@ class StepVerifier:
         return verified
 
     def _fuse(self, on: bool) -> None:
-        """Let modules compute in one node, as they do in training; dropout stays off."""
-        from ftlevel.fast.layers.low_rank.layer import (
+        """Let fused modules compute as they do in training; dropout stays off."""
+        from ftlevel.fast.layers.fused_lora.forward import (
             FusedForward,  # PEFT's layers import bitsandbytes
         )
 
         for module in self.model.modules():
-            fused = isinstance(module, FusedForward | FusedNorm | FusedGate)
+            fused = isinstance(module, FusedForward | FusedNorm | FusedGlu)
             if fused and isinstance(module, torch.nn.Module):
                 module.training = on
 
@@ -114,41 +114,46 @@ class StepVerifier:
             yield self.objective.loss_sum(logits, labels, batch["attention_mask"])
 
     def _fast(self, rows: Sequence[Encoded]) -> tuple[float, list[torch.Tensor]]:
-        """Return loss and gradient of a step, its passes computed as in training."""
+        """Return loss and gradient of a step, its micro-batches computed as in training."""
         batch = StepCollator(self.pad_id, self.fast.plan)(rows)
-        passes = [(part.pop("layout"), self._on_device(part)) for part in batch["passes"]]
-        lanes = self.fast.lanes
-        if lanes is None or not batch["side_by_side"]:
-            return self._step(self._one_by_one(passes))
+        micro_batches = [
+            (part.pop("layout"), self._on_device(part)) for part in batch["micro_batches"]
+        ]
+        workers = self.fast.workers
+        if workers is None or not batch["in_parallel"]:
+            return self._step(self._one_by_one(micro_batches))
         self.model.zero_grad()
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        losses = lanes.backward(
-            self._pass_loss, passes, trained, trunk=self._trunk(batch.get("trunk"))
+        losses = workers.backward(
+            self._micro_batch_loss,
+            micro_batches,
+            trained,
+            shared_prefix=self._shared_prefix(batch.get("shared_prefix")),
         )
         return sum(loss.item() for loss in losses), self._take_gradients()
 
-    def _trunk(self, beginning: dict[str, Any] | None) -> Trunk | None:
+    def _shared_prefix(self, beginning: dict[str, Any] | None) -> SharedPrefix | None:
         """Return what all rows of a step begin with, computed, if anything."""
-        if beginning is None or self.fast.head is None:
+        if beginning is None or self.fast.cross_entropy is None:
             return None
         layout = beginning.pop("layout")
         with autocast(self.device, self.dtype):
-            return compute_trunk(self.fast.head, self.model, layout, beginning)
+            return compute_shared_prefix(self.fast.cross_entropy, self.model, layout, beginning)
 
     def _one_by_one(
-        self, passes: Sequence[tuple[Layout | None, dict[str, torch.Tensor]]]
+        self, micro_batches: Sequence[tuple[PackedLayout | None, dict[str, torch.Tensor]]]
     ) -> Iterator[torch.Tensor]:
-        """Yield the summed loss of each pass."""
-        for layout, batch in passes:
-            with laid_out(layout.to(self.device) if layout else None):
-                yield self._pass_loss(batch)
+        """Yield the summed loss of each micro-batch."""
+        for layout, batch in micro_batches:
+            with using_layout(layout.to(self.device) if layout else None):
+                yield self._micro_batch_loss(batch)
 
-    def _pass_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the summed loss of a pass on the current layout."""
-        head, objective = self.fast.head, self.objective
+    def _micro_batch_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the summed loss of a micro-batch on the current layout."""
+        head, objective = self.fast.cross_entropy, self.objective
         with autocast(self.device, self.dtype):
             if head is not None:
-                return target_loss(head, self.model, objective, batch)
+                return supervised_loss(head, self.model, objective, batch)
             inputs, labels = objective.split(batch)
             logits = objective.logits(self.model(**inputs))
             return objective.loss_sum(logits, labels, batch["attention_mask"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from ftlevel.config import Layer, build_config, put, read_recipe, read_settings
+from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe, read_settings
+from ftlevel.config.renamed import RENAMED
 from ftlevel.errors import ConfigError
 
 
@@ -193,3 +195,47 @@ def test_target_modules_are_names_or_one_pattern() -> None:
     assert read("q_proj").target_modules == ["q_proj"]
     assert read("all-linear").target_modules == "all-linear"
     assert read(r"'.*\.q_proj'").target_modules == r".*\.q_proj"
+
+
+OLD = [(old, new, value) for (old, new), value in zip(RENAMED.items(),
+       (False, False, False, False, 99, 2), strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "value"), OLD)
+def test_an_old_name_is_accepted_and_said_once(
+    old: str, new: str, value: object, tmp_path: Path
+) -> None:
+    section, key = old.split(".")
+    text = f"{section}:\n  {key}: {str(value).lower()}\n"
+    said: list[str] = []
+    config = build_config([read_recipe(write(tmp_path / "r.yaml", text))], said.append)
+    assert getattr(config.speed, new.split(".")[1]) == value
+    assert said == [
+        f"{tmp_path / 'r.yaml'}:2: {old} is now called {new}; the old name is still accepted."
+    ]
+    setting = read_settings([f"{old}={value}"])
+    assert build_config([setting], said.append) == config
+    assert said[1].startswith(f"--set {old}: ")
+    with pytest.warns(FutureWarning, match=f"{old} is now called {new}"):
+        assert TrainConfig(**{section: {key: value}}) == config
+
+
+def test_a_key_by_both_of_its_names_is_refused() -> None:
+    said = "'speed.low_rank' is the old name of 'speed.fused_lora', and both are given. "
+    both = ["speed.fused_lora=true", "speed.low_rank=false"]
+    assert problems(read_settings(both)) == [
+        f"--set speed.low_rank: {said}Give speed.fused_lora alone."
+    ]
+    with pytest.raises(ValidationError, match="is the old name of"):
+        TrainConfig(speed={"low_rank": False, "fused_lora": True})
+
+
+def test_a_later_layer_wins_whatever_name_it_uses() -> None:
+    old, new = read_settings(["speed.low_rank=false"]), read_settings(["speed.fused_lora=true"])
+    assert build_config([old, new]).speed.fused_lora
+    assert not build_config([new, old]).speed.fused_lora
+
+
+def test_a_bad_value_under_an_old_name_has_its_origin() -> None:
+    (problem,) = problems(read_settings(["speed.passes_at_once=0"]))
+    assert problem.startswith("--set speed.passes_at_once: 0 is out of range: speed.parallel_")

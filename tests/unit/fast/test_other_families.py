@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 import tiny_models
 from ftlevel.config import SPECS, QuantConfig, TrainConfig
 from ftlevel.errors import ConfigError
-from ftlevel.fast.layers.low_rank.function import LowRankLinear
+from ftlevel.fast.layers.fused_lora.function import FusedLoraFunction
 from ftlevel.fast.plan.fast_plan import FastPlan, plan_fast
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import Base
@@ -79,9 +79,9 @@ def test_a_head_that_its_config_does_not_tell_is_computed_the_plain_way() -> Non
     rows, objective = rows_of("causal"), OBJECTIVES["causal"]
     model = build("recurrent_gemma")  # caps its scores by another name than Gemma 2
     fast = FastStep(model, FastPlan(True, False, True, 100, False))
-    assert "more to the scores" in fast.check_head(objective, rows, 0, "cpu", "float32")
-    assert fast.head is None
-    assert not fast.plan.heads
+    assert "more to the scores" in fast.check_cross_entropy(objective, rows, 0, "cpu", "float32")
+    assert fast.cross_entropy is None
+    assert not fast.plan.chunked_cross_entropy
     fast.remove()
 
 
@@ -93,8 +93,8 @@ def test_a_head_that_its_config_does_not_tell_is_computed_the_plain_way() -> Non
 def test_heads_that_are_known_are_kept(family: str, head: str, dtype: str) -> None:
     model = tiny_models.build(family, head)
     fast = FastStep(model, FastPlan(True, False, True, 100, False))
-    assert fast.check_head(OBJECTIVES[head], rows_of(head), 0, "cpu", dtype) == ""
-    assert fast.head is not None
+    assert fast.check_cross_entropy(OBJECTIVES[head], rows_of(head), 0, "cpu", dtype) == ""
+    assert fast.cross_entropy is not None
     fast.remove()
 
 
@@ -144,7 +144,7 @@ def test_a_fused_output_may_be_scaled_in_place() -> None:
     a = torch.randn(4, 8, requires_grad=True)
     b = torch.randn(6, 4, requires_grad=True)
     weight = torch.randn(6, 8)
-    y = LowRankLinear.apply(x, None, a, b, None, lambda: weight, 2.0)
+    y = FusedLoraFunction.apply(x, None, a, b, None, lambda: weight, 2.0)
     scaled = y.transpose(0, 1)
     scaled /= 3.0
     found = torch.autograd.grad(scaled.square().sum(), (x, a, b))

@@ -19,8 +19,8 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast import step_collator
 from ftlevel.fast.attention import packed as attention
-from ftlevel.fast.layers.dropout import PassDropout, drawing_from
-from ftlevel.fast.layers.low_rank import register_fused_layers
+from ftlevel.fast.layers.dropout import GeneratorDropout, using_generator
+from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.plan.fast_plan import FastPlan, plan_fast
 from ftlevel.fast.plan.workers import FUNCTIONAL_DROPOUT
 from ftlevel.fast.step import FastStep
@@ -112,8 +112,8 @@ def conversation_rows() -> list[Encoded]:
 
 def both(
     model: Any, head: str, folder: Path, *, packs: bool = True, heads: bool | None = None,
-    tokens: int = 40, shares: bool = False, rows: list[Encoded] | None = None,
-    passes: int = 3, lanes: int = 1, trunk: int = 0, **arguments: Any,
+    tokens: int = 40, prefix_tree: bool = False, rows: list[Encoded] | None = None,
+    at_least: int = 3, workers: int = 1, shared_prefix: int = 0, **arguments: Any,
 ) -> tuple[tuple[float, torch.Tensor], tuple[float, torch.Tensor]]:  # fmt: skip
     """Return the plain step, 4 micro-batches of 2 rows, and the fast one."""
     rows, pad_id = rows or rows_of(head), model.config.pad_token_id or 0
@@ -121,16 +121,25 @@ def both(
     plain = trainer_of(model, head, folder, FastPlan(), **arguments)
     micro_batches = [Collator(pad_id)(rows[i : i + 2]) for i in range(0, len(rows), 2)]
     expected = step_of(plain, micro_batches)
-    plan = FastPlan(True, packs, heads, tokens, shares, lanes=lanes, skips=True, trunk=trunk > 0)
+    plan = FastPlan(
+        True,
+        packs,
+        heads,
+        tokens,
+        prefix_tree,
+        workers=workers,
+        prunes_last_layer=True,
+        shared_prefix=shared_prefix > 0,
+    )
     trainer = trainer_of(model, head, folder, plan, **arguments)
-    trainer.fast.find_unread(OBJECTIVES[head], rows, pad_id, "cpu", "float32")
+    trainer.fast.prune_last_layer(OBJECTIVES[head], rows, pad_id, "cpu", "float32")
     batch = StepCollator(pad_id, trainer.fast.plan)(rows)
-    assert len(batch["passes"]) >= passes
-    assert batch["side_by_side"] is (lanes > 1)
-    assert ("trunk" in batch) is (trunk > 0)
-    if trunk:
-        assert batch["trunk"]["layout"].tokens == trunk
-        assert all(part["layout"].before == trunk for part in batch["passes"])
+    assert len(batch["micro_batches"]) >= at_least
+    assert batch["in_parallel"] is (workers > 1)
+    assert ("shared_prefix" in batch) is (shared_prefix > 0)
+    if shared_prefix:
+        assert batch["shared_prefix"]["layout"].tokens == shared_prefix
+        assert all(part["layout"].before == shared_prefix for part in batch["micro_batches"])
     found = step_of(trainer, [batch])
     trainer.fast.remove()
     return expected, found
@@ -177,18 +186,18 @@ def test_a_step_of_every_task(family: str, head: str, packs: bool, tmp_path: Pat
      ("bart", "seq2seq", False), ("llama", "seqcls", True), ("roberta", "tokcls", True),
      ("bert", "qa", True)],
 )  # fmt: skip
-def test_passes_side_by_side(family: str, head: str, packs: bool, tmp_path: Path) -> None:
+def test_micro_batches_in_parallel(family: str, head: str, packs: bool, tmp_path: Path) -> None:
     model = adapted(family, head)
-    arguments: dict[str, Any] = {"packs": packs, "tokens": 80, "lanes": 2, "passes": 2}
+    arguments: dict[str, Any] = {"packs": packs, "tokens": 80, "workers": 2, "at_least": 2}
     first, second = (both(model, head, tmp_path, **arguments) for _ in range(2))
     assert_same_step(first)
     assert torch.equal(first[1][1], second[1][1])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_passes_side_by_side_of_experts(family: str, tmp_path: Path) -> None:
+def test_micro_batches_in_parallel_of_experts(family: str, tmp_path: Path) -> None:
     model = adapted(family, "causal", target_modules=["q_proj", "v_proj"])
-    assert_same_step(both(model, "causal", tmp_path, tokens=80, lanes=2, passes=2))
+    assert_same_step(both(model, "causal", tmp_path, tokens=80, workers=2, at_least=2))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +206,7 @@ def test_passes_side_by_side_of_experts(family: str, tmp_path: Path) -> None:
      ("vera", {}), ("oft", {}), ("boft", {}), ("loha", {}), ("lokr", {}), ("ln-tuning", {}),
      ("adapter", {"placement": "houlsby"}), ("adapter", {"placement": "pfeiffer"})],
 )  # fmt: skip
-def test_passes_side_by_side_of_every_method(
+def test_micro_batches_in_parallel_of_every_method(
     kind: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     spec, base = SPECS[kind](**fields), tiny_models.build("llama")
@@ -208,7 +217,7 @@ def test_passes_side_by_side_of_every_method(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    assert_same_step(both(model, "causal", tmp_path, tokens=80, lanes=2, passes=2))
+    assert_same_step(both(model, "causal", tmp_path, tokens=80, workers=2, at_least=2))
 
 
 @pytest.mark.parametrize(
@@ -217,8 +226,10 @@ def test_passes_side_by_side_of_every_method(
      ("bert", "seqcls"), ("roberta", "tokcls"), ("distilbert", "qa"), ("electra", "seqcls"),
      ("albert", "seqcls"), ("modernbert", "mlm"), ("opt", "causal")],
 )  # fmt: skip
-def test_passes_side_by_side_drop_by_their_seed(family: str, head: str, tmp_path: Path) -> None:
-    """Dropout gives the same bits each time, whoever is first, and those of passes in turn."""
+def test_micro_batches_in_parallel_drop_by_their_seed(
+    family: str, head: str, tmp_path: Path
+) -> None:
+    """Dropout gives the same bits each time, whoever is first, and those in turn."""
     names = [n for n, v in tiny_models.build_config(family).to_dict().items()
              if "drop" in n and isinstance(v, float)]  # fmt: skip
     base = tiny_models.build(family, head, **{n: 0.2 for n in names if "layer" not in n})
@@ -226,14 +237,14 @@ def test_passes_side_by_side_drop_by_their_seed(family: str, head: str, tmp_path
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(init_lora_weights=False, **settings))
     rows, heads = rows_of(head), head in ("causal", "mlm")
-    plan = FastPlan(True, True, heads, 80, lanes=2, draws=True)
+    plan = FastPlan(True, True, heads, 80, workers=2, is_random=True)
     trainer = trainer_of(model, head, tmp_path, plan)
     said = trainer.fast.check(rows, 0, "cpu", "float32")
     assert ("one at a time" in str(said)) is (family in FUNCTIONAL_DROPOUT)
     if said:
         return
     batch, gradients = StepCollator(0, plan)(rows), []
-    assert batch["side_by_side"]
+    assert batch["in_parallel"]
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         gradients.append(step_of(trainer, [StepCollator(0, plan)(rows)])[1])
@@ -244,19 +255,21 @@ def test_passes_side_by_side_drop_by_their_seed(family: str, head: str, tmp_path
     drawn = int(torch.randint(2**62, ()))
     count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     model.zero_grad()
-    for number, part in enumerate(batch["passes"]):
-        with drawing_from(drawn + number):
-            trainer.training_step(model, {"passes": [part], "side_by_side": False}, count)
+    for number, part in enumerate(batch["micro_batches"]):
+        with using_generator(drawn + number):
+            trainer.training_step(model, {"micro_batches": [part], "in_parallel": False}, count)
     in_turn = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(gradients[0], in_turn, rtol=1e-4, atol=1e-5)
     trainer.fast.remove()
-    assert all(type(m) is not PassDropout for m in model.modules())
+    assert all(type(m) is not GeneratorDropout for m in model.modules())
 
 
-def test_passes_side_by_side_are_trained_whatever_the_models_flag_says(tmp_path: Path) -> None:
+def test_micro_batches_in_parallel_are_trained_whatever_the_models_flag_says(
+    tmp_path: Path,
+) -> None:
     """A PEFT model says that it is in training where the base in it, as loaded, is not."""
     model = adapted("llama", "causal", lora_dropout=0.5)
-    plan = FastPlan(True, True, True, 80, lanes=2, draws=True)
+    plan = FastPlan(True, True, True, 80, workers=2, is_random=True)
     trainer = trainer_of(model, "causal", tmp_path, plan)
     trainer.fast.check(rows_of("causal"), 0, "cpu", "float32")
     for evaluate in (False, True):
@@ -271,12 +284,12 @@ def test_passes_side_by_side_are_trained_whatever_the_models_flag_says(tmp_path:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_weights_after_a_step(optimizer: str, lanes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_weights_after_a_step(optimizer: str, workers: int, tmp_path: Path) -> None:
     """An optimizer that goes through raw memory finds each gradient where its weight is."""
     weights = []
     rows = rows_of("causal")
-    for plan in (FastPlan(), FastPlan(True, True, True, 80, lanes=lanes)):
+    for plan in (FastPlan(), FastPlan(True, True, True, 80, workers=workers)):
         torch.manual_seed(0)
         config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
         register_fused_layers(config)
@@ -292,29 +305,34 @@ def test_weights_after_a_step(optimizer: str, lanes: int, tmp_path: Path) -> Non
     assert (weights[1] - weights[0]).norm() < 1e-2 * weights[0].norm()
 
 
-def test_passes_side_by_side_with_checkpointing(tmp_path: Path) -> None:
+def test_micro_batches_in_parallel_with_checkpointing(tmp_path: Path) -> None:
     model = adapted("llama", "causal", target_modules=["q_proj"], modules_to_save=["lm_head"])
     model.enable_input_require_grads()
     expected, _ = both(model, "causal", tmp_path)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    _, found = both(model, "causal", tmp_path, passes=2, tokens=80, lanes=2)
+    _, found = both(model, "causal", tmp_path, at_least=2, tokens=80, workers=2)
     assert_same_step((expected, found))
 
 
-def test_passes_side_by_side_with_shared_prefixes(tmp_path: Path) -> None:
+def test_micro_batches_in_parallel_with_shared_prefixes(tmp_path: Path) -> None:
     rows = [
         Encoded([1] * 33 + ids.input_ids, [IGNORED] * 30 + [1] * 3 + ids.labels, ids.row)
         for ids in rows_of("causal", (90, 80, 70, 60))
     ]
-    arguments: dict[str, Any] = {"rows": rows, "shares": True, "tokens": 600, "passes": 2}
-    pair = both(adapted("llama", "causal"), "causal", tmp_path, lanes=2, **arguments)
+    arguments: dict[str, Any] = {
+        "rows": rows,
+        "prefix_tree": True,
+        "tokens": 600,
+        "at_least": 2,
+    }
+    pair = both(adapted("llama", "causal"), "causal", tmp_path, workers=2, **arguments)
     assert_same_step(pair)
 
 
-def trunk_rows() -> list[Encoded]:
+def prefix_rows() -> list[Encoded]:
     """Return rows that begin with the same 60 tokens, some of which go on alike for 35 more.
 
-    The first target of the first row is its 57th token, predicted by the 56th: a trunk of 55.
+    The first target of the first row is its 57th token, predicted by the 56th: a prefix of 55.
     """
     generator = torch.Generator().manual_seed(3)
     draw = lambda n: torch.randint(10, 490, (n,), generator=generator).tolist()  # noqa: E731
@@ -332,16 +350,21 @@ DECODERS = ("llama", "gpt2", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "ge
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_a_trunk_before_passes_side_by_side(
+def test_a_shared_prefix_before_micro_batches_in_parallel(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_collator, "A_PASS", 0)
-    has_experts = family in ("mixtral", "qwen3_moe")  # which no lanes have LoRA on
+    monkeypatch.setattr(step_collator, "OVERHEAD_TOKENS", 0)
+    has_experts = family in ("mixtral", "qwen3_moe")  # which no workers have LoRA on
     targets = {"target_modules": ["q_proj", "v_proj"]} if has_experts else {}
     model = adapted(family, "causal", **targets)
-    arguments: dict[str, Any] = {"rows": trunk_rows(), "shares": True, "tokens": 200, "passes": 2}
+    arguments: dict[str, Any] = {
+        "rows": prefix_rows(),
+        "prefix_tree": True,
+        "tokens": 200,
+        "at_least": 2,
+    }
     first, second = (
-        both(model, "causal", tmp_path, lanes=2, trunk=55, **arguments) for _ in range(2)
+        both(model, "causal", tmp_path, workers=2, shared_prefix=55, **arguments) for _ in range(2)
     )
     assert_same_step(first)
     assert torch.equal(first[1][1], second[1][1])
@@ -355,50 +378,52 @@ def test_a_trunk_before_passes_side_by_side(
      {"target_modules": ["k_proj"], "use_dora": True},
      {"target_modules": ["q_proj", "embed_tokens"]}],
 )  # fmt: skip
-def test_a_trunk_whatever_is_trained(
+def test_a_shared_prefix_whatever_is_trained(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where no gradient reaches it, or only from its last blocks."""
-    monkeypatch.setattr(step_collator, "A_PASS", 0)
-    rows = trunk_rows()
+    monkeypatch.setattr(step_collator, "OVERHEAD_TOKENS", 0)
+    rows = prefix_rows()
     pair = both(
         adapted("llama", "causal", **settings), "causal", tmp_path,
-        rows=rows, shares=True, tokens=200, passes=2, lanes=2, trunk=55,
+        rows=rows, prefix_tree=True, tokens=200, at_least=2, workers=2, shared_prefix=55,
     )  # fmt: skip
     assert_same_step(pair)
 
 
-def test_a_trunk_longer_than_a_window_and_passes_of_one_row(
+def test_a_shared_prefix_longer_than_a_window_and_micro_batches_of_one_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_collator, "A_PASS", 0)
+    monkeypatch.setattr(step_collator, "OVERHEAD_TOKENS", 0)
     model = adapted("mistral", "causal", config={"sliding_window": 30})
-    arguments: dict[str, Any] = {"rows": trunk_rows(), "shares": True, "passes": 8}
-    assert_same_step(both(model, "causal", tmp_path, tokens=60, lanes=2, trunk=55, **arguments))
+    arguments: dict[str, Any] = {"rows": prefix_rows(), "prefix_tree": True, "at_least": 8}
+    assert_same_step(
+        both(model, "causal", tmp_path, tokens=60, workers=2, shared_prefix=55, **arguments)
+    )
 
 
-def test_a_trunk_that_is_worth_a_pass() -> None:
+def test_a_shared_prefix_that_is_worth_a_micro_batch() -> None:
     def rows(begin: int) -> list[Encoded]:
         texts = [[7] * begin + [8 + i] * 12 for i in range(40)]
         return [Encoded(ids, [IGNORED] * begin + ids[begin:], i) for i, ids in enumerate(texts)]
 
-    plan = FastPlan(True, True, True, 400, True, lanes=2, trunk=True)
+    plan = FastPlan(True, True, True, 400, True, workers=2, shared_prefix=True)
     step = StepCollator(0, plan)(rows(200))
-    assert step["trunk"]["layout"].tokens == 199  # the last one predicts a target
-    assert len(step["passes"]) == 6
-    assert sum(part["layout"].tokens for part in step["passes"]) == 40 * 13
-    assert "trunk" not in StepCollator(0, replace(plan, trunk=False))(rows(200))
-    assert "trunk" not in StepCollator(0, plan)(rows(50)), "short"
+    assert step["shared_prefix"]["layout"].tokens == 199  # the last one predicts a target
+    assert len(step["micro_batches"]) == 6
+    assert sum(part["layout"].tokens for part in step["micro_batches"]) == 40 * 13
+    assert "shared_prefix" not in StepCollator(0, replace(plan, shared_prefix=False))(rows(200))
+    assert "shared_prefix" not in StepCollator(0, plan)(rows(50)), "short"
     learned = [replace(row, labels=list(row.input_ids)) for row in rows(200)]
-    assert "trunk" not in StepCollator(0, plan)(learned), "the second token is a target"
+    assert "shared_prefix" not in StepCollator(0, plan)(learned), "the second token is a target"
 
 
-def test_a_model_that_cannot_go_on_from_a_trunk_is_left_alone(tmp_path: Path) -> None:
+def test_a_model_that_cannot_go_on_from_a_shared_prefix_is_left_alone(tmp_path: Path) -> None:
     model = adapted("llama", "causal")
-    plan = FastPlan(True, True, True, 600, True, lanes=2, trunk=True)
+    plan = FastPlan(True, True, True, 600, True, workers=2, shared_prefix=True)
     fast = FastStep(model, plan)
-    assert fast.check(trunk_rows(), 0, "cpu", "float32") == []
-    assert fast.plan.trunk
+    assert fast.check(prefix_rows(), 0, "cpu", "float32") == []
+    assert fast.plan.shared_prefix
     rotary = model.get_base_model().model.rotary_emb
     hook = (
         model.get_base_model()
@@ -407,10 +432,10 @@ def test_a_model_that_cannot_go_on_from_a_trunk_is_left_alone(tmp_path: Path) ->
             lambda block, args, output: output + rotary.inv_freq.sum() * (output.shape[1] == 9)
         )
     )
-    (reason,) = fast.check(trunk_rows(), 0, "cpu", "float32")
-    assert reason.startswith("passes do not share their prefix: rows give other numbers")
-    assert not fast.plan.trunk
-    assert fast.plan.shares
+    (reason,) = fast.check(prefix_rows(), 0, "cpu", "float32")
+    assert reason.startswith("micro-batches do not share their prefix: rows give other numbers")
+    assert not fast.plan.shared_prefix
+    assert fast.plan.prefix_tree
     hook.remove()
     fast.remove()
 
@@ -420,12 +445,20 @@ def test_a_model_that_cannot_go_on_from_a_trunk_is_left_alone(tmp_path: Path) ->
 def test_shared_prefixes(family: str, tokens: int, tmp_path: Path) -> None:
     rows = conversation_rows()
     model = adapted(family, "causal")
-    passes = 1 if tokens == 1000 else 2
+    at_least = 1 if tokens == 1000 else 2
     assert_same_step(
-        both(model, "causal", tmp_path, rows=rows, shares=True, tokens=tokens, passes=passes)
+        both(
+            model,
+            "causal",
+            tmp_path,
+            rows=rows,
+            prefix_tree=True,
+            tokens=tokens,
+            at_least=at_least,
+        )
     )
     batch = StepCollator(0, FastPlan(True, True, True, 1000, True))(rows)
-    computed = sum(part["layout"].tokens for part in batch["passes"])
+    computed = sum(part["layout"].tokens for part in batch["micro_batches"])
     assert (
         computed == 40 + 36 + 9 + 5 + 14 + 20 + 3 + 5 + 9 < sum(len(r.input_ids) for r in rows) / 2
     )
@@ -434,17 +467,19 @@ def test_shared_prefixes(family: str, tokens: int, tmp_path: Path) -> None:
 def test_shared_prefixes_with_checkpointing_and_a_window(tmp_path: Path) -> None:
     model = adapted("mistral", "causal", config={"sliding_window": 30})
     model.enable_input_require_grads()
-    arguments: dict[str, Any] = {"rows": conversation_rows(), "shares": True, "tokens": 1000}
-    expected, _ = both(model, "causal", tmp_path, passes=1, **arguments)
+    arguments: dict[str, Any] = {"rows": conversation_rows(), "prefix_tree": True, "tokens": 1000}
+    expected, _ = both(model, "causal", tmp_path, at_least=1, **arguments)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    _, found = both(model, "causal", tmp_path, passes=1, **arguments)
+    _, found = both(model, "causal", tmp_path, at_least=1, **arguments)
     assert_same_step((expected, found))
 
 
 def test_shared_prefixes_of_texts_with_a_class(tmp_path: Path) -> None:
     rows = [replace(row, labels=row.row % 3) for row in conversation_rows()]
-    assert_same_step(both(adapted("llama", "seqcls"), "seqcls", tmp_path, rows=rows, shares=True,
-               tokens=1000, passes=1))  # fmt: skip
+    model = adapted("llama", "seqcls")
+    assert_same_step(
+        both(model, "seqcls", tmp_path, rows=rows, prefix_tree=True, tokens=1000, at_least=1)
+    )
 
 
 def test_checkpointing(tmp_path: Path) -> None:
@@ -472,19 +507,19 @@ def test_bfloat16_differs_by_its_noise(tmp_path: Path) -> None:
     assert_same_step(both(model, "causal", tmp_path, bf16=True), bound=2e-2)
 
 
-def test_rows_that_are_longer_than_a_pass(tmp_path: Path) -> None:
+def test_rows_that_are_longer_than_a_micro_batch(tmp_path: Path) -> None:
     assert_same_step(both(adapted("llama", "causal"), "causal", tmp_path, tokens=10))
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 80), st.booleans())
-def test_every_token_is_in_one_pass_and_in_order(
+def test_every_token_is_in_one_micro_batch_and_in_order(
     lengths: list[int], budget: int, packs: bool
 ) -> None:
     rows = rows_of("causal", tuple(lengths))
-    passes = StepCollator(0, FastPlan(True, packs, True, budget))(rows)["passes"]
+    micro_batches = StepCollator(0, FastPlan(True, packs, True, budget))(rows)["micro_batches"]
     found = []
-    for part in passes:
+    for part in micro_batches:
         ids, labels = part["input_ids"], part["labels"]
         if packs:
             layout = part["layout"]
@@ -515,7 +550,9 @@ def test_no_row_sees_another(data: st.DataObject) -> None:
         made = []
         for _ in range(2):
             lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
-            part = StepCollator(0, plan)([mine, *rows_of("causal", tuple(lengths))])["passes"][0]
+            part = StepCollator(0, plan)([mine, *rows_of("causal", tuple(lengths))])[
+                "micro_batches"
+            ][0]
             with torch.no_grad(), attention_of(part):
                 logits = model(input_ids=part["input_ids"]).logits
             at = next(i for i, ids in enumerate(part["input_ids"].tolist())
@@ -530,21 +567,21 @@ TINY: dict[str, Any] = {}
 
 
 def attention_of(part: dict[str, Any]) -> Any:
-    from ftlevel.fast.packing.layout import laid_out
+    from ftlevel.fast.packing.layout import using_layout
 
-    return laid_out(part["layout"])
+    return using_layout(part["layout"])
 
 
 @pytest.mark.parametrize(
     ("family", "settings", "said"),
     [
-        ("llama", {}, "packed, no padding, head on targets only"),
-        ("llama", {"speed": {"pack": False}}, "padded by length (speed.pack is off), head on"),
+        ("llama", {}, "packed, no padding, cross-entropy on supervised tokens only"),
+        ("llama", {"speed": {"pack": False}}, "padded by length (speed.pack is off), cross-"),
         ("llama", {"model": {"attn_implementation": "eager"}}, "(attention is eager)"),
         ("llama", {"method": {"kind": "prefix"}}, "prefix puts virtual tokens into every row"),
         ("llama", {"speed": {"fast": False}}, "plain (--no-fast)"),
-        ("gpt_neo", {}, "padded by length (gpt_neo has an attention of its own), head on"),
-        ("t5", {}, "padded by length (t5 has not one stack of blocks), head on"),
+        ("gpt_neo", {}, "padded by length (gpt_neo has an attention of its own), cross-entropy on"),
+        ("t5", {}, "padded by length (t5 has not one stack of blocks), cross-entropy on"),
     ],
 )  # fmt: skip
 def test_the_plan_says_what_is_done_and_why(
@@ -562,15 +599,15 @@ def test_the_plan_says_what_is_done_and_why(
 @pytest.mark.parametrize(
     ("family", "settings", "said"),
     [
-        ("llama", {}, "2 passes at once"),
-        ("llama", {"speed": {"passes_at_once": 1}}, "one pass at a time"),
-        ("llama", {"method": {"kind": "lora", "lora_dropout": 0.1}}, "2 passes at once"),
+        ("llama", {}, "2 parallel workers"),
+        ("llama", {"speed": {"parallel_workers": 1}}, "one micro-batch at a time"),
+        ("llama", {"method": {"kind": "lora", "lora_dropout": 0.1}}, "2 parallel workers"),
         ("llama", {"method": {"kind": "lora", "lora_dropout": 0.1},
                    "train": {"gradient_checkpointing": True}},
-         "one pass at a time: lora_dropout 0.1 is drawn at random, in order"),
-        ("bert", {}, "2 passes at once"),
-        ("t5", {}, "one pass at a time: dropout_rate 0.1 is drawn at random, in order"),
-        ("opt", {}, "one pass at a time: dropout 0.1 is drawn at random, in order"),
+         "one micro-batch at a time: lora_dropout 0.1 is drawn at random, in order"),
+        ("bert", {}, "2 parallel workers"),
+        ("t5", {}, "one micro-batch at a time: dropout_rate 0.1 is drawn at random, in order"),
+        ("opt", {}, "one micro-batch at a time: dropout 0.1 is drawn at random, in order"),
         ("llama", {"method": {"kind": "full"}}, ": full would hold a gradient for every weight"),
         ("llama", {"method": {"kind": "prefix"}}, ": prefix keeps its place in the model"),
         ("llama", {"method": {"kind": "adapter", "placement": "parallel"}},
@@ -581,7 +618,7 @@ def test_the_plan_says_what_is_done_and_why(
         ("unknown", {}, ": not tried with some_model"),
     ],
 )  # fmt: skip
-def test_the_plan_says_how_many_passes_run_at_once(
+def test_the_plan_says_how_many_workers_there_are(
     family: str, settings: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -594,14 +631,14 @@ def test_the_plan_says_how_many_passes_run_at_once(
     config = TrainConfig.model_validate(settings)
     plan = plan_fast(config, model, kind, OBJECTIVES["causal"], "cpu", rows_of("causal"), 100)
     assert said in str(plan.choices[0])
-    assert plan.lanes == (2 if said.startswith("2") else 1)
+    assert plan.workers == (2 if said.startswith("2") else 1)
 
 
 SHARING = [[1] * 60 + [i] * 20 for i in range(8)]
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "shares", "said"),
+    ("family", "settings", "prefix_tree", "said"),
     [
         ("llama", {}, True, "66% of tokens computed once (estimated on 8 steps)"),
         ("llama", {"speed": {"share_prefixes": "never"}}, False, None),
@@ -614,12 +651,12 @@ SHARING = [[1] * 60 + [i] * 20 for i in range(8)]
     ],
 )  # fmt: skip
 def test_prefixes_are_shared_where_it_pays_and_is_exact(
-    family: str, settings: dict[str, Any], shares: bool, said: str | None
+    family: str, settings: dict[str, Any], prefix_tree: bool, said: str | None
 ) -> None:
     rows = [Encoded(ids, ids, i) for i, ids in enumerate(SHARING)]
     config, model = TrainConfig.model_validate(settings), tiny_models.build(family)
     plan = plan_fast(config, model, "decoder", OBJECTIVES["causal"], "cpu", rows, 100)
-    assert plan.shares is shares
+    assert plan.prefix_tree is prefix_tree
     shown = [str(choice) for choice in plan.choices if choice.name == "prefix sharing"]
     assert (said is None) == (shown == [])
     assert said is None or said in shown[0]
@@ -630,7 +667,7 @@ def test_prefixes_are_shared_where_it_pays_and_is_exact(
     [("cpu", 8, 100, 1024), ("cpu", 8, 200, 1600), ("cpu", 64, 512, 2048), ("cpu", 4, 4096, 4096),
      ("cuda", 64, 512, 32768)],
 )  # fmt: skip
-def test_a_pass_holds_what_the_batch_would(
+def test_a_micro_batch_holds_what_the_batch_would(
     device: str, batch: int, max_length: int, tokens: int
 ) -> None:
     config = TrainConfig.model_validate({"train": {"per_device_train_batch_size": batch}})
@@ -658,7 +695,7 @@ def test_a_model_whose_rows_see_each_other_is_not_packed() -> None:
     fast = FastStep(model, FastPlan(True, True, True, 100, True))
     assert fast.check(rows, 0, "cpu", "float32") == []
     assert fast.plan.packs
-    assert fast.plan.shares
+    assert fast.plan.prefix_tree
     for block in model.model.layers:
         block.mlp = Leaky(block.mlp)
     assert "see each other" in fast.check(rows, 0, "cpu", "float32")[0]

@@ -14,7 +14,7 @@ import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils.peft_types import PeftType
 
-from ftlevel.config import AdapterSpec
+from ftlevel.config.methods.bottleneck import AdapterSpec
 from ftlevel.errors import InputError
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.bottleneck.layer import BottleneckLayer

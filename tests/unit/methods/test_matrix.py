@@ -10,8 +10,8 @@ import tiny_models
 from ftlevel.config import SPECS
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
-from ftlevel.methods.facts import FACTS
-from ftlevel.methods.matrix import RULES, Cell, check_supported, find_limits, find_refusal
+from ftlevel.methods.facts import Cell
+from ftlevel.methods.matrix import FACTS, RULES, check_supported, find_limits, find_refusal
 from ftlevel.models.families import FAMILIES
 from matrix_cells import QUANTS, TinyCell, build_cells, expected_refusal, run_cell
 from unit.models.meta_models import tiny_config

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ftlevel.config import PrefixSpec
-from ftlevel.config.methods import default_learning_rate
+from ftlevel.config.methods.prefix import PrefixSpec
 from ftlevel.methods import METHODS
 from ftlevel.methods.prefix import attention
 from ftlevel.methods.prefix.sites import find_attentions
@@ -230,7 +229,9 @@ def test_the_mlp_is_shared_and_gone_after_training() -> None:
 
 
 def test_the_mlp_learns_more_slowly_than_plain_vectors() -> None:
-    assert default_learning_rate(PROJECTED) < default_learning_rate(PLAIN) == 1e-2
+    assert (
+        METHODS["prefix"].learning_rate(PROJECTED) < METHODS["prefix"].learning_rate(PLAIN) == 1e-2
+    )
 
 
 def test_merging_is_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ftlevel.config import PromptSpec, PTuningSpec
+from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
 from ftlevel.methods import METHODS
 from ftlevel.methods.soft_prompt.layout import Layout
 from ftlevel.methods.soft_prompt.stacks import find_stacks

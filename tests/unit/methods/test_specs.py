@@ -21,7 +21,7 @@ def peft_config(kind: str, base: Base = BASE, **fields: Any) -> Any:
     return METHODS[kind].build(SPECS[kind](**fields), base)
 
 
-OWN = [kind for kind, method in METHODS.items() if method.refuse is None and kind != "adapter"]
+OWN = [kind for kind, m in METHODS.items() if m.build and not (m.refuse or m.register)]
 
 
 @pytest.mark.parametrize("kind", OWN)

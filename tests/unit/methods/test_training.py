@@ -11,14 +11,13 @@ import torch
 import transformers
 
 import tiny_models
-from ftlevel.commands.train import build_optimizer
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.methods import METHODS, Base
-from ftlevel.methods.lora_start import copy_start
+from ftlevel.methods.adalora.allocation import Allocation
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
-from ftlevel.trained.adapt import apply_method, load_adapter, save_adapter
-from ftlevel.training.callbacks.allocation import Allocation
+from ftlevel.trained.adapt import apply_method, copy_start, load_adapter, save_adapter
+from ftlevel.training.build_trainer import build_optimizer
 from ftlevel.training.plan.method_targets import find_method_targets
 
 FORMS = [
@@ -73,7 +72,7 @@ def test_adalora_prunes_to_its_budget_and_saves_only_what_is_left(tmp_path):
     whole = _logits(model)
     METHODS["adalora"].finish(model)
     torch.testing.assert_close(_logits(model), whole, atol=1e-6, rtol=0)
-    save_adapter(model, tmp_path / "adapter", {})
+    save_adapter(model, SPECS["adalora"](), tmp_path / "adapter", {})
     saved = _tensors(tmp_path / "adapter")
     assert sum(len(t) for n, t in saved.items() if n.endswith("lora_E")) == 2 * linears
     reloaded = load_adapter(base, tmp_path / "adapter")
@@ -117,10 +116,11 @@ def test_a_start_inside_the_base_is_saved_for_the_untouched_base(tmp_path, init,
     base, model = adapted("lora", r=4, init_lora_weights=init, **forms)
     before = _logits(base)
     assert torch.allclose(_logits(model), before, atol=1e-5)
-    start, optimizer = copy_start(model), optimizer_of(model)
+    spec = SPECS["lora"](init_lora_weights=init)
+    start, optimizer = copy_start(model, spec), optimizer_of(model)
     for _ in range(3):
         step(model, optimizer)
-    save_adapter(model, tmp_path, start)
+    save_adapter(model, spec, tmp_path, start)
     assert model.peft_config["default"].init_lora_weights == init  # the model itself is as it was
     reloaded = load_adapter(base, tmp_path)
     config = reloaded.peft_config["default"]
@@ -132,8 +132,8 @@ def test_a_start_inside_the_base_is_saved_for_the_untouched_base(tmp_path, init,
 
 def test_a_plain_lora_is_saved_as_it_is(tmp_path):
     _, model = adapted("lora", r=4)
-    assert copy_start(model) == {}
-    save_adapter(model, tmp_path, {})
+    assert copy_start(model, SPECS["lora"]()) == {}
+    save_adapter(model, SPECS["lora"](), tmp_path, {})
     assert {t.shape[0] for n, t in _tensors(tmp_path).items() if "lora_A" in n} == {4}
 
 

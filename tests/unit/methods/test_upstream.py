@@ -91,7 +91,7 @@ def _() -> None:
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert float(layer.ranknum["default"]) == 6.0
     assert not any("ranknum" in name for name in peft.get_peft_model_state_dict(model))
-    upstream.restore_ranks(model, "default", 3)
+    upstream.restore_ranks(model, peft.AdaLoraConfig(init_r=3, total_step=5))
     assert float(layer.ranknum["default"]) == 3.0
     ids = torch.arange(3, 9)[None]
     model(input_ids=ids, labels=ids).loss.backward()

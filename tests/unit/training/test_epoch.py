@@ -27,7 +27,7 @@ COLLATORS = {
     "plain": Collator(PAD),
     "padded": StepCollator(PAD, FastPlan(True, tokens=64)),
     "packed": StepCollator(PAD, FastPlan(True, packs=True, tokens=64)),
-    "shared": StepCollator(PAD, FastPlan(True, packs=True, shares=True, tokens=64)),
+    "shared": StepCollator(PAD, FastPlan(True, packs=True, prefix_tree=True, tokens=64)),
 }
 model = functools.cache(lambda: tiny_models.build("llama"))
 folder = functools.cache(tempfile.mkdtemp)
@@ -45,7 +45,9 @@ def batches_of(rows: list[Encoded], collate: Any, size: int, *, by_length: bool)
         order=LengthGroups([len(r.input_ids) for r in rows], size, 1) if by_length else None,
     )  # fmt: skip
     return [
-        part for batch in trainer.get_train_dataloader() for part in batch.get("passes", [batch])
+        part
+        for batch in trainer.get_train_dataloader()
+        for part in batch.get("micro_batches", [batch])
     ]
 
 

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.methods.base import TargetModules
-from ftlevel.config.sections import Positive, Section, Share
+from ftlevel.config.methods.base import MethodSpec, TargetModules
+from ftlevel.config.sections import Positive, Share
 
 Steps = Annotated[int, Field(ge=0)] | Literal["auto"]
 
 
-class AdaloraSpec(Section):
+class AdaloraSpec(MethodSpec):
     """AdaLoRA: W + P · diag(E) · Q, whose rank is pruned by importance while training.
 
     Zhang et al. (2023): every linear begins with `init_r`; between the first `tinit` and the last

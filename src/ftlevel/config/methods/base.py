@@ -1,11 +1,35 @@
-"""Field types that several methods share."""
+"""What every spec of a method has, and the field types that several share."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
+
+from ftlevel.config.sections import QuantConfig, Section
+
+
+class MethodSpec(Section):
+    """The fields of one method that a user may set, and what the other sections must know of it.
+
+    Attributes:
+        kind: the name after `--method`, a literal with itself as the default.
+        targets_linears: whether `--target-modules` applies.
+        wants_quant: `--quant` where the user says nothing.
+    """
+
+    kind: str = ""
+    targets_linears: ClassVar[bool] = True
+    wants_quant: ClassVar[str] = "none"
+
+    def quant_problems(self, quant: QuantConfig) -> list[str]:  # noqa: ARG002 - for those that do
+        """Return why this method cannot be used on a base that is quantized as `quant` says.
+
+        Only what must be said before a model is known; the rest is refused by the method's rules.
+        """
+        return []
+
 
 _REGEX_MARKS = re.compile(r"[\\*+?()\[\]{}^$|]")
 

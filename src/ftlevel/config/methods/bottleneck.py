@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.methods.base import TargetModules
-from ftlevel.config.sections import Positive, Section, Share
+from ftlevel.config.methods.base import MethodSpec, TargetModules
+from ftlevel.config.sections import Positive, Share
 
 REDUCTION_FACTOR = 16.0
 PARALLEL_SCALING = 4.0
 
 
-class AdapterSpec(Section):
+class AdapterSpec(MethodSpec):
     """Bottleneck adapters: h + s · up(f(down(h))) beside or after the sub-layers of each block.
 
     `houlsby`: after the attention and after the feed-forward (Houlsby et al., 2019, section 2.1).
@@ -23,6 +23,7 @@ class AdapterSpec(Section):
     """
 
     kind: Literal["adapter"] = "adapter"
+    targets_linears: ClassVar[bool] = False
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
         "houlsby",
         description="After attention and feed-forward (houlsby), after the feed-forward "

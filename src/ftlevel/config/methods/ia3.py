@@ -6,11 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from ftlevel.config.methods.base import TargetModules
-from ftlevel.config.sections import Section
+from ftlevel.config.methods.base import MethodSpec, TargetModules
 
 
-class Ia3Spec(Section):
+class Ia3Spec(MethodSpec):
     """(IA)³: one learned factor for each key, value and inner feed-forward feature.
 
     Liu et al. (2022, section 3.3): l_k · K, l_v · V and l_ff · γ(W₁x). The default finds these

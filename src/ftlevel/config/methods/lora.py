@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ftlevel.config.methods.base import TargetModules
-from ftlevel.config.sections import Positive, Section, Share
+from ftlevel.config.methods.base import MethodSpec, TargetModules
+from ftlevel.config.sections import Positive, QuantConfig, Share
 
 LoraInit = Literal[
     "default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16",
@@ -19,11 +19,12 @@ _REFUSED_INITS = {
 }
 
 
-INSIDE_BASE = ("olora", "pissa", "pissa_niter_4", "pissa_niter_16")
+PISSA = ("pissa", "pissa_niter_4", "pissa_niter_16")
+INSIDE_BASE = ("olora", *PISSA)
 """Starts that are taken out of the base's weights."""
 
 
-class LoraSpec(Section):
+class LoraSpec(MethodSpec):
     """LoRA: W + (alpha / r) · B · A (Hu et al., 2021, section 4.1).
 
     The default targets every linear of the blocks, which QLoRA (Dettmers et al., 2023, section 4)
@@ -99,8 +100,27 @@ class LoraSpec(Section):
                     )
         return self
 
+    def quant_problems(self, quant: QuantConfig) -> list[str]:
+        """Refuse DoRA on 8-bit weights."""
+        if quant.kind != "8bit" or not self.use_dora:
+            return []
+        return [
+            "use_dora cannot be used with --quant 8bit: PEFT cannot read 8-bit weights for the "
+            "magnitude. Use --quant 4bit, or drop use_dora."
+        ]
+
 
 class QloraSpec(LoraSpec):
     """LoRA on a quantized base (Dettmers et al., 2023): 4 bits unless `quant` says 8."""
 
     kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]  # the union is told apart by it
+    wants_quant: ClassVar[str] = "4bit"
+
+    def quant_problems(self, quant: QuantConfig) -> list[str]:
+        """Refuse a base that is not quantized, too."""
+        if quant.kind != "none":
+            return super().quant_problems(quant)
+        return [
+            "--method qlora needs a quantized base, and --quant is none. "
+            "Use --quant 4bit or 8bit, or --method lora."
+        ]

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from ftlevel.config.methods.base import TargetModules
-from ftlevel.config.sections import Positive, Section, Share
+from ftlevel.config.methods.base import MethodSpec, TargetModules
+from ftlevel.config.sections import Positive, Share
 
 
-class LohaSpec(Section):
+class LohaSpec(MethodSpec):
     """LoHa: W + (alpha / r) · (B₁A₁ ⊙ B₂A₂), of rank up to r².
 
     FedPara (Hyeon-Woo et al., 2022, section 2), as LyCORIS names it.
@@ -24,7 +24,7 @@ class LohaSpec(Section):
     target_modules: TargetModules = "all-linear"
 
 
-class LokrSpec(Section):
+class LokrSpec(MethodSpec):
     """LoKr: W + (alpha / r) · C ⊗ (B · A), a Kronecker product (LyCORIS, Yeh et al., 2024)."""
 
     kind: Literal["lokr"] = "lokr"

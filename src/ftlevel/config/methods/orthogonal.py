@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from ftlevel.config.methods.base import TargetModules
-from ftlevel.config.sections import Section, Share
+from ftlevel.config.methods.base import MethodSpec, TargetModules
+from ftlevel.config.sections import Share
 
 
-class OftSpec(Section):
+class OftSpec(MethodSpec):
     """OFT: W · R, with R block-diagonal and orthogonal (Qiu et al., 2023).
 
     R acts on the linear's input and comes from a Cayley transform, by default through the
@@ -29,7 +29,7 @@ class OftSpec(Section):
     target_modules: TargetModules = "all-linear"
 
 
-class BoftSpec(Section):
+class BoftSpec(MethodSpec):
     """BOFT: R as a product of sparse rotations (Liu et al., 2024).
 
     One butterfly factor: PEFT has more only where its CUDA extension compiles, and takes one

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ftlevel.config.sections import Positive, Section
+from ftlevel.config.methods.base import MethodSpec
+from ftlevel.config.sections import Positive
 
 
-class PrefixSpec(Section):
+class PrefixSpec(MethodSpec):
     """Learned keys and values in front of every attention (Li & Liang, 2021, section 4.2).
 
     An encoder-decoder gets them in the encoder, in the decoder and in its cross-attention. Twenty
@@ -19,6 +20,7 @@ class PrefixSpec(Section):
     """
 
     kind: Literal["prefix"] = "prefix"
+    targets_linears: ClassVar[bool] = False
     num_virtual_tokens: Positive = Field(20, description="Length of the prefix or the prompt.")
     prefix_projection: bool = Field(
         False,

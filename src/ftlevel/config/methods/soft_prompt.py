@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.sections import Positive, Section, Share
+from ftlevel.config.methods.base import MethodSpec
+from ftlevel.config.sections import Positive, Share
 
 
-class PromptSpec(Section):
+class PromptSpec(MethodSpec):
     """Learned embeddings in front of the text (prompt tuning, Lester et al., 2021, section 2).
 
     Twenty of them, past which Lester et al. (section 3.2) gain little, beginning as embeddings of
@@ -17,6 +18,7 @@ class PromptSpec(Section):
     """
 
     kind: Literal["prompt"] = "prompt"
+    targets_linears: ClassVar[bool] = False
     num_virtual_tokens: Positive = Field(20, description="Length of the prefix or the prompt.")
     prompt_tuning_init: Literal["SAMPLE_VOCAB", "TEXT", "RANDOM"] = Field(
         "SAMPLE_VOCAB",
@@ -43,7 +45,7 @@ class PromptSpec(Section):
         return self
 
 
-class PTuningSpec(Section):
+class PTuningSpec(MethodSpec):
     """A prompt that an encoder computes while training (P-tuning, Liu et al., 2021, section 3.2).
 
     What is saved is the prompt. As in `peft`, the encoder is an MLP of three layers unless an
@@ -51,6 +53,7 @@ class PTuningSpec(Section):
     """
 
     kind: Literal["p-tuning"] = "p-tuning"
+    targets_linears: ClassVar[bool] = False
     num_virtual_tokens: Positive = Field(20, description="Length of the prefix or the prompt.")
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = Field(
         "MLP", description="What computes the prompt."

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from ftlevel.config.methods.base import TargetModules
-from ftlevel.config.sections import Positive, Section, Share
+from ftlevel.config.methods.base import MethodSpec, TargetModules
+from ftlevel.config.sections import Positive, Share
 
 
-class VeraSpec(Section):
+class VeraSpec(MethodSpec):
     """VeRA: W + diag(b) · B · diag(d) · A, with A and B random, frozen and shared by all layers.
 
     Kopiczko et al. (2024, equation 2). A and B are drawn from `projection_prng_key` and saved with

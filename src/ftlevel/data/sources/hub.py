@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub, and directories that `datasets` saved, as tables.
+"""Data sets of the Hugging Face Hub, and directories that `datasets` saved: tables and streams.
 
 A Hub that can't be reached is an ordinary state: one short request finds it out, before the library
 begins its retries. `datasets` is imported by the functions that need it.
@@ -6,12 +6,15 @@ begins its retries. `datasets` is imported by the functions that need it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftlevel.data.sources.reader import build_arrow_table
-from ftlevel.data.sources.table import Table
+from ftlevel.data.sources.lines import PART
+from ftlevel.data.sources.readers.parquet import build_arrow_table
+from ftlevel.data.sources.streams import Chunk, Cursor
+from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, did_you_mean, listing
 from ftlevel.models.upstream.data import datasets_offline
 
@@ -72,6 +75,40 @@ def open_hub_streams(name: str, subset: str | None) -> dict[str, Any]:
 def open_saved_streams(directory: Path) -> dict[str, Any]:
     """Return what `save_to_disk` wrote as `datasets.IterableDataset`, by split."""
     return {key: data.to_iterable_dataset() for key, data in _load_saved(directory).items()}
+
+
+class IterableStream:
+    """A `datasets.IterableDataset`: of the Hub, or of a directory that `save_to_disk` wrote.
+
+    Args:
+        make: opens it anew, at its beginning.
+        source: what messages begin with.
+    """
+
+    def __init__(self, make: Callable[[], Any], source: str) -> None:
+        self._make, self.source = make, source
+
+    def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
+        """Yield the chunks from `cursor` on."""
+        data, number = self._make(), 0
+        if cursor is not None:
+            data.load_state_dict(cursor["state"])
+            number = int(cursor["number"])
+        rows: list[Row] = []
+
+        def chunk() -> Chunk:
+            numbers = list(range(number - len(rows) + 1, number + 1))
+            after = {"state": data.state_dict(), "number": number}
+            return Chunk(rows, numbers, [], self.source, "row", after)
+
+        for row in data:
+            rows.append(row)
+            number += 1
+            if len(rows) == PART:
+                yield chunk()
+                rows = []
+        if rows:
+            yield chunk()
 
 
 def load_saved_tables(directory: Path, most: int | None) -> dict[str, Table]:
@@ -168,4 +205,4 @@ def _to_table(data: Any, source: str, most: int | None) -> Table:
         for column, feature in data.features.items()
         if type(feature).__name__ == "ClassLabel"
     }
-    return Table(table.rows, table.lines, source, unit="row", label_names=names)
+    return replace(table, label_names=names)

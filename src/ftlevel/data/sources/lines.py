@@ -17,11 +17,11 @@ from typing import Any, overload
 from ftlevel.errors import InputError
 
 Row = dict[str, Any]
+PART = 64
+"""Lines, or rows, that are read and encoded together; the place of each part of a file is kept."""
 LARGE_BYTES = 1_000_000
 """Size from which on the rows of a file are not held in memory."""
-_STRIDE = 64  # lines from one place that is kept to the next
 _BLOCK = 1 << 16  # bytes that are read at once
-_BOM = b"\xef\xbb\xbf"
 _raw_decode = json.JSONDecoder().raw_decode
 
 
@@ -67,7 +67,7 @@ class LineRows(Sequence[Row]):
     Args:
         path: of the file, which must not change meanwhile.
         lines: the 1-based line of each row.
-        places: in bytes, of line 1, 65, 129 and so on.
+        places: in bytes, of line 1, 65, 129 and so on: the cursors of the file's chunks.
     """
 
     def __init__(self, path: Path, lines: Sequence[int], places: Sequence[int]) -> None:
@@ -97,8 +97,8 @@ class LineRows(Sequence[Row]):
 
     def _read(self, line: int) -> Row:
         at, begin = self._next
-        if not 0 <= line - at < _STRIDE:
-            at, begin = line - (line - 1) % _STRIDE, self.places[(line - 1) // _STRIDE]
+        if not 0 <= line - at < PART:
+            at, begin = line - (line - 1) % PART, self.places[(line - 1) // PART]
         while at < line:
             begin = self._end(begin) + 1
             at += 1
@@ -128,19 +128,3 @@ class LineRows(Sequence[Row]):
     def take(self, indices: Iterable[int]) -> LineRows:
         """Return the rows at `indices`, of the same file, for eight bytes a row."""
         return LineRows(self.path, array("q", (self.lines[i] for i in indices)), self.places)
-
-
-def read_lines(path: Path, places: array[int]) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file; the place of every 64th is added to `places` (mutated).
-
-    Raises:
-        UnicodeDecodeError: a line is not UTF-8.
-    """
-    with path.open("rb") as file:
-        at = 0
-        for number, line in enumerate(file):
-            skipped = len(_BOM) if not at and line.startswith(_BOM) else 0
-            if not number % _STRIDE:
-                places.append(at + skipped)
-            at += len(line)
-            yield line[skipped:].decode("utf-8")

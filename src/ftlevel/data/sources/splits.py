@@ -23,7 +23,12 @@ from ftlevel.data.sources.hub import (
     pick_split,
 )
 from ftlevel.data.sources.mixing import join_tables, mix_tables
-from ftlevel.data.sources.reader import data_files, describe_missing, is_data_file_name, read_table
+from ftlevel.data.sources.readers.files import (
+    data_files,
+    describe_missing,
+    is_data_file_name,
+    read_table,
+)
 from ftlevel.data.sources.table import OnBadRow, Table, describe_dropped
 from ftlevel.errors import InputError, did_you_mean, listing, nearest
 
@@ -68,7 +73,6 @@ def load_splits(
     split: str | None = None,
     subset: str | None = None,
     on_bad_row: OnBadRow = "error",
-    data_dir: Path | None = None,
     max_samples: int | None = None,
 ) -> Splits:
     """Read the splits of a data set.
@@ -78,8 +82,7 @@ def load_splits(
             path is a path; "hf://datasets/ID" is never one.
         split: the split to train on, instead of "train".
         subset: the configuration of a Hub data set; for a built-in set the kind of its rows.
-        on_bad_row: refuse bad rows or leave them out; see `reader.read_table`.
-        data_dir: the directory that a relative path is looked up in; the current one by default.
+        on_bad_row: refuse bad rows or leave them out; see `readers.files.read_table`.
         max_samples: keep the first N rows of each split. A text file is read and checked as a
             whole even so.
 
@@ -92,11 +95,11 @@ def load_splits(
         splits = _load_hub(dataset.removeprefix(HUB_PREFIX), split, subset, max_samples)
     else:
         path = Path(dataset).expanduser()
-        path = path if data_dir is None else data_dir / path
         if path.is_dir():
             splits = _load_directory(path, dataset, split, on_bad_row, max_samples)
         elif path.exists():
-            splits = _load_file(path, dataset, split, on_bad_row)
+            check_one_file(dataset, split)
+            splits = Splits(read_table(path, on_bad_row), None, None, dataset)
         else:
             check_hub_id(dataset, path)
             splits = _load_hub(dataset, split, subset, max_samples)
@@ -232,14 +235,13 @@ def _load_builtin(
     return _assemble(tables, split or "train", dataset, [])
 
 
-def _load_file(path: Path, dataset: str, split: str | None, on_bad_row: OnBadRow) -> Splits:
-    """Read one file: all of it is for training."""
+def check_one_file(dataset: str, split: str | None) -> None:
+    """Raise if a split is wanted of one file: all of it is for training."""
     if split not in (None, "train"):
         raise InputError(
             f"--split {split}: {dataset} is one file, without splits. Drop --split, or name a "
             "directory that holds train and validation files."
         )
-    return Splits(read_table(path, on_bad_row), None, None, dataset)
 
 
 def _load_directory(

@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.data.sources.hub import (
+    IterableStream,
     is_saved_directory,
     open_hub_streams,
     open_saved_streams,
     pick_split,
 )
-from ftlevel.data.sources.reader import build_arrow_table, read_table
-from ftlevel.data.sources.splits import HUB_PREFIX, VALIDATION_NAMES, check_hub_id, choose_files
-from ftlevel.data.sources.streams import ChainedStream, IterableStream, Stream, open_file
+from ftlevel.data.sources.readers.files import open_stream, read_table
+from ftlevel.data.sources.readers.parquet import build_arrow_table
+from ftlevel.data.sources.splits import (
+    HUB_PREFIX,
+    VALIDATION_NAMES,
+    check_hub_id,
+    check_one_file,
+    choose_files,
+)
+from ftlevel.data.sources.streams import ChainedStream, Stream
 from ftlevel.data.sources.table import OnBadRow, Table
 from ftlevel.errors import InputError
 
@@ -51,7 +59,7 @@ def open_source(
     """Open a data set; only its validation rows are read.
 
     Args:
-        dataset: path of a file or a directory, or a Hub id, as of `sources.load_splits`.
+        dataset: path of a file or a directory, or a Hub id, as of `splits.load_splits`.
         split: the split to train on, instead of "train".
         subset: the configuration of a Hub data set.
         on_bad_row: what is done to a bad validation row.
@@ -67,37 +75,27 @@ def open_source(
         name = dataset.removeprefix(HUB_PREFIX)
         if name == dataset:
             check_hub_id(dataset, path)
-        found = open_hub_streams(name, subset)
-        make = lambda key: lambda: open_hub_streams(name, subset)[key]  # noqa: E731
-        return _iterable(found, make, split, name, validation_rows)
+        return _open_remote(lambda: open_hub_streams(name, subset), split, name, validation_rows)
     if path.is_dir() and is_saved_directory(path):
-        made = open_saved_streams(path)
-        make = lambda key: lambda: open_saved_streams(path)[key]  # noqa: E731
-        return _iterable(made, make, split, dataset, validation_rows)
+        return _open_remote(lambda: open_saved_streams(path), split, dataset, validation_rows)
     if not path.is_dir():
-        if split not in (None, "train"):
-            raise InputError(
-                f"--split {split}: {dataset} is one file, without splits. Drop --split."
-            )
-        return StreamSource(open_file(path), files=(path,))
+        check_one_file(dataset, split)
+        return StreamSource(open_stream(path), files=(path,))
     files, train, notes = choose_files(path, dataset, split)
     held = files.get("validation") if train != "validation" else None
     validation = read_table(held[0], on_bad_row) if held else None
     if validation is not None and validation_rows is not None:
         validation = validation.take(range(min(validation_rows, len(validation))))
-    streams = [open_file(file) for file in files[train]]
+    streams = [open_stream(file) for file in files[train]]
     stream = streams[0] if len(streams) == 1 else ChainedStream(streams)
     return StreamSource(stream, validation, tuple(files[train]), notes)
 
 
-def _iterable(
-    found: Mapping[str, Any],
-    make: Callable[[str], Callable[[], Any]],
-    split: str | None,
-    name: str,
-    most: int | None,
+def _open_remote(
+    make: Callable[[], Mapping[str, Any]], split: str | None, name: str, most: int | None
 ) -> StreamSource:
-    """Return the splits that are used of `found`."""
+    """Return the splits that are used of those that `make` opens, each time at their beginning."""
+    found = make()
     train = pick_split(found, split, name)
     held = next((key for key in VALIDATION_NAMES if key in found and key != train), None)
     validation = None
@@ -106,5 +104,4 @@ def _iterable(
 
         rows = list(found[held].take(most or REMOTE_ROWS))
         validation = build_arrow_table(pa.Table.from_pylist(rows), f"{name} ({held})")
-    stream = IterableStream(make(train), f"{name} ({train})")
-    return StreamSource(stream, validation)
+    return StreamSource(IterableStream(lambda: make()[train], f"{name} ({train})"), validation)

@@ -1,12 +1,12 @@
-"""Attention of many short documents by batched matrix products over tiles of queries.
+"""Attention of many short sequences by batched matrix products over blocks of queries.
 
     P = softmax(s · Q Kᵀ + M),  O = P V
     dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ − rowsum(dO Vᵀ ∘ P)),  dQ = s · dS K,  dK = s · dSᵀ Q
 
-A tile is up to 128 queries of a document and the keys that they see, so half of a causal document's
-products are never made. For short documents P is kept for the backward pass, for long ones it is
-made again, so that memory grows with the tokens and not with their square. On documents of up to
-1,024 tokens torch's CPU flash kernel takes 2 to 4 times as long.
+A block is up to 128 queries of a sequence and the keys that they see, so half of the products of a
+causal sequence are never made. For short sequences P is kept for the backward pass, for long ones
+it is recomputed, so that memory grows with the tokens and not with their square. On sequences of up
+to 1,024 tokens torch's CPU flash kernel takes 2 to 4 times as long.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from typing import Any
 
 import torch
 
-from ftlevel.fast.layers.dropout import draw_kept
+from ftlevel.fast.layers.dropout import dropout_mask
 from ftlevel.fast.packing.layout import Range, Segment
 from ftlevel.models.upstream.tensors import softmax_backward
 
 QUERIES = 128
-"""Queries of a tile: what was fastest of 64, 128 and 256 in bfloat16."""
+"""Queries of a block: what was fastest of 64, 128 and 256 in bfloat16."""
 
 KEPT_KEYS = 256
-"""Tiles of up to this many keys keep their probabilities for the backward pass."""
+"""Blocks of up to this many keys keep their probabilities for the backward pass."""
 
 
 @dataclass(frozen=True)
-class Tile:
+class QueryBlock:
     """Queries and the keys that at least one of them sees.
 
     Attributes:
         start, stop: where the queries stand in the row.
-        keys: where the keys stand, in the order of their document.
+        keys: where the keys stand, in the order of their sequence.
         mask: added to the scores of the last keys, -inf where a query does not see one; None where
             every query sees every key.
     """
@@ -59,9 +59,9 @@ def visible(
     """Return a boolean mask (queries, keys) of what each query sees; None if that is all.
 
     Args:
-        position: of the first query in its document.
+        position: of the first query in its sequence.
         queries: how many there are.
-        first_key: position of the first key in the document.
+        first_key: position of the first key in the sequence.
         keys: how many there are.
         causal: whether a query sees only itself and what is before it.
         window: a query sees fewer than this many tokens to each side, itself included.
@@ -76,13 +76,15 @@ def visible(
 
 
 @lru_cache(maxsize=8)
-def cut_tiles(segments: tuple[Segment, ...], causal: bool, window: int | None) -> tuple[Tile, ...]:
-    """Cut segments into tiles, in the order of the row."""
-    return tuple(tile for segment in segments for tile in _cut(segment, causal, window))
+def split_queries(
+    segments: tuple[Segment, ...], causal: bool, window: int | None
+) -> tuple[QueryBlock, ...]:
+    """Cut segments into blocks of queries, in the order of the row."""
+    return tuple(block for segment in segments for block in _cut(segment, causal, window))
 
 
-def _cut(segment: Segment, causal: bool, window: int | None) -> Sequence[Tile]:
-    tiles = []
+def _cut(segment: Segment, causal: bool, window: int | None) -> Sequence[QueryBlock]:
+    blocks = []
     own = segment.stop - segment.start
     length = segment.position + own
     for offset in range(0, own, QUERIES):
@@ -99,12 +101,12 @@ def _cut(segment: Segment, causal: bool, window: int | None) -> Sequence[Tile]:
         mask = None if seen is None else torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
         keys = _clip((*segment.past, (segment.start, segment.stop)), first, last)
         start = segment.start + offset
-        tiles.append(Tile(start, start + count, keys, mask))
-    return tiles
+        blocks.append(QueryBlock(start, start + count, keys, mask))
+    return blocks
 
 
 def _clip(ranges: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
-    """Return the parts of `ranges` that hold the tokens [first, last) of their document."""
+    """Return the parts of `ranges` that hold the tokens [first, last) of their sequence."""
     clipped, position = [], 0
     for start, stop in ranges:
         low, high = max(first - position, 0), min(last - position, stop - start)
@@ -114,8 +116,8 @@ def _clip(ranges: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
     return tuple(clipped)
 
 
-class TileAttention(torch.autograd.Function):
-    """The attention of a row, tile by tile.
+class BlockedAttention(torch.autograd.Function):
+    """The attention of a row, block by block.
 
     Queries are (heads, tokens, head_dim), keys (key heads, tokens, head_dim), values (key heads,
     tokens, value_dim); the output is (tokens, heads, value_dim). DeepSeek's two widths differ.
@@ -127,7 +129,7 @@ class TileAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        tiles: Sequence[Tile],
+        blocks: Sequence[QueryBlock],
         scale: float,
         dropout: float,
     ) -> torch.Tensor:
@@ -136,18 +138,18 @@ class TileAttention(torch.autograd.Function):
         groups = len(key)
         output = query.new_empty(tokens, heads, value.shape[-1])
         saved: list[torch.Tensor] = []
-        for tile in tiles:
-            seen = probabilities = _probabilities(query, key, tile, scale)
+        for block in blocks:
+            seen = probabilities = _probabilities(query, key, block, scale)
             if dropout:
-                keep = draw_kept(seen, dropout)
+                keep = dropout_mask(seen, dropout)
                 seen = probabilities * keep
                 saved.append(keep)
-            if dropout or tile.width <= KEPT_KEYS:
+            if dropout or block.width <= KEPT_KEYS:
                 saved.append(probabilities)
-            attended = torch.bmm(seen, _rows(value, tile.keys))
-            _put(output[tile.start : tile.stop], attended, groups)
+            attended = torch.bmm(seen, _rows(value, block.keys))
+            _put(output[block.start : block.stop], attended, groups)
         ctx.save_for_backward(query, key, value, *saved)
-        ctx.tiles, ctx.scale, ctx.dropout = tiles, scale, dropout
+        ctx.blocks, ctx.scale, ctx.dropout = blocks, scale, dropout
         return output
 
     @staticmethod
@@ -159,48 +161,48 @@ class TileAttention(torch.autograd.Function):
         groups = len(key)
         of_query = query.new_empty(tokens, heads, width)
         of_key, of_value = key.new_zeros(key.shape), value.new_zeros(value.shape)
-        for tile in ctx.tiles:
+        for block in ctx.blocks:
             keep = next(saved) if ctx.dropout else None
-            kept = ctx.dropout or tile.width <= KEPT_KEYS
-            p = next(saved) if kept else _probabilities(query, key, tile, ctx.scale)
-            of_output = _take(gradient[tile.start : tile.stop], groups)
+            kept = ctx.dropout or block.width <= KEPT_KEYS
+            p = next(saved) if kept else _probabilities(query, key, block, ctx.scale)
+            of_output = _take(gradient[block.start : block.stop], groups)
             seen = p if keep is None else p * keep
-            _add(of_value, tile.keys, seen.transpose(1, 2), of_output)
-            of_seen = torch.bmm(of_output, _rows(value, tile.keys).transpose(1, 2))
+            _add(of_value, block.keys, seen.transpose(1, 2), of_output)
+            of_seen = torch.bmm(of_output, _rows(value, block.keys).transpose(1, 2))
             of_p = of_seen if keep is None else of_seen.mul_(keep)
             of_scores = softmax_backward(of_p, p, -1, p.dtype)
             of_scores = of_scores.mul_(ctx.scale)
-            of_tile = torch.bmm(of_scores, _rows(key, tile.keys))
-            _put(of_query[tile.start : tile.stop], of_tile, groups)
-            _add(of_key, tile.keys, of_scores.transpose(1, 2), _queries(query, tile, groups))
+            of_block = torch.bmm(of_scores, _rows(key, block.keys))
+            _put(of_query[block.start : block.stop], of_block, groups)
+            _add(of_key, block.keys, of_scores.transpose(1, 2), _queries(query, block, groups))
         return of_query.transpose(0, 1), of_key, of_value, None, None, None
 
 
 def _probabilities(
-    query: torch.Tensor, key: torch.Tensor, tile: Tile, scale: float
+    query: torch.Tensor, key: torch.Tensor, block: QueryBlock, scale: float
 ) -> torch.Tensor:
     """Return (key heads, heads of a group * queries, keys).
 
     The scores are float32 at least, as in flash attention: rounded to bfloat16 they would make the
     result three times as far from the exact one, and are no faster to compute.
     """
-    groups, count = len(key), tile.stop - tile.start
+    groups, count = len(key), block.stop - block.start
     exact = torch.promote_types(query.dtype, torch.float32)
-    queries, keys = _queries(query, tile, groups).to(exact), _rows(key, tile.keys).to(exact)
+    queries, keys = _queries(query, block, groups).to(exact), _rows(key, block.keys).to(exact)
     scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
-    if tile.mask is not None:
-        last = scores.view(groups, -1, count, tile.width)[..., -tile.mask.shape[1] :]
-        last.add_(tile.mask)
+    if block.mask is not None:
+        last = scores.view(groups, -1, count, block.width)[..., -block.mask.shape[1] :]
+        last.add_(block.mask)
     return scores.softmax(-1).to(query.dtype)
 
 
-def _queries(query: torch.Tensor, tile: Tile, groups: int) -> torch.Tensor:
-    """Return a tile's queries (key heads, heads of a group * queries, head_dim)."""
-    return query[:, tile.start : tile.stop].reshape(groups, -1, query.shape[-1])
+def _queries(query: torch.Tensor, block: QueryBlock, groups: int) -> torch.Tensor:
+    """Return a block's queries (key heads, heads of a group * queries, head_dim)."""
+    return query[:, block.start : block.stop].reshape(groups, -1, query.shape[-1])
 
 
 def _rows(states: torch.Tensor, ranges: Sequence[Range]) -> torch.Tensor:
-    """Return (key heads, keys, head_dim) of a tile's keys or values."""
+    """Return (key heads, keys, head_dim) of a block's keys or values."""
     if len(ranges) == 1:
         return states[:, ranges[0][0] : ranges[0][1]]
     return torch.cat([states[:, start:stop] for start, stop in ranges], dim=1)

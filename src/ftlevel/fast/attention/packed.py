@@ -1,4 +1,4 @@
-"""Attention in which each document sees itself alone, under transformers' `AttentionInterface`.
+"""Attention in which each sequence sees itself alone, under transformers' `AttentionInterface`.
 
 Where no layout is current it is SDPA, with SDPA's masks: evaluation by generation, and whatever
 else calls the model, go on as before.
@@ -14,19 +14,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ftlevel.fast.attention.blocked import TileAttention, cut_tiles, visible
-from ftlevel.fast.attention.short import ShortAttention, are_short, batch_documents
-from ftlevel.fast.attention.varlen import attend_in_one, can_serve
-from ftlevel.fast.layers.dropout import own_generator
-from ftlevel.fast.packing.layout import Layout, NotServedError, Segment, current_layout
-from ftlevel.fast.prefixes.shared_prefix import current_trunk
+from ftlevel.fast.attention.blocked import BlockedAttention, split_queries, visible
+from ftlevel.fast.attention.short import ShortAttention, are_short, batch_sequences
+from ftlevel.fast.attention.varlen import attend_varlen, can_serve
+from ftlevel.fast.layers.dropout import worker_generator
+from ftlevel.fast.packing.layout import NotServedError, PackedLayout, Segment, current_layout
+from ftlevel.fast.prefixes.shared_prefix import current_prefix
 
-NAME = "ftlevel_documents"
+NAME = "ftlevel_packed"
 """What the attention is called in `set_attn_implementation`."""
 
-LONGEST_TILED = 1024
-"""Documents beyond this many tokens go through SDPA: measured on Zen 4, where tiles take a third of
-its time at 512 tokens and as long at 2,048."""
+MAX_BLOCKED = 1024
+"""Sequences beyond this many tokens go through SDPA: measured on Zen 4, where blocks take a third
+of its time at 512 tokens and as long at 2,048."""
 
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
@@ -38,7 +38,7 @@ def register() -> None:
 
 
 def build_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Return SDPA's mask, and none for documents that are laid out."""
+    """Return SDPA's mask, and none for a packed row."""
     return sdpa_mask(*args, **kwargs) if current_layout() is None else None
 
 
@@ -54,14 +54,14 @@ def attend(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within the documents of the current layout.
+    """Attend within the sequences of the current layout.
 
     Args:
         module: the attention that asks.
         query: (1, heads, tokens, head_dim).
         key: (1, key heads, tokens, head_dim); each serves heads / key heads queries in a row.
         value: as `key`.
-        attention_mask: of SDPA, where nothing is laid out.
+        attention_mask: of SDPA, where nothing is packed.
         dropout: of the probabilities.
         scaling: of the scores; the default is 1 / sqrt(head_dim).
         is_causal: whether a token sees only what is before it; the default is the module's.
@@ -88,9 +88,9 @@ def attend(
         raise NotServedError("its attention is not causal")
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.tokens:
         raise NotServedError("its attention is over something else than the row's tokens")
-    trunk = current_trunk()
-    if trunk is not None:
-        query, key, value = trunk.join(module, query, key, value)
+    prefix = current_prefix()
+    if prefix is not None:
+        query, key, value = prefix.join(module, query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     compute = (
         torch.get_autocast_dtype(query.device.type)
@@ -98,37 +98,38 @@ def attend(
         else value.dtype
     )
     states = [part[0].to(compute) for part in (query, key, value)]
-    attended = _by_document(layout, states, causal, sliding_window, scale, dropout)
+    attended = _by_sequence(layout, states, causal, sliding_window, scale, dropout)
     return attended[layout.before :][None], None
 
 
-def _by_document(
-    layout: Layout,
+def _by_sequence(
+    layout: PackedLayout,
     states: list[torch.Tensor],
     causal: bool,
     window: int | None,
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
-    """Return (tokens, heads, head_dim): on a GPU by one kernel, on a CPU by tiles or by SDPA."""
+    """Return (tokens, heads, head_dim): on a GPU by one kernel, on a CPU by blocks or by SDPA."""
     if can_serve(states[0], dropout):
-        return attend_in_one(states, layout.segments, causal, window, scale)
+        return attend_varlen(states, layout.segments, causal, window, scale)
     on_cpu = states[0].device.type == "cpu"
-    is_short = all(s.stop - s.start <= LONGEST_TILED for s in layout.segments)
+    is_short = all(s.stop - s.start <= MAX_BLOCKED for s in layout.segments)
     is_tree = any(segment.past for segment in layout.segments)
-    draws_itself = dropout > 0 and own_generator() is not None  # SDPA has the process's generator
+    # SDPA would draw from the generator of the process.
+    draws_itself = dropout > 0 and worker_generator() is not None
     if on_cpu and are_short(layout.segments):
-        batches = batch_documents(layout.segments, causal, window)
+        batches = batch_sequences(layout.segments, causal, window)
         with torch.autocast("cpu", enabled=False):
             short: torch.Tensor = ShortAttention.apply(  # type: ignore[no-untyped-call]
                 *states, batches, scale, dropout
             )
             return short
     if on_cpu and (is_short or is_tree or draws_itself):
-        tiles = cut_tiles(layout.segments, causal, window)
+        blocks = split_queries(layout.segments, causal, window)
         with torch.autocast("cpu", enabled=False):
-            attended: torch.Tensor = TileAttention.apply(  # type: ignore[no-untyped-call]
-                *states, tiles, scale, dropout
+            attended: torch.Tensor = BlockedAttention.apply(  # type: ignore[no-untyped-call]
+                *states, blocks, scale, dropout
             )
             return attended
     outputs = [_by_sdpa(s, states, causal, window, scale, dropout) for s in layout.segments]

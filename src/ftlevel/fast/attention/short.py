@@ -1,9 +1,9 @@
-"""Attention of documents of a few dozen tokens: all of them in one batched product, padded.
+"""Attention of sequences of a few dozen tokens: all of them in one batched product, padded.
 
-The formulas are those of `speed.tiles`, whose products are too small here: a document of 20 tokens
-costs as many operations as one of 128. Documents of like length are padded to the longest of them,
-and padding is masked. On documents of 20 to 32 tokens in bfloat16 it takes half the time of tiles,
-of 64 tokens four fifths, and from 100 on it is no faster.
+The formulas are those of `attention.blocked`, whose products are too small here: a sequence of 20
+tokens costs as many operations as one of 128. Sequences of like length are padded to the longest of
+them, and padding is masked. On sequences of 20 to 32 tokens in bfloat16 it takes half the time of
+blocks, of 64 tokens four fifths, and from 100 on it is no faster.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from ftlevel.fast.attention.blocked import visible
-from ftlevel.fast.layers.dropout import draw_kept
+from ftlevel.fast.layers.dropout import dropout_mask
 from ftlevel.fast.packing.layout import Segment
 from ftlevel.models.upstream.tensors import softmax_backward
 
 LONGEST = 64
-"""Tokens of a document that is short."""
+"""Tokens of a sequence that is short."""
 
 PADDED = 1.25
 """Most places of a batch for each token in it."""
@@ -30,11 +30,11 @@ PADDED = 1.25
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents that follow one another in the row, padded to the longest.
+    """Sequences that follow one another in the row, padded to the longest.
 
     Attributes:
         start, stop: where their tokens stand in the row.
-        count: how many documents.
+        count: how many sequences.
         longest: tokens of the longest.
         source: (count · longest,) for each place the token of the batch that stands there; padding
             has some token.
@@ -52,18 +52,18 @@ class Batch:
 
 
 def are_short(segments: Sequence[Segment]) -> bool:
-    """Whether every segment is a short document of its own."""
+    """Whether every segment is a short sequence of its own."""
     return all(not s.past and s.stop - s.start <= LONGEST for s in segments)
 
 
 @lru_cache(maxsize=8)
-def batch_documents(
+def batch_sequences(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> tuple[Batch, ...]:
-    """Return the batches of short documents, in the order of the row.
+    """Return the batches of short sequences, in the order of the row.
 
     Args:
-        segments: documents without a past.
+        segments: sequences without a past.
         causal: as of `visible`.
         window: as of `visible`.
     """
@@ -100,7 +100,7 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> Batch:
 
 
 class ShortAttention(torch.autograd.Function):
-    """The attention of a row of short documents; shapes as of `TileAttention`."""
+    """The attention of a row of short sequences; shapes as of `BlockedAttention`."""
 
     @staticmethod
     def forward(
@@ -120,7 +120,7 @@ class ShortAttention(torch.autograd.Function):
             p = seen = _probabilities(q, k, batch, scale)
             saved += [q, k, v, p]
             if dropout:
-                keep = draw_kept(p, dropout)
+                keep = dropout_mask(p, dropout)
                 saved.append(keep)
                 seen = p * keep
             outputs.append(_put(torch.bmm(seen, v), batch, groups))
@@ -153,7 +153,7 @@ class ShortAttention(torch.autograd.Function):
 def _probabilities(
     query: torch.Tensor, key: torch.Tensor, batch: Batch, scale: float
 ) -> torch.Tensor:
-    """Return (documents · key heads, heads of a group · queries, keys); scores are exact."""
+    """Return (sequences · key heads, heads of a group · queries, keys); scores are exact."""
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = torch.bmm(query.to(exact), key.to(exact).transpose(1, 2)).mul_(scale)
     if batch.mask is not None:
@@ -162,7 +162,7 @@ def _probabilities(
 
 
 def _take(states: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:
-    """Return (tokens, heads, head_dim) as (documents · groups, heads of a group · longest, …)."""
+    """Return (tokens, heads, head_dim) as (sequences · groups, heads of a group · longest, …)."""
     return _split(states[batch.start : batch.stop].index_select(0, batch.source), batch, groups)
 
 

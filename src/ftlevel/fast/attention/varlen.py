@@ -75,7 +75,7 @@ def can_serve(query: torch.Tensor, dropout: float) -> bool:
     )
 
 
-def attend_in_one(
+def attend_varlen(
     states: list[torch.Tensor],
     segments: tuple[Segment, ...],
     causal: bool,

@@ -1,4 +1,4 @@
-"""Ask a model itself whether its head on targets only gives the scores that it would give.
+"""Ask a model itself whether its head on supervised tokens gives the scores that it would give.
 
 What a family does to the scores of its head (a cap, a scale, a constant) is known by the names in
 its config. A family that says it by another name, or whose forward pass asks the head for something
@@ -15,8 +15,8 @@ import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.fast.head.cross_entropy import TargetHead
-from ftlevel.fast.head.loss import target_loss
+from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.head.loss import supervised_loss
 from ftlevel.fast.packing.layout import NotServedError
 from ftlevel.models.hardware import autocast
 from ftlevel.task import TokenObjective
@@ -30,8 +30,8 @@ NOISE = {"float32": 1e-5}
 COARSE = 1e-2
 
 
-def find_head_error(
-    head: TargetHead,
+def find_cross_entropy_error(
+    head: ChunkedCrossEntropy,
     model: Any,
     objective: TokenObjective,
     rows: Sequence[Encoded],
@@ -58,7 +58,7 @@ def find_head_error(
     try:
         with torch.no_grad(), autocast(device, dtype):
             expected, _ = objective.targets(objective.logits(model(**inputs)), labels)
-            target_loss(head, model, objective, batch, lambda scores, _: seen.append(scores))
+            supervised_loss(head, model, objective, batch, lambda scores, _: seen.append(scores))
     except NotServedError as error:
         return str(error)
     finally:

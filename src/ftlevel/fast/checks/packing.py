@@ -1,4 +1,4 @@
-"""Ask a model itself whether packed rows see each other: a few short passes before training.
+"""Ask a model itself whether packed rows see each other: a few short batches before training.
 
 What a family's attention does with a mask is known. What else mixes tokens (a convolution, a
 recurrent state, code that came with the model) is not, and would leak from row to row in silence.
@@ -15,17 +15,17 @@ import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.fast.layers.dropout import drawing_from
-from ftlevel.fast.packing.layout import Layout, laid_out
-from ftlevel.fast.prefixes.shared_prefix import Trunk, along
-from ftlevel.fast.prefixes.tree import lay_out_tree
+from ftlevel.fast.layers.dropout import using_generator
+from ftlevel.fast.packing.layout import PackedLayout, using_layout
+from ftlevel.fast.prefixes.shared_prefix import SharedPrefix, using_prefix
+from ftlevel.fast.prefixes.tree import build_prefix_tree
 from ftlevel.models.hardware import autocast
 
 LENGTHS = 16, 12
 """Tokens of the two rows that are tried: enough to see each other."""
 
-TRUNK = 7
-"""Tokens of them that are tried as a trunk."""
+PREFIX_LENGTH = 7
+"""Tokens of them that are tried as a shared prefix."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +54,24 @@ class PackingCheck:
         other = replace(first, input_ids=first.input_ids[::-1])
         return self._try(lambda: self._compare_packed([first, second], [other, second]))
 
-    def find_sharing_error(self) -> str:
+    def find_prefix_tree_error(self) -> str:
         """Return why the prefix of two rows cannot be computed once, empty if it can."""
-        return self._try(self._compare_shared)
+        return self._try(self._compare_prefix_tree)
 
-    def find_trunk_error(self) -> str:
-        """Return why the prefix of two rows cannot be computed in a pass before theirs."""
-        return self._try(self._compare_trunk)
+    def find_shared_prefix_error(self) -> str:
+        """Return why the prefix of two rows cannot be computed in a micro-batch before theirs."""
+        return self._try(self._compare_shared_prefix)
 
-    def draws_outside_of_passes(self) -> bool:
-        """Return whether a pass in training takes numbers from the process's generator."""
+    def uses_global_generator(self) -> bool:
+        """Return whether a forward pass in training takes numbers from the process's generator."""
         batch, training = self._batch(shortened_pair(self.rows)), self.model.training
-        layout, before = Layout.of_rows(batch["attention_mask"]), torch.get_rng_state()
+        layout, before = PackedLayout.from_mask(batch["attention_mask"]), torch.get_rng_state()
         self.model.train()
         try:
             with (
                 torch.no_grad(),
-                drawing_from(0),
-                laid_out(layout),
+                using_generator(0),
+                using_layout(layout),
                 autocast(self.device, self.dtype),
             ):
                 self.model(**batch)
@@ -93,7 +93,7 @@ class PackingCheck:
 
     def _compare_packed(self, pair: Sequence[Encoded], beside: Sequence[Encoded]) -> str:
         batch, other = self._batch(pair), self._batch(beside)
-        layout, kept = Layout.of_rows(batch["attention_mask"]), batch["attention_mask"] != 0
+        layout, kept = PackedLayout.from_mask(batch["attention_mask"]), batch["attention_mask"] != 0
         packed, moved = self._states(batch, layout), self._states(other, layout)
         if not _differ(moved[1][kept[1]], packed[1][kept[1]]) < self._leak():
             return "its rows see each other when they are packed"
@@ -101,29 +101,29 @@ class PackingCheck:
             return "packed rows give other numbers than padded ones"
         return ""
 
-    def _compare_shared(self) -> str:
+    def _compare_prefix_tree(self) -> str:
         pair = shortened_pair(self.rows)[::-1]  # the prefix of both is the first
         batch = self._batch(pair)
         kept = batch["attention_mask"] != 0
-        tree = lay_out_tree([row.input_ids for row in pair], least=1).to(self.device)
+        tree = build_prefix_tree([row.input_ids for row in pair], least=1).to(self.device)
         padded = self._padded.flip(0)
         if not _differ(self._states(batch, tree)[kept], padded[kept]) < self._noise():
             return "shared prefixes give other numbers than rows of their own"
         return ""
 
-    def _compare_trunk(self) -> str:
+    def _compare_shared_prefix(self) -> str:
         pair = shortened_pair(self.rows)[::-1]
         batch, kept = self._batch(pair), self._batch(pair)["attention_mask"] != 0
-        first = {name: value[:1, :TRUNK] for name, value in batch.items()}
-        trunk = Trunk(TRUNK)
-        with along(trunk):
-            self._states(first, Layout.of_rows(first["attention_mask"]))
-            trunk.close()
+        first = {name: value[:1, :PREFIX_LENGTH] for name, value in batch.items()}
+        prefix = SharedPrefix(PREFIX_LENGTH)
+        with using_prefix(prefix):
+            self._states(first, PackedLayout.from_mask(first["attention_mask"]))
+            prefix.close()
             ids = [row.input_ids for row in pair]
-            states = self._states(batch, lay_out_tree(ids, 1, TRUNK).to(self.device))
-        kept[:, :TRUNK] = False
+            states = self._states(batch, build_prefix_tree(ids, 1, PREFIX_LENGTH).to(self.device))
+        kept[:, :PREFIX_LENGTH] = False
         if not _differ(states[kept], self._padded.flip(0)[kept]) < self._noise():
-            return "rows give other numbers after a prefix of an earlier pass"
+            return "rows give other numbers after a prefix of an earlier micro-batch"
         return ""
 
     def _leak(self) -> float:
@@ -143,7 +143,7 @@ class PackingCheck:
         del batch["labels"]
         return {name: value.to(self.device) for name, value in batch.items()}
 
-    def _states(self, batch: dict[str, torch.Tensor], layout: Layout | None) -> torch.Tensor:
+    def _states(self, batch: dict[str, torch.Tensor], layout: PackedLayout | None) -> torch.Tensor:
         """Return what the last block gives (batch, seq, hidden), in float32."""
         seen: list[torch.Tensor] = []
 
@@ -153,7 +153,7 @@ class PackingCheck:
 
         hook = self.last_block.register_forward_hook(look)
         try:
-            with laid_out(layout):
+            with using_layout(layout):
                 self.model(**batch)
         finally:
             hook.remove()

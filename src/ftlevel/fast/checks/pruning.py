@@ -1,4 +1,4 @@
-"""Ask a model itself which tokens are read after its last block, and what need not be computed."""
+"""Ask a model itself which tokens its last block must give, and what need not be computed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from transformers.cache_utils import Cache
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.checks.packing import shortened_pair
-from ftlevel.fast.head.needed_tokens import AtEnds, AtTargets, Reads
-from ftlevel.fast.head.pruning import find_token_wise
-from ftlevel.fast.packing.layout import Layout, laid_out
+from ftlevel.fast.head.needed_tokens import NeededTokens, PooledTokens, SupervisedTokens
+from ftlevel.fast.head.pruning import find_prunable_linears
+from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.models.hardware import autocast
 from ftlevel.models.module_tree import linear_size
 from ftlevel.task import Objective, TokenObjective
 
 FEWEST = 6
-"""Tokens of the two rows that are tried, at least: some must be between those that are read."""
+"""Tokens of the two rows that are tried, at least: some must be between those that are needed."""
 
 Called = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class ReadCheck:
+class PruningCheck:
     """What it takes to ask a model.
 
     Attributes:
@@ -47,11 +47,11 @@ class ReadCheck:
     device: str
     dtype: str
 
-    def __call__(self, objective: Objective) -> tuple[Reads | None, list[nn.Module]]:
-        """Return what is read, and the linears of the last block that may compute it alone.
+    def __call__(self, objective: Objective) -> tuple[NeededTokens | None, list[nn.Module]]:
+        """Return what is needed, and the linears of the last block that may compute it alone.
 
-        Both are empty where every token may be read, where a block is gone through twice, and where
-        torch cannot make the gradients that are asked for.
+        Both are empty where every token may be needed, where a block is gone through twice, and
+        where torch cannot make the gradients that are asked for.
         """
         batch = Collator(self.pad_id)(shortened_pair(self.rows))
         del batch["labels"]
@@ -60,16 +60,18 @@ class ReadCheck:
         self.model.eval()
         try:
             with autocast(self.device, self.dtype):
-                reads = self._find_reads(objective, batch)
-                return (reads, self._find_linears(batch)) if reads else (None, [])
+                needed = self._find_needed(objective, batch)
+                return (needed, self._find_linears(batch)) if needed else (None, [])
         except RuntimeError:
             return None, []
         finally:
             self.model.train(training)
 
-    def _find_reads(self, objective: Objective, batch: dict[str, torch.Tensor]) -> Reads | None:
+    def _find_needed(
+        self, objective: Objective, batch: dict[str, torch.Tensor]
+    ) -> NeededTokens | None:
         if isinstance(objective, TokenObjective):
-            return AtTargets(objective)
+            return SupervisedTokens(objective)
         if not objective.per_row:
             return None
         seen: list[torch.Tensor] = []
@@ -88,27 +90,27 @@ class ReadCheck:
             (gradient,) = torch.autograd.grad(scores.float().square().sum(), seen[-1:])
         finally:
             hook.remove()
-        is_read = gradient.abs().amax(-1).flatten() != 0
-        found = is_read.nonzero()[:, 0]
-        ends = [AtEnds(last=False), AtEnds(last=True)]
-        return next((reads for reads in ends if torch.equal(reads(batch), found)), None)
+        is_needed = gradient.abs().amax(-1).flatten() != 0
+        found = is_needed.nonzero()[:, 0]
+        ends = [PooledTokens(last=False), PooledTokens(last=True)]
+        return next((end for end in ends if torch.equal(end(batch), found)), None)
 
     def _find_linears(self, batch: dict[str, torch.Tensor]) -> list[nn.Module]:
-        """Return the linears of the last block that are needed for the tokens read alone.
+        """Return the linears of the last block that need compute those tokens alone.
 
-        Which tokens are read does not matter: the first and the last one of both rows are tried.
+        Which tokens those are does not matter: the first and the last one of both rows are tried.
         """
-        layout = Layout.of_rows(batch["attention_mask"])
+        layout = PackedLayout.from_mask(batch["attention_mask"])
         if layout.tokens < FEWEST:
             return []
-        read = torch.tensor([0, layout.tokens - 1])
-        layout = replace(layout, read=read).to(self.device)
-        with self._calls() as calls, laid_out(layout), torch.no_grad():
+        needed = torch.tensor([0, layout.tokens - 1])
+        layout = replace(layout, needed=needed).to(self.device)
+        with self._calls() as calls, using_layout(layout), torch.no_grad():
             self.model(**batch)
         if len(calls) != 1:
             return []
-        with laid_out(layout):
-            return find_token_wise(
+        with using_layout(layout):
+            return find_prunable_linears(
                 self.last_block, *calls[0], layout, _outermost_linears(self.last_block)
             )
 

@@ -1,4 +1,4 @@
-"""The head and the loss on targets only, in chunks, with the gradient made in the same pass.
+"""Chunked cross-entropy on supervised tokens: head, loss and gradient, a chunk at a time.
 
     L = Σᵢ −log softmax(f(zᵢ))[yᵢ],  z = head(h)    ∂L/∂f(zᵢ) = softmax(f(zᵢ)) − onehot(yᵢ)
 
@@ -50,14 +50,14 @@ def finish_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return finish
 
 
-class _Pass(threading.local):
-    """What a pass through the model asks for and gets; passes may be computed side by side."""
+class _Call(threading.local):
+    """What a forward pass asks for and gets; several may be computed in parallel."""
 
     asked: tuple[torch.Tensor, torch.Tensor, Observe | None] | None = None
     total: torch.Tensor | None = None
 
 
-class TargetHead:
+class ChunkedCrossEntropy:
     """Computes a model's head and loss at given positions, inside its forward pass.
 
     A hook takes the head's input, computes there what is asked for, and lets the model go on with
@@ -78,7 +78,7 @@ class TargetHead:
         self._finish = finish_scores(model)
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
         self._chunk = max(FEWEST, CHUNK_SCORES // vocabulary)
-        self._pass = _Pass()
+        self._call = _Call()
         self._hook = head.register_forward_pre_hook(self._take, prepend=True)
 
     def remove(self) -> None:
@@ -103,31 +103,31 @@ class TargetHead:
         Raises:
             NotServedError: the model never asked its head.
         """
-        self._pass.asked, self._pass.total = (at, targets, observe), None
+        self._call.asked, self._call.total = (at, targets, observe), None
         try:
             forward()
         finally:
-            self._pass.asked = None
-        if self._pass.total is None:
+            self._call.asked = None
+        if self._call.total is None:
             raise NotServedError("the model does not go through its language head")
-        total, self._pass.total = self._pass.total, None
+        total, self._call.total = self._call.total, None
         return total
 
     def _take(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         """Compute what is asked for from the head's input (batch, seq, hidden)."""
-        if self._pass.asked is None:
+        if self._call.asked is None:
             return None
-        at, targets, observe = self._pass.asked
-        self._pass.asked = None  # the head is called again below
+        at, targets, observe = self._call.asked
+        self._call.asked = None  # the head is called again below
         states = args[0]
         chosen = states.flatten(0, -2).index_select(0, at)
         if torch.is_grad_enabled():
             parameters = [p for p in head.parameters() if p.requires_grad]
-            self._pass.total = _SummedLoss.apply(  # type: ignore[no-untyped-call]
+            self._call.total = _SummedLoss.apply(  # type: ignore[no-untyped-call]
                 chosen, targets, self._scores, self._chunk, *parameters
             )
         else:
-            self._pass.total = self._observe(chosen, targets, observe)
+            self._call.total = self._observe(chosen, targets, observe)
         return (states[:1, :1],)
 
     def _scores(self, states: torch.Tensor) -> torch.Tensor:

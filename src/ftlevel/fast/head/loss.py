@@ -1,4 +1,4 @@
-"""The loss of a batch whose language head is computed on its targets only."""
+"""The loss of a batch whose language head is computed on its supervised tokens only."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ftlevel.fast.head.cross_entropy import Observe, TargetHead
-from ftlevel.fast.packing.layout import Layout, laid_out
-from ftlevel.fast.prefixes.shared_prefix import Trunk, along
+from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy, Observe
+from ftlevel.fast.packing.layout import PackedLayout, using_layout
+from ftlevel.fast.prefixes.shared_prefix import SharedPrefix, using_prefix
 from ftlevel.task import Objective, TokenObjective
 
 
@@ -17,8 +17,8 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def target_loss(
-    head: TargetHead,
+def supervised_loss(
+    head: ChunkedCrossEntropy,
     model: Any,
     objective: Objective,
     batch: dict[str, torch.Tensor],
@@ -44,20 +44,20 @@ def target_loss(
     return head.loss_sum(lambda: model(**inputs), at, targets, observe)
 
 
-def compute_trunk(
-    head: TargetHead, model: Any, layout: Layout, batch: dict[str, torch.Tensor]
-) -> Trunk:
+def compute_shared_prefix(
+    head: ChunkedCrossEntropy, model: Any, layout: PackedLayout, batch: dict[str, torch.Tensor]
+) -> SharedPrefix:
     """Return what all rows of a step begin with, computed by `model` without any loss.
 
     Args:
         head: the head of `model`.
         model: what is called.
-        layout: of the trunk.
-        batch: the trunk as a batch of one row.
+        layout: of the prefix.
+        batch: the prefix as a batch of one row.
     """
-    trunk = Trunk(layout.tokens)
+    prefix = SharedPrefix(layout.tokens)
     nowhere = torch.zeros(0, dtype=torch.long, device=batch["input_ids"].device)
-    with laid_out(layout), along(trunk):
+    with using_layout(layout), using_prefix(prefix):
         head.loss_sum(lambda: model(**batch), nowhere, nowhere)
-    trunk.close()
-    return trunk
+    prefix.close()
+    return prefix

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are read after the last block: those that a loss depends on."""
+"""Which tokens of a batch are needed after the last block: those that a loss depends on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Batch = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class AtTargets:
+class SupervisedTokens:
     """Those that predict a target of a language head.
 
     Attributes:
@@ -23,13 +23,13 @@ class AtTargets:
     objective: TokenObjective
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return (read,) places in the flattened (batch, seq)."""
+        """Return (needed,) places in the flattened (batch, seq)."""
         at, _ = self.objective.locate(batch["labels"])
         return at
 
 
 @dataclass(frozen=True)
-class AtEnds:
+class PooledTokens:
     """One of each row, of which a classifier makes its scores.
 
     Attributes:
@@ -45,4 +45,4 @@ class AtEnds:
         return first + mask.sum(dim=1) - 1 if self.last else first
 
 
-Reads = AtTargets | AtEnds
+NeededTokens = SupervisedTokens | PooledTokens

@@ -1,11 +1,11 @@
-"""The last block at the tokens that are read, and nowhere else.
+"""Last-layer token pruning: the last block at the tokens that are needed, and nowhere else.
 
-After the last block a language head reads the positions that predict a target, and a classifier one
+After the last block a language head needs the positions that predict a target, and a classifier one
 position of each row. For the other tokens the last block has only to give keys and values: its
-other linears compute the tokens that are read, and give zeros for the rest, which nothing reads.
+other linears compute the needed tokens, and give zeros for the rest, which nothing uses.
 
-Which linears those are is asked of the block: the gradient of what is read, with respect to what a
-linear gives for a token that is not, is exactly zero where no path leads from the one to the other.
+Which linears those are is asked of the block: the gradient of a needed token, with respect to what
+a linear gives for another, is exactly zero where no path leads from the one to the other.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlevel.fast.packing.layout import Layout, current_layout
+from ftlevel.fast.packing.layout import PackedLayout, current_layout
 
 
-class UnreadTokens:
-    """Hooks that have linears compute only the tokens that `Layout.read` names.
+class LastLayerPruning:
+    """Hooks that have linears compute only the tokens that `PackedLayout.needed` names.
 
     Args:
-        linears: of the last block, as `find_token_wise` gives them (mutated until `remove`).
+        linears: of the last block, as `find_prunable_linears` gives them (mutated until `remove`).
     """
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
@@ -40,11 +40,11 @@ def _take(
     linear: nn.Module,  # noqa: ARG001 - the signature of a hook
     args: tuple[Any, ...],
 ) -> tuple[Any, ...] | None:
-    """Return the arguments with the input (…, tokens, in) at the tokens that are read."""
+    """Return the arguments with the input (…, tokens, in) at the needed tokens."""
     layout = current_layout()
-    if layout is None or layout.read is None or args[0].shape[-2] != layout.tokens:
+    if layout is None or layout.needed is None or args[0].shape[-2] != layout.tokens:
         return None
-    return (args[0].index_select(-2, layout.read), *args[1:])
+    return (args[0].index_select(-2, layout.needed), *args[1:])
 
 
 def _give_back(
@@ -52,32 +52,32 @@ def _give_back(
     args: tuple[Any, ...],  # noqa: ARG001 - the signature of a hook
     output: torch.Tensor,
 ) -> torch.Tensor | None:
-    """Return the output (…, tokens, out), zero for the tokens that are not read."""
+    """Return the output (…, tokens, out), zero for the tokens that are not needed."""
     layout = current_layout()
-    if layout is None or layout.read is None or output.shape[-2] != len(layout.read):
+    if layout is None or layout.needed is None or output.shape[-2] != len(layout.needed):
         return None
     zeros = output.new_zeros(*output.shape[:-2], layout.tokens, output.shape[-1])
-    return zeros.index_copy(-2, layout.read, output)
+    return zeros.index_copy(-2, layout.needed, output)
 
 
-def find_token_wise(
+def find_prunable_linears(
     block: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    layout: Layout,
+    layout: PackedLayout,
     candidates: Sequence[nn.Module],
 ) -> list[nn.Module]:
-    """Return the candidates whose output at tokens that are not read reaches none that is.
+    """Return the candidates whose output at tokens that are not needed reaches none that is.
 
     Args:
         block: in evaluation; gives states (batch, seq, hidden), alone or first in a tuple.
         args: what it is called with, on `layout`, which must be the current one.
         kwargs: as `args`.
-        layout: has some tokens that are read, and some that are not.
+        layout: has some tokens that are needed, and some that are not.
         candidates: linears of the block.
     """
-    if layout.read is None:
-        raise ValueError("layout.read is None: expected some of the tokens")
+    if layout.needed is None:
+        raise ValueError("layout.needed is None: expected some of the tokens")
     outputs: dict[nn.Module, list[Any]] = {linear: [] for linear in candidates}
 
     def keep(linear: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -90,9 +90,9 @@ def find_token_wise(
             args, kwargs = _with_gradient(args, kwargs)
             made = block(*args, **kwargs)
             states = made if isinstance(made, torch.Tensor) else made[0]
-            read = torch.isin(layout.restore, layout.read)  # padding points at tokens too
+            needed = torch.isin(layout.restore, layout.needed)  # padding points at tokens too
             weights = torch.rand(states.shape, generator=torch.Generator().manual_seed(0))
-            weights = weights.to(states) * read.view(*states.shape[:2], 1)
+            weights = weights.to(states) * needed.view(*states.shape[:2], 1)
             once = {
                 linear: made[0]
                 for linear, made in outputs.items()
@@ -107,7 +107,7 @@ def find_token_wise(
     return [
         linear
         for linear, gradient in zip(once, gradients, strict=True)
-        if gradient is not None and _is_of_read(gradient, layout)
+        if gradient is not None and _is_of_needed(gradient, layout)
     ]
 
 
@@ -120,11 +120,11 @@ def _with_gradient(
     return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
 
 
-def _is_of_read(gradient: torch.Tensor, layout: Layout) -> bool:
-    """Whether the gradient (…, tokens, width) of an output is there for tokens read alone."""
-    if layout.read is None or gradient.dim() < 2 or gradient.shape[-2] != layout.tokens:
+def _is_of_needed(gradient: torch.Tensor, layout: PackedLayout) -> bool:
+    """Whether the gradient (…, tokens, width) of an output is there for needed tokens alone."""
+    if layout.needed is None or gradient.dim() < 2 or gradient.shape[-2] != layout.tokens:
         return False
     per_token = gradient.abs().amax(-1).reshape(-1, layout.tokens).amax(0)
-    is_read = torch.zeros(layout.tokens, dtype=torch.bool, device=gradient.device)
-    is_read[layout.read] = True
-    return bool((per_token[~is_read] == 0).all() and (per_token[is_read] != 0).any())
+    is_needed = torch.zeros(layout.tokens, dtype=torch.bool, device=gradient.device)
+    is_needed[layout.needed] = True
+    return bool((per_token[~is_needed] == 0).all() and (per_token[is_needed] != 0).any())

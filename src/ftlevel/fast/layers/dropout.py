@@ -1,7 +1,7 @@
-"""Dropout from a generator of the pass, so that passes side by side draw what they would in turn.
+"""Dropout from a generator of each worker, so that it does not depend on which one is first.
 
 torch's dropout draws from the generator of the process: of two threads, whichever is first gets the
-first numbers. Where a pass has a generator of its own, its seed decides what it drops.
+first numbers. Where a micro-batch has a generator of its own, its seed decides what it drops.
 
 On a CPU torch makes a draw of 64 bits for every element, which is a seventh of a step of MiniLM on
 short rows. Here an element takes 16 bits of a draw (docs/performance.md).
@@ -24,13 +24,13 @@ class _Own(threading.local):
 _own = _Own()
 
 
-def own_generator() -> torch.Generator | None:
-    """Return the generator of the pass that this thread computes; None where it has none."""
+def worker_generator() -> torch.Generator | None:
+    """Return the generator of the micro-batch that this thread computes; None where it has none."""
     return _own.generator
 
 
 @contextlib.contextmanager
-def drawing_from(seed: int | None) -> Iterator[None]:
+def using_generator(seed: int | None) -> Iterator[None]:
     """Draw from a new generator inside the block, in this thread.
 
     Args:
@@ -47,10 +47,10 @@ def drawing_from(seed: int | None) -> Iterator[None]:
 _CHANCES = 1 << 16
 
 
-def draw_kept(like: torch.Tensor, p: float) -> torch.Tensor:
+def dropout_mask(like: torch.Tensor, p: float) -> torch.Tensor:
     """Return what a tensor is multiplied by: 0 with probability `p`, and else 1 / (1 - p).
 
-    It is drawn from the generator of the pass, or else from torch's.
+    It is drawn from the generator of the micro-batch, or else from torch's.
 
     Args:
         like: has the shape and the dtype of the result, which is contiguous; on a CPU.
@@ -58,25 +58,25 @@ def draw_kept(like: torch.Tensor, p: float) -> torch.Tensor:
     """
     count, dropped = like.numel(), min(round(p * _CHANCES), _CHANCES - 1)
     drawn = torch.empty(-(-count // 4), dtype=torch.int64)
-    drawn.random_(-(1 << 63), None, generator=own_generator())
+    drawn.random_(-(1 << 63), None, generator=worker_generator())
     chances = drawn.view(torch.int16)[:count].view(like.shape)
     kept = torch.empty(like.shape, dtype=like.dtype)
     torch.ge(chances, dropped - _CHANCES // 2, out=kept)
     return kept.div_(1 - dropped / _CHANCES)
 
 
-class PassDropout(nn.Dropout):
-    """`nn.Dropout` that draws as `draw_kept`, on a CPU."""
+class GeneratorDropout(nn.Dropout):
+    """`nn.Dropout` that draws as `dropout_mask`, on a CPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return `input` (any shape) with elements dropped, the others scaled by 1 / (1 - p)."""
         if not self.training or self.p == 0.0 or input.device.type != "cpu":
             return super().forward(input)
-        return input * draw_kept(input, self.p)
+        return input * dropout_mask(input, self.p)
 
 
-class OwnDraws:
-    """The dropout modules of a model, replaced by `PassDropout`.
+class PerWorkerDropout:
+    """The dropout modules of a model, replaced by `GeneratorDropout`.
 
     Args:
         model: with `nn.Dropout` modules (mutated until `remove`).
@@ -90,7 +90,7 @@ class OwnDraws:
                 if is_plain and isinstance(child, nn.Dropout) and child.p > 0 and not child.inplace:
                     self._replaced.append((parent, name, child))
         for parent, name, child in self._replaced:
-            own = PassDropout(child.p)
+            own = GeneratorDropout(child.p)
             own.train(child.training)
             setattr(parent, name, own)
 

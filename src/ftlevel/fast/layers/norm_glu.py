@@ -1,14 +1,14 @@
-"""Root mean square norms and gated activations of frozen weights, each as one autograd node.
+"""RMS norms and gated linear units (GLU) of frozen weights, each as a fused autograd function.
 
     norm    y = w ∘ x̂,  x̂ = x · ρ,  ρ = (mean x² + ε)^−½
             ∂L/∂x = ρ · (d − x̂ · mean(d ∘ x̂)),  d = w ∘ ∂L/∂y
-    gate    y = a(g) ∘ u
+    GLU     y = a(g) ∘ u
             ∂L/∂g = a′(g) ∘ u ∘ ∂L/∂y,  ∂L/∂u = a(g) ∘ ∂L/∂y
 
 Written out in torch's operations, a norm keeps its input twice in float32 and once more in the
-model's precision for the backward pass, and a gate keeps a(g) beside g and u. The nodes keep x and
-ρ, and g and u, which the linears around them keep anyway, and say how their output is made again
-(`speed.remake`), so that LoRA's linears keep none of it.
+model's precision for the backward pass, and a GLU keeps a(g) beside g and u. The fused functions
+keep x and ρ, and g and u, which the linears around them keep anyway, and say how their output is
+recomputed (`layers.recompute`), so that LoRA's linears keep none of it.
 
 A module is recognized by what it computes, not by its name: what gives other numbers than these
 formulas on random input is left alone.
@@ -26,7 +26,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ftlevel.fast.layers.recompute import with_recipe
+from ftlevel.fast.layers.recompute import with_recomputation
 from ftlevel.models.upstream.tensors import (
     copy_with_own_children,
     gelu_backward,
@@ -84,12 +84,12 @@ def _normalize(
     return normed.to(dtype).mul_(weight)
 
 
-def _norm_again(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _recompute_norm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return _normalize(x.to(scale.dtype), weight, scale, x.dtype)
 
 
 class FusedNorm(nn.Module):
-    """A norm with the weight of another one, in training as one node, else as the other computes.
+    """A norm with the weight of another one: fused in training, else as the other computes.
 
     Args:
         norm: what it stands for; its weight is shared.
@@ -117,10 +117,10 @@ class FusedNorm(nn.Module):
         if self._shift:
             weight = weight + self._shift
         normed, scale = _Norm.apply(x, weight, self._eps)  # type: ignore[no-untyped-call]
-        return with_recipe(normed, _norm_again, x, weight, scale)
+        return with_recomputation(normed, _recompute_norm, x, weight, scale)
 
 
-class _Gate(torch.autograd.Function):
+class _Glu(torch.autograd.Function):
     """An activation of one linear times another one. See the module for the formulas."""
 
     @staticmethod
@@ -128,7 +128,7 @@ class _Gate(torch.autograd.Function):
         """Return a(gate) ∘ up; all are (…, intermediate)."""
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
-        return _gate_again(kind, gate, up)
+        return _recompute_glu(kind, gate, up)
 
     @staticmethod
     @once_differentiable
@@ -139,7 +139,7 @@ class _Gate(torch.autograd.Function):
         return of_gate(gradient * up, gate), activate(gate).mul_(gradient), None
 
 
-def _gate_again(kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _recompute_glu(kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return ACTIVATIONS[kind][0](gate).mul_(up)
 
 
@@ -153,7 +153,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Backward]] 
 }
 
 
-class FusedGate(nn.Module):
+class FusedGlu(nn.Module):
     """A gated feed-forward with the linears of another one: down(a(gate(x)) ∘ up(x)).
 
     Args:
@@ -174,13 +174,13 @@ class FusedGate(nn.Module):
             plain: torch.Tensor = self._plain[0](x)
             return plain
         gate, up = self.get_submodule("gate_proj")(x), self.get_submodule("up_proj")(x)
-        gated = _Gate.apply(gate, up, self._kind)  # type: ignore[no-untyped-call]
-        gated = with_recipe(gated, partial(_gate_again, self._kind), gate, up)
+        gated = _Glu.apply(gate, up, self._kind)  # type: ignore[no-untyped-call]
+        gated = with_recomputation(gated, partial(_recompute_glu, self._kind), gate, up)
         down: torch.Tensor = self.get_submodule("down_proj")(gated)
         return down
 
 
-class FusedElementwise:
+class FusedNormGlu:
     """The norms and feed-forwards of a model, replaced where they compute the formulas.
 
     Args:
@@ -222,8 +222,8 @@ def _fuse(module: nn.Module, known: dict[Any, Any]) -> nn.Module | None:
     if set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         key = (type(module), type(children["act_fn"]))
         if key not in known:
-            known[key] = _find_gate(module)
-        return None if known[key] is None else FusedGate(module, known[key])
+            known[key] = _find_glu(module)
+        return None if known[key] is None else FusedGlu(module, known[key])
     return None
 
 
@@ -265,7 +265,7 @@ def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
     return None
 
 
-def _find_gate(module: nn.Module) -> str | None:
+def _find_glu(module: nn.Module) -> str | None:
     """Return the activation of `ACTIVATIONS`; None for another formula."""
     low, generator = copy_with_own_children(module), torch.Generator().manual_seed(0)
     for name, (width, inner) in (
@@ -277,7 +277,7 @@ def _find_gate(module: nn.Module) -> str | None:
     x = torch.randn(3, 8, generator=generator)
     expected = _try(low, x)
     for kind in ACTIVATIONS:
-        found = FusedGate(low, kind)(x)
+        found = FusedGlu(low, kind)(x)
         if expected is not None and torch.allclose(found, expected, rtol=1e-6, atol=1e-6):
             return kind
     return None

@@ -1,8 +1,8 @@
-"""Tensors that the backward pass makes again from others that are kept anyway.
+"""Tensors that the backward pass recomputes from others that are kept anyway.
 
 A norm's output and a gated activation are kept by the linears that read them, for the gradient of A
-alone. Both are a few elementwise operations away from what the norm and the gate keep for
-themselves: in place of (tokens, width) numbers a linear keeps a `Recipe`.
+alone. Both are a few elementwise operations away from what the norm and the GLU keep for
+themselves: in place of (tokens, width) numbers a linear keeps a `Recomputation`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 
 from ftlevel.models.upstream.tensors import version_of
 
-_NAME = "_ftlevel_recipe"
+_NAME = "_ftlevel_recomputation"
 
 
-class Recipe:
-    """How a tensor is made again.
+class Recomputation:
+    """How a tensor is recomputed.
 
     Args:
         make: what was kept → the tensor, bit for bit.
@@ -31,12 +31,12 @@ class Recipe:
         self._made: torch.Tensor | None = None
 
     def enter(self) -> tuple[torch.Tensor, ...]:
-        """Count a node that will make the tensor, and return what it has to save."""
+        """Count an autograd function that will use the tensor; return what it has to save."""
         self._users += 1
         return self.kept
 
     def make(self, *saved: torch.Tensor) -> torch.Tensor:
-        """Return the tensor, which is held until the last of its nodes has asked for it.
+        """Return the tensor, which is held until the last of its users has asked for it.
 
         Args:
             saved: what `enter` returned, as autograd gives it back.
@@ -47,19 +47,19 @@ class Recipe:
         return made
 
 
-def with_recipe(
+def with_recomputation(
     tensor: torch.Tensor, make: Callable[..., torch.Tensor], *kept: torch.Tensor
 ) -> torch.Tensor:
-    """Return `tensor`, which from now on says how it is made again (mutated)."""
-    recipe = Recipe(make, *(part.detach() for part in kept))
-    setattr(tensor, _NAME, (recipe, version_of(tensor)))
+    """Return `tensor`, which from now on says how it is recomputed (mutated)."""
+    recomputation = Recomputation(make, *(part.detach() for part in kept))
+    setattr(tensor, _NAME, (recomputation, version_of(tensor)))
     return tensor
 
 
-def recipe_of(tensor: torch.Tensor) -> Recipe | None:
-    """Return how `tensor` is made again; None where it has to be kept.
+def recomputation_of(tensor: torch.Tensor) -> Recomputation | None:
+    """Return how `tensor` is recomputed; None where it has to be kept.
 
     So have views and copies, and a tensor that was written to since.
     """
-    recipe, version = getattr(tensor, _NAME, (None, None))
-    return recipe if version == version_of(tensor) else None
+    recomputation, version = getattr(tensor, _NAME, (None, None))
+    return recomputation if version == version_of(tensor) else None

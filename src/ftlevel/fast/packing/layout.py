@@ -27,12 +27,12 @@ class NotServedError(NotImplementedError):
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens that follow one another in the row and in a document.
+    """Tokens that follow one another in the row and in a sequence.
 
     Attributes:
         start, stop: where they stand in the row.
-        past: where the tokens before them in the document stand, first to last; empty for a
-            document's beginning.
+        past: where the tokens before them in the sequence stand, first to last; empty for a
+            sequence's beginning.
     """
 
     start: int
@@ -41,24 +41,25 @@ class Segment:
 
     @property
     def position(self) -> int:
-        """The position of the first token in its document."""
+        """The position of the first token in its sequence."""
         return sum(stop - start for start, stop in self.past)
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """The tokens of a batch in one row.
 
     Attributes:
         batch, seq: shape of the padded batch.
         source: (tokens,) index of each token of the row in the flattened batch.
         restore: (batch * seq,) index in the row of each place of the flattened batch; padding
-            points at some token, and nothing that counts may read it.
+            points at some token, and nothing that counts may use it.
         segments: what the row is made of, in its order.
-        read: (read,) index in the row of each token whose states after the last block count,
+        needed: (needed,) index in the row of each token whose states after the last block count,
             ascending; None for all.
-        before: tokens of a trunk (`speed.trunk`) that stand before the row in every attention, but
-            not in it; the places of segments and pasts count them, `source` and `restore` do not.
+        before: tokens of a shared prefix (`prefixes.shared_prefix`) that stand before the row in
+            every attention, but not in it; the places of segments and pasts count them, `source`
+            and `restore` do not.
     """
 
     batch: int
@@ -66,11 +67,11 @@ class Layout:
     source: torch.Tensor
     restore: torch.Tensor
     segments: tuple[Segment, ...]
-    read: torch.Tensor | None = None
+    needed: torch.Tensor | None = None
     before: int = 0
 
     @classmethod
-    def of_rows(cls, mask: torch.Tensor) -> Layout:
+    def from_mask(cls, mask: torch.Tensor) -> PackedLayout:
         """Return the layout of the rows of a batch, one after the other.
 
         Args:
@@ -85,19 +86,19 @@ class Layout:
         batch, seq = mask.shape
         return cls(batch, seq, flat.nonzero()[:, 0], restore, tuple(segments))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLayout:
         """Return the layout with its indices on `device`."""
         source = self.source.to(device, non_blocking=non_blocking)
         restore = self.restore.to(device, non_blocking=non_blocking)
-        read = self.read
-        if read is not None:
-            read = read.to(device, non_blocking=non_blocking)
-        return replace(self, source=source, restore=restore, read=read)
+        needed = self.needed
+        if needed is not None:
+            needed = needed.to(device, non_blocking=non_blocking)
+        return replace(self, source=source, restore=restore, needed=needed)
 
-    def reading(self, at: torch.Tensor) -> Layout:
-        """Return the layout of which the places `at` of the flattened batch are read."""
-        read = torch.unique(self.restore.index_select(0, at))
-        return replace(self, read=read if len(read) < self.tokens else None)
+    def needing(self, at: torch.Tensor) -> PackedLayout:
+        """Return the layout of which the places `at` of the flattened batch are needed."""
+        needed = torch.unique(self.restore.index_select(0, at))
+        return replace(self, needed=needed if len(needed) < self.tokens else None)
 
     @property
     def tokens(self) -> int:
@@ -142,23 +143,23 @@ class Layout:
         return value
 
 
-_shared: Layout | None = None
+_shared: PackedLayout | None = None
 _own = threading.local()
 
 
-def current_layout() -> Layout | None:
+def current_layout() -> PackedLayout | None:
     """Return the layout that is being computed on, or None."""
-    own: Layout | None = getattr(_own, "layout", None)
+    own: PackedLayout | None = getattr(_own, "layout", None)
     return own or _shared
 
 
 @contextlib.contextmanager
-def laid_out(layout: Layout | None, own_thread: bool = False) -> Iterator[None]:
+def using_layout(layout: PackedLayout | None, own_thread: bool = False) -> Iterator[None]:
     """Compute on `layout` inside the block, which must hold the backward pass too.
 
     Args:
         layout: None for a padded batch.
-        own_thread: whether the layout is this thread's alone, as that of a pass beside others on a
+        own_thread: whether the layout is this thread's alone, as that of a parallel worker on a
             CPU. Otherwise it is the process's: on a GPU the backward pass has threads of its own,
             and with checkpointing it runs the blocks again.
     """

@@ -1,7 +1,7 @@
-"""Cut the rows of an optimizer step into passes through the model of a bounded size.
+"""Split the rows of an optimizer step into micro-batches of a bounded size.
 
-The gradient of a step is the sum over its passes, however they are cut; what is cut well costs less
-and holds less. Passes are as even as they can be, and a multiple of those that run side by side.
+The gradient of a step is the sum over its micro-batches, however they are split; what is split well
+costs less and holds less. They are as even as they can be, and a multiple of the parallel workers.
 """
 
 from __future__ import annotations
@@ -10,67 +10,67 @@ import math
 from collections.abc import Callable, Sequence
 
 AddedCost = Callable[[Sequence[int], int], int]
-"""The rows of a pass and a row → what the pass costs more with it, in tokens."""
+"""The rows of a micro-batch and a row → what the micro-batch costs more with it, in tokens."""
 
-Passes = list[list[int]]
-"""The rows of each pass."""
+MicroBatches = list[list[int]]
+"""The rows of each micro-batch."""
 
 
-def cut_padded(lengths: Sequence[int], budget: int, multiple: int = 1) -> Passes:
-    """Return passes that cost their rows times the longest, longest first.
+def split_padded(lengths: Sequence[int], budget: int, multiple: int = 1) -> MicroBatches:
+    """Return micro-batches that cost their rows times the longest, longest first.
 
     Args:
         lengths: tokens of each row.
-        budget: most tokens of a pass; a longer row has a pass of its own.
-        multiple: of how many passes there are, if there are rows enough.
+        budget: most tokens of a micro-batch; a longer row has a micro-batch of its own.
+        multiple: of how many micro-batches there are, if there are rows enough.
     """
     order = _by_length(lengths, range(len(lengths)))
-    return _cut(order, budget, lambda rows, row: lengths[rows[0] if rows else row], multiple)
+    return _split(order, budget, lambda rows, row: lengths[rows[0] if rows else row], multiple)
 
 
-def cut_packed(lengths: Sequence[int], budget: int, multiple: int = 1) -> Passes:
-    """Return passes that cost the tokens of their rows, the most expensive first.
+def split_packed(lengths: Sequence[int], budget: int, multiple: int = 1) -> MicroBatches:
+    """Return micro-batches that cost the tokens of their rows, the most expensive first.
 
-    Each row, longest first, goes to the pass that is the shortest so far (Graham, 1969).
+    Each row, longest first, goes to the micro-batch that is the shortest so far (Graham, 1969).
 
     Args:
         lengths: tokens of each row.
-        budget: as of `cut_padded`.
-        multiple: as of `cut_padded`.
+        budget: as of `split_padded`.
+        multiple: as of `split_padded`.
     """
     order = _by_length(lengths, range(len(lengths)))
     count = _round_up(math.ceil(sum(lengths) / budget), multiple, len(lengths))
     while True:
-        passes = _spread(order, lengths, count)
-        fits = all(len(p) == 1 or sum(lengths[row] for row in p) <= budget for p in passes)
+        micro_batches = _spread(order, lengths, count)
+        fits = all(len(p) == 1 or sum(lengths[row] for row in p) <= budget for p in micro_batches)
         if fits or count == len(lengths):
-            return sorted(passes, key=lambda rows: -sum(lengths[row] for row in rows))
+            return sorted(micro_batches, key=lambda rows: -sum(lengths[row] for row in rows))
         count = _round_up(count + 1, multiple, len(lengths))
 
 
-def cut_shared(
+def split_shared(
     lengths: Sequence[int],
     budget: int,
     order: Sequence[int],
     shared: Sequence[int],
     multiple: int = 1,
-) -> Passes:
-    """Return passes that cost shared tokens once, their rows in the order of `order`.
+) -> MicroBatches:
+    """Return micro-batches that cost shared tokens once, their rows in the order of `order`.
 
-    Neighbours share the most. Where all rows share one short prefix and little else, passes of rows
-    from everywhere are more even: what costs less in the most expensive pass is taken.
+    Neighbours share the most. Where all rows share one short prefix and little else, micro-batches
+    of rows from everywhere are more even: what costs less in the most expensive one is taken.
 
     Args:
         lengths: tokens of each row.
-        budget: most tokens of a pass.
+        budget: most tokens of a micro-batch.
         order: the rows by their prefixes.
         shared: for each row what it shares with the one before it in `order`.
-        multiple: as of `cut_padded`.
+        multiple: as of `split_padded`.
     """
-    neighbours = _cut(
+    neighbours = _split(
         order, budget, lambda rows, row: lengths[row] - (shared[row] if rows else 0), multiple
     )
-    begin = min((shared[row] for row in order[1:]), default=0)  # in every pass, however it is cut
+    begin = min((shared[row] for row in order[1:]), default=0)  # in each, however they are split
     own = [length - max(common, begin) for length, common in zip(lengths, shared, strict=True)]
     rank = {row: at for at, row in enumerate(order)}
     spread = [
@@ -78,16 +78,16 @@ def cut_shared(
         for rows in _spread(_by_length(own, range(len(own))), own, len(neighbours))
     ]
 
-    def worst(cut: Passes) -> int:
-        return max(cost_shared(rows, lengths, order, shared) for rows in cut)
+    def worst(micro_batches: MicroBatches) -> int:
+        return max(count_shared(rows, lengths, order, shared) for rows in micro_batches)
 
     return spread if worst(spread) < worst(neighbours) else neighbours
 
 
-def cost_shared(
+def count_shared(
     rows: Sequence[int], lengths: Sequence[int], order: Sequence[int], shared: Sequence[int]
 ) -> int:
-    """Return how many tokens a pass of `rows` computes, given in the order of `order`."""
+    """Return how many tokens a micro-batch of `rows` computes, given in the order of `order`."""
     rank = {row: at for at, row in enumerate(order)}
     cost, before = 0, -1
     for row in rows:
@@ -106,22 +106,22 @@ def _round_up(count: int, multiple: int, most: int) -> int:
     return min(most, math.ceil(count / multiple) * multiple)
 
 
-def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> Passes:
-    """Return `count` passes, each row in the one that costs the least so far."""
-    passes: Passes = [[] for _ in range(count)]
+def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatches:
+    """Return `count` micro-batches, each row in the one that costs the least so far."""
+    micro_batches: MicroBatches = [[] for _ in range(count)]
     totals = [0] * count
     for row in order:
         least = totals.index(min(totals))
-        passes[least].append(row)
+        micro_batches[least].append(row)
         totals[least] += costs[row]
-    return [rows for rows in passes if rows]
+    return [rows for rows in micro_batches if rows]
 
 
-def _cut(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> Passes:
-    """Return as few passes as the budget and the multiple allow, as even as that many can be."""
+def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
+    """Return as few micro-batches as budget and multiple allow, as even as that many can be."""
     most = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
-    while low < high:  # the smallest budget that needs no more passes
+    while low < high:  # the smallest budget that needs no more micro-batches
         middle = (low + high) // 2
         if len(_fill(order, middle, added)) > most:
             low = middle + 1
@@ -130,15 +130,15 @@ def _cut(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> 
     return _fill(order, low, added)
 
 
-def _fill(order: Sequence[int], budget: int, added: AddedCost) -> Passes:
-    """Return the rows of each pass, filled in the given order."""
-    passes: Passes = []
+def _fill(order: Sequence[int], budget: int, added: AddedCost) -> MicroBatches:
+    """Return the rows of each micro-batch, filled in the given order."""
+    micro_batches: MicroBatches = []
     cost = 0
     for row in order:
-        more = added(passes[-1], row) if passes else 0
-        if not passes or cost + more > budget:
-            passes.append([])
+        more = added(micro_batches[-1], row) if micro_batches else 0
+        if not micro_batches or cost + more > budget:
+            micro_batches.append([])
             cost, more = 0, added([], row)
-        passes[-1].append(row)
+        micro_batches[-1].append(row)
         cost += more
-    return passes
+    return micro_batches

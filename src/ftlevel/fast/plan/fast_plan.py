@@ -13,22 +13,23 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.attention import packed as attention
-from ftlevel.fast.head.needed_tokens import Reads
+from ftlevel.fast.head.needed_tokens import NeededTokens
 from ftlevel.fast.plan.liger import uses_liger
-from ftlevel.fast.plan.workers import VIRTUAL_TOKENS, find_random, plan_lanes
-from ftlevel.fast.prefixes.tree import share_of_shared
+from ftlevel.fast.plan.workers import find_randomness, plan_workers
+from ftlevel.fast.prefixes.tree import shared_fraction
+from ftlevel.methods import METHODS
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.models.upstream.architectures import attention_of, is_stateful
 from ftlevel.task import Objective, TokenObjective
 
 FEWEST_TOKENS = 1024
-"""A pass is filled up to this many tokens whatever the batch size: less is slow."""
+"""A micro-batch is filled up to this many tokens whatever the batch size: less is slow."""
 
 MOST_CPU_TOKENS = 2048
-"""On a CPU a pass gains nothing from more tokens, and holds their activations."""
+"""On a CPU a micro-batch gains nothing from more tokens, and holds their activations."""
 
 SHARED_MORE = 8
-"""Where prefixes are shared a pass may have an eighth more: two would both compute the prefix."""
+"""Where prefixes are shared a micro-batch may have an eighth more: two would both compute them."""
 
 WORTH_SHARING = 0.05
 """Prefixes are shared where at least this part of a step's tokens is saved."""
@@ -42,33 +43,34 @@ class FastPlan:
     """Which parts of the fast step a run uses.
 
     Attributes:
-        enabled: whether the rows of a step are cut into passes by their tokens.
-        packs: whether a pass has no padding.
-        heads: whether a language head is computed on targets only.
-        tokens: most tokens of a pass, or of all passes that are computed at once.
-        shares: whether prefixes that rows of a step have in common are computed once.
+        enabled: whether the rows of a step are cut into micro-batches by their tokens.
+        packs: whether a micro-batch has no padding.
+        chunked_cross_entropy: whether a language head is computed on supervised tokens only.
+        tokens: most tokens of a micro-batch, or of all micro-batches that are computed at once.
+        prefix_tree: whether prefixes that rows of a step have in common are computed once.
         choices: lines for the screen.
-        lanes: how many passes are computed side by side, where that is faster.
-        draws: whether they drop something at random.
-        elementwise: whether norms and gates are computed in one node each.
-        skips: whether the last block computes only what is read after it, where it can be.
-        reads: which tokens those are; None before the model has been asked, or where all are read.
-        trunk: whether what all rows of a step begin with may be computed before passes that are
-            side by side, and not in each of them.
+        workers: how many micro-batches are computed in parallel, where that is faster.
+        is_random: whether they drop something at random.
+        fused_norm_glu: whether norms and GLUs are computed in one fused function each.
+        prunes_last_layer: whether the last block computes only the tokens that are needed after it,
+            where it can.
+        needed_tokens: which those are; None before the model has been asked, or where all are.
+        shared_prefix: whether what all rows of a step begin with may be computed before
+            micro-batches that are in parallel, and not in each of them.
     """
 
     enabled: bool = False
     packs: bool = False
-    heads: bool = False
+    chunked_cross_entropy: bool = False
     tokens: int = 0
-    shares: bool = False
+    prefix_tree: bool = False
     choices: list[Choice] = field(default_factory=list)
-    lanes: int = 1
-    draws: bool = False
-    elementwise: bool = False
-    skips: bool = False
-    reads: Reads | None = None
-    trunk: bool = False
+    workers: int = 1
+    is_random: bool = False
+    fused_norm_glu: bool = False
+    prunes_last_layer: bool = False
+    needed_tokens: NeededTokens | None = None
+    shared_prefix: bool = False
 
 
 def plan_fast(
@@ -94,34 +96,39 @@ def plan_fast(
     speed = config.speed
     if not speed.fast:
         return FastPlan(choices=[Choice("step", "plain", "--no-fast")])
-    tokens = _tokens_per_pass(config, device, max_length)
+    tokens = _tokens_per_micro_batch(config, device, max_length)
     why_padded = _why_padded(config, meta, kind)
-    heads = speed.target_head and has_target_head(meta, objective)
+    chunked = speed.chunked_cross_entropy and has_language_head(meta, objective)
     layout = "packed, no padding" if not why_padded else f"padded by length ({why_padded})"
-    parts = [layout] + (["head on targets only"] if heads else [])
-    lanes = plan_lanes(config, meta, device, packs=not why_padded)
+    parts = [layout] + (["cross-entropy on supervised tokens only"] if chunked else [])
+    workers = plan_workers(config, meta, device, packs=not why_padded)
     shares, more = False, list[Choice]()
     if not why_padded and kind == "decoder" and speed.share_prefixes != "never":
         shares, more = _plan_sharing(config, meta, rows)
-    if shares and speed.tokens_per_pass == "auto":
+    if shares and speed.tokens_per_micro_batch == "auto":
         tokens += tokens // SHARED_MORE
-    at_once = f"{lanes.count} passes at once" if lanes.count > 1 else "one pass at a time"
-    at_once += f": {lanes.reason}" if lanes.reason else ""
-    bound = f"up to {tokens // lanes.count:,} tokens a pass"
+    at_once = (
+        f"{workers.count} parallel workers" if workers.count > 1 else "one micro-batch at a time"
+    )
+    at_once += f": {workers.reason}" if workers.reason else ""
+    bound = f"up to {tokens // workers.count:,} tokens a micro-batch"
     choices = [Choice("step", ", ".join(parts), f"{bound}, {at_once}"), *more]
     return FastPlan(
         True,
         not why_padded,
-        heads,
+        chunked,
         tokens,
         shares,
         choices,
-        lanes.count,
-        bool(lanes.draws),
-        speed.elementwise and not uses_liger(config, device, meta.config.model_type),
-        skips=speed.skip_unread and not why_padded,
-        # Checkpoints would compute a pass again after the trunk has let go of its layout.
-        trunk=shares and heads and not lanes.draws and not config.train.gradient_checkpointing,
+        workers.count,
+        bool(workers.random),
+        speed.fused_norm_glu and not uses_liger(config, device, meta.config.model_type),
+        prunes_last_layer=speed.prune_last_layer and not why_padded,
+        # Checkpoints would compute a micro-batch again after the prefix has let go of its layout.
+        shared_prefix=shares
+        and chunked
+        and not workers.random
+        and not config.train.gradient_checkpointing,
     )
 
 
@@ -134,7 +141,7 @@ def _plan_sharing(
     saved, is_wanted = _estimate_shared(config, rows), config.speed.share_prefixes == "always"
     if saved < WORTH_SHARING and not is_wanted:
         return False, []
-    drops = find_random(config, meta)
+    drops = find_randomness(config, meta)
     if drops and not is_wanted:
         why = (
             f"{saved:.0%} of tokens could be computed once, but their {drops} would be the same "
@@ -151,13 +158,13 @@ def _estimate_shared(config: TrainConfig, rows: Sequence[Encoded]) -> float:
     size = min(train.per_device_train_batch_size * train.gradient_accumulation_steps, len(rows))
     draw = random.Random(train.seed)
     steps = [draw.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]
-    shares = [share_of_shared([rows[i].input_ids for i in step]) for step in steps]
+    shares = [shared_fraction([rows[i].input_ids for i in step]) for step in steps]
     return sum(shares) / len(shares)
 
 
-def _tokens_per_pass(config: TrainConfig, device: str, max_length: int) -> int:
-    if config.speed.tokens_per_pass != "auto":
-        return config.speed.tokens_per_pass
+def _tokens_per_micro_batch(config: TrainConfig, device: str, max_length: int) -> int:
+    if config.speed.tokens_per_micro_batch != "auto":
+        return config.speed.tokens_per_micro_batch
     tokens = max(config.train.per_device_train_batch_size * max_length, FEWEST_TOKENS)
     return min(tokens, max(MOST_CPU_TOKENS, max_length)) if device == "cpu" else tokens
 
@@ -169,15 +176,15 @@ def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
         return "speed.pack is off"
     if config.model.attn_implementation not in ("auto", "sdpa"):
         return f"attention is {config.model.attn_implementation}"
-    if config.method.kind in VIRTUAL_TOKENS:
-        return f"{config.method.kind} puts virtual tokens into every row"
+    if reason := METHODS[config.method.kind].step.packing(config.method):
+        return reason
     if kind == "encoder-decoder" or not find_blocks(meta):
         return f"{family} has not one stack of blocks"
     if getattr(meta.config, "layerdrop", 0):
         return f"{family} skips layers at random"
     if _carries_a_state(meta):
         return f"{family} carries a state from token to token"
-    if not takes_attention(meta):
+    if not set_packed_attention(meta):
         return f"{family} has an attention of its own"
     meta.set_attn_implementation("sdpa")  # the config is the one that the weights are loaded with
     return ""
@@ -192,8 +199,8 @@ def _carries_a_state(model: Any) -> bool:
     )
 
 
-def takes_attention(model: Any) -> bool:
-    """Give `model` the attention of documents (mutated); return whether it took it."""
+def set_packed_attention(model: Any) -> bool:
+    """Give `model` the attention of packed rows (mutated); return whether it took it."""
     if attention_of(model) != "sdpa":
         return False
     attention.register()
@@ -201,8 +208,8 @@ def takes_attention(model: Any) -> bool:
     return attention_of(model) == attention.NAME
 
 
-def has_target_head(model: Any, objective: Objective | None) -> bool:
-    """Whether `model` has a language head that can be computed on targets only."""
+def has_language_head(model: Any, objective: Objective | None) -> bool:
+    """Whether `model` has a language head that can be computed on supervised tokens only."""
     if not isinstance(objective, TokenObjective) or model.get_output_embeddings() is None:
         return False
     return not objective.feeds_labels or hasattr(model, "prepare_decoder_input_ids_from_labels")

@@ -1,4 +1,4 @@
-"""How many passes of a step are computed side by side, and why it is one where it could be more."""
+"""How many parallel workers compute a step's micro-batches, and why one where it could be more."""
 
 from __future__ import annotations
 
@@ -8,74 +8,68 @@ from typing import Any
 
 import torch
 
-from ftlevel.config import AdapterSpec, TrainConfig
-from ftlevel.fast.parallel_workers import MOST_LANES
+from ftlevel.config import TrainConfig
+from ftlevel.fast.parallel_workers import MAX_WORKERS
+from ftlevel.methods import METHODS
 from ftlevel.models.families import lookup_family
 
 FUNCTIONAL_DROPOUT = ("opt",)
 """Families that drop by a function, which has the process's generator, and not by a module."""
 
-VIRTUAL_TOKENS = ("prefix", "prompt", "p-tuning")
-"""Methods whose rows hold more than the text."""
-
 
 @dataclass(frozen=True)
-class LanePlan:
-    """How passes are computed.
+class WorkerPlan:
+    """How micro-batches are computed.
 
     Attributes:
         count: how many at once.
-        draws: what is drawn at random in them, empty for nothing.
+        random: what is drawn at random in them, empty for nothing.
         reason: for the screen, why it is one where it could be more.
     """
 
     count: int = 1
-    draws: str = ""
+    random: str = ""
     reason: str = ""
 
 
-def plan_lanes(config: TrainConfig, meta: Any, device: str, packs: bool) -> LanePlan:
-    """Return how many passes are computed at once. See `speed.lanes` for what must hold.
+def plan_workers(config: TrainConfig, meta: Any, device: str, packs: bool) -> WorkerPlan:
+    """Return how many micro-batches are computed at once; `parallel_workers` says what must hold.
 
     Args:
         config: the configuration.
         meta: the model on the meta device.
         device: torch device type.
-        packs: whether rows are packed: attention then draws from the pass's generator.
+        packs: whether rows are packed: attention then draws from the worker's generator.
     """
-    asked, threads = config.speed.passes_at_once, torch.get_num_threads()
+    asked, threads = config.speed.parallel_workers, torch.get_num_threads()
     if device != "cpu" or threads == 1 or asked == 1:
-        return LanePlan()
+        return WorkerPlan()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return LanePlan(reason="each process has its own")
-    draws = find_random(config, meta, with_head=True)
-    if reason := _writes_to_itself(config, meta) or _draws_in_order(config, meta, draws, packs):
-        return LanePlan(reason=reason)
-    return LanePlan(min(threads, MOST_LANES if asked == "auto" else asked), draws)
+        return WorkerPlan(reason="each process has its own")
+    random = find_randomness(config, meta, with_head=True)
+    if reason := _writes_to_itself(config, meta) or _uses_global_generator(
+        config, meta, random, packs
+    ):
+        return WorkerPlan(reason=reason)
+    return WorkerPlan(min(threads, MAX_WORKERS if asked == "auto" else asked), random)
 
 
-def _draws_in_order(config: TrainConfig, meta: Any, draws: str, packs: bool) -> str:
+def _uses_global_generator(config: TrainConfig, meta: Any, random: str, packs: bool) -> str:
     """Return what is drawn from the process's generator; empty if nothing."""
-    if not draws or (
+    if not random or (
         packs
         and not config.train.gradient_checkpointing
         and meta.config.model_type not in FUNCTIONAL_DROPOUT
     ):
         return ""
-    return f"{draws} is drawn at random, in order"
+    return f"{random} is drawn at random, in order"
 
 
 def _writes_to_itself(config: TrainConfig, meta: Any) -> str:
     """Return what a forward pass changes in the model, or may; empty if nothing."""
     method, family = config.method, meta.config.model_type
-    if method.kind == "full":
-        return "full would hold a gradient for every weight and pass"
-    if method.kind in VIRTUAL_TOKENS:
-        return f"{method.kind} keeps its place in the model"
-    if isinstance(method, AdapterSpec) and method.placement == "parallel":
-        return "parallel adapters keep their input in the model"
-    if getattr(method, "target_parameters", None):
-        return "PEFT puts target_parameters into the model in each pass"
+    if reason := METHODS[method.kind].step.workers(method):
+        return reason
     if lookup_family(family) is None:
         return f"not tried with {family}"
     if _changes_rope(meta.config):
@@ -90,7 +84,7 @@ def _changes_rope(config: Any) -> bool:
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
-def find_random(config: TrainConfig, meta: Any, with_head: bool = False) -> str:
+def find_randomness(config: TrainConfig, meta: Any, with_head: bool = False) -> str:
     """Return what is random in the blocks, or in the whole model, by its name in its config.
 
     Args:

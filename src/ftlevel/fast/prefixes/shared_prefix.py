@@ -1,11 +1,12 @@
-"""What all rows of a step begin with, computed once for all of its passes.
+"""What all rows of a step begin with, computed once for all of its micro-batches.
 
-    trunk    s s s               a pass of its own, whose keys and values every attention keeps
-    passes   · · · a a           and puts before those of each pass: the passes compute what comes
-             · · · b b           after it, and their gradients of its keys and values are added
+    prefix          s s s        a micro-batch of its own, whose keys and values every attention
+    micro-batches   · · · a a    keeps and puts before those of the others: they compute what comes
+                    · · · b b    after it, and their gradients of its keys and values are added
 
-A pass that shares prefixes (`speed.prefixes`) computes each once, and two passes compute it twice.
-The gradient of the trunk is the sum over the passes, through one backward pass of its own:
+A micro-batch with a tree of prefixes (`prefixes.tree`) computes each once, and two micro-batches
+compute it twice. The gradient of the shared prefix is the sum over the micro-batches, through one
+backward pass of its own:
 
     ∂L/∂θ = Σₚ ∂Lₚ/∂θ + (Σₚ ∂Lₚ/∂(K, V)) · ∂(K, V)/∂θ
 """
@@ -24,8 +25,8 @@ from ftlevel.fast.packing.layout import NotServedError
 Gradients = Sequence[torch.Tensor | None]
 
 
-class Trunk:
-    """Keys and values of the trunk, of every attention of a model.
+class SharedPrefix:
+    """Keys and values of the shared prefix, of every attention of a model.
 
     Attributes:
         tokens: how many it has.
@@ -37,7 +38,7 @@ class Trunk:
         self._leaves: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def close(self) -> None:
-        """Take what its own pass has made as what goes before every other pass."""
+        """Take what its own micro-batch has made as what goes before every other micro-batch."""
         self._leaves = {
             module: (
                 key.detach().requires_grad_(key.requires_grad),
@@ -49,7 +50,7 @@ class Trunk:
     def join(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keep keys and values in the trunk's own pass; put them before those of any other.
+        """Keep keys and values in the prefix's own micro-batch; put them before those of any other.
 
         Args:
             module: the attention that asks.
@@ -58,10 +59,10 @@ class Trunk:
             value: (1, key heads, own, value_dim).
 
         Returns:
-            The three, of (…, tokens + own, …) where the trunk is done; its queries are zeros.
+            The three, of (…, tokens + own, …) where the prefix is done; its queries are zeros.
 
         Raises:
-            NotServedError: an attention is gone through twice, or was not in the trunk's pass.
+            NotServedError: an attention is gone through twice, or the prefix did not meet it.
         """
         if self._leaves is None:
             if module in self._made:
@@ -69,7 +70,7 @@ class Trunk:
             self._made[module] = (key, value)
             return query, key, value
         if module not in self._leaves:
-            raise NotServedError("its passes do not go through the same blocks")
+            raise NotServedError("its micro-batches do not go through the same blocks")
         before = self._leaves[module]
         empty = query.new_zeros(*query.shape[:2], self.tokens, query.shape[3])
         pairs = ((empty, query), (before[0], key), (before[1], value))
@@ -78,14 +79,14 @@ class Trunk:
 
     @property
     def leaves(self) -> list[torch.Tensor]:
-        """Keys and values that a pass gives a gradient, in the order of the attentions."""
+        """Keys and values that a micro-batch gives a gradient, in the order of the attentions."""
         return [part for _, part in self._with_graph()]
 
     def gradients(self, of_leaves: Gradients, parameters: Sequence[torch.Tensor]) -> Gradients:
-        """Return the gradients of `parameters` through the trunk, which lets go of its graph.
+        """Return the gradients of `parameters` through the prefix, which lets go of its graph.
 
         Args:
-            of_leaves: the sum over the passes of the gradients of `leaves`; None for none.
+            of_leaves: the sum over the micro-batches of the gradients of `leaves`; None for none.
             parameters: what is trained.
         """
         made = [part for part, _ in self._with_graph()]
@@ -109,17 +110,17 @@ class Trunk:
 _own = threading.local()
 
 
-def current_trunk() -> Trunk | None:
-    """Return the trunk of the pass that this thread computes, or None."""
-    trunk: Trunk | None = getattr(_own, "trunk", None)
-    return trunk
+def current_prefix() -> SharedPrefix | None:
+    """Return the shared prefix of the micro-batch that this thread computes, or None."""
+    shared_prefix: SharedPrefix | None = getattr(_own, "shared_prefix", None)
+    return shared_prefix
 
 
 @contextlib.contextmanager
-def along(trunk: Trunk | None) -> Iterator[None]:
-    """Compute the pass of `trunk` inside the block, or one that goes on from it."""
-    _own.trunk, before = trunk, current_trunk()
+def using_prefix(shared_prefix: SharedPrefix | None) -> Iterator[None]:
+    """Compute the micro-batch of `shared_prefix` inside the block, or one that goes on from it."""
+    _own.shared_prefix, before = shared_prefix, current_prefix()
     try:
         yield
     finally:
-        _own.trunk = before
+        _own.shared_prefix = before

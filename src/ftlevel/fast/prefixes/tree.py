@@ -16,9 +16,9 @@ from itertools import pairwise
 
 import torch
 
-from ftlevel.fast.packing.layout import Layout, Range, Segment
+from ftlevel.fast.packing.layout import PackedLayout, Range, Segment
 
-LEAST = 32
+MIN_PREFIX = 32
 """A shorter common prefix is not shared: cutting the rows would cost more than it saves."""
 
 Tokens = list[int]
@@ -36,7 +36,7 @@ def count_common(one: Tokens, other: Tokens) -> int:
     return low
 
 
-def sort_by_prefix(rows: Sequence[Tokens], least: int = LEAST) -> tuple[list[int], list[int]]:
+def sort_by_prefix(rows: Sequence[Tokens], least: int = MIN_PREFIX) -> tuple[list[int], list[int]]:
     """Return the rows in an order in which those that begin alike are neighbours.
 
     Args:
@@ -54,19 +54,21 @@ def sort_by_prefix(rows: Sequence[Tokens], least: int = LEAST) -> tuple[list[int
     return order, shared
 
 
-def share_of_shared(rows: Sequence[Tokens]) -> float:
+def shared_fraction(rows: Sequence[Tokens]) -> float:
     """Return which part of the tokens of `rows` need not be computed, from 0 to 1."""
     _, shared = sort_by_prefix(rows)
     return sum(shared) / sum(len(row) for row in rows)
 
 
-def lay_out_tree(rows: Sequence[Tokens], least: int = LEAST, before: int = 0) -> Layout:
+def build_prefix_tree(
+    rows: Sequence[Tokens], least: int = MIN_PREFIX, before: int = 0
+) -> PackedLayout:
     """Return the layout of `rows`, padded on the right to the longest, with shared prefixes once.
 
     Args:
         rows: token ids, in the order of `sort_by_prefix`.
         least: shortest prefix that is shared.
-        before: tokens that all rows begin with and a trunk computes; each row has more.
+        before: tokens that all rows begin with and a shared prefix computes; each row has more.
     """
     return _Tree(rows, least, before).layout()
 
@@ -84,10 +86,10 @@ class _Tree:
         self._restore = torch.zeros(len(rows), self._seq, dtype=torch.long)
         self._segments: list[Segment] = []
 
-    def layout(self) -> Layout:
-        trunk = ((0, self._before),) if self._before else ()
-        self._grow(range(len(self._rows)), self._before, trunk)
-        return Layout(
+    def layout(self) -> PackedLayout:
+        shared_prefix = ((0, self._before),) if self._before else ()
+        self._grow(range(len(self._rows)), self._before, shared_prefix)
+        return PackedLayout(
             len(self._rows),
             self._seq,
             torch.tensor(self._source),

@@ -7,6 +7,7 @@ when one is built or loaded. `sites` says where adapters go.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ftlevel.config.methods.bottleneck import (
@@ -15,14 +16,23 @@ from ftlevel.config.methods.bottleneck import (
     AdapterSpec,
 )
 from ftlevel.errors import InputError, listing
-from ftlevel.methods.base import Base, Method
+from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.bottleneck.sites import SITES, site_pattern, sites_of
-from ftlevel.methods.peft_types import ensure_registered
+from ftlevel.methods.facts import MethodFacts
+from ftlevel.methods.peft_types import register_tuner
+
+
+def register() -> None:
+    """Make PEFT know the tuner."""
+    from ftlevel.methods.bottleneck.config import BOTTLENECK, BottleneckConfig
+    from ftlevel.methods.bottleneck.model import BottleneckModel
+
+    register_tuner(BOTTLENECK, BottleneckConfig, BottleneckModel)
 
 
 def build(spec: AdapterSpec, base: Base) -> Any:
     """Return PEFT's config for `spec` on `base`."""
-    ensure_registered()
+    register()
     from ftlevel.methods.bottleneck.config import BottleneckConfig
 
     return BottleneckConfig(
@@ -65,4 +75,31 @@ def describe(spec: AdapterSpec) -> str:
     return f"{spec.placement}, {width}, {spec.non_linearity}, scaling {scaling:g}{dropout}"
 
 
-METHOD = Method(build, find_targets, targets_linears=False, describe=describe)
+def against_workers(spec: AdapterSpec) -> str:
+    """Return what a forward pass changes in the model; empty if nothing."""
+    return "parallel adapters keep their input in the model" if spec.placement == "parallel" else ""
+
+
+def why_not_mergeable(_config: Mapping[str, Any]) -> str:
+    """Return why no adapter of this type can be merged."""
+    from ftlevel.methods.bottleneck.layer import CANNOT_MERGE
+
+    return CANNOT_MERGE
+
+
+_METHOD = Method(
+    (
+        MethodFacts(
+            "adapter", "adapter", "--method adapter", "two small layers inside every block", "",
+            "Houlsby et al., 2019, arXiv:1902.00751", 134_496_256,
+        ),
+    ),
+    rate=3e-4,  # the middle of Houlsby et al.'s sweep, section 3.2
+    build=build,
+    register=register,
+    find_targets=find_targets,
+    describe=describe,
+    step=StepSupport(workers=against_workers),
+    merging=Merging(("BOTTLENECK",), into_weights=False, why_not=why_not_mergeable),
+)  # fmt: skip
+METHODS = {"adapter": _METHOD}

@@ -9,17 +9,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftlevel.config.methods import PrefixSpec
-from ftlevel.methods.base import Base, Method
-from ftlevel.methods.peft_types import ensure_registered
+from ftlevel.config.methods.prefix import PrefixSpec
+from ftlevel.methods.base import Base, Merging, Method, StepSupport
+from ftlevel.methods.facts import MethodFacts, Rule, rows
+from ftlevel.methods.peft_types import register_tuner
 from ftlevel.methods.prefix.sites import find_attentions, why_no_prefix
+from ftlevel.methods.unmergeable import VIRTUAL_TOKENS
 
 ENCODER_WIDTH = 512  # Li & Liang, 2021, section 4.3
 
 
+def register() -> None:
+    """Make PEFT know the tuner."""
+    from ftlevel.methods.prefix.config import PREFIX_KV, PrefixKvConfig
+    from ftlevel.methods.prefix.model import PrefixModel
+
+    register_tuner(PREFIX_KV, PrefixKvConfig, PrefixModel)
+
+
 def build(spec: PrefixSpec, base: Base) -> Any:
     """Return PEFT's config for `spec` on `base`."""
-    ensure_registered()
+    register()
     from ftlevel.methods.prefix.config import PrefixKvConfig
 
     return PrefixKvConfig(
@@ -55,6 +65,46 @@ def finish(model: Any) -> None:
     model.base_model.fold(model.active_adapter)
 
 
-METHOD = Method(
-    build, find_targets, targets_linears=False, describe=describe, refuse=refuse, finish=finish
-)
+def learning_rate(spec: PrefixSpec) -> float:
+    """Return the default rate: the top of P-tuning v2's range, which trains plain vectors too.
+
+    That is too much for the MLP of a projected prefix: at 1e-2 its tanh saturates and it learns
+    nothing.
+    """
+    return 1e-3 if spec.prefix_projection else 1e-2
+
+
+_METHOD = Method(
+    (
+        MethodFacts(
+            "prefix", "prefix", "--method prefix", "keys and values in every attention", "",
+            "Li and Liang, 2021, arXiv:2101.00190", 5_242_880,
+        ),
+    ),
+    rate=learning_rate,
+    build=build,
+    rules=(
+        Rule(
+            rows("prefix"), "it computes its attention itself, so there is no place for a prefix",
+            "Use --method prompt, or --method lora.",
+            families=frozenset({"bloom", "falcon", "mpnet"}),
+        ),
+        Rule(
+            rows("prefix"), "its attention is more than what a prefix goes through",
+            "Use --method prompt, or --method lora.", families=frozenset({"gemma2"}),
+        ),
+    ),
+    register=register,
+    find_targets=find_targets,
+    describe=describe,
+    refuse=refuse,
+    finish=finish,
+    step=StepSupport(
+        packing=lambda spec: f"{spec.kind} puts virtual tokens into every row",
+        workers=lambda spec: f"{spec.kind} keeps its place in the model",
+    ),
+    merging=Merging(
+        ("PREFIX_KV", "PREFIX_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS
+    ),
+)  # fmt: skip
+METHODS = {"prefix": _METHOD}

@@ -9,13 +9,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftlevel.config.methods import PromptSpec, PTuningSpec
-from ftlevel.methods.base import Base, Method
-from ftlevel.methods.peft_types import ensure_registered
+from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
+from ftlevel.methods.base import Base, Merging, Method, StepSupport
+from ftlevel.methods.facts import MethodFacts
+from ftlevel.methods.peft_types import register_tuner
 from ftlevel.methods.soft_prompt.stacks import find_stacks
+from ftlevel.methods.unmergeable import VIRTUAL_TOKENS
 
 # These add to each layer's input what the ids of its tokens pick; a prompt has no ids.
 _READ_IDS_IN_LAYERS = frozenset({"gemma3n", "gemma3n_text", "gemma4", "gemma4_text"})
+
+
+def register() -> None:
+    """Make PEFT know the tuner, which is that of both methods."""
+    from ftlevel.methods.soft_prompt.config import SOFT_PROMPT, SoftPromptConfig
+    from ftlevel.methods.soft_prompt.model import SoftPromptModel
+
+    register_tuner(SOFT_PROMPT, SoftPromptConfig, SoftPromptModel)
 
 
 def build_prompt(spec: PromptSpec, base: Base) -> Any:
@@ -45,7 +55,7 @@ def build_p_tuning(spec: PTuningSpec, base: Base) -> Any:
 
 
 def _config(spec: PromptSpec | PTuningSpec, base: Base, **fields: Any) -> Any:
-    ensure_registered()
+    register()
     from ftlevel.methods.soft_prompt.config import SoftPromptConfig
 
     return SoftPromptConfig(
@@ -97,20 +107,49 @@ def finish(model: Any) -> None:
     model.base_model.fold(model.active_adapter)
 
 
-PROMPT = Method(
-    build_prompt,
-    find_targets,
-    targets_linears=False,
+_STEP = StepSupport(
+    packing=lambda spec: f"{spec.kind} puts virtual tokens into every row",
+    workers=lambda spec: f"{spec.kind} keeps its place in the model",
+)
+_PROMPT = Method(
+    (
+        MethodFacts(
+            "prompt", "prompt", "--method prompt", "embeddings before the input", "",
+            "Lester et al., 2021, arXiv:2104.08691", 81_920,
+        ),
+    ),
+    rate=3e-2,
+    build=build_prompt,
+    register=register,
+    find_targets=find_targets,
     describe=describe_prompt,
     refuse=refuse,
     positions=positions,
-)
-P_TUNING = Method(
-    build_p_tuning,
-    find_targets,
-    targets_linears=False,
+    step=_STEP,
+    merging=Merging(
+        ("SOFT_PROMPT", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"),
+        into_weights=False, why_not=lambda _: VIRTUAL_TOKENS,
+    ),
+)  # fmt: skip
+_P_TUNING = Method(
+    (
+        MethodFacts(
+            "p-tuning", "p-tuning", "--method p-tuning",
+            "embeddings before the input, from a small network", "",
+            "Liu et al., 2021, arXiv:2103.10385", 50_425_856,
+        ),
+    ),
+    rate=5e-3,
+    build=build_p_tuning,
+    register=register,
+    find_targets=find_targets,
     describe=describe_p_tuning,
     refuse=refuse,
     positions=positions,
     finish=finish,
-)
+    step=_STEP,
+    merging=Merging(
+        ("SOFT_PROMPT", "P_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS
+    ),
+)  # fmt: skip
+METHODS = {"prompt": _PROMPT, "p-tuning": _P_TUNING}

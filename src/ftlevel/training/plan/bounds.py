@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftlevel.config import FullSpec, TrainConfig
+from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
@@ -27,8 +27,8 @@ def find_bounds(config: TrainConfig, model_config: Any, device: str, dtype: str)
     Raises:
         ConfigError: the method's virtual tokens leave no room for text.
     """
-    method, value = config.method, DTYPES[dtype].itemsize
-    trained = isinstance(method, FullSpec) and not method.freeze_base
+    value = DTYPES[dtype].itemsize
+    trained = METHODS[config.method.kind].trains_base(config.method)
     holding = Holding(
         weight=4.0 if trained else _STORED.get(config.quant.kind, float(value)),
         value=value,
@@ -42,8 +42,8 @@ def find_bounds(config: TrainConfig, model_config: Any, device: str, dtype: str)
 def _text_positions(config: TrainConfig, model_config: Any) -> int | None:
     """Return the longest sequence in tokens that the model leaves to the text."""
     positions = max_positions(model_config)
-    method = METHODS.get(config.method.kind)
-    if positions is None or method is None or method.positions is None:
+    method = METHODS[config.method.kind]
+    if positions is None or method.positions is None:
         return positions
     taken = method.positions(config.method)
     if taken >= positions:

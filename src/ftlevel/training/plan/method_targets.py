@@ -50,10 +50,7 @@ def find_method_targets(
     Raises:
         ConfigError: a name or a size does not fit the model.
     """
-    method = METHODS.get(spec.kind)
-    if method is None:
-        return MethodTargets([], [], False)
-    tree = ModuleTree(meta)
+    method, tree = METHODS[spec.kind], ModuleTree(meta)
     modules = _modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)
     if layers:
@@ -71,15 +68,12 @@ def find_method_targets(
 
 def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: str) -> list[str]:
     wish = getattr(spec, "target_modules", None)
-    if method.adapts == "norms":
-        found = sorted(tree.norm_names())
-    elif wish:
+    if wish:
         return resolve_targets(tree.model, wish, model_name=model_name)
-    elif method.find_targets is not None:
-        found = method.find_targets(spec, tree.model)
-    else:
+    if method.find_targets is None:
         return []
-    if not found and method.targets_linears:
+    found = method.find_targets(spec, tree.model)
+    if not found and spec.targets_linears:
         raise ConfigError(
             f"--method {spec.kind} finds nothing to adapt by name in {model_name}. "
             f"Name the modules with --target-modules. Try: ftlevel list-targets {model_name}"

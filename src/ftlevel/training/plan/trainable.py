@@ -1,16 +1,28 @@
-"""How many parameters a run trains, known before weights load."""
+"""How much a run trains, known before weights load."""
 
 from __future__ import annotations
 
-from ftlevel.config import LoraSpec, TrainConfig
-from ftlevel.methods import METHODS, Base
+from ftlevel.config import TrainConfig
+from ftlevel.config.choices import Choice
+from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.resolve import Plan
+from ftlevel.training.plan.plan import Plan
+
+
+def size_choices(config: TrainConfig, plan: Plan, *, try_method: bool) -> list[Choice]:
+    """Return the lines of the trained parameters and of the steps. See `count_trainable`."""
+    epochs = f"{config.train.num_train_epochs:g} epochs"
+    reason = "" if config.train.max_steps else f"{epochs} of {len(plan.data.train):,} rows"
+    trainable, total = count_trainable(config, plan, try_method=try_method)
+    return [
+        Choice("trainable", f"{trainable:,} of {total:,}", f"{trainable / total:.2%}"),
+        Choice("steps", f"{plan.schedule.steps:,}", reason),
+    ]
 
 
 def count_trainable(
-    config: TrainConfig, plan: Plan, base: Base, *, try_method: bool = False
+    config: TrainConfig, plan: Plan, *, try_method: bool = False
 ) -> tuple[int, int]:
     """Return how many parameters are trained and how many the model has, without its weights.
 
@@ -20,19 +32,14 @@ def count_trainable(
     Args:
         config: the whole configuration.
         plan: its plan.
-        base: facts of the model.
         try_method: put the method onto the shape in any case, as nothing will be after a dry run.
     """
-    own = METHODS.get(config.method.kind)
-    if own and own.count and not (try_method or plan.heads or plan.parameters):
-        added = own.count(config.method, plan.sizes)
+    method, own, total = config.method, METHODS[config.method.kind], plan.model.total_parameters
+    if own.count and not (try_method or plan.model.heads or plan.targets.parameters):
+        added = own.count(method, plan.targets.sizes)
         if added is not None:
-            return added, plan.total_parameters + added
-    meta = build_task_model(plan.model_config, plan.auto_class)
-    method = config.method
-    if isinstance(method, LoraSpec):  # how it begins changes no count, and needs weights
-        method = method.model_copy(update={"init_lora_weights": "default"})
-    total = plan.total_parameters
-    adapted = apply_method(meta, method, base)
+            return added, total + added
+    meta = build_task_model(plan.model.config, plan.model.auto_class)
+    adapted = apply_method(meta, own.start.default(method) if own.start else method, plan.base)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return trained, total if method.kind == "full" else total + trained
+    return trained, total + trained if own.build else total

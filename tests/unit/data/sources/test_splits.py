@@ -46,14 +46,6 @@ def test_a_file_is_all_training_rows() -> None:
         load_splits("a.jsonl", split="dev")
 
 
-def test_data_dir_is_where_relative_paths_begin() -> None:
-    write_rows(Path("deep/a.jsonl"), ["x"])
-    splits = load_splits("a.jsonl", data_dir=Path("deep"))
-    assert splits.train.where(0) == "deep/a.jsonl:1"
-    with pytest.raises(InputError, match=r"^deep/b\.jsonl: no such file\."):
-        load_splits("b.jsonl", data_dir=Path("deep"))
-
-
 @pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
 def test_a_directory_has_a_file_a_split(name: str) -> None:
     write_rows(Path("d/train.jsonl"), ["a"])

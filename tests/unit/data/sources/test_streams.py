@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.sources import streams
-from ftlevel.data.sources.reader import read_table
+from ftlevel.data.sources.hub import IterableStream
+from ftlevel.data.sources.readers.files import open_stream, read_table
+from ftlevel.data.sources.readers.json_lines import JsonLines
+from ftlevel.data.sources.readers.parquet import Parquet
 from ftlevel.data.sources.stream_sources import open_source
-from ftlevel.data.sources.streams import Chunk, IterableStream, Stream, open_file
+from ftlevel.data.sources.streams import Chunk, Stream
 from ftlevel.errors import InputError
 
 COUNT = 150
@@ -68,7 +70,7 @@ def goes_on_from_every_cursor(stream: Stream) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_the_rows_are_those_of_the_reader(name: str, tmp_path: Path) -> None:
     path = FILES[name](tmp_path / name)
-    stream, table = open_file(path), read_table(path)
+    stream, table = open_stream(path), read_table(path)
     found = flat(list(stream.chunks()))
     assert [row for _, row in found] == list(table.rows)
     assert [line for line, _ in found] == list(table.lines)
@@ -78,24 +80,21 @@ def test_the_rows_are_those_of_the_reader(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.txt"])
 def test_what_lies_before_the_cursor_is_not_read(name: str, tmp_path: Path) -> None:
     path = FILES[name](tmp_path / name)
-    stream = open_file(path)
+    stream = open_stream(path)
     first, *others = stream.chunks()
     at = first.cursor["at"]
     with path.open("r+b") as file:
         file.write(b"\xff" * at)
     assert flat(list(stream.chunks(first.cursor))) == flat(others)
     with pytest.raises(InputError, match="not UTF-8"):
-        list(JSON_OF(path).chunks())
-
-
-JSON_OF = streams.JsonStream
+        list(JsonLines(path).chunks())
 
 
 def test_of_parquet_only_the_row_group_of_the_cursor_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = open_file(parquet(tmp_path / "x.parquet"))
-    assert isinstance(stream, streams.ParquetStream)
+    stream = open_stream(parquet(tmp_path / "x.parquet"))
+    assert isinstance(stream, Parquet)
     cursor = [chunk.cursor for chunk in stream.chunks()][-2]
     asked: list[Any] = []
     real = stream._file
@@ -168,7 +167,7 @@ def test_bad_lines_keep_their_numbers_after_a_cursor(tmp_path: Path) -> None:
     lines[149] = '{"text" 5}'
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    stream = open_file(path)
+    stream = open_stream(path)
     cursor = next(stream.chunks()).cursor
     bad = [row for chunk in stream.chunks(cursor) for row in chunk.bad]
     assert [(row.line, row.reason) for row in bad] == [
@@ -177,7 +176,7 @@ def test_bad_lines_keep_their_numbers_after_a_cursor(tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"180"', b'"18\xe9"'))
     with pytest.raises(InputError) as caught:
-        list(open_file(path).chunks(cursor))
+        list(open_stream(path).chunks(cursor))
     offset = path.read_bytes().index(b"\xe9")
     assert str(caught.value) == (
         f"{path}:181: not UTF-8 (byte 0xe9 at offset {offset:,}). If it is Latin-1: "
@@ -189,7 +188,108 @@ def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("text,n\n" + "a,1\n" * 100 + '"b,1\nc,1\n', encoding="utf-8")
     with pytest.raises(InputError) as caught:
-        list(open_file(path).chunks())
+        list(open_stream(path).chunks())
     assert str(caught.value) == (
         f'{path}:102: a quote (") is opened in this row and never closed. Close it.'
     )
+
+
+GZIP = b"\x1f\x8b\x08abc"
+MAC = b"text,n\ra,1\r" + b"b,2\r\n" * 70 + b'"c\rd",3\re,4'
+EMPTY = "has 0 rows. Give a file with rows."
+# (file name, content, the last row with its line, or the message behind the path)
+SAME: dict[str, tuple[str, bytes, tuple[int, dict[str, str]] | str]] = {
+    "a carriage return ends a line of CSV": ("x.csv", MAC, (75, {"text": "e", "n": "4"})),
+    "blank lines before the header": (
+        "x.tsv", b"\n\r\n" + b"text\tn\n" + b"a\t1\n" * 70, (73, {"text": "a", "n": "1"})),
+    "a long name of a column": (
+        "x.csv", b"x" * 200_000 + b",n\na,1\n", (2, {"x" * 200_000: "a", "n": "1"})),
+    "a byte order mark and no more": ("x.jsonl", b"\xef\xbb\xbf", f": {EMPTY}"),
+    "a header without rows": ("x.csv", b"text,n\n", f": {EMPTY}"),
+    "a header twice": (
+        "x.csv", b"text,text\na,b\n",
+        ":1: the header has 'text' twice. Give every column its own name."),
+    "no bytes": ("x.parquet", b"", ": has 0 rows (0 bytes). Give a file with rows."),
+    "no Parquet": (
+        "x.parquet", b"PAR1 and no more",
+        ": not a readable Parquet file (Parquet magic bytes not found in footer. Either the file "
+        "is corrupted or this is not a parquet file). Was the download or copy cut short? Fetch "
+        "it again."),
+    "a packed file": (
+        "x.jsonl.gz", GZIP,
+        ": cannot read '.gz'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt. "
+        "Unpack it first: gunzip x.jsonl.gz"),
+    "a packed file by another name": (
+        "x.txt", GZIP, ": is compressed by gzip. Unpack it, or name it .gz and gunzip it."),
+    "an array of JSON": (
+        "x.jsonl", b'[{"text": "a"}]',
+        ":1: looks like one JSON array, where one object a line is expected. Rename it to x.json"),
+    "Latin-1 behind a broken line": (
+        "x.jsonl", b'{"text"\n' * 70 + b'{"text": "\xe9"}\n',
+        ":71: not UTF-8 (byte 0xe9 at offset 570). If it is Latin-1: "
+        "iconv -f LATIN1 -t UTF-8 x.jsonl > utf8-x.jsonl"),
+    "Latin-1 behind a faulty header": (
+        "x.csv", b"text;n\n\xe9;1\n",
+        ":2: not UTF-8 (byte 0xe9 at offset 7). If it is Latin-1: "
+        "iconv -f LATIN1 -t UTF-8 x.csv > utf8-x.csv"),
+    "a quote within a cell": (
+        "x.csv", b"text,n\n" + b"a,1\n" * 70 + b'"a" b,1\n',
+        ":72: not valid CSV (',' expected after '\"'). Put quotes around the whole cell and double "
+        '(") those inside it.'),
+}  # fmt: skip
+
+
+def table_of(path: Path) -> Any:
+    try:
+        table = read_table(path, "skip")
+    except InputError as error:
+        return error.problems
+    return list(zip(table.lines, table.rows, strict=True))
+
+
+def stream_of(path: Path) -> Any:
+    try:
+        found = flat(list(open_stream(path).chunks()))
+    except InputError as error:
+        return error.problems
+    return found or [f"{path}: has 0 rows. Give a file with rows."]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_stream_takes_and_refuses_what_a_table_does(name: str, tmp_path: Path) -> None:
+    file, content, expected = SAME[name]
+    path = tmp_path / file
+    path.write_bytes(content)
+    for found in (table_of(path), stream_of(path)):
+        assert found[-1] == (f"{path}{expected}" if isinstance(expected, str) else expected)
+
+
+def test_a_stream_refuses_the_parquet_that_a_table_refuses(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    assert stream_of(path) == [f"{path}: has the column 'text' twice. Rename one."]
+    pq.write_table(pa.table({}), path)
+    assert stream_of(path) == table_of(path) == [f"{path}: has 0 rows. Give a file with rows."]
+    content = parquet(path).read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 200 + content[204:])  # the pages, not the footer
+    [message] = stream_of(path)
+    assert message.startswith(f"{path}: ")
+    assert table_of(path) == [message]
+
+
+def test_rows_of_carriage_returns_go_on_from_every_cursor(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"text,n\r" + b'"a\rb",1\r' * 150)
+    goes_on_from_every_cursor(open_stream(path))
+
+
+def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
+    path = txt(tmp_path / "x.txt")
+    stream = open_stream(path)
+    path.unlink()
+    with pytest.raises(InputError) as caught:
+        next(stream.chunks())
+    assert str(caught.value) == f"{path}: cannot be read (No such file or directory)."

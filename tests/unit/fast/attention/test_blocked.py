@@ -1,4 +1,4 @@
-"""Attention by tiles is attention: values and gradients against SDPA, document by document."""
+"""Attention by blocks is attention: values and gradients against SDPA, sequence by sequence."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ftlevel.fast.attention.blocked import KEPT_KEYS, QUERIES, TileAttention, cut_tiles, visible
+from ftlevel.fast.attention.blocked import (
+    KEPT_KEYS,
+    QUERIES,
+    BlockedAttention,
+    split_queries,
+    visible,
+)
 from ftlevel.fast.packing.layout import Segment
 
 HEADS, GROUPS, WIDTH = 4, 2, 16
-DOCUMENTS = (Segment(0, 5), Segment(5, 5 + QUERIES + 3), Segment(136, 137), Segment(137, 500))
+SEQUENCES = (Segment(0, 5), Segment(5, 5 + QUERIES + 3), Segment(136, 137), Segment(137, 500))
 # A prefix of 150 tokens, a branch with a branch of its own, and a second branch.
 TREE = (
     Segment(0, 150),
@@ -45,35 +51,35 @@ def by_sdpa(
 
 @pytest.mark.parametrize(
     ("segments", "causal", "window"),
-    [(DOCUMENTS, True, None), (DOCUMENTS, False, None), (DOCUMENTS, True, 40),
-     (DOCUMENTS, False, 40), (TREE, True, None), (TREE, True, 30)],
+    [(SEQUENCES, True, None), (SEQUENCES, False, None), (SEQUENCES, True, 40),
+     (SEQUENCES, False, 40), (TREE, True, None), (TREE, True, 30)],
 )  # fmt: skip
-def test_tiles_equal_sdpa(segments: tuple[Segment, ...], causal: bool, window: int | None) -> None:
+def test_blocks_equal_sdpa(segments: tuple[Segment, ...], causal: bool, window: int | None) -> None:
     tokens = segments[-1].stop
-    assert any(tile.width > KEPT_KEYS for tile in cut_tiles(segments, causal, None))
+    assert any(block.width > KEPT_KEYS for block in split_queries(segments, causal, None))
     parts = states(tokens)
     weights = torch.randn(tokens, HEADS, WIDTH, dtype=torch.float64)
     expected = by_sdpa(parts, segments, causal, window)
     wanted = torch.autograd.grad(expected, parts, weights)
-    found = TileAttention.apply(*parts, cut_tiles(segments, causal, window), 0.3, 0.0)
+    found = BlockedAttention.apply(*parts, split_queries(segments, causal, window), 0.3, 0.0)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, parts, weights), wanted)
 
 
-def test_a_tile_holds_no_key_that_no_query_sees() -> None:
-    tiles = cut_tiles((Segment(0, 1000),), causal=True, window=None)
-    assert [tile.width for tile in tiles] == [128, 256, 384, 512, 640, 768, 896, 1000]
-    windowed = cut_tiles((Segment(0, 1000),), causal=True, window=64)
-    assert {tile.width for tile in windowed[1:-1]} == {QUERIES + 63}
+def test_a_block_holds_no_key_that_no_query_sees() -> None:
+    blocks = split_queries((Segment(0, 1000),), causal=True, window=None)
+    assert [block.width for block in blocks] == [128, 256, 384, 512, 640, 768, 896, 1000]
+    windowed = split_queries((Segment(0, 1000),), causal=True, window=64)
+    assert {block.width for block in windowed[1:-1]} == {QUERIES + 63}
 
 
 def test_dropout_hides_in_the_backward_pass_what_it_hid_in_the_forward_pass() -> None:
     segments = (Segment(0, 300),)
     parts = states(300)
-    tiles = cut_tiles(segments, False, None)
+    blocks = split_queries(segments, False, None)
     torch.manual_seed(3)
-    kept = TileAttention.apply(*parts, tiles, 0.3, 0.5)
+    kept = BlockedAttention.apply(*parts, blocks, 0.3, 0.5)
     (of_value,) = torch.autograd.grad(kept.sum(), parts[2])
     # Linear in the values: the gradient tells the output again, if the same places are hidden.
     torch.testing.assert_close((of_value * parts[2]).sum(), kept.sum())
-    assert (kept - TileAttention.apply(*parts, tiles, 0.3, 0.0)).abs().max() > 0.01
+    assert (kept - BlockedAttention.apply(*parts, blocks, 0.3, 0.0)).abs().max() > 0.01

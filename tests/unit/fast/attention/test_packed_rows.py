@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 import tiny_models
 from ftlevel.fast.attention import packed as attention
 from ftlevel.fast.packing.blocks import PackedBlocks
-from ftlevel.fast.packing.layout import Layout, laid_out
+from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.models.module_tree import find_blocks
 
 LENGTHS = (7, 40, 3, 19, 19, 1)
@@ -32,7 +32,7 @@ def build(family: str, head: str, **overrides: Any) -> Any:
 
 
 def batch_of(model: Any, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, Any]:
-    """Return a batch of documents of `lengths`, padded on the right."""
+    """Return a batch of sequences of `lengths`, padded on the right."""
     generator = torch.Generator().manual_seed(seed)
     longest = max(lengths)
     ids = torch.randint(10, 490, (len(lengths), longest), generator=generator)
@@ -66,7 +66,7 @@ def packed(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tenso
     base.set_attn_implementation(attention.NAME)
     blocks = PackedBlocks(find_blocks(base))
     try:
-        with laid_out(Layout.of_rows(batch["attention_mask"])):
+        with using_layout(PackedLayout.from_mask(batch["attention_mask"])):
             return outputs_and_gradients(model, batch)
     finally:
         blocks.remove()

@@ -1,4 +1,4 @@
-"""Short documents in one batched product have the attention of tiles: values and gradients."""
+"""Short sequences in one batched product have the attention of blocks: values and gradients."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ftlevel.fast.attention.blocked import TileAttention, cut_tiles
-from ftlevel.fast.attention.short import LONGEST, PADDED, ShortAttention, are_short, batch_documents
+from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
+from ftlevel.fast.attention.short import LONGEST, PADDED, ShortAttention, are_short, batch_sequences
 from ftlevel.fast.packing.layout import Segment
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
@@ -29,30 +29,30 @@ def states(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor
 
 @pytest.mark.parametrize("lengths", [(7, 7, 7), (20, 19, 17, 12, 5, 5, 1), (1,), (LONGEST, 3)])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 4), (False, 4)])
-def test_it_equals_tiles(lengths: tuple[int, ...], causal: bool, window: int | None) -> None:
+def test_it_equals_blocks(lengths: tuple[int, ...], causal: bool, window: int | None) -> None:
     segments = rows(*lengths)
     parts = states(segments[-1].stop)
     weights = torch.randn(segments[-1].stop, HEADS, WIDTH, dtype=torch.float64)
-    expected = TileAttention.apply(*parts, cut_tiles(segments, causal, window), 0.3, 0.0)
-    found = ShortAttention.apply(*parts, batch_documents(segments, causal, window), 0.3, 0.0)
+    expected = BlockedAttention.apply(*parts, split_queries(segments, causal, window), 0.3, 0.0)
+    found = ShortAttention.apply(*parts, batch_sequences(segments, causal, window), 0.3, 0.0)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(
         torch.autograd.grad(found, parts, weights), torch.autograd.grad(expected, parts, weights)
     )
 
 
-def test_bfloat16_is_as_near_as_tiles() -> None:
+def test_bfloat16_is_as_near_as_blocks() -> None:
     segments = rows(20, 19, 12, 5)
-    exact = TileAttention.apply(*states(56), cut_tiles(segments, True, None), 0.3, 0.0)
+    exact = BlockedAttention.apply(*states(56), split_queries(segments, True, None), 0.3, 0.0)
     parts = states(56, torch.bfloat16)
-    tiles = TileAttention.apply(*parts, cut_tiles(segments, True, None), 0.3, 0.0)
-    short = ShortAttention.apply(*parts, batch_documents(segments, True, None), 0.3, 0.0)
-    apart = [(part.double() - exact).norm().item() for part in (short, tiles)]
+    blocks = BlockedAttention.apply(*parts, split_queries(segments, True, None), 0.3, 0.0)
+    short = ShortAttention.apply(*parts, batch_sequences(segments, True, None), 0.3, 0.0)
+    apart = [(part.double() - exact).norm().item() for part in (short, blocks)]
     assert apart[0] < 1.1 * apart[1]
 
 
-def test_documents_of_like_length_are_padded_together() -> None:
-    batches = batch_documents(rows(20, 19, 18, 6, 6, 5), True, None)
+def test_sequences_of_like_length_are_padded_together() -> None:
+    batches = batch_sequences(rows(20, 19, 18, 6, 6, 5), True, None)
     assert [(b.count, b.longest) for b in batches] == [(3, 20), (3, 6)]
     assert all(b.count * b.longest <= PADDED * (b.stop - b.start) for b in batches)
 
@@ -60,7 +60,7 @@ def test_documents_of_like_length_are_padded_together() -> None:
 def test_dropout_hides_in_the_backward_pass_what_it_hid_in_the_forward_pass() -> None:
     segments = rows(9, 8, 3)
     parts = states(20)
-    batches = batch_documents(segments, False, None)
+    batches = batch_sequences(segments, False, None)
     torch.manual_seed(3)
     kept = ShortAttention.apply(*parts, batches, 0.3, 0.5)
     (of_value,) = torch.autograd.grad(kept.sum(), parts[2])

@@ -1,4 +1,4 @@
-"""What the kernel of a GPU is told is the attention of documents; on a GPU, it computes it.
+"""What the kernel of a GPU is told is the attention of sequences; on a GPU, it computes it.
 
 The kernel's own meaning is written out here: causal from the end, a window to each side.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ftlevel.fast.attention.blocked import TileAttention, cut_tiles
-from ftlevel.fast.attention.varlen import Lengths, attend_in_one, can_serve, measure, window_of
+from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
+from ftlevel.fast.attention.varlen import Lengths, attend_varlen, can_serve, measure, window_of
 from ftlevel.fast.packing.layout import Segment
 
 ROWS = (Segment(0, 5), Segment(5, 60), Segment(60, 61), Segment(61, 200))
@@ -54,15 +54,15 @@ def as_documented(
 
 
 @pytest.mark.parametrize(("segments", "causal", "window"), CASES)
-def test_the_kernel_is_told_the_attention_of_documents(
+def test_the_kernel_is_told_the_attention_of_sequences(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> None:
     parts = states(segments[-1].stop, torch.float64)
     lengths = measure(segments, torch.device("cpu"))
     assert lengths.queries.dtype == lengths.keys.dtype == torch.int32
     found = as_documented(parts, lengths, window_of(causal, window), 0.3)
-    tiles = cut_tiles(segments, causal, window)
-    expected = TileAttention.apply(*parts, tiles, 0.3, 0.0)
+    blocks = split_queries(segments, causal, window)
+    expected = BlockedAttention.apply(*parts, blocks, 0.3, 0.0)
     torch.testing.assert_close(found, expected)
 
 
@@ -77,9 +77,9 @@ def test_the_kernel_computes_it(
 ) -> None:
     parts = states(segments[-1].stop, torch.bfloat16, "cuda")
     assert can_serve(parts[0], 0.0)
-    found = attend_in_one(parts, segments, causal, window, 0.3)
+    found = attend_varlen(parts, segments, causal, window, 0.3)
     exact = [part.detach().double().cpu().requires_grad_() for part in parts]
-    expected = TileAttention.apply(*exact, cut_tiles(segments, causal, window), 0.3, 0.0)
+    expected = BlockedAttention.apply(*exact, split_queries(segments, causal, window), 0.3, 0.0)
     weights = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, exact, weights)
     gradients = torch.autograd.grad(found, parts, weights.to(found))

@@ -1,4 +1,4 @@
-"""The head on targets is the head on everything: loss and gradients, whatever follows the head."""
+"""Chunked cross-entropy is that of the whole head, gradients too, whatever follows the head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import tiny_models
 from ftlevel.fast.head import cross_entropy as head_module
-from ftlevel.fast.head.cross_entropy import TargetHead
+from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
 
 SMALL = {"vocab_size": 704, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
@@ -36,7 +36,7 @@ def make(family: str) -> Any:
 
 
 def losses(model: Any, at: torch.Tensor = AT, targets: torch.Tensor = TARGETS) -> tuple[Any, Any]:
-    """Return (loss, gradients) of the whole head and of the head on targets."""
+    """Return (loss, gradients) of the whole head and of supervised tokens."""
     ids = torch.randint(10, 490, (2, 10), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:
@@ -46,7 +46,7 @@ def losses(model: Any, at: torch.Tensor = AT, targets: torch.Tensor = TARGETS) -
     expected = functional.cross_entropy(whole, targets, reduction="sum")
     wanted = torch.autograd.grad(expected / 7, parameters, allow_unused=True)
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    head = TargetHead(base)
+    head = ChunkedCrossEntropy(base)
     found = head.loss_sum(lambda: model(**inputs), at, targets)
     got = torch.autograd.grad(found / 7, parameters, allow_unused=True)
     head.remove()
@@ -96,7 +96,7 @@ def test_scores_are_shown_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(head_module, "CHUNK_SCORES", 1)
     model, seen = make("llama"), []
     ids = torch.randint(10, 490, (2, 10))
-    head = TargetHead(model)
+    head = ChunkedCrossEntropy(model)
     with torch.no_grad():
         total = head.loss_sum(
             lambda: model(input_ids=ids), AT, TARGETS, lambda z, y: seen.append((z, y))
@@ -111,6 +111,6 @@ def test_scores_are_shown_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
 def test_only_the_chunk_is_scored() -> None:
     model, widths = make("llama"), []
     model.lm_head.register_forward_hook(lambda m, a, out: widths.append(out.shape[:-1].numel()))
-    head = TargetHead(model)
+    head = ChunkedCrossEntropy(model)
     head.loss_sum(lambda: model(input_ids=torch.randint(10, 490, (2, 10))), AT, TARGETS)
     assert widths == [len(AT), 1]

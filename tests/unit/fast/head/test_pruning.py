@@ -1,4 +1,4 @@
-"""The last block at the tokens that are read. That steps stay equal is shown in `test_fast`."""
+"""The last block at the tokens that are needed. That steps stay equal is shown in `test_step`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 
 import tiny_models
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.fast.head.needed_tokens import AtEnds, AtTargets
-from ftlevel.fast.head.pruning import UnreadTokens, find_token_wise
-from ftlevel.fast.packing.layout import Layout, laid_out
+from ftlevel.fast.head.needed_tokens import PooledTokens, SupervisedTokens
+from ftlevel.fast.head.pruning import LastLayerPruning, find_prunable_linears
+from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.fast.plan.fast_plan import FastPlan
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
@@ -37,9 +37,11 @@ ROWS = [
 
 
 def asked(model: Any, head: str, rows: list[Encoded] = ROWS) -> FastStep:
-    fast = FastStep(model, FastPlan(True, True, head in ("causal", "mlm"), 1000, skips=True))
+    fast = FastStep(
+        model, FastPlan(True, True, head in ("causal", "mlm"), 1000, prunes_last_layer=True)
+    )
     pad_id = model.config.pad_token_id or 0  # decoders look for it to find a row's last token
-    fast.find_unread(OBJECTIVES[head], rows, pad_id, "cpu", "float32")
+    fast.prune_last_layer(OBJECTIVES[head], rows, pad_id, "cpu", "float32")
     return fast
 
 
@@ -50,10 +52,10 @@ def adapted(family: str, head: str) -> Any:
 
 
 def linears_of(fast: FastStep) -> set[str]:
-    """Return the names, in the last block, of the linears that skip tokens."""
+    """Return the names, in the last block, of the linears that are pruned."""
     block = find_blocks(fast._base)[-1]
-    assert fast._unread is not None
-    hooked = {hook.hooks_dict_ref() and id(hook.hooks_dict_ref()) for hook in fast._unread._hooks}
+    assert fast._pruning is not None
+    hooked = {hook.hooks_dict_ref() and id(hook.hooks_dict_ref()) for hook in fast._pruning._hooks}
     return {
         name.rpartition(".")[2]
         for name, part in block.named_modules()
@@ -71,47 +73,47 @@ def linears_of(fast: FastStep) -> set[str]:
      ("bert", "seqcls", {"query", "dense"}), ("roberta", "mlm", {"query", "dense"}),
      ("distilbert", "seqcls", {"q_lin", "out_lin", "lin1", "lin2"})],
 )  # fmt: skip
-def test_all_but_keys_and_values_skip(family: str, head: str, linears: set[str]) -> None:
+def test_all_but_keys_and_values_are_pruned(family: str, head: str, linears: set[str]) -> None:
     fast = asked(adapted(family, head), head)
     assert linears_of(fast) == linears
-    assert fast.skipping >= len(linears)
+    assert fast.pruned_linears >= len(linears)
 
 
 @pytest.mark.parametrize(("family", "last"), [("bert", False), ("distilbert", False),
                                               ("electra", False), ("llama", True),
                                               ("gpt2", True), ("opt", True)])  # fmt: skip
-def test_what_a_classifier_reads_is_found(family: str, last: bool) -> None:
+def test_what_a_classifier_needs_is_found(family: str, last: bool) -> None:
     fast = asked(adapted(family, "seqcls"), "seqcls")
-    assert fast.plan.reads == AtEnds(last)
+    assert fast.plan.needed_tokens == PooledTokens(last)
 
 
-def test_the_mean_of_all_tokens_reads_them_all() -> None:
+def test_the_mean_of_all_tokens_needs_them_all() -> None:
     base = tiny_models.build("modernbert", "seqcls", classifier_pooling="mean")
-    assert asked(base, "seqcls").plan.reads is None
+    assert asked(base, "seqcls").plan.needed_tokens is None
 
 
 @pytest.mark.parametrize(("family", "head"), [("bert", "qa"), ("roberta", "tokcls")])
-def test_heads_that_read_every_token_are_left_alone(family: str, head: str) -> None:
+def test_heads_that_need_every_token_are_left_alone(family: str, head: str) -> None:
     fast = asked(adapted(family, head), head)
-    assert (fast.plan.reads, fast.skipping) == (None, 0)
+    assert (fast.plan.needed_tokens, fast.pruned_linears) == (None, 0)
 
 
 def test_a_block_that_is_gone_through_twice_is_left_alone() -> None:
     fast = asked(tiny_models.build("albert", "mlm"), "mlm")
-    assert (fast.plan.reads, fast.skipping) == (None, 0)
+    assert (fast.plan.needed_tokens, fast.pruned_linears) == (None, 0)
 
 
 def test_rows_too_short_to_ask_are_left_alone() -> None:
     rows = [Encoded([11, 12], [11, 12], 0)]
-    assert asked(adapted("llama", "causal"), "causal", rows).skipping == 0
+    assert asked(adapted("llama", "causal"), "causal", rows).pruned_linears == 0
 
 
-def test_the_last_block_computes_what_is_read() -> None:
+def test_the_last_block_computes_what_is_needed() -> None:
     """6 of 40 tokens predict a target; keys and values are made of all of them."""
     model = adapted("llama", "causal")
     fast = asked(model, "causal")
-    assert fast.plan.reads == AtTargets(OBJECTIVES["causal"])  # type: ignore[arg-type]
-    (batch,) = StepCollator(0, fast.plan)(ROWS)["passes"]
+    assert fast.plan.needed_tokens == SupervisedTokens(OBJECTIVES["causal"])  # type: ignore[arg-type]
+    (batch,) = StepCollator(0, fast.plan)(ROWS)["micro_batches"]
     layout, seen = batch.pop("layout"), {}
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"):
         module = find_blocks(fast._base)[-1].get_submodule(
@@ -121,9 +123,9 @@ def test_the_last_block_computes_what_is_read() -> None:
             lambda _, args, __, name=name: seen.update({name: args[0].shape[-2]})
         )
     labels = batch.pop("labels")
-    with laid_out(layout):
+    with using_layout(layout):
         model(**batch)
-    assert layout.read.tolist() == [25, 26, 27, 28, 37, 38]
+    assert layout.needed.tolist() == [25, 26, 27, 28, 37, 38]
     assert labels.shape == (2, 30)
     assert seen == {
         "q_proj": 6, "k_proj": 40, "v_proj": 40, "o_proj": 6, "up_proj": 6, "down_proj": 6,
@@ -151,12 +153,12 @@ class Mixing(torch.nn.Module):
 
 def test_a_linear_that_reaches_other_tokens_is_not_taken() -> None:
     block, states = Mixing(), torch.randn(1, 6, 8)
-    layout = Layout.of_rows(torch.ones(1, 6)).reading(torch.tensor([1, 4]))
+    layout = PackedLayout.from_mask(torch.ones(1, 6)).needing(torch.tensor([1, 4]))
     linears = [block.own, block.next]
-    assert find_token_wise(block, (states,), {}, layout, linears) == [block.own]
+    assert find_prunable_linears(block, (states,), {}, layout, linears) == [block.own]
     expected = block(states)[:, [1, 4]]
     for taken, is_equal in ((linears[:1], True), (linears[1:], False)):
-        hooks = UnreadTokens(taken)
-        with laid_out(layout):
+        hooks = LastLayerPruning(taken)
+        with using_layout(layout):
             assert torch.allclose(block(states)[:, [1, 4]], expected) is is_equal
         hooks.remove()

@@ -1,4 +1,4 @@
-"""Norms and gates in one node give the model's numbers and gradients; other formulas are left."""
+"""Fused norms and GLUs give the model's numbers and gradients; other formulas are left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tiny_models
-from ftlevel.fast.layers.norm_glu import FusedElementwise, FusedGate, FusedNorm
+from ftlevel.fast.layers.norm_glu import FusedGlu, FusedNorm, FusedNormGlu
 
 COUNTS = {"llama": (5, 2), "qwen3": (9, 2), "gemma3_text": (13, 2), "phi3": (5, 0),
           "qwen3_moe": (9, 0), "t5": (12, 0), "gpt2": (0, 0), "bert": (0, 0),
@@ -20,14 +20,14 @@ COUNTS = {"llama": (5, 2), "qwen3": (9, 2), "gemma3_text": (13, 2), "phi3": (5, 
 def test_what_is_replaced(family: str) -> None:
     model = tiny_models.build(family).requires_grad_(False)
     names, state = [n for n, _ in model.named_parameters()], model.state_dict()
-    fused = FusedElementwise(model)
+    fused = FusedNormGlu(model)
     kinds = [type(module) for module in model.modules()]
-    assert (kinds.count(FusedNorm), kinds.count(FusedGate)) == COUNTS[family]
+    assert (kinds.count(FusedNorm), kinds.count(FusedGlu)) == COUNTS[family]
     assert fused.count == sum(COUNTS[family])
     assert [n for n, _ in model.named_parameters()] == names
     assert model.state_dict().keys() == state.keys()
     fused.remove()
-    assert not any(isinstance(m, FusedNorm | FusedGate) for m in model.modules())
+    assert not any(isinstance(m, FusedNorm | FusedGlu) for m in model.modules())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "t5"])
@@ -47,7 +47,7 @@ def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) 
         return logits, gradient.float()
 
     plain = step()
-    fused = FusedElementwise(model)
+    fused = FusedNormGlu(model)
     assert fused.count
     for one, other in zip(step(), plain, strict=True):
         assert (one - other).norm() <= bound * other.norm()
@@ -66,8 +66,8 @@ def test_gradients_of_the_nodes() -> None:
     x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(FusedNorm(norm, 0.0, False).train(), (x,))
     assert torch.autograd.gradcheck(FusedNorm(norm, 1.0, True).train(), (x,))
-    assert torch.autograd.gradcheck(FusedGate(mlp, "silu").train(), (x,))
-    assert torch.autograd.gradcheck(FusedGate(mlp, "gelu_tanh").train(), (x,))
+    assert torch.autograd.gradcheck(FusedGlu(mlp, "silu").train(), (x,))
+    assert torch.autograd.gradcheck(FusedGlu(mlp, "gelu_tanh").train(), (x,))
 
 
 class Other(nn.Module):
@@ -89,7 +89,7 @@ def test_other_formulas_trained_norms_and_watched_modules_are_left() -> None:
     layer.post_attention_layernorm.weight.requires_grad_(True)
     layer.mlp.register_forward_hook(lambda *_: None)
     before = dict(model.named_modules())
-    fused = FusedElementwise(model)
+    fused = FusedNormGlu(model)
     after = dict(model.named_modules())
     for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
         assert after[f"model.layers.0.{name}"] is before[f"model.layers.0.{name}"]
@@ -114,4 +114,4 @@ def test_it_keeps_less_for_the_backward_pass() -> None:
 
     norm = copy.deepcopy(layer.input_layernorm)
     assert held(FusedNorm(norm, 0.0, False).train()) < 0.6 * held(norm)
-    assert held(FusedGate(layer.mlp, "silu").train()) < held(layer.mlp)
+    assert held(FusedGlu(layer.mlp, "silu").train()) < held(layer.mlp)

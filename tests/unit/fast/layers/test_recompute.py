@@ -1,4 +1,4 @@
-"""What the backward pass makes again is what was there, and is not kept meanwhile."""
+"""What the backward pass recomputes is what was there, and is not kept meanwhile."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny_models
-from ftlevel.fast.layers.low_rank import register_fused_layers
-from ftlevel.fast.layers.norm_glu import FusedElementwise
-from ftlevel.fast.layers.recompute import Recipe, recipe_of, with_recipe
+from ftlevel.fast.layers.fused_lora import register_fused_layers
+from ftlevel.fast.layers.norm_glu import FusedNormGlu
+from ftlevel.fast.layers.recompute import Recomputation, recomputation_of, with_recomputation
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:
-    return with_recipe(x * 2, lambda kept: kept * 2, x)
+    return with_recomputation(x * 2, lambda kept: kept * 2, x)
 
 
 def test_a_tensor_that_was_written_to_is_kept() -> None:
     made = doubled(torch.ones(3))
-    assert recipe_of(made) is not None
+    assert recomputation_of(made) is not None
     made.mul_(2)
-    assert recipe_of(made) is None
+    assert recomputation_of(made) is None
 
 
 def test_views_and_copies_are_kept() -> None:
     made = doubled(torch.ones(3, 2))
-    assert [recipe_of(other) for other in (made.view(6), made.clone(), made[:1], made + 0)] == [
-        None
-    ] * 4
+    assert [
+        recomputation_of(other) for other in (made.view(6), made.clone(), made[:1], made + 0)
+    ] == [None] * 4
 
 
 def test_a_tensor_is_made_once_for_all_that_ask() -> None:
@@ -39,13 +39,13 @@ def test_a_tensor_is_made_once_for_all_that_ask() -> None:
         made.append(kept * 2)
         return made[-1]
 
-    recipe = Recipe(make, torch.ones(3))
-    saved = [recipe.enter() for _ in range(3)]
-    results = [recipe.make(*kept) for kept in saved]
+    recomputation = Recomputation(make, torch.ones(3))
+    saved = [recomputation.enter() for _ in range(3)]
+    results = [recomputation.make(*kept) for kept in saved]
     assert len(made) == 1
     assert all(result is made[0] for result in results)
-    assert recipe._made is None  # the last one lets it go
-    assert torch.equal(recipe.make(*saved[0]), made[0])  # a second backward pass
+    assert recomputation._made is None  # the last one lets it go
+    assert torch.equal(recomputation.make(*saved[0]), made[0])  # a second backward pass
     assert len(made) == 2
 
 
@@ -73,10 +73,12 @@ def test_less_is_kept_and_the_same_is_learned(family: str, monkeypatch: pytest.M
     config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
     register_fused_layers(config)
     model = get_peft_model(tiny_models.build(family), config).train()
-    fused = FusedElementwise(model)
+    fused = FusedNormGlu(model)
     batch = tiny_models.build_batch(family, None)
     gradient, size = step(model, batch)
-    monkeypatch.setattr("ftlevel.fast.layers.low_rank.layer.recipe_of", lambda tensor: None)
+    monkeypatch.setattr(
+        "ftlevel.fast.layers.fused_lora.forward.recomputation_of", lambda tensor: None
+    )
     expected, kept = step(model, batch)
     assert torch.equal(gradient, expected)
     widths = 2 * model.config.hidden_size + model.config.intermediate_size

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftlevel.fast.prefixes.tree import (
+    build_prefix_tree,
     count_common,
-    lay_out_tree,
-    share_of_shared,
+    shared_fraction,
     sort_by_prefix,
 )
 
@@ -27,7 +27,7 @@ def padded(rows: list[list[int]]) -> torch.Tensor:
 def test_every_row_is_found_again(rows: list[list[int]], least: int) -> None:
     order, _ = sort_by_prefix(rows, least)
     rows = [rows[i] for i in order]
-    layout = lay_out_tree(rows, least)
+    layout = build_prefix_tree(rows, least)
     ids = padded(rows)
     tokens = layout.pack(ids[..., None].repeat(1, 1, 2))[0, :, 0]
     assert (layout.batch, layout.seq) == ids.shape
@@ -50,11 +50,15 @@ def test_every_row_is_found_again(rows: list[list[int]], least: int) -> None:
 
 
 @given(ROWS, st.lists(st.integers(1, 2), min_size=1, max_size=9), st.integers(1, 5))
-def test_rows_after_a_trunk_are_found_again(
-    ends: list[list[int]], trunk: list[int], least: int
+def test_rows_after_a_shared_prefix_are_found_again(
+    ends: list[list[int]], shared_prefix: list[int], least: int
 ) -> None:
-    rows = sorted(trunk + end for end in ends)
-    layout, ids, before = lay_out_tree(rows, least, len(trunk)), padded(rows), len(trunk)
+    rows = sorted(shared_prefix + end for end in ends)
+    layout, ids, before = (
+        build_prefix_tree(rows, least, len(shared_prefix)),
+        padded(rows),
+        len(shared_prefix),
+    )
     assert (layout.batch, layout.seq, layout.before) == (*ids.shape, before)
     own = (torch.arange(layout.seq) >= before) & (ids != 0)
     assert sorted(set(layout.restore[own.flatten()].tolist())) == list(range(layout.tokens))
@@ -74,7 +78,7 @@ def test_nested_prefixes_are_computed_once() -> None:
     order, shared = sort_by_prefix(rows)
     assert order == [0, 1, 2, 3]
     assert shared == [0, 80, 40, 0]
-    layout = lay_out_tree(rows)
+    layout = build_prefix_tree(rows)
     assert [(s.start, s.stop, s.past) for s in layout.segments] == [
         (0, 40, ()),
         (40, 80, ((0, 40),)),
@@ -83,20 +87,20 @@ def test_nested_prefixes_are_computed_once() -> None:
         (83, 86, ((0, 40),)),
         (86, 88, ()),
     ]
-    assert share_of_shared(rows) == pytest.approx(120 / sum(map(len, rows)))
+    assert shared_fraction(rows) == pytest.approx(120 / sum(map(len, rows)))
 
 
 def test_equal_rows_are_one_row() -> None:
     rows = [[1] * 50] * 3
-    layout = lay_out_tree(rows)
+    layout = build_prefix_tree(rows)
     assert layout.tokens == 50
     assert layout.restore.tolist() == list(range(50)) * 3
 
 
 def test_a_short_prefix_is_not_shared() -> None:
     rows = [[1] * 31 + [2], [1] * 31 + [3]]
-    assert lay_out_tree(rows).tokens == 64
-    assert share_of_shared(rows) == 0
+    assert build_prefix_tree(rows).tokens == 64
+    assert shared_fraction(rows) == 0
 
 
 @given(st.lists(st.integers(0, 1)), st.lists(st.integers(0, 1)))

@@ -1,0 +1,79 @@
+"""docs/cli.md: every command and every flag, from the table of flags."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator, Sequence
+
+from ftlevel.cli.app import COMMANDS
+from ftlevel.config.flags import FLAGS, Flag, Spelling, flags_of, second_names
+
+_HEAD = """\
+# The command line
+
+Written by `python scripts/write_docs.py cli` from the table of flags, \
+`src/ftlevel/config/flags.py`.
+
+Underscores are read as dashes. A second name is what another tool calls the flag; it is accepted
+wherever the flag is. A field is set by its flag, by a recipe, or by `--set field=value`, and
+`ftlevel train --schema` has them all: defaults < recipe < `--set` < flags."""
+
+
+def cli_page(flags: Sequence[Flag] = FLAGS) -> str:
+    """Return docs/cli.md."""
+    return "\n".join([_HEAD, *(line for name in COMMANDS for line in _command(name, flags))]) + "\n"
+
+
+def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    function = getattr(importlib.import_module(module), attribute)
+    yield from ("", f"## ftlevel {name}", "", inspect.getdoc(function) or "")
+    rows = flags_of(name, flags)
+    for panel in dict.fromkeys(row.panel for row in rows):
+        yield from ("", f"### {panel or 'Arguments'}", "")
+        yield "| flag | field | choices | default | second names | |"
+        yield "|---|---|---|---|---|---|"
+        yield from (_line(row, name, flags) for row in rows if row.panel == panel)
+    answers = [row for row in flags if row.answer and name in row.on]
+    if answers:
+        yield from ("", "### Not here", "")
+        yield from (f"- {_code(row.shown)}: {row.answer}" for row in answers)
+
+
+def _line(row: Flag, command: str, flags: Sequence[Flag]) -> str:
+    facts = row.facts(command)
+    is_switch = (facts.type if facts else row.type) is bool
+    if facts is None:
+        help_text, choices, default = row.help, "", "" if row.default is None else str(row.default)
+    else:
+        help_text, choices = facts.description, ", ".join(facts.choices)
+        default = "required" if facts.required else facts.default
+    default = "required" if row.required else default
+    cells = [
+        ", ".join(_code(name) for name in row.declared(is_switch)),
+        _code(row.path),
+        choices,
+        default,
+        ", ".join(_second(row, flags)),
+        help_text,
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _second(row: Flag, flags: Sequence[Flag]) -> Iterator[str]:
+    for name, (own, values) in second_names(flags).items():
+        if own == row.shown:
+            yield _with_values(Spelling(name, values=values))
+    yield from (_with_values(other) for other in row.spellings if other.value is not None)
+
+
+def _with_values(other: Spelling) -> str:
+    if other.value is not None:
+        return f"{_code(other.name)} ({other.value})"
+    words = ", ".join(f"{theirs}: {ours}" for theirs, ours in other.values.items())
+    return _code(other.name) + (f" ({words})" if words else "")
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""

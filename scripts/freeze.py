@@ -1,0 +1,400 @@
+"""Write down what ftlevel does, so that a refactoring can be shown to have changed nothing.
+
+    python scripts/freeze.py record DIR               run every item and write DIR/ITEM.txt
+    python scripts/freeze.py record DIR --only ^two-  those whose names match
+    python scripts/freeze.py record DIR --data SETS   also every row of the sets, a folder each
+    python scripts/freeze.py compare BEFORE AFTER     what differs; exit code 1 where something does
+
+An item is some command lines in an empty folder. What they print and every file that they leave is
+kept, a line a fact, without what another time or place would change: two recordings of one tree on
+one machine are equal byte for byte. Only the program and pytest are run, nothing of ftlevel is
+imported, so that modules can move. Real models are looked for in FTLEVEL_MODELS, or .models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import hashlib
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SPOKEN = (ROOT / "tests/cli", ROOT / "tests/unit/test_recipes.py")  # tests that are listened to
+MODELS = ("llama", "gpt2", "bert", "roberta", "t5", "bart", "mixtral")  # tiny ones that are made
+_WORDS = "the parser reads a module string and keeps its default file until another caller asks"
+
+
+def _say(seed: float, count: int) -> str:
+    return " ".join(random.Random(f"{seed}").choices(_WORDS.split(), k=count))
+
+
+def _messages(i: int) -> dict[str, Any]:
+    roles = ("system", "user", "assistant", "user", "assistant")[: 5 if i % 3 else 3]
+    texts = (_say(k * (i + 0.5), 3 + (i + k) % 4 if k else 40) for k in range(5))
+    return {"messages": [{"role": role, "content": next(texts)} for role in roles]}
+
+
+def _tagged(i: int) -> dict[str, Any]:
+    place, words = ("Paris", "Rome", "New York")[i % 3].split(), _say(i, 2 + i % 5).split()
+    tags = ["O"] * len(words) + ["B-LOC", "I-LOC"][: len(place)] + ["O"]
+    return {"tokens": [*words, *place, "."], "tags": tags}
+
+
+def _question(i: int) -> dict[str, Any]:
+    before, answer = f"{_say(i, 10 + 7 * (i % 5))}. The name is ", f"module {i}"
+    answers = {"text": [answer][: i % 4], "answer_start": [len(before)][: i % 4]}
+    context = f"{before}{answer}. {_say(-i, 12)}."
+    return {"context": context, "question": "What is the name?", "answers": answers}
+
+
+ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "prompts": lambda i: {"prompt": _say(i, 3 + i % 7), "completion": _say(-i, 2 + i % 5)},
+    "chat": _messages,
+    "articles": lambda i: {"document": _say(i, 12 + i % 9), "summary": _say(-i, 4 + i % 3)},
+    "pairs": lambda i: {"en": _say(i, 3 + i % 4), "de": _say(-i, 3 + i % 5)},
+    "plain": lambda i: {"text": _say(i, 30 + 30 * (i % 4))},
+    "class": lambda i: {"text": _say(i, 3 + i % 9), "label": "abc"[i % 3]},
+    "several": lambda i: {"text": _say(i, 3 + i % 9), "label": ["x", "y", "z"][: i % 4]},
+    "number": lambda i: {"text": _say(i, 3 + i % 9), "label": i / 4},
+    "tags": _tagged,
+    "span": _question,
+}
+"""Name of a set → its row of a number; 24 rows to train on and 6 for validation."""
+
+TRAIN = "train --output-dir run --json --logging-steps 1 --max-steps 4 --batch-size 4"
+ASK = 'generate run --json --max-new-tokens 12 -p "say the value" -p "read a file in New York ."'
+SCORE, MERGE = "evaluate run --json --predictions scored.jsonl", "merge run --json --out merged"
+MINILM, DOCS = "--model .models/all-MiniLM-L6-v2", "--max-samples 24 --set data.max_eval_samples=6"
+PROMPTS, PLAIN, CHAT = (f"--dataset rows/{name}" for name in ("prompts", "plain", "chat"))
+TINY, MASKED = f"--model models/llama {PROMPTS}", f"--task masked-lm {PLAIN}"
+CLASSES, CLASSIFY = "--dataset rows/class --task text-classification", "--task text-classification"
+SUMMARY = "--task summarization --dataset rows/articles --set train.max_new_tokens=8"
+PAIRS = "--task translation --dataset rows/pairs --map source=en --map target=de"
+SPANS = "--task question-answering --dataset rows/span --max-length 48 --set data.doc_stride=16"
+TAGS = "--task token-classification --dataset rows/tags"
+TARGETS = """llama mistral qwen2 qwen3 smollm3 granite olmo2 gemma gemma2 gemma3_text mixtral phi
+    qwen3_moe phi3 starcoder2 gpt2 gpt_neo gptj gpt_bigcode bloom falcon gpt_neox opt bert roberta
+    xlm-roberta camembert distilbert electra albert mpnet deberta-v2 modernbert t5 mt5 umt5 bart
+    mbart pegasus marian m2m_100 blenderbot other models/llama models/gpt2 models/t5"""
+COMMANDS = "train preview evaluate generate merge quantize export list-targets list-methods"
+ITEMS = f"""
+tests: tests said.json
+lora: {DOCS} | {SCORE} | {ASK} --compare-base | {MERGE} | export run --json --out run.gguf
+  | quantize merged --quant 4bit --out four --json | train run/config.yaml --output-dir again --json
+lora-dora: {DOCS} --dora --dtype float32 --learning-rate 1e-3 | {MERGE}
+lora-plus: {PROMPTS} --model models/gpt2 --dtype float32 --rslora --lora-plus-ratio 4 | {MERGE}
+lora-pissa: {DOCS} --init pissa --dtype float32 | {MERGE}
+lora-eva: {TINY} --init eva --dtype float32
+lora-loftq: {TINY} --init loftq --quant 4bit
+lora-dropout: {DOCS} --lora-dropout 0.1 --target-modules q_proj,v_proj
+lora-bias: {PROMPTS} --model models/gpt2 --set method.bias=all --dtype float32
+lora-experts: {PROMPTS} --model models/mixtral --set method.target_parameters=experts
+schedule: {PROMPTS} --model models/gpt2 --gradient-accumulation-steps 2 --lr-scheduler-type cosine
+  --warmup-steps 2 --gradient-checkpointing --set train.train_sampling_strategy=group_by_length
+qlora: {DOCS} --method qlora | {ASK} | {SCORE} | {MERGE}
+qlora-fp4: {PROMPTS} --method qlora --quant-type fp4 --double-quant --dora --dtype float32
+qlora-8bit: {DOCS} --method qlora --quant 8bit --dtype float32 | {MERGE} --onto original --no-verify
+adalora: {CLASSES} {MINILM} --method adalora | {SCORE} | {MERGE}
+ia3: {CLASSIFY} --dataset rows/several {MINILM} --method ia3 | {SCORE} | {ASK}
+vera: {CLASSIFY} --dataset rows/number --model models/bert --method vera | {SCORE}
+oft: {TINY} --method oft --dtype float32 | {MERGE} --no-verify
+boft: {CLASSES} {MINILM} --method boft
+loha: {TINY} --method loha --dtype float32 | {MERGE} --no-verify
+lokr: {CLASSES} --model models/roberta --method lokr
+adapter: {TAGS} {MINILM} --method adapter | {SCORE} | {ASK}
+adapter-pfeiffer: {SUMMARY} --model models/t5 --method adapter --set method.placement=pfeiffer
+adapter-parallel: {PROMPTS} --quant 4bit --method adapter --set method.placement=parallel
+prefix: {SUMMARY} --model models/bart --method prefix | {SCORE} | {ASK}
+prompt: {PAIRS} --model models/t5 --method prompt | {SCORE}
+p-tuning: {PROMPTS} --method p-tuning --bf16 | {ASK}
+ln-tuning: {SPANS} {MINILM} --method ln-tuning | {SCORE} | {ASK} --context "The name is file 3."
+full: {DOCS} --method full --bf16 | {SCORE} | export run --out run.gguf --outtype q8_0
+full-masked: {MASKED} --max-length 128 --model models/bert --method full | {SCORE}
+probe: {CLASSES} {MINILM} --method full --set method.freeze_base=true
+masked: {MASKED} --max-length 96 --overlong split {MINILM} --bf16
+tags-decoder: {TAGS} --model models/gpt2
+class-decoder: {CLASSES} --quant 4bit | {SCORE}
+summaries: {SUMMARY} --eval-on-start --eval-steps 2 | evaluate run --json --split train --no-base
+translation: {PAIRS} --set train.max_new_tokens=8
+plain: {PLAIN} --max-length 150 --overlong split --validation-split 0.2
+chat: {CHAT} --set speed.share_prefixes=never | {ASK}
+chat-shared: {CHAT} --set speed.share_prefixes=always | {SCORE}
+chat-template: {CHAT} --model models/gpt2 --chat-template mistral
+mixed: {PROMPTS} --dataset builtin:docstrings --mix 3,7 --validation-split 0.1
+streaming: {PROMPTS} --streaming --set data.shuffle_buffer=8
+streaming-4bit: {PROMPTS}/train.jsonl --streaming --quant 4bit --set data.validation_rows=4
+no-fast: {DOCS} --no-fast
+no-fast-encoder: {CLASSES} {MINILM} --no-fast
+verified: {DOCS} --verify-fast --dtype float32
+resumed: {DOCS} --save-steps 2 --lora-dropout 0.1 | rm -r run/adapter run/checkpoints/checkpoint-4
+  | train --output-dir run --resume --json
+screen: {SUMMARY} | train run/config.yaml --output-dir again | evaluate run
+  | generate run -p hello --compare-base | merge run --out merged | export merged --out merged.gguf
+  | quantize merged --quant 8bit --out eight | preview run --row 3 --html page.html
+adapters: {TINY} | train --output-dir other --json {TINY} --max-steps 3 --lora-r 4
+  | merge run other --out svd --strategy svd --weights 0.7,0.3 --json
+  | generate run --adapter second=other --json -p hello | evaluate run --json --against other
+two-processes: {DOCS} --num-processes 2
+two-threads: {DOCS} --set speed.tokens_per_pass=256 | {SCORE}
+two-threads-qlora: {PROMPTS} --method qlora --set speed.tokens_per_pass=64
+two-threads-encoder: {CLASSES} {MINILM} --set speed.tokens_per_pass=16
+two-threads-t5: {PAIRS} --model models/t5 --set speed.tokens_per_pass=32
+preview: preview --json {PROMPTS} | preview {CHAT} --json | preview {SPANS} {MINILM} --json
+  | preview {PLAIN} --max-length 150 --overlong split --json | preview {TAGS} {MINILM} --json
+  | preview {SUMMARY} --model models/bart --json | preview {PAIRS} | preview {MASKED} {MINILM}
+  | preview {CLASSES} {MINILM} | preview --streaming --max-steps 3 {PROMPTS} --json
+  | preview recipes/demo.yaml --max-samples 40 --json
+list-targets: {" | ".join(f"list-targets {name} --json" for name in TARGETS.split())}
+  | list-targets llama | list-targets models/bart
+list-methods: list-methods | list-methods --json | list-methods --model models/gpt2 --quant 8bit
+dry-run: train --dry-run --json | train --dry-run --json --method ia3 {MINILM} {CLASSES}
+  | train --dry-run --json --method qlora {TINY} --max-steps 5 --lora-r 4
+  | train --dry-run --model models/t5 {PAIRS} --quant 8bit | train --schema
+  | quantize models/llama --quant 4bit --out q --dry-run | export models/llama --out q.gguf
+help: --help | {" | ".join(f"{name} --help" for name in COMMANDS.split())}
+"""
+# A line an item: its name, and command lines as typed behind `ftlevel`. One that begins with a flag
+# is a training run; `tests` runs those of `SPOKEN`. Items called two-… run alone, on both cores.
+
+
+def build_items(data: Path | None) -> Iterator[tuple[str, list[str]]]:
+    """Yield name and command lines of everything, and of the sets in `data`, by their recipes."""
+    for line in ITEMS.strip().replace("\n  ", " ").splitlines():
+        name, _, text = line.partition(": ")
+        commands = text.split(" | ")
+        is_run = text.startswith("--") and name != "help"
+        yield name, [f"{TRAIN} {commands[0]}", *commands[1:]] if is_run else commands
+    for path in sorted(data.glob("*/train.jsonl")) if data else []:
+        named, folder = f"dataset: data/{path.parent.name}\n", path.parent
+        recipes = sorted((ROOT / "recipes").glob("*.yaml"))
+        names = [recipe.name for recipe in recipes if named in recipe.read_text("utf-8")]
+        how = f"recipes/{names[0]}" if names else f"--dataset data/{folder.name}"
+        previews = []
+        for split in ("train", "validation"):
+            count = len((folder / f"{split}.jsonl").read_bytes().splitlines())
+            rows = " ".join(f"--row {number}" for number in range(1, count + 1))
+            previews.append(f"preview {how} --split {split} --json --max-samples {count} {rows}")
+        yield f"data-{folder.name}", previews
+
+
+# Keys of JSON objects that are not kept: times, rates, memory and versions.
+_VARIES = re.compile(r"^(timings|memory|versions|finished|peft_version|seconds)$|_s$|^peak_")
+_NOISE = (
+    (re.compile(r"<work>/homes/[\w-]+/tmp/[\w.-]+"), "<temporary>"),
+    (re.compile(r"\b\d[\d,]*(\.\d+)?( ?s| ms| tok/s| tokens/s| rows/s| [GM]iB)\b"), "<n>\\2"),
+    (re.compile(r"<(tree|prefix)>/[\w/.-]+\.py:\d+"), "<code>"),
+)
+
+
+class Recorder:
+    """Runs items in the empty folder `work`, and writes to `out` what they did."""
+
+    def __init__(self, work: Path, out: Path, data: Path | None) -> None:
+        self.work, self.out = work, out
+        models = Path(os.environ.get("FTLEVEL_MODELS") or ROOT / ".models").resolve()
+        self.links = {"models": work / "models", "rows": work / "rows", ".models": models,
+                      "recipes": ROOT / "recipes", "data": data or work}  # fmt: skip
+        self.places = {f"{work}": "<work>", f"{models}": "<models>", f"{ROOT}": "<tree>",
+                       sys.prefix: "<prefix>"}  # fmt: skip
+
+    def make_inputs(self) -> None:
+        """Write the rows and the tiny models that the items use."""
+        sys.path.insert(0, str(ROOT / "tests"))
+        from transformers.utils import logging
+
+        from tiny_models import save_tiny
+
+        logging.disable_progress_bar()
+        for name, row in ROWS.items():
+            for split, numbers in (("train", range(24)), ("validation", range(24, 30))):
+                path = self.work / "rows" / name / f"{split}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(row(i)) + "\n" for i in numbers))
+        for family in MODELS:
+            save_tiny(self.work / "models" / family, family)
+
+    def record(self, item: tuple[str, list[str]]) -> None:
+        """Run an item, write its file and print a line."""
+        began, (name, commands) = time.perf_counter(), item
+        folder = self.work / "items" / name
+        folder.mkdir(parents=True)
+        for link, target in self.links.items():
+            (folder / link).symlink_to(target)
+        said = [self._run(command, folder) for command in commands]
+        tops = [path for path in sorted(folder.iterdir()) if not path.is_symlink()]
+        paths = [path for top in tops for path in (top, *sorted(top.rglob("*"))) if path.is_file()]
+        left = {str(path.relative_to(folder)): _content(path) for path in paths}
+        text = "\n".join(_facts({"commands": said, "files": left})) + "\n"
+        for place in sorted(self.places, key=len, reverse=True):
+            text = text.replace(place, self.places[place])
+        for pattern, stand_in in _NOISE:
+            text = pattern.sub(stand_in, text)
+        (self.out / f"{name}.txt").write_text(text, encoding="utf-8")
+        codes = ", ".join(str(entry["exit"]) for entry in said)
+        print(f"{name}: {time.perf_counter() - began:.1f} s, exit {codes}", flush=True)
+
+    def _run(self, command: str, folder: Path) -> dict[str, Any]:
+        words = shlex.split(command)
+        own = {"rm": ["rm"], "tests": [sys.executable, __file__, "tests"]}.get(words[0])
+        program = [*own, *words[1:]] if own else [sys.executable, "-m", "ftlevel", *words]
+        home, threads = self.work / "homes" / folder.name, 1 + ("threads" in folder.name)
+        (home / "tmp").mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ, "HOME": f"{home}", "XDG_CACHE_HOME": f"{home}", "HF_HOME": f"{home}",
+            "TMPDIR": f"{home}/tmp", "PYTHONPATH": f"{ROOT}/src", "OMP_NUM_THREADS": f"{threads}",
+            "COLUMNS": "100", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        }  # fmt: skip
+        done = subprocess.run(program, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        error = done.stderr
+        if "Traceback (most recent call last)" in error:
+            error = error.rstrip().rpartition("\n")[2]  # its frames may move
+        is_json = done.stdout.startswith("{")
+        out = json.loads(done.stdout) if is_json else done.stdout.splitlines()
+        shown = re.sub(r"( --row \d+){9,}$", " --row …", command)
+        return {"command": shown, "exit": done.returncode, "out": out, "err": error.splitlines()}
+
+
+def _content(path: Path) -> Any:
+    """Return what is kept of a file: text as it is, a digest of weights and of much text."""
+    if path.suffix in (".pt", ".pth", ".bin") or path.name == "manifest.json":
+        return "is there"  # pickles name modules; the manifest has their digests
+    is_long = path.stat().st_size > 50_000 and path.name != "said.json"
+    if path.suffix in (".safetensors", ".gguf") or is_long:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text) if path.suffix == ".json" else text.splitlines()
+
+
+def _facts(value: Any, place: str = "") -> Iterator[str]:
+    """Yield a line for each leaf of a JSON value, and for each line of a text."""
+    if isinstance(value, dict) and value:
+        for key, entry in value.items():
+            if key in ("target_modules", "modules_to_save") and isinstance(entry, list):
+                entry = sorted(entry)  # PEFT writes sets
+            if key == "rows" and isinstance(entry, list) and len(entry) > 20:  # all of a set
+                entry = [f"{number} {_digest(row)}" for number, row in enumerate(entry, 1)]
+            if not _VARIES.search(key):
+                yield from _facts(entry, f"{place} › {key}" if place else key)
+    elif isinstance(value, list) and value:
+        for number, entry in enumerate(value, 1):
+            is_line = isinstance(entry, str)  # of a text, where one more must not move the others
+            yield from [f"{place}: {entry}"] if is_line else _facts(entry, f"{place} › {number}")
+    else:
+        yield f"{place}: {json.dumps(value, ensure_ascii=False)}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+class Listener:
+    """A pytest plugin that notes what each test types and is answered, and how it ends."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, list[Any]] = {}
+        self._now: list[Any] = []
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Listen at every test module's `run`, where it is the program's."""
+        for module in {item.module for item in items}:
+            if getattr(module, "run", _digest).__module__.startswith("ftlevel"):
+                module.run = functools.partial(self._run, module.run)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Begin the notes of a test."""
+        path, _, test = nodeid.partition("::")
+        self._now = self.said[f"{Path(path).name}::{test}"] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Note how a test ended."""
+        if report.when == "call" or report.outcome != "passed":
+            self._now.append(report.outcome)
+
+    def _run(self, run: Callable[[list[str]], int], arguments: list[str]) -> int:
+        code = run(arguments)
+        self._now.append({"typed": [str(word) for word in arguments], "exit": code})
+        return code
+
+    def hear(self, captured: Any) -> Any:
+        """Note what a test read by capsys, and return it."""
+        self._now.append({"out": captured.out.splitlines(), "err": captured.err.splitlines()})
+        return captured
+
+
+def listen_to_tests(path: Path) -> int:
+    """Run the tests of `SPOKEN` and write to `path` what a `Listener` heard."""
+    listener, base = Listener(), Path(tempfile.gettempdir()) / "tests"
+    flags = [f"--rootdir={ROOT}", "-q", "-pno:cacheprovider", f"--basetemp={base}"]
+    with pytest.MonkeyPatch.context() as patch:
+        fixture, read = pytest.CaptureFixture, pytest.CaptureFixture.readouterr
+        patch.setattr(fixture, "readouterr", lambda capsys: listener.hear(read(capsys)))
+        code = pytest.main([*map(str, SPOKEN), *flags], [listener])
+    path.write_text(json.dumps(listener.said), encoding="utf-8")
+    return int(code)
+
+
+def record(out: Path, only: str, jobs: int, data: Path | None) -> int:
+    """Run the items that fit `only`, `jobs` at a time, and write a file each to `out`."""
+    items = [item for item in build_items(data) if re.search(only, item[0])]
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="freeze-") as work:
+        recorder = Recorder(Path(work).resolve(), out, data)
+        recorder.make_inputs()
+        for alone, at_once in ((False, jobs), (True, 1)):
+            chosen = [item for item in items if item[0].startswith("two-") == alone]
+            with ThreadPoolExecutor(at_once) as pool:
+                list(pool.map(recorder.record, chosen))
+    return 0
+
+
+def compare(before: Path, after: Path) -> int:
+    """Print what differs between two recordings; return 1 if something does."""
+    names = sorted({path.name for folder in (before, after) for path in folder.glob("*.txt")})
+    differing = 0
+    for name in names:
+        paths = before / name, after / name
+        old, new = (path.read_text("utf-8").split("\n") if path.is_file() else [] for path in paths)
+        lines = list(difflib.unified_diff(old, new, f"{paths[0]}", f"{paths[1]}", n=0, lineterm=""))
+        if lines:
+            differing += 1
+            print(*lines, sep="\n")
+    print(f"{differing} of {len(names)} files differ")
+    return 1 if differing or not names else 0
+
+
+def main() -> int:
+    """Record or compare, as the command line says; `tests` is what `record` calls."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("record", "compare", "tests"))
+    parser.add_argument("place", type=Path, nargs="+", help="DIR, or BEFORE and AFTER")
+    parser.add_argument("--only", default="", help="items whose names match this")
+    parser.add_argument("--jobs", type=int, default=2, help="items that run at once")
+    parser.add_argument("--data", type=lambda name: Path(name).resolve(), help="folder of sets")
+    wish = parser.parse_args()
+    if len(wish.place) != (2 if wish.command == "compare" else 1):
+        parser.error(f"{wish.command}: {len(wish.place)} folders are given")
+    if wish.command == "record":
+        return record(wish.place[0], wish.only, wish.jobs, wish.data)
+    return compare(*wish.place) if wish.command == "compare" else listen_to_tests(*wish.place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Two models that can be asked the same: which they are, what they are asked, how far apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.cards import read_card
+from ftlevel.config import EvaluateConfig
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.errors import InputError
+from ftlevel.evaluation.two_models.compare import compare_rows, compare_text
+from ftlevel.evaluation.two_models.on_rows import Probe, Scores
+from ftlevel.evaluation.two_models.on_text import (
+    PREDICTS,
+    WINDOW,
+    Answer,
+    cut_windows,
+    read_eval_text,
+    read_windows,
+)
+from ftlevel.models.hardware import autocast
+from ftlevel.models.kinds import max_positions
+from ftlevel.trained.load import (
+    Found,
+    Trained,
+    card_directory,
+    find_trained,
+    load_own_tokenizer,
+)
+from ftlevel.trained.plain_peft import PLAIN
+
+
+def find_pair(config: EvaluateConfig, device: str) -> tuple[Found, Found | None]:
+    """Find what is scored, and what it is held against if there is such a thing.
+
+    A plain model does not know its task: it is asked as the other of the two was trained.
+
+    Raises:
+        InputError: one is not there, or they cannot be asked the same.
+    """
+    if config.against is None:
+        return find_trained(config.name, device, config.task), None
+    names = (config.name, config.against)
+    cards = [card_directory(Path(name).expanduser()) for name in names]
+    known = [read_card(card).task for card in cards if card is not None]
+    task = config.task or (known[0] if known else None)
+    said = (config.name, f"--against {config.against}")
+    found, reference = (
+        find_trained(name, device, config.task if card else task, words)
+        for name, card, words in zip(names, cards, said, strict=True)
+    )
+    if found.card.task != reference.card.task:
+        raise InputError(
+            f"--against {config.against} is for {reference.card.task}, and {config.name} for "
+            f"{found.card.task}: there is nothing to ask both. Name one for the same task."
+        )
+    _check_same_answers(found, reference, config)
+    return found, reference
+
+
+def _check_same_answers(found: Found, reference: Found, config: EvaluateConfig) -> None:
+    """Refuse two models whose answers do not stand for the same, token by token or class by class.
+
+    Raises:
+        InputError: they differ in vocabulary or labels.
+    """
+    one, other = (load_own_tokenizer(f.source, f.directory).get_vocab() for f in (found, reference))
+    if one != other:
+        raise InputError(
+            f"--against {config.against}: its tokenizer is another one than that of {config.name}, "
+            "so their predictions cannot be compared token by token. Name a relative of it."
+        )
+    if found.card.labels != reference.card.labels:
+        raise InputError(
+            f"--against {config.against}: its labels are {', '.join(reference.card.labels)}, and "
+            f"those of {config.name} are {', '.join(found.card.labels)}. Name one with the same."
+        )
+
+
+def choose_leader(found: Found, reference: Found | None) -> Found:
+    """Return the one of two that says which rows are asked, and how: a run, or one with a card."""
+    both = [found] if reference is None else [found, reference]
+    for says in (lambda f: f.run is not None, lambda f: f.card.method != PLAIN):
+        if leaders := [f for f in both if says(f)]:
+            return leaders[0]
+    return found
+
+
+@dataclass(frozen=True)
+class ModelAnswers:
+    """What a model said of the rows, and in the windows of the text."""
+
+    scores: Scores
+    text: list[Answer]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What two models are asked.
+
+    Attributes:
+        rows: encoded rows of the task.
+        windows: token ids of the text; none for a model without a language head.
+        auto_class: transformers' class of both.
+        text: name of the text.
+    """
+
+    rows: Sequence[Encoded]
+    windows: list[list[int]]
+    auto_class: str
+    text: str
+
+    def ask(self, trained: Trained) -> ModelAnswers:
+        """Return what `trained` says, computed as it always computes."""
+        model, tokenizer = trained.model, trained.tokenizer
+        probe = Probe(self.rows, trained.objective, tokenizer.pad_token_id or 0, trained.device)
+        scores = probe.score(model, trained.dtype)
+        with autocast(trained.device, trained.dtype):
+            text = [
+                Answer(answer.values.cpu(), answer.labels.cpu())
+                for answer in read_windows(model, self.windows, self.auto_class, tokenizer)
+            ]
+        return ModelAnswers(scores, text)
+
+    def compare(
+        self, reference: ModelAnswers, found: ModelAnswers, trained: Trained
+    ) -> dict[str, Any]:
+        """Return how far `found` is from `reference`, both of models like `trained`."""
+        rows = asdict(compare_rows(reference.scores, found.scores))
+        if not trained.objective.has_choice:
+            rows |= {"kl": None, "top1": None}
+        if not self.windows:
+            return {"rows": rows}
+        text = compare_text(reference.text, found.text, self.auto_class)
+        return {"rows": rows, "text": {"name": self.text, **text}}
+
+
+def build_questions(config: EvaluateConfig, trained: Trained, rows: Sequence[Encoded]) -> Questions:
+    """Return what `trained` and the model that it is held against are asked.
+
+    Raises:
+        InputError: the text cannot be read, or is too short.
+    """
+    model_config = trained.model.config
+    auto_class = trained.task.auto_class(trained.kind, model_config.model_type)
+    if auto_class not in PREDICTS:
+        return Questions(rows, [], auto_class, "")
+    text = read_eval_text(config.eval_text, config.eval_tokens)
+    length = min(WINDOW, trained.max_length or WINDOW, max_positions(model_config) or WINDOW)
+    windows = cut_windows(trained.tokenizer, text.content, config.eval_tokens, length)
+    if not windows:
+        raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
+    return Questions(rows, windows, auto_class, text.name)

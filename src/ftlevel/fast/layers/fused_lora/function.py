@@ -1,0 +1,95 @@
+"""The fused function: y = x Wᵀ + b + s · d Aᵀ Bᵀ, with d = dropout(x), and its backward at once.
+
+W is frozen, A is (r, in), B is (out, r). With g = ∂L/∂y, both (tokens, out), and u = s · Bᵀ gᵀ:
+
+    ∂L/∂x = g W    ∂L/∂d = uᵀ A    ∂L/∂A = u d    ∂L/∂B = s · (A dᵀ g)ᵀ    ∂L/∂b = Σ g
+
+Without dropout d is x, and the two gradients are summed by the matrix product itself. All that is
+r wide is held as (r, tokens): with r as the rows, oneDNN and MKL run these products at 85 to 120
+GFLOP/s a core in bfloat16 where (tokens, r) costs up to four times as much (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ftlevel.fast.layers.recompute import Recomputation
+from ftlevel.models.upstream.tensors import new_shape
+
+
+class FusedLoraFunction(torch.autograd.Function):
+    """A frozen linear and its low-rank update. See the module for the formulas."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dropped: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: Callable[[], torch.Tensor],
+        scaling: float,
+        recomputation: Recomputation | None = None,
+    ) -> torch.Tensor:
+        """Return y, (…, out), in x's dtype.
+
+        Args:
+            ctx: autograd's.
+            x: input in the dtype to compute in, (…, in).
+            dropped: dropout(x), or None without dropout.
+            a: (r, in) in any float dtype; its gradient has the same.
+            b: (out, r), likewise.
+            bias: of the base, (out,), or None.
+            weight: gives W, (out, in), in x's dtype; asked once here and once in backward, so that
+                a dequantized weight is not held between them.
+            scaling: s.
+            recomputation: how x is recomputed, so that it need not be kept; or None.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        source = rows if dropped is None else dropped.reshape(rows.shape)
+        down, up = a.to(x.dtype), (b * scaling).to(x.dtype)
+        inner = down @ source.t()
+        y = functional.linear(rows, weight(), None if bias is None else bias.to(x.dtype))
+        y.addmm_(inner.t(), up.t())
+        ctx.recomputation = recomputation if dropped is None else None
+        kept = (source,) if ctx.recomputation is None else ctx.recomputation.enter()
+        ctx.save_for_backward(inner, down, up, *kept)
+        ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
+        ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
+        ctx.has_dropout = dropped is not None
+        # Not a view: what a function returns as one must not be written to, and Longformer, LED and
+        # DeBERTa scale their queries in place.
+        shaped: torch.Tensor = new_shape(y, [*x.shape[:-1], y.shape[-1]])
+        return shaped
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of forward's arguments."""
+        inner, down, up, *kept = ctx.saved_tensors
+        for_x, for_dropped, for_a, for_b, for_bias = ctx.needs_input_grad[:5]
+        dtype_a, dtype_b, dtype_bias = ctx.dtypes
+        g = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_dropped = grad_a = grad_b = grad_bias = None
+        through_a = up.t() @ g.t()
+        if for_x:
+            grad_x = g @ ctx.weight()
+            if not ctx.has_dropout:
+                grad_x.addmm_(through_a.t(), down)
+            grad_x = grad_x.view(ctx.shape)
+        if for_dropped:
+            grad_dropped = (through_a.t() @ down).view(ctx.shape)
+        if for_a:
+            source = kept[0] if ctx.recomputation is None else ctx.recomputation.make(*kept)
+            grad_a = (through_a @ source.reshape(-1, source.shape[-1])).to(dtype_a)
+        if for_b:
+            grad_b = (inner @ g).t().to(dtype_b) * ctx.scaling
+        if for_bias:
+            grad_bias = g.sum(0, dtype=dtype_bias)
+        return grad_x, grad_dropped, grad_a, grad_b, grad_bias, None, None, None

@@ -1,0 +1,119 @@
+"""AdaLoRA: spec → `peft.AdaLoraConfig`, and the penalty of its loss.
+
+The penalty, R(P, Q) = ‖PᵀP − I‖ + ‖QQᵀ − I‖ (Zhang et al., 2023, equation 4), is averaged over the
+matrices as in `peft.AdaLoraModel.forward`, which adds it to a loss that ftlevel does not use.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ftlevel.config.methods.adalora import AdaloraSpec
+from ftlevel.errors import ConfigError
+from ftlevel.methods.base import Base, Merging, Method, whole
+from ftlevel.methods.facts import MERGES, MethodFacts
+from ftlevel.methods.lora import why_not_mergeable
+from ftlevel.methods.upstream import freeze_ranks, restore_ranks
+
+_TINIT, _TFINAL = 0.1, 0.3
+
+
+def build(spec: AdaloraSpec, base: Base) -> Any:
+    """Return PEFT's config for `spec` on `base`, whose steps decide the schedule.
+
+    Raises:
+        ConfigError: too few steps are left between `tinit` and `tfinal` to prune in.
+    """
+    from peft import AdaLoraConfig
+
+    steps = base.total_steps
+    tinit = int(_TINIT * steps) if spec.tinit == "auto" else spec.tinit
+    tfinal = int(_TFINAL * steps) if spec.tfinal == "auto" else spec.tfinal
+    if steps - tinit - tfinal < 2:  # the first step only measures
+        raise ConfigError(
+            f"method.tinit {tinit} and method.tfinal {tfinal} leave fewer than 2 of the run's "
+            f"{steps:,} steps to prune ranks in. Train longer, or lower them."
+        )
+    return AdaLoraConfig(
+        task_type=base.task_type,
+        init_r=spec.init_r,
+        target_r=spec.target_r,
+        lora_alpha=whole(spec.lora_alpha),
+        lora_dropout=spec.lora_dropout,
+        target_modules=base.targets,
+        tinit=tinit,
+        tfinal=tfinal,
+        deltaT=spec.delta_t,
+        beta1=spec.beta1,
+        beta2=spec.beta2,
+        orth_reg_weight=spec.orth_reg_weight,
+        total_step=steps,
+        modules_to_save=base.heads or None,
+        fan_in_fan_out=base.fan_in_fan_out,
+    )
+
+
+def orthogonality(model: Any) -> Any:
+    """Return the weighted penalty of a model with AdaLoRA, a scalar in float32."""
+    import torch
+
+    weight = model.peft_config["default"].orth_reg_weight
+    norms = []
+    for name, matrix in model.named_parameters():
+        if ".lora_A.default" in name or ".lora_B.default" in name:
+            # A is (r, in) and B is (out, r): both products are (r, r).
+            product = matrix @ matrix.T if ".lora_A." in name else matrix.T @ matrix
+            eye = torch.eye(len(product), device=product.device, dtype=product.dtype)
+            norms.append(torch.linalg.matrix_norm(product - eye))
+    return weight * torch.stack(norms).mean()
+
+
+def finish(model: Any) -> None:
+    """Take the pruned ranks out of a trained model (in place), as in the adapter that is saved.
+
+    With them its products round otherwise in bfloat16 than those of the reloaded adapter.
+    """
+    import torch
+
+    for name, alive in (model.peft_config["default"].rank_pattern or {}).items():
+        layer = model.get_base_model().get_submodule(name.partition(".lora_E")[0])
+        kept = torch.tensor(alive, dtype=torch.bool)
+        for matrices, axis in ((layer.lora_E, 0), (layer.lora_A, 0), (layer.lora_B, 1)):
+            full = matrices["default"]
+            part = full.data[kept] if axis == 0 else full.data[:, kept]
+            matrices["default"] = torch.nn.Parameter(part, full.requires_grad)
+        layer.r["default"] = sum(alive)
+
+
+def build_callbacks(_spec: AdaloraSpec, checkpoints: Path, writes: bool) -> list[Any]:
+    """Return what prunes the ranks between steps, and keeps them in checkpoints."""
+    from ftlevel.methods.adalora.allocation import Allocation
+
+    return [Allocation(checkpoints, writes=writes)]
+
+
+def forget_ranks(config: Any) -> None:
+    """Take ranks and start out of `config` (mutated): the file holds the ranks that are left."""
+    config.rank_pattern = None
+    config.init_lora_weights = True
+
+
+_METHOD = Method(
+    (
+        MethodFacts(
+            "adalora", "adalora", "--method adalora", "LoRA, its rank pruned by importance",
+            MERGES, "Zhang et al., 2023, arXiv:2303.10512", 29_985_408,
+        ),
+    ),
+    rate=1e-3,  # within the range of AdaLoRA's on GLUE
+    build=build,
+    prepare=freeze_ranks,
+    callbacks=build_callbacks,
+    penalty=orthogonality,
+    finish=finish,
+    merging=Merging(
+        ("ADALORA",), why_not=why_not_mergeable, prepare=forget_ranks, restore=restore_ranks
+    ),
+)  # fmt: skip
+METHODS = {"adalora": _METHOD}

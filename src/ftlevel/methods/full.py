@@ -1,0 +1,57 @@
+"""Training without an adapter: every weight of the model, or its new head alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftlevel.config.methods.full import FullSpec
+from ftlevel.methods.base import Base, Method, StepSupport
+from ftlevel.methods.facts import QUANTIZED, MethodFacts, Rule, rows
+
+_PRETRAINED_HEAD = frozenset({"text-generation", "summarization", "translation", "masked-lm"})
+_IS_A_MODEL = "is a model already"
+
+
+def unfreeze(spec: FullSpec, base: Base, model: Any) -> None:
+    """Train all of `model`, or its heads (mutated)."""
+    model.requires_grad_(not spec.freeze_base)
+    for name in base.heads if spec.freeze_base else ():
+        model.get_submodule(name).requires_grad_(True)
+
+
+def describe(spec: FullSpec) -> str:
+    """Return what is trained."""
+    return "the head is trained" if spec.freeze_base else "every weight is trained"
+
+
+_METHOD = Method(
+    (
+        MethodFacts(
+            "full", "full", "--method full", "every weight", _IS_A_MODEL,
+            "Devlin et al., 2019, arXiv:1810.04805, appendix A.3", 6_738_415_616,
+        ),
+        MethodFacts(
+            "linear-probe", "full", "--method full --set method.freeze_base=true",
+            "the new head only", _IS_A_MODEL, "Alain and Bengio, 2016, arXiv:1610.01644", 8_192,
+            {"freeze_base": True},
+        ),
+    ),
+    rate=2e-5,  # BERT, appendix A.3
+    build=None,
+    rules=(
+        Rule(
+            rows("full", "linear-probe"), "quantized weights receive no gradients",
+            "Use --method qlora, or drop --quant.", quants=QUANTIZED,
+        ),
+        Rule(
+            rows("linear-probe"),
+            "its head is the pretrained one, so nothing would be new to train",
+            "Drop method.freeze_base, or use --method lora.", tasks=_PRETRAINED_HEAD,
+        ),
+    ),
+    unfreeze=unfreeze,
+    trains_base=lambda spec: not spec.freeze_base,
+    describe=describe,
+    step=StepSupport(workers=lambda _: "full would hold a gradient for every weight and pass"),
+)  # fmt: skip
+METHODS = {"full": _METHOD}

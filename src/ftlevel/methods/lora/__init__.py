@@ -1,0 +1,148 @@
+"""LoRA and QLoRA: spec → `peft.LoraConfig`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ftlevel.config.methods.lora import LoraSpec
+from ftlevel.errors import ConfigError, listing
+from ftlevel.methods.base import (
+    Base,
+    Merging,
+    Method,
+    QuantizedCheckpoint,
+    StepSupport,
+    refuse_other_forms,
+    whole,
+)
+from ftlevel.methods.lora.facts import FACTS, RULES
+from ftlevel.methods.lora.plus import build_optimizer
+from ftlevel.methods.lora.start import START
+
+_UNMERGEABLE = {
+    "layer_replication": "it repeats layers, so it is another architecture",
+    "alora_invocation_tokens": "it acts only after its invocation tokens",
+    "arrow_config": "it routes each token among adapters",
+    "megatron_config": "it is laid out for Megatron",
+    "use_bdlora": "it is laid out in blocks over several devices",
+}
+"""Settings of PEFT's that no plain weight can hold."""
+
+
+def build(spec: LoraSpec, base: Base) -> Any:
+    """Return PEFT's config for `spec` on `base`."""
+    from peft import EvaConfig, LoraConfig  # here: it imports bitsandbytes, which logs on import
+
+    init = spec.init_lora_weights
+    ours = init in ("default", "loftq")  # loftq's start is set afterwards
+    return LoraConfig(
+        task_type=base.task_type,
+        r=spec.r,
+        lora_alpha=whole(spec.lora_alpha),
+        lora_dropout=spec.lora_dropout,
+        target_modules=base.targets,
+        target_parameters=base.parameters or None,
+        rank_pattern=dict(spec.rank_pattern),
+        alpha_pattern={name: whole(alpha) for name, alpha in spec.alpha_pattern.items()},
+        init_lora_weights=True if ours else init,
+        eva_config=EvaConfig() if init == "eva" else None,
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+        bias=spec.bias,
+        modules_to_save=base.heads or None,
+        fan_in_fan_out=base.fan_in_fan_out,
+    )
+
+
+def check(spec: LoraSpec, widths: Mapping[str, int]) -> None:
+    """Check that every pattern names a linear that is adapted.
+
+    Raises:
+        ConfigError: a key of `rank_pattern` or `alpha_pattern` would be ignored.
+    """
+    names = listing(dict.fromkeys(name.rpartition(".")[2] for name in widths), 8)
+    problems = [
+        f"method.{field}: {pattern!r} matches none of the {len(widths):,} adapted modules "
+        f"({names}) and would be ignored. Give the end of a module's name or a "
+        "regular expression."
+        for field in ("rank_pattern", "alpha_pattern")
+        for pattern in getattr(spec, field)
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in widths)  # as PEFT does
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def count(spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> int | None:
+    """Return r · (in + out) for every linear, None where a setting makes it another number."""
+    if spec.rank_pattern or spec.use_dora or spec.bias != "none":
+        return None
+    return sum(spec.r * (fan_in + fan_out) for fan_in, fan_out in sizes.values())
+
+
+def describe(spec: LoraSpec) -> str:
+    """Return the settings in a line."""
+    init, ratio = spec.init_lora_weights, spec.lora_plus_ratio
+    forms = {
+        "rsLoRA": spec.use_rslora,
+        "DoRA": spec.use_dora,
+        f"{init} start": init != "default",
+        f"LoRA+ with ratio {ratio or 0:g}": ratio is not None,
+    }
+    detail = f"r {spec.r}, alpha {spec.lora_alpha:g}, dropout {spec.lora_dropout:g}"
+    return ", ".join([detail, *(name for name, on in forms.items() if on)])
+
+
+def refuse_quantized(spec: LoraSpec, base: QuantizedCheckpoint) -> str | None:
+    """Return why LoRA cannot begin so on weights that were quantized before; None if it can."""
+    if base.kind == "none" and spec.init_lora_weights not in ("default", "gaussian"):
+        return refuse_other_forms(spec, base)
+    if spec.init_lora_weights == "loftq":
+        return (
+            f"--init loftq begins at what quantization took from the weights, and --model "
+            f"{base.name} is quantized already ({base.form}). Give the original model with --quant "
+            "4bit, or use --init default."
+        )
+    return None
+
+
+def against_workers(spec: LoraSpec) -> str:
+    """Return what a forward pass changes in the model; empty if nothing."""
+    if spec.target_parameters:
+        return "PEFT puts target_parameters into the model in each pass"
+    return ""
+
+
+def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
+    """Return why an adapter of `config` cannot be merged and what to do, or None if it can."""
+    for key, reason in _UNMERGEABLE.items():
+        if config.get(key):
+            return f"{key} is set: {reason}, and no plain weight can hold that. Keep the adapter."
+    return None
+
+
+def forget_start(config: Any) -> None:
+    """Set PEFT's start in `config` (mutated): how it began does not matter any more."""
+    config.init_lora_weights = True
+
+
+_METHOD = Method(
+    FACTS,
+    rate=2e-4,  # QLoRA, table 9
+    build=build,
+    rules=RULES,
+    check=check,
+    count=count,
+    describe=describe,
+    refuse_quantized=refuse_quantized,
+    start=START,
+    optimizer=build_optimizer,
+    step=StepSupport(
+        fusing=lambda spec: spec.use_dora * "DoRA scales by a norm of the whole weight",
+        workers=against_workers,
+    ),
+    merging=Merging(("LORA",), why_not=why_not_mergeable, prepare=forget_start),
+)
+METHODS = {"lora": _METHOD, "qlora": _METHOD}

@@ -1,0 +1,94 @@
+"""Pass on what happens in a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ftlevel.events import Listener
+
+
+class Report(TrainerCallback):
+    """Pass the run's course to the listener and to metrics.jsonl.
+
+    Attributes:
+        records: everything that was logged.
+        first_step_at: when the first step began, by `time.perf_counter`.
+        first_step_cpu_s: the process's processor time until then, of all threads.
+        step_seconds: time spent in optimizer steps, without evaluation and saving.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        write: Callable[[Mapping[str, Any]], None],
+        tokens_seen: Callable[[], int],
+    ) -> None:
+        self.listener = listener
+        self.write = write
+        self.tokens_seen = tokens_seen
+        self.records: list[dict[str, Any]] = []
+        self.first_step_at: float | None = None
+        self.first_step_cpu_s = 0.0
+        self.step_seconds = 0.0
+        self._step_began = 0.0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Say how many steps there are."""
+        self.listener.begin(state.max_steps)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Note when the step begins."""
+        self._step_began = time.perf_counter()
+        if self.first_step_at is None:
+            self.first_step_at = self._step_began
+            self.first_step_cpu_s = time.process_time()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Count a step."""
+        self.step_seconds += time.perf_counter() - self._step_began
+        self.listener.step(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one record: step, epoch, loss, learning_rate, grad_norm, tokens, elapsed_s."""
+        logs = dict(logs or {})
+        if "train_runtime" in logs:  # Trainer's own summary; ours has more
+            return
+        began = self.first_step_at or time.perf_counter()
+        record = {
+            "step": state.global_step,
+            **logs,
+            "tokens": self.tokens_seen(),
+            "elapsed_s": round(time.perf_counter() - began, 3),
+        }
+        self.records.append(record)
+        self.write(record)
+        self.listener.log(record)

@@ -1,0 +1,75 @@
+"""Whether the method goes with the model, the task and the quantization, and in which precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftlevel.config import TrainConfig
+from ftlevel.config.choices import Choice
+from ftlevel.errors import ConfigError
+from ftlevel.methods import METHODS
+from ftlevel.methods.base import QuantizedCheckpoint
+from ftlevel.methods.facts import Cell
+from ftlevel.methods.matrix import check_supported
+from ftlevel.models.families import lookup_family
+from ftlevel.models.hardware import choose_dtype
+from ftlevel.models.kinds import model_kind
+from ftlevel.models.quantized import (
+    quantization_name,
+    settle_quantization,
+    stored_quantization,
+)
+from ftlevel.models.sources import ModelSource
+
+
+def resolve_quantization(
+    config: TrainConfig, bare: Any, source: ModelSource, device: str
+) -> TrainConfig:
+    """Return `config` with the quantization that the base has, whoever made it.
+
+    Raises:
+        ConfigError: the checkpoint is quantized, and the method or --quant does not go with that.
+    """
+    stored = stored_quantization(bare)
+    if stored is None:
+        return config
+    quant = settle_quantization(stored, config.quant, source.words, device)
+    method, form = config.method, quantization_name(stored)
+    base = QuantizedCheckpoint(source.name, form, quant.kind)
+    if reason := METHODS[method.kind].refuse_quantized(method, base):
+        raise ConfigError(reason)
+    resolved = config.model_copy(update={"quant": quant})
+    try:
+        check_method(resolved, bare, model_kind(bare))
+    except ConfigError as error:
+        already = f"--model {source.name} is quantized already ({form})."
+        raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
+    return resolved
+
+
+def check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
+    """Refuse a method that cannot be used on the model, for the task or on the quantization.
+
+    Raises:
+        ConfigError: with the reason, and what works.
+    """
+    family, quant = lookup_family(model_config.model_type), config.quant.kind
+    experts = bool(family.target_parameters) if family else None
+    base = Cell("", model_config.model_type, kind, config.task, quant, experts)
+    check_supported(config.method, base)
+    refuse = METHODS[config.method.kind].refuse
+    reason = refuse(config.method, model_config, kind, config.task, quant) if refuse else None
+    if reason is not None:
+        raise ConfigError(f"--method {config.method.kind}: {reason}")
+
+
+def choose_precision(config: TrainConfig, device: str, model_type: str) -> Choice:
+    """Return the compute precision.
+
+    Raises:
+        ConfigError: it is one that the device, the model or the method's start cannot have.
+    """
+    method, wish = config.method, config.model.dtype
+    start = METHODS[method.kind].start
+    needed = start.precision(method, wish) if start else None
+    return needed or choose_dtype(wish, device, method.kind, model_type)

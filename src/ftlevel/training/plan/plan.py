@@ -1,0 +1,116 @@
+"""What a run will do, as facts: a few groups of what travels together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ftlevel.config import QuantConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.prepare.context import Prepared
+from ftlevel.fast.plan.fast_plan import FastPlan
+from ftlevel.methods import Base
+from ftlevel.models.sources import ModelSource
+from ftlevel.task import Objective
+from ftlevel.tasks import BaseTask
+from ftlevel.training.plan.method_targets import MethodTargets
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModel:
+    """The base, before its weights are loaded.
+
+    Attributes:
+        source: where it is.
+        kind: encoder, decoder or encoder-decoder.
+        auto_class: transformers' class for the task.
+        config: its config, with labels and padding for the task.
+        tokenizer: its tokenizer, with a padding token.
+        device: torch device type.
+        dtype: compute precision's name.
+        quant: how it is quantized, by the user's wish or in its checkpoint.
+        heads: modules trained in full.
+        new_modules: where weights may be that the checkpoint lacks.
+        total_parameters: how many it has.
+    """
+
+    source: ModelSource
+    kind: str
+    auto_class: str
+    config: Any
+    tokenizer: Any
+    device: str
+    dtype: str
+    quant: QuantConfig
+    heads: list[str]
+    new_modules: list[str]
+    total_parameters: int
+
+    @property
+    def family(self) -> str:
+        """What transformers calls its architecture."""
+        return str(self.config.model_type)
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills a batch."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens its language head scores."""
+        return int(self.config.get_text_config().vocab_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How far and how fast.
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: the peak: the user's or the method's.
+    """
+
+    steps: int
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run, before its weights are loaded.
+
+    Attributes:
+        task: the task.
+        objective: what the model is trained on.
+        model: the base.
+        data: encoded rows.
+        targets: what the method adapts.
+        schedule: steps and rate.
+        fast: the parts of the fast step that are used.
+        choices: lines for the screen, in order.
+    """
+
+    task: BaseTask
+    objective: Objective
+    model: PlannedModel
+    data: Prepared
+    targets: MethodTargets
+    schedule: Schedule
+    fast: FastPlan
+    choices: list[Choice]
+
+    @property
+    def base(self) -> Base:
+        """What a method must know of the model that it is put onto."""
+        model, targets = self.model, self.targets
+        return Base(
+            config=model.config,
+            kind=model.kind,
+            task_type=self.task.peft_types.get(model.kind),
+            targets=targets.modules,
+            heads=model.heads,
+            fan_in_fan_out=targets.fan_in_fan_out,
+            total_steps=self.schedule.steps,
+            tokenizer=model.tokenizer,
+            parameters=targets.parameters,
+        )

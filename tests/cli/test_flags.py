@@ -1,0 +1,342 @@
+"""The table of flags: what is made of a row, and what every row must have."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import typer
+
+import cli_page
+import write_docs
+from additions.tree import FLAG
+from additions.tree import run as run_in
+from ftlevel.cli.app import COMMANDS, build_app, run
+from ftlevel.cli.flags import Given, add_command
+from ftlevel.cli.grammar import canonical
+from ftlevel.config import EvaluateConfig, Layer, TrainConfig
+from ftlevel.config.field_facts import describe_field
+from ftlevel.config.flags import (
+    CONFIGS,
+    DAILY,
+    DATA,
+    FLAGS,
+    GENERAL,
+    HOW,
+    MODEL,
+    RUN,
+    Flag,
+    Spelling,
+    flags_of,
+    second_names,
+)
+from ftlevel.errors import ConfigError, FtlevelError
+
+TOY = Flag(
+    "train.weight_decay",
+    panel=HOW,
+    also=("--wd", Spelling("--decay-kind", values={"strong": "0.5"}), Spelling("--decay", "0.1")),
+)
+ANSWERED = Flag(names="--packing", answer="rows are packed by default. Drop it.")
+
+
+def function_of(name: str) -> Callable[..., None]:
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    function: Callable[..., None] = getattr(importlib.import_module(module), attribute)
+    return function
+
+
+def layer_of(arguments: Sequence[str], flags: Sequence[Flag] = FLAGS) -> Layer:
+    """Return what a command line of train sets."""
+    seen = []
+
+    def command(given: Given) -> None:
+        seen.append(given.layer())
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    add_command(app, "train", command, flags)
+    app(args=list(arguments), standalone_mode=False)
+    return seen[0]
+
+
+def help_of(capsys: pytest.CaptureFixture[str], name: str, flags: Sequence[Flag] = FLAGS) -> str:
+    build_app([name], flags)(args=[name, "--help"], prog_name="ftlevel", standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def panels_of(help_text: str) -> dict[str, list[str]]:
+    """Return heading → the flags below it."""
+    found: dict[str, list[str]] = {}
+    for line in help_text.splitlines():
+        if line and not line.startswith(" "):
+            found[line] = []
+        elif line.startswith("  -"):
+            next(reversed(found.values())).append(line.split()[0])
+    return found
+
+
+# One row is a whole flag.
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown", "value"),
+    [
+        (["--weight-decay", "0.3"], "--weight-decay", 0.3),
+        (["--weight_decay=0.3"], "--weight-decay", 0.3),
+        (["--wd", "0.3"], "--weight-decay", 0.3),
+        (["--decay_kind", "strong"], "--weight-decay", 0.5),
+        (["--decay-kind=strong"], "--weight-decay", 0.5),
+        (["--decay-kind", "0.3"], "--weight-decay", 0.3),
+        (["--decay"], "--decay", "0.1"),
+    ],
+)
+def test_an_added_row_is_a_flag_by_all_its_names(
+    typed: list[str], shown: str, value: object
+) -> None:
+    layer = layer_of(["--model", "x", *typed, "--seed", "3"], (*FLAGS, TOY))
+    assert layer.values["train"] == {"weight_decay": value, "seed": 3}
+    assert layer.origins["train", "weight_decay"] == shown
+    with pytest.raises(typer.TyperException, match="No such option"):
+        layer_of(typed)
+
+
+def test_an_added_row_is_in_help_and_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (*FLAGS, TOY, ANSWERED)
+    said, page = help_of(capsys, "train", flags), cli_page.cli_page(flags)
+    assert "--weight-decay" in panels_of(said)["Optimisation:"]
+    assert "Decoupled weight decay of AdamW.  [default: 0]" in said
+    assert "Short for --weight-decay 0.1." in said
+    (line,) = (
+        set(page.splitlines())
+        - set(cli_page.cli_page().splitlines())
+        - {
+            "### Not here",
+            "- `--packing`: rows are packed by default. Drop it.",
+        }
+    )
+    assert line == (
+        "| `--weight-decay` | `train.weight_decay` |  | 0 | `--wd`, `--decay-kind` (strong: 0.5), "
+        "`--decay` (0.1) | Decoupled weight decay of AdamW. |"
+    )
+    assert "--packing" not in said
+    assert "weight-decay" not in help_of(capsys, "train")
+
+
+def test_a_flag_is_one_line_of_one_file(tmp_path: Path) -> None:
+    assert FLAG.touched == ["config/flags.py"]
+    tree = FLAG.apply(tmp_path)
+    assert "  --weight-decay <float>" in run_in(tree, "train", "--help", cwd=tmp_path)
+    said = run_in(tree, "train", "--weight-decay", "5", cwd=tmp_path, code=2)
+    assert said.startswith("ftlevel: --weight-decay: 5.0 is out of range")
+
+
+def test_two_spellings_of_one_field() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--decay and --weight-decay both set train.weight_decay"
+    ):
+        layer_of(["--decay", "--weight-decay", "0"], (*FLAGS, TOY))
+    with pytest.raises(ConfigError, match=r"--bf16 and --fp16 both set the precision\. Give"):
+        layer_of(["--fp16", "--bf16"])
+
+
+@pytest.mark.parametrize("typed", [["--packing"], ["--packing=true"], ["--packing", "true"]])
+def test_a_flag_that_is_answered(typed: list[str]) -> None:
+    with pytest.raises(FtlevelError, match=r"--packing: rows are packed by default\.") as e:
+        layer_of(typed, (*FLAGS, ANSWERED))
+    assert e.value.exit_code == 2
+
+
+# What is made of rows of every kind.
+
+
+def test_what_a_command_line_sets() -> None:
+    layer = layer_of(["--dataset", "a", "--dataset", "b", "--map", "text=body", "--no-cache",
+                      "--bf16", "--method", "lora", "--max-length", "64"])  # fmt: skip
+    assert layer.values == {
+        "data": {"dataset": "a", "also": ["b"], "columns": {"text": "body"}, "cache": False,
+                 "max_length": "64"},
+        "model": {"dtype": "bfloat16"},
+        "method": {"kind": "lora"},
+    }  # fmt: skip
+    assert layer.origins["data", "columns", "text"] == "--map text"
+    assert layer.origins["model", "dtype"] == "--bf16"
+    assert layer.origins["data", "dataset"] == layer.origins["data", "also"] == "--dataset"
+
+
+def test_nothing_given_sets_nothing() -> None:
+    assert layer_of([]) == Layer()
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        (["--lora_r", "8"], ["--lora-r", "8"]),
+        (["--lora_r=8"], ["--lora-r=8"]),
+        (["--model_name_or_path"], ["--model"]),
+        (["--task_type=text_generation"], ["--task=text_generation"]),
+        (["--quantization_type"], ["--quant"]),
+        (["--dataset-name"], ["--dataset"]),
+        (["--batch_size"], ["--batch-size"]),  # not a flag of this command: left as it is
+        (["lora_r"], ["lora_r"]),
+        (["--"], ["--"]),
+    ],
+)
+def test_second_spellings(typed: list[str], read: list[str]) -> None:
+    known = {"--lora-r", "--model", "--task", "--quant", "--dataset"}
+    assert list(canonical(typed, known, second_names())) == read
+
+
+def test_words_are_translated_for_their_flag_alone() -> None:
+    seconds = {"--lora-target": ("--target-modules", {"all": "all-linear"})}
+    typed = ["--lora-target", "all", "all", "--lora-target", "--x", "all"]
+    read = ["--target-modules", "all-linear", "all", "--target-modules", "--x", "all"]
+    assert list(canonical(typed, {"--target-modules"}, seconds)) == read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        (["evaluate", ""], "RUN|ADAPTER|MODEL: '' cannot be used for name"),
+        (["quantize", "x", "--quant", "4bit"], "--out is missing: Directory to write"),
+        (["evaluate", "x", "--map", "text"], "--map text: expected NAME=COLUMN, as in summary="),
+        (["merge", "x"], "Missing option '--out'."),
+    ],
+)
+def test_errors_name_what_was_typed(
+    arguments: list[str], start: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"ftlevel: {start}")
+
+
+# Help.
+
+
+def test_the_panels_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+    panels = panels_of(help_of(capsys, "train"))
+    headings = [f"{panel}:" for panel in (DAILY, MODEL, DATA, HOW, RUN, GENERAL)]
+    assert list(panels)[1:] == ["Arguments:", *headings]
+    assert panels[f"{DAILY}:"] == [
+        "--model", "--dataset", "--task", "--method", "--quant", "--lora-r", "--num-train-epochs",
+        "--learning-rate", "--per-device-train-batch-size", "--output-dir",
+    ]  # fmt: skip
+    assert panels[f"{GENERAL}:"] == ["--json", "-q,", "--schema", "--traceback", "-h,"]
+    assert sum(map(len, panels.values())) == sum(
+        not row.is_argument for row in flags_of("train")
+    ) + len(["--bf16", "--fp16", "--help"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--quant none|4bit|8bit ",  # choices that are short stand for the value
+        "[error, drop, truncate-prompt, split; default:",  # others in brackets
+        "[default: 3]",
+        "[default: 8 with lora]",
+        "[default: builtin:tiny-llama]",
+        "use them when nothing changed. [default: on]",
+    ],
+)
+def test_choices_and_defaults_are_shown(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line in " ".join(help_of(capsys, "train").split())
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_stays_within_the_window(
+    name: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    longest = max(map(len, help_of(capsys, name).splitlines()))
+    assert longest <= max(min(columns, 80), 60)
+
+
+# What every row must have.
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_a_handful_of_parameters(name: str) -> None:
+    function = function_of(name)
+    reads = inspect.signature(function).parameters
+    assert len(reads) <= 6
+    own = {row.parameter for row in flags_of(name)}
+    assert set(reads) <= own | {"given"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_reaches_a_field_that_is_described(name: str) -> None:
+    rows = flags_of(name)
+    assert len(rows) >= 3
+    for row in rows:
+        facts = row.facts(name)
+        assert facts.description if facts else row.help, row
+        if row.rest:
+            assert describe_field(CONFIGS[name], row.rest).description
+        if facts and facts.type == list[str]:
+            assert row.example, row
+            assert row.metavar, row
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_other_flag_is_read(name: str) -> None:
+    """A flag that sets no field is a parameter of its command, or read by name."""
+    cli = Path(importlib.import_module("ftlevel.cli").__file__ or "").parent
+    text = "\n".join(path.read_text() for path in cli.glob("*.py"))
+    reads = inspect.signature(function_of(name)).parameters
+    idle = [
+        row.shown
+        for row in flags_of(name)
+        if not row.path
+        and row.parameter not in reads
+        and f'["{row.parameter}"]' not in text
+        and f'"{row.shown}" in arguments' not in text
+    ]
+    assert idle == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_names_are_given_once(name: str) -> None:
+    rows = flags_of(name)
+    words = [word for row in rows for word in row.declared(is_switch=True)]
+    names = [name for word in words for name in word.split("/")]
+    names += [other.name for row in rows for other in row.spellings if other.value is not None]
+    parameters = [row.parameter for row in rows]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+    assert len(parameters) == len(set(parameters))
+    both = [own for second, (own, _) in second_names().items() if {second, own} <= set(names)]
+    assert both == []
+
+
+def test_rows_name_commands_and_flags_that_exist() -> None:
+    shown = {row.shown for row in FLAGS}
+    assert {name for row in FLAGS for name in row.on} == set(COMMANDS)
+    assert {own for own, _ in second_names().values()} <= shown
+    with pytest.raises(KeyError, match="gone"):
+        Flag("train.gone").facts("train")
+
+
+def test_facts_of_a_field() -> None:
+    mapping = describe_field(EvaluateConfig, "columns")
+    assert (mapping.type, mapping.default, mapping.required) == (list[str], "", False)
+    kind = describe_field(TrainConfig, "method.kind")
+    assert (kind.default, kind.description) == ("lora", "What is trained.")
+    assert {"lora", "full", "p-tuning"} <= set(kind.choices)
+    assert describe_field(TrainConfig, "data.max_length").choices == ()  # a number, or auto
+    assert describe_field(TrainConfig, "speed.parallel_workers").type is str
+    assert describe_field(TrainConfig, "train.save_steps").type is int
+    assert describe_field(EvaluateConfig, "name").required
+
+
+def test_the_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert write_docs.main(["cli", "--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_table_needs_no_typer() -> None:
+    code = "import sys, ftlevel.config.flags; assert not {'typer', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

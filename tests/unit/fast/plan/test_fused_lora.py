@@ -1,0 +1,51 @@
+"""What is said about the faster forms of the step, and that it is what a run does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ftlevel import TrainConfig, train
+from ftlevel.fast.layers.fused_lora.forward import FusedForward
+from ftlevel.fast.plan.fused_lora import fused_lora_choices, uses_fused_layers
+
+FUSED = "fused with the base (same gradients as PEFT's layers)"
+INT8 = "PEFT's layers (LLM.int8() multiplies in int8 on a GPU)"
+
+
+@pytest.mark.parametrize(
+    ("raw", "device", "said"),
+    [
+        ({}, "cpu", FUSED),
+        ({"quant": {"kind": "8bit"}}, "cpu", FUSED),
+        ({"quant": {"kind": "8bit"}}, "cuda", INT8),
+        ({"speed": {"fast": False}}, "cpu", "PEFT's layers (--no-fast)"),
+        ({"speed": {"fused_lora": False}}, "cpu", "PEFT's layers (speed.fused_lora is off)"),
+        ({"method": {"kind": "lora", "use_dora": True}}, "cpu",
+         "PEFT's layers (DoRA scales by a norm of the whole weight)"),
+        ({"method": {"kind": "ia3"}}, "cpu", None),
+    ],
+)  # fmt: skip
+def test_the_screen_says_how_lora_is_computed(raw, device, said):
+    config = TrainConfig.model_validate(raw)
+    shown = [str(choice) for choice in fused_lora_choices(config, device)]
+    assert shown == ([] if said is None else [said])
+    assert uses_fused_layers(config, device) is (said is not None and said.startswith("fused"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_run_uses_what_is_said(fast, tmp_path: Path):
+    config = TrainConfig.model_validate(
+        {
+            "data": {"max_samples": 4, "max_eval_samples": 2},
+            "train": {"max_steps": 1, "per_device_train_batch_size": 2},
+            "speed": {"fast": fast},
+            "output": {"dir": str(tmp_path / "run")},
+        }
+    )
+    result = train(config)
+    assert any(isinstance(m, FusedForward) for m in result.model.modules()) is fast
+    choices = {line["name"]: line["value"] for line in result.summary["choices"]}
+    assert choices["low-rank update"].startswith("fused" if fast else "PEFT's")

@@ -1,0 +1,92 @@
+"""docs/add-a-method.md is true: what it shows is a method, in two files and its registration."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.config import SPECS
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = (ROOT / "docs/add-a-method.md").read_text(encoding="utf-8")
+FILE = re.compile(r"^`(src/[\w/.]+)`(?:(?!^`src).)*?^```(python|diff)\n(.*?)^```", re.M | re.S)
+DIFF = re.compile(r"^```diff\n (.*)\n\+(.*)\n```", re.M)
+REGISTRY = "src/ftlevel/config/methods/__init__.py"
+NEW = {path: text for path, language, text in FILE.findall(PAGE) if language == "python"}
+
+
+def add_method(tree: Path) -> set[str]:
+    """Do what the page says in the copy `tree`; return the files that it touched."""
+    touched = set(NEW)
+    for path, text in NEW.items():
+        (tree / path).write_text(text, encoding="utf-8")
+    registry = tree / REGISTRY
+    text = registry.read_text(encoding="utf-8")
+    for before, added in DIFF.findall(PAGE):
+        assert text.count(f"{before}\n") == 1
+        text = text.replace(f"{before}\n", f"{before}\n{added}\n")
+        touched.add(REGISTRY)
+    registry.write_text(text, encoding="utf-8")
+    return touched
+
+
+@pytest.fixture(scope="module")
+def ftlevel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Return the command line of a copy of the package that has the page's method."""
+    folder = tmp_path_factory.mktemp("method")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "src", folder / "src", ignore=ignored)
+    assert len(add_method(folder)) <= 3
+    environment = {**os.environ, "PYTHONPATH": str(folder / "src")}
+
+    def call(*arguments: str, code: int = 0) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-m", "ftlevel", *arguments, "--json"],
+            cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        return json.loads(done.stdout)
+
+    return call
+
+
+def test_the_page_names_files_that_there_are() -> None:
+    named = set(re.findall(r"`((?:src|tests|scripts|docs)/[\w/.]+)`", PAGE)) - set(NEW)
+    assert len(named) > 10
+    assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
+
+
+def test_nobody_asks_which_method_it_has() -> None:
+    names = {spec.__name__ for spec in SPECS.values()}
+    asks = re.compile(rf"isinstance\([^)]*\b(?:{'|'.join(names)})\b")
+    sources = (ROOT / "src").rglob("*.py")
+    assert [path for path in sources if asks.search(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.slow
+def test_the_method_of_the_page_is_listed_and_refused(ftlevel: Callable[..., Any]) -> None:
+    rows = {row["name"]: row for row in ftlevel("list-methods", "--model", "gpt2")["methods"]}
+    assert (rows["scale"]["works"], rows["ia3"]["works"]) == ("in part", "yes")
+    error = ftlevel("train", "--method", "scale", "--set", "method.r=4", code=2)["error"]
+    assert error.startswith("--set method.r: 'method.r' belongs to method lora, ")
+
+
+@pytest.mark.slow
+def test_the_method_of_the_page_trains_and_merges(ftlevel: Callable[..., Any]) -> None:
+    summary = ftlevel("train", "--method", "scale", "--max-steps", "2", "--max-samples", "16",
+                      "--output-dir", "run")  # fmt: skip
+    shown = {choice["name"]: choice for choice in summary["choices"]}
+    assert summary["method"] == "scale"
+    assert shown["learning rate"]["reason"].startswith("default for scale")
+    assert summary["trainable_parameters"] > 0
+    assert summary["proof"]["adapter_effect"] > 0
+    assert ftlevel("merge", "run", "--out", "merged")

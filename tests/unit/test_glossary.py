@@ -1,0 +1,155 @@
+"""The words that docs/glossary.md took the place of are nowhere in the project any more."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ftlevel.config import TrainConfig
+from ftlevel.config.renamed import RENAMED
+
+ROOT = Path(__file__).parents[2]
+EVERYWHERE = ("src", "tests", "benchmarks", "scripts", "docs", "recipes", "README.md",
+              "CONTRIBUTING.md")  # fmt: skip
+STEP = ("src/ftlevel/fast", "src/ftlevel/config/speed.py", "src/ftlevel/training/fast_step.py",
+        "src/ftlevel/training/trainer.py", "src/ftlevel/training/verify.py", "tests/unit/fast",
+        "docs/performance.md")  # fmt: skip
+ROOMS = tuple(f"src/ftlevel/{room}" for room in ("fast", "merging", "trained", "evaluation"))
+ITSELF = {"docs/glossary.md", "tests/unit/test_glossary.py", "src/ftlevel/config/renamed.py"}
+OLD_KEYS = {"tests/unit/config/test_layers.py", "tests/cli/test_train_input.py"}
+"""Tests that use keys by their old names."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """An old word: where it is not to be, what it looks like, what it must find and must not."""
+
+    where: tuple[str, ...]
+    pattern: str
+    found: tuple[str, ...]
+    passed: tuple[str, ...] = ()
+
+
+WORDS = {
+    "parallel workers": Word(
+        EVERYWHERE, r"\b(?:\w*_)?(?:[Ll]anes?|LANES?)(?:_\w*)?\b|\bLane[A-Z]\w*|passes_at_once",
+        ("two lanes", "Lanes(2)", "plan_lanes", "LanePlan", "test_a_free_lane_takes", "MOST_LANES",
+         "speed.passes_at_once"),
+        ("planes", "plane"),
+    ),
+    "micro-batches": Word(
+        STEP, r"(?<!forward )(?<!backward )\b[Pp]ass(?:es)?\b(?! them to)"
+        r"|(?:\w*_)?(?<!forward_)(?<!backward_)pass(?:es)?_\w*|\w*_(?<!forward_)(?<!backward_)pass"
+        r"(?:es)?\b|\bPasses\b",
+        ("cut into passes", "a pass of its own", "Passes = list", "passes: int", "tokens_per_pass",
+         "test_passes_side_by_side", '"passes"'),
+        ("the backward pass", "a forward pass", "in_the_forward_pass", "bypass",
+         "as PEFT passes them to its own layers"),
+    ),
+    "in parallel": Word(STEP, r"\bside[ _]by[ _]side\b", ("side by side", '"side_by_side"')),
+    "shared prefix": Word(EVERYWHERE, r"(?i)trunk", ("Trunk(7)", "find_trunk", "a trunk"),
+                          ("truncate", "truncated")),
+    "last-layer token pruning": Word(
+        EVERYWHERE,
+        r"(?i:unread[ _]?tokens)|\b(?:find|skip)_unread\b|\bAtTargets\b|\bAtEnds\b|\bReadCheck\b"
+        r"|\bplan\.reads\b|\blayout\.read\b|\bfind_token_wise\b|\bis_read\b",
+        ("UnreadTokens", "speed.skip_unread", "fast.find_unread(", "layout.read is None"),
+        ("tokens that nobody reads", "check_unread", "is_ready", "layout.ready"),
+    ),
+    "packed layout": Word(
+        (*STEP, "tests/integration"), r"\bLayout\b|\blaid_out\b",
+        ("Layout.of_rows", "with laid_out(layout)"), ("PackedLayout", "TurnLayout"),
+    ),
+    "sequences": Word(
+        STEP, r"(?i)(?<![a-z])documents?(?![a-z])",
+        ("each document", "batch_documents", "DOCUMENTS", "ftlevel_documents"),
+        ("documentation", "documented"),
+    ),
+    "blocked attention": Word(
+        STEP, r"(?<![a-z])[Tt]iled?s?(?![a-z])|TILED?",
+        ("by tiles", "Tile(0", "TileAttention", "cut_tiles", "LONGEST_TILED"),
+        ("percentile", "until"),
+    ),
+    "recompute": Word(
+        STEP, r"\bremake\b|\bmade? again\b|\brecipe_of\b|\bwith_recipe\b|\bRecipe\b",
+        ("speed.remake", "is made again", "recipe_of(x)"), ("made up", "a recipe"),
+    ),
+    "fused autograd function": Word(
+        (*STEP, "src/ftlevel/trained", "README.md"), r"(?<!per-)\bnodes?\b",
+        ("in one node", "one autograd node"), ("--nproc-per-node", "--nnodes"),
+    ),
+    "fused norm and GLU": Word(
+        EVERYWHERE, r"FusedElementwise|FusedGate\b|[.\"]elementwise\b|\belementwise\s*[:=]",
+        ("FusedElementwise(model)", "speed.elementwise", 'plan["elementwise"]'),
+        ("a few elementwise operations",),
+    ),
+    "fused LoRA": Word(
+        EVERYWHERE, r"LowRankLinear|low_rank", ("speed.low_rank", "LowRankLinear.apply"),
+        ("low-rank update",),
+    ),
+    "chunked cross-entropy": Word(
+        EVERYWHERE, r"TargetHead|target_head|target_loss|head_on_targets|\bon_targets\b"
+        r"|head on targets",
+        ("TargetHead(base)", "has_target_head", "target_loss(", "head on targets only"),
+        ("targets_only", "on targets"),
+    ),
+    "per-worker generator": Word(
+        EVERYWHERE, r"OwnDraws|PassDropout|\bdraw_kept\b|\bdrawing_from\b",
+        ("OwnDraws(model)", "PassDropout"),
+    ),
+    "overhead tokens": Word(EVERYWHERE, r"\bA_PASS\b", ("A_PASS = 250",)),
+    "schedule, partition": Word(EVERYWHERE, r"\b_Way\b|\b_Cut\b", ("_Way(cut", "class _Cut:"),
+                                ("_Cutter", "Ways")),
+    "merge input": Word(("src",), r"\b(?:\w+_)?[Ss]ubject\b", ("Subject(", "resolve_subject")),
+    "plain PEFT": Word(("src", "docs"), r"\b[Ff]oreign\b", ("a foreign adapter",)),
+    "resolve": Word(ROOMS, r"\bsettled?\b|\bsettle_", ("settle_stored", "settled")),
+}  # fmt: skip
+
+
+def files(word: Word) -> list[Path]:
+    found = []
+    for where in word.where:
+        path = ROOT / where
+        inside = path.rglob("*") if path.is_dir() else [path]
+        found += [p for p in inside if p.suffix in (".py", ".md", ".yaml", ".txt", ".sh")]
+    return found
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_an_old_word_is_gone(name: str) -> None:
+    word, uses = WORDS[name], []
+    for path in files(word):
+        inside = path.relative_to(ROOT).as_posix()
+        if inside in ITSELF:
+            continue
+        text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8"))  # words stand across lines
+        for match in re.finditer(word.pattern, text):
+            is_key = any(old.endswith(match[0].strip("\"':. =")) for old in RENAMED)
+            if not (inside in OLD_KEYS and is_key):
+                uses.append(f"{inside}: …{text[max(0, match.start() - 30) : match.end() + 20]}…")
+    assert uses == [], f"docs/glossary.md says {name!r}"
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_the_pattern_of_an_old_word_finds_it_and_nothing_else(name: str) -> None:
+    word = WORDS[name]
+    assert [text for text in word.found if not re.search(word.pattern, text)] == []
+    assert [text for text in word.passed if re.search(word.pattern, text)] == []
+    assert len(files(word)) > 0
+
+
+def test_the_page_has_every_word() -> None:
+    page = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    missing = [
+        part
+        for name in WORDS
+        for part in name.split(", ")
+        if part not in ("in parallel", "resolve") and part.removesuffix("s") not in page
+    ]
+    assert missing == []  # fmt: skip
+    keys = set(re.findall(r"`speed\.(\w+)`", page))
+    assert keys <= set(TrainConfig.model_fields["speed"].annotation.model_fields)
+    assert {new.split(".")[1] for new in RENAMED.values()} - keys <= {"tokens_per_micro_batch"}
