@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from ftlevel.models.upstream import Fact
+from ftlevel.models.upstream import VERSIONS
 
 if (found := torch.__file__) is None:
     raise RuntimeError("torch is installed, but not in a directory")
 SITE = Path(found).parents[1]
+
+
+class Fact(NamedTuple):
+    """A name that its library may change without a word.
+
+    Attributes:
+        name: what is used; with a class where it belongs to one.
+        file: where it was read, below site-packages.
+        why: what it is used for, there being no documented way.
+    """
+
+    name: str
+    file: str
+    why: str
+
+
+def facts(table: Mapping[str, Mapping[str, str]]) -> tuple[Fact, ...]:
+    """Return the facts of a table: file → names, with commas between them → why."""
+    return tuple(
+        Fact(name, file, why)
+        for file, entries in table.items()
+        for names, why in entries.items()
+        for name in names.split(", ")
+    )
 
 
 def lower_bound(library: str) -> Version:
@@ -34,8 +58,9 @@ def check_fact(fact: Fact) -> None:
     It was read no earlier than what we allow, and is used with nothing older than what was read,
     up to the minor release (torch's CPU builds call themselves 2.13.0+cpu).
     """
-    installed, read = Version(version(fact.library)), Version(fact.version)
-    bound = lower_bound(fact.library)
+    library = fact.file.partition("/")[0]
+    installed, read = Version(version(library)), Version(VERSIONS[library])
+    bound = lower_bound(library)
     assert bound <= read, f"{fact.name}: read in {read}, and we ask for {bound}: read it again"
     assert installed.release[:2] >= read.release[:2], f"{fact.name}: {installed} is installed"
     name = fact.name.rpartition(".")[2]

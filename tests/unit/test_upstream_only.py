@@ -20,6 +20,7 @@ from transformers import Trainer
 import ftlevel
 from ftlevel.methods.upstream import FACTS as OF_METHODS
 from ftlevel.models.upstream import FACTS as OF_MODELS
+from upstream_facts import facts
 
 if (found := ftlevel.__file__) is None:
     raise RuntimeError("ftlevel has no directory")
@@ -43,7 +44,9 @@ INHERITED = {
     for name in [*dir(base), *vars(base)]
     if name.startswith("_") and not name.endswith("__")
 }
-STATED = {fact.name.rpartition(".")[2] for fact in (*OF_METHODS, *OF_MODELS)}
+STATED = {
+    fact.name.rpartition(".")[2] for table in (OF_METHODS, OF_MODELS) for fact in facts(table)
+}
 PROTOCOLS = {"__tensor_flatten__", "__tensor_unflatten__", "__torch_dispatch__"}
 
 

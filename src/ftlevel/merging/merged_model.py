@@ -195,7 +195,7 @@ def write_merged(
     rounds = rounding(build_task_model(inputs.config, inputs.auto_class)) if rounding else None
     checkpoint = _open(inputs, model)
     ties = tied_names(model)
-    ignored = unsaved_names(model) - set(ties)
+    ignored = set(unsaved_names(model) or ()) - set(ties)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
     heads = find_heads(model) if inputs.card.heads else []
     skeleton = build_skeleton(model, inputs.directory)

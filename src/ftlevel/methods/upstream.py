@@ -1,7 +1,7 @@
 """What ftlevel uses of PEFT that it does not promise to keep, and where it was read.
 
-As `models/upstream`: a line of `FACTS` for each name, a canary for each line in
-tests/unit/methods/test_upstream.py, and PEFT is imported where it is needed.
+As in `models/upstream`, each name has an entry in `FACTS` and a canary, in
+tests/unit/methods/test_upstream.py. PEFT is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -9,44 +9,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ftlevel.models.upstream import Fact
-
-_PEFT = "0.21.2"
-_TUNER, _LORA = "peft/tuners/tuners_utils.py", "peft/tuners/lora/layer.py"
-
-FACTS = (
-    Fact("PeftType", _PEFT, "peft/utils/peft_types.py",
-         "a closed enumeration, and register_peft_method takes only its members"),
-    Fact("get_pattern_key", _PEFT, "peft/utils/other.py",
-         "which pattern of alpha_pattern a module matches"),
-    Fact("unload_and_optionally_merge_module", _PEFT, "peft/utils/other.py",
-         "how merge_and_unload merges wrappers and compound layers, one at a time"),
-    Fact("AdaLoraLayer.ranknum", _PEFT, "peft/tuners/adalora/layer.py",
-         "what AdaLoRA divides by, which is not saved"),
-    Fact("RankAllocator.ipt", _PEFT, "peft/tuners/adalora/layer.py",
-         "the importance scores that a resumed run goes on from"),
-    Fact("RankAllocator.exp_avg_ipt", _PEFT, "peft/tuners/adalora/layer.py", "likewise"),
-    Fact("RankAllocator.exp_avg_unc", _PEFT, "peft/tuners/adalora/layer.py", "likewise"),
-    Fact("LoraConfig._register_custom_module", _PEFT, "peft/tuners/lora/config.py",
-         "PEFT's experimental door for layers of one's own"),
-    Fact("Linear._hf_tp_plan", _PEFT, "peft/tuners/lora/model.py",
-         "marks a linear that is cut over several devices"),
-    # subclassed in fast/layers/fused_lora
-    Fact("LoraLayer.lora_variant", _PEFT, _LORA, "whether it is DoRA or another form of LoRA"),
-    Fact("LoraLayer.lora_bias", _PEFT, _LORA, "whether B has a bias"),
-    Fact("lora.Linear4bit", _PEFT, "peft/tuners/lora/bnb.py", "LoRA of a 4-bit linear"),
-    Fact("lora.Linear8bitLt", _PEFT, "peft/tuners/lora/bnb.py", "LoRA of an 8-bit linear"),
-    # overridden or inherited by our tuners
-    Fact("BaseTuner._prepare_adapter_config", _PEFT, _TUNER, "which modules a tuner adapts"),
-    Fact("BaseTuner._create_and_replace", _PEFT, _TUNER, "puts a layer of ours on a module"),
-    Fact("BaseTuner._pre_injection_hook", _PEFT, _TUNER, "refuses what a prefix cannot stand on"),
-    Fact("BaseTuner._post_injection_hook", _PEFT, _TUNER, "gives the model our attention"),
-    Fact("BaseTuner._replace_module", _PEFT, _TUNER, "exchanges a module that has no weight"),
-    Fact("BaseTuner._check_merge_allowed", _PEFT, _TUNER, "refuses to merge"),
-    Fact("BaseTunerLayer._disable_adapters", _PEFT, _TUNER, "what disable_adapters returns"),
-    Fact("BaseTunerLayer._cast_input_dtype", _PEFT, _TUNER, "the input in the adapter's precision"),
-    Fact("BaseTunerLayer._get_available_adapters", _PEFT, _TUNER, "the adapters on a layer"),
-)  # fmt: skip
+FACTS = {
+    "peft/utils/peft_types.py": {
+        "PeftType": "a closed enumeration, and register_peft_method takes only its members"},
+    "peft/utils/other.py": {
+        "get_pattern_key": "which pattern of alpha_pattern a module matches",
+        "unload_and_optionally_merge_module": "how merge_and_unload merges, one layer at a time"},
+    "peft/tuners/adalora/layer.py": {
+        "AdaLoraLayer.ranknum": "what AdaLoRA divides by, which is not saved",
+        "RankAllocator.ipt, RankAllocator.exp_avg_ipt, RankAllocator.exp_avg_unc": "its scores"},
+    "peft/tuners/lora/config.py": {
+        "LoraConfig._register_custom_module": "PEFT's experimental door for layers of one's own"},
+    "peft/tuners/lora/model.py": {
+        "Linear._hf_tp_plan": "marks a linear that is cut over several devices"},
+    "peft/tuners/lora/layer.py": {  # subclassed in fast/layers/fused_lora
+        "LoraLayer.lora_variant": "whether it is DoRA or another form of LoRA",
+        "LoraLayer.lora_bias": "whether B has a bias"},
+    "peft/tuners/lora/bnb.py": {"lora.Linear4bit, lora.Linear8bitLt": "LoRA of a quantized linear"},
+    "peft/tuners/tuners_utils.py": {  # overridden or inherited by our tuners
+        "BaseTuner._prepare_adapter_config": "which modules a tuner adapts",
+        "BaseTuner._create_and_replace": "puts a layer of ours on a module",
+        "BaseTuner._pre_injection_hook": "refuses what a prefix cannot stand on",
+        "BaseTuner._post_injection_hook": "gives the model our attention",
+        "BaseTuner._replace_module": "exchanges a module that has no weight",
+        "BaseTuner._check_merge_allowed": "refuses to merge",
+        "BaseTunerLayer._disable_adapters": "what disable_adapters returns",
+        "BaseTunerLayer._cast_input_dtype": "the input in the adapter's precision",
+        "BaseTunerLayer._get_available_adapters": "the adapters on a layer"},
+}  # fmt: skip
 
 
 def add_peft_type(name: str) -> Any:
@@ -68,6 +58,15 @@ def add_peft_type(name: str) -> Any:
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     return member
+
+
+def register_tuner(peft_type: Any, config: type, model: type) -> None:
+    """Make PEFT know a tuner of ours by its type; a second call does nothing."""
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import register_peft_method
+
+    if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=peft_type.value.lower(), config_cls=config, model_cls=model)
 
 
 def pattern_of(patterns: Iterable[str], module: str) -> str:
@@ -119,11 +118,7 @@ def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def register_lora_layers(config: Any, layers: dict[type, Callable[..., Any]]) -> None:
-    """Make a `LoraConfig` (mutated) ask `layers` first: class of a module → what builds its layer.
-
-    Nothing of it is saved. The first entry that matches is asked, and what it declines (None) goes
-    on to PEFT's own.
-    """
+    """Make a `LoraConfig` (mutated) ask `layers` first; what is declined (None) goes on to PEFT."""
     config._register_custom_module(layers)
 
 

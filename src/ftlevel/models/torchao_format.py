@@ -11,10 +11,7 @@ import importlib.util
 import math
 from typing import Any
 
-import torch
-
 from ftlevel.errors import ConfigError
-from ftlevel.models.upstream.quantizers import pack_by_torchao
 
 INSTALL = "pip install 'ftlevel[torchao]'"
 _CONFIGS = {"int8-torchao": "Int8WeightOnlyConfig", "float8-torchao": "Float8WeightOnlyConfig"}
@@ -48,16 +45,6 @@ def torchao_kind(stored: dict[str, Any]) -> str | None:
 def is_torchao(quantization: Any) -> bool:
     """Whether `quantization` is a `TorchAoConfig`."""
     return type(quantization).__name__ == "TorchAoConfig"
-
-
-def pack_torchao(
-    key: str, weight: torch.Tensor, quantization: Any
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return what is stored for the weight `key`, and what the file's metadata says of it."""
-    linear = torch.nn.Linear(1, 1, bias=False, device="meta", dtype=weight.dtype)
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    tensors, notes = pack_by_torchao(key, linear, quantization)
-    return tensors, {key: notes[key]}
 
 
 PLAIN_NOTE = '{"_type": "Tensor"}'

@@ -16,14 +16,8 @@ from typing import Any
 import torch
 
 from ftlevel.models.sources import ModelSource
+from ftlevel.models.upstream import conversions
 from ftlevel.models.upstream.architectures import tied_names
-from ftlevel.models.upstream.conversions import (
-    Naming,
-    convert,
-    forget_conversions,
-    in_reading_order,
-    revert,
-)
 from ftlevel.weights.tensor_files import Spec, Stored, read_header, spec_of, weight_files
 
 TOKENIZER_FILES = (
@@ -106,7 +100,7 @@ class Checkpoint:
         if group.converter is None:
             return tensors[group.keys[0]]
         parts = zip(group.keys, group.patterns, map(tensors.__getitem__, group.keys), strict=True)
-        return convert(group.converter, name, parts, self.model)
+        return conversions.convert(group.converter, name, parts, self.model)
 
 
 def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, str]) -> Checkpoint:
@@ -124,7 +118,7 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
     stored: dict[str, Stored | torch.Tensor] = {}
     for path in weight_files(local_directory(source)):
         stored.update(read_header(path)[0])
-    naming = Naming(model, key_mapping)
+    naming = conversions.Naming(model, key_mapping)
     groups, unused = _translate(stored, naming)
     naming.tell_model()
     checkpoint = Checkpoint(stored, groups, model, unused=unused)
@@ -140,7 +134,7 @@ def checkpoint_in_memory(model: Any, loaded: Any) -> Checkpoint:
         loaded: the model; the tensors stay its own.
     """
     state = {name: tensor.detach() for name, tensor in loaded.state_dict().items()}
-    forget_conversions(model)
+    conversions.forget_conversions(model)
     return Checkpoint(state, {name: Group([name]) for name in state}, model)
 
 
@@ -168,21 +162,23 @@ def as_saved(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Ten
 
     It is the tensor itself where names and shapes agree, and several for one of a fused mixture.
     """
-    return revert(model, {name: tensor})
+    return conversions.revert(model, {name: tensor})
 
 
-def _translate(stored: Mapping[str, Any], naming: Naming) -> tuple[dict[str, Group], list[str]]:
+def _translate(
+    stored: Mapping[str, Any], naming: conversions.Naming
+) -> tuple[dict[str, Group], list[str]]:
     """Group stored names by the model's names, as transformers does when it loads."""
     groups: dict[str, Group] = {}
     unused = []
-    for key in in_reading_order(stored):
+    for key in conversions.in_reading_order(stored):
         name, pattern = naming(key)
-        if not naming.knows(name):
+        if name not in naming.names:
             unused.append(key)
         elif pattern is None:
             groups[name] = Group([key])
         else:
-            group = groups.setdefault(name, Group([], naming.converter(pattern)))
+            group = groups.setdefault(name, Group([], naming.converters[pattern]))
             group.keys.append(key)
             group.patterns.append(pattern)
     return groups, unused

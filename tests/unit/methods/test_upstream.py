@@ -16,21 +16,20 @@ from torch import nn
 
 from ftlevel.methods import upstream
 from ftlevel.methods.upstream import FACTS
-from ftlevel.models.upstream import Fact
 from tiny_models import build
-from upstream_facts import Canaries, arguments, check_fact
+from upstream_facts import Canaries, Fact, arguments, check_fact, facts
 
 CANARIES = Canaries()
 
 
-@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact.name)
+@pytest.mark.parametrize("fact", facts(FACTS), ids=lambda fact: fact.name)
 def test_it_is_what_was_read(fact: Fact) -> None:
     check_fact(fact)
     CANARIES[fact.name]()
 
 
 def test_each_fact_has_a_canary() -> None:
-    assert set(CANARIES) == {fact.name for fact in FACTS}
+    assert set(CANARIES) == {fact.name for fact in facts(FACTS)}
 
 
 def adapted(**settings: Any) -> Any:

@@ -19,23 +19,23 @@ from torch.nn import functional
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from export_cases import export_to, exportable
-from ftlevel.models.torchao_format import build_torchao_config, pack_torchao
-from ftlevel.models.upstream import FACTS, Fact, architectures, conversions, data, quantizers
+from ftlevel.models.torchao_format import build_torchao_config
+from ftlevel.models.upstream import FACTS, architectures, conversions, data, quantizers
 from ftlevel.models.upstream import tensors as upstream
 from tiny_models import build
-from upstream_facts import Canaries, arguments, check_fact
+from upstream_facts import Canaries, Fact, arguments, check_fact, facts
 
 CANARIES = Canaries()
 
 
-@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact.name)
+@pytest.mark.parametrize("fact", facts(FACTS), ids=lambda fact: fact.name)
 def test_it_is_what_was_read(fact: Fact, request: pytest.FixtureRequest) -> None:
     check_fact(fact)
     CANARIES[fact.name](request)
 
 
 def test_each_fact_has_a_canary() -> None:
-    assert set(CANARIES) == {fact.name for fact in FACTS}
+    assert set(CANARIES) == {fact.name for fact in facts(FACTS)}
 
 
 @CANARIES.of("aten._softmax_backward_data")
@@ -104,7 +104,7 @@ def _(_: Any) -> None:
 @CANARIES.of("Module._modules")
 def _(_: Any) -> None:
     pair = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    copied = upstream.copy_with_own_children(pair)
+    copied = upstream.copy_module(pair)
     setattr(copied, "1", nn.Identity())
     assert [type(child) for child in copied.children()] == [nn.Linear, nn.Identity]
     assert [type(child) for child in pair.children()] == [nn.Linear, nn.ReLU]
@@ -196,7 +196,7 @@ def _(request: pytest.FixtureRequest) -> None:
     model = _Unsaved(build("llama").config)
     model.save_pretrained(tmp_path)
     left_out = set(model.state_dict()) - set(load_file(tmp_path / "model.safetensors"))
-    assert left_out == architectures.unsaved_names(model) == {"model.norm.weight"}
+    assert left_out == set(architectures.unsaved_names(model)) == {"model.norm.weight"}
 
 
 @CANARIES.of("PreTrainedModel.all_tied_weights_keys")
@@ -300,7 +300,7 @@ def _(_: Any) -> None:
     keys = conversions.in_reading_order(expert.format(index) for index in reversed(range(11)))
     assert keys == [expert.format(index) for index in range(11)]
     parts = [(key, pattern, torch.full((2, 3), float(at))) for at, key in enumerate(keys)]
-    merged = conversions.convert(naming.converter(pattern), name, parts, model)
+    merged = conversions.convert(naming.converters[pattern], name, parts, model)
     assert torch.equal(merged[:, 0, 0], torch.arange(11.0))
 
 
@@ -406,7 +406,9 @@ def _(_: Any) -> None:
     import torchao.prototype.safetensors.safetensors_support as support
 
     weight = torch.randn(8, 64)
-    tensors, notes = pack_torchao("a.weight", weight, build_torchao_config("int8-torchao"))
+    tensors, notes = quantizers.pack_torchao(
+        "a.weight", weight, build_torchao_config("int8-torchao")
+    )
     assert {name for name in tensors if tensors[name].dtype == torch.int8} == {
         "a._weight_qdata", "a._weight_zero_point"
     }  # fmt: skip
@@ -418,13 +420,12 @@ def _(_: Any) -> None:
 
 @CANARIES.of("SeedableRandomSampler")
 def _(_: Any) -> None:
-    order = data.shared_order(range(9), 3)
-    assert data.is_shared_order(order)
+    sampler = data.shared_order()
+    order = sampler(range(9), generator=torch.Generator(), data_seed=3)
     for epoch in (0, 2):
         order.set_epoch(epoch)
         drawn = torch.randperm(9, generator=torch.Generator().manual_seed(3 + epoch))
         assert list(order) == drawn.tolist()
-    assert not data.is_shared_order(torch.utils.data.RandomSampler(range(9)))
 
 
 @CANARIES.of("config.HF_HUB_OFFLINE")

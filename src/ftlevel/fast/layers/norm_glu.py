@@ -27,12 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ftlevel.fast.layers.recompute import with_recomputation
-from ftlevel.models.upstream.tensors import (
-    copy_with_own_children,
-    gelu_backward,
-    is_watched,
-    silu_backward,
-)
+from ftlevel.models.upstream.tensors import copy_module, gelu_backward, is_watched, silu_backward
 
 Backward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -267,7 +262,7 @@ def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
 
 def _find_glu(module: nn.Module) -> str | None:
     """Return the activation of `ACTIVATIONS`; None for another formula."""
-    low, generator = copy_with_own_children(module), torch.Generator().manual_seed(0)
+    low, generator = copy_module(module), torch.Generator().manual_seed(0)
     for name, (width, inner) in (
         ("gate_proj", (8, 16)), ("up_proj", (8, 16)), ("down_proj", (16, 8)),
     ):  # fmt: skip

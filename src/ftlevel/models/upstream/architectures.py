@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
+
+attention_of = attrgetter("config._attn_implementation")
+unsaved_names = attrgetter("_keys_to_ignore_on_save")  # or None
+supports_sdpa = attrgetter("_supports_sdpa")
+tied_names = attrgetter("all_tied_weights_keys")
+"""Name of a tensor of a model → name of the one that it is."""
 
 
 def model_classes(auto_class: str) -> Mapping[type, Any]:
@@ -34,34 +41,14 @@ def modules_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
     return frozenset(kept)
 
 
-def unsaved_names(model: Any) -> set[str]:
-    """Return the tensors that `save_pretrained` leaves out, tied ones among them."""
-    return set(model._keys_to_ignore_on_save or ())
-
-
-def tied_names(model: Any) -> dict[str, str]:
-    """Return name of a tensor → name of the one that it is."""
-    return dict(model.all_tied_weights_keys)
-
-
 def is_stateful(model: Any) -> bool:
     """Whether transformers says that a state goes from token to token."""
     return bool(getattr(model, "_is_stateful", False))  # only its own classes have the mark
 
 
-def supports_sdpa(model_class: Any) -> bool:
-    """Whether scaled_dot_product_attention computes the attention of `model_class`."""
-    return bool(model_class._supports_sdpa)
-
-
 def asks_for_attention(model_class: Any) -> bool:
     """Whether the module of `model_class` looks its attention up in `AttentionInterface`."""
     return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
-
-
-def attention_of(model: Any) -> str:
-    """Return the name of the attention that `model` computes with."""
-    return str(model.config._attn_implementation)
 
 
 def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+in_reading_order = partial(sorted, key=dot_natural_key)
+"""Names as transformers reads them: layer 2 before layer 10."""
+
 
 class Naming:
     """How the names of a checkpoint become those of a model, as `from_pretrained` loads it.
@@ -23,6 +27,10 @@ class Naming:
     Args:
         model: its class, on the meta device.
         key_mapping: as `rename_prefix` gives it.
+
+    Attributes:
+        names: of the model's tensors, with them.
+        converters: pattern → what converts the tensors that match it.
     """
 
     def __init__(self, model: Any, key_mapping: Mapping[str, str] | None = None) -> None:
@@ -30,8 +38,8 @@ class Naming:
         self._conversions = get_model_conversion_mapping(model, self._mapping or None)
         self._converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
         self._renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
-        self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
-        self._state = model.state_dict()
+        self.converters = {p: c for c in self._converters for p in c.source_patterns}
+        self.names = model.state_dict()
 
     def __call__(self, key: str) -> tuple[str, str | None]:
         """Return the model's name for `key`, and the pattern by which it is converted.
@@ -40,17 +48,9 @@ class Naming:
         checkpoint may make one of the model, as with experts.
         """
         name, pattern = rename_source_key(
-            key, self._renamings, self._converters, self._model.base_model_prefix, self._state
+            key, self._renamings, self._converters, self._model.base_model_prefix, self.names
         )
-        return (key, None) if name not in self._state and key in self._state else (name, pattern)
-
-    def knows(self, name: str) -> bool:
-        """Whether the model has a tensor of this name."""
-        return name in self._state
-
-    def converter(self, pattern: str) -> Any:
-        """Return what converts the tensors that match `pattern`."""
-        return self._by_pattern[pattern]
+        return (key, None) if name not in self.names and key in self.names else (name, pattern)
 
     def tell_model(self) -> None:
         """Tell the model which of the translations were used, as loading does (it is mutated)."""
@@ -61,22 +61,10 @@ class Naming:
         ]
 
 
-def in_reading_order(keys: Iterable[str]) -> list[str]:
-    """Sort names as transformers reads them: layer 2 before layer 10."""
-    return sorted(keys, key=dot_natural_key)
-
-
 def convert(
     converter: Any, name: str, parts: Iterable[tuple[str, str, torch.Tensor]], model: Any
 ) -> torch.Tensor:
-    """Return the model's tensor `name`.
-
-    Args:
-        converter: as `Naming.converter` gives it.
-        name: in the model.
-        parts: name in the checkpoint, pattern and tensor, in reading order.
-        model: on the meta device.
-    """
+    """Return the model's tensor `name`, of names, patterns and tensors in reading order."""
     converter = copy.deepcopy(converter)
     for key, pattern, tensor in parts:
         converter.add_tensor(name, key, pattern, tensor)

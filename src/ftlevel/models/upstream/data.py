@@ -10,13 +10,7 @@ from typing import Any
 def apply_template(
     turns: Sequence[Any], template: str, **settings: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return what `template` makes of a chat.
-
-    Args:
-        turns: of the chat.
-        template: in Jinja.
-        settings: tools, special tokens, and `add_generation_prompt`; with
-            `return_assistant_tokens_mask` the spans between the template's marks are returned too.
+    """Return the text of a chat; with `return_assistant_tokens_mask` the spans that are marked too.
 
     Raises:
         jinja2.TemplateError, ValueError, TypeError: the template refuses the turns.
@@ -28,29 +22,17 @@ def apply_template(
 
 
 def check_template(template: str) -> None:
-    """Compile a chat template and render nothing.
-
-    Raises:
-        jinja2.TemplateSyntaxError: it is not one.
-    """
+    """Compile a chat template and render nothing; raise `TemplateSyntaxError` if it is none."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     render_jinja_template([], chat_template=template)
 
 
-def shared_order(rows: Any, seed: int) -> Any:
-    """Return the sampler with the order that Trainer takes `rows` in when one process trains."""
-    import torch
+def shared_order() -> Any:
+    """Return the class of the sampler that Trainer takes rows by when one process trains."""
     from accelerate.data_loader import SeedableRandomSampler
 
-    return SeedableRandomSampler(rows, generator=torch.Generator(), data_seed=seed)
-
-
-def is_shared_order(sampler: Any) -> bool:
-    """Whether `sampler` is such an order, whose `set_epoch` chooses the epoch's."""
-    from accelerate.data_loader import SeedableRandomSampler
-
-    return isinstance(sampler, SeedableRandomSampler)
+    return SeedableRandomSampler
 
 
 @contextmanager

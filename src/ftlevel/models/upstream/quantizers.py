@@ -13,11 +13,7 @@ import torch
 
 
 def check_environment(stored: Mapping[str, Any], place: str) -> None:
-    """Let transformers check that a checkpoint quantized as `stored` can be loaded at `place`.
-
-    Raises:
-        ImportError, NotImplementedError, RuntimeError, ValueError, OSError: it cannot.
-    """
+    """Let transformers raise whatever forbids to load weights quantized as `stored` at `place`."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
@@ -34,13 +30,7 @@ def _prepare(model: Any, quantization: Any, *, pre_quantized: bool) -> Any:
 
 
 def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> dict[str, bool]:
-    """Return the linears that bitsandbytes' take the place of, and whether each was a Conv1D.
-
-    Args:
-        model: on the meta device (mutated).
-        quantization: a `BitsAndBytesConfig` that names the modules to leave alone.
-        pre_quantized: whether the checkpoint holds packed weights.
-    """
+    """Return the linears of `model` (mutated) that bitsandbytes' replace; was each a Conv1D?"""
     from transformers.pytorch_utils import Conv1D
 
     _prepare(model, quantization, pre_quantized=pre_quantized)
@@ -62,16 +52,18 @@ def torchao_linears(model: Any, quantization: Any) -> list[str]:
     ]
 
 
-def pack_by_torchao(
-    key: str, linear: torch.nn.Linear, quantization: Any
+def pack_torchao(
+    key: str, weight: torch.Tensor, quantization: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return what `save_pretrained` stores for the weight of `linear` (mutated), and its notes."""
+    """Return what is stored for the weight `key`, and what the file's metadata says of it."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import quantize_
 
+    linear = torch.nn.Linear(1, 1, bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     quantize_(linear, quantization.get_apply_tensor_subclass())
     tensors, notes = flatten_tensor_state_dict({key: linear.weight})
-    return tensors, notes
+    return tensors, {key: notes[key]}
 
 
 def keep_trainable_layout(model: torch.nn.Module) -> int:
@@ -80,10 +72,7 @@ def keep_trainable_layout(model: torch.nn.Module) -> int:
     The first forward in eval mode without gradients makes `bitsandbytes.nn.Linear4bit` rewrite
     its weight into a layout that has no autograd path: from then on training runs on with wrong
     gradients, `dequantize` and merging read garbage, and nothing is said. This must follow every
-    load of 4-bit weights.
-
-    Returns:
-        How many layers were set (mutated in place).
+    load of 4-bit weights. Returns how many layers were set (mutated in place).
     """
     bnb = sys.modules.get("bitsandbytes")
     if bnb is None:
@@ -98,8 +87,7 @@ def four_bit_values(quant_type: str) -> torch.Tensor:
     """Return the 16 values of nf4 or fp4, by their codes."""
     from bitsandbytes.functional import get_4bit_type
 
-    values: torch.Tensor = get_4bit_type(quant_type, device="cpu")
-    return values
+    return get_4bit_type(quant_type, device="cpu")
 
 
 def scales_of(weight: Any) -> Iterator[torch.Tensor]:
@@ -132,5 +120,4 @@ def can_train_8bit(linear: Any) -> bool:
 def dequantize_8bit(linear: Any, dtype: torch.dtype) -> torch.Tensor:
     """Return W as (out, in), as bitsandbytes makes it; only after `can_train_8bit`."""
     state = linear.state
-    weight: torch.Tensor = state.CB.to(dtype, copy=True)
-    return weight.mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+    return state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))

@@ -17,34 +17,24 @@ gelu_backward = torch.ops.aten.gelu_backward
 """(∂L/∂y, x) → ∂L/∂x of y = silu(x), and of y = gelu(x), which takes `approximate` too."""
 
 new_shape = torch.ops.aten._unsafe_view
-"""`tensor.view(shape)`, and not a view to autograd: it may be written to in place.
-
-The tensor itself must not be used any more.
-"""
+"""`tensor.view(shape)` that may be written to in place; the tensor must not be used any more."""
 
 version_of = attrgetter("_version")
-"""How often a tensor was written to."""
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors that one of a library's own kind, as torchao's, consists of.
-
-    Empty for a plain tensor.
-    """
+    """Return the tensors that one of torchao's kind consists of; none for a plain tensor."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return []
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 def own_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the two dicts that hold the parameters and the buffers of `module` itself.
-
-    What is written to them is the module's; None stands for one that it could have had.
-    """
+    """Return the dicts of the parameters and buffers of `module` itself, which can be written."""
     return module._parameters, module._buffers
 
 
-def copy_with_own_children(module: nn.Module) -> nn.Module:
+def copy_module(module: nn.Module) -> nn.Module:
     """Return a copy that shares everything with `module`, and whose children can be replaced."""
     copied = copy.copy(module)
     copied._modules = dict(module._modules)

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.masking import MaskedRows
 from ftlevel.data.prepare.sampling import LengthGroups
-from ftlevel.models.upstream.data import is_shared_order
+from ftlevel.models.upstream.data import shared_order
 
 
 class SetEpoch(TrainerCallback):
@@ -32,5 +32,5 @@ class SetEpoch(TrainerCallback):
             self.rows.epoch = int(state.epoch or 0)
         if isinstance(self.order, LengthGroups):
             self.order.epoch = int(state.epoch or 0)
-        elif is_shared_order(self.order):
+        elif isinstance(self.order, shared_order()):
             self.order.set_epoch(int(state.epoch or 0))

@@ -33,7 +33,6 @@ class FusedLinear4bit(FusedForward, lora.Linear4bit):
     """LoRA of `bitsandbytes.nn.Linear4bit`: W is dequantized once forward and once backward."""
 
     def _is_ready(self) -> bool:
-        """Whether the base knows its compute dtype and has its training layout (not packed)."""
         return can_train_4bit(self.base_layer)
 
     def _dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -54,9 +53,7 @@ class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
     """
 
     def _is_ready(self) -> bool:
-        """Whether bitsandbytes computes here with the dequantized weight, and has its scales."""
         return can_train_8bit(self.base_layer)
 
     def _weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return W as (out, in), dequantized as bitsandbytes does."""
         return dequantize_8bit(self.base_layer, dtype)
