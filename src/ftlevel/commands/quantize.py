@@ -120,6 +120,8 @@ def quantize(
                 summary["bytes_on_disk"] = written.bytes
                 summary["kept_modules"] = kept_modules(layout.config)
                 summary["source"]["fingerprint"] = base_fingerprint(directory)
+                if plan.source.kind == "hub":
+                    summary["source"]["revision"] = directory.name  # the snapshot's commit
                 if plan.text is not None:
                     listener.stage("reload and measure")
                     summary["fidelity"] = _measure(config, plan, directory, partial, plan.text)
