@@ -25,7 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ftlevel.fast.layers.fused_lora import register_fused_layers
-from ftlevel.models.quantization import keep_trainable_layout
+from ftlevel.models.upstream.quantizers import keep_trainable_layout
 
 SHAPES = {"q, o": (576, 576), "k, v": (576, 192), "gate, up": (576, 1536), "down": (1536, 576)}
 KINDS = ("float", "conv1d", "4bit", "8bit")

@@ -162,7 +162,7 @@ def check_quantized(spec: Any, directory: Path, tmp_path: Path, bits: int, head:
     import transformers
     from transformers import BitsAndBytesConfig
 
-    from ftlevel.models.quantization import keep_trainable_layout
+    from ftlevel.models.upstream.quantizers import keep_trainable_layout
     from tiny_models import AUTO_CLASSES
 
     def load() -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from ftlevel.cli.app import run
@@ -68,6 +69,16 @@ def load_weights(directory: Path) -> dict[str, torch.Tensor]:
     for file in sorted(directory.glob("*.safetensors")):
         weights |= load_file(str(file))
     return weights
+
+
+def test_the_commit_of_a_hub_model_is_recorded(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = Path(constants.HF_HUB_CACHE) / "models--org--quantized"
+    shutil.copytree(tiny_model_dir("llama"), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    summary = make(Path("org/quantized"), tmp_path / "out")
+    assert summary["source"]["revision"] == commit
 
 
 @pytest.mark.parametrize(("family", "head", "form", "dtype"), CELLS)

@@ -120,6 +120,8 @@ def quantize(
                 summary["bytes_on_disk"] = written.bytes
                 summary["kept_modules"] = kept_modules(layout.config)
                 summary["source"]["fingerprint"] = base_fingerprint(directory)
+                if plan.source.kind == "hub":
+                    summary["source"]["revision"] = directory.name  # the snapshot's commit
                 if plan.text is not None:
                     listener.stage("reload and measure")
                     summary["fidelity"] = _measure(config, plan, directory, partial, plan.text)
@@ -291,7 +293,7 @@ def _summary(
     after = sum(sizes[1] for sizes in parts.values())
     return {
         "source": {"name": plan.source.name, "kind": plan.source.kind,
-                   "revision": getattr(plan.model_config, "_commit_hash", None),
+                   "revision": plan.source.revision,
                    "type": plan.model_config.model_type},
         "quantization": {"form": config.form, "quant": config.quant,
                          **({"quant_type": config.quant_type, "double_quant": config.double_quant}

@@ -110,7 +110,7 @@ def _train(
     processes.join(plan.model.device)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
-    base = describe_base(plan.model.source, plan.model.config)
+    base = describe_base(plan.model.source)
     run, checkpoint = processes.from_first(lambda: open_or_resume(config, plan, base, listener))
     if processes.is_first:
         held.enter_context(claimed(run.path))

@@ -19,6 +19,7 @@ from ftlevel.models.loading import build_task_model, load_model, load_tokenizer,
 from ftlevel.models.quantization import Rounding
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
+from ftlevel.models.upstream.architectures import tied_names, unsaved_names
 from ftlevel.weights.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
@@ -193,8 +194,8 @@ def write_merged(
     model = build_task_model(inputs.config, inputs.auto_class)
     rounds = rounding(build_task_model(inputs.config, inputs.auto_class)) if rounding else None
     checkpoint = _open(inputs, model)
-    ties = dict(model.all_tied_weights_keys)
-    ignored = set(model._keys_to_ignore_on_save or ()) - set(ties)
+    ties = tied_names(model)
+    ignored = set(unsaved_names(model) or ()) - set(ties)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
     heads = find_heads(model) if inputs.card.heads else []
     skeleton = build_skeleton(model, inputs.directory)

@@ -19,6 +19,7 @@ from typing import Any
 from ftlevel.errors import InputError, listing
 from ftlevel.methods import METHODS, ensure_registered
 from ftlevel.methods.base import Merging
+from ftlevel.methods.upstream import merge_layer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -99,13 +100,7 @@ class Skeleton:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                if hasattr(layer, "unload_and_optionally_merge_module"):
-                    merged = layer.unload_and_optionally_merge_module(
-                        merge=True, safe_merge=False, adapter_names=None
-                    )
-                else:
-                    layer.merge()
-                    merged = layer.get_base_layer()
+                merged = merge_layer(layer)
         except RuntimeError as error:
             raise InputError(f"{path} cannot be merged: {error}") from None
         return {f"{path}.{name}": tensor for name, tensor in merged.state_dict().items()}
@@ -150,9 +145,11 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
     """Put every tensor of the file into its place in float32, each exactly once (mutated)."""
     import torch
 
+    from ftlevel.models.upstream.tensors import own_tensors
+
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in adapted.modules():
-        for box in (module._parameters, module._buffers):
+        for box in own_tensors(module):
             for name, tensor in box.items():
                 places.setdefault(id(tensor), []).append((box, name))
     promised = _promised(adapted, with_embeddings=False)
@@ -189,7 +186,7 @@ def _promised(adapted: Any, *, with_embeddings: bool) -> dict[str, Any]:
 def _find_units(base: Any) -> Iterator[tuple[str, Any]]:
     """Yield the outermost adapter layers, as `merge_and_unload` visits them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils import AuxiliaryTrainingWrapper
 
     inside = ""
     for name, module in base.named_modules():
@@ -209,7 +206,7 @@ def _base_of(layer: Any) -> Any:
 
 def _replaces(layer: Any) -> bool:
     """Whether the base's module plays no part any more: a head that was trained in full."""
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper
 
     return isinstance(layer, ModulesToSaveWrapper)
 
@@ -218,8 +215,10 @@ def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
     """Give `base` its weights where the adapter has not supplied them (mutated)."""
     import torch
 
+    from ftlevel.models.upstream.tensors import own_tensors
+
     for inner, module in base.named_modules():
-        for box in (module._parameters, module._buffers):
+        for box in own_tensors(module):
             for key, tensor in box.items():
                 if tensor is None or not tensor.is_meta:
                     continue

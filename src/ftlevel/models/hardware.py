@@ -6,6 +6,7 @@ import torch
 
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError
+from ftlevel.models.upstream.tensors import cpu_has
 
 DTYPES = {
     "float32": torch.float32,
@@ -85,13 +86,10 @@ def _has_fast_bfloat16(device: str) -> tuple[bool, str]:
         return has, "the GPU has bfloat16" if has else "the GPU has no bfloat16"
     if device == "mps":
         return False, "float32 is the safe choice on MPS"
-    for name, check in (
-        ("amx_tile", "_is_amx_tile_supported"),
-        ("avx512_bf16", "_is_avx512_bf16_supported"),
-    ):
-        supported = getattr(torch.cpu, check, None)  # not in every torch that we allow
-        if supported is not None and supported():
-            return True, f"CPU has {name}"
+    if cpu_has("amx_tile"):
+        return True, "CPU has amx_tile"
+    if cpu_has("avx512_bf16"):
+        return True, "CPU has avx512_bf16"
     return False, "the CPU has no bfloat16 instructions"
 
 

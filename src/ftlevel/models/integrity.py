@@ -14,6 +14,8 @@ from torch import nn
 
 from ftlevel.errors import InputError, listing
 from ftlevel.models.module_tree import find_heads
+from ftlevel.models.upstream.quantizers import scales_of
+from ftlevel.models.upstream.tensors import inner_tensors, own_tensors
 
 _SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -85,7 +87,7 @@ def check_unread(model: nn.Module, unread: Iterable[str], words: str) -> None:
     for name in names:
         owner, _, part = name.rpartition(".")
         module = _find(modules, owner)
-        if module is not None and module._parameters.get(part, "none") is None:
+        if module is not None and own_tensors(module)[0].get(part, "none") is None:
             raise InputError(
                 f"{words} has {name}, and its config.json asks for a model without it, which would "
                 "compute something else. Check that config.json belongs to the weights."
@@ -160,13 +162,6 @@ def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:
 
 def _floats(tensor: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors of plain floating-point numbers that `tensor` consists of."""
-    state = getattr(tensor, "quant_state", None)  # bitsandbytes, 4 bits
-    while state is not None:
-        if state.absmax.dtype in _SUMMED:
-            yield state.absmax.detach()
-        state = state.state2
-    scales = getattr(tensor, "SCB", None)  # bitsandbytes, 8 bits
-    if scales is not None:
-        yield scales.detach()
-    if tensor.dtype in _SUMMED and not hasattr(tensor, "__tensor_flatten__") and not tensor.is_meta:
+    yield from (scales for scales in scales_of(tensor) if scales.dtype in _SUMMED)
+    if tensor.dtype in _SUMMED and not inner_tensors(tensor) and not tensor.is_meta:
         yield tensor.detach()

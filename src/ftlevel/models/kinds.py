@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from transformers.models.auto import modeling_auto
+from ftlevel.models.upstream.architectures import has_masked_lm, model_classes
 
 ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
 
@@ -17,7 +17,7 @@ def model_kind(config: Any) -> ModelKind:
     """
     if config.is_encoder_decoder:
         return "encoder-decoder"
-    if config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    if has_masked_lm(config.model_type):
         return "encoder"
     return "decoder"
 
@@ -39,8 +39,6 @@ def checkpoint_class(config: Any) -> str:
     Where a config names none, as of a .gguf file, what models of its kind are for; `AutoModel`, a
     model without head, where the name is unknown.
     """
-    import transformers
-
     if not config.architectures:
         usual = {
             "decoder": "AutoModelForCausalLM",
@@ -49,7 +47,7 @@ def checkpoint_class(config: Any) -> str:
         return usual.get(model_kind(config), "AutoModel")
 
     def is_made_by(name: str, architecture: str) -> bool:
-        mapping = getattr(transformers, name)._model_mapping
+        mapping = model_classes(name)
         return type(config) in mapping and mapping[type(config)].__name__ == architecture
 
     for architecture in config.architectures or ():
@@ -57,10 +55,9 @@ def checkpoint_class(config: Any) -> str:
             if is_made_by(name, architecture):
                 return name
         # BERT's pretraining head has the masked language model's in it; ELECTRA's has another.
-        masked = transformers.AutoModelForMaskedLM._model_mapping
         if (
             architecture.endswith("ForPreTraining")
-            and type(config) in masked
+            and type(config) in model_classes("AutoModelForMaskedLM")
             and config.model_type != "electra"
         ):
             return "AutoModelForMaskedLM"

@@ -28,9 +28,10 @@ from ftlevel.models.integrity import (
     check_unread,
 )
 from ftlevel.models.module_tree import find_heads, find_unpackable
-from ftlevel.models.quantization import keep_trainable_layout
 from ftlevel.models.quantized import as_quant_config, stored_quantization
 from ftlevel.models.sources import ModelSource
+from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
+from ftlevel.models.upstream.quantizers import keep_trainable_layout
 
 _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 """What reading a damaged file raises: a safetensors file, an index of shards, a .gguf."""
@@ -211,9 +212,9 @@ def load_model(
     check_unread(model, info["unexpected_keys"], source.words)
     check_finite(model.named_parameters(), source.words)
     if mapping:
-        _forget_renaming(model, mapping)
+        forget_renaming(model, mapping)
     if source.gguf_file:
-        _forget_gguf(model)
+        forget_gguf(model)
     if stored is None and quantization is None:
         model.to(device)
     keep_trainable_layout(model)
@@ -267,8 +268,7 @@ def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
     `transformer`, where every other class and every checkpoint says `model`: no weight would be
     found. Empty where the names agree.
     """
-    families = transformers.AutoModel._model_mapping
-    classes = getattr(transformers, auto_class)._model_mapping
+    families, classes = model_classes("AutoModel"), model_classes(auto_class)
     if type(config) not in families or type(config) not in classes:
         return {}
     usual, here = (_prefix(mapping[type(config)]) for mapping in (families, classes))
@@ -332,33 +332,6 @@ def check_missing(missing: list[str], allowed: list[str], words: str) -> None:
 
 def _inside(key: str, module: str) -> bool:
     return key == module or key.startswith(module + ".")
-
-
-def _forget_renaming(model: Any, mapping: dict[str, str]) -> None:
-    """Let `save_pretrained` write the names of the model's own class, which loads without help.
-
-    transformers 5.24 keeps a `key_mapping` to write the names that it read.
-    """
-    kept = [
-        conversion
-        for conversion in model._weight_conversions
-        if set(mapping).isdisjoint(getattr(conversion, "source_patterns", ()))
-    ]
-    model._weight_conversions = kept
-
-
-def _forget_gguf(model: Any) -> None:
-    """Make a model read from .gguf a plain one: its weights are dequantized already.
-
-    transformers 5.24 leaves marks that make `save_pretrained` refuse.
-    """
-    for holder, names in (
-        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
-        (model.config, ("quantization_config", "_pre_quantization_dtype")),
-    ):
-        for name in names:
-            if name in vars(holder):
-                delattr(holder, name)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ftlevel.config.sections import QuantConfig
+from ftlevel.models.upstream.quantizers import replaced_linears
 
 
 def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: list[str]) -> Any:
@@ -34,26 +34,6 @@ def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: lis
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=keep,
     )
-
-
-def keep_trainable_layout(model: torch.nn.Module) -> int:
-    """Stop 4-bit layers from repacking themselves for inference on AVX512-BF16 CPUs.
-
-    The first forward in eval mode without gradients makes `bitsandbytes.nn.Linear4bit` rewrite
-    its weight into a layout that has no autograd path: from then on training runs on with wrong
-    gradients, `dequantize` and merging read garbage, and nothing is said. This must follow every
-    load of 4-bit weights. Seen in bitsandbytes 0.50; a test fails when it is no longer needed.
-
-    Returns:
-        How many layers were set (mutated in place).
-    """
-    bnb = sys.modules.get("bitsandbytes")
-    if bnb is None:  # nothing is quantized, and importing it takes a second
-        return 0
-    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-    return len(layers)
 
 
 @dataclass(frozen=True)
@@ -106,20 +86,10 @@ def build_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> Roundin
         quantization: a `BitsAndBytesConfig` that names the modules to leave alone.
         dtype: precision in which the weights are loaded.
     """
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers import AutoHfQuantizer
-
-    AutoHfQuantizer.from_config(quantization, pre_quantized=False).preprocess_model(
-        model=model, device_map={"": "cpu"}
-    )
-    import bitsandbytes as bnb
-
-    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    found = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
-    turned = {name for name, module in found.items() if issubclass(module.source_cls, Conv1D)}
+    found = replaced_linears(model, quantization, pre_quantized=False)
     return Rounding(
         frozenset(f"{name}.weight" for name in found),
-        frozenset(f"{name}.weight" for name in turned),
+        frozenset(f"{name}.weight" for name, turned in found.items() if turned),
         quantization,
         dtype,
     )

@@ -10,6 +10,7 @@ import torch
 from ftlevel.config.sections import QuantConfig
 from ftlevel.errors import InputError
 from ftlevel.models.torchao_format import INSTALL, torchao_kind
+from ftlevel.models.upstream.quantizers import check_environment
 
 
 def stored_quantization(config: Any) -> dict[str, Any] | None:
@@ -74,13 +75,10 @@ def check_loadable(stored: dict[str, Any], words: str, device: str) -> None:
     Raises:
         InputError: naming the quantization and what is missing.
     """
-    from transformers.quantizers.auto import AutoHfQuantizer
-
     method = quantization_name(stored)
     try:
-        quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
         place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-        quantizer.validate_environment(device_map={"": place}, weights_only=True)
+        check_environment(stored, place)
     except (ImportError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         if stored.get("quant_method") == "torchao" and isinstance(error, ImportError):

@@ -131,20 +131,22 @@ def build_meta_model(config: Any) -> nn.Module:
     """
     import transformers
 
+    from ftlevel.models.upstream.architectures import model_classes
+
     for name in config.architectures or ():
         model_class = getattr(transformers, name, None)
         if model_class is not None:
             with torch.device("meta"):
                 return model_class(config)
     for auto in (
-        transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else None,
-        transformers.AutoModelForMaskedLM,
-        transformers.AutoModelForCausalLM,
-        transformers.AutoModel,
+        *(["AutoModelForSeq2SeqLM"] if config.is_encoder_decoder else []),
+        "AutoModelForMaskedLM",
+        "AutoModelForCausalLM",
+        "AutoModel",
     ):
-        if auto is not None and type(config) in auto._model_mapping:
+        if type(config) in model_classes(auto):
             with torch.device("meta"):
-                return auto.from_config(config, trust_remote_code=False)
+                return getattr(transformers, auto).from_config(config, trust_remote_code=False)
     raise InputError(f"transformers has no model for model_type {config.model_type!r}.")
 
 

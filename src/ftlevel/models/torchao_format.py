@@ -11,8 +11,6 @@ import importlib.util
 import math
 from typing import Any
 
-import torch
-
 from ftlevel.errors import ConfigError
 
 INSTALL = "pip install 'ftlevel[torchao]'"
@@ -47,34 +45,6 @@ def torchao_kind(stored: dict[str, Any]) -> str | None:
 def is_torchao(quantization: Any) -> bool:
     """Whether `quantization` is a `TorchAoConfig`."""
     return type(quantization).__name__ == "TorchAoConfig"
-
-
-def find_torchao_linears(model: Any, quantization: Any) -> dict[str, bool]:
-    """Return the linears of `model` that transformers would give to torchao (none is a Conv1D)."""
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
-    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
-    return {
-        name: False
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and quantizer.param_needs_quantization(model, f"{name}.weight")
-    }
-
-
-def pack_torchao(
-    key: str, weight: torch.Tensor, quantization: Any
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return what is stored for the weight `key`, and what the file's metadata says of it."""
-    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-    from torchao.quantization import quantize_
-
-    linear = torch.nn.Linear(1, 1, bias=False, device="meta", dtype=weight.dtype)
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    quantize_(linear, quantization.get_apply_tensor_subclass())
-    tensors, notes = flatten_tensor_state_dict({key: linear.weight})
-    return tensors, {key: notes[key]}
 
 
 PLAIN_NOTE = '{"_type": "Tensor"}'

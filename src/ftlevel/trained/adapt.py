@@ -199,7 +199,7 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
 
 def _check_whole(directory: Path) -> None:
     """Refuse an adapter whose file is missing, damaged or not finite, or of an unknown kind."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

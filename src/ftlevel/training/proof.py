@@ -18,6 +18,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError, listing
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import autocast
+from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.training.callbacks.gradient_proof import GradientProof
@@ -149,9 +150,8 @@ def _base_name(name: str) -> str:
 
 def _digest(tensor: torch.Tensor) -> str:
     data = tensor.detach()
-    if hasattr(data, "__tensor_flatten__"):  # torchao's: several tensors under one name
-        parts = [_digest(getattr(data, name)) for name in data.__tensor_flatten__()[0]]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    if parts := inner_tensors(data):  # torchao's: several tensors under one name
+        return hashlib.sha256(" ".join(map(_digest, parts)).encode()).hexdigest()
     plain = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
     return hashlib.sha256(plain.numpy().data).hexdigest()
 

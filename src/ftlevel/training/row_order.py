@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Sampler
 
 from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.sampling import LengthGroups
 from ftlevel.data.prepare.streamed_rows import InOrder, StreamedRows
+from ftlevel.models.upstream.data import shared_order
 from ftlevel.training.plan.plan import Plan
 
 
@@ -40,9 +40,7 @@ def row_order(config: TrainConfig, plan: Plan) -> Sampler[int] | None:
     if train.train_sampling_strategy == "random":
         if not train.num_processes:
             return None
-        return SeedableRandomSampler(
-            plan.data.train, generator=torch.Generator(), data_seed=train.seed
-        )
+        return shared_order()(plan.data.train, generator=torch.Generator(), data_seed=train.seed)
     step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     step *= train.num_processes or 1
     return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.seed)

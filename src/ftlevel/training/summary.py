@@ -40,21 +40,21 @@ def dump_config(config: TrainConfig, plan: Plan) -> str:
     return f"# Written by ftlevel {__version__}. Train it again: ftlevel train THIS_FILE\n{body}"
 
 
-def describe_base(source: ModelSource, config: Any) -> dict[str, Any]:
+def describe_base(source: ModelSource) -> dict[str, Any]:
     """Return the name, kind, revision and fingerprint of a base model."""
-    path = source.path
+    path, revision = source.path, source.revision
     name = source.name if source.kind in ("hub", "builtin") or path is None else str(path.resolve())
-    if path is None:
-        path = _cached_snapshot(source)
+    if path is None and (path := _cached_snapshot(source)) is not None:
+        revision = path.name  # the commit: the cache calls its snapshots so
     return {
         "name": name,
         "kind": source.kind,
-        "revision": getattr(config, "_commit_hash", None) or source.revision,
+        "revision": revision,
         "fingerprint": base_fingerprint(path) if path is not None else None,
     }
 
 
-def _cached_snapshot(source: ModelSource) -> Any:
+def _cached_snapshot(source: ModelSource) -> Path | None:
     """Return where the Hub cache holds the weights of `source`, or None."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -8,23 +8,16 @@ and reads a tensor when it is wanted, so that the model itself is never in memor
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
 from ftlevel.models.sources import ModelSource
+from ftlevel.models.upstream import conversions
+from ftlevel.models.upstream.architectures import tied_names
 from ftlevel.weights.tensor_files import Spec, Stored, read_header, spec_of, weight_files
 
 TOKENIZER_FILES = (
@@ -106,11 +99,8 @@ class Checkpoint:
     ) -> torch.Tensor:
         if group.converter is None:
             return tensors[group.keys[0]]
-        converter = copy.deepcopy(group.converter)
-        for key, pattern in zip(group.keys, group.patterns, strict=True):
-            converter.add_tensor(name, key, pattern, tensors[key])
-        value = converter.convert(name, model=self.model, config=self.model.config)[name]
-        return value[0] if isinstance(value, list) else value
+        parts = zip(group.keys, group.patterns, map(tensors.__getitem__, group.keys), strict=True)
+        return conversions.convert(group.converter, name, parts, self.model)
 
 
 def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, str]) -> Checkpoint:
@@ -128,13 +118,9 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
     stored: dict[str, Stored | torch.Tensor] = {}
     for path in weight_files(local_directory(source)):
         stored.update(read_header(path)[0])
-    conversions = get_model_conversion_mapping(model, dict(key_mapping) or None)
-    groups, unused = _translate(stored, model, conversions)
-    model._weight_conversions = [
-        conversion
-        for conversion in conversions
-        if conversion.was_used() and set(key_mapping).isdisjoint(conversion.source_patterns)
-    ]
+    naming = conversions.Naming(model, key_mapping)
+    groups, unused = _translate(stored, naming)
+    naming.tell_model()
     checkpoint = Checkpoint(stored, groups, model, unused=unused)
     _tie(checkpoint)
     return checkpoint
@@ -148,7 +134,7 @@ def checkpoint_in_memory(model: Any, loaded: Any) -> Checkpoint:
         loaded: the model; the tensors stay its own.
     """
     state = {name: tensor.detach() for name, tensor in loaded.state_dict().items()}
-    model._weight_conversions = []
+    conversions.forget_conversions(model)
     return Checkpoint(state, {name: Group([name]) for name in state}, model)
 
 
@@ -176,34 +162,23 @@ def as_saved(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Ten
 
     It is the tensor itself where names and shapes agree, and several for one of a fused mixture.
     """
-    if not model._weight_conversions:
-        return {name: tensor}
-    saved: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: tensor})
-    return saved
+    return conversions.revert(model, {name: tensor})
 
 
 def _translate(
-    stored: Mapping[str, Any], model: Any, conversions: list[Any]
+    stored: Mapping[str, Any], naming: conversions.Naming
 ) -> tuple[dict[str, Group], list[str]]:
     """Group stored names by the model's names, as transformers does when it loads."""
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    names = model.state_dict()
     groups: dict[str, Group] = {}
     unused = []
-    for key in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, names
-        )
-        if name not in names and key in names:
-            name, pattern = key, None
-        if name not in names:
+    for key in conversions.in_reading_order(stored):
+        name, pattern = naming(key)
+        if name not in naming.names:
             unused.append(key)
         elif pattern is None:
             groups[name] = Group([key])
         else:
-            group = groups.setdefault(name, Group([], by_pattern[pattern]))
+            group = groups.setdefault(name, Group([], naming.converters[pattern]))
             group.keys.append(key)
             group.patterns.append(pattern)
     return groups, unused
@@ -211,11 +186,12 @@ def _translate(
 
 def _tie(checkpoint: Checkpoint) -> None:
     """Note which tensors share another's because the checkpoint holds one of them (mutated)."""
-    for target, source in checkpoint.model.all_tied_weights_keys.items():
+    ties = tied_names(checkpoint.model)
+    for target, source in ties.items():
         if target in checkpoint.groups and source not in checkpoint.groups:
             target, source = source, target
         if target not in checkpoint.groups and source in checkpoint.groups:
             checkpoint.ties[target] = source
-    for target, source in checkpoint.model.all_tied_weights_keys.items():
+    for target, source in ties.items():
         if target not in checkpoint.groups and source in checkpoint.ties:
             checkpoint.ties.setdefault(target, checkpoint.ties[source])

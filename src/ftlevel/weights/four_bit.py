@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ftlevel.models.upstream.quantizers import four_bit_values
+
 BLOCK = 64
 _PIECE = 1 << 16
 
@@ -34,7 +36,7 @@ def quantize_4bit(
         return bnb.quantize_4bit(
             weight, quant_type=quant_type, compress_statistics=double_quant, blocksize=BLOCK
         )
-    code = bnb.get_4bit_type(quant_type, device="cpu")
+    code = four_bit_values(quant_type)
     packed, scales = _pack(weight.reshape(-1), code)
     more = {}
     if double_quant:

@@ -13,16 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from ftlevel.models.kinds import TASK_CLASSES
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, linear_size
-from ftlevel.models.torchao_format import find_torchao_linears, is_torchao, torchao_bytes
+from ftlevel.models.torchao_format import is_torchao, torchao_bytes
+from ftlevel.models.upstream.architectures import model_classes, modules_in_float32
+from ftlevel.models.upstream.conversions import Naming
+from ftlevel.models.upstream.quantizers import replaced_linears, torchao_linears
 
 BLOCK = 64  # weights that share a 4-bit scale, as bitsandbytes has it
 NESTED_BLOCK = 256  # scales that share a scale of their own, with double quantization
@@ -75,29 +73,6 @@ class Layout:
         return torch.float32 if self.in_float32.intersection(name.split(".")) else self.dtype
 
 
-class Naming:
-    """How the names of a checkpoint become those of the model, as transformers loads it."""
-
-    def __init__(self, meta: Any) -> None:
-        conversions = get_model_conversion_mapping(meta)
-        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
-        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        self._prefix = meta.base_model_prefix
-        self._state = meta.state_dict()
-
-    def __call__(self, key: str) -> tuple[str, bool]:
-        """Return the model's name for `key`, and whether it is that tensor as it is.
-
-        It is not where several tensors of the checkpoint make one of the model, as with experts.
-        """
-        name, converter = rename_source_key(
-            key, self._renamings, self._converters, self._prefix, self._state
-        )
-        if name not in self._state and key in self._state:
-            return key, True
-        return name, converter is None
-
-
 def build_layout(config: Any, auto_class: str, quantization: Any, dtype: torch.dtype) -> Layout:
     """Decide what is quantized.
 
@@ -114,12 +89,7 @@ def build_layout(config: Any, auto_class: str, quantization: Any, dtype: torch.d
     kept = _keeping(quantization, find_kept_modules(config, auto_class))
     linears = _find_quantized(build_task_model(config, auto_class), kept)
     parameters = {p.name: p for p in _parameters(meta, tree, linears)}
-    in_float32 = set(meta._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        in_float32 |= set(meta._keep_in_fp32_modules or ())
-    if dtype == torch.float32:
-        in_float32 = set()
-    return Layout(linears, kept, dtype, frozenset(in_float32), parameters, naming)
+    return Layout(linears, kept, dtype, modules_in_float32(meta, dtype), parameters, naming)
 
 
 def settle(layout: Layout, keys: Iterable[str]) -> Layout:
@@ -129,7 +99,7 @@ def settle(layout: Layout, keys: Iterable[str]) -> Layout:
     piece; it is kept, and config.json says so.
     """
     named = [layout.naming(key) for key in keys]
-    whole = {name for name, is_whole in named if is_whole}
+    whole = {name for name, pattern in named if pattern is None}
     lost = [name for name in layout.linears if f"{name}.weight" not in whole]
     if not lost:
         return layout
@@ -167,7 +137,7 @@ def find_kept_modules(config: Any, auto_class: str) -> list[str]:
     """
     kept: set[str] = set()
     for name in (auto_class, *TASK_CLASSES):
-        if type(config) not in getattr(transformers, name)._model_mapping:
+        if type(config) not in model_classes(name):
             continue
         tree = ModuleTree(build_task_model(config, name))
         kept |= set(tree.heads)
@@ -182,14 +152,8 @@ def find_kept_modules(config: Any, auto_class: str) -> list[str]:
 def _find_quantized(meta: Any, quantization: Any) -> dict[str, bool]:
     """Return the linears that transformers would replace (`meta` is mutated)."""
     if is_torchao(quantization):
-        return find_torchao_linears(meta, quantization)
-    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
-    quantizer.preprocess_model(model=meta, device_map={"": "cpu"})
-    return {
-        name: issubclass(module.source_cls, Conv1D)
-        for name, module in meta.named_modules()
-        if hasattr(module, "source_cls")
-    }
+        return dict.fromkeys(torchao_linears(meta, quantization), False)  # none is a Conv1D
+    return replaced_linears(meta, quantization, pre_quantized=True)
 
 
 def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterator[Parameter]:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ftlevel.errors import InputError
-from ftlevel.models.torchao_format import PLAIN_NOTE, is_torchao, pack_torchao
+from ftlevel.models.torchao_format import PLAIN_NOTE, is_torchao
+from ftlevel.models.upstream.quantizers import pack_torchao
 from ftlevel.weights.four_bit import quantize_4bit
 from ftlevel.weights.quantize_layout import QUANTIZED, Layout
 from ftlevel.weights.safetensors_stream import ShardWriter, header_bound

@@ -20,8 +20,8 @@ from ftlevel.methods import METHODS, Base
 from ftlevel.methods.bottleneck.layer import BottleneckLayer
 from ftlevel.methods.bottleneck.sites import SITES, find_input
 from ftlevel.models.families import FAMILIES as KNOWN
-from ftlevel.models.quantization import keep_trainable_layout
 from ftlevel.models.targets import find_heads
+from ftlevel.models.upstream.quantizers import keep_trainable_layout
 from ftlevel.trained.adapt import apply_method, load_adapter
 from tiny_models import (
     AUTO_CLASSES,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlevel.errors import InputError
+from ftlevel.models.upstream.data import apply_template
 
 Turn = dict[str, Any]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -97,21 +98,19 @@ def _render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return the text, and the spans that the template marks if `marks` is true."""
     from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
 
     given = list(tools) or None
     try:
-        texts, spans = render_jinja_template(
-            [list(turns)],
+        return apply_template(
+            turns,
+            tokenizer.get_chat_template(None, given),
             tools=given,
-            chat_template=tokenizer.get_chat_template(None, given),
             return_assistant_tokens_mask=marks,
             add_generation_prompt=generation_prompt,
             **tokenizer.special_tokens_map,
         )
     except (TemplateError, ValueError, TypeError) as error:
         raise InputError(f"the chat template refuses these messages: {error}.") from None
-    return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
 
 def _find_turn(

@@ -12,6 +12,7 @@ from typing import Any
 
 from ftlevel.config.choices import Choice
 from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.models.upstream.data import check_template
 
 MARKERS: Mapping[str, tuple[str, ...]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -65,7 +66,6 @@ def _read_named(tokenizer: Any, name: str) -> str:
 def _read_file(wish: str) -> str:
     """Return the template in the file `wish`."""
     from jinja2 import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import render_jinja_template
 
     path = Path(wish).expanduser()
     try:
@@ -76,7 +76,7 @@ def _read_file(wish: str) -> str:
             f"{did_you_mean(wish, MARKERS)} Names: {listing(MARKERS)}."
         ) from error
     try:
-        render_jinja_template([], chat_template=template)  # compiles it and renders nothing
+        check_template(template)
     except TemplateSyntaxError as error:
         raise InputError(
             f"{path}:{error.lineno}: not a Jinja template ({error.message})."

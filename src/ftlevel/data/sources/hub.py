@@ -7,7 +7,6 @@ begins its retries. `datasets` is imported by the functions that need it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ftlevel.data.sources.readers.parquet import build_arrow_table
 from ftlevel.data.sources.streams import Chunk, Cursor
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.models.upstream.data import datasets_offline
 
 PROBE_SECONDS = 5.0
 
@@ -43,7 +43,7 @@ def load_hub_tables(
     reason = _probe(name)
     notes = []
     try:
-        with _offline(bool(reason)):
+        with datasets_offline(bool(reason)):
             found = datasets.load_dataset(name, subset, split=only)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         if reason:
@@ -178,19 +178,6 @@ def _probe(name: str) -> str:
     except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
         return _first_line(error).rstrip(".")
     return ""
-
-
-@contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
-    """Keep `datasets` from retrying for half a minute what is known to be out of reach."""
-    from datasets import config
-
-    before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = before or wanted
-    try:
-        yield
-    finally:
-        config.HF_HUB_OFFLINE = before
 
 
 def _describe_offline(name: str, reason: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ftlevel.models.upstream.tensors import own_tensors
+
 
 @contextlib.contextmanager
 def in_float32(model: torch.nn.Module) -> Iterator[None]:
@@ -16,20 +18,22 @@ def in_float32(model: torch.nn.Module) -> Iterator[None]:
     Each module's weights are widened while it runs and no longer: a model in bfloat16 needs no more
     memory than one module's for it.
     """
+    narrow: dict[torch.nn.Module, dict[str, Any]] = {}
 
     def widen(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        module._narrow = dict(module._parameters)  # type: ignore[assignment]
-        for name, weight in module._narrow.items():  # type: ignore[union-attr, operator]
+        own, _ = own_tensors(module)
+        narrow[module] = dict(own)
+        for name, weight in narrow[module].items():
             if weight is not None and weight.is_floating_point():
-                module._parameters[name] = torch.nn.Parameter(weight.float(), requires_grad=False)
+                own[name] = torch.nn.Parameter(weight.float(), requires_grad=False)
         return tuple(_widened(value) for value in inputs)  # T5 narrows what its wo is given
 
     def restore(module: torch.nn.Module, _: Any, __: Any) -> None:
-        module._parameters.update(module.__dict__.pop("_narrow"))
+        own_tensors(module)[0].update(narrow.pop(module))
 
     hooks = []
     for module in model.modules():
-        if module._parameters:
+        if own_tensors(module)[0]:
             hooks.append(module.register_forward_pre_hook(widen))
             hooks.append(module.register_forward_hook(restore, always_call=True))
     try:

@@ -21,6 +21,7 @@ import torch
 
 from ftlevel.fast.layers.dropout import dropout_mask
 from ftlevel.fast.packing.layout import Range, Segment
+from ftlevel.models.upstream.tensors import softmax_backward
 
 QUERIES = 128
 """Queries of a block: what was fastest of 64, 128 and 256 in bfloat16."""
@@ -169,7 +170,7 @@ class BlockedAttention(torch.autograd.Function):
             _add(of_value, block.keys, seen.transpose(1, 2), of_output)
             of_seen = torch.bmm(of_output, _rows(value, block.keys).transpose(1, 2))
             of_p = of_seen if keep is None else of_seen.mul_(keep)
-            of_scores = torch.ops.aten._softmax_backward_data(of_p, p, -1, p.dtype)
+            of_scores = softmax_backward(of_p, p, -1, p.dtype)
             of_scores = of_scores.mul_(ctx.scale)
             of_block = torch.bmm(of_scores, _rows(key, block.keys))
             _put(of_query[block.start : block.stop], of_block, groups)

@@ -19,6 +19,7 @@ import torch
 from ftlevel.fast.attention.blocked import visible
 from ftlevel.fast.layers.dropout import dropout_mask
 from ftlevel.fast.packing.layout import Segment
+from ftlevel.models.upstream.tensors import softmax_backward
 
 LONGEST = 64
 """Tokens of a sequence that is short."""
@@ -138,7 +139,7 @@ class ShortAttention(torch.autograd.Function):
             of_output = _take_zeros(gradient, batch, groups)
             of_seen = torch.bmm(of_output, v.transpose(1, 2))
             of_p = of_seen if keep is None else of_seen.mul_(keep)
-            of_scores = torch.ops.aten._softmax_backward_data(of_p, p, -1, p.dtype).mul_(scale)
+            of_scores = softmax_backward(of_p, p, -1, p.dtype).mul_(scale)
             of_parts = (
                 torch.bmm(of_scores, k),
                 torch.bmm(of_scores.transpose(1, 2), q),

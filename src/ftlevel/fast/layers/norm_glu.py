@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ftlevel.fast.layers.recompute import with_recomputation
+from ftlevel.models.upstream.tensors import copy_module, gelu_backward, is_watched, silu_backward
 
 Backward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -138,11 +139,11 @@ def _recompute_glu(kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Ten
 
 
 ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Backward]] = {
-    "silu": (functional.silu, torch.ops.aten.silu_backward),
-    "gelu": (functional.gelu, torch.ops.aten.gelu_backward),
+    "silu": (functional.silu, silu_backward),
+    "gelu": (functional.gelu, gelu_backward),
     "gelu_tanh": (
         lambda x: functional.gelu(x, approximate="tanh"),
-        lambda g, x: torch.ops.aten.gelu_backward(g, x, approximate="tanh"),
+        lambda g, x: gelu_backward(g, x, approximate="tanh"),
     ),
 }
 
@@ -205,7 +206,7 @@ class FusedNormGlu:
 
 def _fuse(module: nn.Module, known: dict[Any, Any]) -> nn.Module | None:
     """Return what replaces `module`, or None. `known` keeps what was found for its like."""
-    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+    if is_watched(module):
         return None
     if _looks_like_norm(module):
         key: Any = (type(module), len(_weight_of(module)), _eps_of(module))
@@ -261,14 +262,13 @@ def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
 
 def _find_glu(module: nn.Module) -> str | None:
     """Return the activation of `ACTIVATIONS`; None for another formula."""
-    low, generator = copy.copy(module), torch.Generator().manual_seed(0)
-    low._modules = dict(module._modules)
+    low, generator = copy_module(module), torch.Generator().manual_seed(0)
     for name, (width, inner) in (
         ("gate_proj", (8, 16)), ("up_proj", (8, 16)), ("down_proj", (16, 8)),
     ):  # fmt: skip
         linear = nn.Linear(width, inner, bias=False).requires_grad_(False)
         linear.weight.copy_(torch.randn(inner, width, generator=generator))
-        low._modules[name] = linear
+        setattr(low, name, linear)
     x = torch.randn(3, 8, generator=generator)
     expected = _try(low, x)
     for kind in ACTIVATIONS:

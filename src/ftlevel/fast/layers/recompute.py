@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from ftlevel.models.upstream.tensors import version_of
+
 _NAME = "_ftlevel_recomputation"
 
 
@@ -50,7 +52,7 @@ def with_recomputation(
 ) -> torch.Tensor:
     """Return `tensor`, which from now on says how it is recomputed (mutated)."""
     recomputation = Recomputation(make, *(part.detach() for part in kept))
-    setattr(tensor, _NAME, (recomputation, tensor._version))
+    setattr(tensor, _NAME, (recomputation, version_of(tensor)))
     return tensor
 
 
@@ -60,4 +62,4 @@ def recomputation_of(tensor: torch.Tensor) -> Recomputation | None:
     So have views and copies, and a tensor that was written to since.
     """
     recomputation, version = getattr(tensor, _NAME, (None, None))
-    return recomputation if version == tensor._version else None
+    return recomputation if version == version_of(tensor) else None

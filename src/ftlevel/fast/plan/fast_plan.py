@@ -19,6 +19,7 @@ from ftlevel.fast.plan.workers import find_randomness, plan_workers
 from ftlevel.fast.prefixes.tree import shared_fraction
 from ftlevel.methods import METHODS
 from ftlevel.models.module_tree import find_blocks
+from ftlevel.models.upstream.architectures import attention_of, is_stateful
 from ftlevel.task import Objective, TokenObjective
 
 FEWEST_TOKENS = 1024
@@ -191,7 +192,7 @@ def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
 
 def _carries_a_state(model: Any) -> bool:
     """Whether something but attention takes tokens into others: a recurrence, a convolution."""
-    return bool(getattr(model, "_is_stateful", False)) or any(
+    return is_stateful(model) or any(
         isinstance(part, torch.nn.Conv1d) and part.kernel_size[0] > 1
         for block in find_blocks(model)
         for part in block.modules()
@@ -200,11 +201,11 @@ def _carries_a_state(model: Any) -> bool:
 
 def set_packed_attention(model: Any) -> bool:
     """Give `model` the attention of packed rows (mutated); return whether it took it."""
-    if model.config._attn_implementation != "sdpa":
+    if attention_of(model) != "sdpa":
         return False
     attention.register()
     model.set_attn_implementation(attention.NAME)
-    return bool(model.config._attn_implementation == attention.NAME)
+    return attention_of(model) == attention.NAME
 
 
 def has_language_head(model: Any, objective: Objective | None) -> bool:

@@ -14,6 +14,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.methods.base import Base, Merging, Method, whole
 from ftlevel.methods.facts import MERGES, MethodFacts
 from ftlevel.methods.lora import why_not_mergeable
+from ftlevel.methods.upstream import freeze_ranks, restore_ranks
 
 _TINIT, _TFINAL = 0.1, 0.3
 
@@ -68,17 +69,6 @@ def orthogonality(model: Any) -> Any:
     return weight * torch.stack(norms).mean()
 
 
-def prepare(model: Any) -> None:
-    """Freeze the rank that the update is divided by (in place).
-
-    On a base that is not in float32 PEFT 0.21 leaves it trainable, and does not save it.
-    """
-    for name, parameter in model.named_parameters():
-        if ".ranknum." in name:
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.float()
-
-
 def finish(model: Any) -> None:
     """Take the pruned ranks out of a trained model (in place), as in the adapter that is saved.
 
@@ -109,16 +99,6 @@ def forget_ranks(config: Any) -> None:
     config.init_lora_weights = True
 
 
-def restore_ranks(adapted: Any, config: Any) -> None:
-    """Set what the update is divided by, which is not saved: the rank at the start (mutated)."""
-    import torch
-
-    for module in adapted.modules():
-        if hasattr(module, "ranknum"):
-            rank = torch.full((1,), float(config.init_r))
-            module.ranknum["default"] = torch.nn.Parameter(rank, requires_grad=False)
-
-
 _METHOD = Method(
     (
         MethodFacts(
@@ -128,7 +108,7 @@ _METHOD = Method(
     ),
     rate=1e-3,  # within the range of AdaLoRA's on GLUE
     build=build,
-    prepare=prepare,
+    prepare=freeze_ranks,
     callbacks=build_callbacks,
     penalty=orthogonality,
     finish=finish,

@@ -9,8 +9,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ftlevel.methods.upstream import importance_scores
+
 FILE, RANKS = "adalora.safetensors", "adalora_ranks.json"
-_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class Allocation(TrainerCallback):
@@ -43,11 +44,10 @@ class Allocation(TrainerCallback):
             return
         directory = self.checkpoints / f"checkpoint-{state.global_step}"
         self.ranks = json.loads((directory / RANKS).read_text(encoding="utf-8"))
-        allocator = model.base_model.rankallocator
-        device = next(model.parameters()).device
+        scores, device = importance_scores(model), next(model.parameters()).device
         for key, value in load_file(directory / FILE).items():
             kind, _, name = key.partition("/")
-            getattr(allocator, kind)[name] = value.to(device)
+            scores[kind][name] = value.to(device)
 
     def on_optimizer_step(
         self,
@@ -76,11 +76,10 @@ class Allocation(TrainerCallback):
         if not self.writes:
             return
         directory = self.checkpoints / f"checkpoint-{state.global_step}"
-        allocator = model.base_model.rankallocator
         scores = {
             f"{kind}/{name}": value.contiguous().cpu()
-            for kind in _SCORES
-            for name, value in getattr(allocator, kind).items()
+            for kind, named in importance_scores(model).items()
+            for name, value in named.items()
         }
         save_file(scores, directory / FILE)
         (directory / RANKS).write_text(json.dumps(self.ranks), encoding="utf-8")

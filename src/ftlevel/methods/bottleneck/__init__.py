@@ -19,7 +19,7 @@ from ftlevel.errors import InputError, listing
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.bottleneck.sites import SITES, site_pattern, sites_of
 from ftlevel.methods.facts import MethodFacts
-from ftlevel.methods.peft_types import register_tuner
+from ftlevel.methods.upstream import register_tuner
 
 
 def register() -> None:

@@ -8,7 +8,7 @@ from peft import PeftConfig
 from transformers.activations import ACT2FN
 
 from ftlevel.config.methods.bottleneck import PARALLEL_SCALING, REDUCTION_FACTOR
-from ftlevel.methods.peft_types import add_peft_type
+from ftlevel.methods.upstream import add_peft_type
 
 BOTTLENECK = add_peft_type("BOTTLENECK")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.methods.merging import WEIGHTS, read_peft_config
+from ftlevel.methods.upstream import pattern_of
 
 _MIXTURE = "mixture"
 
@@ -73,10 +74,8 @@ def mix_exactly(directories: Sequence[Path], weights: Sequence[float], out: Path
 
 def scale_of(config: dict[str, Any], module: str, rank: int) -> float:
     """Return what the update of `module` is multiplied by: alpha / r, or alpha / sqrt(r)."""
-    from peft.utils.other import get_pattern_key
-
     patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
+    alpha = patterns.get(pattern_of(patterns, module), config["lora_alpha"])
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from ftlevel.config.methods.prefix import PrefixSpec
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.facts import MethodFacts, Rule, rows
-from ftlevel.methods.peft_types import register_tuner
 from ftlevel.methods.prefix.sites import find_attentions, why_no_prefix
 from ftlevel.methods.unmergeable import VIRTUAL_TOKENS
+from ftlevel.methods.upstream import register_tuner
 
 ENCODER_WIDTH = 512  # Li & Liang, 2021, section 4.3
 

@@ -30,8 +30,8 @@ Prefix = tuple[torch.Tensor, torch.Tensor]
 
 def register_attention() -> None:
     """Make `ATTENTION` known to transformers, with the masks that scaled_dot_product takes."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from ftlevel.methods.peft_types import add_peft_type
+from ftlevel.methods.upstream import add_peft_type
 
 PREFIX_KV = add_peft_type("PREFIX_KV")
 

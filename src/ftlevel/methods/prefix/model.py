@@ -12,6 +12,7 @@ from ftlevel.methods.prefix.config import PrefixKvConfig
 from ftlevel.methods.prefix.layer import PrefixLayer
 from ftlevel.methods.prefix.sites import find_attentions
 from ftlevel.methods.virtual_tokens import VirtualTokenTuner
+from ftlevel.models.upstream.architectures import attention_of
 
 _REPLACED = ("sdpa", "eager", ATTENTION)
 
@@ -37,7 +38,7 @@ class PrefixModel(VirtualTokenTuner):
         adapter_name: str,  # noqa: ARG002 - PEFT's signature
     ) -> None:
         """Remember the model's attention, and refuse one that ours could not stand in for."""
-        implementation = model.config._attn_implementation
+        implementation = attention_of(model)
         if implementation not in _REPLACED:
             raise ValueError(
                 f"prefix tuning computes attention by scaled_dot_product_attention and cannot be "
@@ -98,7 +99,7 @@ class PrefixModel(VirtualTokenTuner):
     def unload(self) -> nn.Module:
         """Return the base model without prefixes, with the attention it had."""
         model = super().unload()
-        if model.config._attn_implementation == ATTENTION:
+        if attention_of(model) == ATTENTION:
             model.set_attn_implementation(self.attention_before)
         return model
 

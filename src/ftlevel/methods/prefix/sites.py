@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 _WRAPPED = ".base_layer"
@@ -24,6 +23,7 @@ def why_no_prefix(config: Any) -> str | None:
     from transformers import MODEL_MAPPING
 
     from ftlevel.methods.prefix.attention import OWN_ATTENTION
+    from ftlevel.models.upstream.architectures import asks_for_attention, supports_sdpa
 
     name = config.model_type
     if type(config) not in MODEL_MAPPING:
@@ -34,12 +34,12 @@ def why_no_prefix(config: Any) -> str | None:
     module = architecture.__module__
     if any(known.startswith(f"{module}.") for known in OWN_ATTENTION):
         return None
-    if not hasattr(sys.modules[module], "ALL_ATTENTION_FUNCTIONS"):
+    if not asks_for_attention(architecture):
         return (
             f"{name} computes its attention itself and does not ask transformers' "
             "AttentionInterface for it, so there is no place for a prefix"
         )
-    if not architecture._supports_sdpa:
+    if not supports_sdpa(architecture):
         return (
             f"the attention of {name} is more than scaled_dot_product_attention computes, which "
             "is what a prefix goes through"

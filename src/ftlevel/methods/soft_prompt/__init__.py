@@ -12,9 +12,9 @@ from typing import Any
 from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.facts import MethodFacts
-from ftlevel.methods.peft_types import register_tuner
 from ftlevel.methods.soft_prompt.stacks import find_stacks
 from ftlevel.methods.unmergeable import VIRTUAL_TOKENS
+from ftlevel.methods.upstream import register_tuner
 
 # These add to each layer's input what the ids of its tokens pick; a prompt has no ids.
 _READ_IDS_IN_LAYERS = frozenset({"gemma3n", "gemma3n_text", "gemma4", "gemma4_text"})

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate.data_loader import SeedableRandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.masking import MaskedRows
 from ftlevel.data.prepare.sampling import LengthGroups
+from ftlevel.models.upstream.data import shared_order
 
 
 class SetEpoch(TrainerCallback):
@@ -32,5 +32,5 @@ class SetEpoch(TrainerCallback):
             self.rows.epoch = int(state.epoch or 0)
         if isinstance(self.order, LengthGroups):
             self.order.epoch = int(state.epoch or 0)
-        elif isinstance(self.order, SeedableRandomSampler):
+        elif isinstance(self.order, shared_order()):
             self.order.set_epoch(int(state.epoch or 0))

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ftlevel.models.upstream.architectures import llama3_frequencies
+
 Metadata = dict[str, Any]
 _GEMMA_PATTERN = 6  # of six layers, the last attends to everything
 
@@ -139,9 +141,7 @@ def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
         }
     if rope["rope_type"] != "llama3":
         return {}
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    stretched = llama3_frequencies(config)
     exponents = torch.arange(0, 2 * len(stretched), 2, dtype=torch.float32) / (2 * len(stretched))
     return {"rope_freqs.weight": 1.0 / (rope["rope_theta"] ** exponents) / stretched}
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ftlevel.fast.layers.fused_lora.function import FusedLoraFunction
 from ftlevel.fast.layers.recompute import recomputation_of
+from ftlevel.models.upstream.tensors import is_watched
 
 
 class FusedForward:
@@ -65,15 +66,5 @@ def _lone_adapter(layer: Any) -> str | None:
     base = layer.base_layer
     if name in layer.lora_variant or layer.lora_bias[name] or base.weight.requires_grad:
         return None
-    watched = any(map(_is_hooked, (base, layer.lora_A[name], layer.lora_B[name])))
+    watched = any(map(is_watched, (base, layer.lora_A[name], layer.lora_B[name])))
     return None if watched else name
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or hasattr(module, "_hf_hook")
-    )

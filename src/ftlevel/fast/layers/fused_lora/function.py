@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ftlevel.fast.layers.recompute import Recomputation
+from ftlevel.models.upstream.tensors import new_shape
 
 
 class FusedLoraFunction(torch.autograd.Function):
@@ -64,7 +65,7 @@ class FusedLoraFunction(torch.autograd.Function):
         ctx.has_dropout = dropped is not None
         # Not a view: what a function returns as one must not be written to, and Longformer, LED and
         # DeBERTa scale their queries in place.
-        shaped: torch.Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        shaped: torch.Tensor = new_shape(y, [*x.shape[:-1], y.shape[-1]])
         return shaped
 
     @staticmethod

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ftlevel.fast.layers.fused_lora.forward import FusedForward
+from ftlevel.methods.upstream import is_cut_over_devices, register_lora_layers
 
 
 def register_fused_layers(config: LoraConfig) -> None:
@@ -22,8 +23,7 @@ def register_fused_layers(config: LoraConfig) -> None:
     This is PEFT's door for custom modules. Nothing of it is saved: the adapter's configuration
     and keys are those of a plain LoRA, and whoever loads it gets PEFT's layers.
     """
-    # The first entry that matches is asked, and what it declines (None) goes on to PEFT's own.
-    config._register_custom_module({nn.Linear: build_fused_layer, Conv1D: build_fused_layer})
+    register_lora_layers(config, {nn.Linear: build_fused_layer, Conv1D: build_fused_layer})
 
 
 def build_fused_layer(
@@ -38,7 +38,7 @@ def build_fused_layer(
         kwargs: as PEFT passes them to its own layers.
     """
     layer: Any = None
-    if isinstance(target, BaseTunerLayer) or hasattr(target, "_hf_tp_plan"):
+    if isinstance(target, BaseTunerLayer) or is_cut_over_devices(target):
         return None
     if kwargs.get("parameter_name") is not None:  # LoRA of a bare parameter
         return None

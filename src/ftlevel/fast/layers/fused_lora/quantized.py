@@ -8,10 +8,11 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft.tuners.lora import bnb as lora_bnb
+from peft.tuners import lora
 from torch import nn
 
 from ftlevel.fast.layers.fused_lora.forward import FusedForward
+from ftlevel.models.upstream.quantizers import can_train_4bit, can_train_8bit, dequantize_8bit
 
 
 def find_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | None:
@@ -28,15 +29,11 @@ def find_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | Non
     return None
 
 
-class FusedLinear4bit(FusedForward, lora_bnb.Linear4bit):
+class FusedLinear4bit(FusedForward, lora.Linear4bit):
     """LoRA of `bitsandbytes.nn.Linear4bit`: W is dequantized once forward and once backward."""
 
     def _is_ready(self) -> bool:
-        """Whether the base knows its compute dtype and has its training layout (not packed)."""
-        base = self.base_layer
-        state = getattr(base.weight, "quant_state", None)
-        packed = getattr(state, "packing_format_for_cpu", False)
-        return state is not None and not packed and bool(base.compute_type_is_set)
+        return can_train_4bit(self.base_layer)
 
     def _dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Return the base's compute dtype, and x's, in which bitsandbytes returns."""
@@ -48,7 +45,7 @@ class FusedLinear4bit(FusedForward, lora_bnb.Linear4bit):
         return dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).to(dtype)
 
 
-class FusedLinear8bitLt(FusedForward, lora_bnb.Linear8bitLt):
+class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
     """LoRA of `bitsandbytes.nn.Linear8bitLt`, on the CPU.
 
     There bitsandbytes trains on the dequantized weight as well. On a GPU it multiplies in int8,
@@ -56,15 +53,7 @@ class FusedLinear8bitLt(FusedForward, lora_bnb.Linear8bitLt):
     """
 
     def _is_ready(self) -> bool:
-        """Whether bitsandbytes computes here with the dequantized weight, and has its scales."""
-        base = self.base_layer
-        if base.weight.device.type != "cpu" or base.state.has_fp16_weights:
-            return False
-        if base.weight.CB is not None:
-            base.init_8bit_state()
-        return base.state.CB is not None and base.state.SCB is not None
+        return can_train_8bit(self.base_layer)
 
     def _weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return W as (out, in), dequantized as bitsandbytes does."""
-        state = self.base_layer.state
-        return state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+        return dequantize_8bit(self.base_layer, dtype)

@@ -1,0 +1,127 @@
+"""What ftlevel uses of PEFT that it does not promise to keep, and where it was read.
+
+As in `models/upstream`, each name has an entry in `FACTS` and a canary, in
+tests/unit/methods/test_upstream.py. PEFT is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+FACTS = {
+    "peft/utils/peft_types.py": {
+        "PeftType": "a closed enumeration, and register_peft_method takes only its members"},
+    "peft/utils/other.py": {
+        "get_pattern_key": "which pattern of alpha_pattern a module matches",
+        "unload_and_optionally_merge_module": "how merge_and_unload merges, one layer at a time"},
+    "peft/tuners/adalora/layer.py": {
+        "AdaLoraLayer.ranknum": "what AdaLoRA divides by, which is not saved",
+        "RankAllocator.ipt, RankAllocator.exp_avg_ipt, RankAllocator.exp_avg_unc": "its scores"},
+    "peft/tuners/lora/config.py": {
+        "LoraConfig._register_custom_module": "PEFT's experimental door for layers of one's own"},
+    "peft/tuners/lora/model.py": {
+        "Linear._hf_tp_plan": "marks a linear that is cut over several devices"},
+    "peft/tuners/lora/layer.py": {  # subclassed in fast/layers/fused_lora
+        "LoraLayer.lora_variant": "whether it is DoRA or another form of LoRA",
+        "LoraLayer.lora_bias": "whether B has a bias"},
+    "peft/tuners/lora/bnb.py": {"lora.Linear4bit, lora.Linear8bitLt": "LoRA of a quantized linear"},
+    "peft/tuners/tuners_utils.py": {  # overridden or inherited by our tuners
+        "BaseTuner._prepare_adapter_config": "which modules a tuner adapts",
+        "BaseTuner._create_and_replace": "puts a layer of ours on a module",
+        "BaseTuner._pre_injection_hook": "refuses what a prefix cannot stand on",
+        "BaseTuner._post_injection_hook": "gives the model our attention",
+        "BaseTuner._replace_module": "exchanges a module that has no weight",
+        "BaseTuner._check_merge_allowed": "refuses to merge",
+        "BaseTunerLayer._disable_adapters": "what disable_adapters returns",
+        "BaseTunerLayer._cast_input_dtype": "the input in the adapter's precision",
+        "BaseTunerLayer._get_available_adapters": "the adapters on a layer"},
+}  # fmt: skip
+
+
+def add_peft_type(name: str) -> Any:
+    """Return the member of `peft.utils.PeftType` called `name`, made if it is not there.
+
+    The member is made as `enum` makes its own: known by name, by value and in iteration, so that
+    comparing, pickling and JSON work as for any other.
+    """
+    from peft import PeftType
+
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member._sort_order_ = len(PeftType)
+    member.__objclass__ = PeftType
+    setattr(PeftType, name, member)  # before the maps: a member that they hold cannot be set
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+def register_tuner(peft_type: Any, config: type, model: type) -> None:
+    """Make PEFT know a tuner of ours by its type; a second call does nothing."""
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import register_peft_method
+
+    if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=peft_type.value.lower(), config_cls=config, model_cls=model)
+
+
+def pattern_of(patterns: Iterable[str], module: str) -> str:
+    """Return the first of `patterns` that the name `module` matches; `module` where none does."""
+    from peft.utils.other import get_pattern_key
+
+    return str(get_pattern_key(list(patterns), module))
+
+
+def merge_layer(layer: Any) -> Any:
+    """Merge an adapter's layer (mutated) and return what stays in its place.
+
+    Raises:
+        RuntimeError: PEFT cannot merge it.
+    """
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        return layer.unload_and_optionally_merge_module(
+            merge=True, safe_merge=False, adapter_names=None
+        )
+    layer.merge()
+    return layer.get_base_layer()
+
+
+def freeze_ranks(model: Any) -> None:
+    """Freeze the rank that AdaLoRA's update is divided by (in place).
+
+    On a base that is not in float32 PEFT 0.21 leaves it trainable, and does not save it.
+    """
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.float()
+
+
+def restore_ranks(adapted: Any, config: Any) -> None:
+    """Set what AdaLoRA divides by, which is not saved: the rank at the start (mutated)."""
+    import torch
+
+    for module in adapted.modules():
+        if hasattr(module, "ranknum"):
+            rank = torch.full((1,), float(config.init_r))
+            module.ranknum["default"] = torch.nn.Parameter(rank, requires_grad=False)
+
+
+def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
+    """Return AdaLoRA's scores of every weight, by kind and name: the dicts that it works on."""
+    allocator = model.base_model.rankallocator
+    return {kind: getattr(allocator, kind) for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+
+
+def register_lora_layers(config: Any, layers: dict[type, Callable[..., Any]]) -> None:
+    """Make a `LoraConfig` (mutated) ask `layers` first; what is declined (None) goes on to PEFT."""
+    config._register_custom_module(layers)
+
+
+def is_cut_over_devices(linear: Any) -> bool:
+    """Whether transformers has cut `linear` for tensor parallelism."""
+    return hasattr(linear, "_hf_tp_plan")

@@ -1,0 +1,88 @@
+"""What ftlevel uses of other libraries that they do not promise to keep, and where it was read.
+
+Every private or undocumented name of transformers, torch, accelerate, bitsandbytes, datasets and
+torchao is used here and nowhere else; PEFT's stand in `methods/upstream.py`. `FACTS` has an entry
+for each, and tests/unit/models/test_upstream.py a canary, which fails when the name moves, takes
+other arguments or means something else. A test also looks for such names in all other modules.
+
+Importing this table imports none of the libraries; the modules beside it import what they need.
+"""
+
+from __future__ import annotations
+
+VERSIONS = {
+    "accelerate": "1.15.0", "bitsandbytes": "0.50.2", "datasets": "5.2.0", "peft": "0.21.2",
+    "torch": "2.13.0", "torchao": "0.18.0", "transformers": "5.24.0",
+}  # fmt: skip
+"""Library → the version that was read."""
+
+FACTS = {
+    "torch/_decomp/decompositions.py": {
+        "aten._softmax_backward_data": "where the probabilities are at hand: one kernel, no graph",
+        "aten.silu_backward, aten.gelu_backward": "the gradient of an activation from its input",
+        "aten._unsafe_view": "a shape that autograd takes for a new tensor, to be written to"},
+    "torch/_C/__init__.pyi": {"Tensor._version": "whether a tensor was written to since"},
+    "torch/utils/_python_dispatch.py": {
+        "Tensor.__tensor_flatten__": "the plain tensors that torchao's consist of"},
+    "torch/nn/modules/module.py": {
+        "Module._parameters, Module._buffers": "a module's own tensors, or None; can be replaced",
+        "Module._modules": "a shallow copy whose children can be replaced",
+        "Module._forward_hooks, Module._forward_pre_hooks": "who waits for a module to be called",
+        "Module._backward_hooks, Module._backward_pre_hooks": "likewise"},
+    "torch/cpu/__init__.py": {
+        "cpu._is_amx_tile_supported, cpu._is_avx512_bf16_supported": "a CPU with bfloat16"},
+    "accelerate/hooks.py": {"Module._hf_hook": "who waits for a module to be called: offloading"},
+    "accelerate/data_loader.py": {
+        "SeedableRandomSampler": "Trainer's order of rows, for several processes that share it"},
+    "datasets/config.py": {
+        "config.HF_HUB_OFFLINE": "keeps load_dataset from retrying what is out of reach"},
+    "transformers/models/auto/auto_factory.py": {
+        "AutoModel._model_mapping": "which class an auto class makes of a config"},
+    "transformers/models/auto/modeling_auto.py": {
+        "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "which model types have a masked-LM head"},
+    "transformers/modeling_utils.py": {
+        "PreTrainedModel._keep_in_fp32_modules": "what stays in float32 in float16",
+        "PreTrainedModel._keep_in_fp32_modules_strict": "what stays in float32 in bfloat16 too",
+        "PreTrainedModel._keys_to_ignore_on_save": "tensors that save_pretrained leaves out",
+        "PreTrainedModel.all_tied_weights_keys": "which tensors are another's",
+        "PreTrainedModel._is_stateful": "whether a recurrent state goes from token to token",
+        "PreTrainedModel._supports_sdpa": "scaled_dot_product_attention computes its attention",
+        "PreTrainedModel.hf_quantizer": "left on a model from .gguf, which then is not saved",
+        "ALL_ATTENTION_FUNCTIONS": "a module that imports it asks AttentionInterface"},
+    "transformers/configuration_utils.py": {
+        "PreTrainedConfig._attn_implementation": "what set_attn_implementation chose"},
+    "transformers/modeling_rope_utils.py": {
+        "ROPE_INIT_FUNCTIONS": "the stretched rotary frequencies that a .gguf file holds"},
+    "transformers/utils/chat_template_utils.py": {
+        "render_jinja_template": "a chat's text with the places of its answers, not tokenized"},
+    "transformers/conversion_mapping.py": {
+        "get_model_conversion_mapping": "how a checkpoint's tensors become a model's, one by one"},
+    "transformers/core_model_loading.py": {
+        "rename_source_key, WeightRenaming, WeightConverter": "what renames and converts them",
+        "dot_natural_key": "the order in which a converter takes them",
+        "revert_weight_conversion": "how a model's tensors are saved, one by one",
+        "PreTrainedModel._weight_conversions": "the translation that saving undoes"},
+    "transformers/quantizers/auto.py": {
+        "AutoHfQuantizer": "which linears are replaced, and whether they can be loaded here"},
+    "transformers/integrations/bitsandbytes.py": {
+        "Linear4bit.source_cls": "whether it was a Conv1D, whose weight is transposed"},
+    "bitsandbytes/nn/modules.py": {
+        "Linear4bit.support_avx512bf16_for_cpu": "keeps a weight in a form that has gradients",
+        "Linear4bit.compute_type_is_set": "whether compute_dtype is final",
+        "Int8Params.SCB": "the scales of an 8-bit weight",
+        "Linear8bitLt.init_8bit_state": "moves codes and scales to where the forward reads them"},
+    "bitsandbytes/functional.py": {
+        "QuantState.packing_format_for_cpu": "whether a weight was repacked",
+        "QuantState.state2": "the scales of a 4-bit weight",
+        "functional.get_4bit_type": "the 16 values of a 4-bit type"},
+    "torchao/prototype/safetensors/safetensors_support.py": {
+        "flatten_tensor_state_dict": "what save_pretrained stores of a packed weight"},
+    "transformers/utils/quantization_config.py": {
+        "TorchAoConfig.get_apply_tensor_subclass": "what torchao packs a weight by"},
+    "transformers/trainer.py": {  # overridden in training/trainer.py
+        "Trainer._get_train_sampler": "the order of rows, when it is not Trainer's",
+        "Trainer._get_num_items_in_batch": "the targets that a step's loss is divided by",
+        "Trainer.model_accepts_loss_kwargs": "tells Trainer that our loss divides by them",
+        "Trainer.current_gradient_accumulation_steps": "how many parts a step's loss comes in"},
+}  # fmt: skip
+"""File below site-packages → names, with their class → what for, there being no documented way."""

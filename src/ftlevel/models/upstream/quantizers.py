@@ -1,0 +1,123 @@
+"""What transformers, bitsandbytes and torchao do to a linear that they quantize.
+
+bitsandbytes takes a second to import, so nothing here imports it where it is not in use.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+def check_environment(stored: Mapping[str, Any], place: str) -> None:
+    """Let transformers raise whatever forbids to load weights quantized as `stored` at `place`."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
+    quantizer.validate_environment(device_map={"": place}, weights_only=True)
+
+
+def _prepare(model: Any, quantization: Any, *, pre_quantized: bool) -> Any:
+    """Replace the linears of `model` as transformers does (mutated); return what did it."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=pre_quantized)
+    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    return quantizer
+
+
+def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> dict[str, bool]:
+    """Return the linears of `model` (mutated) that bitsandbytes' replace; was each a Conv1D?"""
+    from transformers.pytorch_utils import Conv1D
+
+    _prepare(model, quantization, pre_quantized=pre_quantized)
+    return {
+        name: issubclass(module.source_cls, Conv1D)
+        for name, module in model.named_modules()
+        if hasattr(module, "source_cls")
+    }
+
+
+def torchao_linears(model: Any, quantization: Any) -> list[str]:
+    """Return the linears of `model` (mutated) that transformers would give to torchao."""
+    quantizer = _prepare(model, quantization, pre_quantized=False)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and quantizer.param_needs_quantization(model, f"{name}.weight")
+    ]
+
+
+def pack_torchao(
+    key: str, weight: torch.Tensor, quantization: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return what is stored for the weight `key`, and what the file's metadata says of it."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization import quantize_
+
+    linear = torch.nn.Linear(1, 1, bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    quantize_(linear, quantization.get_apply_tensor_subclass())
+    tensors, notes = flatten_tensor_state_dict({key: linear.weight})
+    return tensors, {key: notes[key]}
+
+
+def keep_trainable_layout(model: torch.nn.Module) -> int:
+    """Stop 4-bit layers from repacking themselves for inference on AVX512-BF16 CPUs.
+
+    The first forward in eval mode without gradients makes `bitsandbytes.nn.Linear4bit` rewrite
+    its weight into a layout that has no autograd path: from then on training runs on with wrong
+    gradients, `dequantize` and merging read garbage, and nothing is said. This must follow every
+    load of 4-bit weights. Returns how many layers were set (mutated in place).
+    """
+    bnb = sys.modules.get("bitsandbytes")
+    if bnb is None:
+        return 0
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
+
+
+def four_bit_values(quant_type: str) -> torch.Tensor:
+    """Return the 16 values of nf4 or fp4, by their codes."""
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type(quant_type, device="cpu")
+
+
+def scales_of(weight: Any) -> Iterator[torch.Tensor]:
+    """Yield the scales of a weight that bitsandbytes packed; those of scales may be codes."""
+    state = getattr(weight, "quant_state", None)  # 4 bits
+    while state is not None:
+        yield state.absmax.detach()
+        state = state.state2
+    scales = getattr(weight, "SCB", None)  # 8 bits
+    if scales is not None:
+        yield scales.detach()
+
+
+def can_train_4bit(linear: Any) -> bool:
+    """Whether a `Linear4bit` knows its compute dtype and is in its training layout (not packed)."""
+    state = getattr(linear.weight, "quant_state", None)
+    packed = getattr(state, "packing_format_for_cpu", False)
+    return state is not None and not packed and bool(linear.compute_type_is_set)
+
+
+def can_train_8bit(linear: Any) -> bool:
+    """Whether a `Linear8bitLt` computes with the dequantized weight, and has its scales."""
+    if linear.weight.device.type != "cpu" or linear.state.has_fp16_weights:
+        return False
+    if linear.weight.CB is not None:
+        linear.init_8bit_state()
+    return linear.state.CB is not None and linear.state.SCB is not None
+
+
+def dequantize_8bit(linear: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return W as (out, in), as bitsandbytes makes it; only after `can_train_8bit`."""
+    state = linear.state
+    return state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))

@@ -1,0 +1,487 @@
+"""A canary for each fact in `models.upstream`: it fails when the name moves or means otherwise."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import datasets
+import pytest
+import torch
+import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch import nn
+from torch.nn import functional
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+from export_cases import export_to, exportable
+from ftlevel.models.torchao_format import build_torchao_config
+from ftlevel.models.upstream import FACTS, architectures, conversions, data, quantizers
+from ftlevel.models.upstream import tensors as upstream
+from tiny_models import build
+from upstream_facts import Canaries, Fact, arguments, check_fact, facts
+
+CANARIES = Canaries()
+
+
+@pytest.mark.parametrize("fact", facts(FACTS), ids=lambda fact: fact.name)
+def test_it_is_what_was_read(fact: Fact, request: pytest.FixtureRequest) -> None:
+    check_fact(fact)
+    CANARIES[fact.name](request)
+
+
+def test_each_fact_has_a_canary() -> None:
+    assert set(CANARIES) == {fact.name for fact in facts(FACTS)}
+
+
+@CANARIES.of("aten._softmax_backward_data")
+def _(_: Any) -> None:
+    schema = "(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype) -> Tensor"
+    assert str(upstream.softmax_backward.default._schema).endswith(schema)
+    scores = torch.randn(3, 5, requires_grad=True)
+    p, of_p = scores.softmax(-1), torch.randn(3, 5)
+    (expected,) = torch.autograd.grad(p, scores, of_p)
+    assert torch.equal(upstream.softmax_backward(of_p, p.detach(), -1, p.dtype), expected)
+
+
+@CANARIES.of("aten.silu_backward", "aten.gelu_backward")
+def _(_: Any) -> None:
+    x, of_y = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    (expected,) = torch.autograd.grad(functional.silu(x), x, of_y)
+    assert torch.equal(upstream.silu_backward(of_y, x.detach()), expected)
+    for approximate in ("none", "tanh"):
+        (expected,) = torch.autograd.grad(functional.gelu(x, approximate=approximate), x, of_y)
+        found = upstream.gelu_backward(of_y, x.detach(), approximate=approximate)
+        assert torch.equal(found, expected)
+
+
+@CANARIES.of("aten._unsafe_view")
+def _(_: Any) -> None:
+    whole = torch.randn(6, requires_grad=True) * 2
+    shaped = upstream.new_shape(whole, [2, 3])
+    assert shaped.data_ptr() == whole.data_ptr()
+    assert not shaped._is_view()
+    assert shaped.requires_grad
+
+
+@CANARIES.of("Tensor._version")
+def _(_: Any) -> None:
+    tensor = torch.zeros(2)
+    before = upstream.version_of(tensor)
+    tensor.view(-1).add_(1)
+    assert upstream.version_of(tensor) == before + 1
+
+
+@CANARIES.of("Tensor.__tensor_flatten__", "TorchAoConfig.get_apply_tensor_subclass")
+def _(_: Any) -> None:
+    import torchao.quantization
+
+    quantization = build_torchao_config("int8-torchao")
+    linear, plain = nn.Linear(64, 8), torch.zeros(2)
+    torchao.quantization.quantize_(linear, quantization.get_apply_tensor_subclass())
+    parts = upstream.inner_tensors(linear.weight)
+    assert {part.dtype for part in parts} == {torch.int8, torch.float32}
+    assert not any(upstream.inner_tensors(part) for part in [*parts, plain])
+
+
+@CANARIES.of("Module._parameters", "Module._buffers")
+def _(_: Any) -> None:
+    linear = nn.Linear(2, 2, bias=False)
+    parameters, _ = upstream.own_tensors(linear)
+    assert parameters == {"weight": linear.weight, "bias": None}
+    parameters["weight"] = nn.Parameter(torch.eye(2) * 3)
+    assert torch.equal(linear(torch.ones(2)), torch.full((2,), 3.0))
+    norm = nn.BatchNorm1d(2)
+    _, buffers = upstream.own_tensors(norm)
+    buffers["running_mean"] = torch.ones(2)
+    assert norm.running_mean is buffers["running_mean"]
+
+
+@CANARIES.of("Module._modules")
+def _(_: Any) -> None:
+    pair = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    copied = upstream.copy_module(pair)
+    setattr(copied, "1", nn.Identity())
+    assert [type(child) for child in copied.children()] == [nn.Linear, nn.Identity]
+    assert [type(child) for child in pair.children()] == [nn.Linear, nn.ReLU]
+    assert torch.equal(copied(torch.ones(2)), pair[0](torch.ones(2)))
+
+
+@CANARIES.of(
+    "Module._forward_hooks",
+    "Module._forward_pre_hooks",
+    "Module._backward_hooks",
+    "Module._backward_pre_hooks",
+)
+def _(_: Any) -> None:
+    for register in (
+        nn.Module.register_forward_hook,
+        nn.Module.register_forward_pre_hook,
+        nn.Module.register_full_backward_hook,
+        nn.Module.register_full_backward_pre_hook,
+    ):
+        linear = nn.Linear(2, 2)
+        assert not upstream.is_watched(linear)
+        handle = register(linear, lambda *_: None)
+        assert upstream.is_watched(linear), register
+        handle.remove()
+        assert not upstream.is_watched(linear)
+
+
+@CANARIES.of("Module._hf_hook")
+def _(_: Any) -> None:
+    assert upstream.is_watched(add_hook_to_module(nn.Linear(2, 2), AlignDevicesHook()))
+
+
+@CANARIES.of("cpu._is_amx_tile_supported", "cpu._is_avx512_bf16_supported")
+def _(_: Any) -> None:
+    assert arguments(torch.cpu._is_amx_tile_supported) == []
+    assert arguments(torch.cpu._is_avx512_bf16_supported) == []
+    if platform.system() == "Linux":
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+        assert upstream.cpu_has("avx512_bf16") == ("avx512_bf16" in flags)
+        assert upstream.cpu_has("amx_tile") == ("amx_tile" in flags)
+
+
+@CANARIES.of("AutoModel._model_mapping")
+def _(_: Any) -> None:
+    for name, model in (
+        ("AutoModelForCausalLM", transformers.LlamaForCausalLM),
+        ("AutoModel", transformers.LlamaModel),
+    ):
+        assert architectures.model_classes(name)[transformers.LlamaConfig] is model
+    assert transformers.T5Config not in architectures.model_classes("AutoModelForCausalLM")
+    first = architectures.model_classes("AutoModel")[transformers.FunnelConfig]
+    assert first[0] is transformers.FunnelModel
+
+
+@CANARIES.of("MODEL_FOR_MASKED_LM_MAPPING_NAMES")
+def _(_: Any) -> None:
+    assert architectures.has_masked_lm("bert")
+    assert not architectures.has_masked_lm("llama")
+
+
+class _InFloat32(transformers.LlamaForCausalLM):  # type: ignore[misc]  # transformers is Any
+    _keep_in_fp32_modules = ("up_proj",)
+    _keep_in_fp32_modules_strict = ("down_proj",)
+
+
+@CANARIES.of(
+    "PreTrainedModel._keep_in_fp32_modules", "PreTrainedModel._keep_in_fp32_modules_strict"
+)
+def _(request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue("tiny_model_dir")("llama")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = _InFloat32.from_pretrained(folder, dtype=dtype)
+        found = {n.split(".")[-2] for n, p in model.named_parameters() if p.dtype == torch.float32}
+        if dtype == torch.float32:
+            assert architectures.modules_in_float32(model, dtype) == frozenset()
+        else:
+            assert found == architectures.modules_in_float32(model, dtype) != frozenset()
+
+
+class _Unsaved(transformers.LlamaForCausalLM):  # type: ignore[misc]  # transformers is Any
+    _keys_to_ignore_on_save = ("model.norm.weight",)
+
+
+@CANARIES.of("PreTrainedModel._keys_to_ignore_on_save")
+def _(request: pytest.FixtureRequest) -> None:
+    from safetensors.torch import load_file
+
+    tmp_path = request.getfixturevalue("tmp_path")
+    model = _Unsaved(build("llama").config)
+    model.save_pretrained(tmp_path)
+    left_out = set(model.state_dict()) - set(load_file(tmp_path / "model.safetensors"))
+    assert left_out == set(architectures.unsaved_names(model)) == {"model.norm.weight"}
+
+
+@CANARIES.of("PreTrainedModel.all_tied_weights_keys")
+def _(_: Any) -> None:
+    model = build("gpt2")
+    assert architectures.tied_names(model) == {"lm_head.weight": "transformer.wte.weight"}
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@CANARIES.of("PreTrainedModel._is_stateful")
+def _(_: Any) -> None:
+    assert architectures.is_stateful(transformers.MambaForCausalLM)
+    assert not architectures.is_stateful(transformers.LlamaForCausalLM)
+
+
+@CANARIES.of("PreTrainedModel._supports_sdpa", "ALL_ATTENTION_FUNCTIONS")
+def _(_: Any) -> None:
+    assert architectures.supports_sdpa(transformers.LlamaModel)
+    assert architectures.asks_for_attention(transformers.LlamaModel)
+    assert not architectures.supports_sdpa(transformers.DebertaV2Model)
+    assert not architectures.asks_for_attention(transformers.DebertaV2Model)
+    module = inspect.getmodule(transformers.LlamaModel)
+    assert isinstance(vars(module)["ALL_ATTENTION_FUNCTIONS"], transformers.AttentionInterface)
+
+
+@CANARIES.of("PreTrainedConfig._attn_implementation")
+def _(_: Any) -> None:
+    model = build("llama")
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert architectures.attention_of(model) == name
+
+
+@CANARIES.of("PreTrainedModel.hf_quantizer")
+def _(request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue("tmp_path")
+    plain = exportable(request.getfixturevalue("tiny_model_dir"), folder, "llama")
+    export_to(str(folder / "x.gguf"), plain, outtype="f32", verify=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file="x.gguf")
+    assert {"hf_quantizer", "is_quantized"} & set(vars(model))
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(folder)
+    architectures.forget_gguf(model)
+    model.save_pretrained(folder)
+    assert not hasattr(transformers.AutoConfig.from_pretrained(folder), "quantization_config")
+
+
+@CANARIES.of("ROPE_INIT_FUNCTIONS")
+def _(_: Any) -> None:
+    rope = {
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters=rope)
+    found = architectures.llama3_frequencies(config)
+    plain = 1.0 / 1e4 ** (torch.arange(0, 16, 2) / 16)
+    assert torch.allclose(found[:1], plain[:1])
+    assert torch.allclose(found[3:], plain[3:] / 8)
+
+
+_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}|{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
+
+
+@CANARIES.of("render_jinja_template")
+def _(_: Any) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
+    marked = data.apply_template(turns, _TEMPLATE, return_assistant_tokens_mask=True)
+    assert marked == ("a|bc", [(2, 4)])
+    assert data.apply_template(turns[:1], _TEMPLATE, add_generation_prompt=True) == ("a|>", [])
+    data.check_template(_TEMPLATE)
+
+
+@CANARIES.of(
+    "get_model_conversion_mapping",
+    "rename_source_key",
+    "WeightRenaming",
+    "WeightConverter",
+    "dot_natural_key",
+)
+def _(_: Any) -> None:
+    assert arguments(conversions.get_model_conversion_mapping)[:2] == ["model", "key_mapping"]
+    assert arguments(conversions.rename_source_key) == [
+        "source_key", "weight_renamings", "weight_converters", "base_model_prefix",
+        "meta_state_dict", "reverse",
+    ]  # fmt: skip
+    add = ["self", "target_key", "source_key", "source_pattern", "future"]
+    assert arguments(WeightConverter.add_tensor) == add
+    assert issubclass(WeightConverter, type(WeightRenaming("a", "b")).__base__)
+    model = build("mixtral")
+    naming = conversions.Naming(model)
+    expert = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    name, pattern = naming(expert.format(0))
+    assert name == "model.layers.0.mlp.experts.down_proj"
+    assert pattern is not None
+    assert naming("model.norm.weight") == ("model.norm.weight", None)
+    # Ten experts, so that the order of names is not that of numbers.
+    keys = conversions.in_reading_order(expert.format(index) for index in reversed(range(11)))
+    assert keys == [expert.format(index) for index in range(11)]
+    parts = [(key, pattern, torch.full((2, 3), float(at))) for at, key in enumerate(keys)]
+    merged = conversions.convert(naming.converters[pattern], name, parts, model)
+    assert torch.equal(merged[:, 0, 0], torch.arange(11.0))
+
+
+@CANARIES.of("revert_weight_conversion", "PreTrainedModel._weight_conversions")
+def _(request: pytest.FixtureRequest) -> None:
+    assert arguments(conversions.revert_weight_conversion) == ["model", "state_dict"]
+    folder = request.getfixturevalue("tiny_model_dir")("mixtral")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    name = "model.layers.0.mlp.experts.down_proj"
+    saved = conversions.revert(model, {name: model.get_parameter(name)})
+    expert = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    assert set(saved) == {expert.format(index) for index in range(len(model.get_parameter(name)))}
+    conversions.forget_conversions(model)
+    assert list(conversions.revert(model, {name: model.get_parameter(name)})) == [name]
+
+
+@CANARIES.of("AutoHfQuantizer", "Linear4bit.source_cls")
+def _(_: Any) -> None:
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, llm_int8_skip_modules=["lm_head"]
+    )
+    for family, is_conv1d in (("gpt2", True), ("llama", False)):
+        with torch.device("meta"):
+            model = type(build(family))(build(family).config)
+        linears = {
+            name for name, module in model.named_modules()
+            if type(module).__name__ in ("Linear", "Conv1D") and name != "lm_head"
+        }  # fmt: skip
+        found = quantizers.replaced_linears(model, quantization, pre_quantized=False)
+        assert found == dict.fromkeys(linears, is_conv1d)
+        assert all(isinstance(model.get_submodule(name), bnb.nn.Linear4bit) for name in found)
+    quantizers.check_environment(quantization.to_dict(), "cpu")
+    with pytest.raises((ImportError, RuntimeError, ValueError)):
+        quantizers.check_environment({"quant_method": "gptq", "bits": 4}, "cpu")
+
+
+def _four_bit(double: bool = False) -> Any:
+    linear: Any = bnb.nn.Linear4bit(64, 64, bias=False, compress_statistics=double)
+    return linear.to("cpu")
+
+
+@CANARIES.of("Linear4bit.support_avx512bf16_for_cpu", "QuantState.packing_format_for_cpu")
+def _(_: Any) -> None:
+    # What it does is in test_four_bit_training.py, where the processor has what it takes.
+    linear = _four_bit()
+    assert "self.support_avx512bf16_for_cpu" in inspect.getsource(bnb.nn.Linear4bit.forward)
+    assert "quant_state.packing_format_for_cpu = True" in inspect.getsource(bnb.functional)
+    assert quantizers.keep_trainable_layout(nn.Sequential(linear)) == 1
+    assert linear.support_avx512bf16_for_cpu is False
+    linear.compute_type_is_set = True
+    assert quantizers.can_train_4bit(linear)
+    linear.weight.quant_state.packing_format_for_cpu = True
+    assert not quantizers.can_train_4bit(linear)
+
+
+@CANARIES.of("Linear4bit.compute_type_is_set")
+def _(_: Any) -> None:
+    linear = _four_bit()
+    quantizers.keep_trainable_layout(linear)
+    assert not quantizers.can_train_4bit(linear)
+    linear(torch.ones(1, 64, dtype=torch.bfloat16))
+    assert linear.compute_dtype == torch.bfloat16
+    assert quantizers.can_train_4bit(linear)
+
+
+@CANARIES.of("QuantState.state2")
+def _(_: Any) -> None:
+    (scales,) = quantizers.scales_of(_four_bit().weight)
+    assert (scales.dtype, scales.numel()) == (torch.float32, 64)
+    codes, scales = quantizers.scales_of(_four_bit(double=True).weight)
+    assert (codes.dtype, scales.dtype) == (torch.uint8, torch.float32)
+    assert not list(quantizers.scales_of(nn.Linear(2, 2).weight))
+
+
+@CANARIES.of("Int8Params.SCB", "Linear8bitLt.init_8bit_state")
+def _(_: Any) -> None:
+    plain = nn.Linear(64, 32, bias=False)
+    linear: Any = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+    linear.load_state_dict(plain.state_dict())
+    linear = linear.to("cpu")
+    (scales,) = quantizers.scales_of(linear.weight)
+    assert torch.allclose(scales, plain.weight.abs().amax(1), rtol=1e-2)
+    assert quantizers.can_train_8bit(linear)
+    found = quantizers.dequantize_8bit(linear, torch.float32)
+    assert (found - plain.weight).abs().max() <= plain.weight.abs().max() / 127
+    x = torch.randn(3, 64)
+    assert torch.allclose(linear(x), x @ found.t(), atol=2e-2)
+
+
+@CANARIES.of("functional.get_4bit_type")
+def _(_: Any) -> None:
+    assert arguments(bnb.functional.get_4bit_type)[:2] == ["typename", "device"]
+    for kind in ("nf4", "fp4"):
+        values = quantizers.four_bit_values(kind)
+        assert values.shape == (16,)
+        weight = values.repeat(4)  # one block, whose scale is 1
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type=kind, blocksize=64)
+        assert torch.allclose(bnb.functional.dequantize_4bit(packed, state), weight)
+
+
+@CANARIES.of("flatten_tensor_state_dict")
+def _(_: Any) -> None:
+    import torchao.prototype.safetensors.safetensors_support as support
+
+    weight = torch.randn(8, 64)
+    tensors, notes = quantizers.pack_torchao(
+        "a.weight", weight, build_torchao_config("int8-torchao")
+    )
+    assert {name for name in tensors if tensors[name].dtype == torch.int8} == {
+        "a._weight_qdata", "a._weight_zero_point"
+    }  # fmt: skip
+    listed = {**notes, "tensor_names": json.dumps(["a.weight"])}
+    restored, rest = support.unflatten_tensor_state_dict(tensors, listed)
+    assert not rest
+    assert torch.allclose(restored["a.weight"].dequantize(), weight, atol=0.05)
+
+
+@CANARIES.of("SeedableRandomSampler")
+def _(_: Any) -> None:
+    sampler = data.shared_order()
+    order = sampler(range(9), generator=torch.Generator(), data_seed=3)
+    for epoch in (0, 2):
+        order.set_epoch(epoch)
+        drawn = torch.randperm(9, generator=torch.Generator().manual_seed(3 + epoch))
+        assert list(order) == drawn.tolist()
+
+
+@CANARIES.of("config.HF_HUB_OFFLINE")
+def _(request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue("monkeypatch").setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with data.datasets_offline(True), pytest.raises(ConnectionError, match="OfflineModeIsEnabled"):
+        datasets.load_dataset("no-such-owner/no-such-data")
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+@CANARIES.of(
+    "Trainer._get_train_sampler",
+    "Trainer._get_num_items_in_batch",
+    "Trainer.model_accepts_loss_kwargs",
+    "Trainer.current_gradient_accumulation_steps",
+)
+def _(request: pytest.FixtureRequest) -> None:
+    assert arguments(transformers.Trainer._get_train_sampler) == ["self", "train_dataset"]
+    counted = ["self", "batch_samples", "device"]
+    assert arguments(transformers.Trainer._get_num_items_in_batch) == counted
+    trainer = _Backwards(
+        model=build("llama"),
+        args=transformers.TrainingArguments(
+            str(request.getfixturevalue("tmp_path")), max_steps=1, per_device_train_batch_size=1,
+            gradient_accumulation_steps=2, report_to=[], use_cpu=True, learning_rate=0.0,
+        ),
+        train_dataset=[{"input_ids": torch.tensor([3 + at, 4])} for at in range(4)],
+    )  # fmt: skip
+    trainer.model_accepts_loss_kwargs = True
+    logged = trainer.train().training_loss
+    assert trainer.seen == [6, 5]  # in the order that the override gave
+    assert logged == 2.0  # two parts of 7 / 7: summed, and divided by nothing
+    assert trainer.steps == [2, 2]
+    trainer.model_accepts_loss_kwargs = False
+    assert trainer.train().training_loss == 1.0  # divided by the parts
+
+
+class _Backwards(transformers.Trainer):  # type: ignore[misc]  # transformers is Any
+    """Takes the last rows first, and says that a step has 7 targets."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.seen: list[int] = []
+        self.steps: list[int] = []
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return [3, 2, 1, 0]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> torch.Tensor:
+        assert len(batch_samples) == 2
+        return torch.tensor(7)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        self.seen.append(int(inputs["input_ids"][0, 0]))
+        self.steps.append(self.current_gradient_accumulation_steps)
+        targets = 7 if num_items_in_batch is None else num_items_in_batch
+        return model(**inputs).logits.sum() * 0 + 7 / targets

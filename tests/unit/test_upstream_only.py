@@ -1,0 +1,150 @@
+"""No module but `models.upstream` and `methods.upstream` uses what other libraries keep private.
+
+Looked for are imports from modules that the libraries do not document, names that begin with an
+underscore on what is not ours, and private names of their classes that ours override or inherit
+(which has no other place to stand: it must be among the facts).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+from transformers import Trainer
+
+import ftlevel
+from ftlevel.methods.upstream import FACTS as OF_METHODS
+from ftlevel.models.upstream import FACTS as OF_MODELS
+from upstream_facts import facts
+
+if (found := ftlevel.__file__) is None:
+    raise RuntimeError("ftlevel has no directory")
+SOURCE = Path(found).parent
+DOORS = ("models/upstream/", "methods/upstream")
+
+LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchao", "transformers")
+DOCUMENTED = {
+    "bitsandbytes", "bitsandbytes.functional", "datasets", "peft", "peft.optimizers",
+    "peft.tuners", "peft.tuners.lora", "peft.tuners.tuners_utils", "peft.utils", "torch",
+    "torch.autograd.function", "torch.nn", "torch.nn.attention.varlen", "torch.utils.data",
+    "torchao.quantization", "transformers", "transformers.activations",
+    "transformers.cache_utils", "transformers.integrations.sdpa_attention",
+    "transformers.masking_utils", "transformers.pytorch_utils", "transformers.utils",
+}  # fmt: skip
+"""Modules from which the libraries' own documentation imports."""
+
+INHERITED = {
+    name
+    for base in (BaseTuner, BaseTunerLayer, LoraLayer, nn.Module, Trainer)
+    for name in [*dir(base), *vars(base)]
+    if name.startswith("_") and not name.endswith("__")
+}
+STATED = {
+    fact.name.rpartition(".")[2] for table in (OF_METHODS, OF_MODELS) for fact in facts(table)
+}
+PROTOCOLS = {"__tensor_flatten__", "__tensor_unflatten__", "__torch_dispatch__"}
+
+
+def is_private(name: str) -> bool:
+    return (name.startswith("_") and not name.endswith("__")) or name in PROTOCOLS
+
+
+def own_names(tree: ast.AST) -> set[str]:
+    """Return the private names that a module gives to attributes of its own classes."""
+    return {
+        node.attr if isinstance(node, ast.Attribute) else node.name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        or (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and ast.unparse(node.value) == "self"
+        )
+    }
+
+
+def find_imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        modules, names = [], []
+        if isinstance(node, ast.ImportFrom):
+            modules, names = [node.module or ""], [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        theirs = [module for module in modules if module.partition(".")[0] in LIBRARIES]
+        yield from ((node.lineno, module) for module in theirs if module not in DOCUMENTED)
+        yield from ((node.lineno, name) for name in names if theirs and is_private(name))
+
+
+def find_uses(code: str) -> Iterator[tuple[int, str]]:
+    """Yield the line of each use of another library's private name, and what it is."""
+    tree = ast.parse(code)
+    own = own_names(tree)
+    yield from find_imports(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            whose = ast.unparse(node.value)
+            if whose in ("self", "cls", "super()"):
+                if node.attr in INHERITED - STATED and node.attr not in own:
+                    yield node.lineno, f"{whose}.{node.attr}"
+            elif (is_private(node.attr) and node.attr not in own) or whose == "torch.ops":
+                yield node.lineno, f"{whose}.{node.attr}"
+        elif isinstance(node, ast.Call) and len(node.args) > 1:
+            name = node.args[1]
+            if (
+                ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr")
+                and isinstance(name, ast.Constant)
+                and is_private(str(name.value))
+            ):
+                yield node.lineno, str(name.value)
+        elif isinstance(node, ast.ClassDef) and node.bases:
+            yield from (
+                (part.lineno, f"{node.name}.{part.name}")
+                for part in node.body
+                if isinstance(part, ast.FunctionDef) and part.name in INHERITED - STATED
+            )
+
+
+def test_private_names_are_used_in_two_places_only() -> None:
+    uses = [
+        f"{path}:{line}: {what}"
+        for file in sorted(SOURCE.rglob("*.py"))
+        if not (path := file.relative_to(SOURCE).as_posix()).startswith(DOORS)
+        for line, what in find_uses(file.read_text(encoding="utf-8"))
+    ]
+    assert not uses, "use these through models/upstream or methods/upstream:\n" + "\n".join(uses)
+
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        ("from transformers.core_model_loading import rename_source_key", "core_model_loading"),
+        ("import peft.mapping", "peft.mapping"),
+        ("from torch import _C", "_C"),
+        ("model.config._attn_implementation", "model.config._attn_implementation"),
+        ("torch.ops.aten", "torch.ops.aten"),
+        ("hasattr(module, '_hf_hook')", "_hf_hook"),
+        ("tensor.__tensor_flatten__()", "__tensor_flatten__"),
+        ("class A(Trainer):\n    def _inner_training_loop(self): ...", "_inner_training_loop"),
+        ("class A(Trainer):\n    def train(self):\n        super()._save(1)", "super()._save"),
+    ],
+)
+def test_a_private_name_is_found(code: str, what: str) -> None:
+    assert [found for _, found in find_uses(code) if what in found]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from transformers import AttentionInterface",
+        "class A:\n    def f(self):\n        self._own = 1\n        other._own",
+        "class A(Trainer):\n    def _get_train_sampler(self): ...",
+        "name.__class__.__name__",
+    ],
+)
+def test_what_is_documented_or_our_own_is_not(code: str) -> None:
+    assert not list(find_uses(code))
