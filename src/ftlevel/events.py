@@ -15,7 +15,7 @@ class Listener(Protocol):
         """A part of the work begins, such as `load the model`."""
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """What the run is made of is settled."""
+        """What the run is made of is resolved."""
 
     def progress(self, done: int, total: int) -> None:
         """So many of so many examples are encoded."""

@@ -105,7 +105,12 @@ WORDS = {
                                 ("_Cutter", "Ways")),
     "merge input": Word(("src",), r"\b(?:\w+_)?[Ss]ubject\b", ("Subject(", "resolve_subject")),
     "plain PEFT": Word(("src", "docs"), r"\b[Ff]oreign\b", ("a foreign adapter",)),
-    "resolve": Word(ROOMS, r"\bsettled?\b|\bsettle_", ("settle_stored", "settled")),
+    "resolve": Word(("src", "tests"), r"\bsettled?\b|settle_", ("settle_stored", "settled")),
+    "EncodingContext": Word(EVERYWHERE, r"\bAsked\(|: Asked\b", ("Asked(task", "asked: Asked"),
+                            ("Asked and answered", "as asked")),
+    "warnings": Word(EVERYWHERE, r"\bdoubts?\b", ("doubts(config)",)),
+    "callbacks": Word(EVERYWHERE, r"\bCertify\(|\bKeepStream\b|\bFollowEpoch\b",
+                      ("Certify(", "KeepStream", "FollowEpoch")),
 }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ from ftlevel.weights.quantize_layout import (
     build_layout,
     kept_modules,
     predict_bytes,
-    settle,
+    resolve_layout,
 )
 from ftlevel.weights.quantize_shards import Written, quantize_shards
 from ftlevel.weights.tensor_files import read_header, weight_files
@@ -215,7 +215,7 @@ def _source_files(plan: _Plan) -> Iterator[Path]:
 def _write(plan: _Plan, directory: Path, out: Path, listener: Listener) -> tuple[Layout, Written]:
     """Write weights, config.json and what belongs to the tokenizer."""
     shards = weight_files(directory)
-    layout = settle(plan.layout, (key for shard in shards for key in read_header(shard)[0]))
+    layout = resolve_layout(plan.layout, (key for shard in shards for key in read_header(shard)[0]))
     listener.begin(0)
     written = quantize_shards(shards, out, layout, lambda done, _: listener.step(done))
     stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))

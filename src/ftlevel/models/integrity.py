@@ -55,7 +55,7 @@ def _by(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape)) or "a single number"
 
 
-def check_unread(model: nn.Module, unread: Iterable[str], words: str) -> None:
+def check_unexpected(model: nn.Module, unread: Iterable[str], words: str) -> None:
     """Refuse a checkpoint of which the model leaves out layers or biases.
 
     What else it may hold and a task may leave unread, such as another task's head, is none of it.

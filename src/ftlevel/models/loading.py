@@ -25,7 +25,7 @@ from ftlevel.models.integrity import (
     check_finite,
     check_shapes,
     check_stored_dtypes,
-    check_unread,
+    check_unexpected,
 )
 from ftlevel.models.module_tree import find_heads, find_unpackable
 from ftlevel.models.quantized import as_quant_config, stored_quantization
@@ -209,7 +209,7 @@ def load_model(
             **arguments,
         )
     redrawn = check_shapes(model, info["mismatched_keys"], source.words)
-    check_unread(model, info["unexpected_keys"], source.words)
+    check_unexpected(model, info["unexpected_keys"], source.words)
     check_finite(model.named_parameters(), source.words)
     if mapping:
         forget_renaming(model, mapping)

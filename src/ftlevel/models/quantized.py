@@ -89,7 +89,7 @@ def check_loadable(stored: dict[str, Any], words: str, device: str) -> None:
         ) from None
 
 
-def settle_quantization(
+def match_quantization(
     stored: dict[str, Any] | None, wish: QuantConfig, words: str, device: str
 ) -> QuantConfig:
     """Return how the base is quantized: as the user wishes, or as the checkpoint is already.

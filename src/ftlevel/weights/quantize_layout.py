@@ -92,7 +92,7 @@ def build_layout(config: Any, auto_class: str, quantization: Any, dtype: torch.d
     return Layout(linears, kept, dtype, modules_in_float32(meta, dtype), parameters, naming)
 
 
-def settle(layout: Layout, keys: Iterable[str]) -> Layout:
+def resolve_layout(layout: Layout, keys: Iterable[str]) -> Layout:
     """Return `layout` for a checkpoint with these `keys`.
 
     A linear whose weight is assembled from several tensors while loading cannot be packed piece by

@@ -50,7 +50,7 @@ def quantize_shards(
     Args:
         shards: the source's files.
         out: an existing directory.
-        layout: what is quantized, settled for this checkpoint.
+        layout: what is quantized, resolved for this checkpoint.
         progress: told the number of tensors done and of all.
 
     Raises:

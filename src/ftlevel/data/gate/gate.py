@@ -16,7 +16,7 @@ from ftlevel.data.encoding.store import take_rows
 from ftlevel.data.gate import Finding, checks, duplicates, judge
 from ftlevel.data.gate.duplicates import Keys
 from ftlevel.data.gate.flat import Integers, Mask, examples_of, flat_batches, rows_of
-from ftlevel.data.sources.table import BadRow, Table, settle
+from ftlevel.data.sources.table import BadRow, Table, resolve_bad
 from ftlevel.errors import InputError
 from ftlevel.task import Task
 
@@ -221,7 +221,7 @@ def stop_ids(tokenizer: Any) -> frozenset[int]:
     )
 
 
-def settle_faults(
+def resolve_faults(
     table: Table, bad: Sequence[BadRow], config: DataConfig, split: str, *, lenient: bool
 ) -> tuple[Table, list[Finding]]:
     """Return `table` without the rows that nothing can be learned from, and what was found.
@@ -251,5 +251,5 @@ def settle_faults(
     drops = {f.name for f in findings if f.action == "drop" or lenient}
     rest = [row for row in bad if row.finding not in drops]
     if rest:
-        settle(table, rest, config.on_bad_row)
-    return settle(table, bad, "skip"), findings
+        resolve_bad(table, rest, config.on_bad_row)
+    return resolve_bad(table, bad, "skip"), findings

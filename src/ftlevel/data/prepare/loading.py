@@ -12,9 +12,9 @@ from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.examples import convert_rows, to_examples
 from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels, find_unlabelled
 from ftlevel.data.gate import Finding
-from ftlevel.data.gate.gate import settle_faults
+from ftlevel.data.gate.gate import resolve_faults
 from ftlevel.data.sources.splits import Splits, hold_out, join_splits, load_splits
-from ftlevel.data.sources.table import BadRow, Table, settle
+from ftlevel.data.sources.table import BadRow, Table, resolve_bad
 from ftlevel.task import Task
 
 BUILTIN_ROWS = 192
@@ -114,7 +114,7 @@ class Converter:
             bad += find_unlabelled(labels, examples, table, column)
         if not bad:
             return table, examples
-        return self._settled(split, table, bad)
+        return self._without(split, table, bad)
 
     def known(
         self, split: str, table: Table, labels: LabelSet | None
@@ -137,11 +137,11 @@ class Converter:
         faults = self.task.find_faults(examples, labels, table)
         if not faults:
             return table, examples
-        table = settle(table, faults, self.config.on_bad_row)
+        table = resolve_bad(table, faults, self.config.on_bad_row)
         return table, to_examples(table, self.shape)
 
-    def _settled(self, split: str, table: Table, bad: list[BadRow]) -> tuple[Table, Sequence[Any]]:
-        table, found = settle_faults(table, bad, self.config, split, lenient=self.lenient)
+    def _without(self, split: str, table: Table, bad: list[BadRow]) -> tuple[Table, Sequence[Any]]:
+        table, found = resolve_faults(table, bad, self.config, split, lenient=self.lenient)
         self.findings += found
         return table, to_examples(table, self.shape)
 

@@ -21,7 +21,7 @@ from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream
 from ftlevel.data.sources.splits import Splits
 from ftlevel.data.sources.stream_sources import StreamSource, open_source
 from ftlevel.data.sources.streams import Chunk
-from ftlevel.data.sources.table import BadRow, Row, Table, settle
+from ftlevel.data.sources.table import BadRow, Row, Table, resolve_bad
 from ftlevel.data.sources.uniform import Form, find_odd_rows
 from ftlevel.errors import InputError
 
@@ -56,15 +56,15 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> Prepared:
     if config.max_length == "auto":
         length = _with_room(length, context.bounds.tightest[0])
     may_lose = config.max_length == "auto" and overlong == "error"
-    settled = config.model_copy(
+    resolved = config.model_copy(
         update={"max_length": length, "overlong": "drop" if may_lose else overlong}
     )
     encoder = Encoder(
-        context.task, context.kind, context.tokenizer, settled, context.bounds,
+        context.task, context.kind, context.tokenizer, resolved, context.bounds,
         prepared.prompt_format, partly=True,
     )  # fmt: skip
     encode = ChunkEncoder(
-        settled, loaded.format, form, encoder, context.gate(config.gate), may_lose
+        resolved, loaded.format, form, encoder, context.gate(config.gate), may_lose
     )
     stream = RowStream(
         source.train, encode, config.validation_rows or 0, config.shuffle_buffer, context.seed
@@ -118,11 +118,11 @@ def _read_head(source: StreamSource, config: DataConfig) -> tuple[Splits, Form]:
     form = Form.of(table.rows, table.lines)
     train, validation = table, source.validation
     if held:
-        validation = settle(
+        validation = resolve_bad(
             table.take(range(held)), _within(odd, table, 0, held), config.on_bad_row
         )
         train = table.take(range(held, len(table)))
-    train = settle(train, [*bad, *_within(odd, table, held, len(table))], config.on_bad_row)
+    train = resolve_bad(train, [*bad, *_within(odd, table, held, len(table))], config.on_bad_row)
     notes = list(source.notes)
     if held:
         notes.append(f"validation: the first {held:,} rows, which are not trained on")

@@ -92,7 +92,7 @@ class Table:
         return replace(self, rows=[self.rows[i] for i in chosen], lines=lines, dropped=())
 
 
-def settle(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:
+def resolve_bad(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:
     """Return `table` without the rows in `bad`, counted in `dropped`; or refuse it.
 
     A bad row that never made it into `table.rows` (a line that is no JSON) is counted as well.

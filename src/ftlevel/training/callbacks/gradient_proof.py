@@ -29,7 +29,7 @@ class GradientProof(TrainerCallback):
         self._trainable: list[tuple[str, Any]] = []
         self._zero_first: set[str] | None = None
         self._has_moved = False
-        self._is_settled = False
+        self._is_checked = False
 
     def on_pre_optimizer_step(
         self,
@@ -45,7 +45,7 @@ class GradientProof(TrainerCallback):
             self._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             self._check_all_have_one(self._trainable)
         trainable = self._trainable
-        if self._is_settled and self._are_finite():
+        if self._is_checked and self._are_finite():
             return
         sums = torch.stack([_absolute_sum(p.grad) for _, p in trainable])
         if not bool(torch.isfinite(sums).all()):
@@ -55,7 +55,7 @@ class GradientProof(TrainerCallback):
                 f"{len(trainable):,} tensors, such as {bad[0]}). Training stopped before the "
                 "weights took it. Lower --learning-rate, or use --dtype float32."
             )
-        if not self._is_settled:
+        if not self._is_checked:
             zero = {n for (n, _), s in zip(trainable, sums, strict=True) if s == 0}
             self._look_for_idle(zero, len(trainable), optimizer)
 
@@ -69,7 +69,7 @@ class GradientProof(TrainerCallback):
         if self._zero_first is None:
             self._zero_first = zero
         elif self._has_moved:
-            self._is_settled = True
+            self._is_checked = True
             self.idle = sorted(zero & self._zero_first)
             if self.idle:
                 self.listener.warn(

@@ -15,8 +15,8 @@ from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.quantized import (
+    match_quantization,
     quantization_name,
-    settle_quantization,
     stored_quantization,
 )
 from ftlevel.models.sources import ModelSource
@@ -33,7 +33,7 @@ def resolve_quantization(
     stored = stored_quantization(bare)
     if stored is None:
         return config
-    quant = settle_quantization(stored, config.quant, source.words, device)
+    quant = match_quantization(stored, config.quant, source.words, device)
     method, form = config.method, quantization_name(stored)
     base = QuantizedCheckpoint(source.name, form, quant.kind)
     if reason := METHODS[method.kind].refuse_quantized(method, base):

@@ -19,7 +19,7 @@ from ftlevel.data.formats.examples import (
     convert_rows,
     to_examples,
 )
-from ftlevel.data.sources.table import Table, settle
+from ftlevel.data.sources.table import Table, resolve_bad
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
@@ -237,7 +237,7 @@ def test_unusable_rows_are_collected_or_dropped() -> None:
         "x.jsonl: 7 of 9 rows are bad (the first 5 are above). Fix them, or drop bad rows with "
         "--on-bad-row skip.",
     ]
-    kept = settle(table, convert_rows(table, found)[1], "skip")
+    kept = resolve_bad(table, convert_rows(table, found)[1], "skip")
     assert to_examples(kept, found) == [PlainText("a", 0), PlainText("b", 1)]
     assert kept.where(1) == "x.jsonl:4"
     assert [row.line for row in kept.dropped] == [2, 3, 5, 6, 7, 8, 9]

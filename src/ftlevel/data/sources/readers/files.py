@@ -10,7 +10,7 @@ from ftlevel.data.sources.readers.paragraphs import Paragraphs
 from ftlevel.data.sources.readers.parquet import Parquet
 from ftlevel.data.sources.readers.separated import CommaSeparated, TabSeparated
 from ftlevel.data.sources.streams import Reader, Stream, refuse_unreadable
-from ftlevel.data.sources.table import OnBadRow, Table, settle
+from ftlevel.data.sources.table import OnBadRow, Table, resolve_bad
 from ftlevel.errors import InputError, did_you_mean, listing
 
 READERS: dict[str, type[Reader]] = {
@@ -52,7 +52,7 @@ def read_table(path: Path, on_bad_row: OnBadRow = "error") -> Table:
         table, bad = format_(path).collect()
     if not table.rows and not bad:
         raise InputError(f"{path}: has 0 rows. Give a file with rows.")
-    return settle(table, bad, on_bad_row)
+    return resolve_bad(table, bad, on_bad_row)
 
 
 def open_stream(path: Path) -> Stream:

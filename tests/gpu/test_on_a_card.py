@@ -1,0 +1,79 @@
+"""On a card: a run ends as on the CPU, the fast step gives the plain step's losses, and 4 bits train.
+
+Nothing here has run where there is no CUDA device; `pytest tests/gpu -m gpu` runs it where there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+STEPS = ("--max-steps", "4", "--logging-steps", "1", "--max-samples", "64", "--seed", "3")
+
+
+def train(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Train in `folder` and return the summary, with the loss of every step as `losses`."""
+    command = [sys.executable, "-m", "ftlevel", "train", *STEPS, *arguments, "--json"]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    summary: dict[str, Any] = json.loads(done.stdout)
+    log = (folder / summary["run"] / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in log]
+    return summary | {"losses": [record["loss"] for record in records if "loss" in record]}
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "prefix", "ia3", "full"])
+def test_float32_gives_the_losses_of_the_cpu(tmp_path: Path, method: str) -> None:
+    common = ("--method", method, "--dtype", "float32", "--output-dir")
+    card = train(tmp_path, *common, "card", "--device", "cuda")
+    cpu = train(tmp_path, *common, "cpu", "--device", "cpu")
+    assert card["losses"] == pytest.approx(cpu["losses"], rel=1e-3)
+    assert card["proof"]["reload_difference"] <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_fast_step_gives_the_losses_of_the_plain_one(tmp_path: Path, dtype: str) -> None:
+    common = ("--device", "cuda", "--dtype", dtype, "--lora-dropout", "0", "--output-dir")
+    fast = train(tmp_path, *common, "fast")
+    plain = train(tmp_path, *common, "plain", "--no-fast")
+    bound = 1e-4 if dtype == "float32" else 2e-2
+    assert fast["losses"] == pytest.approx(plain["losses"], rel=bound)
+
+
+@pytest.mark.parametrize("quant", ["4bit", "8bit"])
+def test_a_quantized_base_learns_and_is_left_as_it_is(tmp_path: Path, quant: str) -> None:
+    method = "qlora" if quant == "4bit" else "lora"
+    found = train(tmp_path, "--method", method, "--quant", quant, "--device", "cuda",
+                  "--output-dir", "run")  # fmt: skip
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["proof"]["frozen_tensors"] > 0
+    assert found["proof"]["adapter_effect"] > 0
+
+
+def test_a_run_that_was_stopped_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    common = ("--device", "cuda", "--save-steps", "2")
+    whole = train(tmp_path, *common, "--output-dir", "whole")
+    train(tmp_path, *common, "--output-dir", "broken")
+    for name in ("checkpoint-4", "adapter", "summary.json"):
+        place = tmp_path / "broken" / ("checkpoints/" + name if "checkpoint" in name else name)
+        subprocess.run(["rm", "-r", str(place)], check=True)
+    again = train(tmp_path, *common, "--output-dir", "broken", "--resume")
+    assert again["losses"][-1] == pytest.approx(whole["losses"][-1], rel=1e-4)
+
+
+def test_what_was_trained_on_a_card_merges(tmp_path: Path) -> None:
+    train(tmp_path, "--device", "cuda", "--output-dir", "run")
+    command = [sys.executable, "-m", "ftlevel", "merge", "run", "--out", "merged"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "merged/model.safetensors").is_file()
