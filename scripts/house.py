@@ -27,7 +27,7 @@ from additions.tree import ADDITIONS  # noqa: E402 - found by the line above
 WAY = (
     "ftlevel.data.sources.splits",
     "ftlevel.data.prepare.loading",
-    "ftlevel.data.formats.examples",
+    "ftlevel.data.formats.convert",
     "ftlevel.data.prepare.encoder",
     "ftlevel.tasks.text",
     "ftlevel.data.encoding.encode",

@@ -7,14 +7,13 @@ can't be learned from (no answer, no text, an unknown role) is collected and nam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol, overload
+from typing import Any, NoReturn, Protocol
 
 from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.formats.turns import Message, Unusable, check_text, parse_tools, parse_turns
-from ftlevel.data.sources.lines import LineRows
-from ftlevel.data.sources.table import BadRow, Row, Table, describe_bad
+from ftlevel.data.sources.table import Row, Table
 from ftlevel.data.sources.uniform import kind_of
 from ftlevel.errors import InputError, listing
 
@@ -140,88 +139,6 @@ class Classed(Example, Protocol):
     @property
     def classes(self) -> Sequence[str | int]:
         """Those that it has, each once."""
-
-
-class LazyExamples(Sequence[Example]):
-    """The examples of a large table, each made when it is asked for.
-
-    Args:
-        table: rows that were found to be good.
-        format_: of its columns.
-    """
-
-    def __init__(self, table: Table, format_: Format) -> None:
-        self._table = table
-        self._roles = Roles(format_, table)
-        self._build = format_.build
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Make an example, or several as a list."""
-        if isinstance(index, slice):
-            chosen = range(*index.indices(len(self)))
-            rows = self._table.rows[index]
-            return [self._make(row, i) for i, row in zip(chosen, rows, strict=True)]
-        at = range(len(self))[index]
-        return self._make(self._table.rows[at], at)
-
-    def __iter__(self) -> Iterator[Example]:
-        """Make one example after another."""
-        return map(self._make, self._table.rows, range(len(self)))
-
-    def _make(self, row: Row, index: int) -> Example:
-        self._roles.turn_to(row, index)
-        return self._build(self._roles)
-
-
-def to_examples(table: Table, format_: Format) -> Sequence[Example]:
-    """Convert every row of `table`.
-
-    Raises:
-        InputError: naming the rows that can't be used, or a column that the table lacks.
-    """
-    examples, bad = convert_rows(table, format_)
-    if bad:
-        raise InputError(describe_bad(table, bad))
-    return examples
-
-
-def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list[BadRow]]:
-    """Return the examples of `table`, and the rows that can't be one.
-
-    Raises:
-        InputError: the table lacks a column.
-    """
-    lacking = [
-        repr(column)
-        for column in format_.columns.values()
-        if column not in table.columns and column.partition(".")[0] not in table.columns
-    ]
-    if lacking:
-        raise InputError(
-            f"{table.source}: has no column {listing(lacking)}. Columns: "
-            f"{listing(repr(name) for name in table.columns)}. Give every split the same columns."
-        )
-    build = format_.build
-    roles = Roles(format_, table)
-    examples: list[Example] = []
-    bad: list[BadRow] = []
-    lazy = isinstance(table.rows, LineRows)
-    for index, row in enumerate(table.rows):
-        roles.turn_to(row, index)
-        try:
-            example = build(roles)
-            if not lazy:
-                examples.append(example)
-        except Unusable as error:
-            bad.append(BadRow(table.lines[index], str(error), error.finding))
-    return (LazyExamples(table, format_) if lazy and not bad else examples), bad
 
 
 class Roles:

@@ -12,7 +12,7 @@ from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Fitted
-from ftlevel.data.formats.examples import convert_rows
+from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.gate import Finding, explain_stop
 from ftlevel.data.gate.duplicates import example_keys
 from ftlevel.data.gate.flat import flat_batches

@@ -8,8 +8,8 @@ from typing import Any
 
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
+from ftlevel.data.formats.convert import convert_rows, to_examples
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import convert_rows, to_examples
 from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels, find_unlabelled
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.gate import resolve_faults

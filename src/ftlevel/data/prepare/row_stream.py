@@ -15,8 +15,8 @@ import numpy as np
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import LOSS
+from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import convert_rows
 from ftlevel.data.gate import explain_stop
 from ftlevel.data.gate.gate import Gate
 from ftlevel.data.prepare.encoder import Encoder

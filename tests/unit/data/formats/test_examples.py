@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ftlevel.config import DataConfig
+from ftlevel.data.formats.convert import convert_rows, to_examples
 from ftlevel.data.formats.examples import (
     Conversation,
     Example,
@@ -16,8 +17,6 @@ from ftlevel.data.formats.examples import (
     PlainText,
     Question,
     Tagged,
-    convert_rows,
-    to_examples,
 )
 from ftlevel.data.sources.table import Table, resolve_bad
 from ftlevel.errors import InputError

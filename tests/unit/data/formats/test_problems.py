@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from ftlevel.config import DataConfig
+from ftlevel.data.formats.convert import to_examples
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import Labelled, build_labelled, to_examples
+from ftlevel.data.formats.examples import Labelled, build_labelled
 from ftlevel.data.formats.labels import build_label_set, check_labels
 from ftlevel.data.formats.problems import choose_problem_type
 from ftlevel.data.sources.table import Table
