@@ -3,7 +3,9 @@
     from ftlevel import TrainConfig, train
     result = train(TrainConfig(task="summarization"))
 
-Names are imported when they are first used, so that `import ftlevel` costs nothing.
+Names are imported when they are first used, so that `import ftlevel` costs nothing. For the same
+reason it does not tell PEFT of ftlevel's own tuners: `import ftlevel.adapters`, or using
+`ftlevel.adapters`, does.
 """
 
 from __future__ import annotations
@@ -62,6 +64,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module when it is first asked for."""
+    if name == "adapters":
+        return importlib.import_module("ftlevel.adapters")
     if name not in _PLACES:
         raise AttributeError(f"module 'ftlevel' has no attribute {name!r}")
     return getattr(importlib.import_module(_PLACES[name]), name)

@@ -11,6 +11,7 @@ import pytest
 
 from ftlevel import FineTunePipeLine, TrainConfig, train
 from ftlevel.errors import ConfigError
+from ftlevel.methods import TUNERS
 
 SHORT = {"max_steps": 1, "per_device_train_batch_size": 2}
 
@@ -64,6 +65,18 @@ def test_importing_the_package_costs_nothing() -> None:
     code = "import sys, ftlevel; print('torch' in sys.modules, 'pydantic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_the_package_leads_to_the_tuners_that_peft_must_know() -> None:
+    code = (
+        "import ftlevel; ftlevel.adapters; from peft import PeftConfig, mapping; "
+        "print(*[t for t in ('BOTTLENECK', 'PREFIX_KV') "
+        "if t in mapping.PEFT_TYPE_TO_CONFIG_MAPPING])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["BOTTLENECK", "PREFIX_KV"], done.stderr
+    readme = Path(__file__).parents[2] / "README.md"
+    assert f"import {TUNERS}" in readme.read_text(encoding="utf-8")
 
 
 def test_wrong_arguments_are_errors_of_ours(tmp_path: Path) -> None:
