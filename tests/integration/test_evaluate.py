@@ -238,7 +238,9 @@ def test_the_command(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert run(["evaluate", name, "--resamples", "20", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "accuracy" in shown
-    assert "without the adapter its" in shown
+    heads = json.loads((classifier / "run/adapter/ftlevel.json").read_text())["heads"]
+    assert heads == ["bert.pooler", "classifier"]
+    assert f"without the adapter its {', '.join(heads)} is random" in shown
     assert run(["evaluate", name, "--json", "--resamples", "20", "--device", "cpu"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["metrics"]) == {"loss", "accuracy", "f1", "mcc"}

@@ -114,6 +114,18 @@ def generate_command(run: str, task: str) -> str:
     return f"ftlevel generate {shlex.quote(run)} {asked}"
 
 
+def loss_words(summary: Mapping[str, Any]) -> str:
+    """Return the training loss of a run at its beginning and at its end, with their spread."""
+    first, last, window = (summary[f"loss_{key}"] for key in ("first", "last", "window"))
+    if window == 1:
+        return f"{first:.4f} → {last:.4f} (one logged loss each)"
+    return (
+        f"{first:.4f} ± {summary['loss_first_spread']:.4f} → "
+        f"{last:.4f} ± {summary['loss_last_spread']:.4f} "
+        f"(means of the first and last {window:,} logged losses ± standard deviation)"
+    )
+
+
 def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
     """Return the model card of a run: front matter for the Hub, what it is, how it did, its use.
 
@@ -146,6 +158,8 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         rows = summary["data"]["validation_rows"]
         lines += ["", f"Measured on {rows:,} validation rows; text metrics on the first "
                   f"{summary['data']['generated_rows']:,} of them.", ""]  # fmt: skip
+    if summary["loss_window"]:
+        lines += [f"Training loss {loss_words(summary)}.", ""]
     lines += ["## Use", "", "```sh", generate_command(summary["run"], summary["task"]), "```", ""]
     if needs_import:
         lines += _python_use(needs_import)

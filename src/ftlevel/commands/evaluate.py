@@ -236,7 +236,8 @@ def _choices(
     elif not trained.has_adapter:
         base = "there is no adapter to switch off"
     elif found.card.heads:
-        base = f"not scored: without the adapter its {', '.join(found.card.heads)} is random"
+        heads = ", ".join(dict.fromkeys(found.card.heads))
+        base = f"not scored: without the adapter its {heads} is random"
     else:
         base = "scored beside it, with the adapter switched off"
     dropped = f"; {held_out.dropped:,} dropped, beyond the max length" if held_out.dropped else ""

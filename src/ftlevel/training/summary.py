@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +20,7 @@ from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantized import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
 from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.trainable import count_parameters
 from ftlevel.training.proof import Proof
 
 
@@ -130,8 +133,7 @@ class Outcome:
 def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str, Any]:
     """Return what summary.json holds. Times are in seconds, memory in bytes, loss in nats."""
     model, records = outcome.model, outcome.records
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    losses = [record["loss"] for record in records if "loss" in record]
+    trainable, total = count_parameters(model)
     scores = [record for record in records if any(k.startswith("eval_") for k in record)]
     first = scores[0] if scores and scores[0]["step"] == 0 else {}
     last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
@@ -143,11 +145,10 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "method": config.method.kind,
         "model": {**outcome.base, "type": plan.model.family},
         "trainable_parameters": trainable,
-        "total_parameters": sum(_count(p) for p in model.parameters()),
+        "total_parameters": total,
         "data": {**plan.data.facts, "generated_rows": outcome.generated_rows},
         "steps": records[-1]["step"] if records else 0,
-        "loss_first": losses[0] if losses else None,
-        "loss_last": losses[-1] if losses else None,
+        **describe_losses([record["loss"] for record in records if "loss" in record]),
         "metrics_before": _scores(first),
         "metrics": _scores(last),
         "proof": asdict(outcome.proof),
@@ -165,6 +166,18 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
     return {k.removeprefix("eval_"): v for k, v in record.items() if k.startswith("eval_")}
 
 
-def _count(parameter: Any) -> int:
-    """Return how many numbers `parameter` stands for; 4-bit weights hold two a byte."""
-    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
+    """Return the means of the first and of the last logged losses, and how far these spread.
+
+    A window is a tenth of them, or five where they are few, but never more than half: one loss is
+    that of some batches, and two of them differ by chance. A spread is a standard deviation, None
+    for a single loss.
+    """
+    if not losses:
+        return {"loss_first": None, "loss_last": None, "loss_window": 0}
+    window = max(math.ceil(len(losses) / 10), min(5, len(losses) // 2), 1)
+    ends = {"first": losses[:window], "last": losses[-window:]}
+    means = {f"loss_{end}": statistics.fmean(part) for end, part in ends.items()}
+    spreads = {f"loss_{end}_spread": statistics.stdev(part) if window > 1 else None
+               for end, part in ends.items()}  # fmt: skip
+    return {**means, **spreads, "loss_window": window}

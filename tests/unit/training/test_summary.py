@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.models.sources import ModelSource
-from ftlevel.training.summary import describe_base
+from ftlevel.training.plan.trainable import count_parameters
+from ftlevel.training.summary import describe_base, describe_losses
 
 OLD, NEW = "0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "fedcba98"
 
@@ -50,3 +51,37 @@ def test_what_was_asked_for_is_recorded_where_the_cache_has_nothing(snapshots: P
 def test_a_directory_has_no_revision(snapshots: Path) -> None:
     folder = snapshots / NEW
     assert describe_base(ModelSource(str(folder), "directory", str(folder)))["revision"] is None
+
+
+@pytest.mark.parametrize(
+    ("count", "window"),
+    [(1, 1), (2, 1), (3, 1), (4, 2), (9, 4), (10, 5), (50, 5), (51, 6), (100, 10)],
+)
+def test_first_and_last_loss_are_means_of_a_window(count: int, window: int) -> None:
+    losses = [float(count - number) for number in range(count)]
+    found = describe_losses(losses)
+    assert found["loss_window"] == window
+    assert found["loss_first"] == sum(losses[:window]) / window
+    assert found["loss_last"] == sum(losses[-window:]) / window
+    spread = float(torch.tensor(losses[:window]).std()) if window > 1 else None
+    assert found["loss_first_spread"] == (spread and pytest.approx(spread))
+    assert (found["loss_last_spread"] is None) == (window == 1)
+
+
+def test_no_loss_has_no_mean() -> None:
+    assert describe_losses([]) == {"loss_first": None, "loss_last": None, "loss_window": 0}
+
+
+def test_a_head_that_is_trained_in_full_counts_once() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 8, "vocab_size": 16, "max_position_embeddings": 8}  # fmt: skip
+    model = BertForSequenceClassification(BertConfig(**shape))
+    whole = sum(p.numel() for p in model.parameters())
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    adapted = get_peft_model(model, lora)
+    added = 2 * (8 + 8)
+    head = 8 * 2 + 2
+    assert count_parameters(adapted) == (added + head, whole + added)

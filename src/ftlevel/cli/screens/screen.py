@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import generate_command
+from ftlevel.artifacts.cards import generate_command, loss_words
 from ftlevel.cli.screens.lasting import Lasting
 from ftlevel.config.choices import Choice
 
@@ -172,7 +172,7 @@ class Screen:
 def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     proof, timings = summary["proof"], summary["timings"]
     if summary["loss_first"] is not None:
-        yield f"  [bold]loss[/bold] {summary['loss_first']:.4f} → {summary['loss_last']:.4f}"
+        yield f"  [bold]loss[/bold] {loss_words(summary)}"
     before = summary["metrics_before"]
     for name, value in summary["metrics"].items():
         first = f"{before[name]:.4f} → " if name in before else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.methods import METHODS
@@ -41,5 +43,23 @@ def count_trainable(
             return added, total + added
     meta = build_task_model(plan.model.config, plan.model.auto_class)
     adapted = apply_method(meta, own.start.default(method) if own.start else method, plan.base)
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return trained, total + trained if own.build else total
+    return count_parameters(adapted)
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Return how many parameters of `model` are trained and how many it has, each counted once.
+
+    PEFT trains a copy of a head and keeps the head as it was beside it, which counts no more.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    kept = tuple(f"{name}.original_module." for name, module in model.named_modules()
+                 if isinstance(module, ModulesToSaveWrapper))  # fmt: skip
+    named = model.named_parameters(remove_duplicate=False)
+    own = {id(p): p for name, p in named if not name.startswith(kept)}.values()
+    return sum(p.numel() for p in own if p.requires_grad), sum(_count(p) for p in own)
+
+
+def _count(parameter: Any) -> int:
+    """Return how many numbers `parameter` stands for; 4-bit weights hold two a byte."""
+    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
