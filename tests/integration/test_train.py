@@ -195,8 +195,21 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_gives_the_unbroken_run(tmp_path:
     assert "--output-dir broken --resume" in complaint
     assert not Path("broken/adapter").exists()
     assert run(["generate", "broken", "--prompt", "x"]) == 2
+    with metrics.open("a") as file:  # as if it had gone on to be killed in the middle of a line
+        last = json.loads(metrics.read_text().splitlines()[-1])
+        file.write(json.dumps({"step": 24, "loss": 99.0}) + '\n{"step": 24, "lo')
+    assert last["step"] < 24
     assert run(["train", "--quiet", "--output-dir", "broken", "--resume"]) == 0
     assert digest("broken") == digest("whole")
+    whole, again = ([(r["step"], r.get("loss"), r.get("eval_loss")) for r in
+                     map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())]
+                    for out in ("whole", "broken"))  # fmt: skip
+    assert again == whole, "a line a step, each that of the unbroken run"
+    whole, again = (
+        json.loads(Path(out, "summary.json").read_text()) for out in ("whole", "broken")
+    )
+    figures = ("steps", "loss_first", "loss_last", "loss_window", "metrics")
+    assert [again[name] for name in figures] == [whole[name] for name in figures]
 
 
 def test_ctrl_c_while_the_run_is_checked_says_what_is_kept(

@@ -75,6 +75,11 @@ def numbered(directory: Path) -> list[Path]:
     return [p for p, match in sorted(((p, m) for p, m in found if m), key=lambda i: int(i[1][1]))]
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which `checkpoint` was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def set_aside_newer(directory: Path, checkpoint: Path) -> None:
     """Rename damaged checkpoints that are newer than `checkpoint` to rejected-N."""
     found = numbered(directory)

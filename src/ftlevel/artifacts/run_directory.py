@@ -49,6 +49,30 @@ class RunDirectory:
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")
 
+    def rewind_log(self, step: int) -> list[dict[str, Any]]:
+        """Take what was logged past `step` out of metrics.jsonl, and return the records before it.
+
+        A last line that was cut short goes too; lines that are not ours stay.
+        """
+        path = self.path / METRICS
+        if not path.is_file():
+            return []
+        lines, records = [], []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+                if not line.endswith("\n"):
+                    continue
+            if isinstance(record, dict) and "step" in record:
+                if record["step"] > step:
+                    continue
+                records.append(record)
+            lines.append(line.rstrip("\n") + "\n")
+        write_text(path, "".join(lines))
+        return records
+
 
 def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> None:
     """Refuse an output directory that cannot be written, before anything is loaded.

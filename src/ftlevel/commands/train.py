@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import check_output
@@ -112,11 +113,14 @@ def _train(
     adapted = load_adapted(config, plan, listener)
     base = describe_base(plan.model.source)
     run, checkpoint = processes.from_first(lambda: open_or_resume(config, plan, base, listener))
+    past = []
     if processes.is_first:
         held.enter_context(claimed(run.path))
+        past = run.rewind_log(step_of(checkpoint)) if checkpoint else []
     held.enter_context(telling_what_is_kept(run))
     trainer = build_trainer(config, plan, adapted, run, checkpoint)
     watch = add_callbacks(trainer, config, plan, run, listener, processes)
+    watch.report.records += past
 
     listener.stage("train")
     with watch.interrupt, explain_disk_errors(run):

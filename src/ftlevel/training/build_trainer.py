@@ -43,6 +43,7 @@ def build_trainer(
     from transformers import PrinterCallback, ProgressCallback
 
     arguments = build_arguments(config, plan, run.checkpoints)
+    arguments.eval_on_start &= checkpoint is None  # a run begins once
     rows, order = rows_and_order(config, plan, arguments)
     fast, pad_id = adapted.fast, plan.model.pad_id
     trainer = FtlevelTrainer(

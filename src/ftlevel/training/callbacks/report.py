@@ -15,7 +15,7 @@ class Report(TrainerCallback):
     """Pass the run's course to the listener and to metrics.jsonl.
 
     Attributes:
-        records: everything that was logged.
+        records: everything that was logged, before a resumed part too.
         first_step_at: when the first step began, by `time.perf_counter`.
         first_step_cpu_s: the process's processor time until then, of all threads.
         step_seconds: time spent in optimizer steps, without evaluation and saving.
