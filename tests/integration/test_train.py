@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from ftlevel.cli.app import run
@@ -238,6 +239,24 @@ def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[
     assert complaint == (  # a recipe is the run's own; the flag differs
         "ftlevel: --resume run: not the same run: method.r was 8 and is 4. "
         "Give it as it was, or start anew in another --output-dir.\n"
+    )
+
+
+def test_resuming_with_another_number_of_threads_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train(*SHORT, "--max-steps", "2", "--save-steps", "1")
+    own = torch.get_num_threads()
+    assert json.loads(Path("run/checkpoints/origin.json").read_text())["threads"] == own
+    torch.set_num_threads(own + 1)
+    try:
+        code = run(["train", "--quiet", "--output-dir", "run", "--resume"])
+    finally:
+        torch.set_num_threads(own)
+    assert code == 2
+    assert capsys.readouterr().err == (
+        f"ftlevel: --resume run: not the same run: threads was {own} and is {own + 1}. Give it as "
+        f"it was (OMP_NUM_THREADS={own}), or start anew in another --output-dir.\n"
     )
 
 

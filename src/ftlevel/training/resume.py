@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import write_json
@@ -54,6 +56,8 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     values["model"]["fingerprint"] = base["fingerprint"]
     values["versions"] = library_versions()
     flat = {"task": values.pop("task")}
+    if plan.model.device == "cpu":  # sums are made in as many parts
+        flat["threads"] = torch.get_num_threads()
     flat |= {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
     return flat
 
@@ -76,9 +80,10 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
         shown = listing(
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(changed)
         )
+        how = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in changed else ""
         raise ConfigError(
             f"--resume {run.path}: not the same run: {shown}. "
-            "Give it as it was, or start anew in another --output-dir."
+            f"Give it as it was{how}, or start anew in another --output-dir."
         )
 
 
