@@ -241,12 +241,20 @@ def _middle_cut(values: list[int], limit: int) -> list[int]:
 
 
 def split_text(row: Encoded, limit: int) -> list[Encoded]:
-    """Cut a plain text into pieces of at most `limit` tokens; [] for a row with a prompt."""
-    if not isinstance(row.labels, list) or IGNORED in row.labels:
+    """Cut a plain text into pieces of at most `limit` tokens; [] for a row with a prompt.
+
+    A last token that would be alone, often EOS, is given the one before it, as context that is not
+    learned again: a piece of one token has no target.
+    """
+    if not isinstance(row.labels, list) or IGNORED in row.labels or limit == 1:
         return []
-    starts = range(0, len(row.input_ids), limit)
-    pieces = [row.input_ids[start : start + limit] for start in starts]
-    return [replace(row, input_ids=ids, labels=list(ids)) for ids in pieces if len(ids) > 1]
+    ids = row.input_ids
+    starts = range(0, len(ids), limit)
+    pieces = [replace(row, input_ids=part, labels=list(part))
+              for part in (ids[start : start + limit] for start in starts)]  # fmt: skip
+    if len(pieces[-1].input_ids) == 1:
+        pieces[-1] = replace(row, input_ids=ids[-2:], labels=[IGNORED, ids[-1]])
+    return pieces
 
 
 def fit_targets(

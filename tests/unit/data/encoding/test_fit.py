@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
+from ftlevel.data.gate.checks import find_missing_eos
+from ftlevel.data.gate.flat import Flat
 from ftlevel.errors import InputError
 
 EOS = 2
@@ -130,18 +133,27 @@ def test_every_answer_is_whole_or_counted(sizes: list[tuple[int, int]]) -> None:
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=20), st.integers(2, 16))
-def test_a_text_that_is_split_loses_nothing_but_a_single_last_token(
+def test_a_text_that_is_split_learns_every_token_once_and_each_piece_has_a_target(
     sizes: list[int], limit: int
 ) -> None:
     rows = [text(size, i) for i, size in enumerate(sizes)]
     fitted = fit(rows, limit, "split")
     for row in rows:
-        pieces = [piece.input_ids for piece in fitted.rows if piece.row == row.row]
-        joined = [token for piece in pieces for token in piece]
-        assert joined == row.input_ids[: len(joined)]
-        assert len(row.input_ids) - len(joined) <= 1
+        pieces = [piece for piece in fitted.rows if piece.row == row.row]
+        assert [token for piece in pieces for token in answer(piece)] == row.input_ids
+        assert all(answer(replace(piece, labels=piece.labels[1:])) for piece in pieces)  # shifted
+        assert all(label in (IGNORED, token) for piece in pieces
+                   for token, label in zip(piece.input_ids, piece.labels, strict=True))  # fmt: skip
     assert max(lengths(fitted)) <= limit
     assert fitted.split == sum(size > limit for size in sizes)
+
+
+def test_the_end_of_a_split_text_is_learned_where_it_is_alone() -> None:
+    fitted = fit([text(9)], 4, "split")
+    assert [row.input_ids for row in fitted.rows] == [
+        [10, 11, 12, 13], [14, 15, 16, 17], [17, EOS]]  # fmt: skip
+    assert fitted.rows[-1].labels == [IGNORED, EOS]
+    assert not find_missing_eos(Flat.of(fitted.rows), {EOS}).any()
 
 
 def test_a_pair_is_not_split() -> None:
