@@ -259,6 +259,24 @@ def test_the_command(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFix
     )
 
 
+def test_rows_longer_than_those_of_training_are_scored(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, base = task_data.write(tmp_path / "data", "mask"), tiny_model_dir("llama")
+    train(configure(base, data, tmp_path / "run", "text-generation"))
+    positions = transformers.AutoConfig.from_pretrained(base).max_position_embeddings
+    rows = tmp_path / "long.jsonl"
+    texts = ["a b", "a b " * (positions // 8), "a b c d " * positions]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = score(tmp_path / "run", dataset=str(rows))
+    assert (found.summary["data"]["rows"], found.summary["data"]["dropped"]) == (2, 1)
+    capsys.readouterr()
+    command = ["evaluate", str(tmp_path / "run"), "--dataset", str(rows), "--device", "cpu"]
+    assert run([*command, "--resamples", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 row is too long and not scored; the numbers are of the other 2." in shown
+
+
 def test_other_rows_are_scored_alone(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     """Those of a run on several data sets too: the others are not scored with them."""
     one, two = task_data.write(tmp_path / "one", "class"), tmp_path / "two.jsonl"

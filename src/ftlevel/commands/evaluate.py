@@ -28,12 +28,13 @@ from ftlevel.evaluation.two_models.pair import (
     find_pair,
 )
 from ftlevel.events import Listener, Silence
+from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device
-from ftlevel.models.kinds import max_positions
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.quantized import quantization_form
 from ftlevel.trained.load import Found, Trained, load_found
 from ftlevel.training.arguments import eval_batch_size
+from ftlevel.training.plan.bounds import text_positions
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,18 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         trained = load_found(found, device.value)
         listener.stage("read the rows")
         held_out = load_held_out(
-            settings.data, leader.card, config.split, _context(trained, settings.train.seed)
+            settings.data,
+            leader.card,
+            config.split,
+            _context(config, trained, leader, reference, settings),
         )
         listener.choices("evaluate", _choices(config, found, trained, held_out, device))
         for note in trained.notes:
             listener.warn(note)
+        if held_out.dropped:
+            lost = "1 row is" if held_out.dropped == 1 else f"{held_out.dropped:,} rows are"
+            left = len(held_out.rows)
+            listener.warn(f"{lost} too long and not scored; the numbers are of the other {left:,}.")
         evaluator = _evaluator(config, trained, held_out, settings)
         listener.stage("score")
         record = PerRow(trained.objective)
@@ -191,9 +199,23 @@ def _settings(config: EvaluateConfig, found: Found) -> TrainConfig:
     return own.model_copy(update={"data": data.model_copy(update=changes)})
 
 
-def _context(trained: Trained, seed: int) -> EncodingContext:
-    """Return what decides the rows that `trained` is scored on; `seed` is that of the training."""
-    tokenizer, bounds = trained.tokenizer, Bounds(max_positions(trained.model.config))
+def _context(
+    config: EvaluateConfig,
+    trained: Trained,
+    found: Found,
+    reference: Found | None,
+    settings: TrainConfig,
+) -> EncodingContext:
+    """Return what decides the rows that `trained` is scored on: `settings` and seed of training."""
+    tokenizer, positions = trained.tokenizer, text_positions(settings, trained.model.config)
+    method = METHODS.get(found.card.method)
+    hidden = found.run is None and method is not None and method.positions is not None
+    if hidden or reference is not None:  # what the method, or the other model, leaves to the text
+        positions = found.card.max_length or positions
+    elif positions and trained.kind == "decoder" and _generates(config, trained, settings):
+        room = config.max_new_tokens or settings.train.max_new_tokens
+        positions = max(found.card.max_length, positions - room)
+    bounds, seed = Bounds(positions), settings.train.seed
     return EncodingContext(trained.task, trained.kind, tokenizer, len(tokenizer), bounds, seed)
 
 
@@ -201,10 +223,7 @@ def _evaluator(
     config: EvaluateConfig, trained: Trained, held_out: HeldOut, settings: TrainConfig
 ) -> Evaluator:
     train, speed = settings.train, settings.speed
-    wish = train.predict_with_generate
     task = trained.task
-    generates = task.generates if wish is None else wish and task.writes_text
-    generates = generates or (task.writes_text and config.max_generate_samples is not None)
     rows = config.max_generate_samples or train.max_generate_samples
     return Evaluator(
         rows=held_out.rows,
@@ -214,12 +233,21 @@ def _evaluator(
         device=trained.device,
         dtype=trained.dtype,
         batch_size=config.batch_size or eval_batch_size(train),
-        generated_rows=min(rows, len(held_out.rows)) if generates else 0,
+        generated_rows=min(rows, len(held_out.rows))
+        if _generates(config, trained, settings)
+        else 0,
         max_new_tokens=config.max_new_tokens or train.max_new_tokens,
         score_texts=task.score_texts,
         language=held_out.language,
         chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,
     )
+
+
+def _generates(config: EvaluateConfig, trained: Trained, settings: TrainConfig) -> bool:
+    """Whether rows are answered in text, which is scored."""
+    wish, task = settings.train.predict_with_generate, trained.task
+    generates = task.generates if wish is None else wish and task.writes_text
+    return generates or (task.writes_text and config.max_generate_samples is not None)
 
 
 def _has_comparable_base(found: Found, trained: Trained) -> bool:

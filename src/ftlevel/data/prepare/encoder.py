@@ -42,6 +42,7 @@ class Encoder:
         partly: whether the examples are some of many, of which none need be left.
         lenient: whether rows that ought to stop the run are dropped, and this is said.
         split: names the file, so that no split writes over another.
+        whole: whether rows are bound by `bounds` alone, whatever length training had.
     """
 
     task: Task
@@ -56,6 +57,7 @@ class Encoder:
     partly: bool = False
     lenient: bool = False
     split: str = "train"
+    whole: bool = False
 
     def __call__(self, examples: Sequence[Any], table: Table) -> Fitted:
         """Encode `examples` of `table` and make them fit.
@@ -95,7 +97,7 @@ class Encoder:
     def fit(self, rows: Sequence[Encoded], table: Table) -> Fitted:
         """Make `rows` fit as the data section says."""
         config = self.config
-        fit = partial(fit_rows, rows, config.max_length, self.bounds)
+        fit = partial(fit_rows, rows, "auto" if self.whole else config.max_length, self.bounds)
         try:
             fitted = fit(config.overlong, table.where)
         except InputError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.config import DataConfig
@@ -71,6 +71,8 @@ def load_held_out(
     encoder = Encoder(
         task, context.kind, context.tokenizer, config, context.bounds, prompt, labels
     ).dropping(name)
+    # Training's own rows are cut as training cut them; its length says nothing of others.
+    encoder = replace(encoder, whole=name != "validation")
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
     if name == "validation":  # as training let them through

@@ -36,11 +36,15 @@ def find_bounds(config: TrainConfig, model_config: Any, device: str, dtype: str)
         checkpointing=config.train.gradient_checkpointing,
     )
     memory = longest_in_memory(model_config, holding, device_memory(device))
-    return Bounds(_text_positions(config, model_config), memory)
+    return Bounds(text_positions(config, model_config), memory)
 
 
-def _text_positions(config: TrainConfig, model_config: Any) -> int | None:
-    """Return the longest sequence in tokens that the model leaves to the text."""
+def text_positions(config: TrainConfig, model_config: Any) -> int | None:
+    """Return the longest sequence in tokens that the model leaves to the text.
+
+    Raises:
+        ConfigError: the method's virtual tokens leave no room for it.
+    """
     positions = max_positions(model_config)
     method = METHODS[config.method.kind]
     if positions is None or method.positions is None:
