@@ -286,3 +286,16 @@ def test_other_rows_are_scored_alone(tiny_model_dir: ModelDir, tmp_path: Path) -
     train(configure(model, one, tmp_path / "run", "text-classification", options=options))
     result = score(tmp_path / "run", dataset=str(one / "validation.jsonl"))
     assert result.summary["data"]["examples"] == 6
+
+
+def test_validation_rows_that_are_all_trained_on_leave_nothing_to_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "".join(json.dumps({"text": f"{i} is a number like {i + 1}"}) + "\n" for i in range(8))
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    assert run(["evaluate", "builtin:tiny-llama", "--dataset", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "row of" in said
+    assert "is left to score: also a training row: 8 of 8 validation rows" in said
+    assert "--split train" in said

@@ -77,9 +77,14 @@ def load_held_out(
     rows: Sequence[Encoded] = fitted.rows
     if name == "validation":  # as training let them through
         _, learned = convert("train", splits.train, labels)
-        rows, _ = context.gate(config.gate).check_held_out(
+        rows, found = context.gate(config.gate).check_held_out(
             name, fitted, examples, table, example_keys(learned)
         )
+        if not len(rows):
+            raise InputError(
+                f"no {name} row of {splits.name} is left to score: {'; '.join(map(str, found))}. "
+                "Name other rows with --dataset, or --split train."
+            )
     rows = task.fix(rows, config, context)
     language = convert.shape.options.get("target_language", "")
     return HeldOut(table, rows, name, fitted.dropped, language, splits.name)
