@@ -285,7 +285,7 @@ def _facts(value: Any, place: str = "") -> Iterator[str]:
     """Yield a line for each leaf of a JSON value or line of a text; no times, memory, versions."""
     if isinstance(value, dict) and value:
         for key, entry in value.items():
-            if key in ("target_modules", "modules_to_save") and isinstance(entry, list):
+            if key.endswith(("_modules", "_to_save")) and isinstance(entry, list):
                 entry = sorted(entry)  # PEFT writes sets
             if key == "rows" and isinstance(entry, list) and len(entry) > 20:  # all of a set
                 entry = [f"{number} {_digest(row)}" for number, row in enumerate(entry, 1)]
