@@ -233,3 +233,25 @@ def test_evaluate_says_what_is_stored_and_refuses_another_wish(
             assert f"--quant {other}: {base}" in said
             assert f"is stored quantized ({QuantConfig(kind=form).form})" in said
             assert len(said.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_a_base_in_4_bits(
+    smollm2_gguf: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SmolLM2's directory was converted from the .gguf, exactly: the runs are one run."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--method", "qlora", "--quant", "4bit", "--max-samples", "4", "--max-steps", "2",
+              "--logging-steps", "1", "--dtype", "bfloat16"]  # fmt: skip
+    for name, model in (("gguf", smollm2_gguf), ("plain", smollm2)):
+        assert run(["train", "--model", str(model), *common, "--output-dir", name]) == 0
+    losses = {
+        name: [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            if '"loss"' in line
+        ]
+        for name in ("gguf", "plain")
+    }
+    assert losses["gguf"] == losses["plain"]
+    assert run(["evaluate", "gguf", "--split", "train", "--resamples", "0"]) == 0

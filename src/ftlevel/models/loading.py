@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import struct
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -181,6 +182,11 @@ def load_model(
     Raises:
         InputError: a file is damaged, or its weights are not those that the config asks for.
     """
+    if source.gguf_file and quantization is not None:
+        return _load_gguf_quantized(
+            source, config, auto_class, dtype=dtype, device=device,
+            quantization=quantization, attn_implementation=attn_implementation,
+        )  # fmt: skip
     config = copy.deepcopy(config)  # transformers writes the quantization into it
     arguments = source.arguments()
     if mapping := rename_prefix(config, auto_class):
@@ -219,6 +225,22 @@ def load_model(
         model.to(device)
     keep_trainable_layout(model)
     return model, sorted({*info["missing_keys"], *redrawn})
+
+
+def _load_gguf_quantized(
+    source: ModelSource, config: Any, auto_class: str, *, dtype: torch.dtype, **settings: Any
+) -> tuple[Any, list[str]]:
+    """Load a .gguf file as `load_model` does, and quantize what it holds.
+
+    transformers reads such a file into full precision only, so that the model is written down once,
+    in `dtype`, and read back quantized.
+    """
+    with tempfile.TemporaryDirectory(prefix="ftlevel-gguf-") as folder:
+        model, missing = load_model(source, config, auto_class, dtype=dtype, device="cpu")
+        model.save_pretrained(folder, max_shard_size="2GB")
+        del model
+        plain = ModelSource(folder, "directory", folder, local_files_only=True)
+        return load_model(plain, config, auto_class, dtype=dtype, **settings)[0], missing
 
 
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
