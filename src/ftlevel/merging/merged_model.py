@@ -17,6 +17,7 @@ from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import build_task_model, load_model, load_tokenizer, rename_prefix
 from ftlevel.models.quantization import Rounding
+from ftlevel.models.rope import write_former_rope
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
@@ -295,6 +296,7 @@ def _write_config(
         config.tie_word_embeddings = False
         config.get_text_config().tie_word_embeddings = False
     config.save_pretrained(directory)
+    write_former_rope(directory)
     _write_tokenizer(directory, inputs.tokens)
     gguf = inputs.source.kind == "gguf"
     own = None if gguf else local_directory(inputs.source) / "generation_config.json"
