@@ -98,13 +98,15 @@ class TensorMerger:
         return self._unit[1][name].to(self._dtype_of(name))
 
     def base(self, name: str) -> torch.Tensor:
-        """Return the base's tensor `name` as the adapter is merged into it."""
+        """Return the base's tensor `name` as it is written where no adapter is merged into it."""
+        return self._read(name).to(self._dtype_of(name))
+
+    def _read(self, name: str) -> torch.Tensor:
+        """Return the base's tensor `name` as precise as it is stored, or as it was quantized."""
         if not self.checkpoint.holds(name):  # the bias of a new head: check_whole let it pass
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
-        if self.rounding is not None:
-            value = self.rounding(name, value)
-        return value.to(self._dtype_of(name))
+        return value if self.rounding is None else self.rounding(name, value)
 
     def check_whole(self, heads: list[str], base: str) -> None:
         """Refuse a base that lacks tensors which the adapter does not bring.
@@ -140,12 +142,17 @@ class TensorMerger:
         return not self.adapts(name) and not rounds and stored == self._dtype_of(name)
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
+        """Merge in float32, to be rounded once.
+
+        In the narrower type of a base most of a small update is below the rounding: it is lost, not
+        spread.
+        """
         before: dict[str, torch.Tensor] = {}
 
         def read(name: str) -> torch.Tensor:
-            value = self.base(name)
-            before[name] = value.clone()
-            return value
+            value = self._read(name)
+            before[name] = value.to(self._dtype_of(name), copy=True)
+            return value.float() if value.is_floating_point() else value
 
         merged = self.skeleton.merge(unit, read)
         for name, value in before.items():
@@ -222,13 +229,13 @@ def write_merged(
 
 
 def _open(inputs: MergeInput, model: Any) -> Checkpoint:
-    """Return the base's weights: in files, or of a .gguf file in memory."""
+    """Return the base's weights: in files, or of a .gguf file in memory, as precise as it is."""
     if inputs.source.kind == "gguf":
         loaded, _ = load_model(
             inputs.source,
             inputs.config,
             inputs.auto_class,
-            dtype=DTYPES[inputs.dtype],
+            dtype=torch.float32,
             device="cpu",
         )
         return checkpoint_in_memory(model, loaded)
