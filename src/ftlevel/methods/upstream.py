@@ -33,6 +33,8 @@ FACTS = {
         "BaseTuner._post_injection_hook": "gives the model our attention",
         "BaseTuner._replace_module": "exchanges a module that has no weight",
         "BaseTuner._check_merge_allowed": "refuses to merge",
+        "BaseTuner._cast_adapter_dtype": "casts an adapter to float32, or leaves it",
+        "BaseTunerLayer._move_adapter_to_device_of_base_layer": "after a load without memory",
         "BaseTunerLayer._disable_adapters": "what disable_adapters returns",
         "BaseTunerLayer._cast_input_dtype": "the input in the adapter's precision",
         "BaseTunerLayer._get_available_adapters": "the adapters on a layer"},

@@ -206,3 +206,22 @@ def _() -> None:
     x = torch.zeros(2, dtype=torch.bfloat16)
     assert arguments(BaseTunerLayer._cast_input_dtype) == ["self", "x", "dtype"]
     assert layer._cast_input_dtype(x, torch.float32).dtype == torch.float32
+
+
+@CANARIES.of(
+    "BaseTuner._cast_adapter_dtype", "BaseTunerLayer._move_adapter_to_device_of_base_layer"
+)
+def _() -> None:
+    move = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    assert arguments(move) == ["self", "adapter_name", "device"]
+    assert arguments(BaseTuner._cast_adapter_dtype) == [
+        "self", "adapter_name", "autocast_adapter_dtype",
+    ]  # fmt: skip
+    model = adapted().to(torch.bfloat16)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    model.base_model._cast_adapter_dtype("default", autocast_adapter_dtype=False)
+    assert layer.lora_A["default"].weight.dtype == torch.bfloat16
+    model.base_model._cast_adapter_dtype("default")
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    layer._move_adapter_to_device_of_base_layer("default")
+    assert layer.lora_A["default"].weight.dtype == torch.bfloat16  # ours leaves the precision

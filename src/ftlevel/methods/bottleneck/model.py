@@ -10,10 +10,11 @@ from torch import nn
 from ftlevel.methods.bottleneck.config import BottleneckConfig
 from ftlevel.methods.bottleneck.layer import BottleneckLayer
 from ftlevel.methods.bottleneck.sites import SITES, find_input, site_pattern, sites_of
+from ftlevel.methods.precision import PrecisionTuner
 from ftlevel.methods.unmergeable import UnmergeableTuner
 
 
-class BottleneckModel(UnmergeableTuner, BaseTuner):
+class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     """Bottleneck adapters on a pretrained model, as PEFT's other tuners are."""
 
     prefix: str = "bottleneck_"
