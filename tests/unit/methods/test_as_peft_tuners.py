@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
+from safetensors.torch import load_file
+from transformers import AutoModel
 
 from ftlevel.methods import METHODS
-from tiny_models import build, build_batch, compute_logits
+from tiny_models import build, build_batch, build_config, compute_logits
 
 for method in METHODS.values():
     if method.register is not None:
@@ -57,3 +65,49 @@ def test_an_adapter_is_in_the_precision_that_is_asked_for(
                 model.set_adapter(name)
                 logits = compute_logits(model, build_batch(family))
                 assert torch.equal(compute_logits(loaded, build_batch(family)), logits)
+
+
+@every_tuner
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "distilbert", "opt", "t5", "bart"])
+def test_a_model_without_a_head_is_as_good(tuner: str, family: str, tmp_path: Path) -> None:
+    stack = AutoModel.from_config(build_config(family)).eval()
+
+    def build_stack() -> Any:
+        return copy.deepcopy(stack)
+
+    def compute(model: Any) -> torch.Tensor:
+        states: torch.Tensor = model(**inputs).last_hidden_state
+        return states
+
+    inputs = build_batch(family, "seqcls")
+    del inputs["labels"]
+    if family == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    model = get_peft_model(build_stack(), CONFIGS[tuner]()).eval()
+    states, before = compute(model), compute(build_stack())
+    assert states.shape == before.shape
+    assert not torch.allclose(states, before, atol=1e-4)
+    states.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with model.disable_adapter():
+        torch.testing.assert_close(compute(model), before, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(str(tmp_path))
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(f".{model.prefix}" in key for key in keys)  # nothing of the base
+    loaded = PeftModel.from_pretrained(build_stack(), str(tmp_path))
+    torch.testing.assert_close(compute(loaded), states, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compute(model.unload()), before, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_is_refused_by_what_takes_no_tokens() -> None:
+    config = SoftPromptConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="takes no tokens"):
+        get_peft_model(build("llama"), config)
+
+
+@every_tuner
+def test_injected_by_the_keys_of_a_state_dict(tuner: str) -> None:
+    injected = inject_adapter_in_model(CONFIGS[tuner](), build("llama"))
+    state = get_peft_model_state_dict(injected)
+    again = inject_adapter_in_model(CONFIGS[tuner](), build("llama"), state_dict=state)
+    assert get_peft_model_state_dict(again).keys() == state.keys() != set()
