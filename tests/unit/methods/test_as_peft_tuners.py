@@ -15,7 +15,7 @@ from peft import (
     inject_adapter_in_model,
 )
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ftlevel.methods import METHODS
 from tiny_models import build, build_batch, build_config, compute_logits
@@ -111,3 +111,25 @@ def test_injected_by_the_keys_of_a_state_dict(tuner: str) -> None:
     state = get_peft_model_state_dict(injected)
     again = inject_adapter_in_model(CONFIGS[tuner](), build("llama"), state_dict=state)
     assert get_peft_model_state_dict(again).keys() == state.keys() != set()
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("bloom", "computes its attention itself"),
+        ("falcon", "computes its attention itself"),
+        ("mpnet", "computes its attention itself"),
+        ("gpt_oss", "more than scaled_dot_product"),
+    ],
+)
+def test_a_prefix_is_refused_where_it_has_no_place(auto: Any, model_type: str, reason: str) -> None:
+    if model_type == "mpnet":
+        auto = AutoModelForMaskedLM
+    config = AutoConfig.for_model(
+        model_type, vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    with pytest.raises(ValueError, match=reason):
+        get_peft_model(model, PrefixKvConfig())

@@ -10,7 +10,7 @@ from torch import nn
 from ftlevel.methods.prefix.attention import ATTENTION, own_attention, register_attention
 from ftlevel.methods.prefix.config import PrefixKvConfig
 from ftlevel.methods.prefix.layer import PrefixLayer
-from ftlevel.methods.prefix.sites import find_attentions
+from ftlevel.methods.prefix.sites import find_attentions, why_no_prefix
 from ftlevel.methods.virtual_tokens import VirtualTokenTuner
 from ftlevel.models.upstream.architectures import attention_of
 
@@ -38,6 +38,9 @@ class PrefixModel(VirtualTokenTuner):
         adapter_name: str,  # noqa: ARG002 - PEFT's signature
     ) -> None:
         """Remember the model's attention, and refuse one that ours could not stand in for."""
+        reason = why_no_prefix(model.config)
+        if reason:
+            raise ValueError(f"{reason}. Use a method without a prefix, such as LoRA.")
         implementation = attention_of(model)
         if implementation not in _REPLACED:
             raise ValueError(
