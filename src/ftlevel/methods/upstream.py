@@ -30,7 +30,6 @@ FACTS = {
         "BaseTuner._prepare_adapter_config": "which modules a tuner adapts",
         "BaseTuner._create_and_replace": "puts a layer of ours on a module",
         "BaseTuner._pre_injection_hook": "refuses what a prefix cannot stand on",
-        "BaseTuner._post_injection_hook": "gives the model our attention",
         "BaseTuner._replace_module": "exchanges a module that has no weight",
         "BaseTuner._check_merge_allowed": "refuses to merge",
         "BaseTuner._cast_adapter_dtype": "casts an adapter to float32, or leaves it",

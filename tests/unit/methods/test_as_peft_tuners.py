@@ -15,9 +15,11 @@ from peft import (
     inject_adapter_in_model,
 )
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ftlevel.methods import METHODS
+from ftlevel.models.upstream.architectures import attention_of
 from tiny_models import build, build_batch, build_config, compute_logits
 
 for method in METHODS.values():
@@ -133,3 +135,41 @@ def test_a_prefix_is_refused_where_it_has_no_place(auto: Any, model_type: str, r
         model = auto.from_config(config)
     with pytest.raises(ValueError, match=reason):
         get_peft_model(model, PrefixKvConfig())
+
+
+class Feedforward(nn.Module):
+    """A model of nobody's family: it has no `config`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.last(self.first(x).relu())
+        return states
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "parallel"])
+def test_a_bottleneck_needs_no_configuration_of_the_model(placement: str) -> None:
+    config = BottleneckConfig(target_modules=["last"], placement=placement, init_weights=False)
+    plain, x = Feedforward(), torch.randn(3, 6)
+    before = plain(x)
+    model = get_peft_model(plain, config)
+    assert not torch.allclose(model(x), before)
+    layer = model.base_model.model.last
+    assert (layer.in_features, layer.out_features) == (8, 4)
+    with pytest.raises(ValueError, match="Set target_modules"):
+        get_peft_model(Feedforward(), BottleneckConfig())
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_the_last_prefix_leaves_the_attention_as_it_was(family: str) -> None:
+    batch, base = build_batch(family), build(family)
+    before, attention = compute_logits(base, batch), attention_of(base)
+    model = get_peft_model(base, PrefixKvConfig()).eval()
+    model.delete_adapter("default")
+    assert attention_of(base) == attention
+    assert torch.equal(compute_logits(base, batch), before)
+    model.add_adapter("again", PrefixKvConfig())
+    model.set_adapter("again")
+    assert not torch.allclose(compute_logits(model, batch), before, atol=1e-4)

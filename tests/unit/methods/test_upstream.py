@@ -156,7 +156,6 @@ def _() -> None:
     "BaseTuner._prepare_adapter_config",
     "BaseTuner._create_and_replace",
     "BaseTuner._pre_injection_hook",
-    "BaseTuner._post_injection_hook",
     "BaseTuner._replace_module",
     "BaseTuner._check_merge_allowed",
 )
@@ -169,7 +168,6 @@ def _() -> None:
             "current_key", "parameter_name",
         ],
         "_pre_injection_hook": hook,
-        "_post_injection_hook": hook,
         "_replace_module": ["self", "parent", "child_name", "new_module", "child"],
         "_check_merge_allowed": ["self"],
     }  # fmt: skip
@@ -188,7 +186,7 @@ def _() -> None:
     recorder(build("llama"), config, "default").merge_and_unload()
     assert list(dict.fromkeys(called)) == [
         "_pre_injection_hook", "_prepare_adapter_config", "_create_and_replace", "_replace_module",
-        "_post_injection_hook", "_check_merge_allowed",
+        "_check_merge_allowed",
     ]  # fmt: skip
     assert called[-1] == "_replace_module"  # when it is unloaded again
 

@@ -56,6 +56,8 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
     cannot_merge = CANNOT_MERGE
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("settings",)
+    in_features: int
+    out_features: int
     # PEFT's, whose types nn.Module's __getattr__ hides.
     get_base_layer: Callable[[], nn.Module]
     _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
