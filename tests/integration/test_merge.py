@@ -116,6 +116,18 @@ def test_a_run_in_bfloat16_is_measured_against_its_rounding(
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= files
 
 
+def test_who_reads_the_form_of_transformers_4_computes_the_same(
+    trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = trained("llama", "text-generation", "mask", None, "--dtype", "float32")
+    assert run(["merge", str(source), "--out", "merged", "--no-verify", "--quiet"]) == 0
+    assert run(["quantize", str(source.parent / "base"), "--quant", "8bit", "--out", "packed",
+                "--no-measure", "--quiet"]) == 0  # fmt: skip
+    for name in ("merged", "packed"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+
+
 def test_a_merge_that_is_not_the_trained_model_is_not_put_in_place(
     trained: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,

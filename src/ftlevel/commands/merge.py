@@ -86,6 +86,8 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
     with quiet_libraries(), contextlib.ExitStack() as stack:
         listener.stage("find the adapter and its base")
         inputs = resolve_merge_input(config)
+        if config.dtype == "float32":  # then the model to compare with is the run in float32
+            inputs = replace(inputs, dtype="float32")
         ways = _ways(config, inputs)
         inputs, choices = mix(config, inputs, stack)
         probe = None
@@ -192,7 +194,9 @@ def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
 
 def _write(config: MergeConfig, inputs: MergeInput, onto: str, directory: Path) -> Candidate:
     directory.mkdir()
-    dtype = None if config.dtype == "auto" else config.dtype
+    dtype: str | None = None if config.dtype == "auto" else config.dtype
+    if inputs.source.kind == "gguf":  # its numbers have no type of their own
+        dtype = dtype or inputs.dtype
     if onto == "original":
         return Candidate(onto, directory, write_merged(directory, inputs, dtype, None))
     compute = DTYPES[inputs.dtype]

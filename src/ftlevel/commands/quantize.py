@@ -42,6 +42,7 @@ from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.quantized import quantization_facts, quantization_name, stored_quantization
+from ftlevel.models.rope import write_former_rope
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source, snapshot
 from ftlevel.models.torchao_format import build_torchao_config
 from ftlevel.weights.quantize_layout import (
@@ -223,6 +224,7 @@ def _write(plan: _Plan, directory: Path, out: Path, listener: Listener) -> tuple
     stored["dtype"] = str(layout.dtype).removeprefix("torch.")
     stored.pop("torch_dtype", None)
     write_json(out / "config.json", stored)
+    write_former_rope(out)
     for pattern in _COPIED:
         for file in directory.glob(pattern):
             if file.is_file():

@@ -17,6 +17,7 @@ from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import build_task_model, load_model, load_tokenizer, rename_prefix
 from ftlevel.models.quantization import Rounding
+from ftlevel.models.rope import write_former_rope
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
@@ -97,13 +98,15 @@ class TensorMerger:
         return self._unit[1][name].to(self._dtype_of(name))
 
     def base(self, name: str) -> torch.Tensor:
-        """Return the base's tensor `name` as the adapter is merged into it."""
+        """Return the base's tensor `name` as it is written where no adapter is merged into it."""
+        return self._read(name).to(self._dtype_of(name))
+
+    def _read(self, name: str) -> torch.Tensor:
+        """Return the base's tensor `name` as precise as it is stored, or as it was quantized."""
         if not self.checkpoint.holds(name):  # the bias of a new head: check_whole let it pass
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
-        if self.rounding is not None:
-            value = self.rounding(name, value)
-        return value.to(self._dtype_of(name))
+        return value if self.rounding is None else self.rounding(name, value)
 
     def check_whole(self, heads: list[str], base: str) -> None:
         """Refuse a base that lacks tensors which the adapter does not bring.
@@ -139,12 +142,17 @@ class TensorMerger:
         return not self.adapts(name) and not rounds and stored == self._dtype_of(name)
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
+        """Merge in float32, to be rounded once.
+
+        In the narrower type of a base most of a small update is below the rounding: it is lost, not
+        spread.
+        """
         before: dict[str, torch.Tensor] = {}
 
         def read(name: str) -> torch.Tensor:
-            value = self.base(name)
-            before[name] = value.clone()
-            return value
+            value = self._read(name)
+            before[name] = value.to(self._dtype_of(name), copy=True)
+            return value.float() if value.is_floating_point() else value
 
         merged = self.skeleton.merge(unit, read)
         for name, value in before.items():
@@ -221,13 +229,13 @@ def write_merged(
 
 
 def _open(inputs: MergeInput, model: Any) -> Checkpoint:
-    """Return the base's weights: in files, or of a .gguf file in memory."""
+    """Return the base's weights: in files, or of a .gguf file in memory, as precise as it is."""
     if inputs.source.kind == "gguf":
         loaded, _ = load_model(
             inputs.source,
             inputs.config,
             inputs.auto_class,
-            dtype=DTYPES[inputs.dtype],
+            dtype=torch.float32,
             device="cpu",
         )
         return checkpoint_in_memory(model, loaded)
@@ -295,6 +303,7 @@ def _write_config(
         config.tie_word_embeddings = False
         config.get_text_config().tie_word_embeddings = False
     config.save_pretrained(directory)
+    write_former_rope(directory)
     _write_tokenizer(directory, inputs.tokens)
     gguf = inputs.source.kind == "gguf"
     own = None if gguf else local_directory(inputs.source) / "generation_config.json"

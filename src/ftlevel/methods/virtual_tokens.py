@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from ftlevel.methods.precision import PrecisionLayer, PrecisionTuner
 from ftlevel.methods.unmergeable import VIRTUAL_TOKENS, UnmergeableLayer, UnmergeableTuner
 
 _DEEPEST_SUFFIX = 3
 
 
-class VirtualTokenLayer(UnmergeableLayer, nn.Module, BaseTunerLayer):
+class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
     """The virtual tokens of one module, by the names of the adapters they belong to."""
 
     cannot_merge = VIRTUAL_TOKENS
@@ -41,7 +42,7 @@ class VirtualTokenLayer(UnmergeableLayer, nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in present]
 
 
-class VirtualTokenTuner(UnmergeableTuner, BaseTuner):
+class VirtualTokenTuner(UnmergeableTuner, PrecisionTuner, BaseTuner):
     """A tuner that finds its modules by itself, and whose layers are `VirtualTokenLayer`s."""
 
     tuner_layer_cls: type[VirtualTokenLayer] = VirtualTokenLayer

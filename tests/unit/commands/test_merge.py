@@ -76,13 +76,18 @@ def assert_equal(found: Path, expected: Path) -> None:
         assert torch.equal(first[name], tensor), name
 
 
-def check_against_peft(base: Path, tmp_path: Path, head: str, config: Any) -> None:
-    """Merge by ftlevel and by PEFT, and compare the files."""
+def check_against_peft(
+    base: Path, tmp_path: Path, head: str, config: Any, dtype: str = "auto"
+) -> None:
+    """Merge by ftlevel, and by PEFT in float32 and rounded once, and compare the files."""
     classes = {"num_labels": 3} if head in ("seqcls", "tokcls") else {}
     adapter = save_adapter(base, tmp_path / "adapter", head, config, **classes)
-    merged = PeftModel.from_pretrained(load(base, head, **classes), adapter).merge_and_unload()
-    merged.save_pretrained(tmp_path / "peft")
-    merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "ftlevel", verify=False))
+    wide = load(base, head, torch.float32, **classes)
+    merged = PeftModel.from_pretrained(wide, adapter).merge_and_unload()
+    stored = AutoConfig.from_pretrained(base).dtype if dtype == "auto" else getattr(torch, dtype)
+    merged.to(stored).save_pretrained(tmp_path / "peft")
+    merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "ftlevel", verify=False,
+                      dtype=dtype))  # fmt: skip
     assert_equal(tmp_path / "ftlevel", tmp_path / "peft")
     again = load(tmp_path / "ftlevel", head)
     assert again.config.architectures == merged.config.architectures
@@ -125,6 +130,16 @@ def test_every_form_is_bit_for_bit_what_peft_merges(
     if dtype == "bfloat16":
         base = save_base(load(base, "causal", torch.bfloat16), base, tmp_path / "base")
     check_against_peft(base, tmp_path, "causal", FORMS[form]())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_another_type_is_rounded_to_once(
+    dtype: str, tiny_model_dir: TinyModelDir, tmp_path: Path
+) -> None:
+    base = tiny_model_dir("llama")
+    if dtype == "float32":
+        base = save_base(load(base, "causal", torch.bfloat16), base, tmp_path / "base")
+    check_against_peft(base, tmp_path, "causal", lora(), dtype)
 
 
 FAMILIES: dict[str, tuple[str, str, Callable[[], Any]]] = {

@@ -156,7 +156,6 @@ def _() -> None:
     "BaseTuner._prepare_adapter_config",
     "BaseTuner._create_and_replace",
     "BaseTuner._pre_injection_hook",
-    "BaseTuner._post_injection_hook",
     "BaseTuner._replace_module",
     "BaseTuner._check_merge_allowed",
 )
@@ -169,7 +168,6 @@ def _() -> None:
             "current_key", "parameter_name",
         ],
         "_pre_injection_hook": hook,
-        "_post_injection_hook": hook,
         "_replace_module": ["self", "parent", "child_name", "new_module", "child"],
         "_check_merge_allowed": ["self"],
     }  # fmt: skip
@@ -188,7 +186,7 @@ def _() -> None:
     recorder(build("llama"), config, "default").merge_and_unload()
     assert list(dict.fromkeys(called)) == [
         "_pre_injection_hook", "_prepare_adapter_config", "_create_and_replace", "_replace_module",
-        "_post_injection_hook", "_check_merge_allowed",
+        "_check_merge_allowed",
     ]  # fmt: skip
     assert called[-1] == "_replace_module"  # when it is unloaded again
 
@@ -206,3 +204,22 @@ def _() -> None:
     x = torch.zeros(2, dtype=torch.bfloat16)
     assert arguments(BaseTunerLayer._cast_input_dtype) == ["self", "x", "dtype"]
     assert layer._cast_input_dtype(x, torch.float32).dtype == torch.float32
+
+
+@CANARIES.of(
+    "BaseTuner._cast_adapter_dtype", "BaseTunerLayer._move_adapter_to_device_of_base_layer"
+)
+def _() -> None:
+    move = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    assert arguments(move) == ["self", "adapter_name", "device"]
+    assert arguments(BaseTuner._cast_adapter_dtype) == [
+        "self", "adapter_name", "autocast_adapter_dtype",
+    ]  # fmt: skip
+    model = adapted().to(torch.bfloat16)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    model.base_model._cast_adapter_dtype("default", autocast_adapter_dtype=False)
+    assert layer.lora_A["default"].weight.dtype == torch.bfloat16
+    model.base_model._cast_adapter_dtype("default")
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    layer._move_adapter_to_device_of_base_layer("default")
+    assert layer.lora_A["default"].weight.dtype == torch.bfloat16  # ours leaves the precision

@@ -59,7 +59,10 @@ def with_recomputation(
 def recomputation_of(tensor: torch.Tensor) -> Recomputation | None:
     """Return how `tensor` is recomputed; None where it has to be kept.
 
-    So have views and copies, and a tensor that was written to since.
+    So have views and copies, and a tensor that was written to since. Nothing is kept of a tensor of
+    inference mode, which does not count what is written to it.
     """
+    if tensor.is_inference():
+        return None
     recomputation, version = getattr(tensor, _NAME, (None, None))
     return recomputation if version == version_of(tensor) else None

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ftlevel.methods.bottleneck.config import BottleneckConfig
+from ftlevel.methods.precision import PrecisionLayer
 from ftlevel.methods.unmergeable import UnmergeableLayer
 
 CANNOT_MERGE = (
@@ -39,7 +40,7 @@ class Settings:
     scaling: float
 
 
-class BottleneckLayer(UnmergeableLayer, nn.Module, BaseTunerLayer):
+class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
     """A module and the adapters on it, by their names.
 
     There is one `ModuleDict` for each of the two linears, not one of pairs: PEFT takes an
@@ -55,6 +56,8 @@ class BottleneckLayer(UnmergeableLayer, nn.Module, BaseTunerLayer):
     cannot_merge = CANNOT_MERGE
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("settings",)
+    in_features: int
+    out_features: int
     # PEFT's, whose types nn.Module's __getattr__ hides.
     get_base_layer: Callable[[], nn.Module]
     _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]

@@ -10,10 +10,11 @@ from torch import nn
 from ftlevel.methods.bottleneck.config import BottleneckConfig
 from ftlevel.methods.bottleneck.layer import BottleneckLayer
 from ftlevel.methods.bottleneck.sites import SITES, find_input, site_pattern, sites_of
+from ftlevel.methods.precision import PrecisionTuner
 from ftlevel.methods.unmergeable import UnmergeableTuner
 
 
-class BottleneckModel(UnmergeableTuner, BaseTuner):
+class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     """Bottleneck adapters on a pretrained model, as PEFT's other tuners are."""
 
     prefix: str = "bottleneck_"
@@ -23,7 +24,7 @@ class BottleneckModel(UnmergeableTuner, BaseTuner):
         self, peft_config: BottleneckConfig, model_config: dict[str, Any]
     ) -> BottleneckConfig:
         if peft_config.target_modules is None:
-            sites = sites_of(self.model.config)
+            sites = sites_of(getattr(self.model, "config", None))
             if sites is None:
                 raise ValueError(
                     f"no positions for bottleneck adapters are known for model_type "
@@ -45,6 +46,7 @@ class BottleneckModel(UnmergeableTuner, BaseTuner):
     ) -> None:
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target)
         width_in, width_out = self._widths(layer.get_base_layer())
+        layer.in_features, layer.out_features = width_in, width_out
         if peft_config.placement == "parallel":
             source = self._input_of(current_key)
             if source is not None:
@@ -59,7 +61,7 @@ class BottleneckModel(UnmergeableTuner, BaseTuner):
     def _input_of(self, site: str) -> nn.Module | None:
         """Return the linear that is given the input of the feed-forward that ends at `site`."""
         modules: dict[str, Any] = dict(self.model.named_modules())
-        name = find_input(sites_of(self.model.config), site, modules)
+        name = find_input(sites_of(getattr(self.model, "config", None)), site, modules)
         if name is None:
             return None
         return getattr(modules[name], "base_layer", modules[name])

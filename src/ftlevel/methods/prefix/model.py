@@ -10,7 +10,7 @@ from torch import nn
 from ftlevel.methods.prefix.attention import ATTENTION, own_attention, register_attention
 from ftlevel.methods.prefix.config import PrefixKvConfig
 from ftlevel.methods.prefix.layer import PrefixLayer
-from ftlevel.methods.prefix.sites import find_attentions
+from ftlevel.methods.prefix.sites import find_attentions, why_no_prefix
 from ftlevel.methods.virtual_tokens import VirtualTokenTuner
 from ftlevel.models.upstream.architectures import attention_of
 
@@ -38,6 +38,9 @@ class PrefixModel(VirtualTokenTuner):
         adapter_name: str,  # noqa: ARG002 - PEFT's signature
     ) -> None:
         """Remember the model's attention, and refuse one that ours could not stand in for."""
+        reason = why_no_prefix(model.config)
+        if reason:
+            raise ValueError(f"{reason}. Use a method without a prefix, such as LoRA.")
         implementation = attention_of(model)
         if implementation not in _REPLACED:
             raise ValueError(
@@ -85,23 +88,28 @@ class PrefixModel(VirtualTokenTuner):
         hidden = self.model.config.get_text_config().hidden_size
         layer.add_projected(adapter_name, config, encoder, hidden)
 
-    def _post_injection_hook(
-        self,
-        model: Any,
-        config: PrefixKvConfig,  # noqa: ARG002 - PEFT's signature
-        adapter_name: str,  # noqa: ARG002 - PEFT's signature
-    ) -> None:
-        """Let the attentions that ask transformers for a function get ours."""
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, and let attentions that ask transformers for a function get ours."""
+        super().inject_adapter(*args, **kwargs)
         if any(own_attention(layer.base_layer) is None for layer in self.layers()):
             register_attention()
-            model.set_attn_implementation(ATTENTION)
+            self.model.set_attn_implementation(ATTENTION)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; the last one gives the model back the attention it had."""
+        super().delete_adapter(adapter_name)
+        if not self.peft_config:
+            self._restore_attention()
 
     def unload(self) -> nn.Module:
         """Return the base model without prefixes, with the attention it had."""
         model = super().unload()
-        if attention_of(model) == ATTENTION:
-            model.set_attn_implementation(self.attention_before)
+        self._restore_attention()
         return model
+
+    def _restore_attention(self) -> None:
+        if attention_of(self.model) == ATTENTION:
+            self.model.set_attn_implementation(self.attention_before)
 
     @torch.no_grad()
     def fold(self, adapter_name: str = "default") -> None:

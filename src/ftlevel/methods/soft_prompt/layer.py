@@ -66,10 +66,15 @@ class SoftPromptLayer(VirtualTokenLayer):
         self.role: Role = "whole"
         self.arguments = list(inspect.signature(stack.forward).parameters)
         self._layout: Layout | None = None
+        self._stack = [stack]  # in a list it is no child: it is the parent
         self._hooks = [
             stack.register_forward_pre_hook(functools.partial(_before, self), with_kwargs=True),
             stack.register_forward_hook(functools.partial(_after, self)),
         ]
+
+    def get_base_layer(self) -> Any:
+        """Return what the prompt stands beside: the embedding of tokens."""
+        return self._stack[0].get_input_embeddings()
 
     def leave(self) -> None:
         """Take the hooks off the stack again."""

@@ -27,8 +27,21 @@ class SoftPromptModel(VirtualTokenTuner):
     tuner_layer_cls = SoftPromptLayer
 
     def find_modules(self) -> list[str]:
-        """Return the full names of the stack, or of encoder and decoder."""
-        return find_stacks(self.model)
+        """Return the full names of the stack, or of encoder and decoder.
+
+        PEFT cannot name a whole model: one without a head is named by the list of its layers.
+        """
+        lists = (n for n, part in self.model.named_modules() if isinstance(part, nn.ModuleList))
+        return find_stacks(self.model) or [*lists][:1]
+
+    def inject_adapter(
+        self,
+        *args: Any,
+        state_dict: Any = None,  # noqa: ARG002 - PEFT would look for stacks among its keys
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter; see `BaseTuner`. The configuration says where, not a state dict."""
+        super().inject_adapter(*args, **kwargs)
 
     def _create_and_replace(
         self,
@@ -40,7 +53,18 @@ class SoftPromptModel(VirtualTokenTuner):
         current_key: str,
         parameter_name: str | None = None,  # noqa: ARG002 - PEFT's signature
     ) -> None:
-        """Add a prompt to the stack `target`, which is not replaced (mutated)."""
+        """Add a prompt to the stack `target`, which is not replaced (mutated).
+
+        Raises:
+            ValueError: it is none.
+        """
+        if isinstance(target, nn.ModuleList):
+            target = self.model
+        if not hasattr(target, "get_input_embeddings"):
+            raise ValueError(
+                f"{current_key} takes no tokens, and a soft prompt stands among them. Leave "
+                "target_modules out, or name the stack of layers that has the embedding."
+            )
         if not hasattr(target, NAME):
             target.add_module(NAME, SoftPromptLayer(target))
         layer = getattr(target, NAME)

@@ -86,3 +86,19 @@ def test_less_is_kept_and_the_same_is_learned(family: str, monkeypatch: pytest.M
     # The first norm's input is an embedding, which nobody kept before.
     assert made_again * 0.85 < kept - size < made_again
     fused.remove()
+
+
+@pytest.mark.parametrize("without", [torch.inference_mode, torch.no_grad])
+def test_a_layer_in_training_mode_computes_where_nothing_is_kept(without: Any) -> None:
+    inputs = tiny_models.build_batch("llama")
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    expected = get_peft_model(tiny_models.build("llama"), config).train()
+    register_fused_layers(config)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_models.build("llama"), config).train()
+    fused = FusedNormGlu(model)
+    for _ in range(2):  # with fused norms and GLUs, and without
+        with without():
+            torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits)
+        fused.remove()

@@ -1,0 +1,175 @@
+"""Our tuners from Python, without ftlevel's commands: they do what PEFT's own do when asked."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from ftlevel.methods import METHODS
+from ftlevel.models.upstream.architectures import attention_of
+from tiny_models import build, build_batch, build_config, compute_logits
+
+for method in METHODS.values():
+    if method.register is not None:
+        method.register()
+
+from ftlevel.methods.bottleneck.config import BottleneckConfig  # noqa: E402 - makes a PeftType
+from ftlevel.methods.prefix.config import PrefixKvConfig  # noqa: E402 - likewise
+from ftlevel.methods.soft_prompt.config import SoftPromptConfig  # noqa: E402 - likewise
+
+CONFIGS = {
+    "bottleneck": lambda: BottleneckConfig(init_weights=False),
+    "parallel": lambda: BottleneckConfig(placement="parallel", init_weights=False),
+    "prefix": PrefixKvConfig,
+    "projected": lambda: PrefixKvConfig(prefix_projection=True),
+    "prompt": SoftPromptConfig,
+    "lstm": lambda: SoftPromptConfig(encoder="LSTM"),
+}
+every_tuner = pytest.mark.parametrize("tuner", CONFIGS)
+
+
+def dtypes_of(model: Any, name: str) -> set[torch.dtype]:
+    return {p.dtype for n, p in model.named_parameters() if model.prefix in n and f".{name}" in n}
+
+
+@every_tuner
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_is_in_the_precision_that_is_asked_for(
+    tuner: str, family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    for is_cast, expected in ((True, torch.float32), (False, dtype)):
+        choice = {"autocast_adapter_dtype": is_cast}
+        model = get_peft_model(build(family).to(dtype), CONFIGS[tuner](), **choice)
+        model.add_adapter("other", CONFIGS[tuner](), **choice)
+        assert dtypes_of(model, "default") == dtypes_of(model, "other") == {expected}
+        assert torch.isfinite(compute_logits(model.eval(), build_batch(family))).all()
+        model.save_pretrained(str(tmp_path))
+        for how in (choice, {**choice, "low_cpu_mem_usage": True}):
+            loaded = PeftModel.from_pretrained(build(family).to(dtype), str(tmp_path), **how)
+            loaded.load_adapter(str(tmp_path / "other"), "other", **how)
+            assert dtypes_of(loaded, "default") == dtypes_of(loaded, "other") == {expected}
+            for name in ("default", "other"):
+                loaded.set_adapter(name)
+                model.set_adapter(name)
+                logits = compute_logits(model, build_batch(family))
+                assert torch.equal(compute_logits(loaded, build_batch(family)), logits)
+
+
+@every_tuner
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "distilbert", "opt", "t5", "bart"])
+def test_a_model_without_a_head_is_as_good(tuner: str, family: str, tmp_path: Path) -> None:
+    stack = AutoModel.from_config(build_config(family)).eval()
+
+    def build_stack() -> Any:
+        return copy.deepcopy(stack)
+
+    def compute(model: Any) -> torch.Tensor:
+        states: torch.Tensor = model(**inputs).last_hidden_state
+        return states
+
+    inputs = build_batch(family, "seqcls")
+    del inputs["labels"]
+    if family == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    model = get_peft_model(build_stack(), CONFIGS[tuner]()).eval()
+    states, before = compute(model), compute(build_stack())
+    assert states.shape == before.shape
+    assert not torch.allclose(states, before, atol=1e-4)
+    states.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with model.disable_adapter():
+        torch.testing.assert_close(compute(model), before, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(str(tmp_path))
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(f".{model.prefix}" in key for key in keys)  # nothing of the base
+    loaded = PeftModel.from_pretrained(build_stack(), str(tmp_path))
+    torch.testing.assert_close(compute(loaded), states, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compute(model.unload()), before, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_is_refused_by_what_takes_no_tokens() -> None:
+    config = SoftPromptConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="takes no tokens"):
+        get_peft_model(build("llama"), config)
+
+
+@every_tuner
+def test_injected_by_the_keys_of_a_state_dict(tuner: str) -> None:
+    injected = inject_adapter_in_model(CONFIGS[tuner](), build("llama"))
+    state = get_peft_model_state_dict(injected)
+    again = inject_adapter_in_model(CONFIGS[tuner](), build("llama"), state_dict=state)
+    assert get_peft_model_state_dict(again).keys() == state.keys() != set()
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("bloom", "computes its attention itself"),
+        ("falcon", "computes its attention itself"),
+        ("mpnet", "computes its attention itself"),
+        ("gpt_oss", "more than scaled_dot_product"),
+    ],
+)
+def test_a_prefix_is_refused_where_it_has_no_place(auto: Any, model_type: str, reason: str) -> None:
+    if model_type == "mpnet":
+        auto = AutoModelForMaskedLM
+    config = AutoConfig.for_model(
+        model_type, vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    with pytest.raises(ValueError, match=reason):
+        get_peft_model(model, PrefixKvConfig())
+
+
+class Feedforward(nn.Module):
+    """A model of nobody's family: it has no `config`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.last(self.first(x).relu())
+        return states
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "parallel"])
+def test_a_bottleneck_needs_no_configuration_of_the_model(placement: str) -> None:
+    config = BottleneckConfig(target_modules=["last"], placement=placement, init_weights=False)
+    plain, x = Feedforward(), torch.randn(3, 6)
+    before = plain(x)
+    model = get_peft_model(plain, config)
+    assert not torch.allclose(model(x), before)
+    layer = model.base_model.model.last
+    assert (layer.in_features, layer.out_features) == (8, 4)
+    with pytest.raises(ValueError, match="Set target_modules"):
+        get_peft_model(Feedforward(), BottleneckConfig())
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_the_last_prefix_leaves_the_attention_as_it_was(family: str) -> None:
+    batch, base = build_batch(family), build(family)
+    before, attention = compute_logits(base, batch), attention_of(base)
+    model = get_peft_model(base, PrefixKvConfig()).eval()
+    model.delete_adapter("default")
+    assert attention_of(base) == attention
+    assert torch.equal(compute_logits(base, batch), before)
+    model.add_adapter("again", PrefixKvConfig())
+    model.set_adapter("again")
+    assert not torch.allclose(compute_logits(model, batch), before, atol=1e-4)
