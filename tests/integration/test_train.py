@@ -271,6 +271,9 @@ def test_a_run_of_old_names_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
             assert own[1] in text
             text = text.replace(own[1], own[0])
         path.write_text(text)
+    origin = json.loads(path.read_text())
+    del origin["threads"]  # which a run of then did not keep
+    path.write_text(json.dumps(origin))
     capsys.readouterr()
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if "is now called" in line]
@@ -364,3 +367,9 @@ def test_a_gguf_file_trains_and_a_full_run_of_it_is_a_plain_model(smollm2_gguf: 
     assert summary["proof"]["reload_difference"] == 0
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["model"]["name_or_path"] == str(smollm2_gguf)
+
+
+def test_a_full_run_is_read_by_programs_that_know_the_former_rope() -> None:
+    train(*SHORT, "--method", "full", "--max-steps", "1")
+    config = json.loads(Path("run/adapter/config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]

@@ -12,6 +12,7 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.methods import needs_import
+from ftlevel.models.rope import write_former_rope
 from ftlevel.trained.adapt import finish_method, save_adapter
 from ftlevel.training.callbacks.report import Report
 from ftlevel.training.model import Adapted
@@ -59,6 +60,7 @@ def save(
         save_adapter(model, config.method, partial, adapted.start)
     else:
         model.save_pretrained(str(partial))
+        write_former_rope(partial)
     plan.model.tokenizer.save_pretrained(str(partial))
     build_card(config, plan, base).write(partial)
     if run.adapter.exists():

@@ -75,6 +75,8 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
         raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
     before = {RENAMED.get(key, key): value for key, value in before.items()}
     now = json.loads(json.dumps(origin, default=str))
+    if "threads" in now:  # a run that was begun before they were kept does not say
+        before.setdefault("threads", now["threads"])
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         shown = listing(
