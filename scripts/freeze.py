@@ -191,7 +191,7 @@ def build_items(data: Path | None) -> Iterator[tuple[str, list[str]]]:
 
 _VARIES = re.compile(r"^(timings|memory|versions|finished|peft_version|seconds)$|_s$|^peak_")
 _NOISE = (
-    (re.compile(r"<work>/homes/[\w-]+/tmp/[\w.-]+"), "<temporary>"),
+    (re.compile(r"<work>/own/[\w-]+/tmp/[\w.-]+"), "<temporary>"),
     (re.compile(r"\b\d[\d,]*(\.\d+)?( ?s| ms| tok/s| tokens/s| rows/s| [GM]iB)\b"), "<n>\\2"),
 )
 
@@ -250,7 +250,7 @@ class Recorder:
         words = shlex.split(command)
         own = {"rm": ["rm"], "tests": [sys.executable, __file__, "tests"]}.get(words[0])
         program = [*own, *words[1:]] if own else [sys.executable, "-m", "ftlevel", *words]
-        home, threads = self.work / "homes" / folder.name, 1 + ("threads" in folder.name)
+        home, threads = self.work / "own" / folder.name, 1 + ("threads" in folder.name)
         (home / "tmp").mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ, "HOME": f"{home}", "XDG_CACHE_HOME": f"{home}", "HF_HOME": f"{home}",

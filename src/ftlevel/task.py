@@ -196,10 +196,7 @@ class Objective(ABC):
         return logits, labels
 
     def choices(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor,
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Return the logits of the supervised targets as `(targets, choices)`."""
         return self.targets(logits, labels)[0]

@@ -205,11 +205,7 @@ class BaseTask(Task):
         """
 
     def show_targets(
-        self,
-        row: Encoded,
-        names: Sequence[str],
-        kind: str,
-        speller: Speller,
+        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
     ) -> list[str | None]:
         """Return what is learned at each token of `row`; "" for the token itself, None for nothing.
 

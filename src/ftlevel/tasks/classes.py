@@ -181,10 +181,7 @@ class Classes(Objective):
     per_row: ClassVar[bool] = True
 
     def loss_sum(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor,
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Return the sum of the negative log likelihoods, in nats."""
         from torch.nn import functional
@@ -203,10 +200,7 @@ class MultiLabel(Objective):
     per_row: ClassVar[bool] = True
 
     def choices(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor,
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Return yes and no of each class: a logit z is the choice between 0 and z."""
         import torch
@@ -221,10 +215,7 @@ class MultiLabel(Objective):
         return torch.tensor(labels.numel())
 
     def loss_sum(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor,
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Return the sum over every class of every row, in nats."""
         from torch.nn import functional
@@ -250,10 +241,7 @@ class Regression(Objective):
         return torch.tensor(labels.numel())
 
     def loss_sum(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor,
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Return the sum of the squared errors."""
         from torch.nn import functional
@@ -268,12 +256,7 @@ class Regression(Objective):
 class ClassMeter(Pairs):
     """Accuracy, macro F1 and Matthews' correlation of single-label classification."""
 
-    def update(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: Sequence[Any],
-    ) -> None:
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch: logits `(batch, classes)`, labels `(batch,)`."""
         self.predicted += logits.argmax(-1).tolist()
         self.true += labels.tolist()
@@ -292,12 +275,7 @@ class ClassMeter(Pairs):
 class MultiLabelMeter(Pairs):
     """F1 and subset accuracy of labels that are told apart at a probability of one half."""
 
-    def update(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: Sequence[Any],
-    ) -> None:
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch: logits and labels (0.0 or 1.0) `(batch, classes)`."""
         self.predicted += (logits > 0).int().tolist()
         self.true += labels.int().tolist()
@@ -321,12 +299,7 @@ class MultiLabelMeter(Pairs):
 class RegressionMeter(Pairs):
     """Root mean squared error, and Pearson's and Spearman's correlation."""
 
-    def update(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: Sequence[Any],
-    ) -> None:
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch: logits `(batch, 1)`, labels `(batch,)`."""
         self.predicted += logits.float().squeeze(-1).tolist()
         self.true += labels.tolist()

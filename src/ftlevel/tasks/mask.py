@@ -120,11 +120,7 @@ class MaskTask(BaseTask):
         return list(ids)
 
     def show_targets(
-        self,
-        row: Encoded,
-        names: Sequence[str],
-        kind: str,
-        speller: Speller,
+        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
     ) -> list[str | None]:
         """Return what was hidden at each token."""
         labels = row.labels if isinstance(row.labels, list) else []

@@ -122,11 +122,7 @@ class SpanTask(BaseTask):
         return (1, 2)
 
     def show_targets(
-        self,
-        row: Encoded,
-        names: Sequence[str],
-        kind: str,
-        speller: Speller,
+        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
     ) -> list[str | None]:
         """Return the tokens of the answer."""
         first, last = row.labels if isinstance(row.labels, tuple) else (0, 0)
@@ -162,10 +158,7 @@ class Spans(Objective):
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
 
     def choices(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor,
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Return the scores of starts and of ends, `(2 · batch, seq)`; padding is no candidate."""
         scores = logits.masked_fill(mask[..., None] == 0, -1e4)
@@ -198,12 +191,7 @@ class SpanMeter:
         self.found: defaultdict[int, Found] = defaultdict(Found)
         self.answers: dict[int, list[str]] = {}
 
-    def update(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: Sequence[Any],
-    ) -> None:
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch of `Window`: start and end logits `(batch, seq, 2)`."""
         for scores, window in zip(logits.cpu(), rows, strict=True):
             update_found(self.found[window.row], scores, window)

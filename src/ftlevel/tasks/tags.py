@@ -100,19 +100,13 @@ class Tags(Objective):
     names: tuple[str, ...] = ()
 
     def choices(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor,
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Return the logits of the words, `(words, tags)`."""
         return logits[labels != IGNORED]
 
     def loss_sum(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor,
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Return the sum of the negative log likelihoods of the words' tags, in nats."""
         from torch.nn import functional
@@ -139,12 +133,7 @@ class TagMeter(Pairs):
         super().__init__()
         self.names = names
 
-    def update(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: Sequence[Any],
-    ) -> None:
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch of `TaggedRow`: logits `(batch, seq, tags)`."""
         best = logits.argmax(-1).tolist()
         for tags, row in zip(best, rows, strict=True):

@@ -79,12 +79,7 @@ class TextTask(BaseTask):
         """Return one word for all: each writes with the language head."""
         return "text"
 
-    def prompt_format(
-        self,
-        format_: Format,
-        kind: str,
-        tokenizer: Any,
-    ) -> PromptFormat | None:
+    def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
         """Return how prompts are laid out for a model of `kind`."""
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
@@ -131,10 +126,7 @@ class TranslationTask(TextTask):
     """Source → target; the instruction names the languages where they are known."""
 
     def read_columns(
-        self,
-        format_: Format,
-        table: Table,
-        config: DataConfig,
+        self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
         """Return the format with the `languages`, where the columns or the user tell them."""
         source = find_language("source", format_.columns, config.source_language)

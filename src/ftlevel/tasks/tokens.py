@@ -51,10 +51,7 @@ class Tokens(TokenObjective):
         return super().count(labels[:, 1:] if self.shifted else labels)
 
     def loss_sum(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor,
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Return the sum of the negative log likelihoods, in nats."""
         from torch.nn import functional
@@ -81,12 +78,7 @@ class TokenMeter:
         self.tokens = 0
         self.right = 0
 
-    def update(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: Sequence[Any],
-    ) -> None:
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch's supervised tokens: logits `(tokens, vocabulary)`, labels `(tokens,)`."""
         self.right += int((logits.argmax(-1) == labels).sum())
         self.tokens += labels.numel()

@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.encode import (
-    Encoded,
-    RowError,
-)
+from ftlevel.data.encoding.encode import Encoded, RowError
 from ftlevel.data.encoding.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.formats.labels import LabelSet

@@ -59,7 +59,7 @@ def flat(chunks: list[Chunk]) -> list[tuple[int, Any]]:
     return [pair for c in chunks for pair in zip(c.lines, c.rows, strict=True)]
 
 
-def goes_on_from_every_cursor(stream: Stream) -> None:
+def assert_goes_on_from_every_cursor(stream: Stream) -> None:
     chunks = list(stream.chunks())
     assert len(chunks) > 1
     for number, chunk in enumerate(chunks, 1):
@@ -74,7 +74,7 @@ def test_the_rows_are_those_of_the_reader(name: str, tmp_path: Path) -> None:
     found = flat(list(stream.chunks()))
     assert [row for _, row in found] == list(table.rows)
     assert [line for line, _ in found] == list(table.lines)
-    goes_on_from_every_cursor(stream)
+    assert_goes_on_from_every_cursor(stream)
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.txt"])
@@ -122,7 +122,7 @@ def test_files_follow_one_another(tmp_path: Path) -> None:
         f"{name} {i}" for name in "abc" for i in range(100)
     ]
     assert [chunk.source for chunk in source.train.chunks()][-1] == str(tmp_path / "c.jsonl")
-    goes_on_from_every_cursor(source.train)
+    assert_goes_on_from_every_cursor(source.train)
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
@@ -144,7 +144,7 @@ def test_the_state_of_datasets_goes_on(kind: str, tmp_path: Path) -> None:
     stream = IterableStream(make, "hub (train)")
     found = flat(list(stream.chunks()))
     assert found == list(enumerate(ROWS, 1))
-    goes_on_from_every_cursor(stream)
+    assert_goes_on_from_every_cursor(stream)
 
 
 def test_a_saved_directory(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_saved_directory(tmp_path: Path) -> None:
     assert source.validation is not None
     assert list(source.validation.rows) == ROWS[:3]
     assert flat(list(source.train.chunks())) == list(enumerate(ROWS, 1))
-    goes_on_from_every_cursor(source.train)
+    assert_goes_on_from_every_cursor(source.train)
 
 
 def test_bad_lines_keep_their_numbers_after_a_cursor(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_stream_refuses_the_parquet_that_a_table_refuses(tmp_path: Path) -> No
 def test_rows_of_carriage_returns_go_on_from_every_cursor(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_bytes(b"text,n\r" + b'"a\rb",1\r' * 150)
-    goes_on_from_every_cursor(open_stream(path))
+    assert_goes_on_from_every_cursor(open_stream(path))
 
 
 def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
