@@ -37,14 +37,12 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
         return model
     from peft import get_peft_model
 
-    from ftlevel.fast.layers.fused_lora import (
-        register_fused_layers,  # PEFT's layers import bitsandbytes
-    )
-
     compact = replace(base, targets=compact_targets(model, base.targets))
     shape_only = next(model.parameters()).is_meta
     config = own.build(method, compact)
     if fused:
+        from ftlevel.fast.layers.fused_lora import register_fused_layers  # it imports bitsandbytes
+
         register_fused_layers(config)
     try:
         with _unknown_patterns_ignored():

@@ -111,7 +111,7 @@ def refuse_quantized(spec: LoraSpec, base: QuantizedCheckpoint) -> str | None:
 def against_workers(spec: LoraSpec) -> str:
     """Return what a forward pass changes in the model; empty if nothing."""
     if spec.target_parameters:
-        return "PEFT puts target_parameters into the model in each pass"
+        return "PEFT puts target_parameters into the model in each micro-batch"
     return ""
 
 
