@@ -32,6 +32,7 @@ from ftlevel.training.processes import Processes, resolve_processes, started_pro
 from ftlevel.training.proof import prove
 from ftlevel.training.resume import open_or_resume
 from ftlevel.training.summary import Outcome, build_summary, describe_base
+from ftlevel.training.verify.proof import verify_step
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def _train(
     processes.join(plan.model.device)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
+    verified = verify_step(config, plan, adapted, listener)
     base = describe_base(plan.model.source)
     run, checkpoint = processes.from_first(lambda: open_or_resume(config, plan, base, listener))
     past = []
@@ -144,7 +146,7 @@ def _train(
         proof=prove(adapted.model, config, plan, run, watch.gradients),
         timings=measure_times(watch.report, trained_at, int(trainer.tokens_seen)),
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
-        speed=describe_speed(trainer, adapted.verified),
+        speed=describe_speed(trainer, verified),
     )
     summary = build_summary(config, plan, outcome)
     with explain_disk_errors(run):
