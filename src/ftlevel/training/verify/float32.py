@@ -26,22 +26,19 @@ def in_float32(model: torch.nn.Module) -> Iterator[None]:
     Quantized weights stay as they are, and are dequantized to float32.
     """
     held: list[tuple[torch.Tensor, torch.Tensor]] = []
-    computing: list[tuple[Any, torch.dtype]] = []
     for tensor in _narrow_tensors(model):
         held.append((tensor, tensor.data))
         tensor.data = tensor.data.float()
-    for module in model.modules():
-        dtype = getattr(module, "compute_dtype", None)  # of a linear of bitsandbytes
-        if dtype in NARROW:
-            computing.append((module, dtype))
-            module.compute_dtype = torch.float32  # type: ignore[assignment]
+    dtypes = [(*what, getattr(*what)) for what in _dtypes_of_4_bits(model)]
+    for owner, name, _ in dtypes:
+        setattr(owner, name, torch.float32)
     try:
         yield
     finally:
         for tensor, data in held:
             tensor.data = data
-        for owner, dtype in computing:
-            owner.compute_dtype = dtype
+        for owner, name, dtype in dtypes:
+            setattr(owner, name, dtype)
 
 
 def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
@@ -60,3 +57,13 @@ def _narrow_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
                 if tensor is not None and tensor.dtype in NARROW and not inner_tensors(tensor):
                     found[id(tensor)] = tensor
     return list(found.values())
+
+
+def _dtypes_of_4_bits(model: torch.nn.Module) -> list[tuple[Any, str]]:
+    """Return whose attribute says what bitsandbytes' 4-bit linears dequantize to and compute in."""
+    found: list[tuple[Any, str]] = []
+    for module in model.modules():
+        state = getattr(own_tensors(module)[0].get("weight"), "quant_state", None)
+        if state is not None:
+            found += [(module, "compute_dtype"), (state, "dtype")]
+    return found
