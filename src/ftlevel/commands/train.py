@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def _train(
         proof=prove(adapted.model, config, plan, run, watch.gradients),
         timings=measure_times(watch.report, trained_at, int(trainer.tokens_seen)),
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
-        speed=describe_speed(trainer, verified),
+        speed=describe_speed(trainer, asdict(verified) if verified else None),
     )
     summary = build_summary(config, plan, outcome)
     with explain_disk_errors(run):

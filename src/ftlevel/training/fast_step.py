@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 from ftlevel.events import Listener
 from ftlevel.fast.step import FastStep
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.trainer import FtlevelTrainer
-from ftlevel.training.verify.bounds import Verified
 
 
 def speed_up(model: Any, plan: Plan, listener: Listener) -> FastStep | None:
@@ -28,8 +27,8 @@ def speed_up(model: Any, plan: Plan, listener: Listener) -> FastStep | None:
     return fast
 
 
-def describe_speed(trainer: FtlevelTrainer, verified: Verified | None) -> dict[str, Any]:
-    """Return what summary.json says of how the steps were computed."""
+def describe_speed(trainer: FtlevelTrainer, verified: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what summary.json says of how steps were computed, and what was `verified` of them."""
     if trainer.fast is None:
         return {"fast": False}
     plan = trainer.fast.plan
@@ -44,5 +43,5 @@ def describe_speed(trainer: FtlevelTrainer, verified: Verified | None) -> dict[s
         "tokens_per_micro_batch": plan.tokens // plan.workers,
         "tokens_computed": trainer.tokens_computed,
         "tokens_in_rows": int(trainer.tokens_seen),
-        "verified": asdict(verified) if verified else None,
+        "verified": verified,
     }

@@ -27,7 +27,8 @@ from ftlevel.training.verify.steps import moved_from_start
 def build(dtype: str, **method: Any) -> Any:
     """Return a small run's configuration, plan and model with the fast step on it."""
     config = TrainConfig.model_validate({
-        "model": {"dtype": dtype}, "data": {"max_samples": 24}, "method": {"kind": "lora", **method},
+        "model": {"dtype": dtype}, "data": {"max_samples": 24},
+        "method": {"kind": "lora", **method},
         "train": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     })  # fmt: skip
     with quiet_libraries():
@@ -99,7 +100,7 @@ def test_a_clean_step_passes_and_leaves_nothing(small_run: Any) -> None:
     if plan.model.dtype == "bfloat16":
         assert set(found.rounded) == {"lora_A", "lora_B"}
         for plain, fast in found.rounded.values():
-            assert 0.005 < plain, "bfloat16 rounds"
+            assert plain > 0.005, "bfloat16 rounds"
             assert fast < 1.5 * plain + 2e-3
     after = adapted.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -132,7 +133,9 @@ def test_distance_and_length() -> None:
     assert found["w"].distance == pytest.approx(0.1)
     assert found["w"].length == pytest.approx(0.1)
     assert found["v"] == Apart(0.0, 0.0, 0.0)
-    turned = compare_gradients({"w": torch.tensor([3.0, 4.0]) + torch.tensor([-0.4, 0.3])}, reference)
+    turned = compare_gradients(
+        {"w": torch.tensor([3.0, 4.0]) + torch.tensor([-0.4, 0.3])}, reference
+    )
     assert turned["w"].distance == pytest.approx(0.1)
     assert turned["w"].length == pytest.approx(0.0, abs=1e-6)
     missing = compare_gradients({"w": torch.ones(2)}, {})
@@ -143,7 +146,9 @@ def test_kinds() -> None:
     layer = "base_model.model.model.layers.3"
     assert kind_of(f"{layer}.self_attn.q_proj.lora_A.default.weight") == "lora_A"
     assert kind_of(f"{layer}.mlp.adapters.default.down.bias") == "down.bias"
-    assert kind_of("base_model.model.classifier.modules_to_save.default.weight") == "modules_to_save"
+    assert (
+        kind_of("base_model.model.classifier.modules_to_save.default.weight") == "modules_to_save"
+    )
     assert kind_of("model.layers.11.mlp.up_proj.weight") == "up_proj.weight"
     assert kind_of("vera_lambda_d.default") == "vera_lambda_d"
 
