@@ -19,6 +19,33 @@ from ftlevel.errors import InputError, listing
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What an example says, as the gate reads it.
+
+    Attributes:
+        asked: what the model is given: a prompt, the user's turns, a text that has a class.
+        answered: what it learns: an answer, the assistant's turns, a class; of a plain text all.
+        before: all that stands before the last answer; empty where nothing does.
+        last: that answer.
+        written: whether `answered` is written by the model after what it is given.
+        roles: of the turns of a conversation.
+    """
+
+    asked: str
+    answered: str
+    before: str
+    last: str
+    written: bool = False
+    roles: tuple[str, ...] = ()
+
+
+def parts_of(example: Example) -> Parts:
+    """Return the parts of an example; one that does not tell them is a text as a whole."""
+    parts = getattr(example, "parts", None)
+    return parts if isinstance(parts, Parts) else Parts("", example.key_text, "", "")
+
+
+@dataclass(frozen=True)
 class Conversation:
     """Turns with at least one of the assistant, and the tools that it may call.
 
@@ -33,6 +60,26 @@ class Conversation:
     def key_text(self) -> str:
         """The text by which the gate tells examples apart."""
         return "\0".join(f"{m.role}\0{m.content}" for m in self.messages)
+
+    @property
+    def parts(self) -> Parts:
+        """What the user and the assistant say."""
+        turns = self.messages
+        said: dict[str, list[str]] = {"user": [], "assistant": []}
+        for turn in turns:
+            if turn.content and turn.role != "system":
+                said["assistant" if turn.role == "assistant" else "user"].append(turn.content)
+        at = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+        before = [f"{m.role}\0{m.content}\0{m.extra or ''}" for m in turns[:at]]
+        asks = any(turn.role != "system" for turn in turns[:at])
+        return Parts(
+            "\n".join(said["user"]),
+            "\n".join(said["assistant"]),
+            "\0".join([*before, str(self.tools or "")]) if asks else "",
+            f"{turns[at].content}{turns[at].extra or ''}",
+            written=True,
+            roles=tuple(turn.role for turn in turns),
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +108,11 @@ class Pair:
         """The text by which the gate tells examples apart."""
         return f"{self.source}\0{self.target}"
 
+    @property
+    def parts(self) -> Parts:
+        """The source and the target."""
+        return Parts(self.source, self.target, self.source, self.target, written=True)
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -75,6 +127,12 @@ class Labelled:
     def key_text(self) -> str:
         """The text by which the gate tells examples apart."""
         return f"{self.text}\0{self.text_pair}\0{self.label}"
+
+    @property
+    def parts(self) -> Parts:
+        """The texts and the label."""
+        text = self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
+        return Parts(text, str(self.label), text, str(self.label))
 
     @property
     def classes(self) -> Sequence[str | int]:
@@ -98,6 +156,12 @@ class Tagged:
         return "\0".join((*self.tokens, *map(str, self.tags)))
 
     @property
+    def parts(self) -> Parts:
+        """The words and the tags."""
+        text = " ".join(self.tokens)
+        return Parts(text, "", text, " ".join(map(str, self.tags)))
+
+    @property
     def classes(self) -> Sequence[str | int]:
         """The tags, each once."""
         return tuple(dict.fromkeys(self.tags))
@@ -119,6 +183,12 @@ class Question:
     def key_text(self) -> str:
         """The text by which the gate tells examples apart."""
         return f"{self.question}\0{self.context}\0{self.answers}"
+
+    @property
+    def parts(self) -> Parts:
+        """What is asked about which context, and the answers."""
+        text = f"{self.question}\n{self.context}"
+        return Parts(text, "", text, str(self.answers))
 
 
 class Example(Protocol):

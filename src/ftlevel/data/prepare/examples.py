@@ -14,7 +14,6 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Fitted
 from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.gate import Finding, explain_stop
-from ftlevel.data.gate.duplicates import example_keys
 from ftlevel.data.gate.flat import flat_batches
 from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.encoder import Encoder
@@ -57,16 +56,18 @@ def prepare_examples(
     validation: Sequence[Encoded] = []
     dropped = 0
     if loaded.validation and tables.validation:
-        held_out = encoder.dropping("validation")(loaded.validation, tables.validation)
+        held_out = encoder.holding_out("validation")(loaded.validation, tables.validation)
         dropped = held_out.dropped
         validation, found = gate.check_held_out(
-            "validation", held_out, loaded.validation, tables.validation, fitted.keys
+            "validation", held_out, loaded.validation, tables.validation, fitted.digests
         )
         findings += found
         fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
     if tables.test is not None:
         examples, _ = convert_rows(tables.test, loaded.format)
-        findings += gate.find_leaks("test", example_keys(examples), fitted.keys, tables.test)[1]
+        findings += gate.find_leaks(
+            "test", encoder.digest(examples), fitted.digests, tables.test
+        )[1]
     stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
     if stops and not lenient:
         raise InputError(stops)
