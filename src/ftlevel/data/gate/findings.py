@@ -22,7 +22,7 @@ class Finding:
         count: how many of the split's rows, as the data file counts them.
         total: how many it has.
         places: the first few, as `file:line`, some with what is wrong there.
-        action: what is done: stop, drop or warn.
+        action: what is done: stop, drop, fold or warn.
     """
 
     name: str

@@ -12,7 +12,7 @@ _TAG = re.compile(
     r"</?(?:p|br|div|span|img|font|script|style|table|thead|tbody|tr|td|th|ul|ol|li|h[1-6]|pre"
     r"|blockquote|strong|em|hr|sup|sub|small|center|html|head|body|iframe|button|form|input"
     r"|label|nav|section|article|header|footer)(?:\s[^<>]*)?/?>"
-    r"|<a\s[^<>]*>|</[abius]>"
+    r"|<a\s[^<>]*>|</[abiu]>"
     r"|&(?:amp|lt|gt|quot|apos|nbsp|copy|reg|hellip|mdash|ndash|[lr][sd]quo|#\d{1,6}|#x[\da-f]{1,5});",
     re.IGNORECASE,
 )

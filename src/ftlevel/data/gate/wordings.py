@@ -29,6 +29,7 @@ _SOME = 1 << 16  # words that are looked at together
 _BOILERPLATE, _MANY = 0.8, 20
 _LAST = 3  # earlier rows with the same pair of words that a row is compared with, beside the first
 Keys = NDArray[np.uint32]
+_NOTHING = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
 
 def find_near_between(digests: Digests, known: Digests) -> tuple[Integers, Integers]:
     """Return the examples of `digests` that nearly say what one of `known` says, and which."""
+    if not (len(digests) and len(known)):
+        return _NOTHING, _NOTHING
     there = Index.of(known)
     index = Index.of(digests, there)
     keys, telling = _all_keys(index, np.ones(len(index), dtype=bool))
@@ -148,8 +151,8 @@ def find_near_between(digests: Digests, known: Digests) -> tuple[Integers, Integ
     owner = np.repeat(np.arange(len(index)), len(_PAIRS))
     these = np.repeat(owner, _LAST + 1)
     those = held[slot.reshape(-1)].reshape(-1)
-    packed = np.unique(these[those >= 0] * max(len(there), 1) + those[those >= 0])
-    these, those = np.divmod(packed, max(len(there), 1))
+    packed = np.unique(these[those >= 0] * len(there) + those[those >= 0])
+    these, those = np.divmod(packed, len(there))
     near = _are_near(index, these, there, those, telling, of_known)
     again, first = np.unique(these[near], return_index=True)
     return again, those[near][first]

@@ -88,7 +88,7 @@ def prepare_examples(
     )  # fmt: skip
 
 
-_DONE = {"drop": "dropped", "warn": "kept", "stop": "stops the run"}
+_DONE = {"drop": "dropped", "warn": "kept", "stop": "stops the run", "fold": "made one"}
 
 
 def _gate_choice(finding: Finding) -> Choice:
