@@ -14,6 +14,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Fitted
 from ftlevel.data.encoding.store import take_rows
 from ftlevel.data.gate import Finding, checks, duplicates, judge, sides, wordings
+from ftlevel.data.gate import findings as findings_
 from ftlevel.data.gate.digests import Digests
 from ftlevel.data.gate.flat import Integers, Mask, examples_of, flat_batches, rows_of
 from ftlevel.data.gate.texts import TEXT_CHECKS
@@ -227,7 +228,7 @@ class Gate:
     def _judge(
         self, check: str, split: str, hit: Sequence[int] | Integers, total: int, table: Table
     ) -> Finding | None:
-        places = [table.where(int(i)) for i in hit[:3]]
+        places = [table.where(int(i)) for i in hit[: findings_.MOST_SHOWN]]
         return judge(check, split, len(hit), total, places, self.policy)
 
     @staticmethod
@@ -242,9 +243,10 @@ class Gate:
 
 def _pairs(again: Integers, first: Integers, table: Table) -> list[str]:
     """Return the first places of rows that are there twice, each with the earlier one."""
+    most = findings_.MOST_SHOWN
     return [
         f"{table.where(int(a))} as {table.where(int(b))}"
-        for a, b in zip(again[:3], first[:3], strict=True)
+        for a, b in zip(again[:most], first[:most], strict=True)
     ]
 
 

@@ -26,7 +26,7 @@ _PAIRS = tuple(combinations(range(_RAREST), 2))
 _BUCKETS = 1 << 20
 _AT_ONCE = 1 << 20
 _SOME = 1 << 16  # words that are looked at together
-_BOILERPLATE, _MANY = 0.8, 20
+_BOILERPLATE, _MANY = 0.98, 20
 _LAST = 3  # earlier rows with the same pair of words that a row is compared with, beside the first
 Keys = NDArray[np.uint32]
 _NOTHING = np.zeros(0, dtype=np.int64)

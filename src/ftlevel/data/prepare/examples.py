@@ -54,10 +54,10 @@ def prepare_examples(
     kept, found = gate.check_split("train", fitted, loaded.train, tables.train)
     findings = [*loaded.findings, *found]
     validation: Sequence[Encoded] = []
-    dropped = 0
+    dropped = split = 0
     if loaded.validation and tables.validation:
         held_out = encoder.holding_out("validation")(loaded.validation, tables.validation)
-        dropped = held_out.dropped
+        dropped, split = held_out.dropped, held_out.split
         validation, found = gate.check_held_out(
             "validation", held_out, loaded.validation, tables.validation, fitted.digests
         )
@@ -73,6 +73,7 @@ def prepare_examples(
         raise InputError(stops)
     facts = _facts(loaded, task, fitted, kept, validation) | {
         "validation_dropped": dropped,
+        "validation_split": split,
         "gate": [finding.to_dict() for finding in findings],
     }
     if fitted.stops:  # of a preview, which goes on
@@ -162,6 +163,7 @@ def _changes(task: Task, fitted: Fitted, facts: Mapping[str, Any]) -> list[Choic
     counts = {
         "dropped": facts["dropped"],
         "of validation dropped, beyond the max length": facts["validation_dropped"],
+        f"of validation {task.split_words}": facts["validation_split"],
         f"shortened at {fitted.shortened_at}": fitted.shortened,
         task.split_words: fitted.split,
     }
