@@ -29,6 +29,7 @@ class Parts:
         last: that answer.
         written: whether `answered` is written by the model after what it is given.
         roles: of the turns of a conversation.
+        one_class: whether `last` is a class of the whole.
     """
 
     asked: str
@@ -37,6 +38,7 @@ class Parts:
     last: str
     written: bool = False
     roles: tuple[str, ...] = ()
+    one_class: bool = False
 
 
 def parts_of(example: Example) -> Parts:
@@ -132,7 +134,7 @@ class Labelled:
     def parts(self) -> Parts:
         """The texts and the label."""
         text = self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
-        return Parts(text, str(self.label), text, str(self.label))
+        return Parts(text, "", text, str(self.label), one_class=True)
 
     @property
     def classes(self) -> Sequence[str | int]:

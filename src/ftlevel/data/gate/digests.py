@@ -34,6 +34,8 @@ _TO_SPACES = {code: " " for code in range(128) if not _WORD.match(chr(code))}
 _LONGEST = 16 * MOST_WORDS  # characters in which these words are looked for
 _KNOWN_WORDS = 50_000
 _HAS_DIGIT = 1 << 15
+ONE_CLASS = np.uint32(1 << 31)
+"""The mark of an example that has a class: another class makes it another row."""
 _FACTOR, _ALL_BITS = 0x9E3779B97F4A7C15, (1 << 64) - 1
 Words = NDArray[np.uint32]
 
@@ -85,6 +87,7 @@ class Digests:
             asked, answered = parts.asked.casefold(), parts.answered.casefold()
             of_asked, of_answered = _words(asked), _words(answered)
             marks = sum(bit for bit, find in checks if find(parts, known))
+            marks |= int(ONE_CLASS) * parts.one_class
             before = last = 0
             if parts.before:
                 before = _key(asked if parts.before is parts.asked else parts.before.casefold())

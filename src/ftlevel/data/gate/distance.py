@@ -32,7 +32,7 @@ def differ(one: Sides, other: Sides) -> int:
     """Return by how many half words two examples differ; a great number if they say other things.
 
     Where both the prompt and the answer have other words, another thing is said of another thing.
-    An answer of fewer than four words that is not the same is another one.
+    An answer of fewer than four words that is not the same but for a slip is another one.
 
     Args:
         one: the words that it is asked, and those that it answers.
@@ -41,7 +41,7 @@ def differ(one: Sides, other: Sides) -> int:
     asked = count_other_words(one[0], other[0])
     answered = count_other_words(one[1], other[1]) if asked <= _MOST else _MUCH
     words = [min(len(a), len(b)) for a, b in zip(one, other, strict=True)]
-    if one[0] and answered and words[1] < FEWEST:
+    if one[0] and answered > _SLIP and words[1] < FEWEST:
         return _MUCH
     both = asked > 0 and answered > 0 and asked + answered > 2 * _SLIP
     if both and any(_EACH * n > _OTHER * w for n, w in zip((asked, answered), words, strict=True)):

@@ -16,8 +16,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlevel.data.gate.digests import MOST_WORDS, Digests, Words
-from ftlevel.data.gate.distance import FEWEST, allow, differ
+from ftlevel.data.gate.digests import MOST_WORDS, ONE_CLASS, Digests, Words
+from ftlevel.data.gate.distance import allow, differ
 from ftlevel.data.gate.flat import Integers, Mask
 from ftlevel.data.gate.similarity import mix
 
@@ -28,6 +28,7 @@ _AT_ONCE = 1 << 20
 _SOME = 1 << 16  # words that are looked at together
 _BOILERPLATE, _MANY = 0.98, 20
 _LAST = 3  # earlier rows with the same pair of words that a row is compared with, beside the first
+_MANY_WORDS = 30
 Keys = NDArray[np.uint32]
 _NOTHING = np.zeros(0, dtype=np.int64)
 
@@ -208,8 +209,6 @@ def _pair_keys(index: Index, begin: int, end: int) -> tuple[Keys, Integers]:
     counts = index.counts[_bucket(words)]
     row = np.repeat(np.arange(end - begin), np.diff(starts))
     telling = np.bincount(row[counts < index.usual], minlength=end - begin)
-    short = (records["answered"] < FEWEST) & (records["asked"] > 0)  # a class, or a yes
-    telling = np.maximum(telling - records["answered"] * short, 0)
     # One sort puts each row's words in the order of their counts.
     packed = row.astype(np.uint64) << np.uint64(48)
     packed |= np.minimum(counts, 0xFFFF).astype(np.uint64) << np.uint64(32)
@@ -253,6 +252,8 @@ def _are_near(
     """
     allowed = allow(np.minimum(telling[these], known[those]))
     found = _may_be_near(one, these, other, those, allowed)
+    records, others = one.digests.records[these], other.digests.records[those]
+    found &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))
     for i in np.flatnonzero(found).tolist():
         sides = one.sides(int(these[i])), other.sides(int(those[i]))
         found[i] = differ(*sides) <= allowed[i]
@@ -262,24 +263,40 @@ def _are_near(
 def _may_be_near(
     one: Index, these: Integers, other: Index, those: Integers, allowed: Integers
 ) -> Mask:
-    """Tell for each pair whether their words, in whatever order, differ by few enough."""
+    """Tell for each pair whether they have enough words, or pairs of neighbours, in common.
+
+    A half word that differs is one word at most, and two of the pairs of neighbours, which tell
+    more where there are many.
+    """
     sizes = one.lengths[these], other.lengths[those]
     found = (np.abs(sizes[0] - sizes[1]) <= allowed) & (allowed > 0)
-    possible = np.flatnonzero(found)
-    until = np.cumsum((sizes[0] + sizes[1])[possible])
-    for some in np.split(possible, np.flatnonzero(np.diff(until // _SOME)) + 1):
-        parts = []
-        for side, (index, at) in enumerate(((one, these), (other, those))):
-            words, lengths = index.gather(at[some])
-            pair = np.repeat(np.arange(len(some)), lengths)
-            parts.append(pair << 33 | words.astype(np.int64) << 1 | side)
-        both = np.sort(np.concatenate(parts))
-        word = both >> 1
-        begins = np.flatnonzero(np.diff(word, prepend=-1))
-        second = np.add.reduceat(both & 1, begins) if len(begins) else begins
-        total = np.diff(begins, append=len(both))
-        common = np.bincount(
-            word[begins] >> 32, np.minimum(second, total - second), minlength=len(some)
-        )
-        found[some] = np.maximum(sizes[0], sizes[1])[some] - common <= allowed[some]
+    longer = np.maximum(*sizes)
+    for neighbours in (False, True):
+        possible = np.flatnonzero(found & ((longer >= _MANY_WORDS) == neighbours))
+        until = np.cumsum((sizes[0] + sizes[1])[possible])
+        least = longer - (2 * allowed + 1 if neighbours else allowed)
+        for some in np.split(possible, np.flatnonzero(np.diff(until // _SOME)) + 1):
+            common = _count_common(one, these[some], other, those[some], neighbours=neighbours)
+            found[some] = common >= least[some]
     return found
+
+
+def _count_common(
+    one: Index, these: Integers, other: Index, those: Integers, *, neighbours: bool
+) -> Integers:
+    """Return how many words each pair has in common, or how many pairs of neighbours."""
+    parts = []
+    for side, (index, at) in enumerate(((one, these), (other, those))):
+        words, lengths = index.gather(at)
+        pair = np.repeat(np.arange(len(at)), lengths)
+        if neighbours:
+            inside = np.flatnonzero(pair[1:] == pair[:-1])
+            pair, words = pair[inside], mix(mix(words[inside]) * np.uint32(31) + words[inside + 1])
+        parts.append(pair << 33 | words.astype(np.int64) << 1 | side)
+    both = np.sort(np.concatenate(parts))
+    word = both >> 1
+    begins = np.flatnonzero(np.diff(word, prepend=-1))
+    second = np.add.reduceat(both & 1, begins) if len(begins) else begins
+    total = np.diff(begins, append=len(both))
+    least = np.minimum(second, total - second)
+    return np.bincount(word[begins] >> 32, least, minlength=len(these))
