@@ -179,7 +179,9 @@ def text_faults(name: str) -> dict[str, tuple[str, Callable[[Row, random.Random]
         }  # fmt: skip
     if name == "chat":
         faults["begins with the assistant"] = (
-            "turn_order", lambda row, _: {**row, "messages": row["messages"][::-1]})
+            "turn_order",
+            lambda row, _: {**row, "messages": row["messages"][::-1]},
+        )
         faults["ends with the user"] = (
             "turn_order", lambda row, _: {**row, "messages": [
                 *row["messages"], {"role": "user", "content": "And then?"}]})  # fmt: skip
@@ -262,7 +264,9 @@ def plant(name: str, seed: int, folder: Path) -> dict[tuple[str, str], tuple[int
     if SETS[name][3]:
         add(train, "train", ("conflicting_answers", "prompt"), conflict(name, rows, draw))
     for kind, (named, make) in text_faults(name).items():
-        made = [m for row in draw.sample(spare, min(len(spare), 3 * EACH)) if (m := make(row, draw))]
+        made = [
+            m for row in draw.sample(spare, min(len(spare), 3 * EACH)) if (m := make(row, draw))
+        ]
         add(train, "train", (named, kind), made[:EACH])
     write(folder / "train.jsonl", train)
     write(folder / "validation.jsonl", held)
@@ -296,7 +300,9 @@ def main() -> None:
         if count["planted"]:
             share = f"{count['found'] / count['planted']:.0%}"
             where = ", ".join(missed[(named, kind)])
-            print(f"| `{named}` | {kind} | {count['planted']} | {count['found']} | {share} | {where} |")
+            print(
+                f"| `{named}` | {kind} | {count['planted']} | {count['found']} | {share} | {where} |"
+            )
     print("\n| set, as it is | rows | findings |\n|---|--:|---|")
     for name in options.sets:
         rows = sum(len(read(file)) for file in (DATA / name).glob("*.jsonl"))

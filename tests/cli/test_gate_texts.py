@@ -12,10 +12,10 @@ import pytest
 from ftlevel.cli.app import run
 from published_chat_templates import QWEN_3
 
-SUBJECTS = "parser reader writer buffer cursor socket thread signal window palette".split()
-VERBS = "returns closes opens flushes copies rotates compares paints locks sorts".split()
-OBJECTS = "archive token header packet matrix ledger column ribbon lantern bridge".split()
-PLACES = "memory storage kernel garden office harbour village station library museum".split()
+SUBJECTS = ["parser", "reader", "writer", "buffer", "cursor", "socket", "thread", "signal", "window", "palette"]
+VERBS = ["returns", "closes", "opens", "flushes", "copies", "rotates", "compares", "paints", "locks", "sorts"]
+OBJECTS = ["archive", "token", "header", "packet", "matrix", "ledger", "column", "ribbon", "lantern", "bridge"]
+PLACES = ["memory", "storage", "kernel", "garden", "office", "harbour", "village", "station", "library", "museum"]
 
 
 def fact(i: int) -> str:
@@ -105,7 +105,9 @@ def test_validation_rows_that_are_nearly_training_rows(say: Say) -> None:
     write("set/test.jsonl", [nearly])
     code, out = say("--dataset", "set")
     assert code == 0, out
-    assert "nearly the same as a training row: 1 of 3 validation rows (set/validation.jsonl:2)" in out
+    assert (
+        "nearly the same as a training row: 1 of 3 validation rows (set/validation.jsonl:2)" in out
+    )
     assert "nearly the same as a training row: 1 of 1 test rows (set/test.jsonl:1) (kept" in out
     code, out = say("--dataset", "set", "--set", "data.gate.near_leaked=drop")
     assert "data: set (12 rows; 2 for validation)" in out
@@ -166,9 +168,7 @@ def reviews(labels: list[str]) -> list[dict[str, Any]]:
     return [{"text": fact(i), "label": label} for i, label in enumerate(labels)]
 
 
-def test_labels_that_differ_by_space_or_case(
-    tiny_model_dir: Callable[..., Path], say: Say
-) -> None:
+def test_labels_that_differ_by_space_or_case(tiny_model_dir: Callable[..., Path], say: Say) -> None:
     bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
     code, out = say(*bert, rows=reviews([*LABELS, "good ", " bad"]))
     assert code == 0, out
@@ -200,7 +200,9 @@ def test_labels_of_validation_rows_have_the_names_of_the_training_rows(
     write("set/validation.jsonl", held)
     code, out = say(*bert, "--dataset", "set")
     assert code == 0, out
-    assert "white space around them: 1 of 2 validation rows (set/validation.jsonl:2: 'good\\n'" in out
+    assert (
+        "white space around them: 1 of 2 validation rows (set/validation.jsonl:2: 'good\\n'" in out
+    )
     write("set/validation.jsonl", [*held, {"text": fact(60), "label": "Good"}])
     code, out = say(*bert, "--dataset", "set")
     assert code == 2

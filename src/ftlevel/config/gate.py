@@ -113,9 +113,7 @@ class GateConfig(Section):
     )  # fmt: skip
     lost_characters: Annotated[
         _Any, Check("NUL or U+FFFD in a text", "Read the source in its own encoding")
-    ] = Field(
-        "warn", description="A NUL, or a U+FFFD, which stands for a character that was lost."
-    )
+    ] = Field("warn", description="A NUL, or a U+FFFD, which stands for a character that was lost.")
     html: Annotated[_Any, Check("HTML in a text", "Take the tags and entities out")] = Field(
         "warn", description="Tags or entities of HTML, outside of code in backticks."
     )

@@ -174,7 +174,7 @@ class TranslationTask(TextTask):
                     "not named in the prompt",
                     "the columns are no codes: --set data.source_language=… "
                     "--set data.target_language=…",
-                )
+                ),
             ]
         known = {"languages": (source, target), "target_language": target.code}
         named = Choice("languages", f"{source.name} to {target.name}")

@@ -83,5 +83,6 @@ def _sides(index: Index, begin: int, end: int) -> tuple[Integers, NDArray[np.int
     near = at - side * asked < _WORDS
     words = mix(np.asarray(index.digests.words[starts[0] : starts[-1]])[near])
     bucket = (words & np.uint32(_BUCKETS - 1)).astype(np.int64)
-    packed = np.unique((row[near] * 2 + side[near]) * _BUCKETS + bucket)
+    packed = np.sort((row[near] * 2 + side[near]) * _BUCKETS + bucket)
+    packed = packed[np.diff(packed, prepend=-1) != 0]
     return packed % _BUCKETS, packed // _BUCKETS % 2, packed // (2 * _BUCKETS)

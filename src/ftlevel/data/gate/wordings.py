@@ -169,12 +169,18 @@ class _Pairs:
     def add(self, one: NDArray[np.int32], other: NDArray[np.int32]) -> None:
         later, earlier = np.maximum(one, other).astype(np.int64), np.minimum(one, other)
         packed = (later * self._count + earlier)[later != earlier]
-        self._packed.append(np.unique(packed))
+        self._packed.append(_distinct(packed))
 
     def sorted(self) -> tuple[Integers, Integers]:
-        packed = np.unique(np.concatenate(self._packed))
+        packed = _distinct(np.concatenate(self._packed))
         later, earlier = np.divmod(packed, max(self._count, 1))
         return later, earlier
+
+
+def _distinct(numbers: Integers) -> Integers:
+    """Return each of some numbers from 0 on once, in order."""
+    numbers = np.sort(numbers)
+    return numbers[np.diff(numbers, prepend=-1) != 0]
 
 
 def _parts(keys: Keys) -> Iterator[Integers]:

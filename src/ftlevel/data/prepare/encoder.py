@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.config import DataConfig
+from ftlevel.data.encoding.chat import special_texts
 from ftlevel.data.encoding.encode import Encoded, RowError
 from ftlevel.data.encoding.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.formats.labels import LabelSet
-from ftlevel.data.encoding.chat import special_texts
 from ftlevel.data.gate.digests import Digests
 from ftlevel.data.gate.texts import TextsKnown
 from ftlevel.data.prepare.parallel import (

@@ -65,9 +65,9 @@ def prepare_examples(
         fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
     if tables.test is not None:
         examples, _ = convert_rows(tables.test, loaded.format)
-        findings += gate.find_leaks(
-            "test", encoder.digest(examples), fitted.digests, tables.test
-        )[1]
+        findings += gate.find_leaks("test", encoder.digest(examples), fitted.digests, tables.test)[
+            1
+        ]
     stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
     if stops and not lenient:
         raise InputError(stops)

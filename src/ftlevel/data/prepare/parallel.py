@@ -26,7 +26,9 @@ def be_silent(done: int, total: int) -> None:
     """Tell nobody."""
 
 
-_work: tuple[Encode, Sequence[Any], TextsKnown] | None = None  # inherited by the processes that are forked
+_work: tuple[Encode, Sequence[Any], TextsKnown] | None = (
+    None  # inherited by the processes that are forked
+)
 
 
 def encode_to_store(

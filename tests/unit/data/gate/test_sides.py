@@ -18,7 +18,11 @@ def test_one_prompt_with_two_answers() -> None:
     rows = [Pair("a b", "x", 0), Pair("A  b", "y", 1), Pair("a b", "X", 2), Pair("c", "x", 3)]
     again, first = find_conflicts(digest(rows))
     assert (again.tolist(), first.tolist()) == ([1], [0])
-    labelled = [Labelled("a", None, "x", 0), Labelled("a", "b", "y", 1), Labelled("a", None, "y", 2)]
+    labelled = [
+        Labelled("a", None, "x", 0),
+        Labelled("a", "b", "y", 1),
+        Labelled("a", None, "y", 2),
+    ]
     assert find_conflicts(digest(labelled))[0].tolist() == [2]
 
 
@@ -30,8 +34,8 @@ def test_one_answer_for_nearly_all() -> None:
     assert len(find_one_answer(digest(rows[:3]))) == 0
 
 
-QUESTIONS = "what how why tell me about explain the difference between please".split()
-ANSWERS = "it is an because usually means that one can be returned by calling which".split()
+QUESTIONS = ["what", "how", "why", "tell", "me", "about", "explain", "the", "difference", "between", "please"]
+ANSWERS = ["it", "is", "an", "because", "usually", "means", "that", "one", "can", "be", "returned", "by", "calling", "which"]
 TOPICS = [f"topic{chr(97 + i)}{chr(97 + k)}" for i in range(8) for k in range(8)]
 
 
@@ -56,6 +60,6 @@ def test_prompts_in_the_place_of_answers() -> None:
 
 def test_sides_that_use_the_same_words_are_not_told_apart() -> None:
     generator = random.Random(4)
-    rows = [Pair(" ".join(generator.choices(TOPICS, k=6)), " ".join(generator.choices(TOPICS, k=6)), i)
-            for i in range(300)]  # fmt: skip
+    texts = [" ".join(generator.choices(TOPICS, k=6)) for _ in range(600)]
+    rows = [Pair(texts[i], texts[300 + i], i) for i in range(300)]
     assert find_swapped(digest(rows)).tolist() == []
