@@ -12,10 +12,54 @@ import pytest
 from ftlevel.cli.app import run
 from published_chat_templates import QWEN_3
 
-SUBJECTS = ["parser", "reader", "writer", "buffer", "cursor", "socket", "thread", "signal", "window", "palette"]
-VERBS = ["returns", "closes", "opens", "flushes", "copies", "rotates", "compares", "paints", "locks", "sorts"]
-OBJECTS = ["archive", "token", "header", "packet", "matrix", "ledger", "column", "ribbon", "lantern", "bridge"]
-PLACES = ["memory", "storage", "kernel", "garden", "office", "harbour", "village", "station", "library", "museum"]
+SUBJECTS = [
+    "parser",
+    "reader",
+    "writer",
+    "buffer",
+    "cursor",
+    "socket",
+    "thread",
+    "signal",
+    "window",
+    "palette",
+]
+VERBS = [
+    "returns",
+    "closes",
+    "opens",
+    "flushes",
+    "copies",
+    "rotates",
+    "compares",
+    "paints",
+    "locks",
+    "sorts",
+]
+OBJECTS = [
+    "archive",
+    "token",
+    "header",
+    "packet",
+    "matrix",
+    "ledger",
+    "column",
+    "ribbon",
+    "lantern",
+    "bridge",
+]
+PLACES = [
+    "memory",
+    "storage",
+    "kernel",
+    "garden",
+    "office",
+    "harbour",
+    "village",
+    "station",
+    "library",
+    "museum",
+]
 
 
 def fact(i: int) -> str:

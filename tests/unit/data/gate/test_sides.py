@@ -34,8 +34,35 @@ def test_one_answer_for_nearly_all() -> None:
     assert len(find_one_answer(digest(rows[:3]))) == 0
 
 
-QUESTIONS = ["what", "how", "why", "tell", "me", "about", "explain", "the", "difference", "between", "please"]
-ANSWERS = ["it", "is", "an", "because", "usually", "means", "that", "one", "can", "be", "returned", "by", "calling", "which"]
+QUESTIONS = [
+    "what",
+    "how",
+    "why",
+    "tell",
+    "me",
+    "about",
+    "explain",
+    "the",
+    "difference",
+    "between",
+    "please",
+]
+ANSWERS = [
+    "it",
+    "is",
+    "an",
+    "because",
+    "usually",
+    "means",
+    "that",
+    "one",
+    "can",
+    "be",
+    "returned",
+    "by",
+    "calling",
+    "which",
+]
 TOPICS = [f"topic{chr(97 + i)}{chr(97 + k)}" for i in range(8) for k in range(8)]
 
 
