@@ -12,39 +12,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from ftlevel.data.formats.detect import Format, Shape
+from ftlevel.data.formats.parts import Parts
 from ftlevel.data.formats.turns import Message, Unusable, check_text, parse_tools, parse_turns
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.data.sources.uniform import kind_of
 from ftlevel.errors import InputError, listing
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What an example says, as the gate reads it.
-
-    Attributes:
-        asked: what the model is given: a prompt, the user's turns, a text that has a class.
-        answered: what it learns: an answer, the assistant's turns, a class; of a plain text all.
-        before: all that stands before the last answer; empty where nothing does.
-        last: that answer.
-        written: whether `answered` is written by the model after what it is given.
-        roles: of the turns of a conversation.
-        one_class: whether `last` is a class of the whole.
-    """
-
-    asked: str
-    answered: str
-    before: str
-    last: str
-    written: bool = False
-    roles: tuple[str, ...] = ()
-    one_class: bool = False
-
-
-def parts_of(example: Example) -> Parts:
-    """Return the parts of an example; one that does not tell them is a text as a whole."""
-    parts = getattr(example, "parts", None)
-    return parts if isinstance(parts, Parts) else Parts("", example.key_text, "", "")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlevel.data.formats.examples import Example, parts_of
+from ftlevel.data.formats.examples import Example
+from ftlevel.data.formats.parts import parts_of
 from ftlevel.data.gate.texts import TEXT_CHECKS, TextsKnown
 
 MOST_WORDS = 4_000

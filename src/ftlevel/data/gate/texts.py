@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ftlevel.data.formats.examples import Parts
+from ftlevel.data.formats.parts import Parts
 
 _TAG = re.compile(
     r"</?(?:p|br|div|span|img|font|script|style|table|thead|tbody|tr|td|th|ul|ol|li|h[1-6]|pre"
