@@ -39,16 +39,14 @@ class Conversation:
     def parts(self) -> Parts:
         """What the user and the assistant say."""
         turns = self.messages
-        said: dict[str, list[str]] = {"user": [], "assistant": []}
-        for turn in turns:
-            if turn.content and turn.role != "system":
-                said["assistant" if turn.role == "assistant" else "user"].append(turn.content)
+        asked = [m.content for m in turns if m.content and m.role in ("user", "tool")]
+        answered = [m.content for m in turns if m.content and m.role == "assistant"]
         at = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
         before = [f"{m.role}\0{m.content}\0{m.extra or ''}" for m in turns[:at]]
         asks = any(turn.role != "system" for turn in turns[:at])
         return Parts(
-            "\n".join(said["user"]),
-            "\n".join(said["assistant"]),
+            "\n".join(asked),
+            "\n".join(answered),
             "\0".join([*before, str(self.tools or "")]) if asks else "",
             f"{turns[at].content}{turns[at].extra or ''}",
             written=True,
