@@ -9,8 +9,8 @@ In each copy the words of the document stand in another order, so that lengths a
 and no row is a duplicate. Each figure is one run of a process of its own, with the tokenizer and
 the chat template of SmolLM2-135M-Instruct. Memory is the peak of the resident set, the largest
 child's added once for each process, less what the process held before it read a row. What the gate
-takes of encoding is a ratio of CPU seconds, where one process does both; the keys by which it finds
-duplicates are the gate's, though they are computed where the rows are encoded. TRL's
+takes of encoding is a ratio of CPU seconds, where one process does both; the digests of texts that
+it reads are the gate's, though they are made where the rows are encoded. TRL's
 preparation of the same rows is what the constructor of `SFTTrainer` takes, less what it takes for
 one row.
 """
@@ -135,7 +135,7 @@ def measure_ours(
     from ftlevel.models.sources import resolve_source
     from ftlevel.tasks import TASKS
 
-    seconds = {"encode": 0.0, "check": 0.0, "keys": 0.0}
+    seconds = {"encode": 0.0, "check": 0.0, "digests": 0.0}
 
     def timed(owner: Any, name: str, part: str) -> None:
         plain = getattr(owner, name)
@@ -151,7 +151,7 @@ def measure_ours(
 
     timed(encoding.Encoder, "collect", "encode")
     timed(gate.Gate, "check_split", "check")
-    timed(parallel, "example_keys", "keys")
+    timed(parallel.Digests, "of", "digests")
     source = resolve_source(str(MODEL), None, False)
     tokenizer, vocabulary = load_tokenizer(source), load_config(source).vocab_size
     config = DataConfig(dataset=str(data), num_proc=processes, cache=cache, overlong="drop")
@@ -162,8 +162,8 @@ def measure_ours(
         prepared = prepare_data(config, context, parallel.be_silent)
     total = time.perf_counter() - began
     parts = {
-        "gate_s": seconds["check"] + seconds["keys"],
-        "encode_s": seconds["encode"] - seconds["keys"],
+        "gate_s": seconds["check"] + seconds["digests"],
+        "encode_s": seconds["encode"] - seconds["digests"],
     }
     return {
         "rows": len(prepared.train), "tokens": prepared.facts["tokens"], "total_s": total,

@@ -19,6 +19,7 @@ from ftlevel.data.formats.detect import Build, Format, Shape
 from ftlevel.data.formats.examples import PLAIN_TEXT, build_conversation, build_pair
 from ftlevel.data.formats.languages import find_language
 from ftlevel.data.sources.table import Table
+from ftlevel.errors import InputError
 from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller
 from ftlevel.tasks.text_scores import score_rouge, score_translations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ftlevel.data.prepare.loading import Loaded
 
 _SYSTEM = {"system": ("system", "system_prompt")}
+_ANSWERS = {"completion", "output", "messages", "conversations"}
 _TALK = {**_SYSTEM, "tools": ("tools",)}
 
 
@@ -65,6 +67,38 @@ class TextTask(BaseTask):
 
     writes_text: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(token_labels=True, ends=True)
+
+    def find_format(self, columns: Sequence[str], config: DataConfig) -> Format:
+        """Return what `columns` are used for; refuse a bad answer beside each good one."""
+        names = {column.lower(): column for column in columns}
+        told = config.columns or config.format
+        if not told and {"chosen", "rejected"} <= names.keys():
+            role = "completion" if "prompt" in names else "text"
+            raise InputError(
+                f"columns {names['chosen']!r} and {names['rejected']!r} are for preference "
+                f"training, which --task {self.name} does not do. To learn the chosen answers "
+                f"alone: --map {role}={names['chosen']}."
+            )
+        return super().find_format(columns, config)
+
+    def read_columns(
+        self, format_: Format, table: Table, config: DataConfig
+    ) -> tuple[Format, list[Choice]]:
+        """Return the format as it is; refuse rows that say which answers are bad."""
+        column = next((name for name in format_.unused if name.lower() == "label"), None)
+        told = config.columns or config.format
+        if column is None or told or not format_.columns.keys() & _ANSWERS:
+            return super().read_columns(format_, table, config)
+        verdicts = [str(row[column]).strip().lower() for row in table.rows]
+        bad = [i for i, verdict in enumerate(verdicts) if verdict in ("false", "0")]
+        if bad and set(verdicts) <= {"true", "false", "1", "0"}:
+            raise InputError(
+                f"{table.where(bad[0])}: {column!r} is false in {len(bad):,} of {len(table):,} "
+                f"rows: bad answers, as for preference training (KTO), which --task {self.name} "
+                f"would learn as good ones. Remove these rows, or pass --format "
+                f"{format_.name.replace(' + ', '-')} if {column!r} says something else."
+            )
+        return super().read_columns(format_, table, config)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the cross entropy of the target's tokens."""
@@ -129,20 +163,22 @@ class TranslationTask(TextTask):
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
         """Return the format with the `languages`, where the columns or the user tell them."""
+        format_, told = super().read_columns(format_, table, config)
         source = find_language("source", format_.columns, config.source_language)
         target = find_language("target", format_.columns, config.target_language)
         if not (source and target):
             return format_, [
+                *told,
                 Choice(
                     "languages",
                     "not named in the prompt",
                     "the columns are no codes: --set data.source_language=… "
                     "--set data.target_language=…",
-                )
+                ),
             ]
         known = {"languages": (source, target), "target_language": target.code}
-        told = Choice("languages", f"{source.name} to {target.name}")
-        return replace(format_, options=known), [told]
+        named = Choice("languages", f"{source.name} to {target.name}")
+        return replace(format_, options=known), [*told, named]
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
         """Return how prompts are laid out; rows that bring prompts of their own get no other."""

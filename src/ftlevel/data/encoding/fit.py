@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.store import change_rows, lengths_of, take_rows
@@ -64,7 +64,7 @@ class Fitted:
         lost: indices of those that were left out because their answer would have been cut.
         overlong: what was done to rows that are too long, drop or what the user asked for.
         stops: why the run would stop, where rows were dropped instead, as for a preview.
-        keys: 64 bits of the text of each example, by which the gate tells them apart.
+        digests: of the text of each example, as the gate keeps them.
     """
 
     rows: Sequence[Encoded]
@@ -78,7 +78,7 @@ class Fitted:
     overlong: str = "error"
     shortened_at: str = ""
     stops: str = ""
-    keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+    digests: Any = None
 
 
 def fit_rows(

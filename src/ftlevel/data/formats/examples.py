@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from ftlevel.data.formats.detect import Format, Shape
+from ftlevel.data.formats.parts import Parts
 from ftlevel.data.formats.turns import Message, Unusable, check_text, parse_tools, parse_turns
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.data.sources.uniform import kind_of
@@ -33,6 +34,24 @@ class Conversation:
     def key_text(self) -> str:
         """The text by which the gate tells examples apart."""
         return "\0".join(f"{m.role}\0{m.content}" for m in self.messages)
+
+    @property
+    def parts(self) -> Parts:
+        """What the user and the assistant say."""
+        turns = self.messages
+        asked = [m.content for m in turns if m.content and m.role in ("user", "tool")]
+        answered = [m.content for m in turns if m.content and m.role == "assistant"]
+        at = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+        before = [f"{m.role}\0{m.content}\0{m.extra or ''}" for m in turns[:at]]
+        asks = any(turn.role != "system" for turn in turns[:at])
+        return Parts(
+            "\n".join(asked),
+            "\n".join(answered),
+            "\0".join([*before, str(self.tools or "")]) if asks else "",
+            f"{turns[at].content}{turns[at].extra or ''}",
+            written=True,
+            roles=tuple(turn.role for turn in turns),
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,11 @@ class Pair:
         """The text by which the gate tells examples apart."""
         return f"{self.source}\0{self.target}"
 
+    @property
+    def parts(self) -> Parts:
+        """The source and the target."""
+        return Parts(self.source, self.target, self.source, self.target, written=True)
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -75,6 +99,12 @@ class Labelled:
     def key_text(self) -> str:
         """The text by which the gate tells examples apart."""
         return f"{self.text}\0{self.text_pair}\0{self.label}"
+
+    @property
+    def parts(self) -> Parts:
+        """The texts and the label."""
+        text = self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
+        return Parts(text, "", text, str(self.label), one_class=True)
 
     @property
     def classes(self) -> Sequence[str | int]:
@@ -98,6 +128,12 @@ class Tagged:
         return "\0".join((*self.tokens, *map(str, self.tags)))
 
     @property
+    def parts(self) -> Parts:
+        """The words and the tags."""
+        text = " ".join(self.tokens)
+        return Parts(text, "", text, " ".join(map(str, self.tags)))
+
+    @property
     def classes(self) -> Sequence[str | int]:
         """The tags, each once."""
         return tuple(dict.fromkeys(self.tags))
@@ -119,6 +155,12 @@ class Question:
     def key_text(self) -> str:
         """The text by which the gate tells examples apart."""
         return f"{self.question}\0{self.context}\0{self.answers}"
+
+    @property
+    def parts(self) -> Parts:
+        """What is asked about which context, and the answers."""
+        text = f"{self.question}\n{self.context}"
+        return Parts(text, "", text, str(self.answers))
 
 
 class Example(Protocol):

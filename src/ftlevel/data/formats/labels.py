@@ -133,6 +133,9 @@ def _check_known(
     shown = listing(f"{label!r} ({count:,} rows)" for label, count in counts.most_common())
     verb = complaint if len(counts) == 1 else complaint.replace("is n", "are n", 1)
     hint = _UNLABELLED if counts.keys() <= {-1, -100} else "Remove these rows, or correct them."
+    folded = {name.casefold() for name in labels.names}
+    if all(str(label).strip().casefold() in folded for label in counts):
+        hint = "They differ by case only: --set data.gate.label_case=fold makes them one."
     raise InputError(
         f"{table.where(strange[0].row)}: label {shown} {verb} ({listing(labels.names)}). {hint}"
     )

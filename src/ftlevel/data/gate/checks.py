@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ftlevel.data.gate.flat import Flat, Mask
 from ftlevel.task import Checks
 
 ONE_CLASS_SHARE = 0.95
+_TWO_TOKENS = 3  # and a space between them
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Known:
         bos: id of the BOS token, or None.
         ends: ids at which generation stops.
         vocabulary: rows of the model's embedding.
+        empty_thinks: the token ids of an empty <think></think>, in a few spellings.
     """
 
     wanted: Checks
     bos: int | None
     ends: frozenset[int]
     vocabulary: int
+    empty_thinks: tuple[tuple[int, ...], ...] = ()
 
 
 def find_unsupervised(flat: Flat) -> Mask:
@@ -81,6 +85,35 @@ def find_out_of_range(flat: Flat, vocabulary: int, *, token_labels: bool) -> Mas
     return found
 
 
+def find_empty_thinks(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of an empty <think></think> as templates and people write it.
+
+    Where it is not two tokens of its own, the first and the last piece may be joined to what stands
+    around, and are left out.
+    """
+    spellings = set()
+    for space in ("", " ", "\n", "\n\n"):
+        text = f"<think>{space}</think>"
+        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        spellings.add(ids if len(ids) <= _TWO_TOKENS else ids[1:-1])
+    return tuple(spellings)
+
+
+def find_empty_think(flat: Flat, spellings: Iterable[tuple[int, ...]]) -> Mask:
+    """Return the rows in which one of `spellings`, each some token ids, is learned."""
+    if flat.labels is None:
+        return np.zeros(len(flat.ids), dtype=bool)
+    labels = flat.labels.values
+    found = np.zeros(len(labels), dtype=bool)
+    for spelling in spellings:
+        if spelling and len(spelling) <= len(labels):
+            here = labels[: len(labels) - len(spelling) + 1] == spelling[0]
+            for k, token in enumerate(spelling[1:], 1):
+                here &= labels[k : len(labels) - len(spelling) + 1 + k] == token
+            found[: len(here)] |= here
+    return flat.labels.any(found)
+
+
 def largest_class(labels: Iterable[object]) -> tuple[object, int] | None:
     """Return the class that has at least `ONE_CLASS_SHARE` of `labels`, and how many; or None."""
     counts: dict[object, int] = {}
@@ -101,6 +134,9 @@ TOKEN_CHECKS: dict[str, Callable[[Flat, Known], Mask | None]] = {
     ),
     "missing_eos": lambda flat, known: (
         find_missing_eos(flat, known.ends) if known.wanted.ends and known.ends else None
+    ),
+    "empty_think": lambda flat, known: (
+        find_empty_think(flat, known.empty_thinks) if known.wanted.ends else None
     ),
 }
 """Field of `config.gate` → the rows in which it found something; None where it does not apply."""

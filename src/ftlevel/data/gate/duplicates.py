@@ -12,9 +12,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -22,24 +21,13 @@ from numpy.typing import NDArray
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import RowStore, lengths_of
-from ftlevel.data.formats.examples import Example
 from ftlevel.data.gate.flat import Integers, Mask, Ragged, flat_batches
 from ftlevel.data.gate.similarity import GRAM, Hashes, find_similar, hash_grams, mix
 
 _BANDS, _DEPTH = 6, 4
 _PART = 1 << 17  # keys that are sorted together
 _MOST_PARTS = 64  # of more keys each part is larger, as each costs a look at all of them
-Keys = NDArray[np.uint64]
 _NONE = np.zeros(0, dtype=np.int64)
-
-
-def example_keys(examples: Iterable[Example]) -> Keys:
-    """Return 64 bits of each example's text without regard to case and white space."""
-    digests = b"".join(
-        blake2b(" ".join(e.key_text.casefold().split()).encode(), digest_size=8).digest()
-        for e in examples
-    )
-    return np.frombuffer(digests, dtype=np.uint64)
 
 
 def find_repeated(keys: NDArray[Any]) -> tuple[Integers, Integers]:

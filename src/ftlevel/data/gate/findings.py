@@ -10,6 +10,7 @@ from ftlevel.config.gate import CHECKS, Action, GateConfig
 from ftlevel.errors import listing
 
 MOST_SHOWN = 3
+_OF_ALL_ROWS = ("one_class", "one_answer")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Finding:
         count: how many of the split's rows, as the data file counts them.
         total: how many it has.
         places: the first few, as `file:line`, some with what is wrong there.
-        action: what is done: stop, drop or warn.
+        action: what is done: stop, drop, fold or warn.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Finding:
     def __str__(self) -> str:
         """Say it in one line, without a full stop."""
         shown, more = listing(self.places), self.count - len(self.places)
-        if more and self.name != "one_class":
+        if more and self.name not in _OF_ALL_ROWS:
             shown += f" and {more:,} more"
         places = f" ({shown})" if self.places else ""
         return f"{self.title}: {self.count:,} of {self.total:,} {self.split} rows{places}"

@@ -13,9 +13,11 @@ from ftlevel.config.gate import Action
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Fitted
 from ftlevel.data.encoding.store import take_rows
-from ftlevel.data.gate import Finding, checks, duplicates, judge
-from ftlevel.data.gate.duplicates import Keys
+from ftlevel.data.gate import Finding, checks, duplicates, judge, sides, wordings
+from ftlevel.data.gate import findings as findings_
+from ftlevel.data.gate.digests import Digests
 from ftlevel.data.gate.flat import Integers, Mask, examples_of, flat_batches, rows_of
+from ftlevel.data.gate.texts import TEXT_CHECKS
 from ftlevel.data.sources.table import BadRow, Table, resolve_bad
 from ftlevel.errors import InputError
 from ftlevel.task import Task
@@ -30,16 +32,12 @@ class Gate:
     Attributes:
         policy: what follows from each finding.
         task: says which checks its rows go through, and has some of its own.
-        bos: id of the BOS token, or None.
-        ends: ids at which generation stops.
-        vocabulary: rows of the model's embedding.
+        known: what checks of tokens must know.
     """
 
     policy: GateConfig
     task: Task
-    bos: int | None
-    ends: frozenset[int]
-    vocabulary: int
+    known: checks.Known
 
     def check_split(
         self, name: str, fitted: Fitted, examples: Sequence[Any], table: Table
@@ -58,7 +56,8 @@ class Gate:
         rows, total = fitted.rows, len(examples)
         keep, findings = self.check_rows(name, fitted, total, table)
         if name == "train":
-            keep &= self._find_duplicates(rows, fitted.keys, table, findings)
+            for look in (self._look_for_duplicates, self._look_at_sides):
+                keep &= look(rows, fitted.digests, table, findings)
             judged = [
                 judge(check, name, count, total, [what], self.policy)
                 for check, count, what in self.task.judge_examples(examples)
@@ -87,6 +86,9 @@ class Gate:
             if (found := self._judge(check, name, lost, total, table))
         ]
         keep = np.ones(len(rows), dtype=bool)
+        for check in TEXT_CHECKS:
+            found = self._judge(check, name, fitted.digests.marked(check), total, table)
+            keep &= self._add(found, findings, rows, fitted.digests.marked(check))
         for check, (hit, examples) in self._look(rows).items():
             found = self._judge(check, name, examples, total, table)
             findings += [found] if found else []
@@ -102,7 +104,7 @@ class Gate:
         fitted: Fitted,
         examples: Sequence[Any],
         table: Table,
-        known: Keys,
+        known: Digests,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
         """Return the rows that are kept of a split that is not trained on, and what was found.
 
@@ -111,11 +113,11 @@ class Gate:
             fitted: as for `check_split`.
             examples: as for `check_split`.
             table: as for `check_split`.
-            known: the keys of the training examples, which may not be among them.
+            known: the digests of the training examples, which may not be among them.
         """
-        leaked, findings = self.find_leaks(name, fitted.keys, known, table)
-        if findings and findings[0].action == "drop":
-            stay = np.flatnonzero(~rows_of(fitted.rows, leaked))
+        gone, findings = self.find_leaks(name, fitted.digests, known, table)
+        if len(gone):
+            stay = np.flatnonzero(~rows_of(fitted.rows, gone))
             fitted = replace(fitted, rows=take_rows(fitted.rows, stay))
         if not len(fitted.rows):
             return [], findings
@@ -125,11 +127,10 @@ class Gate:
     def _look(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
         """Return for each check of tokens the rows with a finding, and their examples."""
         found: dict[str, list[tuple[Integers, Integers]]] = {}
-        known = checks.Known(self.task.checks, self.bos, self.ends, self.vocabulary)
         begin = 0
         for flat in flat_batches(rows):
             for check, find in checks.TOKEN_CHECKS.items():
-                mask = find(flat, known)
+                mask = find(flat, self.known)
                 if mask is None:
                     continue
                 hit = np.flatnonzero(mask)
@@ -143,54 +144,91 @@ class Gate:
         }
         return {check: (hit, np.unique(examples)) for check, (hit, examples) in joined.items()}
 
-    def _find_duplicates(
-        self,
-        rows: Sequence[Encoded],
-        keys: Keys,
-        table: Table,
-        findings: list[Finding],
+    def _look_for_duplicates(
+        self, rows: Sequence[Encoded], digests: Digests, table: Table, findings: list[Finding]
     ) -> Mask:
         """Add what is there twice to `findings` (mutated); return the rows that are kept."""
         keep = np.ones(len(rows), dtype=bool)
         policy, again = self.policy, _NO_ROWS
         if not (policy.exact_duplicates == policy.near_duplicates == "ignore"):
-            again, first = duplicates.find_repeated(keys)
+            again, first = duplicates.find_repeated(digests.keys)
             pairs = _pairs(again, first, table)
-            found = judge("exact_duplicates", "train", len(again), len(keys), pairs, policy)
+            found = judge("exact_duplicates", "train", len(again), len(digests), pairs, policy)
             keep &= self._add(found, findings, rows, again)
         if self.task.checks.near_duplicates and policy.near_duplicates != "ignore":
-            near_rows, others = duplicates.find_near(rows, rows_of(rows, again))
-            near, index = np.unique(examples_of(rows, near_rows), return_index=True)
-            pairs = _pairs(near, examples_of(rows, others[index]), table)
-            found = judge("near_duplicates", "train", len(near), len(keys), pairs, policy)
+            near, others = self._find_near(rows, digests, again)
+            pairs = _pairs(near, others, table)
+            found = judge("near_duplicates", "train", len(near), len(digests), pairs, policy)
             keep &= self._add(found, findings, rows, near)
         return keep
 
+    @staticmethod
+    def _find_near(
+        rows: Sequence[Encoded], digests: Digests, known: Integers
+    ) -> tuple[Integers, Integers]:
+        """Return the examples that are nearly an earlier one, and which, but for the `known`."""
+        near_rows, others = duplicates.find_near(rows, rows_of(rows, known))
+        skip = np.zeros(len(digests), dtype=bool)
+        skip[known] = True
+        by_words = wordings.find_near_texts(digests, skip)
+        near = np.concatenate((examples_of(rows, near_rows), by_words[0]))
+        first = np.concatenate((examples_of(rows, others), by_words[1]))
+        near, index = np.unique(near, return_index=True)
+        return near, first[index]
+
+    def _look_at_sides(
+        self, rows: Sequence[Encoded], digests: Digests, table: Table, findings: list[Finding]
+    ) -> Mask:
+        """Add what prompts and answers tell to `findings` (mutated); return the rows kept."""
+        keep = np.ones(len(rows), dtype=bool)
+        total, policy = len(digests), self.policy
+        if policy.conflicting_answers != "ignore":
+            again, first = sides.find_conflicts(digests)
+            pairs = _pairs(again, first, table)
+            found = judge("conflicting_answers", "train", len(again), total, pairs, policy)
+            keep &= self._add(found, findings, rows, again)
+        if self.task.checks.ends and policy.swapped_roles != "ignore":
+            hit = sides.find_swapped(digests)
+            found = self._judge("swapped_roles", "train", hit, total, table)
+            keep &= self._add(found, findings, rows, hit)
+        if self.task.checks.ends:
+            hit = sides.find_one_answer(digests)
+            places = [f"that of {table.where(int(i))}" for i in hit[:1]]
+            found = judge("one_answer", "train", len(hit), total, places, policy)
+            findings += [found] if found else []
+        return keep
+
     def find_leaks(
-        self, name: str, keys: Keys, known: Keys, table: Table
+        self, name: str, digests: Digests, known: Digests, table: Table
     ) -> tuple[Integers, list[Finding]]:
-        """Return which examples of another split are training examples too, and the finding.
+        """Return which examples of another split are to be dropped, and what was found.
 
         Args:
             name: of the split.
-            keys: of its examples.
+            digests: of its examples.
             known: of the training examples.
             table: where the examples of the split came from.
         """
-        if self.policy.leaked == "ignore":
-            return _NO_ROWS, []
-        leaked = duplicates.find_members(keys, known)
-        found = self._judge("leaked", name, leaked, len(keys), table)
-        if found and name == "test" and found.action == "drop":
-            found = replace(
-                found, action="warn"
-            )  # no run reads it, so that there is nothing to drop
-        return leaked, [found] if found else []
+        policy, findings = self.policy, []
+        leaked = gone = _NO_ROWS
+        if not (policy.leaked == policy.near_leaked == "ignore"):
+            leaked = duplicates.find_members(digests.keys, known.keys)
+            findings.append(self._judge("leaked", name, leaked, len(digests), table))
+        if self.task.checks.near_duplicates and policy.near_leaked != "ignore":
+            near, _ = wordings.find_near_between(digests, known)
+            near = near[~np.isin(near, leaked)]
+            findings.append(self._judge("near_leaked", name, near, len(digests), table))
+            gone = near if policy.near_leaked == "drop" else gone
+        gone = np.union1d(gone, leaked) if policy.leaked == "drop" else gone
+        found = [finding for finding in findings if finding is not None]
+        if name == "test":  # no run reads it, so that there is nothing to drop
+            found = [replace(f, action="warn") if f.action == "drop" else f for f in found]
+        return gone, found
 
     def _judge(
         self, check: str, split: str, hit: Sequence[int] | Integers, total: int, table: Table
     ) -> Finding | None:
-        places = [table.where(int(i)) for i in hit[:3]]
+        places = [table.where(int(i)) for i in hit[: findings_.MOST_SHOWN]]
         return judge(check, split, len(hit), total, places, self.policy)
 
     @staticmethod
@@ -205,9 +243,10 @@ class Gate:
 
 def _pairs(again: Integers, first: Integers, table: Table) -> list[str]:
     """Return the first places of rows that are there twice, each with the earlier one."""
+    most = findings_.MOST_SHOWN
     return [
         f"{table.where(int(a))} as {table.where(int(b))}"
-        for a, b in zip(again[:3], first[:3], strict=True)
+        for a, b in zip(again[:most], first[:most], strict=True)
     ]
 
 

@@ -12,6 +12,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.gate import Finding
+from ftlevel.data.gate.checks import Known, find_empty_thinks
 from ftlevel.data.gate.gate import Gate, stop_ids
 from ftlevel.data.sources.table import Table
 from ftlevel.task import Task
@@ -42,7 +43,11 @@ class EncodingContext:
     def gate(self, policy: GateConfig) -> Gate:
         """Return the gate that the rows go through, by the `policy` of the configuration."""
         tokenizer = self.tokenizer
-        return Gate(policy, self.task, tokenizer.bos_token_id, stop_ids(tokenizer), self.vocabulary)
+        known = Known(
+            self.task.checks, tokenizer.bos_token_id, stop_ids(tokenizer), self.vocabulary,
+            find_empty_thinks(tokenizer),
+        )  # fmt: skip
+        return Gate(policy, self.task, known)
 
 
 @dataclass(frozen=True)

@@ -130,8 +130,9 @@ def _in_memory(prepared: Prepared) -> Prepared:
 def _save(prepared: Prepared, folder: Path) -> None:
     table = prepared.table
     _save_lines(table.lines, folder / "lines.npy")
-    for keys in folder.glob("*.keys"):
-        keys.unlink()
+    for pattern in ("*.digests", "*.words"):
+        for digests in folder.glob(pattern):
+            digests.unlink()
     prompt = prepared.prompt_format
     content = {
         "train": _save_rows(prepared.train, folder, "train"),

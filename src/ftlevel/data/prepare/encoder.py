@@ -8,15 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ftlevel.config import DataConfig
+from ftlevel.data.encoding.chat import special_texts
 from ftlevel.data.encoding.encode import Encoded, RowError
 from ftlevel.data.encoding.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.formats.labels import LabelSet
-from ftlevel.data.gate.duplicates import Keys, example_keys
-from ftlevel.data.prepare.parallel import Encode, Progress, be_silent, encode_to_store, keys_path
+from ftlevel.data.gate.digests import Digests
+from ftlevel.data.gate.texts import TextsKnown
+from ftlevel.data.prepare.parallel import (
+    Encode,
+    Progress,
+    be_silent,
+    digests_path,
+    encode_to_store,
+)
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.task import Task
@@ -72,24 +78,36 @@ class Encoder:
             fitted = self.task.encode(self, examples, table)
         except RowError as error:
             raise InputError(f"{table.where(error.row)}: {error.reason}") from error
-        return fitted if self.partly else replace(fitted, keys=self._keys(examples))
+        return replace(fitted, digests=self._digests(examples))
 
-    def dropping(self, split: str) -> Encoder:
-        """Return an encoder of `split` that drops rows which do not fit."""
-        config = self.config.model_copy(update={"overlong": "drop"})
+    def holding_out(self, split: str) -> Encoder:
+        """Return an encoder of `split`, whose rows that do not fit are dropped, or split."""
+        overlong = "split" if self.config.overlong == "split" else "drop"
+        config = self.config.model_copy(update={"overlong": overlong})
         return replace(self, config=config, split=split)
+
+    def digest(self, examples: Sequence[Any]) -> Digests:
+        """Return what the gate keeps of the texts of `examples`."""
+        return Digests.of(examples, self._texts_known)
+
+    @property
+    def _texts_known(self) -> TextsKnown:
+        bos = self.tokenizer.bos_token
+        return TextsKnown((*special_texts(self.tokenizer), *([bos] if bos else [])))
 
     def collect(self, encode: Encode, examples: Sequence[Any]) -> Sequence[Encoded]:
         """Return the rows that `encode` makes of all examples, in a file if there is a folder."""
         if self.folder is None:
             return encode(examples)
         path = self.folder / f"{self.split}.arrow"
-        return encode_to_store(path, encode, examples, self.config.num_proc, self.progress)
+        return encode_to_store(
+            path, encode, examples, self._texts_known, self.config.num_proc, self.progress
+        )
 
-    def _keys(self, examples: Sequence[Any]) -> Keys:
-        """Return the keys of `examples`, which `collect` has written if it was called."""
-        path = self.folder and keys_path(self.folder / f"{self.split}.arrow")
-        return np.memmap(path, np.uint64, "r") if path and path.exists() else example_keys(examples)
+    def _digests(self, examples: Sequence[Any]) -> Digests:
+        """Return the digests of `examples`, which `collect` has written if it was called."""
+        path = self.folder and digests_path(self.folder / f"{self.split}.arrow")
+        return Digests.at(path) if path and path.exists() else self.digest(examples)
 
     def fit(self, rows: Sequence[Encoded], table: Table) -> Fitted:
         """Make `rows` fit as the data section says."""

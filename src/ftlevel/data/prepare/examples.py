@@ -14,7 +14,6 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Fitted
 from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.gate import Finding, explain_stop
-from ftlevel.data.gate.duplicates import example_keys
 from ftlevel.data.gate.flat import flat_batches
 from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.encoder import Encoder
@@ -55,23 +54,26 @@ def prepare_examples(
     kept, found = gate.check_split("train", fitted, loaded.train, tables.train)
     findings = [*loaded.findings, *found]
     validation: Sequence[Encoded] = []
-    dropped = 0
+    dropped = split = 0
     if loaded.validation and tables.validation:
-        held_out = encoder.dropping("validation")(loaded.validation, tables.validation)
-        dropped = held_out.dropped
+        held_out = encoder.holding_out("validation")(loaded.validation, tables.validation)
+        dropped, split = held_out.dropped, held_out.split
         validation, found = gate.check_held_out(
-            "validation", held_out, loaded.validation, tables.validation, fitted.keys
+            "validation", held_out, loaded.validation, tables.validation, fitted.digests
         )
         findings += found
         fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
     if tables.test is not None:
         examples, _ = convert_rows(tables.test, loaded.format)
-        findings += gate.find_leaks("test", example_keys(examples), fitted.keys, tables.test)[1]
+        findings += gate.find_leaks("test", encoder.digest(examples), fitted.digests, tables.test)[
+            1
+        ]
     stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
     if stops and not lenient:
         raise InputError(stops)
     facts = _facts(loaded, task, fitted, kept, validation) | {
         "validation_dropped": dropped,
+        "validation_split": split,
         "gate": [finding.to_dict() for finding in findings],
     }
     if fitted.stops:  # of a preview, which goes on
@@ -87,7 +89,7 @@ def prepare_examples(
     )  # fmt: skip
 
 
-_DONE = {"drop": "dropped", "warn": "kept", "stop": "stops the run"}
+_DONE = {"drop": "dropped", "warn": "kept", "stop": "stops the run", "fold": "made one"}
 
 
 def _gate_choice(finding: Finding) -> Choice:
@@ -161,6 +163,7 @@ def _changes(task: Task, fitted: Fitted, facts: Mapping[str, Any]) -> list[Choic
     counts = {
         "dropped": facts["dropped"],
         "of validation dropped, beyond the max length": facts["validation_dropped"],
+        f"of validation {task.split_words}": facts["validation_split"],
         f"shortened at {fitted.shortened_at}": fitted.shortened,
         task.split_words: fitted.split,
     }

@@ -10,7 +10,6 @@ from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.formats.labels import LabelSet
-from ftlevel.data.gate.duplicates import example_keys
 from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.encoder import Encoder
 from ftlevel.data.prepare.loading import open_converter, read_splits
@@ -70,7 +69,7 @@ def load_held_out(
     prompt = PromptFormat(**card.prompt) if card.prompt else None
     encoder = Encoder(
         task, context.kind, context.tokenizer, config, context.bounds, prompt, labels
-    ).dropping(name)
+    ).holding_out(name)
     # Training's own rows are cut as training cut them; its length says nothing of others.
     encoder = replace(encoder, whole=name != "validation")
     fitted = encoder(examples, table)
@@ -78,7 +77,7 @@ def load_held_out(
     if name == "validation":  # as training let them through
         _, learned = convert("train", splits.train, labels)
         rows, found = context.gate(config.gate).check_held_out(
-            name, fitted, examples, table, example_keys(learned)
+            name, fitted, examples, table, encoder.digest(learned)
         )
         if not len(rows):
             raise InputError(

@@ -11,7 +11,8 @@ from ftlevel.config.choices import Choice
 from ftlevel.data.formats.convert import convert_rows, to_examples
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels, find_unlabelled
-from ftlevel.data.gate import Finding
+from ftlevel.data.formats.spellings import SPELLINGS, FoldLabels, find_variants
+from ftlevel.data.gate import Finding, judge
 from ftlevel.data.gate.gate import resolve_faults
 from ftlevel.data.sources.splits import Splits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.table import BadRow, Table, resolve_bad
@@ -66,6 +67,7 @@ def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: b
     train, examples = convert("train", splits.train, None)
     labels = None
     if convert.label_column is not None:
+        examples = convert.with_names("train", train, examples)
         labels = build_label_set(examples, train, convert.label_column)
         train, examples = convert.without_faults(train, examples, labels)
     validation, held_out = splits.validation, None
@@ -84,15 +86,25 @@ def open_converter(
         InputError: the columns do not say what to learn.
     """
     shape, choices = task.read_columns(task.find_format(table.columns, config), table, config)
-    return Converter(config, task, shape, lenient), choices
+    return Converter(config, task, shape, shape, lenient), choices
 
 
 @dataclass
 class Converter:
-    """Turns tables into examples; what has to be left out is collected in `findings`."""
+    """Turns tables into examples; what has to be left out is collected in `findings`.
+
+    Attributes:
+        config: the data section.
+        task: the task.
+        plain: what the columns are.
+        shape: the same, with the names that labels get.
+        lenient: leave out and report rows that ought to stop the run.
+        findings: what was left out, or made one.
+    """
 
     config: DataConfig
     task: Task
+    plain: Format
     shape: Format
     lenient: bool
     findings: list[Finding] = field(default_factory=list)
@@ -124,11 +136,38 @@ class Converter:
         Raises:
             InputError: a row has another class, or classes that do not go together.
         """
+        if labels is not None:
+            self.with_names(split, table, convert_rows(table, self.plain)[0], labels.names)
         table, examples = self(split, table, labels)
         if labels is None:
             return table, examples
         check_labels(labels, examples, table)
         return self.without_faults(table, examples, labels)
+
+    def with_names(
+        self, split: str, table: Table, examples: Sequence[Any], names: Sequence[str] = ()
+    ) -> Sequence[Any]:
+        """Return `examples` with labels that are one class in several spellings made one.
+
+        Args:
+            split: its name.
+            table: where they came from.
+            examples: with classes.
+            names: of the classes that are known; where there are none, the usual spelling is.
+        """
+        for check, same in SPELLINGS.items():
+            variants = find_variants(examples, check, names)
+            rows = sorted({row for variant in variants for row in variant.rows})
+            told = [f"{table.where(v.rows[0])}: {v.label!r} is {v.name!r}" for v in variants]
+            found = judge(check, split, len(rows), len(table), told, self.config.gate)
+            if found is None:
+                continue
+            self.findings.append(found)
+            if found.action == "fold":
+                known = {same(variant.name): variant.name for variant in variants}
+                self.shape = replace(self.shape, build=FoldLabels(self.shape.build, same, known))
+                examples = convert_rows(table, self.shape)[0]
+        return examples
 
     def without_faults(
         self, table: Table, examples: Sequence[Any], labels: LabelSet

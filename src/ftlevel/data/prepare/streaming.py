@@ -28,7 +28,10 @@ from ftlevel.errors import InputError
 SAMPLE = 1_000
 """First training rows from which the lengths, the columns and the types are known."""
 
-WHOLE_SET = ("exact_duplicates", "near_duplicates", "leaked")
+WHOLE_SET = (
+    "exact_duplicates", "near_duplicates", "conflicting_answers", "swapped_roles", "one_answer",
+    "leaked", "near_leaked",
+)  # fmt: skip
 """Checks that compare rows with one another, and so are done among the first rows alone."""
 
 

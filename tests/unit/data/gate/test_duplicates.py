@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,14 @@ from ftlevel.data.encoding.store import (
 )
 from ftlevel.data.formats.examples import Labelled, Pair, PlainText
 from ftlevel.data.gate import duplicates, similarity
-from ftlevel.data.gate.duplicates import example_keys, find_members, find_near, find_repeated
+from ftlevel.data.gate.digests import Digests
+from ftlevel.data.gate.duplicates import find_members, find_near, find_repeated
 from ftlevel.data.gate.similarity import SIMILARITY, find_similar
+from ftlevel.data.gate.texts import TextsKnown
+
+
+def example_keys(examples: list[Any]) -> Any:
+    return Digests.of(examples, TextsKnown()).keys
 
 
 def encoded(rows: list[list[int]]) -> list[Encoded]:

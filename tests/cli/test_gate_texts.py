@@ -1,0 +1,277 @@
+"""What `train` and `preview` say of texts, prompts, answers and labels before weights load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.cli.app import run
+from published_chat_templates import QWEN_3
+
+SUBJECTS = [
+    "parser",
+    "reader",
+    "writer",
+    "buffer",
+    "cursor",
+    "socket",
+    "thread",
+    "signal",
+    "window",
+    "palette",
+]
+VERBS = [
+    "returns",
+    "closes",
+    "opens",
+    "flushes",
+    "copies",
+    "rotates",
+    "compares",
+    "paints",
+    "locks",
+    "sorts",
+]
+OBJECTS = [
+    "archive",
+    "token",
+    "header",
+    "packet",
+    "matrix",
+    "ledger",
+    "column",
+    "ribbon",
+    "lantern",
+    "bridge",
+]
+PLACES = [
+    "memory",
+    "storage",
+    "kernel",
+    "garden",
+    "office",
+    "harbour",
+    "village",
+    "station",
+    "library",
+    "museum",
+]
+
+
+def fact(i: int) -> str:
+    """Return a sentence of twelve words, most of them another for another `i`."""
+    words = (SUBJECTS[i % 10], VERBS[i // 10 % 10], OBJECTS[i * 3 % 10], PLACES[i * 7 % 10])
+    return "Every {}{} {} some {} number{} from the {} before it is noon".format(
+        words[0], "s" * (i % 3), words[1], words[2], i, words[3]
+    )
+
+
+def pair(i: int, **changes: Any) -> dict[str, Any]:
+    return {"prompt": f"What does item{i} do?", "completion": fact(i), **changes}
+
+
+def talk(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+GOOD = [pair(i) for i in range(12)]
+TALKS = [talk(("user", f"What does item{i} do?"), ("assistant", fact(i))) for i in range(12)]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(path: str, rows: list[dict[str, Any]]) -> None:
+    Path(path).parent.mkdir(exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+Say = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    def dry(*arguments: str, rows: list[dict[str, Any]] | None = None) -> tuple[int, str]:
+        if rows is not None:
+            write("rows.jsonl", rows)
+            arguments = ("--dataset", "rows.jsonl", *arguments)
+        code = run(["train", "--dry-run", *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return dry
+
+
+@pytest.mark.parametrize(
+    ("check", "title", "row"),
+    [
+        ("near_duplicates", "nearly the same as an earlier row",
+         pair(3, prompt="What does the item3 do?")),
+        ("conflicting_answers", "the prompt of an earlier row with another answer",
+         pair(3, completion="Nobody knows.")),
+        ("lost_characters", "NUL or U+FFFD in a text", pair(20, completion="caf\ufffd is open")),
+        ("html", "HTML in a text", pair(20, completion="One<br>two")),
+        ("special_token_text", "the text of a special token in a prompt or an answer",
+         pair(20, completion="It is <|im_end|> here")),
+        ("answer_is_prompt", "an answer that is the prompt",
+         pair(20, completion="What does item20 do?")),
+        ("turn_order", "a conversation that begins with the assistant or does not end with it",
+         talk(("assistant", fact(20)), ("user", "What does item20 do?"))),
+    ],
+)  # fmt: skip
+def test_one_row_of_each_kind_is_named(check: str, title: str, row: Any, say: Say) -> None:
+    good = TALKS if "messages" in row else GOOD
+    code, out = say(rows=[*good, row])
+    assert code == 0, out
+    also = " as rows.jsonl:4" if check in ("near_duplicates", "conflicting_answers") else ""
+    assert (
+        f"data check: {title}: 1 of 13 train rows (rows.jsonl:13{also}) "
+        f"(kept; --set data.gate.{check}=…)"
+    ) in out
+    assert out.count("data check:") == 1
+    code, out = say("--set", f"data.gate.{check}=drop", rows=[*good, row])
+    assert "data: rows.jsonl (12 rows" in out
+    code, out = say("--set", f"data.gate.{check}=stop", rows=[*good, row])
+    assert code == 2
+
+
+def test_validation_rows_that_are_nearly_training_rows(say: Say) -> None:
+    write("set/train.jsonl", GOOD)
+    nearly = pair(3, completion=fact(3).replace("before", "until"))
+    write("set/validation.jsonl", [pair(40), nearly, pair(41)])
+    write("set/test.jsonl", [nearly])
+    code, out = say("--dataset", "set")
+    assert code == 0, out
+    assert (
+        "nearly the same as a training row: 1 of 3 validation rows (set/validation.jsonl:2)" in out
+    )
+    assert "nearly the same as a training row: 1 of 1 test rows (set/test.jsonl:1) (kept" in out
+    code, out = say("--dataset", "set", "--set", "data.gate.near_leaked=drop")
+    assert "data: set (12 rows; 2 for validation)" in out
+
+
+def test_one_answer_for_all(say: Say) -> None:
+    _, out = say(rows=[pair(i, completion="Yes.") for i in range(12)])
+    assert "one answer for nearly all rows: 12 of 12 train rows (that of rows.jsonl:1) (kept" in out
+
+
+def test_an_empty_think_that_the_template_adds(
+    tiny_model_dir: Callable[..., Path], say: Say
+) -> None:
+    Path("qwen3.jinja").write_text(QWEN_3, encoding="utf-8")
+    model = ["--model", str(tiny_model_dir("qwen2")), "--chat-template"]
+    code, out = say(*model, "qwen3.jinja", rows=GOOD)
+    assert code == 0, out
+    assert "an empty <think></think> that is learned: 12 of 12 train rows (rows.jsonl:1" in out
+    _, out = say(*model, "qwen", rows=GOOD)
+    assert "<think>" not in out
+    thought = [pair(i, completion=f"<think>\nhm\n</think>\n\n{fact(i)}") for i in range(12)]
+    _, out = say(*model, "qwen3.jinja", rows=thought)
+    assert "<think>" not in out
+
+
+KTO = [pair(i, label=i % 3 != 0) for i in range(12)]
+DPO = [{"prompt": f"q{i}", "chosen": fact(i), "rejected": fact(i + 50)} for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message", "way"),
+    [
+        (KTO, "rows.jsonl:1: 'label' is false in 4 of 12 rows: bad answers, as for preference "
+         "training (KTO), which --task text-generation would learn as good ones. Remove these "
+         "rows, or pass --format prompt-completion if 'label' says something else.",
+         ["--format", "prompt-completion"]),
+        (DPO, "columns 'chosen' and 'rejected' are for preference training, which --task "
+         "text-generation does not do. To learn the chosen answers alone: --map "
+         "completion=chosen.", ["--map", "completion=chosen"]),
+    ],
+)  # fmt: skip
+def test_bad_answers_are_not_learned_as_good_ones(
+    rows: list[Any], message: str, way: list[str], say: Say
+) -> None:
+    code, out = say(rows=rows)
+    assert (code, out.splitlines()[-1]) == (2, f"ftlevel: {message}")
+    assert say(*way, rows=rows)[0] == 0
+
+
+def test_only_good_answers_are_learned(say: Say) -> None:
+    assert say(rows=[{**row, "label": True} for row in KTO])[0] == 0
+
+
+LABELS = ["good", "bad"] * 10
+
+
+def reviews(labels: list[str]) -> list[dict[str, Any]]:
+    return [{"text": fact(i), "label": label} for i, label in enumerate(labels)]
+
+
+def test_labels_that_differ_by_space_or_case(tiny_model_dir: Callable[..., Path], say: Say) -> None:
+    bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
+    code, out = say(*bert, rows=reviews([*LABELS, "good ", " bad"]))
+    assert code == 0, out
+    assert "labels: 2 (bad, good)" in out
+    assert (
+        "labels that differ by white space around them: 2 of 22 train rows (rows.jsonl:21: 'good ' "
+        "is 'good', rows.jsonl:22: ' bad' is 'bad') (made one; --set data.gate.label_space=…)"
+    ) in out
+    rows = reviews([*LABELS, "Good", "BAD "])
+    code, out = say(*bert, rows=rows)
+    assert (code, out.splitlines()[-1]) == (
+        2,
+        "ftlevel: labels that differ by case: 2 of 22 train rows (rows.jsonl:21: 'Good' is 'good', "
+        "rows.jsonl:22: 'BAD ' is 'bad'). Write them alike, or pass --set "
+        "data.gate.label_case=fold or warn.",
+    )
+    code, out = say(*bert, "--set", "data.gate.label_case=fold", rows=rows)
+    assert (code, "labels: 2 (bad, good)" in out) == (0, True)
+    code, out = say(*bert, "--set", "data.gate.label_case=warn", rows=rows)
+    assert (code, "labels: 4 (" in out) == (0, True)
+
+
+def test_labels_of_validation_rows_have_the_names_of_the_training_rows(
+    tiny_model_dir: Callable[..., Path], say: Say
+) -> None:
+    bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
+    write("set/train.jsonl", reviews(LABELS))
+    held = [{"text": fact(i), "label": label} for i, label in enumerate(["bad", "good\n"], 50)]
+    write("set/validation.jsonl", held)
+    code, out = say(*bert, "--dataset", "set")
+    assert code == 0, out
+    assert (
+        "white space around them: 1 of 2 validation rows (set/validation.jsonl:2: 'good\\n'" in out
+    )
+    write("set/validation.jsonl", [*held, {"text": fact(60), "label": "Good"}])
+    code, out = say(*bert, "--dataset", "set")
+    assert code == 2
+    assert "--set data.gate.label_case=fold makes them one" in out
+    code, out = say(*bert, "--dataset", "set", "--set", "data.gate.label_case=fold")
+    assert (code, "20 rows; 3 for validation" in out) == (0, True)
+
+
+def test_long_validation_texts_are_split_as_training_texts_are(say: Say) -> None:
+    texts = [{"text": " ".join(fact(k) for k in range(i, i + 5))} for i in range(0, 60, 5)]
+    write("set/train.jsonl", texts)
+    write("set/validation.jsonl", [{"text": fact(90)}, {"text": f"{fact(91)} {fact(95)} " * 4}])
+    code, out = say("--dataset", "set", "--max-length", "64", "--overlong", "split")
+    assert code == 0, out
+    assert "of validation dropped" not in out
+    assert "rows changed: 1 of validation split into several" in out
+    code, out = say("--dataset", "set", "--max-length", "64", "--overlong", "drop", "--set",
+                    "data.gate.unsupervised=ignore")  # fmt: skip
+    assert "no row is left" in out or "1 of validation dropped, beyond the max length" in out
+
+
+def test_a_stream_checks_the_texts_of_every_row(say: Say) -> None:
+    rows = [pair(i) for i in range(1_200)]
+    rows[1_150] = pair(1_150, completion="One<br>two")
+    write("rows.jsonl", rows)
+    arguments = ["--dataset", "rows.jsonl", "--streaming", "--set", "data.gate.html=stop",
+                 "--no-cache", "--quiet", "--max-steps", "400", "--output-dir", "run"]  # fmt: skip
+    assert run(["train", *arguments]) == 2

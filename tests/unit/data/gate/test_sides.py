@@ -1,0 +1,92 @@
+"""What prompts and answers tell of one another."""
+
+from __future__ import annotations
+
+import random
+
+from ftlevel.data.formats.examples import Labelled, Pair
+from ftlevel.data.gate.digests import Digests
+from ftlevel.data.gate.sides import find_conflicts, find_one_answer, find_swapped
+from ftlevel.data.gate.texts import TextsKnown
+
+
+def digest(examples: list[Pair] | list[Labelled]) -> Digests:
+    return Digests.of(examples, TextsKnown())
+
+
+def test_one_prompt_with_two_answers() -> None:
+    rows = [Pair("a b", "x", 0), Pair("A  b", "y", 1), Pair("a b", "X", 2), Pair("c", "x", 3)]
+    again, first = find_conflicts(digest(rows))
+    assert (again.tolist(), first.tolist()) == ([1], [0])
+    labelled = [
+        Labelled("a", None, "x", 0),
+        Labelled("a", "b", "y", 1),
+        Labelled("a", None, "y", 2),
+    ]
+    assert find_conflicts(digest(labelled))[0].tolist() == [2]
+
+
+def test_one_answer_for_nearly_all() -> None:
+    rows = [Pair(f"q {i}", "Yes." if i else "No.", i) for i in range(40)]
+    assert find_one_answer(digest(rows)).tolist() == list(range(1, 40))
+    rows[7] = Pair("q", "Never.", 7)
+    assert len(find_one_answer(digest([*rows[:10], *rows[1:9]]))) == 0
+    assert len(find_one_answer(digest(rows[:3]))) == 0
+
+
+QUESTIONS = [
+    "what",
+    "how",
+    "why",
+    "tell",
+    "me",
+    "about",
+    "explain",
+    "the",
+    "difference",
+    "between",
+    "please",
+]
+ANSWERS = [
+    "it",
+    "is",
+    "an",
+    "because",
+    "usually",
+    "means",
+    "that",
+    "one",
+    "can",
+    "be",
+    "returned",
+    "by",
+    "calling",
+    "which",
+]
+TOPICS = [f"topic{chr(97 + i)}{chr(97 + k)}" for i in range(8) for k in range(8)]
+
+
+def pairs(count: int) -> list[Pair]:
+    generator = random.Random(3)
+    rows = []
+    for i in range(count):
+        topics = generator.choices(TOPICS, k=3)
+        ask = " ".join([*generator.sample(QUESTIONS, 6), *topics])
+        rows.append(Pair(ask, " ".join([*generator.sample(ANSWERS, 7), *topics]), i))
+    return rows
+
+
+def test_prompts_in_the_place_of_answers() -> None:
+    rows = pairs(300)
+    assert find_swapped(digest(rows)).tolist() == []
+    wrong = list(range(5, 300, 20))
+    for i in wrong:
+        rows[i] = Pair(rows[i].target, rows[i].source, i)
+    assert find_swapped(digest(rows)).tolist() == wrong
+
+
+def test_sides_that_use_the_same_words_are_not_told_apart() -> None:
+    generator = random.Random(4)
+    texts = [" ".join(generator.choices(TOPICS, k=6)) for _ in range(600)]
+    rows = [Pair(texts[i], texts[300 + i], i) for i in range(300)]
+    assert find_swapped(digest(rows)).tolist() == []
