@@ -15,7 +15,7 @@ ONE_ANSWER_SHARE = 0.95
 _FEW_ROWS = 10
 _SAMPLE = 1_000
 _BUCKETS = 1 << 16
-_WORDS = 40  # of the first of a side, which are looked at
+_WORDS = 200  # of the first of a side, which are looked at
 _CLEAR = 10.0  # nats
 _BEYOND = 0.2
 

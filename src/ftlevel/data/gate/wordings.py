@@ -27,7 +27,7 @@ _BUCKETS = 1 << 20
 _AT_ONCE = 1 << 20
 _SOME = 1 << 16  # words that are looked at together
 _BOILERPLATE, _MANY = 0.98, 20
-_LAST = 3  # earlier rows with the same pair of words that a row is compared with, beside the first
+_LAST = 2  # earlier rows with the same pair of words that a row is compared with, beside the first
 _MANY_WORDS = 30
 Keys = NDArray[np.uint32]
 _NOTHING = np.zeros(0, dtype=np.int64)
