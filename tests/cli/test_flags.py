@@ -19,7 +19,7 @@ from additions.tree import FLAG
 from additions.tree import run as run_in
 from ftlevel.cli.app import COMMANDS, build_app, run
 from ftlevel.cli.flags import Given, add_command
-from ftlevel.cli.grammar import canonical
+from ftlevel.cli.spelling import Reading, readings_of, rewrite
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig
 from ftlevel.config.field_facts import describe_field
 from ftlevel.config.flags import (
@@ -34,16 +34,15 @@ from ftlevel.config.flags import (
     Flag,
     Spelling,
     flags_of,
-    second_names,
 )
 from ftlevel.errors import ConfigError, FtlevelError
 
 TOY = Flag(
-    "train.weight_decay",
+    "train.max_generate_samples",
     panel=HOW,
-    also=("--wd", Spelling("--decay-kind", values={"strong": "0.5"}), Spelling("--decay", "0.1")),
+    also=("--mgs", Spelling("--how-many", values={"some": "5"}), Spelling("--few", "3")),
 )
-ANSWERED = Flag(names="--packing", answer="rows are packed by default. Drop it.")
+ANSWERED = Flag(names="--wrapping", answer="rows are packed by default. Drop it.")
 
 
 def function_of(name: str) -> Callable[..., None]:
@@ -70,6 +69,11 @@ def help_of(capsys: pytest.CaptureFixture[str], name: str, flags: Sequence[Flag]
     return capsys.readouterr().out
 
 
+def squeezed(text: str) -> str:
+    """Return `text` with one space between its words."""
+    return " ".join(text.split())
+
+
 def panels_of(help_text: str) -> dict[str, list[str]]:
     """Return heading → the flags below it."""
     found: dict[str, list[str]] = {}
@@ -87,21 +91,22 @@ def panels_of(help_text: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("typed", "shown", "value"),
     [
-        (["--weight-decay", "0.3"], "--weight-decay", 0.3),
-        (["--weight_decay=0.3"], "--weight-decay", 0.3),
-        (["--wd", "0.3"], "--weight-decay", 0.3),
-        (["--decay_kind", "strong"], "--weight-decay", 0.5),
-        (["--decay-kind=strong"], "--weight-decay", 0.5),
-        (["--decay-kind", "0.3"], "--weight-decay", 0.3),
-        (["--decay"], "--decay", "0.1"),
+        (["--max-generate-samples", "7"], "--max-generate-samples", 7),
+        (["--max_generate_samples=7"], "--max-generate-samples", 7),
+        (["--mgs", "7"], "--mgs", 7),
+        (["--how_many", "some"], "--how-many", 5),
+        (["--how-many=some"], "--how-many", 5),
+        (["--how-many", "7"], "--how-many", 7),
+        (["--few"], "--few", 3),
+        (["--few", "true"], "--few", 3),
     ],
 )
 def test_an_added_row_is_a_flag_by_all_its_names(
     typed: list[str], shown: str, value: object
 ) -> None:
     layer = layer_of(["--model", "x", *typed, "--seed", "3"], (*FLAGS, TOY))
-    assert layer.values["train"] == {"weight_decay": value, "seed": 3}
-    assert layer.origins["train", "weight_decay"] == shown
+    assert layer.values["train"] == {"max_generate_samples": value, "seed": 3}
+    assert layer.origins["train", "max_generate_samples"] == shown
     with pytest.raises(typer.TyperException, match="No such option"):
         layer_of(typed)
 
@@ -109,45 +114,43 @@ def test_an_added_row_is_a_flag_by_all_its_names(
 def test_an_added_row_is_in_help_and_docs(capsys: pytest.CaptureFixture[str]) -> None:
     flags = (*FLAGS, TOY, ANSWERED)
     said, page = help_of(capsys, "train", flags), cli_page.cli_page(flags)
-    assert "--weight-decay" in panels_of(said)["Optimisation:"]
-    assert "Decoupled weight decay of AdamW.  [default: 0]" in said
-    assert "Short for --weight-decay 0.1." in said
+    assert "--max-generate-samples" in panels_of(said)["Optimisation:"]
+    assert "How many validation rows are generated for scoring. [default: 32]" in squeezed(said)
     (line,) = (
         set(page.splitlines())
         - set(cli_page.cli_page().splitlines())
         - {
-            "### Not here",
-            "- `--packing`: rows are packed by default. Drop it.",
+            "- `--wrapping`: rows are packed by default. Drop it.",
         }
     )
     assert line == (
-        "| `--weight-decay` | `train.weight_decay` |  | 0 | `--wd`, `--decay-kind` (strong: 0.5), "
-        "`--decay` (0.1) | Decoupled weight decay of AdamW. |"
+        "| `--max-generate-samples` | `train.max_generate_samples` |  | 32 | `--mgs`, `--how-many` "
+        "(some: 5), `--few` (3) | How many validation rows are generated for scoring. |"
     )
-    assert "--packing" not in said
-    assert "weight-decay" not in help_of(capsys, "train")
+    assert "--wrapping" not in said
+    assert "max-generate-samples" not in help_of(capsys, "train")
 
 
 def test_a_flag_is_one_line_of_one_file(tmp_path: Path) -> None:
     assert FLAG.touched == ["config/flags.py"]
     tree = FLAG.apply(tmp_path)
-    assert "  --weight-decay <float>" in run_in(tree, "train", "--help", cwd=tmp_path)
-    said = run_in(tree, "train", "--weight-decay", "5", cwd=tmp_path, code=2)
-    assert said.startswith("ftlevel: --weight-decay: 5.0 is out of range")
+    assert "  --max-generate-samples" in run_in(tree, "train", "--help-all", cwd=tmp_path)
+    said = run_in(tree, "train", "--max-generate-samples", "0", cwd=tmp_path, code=2)
+    assert said.startswith("ftlevel: --max-generate-samples: 0 is out of range")
 
 
 def test_two_spellings_of_one_field() -> None:
     with pytest.raises(
-        ConfigError, match=r"--decay and --weight-decay both set train.weight_decay"
+        ConfigError, match=r"--few and --max-generate-samples both set train.max_generate_samples"
     ):
-        layer_of(["--decay", "--weight-decay", "0"], (*FLAGS, TOY))
-    with pytest.raises(ConfigError, match=r"--bf16 and --fp16 both set the precision\. Give"):
+        layer_of(["--few", "--max-generate-samples", "9"], (*FLAGS, TOY))
+    with pytest.raises(ConfigError, match=r"--fp16 and --bf16 both set the precision\. Give"):
         layer_of(["--fp16", "--bf16"])
 
 
-@pytest.mark.parametrize("typed", [["--packing"], ["--packing=true"], ["--packing", "true"]])
+@pytest.mark.parametrize("typed", [["--wrapping"], ["--wrapping=true"], ["--wrapping", "true"]])
 def test_a_flag_that_is_answered(typed: list[str]) -> None:
-    with pytest.raises(FtlevelError, match=r"--packing: rows are packed by default\.") as e:
+    with pytest.raises(FtlevelError, match=r"--wrapping.*: rows are packed by default\.") as e:
         layer_of(typed, (*FLAGS, ANSWERED))
     assert e.value.exit_code == 2
 
@@ -189,14 +192,15 @@ def test_nothing_given_sets_nothing() -> None:
 )
 def test_second_spellings(typed: list[str], read: list[str]) -> None:
     known = {"--lora-r", "--model", "--task", "--quant", "--dataset"}
-    assert list(canonical(typed, known, second_names())) == read
+    rows = [row for row in FLAGS if row.shown in known]
+    assert rewrite(typed, readings_of("train", rows)).arguments == read
 
 
 def test_words_are_translated_for_their_flag_alone() -> None:
-    seconds = {"--lora-target": ("--target-modules", {"all": "all-linear"})}
+    readings = {"--lora-target": Reading("--target-modules", words={"all": "all-linear"})}
     typed = ["--lora-target", "all", "all", "--lora-target", "--x", "all"]
     read = ["--target-modules", "all-linear", "all", "--target-modules", "--x", "all"]
-    assert list(canonical(typed, {"--target-modules"}, seconds)) == read
+    assert rewrite(typed, readings).arguments == read
 
 
 @pytest.mark.parametrize(
@@ -229,7 +233,7 @@ def test_the_panels_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert panels[f"{GENERAL}:"] == ["--json", "-q,", "--schema", "--traceback", "-h,"]
     assert sum(map(len, panels.values())) == sum(
         not row.is_argument for row in flags_of("train")
-    ) + len(["--bf16", "--fp16", "--help"])
+    ) + len(["--help-all", "--help"])
 
 
 @pytest.mark.parametrize(
@@ -305,18 +309,20 @@ def test_names_are_given_once(name: str) -> None:
     rows = flags_of(name)
     words = [word for row in rows for word in row.declared(is_switch=True)]
     names = [name for word in words for name in word.split("/")]
-    names += [other.name for row in rows for other in row.spellings if other.value is not None]
     parameters = [row.parameter for row in rows]
     assert [name for name, count in Counter(names).items() if count > 1] == []
     assert len(parameters) == len(set(parameters))
-    both = [own for second, (own, _) in second_names().items() if {second, own} <= set(names)]
-    assert both == []
+    seconds = [
+        other.name for row in FLAGS if row.shown in names for other in row.spellings
+    ] + [row.shown for row in FLAGS if row.answer and name in row.on]
+    assert [second for second, count in Counter(seconds).items() if count > 1] == []
+    assert set(seconds) & set(names) <= {"--adapter"}  # of generate, where it is a flag
 
 
 def test_rows_name_commands_and_flags_that_exist() -> None:
     shown = {row.shown for row in FLAGS}
     assert {name for row in FLAGS for name in row.on} == set(COMMANDS)
-    assert {own for own, _ in second_names().values()} <= shown
+    assert {"--model", "--lora-r", "--quant"} <= shown
     with pytest.raises(KeyError, match="gone"):
         Flag("train.gone").facts("train")
 

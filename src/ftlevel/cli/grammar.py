@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import typer
 from typer.core import TyperCommand
 
+from ftlevel.cli.spelling import Reading, rewrite
 from ftlevel.config.flags import GENERAL
-from ftlevel.errors import ConfigError, Interrupted
-
-Seconds = Mapping[str, tuple[str, Mapping[str, str]]]
-"""Second name → (the flag's own, their word for a value → ours)."""
-
+from ftlevel.errors import Interrupted, nearest
 
 _WIDEST_NAME = 28  # of a flag that shares its line with its help
 
@@ -21,18 +19,19 @@ _WIDEST_NAME = 28  # of a flag that shares its line with its help
 class Command(TyperCommand):
     """A command that accepts the second names of its flags and shows them in panels."""
 
-    seconds: ClassVar[Seconds] = {}
-    answers: ClassVar[Mapping[str, str]] = {}
+    readings: ClassVar[Mapping[str, Reading]] = {}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Rewrite flags to their canonical spelling before they are parsed."""
-        known = {option for parameter in self.params for option in parameter.opts}
-        rewritten = list(canonical(args, known, self.seconds))
-        for argument in rewritten:
-            name = argument.partition("=")[0]
-            if name in self.answers:
-                raise ConfigError(f"{name}: {self.answers[name]}")
-        return super().parse_args(ctx, rewritten)
+        done = rewrite(args, self.readings)
+        ctx.meta["ftlevel.typed"], ctx.meta["ftlevel.claims"] = done.typed, done.claims
+        try:
+            return super().parse_args(ctx, done.arguments)
+        except typer.TyperException as error:
+            if hasattr(error, "possibilities"):
+                name = str(getattr(error, "option_name", ""))
+                error.possibilities = nearest(name, self.readings, 3)
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section a panel; importing rich for it would double the time of `--help`."""
@@ -69,26 +68,3 @@ def _entry(name: str, text: str, column: int, width: int) -> str:
         lines.insert(0, "")
     rest = "".join(f"{' ' * column}{line}\n" for line in lines[1:])
     return f"{head}{lines[0]}".rstrip() + "\n" + rest
-
-
-def canonical(arguments: Iterable[str], known: Collection[str], seconds: Seconds) -> Iterator[str]:
-    """Yield the arguments in ftlevel's spelling: `--lora_rank=8` is `--lora-r=8`.
-
-    Args:
-        arguments: as they were typed.
-        known: the flags that the command has.
-        seconds: second names, and what they stand for in a command that has that flag.
-    """
-    words: Mapping[str, str] = {}
-    for argument in arguments:
-        if argument in words or not argument.startswith("--"):
-            yield words.get(argument, argument)
-            words = {}
-            continue
-        name, equals, value = argument.partition("=")
-        name = name.replace("_", "-")
-        own, words = seconds.get(name, (name, {}))
-        if name in known or own not in known:
-            own, words = name, {}
-        yield own + equals + words.get(value, value)
-        words = {} if equals else words

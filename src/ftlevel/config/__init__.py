@@ -13,7 +13,6 @@ from ftlevel.config.layers import (
     Layer,
     build_config,
     build_section,
-    normal_task,
     put,
     read_recipe,
     read_settings,
@@ -32,6 +31,7 @@ from ftlevel.config.sections import (
 from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.train import TrainConfig
+from ftlevel.config.words import normal_task
 
 __all__ = [
     "DEFAULT_DATASET",

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from ftlevel.config.methods import SPECS
 from ftlevel.config.renamed import RENAMED, with_new_names
 from ftlevel.config.train import TrainConfig
+from ftlevel.config.words import in_our_words
 from ftlevel.errors import ConfigError, did_you_mean, listing, nearest
 
 KeyPath = tuple[str, ...]
@@ -26,11 +27,6 @@ SHORTHAND = {"model": "name_or_path", "method": "kind", "quant": "kind", "data":
 """`method: lora` is short for `method: {kind: lora}`; likewise for these sections."""
 
 _TAGGED = {"method"}
-_TASK_ALIASES = {
-    "causal-lm": "text-generation",
-    "sequence-classification": "text-classification",
-    "fill-mask": "masked-lm",
-}
 
 
 @dataclass(frozen=True)
@@ -151,8 +147,6 @@ def build_config(layers: Iterable[Layer], note: Callable[[str], None] | None = N
             origins[(*key, SHORTHAND[key[0]]) if short and key[0] in SHORTHAND else key] = origin
     if isinstance(merged.get("method"), dict) and "kind" not in merged["method"]:
         merged["method"]["kind"] = "lora"
-    if isinstance(merged.get("task"), str):
-        merged["task"] = normal_task(merged["task"])
     try:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:
@@ -164,19 +158,15 @@ def _under_new_names(layer: Layer, note: Callable[[str], None] | None) -> Layer:
         values, lines = with_new_names(layer.values, layer.origins)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if not lines:
+    values, said = in_our_words(values)
+    lines += said
+    if not lines and values == layer.values:
         return layer
     if note is not None:
         for line in lines:
             note(line)
     new = {tuple(old.split(".")): tuple(new.split(".")) for old, new in RENAMED.items()}
     return Layer(values, {new.get(key, key): origin for key, origin in layer.origins.items()})
-
-
-def normal_task(name: str) -> str:
-    """Return a task's name as ftlevel writes it: with dashes, and not by another library's word."""
-    task = name.strip().lower().replace("_", "-")
-    return _TASK_ALIASES.get(task, task)
 
 
 def build_section(
