@@ -84,7 +84,7 @@ CHECK = Addition(
 )
 
 _SEED = '    Flag("train.seed", "", HOW, also=("--random-state", "--random-seed")),'
-_SAMPLES = '    Flag("train.max_generate_samples", "", HOW),'
+_SAMPLES = '    Flag("data.validation_rows", "", HOW),'
 FLAG = Addition({}, [("config/flags.py", _SEED, _SAMPLES)])
 
 _LAST_FORMAT = '    "gguf": ExportFormat("ftlevel.merging.formats.gguf", ".gguf", (".Modelfile",)),'

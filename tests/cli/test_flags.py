@@ -38,9 +38,9 @@ from ftlevel.config.flags import (
 from ftlevel.errors import ConfigError, FtlevelError
 
 TOY = Flag(
-    "train.max_generate_samples",
+    "data.validation_rows",
     panel=HOW,
-    also=("--mgs", Spelling("--how-many", values={"some": "5"}), Spelling("--few", "3")),
+    also=("--vr", Spelling("--how-many", values={"some": "5"}), Spelling("--few", "3")),
 )
 ANSWERED = Flag(names="--wrapping", answer="rows are packed by default. Drop it.")
 
@@ -64,8 +64,15 @@ def layer_of(arguments: Sequence[str], flags: Sequence[Flag] = FLAGS) -> Layer:
     return seen[0]
 
 
-def help_of(capsys: pytest.CaptureFixture[str], name: str, flags: Sequence[Flag] = FLAGS) -> str:
-    build_app([name], flags)(args=[name, "--help"], prog_name="ftlevel", standalone_mode=False)
+def help_of(
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    flags: Sequence[Flag] = FLAGS,
+    asked: str = "--help-all",
+) -> str:
+    """Return the help of a command, whole where it has a whole one."""
+    asked = asked if name in ("train", "preview") else "--help"
+    build_app([name], flags)(args=[name, asked], prog_name="ftlevel", standalone_mode=False)
     return capsys.readouterr().out
 
 
@@ -91,9 +98,9 @@ def panels_of(help_text: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("typed", "shown", "value"),
     [
-        (["--max-generate-samples", "7"], "--max-generate-samples", 7),
-        (["--max_generate_samples=7"], "--max-generate-samples", 7),
-        (["--mgs", "7"], "--mgs", 7),
+        (["--validation-rows", "7"], "--validation-rows", 7),
+        (["--validation_rows=7"], "--validation-rows", 7),
+        (["--vr", "7"], "--vr", 7),
         (["--how_many", "some"], "--how-many", 5),
         (["--how-many=some"], "--how-many", 5),
         (["--how-many", "7"], "--how-many", 7),
@@ -105,8 +112,9 @@ def test_an_added_row_is_a_flag_by_all_its_names(
     typed: list[str], shown: str, value: object
 ) -> None:
     layer = layer_of(["--model", "x", *typed, "--seed", "3"], (*FLAGS, TOY))
-    assert layer.values["train"] == {"max_generate_samples": value, "seed": 3}
-    assert layer.origins["train", "max_generate_samples"] == shown
+    assert layer.values["data"] == {"validation_rows": value}
+    assert layer.values["train"] == {"seed": 3}
+    assert layer.origins["data", "validation_rows"] == shown
     with pytest.raises(typer.TyperException, match="No such option"):
         layer_of(typed)
 
@@ -114,8 +122,8 @@ def test_an_added_row_is_a_flag_by_all_its_names(
 def test_an_added_row_is_in_help_and_docs(capsys: pytest.CaptureFixture[str]) -> None:
     flags = (*FLAGS, TOY, ANSWERED)
     said, page = help_of(capsys, "train", flags), cli_page.cli_page(flags)
-    assert "--max-generate-samples" in panels_of(said)["Optimisation:"]
-    assert "How many validation rows are generated for scoring. [default: 32]" in squeezed(said)
+    assert "--validation-rows" in panels_of(said)["Optimisation:"]
+    assert "First rows of a streamed set that are held out for evaluation." in squeezed(said)
     (line,) = (
         set(page.splitlines())
         - set(cli_page.cli_page().splitlines())
@@ -124,8 +132,8 @@ def test_an_added_row_is_in_help_and_docs(capsys: pytest.CaptureFixture[str]) ->
         }
     )
     assert line == (
-        "| `--max-generate-samples` | `train.max_generate_samples` |  | 32 | `--mgs`, `--how-many` "
-        "(some: 5), `--few` (3) | How many validation rows are generated for scoring. |"
+        "| `--validation-rows` | `data.validation_rows` |  |  | `--vr`, `--how-many` "
+        "(some: 5), `--few` (3) | First rows of a streamed set that are held out for evaluation. |"
     )
     assert "--wrapping" not in said
     assert "max-generate-samples" not in help_of(capsys, "train")
@@ -134,16 +142,16 @@ def test_an_added_row_is_in_help_and_docs(capsys: pytest.CaptureFixture[str]) ->
 def test_a_flag_is_one_line_of_one_file(tmp_path: Path) -> None:
     assert FLAG.touched == ["config/flags.py"]
     tree = FLAG.apply(tmp_path)
-    assert "  --max-generate-samples" in run_in(tree, "train", "--help-all", cwd=tmp_path)
-    said = run_in(tree, "train", "--max-generate-samples", "0", cwd=tmp_path, code=2)
-    assert said.startswith("ftlevel: --max-generate-samples: 0 is out of range")
+    assert "  --validation-rows" in run_in(tree, "train", "--help-all", cwd=tmp_path)
+    said = run_in(tree, "train", "--validation-rows", "0", cwd=tmp_path, code=2)
+    assert said.startswith("ftlevel: --validation-rows: 0 is out of range")
 
 
 def test_two_spellings_of_one_field() -> None:
     with pytest.raises(
-        ConfigError, match=r"--few and --max-generate-samples both set train.max_generate_samples"
+        ConfigError, match=r"--few and --validation-rows both set data.validation_rows"
     ):
-        layer_of(["--few", "--max-generate-samples", "9"], (*FLAGS, TOY))
+        layer_of(["--few", "--validation-rows", "9"], (*FLAGS, TOY))
     with pytest.raises(ConfigError, match=r"--fp16 and --bf16 both set the precision\. Give"):
         layer_of(["--fp16", "--bf16"])
 
@@ -230,10 +238,24 @@ def test_the_panels_of_train(capsys: pytest.CaptureFixture[str]) -> None:
         "--model", "--dataset", "--task", "--method", "--quant", "--lora-r", "--num-train-epochs",
         "--learning-rate", "--per-device-train-batch-size", "--output-dir",
     ]  # fmt: skip
-    assert panels[f"{GENERAL}:"] == ["--json", "-q,", "--schema", "--traceback", "-h,"]
+    assert panels[f"{GENERAL}:"] == [
+        "--json", "-q,", "--help-all", "--schema", "--traceback", "-h,",
+    ]  # fmt: skip
     assert sum(map(len, panels.values())) == sum(
         not row.is_argument for row in flags_of("train")
-    ) + len(["--help-all", "--help"])
+    ) + len(["--help"])
+
+
+def test_the_help_of_train_is_the_flags_of_every_day(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = panels_of(help_of(capsys, "train"))
+    said = help_of(capsys, "train", asked="--help")
+    panels = panels_of(said)
+    daily, others = f"{DAILY}:", list(panels)[-1]
+    assert panels[daily] == whole[daily]
+    assert panels[others] == ["--recipe", "--set", "--dry-run", "--help-all", "-h,"]
+    hidden = sum(map(len, whole.values())) - sum(map(len, panels.values()))
+    assert others == f"And {hidden} more: {MODEL}, {DATA}, {HOW}, {RUN}:"
+    assert len(said.splitlines()) < 60
 
 
 @pytest.mark.parametrize(
@@ -299,7 +321,7 @@ def test_every_other_flag_is_read(name: str) -> None:
         if not row.path
         and row.parameter not in reads
         and f'["{row.parameter}"]' not in text
-        and f'"{row.shown}" in arguments' not in text
+        and f'"{row.shown}" in ar' not in text
     ]
     assert idle == []
 
@@ -335,7 +357,7 @@ def test_facts_of_a_field() -> None:
     assert {"lora", "full", "p-tuning"} <= set(kind.choices)
     assert describe_field(TrainConfig, "data.max_length").choices == ()  # a number, or auto
     assert describe_field(TrainConfig, "speed.parallel_workers").type is str
-    assert describe_field(TrainConfig, "train.save_steps").type is int
+    assert describe_field(TrainConfig, "train.save_total_limit").type is int
     assert describe_field(EvaluateConfig, "name").required
 
 

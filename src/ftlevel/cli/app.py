@@ -15,6 +15,7 @@ import typer
 
 from ftlevel._version import __version__
 from ftlevel.cli.screens.lasting import discard
+from ftlevel.cli.startup.completion import completed_command
 from ftlevel.cli.startup.heavy_imports import uncollected_imports
 from ftlevel.cli.startup.launch import is_follower
 from ftlevel.errors import FtlevelError
@@ -71,7 +72,7 @@ def build_app(
         name="ftlevel",
         help=HELP,
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,  # importing rich and drawing panels doubles the time of --help
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -106,7 +107,7 @@ def _version(value: bool) -> None:
 
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     pass
@@ -128,7 +129,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; every error ends here as a line."""
-    wanted = [a for a in arguments if not a.startswith("-")][:1]
+    wanted = [a for a in arguments if not a.startswith("-")][:1] or completed_command()
     try:
         with uncollected_imports():
             app = build_app(wanted)

@@ -12,6 +12,7 @@ import typer
 
 from ftlevel.cli.grammar import Command
 from ftlevel.cli.spelling import Claim, Reading, check_claims, readings_of
+from ftlevel.cli.startup.completion import completer
 from ftlevel.cli.startup.launch import is_launched
 from ftlevel.config import (
     Layer,
@@ -71,6 +72,7 @@ def _parameters_of(command: str, row: Flag) -> Iterator[inspect.Parameter]:
         "min": row.minimum,
         "rich_help_panel": row.panel or None,
         "show_default": row.default is not None,
+        "autocompletion": completer(row, facts),
     }
     if row.is_argument:
         yield _parameter(row, kind, typer.Argument(**shown))

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from ftlevel.cli.spelling import Reading, rewrite
-from ftlevel.config.flags import GENERAL
+from ftlevel.config.flags import DAILY, GENERAL
 from ftlevel.errors import Interrupted, nearest
 
 _WIDEST_NAME = 28  # of a flag that shares its line with its help
@@ -23,6 +23,10 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Rewrite flags to their canonical spelling before they are parsed."""
+        if "--help-all" in args and "--help-all" in self.readings:
+            ctx.meta["ftlevel.shows_all"] = True
+            typer.echo(self.get_help(ctx))
+            raise typer.Exit
         done = rewrite(args, self.readings)
         ctx.meta["ftlevel.typed"], ctx.meta["ftlevel.claims"] = done.typed, done.claims
         try:
@@ -43,6 +47,8 @@ class Command(TyperCommand):
             panels.setdefault(title, []).append(parameter.get_help_record(ctx))
         names = [name for records in panels.values() for name, _ in records]
         column = min(max(map(len, names)), _WIDEST_NAME) + 4
+        if DAILY in panels and not ctx.meta.get("ftlevel.shows_all"):
+            panels = _daily(panels)
         for title, records in panels.items():
             with formatter.section(title):
                 for name, text in records:
@@ -58,6 +64,17 @@ class Command(TyperCommand):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted("interrupted; nothing was kept.") from None
+
+
+def _daily(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return the panels that `--help` shows: the flags of every day, and the way to the others."""
+    shown = {title: panels[title] for title in ("Arguments", DAILY)}
+    others = [title for title in panels if title not in shown and title != GENERAL]
+    ways = ("--help-all", "-h", "--recipe", "--set", "--dry-run")
+    few = [record for records in panels.values() for record in records
+           if record[0].split()[0].rstrip(",") in ways]  # fmt: skip
+    hidden = sum(len(records) for title, records in panels.items() if title not in shown) - len(few)
+    return {**shown, f"And {hidden} more: {', '.join(others)}": few}
 
 
 def _entry(name: str, text: str, column: int, width: int) -> str:

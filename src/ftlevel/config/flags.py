@@ -338,6 +338,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names="--quiet -q", panel=GENERAL, on=_QUIET, type=bool, help="Print errors only."),
     Flag(names="--quiet -q", panel=GENERAL, on=("evaluate",), type=bool,
          help="Print the metrics only."),
+    Flag(names="--help-all", panel=GENERAL, on=_ROWS, type=bool, help="Show every flag."),
     Flag(names="--schema", panel=GENERAL, type=bool, help="Print the JSON schema of recipes."),
     Flag(names="--traceback", panel=GENERAL, on=_TRACED, type=bool,
          help="Show where an error arose."),
