@@ -48,6 +48,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.export:export",
         "Write a run or a model as one file for llama.cpp and Ollama.",
     ),
+    "recipes": (
+        "ftlevel.cli.recipes:recipes",
+        "List and show recipes, and convert those of other tools.",
+    ),
     "list-targets": (
         "ftlevel.cli.list_targets:list_targets",
         "Show which modules of a model or a family can be adapted.",

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import typer
 
 from ftlevel.cli.grammar import Command
+from ftlevel.cli.recipe_file import check_recipe
 from ftlevel.cli.spelling import Claim, Reading, check_claims, readings_of
 from ftlevel.cli.startup.completion import completer
 from ftlevel.cli.startup.launch import is_launched
@@ -163,11 +164,20 @@ def _put(layer: Layer, row: Flag, shown: str, value: Any) -> None:
     put(layer, key, value, shown)
 
 
-def read_config(given: Given) -> tuple[TrainConfig, Path | None]:
+def _note(line: str) -> None:
+    """Say on stderr what is worth a line before there is a screen; of several processes, once."""
+    if not is_launched():
+        typer.echo(f"note: {line}", err=True)
+
+
+def read_config(
+    given: Given, note: Callable[[str], None] = _note
+) -> tuple[TrainConfig, Path | None]:
     """Merge recipe < --set < flags into one validated configuration; return the recipe too.
 
     Args:
         given: to a command that takes a recipe, `--set` and the flags of `train` or some.
+        note: is told what was read as something else, and what was given to no effect and why.
 
     Raises:
         ConfigError: with all problems found.
@@ -182,25 +192,11 @@ def read_config(given: Given) -> tuple[TrainConfig, Path | None]:
     if path is None and values.get("resume") and values.get("output_dir"):
         own = Path(str(values["output_dir"])) / "config.yaml"
         path = own if own.is_file() else None
-    if path is not None and path.is_dir():
-        path = _config_of_run(path)
+    if path is not None:
+        path = check_recipe(path, given.command)
     layers = [] if path is None else [read_recipe(path)]
     layers.append(read_settings(values["settings"] or []))
-    note = (lambda _: None) if is_launched() else _note
     config = build_config([*layers, given.layer()], note)
     for line in check_claims(given.claims, config):
         note(line)
     return config, path
-
-
-def _note(line: str) -> None:
-    """Say on stderr what is worth a line before there is a screen; of several processes, once."""
-    typer.echo(f"note: {line}", err=True)
-
-
-def _config_of_run(directory: Path) -> Path:
-    """Return the config.yaml of a run."""
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{directory} is a directory without config.yaml, so it is no run.")
-    return path

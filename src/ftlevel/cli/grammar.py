@@ -11,7 +11,8 @@ from typer.core import TyperCommand
 
 from ftlevel.cli.spelling import Reading, rewrite
 from ftlevel.config.flags import DAILY, GENERAL
-from ftlevel.errors import Interrupted, nearest
+from ftlevel.config.layers import find_setting
+from ftlevel.errors import ConfigError, Interrupted, did_you_mean
 
 _WIDEST_NAME = 28  # of a flag that shares its line with its help
 
@@ -33,9 +34,25 @@ class Command(TyperCommand):
             return super().parse_args(ctx, done.arguments)
         except typer.TyperException as error:
             if hasattr(error, "possibilities"):
-                name = str(getattr(error, "option_name", ""))
-                error.possibilities = nearest(name, self.readings, 3)
+                self._explain(error, str(getattr(error, "option_name", "")))
             raise
+
+    def _explain(self, error: Any, name: str) -> None:
+        """Say what an unknown flag may mean: a field without a flag, or one that looks like it.
+
+        Raises:
+            ConfigError: it is the name of a field.
+        """
+        field = find_setting(name.lstrip("-").replace("-", "_")) if self.has_settings else ""
+        if field:
+            raise ConfigError(f"{name} is no flag, but a field: --set {field}=VALUE.") from None
+        error.message = f"{error.message}.{did_you_mean(name, self.readings)}"
+        error.possibilities = None
+
+    @property
+    def has_settings(self) -> bool:
+        """Whether `--set` reaches every field."""
+        return "--set" in self.readings
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section a panel; importing rich for it would double the time of `--help`."""

@@ -19,6 +19,7 @@ from ftlevel.errors import ConfigError
 Setting = tuple[str, str]
 """A flag of ours and its value; "true" and "false" of a switch."""
 
+_NOT_ASKED = Agrees("there is nothing of it here")
 _NEXT_FLAG = re.compile(r"\s+(?=--[a-z])")
 
 
@@ -269,6 +270,8 @@ def _meaning(
     if found is not None:
         return list(_pieces(reading.flag, found))
     if reading.answer:
+        if _truth(text) == "false" and "true" not in reading.words:
+            return _NOT_ASKED
         raise ConfigError(f"{shown}: {reading.answer}")
     if reading.is_switch and reading.value is None:
         return [(reading.flag, _checked_truth(name, text, word))]

@@ -31,7 +31,7 @@ _ROWS = ("train", "preview")
 _EVERY = ("train", "preview", "evaluate", "generate", "merge", "quantize", "export",
           "list-targets", "list-methods")  # fmt: skip
 _QUIET = ("train", "merge", "quantize", "export")
-_TRACED = tuple(name for name in _EVERY if name != "preview")
+_TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
 
 _PRECISIONS = {
     **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
@@ -102,6 +102,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, type=list[str]),
     Flag("model", "MODEL", on=("quantize",), required=True),
     Flag("model", "RUN|MODEL", on=("export",), required=True),
+    Flag(names="ACTION", on=("recipes",), dest="action", required=True,
+         help="What to do: list, show or convert."),
+    Flag(names="[FILE]", on=("recipes",), dest="file", type=Path,
+         help="A recipe to show, or the file of another tool to convert."),
     Flag(names="MODEL|FAMILY", on=("list-targets",), dest="model", required=True,
          help="A directory, a .gguf file, a Hub id, builtin:NAME, or a family such as llama."),
     # The ten that nearly every run has.
