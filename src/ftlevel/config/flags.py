@@ -138,7 +138,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("model.dtype", "", MODEL, noun="the precision", words=_PRECISIONS,
          also=("--torch-dtype", "--bnb-4bit-compute-dtype", "--mixed-precision",
                Spelling("--bf16", value="bfloat16", values=_BF16),
-               Spelling("--fp16", value="float16"))),
+               Spelling("--fp16", value="float16"), Spelling("--fp32", value="float32"))),
     Flag("model.device", "", MODEL, also=("--device-map", Spelling("--use-cpu", value="cpu"),
          Spelling("--no-cuda", value="cpu"))),
     Flag("model.attn_implementation", "", MODEL, words=_ATTENTION,

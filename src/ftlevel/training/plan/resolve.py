@@ -66,13 +66,20 @@ class _Bare:
     spelling: list[Choice]
 
 
-def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = be_silent) -> Plan:
+def resolve(
+    config: TrainConfig,
+    *,
+    lenient: bool = False,
+    progress: Progress = be_silent,
+    why_task: str = "",
+) -> Plan:
     """Resolve `config`.
 
     Args:
         config: the whole configuration.
         lenient: report rows that ought to stop the run, as a preview does.
         progress: told how many examples are encoded.
+        why_task: the reason for the task, where the user named none.
 
     Raises:
         ConfigError: with the first problem found; nothing was loaded or written.
@@ -103,7 +110,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
         fast=fast,
         choices=[
             model_choice(config, model.family, model.total_parameters, bare.source),
-            Choice("task", task.name),
+            Choice("task", task.name, why_task),
             *data.choices,
             bare.device,
             *threads,
