@@ -368,7 +368,7 @@ SPELLINGS: list[Spelled] = [
         ("--stage sft", "that is what ftlevel train does"),
         ("--do_train", "ftlevel train trains"),
         ("--save_only_model false", "all that resuming needs"),
-        ("--plot_loss", "drawn"),
+        ("--plot_loss", "metrics.jsonl"),
     ),
     *_sets(
         LLAMA_FACTORY, "train_qlora, train_full and extras",

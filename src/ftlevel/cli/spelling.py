@@ -124,7 +124,7 @@ def _own_reading(row: Flag, command: str) -> Reading:
         words=row.words,
         read=row.read,
         several=row.several,
-        is_list=row.type == list[str],
+        is_list=list[str] in (row.type, kind),
         is_number=kind in (int, float) or facts is not None and facts.takes_number,
         noun=row.noun,
     )

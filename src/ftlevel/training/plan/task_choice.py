@@ -11,7 +11,10 @@ from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
 
 _OF_ENCODERS = ("text-classification", "token-classification", "question-answering", "masked-lm")
-"""What an encoder can learn, that which needs the most columns of its own first."""
+"""What an encoder can learn, that which needs the most columns of its own first.
+
+Columns are taken by their own names before the user's `--map` is, which says what they are for.
+"""
 
 
 def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
@@ -32,9 +35,10 @@ def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     table = load_splits(
         data.dataset, split=data.split, subset=data.subset, on_bad_row=data.on_bad_row
     ).train
-    for name in _OF_ENCODERS:
+    by_name = data.model_copy(update={"columns": {}})
+    for name, section in ((n, s) for s in (by_name, data) for n in _OF_ENCODERS):
         try:
-            found = TASKS[name].find_format(table.columns, data)
+            found = TASKS[name].find_format(table.columns, section)
         except InputError:
             continue
         values = {**config.model_dump(exclude_unset=True), "task": name}
