@@ -44,8 +44,10 @@ def test_smoothed_labels_and_adam_fast_and_plain() -> None:
 def test_noise_needs_the_plain_step() -> None:
     short = ["--max-steps", "2", "--eval-strategy", "no"]
     noisy = losses(train(*short, "--neftune-noise-alpha", "5", out="noisy"))
-    assert noisy == losses(train(*short, "--neftune-noise-alpha", "5", "--no-fast", out="plain"))
-    assert noisy[0] != losses(train(*short, "--no-fast", out="quiet"))[0]
+    plain = losses(train(*short, "--neftune-noise-alpha", "5", "--no-fast", out="plain"))
+    assert noisy == pytest.approx(plain, rel=1e-4)
+    quiet = losses(train(*short, "--no-fast", out="quiet"))
+    assert abs(noisy[0] - quiet[0]) > 1e-3
     assert json.loads(Path("noisy/summary.json").read_text())["speed"] == {"fast": False}
 
 
