@@ -43,7 +43,7 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
 
 
 def _answer(row: Flag) -> Iterator[str]:
-    """Yield the line of a flag that there is not: what its words do, then what is said of others."""
+    """Yield the line of a flag that there is not: what its words do, then what others are told."""
     words = [
         f"{_code(word)}: {meant.reason if isinstance(meant, Agrees) else _code(meant)}"
         for word, meant in row.words.items()

@@ -33,7 +33,8 @@ A configuration file of Axolotl, LLaMA-Factory, ms-swift or TRL becomes a recipe
 
     ftlevel recipes convert FILE > recipe.yaml
 
-which names every key that has no counterpart. Of {count} spellings below, {accepted} are accepted."""
+which names every key that has no counterpart. Of {count} spellings below, {accepted} are \
+accepted."""
 
 
 def coming_from_page() -> str:

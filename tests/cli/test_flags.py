@@ -19,7 +19,7 @@ from additions.tree import FLAG
 from additions.tree import run as run_in
 from ftlevel.cli.app import COMMANDS, build_app, run
 from ftlevel.cli.flags import Given, add_command
-from ftlevel.cli.spelling import Reading, readings_of, rewrite
+from ftlevel.cli.typed.spelling import Reading, readings_of, rewrite
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig
 from ftlevel.config.field_facts import describe_field
 from ftlevel.config.flags import (
@@ -313,7 +313,7 @@ def test_every_flag_reaches_a_field_that_is_described(name: str) -> None:
 def test_every_other_flag_is_read(name: str) -> None:
     """A flag that sets no field is a parameter of its command, or read by name."""
     cli = Path(importlib.import_module("ftlevel.cli").__file__ or "").parent
-    text = "\n".join(path.read_text() for path in cli.glob("*.py"))
+    text = "\n".join(path.read_text() for path in cli.rglob("*.py"))
     reads = inspect.signature(function_of(name)).parameters
     idle = [
         row.shown
@@ -334,9 +334,9 @@ def test_names_are_given_once(name: str) -> None:
     parameters = [row.parameter for row in rows]
     assert [name for name, count in Counter(names).items() if count > 1] == []
     assert len(parameters) == len(set(parameters))
-    seconds = [
-        other.name for row in FLAGS if row.shown in names for other in row.spellings
-    ] + [row.shown for row in FLAGS if row.answer and name in row.on]
+    seconds = [other.name for row in FLAGS if row.shown in names for other in row.spellings] + [
+        row.shown for row in FLAGS if row.answer and name in row.on
+    ]
     assert [second for second, count in Counter(seconds).items() if count > 1] == []
     assert set(seconds) & set(names) <= {"--adapter"}  # of generate, where it is a flag
 

@@ -1,4 +1,4 @@
-"""Other tools' command lines: each spelling takes effect, agrees with what is done, or is answered."""
+"""Other tools' spellings: each takes effect, agrees with what is done, or is answered."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def test_words_for_a_switch(word: str) -> None:
 
 @pytest.mark.parametrize("word", ["false", "False", "0", "no", "off"])
 def test_words_against_a_switch(word: str) -> None:
-    assert not resolve(["--no-cache", "--gradient_checkpointing", word]).train.gradient_checkpointing
+    assert not resolve(
+        ["--no-cache", "--gradient_checkpointing", word]
+    ).train.gradient_checkpointing
     assert resolve([f"--fast={word}"]).speed.fast is False
     assert resolve(["--load_in_4bit", word]).quant.kind == "none"
 
@@ -135,9 +137,7 @@ def test_a_recipe_after_a_list_is_no_value(tmp_path: Path) -> None:
         ("runs/nothing", "is neither a recipe nor the directory of a run."),
     ],
 )
-def test_mistakes_are_one_line(
-    typed: str, line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(typed: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", *shlex.split(typed), "--dry-run"]) == 2
     (shown,) = capsys.readouterr().err.splitlines()
     assert line in shown

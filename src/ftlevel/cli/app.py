@@ -15,13 +15,13 @@ import typer
 
 from ftlevel._version import __version__
 from ftlevel.cli.screens.lasting import discard
-from ftlevel.cli.startup.completion import completed_command
 from ftlevel.cli.startup.heavy_imports import uncollected_imports
 from ftlevel.cli.startup.launch import is_follower
+from ftlevel.cli.typed.completion import completed_command
 from ftlevel.errors import FtlevelError
 
 if TYPE_CHECKING:
-    from ftlevel.config.flags import Flag
+    from ftlevel.config.flag import Flag
 
 HELP = "Fine-tune transformers efficiently: one grammar for every family, task and PEFT method."
 
@@ -111,7 +111,8 @@ def _version(value: bool) -> None:
 
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     pass

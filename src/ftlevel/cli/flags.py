@@ -10,11 +10,11 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
 
-from ftlevel.cli.grammar import Command
-from ftlevel.cli.recipe_file import check_recipe
-from ftlevel.cli.spelling import Claim, Reading, check_claims, readings_of
-from ftlevel.cli.startup.completion import completer
 from ftlevel.cli.startup.launch import is_launched
+from ftlevel.cli.typed.completion import completer
+from ftlevel.cli.typed.grammar import Command
+from ftlevel.cli.typed.recipe_file import check_recipe
+from ftlevel.cli.typed.spelling import Claim, Reading, check_claims, readings_of
 from ftlevel.config import (
     Layer,
     TrainConfig,

@@ -2,7 +2,7 @@
 
 Data only; `cli/flags.py` makes Typer's options of it and `scripts/write_docs.py` docs/cli.md. A
 flag that sets a field takes its help, its choices, its default and its type from the field. What
-other tools have and ftlevel has not is in `config/answers.py`.
+other tools have and ftlevel has not is in `config/other_tools/answers.py`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ftlevel.config.answers import ANSWERS
-from ftlevel.config.flag import Agrees, Flag, Spelling
 from ftlevel.config.flag import CONFIGS as CONFIGS
-from ftlevel.config.values import (
+from ftlevel.config.flag import Agrees, Flag, Spelling, Words
+from ftlevel.config.other_tools.answers import ANSWERS
+from ftlevel.config.other_tools.values import (
     read_glue,
     read_once_an_epoch,
     read_percent,
@@ -39,7 +39,7 @@ _PRECISIONS = {
     **dict.fromkeys(("fp32", "float", "torch.float32", "no"), "float32"),
     "none": "auto",
 }
-_BF16 = {
+_BF16: Words = {
     "auto": "auto",
     "false": Agrees(
         "another precision is asked for", "model.dtype", ("float32", "float16"),
@@ -65,7 +65,7 @@ _OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
 }
 _NO_LIMIT = Agrees("there is no limit but the epochs", "train.max_steps", (None,))
-_DO_EVAL = {
+_DO_EVAL: Words = {
     "true": Agrees(
         "validation rows are scored at the end of each epoch where there are some",
         "train.eval_strategy", (None, "epoch", "steps"),
@@ -353,4 +353,3 @@ FLAGS: tuple[Flag, ...] = (
 def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
     """Return the flags that `command` has."""
     return [flag for flag in flags if command in flag.on and not flag.answer]
-

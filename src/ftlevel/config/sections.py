@@ -221,8 +221,13 @@ class TrainerConfig(Section):
         "needs the plain step.",
     )
     optim: Literal[
-        "adamw_torch", "adamw_torch_fused", "adafactor", "adamw_8bit", "paged_adamw_8bit",
-        "paged_adamw_32bit", "sgd",
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adafactor",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "sgd",
     ] = Field("adamw_torch_fused", description="Optimizer, by transformers' name, and its default.")
     per_device_train_batch_size: Positive = Field(8, description="Rows a device and micro-step.")
     per_device_eval_batch_size: Positive | None = Field(

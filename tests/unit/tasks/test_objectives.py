@@ -104,9 +104,7 @@ def test_smoothed_labels_are_transformers_own(
         outputs = model(**inputs)
         logits = objective.logits(outputs)
         found = objective.smoothed_sum(logits, labels, batch["attention_mask"], 0.1)
-        expected = LabelSmoother(0.1)(
-            {"logits": logits}, labels, shift_labels=head == "causal"
-        )
+        expected = LabelSmoother(0.1)({"logits": logits}, labels, shift_labels=head == "causal")
         plain = objective.smoothed_sum(logits, labels, batch["attention_mask"], 0.0)
     assert (found / objective.count(labels)).item() == pytest.approx(expected.item(), rel=1e-5)
     assert found != plain

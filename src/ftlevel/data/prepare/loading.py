@@ -151,7 +151,9 @@ def read_splits(config: DataConfig, task: Task, seed: int) -> Splits:
     parts = [_read_one(name, config, task, config.split) for name in (config.dataset, *config.also)]
     splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
     if config.validation_file is not None:
-        splits = replace(splits, validation=_read_one(config.validation_file, config, task, None).train)
+        splits = replace(
+            splits, validation=_read_one(config.validation_file, config, task, None).train
+        )
     if config.validation_split:
         splits = hold_out(splits, config.validation_split, seed)
     train, validation = splits.train, splits.validation

@@ -45,9 +45,7 @@ def losses(
         inputs["decoder_input_ids"] = ids.flip(0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     whole = model(**inputs).logits.float().flatten(0, 1)[at]
-    expected = functional.cross_entropy(
-        whole, targets, reduction="sum", label_smoothing=smoothing
-    )
+    expected = functional.cross_entropy(whole, targets, reduction="sum", label_smoothing=smoothing)
     wanted = torch.autograd.grad(expected / 7, parameters, allow_unused=True)
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     head = ChunkedCrossEntropy(base)

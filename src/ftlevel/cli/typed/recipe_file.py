@@ -36,7 +36,6 @@ def check_recipe(path: Path, command: str) -> Path:
                 for p in sorted(path.parent.glob(pattern))]  # fmt: skip
         runs = [str(Path(p).parent) if p.endswith("config.yaml") else p for p in near]
         raise ConfigError(
-            f"{path} is neither a recipe nor the directory of a run."
-            f"{did_you_mean(str(path), runs)}"
+            f"{path} is neither a recipe nor the directory of a run.{did_you_mean(str(path), runs)}"
         )
     return path

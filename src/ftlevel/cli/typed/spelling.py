@@ -1,4 +1,4 @@
-"""From what was typed to ftlevel's spelling: other names, other words, switches with a value, lists.
+"""From what was typed to ftlevel's spelling: other names and words, switches, lists.
 
 Only names and words are replaced here, by the table of flags; Typer parses what comes out.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from ftlevel.config.flag import Agrees, Flag, Words
 from ftlevel.config.flags import flags_of
-from ftlevel.config.values import OFF, ON, number_hint
+from ftlevel.config.other_tools.values import OFF, ON, number_hint
 from ftlevel.errors import ConfigError
 
 Setting = tuple[str, str]
@@ -125,7 +125,7 @@ def _own_reading(row: Flag, command: str) -> Reading:
         read=row.read,
         several=row.several,
         is_list=list[str] in (row.type, kind),
-        is_number=kind in (int, float) or facts is not None and facts.takes_number,
+        is_number=kind in (int, float) or (facts is not None and facts.takes_number),
         noun=row.noun,
     )
 
@@ -273,13 +273,8 @@ def _meaning(
         if _truth(text) == "false" and "true" not in reading.words:
             return _NOT_ASKED
         raise ConfigError(f"{shown}: {reading.answer}")
-    if reading.is_switch and reading.value is None:
-        return [(reading.flag, _checked_truth(name, text, word))]
-    if reading.value is not None:
-        if _checked_truth(name, text, word) == "true":
-            return [(reading.flag, reading.value)]
-        denied: Any = {"true": True, "false": False}.get(reading.value, reading.value)
-        return Agrees("", reading.path, unless=(denied,))
+    if reading.takes_none:
+        return _switched(reading, _checked_truth(name, text, word))
     if reading.is_number and (hint := number_hint(text)):
         raise ConfigError(f"{shown}: {hint}")
     if reading.read is not None:
@@ -291,6 +286,16 @@ def _meaning(
     if reading.is_list and reading.several:
         parts = [part for value in values for part in _parts(value)]
     return [(reading.flag, part) for part in parts]
+
+
+def _switched(reading: Reading, word: str) -> list[Setting] | Agrees:
+    """Return what a switch sets; one that stands for a value denies it when it is off."""
+    if reading.value is None:
+        return [(reading.flag, word)]
+    if word == "true":
+        return [(reading.flag, reading.value)]
+    denied: Any = {"true": True, "false": False}.get(reading.value, reading.value)
+    return Agrees("", reading.path, unless=(denied,))
 
 
 def _truth(text: str) -> str:
@@ -315,7 +320,7 @@ def _pieces(flag: str, text: str) -> Iterator[Setting]:
     """Yield the settings of a piece of command line: "4bit --quant-type nf4" after `--quant`."""
     for number, piece in enumerate(_NEXT_FLAG.split(f"{flag} {text}".strip())):
         name, _, value = piece.partition(" ")
-        if value or number == 0 and name != flag:
+        if value or (number == 0 and name != flag):
             yield name, value
 
 
@@ -332,9 +337,7 @@ def _check_given_once(
     given[flag] = (name, value)
 
 
-def _spell(
-    flag: str, value: str, readings: Mapping[str, Reading], *, joined: bool
-) -> list[str]:
+def _spell(flag: str, value: str, readings: Mapping[str, Reading], *, joined: bool) -> list[str]:
     """Return a setting as Typer takes it."""
     own = readings.get(flag)
     if own is not None and own.is_switch:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import typer
 from typer.core import TyperCommand
 
-from ftlevel.cli.spelling import Reading, rewrite
+from ftlevel.cli.typed.spelling import Reading, rewrite
 from ftlevel.config.flags import DAILY, GENERAL
 from ftlevel.config.layers import find_setting
 from ftlevel.errors import ConfigError, Interrupted, did_you_mean
