@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from functools import cache
 from pathlib import Path
 
-from ftlevel.cli.app import run
+import typer
+
+from ftlevel.cli.app import build_app
+from ftlevel.errors import ConfigError
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from cli.spellings import SPELLINGS, Spelled
@@ -60,11 +62,17 @@ def _here(row: Spelled) -> str:
         return fields + (f" (beside `{row.beside}`)" if row.beside else "")
     if row.agrees:
         return f"as it is: {row.agrees}"
-    said = io.StringIO()
-    with redirect_stderr(said):
-        run(["train", *shlex.split(row.typed), "--dry-run"])
-    line = said.getvalue().strip().removeprefix("ftlevel: ")
-    return f"refused: {line.partition(': ')[2] or line}"
+    try:
+        _program()(args=["train", *shlex.split(row.typed), "--dry-run"], standalone_mode=False)
+    except ConfigError as error:
+        line = str(error)
+        return f"refused: {line.partition(': ')[2] or line}"
+    raise ValueError(f"{row.typed} is not refused")
+
+
+@cache
+def _program() -> typer.Typer:
+    return build_app(["train"])
 
 
 def _shown(value: object) -> str:
