@@ -33,7 +33,7 @@ saves_per_epoch: 1
 bf16: auto
 tf32: false
 special_tokens: {pad_token: x}
-loss_watchdog_threshold: 5.0
+made_up_key: 5.0
 """
 LLAMA_FACTORY = """
 model_name_or_path: some/model
@@ -80,7 +80,7 @@ def test_axolotl(capsys: pytest.CaptureFixture[str]) -> None:
     assert (config.train.eval_steps, config.train.save_strategy) == (0.125, "epoch")
     assert str(config.output.dir) == "out"
     assert lost.keys() == {
-        "datasets[0].shards", "optimizer", "special_tokens", "loss_watchdog_threshold",
+        "datasets[0].shards", "optimizer", "special_tokens", "made_up_key",
     }  # fmt: skip
     assert "'galore_adamw' is not known" in lost["optimizer"]
 

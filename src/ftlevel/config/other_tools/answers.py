@@ -123,7 +123,18 @@ ANSWERS: tuple[Flag, ...] = (
             {"true": Agrees("the adapter is saved")}),
     *_flags("--use-unsloth --use-unsloth-gc --use-liger", "the fast step is ftlevel's. Drop it.",
             {"false": Agrees("the fast step is ftlevel's own")}),
+    *_flags("--lora-mlp-kernel --lora-qkv-kernel --lora-o-kernel",
+            "--set speed.fused_lora=false leaves LoRA's layers to PEFT.",
+            {"true": Agrees("LoRA's layers are fused by the fast step", "speed.fused_lora", (True,)),
+             "false": "--set speed.fused_lora=false"}),
     # What there is not.
+    *_flags("--splits", "--split names the split to train on; the validation rows are the split "
+            "called validation, valid, val or dev."),
+    *_flags("--liger-rms-norm --liger-glu-activation --liger-layer-norm --liger-rope",
+            "--liger-kernel takes all of them on a CUDA GPU. Use that."),
+    *_flags("--loss-watchdog-threshold --loss-watchdog-patience",
+            "a run stops at a gradient that is NaN or infinite, and at no other loss. Drop it."),
+    *_flags("--plugins --strict --tuner-backend", "ftlevel loads no code of others. Drop it."),
     *_flags("--hub-model-id --hub-strategy --hub-private-repo --hub-path --push-gguf "
             "--push-dataset-to-hub", _HUB),
     *_flags("--hub-token --token --hf-token --hf-hub-token --use-auth-token", _TOKEN),
@@ -138,7 +149,8 @@ ANSWERS: tuple[Flag, ...] = (
             "rows are encoded before the run and need no workers in it; --num-proc N encodes with "
             "N processes. Drop it."),
     *_flags("--tokenizer-name --tokenizer-type --config-name --resize-vocab --add-tokens "
-            "--special-tokens --eos-token --pad-token --split-special-tokens", _TOKENIZER),
+            "--special-tokens --eos-token --pad-token --split-special-tokens --eot-tokens "
+            "--processor-type --tokenizer-use-mistral-common", _TOKENIZER),
     *_flags("--model-type", "the model's own config says what it is. Drop it."),
     *_flags("--config-overrides --model-init-kwargs --rope-scaling",
             "a model is trained as its config says. Change its config.json, and drop the flag."),
