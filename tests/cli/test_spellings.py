@@ -103,6 +103,8 @@ def test_words_against_a_switch(word: str) -> None:
         ["--no-cache", "--gradient_checkpointing", word]
     ).train.gradient_checkpointing
     assert resolve([f"--fast={word}"]).speed.fast is False
+    assert resolve(["--no-fast", word]).speed.fast is True
+    assert resolve(["--fast", "--no-fast"]).speed.fast is False, "the last one is an edit"
     assert resolve(["--load_in_4bit", word]).quant.kind == "none"
 
 
@@ -135,6 +137,11 @@ def test_a_recipe_after_a_list_is_no_value(tmp_path: Path) -> None:
         ("--validation_file a --val_size 0.1", "Give one of them."),
         ("--run_name a --output_dir b", "leave nothing to name. Drop it."),
         ("--warmup_ratio 2", "a ratio is below 1; --warmup-steps N takes a number of steps."),
+        ("--resume_from_checkpoint out/checkpoint-5", "Use: --output-dir RUN --resume."),
+        (
+            "--no-cache false --no-cache --fast --fast false --gradient_checkpointing maybe.yml2",
+            "maybe.yml2 is neither a recipe nor the directory of a run.",
+        ),
         ("faq.csv", "Use: ftlevel train --dataset faq.csv"),
         ("runs/nothing", "is neither a recipe nor the directory of a run."),
     ],

@@ -21,6 +21,7 @@ from ftlevel.config.other_tools.values import (
     read_share,
     read_template,
     read_trackers,
+    refuse_checkpoint,
 )
 
 DAILY, MODEL, DATA = "Daily", "Model and method", "Data"
@@ -254,7 +255,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.save_steps", "", RUN, also=("--save-step", "--checkpointing-steps")),
     Flag("train.save_total_limit", "", RUN),
     Flag("output.overwrite", "", RUN, also=("--overwrite-output-dir",)),
-    Flag("output.resume", "", RUN, also=("--resume-from-checkpoint", "--auto-resume")),
+    Flag("output.resume", "", RUN,
+         also=(Spelling("--resume-from-checkpoint", read=refuse_checkpoint), "--auto-resume")),
     Flag("output.run_name", "", RUN,
          also=("--wandb-name", "--wandb-run-name", "--trackio-run-name")),
     Flag("output.report_to", "", RUN, several=True, read=read_trackers,

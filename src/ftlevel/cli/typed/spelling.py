@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Reading:
         value: what the name stands for, where it is a switch for a value of a flag.
         takes_none: whether the name may stand alone.
         words: other words for values, in small letters.
-        read: what becomes of another value, as of `Spelling`.
+        read: what becomes of another value, as of `Spelling`; of a switch, why there is none.
         several: whether several values may follow.
         is_list: whether the flag of ours is repeated for several values.
         is_number: whether its values are numbers.
@@ -96,7 +96,7 @@ def readings_of(command: str, flags: Sequence[Flag]) -> dict[str, Reading]:
         for name in row.declared(own.is_switch):
             found |= dict.fromkeys([part for part in name.split("/") if part != own.off], own)
         if own.off:
-            found[own.off] = Reading(own.off, is_switch=True, takes_none=True)
+            found[own.off] = replace(own, value="false", words={}, read=None)
     for row in flags:
         own_or_none = found.get(row.shown)
         if row.answer:
@@ -235,7 +235,9 @@ def _find(typed: str, readings: Mapping[str, Reading]) -> tuple[str, Reading | N
 def _take(queue: list[str], reading: Reading) -> list[str] | None:
     """Return the values that follow a name, taken off `queue`; None where one is missing."""
     if reading.takes_none:
-        if queue and queue[0].lower() in (*ON, *OFF, *reading.words) and _is_word(queue[0]):
+        follows = queue[0] if queue and _is_word(queue[0]) else ""
+        is_own = follows.lower() in (*ON, *OFF, *reading.words)
+        if follows and (is_own or (reading.read is not None and not _is_recipe(follows))):
             return [queue.pop(0)]
         return []
     if not queue:
@@ -273,7 +275,7 @@ def _meaning(
         if _truth(text) == "false" and "true" not in reading.words:
             return _NOT_ASKED
         raise ConfigError(f"{shown}: {reading.answer}")
-    if reading.takes_none:
+    if reading.takes_none and (reading.read is None or word in ("true", "false")):
         return _switched(reading, _checked_truth(name, text, word))
     if reading.is_number and (hint := number_hint(text)):
         raise ConfigError(f"{shown}: {hint}")
@@ -331,7 +333,8 @@ def _check_given_once(
     if reading.is_list or flag == "--set":
         return
     before, earlier = given.setdefault(flag, (name, value))
-    if before != name and earlier != value:
+    is_edit = {before, name} <= {flag, reading.off} or before == name
+    if not is_edit and earlier != value:
         what = reading.noun or reading.path or flag
         raise ConfigError(f"{before} and {name} both set {what}. Give one of them.")
     given[flag] = (name, value)

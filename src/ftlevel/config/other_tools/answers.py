@@ -125,7 +125,8 @@ ANSWERS: tuple[Flag, ...] = (
             {"false": Agrees("the fast step is ftlevel's own")}),
     *_flags("--lora-mlp-kernel --lora-qkv-kernel --lora-o-kernel",
             "--set speed.fused_lora=false leaves LoRA's layers to PEFT.",
-            {"true": Agrees("LoRA's layers are fused by the fast step", "speed.fused_lora", (True,)),
+            {"true": Agrees("LoRA's layers are fused by the fast step", "speed.fused_lora",
+                            (True,)),
              "false": "--set speed.fused_lora=false"}),
     # What there is not.
     *_flags("--splits", "--split names the split to train on; the validation rows are the split "

@@ -77,6 +77,13 @@ def read_glue(text: str) -> str:
     raise ValueError(f"expected one of GLUE's: {', '.join(GLUE)}. Else --dataset names the data")
 
 
+def refuse_checkpoint(_: str) -> str:
+    """Say that a run goes on from its newest checkpoint, whichever is named."""
+    raise ValueError(
+        "a run goes on from its newest whole checkpoint. Use: --output-dir RUN --resume"
+    )
+
+
 def read_trackers(text: str) -> str:
     """Return the one tracker of a list."""
     names = [name for name in re.split(r"[\s,]+", text.strip()) if name and name != "all"]
