@@ -27,11 +27,12 @@ from ftlevel.training.plan.packages import check_packages
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.schedule import find_warnings
+from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
 from ftlevel.training.resume import open_or_resume
-from ftlevel.training.summary import Outcome, build_summary, describe_base
+from ftlevel.training.summary import Outcome, build_summary, describe_base, resolved_config
 from ftlevel.training.verify.proof import verify_step
 
 
@@ -87,14 +88,16 @@ def train(
     origin = describe_recipe(recipe) if recipe else None
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
-        plan = resolve(config, progress=listener.progress)
+        config, why = choose_task(config)
+        plan = resolve(config, progress=listener.progress, why_task=why)
         listener.choices("train", [*plan.choices, *size_choices(config, plan, try_method=dry_run)])
         data = plan.data
         for warning in find_warnings(config.train, len(data.train), len(data.validation)):
             listener.warn(warning)
         if dry_run:
             summary = {"dry_run": True, "steps": plan.schedule.steps, "data": data.facts,
-                       "targets": plan.targets.modules}  # fmt: skip
+                       "targets": plan.targets.modules,
+                       "config": resolved_config(config, plan)}  # fmt: skip
             listener.end(summary)
             return TrainResult(summary, None, None, plan.model.tokenizer)
         with contextlib.ExitStack() as held:

@@ -163,13 +163,16 @@ class FtlevelTrainer(Trainer):
     ) -> Any:
         """Return the micro-batch's share of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
-        outputs = None
+        outputs, smoothing = None, self.args.label_smoothing_factor
         if self.fast is not None and self.fast.cross_entropy is not None and not return_outputs:
-            total = supervised_loss(self.fast.cross_entropy, model, self.objective, inputs)
+            total = supervised_loss(
+                self.fast.cross_entropy, model, self.objective, inputs, smoothing=smoothing
+            )
         else:
             fed, labels = self.objective.split(inputs)
             outputs = model(**fed)
-            total = self.objective.loss_sum(self.objective.logits(outputs), labels, mask)
+            logits = self.objective.logits(outputs)
+            total = self.objective.smoothed_sum(logits, labels, mask, smoothing)
         count = self.objective.count(labels) if num_items_in_batch is None else num_items_in_batch
         loss = total * 0 if self._is_nothing else total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
