@@ -56,6 +56,7 @@ class Steps:
             dtype: compute precision's name.
         """
         objective, device = self.trainer.objective, self.trainer.args.device
+        smoothing = self.trainer.args.label_smoothing_factor
         self.model.eval()
         self.model.zero_grad()
         collate, loss, count = Collator(self.pad_id), 0.0, 0
@@ -64,7 +65,7 @@ class Steps:
             inputs, labels = objective.split(batch)
             with autocast(device.type, dtype):
                 logits = objective.logits(self.model(**inputs))
-                summed = objective.loss_sum(logits, labels, batch["attention_mask"])
+                summed = objective.smoothed_sum(logits, labels, batch["attention_mask"], smoothing)
             torch.autograd.backward(summed)
             loss += summed.item()
             count += int(objective.count(labels))
