@@ -79,9 +79,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--lora-r", "0"], "--lora-r: 0 is out of range"),
         (["--learning-rate", "nan"], "--learning-rate: nan cannot be used"),
         (["--learning-rate", "inf"], "--learning-rate: inf cannot be used"),
-        (["--lr", "10"], "--learning-rate: 10.0 is out of range"),
-        (["--epochs", "0"], "--num-train-epochs: 0.0 is out of range"),
-        (["--batch-size", "0"], "--per-device-train-batch-size: 0 is out of range"),
+        (["--lr", "10"], "--lr: 10.0 is out of range"),
+        (["--epochs", "0"], "--epochs: 0.0 is out of range"),
+        (["--batch-size", "0"], "--batch-size: 0 is out of range"),
         (["--lora-dropout", "1"], "--lora-dropout: 1.0 is out of range"),
     ],
 )  # fmt: skip

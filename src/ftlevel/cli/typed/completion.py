@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ftlevel.config.field_facts import FieldFacts
-from ftlevel.config.flag import Flag
+if TYPE_CHECKING:  # what --help of the program does not need takes longer than all of it
+    from ftlevel.config.field_facts import FieldFacts
+    from ftlevel.config.flag import Flag
 
 _RECIPES = ("*.yaml", "*.yml", "recipes/*.yaml", "recipes/*.yml")
 
