@@ -130,11 +130,13 @@ class StepSupport:
         fusing: why its linears are PEFT's; None where they are no LoRA in the first place.
         packing: why rows need padding.
         workers: what a forward pass changes in the model, so that two at once would meet.
+        pruning: why the last block computes every token.
     """
 
     fusing: Callable[[Any], str] | None = None
     packing: Callable[[Any], str] = lambda _: ""
     workers: Callable[[Any], str] = lambda _: ""
+    pruning: Callable[[Any], str] = lambda _: ""
 
 
 def refuse_other_forms(_spec: Any, base: QuantizedCheckpoint) -> str | None:
