@@ -241,7 +241,11 @@ def _fill_adapter(adapted: Any, weights: dict[str, Any], directory: Path, name: 
     train_in_float32(adapted)
     # PEFT has put a head into the base's precision, and rounded it: put it into float32 again.
     with _ranks_applied(adapted.peft_config[name]):
-        set_peft_model_state_dict(adapted, weights, adapter_name=name)
+        try:
+            set_peft_model_state_dict(adapted, weights, adapter_name=name)
+        except RuntimeError as error:  # other shapes
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{directory} does not fit its base model: {reason}") from None
     promised = set(
         get_peft_model_state_dict(adapted, save_embedding_layers=False, adapter_name=name)
     )

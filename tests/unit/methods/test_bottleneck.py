@@ -291,6 +291,90 @@ def test_the_formula(placement: str, scaling: float) -> None:
         assert torch.allclose(mlp(hidden), expected, atol=1e-6)
 
 
+def run_blocks(model: Any, family: str, source: str) -> torch.Tensor:
+    """Return the states after two blocks, as the papers write them; the base's modules do the rest.
+
+    `source` names what the adapter reads: h, the feed-forward's output; r, its residual; y, their
+    sum through the norm that follows, if one does.
+    """
+    states = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    blocks = model.h if family == "gpt2" else model.encoder.layer
+    for block in blocks:
+        if family == "gpt2":
+            r = states + block.attn(block.ln_1(states))[0]
+            site, inner, norm = block.mlp.c_proj, block.mlp.act(block.mlp.c_fc(block.ln_2(r))), None
+        else:
+            r = block.attention(states)[0]
+            site, inner, norm = block.output.dense, block.intermediate(r), block.output.LayerNorm
+        if isinstance(norm, BottleneckLayer):
+            site, norm = norm, norm.base_layer
+            h = block.output.dense(inner)
+        else:
+            h = site.base_layer(inner)
+        norm = norm or torch.nn.Identity()
+        read = {"h": h, "r": r, "y": norm(h + r)}[source]
+        down, up = site.bottleneck_down["default"], site.bottleneck_up["default"]
+        scale = site.bottleneck_scale["default"] if "default" in site.bottleneck_scale else 4.0
+        added = scale * (torch.relu(read @ down.weight.T + down.bias) @ up.weight.T + up.bias)
+        is_after = site is not block.output.dense if family == "bert" else False
+        states = norm(h + r) + added if is_after else norm(h + added + r)
+    return states
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("placement", "source"),
+    [("pfeiffer", "h"), ("seq_bn", "y"), ("par_bn", "r"), ("adapter_plus", "y")],
+)
+def test_two_blocks_are_what_the_papers_say(family: str, placement: str, source: str) -> None:
+    scaling = None if placement in ("par_bn", "adapter_plus") else 4.0
+    model = adapt(build(family, HEADS[family][0]), "", placement=placement, scaling=scaling)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bottleneck_" in name:
+                parameter.add_(torch.randn(parameter.shape), alpha=0.3)
+        base = model.base_model.model.base_model
+        expected = run_blocks(base, family, source)
+        given = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+        blocks = base.h if family == "gpt2" else base.encoder.layer
+        found = given
+        for block in blocks:
+            made = block(found)
+            found = made[0] if isinstance(made, tuple) else made
+        assert torch.allclose(found, expected, atol=1e-5)
+        model.set_adapter("default")
+        with model.disable_adapter():
+            off = given
+            for block in blocks:
+                made = block(off)
+                off = made[0] if isinstance(made, tuple) else made
+    assert not torch.allclose(off, expected, atol=0.1)
+
+
+@pytest.mark.parametrize("placement", ON_RESIDUAL)
+def test_a_family_that_does_not_add_the_residual_alone_is_refused(placement: str) -> None:
+    spec = AdapterSpec(placement=placement)
+    refuse = METHODS["adapter"].refuse
+    assert refuse is not None
+    for family in ("gptj", "gpt_neox", "falcon", "phi", "gemma2", "olmo2", "granite"):
+        config = tiny_config(family)
+        said = refuse(spec, config, "decoder", "text-generation", "none")
+        assert said == (
+            f"placement {placement} reads the sum of the feed-forward's output and its residual, "
+            f"and {family} does not simply add the two. Use placement houlsby, pfeiffer or parallel."
+        )
+    assert refuse(spec, tiny_config("llama"), "decoder", "text-generation", "none") is None
+    opt = tiny_config("opt", do_layer_norm_before=False)
+    said = refuse(spec, opt, "decoder", "text-generation", "none")
+    assert said is not None
+    assert "opt with do_layer_norm_before False" in said
+
+
+def test_their_positions_are_a_familys_own() -> None:
+    with pytest.raises(ValueError, match="seq_bn reads the residual.*drop target_modules"):
+        AdapterSpec(placement="seq_bn", target_modules=["o_proj"])
+
+
 def test_a_parallel_adapter_on_a_mixture_of_experts_reads_what_the_router_reads() -> None:
     base = build("mixtral")
     expected_mlp = copy.deepcopy(base.model.layers[0].mlp)

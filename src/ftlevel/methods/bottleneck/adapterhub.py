@@ -45,7 +45,8 @@ class Holders:
     """The modules that hold AdapterHub's adapters, as paths right below a block's index.
 
     Attributes:
-        attention: one for each of `Sites.attention`; empty for the block itself.
+        attention: one for each of `Sites.attention` where it is the same adapter as ours; empty
+            text for the block itself.
         feed_forward: the one of the feed-forward.
     """
 
@@ -58,7 +59,8 @@ _IN_OUTPUT = Holders(("attention.output",), "output")
 
 HOLDERS: dict[str, Holders] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"), _IN_OUTPUT),
-    "albert": Holders(("attention.attention_adapters",), "output_adapters"),
+    # After the attention its adapter reads the residual and adds to that: no placement is it.
+    "albert": Holders((), "output_adapters"),
     **dict.fromkeys(("distilbert", "gpt2", "gptj", "llama", "mistral", "bart", "mbart"), _IN_BLOCK),
     **dict.fromkeys(("t5", "mt5"), Holders(("", ""), "")),
 }
@@ -286,7 +288,10 @@ def holders_of(names: Iterator[str], model: Any) -> dict[str, str]:
             if name.endswith(f".{path}"):
                 block, holder = name.removesuffix(path), attention
         if block is None:
-            raise InputError(f"{name} is no position of AdapterHub's adapters.")
+            raise InputError(
+                f"at {name} AdapterHub's adapters of {model.config.model_type} compute something "
+                "that ftlevel's do not. Use one of the feed-forward only."
+            )
         found[name] = f"{block}{holder}".rstrip(".").removeprefix(prefix)
     return found
 
