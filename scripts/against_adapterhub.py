@@ -19,193 +19,27 @@ import json
 import subprocess
 import sys
 import tempfile
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapterhub_cases import (
+    CLASSIFIER,
+    FAMILIES,
+    HEAD_CLASS,
+    LABELS,
+    NAME,
+    READER,
+    RECORDED,
+    TAGGER,
+    Case,
+    cases,
+    class_settings,
+    fill,
+    logits_of,
+    own_cases,
+)
+
 BOUND = 1e-5
-NAME = "tried"
-SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "intermediate_size": 48, "max_position_embeddings": 40, "pad_token_id": 0}  # fmt: skip
-_LLAMA = {**SIZES, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
-_GPT = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
-_T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
-       "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # fmt: skip
-_BART = {"vocab_size": 99, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
-         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
-         "decoder_ffn_dim": 48, "max_position_embeddings": 40, "pad_token_id": 1,
-         "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}  # fmt: skip
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert": ("AutoModelForPreTraining", SIZES),
-    "roberta": ("AutoModelForMaskedLM", {**SIZES, "type_vocab_size": 1}),
-    "gpt2": ("AutoModelForCausalLM", _GPT),
-    "llama": ("AutoModelForCausalLM", _LLAMA),
-    "t5": ("AutoModelForSeq2SeqLM", _T5),
-    "bart": ("AutoModelForSeq2SeqLM", _BART),
-    "distilbert": ("AutoModelForMaskedLM", {"vocab_size": 99, "dim": 32, "hidden_dim": 48,
-                   "n_layers": 2, "n_heads": 4, "max_position_embeddings": 40}),
-    "electra": ("AutoModelForMaskedLM", {**SIZES, "embedding_size": 16}),
-    "albert": ("AutoModelForPreTraining", {**SIZES, "embedding_size": 16}),
-    "deberta-v2": ("AutoModelForMaskedLM", {**SIZES, "type_vocab_size": 0,
-                   "relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm",
-                   "pos_att_type": ["p2c", "c2p"], "share_att_key": True}),
-    "xlm-roberta": ("AutoModelForMaskedLM", {**SIZES, "type_vocab_size": 1}),
-    "mistral": ("AutoModelForCausalLM", {**_LLAMA, "sliding_window": None}),
-    "gptj": ("AutoModelForCausalLM", {**_GPT, "rotary_dim": 4}),
-    "mt5": ("AutoModelForSeq2SeqLM", _T5),
-    "mbart": ("AutoModelForSeq2SeqLM", _BART),
-}  # fmt: skip
-SEQ2SEQ = ("t5", "mt5", "bart", "mbart")
-LANGUAGE = {"bert": "AutoModelForMaskedLM", "albert": "AutoModelForMaskedLM"}
-
-_BN = {"reduction_factor": 4}
-STYLES: dict[str, tuple[str, dict[str, Any]]] = {
-    "double_seq_bn": ("DoubleSeqBnConfig", {**_BN, "cross_adapter": True}),
-    "double_seq_bn, no cross": ("DoubleSeqBnConfig", _BN),
-    "after the attention only": ("DoubleSeqBnConfig", {**_BN, "output_adapter": False}),
-    "after the feed-forward only": ("DoubleSeqBnConfig", {**_BN, "mh_adapter": False}),
-    "seq_bn": ("SeqBnConfig", _BN),
-    "seq_bn, leave_out [1]": ("SeqBnConfig", {**_BN, "leave_out": [1]}),
-    "par_bn": ("ParBnConfig", _BN),
-    "scaled_par_bn": ("ParBnConfig", {**_BN, "scaling": "learned"}),
-    "AdapterPlusConfig": ("AdapterPlusConfig", {**_BN, "stochastic_depth": 0.0}),
-}
-RECORDED = ("double_seq_bn", "seq_bn", "par_bn", "AdapterPlusConfig")
-PLACEMENTS = ("houlsby", "pfeiffer", "seq_bn", "par_bn", "parallel", "adapter_plus")
-_CLASSIFIER, _TAGGER = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
-_READER = "AutoModelForQuestionAnswering"
-HEADS: list[tuple[str, str, dict[str, Any] | None]] = [
-    *[(family, _CLASSIFIER, None) for family in ("bert", "roberta", "distilbert", "llama", "bart")],
-    ("roberta", _TAGGER, None),
-    ("bert", _READER, None),
-    ("bert", _CLASSIFIER, {"layers": 2}),
-    ("bert", _CLASSIFIER, {"layers": 1, "use_pooler": True}),
-    ("albert", _CLASSIFIER, {"layers": 1, "use_pooler": True}),
-    ("roberta", _CLASSIFIER, {"layers": 2}),
-    ("xlm-roberta", _CLASSIFIER, {"layers": 2}),
-    ("electra", _CLASSIFIER, {"layers": 2, "activation_function": "gelu"}),
-    ("deberta-v2", _CLASSIFIER, {"layers": 2, "activation_function": "gelu"}),
-    ("distilbert", _CLASSIFIER, {"layers": 2, "activation_function": "relu"}),
-    ("bart", _CLASSIFIER, {"layers": 2}),
-    ("gpt2", _CLASSIFIER, {"layers": 1, "bias": False}),
-    ("llama", _CLASSIFIER, {"layers": 1, "bias": False}),
-    ("bert", _TAGGER, {"layers": 1}),
-    ("llama", _TAGGER, {"layers": 1}),
-    ("roberta", _READER, {"layers": 1}),
-]
-# GPT-J has no residual of the feed-forward alone; AdapterHub's adapter after ALBERT's attention
-# reads the residual, which looks like a slip: two arguments are exchanged.
-REFUSED = {"gptj": ("seq_bn", "par_bn", "scaled", "AdapterPlus"),
-           "albert": ("double", "after the attention", "seq_bn, leave")}  # fmt: skip
-HEAD_CLASS = {_CLASSIFIER: "ClassificationHead", _TAGGER: "TaggingHead",
-              _READER: "QuestionAnsweringHead"}  # fmt: skip
-LABELS = ["no", "maybe", "yes"]
-
-
-@dataclass
-class Case:
-    """One adapter on one base, in a directory of its own.
-
-    Attributes:
-        number: names the directory.
-        family: model type of the base.
-        style: what is printed of it.
-        auto_class: of transformers, for both.
-        config: class and fields of AdapterHub's configuration; None where ftlevel makes it.
-        head: settings of a flex head; None for that of the class.
-    """
-
-    number: int
-    family: str
-    style: str
-    auto_class: str
-    config: tuple[str, dict[str, Any]] | None = None
-    head: dict[str, Any] | None = None
-
-
-def cases(small: bool) -> Iterator[Case]:
-    """Yield what `adapters` makes and ftlevel reads."""
-    number = 0
-    for family in list(FAMILIES)[: 6 if small else None]:
-        for style, config in STYLES.items():
-            if any(style.startswith(start) for start in REFUSED.get(family, ())):
-                continue
-            yield Case(number, family, style, _language_class(family), config)
-            number += 1
-    for family, auto_class, head in HEADS:
-        style = "its own head" if head is None else f"flex {json.dumps(head)}"
-        yield Case(number, family, style, auto_class, STYLES["seq_bn"], head)
-        number += 1
-
-
-def own_cases(small: bool) -> Iterator[Case]:
-    """Yield what ftlevel writes and `adapters` reads."""
-    number = 1000
-    for family in list(FAMILIES)[: 6 if small else None]:
-        for placement in PLACEMENTS:
-            yield Case(number, family, placement, _language_class(family))
-            number += 1
-    for family, auto_class, head in HEADS:
-        if head is None:
-            yield Case(number, family, "seq_bn", auto_class)
-            number += 1
-
-
-def _language_class(family: str) -> str:
-    return LANGUAGE.get(family, FAMILIES[family][0])
-
-
-def fill(name: str, tensor: Any, scale: float = 0.3) -> None:
-    """Fill `tensor` (mutated) with numbers that its name and their places decide, on any machine.
-
-    They lie within ±`scale`; those of a norm or a factor, around 1.
-    """
-    import torch
-
-    mask = 0xFFFFFFFF
-    hashed = (torch.arange(tensor.numel()) + zlib.crc32(name.encode())) * 2654435761 & mask
-    hashed = (hashed ^ hashed >> 15) * 2246822519 & mask
-    hashed = (hashed ^ hashed >> 13) * 3266489917 & mask
-    middle = float(tensor.dim() == 1 and name.endswith(("weight", "scaling", "_scale.default")))
-    values = middle + scale * (2 * (hashed ^ hashed >> 16).double() / mask - 1)
-    with torch.no_grad():
-        tensor.copy_(values.view(tensor.shape))
-
-
-def inputs(family: str) -> dict[str, Any]:
-    """Return two rows of tokens, the same in both processes."""
-    import torch
-
-    ids = (torch.arange(22).view(2, 11) * 37 + 11) % 90 + 5
-    ids[:, -1] = 2  # where BART's classifier reads
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family in SEQ2SEQ:
-        batch["decoder_input_ids"] = ids
-    return batch
-
-
-def logits_of(model: Any, case: Case) -> Any:
-    """Return the model's logits, (2, …), in evaluation."""
-    import torch
-
-    batch = inputs(case.family)
-    if case.auto_class in HEAD_CLASS:
-        batch.pop("decoder_input_ids", None)
-    with torch.no_grad():
-        made = model.eval()(**batch)
-    logits = made.start_logits if case.auto_class == _READER else made.logits
-    return logits.contiguous()
-
-
-def _class_settings(case: Case) -> dict[str, Any]:
-    if case.auto_class not in (_CLASSIFIER, _TAGGER):
-        return {}
-    return {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
-
-
 # In the environment of `adapters`.
 
 
@@ -226,7 +60,7 @@ def make(work: Path, small: bool) -> None:
 
 
 def _make_case(case: Case, work: Path) -> None:
-    import adapters
+    import adapters  # type: ignore[import-not-found]  # of the other environment
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -236,11 +70,11 @@ def _make_case(case: Case, work: Path) -> None:
     name, fields = case.config or ("", {})
     if case.head is None:
         loader = getattr(transformers, case.auto_class)
-        model = loader.from_pretrained(base, **_class_settings(case))
+        model = loader.from_pretrained(base, **class_settings(case))
         adapters.init(model)
     else:
         model = adapters.AutoAdapterModel.from_pretrained(base)
-        labels = {} if case.auto_class == _READER else {
+        labels = {} if case.auto_class == READER else {
             "num_labels": len(LABELS), "id2label": dict(enumerate(LABELS))}  # fmt: skip
         head = getattr(adapters, HEAD_CLASS[case.auto_class])
         model.add_prediction_head(head(model, NAME, **labels, **case.head))
@@ -268,7 +102,7 @@ def check(work: Path, small: bool) -> None:
             continue
         expected = load_file(folder / "logits")
         loader = getattr(transformers, case.auto_class)
-        model = loader.from_pretrained(work / "bases" / case.family, **_class_settings(case))
+        model = loader.from_pretrained(work / "bases" / case.family, **class_settings(case))
         adapters.init(model)
         model.load_adapter(str(folder / "hub"), set_active=True)
         found.append(_row(case, logits_of(model, case), expected))
@@ -289,13 +123,14 @@ def _load_base(case: Case, work: Path) -> Any:
     import transformers
 
     loader = getattr(transformers, case.auto_class)
-    return loader.from_pretrained(work / "bases" / case.family, **_class_settings(case))
+    return loader.from_pretrained(work / "bases" / case.family, **class_settings(case))
 
 
 def read(case: Case, work: Path) -> list[Any]:
     """Read an adapter of AdapterHub's, and compare."""
-    from ftlevel.trained.adapt import load_adapter
     from safetensors.torch import load_file
+
+    from ftlevel.trained.adapt import load_adapter
 
     expected = load_file(work / str(case.number) / "logits")
     model = load_adapter(_load_base(case, work), work / str(case.number))
@@ -305,6 +140,9 @@ def read(case: Case, work: Path) -> list[Any]:
 def write(case: Case, work: Path) -> str:
     """Write a random adapter of ftlevel's for AdapterHub; return why it cannot be, if so."""
     import torch
+    from peft import get_peft_model
+    from safetensors.torch import save_file
+
     from ftlevel.artifacts.cards import AdapterCard
     from ftlevel.config import ExportConfig
     from ftlevel.errors import InputError
@@ -314,8 +152,6 @@ def write(case: Case, work: Path) -> str:
     from ftlevel.models.sources import resolve_source
     from ftlevel.models.targets import find_heads
     from ftlevel.trained.load import Found
-    from peft import get_peft_model
-    from safetensors.torch import save_file
 
     base, folder = work / "bases" / case.family, work / str(case.number)
     torch.manual_seed(case.number)
@@ -330,12 +166,12 @@ def write(case: Case, work: Path) -> str:
             if "bottleneck_" in key or "modules_to_save" in key:
                 fill(key, parameter)
         adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-        tasks = {_CLASSIFIER: "text-classification", _TAGGER: "token-classification",
-                 _READER: "question-answering", "AutoModelForMaskedLM": "masked-lm"}  # fmt: skip
+        tasks = {CLASSIFIER: "text-classification", TAGGER: "token-classification",
+                 READER: "question-answering", "AutoModelForMaskedLM": "masked-lm"}  # fmt: skip
         card = AdapterCard(
             method="adapter", task=tasks.get(case.auto_class, "text-generation"),
             base={"name": str(base)}, quantization={"kind": "none"}, dtype="float32",
-            max_length=32, labels=LABELS if case.auto_class in (_CLASSIFIER, _TAGGER) else [],
+            max_length=32, labels=LABELS if case.auto_class in (CLASSIFIER, TAGGER) else [],
             heads=heads,
         )  # fmt: skip
         found = Found(resolve_source(str(base)), folder / "adapter", card)
@@ -373,7 +209,9 @@ def record(work: Path, file: Path) -> None:
             }
         )
     lines = ",\n".join(json.dumps(case) for case in kept)
-    note = "adapters 1.3.0, by scripts/against_adapterhub.py --record; weights are what fill() gives"
+    note = (
+        "adapters 1.3.0, by scripts/against_adapterhub.py --record; weights are what fill() gives"
+    )
     file.write_text(f'{{"made by": "{note}", "cases": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
@@ -384,7 +222,7 @@ def report(title: str, rows: list[list[Any]]) -> float:
     for family, auto_class, style, difference, moved in rows:
         kind = auto_class.removeprefix("AutoModelFor")
         print(f"| {family} | {kind} | {style} | {difference:.1e} | {moved:.2f} |")
-    return max(row[3] for row in rows)
+    return float(max(row[3] for row in rows))
 
 
 def main() -> int:

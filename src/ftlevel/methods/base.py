@@ -182,6 +182,7 @@ class Method:
         finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
         step: what of the fast step it goes with.
         merging: how it becomes part of the weights.
+        page: what docs/methods.md says of it beside the tables, in Markdown.
     """
 
     facts: tuple[MethodFacts, ...]
@@ -206,6 +207,7 @@ class Method:
     finish: Callable[[Any], None] | None = None
     step: StepSupport = StepSupport()
     merging: Merging = Merging()
+    page: str = ""
 
     def learning_rate(self, spec: Any) -> float:
         """Return the peak learning rate where the user gives none."""

@@ -167,7 +167,9 @@ def _name_weights(
             unknown.append(key)
         else:
             groups.setdefault(match[1], {})[match[3]] = tensor
-    wanted = [our for our in WEIGHTS if our != "bottleneck_scale" or isinstance(config.scaling, str)]
+    wanted = [
+        our for our in WEIGHTS if our != "bottleneck_scale" or isinstance(config.scaling, str)
+    ]
     named, missing = {}, []
     for name, holder in holders.items():
         path = next((p for p in groups if p == holder or p.endswith(f".{holder}")), None)

@@ -169,8 +169,7 @@ def check_language_head(weights: Mapping[str, Any], model: Any) -> None:
         known = own.get(key)
         if known is None and output is not None and key.endswith(".weight"):
             known = output.weight
-        is_same = known is not None and known.shape == tensor.shape
-        if not (is_same and torch.equal(known.cpu().float(), tensor.float())):
+        if known is None or not torch.equal(known.cpu().float(), tensor.float()):
             raise InputError(
                 f"the language head's {key} is not the base's, and an adapter of ftlevel keeps "
                 "that one. Use it with adapters itself."

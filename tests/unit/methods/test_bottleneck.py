@@ -314,7 +314,7 @@ def run_blocks(model: Any, family: str, source: str) -> torch.Tensor:
         norm = norm or torch.nn.Identity()
         read = {"h": h, "r": r, "y": norm(h + r)}[source]
         down, up = site.bottleneck_down["default"], site.bottleneck_up["default"]
-        scale = site.bottleneck_scale["default"] if "default" in site.bottleneck_scale else 4.0
+        scale = site.bottleneck_scale.get("default", 4.0)
         added = scale * (torch.relu(read @ down.weight.T + down.bias) @ up.weight.T + up.bias)
         is_after = site is not block.output.dense if family == "bert" else False
         states = norm(h + r) + added if is_after else norm(h + added + r)
@@ -361,7 +361,8 @@ def test_a_family_that_does_not_add_the_residual_alone_is_refused(placement: str
         said = refuse(spec, config, "decoder", "text-generation", "none")
         assert said == (
             f"placement {placement} reads the sum of the feed-forward's output and its residual, "
-            f"and {family} does not simply add the two. Use placement houlsby, pfeiffer or parallel."
+            f"and {family} does not simply add the two. Use placement houlsby, pfeiffer or "
+            "parallel."
         )
     assert refuse(spec, tiny_config("llama"), "decoder", "text-generation", "none") is None
     opt = tiny_config("opt", do_layer_norm_before=False)
@@ -371,7 +372,7 @@ def test_a_family_that_does_not_add_the_residual_alone_is_refused(placement: str
 
 
 def test_their_positions_are_a_familys_own() -> None:
-    with pytest.raises(ValueError, match="seq_bn reads the residual.*drop target_modules"):
+    with pytest.raises(ValueError, match=r"seq_bn reads the residual.*drop target_modules"):
         AdapterSpec(placement="seq_bn", target_modules=["o_proj"])
 
 

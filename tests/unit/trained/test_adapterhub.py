@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from against_adapterhub import FAMILIES, Case, fill, logits_of
+from adapterhub_cases import FAMILIES, Case, fill, logits_of
 from ftlevel.errors import InputError
 from ftlevel.methods.bottleneck.adapterhub import read_config, write_config
 from ftlevel.methods.bottleneck.layer import READS
@@ -136,7 +136,7 @@ def test_a_file_that_could_run_a_program_is_not_read(tmp_path: Path) -> None:
 def test_a_damaged_file_is_one_line(content: bytes, tmp_path: Path) -> None:
     directory = write_hub(GPT2, tmp_path)
     (directory / "pytorch_adapter.bin").write_bytes(content)
-    with pytest.raises(InputError, match="pytorch_adapter.bin"):
+    with pytest.raises(InputError, match=r"pytorch_adapter\.bin"):
         load_adapter(base_of(GPT2), directory)
 
 
@@ -151,7 +151,7 @@ def test_an_adapter_of_peft_is_none_of_adapterhub(tmp_path: Path) -> None:
     assert not is_adapterhub(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"config": {}}')
     assert is_adapterhub(tmp_path)
-    with pytest.raises(InputError, match="names no base model.*model_name"):
+    with pytest.raises(InputError, match=r"names no base model.*model_name"):
         read_hub_adapter(tmp_path)
 
 
@@ -196,5 +196,5 @@ def test_what_is_written_is_read_as_the_same(
 def test_parallel_of_a_pre_norm_model_is_not_written() -> None:
     config = transformers.AutoConfig.for_model("gpt2")
     given = {"placement": "parallel", "non_linearity": "relu", "scaling": 4.0}
-    with pytest.raises(InputError, match="no placement parallel in gpt2.*par_bn"):
+    with pytest.raises(InputError, match=r"no placement parallel in gpt2.*par_bn"):
         write_config(given, config)

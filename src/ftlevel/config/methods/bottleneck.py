@@ -62,7 +62,8 @@ class AdapterSpec(MethodSpec):
     scaling: Annotated[float, Field(gt=0)] | Literal["learned", "channel"] | None = Field(
         None,
         description="What the adapter's output is multiplied by: a number, one that is learned, or "
-        "one a channel. The default is 4 for parallel and par_bn, channel for adapter_plus, else 1.",
+        "one a channel. The default is 4 for parallel and par_bn, channel for adapter_plus, and 1 "
+        "otherwise.",
     )
     target_modules: TargetModules | None = Field(
         None,

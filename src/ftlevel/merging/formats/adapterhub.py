@@ -56,7 +56,9 @@ def plan_export(config: ExportConfig, found: Found) -> AdapterHubExport:
             "is for --method adapter."
         )
     model_config = load_config(found.source, **card_overrides(found.card))
-    auto_class = TASKS[found.card.task].auto_class(model_kind(model_config), model_config.model_type)
+    auto_class = TASKS[found.card.task].auto_class(
+        model_kind(model_config), model_config.model_type
+    )
     model = build_task_model(model_config, auto_class)
     try:
         hub_config = write_config(peft_config, model_config)
@@ -236,4 +238,5 @@ class AdapterHubExport:
         yield f"{summary['out']}: {summary['positions']:,} adapters of AdapterHub's form"
         if summary["verified"]:
             yield "read back: the same weights"
-        yield f'model.load_adapter("{summary["out"]}", set_active=True)  # after adapters.init(model)'
+        out = summary["out"]
+        yield f'model.load_adapter("{out}", set_active=True)  # after adapters.init(model)'

@@ -18,6 +18,7 @@ from ftlevel.config.methods.bottleneck import (
 )
 from ftlevel.errors import InputError, listing
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
+from ftlevel.methods.bottleneck.page import PAGE
 from ftlevel.methods.bottleneck.sites import SITES, site_pattern, sites_of, why_no_residual
 from ftlevel.methods.facts import MethodFacts
 from ftlevel.methods.upstream import register_tuner
@@ -117,5 +118,6 @@ _METHOD = Method(
     refuse=refuse,
     step=StepSupport(workers=against_workers, pruning=against_pruning),
     merging=Merging(("BOTTLENECK",), into_weights=False, why_not=why_not_mergeable),
+    page=PAGE,
 )  # fmt: skip
 METHODS = {"adapter": _METHOD}

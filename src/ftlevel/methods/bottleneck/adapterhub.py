@@ -236,6 +236,7 @@ def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str,
             f"AdapterHub has no placement parallel in {model_config.model_type}: its parallel "
             "adapter reads the residual before the norm. Train with placement par_bn."
         )
+    parallel = {"is_parallel": True}
     of_placement: dict[str, dict[str, Any]] = {
         "houlsby": {"mh_adapter": True, "cross_adapter": bool(model_config.is_encoder_decoder)},
         "pfeiffer": {},
@@ -243,7 +244,8 @@ def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str,
         "adapter_plus": {
             "original_ln_before": True, "original_ln_after": False, "residual_before_ln": False,
         },
-        **dict.fromkeys(("parallel", "par_bn"), {"is_parallel": True}),
+        "parallel": parallel,
+        "par_bn": parallel,
     }  # fmt: skip
     scaling = peft_config["scaling"]
     return {

@@ -66,9 +66,7 @@ _BERT = Sites(
     ("attention.output.dense",), "output.dense", ("intermediate.dense",),
     "intermediate", "output.LayerNorm",
 )  # fmt: skip
-_LLAMA = Sites(
-    ("self_attn.o_proj",), "mlp.down_proj", ("mlp.up_proj",), "post_attention_layernorm"
-)
+_LLAMA = Sites(("self_attn.o_proj",), "mlp.down_proj", ("mlp.up_proj",), "post_attention_layernorm")
 _EXPERTS = Sites(("self_attn.o_proj",), "mlp", residual="post_attention_layernorm")
 _GPT2 = Sites(("attn.c_proj",), "mlp.c_proj", ("mlp.c_fc",), "ln_2")
 _FALCON = Sites(("self_attention.dense",), "mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",))
@@ -131,7 +129,8 @@ def why_no_residual(config: Any, placement: str) -> str | None:
     plain = {"do_layer_norm_before": True, "apply_residual_connection_post_layernorm": False}
     for name, value in plain.items():  # OPT-350m, BLOOM
         if getattr(config, name, value) != value:
-            return f"placement {placement} is not known of a {config.model_type} with {name} {not value}"
+            model = f"a {config.model_type} with {name} {not value}"
+            return f"placement {placement} is not known of {model}"
     return None
 
 
@@ -159,7 +158,11 @@ def block_of(sites: Sites | None, site: str) -> str | None:
     """
     for end in (sites.feed_forward, sites.norm) if sites else ():
         block = site.removesuffix(end)
-        if end and site.endswith(f".{end}") and block.removesuffix(".").rpartition(".")[2].isdigit():
+        if (
+            end
+            and site.endswith(f".{end}")
+            and block.removesuffix(".").rpartition(".")[2].isdigit()
+        ):
             return block
     return None
 
