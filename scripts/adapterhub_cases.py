@@ -183,6 +183,7 @@ def logits_of(model: Any, case: Case) -> Any:
 
 
 def class_settings(case: Case) -> dict[str, Any]:
+    """Return what the base's config is given for the classes of a case."""
     if case.auto_class not in (CLASSIFIER, TAGGER):
         return {}
     return {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
