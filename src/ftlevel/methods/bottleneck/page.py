@@ -5,8 +5,8 @@ from __future__ import annotations
 _INTRODUCTION = """\
 `--set method.placement=…` says where an adapter A(·) = s · up(f(down(·))) stands. h is the output
 of the feed-forward, r the residual that it is added to, x what its first linear is given, and LN
-the layer norm that follows the sum in post-norm models (BERT, BART). In those x is r; in pre-norm ones
-(GPT-2, Llama, T5) x is r after its norm.
+the layer norm that follows the sum in post-norm models (BERT, BART). In those x is r; in pre-norm
+ones (GPT-2, Llama, T5) x is r after its norm.
 """
 
 _ROWS = (
@@ -31,10 +31,10 @@ _ROWS = (
 _MORE = """
 An adapter called `pfeiffer` or `parallel` computes what it computed in 0.1.0. `seq_bn`, `par_bn`
 and `adapter_plus` need a residual that the feed-forward alone is added to: GPT-J, GPT-NeoX, Phi,
-Falcon (attention and feed-forward together), Gemma 2 and 3, OLMo 2 and Granite (another norm or a factor
-before the sum) have the other three. All begin as the identity, with up at zero, as `par_bn` there;
-AdapterHub draws the others at random. In training a model's own dropout comes after the adapter
-here and before it there, and `adapter_dropout` is on the bottleneck here and on the output there.
-[Export](export.md#adapterhub) says how adapters go there and come back."""
+Falcon (attention and feed-forward together), Gemma 2 and 3, OLMo 2 and Granite (another norm or a
+factor before the sum) have the other three. All begin as the identity, with up at zero, as
+`par_bn` there; AdapterHub draws the others at random. In training a model's own dropout comes
+after the adapter here and before it there, and `adapter_dropout` is on the bottleneck here and on
+the output there. [Export](export.md#adapterhub) says how adapters go there and come back."""
 
 PAGE = "\n".join([_INTRODUCTION, *(f"| {' | '.join(row)} |" for row in _ROWS), _MORE])

@@ -20,7 +20,7 @@ AdapterHub calls houlsby double_seq_bn; its older name for seq_bn is pfeiffer. O
 - Houlsby et al. (2019, figure 2) and AdapterHub place the adapter after the sub-layer's dropout;
   here the dropout, where a model has one, comes after the adapter. Only training differs.
 - Gemma 2 and 3 and OLMo 2 normalise a sub-layer's output too. The adapter is before that norm, so
-  that its size is held by it. What would be the sum with the residual is not settled by any paper:
+  that its size is held by it. No paper says what the sum with the residual would be:
   seq_bn, par_bn and adapter_plus are refused, as for Granite, which scales the output.
 - GPT-NeoX, GPT-J, Falcon and Phi add attention and feed-forward to the same residual,
   x + attention(x) + FFN(x). Each adapter stays on its own branch, before the sum: the attention's
