@@ -58,6 +58,7 @@ def methods_page() -> str:
         "The learning rate is linear to zero. Without `--target-modules`, low-rank and orthogonal",
         "methods adapt every linear of the blocks.",
         "",
+        *_pages(),
         "## Families and quantized bases",
         "",
         "`yes` is with and without `--quant`; else `f` is a float base, `4` is `--quant 4bit`, `8` "
@@ -89,6 +90,11 @@ def _defaults_line(kind: str) -> str:
     fields = spec.model_dump(exclude=_HIDDEN)
     shown = [f"{name} {value}" for name, value in fields.items() if value not in (None, {}, [])]
     return f"| {kind} | {', '.join(shown) or '–'} | {METHODS[kind].learning_rate(spec):g} |"
+
+
+def _pages() -> list[str]:
+    pages = {kind: METHODS[kind].page for kind in SPECS if METHODS[kind].page}
+    return [line for kind, page in pages.items() for line in (f"## {kind}", "", page, "")]
 
 
 def _family_table(rows: list[MethodFacts]) -> list[str]:

@@ -9,9 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import check_file_free, placed_files
+from ftlevel.artifacts.files import (
+    check_absent,
+    check_file_free,
+    placed_directory,
+    placed_files,
+)
 from ftlevel.commands.merge import merge
 from ftlevel.config import ExportConfig, MergeConfig
+from ftlevel.config.commands.export import FORMATS
 from ftlevel.errors import InputError
 from ftlevel.events import Listener, Silence
 from ftlevel.merging.formats.base import plan_export
@@ -49,7 +55,10 @@ def export(
     """
     listener = listener or Silence()
     began = time.perf_counter()
-    for path in config.outputs:
+    is_directory = FORMATS[config.format].is_directory
+    if is_directory:
+        check_absent("--out", config.out)
+    for path in () if is_directory else config.outputs:
         kind = path.suffix.removeprefix(".")
         flag = "--out" if path == config.out else f"--out, for its {kind}:"
         check_file_free(flag, path, overwrite=config.overwrite)
@@ -64,7 +73,8 @@ def export(
         if dry_run:
             summary = planned.dry_run() | {"dry_run": True}
             return ExportResult(summary, None, tuple(planned.describe(summary)))
-        with placed_files(*config.outputs) as place:
+        placed = placed_directory if is_directory else placed_files
+        with placed(*config.outputs) as place:
             merge_adapter = partial(_merge, config, found)
             summary = planned.write(place, device.value, listener, merge_adapter)
     summary["seconds"] = round(time.perf_counter() - began, 2)
@@ -79,7 +89,8 @@ def _find(config: ExportConfig, device: str) -> Found:
     """
     found = find_trained(config.model, device)
     if found.directory is not None:
-        find_adapter(config.model)  # refuses what cannot be merged
+        if FORMATS[config.format].merges:
+            find_adapter(config.model)  # refuses what cannot be merged
         if config.revision is not None:
             raise InputError(
                 f"--revision {config.revision}: {config.model} is an adapter, and its base is the "

@@ -32,6 +32,7 @@ from ftlevel.models.targets import find_heads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
+from ftlevel.trained.adapterhub import is_adapterhub
 from ftlevel.trained.load import card_overrides, check_base
 from ftlevel.trained.plain_peft import base_words
 
@@ -112,11 +113,18 @@ def find_adapter(name: str) -> tuple[Path, Path | None]:
             f"{name} is no run and no adapter (it holds {held}). Expected a directory with "
             "adapter_config.json."
         )
-    reason = why_not_mergeable(read_peft_config(directory))
+    reason = why_not_mergeable(_read_config(directory))
     if reason is not None:
         raise InputError(f"{name} cannot be merged. {reason}")
     run = directory.parent if (directory.parent / CONFIG).is_file() else None
     return directory, run
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Return an adapter's config by which it is known whether it can be merged."""
+    if is_adapterhub(directory):
+        return {"peft_type": "BOTTLENECK"}  # the only kind that is read
+    return read_peft_config(directory)
 
 
 def resolve_merge_input(config: MergeConfig) -> MergeInput:

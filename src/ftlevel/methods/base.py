@@ -130,11 +130,13 @@ class StepSupport:
         fusing: why its linears are PEFT's; None where they are no LoRA in the first place.
         packing: why rows need padding.
         workers: what a forward pass changes in the model, so that two at once would meet.
+        pruning: why the last block computes every token.
     """
 
     fusing: Callable[[Any], str] | None = None
     packing: Callable[[Any], str] = lambda _: ""
     workers: Callable[[Any], str] = lambda _: ""
+    pruning: Callable[[Any], str] = lambda _: ""
 
 
 def refuse_other_forms(_spec: Any, base: QuantizedCheckpoint) -> str | None:
@@ -180,6 +182,7 @@ class Method:
         finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
         step: what of the fast step it goes with.
         merging: how it becomes part of the weights.
+        page: what docs/methods.md says of it beside the tables, in Markdown.
     """
 
     facts: tuple[MethodFacts, ...]
@@ -204,6 +207,7 @@ class Method:
     finish: Callable[[Any], None] | None = None
     step: StepSupport = StepSupport()
     merging: Merging = Merging()
+    page: str = ""
 
     def learning_rate(self, spec: Any) -> float:
         """Return the peak learning rate where the user gives none."""

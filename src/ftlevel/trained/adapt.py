@@ -16,6 +16,7 @@ from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.models.integrity import check_finite
+from ftlevel.trained.adapterhub import convert, is_adapterhub, read_hub_adapter
 
 
 def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = False) -> Any:
@@ -159,10 +160,15 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
         InputError: it is damaged, of a kind that PEFT does not know, or of another base; the file
             lacks weights that its configuration promises, or has others.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model
 
     ensure_registered()
-    _check_whole(directory)
+    if is_adapterhub(directory):
+        config, weights = convert(read_hub_adapter(directory), base)
+        adapted = get_peft_model(base, config, adapter_name=name)
+        _fill_adapter(adapted, weights, directory, name)
+        return adapted
+    weights = _read_whole(directory)
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
     try:
         with _unknown_patterns_ignored():
@@ -175,7 +181,7 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
             f"{directory} does not fit its base model, {base.config.model_type} "
             f"({reason[:200]}). Name the base that it was trained on."
         ) from error
-    _fill_adapter(adapted, directory, name)
+    _fill_adapter(adapted, weights, directory, name)
     return adapted
 
 
@@ -185,18 +191,25 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
     Raises:
         InputError: it does not go with the others, or its file is not whole.
     """
-    _check_whole(directory)
+    config: Any = None
+    if is_adapterhub(directory):
+        config, weights = convert(read_hub_adapter(directory), adapted.get_base_model())
+    else:
+        weights = _read_whole(directory)
     with _unknown_patterns_ignored():
         try:
-            adapted.load_adapter(str(directory), adapter_name=name, is_trainable=True)
+            if config is not None:
+                adapted.add_adapter(name, config)
+            else:
+                adapted.load_adapter(str(directory), adapter_name=name, is_trainable=True)
         except (ValueError, TypeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{directory} cannot stand beside the others: {reason}") from None
-    _fill_adapter(adapted, directory, name)
+    _fill_adapter(adapted, weights, directory, name)
 
 
-def _check_whole(directory: Path) -> None:
-    """Refuse an adapter whose file is missing, damaged or not finite, or of an unknown kind."""
+def _read_whole(directory: Path) -> dict[str, Any]:
+    """Return the weights of PEFT's file, which is there, whole, finite and of a known kind."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -218,18 +231,21 @@ def _check_whole(directory: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}). Was a copy cut short?") from None
     check_finite(weights.items(), str(path))
+    return dict(weights)
 
 
-def _fill_adapter(adapted: Any, directory: Path, name: str) -> None:
-    """Read the weights again into float32, check that all are there, and freeze them."""
+def _fill_adapter(adapted: Any, weights: dict[str, Any], directory: Path, name: str) -> None:
+    """Put the weights into float32, check that all are there, and freeze them (mutated)."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     train_in_float32(adapted)
-    # PEFT has put a head into the base's precision, and rounded it: read it again into float32.
-    weights = load_file(str(directory / "adapter_model.safetensors"))
+    # PEFT has put a head into the base's precision, and rounded it: put it into float32 again.
     with _ranks_applied(adapted.peft_config[name]):
-        set_peft_model_state_dict(adapted, weights, adapter_name=name)
+        try:
+            set_peft_model_state_dict(adapted, weights, adapter_name=name)
+        except RuntimeError as error:  # other shapes
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{directory} does not fit its base model: {reason}") from None
     promised = set(
         get_peft_model_state_dict(adapted, save_embedding_layers=False, adapter_name=name)
     )

@@ -35,6 +35,7 @@ from ftlevel.models.targets import find_heads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
+from ftlevel.trained.adapterhub import hub_task, is_adapterhub, read_hub_adapter, with_head
 from ftlevel.trained.plain_peft import (
     ADAPTER_CONFIG,
     PLAIN,
@@ -145,6 +146,8 @@ def _find(name: str, device: str, task: str | None, said: str) -> Found:
         source = resolve_source(base, card.base.get("revision"), said=base_words(name, base))
         check_base(source, card, directory)
         return Found(source, directory, card, run)
+    if is_adapterhub(path):
+        return _find_hub(path, device, task)
     wished = TASKS[task or "text-generation"]
     if (path / ADAPTER_CONFIG).is_file():
         source, settings = read_plain_adapter(path)
@@ -154,6 +157,18 @@ def _find(name: str, device: str, task: str | None, said: str) -> Found:
         ])  # fmt: skip
     source = resolve_source(name, said=said)
     return Found(source, None, stand_in_card(source, wished, device))
+
+
+def _find_hub(directory: Path, device: str, task: str | None) -> Found:
+    """Find the base of an adapter of AdapterHub's, and what stands in for its card."""
+    hub = read_hub_adapter(directory)
+    wished = TASKS[hub_task(hub, task)]
+    source = resolve_source(hub.base, said=base_words(str(directory), hub.base))
+    settings = {"peft_type": "BOTTLENECK", "modules_to_save": hub.heads}
+    card = with_head(stand_in_card(source, wished, device, directory, settings), hub)
+    return Found(source, directory, card, None, [
+        f"{directory} was made by AdapterHub's adapters: its base, {source.name}, is taken on trust"
+    ])  # fmt: skip
 
 
 def card_directory(path: Path) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 import tiny_models
 from ftlevel.config import SPECS, TrainConfig
+from ftlevel.config.methods.bottleneck import AdapterSpec, Placement
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast import step_collator
@@ -25,7 +26,7 @@ from ftlevel.fast.plan.fast_plan import FastPlan, plan_fast
 from ftlevel.fast.plan.workers import FUNCTIONAL_DROPOUT
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
-from ftlevel.methods import Base
+from ftlevel.methods import METHODS, Base
 from ftlevel.task import Objective
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.span import Spans
@@ -113,7 +114,8 @@ def conversation_rows() -> list[Encoded]:
 def both(
     model: Any, head: str, folder: Path, *, packs: bool = True, heads: bool | None = None,
     tokens: int = 40, prefix_tree: bool = False, rows: list[Encoded] | None = None,
-    at_least: int = 3, workers: int = 1, shared_prefix: int = 0, **arguments: Any,
+    at_least: int = 3, workers: int = 1, shared_prefix: int = 0, prunes: bool = True,
+    **arguments: Any,
 ) -> tuple[tuple[float, torch.Tensor], tuple[float, torch.Tensor]]:  # fmt: skip
     """Return the plain step, 4 micro-batches of 2 rows, and the fast one."""
     rows, pad_id = rows or rows_of(head), model.config.pad_token_id or 0
@@ -128,7 +130,7 @@ def both(
         tokens,
         prefix_tree,
         workers=workers,
-        prunes_last_layer=True,
+        prunes_last_layer=prunes,
         shared_prefix=shared_prefix > 0,
     )
     trainer = trainer_of(model, head, folder, plan, **arguments)
@@ -145,15 +147,20 @@ def both(
     return expected, found
 
 
+def without_dropout(family: str, head: str, **config: Any) -> Any:
+    base = tiny_models.build(family, head, **NO_DROPOUT.get(family, {}), **config)
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return base
+
+
 def adapted(
     family: str, head: str, *, config: dict[str, Any] | None = None, **settings: Any
 ) -> Any:
     torch.manual_seed(0)
     settings = {"target_modules": "all-linear", "r": 4, **settings}
-    base = tiny_models.build(family, head, **NO_DROPOUT.get(family, {}), **(config or {}))
-    for module in base.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    base = without_dropout(family, head, **(config or {}))
     return get_peft_model(base, LoraConfig(init_lora_weights=False, **settings))
 
 
@@ -218,6 +225,25 @@ def test_micro_batches_in_parallel_of_every_method(
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
     assert_same_step(both(model, "causal", tmp_path, tokens=80, workers=2, at_least=2))
+
+
+@pytest.mark.parametrize("placement", get_args(Placement))
+@pytest.mark.parametrize(("family", "head"), [("llama", "causal"), ("bert", "seqcls")])
+def test_bottleneck_adapters(placement: Any, family: str, head: str, tmp_path: Path) -> None:
+    """What an adapter reads beside its module is of the same tokens, packed, shared or pruned."""
+    spec = AdapterSpec(placement=placement, bottleneck_dim=8)
+    base = without_dropout(family, head)
+    found = find_method_targets(spec, base, family)
+    facts = Base(base.config, "", None, found.modules, [], False, 10, [])
+    torch.manual_seed(0)
+    model = apply_method(base, spec, facts)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    prunes = not METHODS["adapter"].step.pruning(spec)
+    rows = conversation_rows() if head == "causal" else None
+    shares = {"rows": rows, "prefix_tree": True, "tokens": 200, "at_least": 1} if rows else {}
+    assert_same_step(both(model, head, tmp_path, prunes=prunes, **shares))
 
 
 @pytest.mark.parametrize(
@@ -612,6 +638,8 @@ def test_the_plan_says_what_is_done_and_why(
         ("llama", {"method": {"kind": "prefix"}}, ": prefix keeps its place in the model"),
         ("llama", {"method": {"kind": "adapter", "placement": "parallel"}},
          ": parallel adapters keep their input in the model"),
+        ("llama", {"method": {"kind": "adapter", "placement": "seq_bn"}},
+         ": seq_bn adapters keep their input in the model"),
         ("mixtral", {"method": {"kind": "lora", "target_parameters": "experts"}},
          ": PEFT puts target_parameters into the model"),
         ("longrope", {}, ": phi3 changes its rotary embedding with the length"),

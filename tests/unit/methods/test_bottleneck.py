@@ -14,7 +14,7 @@ import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils.peft_types import PeftType
 
-from ftlevel.config.methods.bottleneck import AdapterSpec
+from ftlevel.config.methods.bottleneck import ON_RESIDUAL, AdapterSpec
 from ftlevel.errors import InputError
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.bottleneck.layer import BottleneckLayer
@@ -35,7 +35,7 @@ from tiny_models import (
 )
 from unit.models.meta_models import AUTO, has_model, tiny_config
 
-PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
+PLACEMENTS = ("houlsby", "pfeiffer", "seq_bn", "parallel", "par_bn", "adapter_plus")
 DIM = 8
 TASK_TYPES = {
     "causal": "CAUSAL_LM",
@@ -110,6 +110,19 @@ def layers_of(model: Any) -> list[BottleneckLayer]:
     return [module for module in model.modules() if isinstance(module, BottleneckLayer)]
 
 
+def goes_on(family: str, placement: str) -> bool:
+    """Whether the family has a position for the placement; the others are refused below."""
+    return placement not in ON_RESIDUAL or bool(SITES[family].residual)
+
+
+def expected_taps(family: str, placement: str) -> set[str]:
+    """What a layer must listen to; a whole feed-forward is given its input itself."""
+    if placement == "parallel":
+        return set() if family in SPARSE else {"input"}
+    is_norm = placement == "adapter_plus" and SITES[family].norm
+    return {"residual"} if placement in ON_RESIDUAL and not is_norm else set()
+
+
 def site_count(family: str, placement: str) -> int:
     attentions = ATTENTIONS.get(family, LAYERS) if placement == "houlsby" else 0
     return attentions + FEED_FORWARDS.get(family, LAYERS)
@@ -118,7 +131,12 @@ def site_count(family: str, placement: str) -> int:
 @pytest.mark.parametrize(
     ("family", "head", "placement"),
     [
-        *((family, HEADS[family][0], placement) for family in FAMILIES for placement in PLACEMENTS),
+        *(
+            (family, HEADS[family][0], placement)
+            for family in FAMILIES
+            for placement in PLACEMENTS
+            if goes_on(family, placement)
+        ),
         *HEAD_CASES,
     ],
 )
@@ -128,8 +146,7 @@ def test_a_family(family: str, head: str, placement: str, tmp_path: Path) -> Non
     model = adapt(base, head, placement=placement)
     layers = layers_of(model)
     assert len(layers) == site_count(family, placement)
-    tapped = placement == "parallel" and family not in SPARSE
-    assert all((layer._tap is not None) == tapped for layer in layers)
+    assert all(set(layer._taps) == expected_taps(family, placement) for layer in layers)
     assert torch.equal(compute_logits(model, batch), before), "the identity at the start"
 
     frozen = digest(model)
@@ -137,7 +154,7 @@ def test_a_family(family: str, head: str, placement: str, tmp_path: Path) -> Non
     assert digest(model) == frozen
     after = compute_logits(model, batch)
     assert not torch.equal(after, before)
-    assert all(layer._tapped is None for layer in layers), "no activation is kept"
+    assert all(not layer._tapped for layer in layers), "no activation is kept"
 
     if family != "albert":  # transformers cannot checkpoint it
         check_checkpointing(model, batch)
@@ -152,7 +169,7 @@ def check_checkpointing(model: Any, batch: dict[str, torch.Tensor]) -> None:
     recomputed = backward(model, batch)
     assert set(recomputed) == set(plain)
     assert max((recomputed[n] - plain[n]).abs().max().item() for n in plain) < 1e-6
-    assert all(layer._tapped is None for layer in layers_of(model))
+    assert all(not layer._tapped for layer in layers_of(model))
 
 
 def check_loading(
@@ -191,8 +208,15 @@ def check_loading(
     )
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("family", sorted({*KNOWN} - {*FAMILIES}))
+@pytest.mark.parametrize(
+    ("family", "placement"),
+    [
+        (family, placement)
+        for family in sorted({*KNOWN} - {*FAMILIES})
+        for placement in PLACEMENTS
+        if goes_on(family, placement)
+    ],
+)
 def test_a_relative(family: str, placement: str) -> None:
     tasks = ("summarization", "masked-lm", "text-generation")
     task = next(t for t in tasks if has_model(family, t))
@@ -204,8 +228,7 @@ def test_a_relative(family: str, placement: str) -> None:
     before = compute_logits(base, batch)
     model = adapt(base, "", placement=placement)
     layers = layers_of(model)
-    tapped = sum(layer._tap is not None for layer in layers)
-    assert tapped == (len(layers) if placement == "parallel" else 0)
+    assert all(set(layer._taps) == expected_taps(family, placement) for layer in layers)
     assert torch.equal(compute_logits(model, batch), before)
     assert train(model, batch) == set()
     assert not torch.equal(compute_logits(model, batch), before)
@@ -221,9 +244,14 @@ def test_a_sparse_model_with_dense_layers_has_an_adapter_on_each() -> None:
     assert train(model, build_batch("qwen3_moe")) == set()
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if HEADS[name][0] in ("causal", "seq2seq")]
+    ("family", "placement"),
+    [
+        (family, placement)
+        for family in FAMILIES
+        for placement in PLACEMENTS
+        if HEADS[family][0] in ("causal", "seq2seq") and goes_on(family, placement)
+    ],
 )
 def test_generation_with_a_cache_is_generation_without(family: str, placement: str) -> None:
     head = HEADS[family][0]
@@ -263,6 +291,91 @@ def test_the_formula(placement: str, scaling: float) -> None:
         assert torch.allclose(mlp(hidden), expected, atol=1e-6)
 
 
+def run_blocks(model: Any, family: str, source: str) -> torch.Tensor:
+    """Return the states after two blocks, as the papers write them; the base's modules do the rest.
+
+    `source` names what the adapter reads: h, the feed-forward's output; r, its residual; y, their
+    sum through the norm that follows, if one does.
+    """
+    states = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    blocks = model.h if family == "gpt2" else model.encoder.layer
+    for block in blocks:
+        if family == "gpt2":
+            r = states + block.attn(block.ln_1(states))[0]
+            site, inner, norm = block.mlp.c_proj, block.mlp.act(block.mlp.c_fc(block.ln_2(r))), None
+        else:
+            r = block.attention(states)[0]
+            site, inner, norm = block.output.dense, block.intermediate(r), block.output.LayerNorm
+        if isinstance(norm, BottleneckLayer):
+            site, norm = norm, norm.base_layer
+            h = block.output.dense(inner)
+        else:
+            h = site.base_layer(inner)
+        norm = norm or torch.nn.Identity()
+        read = {"h": h, "r": r, "y": norm(h + r)}[source]
+        down, up = site.bottleneck_down["default"], site.bottleneck_up["default"]
+        scale = site.bottleneck_scale.get("default", 4.0)
+        added = scale * (torch.relu(read @ down.weight.T + down.bias) @ up.weight.T + up.bias)
+        is_after = site is not block.output.dense if family == "bert" else False
+        states = norm(h + r) + added if is_after else norm(h + added + r)
+    return states
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("placement", "source"),
+    [("pfeiffer", "h"), ("seq_bn", "y"), ("par_bn", "r"), ("adapter_plus", "y")],
+)
+def test_two_blocks_are_what_the_papers_say(family: str, placement: str, source: str) -> None:
+    scaling = None if placement in ("par_bn", "adapter_plus") else 4.0
+    model = adapt(build(family, HEADS[family][0]), "", placement=placement, scaling=scaling)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bottleneck_" in name:
+                parameter.add_(torch.randn(parameter.shape), alpha=0.3)
+        base = model.base_model.model.base_model
+        expected = run_blocks(base, family, source)
+        given = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+        blocks = base.h if family == "gpt2" else base.encoder.layer
+        found = given
+        for block in blocks:
+            made = block(found)
+            found = made[0] if isinstance(made, tuple) else made
+        assert torch.allclose(found, expected, atol=1e-5)
+        model.set_adapter("default")
+        with model.disable_adapter():
+            off = given
+            for block in blocks:
+                made = block(off)
+                off = made[0] if isinstance(made, tuple) else made
+    assert not torch.allclose(off, expected, atol=0.1)
+
+
+@pytest.mark.parametrize("placement", ON_RESIDUAL)
+def test_a_family_that_does_not_add_the_residual_alone_is_refused(placement: str) -> None:
+    spec = AdapterSpec(placement=placement)
+    refuse = METHODS["adapter"].refuse
+    assert refuse is not None
+    for family in ("gptj", "gpt_neox", "falcon", "phi", "gemma2", "olmo2", "granite"):
+        config = tiny_config(family)
+        said = refuse(spec, config, "decoder", "text-generation", "none")
+        assert said == (
+            f"placement {placement} reads the sum of the feed-forward's output and its residual, "
+            f"and {family} does not simply add the two. Use placement houlsby, pfeiffer or "
+            "parallel."
+        )
+    assert refuse(spec, tiny_config("llama"), "decoder", "text-generation", "none") is None
+    opt = tiny_config("opt", do_layer_norm_before=False)
+    said = refuse(spec, opt, "decoder", "text-generation", "none")
+    assert said is not None
+    assert "opt with do_layer_norm_before False" in said
+
+
+def test_their_positions_are_a_familys_own() -> None:
+    with pytest.raises(ValueError, match=r"seq_bn reads the residual.*drop target_modules"):
+        AdapterSpec(placement="seq_bn", target_modules=["o_proj"])
+
+
 def test_a_parallel_adapter_on_a_mixture_of_experts_reads_what_the_router_reads() -> None:
     base = build("mixtral")
     expected_mlp = copy.deepcopy(base.model.layers[0].mlp)
@@ -284,14 +397,19 @@ def test_adapters_of_different_placements_live_in_one_model(tmp_path: Path) -> N
         single.save_pretrained(tmp_path / placement)
         expected[placement] = compute_logits(single, batch)
     model = PeftModel.from_pretrained(build("bert"), tmp_path / "houlsby", adapter_name="houlsby")
-    for placement in ("pfeiffer", "parallel"):
+    for placement in PLACEMENTS[1:]:
         model.load_adapter(tmp_path / placement, adapter_name=placement)
     model.eval()
-    for placement in ("parallel", "houlsby", "pfeiffer", "parallel"):
+    for placement in ("parallel", *PLACEMENTS, "seq_bn"):
         model.set_adapter(placement)
         assert torch.equal(compute_logits(model, batch), expected[placement])
     model.delete_adapter("parallel")
-    assert all(layer._tap is None for layer in layers_of(model))
+    assert not any("input" in layer._taps for layer in layers_of(model))
+    model.set_adapter("par_bn")
+    assert torch.equal(compute_logits(model, batch), expected["par_bn"])
+    model.delete_adapter("par_bn")
+    model.delete_adapter("seq_bn")
+    assert not any(layer._taps for layer in layers_of(model))
     model.set_adapter("houlsby")
     assert torch.equal(compute_logits(model, batch), expected["houlsby"])
 

@@ -17,17 +17,25 @@ class ExportFormat:
 
     Attributes:
         module: that writes it.
-        suffix: of the file.
+        suffix: of the file; empty for a format that is a directory.
         beside: suffixes of the files that come beside it.
+        merges: whether an adapter is merged into its base first.
     """
 
     module: str
     suffix: str
     beside: tuple[str, ...] = ()
+    merges: bool = True
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether what is written is a directory."""
+        return not self.suffix
 
 
 FORMATS: dict[str, ExportFormat] = {
     "gguf": ExportFormat("ftlevel.merging.formats.gguf", ".gguf", (".Modelfile",)),
+    "adapterhub": ExportFormat("ftlevel.merging.formats.adapterhub", "", merges=False),
 }
 """Every format: a new one is its module and a line here."""
 
@@ -43,18 +51,23 @@ class ExportConfig(Section):
     model: str = Field(
         min_length=1,
         description="Run, adapter or model: a Hub id, a local directory, or builtin:NAME. An "
-        "adapter is merged into its base first.",
+        "adapter is merged into its base first, where the format is one of models.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     format: FormatName = Field(
-        "gguf", description="gguf, the format of llama.cpp, Ollama and LM Studio."
+        "gguf",
+        description="gguf, the format of llama.cpp, Ollama and LM Studio; adapterhub, a bottleneck "
+        "adapter as AdapterHub's adapters loads it.",
     )
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = Field(
         "auto",
         description="Type of the matrices; q8_0 is 8 bits in blocks of 32. auto keeps the model's "
         "own. Vectors and norms stay in float32.",
     )
-    out: Path = Field(description="File to write, FILE.gguf; FILE.Modelfile comes beside it.")
+    out: Path = Field(
+        description="File to write, FILE.gguf, with FILE.Modelfile beside it; for adapterhub a new "
+        "directory."
+    )
     overwrite: bool = Field(False, description="Replace these files where they exist.")
     verify: bool = Field(
         True,
@@ -69,7 +82,7 @@ class ExportConfig(Section):
     @classmethod
     def _is_named_by_its_format(cls, value: Path, info: ValidationInfo) -> Path:
         format_ = FORMATS.get(info.data.get("format", ""))
-        if format_ is not None and value.suffix != format_.suffix:
+        if format_ is not None and format_.suffix not in ("", value.suffix):
             raise ValueError(
                 f"{value} does not end in {format_.suffix}, by which programs know the format. "
                 f"Name it {value.with_suffix(format_.suffix)}"

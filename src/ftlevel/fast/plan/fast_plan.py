@@ -126,7 +126,9 @@ def plan_fast(
         workers.count,
         bool(workers.random),
         speed.fused_norm_glu and not uses_liger(config, device, meta.config.model_type),
-        prunes_last_layer=speed.prune_last_layer and not why_padded,
+        prunes_last_layer=speed.prune_last_layer
+        and not why_padded
+        and not METHODS[config.method.kind].step.pruning(config.method),
         # Checkpoints would compute a micro-batch again after the prefix has let go of its layout.
         shared_prefix=shares
         and chunked

@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftlevel.config.methods.bottleneck import (
-    PARALLEL_SCALING,
+    ON_RESIDUAL,
     REDUCTION_FACTOR,
     AdapterSpec,
+    default_scaling,
 )
 from ftlevel.errors import InputError, listing
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
-from ftlevel.methods.bottleneck.sites import SITES, site_pattern, sites_of
+from ftlevel.methods.bottleneck.page import PAGE
+from ftlevel.methods.bottleneck.sites import SITES, site_pattern, sites_of, why_no_residual
 from ftlevel.methods.facts import MethodFacts
 from ftlevel.methods.upstream import register_tuner
 
@@ -70,14 +72,28 @@ def describe(spec: AdapterSpec) -> str:
     width = f"reduction {spec.reduction_factor or REDUCTION_FACTOR:g}"
     if spec.bottleneck_dim is not None:
         width = f"bottleneck {spec.bottleneck_dim}"
-    scaling = spec.scaling or (PARALLEL_SCALING if spec.placement == "parallel" else 1.0)
+    scaling = spec.scaling or default_scaling(spec.placement)
+    factor = scaling if isinstance(scaling, str) else f"{scaling:g}"
     dropout = f", dropout {spec.adapter_dropout:g}" if spec.adapter_dropout else ""
-    return f"{spec.placement}, {width}, {spec.non_linearity}, scaling {scaling:g}{dropout}"
+    return f"{spec.placement}, {width}, {spec.non_linearity}, scaling {factor}{dropout}"
 
 
 def against_workers(spec: AdapterSpec) -> str:
     """Return what a forward pass changes in the model; empty if nothing."""
-    return "parallel adapters keep their input in the model" if spec.placement == "parallel" else ""
+    if spec.placement in ("parallel", *ON_RESIDUAL):
+        return f"{spec.placement} adapters keep their input in the model"
+    return ""
+
+
+def against_pruning(spec: AdapterSpec) -> str:
+    """Return why every token must go through the last block; empty if it need not."""
+    return f"{spec.placement} adapters read the residual" if spec.placement in ON_RESIDUAL else ""
+
+
+def refuse(spec: AdapterSpec, model_config: Any, _kind: str, _task: str, _quant: str) -> str | None:
+    """Return why adapters of this placement have no position in a model; None if they have."""
+    reason = why_no_residual(model_config, spec.placement)
+    return f"{reason}. Use placement houlsby, pfeiffer or parallel." if reason else None
 
 
 def why_not_mergeable(_config: Mapping[str, Any]) -> str:
@@ -99,7 +115,9 @@ _METHOD = Method(
     register=register,
     find_targets=find_targets,
     describe=describe,
-    step=StepSupport(workers=against_workers),
+    refuse=refuse,
+    step=StepSupport(workers=against_workers, pruning=against_pruning),
     merging=Merging(("BOTTLENECK",), into_weights=False, why_not=why_not_mergeable),
+    page=PAGE,
 )  # fmt: skip
 METHODS = {"adapter": _METHOD}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
-from ftlevel.config.methods.bottleneck import PARALLEL_SCALING, REDUCTION_FACTOR
+from ftlevel.config.methods.bottleneck import REDUCTION_FACTOR, Placement, default_scaling
 from ftlevel.methods.upstream import add_peft_type
 
 BOTTLENECK = add_peft_type("BOTTLENECK")
@@ -18,12 +19,13 @@ class BottleneckConfig(PeftConfig):
     """Configuration of `BottleneckModel`.
 
     Attributes:
-        placement: houlsby, pfeiffer or parallel.
+        placement: houlsby, pfeiffer, seq_bn, parallel, par_bn or adapter_plus.
         bottleneck_dim: width of the bottleneck; by `reduction_factor` if None.
         reduction_factor: hidden size / width of the bottleneck.
         non_linearity: activation by transformers' name.
         adapter_dropout: dropout on the bottleneck's activations in training.
-        scaling: factor of the adapter's output; None becomes 4 for parallel and 1 otherwise.
+        scaling: factor of the adapter's output, or learned, or channel; None becomes 4 for parallel
+            and par_bn, channel for adapter_plus and 1 otherwise.
         target_modules: names or one regular expression; None is the family's positions.
         exclude_modules: names or one regular expression that are left out.
         modules_to_save: modules that are trained in full and saved with the adapter.
@@ -35,7 +37,7 @@ class BottleneckConfig(PeftConfig):
     reduction_factor: float = field(default=REDUCTION_FACTOR)
     non_linearity: str = field(default="relu")
     adapter_dropout: float = field(default=0.0)
-    scaling: float | None = field(default=None)
+    scaling: float | str | None = field(default=None)
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
@@ -44,9 +46,9 @@ class BottleneckConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BOTTLENECK
-        if self.placement not in ("houlsby", "pfeiffer", "parallel"):
+        if self.placement not in get_args(Placement):
             raise ValueError(
-                f"placement {self.placement!r} is none of houlsby, pfeiffer and parallel."
+                f"placement {self.placement!r} is none of {', '.join(get_args(Placement))}."
             )
         if self.non_linearity not in ACT2FN:
             raise ValueError(
@@ -54,7 +56,9 @@ class BottleneckConfig(PeftConfig):
                 "relu, gelu or silu."
             )
         if self.scaling is None:
-            self.scaling = PARALLEL_SCALING if self.placement == "parallel" else 1.0
+            self.scaling = default_scaling(self.placement)
+        if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
+            raise ValueError(f"scaling {self.scaling!r} is no number, learned or channel.")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):  # PEFT compares these as sets

@@ -1,10 +1,12 @@
 """The bottleneck adapter around one module.
 
-    serial:    h ← h + s · up(f(down(h))),  h the module's output
-    parallel:  h ← h + s · up(f(down(x))),  x the input of the feed-forward that the module ends
+    h ← h + s · up(f(down(x))),  h the module's output
 
-down is (hidden → bottleneck), up is (bottleneck → hidden), both with bias (Houlsby et al., 2019,
-section 2.1; He et al., 2022, section 3.3).
+x is h, or what else of the feed-forward that the module ends: its input, its residual r, or the sum
+h + r, through the norm that follows in the model (`sites` has the formulas). down is
+(hidden → bottleneck), up is (bottleneck → hidden), both with bias (Houlsby et al., 2019, section
+2.1; He et al., 2022, section 3.3). s is a number, or learned: one, or one a channel (Steitz & Roth,
+2024, section 3.3).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,14 +32,40 @@ CANNOT_MERGE = (
 )
 
 
+Listens = Literal["input", "residual"]
+Reads = Literal["output", "input", "residual", "sum"]
+READS: dict[str, Reads] = {
+    "parallel": "input",
+    "par_bn": "residual",
+    "seq_bn": "sum",
+    "adapter_plus": "sum",
+}
+"""What adapters of a placement read, where it is not the module's output."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What one adapter does between and after its projections; nothing here is trained."""
+    """What one adapter reads, and does around its projections; nothing here is trained.
 
-    parallel: bool
+    Attributes:
+        reads: the module's output, the feed-forward's input, its residual, or the sum of that and
+            the output.
+        activation: between the projections.
+        dropout: on what that gives.
+        scaling: factor of the adapter's output, beside a learned one.
+    """
+
+    reads: Reads
     activation: Callable[[torch.Tensor], torch.Tensor]
     dropout: float
     scaling: float
+
+    @property
+    def listens(self) -> Listens | None:
+        """What it needs of what other modules are given."""
+        if self.reads == "output":
+            return None
+        return "input" if self.reads == "input" else "residual"
 
 
 class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
@@ -54,7 +82,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
     """
 
     cannot_merge = CANNOT_MERGE
-    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up", "bottleneck_scale")
     other_param_names = ("settings",)
     in_features: int
     out_features: int
@@ -67,14 +95,17 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         self.base_layer = base_layer
         self.bottleneck_down = nn.ModuleDict()
         self.bottleneck_up = nn.ModuleDict()
+        self.bottleneck_scale = nn.ParameterDict()
         self.settings: dict[str, Settings] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._tap: Any = None
-        self._tapped: torch.Tensor | None = None
+        self._taps: dict[Listens, Any] = {}
+        self._tapped: dict[Listens, torch.Tensor] = {}
+        # In a list it is no child: it stays the model's, under its own name.
+        self._norm: list[nn.Module] = []
 
     def update_layer(
-        self, adapter_name: str, config: BottleneckConfig, *, width_in: int, width_out: int
+        self, adapter_name: str, config: BottleneckConfig, *, reads: Reads, widths: tuple[int, int]
     ) -> None:
         """Add an adapter, in float32, on the device of the module.
 
@@ -84,47 +115,58 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         Args:
             adapter_name: its name.
             config: its configuration.
-            width_in: last dimension of what it reads.
-            width_out: last dimension of what it adds to.
+            reads: what it reads.
+            widths: last dimensions of what it reads, and of what it adds to.
         """
+        width_in, width_out = widths
         width = config.bottleneck_dim or max(1, int(width_out // config.reduction_factor))
         down = nn.Linear(width_in, width, dtype=torch.float32)
         up = nn.Linear(width, width_out, dtype=torch.float32)
         if config.init_weights:
             nn.init.zeros_(up.weight)
             nn.init.zeros_(up.bias)
+        learned = {"learned": 1, "channel": width_out}.get(str(config.scaling))
         weight = next(self.get_base_layer().parameters(), None)
         if weight is not None and not down.weight.is_meta:
             down, up = down.to(weight.device), up.to(weight.device)
         self.bottleneck_down[adapter_name] = down
         self.bottleneck_up[adapter_name] = up
         self.settings[adapter_name] = Settings(
-            parallel=config.placement == "parallel",
+            reads=reads,
             activation=ACT2FN[config.non_linearity],
             dropout=config.adapter_dropout,
-            scaling=1.0 if config.scaling is None else config.scaling,
+            scaling=config.scaling if isinstance(config.scaling, (int, float)) else 1.0,
         )
+        if learned is not None:
+            ones = torch.ones(learned, dtype=torch.float32, device=up.weight.device)
+            self.bottleneck_scale[adapter_name] = nn.Parameter(ones)
 
-    def listen_to(self, source: nn.Module) -> None:
-        """Let parallel adapters read what `source` is given, instead of the module's own input.
+    def listen_to(self, source: nn.Module, what: Listens) -> None:
+        """Let adapters read what `source` is given, as `what`.
 
         `source` must run before the module in every forward pass. When activations are recomputed
         for the backward pass, both run again and the input is the recomputed one.
         """
-        if self._tap is None:
-            self._tap = source.register_forward_pre_hook(functools.partial(_remember, self))
+        if what not in self._taps:
+            hook = functools.partial(_remember, self, what)
+            self._taps[what] = source.register_forward_pre_hook(hook)
+
+    def sum_through(self, norm: nn.Module) -> None:
+        """Let adapters that read the sum of output and residual read it through `norm`."""
+        self._norm = [norm]
 
     def stop_listening(self) -> None:
-        """Take the hook off again; the base model is as it was."""
-        if self._tap is not None:
-            self._tap.remove()
-            self._tap = None
+        """Take the hooks off again; the base model is as it was."""
+        for hook in self._taps.values():
+            hook.remove()
+        self._taps, self._norm = {}, []
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see `BaseTunerLayer`."""
         super().delete_adapter(adapter_name)
-        if not any(setting.parallel for setting in self.settings.values()):
-            self.stop_listening()
+        needed = {setting.listens for setting in self.settings.values()}
+        for what in [what for what in self._taps if what not in needed]:
+            self._taps.pop(what).remove()
 
     def running(self) -> list[str]:
         """Return the names of the adapters that a forward pass goes through."""
@@ -135,23 +177,35 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, then its active adapters one after the other; (…, width_out)."""
-        tapped, self._tapped = self._tapped, None
+        tapped, self._tapped = self._tapped, {}
         output = self.base_layer(*args, **kwargs)
         running = self.running()
         if not running:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
+        if "input" not in self._taps and args:
+            tapped = {**tapped, "input": args[0]}
         for name in running:
-            source = hidden
-            if self.settings[name].parallel:
-                source = args[0] if self._tap is None else tapped
-            if source is None:
-                raise RuntimeError(
-                    "a parallel adapter did not see the input of its feed-forward: the model "
-                    "computes its first linear without calling the module"
-                )
+            source = self._source(self.settings[name], hidden, tapped)
             hidden = hidden + self._adapt(name, source).to(hidden.dtype)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _source(
+        self, setting: Settings, hidden: torch.Tensor, tapped: dict[Listens, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return what an adapter reads: (…, width_in)."""
+        if setting.listens is None:
+            return hidden
+        if setting.listens not in tapped:
+            raise RuntimeError(
+                f"an adapter did not see the {setting.listens} of its feed-forward: the model "
+                "computes without calling the module that is given it"
+            )
+        source = tapped[setting.listens]
+        if setting.reads != "sum":
+            return source
+        total: torch.Tensor = hidden + source
+        return self._norm[0](total) if self._norm else total
 
     def _adapt(self, name: str, source: torch.Tensor) -> torch.Tensor:
         """Return s · up(f(down(source))): (…, width_in) → (…, width_out)."""
@@ -162,7 +216,8 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         )
         inner = setting.activation(down(self._cast_input_dtype(source, _dtype(down))))
         inner = nn.functional.dropout(inner, setting.dropout, self.training)
-        return up(inner) * setting.scaling
+        made: torch.Tensor = up(inner) * setting.scaling
+        return made * self.bottleneck_scale[name] if name in self.bottleneck_scale else made
 
     def __repr__(self) -> str:
         return f"bottleneck.{super().__repr__()}"
@@ -172,7 +227,9 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def _remember(layer: BottleneckLayer, _source: nn.Module, args: tuple[Any, ...]) -> None:
-    """Keep the input of a feed-forward until `layer`, its last module, runs."""
-    if any(layer.settings[name].parallel for name in layer.running()):
-        layer._tapped = args[0]
+def _remember(
+    layer: BottleneckLayer, what: Listens, _source: nn.Module, args: tuple[Any, ...]
+) -> None:
+    """Keep what a module is given until `layer` runs, if it is going to be read."""
+    if any(layer.settings[name].listens == what for name in layer.running()):
+        layer._tapped[what] = args[0]

@@ -8,8 +8,15 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ftlevel.methods.bottleneck.config import BottleneckConfig
-from ftlevel.methods.bottleneck.layer import BottleneckLayer
-from ftlevel.methods.bottleneck.sites import SITES, find_input, site_pattern, sites_of
+from ftlevel.methods.bottleneck.layer import READS, BottleneckLayer, Reads
+from ftlevel.methods.bottleneck.sites import (
+    SITES,
+    block_of,
+    find_input,
+    site_pattern,
+    sites_of,
+    why_no_residual,
+)
 from ftlevel.methods.precision import PrecisionTuner
 from ftlevel.methods.unmergeable import UnmergeableTuner
 
@@ -23,6 +30,9 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     def _prepare_adapter_config(
         self, peft_config: BottleneckConfig, model_config: dict[str, Any]
     ) -> BottleneckConfig:
+        reason = why_no_residual(getattr(self.model, "config", None), peft_config.placement)
+        if reason:
+            raise ValueError(f"{reason}. Use placement houlsby, pfeiffer or parallel.")
         if peft_config.target_modules is None:
             sites = sites_of(getattr(self.model, "config", None))
             if sites is None:
@@ -47,16 +57,45 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target)
         width_in, width_out = self._widths(layer.get_base_layer())
         layer.in_features, layer.out_features = width_in, width_out
-        if peft_config.placement == "parallel":
+        reads = self._connect(layer, peft_config.placement, current_key)
+        if reads == "input":
             source = self._input_of(current_key)
             if source is not None:
                 width_in = self._widths(source)[0]
-                layer.listen_to(source)
+                layer.listen_to(source, "input")
         else:
             width_in = width_out
-        layer.update_layer(adapter_name, peft_config, width_in=width_in, width_out=width_out)
+        layer.update_layer(adapter_name, peft_config, reads=reads, widths=(width_in, width_out))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _connect(self, layer: BottleneckLayer, placement: str, site: str) -> Reads:
+        """Let `layer` see the residual where adapters of `placement` read it (mutated).
+
+        Returns:
+            What such an adapter reads at `site`.
+
+        Raises:
+            ValueError: `site` is not the end of a feed-forward, whose residual would be read.
+        """
+        reads = READS.get(placement, "output")
+        if reads not in ("residual", "sum"):
+            return reads
+        sites = sites_of(getattr(self.model, "config", None))
+        block = block_of(sites, site)
+        if sites is None or block is None:
+            raise ValueError(
+                f"placement {placement} reads the residual of a feed-forward, and {site} is not "
+                "the end of one. Use placement houlsby, pfeiffer or parallel."
+            )
+        if placement == "adapter_plus" and sites.norm:
+            return "output"  # the site is the norm itself, whose output is the sum's
+        modules: dict[str, Any] = dict(self.model.named_modules())
+        layer.listen_to(modules[block + sites.residual], "residual")
+        if sites.norm:
+            norm = modules[block + sites.norm]
+            layer.sum_through(getattr(norm, "base_layer", norm))
+        return reads
 
     def _input_of(self, site: str) -> nn.Module | None:
         """Return the linear that is given the input of the feed-forward that ends at `site`."""

@@ -18,6 +18,12 @@ from ftlevel.methods.upstream import register_tuner
 
 ENCODER_WIDTH = 512  # Li & Liang, 2021, section 4.3
 
+PAGE = """\
+A prefix has no position here. AdapterHub's flat prefixes of the same numbers give the same logits
+but in T5 and mT5, where the prefix is counted as the first keys: it gets their relative bias, and
+each token of the text the bias of a distance that is longer by the prefix. Prefixes of AdapterHub's
+are refused."""
+
 
 def register() -> None:
     """Make PEFT know the tuner."""
@@ -106,5 +112,6 @@ _METHOD = Method(
     merging=Merging(
         ("PREFIX_KV", "PREFIX_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS
     ),
+    page=PAGE,
 )  # fmt: skip
 METHODS = {"prefix": _METHOD}

@@ -1,0 +1,308 @@
+"""A bottleneck adapter in the form of AdapterHub: its configuration, and the names of its weights.
+
+Read in `adapters` 1.3.0: configuration/adapter_config.py (`BnConfig`), methods/bottleneck.py and
+methods/modeling.py, models/*/mixin_*.py. scripts/against_adapterhub.py compares with that package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ftlevel.config.methods.bottleneck import REDUCTION_FACTOR
+from ftlevel.errors import InputError, listing
+from ftlevel.methods.bottleneck.sites import Sites, block_of, sites_of
+
+VERSION = "adapters.1.3.0"
+
+_DEFAULTS: dict[str, Any] = {
+    "original_ln_before": False, "original_ln_after": True, "ln_before": False, "ln_after": False,
+    "init_weights": "bert", "init_weights_seed": None, "is_parallel": False, "scaling": 1.0,
+    "use_gating": False, "residual_before_ln": True, "adapter_residual_before_ln": False,
+    "inv_adapter": None, "inv_adapter_reduction_factor": None, "cross_adapter": False,
+    "leave_out": [], "dropout": 0.0, "phm_layer": False, "phm_dim": 4, "factorized_phm_W": True,
+    "shared_W_phm": False, "shared_phm_rule": True, "factorized_phm_rule": False,
+    "phm_c_init": "normal", "phm_init_range": 0.0001, "learn_phm": True,
+    "hypercomplex_nonlinearity": "glorot-uniform", "phm_rank": 1, "phm_bias": True,
+    "stochastic_depth": 0.0,
+}  # fmt: skip
+_REQUIRED = ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
+_MUST_BE = {
+    "ln_before": (False, "a layer norm of its own before the adapter"),
+    "ln_after": (False, "a layer norm of its own after the adapter"),
+    "use_gating": (False, "a gate beside the adapter"),
+    "inv_adapter": (None, "an invertible adapter after the embeddings"),
+    "phm_layer": (False, "Compacter's sums of Kronecker products"),
+}
+_FORMERLY = ("invertible_adapter", "attention_type", "new_attention_norm")
+_OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+"""What adapter-transformers, whose files name no version, called activations."""
+
+
+@dataclass(frozen=True)
+class Holders:
+    """The modules that hold AdapterHub's adapters, as paths right below a block's index.
+
+    Attributes:
+        attention: one for each of `Sites.attention` where it is the same adapter as ours; empty
+            text for the block itself.
+        feed_forward: the one of the feed-forward.
+    """
+
+    attention: tuple[str, ...]
+    feed_forward: str
+
+
+_IN_BLOCK = Holders(("attention_adapters", "cross_attention_adapters"), "output_adapters")
+_IN_OUTPUT = Holders(("attention.output",), "output")
+
+HOLDERS: dict[str, Holders] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"), _IN_OUTPUT),
+    # After the attention its adapter reads the residual and adds to that: no placement is it.
+    "albert": Holders((), "output_adapters"),
+    **dict.fromkeys(("distilbert", "gpt2", "gptj", "llama", "mistral", "bart", "mbart"), _IN_BLOCK),
+    **dict.fromkeys(("t5", "mt5"), Holders(("", ""), "")),
+}
+"""The families of which AdapterHub has adapters and ftlevel knows their places."""
+
+
+def read_config(settings: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
+    """Return the fields of `BottleneckConfig` that compute what AdapterHub's adapter computes.
+
+    Args:
+        settings: what their adapter_config.json holds.
+        model_config: of the base.
+
+    Raises:
+        InputError: naming the keys of what ftlevel does not have.
+    """
+    sites = _known_sites(model_config)
+    given = settings.get("config")
+    if not isinstance(given, Mapping) or any(key not in given for key in _REQUIRED):
+        raise InputError(
+            f"config is {given if isinstance(given, str) else 'incomplete'!r}; expected an object "
+            f"with {listing(_REQUIRED)}. Save the adapter again with adapters 1.3.0."
+        )
+    config = {**_DEFAULTS, **given}
+    _check_plain(config)
+    placement = _placement(config, sites)
+    targets, left_out = _targets(config, placement, sites, model_config)
+    return {
+        "placement": placement,
+        "reduction_factor": _reduction_factor(config["reduction_factor"]),
+        "non_linearity": _activation(config["non_linearity"], old="version" not in settings),
+        "scaling": _scaling(config["scaling"]),
+        "target_modules": targets,
+        "exclude_modules": left_out,
+    }
+
+
+def _known_sites(model_config: Any) -> Sites:
+    sites = sites_of(model_config)
+    if sites is None or model_config.model_type not in HOLDERS:
+        raise InputError(
+            f"the places of AdapterHub's adapters in {model_config.model_type} are not known. "
+            f"Families: {listing(HOLDERS, most=len(HOLDERS))}."
+        )
+    return sites
+
+
+def _check_plain(config: Mapping[str, Any]) -> None:
+    architecture = config.get("architecture")
+    if architecture is not None:
+        raise InputError(
+            f"architecture {architecture!r} is no bottleneck adapter, and of AdapterHub's methods "
+            "ftlevel reads these only. Train it here by --method, or use it with adapters."
+        )
+    problems = [
+        f"{key} {config[key]!r} ({what}) is not known here"
+        for key, (value, what) in _MUST_BE.items()
+        if config[key] != value
+    ]
+    unknown = set(config) - {*_DEFAULTS, *_REQUIRED, *_FORMERLY, "architecture"}
+    problems += [f"{key} is no key of adapters 1.3.0" for key in sorted(unknown)]
+    if config.get("invertible_adapter"):
+        problems.append("invertible_adapter (an invertible adapter) is not known here")
+    if problems:
+        raise InputError(f"{'; '.join(problems)}. Use the adapter with adapters itself.")
+
+
+def _placement(config: Mapping[str, Any], sites: Sites) -> str:
+    """Return the placement that `config` describes; `_targets` says at which of its positions.
+
+    Raises:
+        InputError: it is one that ftlevel does not have.
+    """
+    before, after = config["original_ln_before"], config["original_ln_after"]
+    residual, attention = config["residual_before_ln"], config["mh_adapter"]
+    if config["is_parallel"]:
+        if after and config["output_adapter"] and not attention and not config["cross_adapter"]:
+            return "par_bn"
+    elif not before:
+        if after and (attention or config["output_adapter"] or config["cross_adapter"]):
+            return "houlsby" if attention or config["cross_adapter"] else "pfeiffer"
+    elif config["output_adapter"] and not attention and not config["cross_adapter"]:
+        if after and residual is True:
+            return "seq_bn"
+        if not after and residual is False:
+            return "adapter_plus"
+    keys = ("mh_adapter", "output_adapter", "cross_adapter", "is_parallel", "original_ln_before",
+            "original_ln_after", "residual_before_ln")  # fmt: skip
+    said = listing([f"{key} {config[key]!r}" for key in keys], most=len(keys))
+    raise InputError(
+        f"an adapter with {said} has no placement here. Known are AdapterHub's double_seq_bn, "
+        "seq_bn, par_bn and AdapterPlusConfig. Use it with adapters itself."
+    )
+
+
+def _targets(
+    config: Mapping[str, Any], placement: str, sites: Sites, model_config: Any
+) -> tuple[str | None, str | None]:
+    """Return patterns of the modules that have an adapter and of those left out, None for all."""
+    self_attention, *cross = sites.attention
+    wanted = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
+    wanted += [sites.feed_forward] * bool(config["output_adapter"])
+    is_whole = placement != "houlsby" or len(wanted) == len(sites.attention) + 1
+    targets = None if is_whole else rf"(?:.*\.)?\d+\.(?:{_any_of(wanted)})"
+    return targets, _left_out(config["leave_out"] or [], model_config)
+
+
+def _any_of(paths: list[str]) -> str:
+    return "|".join(path.replace(".", r"\.") for path in paths)
+
+
+def _left_out(layers: list[int], model_config: Any) -> str | None:
+    """Return a pattern of the blocks `layers`, counted through encoder and decoder; None for none.
+
+    Raises:
+        InputError: the blocks of the family are not counted so.
+    """
+    if not layers:
+        return None
+    if model_config.model_type == "albert" or not all(isinstance(i, int) for i in layers):
+        raise InputError(f"leave_out {layers!r} is not known of {model_config.model_type}.")
+    if not model_config.is_encoder_decoder:
+        return rf"(?:.*\.)?(?:layers?|h)\.(?:{'|'.join(map(str, layers))})\..*"
+    count = getattr(model_config, "encoder_layers", None) or model_config.num_layers
+    blocks = [f"encoder.{i}" if i < count else f"decoder.{i - count}" for i in layers]
+    stacks = "|".join(name.replace(".", r"\.(?:block|layers)\.") for name in blocks)
+    return rf"(?:.*\.)?(?:{stacks})\..*"
+
+
+def _reduction_factor(value: Any) -> float:
+    if isinstance(value, Mapping) and set(value) == {"default"}:
+        value = value["default"]
+    if not isinstance(value, (int, float)) or value <= 0:
+        raise InputError(
+            f"reduction_factor {value!r} is not one number for all layers. Use the adapter with "
+            "adapters itself."
+        )
+    return float(value)
+
+
+def _activation(name: Any, *, old: bool) -> str:
+    """Return transformers' name of an activation; `old` names are adapter-transformers'."""
+    from transformers.activations import ACT2FN
+
+    known = str(name).lower()
+    known = _OLD_ACTIVATIONS.get(known, known) if old else known
+    known = {"leakyrelu": "leaky_relu"}.get(known, known)
+    if known not in ACT2FN:
+        raise InputError(f"non_linearity {name!r} is no activation of transformers.")
+    return known
+
+
+def _scaling(value: Any) -> float | str:
+    if value in ("learned", "channel") or isinstance(value, (int, float)):
+        return float(value) if isinstance(value, (int, float)) else str(value)
+    raise InputError(f"scaling {value!r} is no number, learned or channel.")
+
+
+def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
+    """Return AdapterHub's `config` of an adapter of ours at all of its placement's positions.
+
+    Args:
+        peft_config: what adapter_config.json holds.
+        model_config: of the base.
+
+    Raises:
+        InputError: AdapterHub has no such adapter, or not in this family.
+    """
+    sites = _known_sites(model_config)
+    placement = peft_config["placement"]
+    if placement == "parallel" and not sites.norm:
+        raise InputError(
+            f"AdapterHub has no placement parallel in {model_config.model_type}: its parallel "
+            "adapter reads the residual before the norm. Train with placement par_bn."
+        )
+    parallel = {"is_parallel": True}
+    of_placement: dict[str, dict[str, Any]] = {
+        "houlsby": {"mh_adapter": True, "cross_adapter": bool(model_config.is_encoder_decoder)},
+        "pfeiffer": {},
+        "seq_bn": {"original_ln_before": True},
+        "adapter_plus": {
+            "original_ln_before": True, "original_ln_after": False, "residual_before_ln": False,
+        },
+        "parallel": parallel,
+        "par_bn": parallel,
+    }  # fmt: skip
+    scaling = peft_config["scaling"]
+    return {
+        **_DEFAULTS,
+        "mh_adapter": False,
+        "output_adapter": True,
+        "reduction_factor": _factor_of(peft_config, model_config.hidden_size),
+        "non_linearity": peft_config["non_linearity"],
+        "scaling": scaling if isinstance(scaling, str) else float(scaling),
+        **of_placement[placement],
+    }
+
+
+def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
+    """Return the reduction factor that gives the adapter's width: hidden // factor."""
+    width = peft_config.get("bottleneck_dim")
+    if width is None:
+        return float(peft_config.get("reduction_factor") or REDUCTION_FACTOR)
+    exact = hidden / width
+    return exact if int(hidden // exact) == width else hidden / (width + 0.5)
+
+
+def holders_of(names: Iterator[str], model: Any) -> dict[str, str]:
+    """Return the path of AdapterHub's module for each module of ours among `names`.
+
+    Args:
+        names: full names of adapted modules of the base.
+        model: the base, or its shape.
+
+    Returns:
+        Name → the path of its holder, without the prefix of the base model.
+
+    Raises:
+        InputError: one is none of the family's positions.
+    """
+    sites, holders = _known_sites(model.config), HOLDERS[model.config.model_type]
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name in names:
+        block, holder = block_of(sites, name), holders.feed_forward
+        for path, attention in zip(sites.attention, holders.attention, strict=False):
+            if name.endswith(f".{path}"):
+                block, holder = name.removesuffix(path), attention
+        if block is None:
+            raise InputError(
+                f"at {name} AdapterHub's adapters of {model.config.model_type} compute something "
+                "that ftlevel's do not. Use one of the feed-forward only."
+            )
+        found[name] = f"{block}{holder}".rstrip(".").removeprefix(prefix)
+    return found
+
+
+WEIGHTS = {
+    "bottleneck_down.weight": "adapter_down.0.weight",
+    "bottleneck_down.bias": "adapter_down.0.bias",
+    "bottleneck_up.weight": "adapter_up.weight",
+    "bottleneck_up.bias": "adapter_up.bias",
+    "bottleneck_scale": "scaling",
+}
+"""Our names of an adapter's weights in a state dict, and theirs."""
