@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import ConfigError, InputError
+from ftlevel.evaluation.decoding import RowDecoder, open_decoder
 from ftlevel.evaluation.row_scores import RowScorer, shorten
 from ftlevel.evaluation.scoring import Writing, generate_texts
 from ftlevel.models.hardware import autocast
@@ -111,6 +112,7 @@ class AskedModel:
         self._trained, self._writing = trained, writing
         self._batch_size, self._cuts = batch_size, cuts
         self._scorer = RowScorer(trained, batch_size)
+        self._decoder: RowDecoder | Literal[False] | None = None  # False where there can be none
         self._positions = max_positions(trained.model.config)
         self.shortened = 0
         self.task = trained.task
@@ -124,15 +126,24 @@ class AskedModel:
     def close(self) -> None:
         """Take off the model what made it faster."""
         self._scorer.close()
+        if self._decoder:
+            self._decoder.close()
+            self._decoder = None
 
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
         """Return the text that it writes after each prompt."""
         prompts = self._fit_prompts(prompts)
-        trained = self._trained
-        return generate_texts(
-            trained.model, trained.tokenizer, prompts, trained.device,
-            self._batch_size or PROMPTS, self._writing,
-        )  # fmt: skip
+        trained, size = self._trained, self._batch_size or PROMPTS
+        if self._decoder is None and len(prompts) > size and not self._writing.temperature:
+            self._decoder = open_decoder(trained.model, trained.kind, trained.tokenizer, prompts,
+                                         trained.dtype)  # fmt: skip
+        if not self._decoder:
+            return generate_texts(
+                trained.model, trained.tokenizer, prompts, trained.device, size, self._writing
+            )
+        texts = self._decoder(prompts, self._writing.max_new_tokens, size)
+        said = trained.tokenizer.batch_decode(texts, skip_special_tokens=True)
+        return [str(text).strip() for text in said]
 
     def _fit_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Return `prompts`, shortened at their beginning where they leave no room for an answer."""
