@@ -5,20 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
 
-from ftlevel.artifacts.row_files import (
-    LineStream,
-    RowColumns,
-    RowFile,
-    RowList,
-    RowSink,
-    check_row_file,
-    partial_of,
-    row_file_type,
-)
+from ftlevel.artifacts.rows.formats import check_row_file, row_file_type
+from ftlevel.artifacts.rows.sinks import LineStream, RowColumns, RowFile, RowList, RowSink
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.config import PredictConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.choices import Choice
@@ -34,6 +26,7 @@ from ftlevel.data.prepare.questions import (
 from ftlevel.data.sources.one_file import OneFile, opened_file
 from ftlevel.errors import ConfigError, InputError, Interrupted, listing
 from ftlevel.evaluation.answers import PROMPTS, AskedModel, answer_questions, asking
+from ftlevel.evaluation.row_tally import Tally
 from ftlevel.evaluation.scoring import Writing
 from ftlevel.events import Listener, Silence
 from ftlevel.models.hardware import choose_device
@@ -50,9 +43,6 @@ WINDOW = 2_048
 TEXT_BATCHES = 16
 """Batches that are, where texts are written: what is written is kept, window by window."""
 
-MOST_SHOWN = 5
-"""Rows without an answer that are named; the others are counted."""
-
 Answers = Mapping[str, str]
 """Column of the answer → the name that the task has for it."""
 
@@ -68,27 +58,6 @@ class Predictions:
 
     rows: list[dict[str, Any]] | None
     summary: Mapping[str, Any]
-
-
-@dataclass
-class Tally:
-    """What became of the rows so far.
-
-    Attributes:
-        kept: rows that were there already.
-        answered: rows that were gone through since.
-        skipped: rows of these that have no answer.
-        shown: the first of them, with their places and reasons.
-        shortened: rows that lost tokens.
-        seconds: that answering took, without loading the model.
-    """
-
-    kept: int = 0
-    answered: int = 0
-    skipped: int = 0
-    shown: list[str] = field(default_factory=list)
-    shortened: int = 0
-    seconds: float = 0.0
 
 
 def predict(
@@ -122,8 +91,9 @@ def predict(
             _answer_all(config, job, listener)
             job.sink.finish()
         except KeyboardInterrupt:
-            raise Interrupted(_describe_stop(config, job.tally)) from None
-    _warn(listener, config, job.tally)
+            raise Interrupted(job.tally.describe_stop()) from None
+    for warning in job.tally.warnings():
+        listener.warn(warning)
     collected = job.sink.rows if isinstance(job.sink, RowList) else None
     return Predictions(collected, _summarize(config, job))
 
@@ -163,9 +133,7 @@ def _check(config: PredictConfig, rows: Iterable[Mapping[str, Any]] | None) -> N
             else f"rows are given, and --dataset {config.dataset} too. Give one of them."
         )
     if config.output is not None:
-        check_row_file(
-            "--output", config.output, resume=config.resume, overwrite=config.overwrite
-        )
+        check_row_file("--output", config.output, resume=config.resume, overwrite=config.overwrite)
 
 
 def _prepare(
@@ -179,9 +147,7 @@ def _prepare(
     found = find_trained(config.name, device.value, config.task)
     task, own = TASKS[found.card.task], _settings(found)
     source, file = _open(config, rows, task, own, held)
-    shape = task.find_questions(
-        source.columns, _mapping(config, own, task, source), config.format
-    )
+    shape = task.find_questions(source.columns, _mapping(config, own, task, source), config.format)
     wanted = Wanted(config.probabilities, config.top_k or 0)
     kinds = task.answer_columns(shape, found.card.labels, found.card.options, wanted)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in kinds}
@@ -190,7 +156,7 @@ def _prepare(
     sink = _open_sink(config, RowColumns(source.columns, added, source.schema), stream)
     held.callback(sink.close)
     questions = iter(Questions(source, shape, sink.is_table, config.limit))
-    tally = Tally(kept=_skip_written(questions, sink, config))
+    tally = Tally(config.output, kept=_skip_written(questions, sink, config))
     choices = _choices(config, found, own, shape, answers, file)
     return _Job(
         found, device.value, own, wanted, answers, questions, sink, tally,
@@ -355,14 +321,12 @@ def _answer(
     asked = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
-        raise InputError(_describe_bad(window, faults, config, tally))
+        raise InputError(tally.describe_bad(window, faults))
     answers = answer_questions(model, [window[i].question for i in asked], wanted)
     faults |= {asked[number]: reason for number, reason in answers.refused.items()}
     if faults and config.on_bad_row == "error":
-        raise InputError(_describe_bad(window, faults, config, tally))
-    tally.skipped += len(faults)
-    tally.shown += [f"{window[i].place}: {faults[i]}" for i in sorted(faults)]
-    del tally.shown[MOST_SHOWN:]
+        raise InputError(tally.describe_bad(window, faults))
+    tally.skip(window, faults)
     found: list[Mapping[str, Any]] = [{} for _ in window]
     for number, reply in zip(asked, answers.replies, strict=True):
         if reply is not None:
@@ -378,46 +342,6 @@ def _join(row: AskedRow, answer: Mapping[str, Any], job: _Job) -> dict[str, Any]
             f"{row.place}: has {listing(twice)} already. Name another column by --column."
         )
     return {**row.row, **{name: answer.get(end) for name, end in job.answers.items()}}
-
-
-def _describe_bad(
-    window: Sequence[AskedRow], faults: Mapping[int, str], config: PredictConfig, tally: Tally
-) -> list[str]:
-    """Return a message a bad row, for the first few, and what to do."""
-    lines = [f"{window[i].place}: {faults[i]}." for i in sorted(faults)]
-    more = f" and {len(lines) - MOST_SHOWN:,} more" if len(lines) > MOST_SHOWN else ""
-    rows = "It" if len(lines) == 1 else f"These{more}"
-    lines = lines[:MOST_SHOWN]
-    done = _describe_done(config, tally)
-    lines[-1] += (
-        f" {rows} cannot be answered. Fix what is wrong, or leave the answer empty by "
-        f"--on-bad-row skip.{done}"
-    )
-    return lines
-
-
-def _describe_done(config: PredictConfig, tally: Tally) -> str:
-    done = tally.kept + tally.answered
-    if config.output is None or not done:
-        return ""
-    partial = partial_of(config.output)
-    return f" The {done:,} rows before are in {partial}: --resume goes on with them."
-
-
-def _describe_stop(config: PredictConfig, tally: Tally) -> str:
-    done = _describe_done(config, tally)
-    return f"interrupted; {done.strip() or 'nothing was kept.'}"
-
-
-def _warn(listener: Listener, config: PredictConfig, tally: Tally) -> None:
-    if tally.skipped:
-        more = "; …" if tally.skipped > len(tally.shown) else ""
-        listener.warn(
-            f"{tally.skipped:,} of {tally.answered:,} rows have no answer "
-            f"({'; '.join(tally.shown)}{more})"
-        )
-    if tally.shortened:
-        listener.warn(f"{tally.shortened:,} rows were shortened to what the model takes")
 
 
 def _summarize(config: PredictConfig, job: _Job) -> dict[str, Any]:

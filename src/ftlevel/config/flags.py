@@ -236,7 +236,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names="--prompt -p", panel=ANSWER, on=("generate",), type=list[str],
          help="What to say; repeatable."),
     Flag(names="--prompts", panel=ANSWER, on=("generate",), type=Path,
-         help="File of prompts: a line each, or JSONL with 'prompt'."),
+         help="File of prompts: a text with one a line, or rows, by their columns: CSV, JSONL, …"),
     Flag(names="--chat", panel=ANSWER, on=("generate",), type=bool,
          help="Talk in the terminal; /help shows its commands."),
     Flag("context", "", ANSWER, ("generate",)),

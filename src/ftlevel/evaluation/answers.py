@@ -33,29 +33,37 @@ class Ask:
         context: where answers are looked for; question answering only.
         writing: how text is generated.
         batch_size: prompts a forward pass.
+        questions: what rows of a file ask, after the prompts.
+        places: `file:line` of each.
     """
 
     prompts: Sequence[str]
     context: str | None
     writing: Writing
     batch_size: int = PROMPTS
+    questions: Sequence[Any] = ()
+    places: Sequence[str] = ()
 
 
 def answer(trained: Trained, ask: Ask) -> list[Reply]:
-    """Return what `trained` says to each prompt; call it without gradients.
+    """Return what `trained` says to each prompt, then to each row; call it without gradients.
 
     Raises:
         ConfigError: a context that is missing or not wanted, or a prompt without a mask.
         InputError: a prompt beyond the model's positions.
     """
     task = trained.task
-    if task.wants_context and ask.context is None:
+    if ask.prompts and task.wants_context and ask.context is None:
         raise ConfigError(f"{task.name} looks for an answer in a text. Add --context TEXT.")
     if ask.context is not None and not task.wants_context:
         raise ConfigError(f"--context belongs to question answering, and this is {task.name}.")
     model = AskedModel(trained, ask.writing, ask.batch_size)
     try:
-        return task.answer(model, ask.prompts, ask.context)
+        said = task.answer(model, ask.prompts, ask.context) if ask.prompts else []
+        rows = answer_questions(model, ask.questions, Wanted())
+        if rows.refused:
+            raise InputError([f"{ask.places[i]}: {why}." for i, why in rows.refused.items()])
+        return [*said, *(reply for reply in rows.replies if reply is not None)]
     except UnansweredError as error:
         raise InputError(
             [f"--prompt {i + 1}: {reason}." for i, reason in error.reasons.items()]

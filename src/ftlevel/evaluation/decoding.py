@@ -68,9 +68,7 @@ class RowDecoder:
         """Give the model its attention back."""
         self._base.set_attn_implementation("sdpa")
 
-    def __call__(
-        self, prompts: Sequence[list[int]], most: int, batch_size: int
-    ) -> list[list[int]]:
+    def __call__(self, prompts: Sequence[list[int]], most: int, batch_size: int) -> list[list[int]]:
         """Return the ids that the model writes after each prompt, with what ended them.
 
         Args:
@@ -100,7 +98,9 @@ class RowDecoder:
     def begin(self, numbers: Sequence[int], prompts: Sequence[list[int]]) -> _Rows:
         """Return rows that hold `prompts` and the first token after each."""
         lengths = [len(ids) for ids in prompts]
-        layers = [_RoomyLayer() for _ in range(self._base.config.get_text_config().num_hidden_layers)]
+        layers = [
+            _RoomyLayer() for _ in range(self._base.config.get_text_config().num_hidden_layers)
+        ]
         rows = _Rows(list(numbers), lengths, [], layers)
         ids = pad(prompts, self._pad_id, left=True).to(self._device)
         self._forward(rows, ids, max(lengths))
@@ -192,7 +192,11 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,  # noqa: ARG002 - the signature is transformers'
+        **kwargs: Any,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the states of new tokens; return those of all."""
         before = self.get_seq_length()

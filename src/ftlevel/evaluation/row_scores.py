@@ -70,9 +70,7 @@ class RowScorer:
     def _speed_up(self, rows: Sequence[Encoded]) -> FastStep:
         trained = self._trained
         budget = CPU_TOKENS if trained.device == "cpu" else GPU_TOKENS
-        plan = plan_forward(
-            trained.model, trained.kind, trained.method, trained.objective, budget
-        )
+        plan = plan_forward(trained.model, trained.kind, trained.method, trained.objective, budget)
         fast = FastStep(trained.model, plan)
         tried = (rows, self._pad_id, trained.device, trained.dtype)
         fast.check(*tried)

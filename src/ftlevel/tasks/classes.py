@@ -381,8 +381,12 @@ TASKS = (
         ),
         questions=(
             *(
-                Shape("text + text_pair", build_text, {"text": (first,), "text_pair": (second,)},
-                      guessable=False)
+                Shape(
+                    "text + text_pair",
+                    build_text,
+                    {"text": (first,), "text_pair": (second,)},
+                    guessable=False,
+                )
                 for first, second in _PAIRS
             ),
             Shape("text", build_text, {"text": _TEXT}),

@@ -16,7 +16,15 @@ from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.formats.turns import Unusable, check_text
 from ftlevel.data.sources.table import BadRow, Table
 from ftlevel.task import Meter, Objective
-from ftlevel.tasks.base import BaseTask, Column, PromptedModel, Reply, Speller, Wanted, refuse_wishes
+from ftlevel.tasks.base import (
+    BaseTask,
+    Column,
+    PromptedModel,
+    Reply,
+    Speller,
+    Wanted,
+    refuse_wishes,
+)
 from ftlevel.tasks.classes import read_labels
 from ftlevel.tasks.entities import are_entity_tags, score_entities
 from ftlevel.tasks.pairs import Pairs

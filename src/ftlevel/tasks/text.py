@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.chat import render
 from ftlevel.data.encoding.encode import IGNORED, Encoded, encode_causal, encode_seq2seq
 from ftlevel.data.encoding.prompts import PromptFormat, choose_format, prompt_ids
 from ftlevel.data.formats.detect import Build, Format, Shape
-from ftlevel.data.encoding.chat import render
 from ftlevel.data.formats.examples import (
     PLAIN_TEXT,
     Conversation,
@@ -28,8 +28,8 @@ from ftlevel.data.formats.examples import (
 from ftlevel.data.formats.languages import find_language
 from ftlevel.data.formats.turns import Message, Unusable, parse_tools, parse_turns
 from ftlevel.data.sources.table import Table
-from ftlevel.task import Checks, Objective
 from ftlevel.errors import InputError
+from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller, UnansweredError, Wanted
 from ftlevel.tasks.text_scores import score_rouge, score_translations
 from ftlevel.tasks.tokens import Tokens

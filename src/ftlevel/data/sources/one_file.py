@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from ftlevel.data.sources.readers.files import READERS, describe_missing
 from ftlevel.data.sources.streams import refuse_unreadable

@@ -133,9 +133,7 @@ def plan_fast(
     )
 
 
-def plan_forward(
-    model: Any, kind: str, method: str, objective: Objective, tokens: int
-) -> FastPlan:
+def plan_forward(model: Any, kind: str, method: str, objective: Objective, tokens: int) -> FastPlan:
     """Return the parts with which a loaded model scores rows, none of which is learned.
 
     Args:

@@ -53,7 +53,6 @@ class Parquet(Reader):
                     row += batch.num_rows
                 skip = 0
 
-
     def share(self, chunk: Chunk) -> float | None:
         """Return which part of the rows is read behind `chunk`."""
         return chunk.cursor["number"] / max(1, self._file.metadata.num_rows)
@@ -89,6 +88,11 @@ def build_arrow_table(table: Any, source: str) -> Table:
 
 
 def check_columns(names: list[str], source: str) -> None:
+    """Refuse two columns of one name.
+
+    Raises:
+        InputError: naming them.
+    """
     if len(set(names)) < len(names):
         twice = sorted({repr(name) for name in names if names.count(name) > 1})
         raise InputError(f"{source}: has the column {listing(twice)} twice. Rename one.")
