@@ -6,7 +6,7 @@ is left out: a row that cannot be asked about has its reason instead.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -141,7 +141,7 @@ class Questions:
             yield replace(self._ask(row, place, fault, roles, known), share=share)
 
     def _ask(
-        self, row: Row | None, place: str, fault: str, roles: Roles, known: Collection[str]
+        self, row: Row | None, place: str, fault: str, roles: Roles, known: frozenset[str]
     ) -> AskedRow:
         if row is None:
             return AskedRow(dict.fromkeys(self.source.columns), place, None, fault)

@@ -32,7 +32,8 @@ BAD: list[tuple[str, str | bytes, str | list[str]]] = [
     (
         "x.yaml",
         "a: 1",
-        "x.yaml: cannot read '.yaml'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt. "
+        "x.yaml: cannot read '.yaml'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
+        ".arrow, .feather, .txt. "
         "Convert the file, or rename it to what it is.",
     ),
     (
