@@ -104,7 +104,7 @@ def text_sides(
 
     model, tokenizer = trained.model, trained.tokenizer
     with torch.no_grad():
-        decoder = open_decoder(model, trained.kind, tokenizer, prompts, trained.dtype)
+        decoder = open_decoder(trained, prompts)
     if not decoder:
         raise SystemExit("the model is left to generate: there is nothing to compare")
 

@@ -310,6 +310,7 @@ def test_it_goes_on_after_the_last_whole_row(
     Path("rows.csv").write_text(Path("rows.csv").read_text().replace("03,", "3,"))
     assert ask(classifier, *flags, "whole.csv", "--resume") == 2
     assert "row 4 of whole.csv is not rows.csv:" in capsys.readouterr().err
+    assert Path("whole.csv").read_bytes() == whole
 
 
 def test_bad_rows_stop_it_or_have_no_answer(
@@ -357,6 +358,7 @@ def test_mistakes_are_said_before_weights_load(
     monkeypatch.setattr(command, "load_found", None)
     assert ask(classifier, *arguments) == 2
     assert message in capsys.readouterr().err
+    assert [path.name for path in here.iterdir()] == ["rows.csv"]
 
 
 def test_from_python(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,9 +154,9 @@ def _prepare(
     _check_new(config, answers, source, file)
     added = {name: kinds[end] for name, end in answers.items()}
     sink = _open_sink(config, RowColumns(source.columns, added, source.schema), stream)
-    held.callback(sink.close)
     questions = iter(Questions(source, shape, sink.is_table, config.limit))
     tally = Tally(config.output, kept=_skip_written(questions, sink, config))
+    held.callback(_let_go, sink, tally)
     choices = _choices(config, found, own, shape, answers, file)
     return _Job(
         found, device.value, own, wanted, answers, questions, sink, tally,
@@ -212,6 +212,14 @@ def _check_new(
             f"--column {config.column}: {whose} {listing(taken)} already, and nothing of yours is "
             "overwritten. Name another by --column."
         )
+
+
+def _let_go(sink: RowSink, tally: Tally) -> None:
+    """Close the file that was not finished; one without a row is of no use."""
+    if isinstance(sink, RowFile) and not (tally.kept or tally.answered):
+        sink.discard()
+    else:
+        sink.close()
 
 
 def _open_sink(config: PredictConfig, columns: RowColumns, stream: IO[str] | None) -> RowSink:

@@ -143,8 +143,7 @@ class AskedModel:
         prompts = self._fit_prompts(prompts)
         trained, size = self._trained, self._batch_size or PROMPTS
         if self._decoder is None and len(prompts) > size and not self._writing.temperature:
-            self._decoder = open_decoder(trained.model, trained.kind, trained.tokenizer, prompts,
-                                         trained.dtype)  # fmt: skip
+            self._decoder = open_decoder(trained, prompts)
         if not self._decoder:
             return generate_texts(
                 trained.model, trained.tokenizer, prompts, trained.device, size, self._writing

@@ -25,7 +25,8 @@ from ftlevel.errors import listing
 from ftlevel.evaluation.scoring import stop_ids
 from ftlevel.fast.attention import one_token
 from ftlevel.fast.head.loss import base_model
-from ftlevel.fast.plan.fast_plan import why_rows_are_padded
+from ftlevel.fast.plan.fast_plan import puts_virtual_tokens, why_rows_are_padded
+from ftlevel.trained.load import Trained
 
 ROOM = 64
 """Tokens by which what is kept of the rows grows."""
@@ -250,34 +251,36 @@ def join(parts: Sequence[tuple[_Rows, Sequence[int]]]) -> _Rows:
     )
 
 
-def open_decoder(
-    model: Any, kind: str, tokenizer: Any, prompts: Sequence[list[int]], dtype: str
-) -> RowDecoder | Literal[False]:
-    """Return a decoder on `model`, or False where transformers' `generate` must write.
+def open_decoder(trained: Trained, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
+    """Return a decoder on a loaded model, or False where transformers' `generate` must write.
 
     Args:
-        model: what writes, in evaluation; call without gradients.
-        kind: of the model.
-        tokenizer: the model's.
-        prompts: some of those to come, on which the model is tried.
-        dtype: compute precision's name.
+        trained: the model; call without gradients.
+        prompts: some of those to come, on which it is tried.
     """
-    if why_generated(model, kind):
+    model, tokenizer = trained.model, trained.tokenizer
+    if why_generated(model, trained.kind, trained.method):
         return False
     decoder = RowDecoder(model, stop_ids(tokenizer), tokenizer.pad_token_id or 0)
-    noise = 1e-4 if dtype == "float32" else 1e-1
+    noise = 1e-4 if trained.dtype == "float32" else 1e-1
     if find_decoding_error(decoder, model, max(prompts, key=len), noise):
         decoder.close()
         return False
     return decoder
 
 
-def why_generated(model: Any, kind: str) -> str:
-    """Return why transformers' `generate` must write with `model`, of `kind`; empty if none."""
+def why_generated(model: Any, kind: str, method: str) -> str:
+    """Return why transformers' `generate` must write; empty if it need not.
+
+    Args:
+        model: what writes.
+        kind: of the model.
+        method: which its adapter was trained by.
+    """
     base = base_model(model)
     if reason := why_rows_are_padded(base, kind):
         return reason
-    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+    if puts_virtual_tokens(model, method):
         return "its adapter puts virtual tokens into every row"
     layers = DynamicCache(config=base.config).layers
     if any(type(layer) is not DynamicLayer for layer in layers):

@@ -145,6 +145,11 @@ class RowFile(ABC):
     def close(self) -> None:
         """Let go of the file, which can be gone on with."""
 
+    def discard(self) -> None:
+        """Let go of the file, in which there is no row."""
+        self.close()
+        self.partial.unlink(missing_ok=True)
+
     def finish(self) -> None:
         """Put the file in place."""
         self.close()

@@ -62,7 +62,11 @@ def opened_file(name: str, wish: str | None, columns: Collection[str]) -> Iterat
         raise InputError(describe_missing(path))
     shown = "stdin" if name == STDIN else name
     with tempfile.TemporaryDirectory(prefix="ftlevel-rows-") as folder:
-        copy, note = _copy(path, name, wish, columns, Path(folder), shown)
+        if name == STDIN or packed:
+            copy, note = _copy(path, name, wish, columns, Path(folder), shown)
+        else:
+            copy, note = Path(folder) / f"rows.{wish}", ""
+            copy.symlink_to(path.resolve())
         try:
             yield OneFile(copy, shown, note)
         except InputError as error:

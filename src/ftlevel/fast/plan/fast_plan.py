@@ -144,15 +144,16 @@ def plan_forward(model: Any, kind: str, method: str, objective: Objective, token
         tokens: most of a forward pass.
     """
     base = base_model(model)
-    adapters = getattr(model, "peft_config", {}).values()
-    puts_tokens = method in METHODS and METHODS[method].step.packing(SPECS[method]())
-    packs = not (
-        puts_tokens
-        or any(config.is_prompt_learning for config in adapters)
-        or why_rows_are_padded(base, kind)
-    )
+    packs = not (puts_virtual_tokens(model, method) or why_rows_are_padded(base, kind))
     chunked = has_language_head(base, objective)
     return FastPlan(True, packs, chunked, tokens, prunes_last_layer=packs)
+
+
+def puts_virtual_tokens(model: Any, method: str) -> bool:
+    """Whether an adapter of `model`, trained by `method`, puts tokens of its own into every row."""
+    adapters = getattr(model, "peft_config", {}).values()
+    known = method in METHODS and METHODS[method].step.packing(SPECS[method]())
+    return bool(known) or any(config.is_prompt_learning for config in adapters)
 
 
 def _plan_sharing(
