@@ -158,7 +158,7 @@ def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list
         UnansweredError: questions that leave no room for their context.
     """
     arguments: dict[str, Any] = {
-        "length": model.max_length,
+        "length": model.max_length or USUAL_LENGTH,
         "stride": model.options["doc_stride"],
         "separator": _separator(model.kind),
         "where": lambda index: f"question {index + 1}",
