@@ -196,7 +196,7 @@ def test_files_of_prompts_and_answers(
     assert "nothing of yours is overwritten" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}')
     assert run(["generate", name, "--prompts", str(tmp_path / "bad.jsonl")]) == 2
-    assert "bad.jsonl:2: has no 'prompt' of text" in capsys.readouterr().err
+    assert "bad.jsonl:2: has no 'prompt'." in capsys.readouterr().err
     assert run(["generate", name]) == 2
     assert "there is nothing to ask. Add --prompt" in capsys.readouterr().err
     assert run(["generate", name, "--chat", "--prompt", "a"]) == 2

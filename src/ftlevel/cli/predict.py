@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import typer
 
@@ -41,7 +43,7 @@ def predict(given: Given, *, task: str | None, as_json: bool, quiet: bool) -> No
             typer.echo(line, err=True)
 
 
-def _result_lines(summary: dict[str, object]) -> list[str]:
+def _result_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return what was done, in a line or two."""
     kept = f"; {summary['kept']:,} were there" if summary["kept"] else ""
     skipped = f"; {summary['skipped']:,} without an answer" if summary["skipped"] else ""

@@ -126,9 +126,9 @@ def _with_rows(
     """
     source = FileRows(OneFile(path, str(path)))
     try:
-        shape = task.find_questions(source.columns, config.columns)
+        shape = task.find_questions(source.leading, config.columns)
     except NoFormatError:
-        if "prompt" not in source.columns:
+        if "prompt" not in source.leading:
             raise
         shape = Format(task.name, "prompt", lambda roles: roles.text("prompt"),
                        {"prompt": "prompt"})  # fmt: skip

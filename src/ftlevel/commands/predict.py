@@ -147,7 +147,7 @@ def _prepare(
     found = find_trained(config.name, device.value, config.task)
     task, own = TASKS[found.card.task], _settings(found)
     source, file = _open(config, rows, task, own, held)
-    shape = task.find_questions(source.columns, _mapping(config, own, task, source), config.format)
+    shape = task.find_questions(source.leading, _mapping(config, own, task, source), config.format)
     wanted = Wanted(config.probabilities, config.top_k or 0)
     kinds = task.answer_columns(shape, found.card.labels, found.card.options, wanted)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in kinds}
@@ -193,7 +193,7 @@ def _mapping(
     if config.columns:
         return config.columns
     roles = {role for shape in task.questions for role in shape.roles}
-    there = set(source.columns)
+    there = set(source.leading)
     return {
         role: column
         for role, column in own.data.columns.items()

@@ -145,7 +145,7 @@ class _Rows:
     lengths: list[int]
     last: list[int]
     layers: Sequence[_RoomyLayer]
-    scores: torch.Tensor | None = None
+    scores: Any = None
 
 
 class _Texts:
@@ -226,7 +226,8 @@ def join(parts: Sequence[tuple[_Rows, Sequence[int]]]) -> _Rows:
     if not parts:
         return _Rows([], [], [], [])
     lengths = [rows.lengths[i] for rows, chosen in parts for i in chosen]
-    seq, layers = max(lengths), []
+    seq = max(lengths)
+    layers: list[_RoomyLayer] = []
     for at in range(len(parts[0][0].layers)):
         whole = []
         for name in ("keys", "values"):

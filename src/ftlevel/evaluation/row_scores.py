@@ -135,7 +135,7 @@ class RowScorer:
                 objective.targets(objective.logits(self._trained.model(**inputs)), labels)[0]
             )
         counts = [sum(label != IGNORED for label in _labels(row)) for row in rows]
-        yield from torch.cat(seen).split(counts)
+        yield from torch.cat(seen).split(counts)  # type: ignore[no-untyped-call]
 
 
 def shorten(row: Encoded, limit: int) -> Encoded:

@@ -47,10 +47,12 @@ class RowSource(Protocol):
 
     Attributes:
         columns: names, by the first rows.
+        leading: those of the first row, by which it is known what to ask.
         schema: Arrow's, where the types are declared; else None.
     """
 
     columns: Sequence[str]
+    leading: Sequence[str]
     schema: Any
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
@@ -77,6 +79,7 @@ class FileRows:
             raise InputError(f"{self._place(chunk, first.line)}: {first.reason}. Fix the file.")
         if not self.columns:
             self.columns = list(dict.fromkeys(name for row in chunk.rows for name in row))
+        self.leading: Sequence[str] = list(chunk.rows[0])
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
         """Yield the rows in the order of the file, a place that gave none at its own."""
@@ -108,6 +111,7 @@ class GivenRows:
         if not self._first:
             raise InputError("there are 0 rows to predict. Give some.")
         self.columns: Sequence[str] = list(dict.fromkeys(n for row in self._first for n in row))
+        self.leading: Sequence[str] = list(self._first[0])
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
         """Yield the rows, once."""
