@@ -297,7 +297,7 @@ def test_rows_longer_than_those_of_training_are_scored(
     capsys.readouterr()
     command = ["evaluate", str(tmp_path / "run"), "--dataset", str(rows), "--device", "cpu"]
     assert run([*command, "--resamples", "0"]) == 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "1 row is too long and not scored; the numbers are of the other 2." in shown
 
 
