@@ -12,6 +12,7 @@ Greedy only. `find_decoding_error` asks a model whether it writes so what it wri
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +63,9 @@ class RowDecoder:
         self._model, self._base = model, base_model(model)
         self._stops, self._pad_id = frozenset(stops), pad_id
         self._device = next(model.parameters()).device
+        # transformers 5.24 renames it, family by family.
+        takes = inspect.signature(self._base.forward).parameters
+        self._cache = "cache" if "cache" in takes else "past_key_values"
         one_token.register()
         self._base.set_attn_implementation(one_token.NAME)
 
@@ -121,9 +125,9 @@ class RowDecoder:
             input_ids=ids,
             attention_mask=(places >= begins).long(),
             position_ids=(places - begins).clamp(min=0)[:, -ids.shape[1] :],
-            past_key_values=Cache(layers=rows.layers),
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache: Cache(layers=rows.layers)},
         )
         rows.scores = outputs.logits[:, -1]
         rows.last = rows.scores.argmax(-1).tolist()

@@ -40,7 +40,7 @@ BAD: list[tuple[str, str | bytes, str | list[str]]] = [
         "x.jsonl.gz",
         b"\x1f\x8b",
         "x.jsonl.gz: cannot read '.gz'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
-        ".txt. Unpack it first: gunzip x.jsonl.gz",
+        ".arrow, .feather, .txt. Unpack it first: gunzip x.jsonl.gz",
     ),
     (
         "x.jsonl",
