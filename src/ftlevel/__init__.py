@@ -20,9 +20,16 @@ if TYPE_CHECKING:
     from ftlevel.commands.generate import generate
     from ftlevel.commands.list_targets import list_targets
     from ftlevel.commands.merge import MergeResult, merge
+    from ftlevel.commands.predict import Predictions, predict
     from ftlevel.commands.quantize import QuantizeResult, quantize
     from ftlevel.commands.train import TrainResult, train
-    from ftlevel.config import EvaluateConfig, MergeConfig, QuantizeConfig, TrainConfig
+    from ftlevel.config import (
+        EvaluateConfig,
+        MergeConfig,
+        PredictConfig,
+        QuantizeConfig,
+        TrainConfig,
+    )
     from ftlevel.pipeline import FineTunePipeLine
 
 _PLACES = {
@@ -30,6 +37,8 @@ _PLACES = {
     "MergeResult": "ftlevel.commands.merge",
     "EvaluateConfig": "ftlevel.config",
     "Evaluation": "ftlevel.commands.evaluate",
+    "PredictConfig": "ftlevel.config",
+    "Predictions": "ftlevel.commands.predict",
     "QuantizeConfig": "ftlevel.config",
     "QuantizeResult": "ftlevel.commands.quantize",
     "TrainConfig": "ftlevel.config",
@@ -40,6 +49,7 @@ _PLACES = {
     "generate": "ftlevel.commands.generate",
     "list_targets": "ftlevel.commands.list_targets",
     "merge": "ftlevel.commands.merge",
+    "predict": "ftlevel.commands.predict",
     "FineTunePipeLine": "ftlevel.pipeline",
 }
 
@@ -49,6 +59,8 @@ __all__ = [
     "FineTunePipeLine",
     "MergeConfig",
     "MergeResult",
+    "PredictConfig",
+    "Predictions",
     "QuantizeConfig",
     "QuantizeResult",
     "TrainConfig",
@@ -57,6 +69,7 @@ __all__ = [
     "generate",
     "list_targets",
     "merge",
+    "predict",
     "quantize",
     "train",
 ]

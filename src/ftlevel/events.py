@@ -20,6 +20,9 @@ class Listener(Protocol):
     def progress(self, done: int, total: int) -> None:
         """So many of so many examples are encoded."""
 
+    def answered(self, done: int, share: float | None) -> None:
+        """So many rows are answered; `share` of all, from 0 to 1, where that is known."""
+
     def warn(self, message: str) -> None:
         """Something the user should know; the run is still what was asked for."""
 
@@ -46,6 +49,9 @@ class Silence:
         """Ignore it."""
 
     def progress(self, done: int, total: int) -> None:
+        """Ignore it."""
+
+    def answered(self, done: int, share: float | None) -> None:
         """Ignore it."""
 
     def warn(self, message: str) -> None:

@@ -11,7 +11,7 @@ from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.formats.examples import Roles
 from ftlevel.data.sources.table import Table
 from ftlevel.task import Meter, Objective
-from ftlevel.tasks.base import BaseTask, PromptedModel, Reply
+from ftlevel.tasks.base import BaseTask, Column, PromptedModel, Reply, Wanted
 from ftlevel.tasks.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ def build_ranked(roles: Roles) -> Ranked:
     return Ranked(roles.text("first"), roles.text("second"), roles.text("better"), roles.index)
 
 
+def build_unranked(roles: Roles) -> Ranked:
+    """Return two texts of which nobody has said which is better."""
+    return Ranked(roles.text("first"), roles.text("second"), "", roles.index)
+
+
 @dataclass(frozen=True)
 class RankTask(BaseTask):
     """A task whose target is the better one of two texts."""
@@ -88,15 +93,30 @@ class RankTask(BaseTask):
 
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def answer(
-        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+        """Return two texts, which a prompt holds with ||| between them."""
+        first, _, second = prompt.partition(_SEPARATOR)
+        return Ranked(first, second, "", number)
+
+    def answer_columns(
+        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+    ) -> dict[str, Column]:
+        """Return which text is better, and how likely that is."""
+        return {"": "text"} | ({"probability": "number"} if wanted.probabilities else {})
+
+    def answer_rows(
+        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
-        """Return which of two texts is better, which a prompt holds with ||| between them."""
-        ids = model.tokenizer(list(prompts))["input_ids"]
-        rows = [Encoded(row, 0, i) for i, row in enumerate(ids)]
-        shares = [logits.float().softmax(-1).tolist() for logits in model.score(rows)]
-        scores = [dict(zip(model.labels, share, strict=True)) for share in shares]
-        return [Reply(max(score, key=score.__getitem__), score) for score in scores]
+        """Return which of two texts is better."""
+        pairs = [model.tokenizer([q.first, _SEPARATOR + q.second])["input_ids"] for q in questions]
+        rows = [Encoded(first + second, 0, i) for i, (first, second) in enumerate(pairs)]
+
+        def read(row: Encoded, logits: torch.Tensor) -> Reply:
+            scores = dict(zip(model.labels, logits.float().softmax(-1).tolist(), strict=True))
+            best = max(scores, key=lambda label: scores[label])
+            return Reply(best, scores, columns={"": best, "probability": scores[best]})
+
+        return model.score(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return the first one."""
@@ -152,6 +172,9 @@ TASKS = (
                 build_ranked,
                 {"first": ("first",), "second": ("second",), "better": ("better",)},
             ),
+        ),
+        questions=(
+            Shape("first + second", build_unranked, {"first": ("first",), "second": ("second",)}),
         ),
         auto_classes={"encoder": _CLASS, "decoder": _CLASS},
         peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS"},

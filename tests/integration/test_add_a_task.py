@@ -74,6 +74,15 @@ def test_it_answers(tree: Path, work: Path, trained: dict) -> None:
     assert [answer["text"] for answer in json.loads(told)["answers"]] == ["first", "second"]
 
 
+def test_it_predicts(tree: Path, work: Path, trained: dict) -> None:
+    (work / "new.csv").write_text(f"id,first,second\n1,{GOOD},{BAD}\n2,{BAD},{GOOD}\n")
+    run(tree, "predict", "run", "--dataset", "new.csv", "--output", "told.csv",
+        "--probabilities", cwd=work)  # fmt: skip
+    header, *rows = (work / "told.csv").read_text().splitlines()
+    assert header == "id,first,second,prediction,prediction_probability"
+    assert [row.split(",")[3] for row in rows] == ["first", "second"]
+
+
 def test_it_merges(tree: Path, work: Path, trained: dict) -> None:
     run(tree, "merge", "run", "--out", "merged", cwd=work)
     assert (work / "merged/model.safetensors").is_file()

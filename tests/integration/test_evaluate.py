@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -133,6 +134,29 @@ def check_predictions(name: str, lines: list[dict[str, Any]], result: Evaluation
     elif name == "pair":
         assert sum("predicted" in line for line in lines) == 5
         assert all("base_predicted" in line for line in lines[:5])
+
+
+def test_training_rows_are_called_so(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = task_data.write(tmp_path / "data", "class") / "train.jsonl"
+    train(configure(tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "text-classification"))
+    words = "the training rows: no validation split was held back"
+    asked = ["evaluate", str(tmp_path / "run"), "--resamples", "0", "--device", "cpu"]
+    assert run([*asked, "--quiet", "--predictions", str(tmp_path / "p.csv")]) == 0
+    shown = capsys.readouterr()
+    assert words in shown.out.splitlines()[0]
+    assert f"warning: these are {words}" in shown.err
+    with (tmp_path / "p.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["where"] for line in lines] == [f"{data}:{i}" for i in range(1, 17)]
+    assert {line["predicted"] for line in lines} <= {"a", "b"}
+    assert run([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["data"]
+    assert (found["split"], found["training_rows"]) == (words, True)
+    other = task_data.write(tmp_path / "other", "class") / "train.jsonl"
+    assert run([*asked, "--dataset", str(other)]) == 0
+    assert "(all rows)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["full", "prefix", "qlora"])
@@ -273,7 +297,7 @@ def test_rows_longer_than_those_of_training_are_scored(
     capsys.readouterr()
     command = ["evaluate", str(tmp_path / "run"), "--dataset", str(rows), "--device", "cpu"]
     assert run([*command, "--resamples", "0"]) == 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "1 row is too long and not scored; the numbers are of the other 2." in shown
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -195,11 +196,29 @@ def test_files_of_prompts_and_answers(
     assert "nothing of yours is overwritten" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}')
     assert run(["generate", name, "--prompts", str(tmp_path / "bad.jsonl")]) == 2
-    assert "bad.jsonl:2: has no 'prompt' of text" in capsys.readouterr().err
+    assert "bad.jsonl:2: has no 'prompt'." in capsys.readouterr().err
     assert run(["generate", name]) == 2
     assert "there is nothing to ask. Add --prompt" in capsys.readouterr().err
     assert run(["generate", name, "--chat", "--prompt", "a"]) == 2
     assert "--chat asks in the terminal" in capsys.readouterr().err
+
+
+def test_a_table_of_prompts_is_asked_row_by_row(
+    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*PROMPTS[:2], 'two\nlines, "quoted"']
+    name, expected = str(shelf / "short"), texts(shelf / "short", asked)
+    told = ["--max-new-tokens", "8", "--device", "cpu", "--json"]
+    for column, more in (("document", []), ("words", ["--map", "document=words"])):
+        with (tmp_path / "p.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["id", column], *enumerate(asked)])
+        code = run(["generate", name, "--prompts", str(tmp_path / "p.csv"), *more, *told])
+        answers = json.loads(capsys.readouterr().out)["answers"]
+        assert code == 0
+        assert [answer["prompt"] for answer in answers] == asked
+        assert [answer["text"] for answer in answers] == expected
+    assert run(["generate", name, "--prompts", str(tmp_path / "p.csv"), *told]) == 2
+    assert "the columns do not say what to ask" in capsys.readouterr().err
 
 
 def test_the_answers_of_several_adapters_are_labelled(

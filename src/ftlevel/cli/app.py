@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.evaluate:evaluate",
         "Score a run, an adapter or a model with its task's metrics.",
     ),
+    "predict": (
+        "ftlevel.cli.predict:predict",
+        "Answer the rows of a file, and write them with their answers.",
+    ),
     "generate": (
         "ftlevel.cli.generate:generate",
         "Let a trained run, an adapter or a model answer a prompt.",

@@ -12,7 +12,7 @@ import typer
 from ftlevel.cli.flags import Given
 from ftlevel.cli.startup.heavy_imports import uncollected_imports
 from ftlevel.config import GenerateConfig, normal_task
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.errors import ConfigError
 
 
 def generate(
@@ -41,8 +41,7 @@ def generate(
 
         talk(config)
         return
-    asked = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
-    if not asked:
+    if not (prompt or prompts):
         raise ConfigError("there is nothing to ask. Add --prompt TEXT, --prompts FILE or --chat.")
     from ftlevel.cli.screens.screen import open_screen
 
@@ -54,7 +53,7 @@ def generate(
 
         if out is not None:
             check_absent("--out", out)
-        answers, notes = answer_all(config, asked)
+        answers, notes = answer_all(config, prompt or [], prompts)
         for note in notes:
             screen.warn(note)
     lines = [vars(answer) for answer in answers]
@@ -91,33 +90,6 @@ def _read_config(given: Given) -> GenerateConfig:
         adapters=adapters,
         chosen=chosen,
     )
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file.
-
-    Raises:
-        InputError: it cannot be read, or a line of JSONL has no prompt.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} cannot be read: {error}.") from None
-    if path.suffix not in (".jsonl", ".json"):
-        return [line for line in lines if line.strip()]
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json_module.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not valid JSON ({error}). Fix the line.") from None
-        text = row.get("prompt") if isinstance(row, dict) else row
-        if not isinstance(text, str):
-            raise InputError(f"{path}:{number}: has no 'prompt' of text. Fix the line.")
-        found.append(text)
-    return found
 
 
 def _show(answers: Sequence[Any]) -> None:

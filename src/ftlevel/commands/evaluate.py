@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ftlevel.artifacts.files import check_absent, write_text
+from ftlevel.artifacts.files import check_absent
+from ftlevel.artifacts.rows.formats import row_file_type, write_rows
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.config import EvaluateConfig, QuantConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.choices import Choice
@@ -63,6 +63,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
     """
     listener = listener or Silence()
     if config.predictions is not None:
+        row_file_type("--predictions", config.predictions)
         check_absent("--predictions", config.predictions)
     with quiet_libraries():
         device = choose_device(config.device)
@@ -78,10 +79,13 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             leader.card,
             config.split,
             _context(config, trained, leader, reference, settings),
+            is_own=config.dataset in (None, leader.card.data.get("name")),
         )
         listener.choices("evaluate", _choices(config, found, trained, held_out, device))
         for note in trained.notes:
             listener.warn(note)
+        if held_out.is_training:
+            listener.warn(f"these are {held_out.split}; they say little of other rows.")
         if held_out.dropped:
             lost = "1 row is" if held_out.dropped == 1 else f"{held_out.dropped:,} rows are"
             left = len(held_out.rows)
@@ -113,6 +117,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         "data": {
             "name": held_out.source,
             "split": held_out.split,
+            "training_rows": held_out.is_training,
             "examples": len(record.units),
             "rows": len(held_out.rows),
             "dropped": held_out.dropped,
@@ -308,10 +313,8 @@ def _intervals(
 def _write_predictions(
     path: Path, trained: Trained, held_out: HeldOut, record: PerRow, base: PerRow | None
 ) -> None:
-    """Write a line of JSON an example: where it is from, what was said, what is true."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = _prediction_lines(trained, held_out, record, base)
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    """Write a row an example: where it is from, what was said, what is true."""
+    write_rows(path, list(_prediction_lines(trained, held_out, record, base)))
 
 
 def _prediction_lines(

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ftlevel.artifacts.rows.values import to_cell
 from ftlevel.config import GenerateConfig, build_section
-from ftlevel.errors import ConfigError
+from ftlevel.data.formats.detect import Format, NoFormatError
+from ftlevel.data.prepare.questions import FileRows, Questions
+from ftlevel.data.sources.one_file import OneFile
+from ftlevel.data.sources.readers.files import READERS
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.answers import Ask, answer
+from ftlevel.evaluation.row_tally import MOST_SHOWN
 from ftlevel.evaluation.scoring import Writing
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import quiet_libraries
-from ftlevel.tasks.base import Reply
+from ftlevel.tasks.base import BaseTask, Reply
 from ftlevel.trained.adapter_set import BASE, AdapterSet, load_adapter_set
 
 
@@ -61,9 +68,19 @@ def generate(
     return answer_all(build_section(GenerateConfig, {"name": name, **settings}), prompts)
 
 
-def answer_all(config: GenerateConfig, prompts: Sequence[str]) -> tuple[list[Answer], list[str]]:
-    """Load what `config` names and let it answer; see `generate`."""
+def answer_all(
+    config: GenerateConfig, prompts: Sequence[str], file: Path | None = None
+) -> tuple[list[Answer], list[str]]:
+    """Load what `config` names and let it answer; see `generate`.
+
+    Args:
+        config: who answers, and how.
+        prompts: what is asked.
+        file: of more: a prompt a line, or rows, which are asked by their columns.
+    """
     with quiet_libraries():
+        if file is not None and not _has_rows(file):
+            prompts, file = [*prompts, *_read_lines(file)], None
         adapters = load_adapter_set(config)
         if config.compare_base and not adapters.has_base:
             raise ConfigError(
@@ -71,9 +88,64 @@ def answer_all(config: GenerateConfig, prompts: Sequence[str]) -> tuple[list[Ans
                 "Ask the base model by itself: ftlevel generate MODEL --prompt …"
             )
         ask = Ask(prompts, config.context, writing_of(config), config.batch_size)
+        if file is not None:
+            first = next(iter(adapters.voices.values()))
+            ask, shown = _with_rows(ask, file, first.task, config)
+            prompts = [*prompts, *shown]
         replies = {name: ask_voice(adapters, name, ask) for name in adapters.voices}
         base = ask_voice(adapters, BASE, ask) if config.compare_base else None
     return list(_answers(prompts, replies, base)), adapters.notes
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether a file of prompts is read as rows; a text is a prompt a line."""
+    suffix = path.suffix.lower()
+    return suffix in READERS and suffix != ".txt"
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Return the lines of a text with something in them.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path} cannot be read: {error}.") from None
+    return [line for line in lines if line.strip()]
+
+
+def _with_rows(
+    ask: Ask, path: Path, task: BaseTask, config: GenerateConfig
+) -> tuple[Ask, list[str]]:
+    """Return `ask` with the rows of a file, and what each is shown as.
+
+    Raises:
+        InputError: the columns do not say what to ask, or a row cannot be asked.
+    """
+    source = FileRows(OneFile(path, str(path)))
+    try:
+        shape = task.find_questions(source.leading, config.columns)
+    except NoFormatError:
+        if "prompt" not in source.leading:
+            raise
+        shape = Format(task.name, "prompt", lambda roles: roles.text("prompt"),
+                       {"prompt": "prompt"})  # fmt: skip
+    rows = list(Questions(source, shape))
+    if bad := [f"{row.place}: {row.fault}. Fix the row." for row in rows if row.fault]:
+        raise InputError(bad[:MOST_SHOWN])
+    role = next((role for role in _SHOWN if role in shape.columns), next(iter(shape.columns)))
+    shown = [to_cell(row.row.get(shape.columns[role])) for row in rows]
+    if shape.name == "prompt" and isinstance(rows[0].question, str):
+        return replace(ask, prompts=[*ask.prompts, *shown]), shown
+    return replace(
+        ask, questions=[row.question for row in rows], places=[row.place for row in rows]
+    ), shown
+
+
+_SHOWN = ("question", "prompt", "instruction", "messages", "conversations")
+"""Roles of which the first that a row has is shown as what was asked."""
 
 
 def writing_of(config: GenerateConfig) -> Writing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import check_output
-from ftlevel.config import TrainConfig
+from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener, Silence
 from ftlevel.models.loading import quiet_libraries
@@ -51,6 +51,19 @@ class TrainResult:
     path: Path | None
     model: Any
     tokenizer: Any
+
+    def predict(self, rows: Iterable[Mapping[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+        """Return `rows` with the answers of the saved run; `settings` are of `PredictConfig`.
+
+        Raises:
+            ConfigError: nothing was trained.
+        """
+        from ftlevel.commands.predict import predict
+
+        if self.path is None:
+            raise ConfigError("a dry run has nothing to predict with. Train without dry_run.")
+        config = build_section(PredictConfig, {"name": str(self.path), **settings})
+        return predict(config, rows).rows or []
 
 
 def train(

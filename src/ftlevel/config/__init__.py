@@ -7,6 +7,7 @@ from ftlevel.config.commands.evaluate import EvaluateConfig
 from ftlevel.config.commands.export import ExportConfig
 from ftlevel.config.commands.generate import GenerateConfig
 from ftlevel.config.commands.merge import MergeConfig
+from ftlevel.config.commands.predict import PredictConfig
 from ftlevel.config.commands.quantize import QuantizeConfig
 from ftlevel.config.gate import GateConfig
 from ftlevel.config.layers import (
@@ -50,6 +51,7 @@ __all__ = [
     "MethodSpec",
     "ModelConfig",
     "OutputConfig",
+    "PredictConfig",
     "QuantConfig",
     "QuantizeConfig",
     "Section",

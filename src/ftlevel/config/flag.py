@@ -10,6 +10,7 @@ from ftlevel.config.commands.evaluate import EvaluateConfig
 from ftlevel.config.commands.export import ExportConfig
 from ftlevel.config.commands.generate import GenerateConfig
 from ftlevel.config.commands.merge import MergeConfig
+from ftlevel.config.commands.predict import PredictConfig
 from ftlevel.config.commands.quantize import QuantizeConfig
 from ftlevel.config.field_facts import FieldFacts, describe_field
 from ftlevel.config.section import Section
@@ -19,6 +20,7 @@ CONFIGS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "preview": TrainConfig,
     "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
     "generate": GenerateConfig,
     "merge": MergeConfig,
     "quantize": QuantizeConfig,

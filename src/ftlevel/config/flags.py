@@ -29,8 +29,8 @@ HOW, RUN, GENERAL = "Optimisation", "Run", "General"
 COMPARE, ANSWER, WRITE = "Comparison", "Answers", "Result"
 
 _ROWS = ("train", "preview")
-_EVERY = ("train", "preview", "evaluate", "generate", "merge", "quantize", "export",
-          "list-targets", "list-methods")  # fmt: skip
+_EVERY = ("train", "preview", "evaluate", "predict", "generate", "merge", "quantize",
+          "export", "list-targets", "list-methods")  # fmt: skip
 _QUIET = ("train", "merge", "quantize", "export")
 _TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
 
@@ -98,7 +98,7 @@ FLAGS: tuple[Flag, ...] = (
          help="A recipe, or the config.yaml of a run."),
     Flag(names="[RECIPE|RUN]", on=("preview",), dest="recipe_file", type=Path,
          help="A recipe, or the directory of a run."),
-    Flag("name", "RUN|ADAPTER|MODEL", on=("evaluate",), required=True),
+    Flag("name", "RUN|ADAPTER|MODEL", on=("evaluate", "predict"), required=True),
     Flag("name", "RUN|ADAPTER|MODEL", on=("generate",)),
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, type=list[str]),
     Flag("model", "MODEL", on=("quantize",), required=True),
@@ -269,11 +269,24 @@ FLAGS: tuple[Flag, ...] = (
          help="Show row N, from 1; repeatable."),
     Flag(names="--html", panel=WRITE, on=("preview",), type=Path, metavar="FILE",
          help="Write one page that needs nothing else."),
+    # predict
+    Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
+    Flag("input_format", "", DATA, ("predict",)),
+    Flag("format", "", DATA, ("predict",)),
+    Flag("limit", "", DATA, ("predict",)),
+    Flag("on_bad_row", "", DATA, ("predict",)),
+    Flag("overlong", "", DATA, ("predict",)),
+    Flag("output", "--output -o", WRITE, ("predict",), metavar="FILE"),
+    Flag("column", "", WRITE, ("predict",)),
+    Flag("probabilities", "--probabilities", WRITE, ("predict",)),
+    Flag("top_k", "", WRITE, ("predict",)),
+    Flag("resume", "--resume", WRITE, ("predict",)),
+    Flag("overwrite", "--overwrite", WRITE, ("predict",)),
     # generate
     Flag(names="--prompt -p", panel=ANSWER, on=("generate",), type=list[str],
          help="What to say; repeatable."),
     Flag(names="--prompts", panel=ANSWER, on=("generate",), type=Path,
-         help="File of prompts: a line each, or JSONL with 'prompt'."),
+         help="File of prompts: a text with one a line, or rows, by their columns: CSV, JSONL, …"),
     Flag(names="--chat", panel=ANSWER, on=("generate",), type=bool,
          help="Talk in the terminal; /help shows its commands."),
     Flag("context", "", ANSWER, ("generate",)),
@@ -289,18 +302,18 @@ FLAGS: tuple[Flag, ...] = (
     Flag("dataset", "", DATA, ("evaluate",)),
     Flag("split", "", DATA, ("evaluate",)),
     Flag("subset", "", DATA, ("evaluate",)),
-    Flag("columns", "--map", DATA, ("evaluate",), metavar="NAME=COLUMN",
+    Flag("columns", "--map", DATA, ("evaluate", "predict", "generate"), metavar="NAME=COLUMN",
          example="summary=abstract"),
     Flag("max_eval_samples", "", DATA, ("evaluate",)),
-    Flag("task", "", MODEL, ("evaluate", "generate")),
+    Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
     Flag("quant", "", MODEL, ("evaluate",)),
     Flag("base", "", COMPARE, ("evaluate",)),
     Flag("against", "", COMPARE, ("evaluate",)),
     Flag("max_generate_samples", "", ANSWER, ("evaluate",)),
-    Flag("max_new_tokens", "", ANSWER, ("evaluate", "generate")),
+    Flag("max_new_tokens", "", ANSWER, ("evaluate", "predict", "generate")),
     Flag("resamples", "", COMPARE, ("evaluate",)),
     Flag("seed", "", ANSWER, ("evaluate", "generate")),
-    Flag("batch_size", "", ANSWER, ("evaluate", "generate")),
+    Flag("batch_size", "", ANSWER, ("evaluate", "predict", "generate")),
     Flag("predictions", "", WRITE, ("evaluate",)),
     # merge
     Flag("output_dir", "--out", WRITE, ("merge",), metavar="DIR", required=True),
@@ -329,7 +342,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("verify_tokens", "", COMPARE, ("export",)),
     Flag("eval_text", "", COMPARE, ("evaluate", "quantize")),
     Flag("eval_tokens", "", COMPARE, ("evaluate", "quantize")),
-    Flag("device", "", GENERAL, ("evaluate", "generate", "merge", "quantize", "export")),
+    Flag("device", "", GENERAL, ("evaluate", "predict", "generate", "merge", "quantize", "export")),
     # list-targets and list-methods
     Flag(names="--lora-r", panel=GENERAL, on=("list-targets",), type=int, default=8, minimum=1,
          help="The rank to count for."),
@@ -345,6 +358,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names="--quiet -q", panel=GENERAL, on=("evaluate",), type=bool,
          help="Print the metrics only."),
     Flag(names="--help-all", panel=GENERAL, on=_ROWS, type=bool, help="Show every flag."),
+    Flag(names="--quiet -q", panel=GENERAL, on=("predict",), type=bool,
+         help="Print warnings and errors only."),
     Flag(names="--schema", panel=GENERAL, type=bool, help="Print the JSON schema of recipes."),
     Flag(names="--traceback", panel=GENERAL, on=_TRACED, type=bool,
          help="Show where an error arose."),

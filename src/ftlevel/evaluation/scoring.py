@@ -41,7 +41,7 @@ class Writing:
             "max_new_tokens": self.max_new_tokens,
             "use_cache": True,
             "pad_token_id": tokenizer.pad_token_id or 0,
-            "eos_token_id": _stops(tokenizer),
+            "eos_token_id": stop_ids(tokenizer),
         }
         if not self.temperature:
             return common | {"do_sample": False}
@@ -255,7 +255,7 @@ def generate_texts(
     return texts
 
 
-def _stops(tokenizer: Any) -> list[int]:
+def stop_ids(tokenizer: Any) -> list[int]:
     """Return the ids that end a generated text: EOS, and what ends a turn in the chat template."""
     ends = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):

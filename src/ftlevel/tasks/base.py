@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from ftlevel.config import TASKS as NAMES
 from ftlevel.config import DataConfig
@@ -19,20 +19,52 @@ from ftlevel.task import Objective, ScoreTexts, Task
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings"]
+"""What a column of answers holds. A ranking is a list of `{"answer": …, "probability": …}`, the
+likeliest first; rankings are a list of these."""
+
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model says to one prompt.
+    """What a model says to one prompt or row.
 
     Attributes:
         text: to be shown.
         scores: class or word → probability; empty where there are none.
         tags: each word with its tag; empty but for token classification.
+        columns: the same as values of the columns that `BaseTask.answer_columns` names.
     """
 
     text: str
     scores: dict[str, float] = field(default_factory=dict)
     tags: list[tuple[str, str]] = field(default_factory=list)
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted beside the answer of a row.
+
+    Attributes:
+        probabilities: how likely each answer is.
+        top_k: the likeliest answers, so many; 0 for none.
+    """
+
+    probabilities: bool = False
+    top_k: int = 0
+
+
+class UnansweredError(InputError):
+    """Some questions cannot be answered; nothing was computed for the others either.
+
+    Attributes:
+        reasons: number of a question → why, without a full stop.
+    """
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__([f"question {row + 1}: {reason}." for row, reason in reasons.items()])
+        self.reasons = dict(reasons)
 
 
 class PromptedModel(Protocol):
@@ -55,10 +87,21 @@ class PromptedModel(Protocol):
     prompt_format: PromptFormat | None
 
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Return the text that it writes after each prompt, given as token ids."""
+        """Return the text that it writes after each prompt, given as token ids.
 
-    def score(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
-        """Yield the logits of each row, without padding, in order."""
+        Raises:
+            UnansweredError: prompts that leave no room for an answer.
+        """
+
+    def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, torch.Tensor], T]) -> list[T]:
+        """Return what `read` makes of each row and its logits, in order.
+
+        The logits are of the row, `(…)`, or of its tokens, `(seq, …)`, or, where a language head
+        predicts tokens, of those with a label, `(labelled, vocabulary)`. They go when `read` ends.
+
+        Raises:
+            UnansweredError: rows beyond the model's positions.
+        """
 
 
 class Speller(Protocol):
@@ -75,6 +118,7 @@ class BaseTask(Task):
     Attributes:
         name: as in `--task`.
         shapes: what it can make of columns; of those that fit, the first is taken.
+        questions: the same of rows that have no answer yet, for `ftlevel predict`.
         auto_classes: kind of model → transformers' auto class.
         peft_types: kind of model → PEFT's TaskType; a kind without one is a plain `PeftModel`.
         headline: the metric that is shown first, without prefix.
@@ -101,6 +145,7 @@ class BaseTask(Task):
     score_texts: ScoreTexts | None = None
     refusals: Mapping[str, str] = field(default_factory=dict)
     builtin_subset: str = ""
+    questions: tuple[Shape, ...] = ()
 
     has_new_head: ClassVar[bool] = False
     writes_text: ClassVar[bool] = False
@@ -179,7 +224,68 @@ class BaseTask(Task):
 
     # ---- answers, probes and pictures
 
-    @abstractmethod
+    def find_questions(
+        self, columns: Sequence[str], mapping: Mapping[str, str], name: str | None = None
+    ) -> Format:
+        """Return what `columns` of rows without an answer are used for.
+
+        Args:
+            columns: of the rows.
+            mapping: column by role, as given with `--map`.
+            name: the only format to try, as given with `--format`.
+
+        Raises:
+            ConfigError: the task answers prompts only.
+            InputError: the columns fit none of `questions`.
+        """
+        if not self.questions:
+            raise ConfigError(
+                f"--task {self.name} answers no rows. Ask it by ftlevel generate --prompt."
+            )
+        return detect_format(columns, self.name, self.questions, mapping, name, aim="ask")
+
+    def answer_columns(
+        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+    ) -> dict[str, Column]:
+        """Return the columns of an answer: end of the name → what it holds; "" is the answer.
+
+        Args:
+            format_: as `find_questions` gave it.
+            labels: names of the classes or tags.
+            options: as `card_options` gave them.
+            wanted: what else the user wishes.
+
+        Raises:
+            ConfigError: a wish that the task cannot fulfil.
+        """
+        refuse_wishes(wanted, f"--task {self.name}", "")
+        return {"": "text"}
+
+    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+        """Return the question that a `prompt` is, as a row of `questions` would be.
+
+        Args:
+            prompt: what is asked.
+            context: where answers are looked for; given where the task wants one.
+            number: of the question, from 0.
+        """
+        raise NotImplementedError(f"{self.name} poses no questions")
+
+    def answer_rows(
+        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
+    ) -> list[Reply]:
+        """Return what `model` says to each of `questions`, whose `row` is 0, 1, ….
+
+        Args:
+            model: what is asked.
+            questions: what the builders of `self.questions`, or `pose`, made.
+            wanted: what the replies' `columns` hold beside the answer.
+
+        Raises:
+            UnansweredError: questions that nothing can be said to.
+        """
+        raise NotImplementedError(f"{self.name} answers no rows")
+
     def answer(
         self, model: PromptedModel, prompts: Sequence[str], context: str | None
     ) -> list[Reply]:
@@ -191,8 +297,10 @@ class BaseTask(Task):
             context: where answers are looked for; given where the task wants one.
 
         Raises:
-            ConfigError: a prompt that nothing can be said to.
+            UnansweredError: prompts that nothing can be said to.
         """
+        questions = [self.pose(prompt, context, i) for i, prompt in enumerate(prompts)]
+        return self.answer_rows(model, questions, Wanted())
 
     @abstractmethod
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
@@ -227,6 +335,30 @@ class BaseTask(Task):
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
         """Return what is learned of the whole row; "" where tokens are learned."""
         return ""
+
+
+def refuse_wishes(wanted: Wanted, whose: str, instead: str) -> None:
+    """Refuse what `wanted` asks for beside an answer.
+
+    Args:
+        wanted: the wish.
+        whose: what has no such thing.
+        instead: what to do; "" for nothing.
+
+    Raises:
+        ConfigError: it asks for something.
+    """
+    for flag, wish in (("--probabilities", wanted.probabilities), ("--top-k", wanted.top_k)):
+        if wish:
+            raise ConfigError(
+                f"{flag}: {whose} has no probabilities to give. {instead or f'Drop {flag}.'}"
+            )
+
+
+def rank(scores: Mapping[str, float], count: int) -> list[dict[str, Any]]:
+    """Return the `count` likeliest of `scores` as a column of rankings holds them."""
+    best = sorted(scores.items(), key=lambda item: -item[1])[:count]
+    return [{"answer": name, "probability": score} for name, score in best]
 
 
 def find_task(name: str) -> BaseTask:

@@ -13,6 +13,7 @@ from ftlevel.data.encoding.encode import Encoded, encode_labelled
 from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.formats.examples import (
     Labelled,
+    Roles,
     build_labelled,
     build_multi_labelled,
     build_quantity,
@@ -22,7 +23,15 @@ from ftlevel.data.formats.problems import choose_problem_type
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import listing
 from ftlevel.task import Meter, Objective
-from ftlevel.tasks.base import BaseTask, PromptedModel, Reply
+from ftlevel.tasks.base import (
+    BaseTask,
+    Column,
+    PromptedModel,
+    Reply,
+    Wanted,
+    rank,
+    refuse_wishes,
+)
 from ftlevel.tasks.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -40,6 +49,7 @@ _SINGLE, _SEVERAL, _QUANTITY = (
 )
 _BUILDERS = {_SINGLE: build_labelled, _SEVERAL: build_multi_labelled, _QUANTITY: build_quantity}
 _LABEL = ("label", "labels", "class", "category", "sentiment")
+_TEXT = ("text", "sentence", "content", "review")
 _PAIRS = (
     ("text", "text_pair"),
     ("sentence1", "sentence2"),
@@ -115,13 +125,31 @@ class ClassTask(BaseTask):
         """Return nothing: a row is a target, and the rows are counted already."""
         return []
 
-    def answer(
-        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    def answer_columns(
+        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+    ) -> dict[str, Column]:
+        """Return the class, the classes or the quantity; a column a class with probabilities."""
+        problem = options.get("problem_type")
+        if problem == _QUANTITY:
+            refuse_wishes(wanted, "a regression", "")
+            return {"": "number"}
+        columns: dict[str, Column] = {"": "texts" if problem == _SEVERAL else "text"}
+        if wanted.probabilities:
+            columns |= {_probability(label): "number" for label in labels}
+        if wanted.top_k:
+            columns["top"] = "ranking"
+        return columns
+
+    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+        """Return a text without a class."""
+        return Labelled(prompt, None, 0, number)
+
+    def answer_rows(
+        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
         """Return the class of each text, its classes, or its quantity."""
-        texts = [Labelled(text, None, 0, i) for i, text in enumerate(prompts)]
-        rows = encode_labelled(model.tokenizer, texts, lambda _: 0)
-        return [_read_label(model, logits.float()) for logits in model.score(rows)]
+        rows = encode_labelled(model.tokenizer, questions, lambda _: 0)
+        return model.score(rows, lambda _, logits: _read_label(model, logits.float(), wanted))
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return a class, no class, or a quantity."""
@@ -161,17 +189,32 @@ class _Targets:
         return self.labels.id_of(label)
 
 
-def _read_label(model: PromptedModel, logits: torch.Tensor) -> Reply:
+def build_text(roles: Roles) -> Labelled:
+    """Return a text, or two, without a class."""
+    pair = roles.text("text_pair") if "text_pair" in roles else None
+    return Labelled(roles.text("text"), pair, 0, roles.index)
+
+
+def _read_label(model: PromptedModel, logits: torch.Tensor, wanted: Wanted) -> Reply:
     problem = model.options.get("problem_type")
     if problem == _QUANTITY:
-        return Reply(f"{float(logits[0]):.4f}")
+        quantity = float(logits[0])
+        return Reply(f"{quantity:.4f}", columns={"": quantity})
     several = problem == _SEVERAL
     shares = logits.sigmoid() if several else logits.softmax(-1)
     scores = dict(zip(model.labels, shares.tolist(), strict=True))
+    more: dict[str, Any] = {"top": rank(scores, wanted.top_k)} if wanted.top_k else {}
+    if wanted.probabilities:
+        more |= {_probability(label): score for label, score in scores.items()}
     if several:
         above = [label for label, share in scores.items() if share > 0.5]
-        return Reply(", ".join(above) or NO_LABEL, scores)
-    return Reply(max(scores, key=lambda label: scores[label]), scores)
+        return Reply(", ".join(above) or NO_LABEL, scores, columns={"": above, **more})
+    best = max(scores, key=lambda label: scores[label])
+    return Reply(best, scores, columns={"": best, **more})
+
+
+def _probability(label: str) -> str:
+    return f"probability_{label}"
 
 
 @dataclass(frozen=True)
@@ -334,8 +377,20 @@ TASKS = (
             Shape(
                 "text + label",
                 build_labelled,
-                {"text": ("text", "sentence", "content", "review"), "label": _LABEL},
+                {"text": _TEXT, "label": _LABEL},
             ),
+        ),
+        questions=(
+            *(
+                Shape(
+                    "text + text_pair",
+                    build_text,
+                    {"text": (first,), "text_pair": (second,)},
+                    guessable=False,
+                )
+                for first, second in _PAIRS
+            ),
+            Shape("text", build_text, {"text": _TEXT}),
         ),
         auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},
         peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS", "encoder-decoder": "SEQ_CLS"},

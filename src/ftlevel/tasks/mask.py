@@ -9,14 +9,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.formats.examples import PLAIN_TEXT
+from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.examples import PLAIN_TEXT, PlainText
 from ftlevel.data.sources.table import Table
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.errors import InputError
 from ftlevel.task import Checks, Objective
-from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller
+from ftlevel.tasks.base import (
+    BaseTask,
+    Column,
+    PromptedModel,
+    Reply,
+    Speller,
+    UnansweredError,
+    Wanted,
+    rank,
+    refuse_wishes,
+)
 from ftlevel.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
+    import torch
+
     from ftlevel.data.encoding.fit import Fitted
     from ftlevel.data.encoding.masking import MaskedRows
     from ftlevel.data.prepare.context import EncodingContext, Prepared
@@ -84,36 +97,58 @@ class MaskTask(BaseTask):
         """Return rows with the same tokens hidden whenever they are taken."""
         return _hide(rows, config, context).fixed()
 
-    def answer(
-        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    def answer_columns(
+        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+    ) -> dict[str, Column]:
+        """Return the text with its masks filled in, and the words that fill them."""
+        if wanted.probabilities:
+            refuse_wishes(Wanted(probabilities=True), f"all words of --task {self.name}",
+                          "Use --top-k.")  # fmt: skip
+        columns: dict[str, Column] = {"": "text", "words": "texts"}
+        return columns | ({"top": "rankings"} if wanted.top_k else {})
+
+    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+        """Return a text, in which a mask should be."""
+        return PlainText(prompt, number)
+
+    def answer_rows(
+        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
         """Return each text with its masks filled in, and what else the first could be.
 
         Raises:
-            ConfigError: a text without a mask.
+            UnansweredError: texts without a mask.
         """
         tokenizer = model.tokenizer
-        texts = [text.replace(_MASK, tokenizer.mask_token) for text in prompts]
-        for text in texts:
-            if tokenizer.mask_token not in text:
-                raise ConfigError(
-                    f"--prompt {text!r} has nothing to fill in. Write {_MASK} somewhere."
-                )
-        encoded = [tokenizer(text)["input_ids"] for text in texts]
-        rows = [Encoded(ids, [IGNORED] * len(ids), i) for i, ids in enumerate(encoded)]
-        replies = []
-        for text, row, logits in zip(texts, rows, model.score(rows), strict=True):
-            places = [
-                i for i, token in enumerate(row.input_ids) if token == tokenizer.mask_token_id
-            ]
+        texts = [question.text.replace(_MASK, tokenizer.mask_token) for question in questions]
+        missing = {
+            i: f"has nothing to fill in: no {_MASK} stands in {question.text[:40]!r}"
+            for i, (text, question) in enumerate(zip(texts, questions, strict=True))
+            if tokenizer.mask_token not in text
+        }
+        if missing:
+            raise UnansweredError(missing)
+        mask = tokenizer.mask_token_id
+        rows = [
+            Encoded(ids, [0 if token == mask else IGNORED for token in ids], i)
+            for i, ids in enumerate(tokenizer(texts)["input_ids"])
+        ]
+
+        def read(row: Encoded, logits: torch.Tensor) -> Reply:
             # An embedding may have more rows than the vocabulary has words.
-            shares = logits[places, : len(tokenizer)].float().softmax(-1)
+            shares = logits[:, : len(tokenizer)].float().softmax(-1)
+            text, words = texts[row.row], []
             for best in shares.argmax(-1).tolist():
-                text = text.replace(tokenizer.mask_token, tokenizer.decode([best]).strip(), 1)
-            top = shares[0].topk(5)
-            words = tokenizer.convert_ids_to_tokens(top.indices.tolist())
-            replies.append(Reply(text, dict(zip(words, top.values.tolist(), strict=True))))
-        return replies
+                words.append(tokenizer.decode([best]).strip())
+                text = text.replace(tokenizer.mask_token, words[-1], 1)
+            shown = _likeliest(tokenizer, shares[0], 5)
+            more: dict[str, Any] = {}
+            if wanted.top_k:
+                tops = [_likeliest(tokenizer, share, wanted.top_k) for share in shares]
+                more["top"] = [rank(top, wanted.top_k) for top in tops]
+            return Reply(text, shown, columns={"": text, "words": words, **more})
+
+        return model.score(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return the tokens themselves."""
@@ -130,6 +165,13 @@ class MaskTask(BaseTask):
         ]
 
 
+def _likeliest(tokenizer: Any, shares: torch.Tensor, count: int) -> dict[str, float]:
+    """Return the `count` likeliest words of the vocabulary, with their probabilities."""
+    top = shares.topk(min(count, len(shares)))
+    words = tokenizer.convert_ids_to_tokens(top.indices.tolist())
+    return dict(zip(words, top.values.tolist(), strict=True))
+
+
 def _hide(rows: Sequence[Encoded], config: DataConfig, context: EncodingContext) -> MaskedRows:
     from ftlevel.data.encoding.masking import MaskedRows
 
@@ -140,6 +182,7 @@ TASKS = (
     MaskTask(
         name="masked-lm",
         shapes=(PLAIN_TEXT,),
+        questions=(PLAIN_TEXT,),
         auto_classes={"encoder": "AutoModelForMaskedLM"},
         peft_types={},
         headline="pseudo_perplexity",

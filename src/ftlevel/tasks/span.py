@@ -11,12 +11,22 @@ from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.windows import USUAL_LENGTH, Window, encode_questions
-from ftlevel.data.formats.detect import Shape
-from ftlevel.data.formats.examples import Question, build_question
+from ftlevel.data.formats.detect import Format, Shape
+from ftlevel.data.formats.examples import Question, Roles, build_question
 from ftlevel.data.sources.table import Table
+from ftlevel.errors import InputError
 from ftlevel.task import Checks, Meter, Objective
-from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller
-from ftlevel.tasks.squad import Found, exact_match, f1, update_found
+from ftlevel.tasks.base import (
+    BaseTask,
+    Column,
+    PromptedModel,
+    Reply,
+    Speller,
+    UnansweredError,
+    Wanted,
+    refuse_wishes,
+)
+from ftlevel.tasks.squad import Found, exact_match, f1, take_better, update_found
 
 if TYPE_CHECKING:
     import torch
@@ -98,24 +108,32 @@ class SpanTask(BaseTask):
         aside = f"{none:,} without an answer" if none else "each has an answer"
         return [Choice("questions", f"{len(loaded.train):,}", aside)]
 
-    def answer(
-        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    def answer_columns(
+        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+    ) -> dict[str, Column]:
+        """Return the span, the characters of the context that it is, and its score."""
+        refuse_wishes(wanted, f"--task {self.name}", "Every span comes with a score.")
+        return {"": "text", "start": "whole", "end": "whole", "score": "number"}
+
+    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+        """Return a question on `context`."""
+        return Question(context or "", prompt, (), number)
+
+    def answer_rows(
+        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
-        """Return the span of `context` that answers each question."""
-        questions = [Question(context or "", text, (), i) for i, text in enumerate(prompts)]
-        windows, _ = encode_questions(
-            model.tokenizer,
-            questions,
-            length=model.max_length,
-            stride=model.options["doc_stride"],
-            separator=_separator(model.kind),
-            where=lambda index: f"--prompt {index + 1}",
-        )
+        """Return the span of each context that answers its question, "" for no answer."""
+        windows = _encode_windows(model, questions)
         found = [Found() for _ in questions]
-        for window, logits in zip(windows, model.score(windows), strict=True):
-            update_found(found[window.row], logits.cpu(), window)
-        texts = [best.answer(unanswerable=model.options["unanswerable"]) for best in found]
-        return [Reply(text or NO_ANSWER) for text in texts]
+
+        def read(window: Encoded, logits: torch.Tensor) -> Found:
+            best = Found()
+            update_found(best, logits.cpu(), window)
+            return best
+
+        for window, best in zip(windows, model.score(windows, read), strict=True):
+            take_better(found[window.row], best)
+        return [_read_span(best, unanswerable=model.options["unanswerable"]) for best in found]
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return a span of two tokens."""
@@ -131,6 +149,44 @@ class SpanTask(BaseTask):
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
         """Return whether the answer lies elsewhere."""
         return "" if row.labels != (0, 0) else "no answer in this window"
+
+
+def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list[Encoded]:
+    """Return the windows of all questions.
+
+    Raises:
+        UnansweredError: questions that leave no room for their context.
+    """
+    arguments: dict[str, Any] = {
+        "length": model.max_length or USUAL_LENGTH,
+        "stride": model.options["doc_stride"],
+        "separator": _separator(model.kind),
+        "where": lambda index: f"question {index + 1}",
+    }
+    try:
+        windows, dropped = encode_questions(model.tokenizer, questions, drop=True, **arguments)
+    except InputError:  # all of them
+        windows, dropped = [], len(questions)
+    if dropped:
+        asked = {window.row for window in windows}
+        reason = (
+            f"the question leaves no room for its context in windows of {model.max_length:,} tokens"
+        )
+        raise UnansweredError({q.row: reason for q in questions if q.row not in asked})
+    return windows
+
+
+def _read_span(best: Found, *, unanswerable: bool) -> Reply:
+    text = best.answer(unanswerable=unanswerable)
+    start, end = (best.start, best.end) if text else (None, None)
+    score = best.score if text else best.null
+    columns = {"": text, "start": start, "end": end, "score": score}
+    return Reply(text or NO_ANSWER, columns=columns)
+
+
+def build_asked(roles: Roles) -> Question:
+    """Return a question with its context, whose answer is not known."""
+    return Question(roles.text("context"), roles.text("question"), (), roles.index)
 
 
 def _separator(kind: str) -> str:
@@ -235,6 +291,13 @@ TASKS = (
                 build_question,
                 {"context": ("context",), "question": ("question",), "answers": ("answers",)},
                 {"id": ("id",)},
+            ),
+        ),
+        questions=(
+            Shape(
+                "context + question",
+                build_asked,
+                {"context": ("context",), "question": ("question",)},
             ),
         ),
         auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},

@@ -29,11 +29,14 @@ class Found:
         text: the best span; "" before any window was seen.
         score: its start logit plus its end logit.
         null: the same of "no answer"; the smallest over the windows, as in the official baseline.
+        start, end: the characters of the context that the span is, `[start, end)`.
     """
 
     text: str = ""
     score: float = -math.inf
     null: float = math.inf
+    start: int = 0
+    end: int = 0
 
     def answer(self, *, unanswerable: bool) -> str:
         """Return the text, or "" where `unanswerable` is possible and scores higher."""
@@ -60,8 +63,20 @@ def update_found(found: Found, scores: torch.Tensor, window: Any) -> None:
     score = float(spans[first, last])
     if score > found.score:
         found.score = score
-        found.text = window.context[window.offsets[first][0] : window.offsets[last][1]].strip()
+        begin, end = window.offsets[first][0], window.offsets[last][1]
+        text = window.context[begin:end]
+        found.text = text.strip()
+        found.start = begin + len(text) - len(text.lstrip())
+        found.end = found.start + len(found.text)
     found.null = min(found.null, float(scores[0].float().sum()))
+
+
+def take_better(found: Found, other: Found) -> None:
+    """Take what `other` windows of the question gave into account (`found` is mutated)."""
+    if other.score > found.score:
+        found.score, found.text = other.score, other.text
+        found.start, found.end = other.start, other.end
+    found.null = min(found.null, other.null)
 
 
 def normalize_answer(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.tags import encode_tagged, encode_words, find_orphans
 from ftlevel.data.formats.detect import Format, Shape
-from ftlevel.data.formats.examples import build_tagged
+from ftlevel.data.formats.examples import Roles, Tagged, build_tagged
 from ftlevel.data.formats.labels import LabelSet
+from ftlevel.data.formats.turns import Unusable, check_text
 from ftlevel.data.sources.table import BadRow, Table
 from ftlevel.task import Meter, Objective
-from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller
+from ftlevel.tasks.base import (
+    BaseTask,
+    Column,
+    PromptedModel,
+    Reply,
+    Speller,
+    Wanted,
+    refuse_wishes,
+)
 from ftlevel.tasks.classes import read_labels
 from ftlevel.tasks.entities import are_entity_tags, score_entities
 from ftlevel.tasks.pairs import Pairs
@@ -62,23 +72,51 @@ class TagTask(BaseTask):
 
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def answer(
-        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    def answer_columns(
+        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+    ) -> dict[str, Column]:
+        """Return a tag a word; the words too where the row has a text, each tag's probability."""
+        if wanted.top_k:
+            refuse_wishes(Wanted(top_k=wanted.top_k), f"a word of --task {self.name}",
+                          "Use --probabilities, which gives that of each word's tag.")  # fmt: skip
+        columns: dict[str, Column] = {"": "texts"}
+        if "text" in format_.columns:
+            columns["words"] = "texts"
+        if wanted.probabilities:
+            columns["probability"] = "numbers"
+        return columns
+
+    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+        """Return the words of a text."""
+        return _split(prompt, number)
+
+    def answer_rows(
+        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
-        """Return each text with its words' tags."""
-        sentences = [_WORDS.findall(text) or [text] for text in prompts]
-        ids, extras, positions = encode_words(model.tokenizer, sentences)
+        """Return each sentence with its words' tags."""
+        ids, extras, positions = encode_words(model.tokenizer, [q.tokens for q in questions])
         rows = [
             Encoded(tokens, [IGNORED] * len(tokens), i, more)
             for i, (tokens, more) in enumerate(zip(ids, extras, strict=True))
         ]
-        replies = []
-        for words, first, logits in zip(sentences, positions, model.score(rows), strict=True):
+
+        def read(row: Encoded, logits: torch.Tensor) -> Reply:
+            words, first = questions[row.row].tokens, positions[row.row]
             best = logits.argmax(-1).tolist()
             tags = ["O" if at is None else model.labels[best[at]] for at in first]
             shown = [w if tag == "O" else f"{w}/{tag}" for w, tag in zip(words, tags, strict=True)]
-            replies.append(Reply(" ".join(shown), {}, list(zip(words, tags, strict=True))))
-        return replies
+            more: dict[str, Any] = {}
+            if wanted.probabilities:
+                shares = logits.float().softmax(-1).amax(-1).tolist()
+                more["probability"] = [None if at is None else shares[at] for at in first]
+            return Reply(
+                " ".join(shown),
+                {},
+                list(zip(words, tags, strict=True)),
+                {"": tags, "words": list(words), **more},
+            )
+
+        return model.score(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return the first tag for each token."""
@@ -91,6 +129,29 @@ class TagTask(BaseTask):
         shown = super().show_targets(row, names, kind, speller)
         labels = row.labels if isinstance(row.labels, list) else []
         return [None if at is None else names[tag] for at, tag in zip(shown, labels, strict=True)]
+
+
+def build_words(roles: Roles) -> Tagged:
+    """Return the words of a row without tags: a list of them, the JSON of one, or a text."""
+    if "text" in roles:
+        return _split(roles.text("text"), roles.index)
+    words, column = roles.get("tokens"), repr(roles.columns["tokens"])
+    if isinstance(words, str):  # a cell of CSV holds no list
+        try:
+            words = json.loads(words)
+        except ValueError:
+            words = None
+    if type(words) is not list or not words:
+        raise Unusable(f"{column} is no list of words, nor the JSON of one")
+    return Tagged(
+        tuple(check_text(word, f"word {i} of {column}") for i, word in enumerate(words, 1)),
+        (),
+        roles.index,
+    )
+
+
+def _split(text: str, row: int) -> Tagged:
+    return Tagged(tuple(_WORDS.findall(text)) or (text,), (), row)
 
 
 @dataclass(frozen=True)
@@ -171,6 +232,10 @@ TASKS = (
                     "tags": ("tags", "ner_tags", "pos_tags", "labels"),
                 },
             ),
+        ),
+        questions=(
+            Shape("tokens", build_words, {"tokens": ("tokens", "words")}),
+            Shape("text", build_words, {"text": ("text", "sentence", "content")}),
         ),
         auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},
         peft_types={"encoder": "TOKEN_CLS", "decoder": "TOKEN_CLS", "encoder-decoder": "TOKEN_CLS"},

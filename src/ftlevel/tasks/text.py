@@ -13,15 +13,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.chat import render
 from ftlevel.data.encoding.encode import IGNORED, Encoded, encode_causal, encode_seq2seq
 from ftlevel.data.encoding.prompts import PromptFormat, choose_format, prompt_ids
 from ftlevel.data.formats.detect import Build, Format, Shape
-from ftlevel.data.formats.examples import PLAIN_TEXT, build_conversation, build_pair
+from ftlevel.data.formats.examples import (
+    PLAIN_TEXT,
+    Conversation,
+    Pair,
+    Roles,
+    build_conversation,
+    build_pair,
+)
 from ftlevel.data.formats.languages import find_language
+from ftlevel.data.formats.turns import Message, Unusable, parse_tools, parse_turns
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.task import Checks, Objective
-from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller
+from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller, UnansweredError, Wanted
 from ftlevel.tasks.text_scores import score_rouge, score_translations
 from ftlevel.tasks.tokens import Tokens
 
@@ -59,6 +68,24 @@ def _dialogue_shapes(build: Build) -> tuple[Shape, ...]:
             {"input": ("input", "context"), **_SYSTEM},
         ),
     )
+
+
+def _dialogue_questions(build: Build) -> tuple[Shape, ...]:
+    """Return the shapes of prompts that wait for an answer."""
+    return (
+        Shape("messages", build, {"messages": ("messages",)}, _TALK, False),
+        Shape("conversations", build, {"conversations": ("conversations",)}, _TALK, False),
+        Shape("prompt", build, {"prompt": ("prompt", "question", "query")}, _SYSTEM),
+        Shape(
+            "instruction",
+            build,
+            {"instruction": ("instruction",)},
+            {"input": ("input", "context"), **_SYSTEM},
+        ),
+    )
+
+
+_DOCUMENT = ("document", "article", "dialogue", "text")
 
 
 @dataclass(frozen=True)
@@ -127,14 +154,24 @@ class TextTask(BaseTask):
         fitted = encoder.fit(encoder.collect(encode_some, examples), table)
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
-    def answer(
-        self, model: PromptedModel, prompts: Sequence[str], context: str | None
+    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+        """Return a source without a target."""
+        return Pair(prompt, "", number)
+
+    def answer_rows(
+        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
         """Return the text that `model` writes after each prompt."""
-        if model.prompt_format is None:
-            raise TypeError("a model that writes text has a prompt format")
-        ids = [prompt_ids(model.tokenizer, model.prompt_format, text) for text in prompts]
-        return [Reply(text) for text in model.write(ids)]
+        prompts: list[list[int]] = []
+        refused: dict[int, str] = {}
+        for question in questions:
+            try:
+                prompts.append(_ask(model, question))
+            except InputError as error:
+                refused[question.row] = str(error).rstrip(".")
+        if refused:
+            raise UnansweredError(refused)
+        return [Reply(text, columns={"": text}) for text in model.write(prompts)]
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return the tokens themselves."""
@@ -195,6 +232,66 @@ class TranslationTask(TextTask):
         return {"target_language": loaded.format.options.get("target_language", "")}
 
 
+def build_asked_turns(roles: Roles) -> Conversation:
+    """Return the turns that wait for an answer; an answer that is there already is left out."""
+    for role in ("messages", "conversations"):
+        if role in roles:
+            turns = parse_turns(roles.get(role), roles.columns[role], answered=False)
+            while turns and turns[-1].role == "assistant":
+                turns.pop()
+            break
+    else:
+        turns = [Message("user", _asked_text(roles))]
+    if not turns:
+        raise Unusable("holds no turn that could be answered")
+    if (system := roles.text_or_empty("system")) and turns[0].role != "system":
+        turns.insert(0, Message("system", system))
+    tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
+    return Conversation(tuple(turns), roles.index, tools)
+
+
+def _asked_text(roles: Roles) -> str:
+    if "instruction" in roles:
+        ask = roles.text("instruction")
+        more = roles.text_or_empty("input")
+        return f"{ask}\n\n{more}" if more else ask
+    return roles.text("prompt" if "prompt" in roles else "text")
+
+
+def build_source(roles: Roles) -> Pair:
+    """Return a source without a target, as `build_pair` would make it of an answered row."""
+    for role in ("document", "source"):
+        if role in roles:
+            return Pair(roles.text(role), "", roles.index)
+    turns = build_asked_turns(roles).messages
+    if [turn.role for turn in turns if turn.role != "system"] != ["user"]:
+        raise Unusable(f"has {len(turns)} turns, where one question is expected")
+    return Pair("\n\n".join(turn.content for turn in turns), "", roles.index)
+
+
+def _ask(model: PromptedModel, question: Pair | Conversation) -> list[int]:
+    """Return the token ids with which the model is asked.
+
+    Raises:
+        InputError: the template refuses the turns, or there is none for several.
+    """
+    form, tokenizer = model.prompt_format, model.tokenizer
+    if form is None:
+        raise TypeError("a model that writes text has a prompt format")
+    if isinstance(question, Pair):
+        return prompt_ids(tokenizer, form, question.source)
+    turns = [message.to_dict() for message in question.messages]
+    if form.kind == "chat-template":
+        text = render(tokenizer, turns, question.tools, generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if [turn["role"] for turn in turns if turn["role"] != "system"] != ["user"]:
+        raise InputError(
+            f"a conversation of {len(turns)} messages, and the model has no chat template to tell "
+            "its turns apart"
+        )
+    return prompt_ids(tokenizer, form, "\n\n".join(turn["content"] for turn in turns))
+
+
 def name_languages(kind: str, source: str, target: str) -> str:
     """Return the instruction for a model of `kind`, from names of languages in English.
 
@@ -213,6 +310,10 @@ TASKS = (
     TextTask(
         name="text-generation",
         shapes=(*_dialogue_shapes(build_conversation), PLAIN_TEXT),
+        questions=(
+            *_dialogue_questions(build_asked_turns),
+            Shape("text", build_asked_turns, {"text": ("text", "content")}),
+        ),
         auto_classes=_AUTO,
         peft_types=_PEFT,
         headline="perplexity",
@@ -229,11 +330,15 @@ TASKS = (
                 "document + summary",
                 build_pair,
                 {
-                    "document": ("document", "article", "dialogue", "text"),
+                    "document": _DOCUMENT,
                     "summary": ("summary", "highlights"),
                 },
             ),
             *_dialogue_shapes(build_pair),
+        ),
+        questions=(
+            Shape("document", build_source, {"document": _DOCUMENT}),
+            *_dialogue_questions(build_source),
         ),
         auto_classes=_AUTO,
         peft_types=_PEFT,
@@ -250,6 +355,10 @@ TASKS = (
         shapes=(
             Shape("source + target", build_pair, {"source": ("source",), "target": ("target",)}),
             *_dialogue_shapes(build_pair),
+        ),
+        questions=(
+            Shape("source", build_source, {"source": ("source",)}),
+            *_dialogue_questions(build_source),
         ),
         auto_classes=_AUTO,
         peft_types=_PEFT,

@@ -215,4 +215,5 @@ def _voice(trained: Trained, found: Found) -> Trained:
         max_length=card.max_length,
         labels=card.labels,
         options=card.options,
+        method=card.method,
     )

@@ -63,6 +63,7 @@ class Trained:
         labels: names of the classes or tags.
         options: of the task, as in its card.
         notes: what the user should know.
+        method: which the adapter was trained by, as in its card.
     """
 
     model: Any
@@ -77,6 +78,7 @@ class Trained:
     labels: list[str] = field(default_factory=list)
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    method: str = ""
 
     @property
     def has_adapter(self) -> bool:
@@ -250,7 +252,7 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
     objective = task.build_objective(kind, {"labels": card.labels, **card.options})
     return Trained(
         model.eval(), tokenizer, task, kind, device, dtype, objective, card.max_length,
-        prompt, card.labels, card.options, notes,
+        prompt, card.labels, card.options, notes, card.method,
     )  # fmt: skip
 
 

@@ -35,15 +35,18 @@ class Screen:
     Args:
         console: where to write.
         quiet: write nothing but warnings.
+        errors: where warnings go; `console` where none is given.
     """
 
-    def __init__(self, console: Console, *, quiet: bool) -> None:
+    def __init__(self, console: Console, *, quiet: bool, errors: Console | None = None) -> None:
         self.console = console
+        self.errors = errors or console
         self.quiet = quiet
         self._progress: Progress | None = None
         self._task: Any = None
         self._total = 0
         self._seen: tuple[float, int] | None = None
+        self._first = 0
 
     def stage(self, name: str) -> None:
         """Say what is being done."""
@@ -86,9 +89,32 @@ class Screen:
         if done == total:
             self.close()
 
+    def answered(self, done: int, share: float | None) -> None:
+        """Show how many rows are answered, how fast, and the time left, in a terminal."""
+        if self.quiet or not self.console.is_terminal:
+            return
+        if self._progress is None:
+            self._first = done
+            self._progress = Progress(
+                TextColumn("  {task.fields[rows]:,} rows"),
+                BarColumn(bar_width=_BAR),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                TextColumn("{task.fields[speed]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("answer", total=None, rows=done, speed="")
+            return
+        elapsed = self._progress.tasks[0].elapsed or 0.0
+        speed = f"{(done - self._first) / elapsed:,.1f} rows/s" if elapsed else ""
+        self._progress.update(self._task, completed=share or 0, rows=done, speed=speed,
+                              total=None if share is None else 1.0)  # fmt: skip
+
     def warn(self, message: str) -> None:
         """Show a warning, even when quiet."""
-        self.console.print(f"[yellow]warning:[/yellow] {_plain(message)}", highlight=False)
+        self.errors.print(f"[yellow]warning:[/yellow] {_plain(message)}", highlight=False)
 
     def begin(self, total_steps: int) -> None:
         """Start the bar, in a terminal."""
@@ -202,15 +228,24 @@ def _plain(text: str) -> str:
     return escape(text)
 
 
+def _console(stream: Lasting) -> Console:
+    return Console(file=cast("IO[str]", stream), soft_wrap=not stream.isatty())
+
+
 @contextlib.contextmanager
-def open_screen(*, as_json: bool, quiet: bool) -> Iterator[Screen]:
-    """Give a screen that is cleaned up whatever happens."""
+def open_screen(*, as_json: bool, quiet: bool, aside: bool = False) -> Iterator[Screen]:
+    """Give a screen that is cleaned up whatever happens.
+
+    Args:
+        as_json: stdout is for one object: show the run on stderr, and only in a terminal.
+        quiet: show nothing but warnings.
+        aside: stdout is for rows: show the run on stderr.
+    """
     # Libraries draw progress bars through tqdm, which reads this when it is first imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    stream = Lasting(sys.stderr if as_json else sys.stdout)
-    console = Console(file=cast("IO[str]", stream), soft_wrap=not stream.isatty())
+    stream = Lasting(sys.stderr if as_json or aside else sys.stdout)
     silent = quiet or (as_json and not stream.isatty())
-    screen = Screen(console, quiet=silent)
+    screen = Screen(_console(stream), quiet=silent, errors=_console(Lasting(sys.stderr)))
     try:
         yield screen
     finally:

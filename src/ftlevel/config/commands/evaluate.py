@@ -58,7 +58,9 @@ class EvaluateConfig(Section):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of these draws.")
     predictions: Path | None = Field(
-        None, description="JSONL file to write a line a row to; it must not exist."
+        None,
+        description="File to write a row an example to: .jsonl, .csv, .tsv or .parquet; must not "
+        "exist.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")
 

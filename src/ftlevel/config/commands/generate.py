@@ -27,6 +27,9 @@ class GenerateConfig(Section):
     task: TaskName | None = Field(
         None, description="What a model or a plain PEFT adapter is for; a run knows it."
     )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="What ftlevel calls a column: what the data calls it."
+    )
     context: str | None = Field(
         None, description="The text in which a question's answer is looked for."
     )

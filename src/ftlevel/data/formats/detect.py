@@ -110,6 +110,7 @@ def detect_format(
     shapes: Sequence[Shape],
     mapping: Mapping[str, str] | None = None,
     name: str | None = None,
+    aim: str = "learn",
 ) -> Format:
     """Find the column of each role that `task` wants.
 
@@ -119,6 +120,7 @@ def detect_format(
         shapes: what it can make of columns; of those that fit, the first is taken.
         mapping: column by role, as given with `--map`; it goes before every known name.
         name: the only format to try, as given with `--format`.
+        aim: what the columns are to say, for the error.
 
     Raises:
         NoFormatError: nobody said what the columns are, and no shape fits.
@@ -138,7 +140,7 @@ def detect_format(
             return Format(task, shape.name, shape.build, found, unused)
     named = len(shapes) < len(known)
     error = InputError if wanted or named else NoFormatError
-    raise error(_describe_no_format(columns, task, shapes, wanted, named=named))
+    raise error(_describe_no_format(columns, task, shapes, wanted, aim, named=named))
 
 
 def _role(name: str, shapes: Sequence[Shape]) -> str:
@@ -218,6 +220,7 @@ def _describe_no_format(
     task: str,
     shapes: Sequence[Shape],
     mapping: Mapping[str, str],
+    aim: str,
     *,
     named: bool,
 ) -> str:
@@ -234,7 +237,7 @@ def _describe_no_format(
         return f"{pairs}: no format of --task {task} has all of these. Formats: {wants}."
     flags = min(offers, key=lambda offer: offer[0])[1]
     return (
-        f"--task {task}: the columns do not say what to learn. {there} "
+        f"--task {task}: the columns do not say what to {aim}. {there} "
         f"Wanted is one of: {wants}. Say which is which: {flags}."
     )
 

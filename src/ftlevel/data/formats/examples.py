@@ -213,6 +213,8 @@ class Roles:
             return self.row[column]
         value: Any = self.row
         for part in column.split("."):
+            if value is self.row and part not in value:
+                raise Unusable(f"has no {part!r}")
             if not isinstance(value, dict) or part not in value:
                 raise Unusable(f"{column!r} is not there ({part!r} is missing)")
             value = value[part]

@@ -76,8 +76,13 @@ def check_text(value: object, what: str) -> str:
     return value
 
 
-def parse_turns(value: object, column: str) -> list[Message]:
+def parse_turns(value: object, column: str, *, answered: bool = True) -> list[Message]:
     """Return the turns of a list of objects, of which one at least is the assistant's.
+
+    Args:
+        value: the list.
+        column: its name.
+        answered: false for turns that wait for an answer, which may have none of the assistant.
 
     Raises:
         Unusable: it is no such list.
@@ -92,7 +97,7 @@ def parse_turns(value: object, column: str) -> list[Message]:
         for number, item in enumerate(value, 1)
         if (turn := _parse_turn(item, f"turn {number} of {column!r}")) is not None
     ]
-    if not any(turn.role == "assistant" for turn in turns):
+    if answered and not any(turn.role == "assistant" for turn in turns):
         raise Unusable(f"{column!r} has no assistant turn", "unsupervised")
     return turns
 

@@ -18,6 +18,8 @@ from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 
 _DEFAULT_SPLIT = "validation"
+TRAINING_ROWS = "the training rows: no validation split was held back"
+"""What the rows are called that a model learned from, where there are no others."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,19 @@ class HeldOut:
     language: str
     source: str
 
+    @property
+    def is_training(self) -> bool:
+        """Whether the model learned from them, and nothing else was held back."""
+        return self.split == TRAINING_ROWS
+
 
 def load_held_out(
-    config: DataConfig, card: AdapterCard, split: str | None, context: EncodingContext
+    config: DataConfig,
+    card: AdapterCard,
+    split: str | None,
+    context: EncodingContext,
+    *,
+    is_own: bool = False,
 ) -> HeldOut:
     """Read and encode the rows to score.
 
@@ -51,6 +63,7 @@ def load_held_out(
         card: of what is scored: its task, prompt, labels.
         split: as wished; None takes validation, or a file as a whole.
         context: of the model; its seed is that of the training, which held rows out.
+        is_own: whether the data is what the model was trained on.
 
     Raises:
         InputError: there are no such rows, or they are not of the task.
@@ -60,7 +73,7 @@ def load_held_out(
     known = {name: value for name, value in card.options.items() if name in fields}
     config = config.model_copy(update=known)  # what training found out
     splits = read_splits(config, task, context.seed)
-    table, name = _choose(splits, split)
+    table, name = _choose(splits, split, is_own=is_own)
     if config.max_eval_samples is not None:
         table = table.take(range(min(len(table), config.max_eval_samples)))
     convert, _ = open_converter(table, config, task)
@@ -89,12 +102,12 @@ def load_held_out(
     return HeldOut(table, rows, name, fitted.dropped, language, splits.name)
 
 
-def _choose(splits: Splits, split: str | None) -> tuple[Table, str]:
+def _choose(splits: Splits, split: str | None, *, is_own: bool) -> tuple[Table, str]:
     """Return the table of `split`, and what it is called."""
     tables = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     there = [name for name, table in tables.items() if table is not None]
     if split is None and there == ["train"]:
-        return splits.train, "all rows"
+        return splits.train, TRAINING_ROWS if is_own else "all rows"
     name = split or _DEFAULT_SPLIT
     table = tables[name]
     if table is None:

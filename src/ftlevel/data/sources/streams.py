@@ -57,6 +57,7 @@ class Reader(ABC):
         in_parts: whether a part can be read without the whole file, as `--streaming` does.
         uniform: whether the format itself gives all rows the same keys and types.
         label_names: names of the classes, for columns of which the file declares them.
+        schema: Arrow's, where the file declares the types of its columns; else None.
     """
 
     unit: ClassVar[Literal["line", "row"]] = "line"
@@ -66,6 +67,7 @@ class Reader(ABC):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.label_names: Mapping[str, tuple[str, ...]] = {}
+        self.schema: Any = None
 
     @abstractmethod
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
@@ -79,6 +81,11 @@ class Reader(ABC):
         """
         with refuse_unreadable(self.path):
             yield from self.read(cursor)
+
+    def share(self, chunk: Chunk) -> float | None:
+        """Return which part of the file is read behind `chunk`, from 0 to 1, where it is known."""
+        size = self.path.stat().st_size
+        return min(1.0, chunk.cursor["at"] / size) if size and "at" in chunk.cursor else None
 
     def chunk(self, rows: list[Row], lines: list[int], bad: list[BadRow], cursor: Cursor) -> Chunk:
         """Return a chunk of this file."""

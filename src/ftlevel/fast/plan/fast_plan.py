@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ftlevel.config import TrainConfig
+from ftlevel.config import SPECS, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.attention import packed as attention
+from ftlevel.fast.head.loss import base_model
 from ftlevel.fast.head.needed_tokens import NeededTokens
 from ftlevel.fast.plan.liger import uses_liger
 from ftlevel.fast.plan.workers import find_randomness, plan_workers
@@ -137,6 +138,29 @@ def plan_fast(
     )
 
 
+def plan_forward(model: Any, kind: str, method: str, objective: Objective, tokens: int) -> FastPlan:
+    """Return the parts with which a loaded model scores rows, none of which is learned.
+
+    Args:
+        model: with or without an adapter.
+        kind: of the model.
+        method: which the adapter was trained by, as in `--method`; else PEFT's or none.
+        objective: what it is trained on.
+        tokens: most of a forward pass.
+    """
+    base = base_model(model)
+    packs = not (puts_virtual_tokens(model, method) or why_rows_are_padded(base, kind))
+    chunked = has_language_head(base, objective)
+    return FastPlan(True, packs, chunked, tokens, prunes_last_layer=packs)
+
+
+def puts_virtual_tokens(model: Any, method: str) -> bool:
+    """Whether an adapter of `model`, trained by `method`, puts tokens of its own into every row."""
+    adapters = getattr(model, "peft_config", {}).values()
+    known = method in METHODS and METHODS[method].step.packing(SPECS[method]())
+    return bool(known) or any(config.is_prompt_learning for config in adapters)
+
+
 def _plan_sharing(
     config: TrainConfig, meta: Any, rows: Sequence[Encoded]
 ) -> tuple[bool, list[Choice]]:
@@ -183,15 +207,21 @@ def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
         return f"attention is {config.model.attn_implementation}"
     if reason := METHODS[config.method.kind].step.packing(config.method):
         return reason
-    if kind == "encoder-decoder" or not find_blocks(meta):
-        return f"{family} has not one stack of blocks"
     if getattr(meta.config, "layerdrop", 0):
         return f"{family} skips layers at random"
-    if _carries_a_state(meta):
+    return why_rows_are_padded(meta, kind)
+
+
+def why_rows_are_padded(model: Any, kind: str) -> str:
+    """Return what in `model`, of `kind`, needs rows that are padded; empty where nothing does."""
+    family = model.config.model_type
+    if kind == "encoder-decoder" or not find_blocks(model):
+        return f"{family} has not one stack of blocks"
+    if _carries_a_state(model):
         return f"{family} carries a state from token to token"
-    if not set_packed_attention(meta):
+    if not set_packed_attention(model):
         return f"{family} has an attention of its own"
-    meta.set_attn_implementation("sdpa")  # the config is the one that the weights are loaded with
+    model.set_attn_implementation("sdpa")  # the config is the one that weights are loaded with
     return ""
 
 

@@ -32,14 +32,15 @@ BAD: list[tuple[str, str | bytes, str | list[str]]] = [
     (
         "x.yaml",
         "a: 1",
-        "x.yaml: cannot read '.yaml'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt. "
+        "x.yaml: cannot read '.yaml'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
+        ".arrow, .feather, .txt. "
         "Convert the file, or rename it to what it is.",
     ),
     (
         "x.jsonl.gz",
         b"\x1f\x8b",
         "x.jsonl.gz: cannot read '.gz'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
-        ".txt. Unpack it first: gunzip x.jsonl.gz",
+        ".arrow, .feather, .txt. Unpack it first: gunzip x.jsonl.gz",
     ),
     (
         "x.jsonl",

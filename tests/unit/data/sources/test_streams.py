@@ -50,8 +50,18 @@ def parquet(path: Path) -> Path:
     return path
 
 
+def arrow(path: Path) -> Path:
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(ROWS)
+    with path.open("wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=70)
+    return path
+
+
 FILES: dict[str, Callable[[Path], Path]] = {
     "x.jsonl": jsonl, "x.csv": separated, "x.tsv": separated, "x.txt": txt, "x.parquet": parquet,
+    "x.arrow": arrow,
 }  # fmt: skip
 
 
@@ -217,7 +227,8 @@ SAME: dict[str, tuple[str, bytes, tuple[int, dict[str, str]] | str]] = {
         "it again."),
     "a packed file": (
         "x.jsonl.gz", GZIP,
-        ": cannot read '.gz'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt. "
+        ": cannot read '.gz'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
+        ".arrow, .feather, .txt. "
         "Unpack it first: gunzip x.jsonl.gz"),
     "a packed file by another name": (
         "x.txt", GZIP, ": is compressed by gzip. Unpack it, or name it .gz and gunzip it."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ftlevel.data.sources.readers.arrow import Arrow
 from ftlevel.data.sources.readers.json_array import JsonArray
 from ftlevel.data.sources.readers.json_lines import JsonLines
 from ftlevel.data.sources.readers.paragraphs import Paragraphs
@@ -20,6 +21,8 @@ READERS: dict[str, type[Reader]] = {
     ".csv": CommaSeparated,
     ".tsv": TabSeparated,
     ".parquet": Parquet,
+    ".arrow": Arrow,
+    ".feather": Arrow,
     ".txt": Paragraphs,
 }
 """Every format that is read; a new one is a line here and a module beside this one."""
@@ -32,7 +35,6 @@ _HINTS = {
     ".zip": "Unpack it first: unzip",
     ".xlsx": "Save the sheet as .csv:",
     ".xls": "Save the sheet as .csv:",
-    ".arrow": "Name the directory that save_to_disk wrote, not",
 }
 
 
@@ -53,6 +55,17 @@ def read_table(path: Path, on_bad_row: OnBadRow = "error") -> Table:
     if not table.rows and not bad:
         raise InputError(f"{path}: has 0 rows. Give a file with rows.")
     return resolve_bad(table, bad, on_bad_row)
+
+
+def open_reader(path: Path) -> Reader:
+    """Return the rows of one file, of which none is read yet, in parts or not.
+
+    Raises:
+        InputError: as of `read_table`.
+    """
+    format_ = _format_of(path)
+    with refuse_unreadable(path):
+        return format_(path)
 
 
 def open_stream(path: Path) -> Stream:

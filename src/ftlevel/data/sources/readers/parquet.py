@@ -26,20 +26,21 @@ class Parquet(Reader):
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
         super().__init__(path)
-        with _refuse_damaged(path):
+        with refuse_damaged(path, "Parquet"):
             # Not pq.read_table, whose data set layer fails on two columns of one name.
             self._file = pq.ParquetFile(path)
         schema = self._file.schema_arrow
-        _check_columns(schema.names, str(path))
+        check_columns(schema.names, str(path))
         self._groups = self._file.num_row_groups if schema.names else 0
-        self.label_names = _class_names(schema.metadata)
+        self.schema = schema
+        self.label_names = class_names(schema.metadata)
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on."""
         at = cursor or {"group": 0, "row": 0, "number": 0}
         skip, number = int(at["row"]), int(at["number"])
         groups = range(int(at["group"]), self._groups)
-        with _refuse_damaged(self.path):
+        with refuse_damaged(self.path, "Parquet"):
             for group in groups:
                 row = 0
                 for batch in self._file.iter_batches(_BATCH, row_groups=[group]):
@@ -52,9 +53,13 @@ class Parquet(Reader):
                     row += batch.num_rows
                 skip = 0
 
+    def share(self, chunk: Chunk) -> float | None:
+        """Return which part of the rows is read behind `chunk`."""
+        return chunk.cursor["number"] / max(1, self._file.metadata.num_rows)
+
 
 @contextmanager
-def _refuse_damaged(path: Path) -> Iterator[None]:
+def refuse_damaged(path: Path, what: str) -> Iterator[None]:
     """Turn Arrow's complaints about a file into an `InputError`."""
     import pyarrow as pa
 
@@ -63,7 +68,7 @@ def _refuse_damaged(path: Path) -> Iterator[None]:
     except pa.ArrowException as error:
         first = str(error).splitlines()[0].rstrip(".")
         raise InputError(
-            f"{path}: not a readable Parquet file ({first}). "
+            f"{path}: not a readable {what} file ({first}). "
             "Was the download or copy cut short? Fetch it again."
         ) from None
 
@@ -75,20 +80,25 @@ def build_arrow_table(table: Any, source: str) -> Table:
         InputError: it has no rows, or two columns of one name.
     """
     names = table.schema.names
-    _check_columns(names, source)
+    check_columns(names, source)
     if table.num_rows == 0 or not names:
         raise InputError(f"{source}: has 0 rows. Give a file with rows.")
     rows = table.to_pylist()
     return Table(rows, list(range(1, len(rows) + 1)), source, unit="row")
 
 
-def _check_columns(names: list[str], source: str) -> None:
+def check_columns(names: list[str], source: str) -> None:
+    """Refuse two columns of one name.
+
+    Raises:
+        InputError: naming them.
+    """
     if len(set(names)) < len(names):
         twice = sorted({repr(name) for name in names if names.count(name) > 1})
         raise InputError(f"{source}: has the column {listing(twice)} twice. Rename one.")
 
 
-def _class_names(metadata: dict[bytes, bytes] | None) -> Mapping[str, tuple[str, ...]]:
+def class_names(metadata: dict[bytes, bytes] | None) -> Mapping[str, tuple[str, ...]]:
     """Return the class names that `datasets` writes into a schema, for each column with some."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]

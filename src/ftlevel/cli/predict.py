@@ -1,0 +1,52 @@
+"""`ftlevel predict`: rows without an answer in, the same rows with one out."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+from ftlevel.cli.flags import Given
+from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.config import PredictConfig, normal_task
+from ftlevel.errors import ConfigError
+
+
+def predict(given: Given, *, task: str | None, as_json: bool, quiet: bool) -> None:
+    """Answer the rows of a file, and write them with their answers.
+
+    The rows are asked as the run was trained, need no label, and come out in their order with every
+    column they had. The answer is a class, classes, a number, a tag a word, a span with its place,
+    or a text, as the task says. Without --output they are lines of JSON on stdout.
+    """
+    config = given.section(PredictConfig, task=normal_task(task) if task else None)
+    if as_json and config.output is None:
+        raise ConfigError(
+            "--json prints what was done on stdout, and without --output the rows go there. Name "
+            "a file by --output, or drop --json."
+        )
+    from ftlevel.cli.screens.screen import open_screen
+
+    with open_screen(as_json=as_json, quiet=quiet, aside=True) as screen:
+        with uncollected_imports():
+            from ftlevel.commands.predict import predict as run
+
+        result = run(config, stream=sys.stdout, listener=screen)
+    if as_json:
+        typer.echo(json_module.dumps(result.summary, default=str))
+        return
+    if not quiet:
+        for line in _result_lines(result.summary):
+            typer.echo(line, err=True)
+
+
+def _result_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return what was done, in a line or two."""
+    kept = f"; {summary['kept']:,} were there" if summary["kept"] else ""
+    skipped = f"; {summary['skipped']:,} without an answer" if summary["skipped"] else ""
+    speed = f", {summary['rows_per_s']:,.1f} rows/s" if summary["rows_per_s"] else ""
+    lines = [f"  {summary['rows']:,} rows{kept}{skipped}{speed}"]
+    return [*lines, f"  saved {summary['output']}"] if summary["output"] else lines

@@ -1,0 +1,369 @@
+"""Predict: find → open the rows → load → answer a window of rows at a time → put in place."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import IO, Any
+
+from ftlevel.artifacts.rows.formats import check_row_file, row_file_type
+from ftlevel.artifacts.rows.sinks import LineStream, RowColumns, RowFile, RowList, RowSink
+from ftlevel.artifacts.run_directory import CONFIG
+from ftlevel.config import PredictConfig, TrainConfig, build_config, read_recipe
+from ftlevel.config.choices import Choice
+from ftlevel.data.formats.detect import Format
+from ftlevel.data.prepare.questions import (
+    AskedRow,
+    FileRows,
+    GivenRows,
+    Questions,
+    RowSource,
+    windows,
+)
+from ftlevel.data.sources.one_file import OneFile, opened_file
+from ftlevel.errors import ConfigError, InputError, Interrupted, listing
+from ftlevel.evaluation.answers import PROMPTS, AskedModel, answer_questions, asking
+from ftlevel.evaluation.row_tally import Tally
+from ftlevel.evaluation.scoring import Writing
+from ftlevel.events import Listener, Silence
+from ftlevel.models.hardware import choose_device
+from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.quantized import quantization_form
+from ftlevel.models.threads import choose_threads
+from ftlevel.tasks import TASKS, BaseTask
+from ftlevel.tasks.base import Wanted
+from ftlevel.trained.load import Found, find_trained, load_found
+
+WINDOW = 2_048
+"""Rows that are sorted by their lengths together, where they are scored."""
+
+TEXT_BATCHES = 16
+"""Batches that are, where texts are written: what is written is kept, window by window."""
+
+Answers = Mapping[str, str]
+"""Column of the answer → the name that the task has for it."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What came out.
+
+    Attributes:
+        rows: with their answers; None where they were written elsewhere.
+        summary: what `--json` prints.
+    """
+
+    rows: list[dict[str, Any]] | None
+    summary: Mapping[str, Any]
+
+
+def predict(
+    config: PredictConfig,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    stream: IO[str] | None = None,
+    listener: Listener | None = None,
+) -> Predictions:
+    """Answer rows that have no answer, and give each with its answer, in their order.
+
+    Args:
+        config: the whole configuration.
+        rows: the rows, instead of `config.dataset`.
+        stream: where lines of JSON go where `config.output` names no file; None collects the rows.
+        listener: told of the course; nobody by default.
+
+    Raises:
+        ConfigError: the output exists, a column is there already, or a wish cannot be fulfilled.
+        InputError: the model or the rows cannot be read, or a row cannot be answered.
+        Interrupted: Ctrl-C; what was written can be gone on with.
+    """
+    listener = listener or Silence()
+    _check(config, rows)
+    with contextlib.ExitStack() as held:
+        held.enter_context(quiet_libraries())
+        listener.stage("open the rows")
+        job = _prepare(config, rows, stream, held)
+        listener.choices("predict", job.choices)
+        try:
+            _answer_all(config, job, listener)
+            job.sink.finish()
+        except KeyboardInterrupt:
+            raise Interrupted(job.tally.describe_stop()) from None
+    for warning in job.tally.warnings():
+        listener.warn(warning)
+    collected = job.sink.rows if isinstance(job.sink, RowList) else None
+    return Predictions(collected, _summarize(config, job))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be done, before any weight is read.
+
+    Attributes:
+        found: who answers.
+        device: torch device type.
+        own: the settings of its training.
+        wanted: what is wanted beside the answers.
+        answers: columns that are added.
+        questions: the rows that are left to answer.
+        sink: where they go.
+        tally: what became of the rows.
+        choices: lines for the screen.
+    """
+
+    found: Found
+    device: str
+    own: TrainConfig
+    wanted: Wanted
+    answers: Answers
+    questions: Iterator[AskedRow]
+    sink: RowSink
+    tally: Tally
+    choices: Sequence[Choice]
+
+
+def _check(config: PredictConfig, rows: Iterable[Mapping[str, Any]] | None) -> None:
+    if (rows is None) == (config.dataset is None):
+        raise ConfigError(
+            "there are no rows to answer. Give --dataset FILE, or - for stdin."
+            if rows is None
+            else f"rows are given, and --dataset {config.dataset} too. Give one of them."
+        )
+    if config.output is not None:
+        check_row_file("--output", config.output, resume=config.resume, overwrite=config.overwrite)
+
+
+def _prepare(
+    config: PredictConfig,
+    rows: Iterable[Mapping[str, Any]] | None,
+    stream: IO[str] | None,
+    held: contextlib.ExitStack,
+) -> _Job:
+    """Find the model, open the rows, check all that can be known, and go over what is written."""
+    device = choose_device(config.device)
+    found = find_trained(config.name, device.value, config.task)
+    task, own = TASKS[found.card.task], _settings(found)
+    source, file = _open(config, rows, task, own, held)
+    shape = task.find_questions(source.leading, _mapping(config, own, task, source), config.format)
+    wanted = Wanted(config.probabilities, config.top_k or 0)
+    kinds = task.answer_columns(shape, found.card.labels, found.card.options, wanted)
+    answers = {f"{config.column}_{end}" if end else config.column: end for end in kinds}
+    _check_new(config, answers, source, file)
+    added = {name: kinds[end] for name, end in answers.items()}
+    sink = _open_sink(config, RowColumns(source.columns, added, source.schema), stream)
+    questions = iter(Questions(source, shape, sink.is_table, config.limit))
+    tally = Tally(config.output, kept=_skip_written(questions, sink, config))
+    held.callback(_let_go, sink, tally)
+    choices = _choices(config, found, own, shape, answers, file)
+    return _Job(
+        found, device.value, own, wanted, answers, questions, sink, tally,
+        [*choices, device, choose_threads()],
+    )  # fmt: skip
+
+
+def _settings(found: Found) -> TrainConfig:
+    """Return what the run was told, or the defaults for what is no run."""
+    return TrainConfig() if found.run is None else build_config([read_recipe(found.run / CONFIG)])
+
+
+def _open(
+    config: PredictConfig,
+    rows: Iterable[Mapping[str, Any]] | None,
+    task: BaseTask,
+    own: TrainConfig,
+    held: contextlib.ExitStack,
+) -> tuple[RowSource, OneFile | None]:
+    """Return the rows, of which the first are read, and their file."""
+    if rows is not None or config.dataset is None:
+        return GivenRows(rows or ()), None
+    roles = [names for shape in task.questions for names in shape.roles.values()]
+    known = {name for names in roles for name in names}
+    known |= {*config.columns.values(), *own.data.columns.values()}
+    file = held.enter_context(opened_file(config.dataset, config.input_format, known))
+    return FileRows(file), file
+
+
+def _mapping(
+    config: PredictConfig, own: TrainConfig, task: BaseTask, source: RowSource
+) -> Mapping[str, str]:
+    """Return the user's `--map`, or of the training's what these rows have too."""
+    if config.columns:
+        return config.columns
+    roles = {role for shape in task.questions for role in shape.roles}
+    there = set(source.leading)
+    return {
+        role: column
+        for role, column in own.data.columns.items()
+        if role in roles and column.partition(".")[0] in there
+    }
+
+
+def _check_new(
+    config: PredictConfig, answers: Answers, source: RowSource, file: OneFile | None
+) -> None:
+    """Refuse columns for the answers that the rows have already."""
+    taken = [repr(name) for name in answers if name in source.columns]
+    if taken:
+        whose = "the rows have" if file is None else f"{file.shown} has"
+        raise ConfigError(
+            f"--column {config.column}: {whose} {listing(taken)} already, and nothing of yours is "
+            "overwritten. Name another by --column."
+        )
+
+
+def _let_go(sink: RowSink, tally: Tally) -> None:
+    """Close the file that was not finished; one without a row is of no use."""
+    if isinstance(sink, RowFile) and not (tally.kept or tally.answered):
+        sink.discard()
+    else:
+        sink.close()
+
+
+def _open_sink(config: PredictConfig, columns: RowColumns, stream: IO[str] | None) -> RowSink:
+    if config.output is not None:
+        return row_file_type("--output", config.output)(config.output, columns)
+    return RowList() if stream is None else LineStream(stream)
+
+
+def _skip_written(questions: Iterator[AskedRow], sink: RowSink, config: PredictConfig) -> int:
+    """Open the file; return how many rows it keeps, by which `questions` was advanced.
+
+    Raises:
+        InputError: the rows in it are not those that are to be answered.
+    """
+    if not isinstance(sink, RowFile):
+        return 0
+    count = 0
+    for there in sink.read_back() if config.resume else ():
+        row = next(questions, None)
+        if row is None:
+            raise InputError(
+                f"--resume: {sink.existing} has more rows than the {count:,} of --dataset "
+                f"{config.dataset}. Name another --output."
+            )
+        if sink.as_written(row.row) != there:
+            raise InputError(
+                f"--resume: row {count + 1:,} of {sink.existing} is not {row.place}. Give the rows "
+                "that it was begun with, or name another --output."
+            )
+        count += 1
+    sink.open(count)
+    return count
+
+
+def _choices(
+    config: PredictConfig,
+    found: Found,
+    own: TrainConfig,
+    shape: Format,
+    answers: Answers,
+    file: OneFile | None,
+) -> list[Choice]:
+    task, quant = TASKS[found.card.task], found.card.quantization
+    data = "given" if file is None else f"{file.shown}: read as {file.path.suffix[1:]}"
+    choices = [
+        Choice("task", task.name),
+        Choice("base", found.source.name),
+        *([Choice("quantization", quantization_form(quant))] if quant["kind"] != "none" else []),
+        Choice("rows", data, file.note if file else ""),
+        Choice("columns", shape.description),
+        Choice("answers", listing(answers, 6)),
+        Choice("dtype", found.card.dtype, "as in training" if found.run else "auto"),
+    ]
+    if task.writes_text and config.max_new_tokens is None:
+        why = "as in training" if found.run else "default"
+        choices.append(Choice("max new tokens", own.train.max_new_tokens, why))
+    if _cuts(config, own) and config.overlong is None:
+        choices.append(Choice("overlong", "truncate-prompt", "as in training"))
+    return choices
+
+
+def _cuts(config: PredictConfig, own: TrainConfig) -> bool:
+    return (config.overlong or own.data.overlong) == "truncate-prompt"
+
+
+def _answer_all(config: PredictConfig, job: _Job, listener: Listener) -> None:
+    """Answer the rows that are left; where there are none, no weight is read."""
+    tally, task = job.tally, TASKS[job.found.card.task]
+    size = TEXT_BATCHES * (config.batch_size or PROMPTS) if task.writes_text else WINDOW
+    waiting = windows(job.questions, size)
+    first = next(waiting, None)
+    if first is None:
+        return
+    listener.stage("load the model")
+    trained = load_found(job.found, job.device)
+    for note in trained.notes:
+        listener.warn(note)
+    writing = Writing(config.max_new_tokens or job.own.train.max_new_tokens)
+    model = AskedModel(trained, writing, config.batch_size, cuts=_cuts(config, job.own))
+    listener.stage("answer")
+    listener.answered(tally.kept, None)
+    began = time.perf_counter()
+    with asking(model, trained):
+        for window in chain([first], waiting):
+            found = _answer(model, window, job.wanted, config, tally)
+            job.sink.write(
+                [_join(row, answer, job) for row, answer in zip(window, found, strict=True)]
+            )
+            tally.answered += len(window)
+            tally.shortened = model.shortened
+            tally.seconds = time.perf_counter() - began
+            listener.answered(tally.kept + tally.answered, window[-1].share)
+
+
+def _answer(
+    model: AskedModel,
+    window: Sequence[AskedRow],
+    wanted: Wanted,
+    config: PredictConfig,
+    tally: Tally,
+) -> list[Mapping[str, Any]]:
+    """Return the columns of each row's answer; none for a row that is skipped.
+
+    Raises:
+        InputError: a row cannot be answered, and none is to be skipped.
+    """
+    asked = [i for i, row in enumerate(window) if not row.fault]
+    faults = {i: row.fault for i, row in enumerate(window) if row.fault}
+    if faults and config.on_bad_row == "error":
+        raise InputError(tally.describe_bad(window, faults))
+    answers = answer_questions(model, [window[i].question for i in asked], wanted)
+    faults |= {asked[number]: reason for number, reason in answers.refused.items()}
+    if faults and config.on_bad_row == "error":
+        raise InputError(tally.describe_bad(window, faults))
+    tally.skip(window, faults)
+    found: list[Mapping[str, Any]] = [{} for _ in window]
+    for number, reply in zip(asked, answers.replies, strict=True):
+        if reply is not None:
+            found[number] = reply.columns
+    return found
+
+
+def _join(row: AskedRow, answer: Mapping[str, Any], job: _Job) -> dict[str, Any]:
+    """Return a row with the columns of its answer, which are null where there is none."""
+    twice = [repr(name) for name in job.answers if name in row.row]
+    if twice:  # a later row of JSON Lines
+        raise InputError(
+            f"{row.place}: has {listing(twice)} already. Name another column by --column."
+        )
+    return {**row.row, **{name: answer.get(end) for name, end in job.answers.items()}}
+
+
+def _summarize(config: PredictConfig, job: _Job) -> dict[str, Any]:
+    tally = job.tally
+    return {
+        "name": config.name,
+        "task": job.found.card.task,
+        "dataset": config.dataset,
+        "output": None if config.output is None else str(config.output),
+        "columns": list(job.answers),
+        "rows": tally.kept + tally.answered,
+        "kept": tally.kept,
+        "skipped": tally.skipped,
+        "shortened": tally.shortened,
+        "seconds": tally.seconds,
+        "rows_per_s": tally.answered / tally.seconds if tally.answered else 0.0,
+    }

@@ -1,0 +1,326 @@
+"""Write texts after many prompts: a row that has ended makes room for the next prompt.
+
+transformers' `generate` goes on with a batch until its last row has ended, and copies all that is
+kept of the rows for every token. Here rows come and go, and what is kept stands where it is:
+
+    step      1 2 3 4 5 6
+    row 1     a a a c c c     c begins where a has ended; rows are padded on the left, and every
+    row 2     b b b b b b     token has the position that it has in its own row
+
+Greedy only. `find_decoding_error` asks a model whether it writes so what it writes alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ftlevel.data.encoding.collate import pad
+from ftlevel.errors import listing
+from ftlevel.evaluation.scoring import stop_ids
+from ftlevel.fast.attention import one_token
+from ftlevel.fast.head.loss import base_model
+from ftlevel.fast.plan.fast_plan import puts_virtual_tokens, why_rows_are_padded
+from ftlevel.trained.load import Trained
+
+ROOM = 64
+"""Tokens by which what is kept of the rows grows."""
+
+REFILL = 4
+"""A batch is filled up when one part of so many is free: to begin a row costs a forward pass."""
+
+_PROMPT = 12
+"""Tokens of the prompts that a model is tried on."""
+
+_HARMLESS = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "do_sample",
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "max_new_tokens",
+    "use_cache", "_from_model_config", "trust_remote_code", "cache_implementation",
+}  # fmt: skip
+"""Settings of a model's generation_config that change nothing where tokens are not drawn."""
+
+
+_NEUTRAL = (None, False, 0, 1)
+"""Values that switch a setting of generation_config off: a penalty of 1, an n-gram of 0."""
+
+
+class RowDecoder:
+    """Writes with a model whose attention it has taken; `close` leaves it as it was.
+
+    Args:
+        model: a decoder, with or without an adapter (mutated until `close`).
+        stops: ids that end a text.
+        pad_id: fills the rows.
+    """
+
+    def __init__(self, model: Any, stops: Sequence[int], pad_id: int) -> None:
+        self._model, self._base = model, base_model(model)
+        self._stops, self._pad_id = frozenset(stops), pad_id
+        self._device = next(model.parameters()).device
+        # transformers 5.24 renames it, family by family.
+        takes = inspect.signature(self._base.forward).parameters
+        self._cache = "cache" if "cache" in takes else "past_key_values"
+        one_token.register()
+        self._base.set_attn_implementation(one_token.NAME)
+
+    def close(self) -> None:
+        """Give the model its attention back."""
+        self._base.set_attn_implementation("sdpa")
+
+    def __call__(self, prompts: Sequence[list[int]], most: int, batch_size: int) -> list[list[int]]:
+        """Return the ids that the model writes after each prompt, with what ended them.
+
+        Args:
+            prompts: token ids.
+            most: longest text in tokens.
+            batch_size: rows that are written at once.
+        """
+        texts = _Texts(len(prompts), most, self._stops)
+        waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+        rows = _Rows([], [], [], [])
+        while True:
+            alive = texts.unended(rows)
+            free = batch_size - len(alive)
+            if waiting and (not alive or free * REFILL >= batch_size):
+                chosen = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                begun = self.begin(chosen, [prompts[i] for i in chosen])
+                texts.take(begun)
+                rows = join([(rows, alive), (begun, texts.unended(begun))])
+            elif alive:
+                if (len(rows.numbers) - len(alive)) * REFILL >= len(rows.numbers):
+                    rows = join([(rows, alive)])
+                self.step(rows)
+                texts.take(rows)
+            else:
+                return texts.made
+
+    def begin(self, numbers: Sequence[int], prompts: Sequence[list[int]]) -> _Rows:
+        """Return rows that hold `prompts` and the first token after each."""
+        lengths = [len(ids) for ids in prompts]
+        layers = [
+            _RoomyLayer() for _ in range(self._base.config.get_text_config().num_hidden_layers)
+        ]
+        rows = _Rows(list(numbers), lengths, [], layers)
+        ids = pad(prompts, self._pad_id, left=True).to(self._device)
+        self._forward(rows, ids, max(lengths))
+        return rows
+
+    def step(self, rows: _Rows) -> None:
+        """Write one token more in each of `rows` (mutated)."""
+        rows.lengths = [length + 1 for length in rows.lengths]
+        ids = torch.tensor(rows.last, device=self._device)[:, None]
+        self._forward(rows, ids, rows.layers[0].get_seq_length() + 1)
+
+    def _forward(self, rows: _Rows, ids: torch.Tensor, seq: int) -> None:
+        """Call the model on `ids` (rows, new), of which `seq` places are then kept."""
+        begins = seq - torch.tensor(rows.lengths, device=self._device)[:, None]
+        places = torch.arange(seq, device=self._device)[None]
+        outputs = self._model(
+            input_ids=ids,
+            attention_mask=(places >= begins).long(),
+            position_ids=(places - begins).clamp(min=0)[:, -ids.shape[1] :],
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._cache: Cache(layers=rows.layers)},
+        )
+        rows.scores = outputs.logits[:, -1]
+        rows.last = rows.scores.argmax(-1).tolist()
+
+
+@dataclass
+class _Rows:
+    """Rows that are written together.
+
+    Attributes:
+        numbers: of the prompts.
+        lengths: tokens of each that are kept, at the end of the places.
+        last: the token that comes next in each.
+        layers: keys and values.
+        scores: (rows, vocabulary) of `last`.
+    """
+
+    numbers: list[int]
+    lengths: list[int]
+    last: list[int]
+    layers: Sequence[_RoomyLayer]
+    scores: Any = None
+
+
+class _Texts:
+    """What was written so far.
+
+    Args:
+        count: of the texts.
+        most: longest text in tokens.
+        stops: ids that end one.
+
+    Attributes:
+        made: the ids of each.
+    """
+
+    def __init__(self, count: int, most: int, stops: frozenset[int]) -> None:
+        self.made: list[list[int]] = [[] for _ in range(count)]
+        self._ended: set[int] = set()
+        self._most, self._stops = most, stops
+
+    def take(self, rows: _Rows) -> None:
+        """Take the next token of each of `rows` that has not ended."""
+        for number, token in zip(rows.numbers, rows.last, strict=True):
+            if number in self._ended:
+                continue
+            self.made[number].append(token)
+            if token in self._stops or len(self.made[number]) >= self._most:
+                self._ended.add(number)
+
+    def unended(self, rows: _Rows) -> list[int]:
+        """Return which of `rows` go on."""
+        return [i for i, number in enumerate(rows.numbers) if number not in self._ended]
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values in tensors that have room for more, so that a token copies none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._whole: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def fill(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Keep the first `length` places of `keys` and `values` (rows, heads, places, width)."""
+        self._whole = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,  # noqa: ARG002 - the signature is transformers'
+        **kwargs: Any,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the states of new tokens; return those of all."""
+        before = self.get_seq_length()
+        after = before + key_states.shape[-2]
+        if self._whole is None or after > self._whole[0].shape[-2]:
+            old = (self.keys, self.values) if before else (None, None)
+            self._whole = (_roomy(key_states, after, old[0]), _roomy(value_states, after, old[1]))
+        self._whole[0][:, :, before:after] = key_states
+        self._whole[1][:, :, before:after] = value_states
+        self.fill(*self._whole, after)
+        return self.keys, self.values
+
+
+def _roomy(like: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.Tensor:
+    """Return zeros of the form of `like` with room beyond `length`, and `old` at the beginning."""
+    rows, heads, _, width = like.shape
+    made = like.new_zeros(rows, heads, length + ROOM, width)
+    if old is not None:
+        made[:, :, : old.shape[2]] = old
+    return made
+
+
+def join(parts: Sequence[tuple[_Rows, Sequence[int]]]) -> _Rows:
+    """Return the rows at the indices of each part as rows that are written together."""
+    parts = [(rows, chosen) for rows, chosen in parts if chosen]
+    if not parts:
+        return _Rows([], [], [], [])
+    lengths = [rows.lengths[i] for rows, chosen in parts for i in chosen]
+    seq = max(lengths)
+    layers: list[_RoomyLayer] = []
+    for at in range(len(parts[0][0].layers)):
+        whole = []
+        for name in ("keys", "values"):
+            states = [getattr(rows.layers[at], name) for rows, _ in parts]
+            first = states[0]
+            made = first.new_zeros(len(lengths), first.shape[1], seq + ROOM, first.shape[3])
+            begin = 0
+            for part, (rows, chosen) in zip(states, parts, strict=True):
+                width = max(rows.lengths[i] for i in chosen)
+                index = torch.tensor(chosen, device=part.device)
+                target = made[begin : begin + len(chosen), :, seq - width : seq]
+                target.copy_(part[:, :, part.shape[2] - width :].index_select(0, index))
+                begin += len(chosen)
+            whole.append(made)
+        layers.append(_RoomyLayer())
+        layers[-1].fill(whole[0], whole[1], seq)
+    return _Rows(
+        [rows.numbers[i] for rows, chosen in parts for i in chosen],
+        lengths,
+        [rows.last[i] for rows, chosen in parts for i in chosen],
+        layers,
+    )
+
+
+def open_decoder(trained: Trained, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
+    """Return a decoder on a loaded model, or False where transformers' `generate` must write.
+
+    Args:
+        trained: the model; call without gradients.
+        prompts: some of those to come, on which it is tried.
+    """
+    model, tokenizer = trained.model, trained.tokenizer
+    if why_generated(model, trained.kind, trained.method):
+        return False
+    decoder = RowDecoder(model, stop_ids(tokenizer), tokenizer.pad_token_id or 0)
+    noise = 1e-4 if trained.dtype == "float32" else 1e-1
+    if find_decoding_error(decoder, model, max(prompts, key=len), noise):
+        decoder.close()
+        return False
+    return decoder
+
+
+def why_generated(model: Any, kind: str, method: str) -> str:
+    """Return why transformers' `generate` must write; empty if it need not.
+
+    Args:
+        model: what writes.
+        kind: of the model.
+        method: which its adapter was trained by.
+    """
+    base = base_model(model)
+    if reason := why_rows_are_padded(base, kind):
+        return reason
+    if puts_virtual_tokens(model, method):
+        return "its adapter puts virtual tokens into every row"
+    layers = DynamicCache(config=base.config).layers
+    if any(type(layer) is not DynamicLayer for layer in layers):
+        return "it keeps a window of its rows only"
+    settings = base.generation_config.to_diff_dict()
+    told = {name for name, value in settings.items() if value not in _NEUTRAL} - _HARMLESS
+    return f"its generation_config has {listing(sorted(told))}" if told else ""
+
+
+def find_decoding_error(
+    decoder: RowDecoder, model: Any, prompt: Sequence[int], noise: float
+) -> str:
+    """Return why `decoder` cannot write with `model`, empty if it can; in evaluation, no gradients.
+
+    A row that begins beside a longer one, goes on without it and meets a third is asked for its
+    next token; so is the model, of the whole row alone.
+
+    Args:
+        decoder: on `model`.
+        model: what writes.
+        prompt: some tokens.
+        noise: how far the scores may be apart, relative to their norm.
+    """
+    long = [*prompt, *prompt][:_PROMPT]
+    short = long[: _PROMPT // 2]
+    try:
+        rows = decoder.begin([0, 1], [long, short])
+        said = [rows.last[1]]
+        rows = join([(decoder.begin([2], [long[1:]]), [0]), (rows, [1])])
+        decoder.step(rows)
+        whole = torch.tensor([[*short, *said]], device=rows.scores.device)
+        expected = model(input_ids=whole).logits[0, -1].float()
+    except (TypeError, NotImplementedError) as error:
+        return str(error)
+    found = rows.scores[1].float()
+    if not (found - expected).norm() < noise * expected.norm():
+        return "rows that come and go give other scores than rows alone"
+    return ""

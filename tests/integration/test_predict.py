@@ -1,0 +1,411 @@
+"""`predict`: rows in, the same rows with an answer out, each that of a plain PEFT loop."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+import task_data
+from ftlevel import predict
+from ftlevel.cli.app import run
+from ftlevel.commands import predict as command
+from ftlevel.commands.train import train
+from ftlevel.config import PredictConfig, TrainConfig
+from ftlevel.data.prepare import questions
+from ftlevel.errors import ConfigError, InputError
+from ftlevel.evaluation import row_scores
+
+ModelDir = Callable[..., Path]
+
+SPAN = {"max_length": 192, "doc_stride": 12}
+PAIR = {"columns": {"source": "en", "target": "de"}}
+ROWS = 21
+
+
+def fit(model: Path, data: Path, out: Path, task: str, **options: Any) -> Path:
+    train(
+        TrainConfig.model_validate(
+            {
+                "task": task,
+                "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
+                "data": {"dataset": str(data), "max_eval_samples": 1, **options},
+                "train": {"max_steps": 3, "learning_rate": 0.01, "max_new_tokens": 6,
+                          "predict_with_generate": False},
+                "output": {"dir": str(out)},
+            }
+        )
+    )  # fmt: skip
+    return out
+
+
+def plain(run: Path, auto_class: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Return model, tokenizer and card of a run, loaded by transformers and PEFT alone."""
+    adapter = run / "adapter"
+    card = json.loads((adapter / "ftlevel.json").read_text(encoding="utf-8"))
+    more = {"num_labels": len(card["labels"])} if card["labels"] else {}
+    if card["options"].get("problem_type") == "regression":
+        more["num_labels"] = 1
+    base = getattr(transformers, auto_class).from_pretrained(card["base"]["name"], **more)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
+    base.config.pad_token_id = tokenizer.pad_token_id
+    return PeftModel.from_pretrained(base, adapter).eval(), tokenizer, card
+
+
+def expect_classes(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    model, tokenizer, card = plain(run, "AutoModelForSequenceClassification")
+    problem = card["options"]["problem_type"]
+    for row in rows:
+        logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
+        if problem == "regression":
+            yield {"prediction": float(logits[0])}
+            continue
+        several = problem == "multi_label_classification"
+        shares = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
+        by_label = dict(zip(card["labels"], shares, strict=True))
+        best = sorted(by_label, key=lambda label: -by_label[label])
+        yield {
+            "prediction": [k for k, v in by_label.items() if v > 0.5] if several else best[0],
+            **{f"prediction_probability_{label}": share for label, share in by_label.items()},
+            "prediction_top": [{"answer": k, "probability": by_label[k]} for k in best[:2]],
+        }
+
+
+def expect_tags(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    model, tokenizer, card = plain(run, "AutoModelForTokenClassification")
+    for row in rows:
+        text = " ".join(row["tokens"])
+        encoding = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+        offsets = encoding.pop("offset_mapping")[0].tolist()
+        shares = model(**encoding).logits[0].softmax(-1)
+        tags, sure, begin = [], [], 0
+        for word in row["tokens"]:
+            end = begin + len(word)
+            first = next(i for i, (a, b) in enumerate(offsets) if begin < b <= end and a < b)
+            tags.append(card["labels"][int(shares[first].argmax())])
+            sure.append(float(shares[first].max()))
+            begin = end + 1
+        yield {"prediction": tags, "prediction_probability": sure}
+
+
+def expect_spans(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    model, tokenizer, _ = plain(run, "AutoModelForQuestionAnswering")
+    for row in rows:
+        encoding = tokenizer(
+            row["question"], row["context"], return_tensors="pt", return_offsets_mapping=True
+        )
+        offsets, parts = encoding.pop("offset_mapping")[0].tolist(), encoding.sequence_ids(0)
+        out = model(**encoding)
+        assert encoding["input_ids"].shape[1] <= SPAN["max_length"], "one window each"
+        spans = {
+            (i, j): float(out.start_logits[0, i] + out.end_logits[0, j])
+            for i in range(len(parts)) for j in range(i, min(i + 30, len(parts)))
+            if parts[i] == parts[j] == 1
+        }  # fmt: skip
+        first, last = max(spans, key=lambda span: spans[span])
+        begin, end = offsets[first][0], offsets[last][1]
+        text = row["context"][begin:end]
+        begin += len(text) - len(text.lstrip())
+        text = text.strip()
+        yield {"prediction": text, "prediction_start": begin, "prediction_end": begin + len(text),
+               "prediction_score": spans[first, last]}  # fmt: skip
+
+
+def expect_masks(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    model, tokenizer, _ = plain(run, "AutoModelForMaskedLM")
+    for row in rows:
+        encoding = tokenizer(row["text"], return_tensors="pt")
+        at = (encoding["input_ids"][0] == tokenizer.mask_token_id).nonzero()[:, 0]
+        shares = model(**encoding).logits[0, at, : len(tokenizer)].softmax(-1)
+        words = [tokenizer.decode([i]).strip() for i in shares.argmax(-1).tolist()]
+        text = row["text"]
+        for word in words:
+            text = text.replace("[MASK]", word, 1)
+        tops = [share.topk(2) for share in shares]
+        yield {
+            "prediction": text,
+            "prediction_words": words,
+            "prediction_top": [
+                [{"answer": tokenizer.convert_ids_to_tokens(i), "probability": p}
+                 for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+                for top in tops
+            ],
+        }  # fmt: skip
+
+
+def expect_texts(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    model, tokenizer, card = plain(run, "AutoModelForSeq2SeqLM")
+    prefix = card["prompt"]["instruction"]
+    for row in rows:
+        encoding = tokenizer(f"{prefix}\n\n{row['en']}", return_tensors="pt")
+        written = model.generate(**encoding, max_new_tokens=6, do_sample=False)
+        yield {"prediction": tokenizer.decode(written[0], skip_special_tokens=True).strip()}
+
+
+def masked(i: int) -> dict[str, Any]:
+    words = str(task_data.ROWS["mask"](i)["text"]).split()
+    words[i % 3] = words[-1] = "[MASK]"
+    return {"text": " ".join(words)}
+
+
+Expect = Callable[[Path, list[dict[str, Any]]], Iterator[dict[str, Any]]]
+CELLS: dict[str, tuple[str, str, str, str | None, dict[str, Any], Expect, dict[str, Any]]] = {
+    "class": ("class", "text-classification", "bert", "mlm", {}, expect_classes,
+              {"probabilities": True, "top_k": 2}),
+    "class of a decoder": ("class", "text-classification", "llama", None, {}, expect_classes,
+                           {"probabilities": True, "top_k": 2}),
+    "several": ("multi", "text-classification", "bert", "mlm", {}, expect_classes,
+                {"probabilities": True, "top_k": 2}),
+    "number": ("regression", "text-classification", "bert", "mlm", {}, expect_classes, {}),
+    "tags": ("tags", "token-classification", "bert", "mlm", {}, expect_tags,
+             {"probabilities": True}),
+    "span": ("span", "question-answering", "bert", "mlm", SPAN, expect_spans, {}),
+    "mask": ("mask", "masked-lm", "bert", "mlm", {}, expect_masks, {"top_k": 2}),
+    "text": ("pair", "translation", "t5", None, PAIR, expect_texts, {}),
+}  # fmt: skip
+TARGETS = ("label", "tags", "answers", "de")
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_answer_is_that_of_a_plain_loop(
+    cell: str, tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, task, family, head, options, expect, wishes = CELLS[cell]
+    data = task_data.write(tmp_path / "data", name)
+    trained = fit(tiny_model_dir(family, head), data, tmp_path / "run", task, **options)
+    make = masked if name == "mask" else task_data.ROWS[name]
+    rows = [{"id": i, **{k: v for k, v in make(i).items() if k not in TARGETS}, "more": [None, 0.5]}
+            for i in range(30, 30 + ROWS)]  # fmt: skip
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(row_scores, "WORTH_ASKING", 2)  # packed, as a large file is
+    monkeypatch.setattr(row_scores, "CPU_TOKENS", 96)
+    monkeypatch.setattr(command, "WINDOW", 8)
+    packed: list[bool] = []
+    forward = row_scores.RowScorer._forward
+
+    def look(self: Any, some: Any) -> Any:
+        packed.append(self._packs)
+        return forward(self, some)
+
+    monkeypatch.setattr(row_scores.RowScorer, "_forward", look)
+    config = PredictConfig(name=str(trained), dataset=str(tmp_path / "new.jsonl"), device="cpu",
+                           output=tmp_path / "told.jsonl", **wishes)  # fmt: skip
+    summary = predict(config).summary
+    found = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        expected = list(expect(trained, rows))
+    assert [{k: row[k] for k in rows[0]} for row in found] == rows
+    assert summary["columns"] == [k for k in found[0] if k not in rows[0]]
+    answers = [{k: row[k] for k in summary["columns"]} for row in found]
+    for answer, wanted in zip(answers, expected, strict=True):
+        check(answer, wanted)
+    assert all(packed)
+    assert (task == "translation") is not bool(packed)
+    assert len({json.dumps(answer) for answer in answers}) > 1
+
+
+def check(found: Any, wanted: Any) -> None:
+    """Everything is equal; probabilities and other numbers to 1e-5."""
+    if isinstance(wanted, float):
+        assert found == pytest.approx(wanted, abs=1e-5)
+    elif isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            check(found[key], value)
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            check(one, other)
+    else:
+        assert found == wanted
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    data = task_data.write(folder / "data", "class")
+    return fit(tiny_model_dir("bert", "mlm"), data, folder / "run", "text-classification")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    with Path("rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "text", "note"])
+        for i in range(ROWS):
+            note = 'two\r\nlines, "quoted" 🦊' if i % 4 == 0 else ""
+            writer.writerow([f"0{i}", task_data.ROWS["class"](i)["text"], note])
+    return tmp_path
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with Path(name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def ask(classifier: Path, *arguments: str, dataset: str = "rows.csv") -> int:
+    return run(["predict", str(classifier), "--dataset", dataset, "--device", "cpu", *arguments])
+
+
+def test_a_table_keeps_its_cells_and_stdout_is_json_lines(
+    classifier: Path, here: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert ask(classifier, "--output", "told.csv", "--column", "kind") == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "columns: text: 'text'; not used: 'id', 'note'" in captured.err
+    found = read("told.csv")
+    assert list(found[0]) == ["id", "text", "note", "kind"]
+    assert [{k: row[k] for k in ("id", "text", "note")} for row in found] == read("rows.csv")
+    assert {row["kind"] for row in found} <= {"a", "b"}
+    content = Path("rows.csv").read_bytes()
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    assert ask(classifier, "--limit", "3", "--quiet", "--column", "kind", dataset="-") == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line) for line in captured.out.splitlines()] == found[:3]
+    assert captured.err == ""
+    assert ask(classifier, "--output", "told.csv") == 2
+    assert "told.csv exists" in capsys.readouterr().err
+    assert ask(classifier, "--column", "note", "--output", "new.csv") == 2
+    assert "rows.csv has 'note' already" in capsys.readouterr().err
+    assert ask(classifier, "--json") == 2
+    assert "Name a file by --output" in capsys.readouterr().err
+
+
+def test_it_goes_on_after_the_last_whole_row(
+    classifier: Path, here: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    flags = ("--probabilities", "--output")
+    assert ask(classifier, *flags, "whole.csv") == 0
+    whole = Path("whole.csv").read_bytes()
+    cut = whole.index(b"\n", len(whole) // 2) + 9  # in the middle of a row
+    Path("told.csv.partial").write_bytes(whole[:cut])
+    assert ask(classifier, *flags, "told.csv") == 2
+    assert "Go on with it by --resume" in capsys.readouterr().err
+    assert ask(classifier, *flags, "told.csv", "--resume", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert 0 < summary["kept"] < summary["rows"] == ROWS
+    told = read("told.csv")
+    for one, other in zip(told, read("whole.csv"), strict=True):
+        assert {k: v for k, v in one.items() if "prob" not in k} == {
+            k: v for k, v in other.items() if "prob" not in k
+        }
+    monkeypatch.setattr(command, "load_found", None)  # no weight is read where nothing is left
+    assert ask(classifier, *flags, "whole.csv", "--resume") == 0
+    assert Path("whole.csv").read_bytes() == whole
+    assert ask(classifier, "--output", "whole.csv", "--resume") == 2
+    assert "Give the flags that it was begun with" in capsys.readouterr().err
+    Path("rows.csv").write_bytes(Path("rows.csv").read_bytes().replace(b"03,", b"3,"))
+    assert ask(classifier, *flags, "whole.csv", "--resume") == 2
+    assert "row 4 of whole.csv is not rows.csv:" in capsys.readouterr().err
+    assert Path("whole.csv").read_bytes() == whole
+
+
+def test_bad_rows_stop_it_or_have_no_answer(
+    classifier: Path, here: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(command, "WINDOW", 2)
+    lines = ['{"text": "a", "n": 1}', '{"text": "b"}', '{"text": ""}', "no json", '{"n": 2}',
+             json.dumps({"text": "word " * 600}), '{"text": "c", "more": [1]}']  # fmt: skip
+    Path("bad.jsonl").write_text("\n".join(lines) + "\n")
+    assert ask(classifier, "--output", "p.jsonl", dataset="bad.jsonl") == 2
+    error = capsys.readouterr().err
+    assert "bad.jsonl:3: 'text' is empty." in error
+    assert "2 rows are in p.jsonl.partial: --resume goes on with them" in error
+    assert ask(classifier, "--output", "p.jsonl", "--resume", "--on-bad-row", "skip",
+               dataset="bad.jsonl") == 0  # fmt: skip
+    error = capsys.readouterr().err
+    for place in ("3: 'text' is empty", "4: not valid JSON", "5: has no 'text'", "6: has "):
+        assert f"bad.jsonl:{place}" in error
+    assert "and the model takes 512" in error
+    rows = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+    assert [row["prediction"] is None for row in rows] == [0, 0, 1, 1, 1, 1, 0]
+    assert [row.get("text") for row in rows][:4] == ["a", "b", "", None]
+    assert rows[6]["more"] == [1]
+    assert ask(classifier, "--output", "p.csv", "--on-bad-row", "skip", "--overlong",
+               "truncate-prompt", dataset="bad.jsonl") == 0  # fmt: skip
+    assert "1 rows were shortened" in capsys.readouterr().err
+    assert [bool(row["prediction"]) for row in read("p.csv")] == [1, 1, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-k", "0"], "top_k must be ≥ 1"),
+        (["--output", "p.xml"], "cannot write '.xml'"),
+        (["--resume"], "--resume is for a file, and there is no --output"),
+        (["--map", "text=nothing"], "no column 'nothing'"),
+        (["--task", "summarization"], "was trained for text-classification"),
+    ],
+)
+def test_mistakes_are_said_before_weights_load(
+    arguments: list[str], message: str, classifier: Path, here: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(command, "load_found", None)
+    assert ask(classifier, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in here.iterdir()] == ["rows.csv"]
+
+
+def test_from_python(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PredictConfig(name=str(classifier), device="cpu", batch_size=3)
+    given = [{"text": f"the file {i}", "i": i} for i in range(questions._FIRST + 3)]
+    found = predict(config, iter(given)).rows
+    assert found is not None
+    assert [{k: row[k] for k in ("text", "i")} for row in found] == given
+    assert {row["prediction"] for row in found} <= {"a", "b"}
+    with pytest.raises(ConfigError, match="there are no rows"):
+        predict(config)
+    with pytest.raises(InputError, match="0 rows"):
+        predict(config, [])
+
+
+def test_ctrl_c_keeps_what_is_written(
+    classifier: Path, here: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(command, "WINDOW", 8)
+    calls = []
+
+    def press(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return answer(*arguments)
+
+    answer = command.answer_questions
+    monkeypatch.setattr(command, "answer_questions", press)
+    assert ask(classifier, "--output", "p.tsv") == 130
+    assert "8 rows are in p.tsv.partial: --resume goes on" in capsys.readouterr().err
+    assert not Path("p.tsv").exists()
+    assert ask(classifier, "--output", "p.tsv", "--resume") == 0
+    assert len(Path("p.tsv").read_text(encoding="utf-8").split("\tprediction\n")) == 2
+
+
+@pytest.mark.slow
+def test_a_real_classifier_on_a_table(minilm: Path, here: Path) -> None:
+    data = task_data.write(here / "data", "class", 32)
+    trained = fit(minilm, data, here / "run", "text-classification")
+    assert ask(trained, "--output", "told.csv", "--probabilities") == 0
+    found, rows = read("told.csv"), read("rows.csv")
+    assert [{k: row[k] for k in rows[0]} for row in found] == rows
+    with torch.no_grad():
+        expected = list(expect_classes(trained, rows))
+    for answer, wanted in zip(found, expected, strict=True):
+        assert answer["prediction"] == wanted["prediction"]
+        share = float(answer["prediction_probability_a"])
+        assert share == pytest.approx(wanted["prediction_probability_a"], abs=1e-5)

@@ -1,0 +1,163 @@
+"""Files of rows: what is written others read, and what was cut off can be gone on with."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import decimal
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.artifacts.rows.formats import check_row_file, row_file_type, write_rows
+from ftlevel.artifacts.rows.sinks import RowColumns, RowFile, partial_of
+from ftlevel.errors import ConfigError, InputError
+
+ROWS = [
+    {"id": "1", "text": 'a "quoted", text\nof two lines', "note": ""},
+    {"id": "02", "text": "ünïcödé 🦊\r\nand\rreturns", "note": "  x  "},
+    {"id": "3", "text": "plain", "note": "\t"},
+    {"id": "4", "text": "", "note": "#"},
+]
+ANSWERS = {"prediction": "text", "prediction_score": "number"}
+FULL = [{**row, "prediction": f"ä{i}", "prediction_score": i / 3} for i, row in enumerate(ROWS)]
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def begin(path: Path, names: list[str] | None = None) -> RowFile:
+    columns = RowColumns(names or list(ROWS[0]), ANSWERS)
+    return row_file_type("--output", path)(path, columns)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read as somebody else would."""
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path).to_pylist()
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    return [{**row, "prediction_score": float(row["prediction_score"])} for row in rows]
+
+
+def write(path: Path, rows: list[dict[str, Any]], keep: int = 0) -> RowFile:
+    file = begin(path)
+    file.open(keep)
+    for row in rows:
+        file.write([row])
+    return file
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_is_written_is_what_others_read(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / f"p{suffix}"
+    file = write(path, FULL)
+    assert not path.exists()
+    file.finish()
+    assert read(path) == FULL
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_whatever_is_cut_off_is_gone_on_with(suffix: str, tmp_path: Path) -> None:
+    whole = tmp_path / f"whole{suffix}"
+    write(whole, FULL).close()
+    content = partial_of(whole).read_bytes()
+    for size in [*range(0, len(content), 7 if suffix != ".parquet" else 97), len(content)]:
+        path = tmp_path / f"p{suffix}"
+        partial_of(path).write_bytes(content[:size])
+        file = begin(path)
+        there = list(file.read_back())
+        assert there == [file.as_written(row) for row in ROWS[: len(there)]]
+        file.open(len(there))
+        for row in FULL[len(there) :]:
+            file.write([row])
+        file.finish()
+        assert read(path) == FULL, size
+        path.unlink()
+    assert len(there) == len(ROWS)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_whole_file_is_gone_on_with(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"p{suffix}"
+    write(path, FULL[:2]).finish()
+    file = begin(path)
+    assert len(list(file.read_back())) == 2
+    file.open(2)
+    file.write(FULL[2:])
+    file.finish()
+    assert read(path) == FULL
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_other_columns_are_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"p{suffix}"
+    write_rows(path, [{"id": "1", "prediction": "x"}])
+    with pytest.raises(InputError, match="prediction_score"):
+        list(begin(path).read_back())
+
+
+def test_values_of_json_stand_in_a_table_as_text_that_says_the_same(tmp_path: Path) -> None:
+    row = {"whole": 3, "part": 0.1, "yes": True, "none": None, "list": ["ä", 1], "of": {"a": []},
+           "day": datetime.date(2026, 1, 2), "sum": decimal.Decimal("1.10")}  # fmt: skip
+    write_rows(tmp_path / "p.csv", [row])
+    _, cells = list(csv.reader((tmp_path / "p.csv").open(encoding="utf-8")))
+    assert cells == ["3", "0.1", "true", "", '["ä", 1]', '{"a": []}', "2026-01-02", "1.10"]
+    write_rows(tmp_path / "p.jsonl", [{**row, "part": float("nan")}])
+    assert json.loads((tmp_path / "p.jsonl").read_text(encoding="utf-8"))["part"] is None
+
+
+def test_types_of_parquet_are_kept(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({
+        "small": pa.array([1, None], pa.int8()),
+        "half": pa.array([0.5, float("nan")], pa.float32()),
+        "when": pa.array([1, 2], pa.timestamp("us", "UTC")),
+        "cost": pa.array([decimal.Decimal("1.10")] * 2, pa.decimal128(9, 2)),
+        "parts": pa.array([[{"a": 1}], []], pa.list_(pa.struct([("a", pa.int16())]))),
+        "raw": pa.array([b"\xff", b""]),
+        "kind": pa.array(["x", "y"]).dictionary_encode(),
+    })  # fmt: skip
+    path = tmp_path / "p.parquet"
+    columns = RowColumns(table.schema.names, {"prediction": "texts"}, table.schema)
+    file = row_file_type("--output", path)(path, columns)
+    file.open(0)
+    file.write([{**row, "prediction": ["ä"]} for row in table.to_pylist()])
+    file.finish()
+    found = pq.read_table(path)
+    assert found.schema.names == [*table.schema.names, "prediction"]
+    for name in table.schema.names:
+        assert found[name].type == table[name].type, name
+        assert repr(found[name].to_pylist()) == repr(table[name].to_pylist()), name
+    assert found["prediction"].to_pylist() == [["ä"], ["ä"]]
+
+
+def test_rows_that_agree_on_no_type_are_refused_by_parquet(tmp_path: Path) -> None:
+    file = begin(tmp_path / "p.parquet", ["x"])
+    file.open(0)
+    file.write([{"x": 1}])
+    with pytest.raises(InputError, match=r"no one type a column .* Write .jsonl"):
+        file.write([{"x": "one"}])
+    file.close()
+
+
+def test_nothing_of_yours_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    with pytest.raises(ConfigError, match=r"cannot write '.xlsx'. Formats: .csv, .tsv, .jsonl"):
+        check_row_file("--output", tmp_path / "p.xlsx", resume=False, overwrite=False)
+    check_row_file("--output", path, resume=False, overwrite=False)
+    partial_of(path).write_text("x")
+    with pytest.raises(ConfigError, match="holds rows of a command that was stopped"):
+        check_row_file("--output", path, resume=False, overwrite=False)
+    check_row_file("--output", path, resume=True, overwrite=False)
+    path.write_text("x")
+    with pytest.raises(ConfigError, match=r"p\.csv exists"):
+        check_row_file("--output", path, resume=False, overwrite=False)
+    check_row_file("--output", path, resume=False, overwrite=True)
