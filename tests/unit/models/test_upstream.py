@@ -212,6 +212,17 @@ def _(_: Any) -> None:
     assert not architectures.is_stateful(transformers.LlamaForCausalLM)
 
 
+@CANARIES.of("eager_attention_forward")
+def _(_: Any) -> None:
+    for family in ("llama", "bert", "t5"):
+        model = build(family)
+        attention = next(part for part in model.modules() if "Attention" in type(part).__name__)
+        function = architectures.eager_attention_of(attention)
+        states = [torch.randn(1, 4, count, 16) for count in (3, 5, 5)]
+        _, weights = function(attention, *states, None, scaling=0.25)
+        torch.testing.assert_close(weights, (states[0] @ states[1].mT * 0.25).softmax(-1))
+
+
 @CANARIES.of("PreTrainedModel._supports_sdpa", "ALL_ATTENTION_FUNCTIONS")
 def _(_: Any) -> None:
     assert architectures.supports_sdpa(transformers.LlamaModel)

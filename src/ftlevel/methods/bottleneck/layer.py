@@ -71,6 +71,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._tap: Any = None
+        self._listens = False  # torch.compile can read this, and not whether there is a hook
         self._tapped: torch.Tensor | None = None
 
     def update_layer(
@@ -113,12 +114,14 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         """
         if self._tap is None:
             self._tap = source.register_forward_pre_hook(functools.partial(_remember, self))
+            self._listens = True
 
     def stop_listening(self) -> None:
         """Take the hook off again; the base model is as it was."""
         if self._tap is not None:
             self._tap.remove()
             self._tap = None
+            self._listens = False
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see `BaseTunerLayer`."""
@@ -144,7 +147,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         for name in running:
             source = hidden
             if self.settings[name].parallel:
-                source = args[0] if self._tap is None else tapped
+                source = tapped if self._listens else args[0]
             if source is None:
                 raise RuntimeError(
                     "a parallel adapter did not see the input of its feed-forward: the model "

@@ -48,7 +48,8 @@ FACTS = {
         "PreTrainedModel._is_stateful": "whether a recurrent state goes from token to token",
         "PreTrainedModel._supports_sdpa": "scaled_dot_product_attention computes its attention",
         "PreTrainedModel.hf_quantizer": "left on a model from .gguf, which then is not saved",
-        "ALL_ATTENTION_FUNCTIONS": "a module that imports it asks AttentionInterface"},
+        "ALL_ATTENTION_FUNCTIONS": "a module that imports it asks AttentionInterface",
+        "eager_attention_forward": "in each of these modules: attention that returns its weights"},
     "transformers/configuration_utils.py": {
         "PreTrainedConfig._attn_implementation": "what set_attn_implementation chose"},
     "transformers/modeling_rope_utils.py": {
