@@ -1,7 +1,7 @@
 """Run PEFT's own test suite on our tuners and on the fused LoRA layers, and print what failed.
 
     python scripts/peft_suite.py                     every tuner, then LoRA
-    python scripts/peft_suite.py bottleneck prefix   some of bottleneck, prefix, prompt, p-tuning, lora
+    python scripts/peft_suite.py bottleneck prefix   some; there are prompt and p-tuning as well
     python scripts/peft_suite.py lora -- -k merge    more arguments for pytest
 
 The tests come from the source package of the PEFT that is installed, which pip fetches from PyPI
@@ -51,11 +51,8 @@ def main() -> int:
         own, more = own[: own.index("--")], own[own.index("--") + 1 :]
     wish = parser.parse_args(own)
     suites = wish.suites or [*TUNERS, "lora"]
-    unknown = set(suites) - {*TUNERS, "lora"}
-    if unknown:
-        parser.error(
-            f"no suite {', '.join(sorted(unknown))}; there are {', '.join((*TUNERS, 'lora'))}"
-        )
+    if unknown := set(suites) - {*TUNERS, "lora"}:
+        parser.error(f"no suite {', '.join(sorted(unknown))}; {', '.join(TUNERS)} and lora are")
     tests = fetch(wish.cache.resolve())
     every: dict[str, Outcomes] = {}
     for suite in suites:
@@ -96,7 +93,7 @@ def run(source: Path, suite: str, more: list[str], files: tuple[str, ...] = OUR_
         files: the modules of tests, without `test_` and `.py`.
     """
     cache = source.parent
-    outcomes = cache / f"{suite}.json"
+    outcomes = cache / f"{suite}.jsonl"
     outcomes.unlink(missing_ok=True)
     environment = {
         **os.environ,
@@ -117,7 +114,8 @@ def run(source: Path, suite: str, more: list[str], files: tuple[str, ...] = OUR_
                        check=False)  # fmt: skip
     if not outcomes.exists():
         sys.exit(f"{suite}: pytest did not come to its end; see {log.name}")
-    return {name: (how, why) for name, (how, why) in json.loads(outcomes.read_text()).items()}
+    lines = map(json.loads, outcomes.read_text(encoding="utf-8").splitlines())
+    return {name: (how, why) for name, how, why in lines}
 
 
 def run_lora(source: Path, more: list[str]) -> Outcomes:

@@ -100,7 +100,7 @@ def _refer(place: Path, branch: str) -> None:
 
 
 class Tokens(LlamaForCausalLM):  # type: ignore[misc]  # transformers' classes are Any
-    """A model that PEFT's tests call as their MLP: `X` (rows, 10) to log-probabilities (rows, 2)."""
+    """A model called as PEFT's tests call their MLP: X (rows, 10) → log-probabilities (rows, 2)."""
 
     dtype = None  # PEFT's tests set it, which transformers' property does not allow
 
@@ -118,7 +118,7 @@ class Tokens(LlamaForCausalLM):  # type: ignore[misc]  # transformers' classes a
         torch.manual_seed(0)
         return cls()
 
-    def forward(self, X: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tests' name
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities of two tokens after the last."""
         logits = super().forward(input_ids=X).logits[:, -1, :2]
         return nn.functional.log_softmax(logits, dim=-1)

@@ -32,14 +32,15 @@ _TASKS = {
     "TestTokenClassificationModels": "TOKEN_CLS",
     "TestQuestionAnsweringModels": "QUESTION_ANS",
 }
-NO_PLACE = "so there is no place for a prefix"
+_VIRTUAL = {"prefix", "prompt", "p-tuning"}
+_NOWHERE = ("so there is no place for a prefix", "no positions for bottleneck adapters are known")
 _MARKS = ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes")
 
 
 def pytest_addoption(parser: Any) -> None:
     """Add what to put in, and where to write what came out."""
     parser.addoption("--suite", default="lora-plain", help="a tuner, lora-plain or lora-fused")
-    parser.addoption("--outcomes", type=Path, help="JSON of every test and how it ended")
+    parser.addoption("--outcomes", type=Path, help="where every test and how it ended is written")
 
 
 def pytest_configure(config: Any) -> None:
@@ -58,26 +59,27 @@ def pytest_configure(config: Any) -> None:
 
 @dataclass
 class Outcomes:
-    """Keeps how each test ended: its id, passed, failed or skipped, and the reason."""
+    """Writes down how each test ended, a line each: its id, the outcome and the reason.
+
+    A later line of a test stands in the place of an earlier one: what passed may fail when it is
+    torn down.
+    """
 
     path: Path
 
-    def __post_init__(self) -> None:
-        self.ended: dict[str, tuple[str, str]] = {}
-
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Keep a report; a test that passed may still fail when it is torn down."""
+        """Write a report."""
         if report.when == "call" or report.outcome != "passed":
-            self.ended[report.nodeid] = (report.outcome, _reason(report))
+            self._write(report)
 
     def pytest_collectreport(self, report: Any) -> None:
-        """Keep what could not be collected."""
+        """Write what could not be collected."""
         if report.outcome != "passed":
-            self.ended[report.nodeid] = (report.outcome, _reason(report))
+            self._write(report)
 
-    def pytest_sessionfinish(self) -> None:
-        """Write the file."""
-        self.path.write_text(json.dumps(self.ended, indent=0), encoding="utf-8")
+    def _write(self, report: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([report.nodeid, report.outcome, _reason(report)]) + "\n")
 
 
 def _reason(report: Any) -> str:
@@ -120,9 +122,9 @@ class TunerSuite:
             return compile_rows(self.tuner)
         if names != ("config_cls", "config_kwargs"):
             return None
-        if mark.args[1] is not by_task:
-            if not function.startswith("test_prompt_learning") and "token_class" not in module:
-                return None
+        is_virtual = function.startswith("test_prompt_learning") and self.tuner in _VIRTUAL
+        if mark.args[1] is not by_task and not is_virtual and "token_class" not in module:
+            return None
         task = _TASKS.get(module) or _TASKS.get(getattr(metafunc.cls, "__name__", ""))
         return task_rows(self.tuner, task) if task else None
 
@@ -145,7 +147,7 @@ class TunerSuite:
         if isinstance(error, NotImplementedError) and str(error) in (CANNOT_MERGE, VIRTUAL_TOKENS):
             report.outcome = "skipped"
             report.longrepr = (str(item.path), None, "refuses to merge")
-        if isinstance(error, ValueError) and NO_PLACE in str(error):
+        if isinstance(error, ValueError) and any(why in str(error) for why in _NOWHERE):
             report.outcome = "skipped"
             report.longrepr = (str(item.path), None, f"refuses: {error}")
         return report
@@ -208,8 +210,8 @@ def _with_tokens(models: Any) -> Any:
 
 
 def _quotes() -> Any:
-    words = "a stone that rolls gathers no moss but many stones make a wall".split()
-    quotes = [" ".join(words[i % 7 :]) for i in range(40)]
+    quote = "A stone that rolls gathers no moss, and many stones make a wall."
+    quotes = [quote[i % 7 :] for i in range(40)]
     columns = {"quote": quotes, "author": ["nobody"] * 40, "tags": [["stone"]] * 40}
     return DatasetDict({"train": Dataset.from_dict(columns)})
 

@@ -14,6 +14,9 @@ from ftlevel.methods.soft_prompt.config import SoftPromptConfig
 from peft_suites.models import TOKENS
 
 TEN = {"num_virtual_tokens": 10}
+# Of four tokens and four units of ReLU, all can be dead in one pass of two: a test compares the
+# gradients of passes that the base's dropout makes different.
+_ALIVE = {"non_linearity": "gelu"}
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class Row:
 
 
 ROWS = [
-    Row("bottleneck", "houlsby", BottleneckConfig, {}),
-    Row("bottleneck", "pfeiffer", BottleneckConfig, {"placement": "pfeiffer"}),
-    Row("bottleneck", "parallel", BottleneckConfig, {"placement": "parallel"}),
+    Row("bottleneck", "houlsby", BottleneckConfig, _ALIVE),
+    Row("bottleneck", "pfeiffer", BottleneckConfig, {**_ALIVE, "placement": "pfeiffer"}),
+    Row("bottleneck", "parallel", BottleneckConfig, {**_ALIVE, "placement": "parallel"}),
     Row("prefix", "plain", PrefixKvConfig, TEN),
     Row("prefix", "projected", PrefixKvConfig,
         {**TEN, "prefix_projection": True, "encoder_hidden_size": 32}),
@@ -46,7 +49,7 @@ ROWS = [
 ]  # fmt: skip
 TUNERS = tuple(dict.fromkeys(row.tuner for row in ROWS))
 
-_WIDE = {"bottleneck_dim": 8, "non_linearity": "gelu"}  # no unit that is dead from the start on
+_WIDE = {"bottleneck_dim": 8, **_ALIVE}
 _LINEARS: list[tuple[str, str, dict[str, Any]]] = [
     ("lin0", "MLP", {"target_modules": "lin0"}),
     ("list", "MLP", {"target_modules": ["lin0"]}),

@@ -66,7 +66,7 @@ _BART = Sites(("self_attn.out_proj", "encoder_attn.out_proj"), "fc2", ("fc1",))
 
 SITES: dict[str, Sites] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
-    **dict.fromkeys(("deberta", "deberta-v2"), _BERT),
+    "deberta-v2": _BERT,
     "mpnet": Sites(("attention.attn.o",), "output.dense", ("intermediate.dense",)),
     "distilbert": Sites(("attention.out_lin",), "ffn.lin2", ("ffn.lin1",)),
     "albert": Sites(("attention.dense",), "ffn_output", ("ffn",)),
