@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ class TunerSuite:
         items[:] = ours
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: Any, call: Any) -> Iterator[None]:
+    def pytest_runtest_makereport(self, item: Any, call: Any) -> Generator[None, Any, Any]:
         """Count what a tuner refuses, and says why, as PEFT's tests count it: as skipped."""
         report: Any = yield
         error = call.excinfo and call.excinfo.value
@@ -178,7 +178,7 @@ def prepare(module: Any) -> None:
         module.set_init_weights_false = set_init_weights_false
     if hasattr(module, "load_dataset_english_quotes"):
         module.load_dataset_english_quotes = _quotes
-    helpers = sys.modules[f"{module.__package__}.testing_utils"]
+    helpers: Any = sys.modules[f"{module.__package__}.testing_utils"]
     helpers._HUB_MODEL_ACCESSES = Fetched()
     plain_models = getattr(module, "MockTransformerWrapper", None)
     for tests in vars(module).values():
@@ -242,7 +242,8 @@ class LoraSuite:
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         """Leave out other methods' rows."""
-        kept, left_out = [], []
+        kept: list[Any] = []
+        left_out: list[Any] = []
         for item in items:
             params = getattr(getattr(item, "callspec", None), "params", {})
             config_cls = params.get("config_cls", params.get("config_class", LoraConfig))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    LoraConfig,
     PeftModel,
     PromptTuningConfig,
     get_peft_model,
@@ -20,6 +21,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from ftlevel.fast.layers.fused_lora import register_fused_layers
+from ftlevel.fast.layers.fused_lora.layer import FusedLinear
 from ftlevel.methods import METHODS
 from ftlevel.models.upstream.architectures import attention_of
 from tiny_models import HIDDEN, build, build_batch, build_config, compute_logits
@@ -115,6 +118,14 @@ def test_injected_by_the_keys_of_a_state_dict(tuner: str) -> None:
     state = get_peft_model_state_dict(injected)
     again = inject_adapter_in_model(CONFIGS[tuner](), build("llama"), state_dict=state)
     assert get_peft_model_state_dict(again).keys() == state.keys() != set()
+
+
+def test_a_fused_layer_prints_as_pefts() -> None:
+    plain, fused = (LoraConfig(target_modules=["first", "last"], r=2) for _ in range(2))
+    register_fused_layers(fused)
+    expected, model = (get_peft_model(Feedforward(), config) for config in (plain, fused))
+    assert type(model.base_model.model.last) is FusedLinear
+    assert repr(model) == repr(expected)
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])

@@ -53,7 +53,7 @@ def asks_for_attention(model_class: Any) -> bool:
 
 def eager_attention_of(module: Any) -> Any:
     """Return the function that computes `module`, an attention, where "eager" is asked for."""
-    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
