@@ -218,9 +218,11 @@ def _(_: Any) -> None:
         model = build(family)
         attention = next(part for part in model.modules() if "Attention" in type(part).__name__)
         function = architectures.eager_attention_of(attention)
-        states = [torch.randn(1, 4, count, 16) for count in (3, 5, 5)]
-        _, weights = function(attention, *states, None, scaling=0.25)
-        torch.testing.assert_close(weights, (states[0] @ states[1].mT * 0.25).softmax(-1))
+        groups = getattr(attention, "num_key_value_groups", 1)
+        query, key = torch.randn(1, 4, 3, 16), torch.randn(1, 4 // groups, 5, 16)
+        _, weights = function(attention, query, key, key, None, scaling=0.25)
+        scores = query @ key.repeat_interleave(groups, 1).mT * 0.25
+        torch.testing.assert_close(weights, scores.softmax(-1))
 
 
 @CANARIES.of("PreTrainedModel._supports_sdpa", "ALL_ATTENTION_FUNCTIONS")
