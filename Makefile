@@ -1,6 +1,7 @@
 # make test    everything that must pass before a change is merged, in a virtual environment of its own
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
+# make suite   run PEFT's own tests on our tuners and on the fused LoRA layers (an hour)
 # make lint    the linters and type checks alone
 # make clean   remove environments and caches; models, data and runs stay
 #
@@ -8,6 +9,7 @@
 #   make test PYTHON=python3.12 PYTEST_FLAGS='-n 8 -m "not slow"'
 #   make demo DEMO_FLAGS='--max-steps 10'
 #   make matrix MATRIX_FLAGS='--families gpt2,t5 --quants none'
+#   make suite SUITE_FLAGS='prefix prompt'
 #   make test PIP_FLAGS='--no-cache-dir'
 
 PYTHON ?= python3
@@ -15,6 +17,7 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2
 DEMO_FLAGS ?=
 MATRIX_FLAGS ?=
+SUITE_FLAGS ?=
 MODELS ?= .models
 TEST_DIR ?= .test
 DEMO_DIR ?= .demo
@@ -30,7 +33,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test demo lint matrix clean
+.PHONY: help test demo lint matrix suite clean
 .DELETE_ON_ERROR:
 
 help:
@@ -63,6 +66,10 @@ test: lint
 matrix: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/run_matrix.py $(MATRIX_FLAGS)
 
+suite: export OMP_NUM_THREADS ?= 1
+suite: $(TEST_DIR)/installed
+	$(TEST_BIN)/python scripts/peft_suite.py $(SUITE_FLAGS)
+
 demo: $(DEMO_DIR)/installed
 	$(DEMO_BIN)/python scripts/fetch_models.py smollm2 --dir $(MODELS)
 	$(DEMO_BIN)/ftlevel train --recipe recipes/demo.yaml --output-dir $(DEMO_DIR)/run --overwrite \
@@ -71,5 +78,5 @@ demo: $(DEMO_DIR)/installed
 		--prompt $(PROMPT_1) --prompt $(PROMPT_2)
 
 clean:
-	rm -rf $(TEST_DIR) $(DEMO_DIR) build dist
+	rm -rf $(TEST_DIR) $(DEMO_DIR) .peft-suite build dist
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

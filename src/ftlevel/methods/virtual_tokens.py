@@ -20,9 +20,16 @@ _DEEPEST_SUFFIX = 3
 
 
 class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
-    """The virtual tokens of one module, by the names of the adapters they belong to."""
+    """The virtual tokens of one module, by the names of the adapters they belong to.
+
+    Attributes:
+        in_features: width of what the module is given, which a layer of PEFT's says.
+        out_features: width of what it returns.
+    """
 
     cannot_merge = VIRTUAL_TOKENS
+    in_features: int
+    out_features: int
 
     # What PEFT's mixin has, to type checkers that read none of its types.
     active_adapters: Any

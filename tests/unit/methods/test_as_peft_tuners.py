@@ -9,18 +9,23 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    LoraConfig,
     PeftModel,
+    PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from ftlevel.fast.layers.fused_lora import register_fused_layers
+from ftlevel.fast.layers.fused_lora.layer import FusedLinear
 from ftlevel.methods import METHODS
 from ftlevel.models.upstream.architectures import attention_of
-from tiny_models import build, build_batch, build_config, compute_logits
+from tiny_models import HIDDEN, build, build_batch, build_config, compute_logits
 
 for method in METHODS.values():
     if method.register is not None:
@@ -115,6 +120,14 @@ def test_injected_by_the_keys_of_a_state_dict(tuner: str) -> None:
     assert get_peft_model_state_dict(again).keys() == state.keys() != set()
 
 
+def test_a_fused_layer_prints_as_pefts() -> None:
+    plain, fused = (LoraConfig(target_modules=["first", "last"], r=2) for _ in range(2))
+    register_fused_layers(fused)
+    expected, model = (get_peft_model(Feedforward(), config) for config in (plain, fused))
+    assert type(model.base_model.model.last) is FusedLinear
+    assert repr(model) == repr(expected)
+
+
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
 @pytest.mark.parametrize(
     ("model_type", "reason"),
@@ -162,9 +175,11 @@ def test_a_bottleneck_needs_no_configuration_of_the_model(placement: str) -> Non
         get_peft_model(Feedforward(), BottleneckConfig())
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_the_last_prefix_leaves_the_attention_as_it_was(family: str) -> None:
+def test_the_last_prefix_leaves_the_attention_as_it_was(family: str, implementation: str) -> None:
     batch, base = build_batch(family), build(family)
+    base.set_attn_implementation(implementation)
     before, attention = compute_logits(base, batch), attention_of(base)
     model = get_peft_model(base, PrefixKvConfig()).eval()
     model.delete_adapter("default")
@@ -173,3 +188,80 @@ def test_the_last_prefix_leaves_the_attention_as_it_was(family: str) -> None:
     model.add_adapter("again", PrefixKvConfig())
     model.set_adapter("again")
     assert not torch.allclose(compute_logits(model, batch), before, atol=1e-4)
+
+
+ATTENTIONS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "t5", "bart", "gpt_neo", "deberta-v2"])
+def test_attentions_show_the_prefix_in_front(family: str) -> None:
+    batch, base = build_batch(family), build(family)
+    if attention_of(base) == "sdpa":
+        base.set_attn_implementation("eager")
+    with torch.no_grad():
+        before = base(**batch, output_attentions=True)
+        model = get_peft_model(base, PrefixKvConfig(num_virtual_tokens=5)).eval()
+        after = model(**batch, output_attentions=True)
+    compared = [name for name in ATTENTIONS if before.get(name)]
+    assert compared
+    for name in compared:
+        assert len(after[name]) == len(before[name])
+        for weights, plain in zip(after[name], before[name], strict=True):
+            assert weights.shape == (*plain.shape[:-1], 5 + plain.shape[-1])
+            torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    # The first layer sees what it saw: among the tokens, its weights have the ratios of before.
+    first = "attentions" if "attentions" in compared else "encoder_attentions"
+    among = after[first][0][1, ..., 5:]  # of the row without padding
+    assert (among.sum(-1) < 1).all()
+    torch.testing.assert_close(among / among.sum(-1, keepdim=True), before[first][0][1])
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_attentions_over_a_prompt_are_those_of_pefts_prompt_tuning(family: str) -> None:
+    batch, task = build_batch(family), "CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM"
+    models = []
+    for config in (SoftPromptConfig, PromptTuningConfig):
+        base = build(family)
+        base.set_attn_implementation("eager")
+        models.append(get_peft_model(base, config(task_type=task, num_virtual_tokens=5)).eval())
+    ours, plain = models
+    prompt = next(p for p in ours.parameters() if p.requires_grad)
+    plain.prompt_encoder["default"].embedding.weight.data[:5] = prompt.detach()
+    with torch.no_grad():
+        shown, expected = (model(**batch, output_attentions=True) for model in models)
+    for name in ATTENTIONS:
+        for weights, others in zip(shown.get(name) or (), expected.get(name) or (), strict=True):
+            torch.testing.assert_close(weights, others)
+    first = shown["attentions" if family == "llama" else "encoder_attentions"][0]
+    assert first.shape[-2:] == (17, 17)
+
+
+@pytest.mark.parametrize("tuner", ["parallel", "prefix"])
+def test_compiled_as_one_graph(tuner: str) -> None:
+    torch.compiler.reset()
+    model, batch = get_peft_model(build("llama"), CONFIGS[tuner]()).eval(), build_batch("llama")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(**batch).logits, model(**batch).logits)
+
+
+@every_tuner
+@pytest.mark.parametrize("family", ["llama", "t5", "electra"])
+def test_a_layer_says_how_wide_its_module_is(tuner: str, family: str) -> None:
+    model = get_peft_model(build(family), CONFIGS[tuner]())
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    assert layers
+    for layer in layers:
+        width = getattr(layer.get_base_layer(), "out_features", HIDDEN)
+        if isinstance(layer.get_base_layer(), nn.Embedding):
+            width = layer.get_base_layer().embedding_dim
+        assert (layer.out_features, layer.in_features) == (
+            width,
+            getattr(layer.get_base_layer(), "in_features", width),
+        )
+
+
+def test_a_bottleneck_is_refused_where_no_width_is_known() -> None:
+    config = BottleneckConfig(target_modules=["0"])
+    with pytest.raises(ValueError, match="Embedding does not say how wide"):
+        get_peft_model(nn.Sequential(nn.Embedding(4, 6)), config)

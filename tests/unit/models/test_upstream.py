@@ -212,6 +212,19 @@ def _(_: Any) -> None:
     assert not architectures.is_stateful(transformers.LlamaForCausalLM)
 
 
+@CANARIES.of("eager_attention_forward")
+def _(_: Any) -> None:
+    for family in ("llama", "bert", "t5"):
+        model = build(family)
+        attention = next(part for part in model.modules() if "Attention" in type(part).__name__)
+        function = architectures.eager_attention_of(attention)
+        groups = getattr(attention, "num_key_value_groups", 1)
+        query, key = torch.randn(1, 4, 3, 16), torch.randn(1, 4 // groups, 5, 16)
+        _, weights = function(attention, query, key, key, None, scaling=0.25)
+        scores = query @ key.repeat_interleave(groups, 1).mT * 0.25
+        torch.testing.assert_close(weights, scores.softmax(-1))
+
+
 @CANARIES.of("PreTrainedModel._supports_sdpa", "ALL_ATTENTION_FUNCTIONS")
 def _(_: Any) -> None:
     assert architectures.supports_sdpa(transformers.LlamaModel)

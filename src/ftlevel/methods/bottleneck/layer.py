@@ -100,6 +100,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._taps: dict[Listens, Any] = {}
+        self._listens: list[Listens] = []  # what torch.compile can read, and hooks it cannot
         self._tapped: dict[Listens, torch.Tensor] = {}
         # In a list it is no child: it stays the model's, under its own name.
         self._norm: list[nn.Module] = []
@@ -150,6 +151,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         if what not in self._taps:
             hook = functools.partial(_remember, self, what)
             self._taps[what] = source.register_forward_pre_hook(hook)
+            self._listens.append(what)
 
     def sum_through(self, norm: nn.Module) -> None:
         """Let adapters that read the sum of output and residual read it through `norm`."""
@@ -159,7 +161,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         """Take the hooks off again; the base model is as it was."""
         for hook in self._taps.values():
             hook.remove()
-        self._taps, self._norm = {}, []
+        self._taps, self._listens, self._norm = {}, [], []
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see `BaseTunerLayer`."""
@@ -183,7 +185,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         if not running:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
-        if "input" not in self._taps and args:
+        if "input" not in self._listens and args:
             tapped = {**tapped, "input": args[0]}
         for name in running:
             source = self._source(self.settings[name], hidden, tapped)

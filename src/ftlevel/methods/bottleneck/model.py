@@ -106,10 +106,19 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return getattr(modules[name], "base_layer", modules[name])
 
     def _widths(self, module: nn.Module) -> tuple[int, int]:
-        """Return the last dimension of a module's input and output."""
+        """Return the last dimension of a module's input and output.
+
+        Raises:
+            ValueError: the module does not say, and no configuration of a model either.
+        """
         for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
             if hasattr(module, fan_in):
                 return getattr(module, fan_in), getattr(module, fan_out)
+        if not hasattr(self.model, "config"):
+            raise ValueError(
+                f"{type(module).__name__} does not say how wide its input and output are, and the "
+                "model has no config. Name linears in target_modules."
+            )
         hidden = self.model.config.get_text_config().hidden_size
         return hidden, hidden
 

@@ -21,20 +21,27 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ftlevel.models.upstream.architectures import eager_attention_of
+
 ATTENTION = "ftlevel_prefix"
-"""Name of our function in transformers' `AttentionInterface`."""
+EAGER_ATTENTION = "ftlevel_prefix_eager"
+"""Names of our functions in transformers' `AttentionInterface`."""
+WITH_PREFIX = {"sdpa": ATTENTION, "eager": EAGER_ATTENTION}
+"""The attention that a model has → ours, which computes the same behind a prefix."""
 
 Prefix = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, each (1, kv_heads, P, head_dim)."""
 
 
 def register_attention() -> None:
-    """Make `ATTENTION` known to transformers, with the masks that scaled_dot_product takes."""
+    """Make our functions known to transformers, each with the masks of what it stands in for."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    AttentionInterface.register(EAGER_ATTENTION, attend_eagerly)
+    AttentionMaskInterface.register(EAGER_ATTENTION, eager_mask)
 
 
 def attend(
@@ -71,10 +78,7 @@ def attend(
             module, query, key, value, attention_mask, position_bias=position_bias, **kwargs
         )
     length = prefix[0].shape[2]
-    key, value = (
-        torch.cat([extra.to(states.dtype).expand(len(states), -1, -1, -1), states], dim=2)
-        for extra, states in zip(prefix, (key, value), strict=True)
-    )
+    key, value = _behind(prefix, key, value)
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     in_front = 0
@@ -93,6 +97,60 @@ def attend(
         module, query, key, value, attention_mask, position_bias=position_bias, **kwargs
     )
     return output[:, in_front:], weights
+
+
+def attend_eagerly(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    prefix: Prefix | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute attention over `prefix` and the keys as the model's own eager function does.
+
+    Args:
+        module: the attention.
+        query: as in `attend`, and so are `key`, `value`, `prefix` and `position_bias`.
+        key: see there.
+        value: see there.
+        attention_mask: (batch, 1, queries, keys), what is added to the scores; None where all keys
+            are seen.
+        prefix: see there.
+        position_bias: see there.
+        kwargs: what the model passes on.
+
+    Returns:
+        (batch, queries, heads, head_dim), and the weights: (batch, heads, queries, P + keys).
+    """
+    if prefix is not None:
+        length = prefix[0].shape[2]
+        key, value = _behind(prefix, key, value)
+        if attention_mask is not None:
+            attention_mask = functional.pad(attention_mask, (length, 0))
+        if position_bias is not None:
+            position_bias = functional.pad(position_bias, (length, 0))
+    if position_bias is not None:
+        kwargs["position_bias"] = position_bias
+    attend_plainly = eager_attention_of(module)
+    output: tuple[torch.Tensor, torch.Tensor] = attend_plainly(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return output
+
+
+def _behind(
+    prefix: Prefix, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values with those of the prefix in front of them, in every row."""
+    key, value = (
+        torch.cat([extra.to(states.dtype).expand(len(states), -1, -1, -1), states], dim=2)
+        for extra, states in zip(prefix, (key, value), strict=True)
+    )
+    return key, value
 
 
 def attend_gpt_neo(

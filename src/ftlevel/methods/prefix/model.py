@@ -7,21 +7,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlevel.methods.prefix.attention import ATTENTION, own_attention, register_attention
+from ftlevel.methods.prefix.attention import WITH_PREFIX, own_attention, register_attention
 from ftlevel.methods.prefix.config import PrefixKvConfig
 from ftlevel.methods.prefix.layer import PrefixLayer
 from ftlevel.methods.prefix.sites import find_attentions, why_no_prefix
 from ftlevel.methods.virtual_tokens import VirtualTokenTuner
 from ftlevel.models.upstream.architectures import attention_of
 
-_REPLACED = ("sdpa", "eager", ATTENTION)
+_OURS = frozenset(WITH_PREFIX.values())
 
 
 class PrefixModel(VirtualTokenTuner):
     """Prefix tuning of a pretrained model, in all of its attentions.
 
-    While it is on, the model computes attention by scaled_dot_product_attention, whatever
-    implementation it was loaded with; `unload` restores that.
+    While it is on, the model computes attention by a function of ours, which calls that of the
+    implementation it was loaded with: "eager" returns its weights, with those of the prefix in
+    front, and "sdpa" has none. `unload` restores what was.
     """
 
     prefix: str = "prefix_kv_"
@@ -42,12 +43,12 @@ class PrefixModel(VirtualTokenTuner):
         if reason:
             raise ValueError(f"{reason}. Use a method without a prefix, such as LoRA.")
         implementation = attention_of(model)
-        if implementation not in _REPLACED:
+        if implementation not in {*WITH_PREFIX, *_OURS}:
             raise ValueError(
-                f"prefix tuning computes attention by scaled_dot_product_attention and cannot be "
-                f"used with attn_implementation={implementation!r}. Load the model with 'sdpa'."
+                f"prefix tuning cannot be used with attn_implementation={implementation!r}, only "
+                f"with {' or '.join(WITH_PREFIX)}. Load the model with 'sdpa'."
             )
-        if implementation != ATTENTION:
+        if implementation not in _OURS:
             self.attention_before = implementation
 
     def _create_and_replace(
@@ -62,6 +63,7 @@ class PrefixModel(VirtualTokenTuner):
     ) -> None:
         wrapped = isinstance(target, PrefixLayer)
         layer: Any = target if wrapped else PrefixLayer(target)
+        layer.in_features = layer.out_features = self._width()
         self._fill(layer, adapter_name, peft_config)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if not wrapped:
@@ -85,15 +87,19 @@ class PrefixModel(VirtualTokenTuner):
         encoder = next((other for other in self.layers() if adapter_name in other.encoders), None)
         if encoder is not None:
             encoder = encoder.encoders[adapter_name]
-        hidden = self.model.config.get_text_config().hidden_size
-        layer.add_projected(adapter_name, config, encoder, hidden)
+        layer.add_projected(adapter_name, config, encoder, self._width())
+
+    def _width(self) -> int:
+        """Return the width of what goes into an attention, and comes out of it."""
+        width: int = self.model.config.get_text_config().hidden_size
+        return width
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, and let attentions that ask transformers for a function get ours."""
         super().inject_adapter(*args, **kwargs)
         if any(own_attention(layer.base_layer) is None for layer in self.layers()):
             register_attention()
-            self.model.set_attn_implementation(ATTENTION)
+            self.model.set_attn_implementation(WITH_PREFIX[self.attention_before])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; the last one gives the model back the attention it had."""
@@ -108,7 +114,7 @@ class PrefixModel(VirtualTokenTuner):
         return model
 
     def _restore_attention(self) -> None:
-        if attention_of(self.model) == ATTENTION:
+        if attention_of(self.model) in _OURS:
             self.model.set_attn_implementation(self.attention_before)
 
     @torch.no_grad()

@@ -64,6 +64,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         self.soft_prompt_out = nn.ModuleDict()
         self.settings: dict[str, Settings] = {}
         self.role: Role = "whole"
+        self.in_features = self.out_features = stack.get_input_embeddings().weight.shape[1]
         self.arguments = list(inspect.signature(stack.forward).parameters)
         self._layout: Layout | None = None
         self._stack = [stack]  # in a list it is no child: it is the parent

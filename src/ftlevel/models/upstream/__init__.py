@@ -49,6 +49,8 @@ FACTS = {
         "PreTrainedModel._supports_sdpa": "scaled_dot_product_attention computes its attention",
         "PreTrainedModel.hf_quantizer": "left on a model from .gguf, which then is not saved",
         "ALL_ATTENTION_FUNCTIONS": "a module that imports it asks AttentionInterface"},
+    "transformers/models/llama/modeling_llama.py": {
+        "eager_attention_forward": "in such a module: attention that returns its weights"},
     "transformers/configuration_utils.py": {
         "PreTrainedConfig._attn_implementation": "what set_attn_implementation chose"},
     "transformers/modeling_rope_utils.py": {

@@ -51,6 +51,11 @@ def asks_for_attention(model_class: Any) -> bool:
     return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
+def eager_attention_of(module: Any) -> Any:
+    """Return the function that computes `module`, an attention, where "eager" is asked for."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
 def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
     """Let `save_pretrained` write the names of the model's own class, which loads without help.
 

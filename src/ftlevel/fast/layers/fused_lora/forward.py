@@ -40,6 +40,10 @@ class FusedForward:
             )
         return y.to(result)
 
+    def __repr__(self) -> str:
+        """Print as PEFT's layer: parameters and state are that one's."""
+        return super().__repr__().replace("lora.Fused", "lora.", 1)
+
     def _is_ready(self) -> bool:
         """Whether the base's weight can be read as it stands."""
         return True
