@@ -169,6 +169,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         needed = {setting.listens for setting in self.settings.values()}
         for what in [what for what in self._taps if what not in needed]:
             self._taps.pop(what).remove()
+            self._listens.remove(what)
 
     def running(self) -> list[str]:
         """Return the names of the adapters that a forward pass goes through."""
