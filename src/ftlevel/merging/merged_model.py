@@ -87,19 +87,28 @@ class TensorMerger:
         return Spec(self._dtype_of(name), self.shapes[name])
 
     def value(self, name: str) -> torch.Tensor:
-        """Return the merged tensor `name`."""
+        """Return the merged tensor `name` as it is written."""
+        return self._merged(name).to(self._dtype_of(name))
+
+    def unrounded(self, name: str) -> torch.Tensor | None:
+        """Return the merged tensor `name` before it is rounded; None where the model has none."""
+        return self._merged(name) if name in self.shapes else None
+
+    def loses_in(self, dtype: torch.dtype) -> bool:
+        """Whether numbers of the base are lost where it is loaded in `dtype`."""
+        stored = {self.checkpoint.spec(name).dtype for name in self.checkpoint.groups}
+        return any(d.is_floating_point and torch.promote_types(d, dtype) != dtype for d in stored)
+
+    def _merged(self, name: str) -> torch.Tensor:
         if name in self.skeleton.supplied:
-            return self.skeleton.supplied[name].to(self._dtype_of(name))
+            supplied: torch.Tensor = self.skeleton.supplied[name]
+            return supplied
         unit = self.skeleton.unit_of(name)
         if unit is None:
-            return self.base(name)
+            return self._read(name)
         if self._unit[0] != unit:
             self._unit = (unit, self._merge(unit))
-        return self._unit[1][name].to(self._dtype_of(name))
-
-    def base(self, name: str) -> torch.Tensor:
-        """Return the base's tensor `name` as it is written where no adapter is merged into it."""
-        return self._read(name).to(self._dtype_of(name))
+        return self._unit[1][name]
 
     def _read(self, name: str) -> torch.Tensor:
         """Return the base's tensor `name` as precise as it is stored, or as it was quantized."""
@@ -185,7 +194,7 @@ def write_merged(
     inputs: MergeInput,
     dtype: str | None,
     rounding: Callable[[Any], Rounding] | None,
-) -> Written:
+) -> tuple[Written, TensorMerger]:
     """Write the base of `inputs` with its adapter merged in, as a plain model, to `directory`.
 
     Args:
@@ -194,6 +203,9 @@ def write_merged(
         dtype: type of the weights; None keeps the base's.
         rounding: model on the meta device → how its weights were quantized in training; None
             merges into the base as it is.
+
+    Returns:
+        What was written, and what made its tensors and can make them again.
 
     Raises:
         InputError: a tensor of the adapter or of the base cannot be placed.
@@ -221,11 +233,12 @@ def write_merged(
             "float32, or train longer."
         )
     _write_config(directory, inputs, model, merger.main_dtype, untied=untied)
-    return Written(
+    written = Written(
         sum(len(part.specs) for parts in shards.values() for part in parts),
         merged, len(merger.unchanged), untied, checkpoint.unused, size,
         str(merger.main_dtype).removeprefix("torch."),
     )  # fmt: skip
+    return written, merger
 
 
 def _open(inputs: MergeInput, model: Any) -> Checkpoint:
