@@ -152,7 +152,8 @@ def test_a_fault_in_one_layer_is_refused_in_every_precision(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Rounding to bfloat16 is larger than such a fault, and would hide it."""
-    source = trained("llama", "text-generation", "mask", None, "--dtype", dtype)
+    source = trained("llama", "text-generation", "mask", None, "--dtype", dtype,
+                     "--learning-rate", "2e-2")  # fmt: skip
     right, wrong = Skeleton.merge, merged_wrongly(fault)
 
     def merge_with_fault(self: Skeleton, path: str, read_base: Callable[[str], Any]) -> Any:

@@ -14,6 +14,7 @@ import torch
 from ftlevel.errors import InputError, RunError, listing
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.methods.merging import Skeleton, build_skeleton
+from ftlevel.methods.vocabulary import fit_vocabulary
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import build_task_model, load_model, load_tokenizer, rename_prefix
 from ftlevel.models.quantization import Rounding
@@ -100,6 +101,17 @@ class TensorMerger:
         return any(d.is_floating_point and torch.promote_types(d, dtype) != dtype for d in stored)
 
     def _merged(self, name: str) -> torch.Tensor:
+        value = self._find_merged(name)
+        grown = self.checkpoint.holds(name) and self.checkpoint.spec(name).shape != value.shape
+        if grown and not torch.isfinite(value).all():
+            raise InputError(
+                f"{name}: the adapter was trained with more tokens than its base has, and its file "
+                "does not hold all of their rows here. They would be random. Train it again with "
+                "this layer in modules_to_save, by which PEFT saves it."
+            )
+        return value
+
+    def _find_merged(self, name: str) -> torch.Tensor:
         if name in self.skeleton.supplied:
             supplied: torch.Tensor = self.skeleton.supplied[name]
             return supplied
@@ -115,7 +127,15 @@ class TensorMerger:
         if not self.checkpoint.holds(name):  # the bias of a new head: check_whole let it pass
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
-        return value if self.rounding is None else self.rounding(name, value)
+        value = value if self.rounding is None else self.rounding(name, value)
+        return self._fit_rows(name, value) if value.shape != self.shapes[name] else value
+
+    def _fit_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return `value` with a row a token; new ones are NaN, or zero for a bias."""
+        rows = self.shapes[name][0]
+        fill = float("nan") if value.dim() > 1 else 0.0
+        new = value.new_full((max(rows - len(value), 0), *value.shape[1:]), fill)
+        return torch.cat([value, new])[:rows]
 
     def check_whole(self, heads: list[str], base: str) -> None:
         """Refuse a base that lacks tensors which the adapter does not bring.
@@ -148,7 +168,8 @@ class TensorMerger:
             name in self.rounding.names
             or (stored.is_floating_point and stored != self.rounding.dtype)
         )
-        return not self.adapts(name) and not rounds and stored == self._dtype_of(name)
+        same = self.checkpoint.spec(name) == self.spec(name)
+        return not self.adapts(name) and not rounds and same
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
         """Merge in float32, to be rounded once.
@@ -212,6 +233,7 @@ def write_merged(
         RunError: the merge changed nothing.
     """
     model = build_task_model(inputs.config, inputs.auto_class)
+    fit_vocabulary(model, inputs.directory)
     rounds = rounding(build_task_model(inputs.config, inputs.auto_class)) if rounding else None
     checkpoint = _open(inputs, model)
     ties = tied_names(model)

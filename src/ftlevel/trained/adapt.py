@@ -15,6 +15,7 @@ import torch
 from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.methods import METHODS, Base, ensure_registered
+from ftlevel.methods.vocabulary import check_new_rows, fit_vocabulary
 from ftlevel.models.integrity import check_finite
 
 
@@ -163,6 +164,7 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
 
     ensure_registered()
     _check_whole(directory)
+    had = fit_vocabulary(base, directory)
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
     try:
         with _unknown_patterns_ignored():
@@ -176,6 +178,7 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
             f"({reason[:200]}). Name the base that it was trained on."
         ) from error
     _fill_adapter(adapted, directory, name)
+    check_new_rows(adapted.get_base_model(), had, directory)
     return adapted
 
 
@@ -230,15 +233,17 @@ def _fill_adapter(adapted: Any, directory: Path, name: str) -> None:
     weights = load_file(str(directory / "adapter_model.safetensors"))
     with _ranks_applied(adapted.peft_config[name]):
         set_peft_model_state_dict(adapted, weights, adapter_name=name)
-    promised = set(
-        get_peft_model_state_dict(adapted, save_embedding_layers=False, adapter_name=name)
+    promised, allowed = (
+        set(get_peft_model_state_dict(adapted, save_embedding_layers=whole, adapter_name=name))
+        for whole in (False, True)  # PEFT saves embeddings too where they were adapted or resized
     )
     found = set(weights)
-    if promised != found:
-        odd = sorted(promised ^ found)
+    missing, unknown = promised - found, found - promised - allowed
+    if missing or unknown:
+        odd = sorted(missing | unknown)
         raise InputError(
-            f"{directory}: {len(promised - found):,} weights of the adapter are missing and "
-            f"{len(found - promised):,} are unknown, such as {odd[0]}. It does not belong to this "
+            f"{directory}: {len(missing):,} weights of the adapter are missing and "
+            f"{len(unknown):,} are unknown, such as {odd[0]}. It does not belong to this "
             "base model."
         )
     adapted.requires_grad_(False)
