@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-ROWS = 9
-"""Rows that a vocabulary grows by, where it grows."""
+NEW_TOKENS = [f"<new{number}>" for number in range(9)]
+"""Tokens that are added, where the vocabulary grows."""
 
 CASES: dict[str, dict[str, Any]] = {
     "embed": {"target_modules": ["embed_tokens", "q_proj"]},
@@ -59,17 +59,20 @@ def some_ids(vocabulary: int) -> torch.Tensor:
 def write_case(base: Path, folder: Path, settings: dict[str, Any]) -> None:
     """Write one adapter with its logits."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
     settings = dict(settings)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     rows = model.config.vocab_size
     if settings.pop("resize", False):
-        rows += ROWS
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(NEW_TOKENS)
+        tokenizer.save_pretrained(folder)
+        rows = len(tokenizer)
         model.resize_token_embeddings(rows)
     if settings.get("trainable_token_indices") == "new":
-        settings["trainable_token_indices"] = list(range(rows - ROWS, rows))
+        settings["trainable_token_indices"] = list(range(rows - len(NEW_TOKENS), rows))
     config = LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings)
     adapted = get_peft_model(model, config)
     with torch.no_grad():

@@ -24,12 +24,14 @@ class MethodTargets:
         parameters: ends of names of tensors outside of linears, as PEFT's `target_parameters`.
         fan_in_fan_out: whether the modules are Conv1D, whose weight is (in, out).
         sizes: name → (in, out) of those that are linears.
+        in_full: modules that are trained in full beside it, as PEFT's `modules_to_save`.
     """
 
     modules: list[str]
     parameters: list[str]
     fan_in_fan_out: bool
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    in_full: list[str] = field(default_factory=list)
 
     def choices(self, wish: Any) -> list[Choice]:
         """Return what to show of them."""
@@ -39,6 +41,8 @@ class MethodTargets:
         shown = f"{', '.join(names)}: {len(self.modules)} modules"
         reason = "all-linear: every linear of the blocks" if wish == "all-linear" else ""
         more = [Choice("target tensors", ", ".join(self.parameters))] if self.parameters else []
+        if self.in_full:
+            more.append(Choice("in full", ", ".join(self.in_full), "method.modules_to_save"))
         return [Choice("targets", shown, reason), *more]
 
 
@@ -63,7 +67,8 @@ def find_method_targets(
     wish = getattr(spec, "target_parameters", None)
     parameters = _parameters(wish, tree, model_name) if wish else []
     widths = {name: (fan_in, fan_out) for name, (_, fan_in, fan_out) in sizes.items()}
-    return MethodTargets(modules, parameters, conv1d, widths)
+    in_full = _in_full(getattr(spec, "modules_to_save", ()), tree, model_name, quant)
+    return MethodTargets(modules, parameters, conv1d, widths, in_full)
 
 
 def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: str) -> list[str]:
@@ -96,6 +101,32 @@ def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) 
             f"adapted modules. Layers here are 0 to {last}."
         )
     return [name for name in modules if tree.layer(name) in layers]
+
+
+def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str) -> list[str]:
+    """Return the modules that `modules_to_save` means, by names that PEFT reads as just these.
+
+    Raises:
+        ConfigError: there is no such module, or it would be quantized.
+    """
+    chosen: list[str] = []
+    for name in names:
+        found = [full for full in tree.modules if f".{full}".endswith(f".{name}")]
+        if not found:
+            ends = sorted({full.rpartition(".")[2] for full in tree.modules if full})
+            raise ConfigError(
+                f"method.modules_to_save: {name!r} is no module of {model_name}."
+                f"{did_you_mean(name, ends)}"
+            )
+        packed = [full for full in found if linear_size(tree.modules[full])]
+        if quant != "none" and (lost := [full for full in packed if not tree.in_heads(full)]):
+            raise ConfigError(
+                f"method.modules_to_save: {lost[0]} is quantized, and its integers cannot be "
+                "trained. Drop it, or drop --quant."
+            )
+        read_as = [full for full in tree.modules if full.endswith(name)]  # PEFT asks for no dot
+        chosen += [name] if read_as == found else found
+    return chosen
 
 
 def _parameters(wish: str | Sequence[str], tree: ModuleTree, model_name: str) -> list[str]:
