@@ -87,8 +87,32 @@ def write_case(base: Path, folder: Path, settings: dict[str, Any]) -> None:
     torch.save({"ids": ids, "logits": logits, "merged": merged}, f"{folder}.pt")
 
 
+def write_prompt(base: Path, folder: Path, kind: str) -> None:
+    """Write a prompt: logits of the text's tokens, and what it answers when asked step by step."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
+    config = {
+        "prompt": lambda: peft.PromptTuningConfig(**settings),
+        "p-tuning": lambda: peft.PromptEncoderConfig(encoder_hidden_size=32, **settings),
+    }[kind]()
+    adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(folder)
+    ids = answer = some_ids(model.config.vocab_size)[:1]
+    with torch.no_grad():
+        logits = adapted(ids).logits[:, 5:]
+        for _ in range(6):
+            answer = torch.cat([answer, adapted(answer).logits[:, -1:].argmax(-1)], 1)
+    torch.save({"ids": ids, "logits": logits, "answer": answer}, f"{folder}.pt")
+
+
 def main(untied: Path, tied: Path, folder: Path) -> None:
     """Write every case on both bases."""
+    for kind in ("prompt", "p-tuning"):
+        write_prompt(untied, folder / kind, kind)
     for name, base in (("untied", untied), ("tied", tied)):
         for case, settings in CASES.items():
             if name == "tied" or case not in TIED_ONLY:

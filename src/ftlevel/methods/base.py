@@ -180,6 +180,8 @@ class Method:
         finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
         step: what of the fast step it goes with.
         merging: how it becomes part of the weights.
+        plain: type of an adapter of PEFT's own tuner for the same → base, its directory and a name
+            → the base with it on, by the tuner that is used here.
     """
 
     facts: tuple[MethodFacts, ...]
@@ -204,6 +206,7 @@ class Method:
     finish: Callable[[Any], None] | None = None
     step: StepSupport = StepSupport()
     merging: Merging = Merging()
+    plain: Mapping[str, Callable[[Any, Path, str], Any]] = field(default_factory=dict)
 
     def learning_rate(self, spec: Any) -> float:
         """Return the peak learning rate where the user gives none."""

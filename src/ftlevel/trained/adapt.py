@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,8 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
 
     ensure_registered()
     _check_whole(directory)
+    if (put_on := _plain_loader(directory)) is not None:
+        return put_on(base, directory, name)
     had = fit_vocabulary(base, directory)
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
     try:
@@ -182,6 +184,26 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
     return adapted
 
 
+def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
+    """Return what puts an adapter of PEFT's own tuner on by ours; None where PEFT's is used.
+
+    Raises:
+        InputError: it is one that PEFT cannot use with this transformers.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PromptLearningConfig
+
+    kind = _kind_of(directory)
+    for method in METHODS.values():
+        if kind in method.plain:
+            return method.plain[kind]
+    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig):
+        raise InputError(
+            f"{directory} is an adapter of type {kind}, which PEFT {_peft_version()} gives to every "
+            "step of an answer anew with transformers 5. Train one with --method prefix or prompt."
+        )
+    return None
+
+
 def add_adapter(adapted: Any, directory: Path, name: str) -> None:
     """Put another adapter beside those of `adapted` (mutated), not switched on.
 
@@ -198,13 +220,18 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
     _fill_adapter(adapted, directory, name)
 
 
+def _kind_of(directory: Path) -> Any:
+    settings = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    return settings["peft_type"]
+
+
 def _check_whole(directory: Path) -> None:
     """Refuse an adapter whose file is missing, damaged or not finite, or of an unknown kind."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    kind = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+    kind = _kind_of(directory)
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise InputError(
             f"{directory} is an adapter of type {kind!r}, which PEFT {_peft_version()} does not "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -50,8 +51,6 @@ def written(tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFacto
 
 
 def base_of(adapter: Path) -> Any:
-    import json
-
     name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
 
@@ -113,6 +112,32 @@ def test_trained_rows_alone_are_enough_where_the_layers_share_them(
     merge(MergeConfig(adapters=[str(tmp_path)], output_dir=tmp_path / "out"))
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), known["ids"])
     torch.testing.assert_close(found, known["logits"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
+def test_a_prompt_of_plain_peft_answers_as_it_does_step_by_step(kind: str, written: Path) -> None:
+    adapter, known = written / kind, torch.load(f"{written / kind}.pt")
+    model = load_adapter(base_of(adapter), adapter)
+    torch.testing.assert_close(logits(model, known["ids"]), known["logits"], rtol=0, atol=1e-6)
+    answer = model.generate(input_ids=known["ids"], max_new_tokens=6, do_sample=False)
+    assert torch.equal(answer, known["answer"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task_type": "SEQ_CLS"}, "PROMPT_TUNING of PEFT for SEQ_CLS, where the head reads"),
+        ({"peft_type": "PREFIX_TUNING"}, "of type PREFIX_TUNING, which PEFT .* Train one with"),
+    ],
+)
+def test_a_prompt_that_cannot_be_read_is_refused_with_the_reason(
+    settings: dict[str, str], message: str, written: Path, tmp_path: Path
+) -> None:
+    config = json.loads((written / "prompt" / "adapter_config.json").read_text()) | settings
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / WEIGHTS).write_bytes((written / "prompt" / WEIGHTS).read_bytes())
+    with pytest.raises(InputError, match=message):
+        load_adapter(base_of(tmp_path), tmp_path)
 
 
 def test_new_tokens_are_evaluated_answered_and_exported(
