@@ -52,8 +52,10 @@ IN_FULL = ["--set", "method.modules_to_save=[embed_tokens,lm_head]"]
          {"model.embed_tokens", "lm_head"}, False),
         (True, ["--set", "method.trainable_token_indices=[12,13]"],
          {"model.embed_tokens.token_adapter"}, False),
+        (True, ["--target-modules", "embed_tokens,q_proj"], set(), True),
+        (False, ["--target-modules", "embed_tokens,lm_head,q_proj"], set(), False),
     ],
-    ids=["in-full", "in-full-parted", "in-full-tied", "tokens"],
+    ids=["in-full", "in-full-parted", "in-full-tied", "tokens", "lora", "lora-untied"],
 )  # fmt: skip
 def test_a_run_is_plain_pefts_and_merges(
     tied: bool,
@@ -106,7 +108,9 @@ def test_a_run_is_resumed_with_its_embeddings(tiny_model_dir: TinyModelDir) -> N
         (["--set", "method.trainable_token_indices=[704]"], "704 is no token of the model"),
         (["--set", "method.modules_to_save=[down_proj]", "--method", "qlora"],
          "down_proj is quantized, and its integers cannot be trained"),
-        (["--set", "method.ensure_weight_tying=true"], "ensure_weight_tying is of modules_to_save"),
+        (["--target-modules", "embed_tokens,q_proj", "--init", "pissa"],
+         "model.embed_tokens is no linear of a block, and the start pissa"),
+        (["--set", "method.ensure_weight_tying=true"], "ensure_weight_tying is of an embedding"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_refused_before_weights_load(

@@ -180,6 +180,8 @@ class Method:
         finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
         step: what of the fast step it goes with.
         merging: how it becomes part of the weights.
+        on_embeddings: spec → why it cannot go on embeddings and output layers, empty if it can,
+            where they are named.
         plain: type of an adapter of PEFT's own tuner for the same → base, its directory and a name
             → the base with it on, by the tuner that is used here.
     """
@@ -206,6 +208,7 @@ class Method:
     finish: Callable[[Any], None] | None = None
     step: StepSupport = StepSupport()
     merging: Merging = Merging()
+    on_embeddings: Callable[[Any], str] | None = None
     plain: Mapping[str, Callable[[Any, Path, str], Any]] = field(default_factory=dict)
 
     def learning_rate(self, spec: Any) -> float:

@@ -199,7 +199,8 @@ def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
     if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig):
         raise InputError(
             f"{directory} is an adapter of type {kind}, which PEFT {_peft_version()} gives to "
-            "every step of an answer anew with transformers 5. Train one with --method prefix or prompt."
+            "every step of an answer anew with transformers 5. Train one with --method prefix or "
+            "prompt."
         )
     return None
 

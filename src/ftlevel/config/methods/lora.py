@@ -81,7 +81,7 @@ class LoraSpec(MethodSpec):
     ensure_weight_tying: bool = Field(
         False,
         description="Train the output layer with the embedding whose weights it shares, where that "
-        "is in modules_to_save.",
+        "is in modules_to_save or target_modules.",
     )
 
     @field_validator("init_lora_weights", mode="before")
@@ -95,10 +95,12 @@ class LoraSpec(MethodSpec):
 
     @model_validator(mode="after")
     def _options_agree(self) -> LoraSpec:
-        if self.ensure_weight_tying and not self.modules_to_save:
+        if self.ensure_weight_tying and not (
+            self.modules_to_save or isinstance(self.target_modules, list)
+        ):
             raise ValueError(
-                "ensure_weight_tying is of modules_to_save, and there are none; "
-                "trainable_token_indices are tied in any case. Drop it"
+                "ensure_weight_tying is of an embedding in modules_to_save or target_modules, and "
+                "there is none; trainable_token_indices are tied in any case. Drop it"
             )
         if self.use_dora and self.init_lora_weights == "loftq":
             raise ValueError(

@@ -139,6 +139,13 @@ def against_workers(spec: LoraSpec) -> str:
     return ""
 
 
+def against_embeddings(spec: LoraSpec) -> str:
+    """Return why this LoRA cannot go on an embedding; empty if it can."""
+    if spec.init_lora_weights in ("default", "gaussian"):
+        return ""
+    return f"the start {spec.init_lora_weights} is taken from linears. Use --init default"
+
+
 def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
     """Return why an adapter of `config` cannot be merged and what to do, or None if it can."""
     for key, reason in _UNMERGEABLE.items():
@@ -163,6 +170,7 @@ _METHOD = Method(
     refuse_quantized=refuse_quantized,
     start=START,
     optimizer=build_optimizer,
+    on_embeddings=against_embeddings,
     step=StepSupport(
         fusing=lambda spec: spec.use_dora * "DoRA scales by a norm of the whole weight",
         workers=against_workers,

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from ftlevel.config import MethodConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError, did_you_mean, listing
@@ -67,6 +69,8 @@ def find_method_targets(
     wish = getattr(spec, "target_parameters", None)
     parameters = _parameters(wish, tree, model_name) if wish else []
     widths = {name: (fan_in, fan_out) for name, (_, fan_in, fan_out) in sizes.items()}
+    widths |= {name: tuple(tree.modules[name].weight.shape) for name in modules
+               if isinstance(tree.modules[name], nn.Embedding)}  # fmt: skip
     in_full = _in_full(getattr(spec, "modules_to_save", ()), tree, model_name, quant)
     return MethodTargets(modules, parameters, conv1d, widths, in_full)
 
@@ -74,7 +78,9 @@ def find_method_targets(
 def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: str) -> list[str]:
     wish = getattr(spec, "target_modules", None)
     if wish:
-        return resolve_targets(tree.model, wish, model_name=model_name)
+        embeddings, rest = _embeddings(spec, method, tree, wish)
+        found = resolve_targets(tree.model, rest, model_name=model_name) if rest else []
+        return sorted({*embeddings, *found})
     if method.find_targets is None:
         return []
     found = method.find_targets(spec, tree.model)
@@ -84,6 +90,27 @@ def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: s
             f"Name the modules with --target-modules. Try: ftlevel list-targets {model_name}"
         )
     return found
+
+
+def _embeddings(
+    spec: MethodConfig, method: Method, tree: ModuleTree, wish: str | list[str]
+) -> tuple[list[str], str | list[str]]:
+    """Return the embedding and the output layer that `wish` names, and what is left of it.
+
+    Raises:
+        ConfigError: the method cannot go on them as it is set.
+    """
+    if isinstance(wish, str) or method.on_embeddings is None:
+        return [], wish
+    model: Any = tree.model
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+              if layer is not None]  # fmt: skip
+    full = [name for name, module in tree.modules.items() if any(module is x for x in layers)]
+    named = {name: [f for f in full if f".{f}".endswith(f".{name}")] for name in wish}
+    chosen = [found for founds in named.values() for found in founds]
+    if chosen and (reason := method.on_embeddings(spec)):
+        raise ConfigError(f"--target-modules: {chosen[0]} is no linear of a block, and {reason}.")
+    return chosen, [name for name in wish if not named[name]]
 
 
 def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) -> list[str]:
