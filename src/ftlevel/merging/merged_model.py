@@ -14,7 +14,6 @@ import torch
 from ftlevel.errors import InputError, RunError, listing
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.methods.merging import Skeleton, build_skeleton
-from ftlevel.methods.vocabulary import fit_vocabulary
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import build_task_model, load_model, load_tokenizer, rename_prefix
 from ftlevel.models.quantization import Rounding
@@ -22,6 +21,7 @@ from ftlevel.models.rope import write_former_rope
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
+from ftlevel.trained.vocabulary import fit_vocabulary
 from ftlevel.weights.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,

@@ -15,8 +15,8 @@ import torch
 from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.methods import METHODS, Base, ensure_registered
-from ftlevel.methods.vocabulary import check_new_rows, fit_vocabulary
 from ftlevel.models.integrity import check_finite
+from ftlevel.trained.vocabulary import check_new_rows, fit_vocabulary
 
 
 def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = False) -> Any:
