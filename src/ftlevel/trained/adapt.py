@@ -16,7 +16,7 @@ from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.models.integrity import check_finite
-from ftlevel.trained.vocabulary import check_new_rows, fit_vocabulary
+from ftlevel.trained.vocabulary import check_new_rows, fit_vocabulary, why_other_vocabulary
 
 
 def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = False) -> Any:
@@ -212,6 +212,11 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
         InputError: it does not go with the others, or its file is not whole.
     """
     _check_whole(directory)
+    other = why_other_vocabulary(adapted.get_base_model(), directory)
+    if other is None and _plain_loader(directory) is not None:
+        other = "a prompt that plain PEFT trained is read alone"
+    if other is not None:
+        raise InputError(f"{directory} cannot stand beside the others: {other}. Ask it by itself.")
     with _unknown_patterns_ignored():
         try:
             adapted.load_adapter(str(directory), adapter_name=name, is_trainable=True)

@@ -77,6 +77,19 @@ def check_new_rows(model: Any, had: int | None, directory: Path) -> None:
             new[lost] = weight.data[:had].float().mean(0).to(weight.dtype)
 
 
+def why_other_vocabulary(model: Any, directory: Path) -> str | None:
+    """Return what keeps the adapter in `directory` from standing beside others on `model`, if any.
+
+    Args:
+        model: the base, with or without other adapters on it.
+        directory: the adapter.
+    """
+    rows, wanted = _rows(model), trained_rows(model, directory)
+    if rows is None or wanted in (None, rows):
+        return None
+    return f"it was trained with {wanted:,} tokens, and here are {rows:,}"
+
+
 def trained_rows(model: Any, directory: Path) -> int | None:
     """Return how many tokens the vocabulary had in training; None where the files do not say."""
     shapes = _shapes(directory / WEIGHTS)

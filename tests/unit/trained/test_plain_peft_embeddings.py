@@ -19,7 +19,7 @@ import plain_peft
 from ftlevel import MergeConfig, merge
 from ftlevel.cli.app import run
 from ftlevel.errors import InputError
-from ftlevel.trained.adapt import load_adapter
+from ftlevel.trained.adapt import add_adapter, load_adapter
 from tiny_tokenizers import build_tokenizer
 
 TinyModelDir = Callable[..., Path]
@@ -138,6 +138,18 @@ def test_a_prompt_that_cannot_be_read_is_refused_with_the_reason(
     (tmp_path / WEIGHTS).write_bytes((written / "prompt" / WEIGHTS).read_bytes())
     with pytest.raises(InputError, match=message):
         load_adapter(base_of(tmp_path), tmp_path)
+
+
+def test_another_vocabulary_stands_alone(written: Path, tmp_path: Path) -> None:
+    first, grown = written / "tied-embed", written / "tied-resized"
+    adapted = load_adapter(base_of(first), first)
+    with pytest.raises(InputError, match="trained with 512 tokens, and here are 503"):
+        add_adapter(adapted, grown, "grown")
+    with pytest.raises(InputError, match="cannot stand beside the others: a prompt that plain"):
+        add_adapter(adapted, written / "prompt", "prompt")
+    names = [str(first), str(grown)]
+    with pytest.raises(InputError, match="tied-resized cannot be mixed: it was trained with 512"):
+        merge(MergeConfig(adapters=names, output_dir=tmp_path / "out", verify=False))
 
 
 def test_new_tokens_are_evaluated_answered_and_exported(
