@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from typing import Any
 from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.files import check_absent, placed_directory
 from ftlevel.artifacts.merge_card import write_merge_readme
-from ftlevel.config import MergeConfig, QuantConfig
+from ftlevel.config import MergeConfig
 from ftlevel.config.choices import Choice
-from ftlevel.errors import ConfigError, RunError
+from ftlevel.errors import ConfigError
 from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
-from ftlevel.evaluation.two_models.float32 import in_float32
 from ftlevel.evaluation.two_models.on_rows import Probe, Scores
 from ftlevel.events import Listener, Silence
 from ftlevel.merging.merge_input import (
@@ -26,19 +25,12 @@ from ftlevel.merging.merge_input import (
     load_trained_model,
     resolve_merge_input,
 )
-from ftlevel.merging.merged_model import Written, write_merged
+from ftlevel.merging.merged_model import write_merged
 from ftlevel.merging.mixture import mix
+from ftlevel.merging.verify import Candidate, check, measure
 from ftlevel.models.hardware import DTYPES
-from ftlevel.models.loading import keep_heads, load_config, load_model, quiet_libraries
+from ftlevel.models.loading import keep_heads, quiet_libraries
 from ftlevel.models.quantization import build_quantization_config, build_rounding
-from ftlevel.models.sources import ModelSource
-
-FLOAT = QuantConfig(kind="none")
-NOISE_FACTOR = 4.0
-"""How far a right merge may be from the reference, in multiples of what the precision's rounding
-does by itself: both models round their activations, and the merged one its weights."""
-_FLOAT32_BOUND = 1e-4
-_NOISE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -52,25 +44,6 @@ class MergeResult:
 
     summary: dict[str, Any]
     path: Path
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A merged model that was written, and what was measured of it.
-
-    Attributes:
-        onto: `original` or `dequantized`.
-        directory: where it is for now.
-        written: what it holds.
-        trained: how far it is from the model as trained; None if that was not measured.
-        noise: what rounding to its precision alone does to its scores; None likewise.
-    """
-
-    onto: str
-    directory: Path
-    written: Written
-    trained: Agreement | None = None
-    noise: Agreement | None = None
 
 
 def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResult:
@@ -121,16 +94,15 @@ def _merge(
         listener.stage(f"merge onto the {onto} weights")
         candidate = _write(config, inputs, onto, place / f".{onto}")
         if probe is not None and trained is not None:
-            candidate = _measure(candidate, inputs, probe, trained)
+            candidate = measure(candidate, inputs, probe, trained)
         candidates.append(candidate)
     chosen, reason = _choose(candidates)
-    checked = _check(chosen, inputs, probe, listener)
-    if checked and effect and checked.mean_difference > effect.mean_difference / 2:
-        listener.warn(
-            f"what was trained moves the logits by {effect.mean_difference:.2g} on average, and "
-            f"merging into {chosen.written.dtype} by {checked.mean_difference:.2g}: much of it is "
-            "lost in rounding. --dtype float32 keeps it."
-        )
+    checked = None
+    if probe is not None:
+        listener.stage("check it against the weights that it was merged into")
+        checked = check(chosen, inputs, probe)
+    if checked and effect:
+        _warn_of_loss(checked.agreement, effect, chosen.written.dtype, listener)
     for candidate in candidates:
         if candidate is not chosen:
             shutil.rmtree(candidate.directory)
@@ -146,14 +118,22 @@ def _merge(
         "reason": reason,
         "written": asdict(chosen.written),
         "verified": checked is not None,
-        "agreement": checked and asdict(checked),
+        **(asdict(checked) if checked else {"agreement": None}),
         "effect": effect and asdict(effect),
-        "candidates": {c.onto: {"trained": c.trained and asdict(c.trained),
-                                "noise": c.noise and asdict(c.noise)} for c in candidates},
+        "candidates": {c.onto: c.trained and asdict(c.trained) for c in candidates},
         "versions": library_versions(),
     }  # fmt: skip
     _write_cards(place, config, inputs, summary, chosen.written.dtype)
     return summary
+
+
+def _warn_of_loss(found: Agreement, effect: Agreement, dtype: str, listener: Listener) -> None:
+    if found.mean_difference > effect.mean_difference / 2:
+        listener.warn(
+            f"what was trained moves the logits by {effect.mean_difference:.2g} on average, and "
+            f"merging into {dtype} by {found.mean_difference:.2g}: much of it is "
+            "lost in rounding. --dtype float32 keeps it."
+        )
 
 
 def _ask_trained(inputs: MergeInput, probe: Probe) -> tuple[Scores, Agreement]:
@@ -177,11 +157,6 @@ def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
                 "point, not quantized ones. Drop --onto."
             )
         return ["original"]
-    if inputs.source.kind == "gguf" and config.onto != "original":
-        raise ConfigError(
-            f"--onto {config.onto}: {inputs.source.name} is a .gguf file, whose weights cannot be "
-            "read a tensor at a time to quantize them again. Use --onto original."
-        )
     if config.onto != "auto":
         return [config.onto]
     if not config.verify:
@@ -198,7 +173,7 @@ def _write(config: MergeConfig, inputs: MergeInput, onto: str, directory: Path) 
     if inputs.source.kind == "gguf":  # its numbers have no type of their own
         dtype = dtype or inputs.dtype
     if onto == "original":
-        return Candidate(onto, directory, write_merged(directory, inputs, dtype, None))
+        return Candidate(onto, directory, *write_merged(directory, inputs, dtype, None))
     compute = DTYPES[inputs.dtype]
     quantization = build_quantization_config(inputs.quant, compute, inputs.card.heads)
     kept = keep_heads(quantization, inputs.config, inputs.auto_class)
@@ -208,39 +183,7 @@ def _write(config: MergeConfig, inputs: MergeInput, onto: str, directory: Path) 
         dtype or inputs.dtype,
         lambda model: build_rounding(model, kept, compute),
     )
-    return Candidate(onto, directory, written)
-
-
-def _measure(candidate: Candidate, inputs: MergeInput, probe: Probe, trained: Scores) -> Candidate:
-    """Load what was written, compare it with the model as trained, and measure its rounding."""
-    model = load_merged(candidate.directory, inputs)
-    found = probe.score(model, inputs.dtype)
-    narrow = "bfloat16" if "bfloat16" in (candidate.written.dtype, inputs.dtype) else inputs.dtype
-    if candidate.written.dtype == "float16" and narrow == "float32":
-        narrow = "bfloat16"
-    noise = None
-    if narrow != "float32":
-        few = replace(probe, rows=probe.rows[:_NOISE_ROWS])
-        with in_float32(model):
-            wide = few.score(model, "float32")
-        low = found.first(len(wide.logits)) if narrow == inputs.dtype else few.score(model, narrow)
-        noise = compare_rows(wide, low)
-    return replace(candidate, trained=compare_rows(trained, found), noise=noise)
-
-
-def load_merged(directory: Path, inputs: MergeInput) -> Any:
-    """Return the model in `directory`, loaded afresh as any program would load it."""
-    source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
-    model, missing = load_model(
-        source,
-        load_config(source),
-        inputs.auto_class,
-        dtype=DTYPES[inputs.dtype],
-        device=inputs.device,
-    )
-    if missing:
-        raise RunError(f"the merged model lacks {len(missing):,} tensors, such as {missing[0]}.")
-    return model.eval()
+    return Candidate(onto, directory, *written)
 
 
 def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
@@ -258,53 +201,6 @@ def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
         f"{one.loss_reference:.4f}), against {other.loss:.4f}"
     )
     return first, reason
-
-
-def _check(
-    chosen: Candidate, inputs: MergeInput, probe: Probe | None, listener: Listener
-) -> Agreement | None:
-    """Return how far the merged model is from its base with the adapter beside it.
-
-    Raises:
-        RunError: farther than the rounding of its precision explains.
-    """
-    if probe is None or chosen.trained is None:
-        return None
-    agreement = chosen.trained
-    if (reference := _other_reference(chosen, inputs)) is not None:
-        listener.stage("ask the adapter beside the weights that it was merged into")
-        found = probe.score(load_merged(chosen.directory, inputs), inputs.dtype)
-        agreement = compare_rows(probe.score(reference(), inputs.dtype), found)
-    bound = _bound(agreement, chosen.noise)
-    if not agreement.mean_difference <= bound:
-        raise RunError(
-            f"the merged model is not the base with the adapter: its logits differ by "
-            f"{agreement.mean_difference:.3g} on average, and rounding explains {bound:.3g} "
-            f"(KL {agreement.kl:.3g}, top-1 {agreement.top1:.1%}, {agreement.targets:,} targets). "
-            f"Nothing was kept. Please report this with the command."
-        )
-    return agreement
-
-
-def _other_reference(chosen: Candidate, inputs: MergeInput) -> Callable[[], Any] | None:
-    """Return what loads the model to check a merge by, where it is not the model as trained.
-
-    The original weights are not those that a quantized run was trained on; and a base of 8 bits
-    rounds its activations as well (LLM.int8), which no weight can repeat.
-    """
-    if inputs.quant.kind == "none":
-        return None
-    if chosen.onto == "original":
-        return lambda: load_trained_model(inputs, FLOAT)
-    if inputs.quant.kind == "8bit":
-        return lambda: load_trained_model(inputs, inputs.quant, dequantized=True)
-    return None
-
-
-def _bound(agreement: Agreement, noise: Agreement | None) -> float:
-    """Return the mean logit difference up to which a merge is right."""
-    least = _FLOAT32_BOUND * agreement.scale
-    return max(least, NOISE_FACTOR * noise.mean_difference) if noise else least
 
 
 def _describe(config: MergeConfig, inputs: MergeInput, ways: list[str]) -> Iterator[Choice]:

@@ -21,6 +21,7 @@ from ftlevel.models.rope import write_former_rope
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
+from ftlevel.trained.vocabulary import fit_vocabulary
 from ftlevel.weights.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
@@ -87,26 +88,54 @@ class TensorMerger:
         return Spec(self._dtype_of(name), self.shapes[name])
 
     def value(self, name: str) -> torch.Tensor:
-        """Return the merged tensor `name`."""
+        """Return the merged tensor `name` as it is written."""
+        return self._merged(name).to(self._dtype_of(name))
+
+    def unrounded(self, name: str) -> torch.Tensor | None:
+        """Return the merged tensor `name` before it is rounded; None where the model has none."""
+        return self._merged(name) if name in self.shapes else None
+
+    def loses_in(self, dtype: torch.dtype) -> bool:
+        """Whether numbers of the base are lost where it is loaded in `dtype`."""
+        stored = {self.checkpoint.spec(name).dtype for name in self.checkpoint.groups}
+        return any(d.is_floating_point and torch.promote_types(d, dtype) != dtype for d in stored)
+
+    def _merged(self, name: str) -> torch.Tensor:
+        value = self._find_merged(name)
+        grown = self.checkpoint.holds(name) and self.checkpoint.spec(name).shape != value.shape
+        if grown and not torch.isfinite(value).all():
+            raise InputError(
+                f"{name}: the adapter was trained with more tokens than its base has, and its file "
+                "does not hold all of their rows here. They would be random. Train it again with "
+                "this layer in modules_to_save, by which PEFT saves it."
+            )
+        return value
+
+    def _find_merged(self, name: str) -> torch.Tensor:
         if name in self.skeleton.supplied:
-            return self.skeleton.supplied[name].to(self._dtype_of(name))
+            supplied: torch.Tensor = self.skeleton.supplied[name]
+            return supplied
         unit = self.skeleton.unit_of(name)
         if unit is None:
-            return self.base(name)
+            return self._read(name)
         if self._unit[0] != unit:
             self._unit = (unit, self._merge(unit))
-        return self._unit[1][name].to(self._dtype_of(name))
-
-    def base(self, name: str) -> torch.Tensor:
-        """Return the base's tensor `name` as it is written where no adapter is merged into it."""
-        return self._read(name).to(self._dtype_of(name))
+        return self._unit[1][name]
 
     def _read(self, name: str) -> torch.Tensor:
         """Return the base's tensor `name` as precise as it is stored, or as it was quantized."""
         if not self.checkpoint.holds(name):  # the bias of a new head: check_whole let it pass
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
-        return value if self.rounding is None else self.rounding(name, value)
+        value = value if self.rounding is None else self.rounding(name, value)
+        return self._fit_rows(name, value) if value.shape != self.shapes[name] else value
+
+    def _fit_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return `value` with a row a token; new ones are NaN, or zero for a bias."""
+        rows = self.shapes[name][0]
+        fill = float("nan") if value.dim() > 1 else 0.0
+        new = value.new_full((max(rows - len(value), 0), *value.shape[1:]), fill)
+        return torch.cat([value, new])[:rows]
 
     def check_whole(self, heads: list[str], base: str) -> None:
         """Refuse a base that lacks tensors which the adapter does not bring.
@@ -139,7 +168,8 @@ class TensorMerger:
             name in self.rounding.names
             or (stored.is_floating_point and stored != self.rounding.dtype)
         )
-        return not self.adapts(name) and not rounds and stored == self._dtype_of(name)
+        same = self.checkpoint.spec(name) == self.spec(name)
+        return not self.adapts(name) and not rounds and same
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
         """Merge in float32, to be rounded once.
@@ -185,7 +215,7 @@ def write_merged(
     inputs: MergeInput,
     dtype: str | None,
     rounding: Callable[[Any], Rounding] | None,
-) -> Written:
+) -> tuple[Written, TensorMerger]:
     """Write the base of `inputs` with its adapter merged in, as a plain model, to `directory`.
 
     Args:
@@ -195,11 +225,15 @@ def write_merged(
         rounding: model on the meta device → how its weights were quantized in training; None
             merges into the base as it is.
 
+    Returns:
+        What was written, and what made its tensors and can make them again.
+
     Raises:
         InputError: a tensor of the adapter or of the base cannot be placed.
         RunError: the merge changed nothing.
     """
     model = build_task_model(inputs.config, inputs.auto_class)
+    fit_vocabulary(model, inputs.directory)
     rounds = rounding(build_task_model(inputs.config, inputs.auto_class)) if rounding else None
     checkpoint = _open(inputs, model)
     ties = tied_names(model)
@@ -221,11 +255,12 @@ def write_merged(
             "float32, or train longer."
         )
     _write_config(directory, inputs, model, merger.main_dtype, untied=untied)
-    return Written(
+    written = Written(
         sum(len(part.specs) for parts in shards.values() for part in parts),
         merged, len(merger.unchanged), untied, checkpoint.unused, size,
         str(merger.main_dtype).removeprefix("torch."),
     )  # fmt: skip
+    return written, merger
 
 
 def _open(inputs: MergeInput, model: Any) -> Checkpoint:

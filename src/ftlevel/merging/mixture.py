@@ -24,6 +24,7 @@ from ftlevel.methods.lora.mixing import (
 )
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.loading import build_task_model
+from ftlevel.trained.vocabulary import why_other_vocabulary
 
 
 def mix(
@@ -40,11 +41,15 @@ def mix(
     if weights == [1.0]:
         return inputs, []
     directories = [find_adapter(name)[0] for name in config.adapters]
+    base = build_task_model(inputs.config, inputs.auto_class)
     for name, directory in zip(config.adapters, directories, strict=True):
         reason = why_not_mixable(read_peft_config(directory))
         if reason is not None:
             raise InputError(f"{name} cannot be mixed: {reason}.")
         _check_same_base(inputs, name, directory)
+        other = why_other_vocabulary(base, directory)
+        if other is not None:
+            raise InputError(f"{name} cannot be mixed: {other}. Merge it alone.")
     mixture = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ftlevel-mixture-")))
     if config.strategy == "cat":
         mix_exactly(directories, weights, mixture)

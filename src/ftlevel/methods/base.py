@@ -183,6 +183,10 @@ class Method:
         step: what of the fast step it goes with.
         merging: how it becomes part of the weights.
         page: what docs/methods.md says of it beside the tables, in Markdown.
+        on_embeddings: spec → why it cannot go on embeddings and output layers, empty if it can,
+            where they are named.
+        plain: type of an adapter of PEFT's own tuner for the same → base, its directory and a name
+            → the base with it on, by the tuner that is used here.
     """
 
     facts: tuple[MethodFacts, ...]
@@ -208,6 +212,8 @@ class Method:
     step: StepSupport = StepSupport()
     merging: Merging = Merging()
     page: str = ""
+    on_embeddings: Callable[[Any], str] | None = None
+    plain: Mapping[str, Callable[[Any, Path, str], Any]] = field(default_factory=dict)
 
     def learning_rate(self, spec: Any) -> float:
         """Return the peak learning rate where the user gives none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.models.integrity import check_finite
 from ftlevel.trained.adapterhub import convert, is_adapterhub, read_hub_adapter
+from ftlevel.trained.vocabulary import check_new_rows, fit_vocabulary, why_other_vocabulary
 
 
 def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = False) -> Any:
@@ -169,6 +170,9 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
         _fill_adapter(adapted, weights, directory, name)
         return adapted
     weights = _read_whole(directory)
+    if (put_on := _plain_loader(directory)) is not None:
+        return put_on(base, directory, name)
+    had = fit_vocabulary(base, directory)
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
     try:
         with _unknown_patterns_ignored():
@@ -182,7 +186,29 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
             f"({reason[:200]}). Name the base that it was trained on."
         ) from error
     _fill_adapter(adapted, weights, directory, name)
+    check_new_rows(adapted.get_base_model(), had, directory)
     return adapted
+
+
+def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
+    """Return what puts an adapter of PEFT's own tuner on by ours; None where PEFT's is used.
+
+    Raises:
+        InputError: it is one that PEFT cannot use with this transformers.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PromptLearningConfig
+
+    kind = _kind_of(directory)
+    for method in METHODS.values():
+        if kind in method.plain:
+            return method.plain[kind]
+    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig):
+        raise InputError(
+            f"{directory} is an adapter of type {kind}, which PEFT {_peft_version()} gives to "
+            "every step of an answer anew with transformers 5. Train one with --method prefix or "
+            "prompt."
+        )
+    return None
 
 
 def add_adapter(adapted: Any, directory: Path, name: str) -> None:
@@ -196,6 +222,13 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
         config, weights = convert(read_hub_adapter(directory), adapted.get_base_model())
     else:
         weights = _read_whole(directory)
+        other = why_other_vocabulary(adapted.get_base_model(), directory)
+        if other is None and _plain_loader(directory) is not None:
+            other = "a prompt that plain PEFT trained is read alone"
+        if other is not None:
+            raise InputError(
+                f"{directory} cannot stand beside the others: {other}. Ask it by itself."
+            )
     with _unknown_patterns_ignored():
         try:
             if config is not None:
@@ -208,13 +241,18 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
     _fill_adapter(adapted, weights, directory, name)
 
 
+def _kind_of(directory: Path) -> Any:
+    settings = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    return settings["peft_type"]
+
+
 def _read_whole(directory: Path) -> dict[str, Any]:
     """Return the weights of PEFT's file, which is there, whole, finite and of a known kind."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    kind = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+    kind = _kind_of(directory)
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise InputError(
             f"{directory} is an adapter of type {kind!r}, which PEFT {_peft_version()} does not "
@@ -246,15 +284,17 @@ def _fill_adapter(adapted: Any, weights: dict[str, Any], directory: Path, name: 
         except RuntimeError as error:  # other shapes
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{directory} does not fit its base model: {reason}") from None
-    promised = set(
-        get_peft_model_state_dict(adapted, save_embedding_layers=False, adapter_name=name)
+    promised, allowed = (
+        set(get_peft_model_state_dict(adapted, save_embedding_layers=whole, adapter_name=name))
+        for whole in (False, True)  # PEFT saves embeddings too where they were adapted or resized
     )
     found = set(weights)
-    if promised != found:
-        odd = sorted(promised ^ found)
+    missing, unknown = promised - found, found - promised - allowed
+    if missing or unknown:
+        odd = sorted(missing | unknown)
         raise InputError(
-            f"{directory}: {len(promised - found):,} weights of the adapter are missing and "
-            f"{len(found - promised):,} are unknown, such as {odd[0]}. It does not belong to this "
+            f"{directory}: {len(missing):,} weights of the adapter are missing and "
+            f"{len(unknown):,} are unknown, such as {odd[0]}. It does not belong to this "
             "base model."
         )
     adapted.requires_grad_(False)

@@ -135,7 +135,12 @@ def checkpoint_in_memory(model: Any, loaded: Any) -> Checkpoint:
     """
     state = {name: tensor.detach() for name, tensor in loaded.state_dict().items()}
     conversions.forget_conversions(model)
-    return Checkpoint(state, {name: Group([name]) for name in state}, model)
+    ties = tied_names(model)
+    shared = {name for name in ties if state[name].data_ptr() == state[ties[name]].data_ptr()}
+    groups = {name: Group([name]) for name in state if name not in shared}
+    checkpoint = Checkpoint(state, groups, model)
+    _tie(checkpoint)
+    return checkpoint
 
 
 def local_directory(source: ModelSource) -> Path:

@@ -217,7 +217,8 @@ def test_wishes(family: str, task: str, wish: Any, count: int, one: str) -> None
             "text-generation",
             ["wte"],
             [
-                "--target-modules: 'wte' matches no linear of gpt2, only Embedding. Linear modules "
+                "--target-modules: 'wte' matches no linear of gpt2, only Embedding. "
+                "method.modules_to_save trains it in full. Linear modules "
                 "here: c_attn, c_fc, c_proj. Try: ftlevel list-targets gpt2"
             ],
         ),
@@ -227,7 +228,8 @@ def test_wishes(family: str, task: str, wish: Any, count: int, one: str) -> None
             ["lm_head"],
             [
                 "--target-modules: 'lm_head' is the output head of gpt2: adapters go on the "
-                "blocks, and it stays as it is. Leave it out. Linear modules here: c_attn, c_fc, "
+                "blocks. Leave it out; method.modules_to_save trains it in full. Linear modules "
+                "here: c_attn, c_fc, "
                 "c_proj. Try: ftlevel list-targets gpt2"
             ],
         ),

@@ -69,6 +69,20 @@ class LoraSpec(MethodSpec):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="Which bias terms of the base are trained too."
     )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="Modules beside a new head that are trained in full and saved with the "
+        "adapter, such as embed_tokens and lm_head.",
+    )
+    trainable_token_indices: list[Annotated[int, Field(ge=0)] | str] = Field(
+        default_factory=list,
+        description="Tokens whose rows of the embedding are trained, by id or by text.",
+    )
+    ensure_weight_tying: bool = Field(
+        False,
+        description="Train the output layer with the embedding whose weights it shares, where that "
+        "is in modules_to_save or target_modules.",
+    )
 
     @field_validator("layers_to_transform", "target_parameters", mode="before")
     @classmethod
@@ -88,6 +102,13 @@ class LoraSpec(MethodSpec):
 
     @model_validator(mode="after")
     def _options_agree(self) -> LoraSpec:
+        if self.ensure_weight_tying and not (
+            self.modules_to_save or isinstance(self.target_modules, list)
+        ):
+            raise ValueError(
+                "ensure_weight_tying is of an embedding in modules_to_save or target_modules, and "
+                "there is none; trainable_token_indices are tied in any case. Drop it"
+            )
         if self.use_dora and self.init_lora_weights == "loftq":
             raise ValueError(
                 "use_dora cannot be used with init_lora_weights loftq: DoRA takes its magnitudes "

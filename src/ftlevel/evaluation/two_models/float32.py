@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,20 +12,29 @@ from ftlevel.models.upstream.tensors import own_tensors
 
 
 @contextlib.contextmanager
-def in_float32(model: torch.nn.Module) -> Iterator[None]:
+def in_float32(
+    model: torch.nn.Module, unrounded: Callable[[str], torch.Tensor | None] = lambda _: None
+) -> Iterator[None]:
     """Let `model` compute in float32 inside the block, on the weights that it has.
 
     Each module's weights are widened while it runs and no longer: a model in bfloat16 needs no more
     memory than one module's for it.
+
+    Args:
+        model: in any precision.
+        unrounded: name of a parameter → what to compute with in its stead, None for itself.
     """
     narrow: dict[torch.nn.Module, dict[str, Any]] = {}
+    paths = {module: path for path, module in model.named_modules()}
 
     def widen(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         own, _ = own_tensors(module)
         narrow[module] = dict(own)
         for name, weight in narrow[module].items():
             if weight is not None and weight.is_floating_point():
-                own[name] = torch.nn.Parameter(weight.float(), requires_grad=False)
+                better = unrounded(f"{paths[module]}.{name}".lstrip("."))
+                wide = (weight if better is None else better).to(weight.device, torch.float32)
+                own[name] = torch.nn.Parameter(wide, requires_grad=False)
         return tuple(_widened(value) for value in inputs)  # T5 narrows what its wo is given
 
     def restore(module: torch.nn.Module, _: Any, __: Any) -> None:

@@ -52,8 +52,32 @@ def build(spec: LoraSpec, base: Base) -> Any:
         use_dora=spec.use_dora,
         bias=spec.bias,
         modules_to_save=base.heads or None,
+        trainable_token_indices=_token_ids(spec, base) or None,
+        ensure_weight_tying=spec.ensure_weight_tying,
         fan_in_fan_out=base.fan_in_fan_out,
     )
+
+
+def _token_ids(spec: LoraSpec, base: Base) -> list[int]:
+    """Return the tokens whose rows are trained, sorted.
+
+    Raises:
+        ConfigError: one is not in the vocabulary, or the base has no row for it.
+    """
+    wished = spec.trainable_token_indices
+    if not wished:
+        return []
+    rows, known = base.config.get_text_config().vocab_size, base.tokenizer.get_vocab()
+    ids = {known.get(token) if isinstance(token, str) else token for token in wished}
+    lost = [t for t in wished if (known.get(t) if isinstance(t, str) else t) not in range(rows)]
+    if lost:
+        raise ConfigError(
+            f"method.trainable_token_indices: {', '.join(map(repr, lost))} "
+            f"{'is no token' if len(lost) == 1 else 'are no tokens'} of the model, which has "
+            f"{rows:,}, from 0. A new token needs a row first: add it to tokenizer and model with "
+            "resize_token_embeddings of transformers, save both, and train that model."
+        )
+    return sorted(i for i in ids if i is not None)
 
 
 def check(spec: LoraSpec, widths: Mapping[str, int]) -> None:
@@ -77,7 +101,7 @@ def check(spec: LoraSpec, widths: Mapping[str, int]) -> None:
 
 def count(spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> int | None:
     """Return r · (in + out) for every linear, None where a setting makes it another number."""
-    if spec.rank_pattern or spec.use_dora or spec.bias != "none":
+    if spec.rank_pattern or spec.use_dora or spec.bias != "none" or spec.trainable_token_indices:
         return None
     return sum(spec.r * (fan_in + fan_out) for fan_in, fan_out in sizes.values())
 
@@ -115,6 +139,13 @@ def against_workers(spec: LoraSpec) -> str:
     return ""
 
 
+def against_embeddings(spec: LoraSpec) -> str:
+    """Return why this LoRA cannot go on an embedding; empty if it can."""
+    if spec.init_lora_weights in ("default", "gaussian"):
+        return ""
+    return f"the start {spec.init_lora_weights} is taken from linears. Use --init default"
+
+
 def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
     """Return why an adapter of `config` cannot be merged and what to do, or None if it can."""
     for key, reason in _UNMERGEABLE.items():
@@ -139,6 +170,7 @@ _METHOD = Method(
     refuse_quantized=refuse_quantized,
     start=START,
     optimizer=build_optimizer,
+    on_embeddings=against_embeddings,
     step=StepSupport(
         fusing=lambda spec: spec.use_dora * "DoRA scales by a norm of the whole weight",
         workers=against_workers,

@@ -12,6 +12,7 @@ from typing import Any
 from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.facts import MethodFacts
+from ftlevel.methods.soft_prompt import plain_peft
 from ftlevel.methods.soft_prompt.stacks import find_stacks
 from ftlevel.methods.unmergeable import VIRTUAL_TOKENS
 from ftlevel.methods.upstream import register_tuner
@@ -130,6 +131,7 @@ _PROMPT = Method(
         ("SOFT_PROMPT", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"),
         into_weights=False, why_not=lambda _: VIRTUAL_TOKENS,
     ),
+    plain=dict.fromkeys(plain_peft.TYPES, plain_peft.put_on),
 )  # fmt: skip
 _P_TUNING = Method(
     (

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from ftlevel.config import MethodConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError, did_you_mean, listing
@@ -24,12 +26,14 @@ class MethodTargets:
         parameters: ends of names of tensors outside of linears, as PEFT's `target_parameters`.
         fan_in_fan_out: whether the modules are Conv1D, whose weight is (in, out).
         sizes: name → (in, out) of those that are linears.
+        in_full: modules that are trained in full beside it, as PEFT's `modules_to_save`.
     """
 
     modules: list[str]
     parameters: list[str]
     fan_in_fan_out: bool
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    in_full: list[str] = field(default_factory=list)
 
     def choices(self, wish: Any) -> list[Choice]:
         """Return what to show of them."""
@@ -39,6 +43,8 @@ class MethodTargets:
         shown = f"{', '.join(names)}: {len(self.modules)} modules"
         reason = "all-linear: every linear of the blocks" if wish == "all-linear" else ""
         more = [Choice("target tensors", ", ".join(self.parameters))] if self.parameters else []
+        if self.in_full:
+            more.append(Choice("in full", ", ".join(self.in_full), "method.modules_to_save"))
         return [Choice("targets", shown, reason), *more]
 
 
@@ -63,13 +69,18 @@ def find_method_targets(
     wish = getattr(spec, "target_parameters", None)
     parameters = _parameters(wish, tree, model_name) if wish else []
     widths = {name: (fan_in, fan_out) for name, (_, fan_in, fan_out) in sizes.items()}
-    return MethodTargets(modules, parameters, conv1d, widths)
+    widths |= {name: tuple(tree.modules[name].weight.shape) for name in modules
+               if isinstance(tree.modules[name], nn.Embedding)}  # fmt: skip
+    in_full = _in_full(getattr(spec, "modules_to_save", ()), tree, model_name, quant)
+    return MethodTargets(modules, parameters, conv1d, widths, in_full)
 
 
 def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: str) -> list[str]:
     wish = getattr(spec, "target_modules", None)
     if wish:
-        return resolve_targets(tree.model, wish, model_name=model_name)
+        embeddings, rest = _embeddings(spec, method, tree, wish)
+        found = resolve_targets(tree.model, rest, model_name=model_name) if rest else []
+        return sorted({*embeddings, *found})
     if method.find_targets is None:
         return []
     found = method.find_targets(spec, tree.model)
@@ -79,6 +90,27 @@ def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: s
             f"Name the modules with --target-modules. Try: ftlevel list-targets {model_name}"
         )
     return found
+
+
+def _embeddings(
+    spec: MethodConfig, method: Method, tree: ModuleTree, wish: str | list[str]
+) -> tuple[list[str], str | list[str]]:
+    """Return the embedding and the output layer that `wish` names, and what is left of it.
+
+    Raises:
+        ConfigError: the method cannot go on them as it is set.
+    """
+    if isinstance(wish, str) or method.on_embeddings is None:
+        return [], wish
+    model: Any = tree.model
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+              if layer is not None]  # fmt: skip
+    full = [name for name, module in tree.modules.items() if any(module is x for x in layers)]
+    named = {name: [f for f in full if f".{f}".endswith(f".{name}")] for name in wish}
+    chosen = [found for founds in named.values() for found in founds]
+    if chosen and (reason := method.on_embeddings(spec)):
+        raise ConfigError(f"--target-modules: {chosen[0]} is no linear of a block, and {reason}.")
+    return chosen, [name for name in wish if not named[name]]
 
 
 def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) -> list[str]:
@@ -96,6 +128,32 @@ def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) 
             f"adapted modules. Layers here are 0 to {last}."
         )
     return [name for name in modules if tree.layer(name) in layers]
+
+
+def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str) -> list[str]:
+    """Return the modules that `modules_to_save` means, by names that PEFT reads as just these.
+
+    Raises:
+        ConfigError: there is no such module, or it would be quantized.
+    """
+    chosen: list[str] = []
+    for name in names:
+        found = [full for full in tree.modules if f".{full}".endswith(f".{name}")]
+        if not found:
+            ends = sorted({full.rpartition(".")[2] for full in tree.modules if full})
+            raise ConfigError(
+                f"method.modules_to_save: {name!r} is no module of {model_name}."
+                f"{did_you_mean(name, ends)}"
+            )
+        packed = [full for full in found if linear_size(tree.modules[full])]
+        if quant != "none" and (lost := [full for full in packed if not tree.in_heads(full)]):
+            raise ConfigError(
+                f"method.modules_to_save: {lost[0]} is quantized, and its integers cannot be "
+                "trained. Drop it, or drop --quant."
+            )
+        read_as = [full for full in tree.modules if full.endswith(name)]  # PEFT asks for no dot
+        chosen += [name] if read_as == found else found
+    return chosen
 
 
 def _parameters(wish: str | Sequence[str], tree: ModuleTree, model_name: str) -> list[str]:

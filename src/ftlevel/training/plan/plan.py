@@ -108,7 +108,7 @@ class Plan:
             kind=model.kind,
             task_type=self.task.peft_types.get(model.kind),
             targets=targets.modules,
-            heads=list(model.heads),  # PEFT adds names of its own to it
+            heads=[*model.heads, *targets.in_full],  # PEFT adds names of its own to it
             fan_in_fan_out=targets.fan_in_fan_out,
             total_steps=self.schedule.steps,
             tokenizer=model.tokenizer,

@@ -37,7 +37,7 @@ def count_trainable(
         try_method: put the method onto the shape in any case, as nothing will be after a dry run.
     """
     method, own, total = config.method, METHODS[config.method.kind], plan.model.total_parameters
-    if own.count and not (try_method or plan.model.heads or plan.targets.parameters):
+    if own.count and not (try_method or plan.base.heads or plan.targets.parameters):
         added = own.count(method, plan.targets.sizes)
         if added is not None:
             return added, total + added

@@ -1,0 +1,124 @@
+"""Runs whose LoRA has modules in full or rows of single tokens beside it, and what they become."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ftlevel import MergeConfig, merge
+from ftlevel.cli.app import run
+
+TinyModelDir = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write rows, and work beside them."""
+    monkeypatch.chdir(tmp_path)
+    texts = [f"the module number {i} of the list has the name {chr(97 + i) * 3}" for i in range(12)]
+    Path("rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+
+
+def train(base: Path, *more: str) -> int:
+    return run(["train", "--model", str(base), "--dataset", "rows.jsonl", "--max-steps", "2",
+                "--task", "text-generation", "--learning-rate", "1e-2", "--dtype", "float32",
+                "--set", "data.max_eval_samples=2", "--output-dir", "run", "--quiet",
+                *more])  # fmt: skip
+
+
+def compute(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.arange(10, 60)[None]).logits
+    return logits
+
+
+IN_FULL = ["--set", "method.modules_to_save=[embed_tokens,lm_head]"]
+
+
+@pytest.mark.parametrize(
+    ("tied", "settings", "trained", "parted"),
+    [
+        (False, IN_FULL, {"model.embed_tokens", "lm_head"}, False),
+        (True, IN_FULL, {"model.embed_tokens", "lm_head"}, True),
+        (True, [*IN_FULL, "--set", "method.ensure_weight_tying=true"],
+         {"model.embed_tokens", "lm_head"}, False),
+        (True, ["--set", "method.trainable_token_indices=[12,13]"],
+         {"model.embed_tokens.token_adapter"}, False),
+        (True, ["--target-modules", "embed_tokens,q_proj"], set(), True),
+        (False, ["--target-modules", "embed_tokens,lm_head,q_proj"], set(), False),
+    ],
+    ids=["in-full", "in-full-parted", "in-full-tied", "tokens", "lora", "lora-untied"],
+)  # fmt: skip
+def test_a_run_is_plain_pefts_and_merges(
+    tied: bool,
+    settings: list[str],
+    trained: set[str],
+    parted: bool,
+    tiny_model_dir: TinyModelDir,
+) -> None:
+    base = tiny_model_dir("llama", tie_word_embeddings=tied)
+    assert train(base, *settings) == 0
+    saved = load_file("run/adapter/adapter_model.safetensors")
+    whole = {name.removeprefix("base_model.model.") for name in saved if ".lora_" not in name}
+    assert {name.rpartition(".")[0] for name in whole} == trained
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "run/adapter")
+    found = merge(MergeConfig(adapters=["run"], output_dir=Path("merged")))
+    assert found.summary["verified"]
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    torch.testing.assert_close(compute(merged), compute(plain.eval()), rtol=1e-4, atol=1e-5)
+    assert merged.config.tie_word_embeddings is (tied and not parted)
+    assert run(["evaluate", "run", "--resamples", "0", "--no-base"]) == 0
+
+
+def test_a_run_is_resumed_with_its_embeddings(tiny_model_dir: TinyModelDir) -> None:
+    base = tiny_model_dir("llama", tie_word_embeddings=True)
+    assert train(base, *IN_FULL, "--save-steps", "1") == 0
+    whole = load_file("run/adapter/adapter_model.safetensors")
+    Path("run").rename("whole")
+    assert train(base, *IN_FULL, "--save-steps", "1") == 0
+    for name in ("adapter", "summary.json"):
+        path = Path("run", name)
+        for part in path.iterdir() if path.is_dir() else ():
+            part.unlink()
+        path.rmdir() if path.is_dir() else path.unlink()
+    import shutil
+
+    shutil.rmtree("run/checkpoints/checkpoint-2")
+    assert train(base, *IN_FULL, "--save-steps", "1", "--resume") == 0
+    again = load_file("run/adapter/adapter_model.safetensors")
+    assert set(again) == set(whole)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--set", "method.modules_to_save=[embed_token]"],
+         "'embed_token' is no module of base. Did you mean 'embed_tokens'?"),
+        (["--set", "method.trainable_token_indices=[<tool>]"],
+         "'<tool>' is no token of the model, which has 704"),
+        (["--set", "method.trainable_token_indices=[704]"], "704 is no token of the model"),
+        (["--set", "method.modules_to_save=[down_proj]", "--method", "qlora"],
+         "down_proj is quantized, and its integers cannot be trained"),
+        (["--target-modules", "embed_tokens,q_proj", "--init", "pissa"],
+         "model.embed_tokens is no linear of a block, and the start pissa"),
+        (["--set", "method.ensure_weight_tying=true"], "ensure_weight_tying is of an embedding"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused_before_weights_load(
+    settings: list[str],
+    message: str,
+    tiny_model_dir: TinyModelDir,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("base").symlink_to(tiny_model_dir("llama"))
+    assert train(Path("base"), *settings) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,124 @@
+"""Write adapters on embeddings and heads by plain PEFT, in a process that never imports ftlevel.
+
+    python tests/plain_peft.py BASE-UNTIED BASE-TIED FOLDER
+
+Each case leaves FOLDER/<base>-<case> with the adapter, FOLDER/<…>.pt with the logits of the model
+with it on `some_ids`, and of the model that `merge_and_unload` gives of the base in float32.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NEW_TOKENS = [f"<new{number}>" for number in range(9)]
+"""Tokens that are added, where the vocabulary grows."""
+
+CASES: dict[str, dict[str, Any]] = {
+    "embed": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "both-tied": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "embed-in-full": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head-in-full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "both-in-full": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "both-in-full-tied": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 40, 41]},
+    "resized": {"target_modules": ["q_proj"], "resize": True},
+    "resized-embed": {"target_modules": ["embed_tokens", "q_proj"], "resize": True},
+    "resized-in-full": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head"],
+        "resize": True,
+    },
+    "resized-tokens": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": "new",
+        "resize": True,
+    },
+}
+TIED_ONLY = ("both-tied", "both-in-full-tied")
+
+
+def some_ids(vocabulary: int) -> torch.Tensor:
+    """Return (2, 24) token ids; the last ones of the vocabulary and 3, 40, 41 are among them."""
+    ids = torch.randint(10, vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
+    ids[0, :3] = torch.tensor([3, 40, 41])
+    ids[1, 4:8] = torch.arange(vocabulary - 4, vocabulary)
+    return ids
+
+
+def write_case(base: Path, folder: Path, settings: dict[str, Any]) -> None:
+    """Write one adapter with its logits."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    settings = dict(settings)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    rows = model.config.vocab_size
+    if settings.pop("resize", False):
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(NEW_TOKENS)
+        tokenizer.save_pretrained(folder)
+        rows = len(tokenizer)
+        model.resize_token_embeddings(rows)
+    if settings.get("trainable_token_indices") == "new":
+        settings["trainable_token_indices"] = list(range(rows - len(NEW_TOKENS), rows))
+    config = LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.05)
+    adapted.save_pretrained(folder)
+    ids = some_ids(rows)
+    with torch.no_grad():
+        logits = adapted(ids).logits
+        merged = adapted.merge_and_unload()(ids).logits
+    torch.save({"ids": ids, "logits": logits, "merged": merged}, f"{folder}.pt")
+
+
+def write_prompt(base: Path, folder: Path, kind: str) -> None:
+    """Write a prompt: logits of the text's tokens, and what it answers when asked step by step."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
+    config = {
+        "prompt": lambda: peft.PromptTuningConfig(**settings),
+        "p-tuning": lambda: peft.PromptEncoderConfig(encoder_hidden_size=32, **settings),
+    }[kind]()
+    adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(folder)
+    ids = answer = some_ids(model.config.vocab_size)[:1]
+    with torch.no_grad():
+        logits = adapted(ids).logits[:, 5:]
+        for _ in range(6):
+            answer = torch.cat([answer, adapted(answer).logits[:, -1:].argmax(-1)], 1)
+    torch.save({"ids": ids, "logits": logits, "answer": answer}, f"{folder}.pt")
+
+
+def main(untied: Path, tied: Path, folder: Path) -> None:
+    """Write every case on both bases."""
+    for kind in ("prompt", "p-tuning"):
+        write_prompt(untied, folder / kind, kind)
+    for name, base in (("untied", untied), ("tied", tied)):
+        for case, settings in CASES.items():
+            if name == "tied" or case not in TIED_ONLY:
+                write_case(base, folder / f"{name}-{case}", settings)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(*map(Path, sys.argv[1:]))
