@@ -7,6 +7,7 @@ from typing import Any
 from ftlevel.config.methods.full import FullSpec
 from ftlevel.methods.base import Base, Method, StepSupport
 from ftlevel.methods.facts import QUANTIZED, MethodFacts, Rule, rows
+from ftlevel.methods.rates import Rates
 
 _PRETRAINED_HEAD = frozenset({"text-generation", "summarization", "translation", "masked-lm"})
 _IS_A_MODEL = "is a model already"
@@ -36,7 +37,7 @@ _METHOD = Method(
             {"freeze_base": True},
         ),
     ),
-    rate=2e-5,  # BERT, appendix A.3
+    rate=Rates(narrow=2e-4, wide=1e-5, source="BERT"),
     build=None,
     rules=(
         Rule(

@@ -17,6 +17,7 @@ from ftlevel.task import Meter, Objective
 from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller
 from ftlevel.tasks.classes import read_labels
 from ftlevel.tasks.entities import are_entity_tags, score_entities
+from ftlevel.tasks.guessing import entropy
 from ftlevel.tasks.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -118,6 +119,11 @@ class Tags(Objective):
     def meter(self) -> Meter:
         """Return a `TagMeter`."""
         return TagMeter(self.names)
+
+    def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
+        """Return the entropy of the words' tags."""
+        labels = (row.labels for row in rows if isinstance(row.labels, list))
+        return entropy(tag for tags in labels for tag in tags if tag != IGNORED)
 
 
 class TagMeter(Pairs):

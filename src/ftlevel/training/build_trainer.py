@@ -21,6 +21,7 @@ from ftlevel.training.callbacks.report import Report
 from ftlevel.training.callbacks.save_stream_state import SaveStreamState
 from ftlevel.training.callbacks.set_epoch import SetEpoch
 from ftlevel.training.callbacks.write_manifest import WriteManifest
+from ftlevel.training.head_rate import HeadRate
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
@@ -58,6 +59,7 @@ def build_trainer(
         data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
         fast=fast,
         order=order,
+        head_rate=resolve_head_rate(plan),
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
@@ -70,6 +72,14 @@ def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
     """Return the method's own optimizer, if it has one; None leaves the choice to Trainer."""
     build = METHODS[config.method.kind].optimizer
     return build(config.method, model, arguments) if build else None
+
+
+def resolve_head_rate(plan: Plan) -> HeadRate | None:
+    """Return the rate of new heads where they have one of their own."""
+    rate = plan.schedule.head_learning_rate
+    if rate is None or rate == plan.schedule.learning_rate:
+        return None
+    return HeadRate(plan.model.new_heads, rate)
 
 
 @dataclass(frozen=True)

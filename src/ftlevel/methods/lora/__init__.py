@@ -20,6 +20,7 @@ from ftlevel.methods.base import (
 from ftlevel.methods.lora.facts import FACTS, RULES
 from ftlevel.methods.lora.plus import build_optimizer
 from ftlevel.methods.lora.start import START
+from ftlevel.methods.rates import Rates
 
 _UNMERGEABLE = {
     "layer_replication": "it repeats layers, so it is another architecture",
@@ -130,7 +131,7 @@ def forget_start(config: Any) -> None:
 
 _METHOD = Method(
     FACTS,
-    rate=2e-4,  # QLoRA, table 9
+    rate=Rates(narrow=3e-3, wide=2e-4, source="QLoRA, table 9"),
     build=build,
     rules=RULES,
     check=check,

@@ -21,9 +21,11 @@ from ftlevel.fast.plan.fast_plan import plan_fast
 from ftlevel.fast.plan.fused_lora import fused_lora_choices
 from ftlevel.fast.plan.liger import kernel_choices
 from ftlevel.models.hardware import choose_device
-from ftlevel.models.kinds import model_kind
+from ftlevel.methods.rates import RunFacts
+from ftlevel.models.kinds import model_kind, width_of
 from ftlevel.models.loading import (
     build_task_model,
+    find_new_heads,
     label_overrides,
     load_config,
     load_tokenizer,
@@ -37,7 +39,7 @@ from ftlevel.training.plan.choices import head_choices, method_choices, model_ch
 from ftlevel.training.plan.method_fit import check_method, choose_precision, resolve_quantization
 from ftlevel.training.plan.method_targets import find_method_targets
 from ftlevel.training.plan.plan import Plan, PlannedModel, Schedule
-from ftlevel.training.plan.schedule import choose_learning_rate, count_steps
+from ftlevel.training.plan.schedule import choose_rates, count_steps
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
     objective = task.build_objective(bare.kind, data.facts)
-    rate = choose_learning_rate(config, bare.source)
     steps = count_steps(config.train, len(data.train))
+    known = RunFacts(bare.kind, width_of(model_config), bool(model.new_heads), steps)
+    rates = choose_rates(config, known)
     device, most = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, most)
@@ -97,7 +100,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
         model=model,
         data=data,
         targets=targets,
-        schedule=Schedule(steps=steps, learning_rate=rate.value),
+        schedule=rates.schedule(steps),
         fast=fast,
         choices=[
             model_choice(config, model.family, model.total_parameters, bare.source),
@@ -111,7 +114,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
             *head_choices(task, model.heads),
             *bare.spelling,
             *layers,
-            rate,
+            *rates.choices,
             *fast.choices,
         ],
     )
@@ -154,6 +157,7 @@ def _plan_model(
         quant=config.quant,
         heads=heads,
         new_modules=new_modules,
+        new_heads=find_new_heads(meta, bare.source, heads),
         total_parameters=sum(p.numel() for p in meta.parameters()),
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.sections import TrainerConfig
 from ftlevel.methods import METHODS
-from ftlevel.models.sources import ModelSource
+from ftlevel.methods.rates import RunFacts, choose_head_rate
+from ftlevel.training.plan.plan import Schedule
 
 
 def count_steps(config: TrainerConfig, rows: int) -> int:
@@ -18,19 +20,46 @@ def count_steps(config: TrainerConfig, rows: int) -> int:
     return config.max_steps or math.ceil(config.num_train_epochs * an_epoch)
 
 
-def choose_learning_rate(config: TrainConfig, source: ModelSource) -> Choice:
-    """Return the peak learning rate: the user's, or the method's default.
+@dataclass(frozen=True)
+class Rates:
+    """The peak learning rates of a run.
 
-    The papers' rates are for models a hundred times the size of the built-in one, which learns
-    next to nothing at them in a short run; it gets ten times as much where that is below 0.01.
+    Attributes:
+        base: of all that is trained but new heads.
+        head: of new heads; None where there are none.
     """
-    kind = config.method.kind
-    if config.train.learning_rate is not None:
-        return Choice("learning rate", config.train.learning_rate)
-    rate, reason = METHODS[kind].learning_rate(config.method), f"default for {kind}"
-    if source.kind == "builtin" and rate * 10 <= 1e-2:
-        return Choice("learning rate", rate * 10, f"{reason}, times 10 for a model this small")
-    return Choice("learning rate", rate, reason)
+
+    base: Choice
+    head: Choice | None
+
+    @property
+    def choices(self) -> list[Choice]:
+        """Lines for the screen: of the head only where it has a rate of its own."""
+        apart = self.head is not None and self.head.value != self.base.value
+        return [self.base, self.head] if apart and self.head else [self.base]
+
+    def schedule(self, steps: int) -> Schedule:
+        """Return how far and how fast a run of so many optimizer steps goes."""
+        head = self.head.value if self.head else None
+        return Schedule(steps=steps, learning_rate=self.base.value, head_learning_rate=head)
+
+
+def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
+    """Return the peak learning rates: the user's, or those of the method for such a run.
+
+    A rate that the user gives is that of everything, unless the head's is given too.
+    """
+    method, given = METHODS[config.method.kind], config.train
+    base = head = None
+    if given.learning_rate is not None:
+        base = Choice("learning rate", given.learning_rate)
+    if given.head_learning_rate is not None:
+        head = Choice("head learning rate", given.head_learning_rate)
+    elif base is not None:
+        head = Choice("head learning rate", base.value)
+    base = base or method.rates(config.method).choose(config.method.kind, known)
+    head = head or choose_head_rate(known)
+    return Rates(base, head if known.new_head else None)
 
 
 def find_warnings(config: TrainerConfig, rows: int, validation_rows: int) -> list[str]:

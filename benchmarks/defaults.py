@@ -1,0 +1,307 @@
+"""Compare every method's default learning rate with the rates around it, and print the tables.
+
+    python scripts/fetch_models.py
+    python scripts/build_data.py wordnet-supersense factbook-ner factbook-qa wordnet-define cldr-names
+    python scripts/pretrain_tiny_t5.py runs/tiny-t5
+    python benchmarks/defaults.py run --out runs/defaults.jsonl       # hours; goes on where it was
+    python benchmarks/defaults.py table runs/defaults.jsonl
+
+Rates are 1 and 3 times powers of ten. A method begins at one of them and goes up or down until the
+best has a worse one on either side, so a table shows the peak and not the end of a grid. All runs
+are in one process: what is compared is what a run learns, not how fast it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftlevel import TrainConfig, train
+from ftlevel.errors import RunError
+
+MINILM = ".models/all-MiniLM-L6-v2"
+SMOLLM2 = ".models/SmolLM2-135M-Instruct"
+TINY_T5 = "runs/tiny-t5"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A short run on a small model, the same for all methods but for the rate.
+
+    Attributes:
+        task: ftlevel's name.
+        model: folder, or the name of a built-in one.
+        data: the section of the configuration; its dataset is below --data.
+        steps: optimizer steps of 8 rows.
+        score: key of the metrics that decides; the loss where it is "loss".
+        keep: which rows of the set are used; all where there is none.
+        shift: how many grid steps above a method's first rate the search begins.
+        warmup: share of the steps.
+        head_rate: of the new head, the default's for such a run; None where there is none.
+    """
+
+    task: str
+    model: str
+    data: dict[str, Any]
+    steps: int
+    score: str
+    keep: Callable[[dict[str, Any]], bool] | None = None
+    shift: int = 0
+    warmup: float = 0.0
+    head_rate: float | None = None
+
+
+def _two_classes(row: dict[str, Any]) -> bool:
+    return row["label"] in ("artifact", "substance")
+
+
+_SUPERSENSE = {"dataset": "wordnet-supersense/train.jsonl", "validation_split": 0.5,
+               "max_eval_samples": 500}  # fmt: skip
+_NER = {"dataset": "factbook-ner", "max_eval_samples": 150}
+_QA = {"dataset": "factbook-qa", "max_length": 192}
+_DEFINE = {"dataset": "wordnet-define", "max_eval_samples": 64}
+_NAMES = {"dataset": "cldr-names", "columns": {"source": "en", "target": "de"}}
+_CLASSES, _TAGS, _SPAN = "text-classification", "token-classification", "question-answering"
+_TEXT = "text-generation"
+
+WORKLOADS = {
+    "classes": Workload(_CLASSES, MINILM, _SUPERSENSE, 100, "accuracy", head_rate=2e-2),
+    "tags": Workload(_TAGS, MINILM, _NER, 60, "f1", lambda row: len(row["tokens"]) <= 31,
+                     head_rate=2e-2),
+    "span": Workload(_SPAN, MINILM, _QA, 100, "f1", lambda row: len(row["context"]) <= 280,
+                     head_rate=2e-2),
+    "text": Workload(_TEXT, SMOLLM2, _DEFINE, 25, "loss", shift=-1),
+    "tiny-llama": Workload(_TEXT, "builtin:tiny-llama", _DEFINE, 100, "loss"),
+    "tiny-t5": Workload("translation", TINY_T5, _NAMES, 100, "loss"),
+    "one rate": Workload(_CLASSES, MINILM, _SUPERSENSE, 100, "accuracy"),
+    "one rate, warm-up": Workload(_CLASSES, MINILM, _SUPERSENSE, 100, "accuracy", warmup=0.1),
+    # Not fitted to: another length, another set, another width.
+    "classes, 25 steps": Workload(_CLASSES, MINILM, _SUPERSENSE, 25, "accuracy", shift=1),
+    "classes, 400 steps": Workload(_CLASSES, MINILM, _SUPERSENSE, 400, "accuracy", shift=-1),
+    "two classes": Workload(
+        _CLASSES, MINILM, {"dataset": "wordnet-supersense", "max_samples": 400}, 100, "accuracy",
+        _two_classes,
+    ),
+    "tiny-llama, 30 steps": Workload(_TEXT, "builtin:tiny-llama", _DEFINE, 30, "loss"),
+    "tiny-llama, 400 steps": Workload(_TEXT, "builtin:tiny-llama", _DEFINE, 400, "loss"),
+    "tiny-t5, 400 steps": Workload("translation", TINY_T5, _NAMES, 400, "loss"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as it is run.
+
+    Attributes:
+        spec: the section of the configuration.
+        first: the rate with which the search begins, on the grid.
+        dear: whether a step costs several times what it does with LoRA.
+    """
+
+    spec: dict[str, Any]
+    first: float
+    dear: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = {
+    "lora": Entry({"kind": "lora"}, 1e-3),
+    "full": Entry({"kind": "full"}, 1e-4),
+    "ia3": Entry({"kind": "ia3"}, 3e-2),
+    "prefix": Entry({"kind": "prefix"}, 3e-2),
+    "adapter": Entry({"kind": "adapter"}, 1e-3),
+    "ln-tuning": Entry({"kind": "ln-tuning"}, 3e-3),
+    "prompt": Entry({"kind": "prompt"}, 1e-1),
+    "p-tuning": Entry({"kind": "p-tuning"}, 1e-2),
+    "vera": Entry({"kind": "vera"}, 3e-2),
+    "adalora": Entry({"kind": "adalora"}, 1e-2),
+    "oft": Entry({"kind": "oft"}, 3e-3),
+    "lokr": Entry({"kind": "lokr"}, 1e-2),
+    "loha": Entry({"kind": "loha"}, 1e-2),
+    "qlora": Entry({"kind": "qlora"}, 3e-3),
+    "dora": Entry({"kind": "lora", "use_dora": True}, 3e-3),
+    "rslora": Entry({"kind": "lora", "use_rslora": True}, 1e-3),
+    "lora+": Entry({"kind": "lora", "lora_plus_ratio": 16}, 1e-3),
+    "adapter, pfeiffer": Entry({"kind": "adapter", "placement": "pfeiffer"}, 3e-3),
+    "adapter, parallel": Entry({"kind": "adapter", "placement": "parallel"}, 3e-3),
+    "projected prefix": Entry({"kind": "prefix", "prefix_projection": True}, 3e-3),
+    "linear-probe": Entry({"kind": "full", "freeze_base": True}, 3e-2),
+    "boft": Entry({"kind": "boft"}, 3e-3, dear=True),
+}
+NO_NEW_HEAD = ("text", "tiny-llama", "tiny-t5")
+
+
+def grid_rate(step: int) -> float:
+    """Return the rate at a place of the grid: 0 is 1, −1 is 0.3, −2 is 0.1."""
+    power, half = divmod(step, 2)
+    return float(f"{(1, 3)[half]}e{power}")
+
+
+def grid_step(rate: float) -> int:
+    """Return the place of a rate on the grid, or of the nearest one on it."""
+    return round(2 * math.log10(rate))
+
+
+class Log:
+    """The runs that were made, a JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there."""
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.runs = {self._key(run): run for run in map(json.loads, lines)}
+
+    @staticmethod
+    def _key(run: dict[str, Any]) -> tuple[Any, ...]:
+        return run["workload"], run["method"], f"{run['rate']:g}", run["seed"]
+
+    def find(self, workload: str, method: str, rate: float, seed: int) -> dict[str, Any] | None:
+        """Return a run that was made before."""
+        return self.runs.get((workload, method, f"{rate:g}", seed))
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Keep a run."""
+        self.runs[self._key(run)] = run
+        with self.path.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+
+
+def prepare_data(workload: Workload, name: str, folder: Path, work: Path) -> dict[str, Any]:
+    """Return the section of the data, with a copy of the rows where only some are kept."""
+    dataset = workload.data["dataset"]
+    if dataset.startswith("builtin:"):
+        return workload.data
+    if workload.keep is None:
+        return {**workload.data, "dataset": str(folder / dataset)}
+    kept = work / name
+    if not kept.exists():
+        kept.mkdir(parents=True)
+        for part in ("train", "validation"):
+            rows = (folder / dataset / f"{part}.jsonl").read_text().splitlines()
+            kept_rows = [row for row in rows if workload.keep(json.loads(row))]
+            (kept / f"{part}.jsonl").write_text("\n".join(kept_rows) + "\n")
+    return {**workload.data, "dataset": str(kept)}
+
+
+def measure(
+    workload: Workload, entry: Entry, data: dict[str, Any], rate: float | None, seed: int
+) -> dict[str, Any]:
+    """Train once and return what it gave; None is the method's default rate."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig.model_validate({
+            "task": workload.task,
+            "model": {"name_or_path": workload.model},
+            "data": {**data, "cache": False},
+            "method": entry.spec,
+            "train": {"max_steps": workload.steps, "learning_rate": rate, "seed": seed,
+                      "per_device_eval_batch_size": 32, "predict_with_generate": False,
+                      "eval_steps": workload.steps, "warmup_steps": workload.warmup,
+                      "head_learning_rate": workload.head_rate},
+            "output": {"dir": str(Path(folder) / "run")},
+        })  # fmt: skip
+        try:
+            summary = train(config).summary
+        except RunError as error:  # a rate at which it diverges
+            return {"metrics": {}, "error": str(error)[:200]}
+    return {
+        "metrics": {k: round(v, 5) for k, v in summary["metrics"].items()},
+        "loss_first": round(summary["loss_first"], 4),
+        "loss_last": round(summary["loss_last"], 4),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def score_of(workload: Workload, runs: Iterable[dict[str, Any]]) -> tuple[float, float]:
+    """Return the mean score of runs and, for where nothing was learned, their loss; more is better."""
+    found = list(runs)
+    if any(not run["metrics"] or not math.isfinite(run["metrics"]["loss"]) for run in found):
+        return -math.inf, -math.inf
+    loss = -statistics.fmean(run["metrics"]["loss"] for run in found)
+    if workload.score == "loss":
+        return loss, loss
+    return round(statistics.fmean(run["metrics"][workload.score] for run in found), 4), loss
+
+
+class Search:
+    """The runs of one method on one workload."""
+
+    def __init__(self, log: Log, options: argparse.Namespace, name: str, method: str) -> None:
+        """Take up what was run before."""
+        self.log, self.name, self.method = log, name, method
+        self.workload, self.entry = WORKLOADS[name], METHODS[method]
+        self.seeds = range(1, 1 + options.seeds)
+        self.data = prepare_data(self.workload, name, options.data, options.work)
+
+    def runs_at(self, rate: float) -> list[dict[str, Any]]:
+        """Return the runs at a rate, one a seed; makes those that are missing."""
+        return [self._run(rate, seed) for seed in self.seeds]
+
+    def _run(self, rate: float, seed: int) -> dict[str, Any]:
+        found = self.log.find(self.name, self.method, rate, seed)
+        if found is None:
+            found = {"workload": self.name, "method": self.method, "rate": rate, "seed": seed}
+            found |= measure(self.workload, self.entry, self.data, rate, seed)
+            self.log.add(found)
+            print(json.dumps(found), flush=True)
+        return found
+
+    def climb(self) -> int:
+        """Run until the best place of the grid has a worse one on either side, and return it."""
+        best = min(grid_step(self.entry.first) + self.workload.shift, 0)
+        while True:
+            around = [place for place in (best, best - 1, best + 1) if -12 <= place <= 0]
+            scores = {place: score_of(self.workload, self.runs_at(grid_rate(place)))
+                      for place in around}  # fmt: skip
+            top = max(around, key=lambda place: scores[place])
+            if top == best:
+                return best
+            best = top
+
+
+def methods_for(name: str, wanted: list[str]) -> Iterator[str]:
+    """Return the methods that are run on a workload, those that cannot be left out."""
+    for method in wanted or METHODS:
+        probes = METHODS[method].spec.get("freeze_base", False)
+        if not (probes and name.startswith(NO_NEW_HEAD)):
+            yield method
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make the runs that are missing."""
+    log = Log(options.out)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in options.workloads or WORKLOADS:
+        for method in methods_for(name, options.methods):
+            Search(log, options, name, method).climb()
+
+
+def main() -> None:
+    """Run the searches, or print the tables of what was run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    names = {"type": lambda text: text.split("/"), "default": []}
+    running = commands.add_parser("run", help="make the runs that are missing")
+    running.add_argument("--out", type=Path, default=Path("runs/defaults.jsonl"))
+    running.add_argument("--workloads", help="names with slashes between", **names)
+    running.add_argument("--methods", help="names with slashes between", **names)
+    running.add_argument("--seeds", type=int, default=1)
+    running.add_argument("--data", type=Path, default=Path("data"))
+    running.add_argument("--work", type=Path, default=Path("runs/defaults"))
+    running.set_defaults(act=run)
+    options = parser.parse_args()
+    options.act(options)
+
+
+if __name__ == "__main__":
+    main()
