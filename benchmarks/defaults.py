@@ -1,7 +1,8 @@
 """Compare every method's default learning rate with the rates around it, and print the tables.
 
     python scripts/fetch_models.py
-    python scripts/build_data.py wordnet-supersense factbook-ner factbook-qa wordnet-define cldr-names
+    python scripts/build_data.py wordnet-supersense factbook-ner factbook-qa wordnet-define \
+        cldr-names
     python scripts/pretrain_tiny_t5.py runs/tiny-t5
     python benchmarks/defaults.py run --out runs/defaults.jsonl       # hours; goes on where it was
     python benchmarks/defaults.py table runs/defaults.jsonl
@@ -16,9 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,11 +26,28 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel import TrainConfig, train
+from ftlevel.config import SPECS
 from ftlevel.errors import RunError
+from ftlevel.methods import METHODS
+from ftlevel.methods.rates import RunFacts, choose_head_rate
 
-MINILM = ".models/all-MiniLM-L6-v2"
-SMOLLM2 = ".models/SmolLM2-135M-Instruct"
-TINY_T5 = "runs/tiny-t5"
+_CLASSES, _TAGS, _SPAN = "text-classification", "token-classification", "question-answering"
+_TEXT = "text-generation"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained: a folder or a built-in one, its kind and the width of its hidden states."""
+
+    name: str
+    kind: str
+    width: int
+
+
+MINILM = Model(".models/all-MiniLM-L6-v2", "encoder", 384)
+SMOLLM2 = Model(".models/SmolLM2-135M-Instruct", "decoder", 576)
+TINY_LLAMA = Model("builtin:tiny-llama", "decoder", 192)
+TINY_T5 = Model("runs/tiny-t5", "encoder-decoder", 128)
 
 
 @dataclass(frozen=True)
@@ -40,25 +56,37 @@ class Workload:
 
     Attributes:
         task: ftlevel's name.
-        model: folder, or the name of a built-in one.
+        model: what is trained.
         data: the section of the configuration; its dataset is below --data.
         steps: optimizer steps of 8 rows.
         score: key of the metrics that decides; the loss where it is "loss".
         keep: which rows of the set are used; all where there is none.
         shift: how many grid steps above a method's first rate the search begins.
         warmup: share of the steps.
-        head_rate: of the new head, the default's for such a run; None where there is none.
+        one_rate: whether a new head learns at the rate of everything else.
     """
 
     task: str
-    model: str
+    model: Model
     data: dict[str, Any]
     steps: int
     score: str
     keep: Callable[[dict[str, Any]], bool] | None = None
     shift: int = 0
     warmup: float = 0.0
-    head_rate: float | None = None
+    one_rate: bool = False
+
+    @property
+    def facts(self) -> RunFacts:
+        """What is known before the run."""
+        new_head = self.task in (_CLASSES, _TAGS, _SPAN)
+        return RunFacts(self.model.kind, self.model.width, new_head, self.steps)
+
+    @property
+    def head_rate(self) -> float | None:
+        """The default rate of the new head; None where there is none, or it has no rate apart."""
+        apart = self.facts.new_head and not self.one_rate
+        return float(choose_head_rate(self.facts).value) if apart else None
 
 
 def _two_classes(row: dict[str, Any]) -> bool:
@@ -71,20 +99,19 @@ _NER = {"dataset": "factbook-ner", "max_eval_samples": 150}
 _QA = {"dataset": "factbook-qa", "max_length": 192}
 _DEFINE = {"dataset": "wordnet-define", "max_eval_samples": 64}
 _NAMES = {"dataset": "cldr-names", "columns": {"source": "en", "target": "de"}}
-_CLASSES, _TAGS, _SPAN = "text-classification", "token-classification", "question-answering"
-_TEXT = "text-generation"
 
 WORKLOADS = {
-    "classes": Workload(_CLASSES, MINILM, _SUPERSENSE, 100, "accuracy", head_rate=2e-2),
-    "tags": Workload(_TAGS, MINILM, _NER, 60, "f1", lambda row: len(row["tokens"]) <= 31,
-                     head_rate=2e-2),
-    "span": Workload(_SPAN, MINILM, _QA, 100, "f1", lambda row: len(row["context"]) <= 280,
-                     head_rate=2e-2),
+    "classes": Workload(_CLASSES, MINILM, _SUPERSENSE, 100, "accuracy"),
+    "tags": Workload(_TAGS, MINILM, _NER, 60, "f1", lambda row: len(row["tokens"]) <= 31),
+    "span": Workload(_SPAN, MINILM, _QA, 100, "f1", lambda row: len(row["context"]) <= 280),
     "text": Workload(_TEXT, SMOLLM2, _DEFINE, 25, "loss", shift=-1),
-    "tiny-llama": Workload(_TEXT, "builtin:tiny-llama", _DEFINE, 100, "loss"),
+    "tiny-llama": Workload(_TEXT, TINY_LLAMA, _DEFINE, 100, "loss"),
     "tiny-t5": Workload("translation", TINY_T5, _NAMES, 100, "loss"),
-    "one rate": Workload(_CLASSES, MINILM, _SUPERSENSE, 100, "accuracy"),
-    "one rate, warm-up": Workload(_CLASSES, MINILM, _SUPERSENSE, 100, "accuracy", warmup=0.1),
+    # What else was tried.
+    "one rate": Workload(_CLASSES, MINILM, _SUPERSENSE, 100, "accuracy", one_rate=True),
+    "one rate, warm-up": Workload(
+        _CLASSES, MINILM, _SUPERSENSE, 100, "accuracy", one_rate=True, warmup=0.1
+    ),
     # Not fitted to: another length, another set, another width.
     "classes, 25 steps": Workload(_CLASSES, MINILM, _SUPERSENSE, 25, "accuracy", shift=1),
     "classes, 400 steps": Workload(_CLASSES, MINILM, _SUPERSENSE, 400, "accuracy", shift=-1),
@@ -92,8 +119,8 @@ WORKLOADS = {
         _CLASSES, MINILM, {"dataset": "wordnet-supersense", "max_samples": 400}, 100, "accuracy",
         _two_classes,
     ),
-    "tiny-llama, 30 steps": Workload(_TEXT, "builtin:tiny-llama", _DEFINE, 30, "loss"),
-    "tiny-llama, 400 steps": Workload(_TEXT, "builtin:tiny-llama", _DEFINE, 400, "loss"),
+    "tiny-llama, 30 steps": Workload(_TEXT, TINY_LLAMA, _DEFINE, 30, "loss"),
+    "tiny-llama, 400 steps": Workload(_TEXT, TINY_LLAMA, _DEFINE, 400, "loss"),
     "tiny-t5, 400 steps": Workload("translation", TINY_T5, _NAMES, 400, "loss"),
 }  # fmt: skip
 
@@ -114,20 +141,20 @@ class Entry:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-METHODS = {
+ENTRIES = {
     "lora": Entry({"kind": "lora"}, 1e-3),
     "full": Entry({"kind": "full"}, 1e-4),
     "ia3": Entry({"kind": "ia3"}, 3e-2),
-    "prefix": Entry({"kind": "prefix"}, 3e-2),
+    "prefix": Entry({"kind": "prefix"}, 1e-1),
     "adapter": Entry({"kind": "adapter"}, 1e-3),
     "ln-tuning": Entry({"kind": "ln-tuning"}, 3e-3),
     "prompt": Entry({"kind": "prompt"}, 1e-1),
     "p-tuning": Entry({"kind": "p-tuning"}, 1e-2),
     "vera": Entry({"kind": "vera"}, 3e-2),
-    "adalora": Entry({"kind": "adalora"}, 1e-2),
+    "adalora": Entry({"kind": "adalora"}, 3e-3),
     "oft": Entry({"kind": "oft"}, 3e-3),
     "lokr": Entry({"kind": "lokr"}, 1e-2),
-    "loha": Entry({"kind": "loha"}, 1e-2),
+    "loha": Entry({"kind": "loha"}, 3e-3),
     "qlora": Entry({"kind": "qlora"}, 3e-3),
     "dora": Entry({"kind": "lora", "use_dora": True}, 3e-3),
     "rslora": Entry({"kind": "lora", "use_rslora": True}, 1e-3),
@@ -201,7 +228,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig.model_validate({
             "task": workload.task,
-            "model": {"name_or_path": workload.model},
+            "model": {"name_or_path": workload.model.name},
             "data": {**data, "cache": False},
             "method": entry.spec,
             "train": {"max_steps": workload.steps, "learning_rate": rate, "seed": seed,
@@ -223,7 +250,7 @@ def measure(
 
 
 def score_of(workload: Workload, runs: Iterable[dict[str, Any]]) -> tuple[float, float]:
-    """Return the mean score of runs and, for where nothing was learned, their loss; more is better."""
+    """Return the mean score of runs and, where nothing was learned, their loss; more is better."""
     found = list(runs)
     if any(not run["metrics"] or not math.isfinite(run["metrics"]["loss"]) for run in found):
         return -math.inf, -math.inf
@@ -239,9 +266,9 @@ class Search:
     def __init__(self, log: Log, options: argparse.Namespace, name: str, method: str) -> None:
         """Take up what was run before."""
         self.log, self.name, self.method = log, name, method
-        self.workload, self.entry = WORKLOADS[name], METHODS[method]
+        self.workload, self.entry = WORKLOADS[name], ENTRIES[method]
         self.seeds = range(1, 1 + options.seeds)
-        self.data = prepare_data(self.workload, name, options.data, options.work)
+        self.options = options
 
     def runs_at(self, rate: float) -> list[dict[str, Any]]:
         """Return the runs at a rate, one a seed; makes those that are missing."""
@@ -251,7 +278,8 @@ class Search:
         found = self.log.find(self.name, self.method, rate, seed)
         if found is None:
             found = {"workload": self.name, "method": self.method, "rate": rate, "seed": seed}
-            found |= measure(self.workload, self.entry, self.data, rate, seed)
+            data = prepare_data(self.workload, self.name, self.options.data, self.options.work)
+            found |= measure(self.workload, self.entry, data, rate, seed)
             self.log.add(found)
             print(json.dumps(found), flush=True)
         return found
@@ -268,11 +296,25 @@ class Search:
                 return best
             best = top
 
+    @property
+    def default(self) -> float:
+        """The rate where the user gives none."""
+        spec = SPECS[self.entry.spec["kind"]].model_validate(self.entry.spec)
+        return METHODS[spec.kind].rates(spec).rate(self.workload.facts)
+
+    def known(self) -> dict[float, list[dict[str, Any]]]:
+        """Return the runs that there are, by their rates."""
+        found: dict[float, list[dict[str, Any]]] = {}
+        for run in self.log.runs.values():
+            if (run["workload"], run["method"]) == (self.name, self.method):
+                found.setdefault(run["rate"], []).append(run)
+        return dict(sorted(found.items()))
+
 
 def methods_for(name: str, wanted: list[str]) -> Iterator[str]:
     """Return the methods that are run on a workload, those that cannot be left out."""
-    for method in wanted or METHODS:
-        probes = METHODS[method].spec.get("freeze_base", False)
+    for method in wanted or ENTRIES:
+        probes = ENTRIES[method].spec.get("freeze_base", False)
         if not (probes and name.startswith(NO_NEW_HEAD)):
             yield method
 
@@ -283,7 +325,41 @@ def run(options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.workloads or WORKLOADS:
         for method in methods_for(name, options.methods):
-            Search(log, options, name, method).climb()
+            search = Search(log, options, name, method)
+            search.climb()
+            search.runs_at(search.default)
+
+
+def table(options: argparse.Namespace) -> None:
+    """Print a table a workload: every rate that was run, and what the default loses to the best."""
+    log = Log(options.out)
+    for name, workload in WORKLOADS.items():
+        rows = [row for method in ENTRIES if (row := row_of(Search(log, options, name, method)))]
+        if rows:
+            unit = "loss" if workload.score == "loss" else workload.score
+            print(f"### {name}\n\n{workload.facts}; {unit}, head {workload.head_rate or '–'}\n")
+            print(f"| method | rate: {unit} | default | {unit} | lost |\n|---|---|---:|---:|---:|")
+            print("\n".join(rows) + "\n")
+
+
+def row_of(search: Search) -> str | None:
+    """Return a method's line; None where nothing was run. A rate that was not run gets no score."""
+    found = {rate: score_of(search.workload, runs)[0] for rate, runs in search.known().items()}
+    if not found:
+        return None
+    best = max(found.values())
+    is_loss = search.workload.score == "loss"
+    cells = [
+        f"**{rate:g}: {abs(score):.3f}**" if score == best else f"{rate:g}: {abs(score):.3f}"
+        for rate, score in found.items()
+    ]
+    default = search.default
+    score = found.get(default)
+    lost = "" if score is None else best - score
+    if lost != "":
+        lost = f"{lost / abs(best):.1%}" if is_loss else f"{100 * lost:.1f}"
+    shown = "–" if score is None else f"{abs(score):.3f}"
+    return f"| {search.method} | {', '.join(cells)} | {default:g} | {shown} | {lost} |"
 
 
 def main() -> None:
@@ -299,6 +375,9 @@ def main() -> None:
     running.add_argument("--data", type=Path, default=Path("data"))
     running.add_argument("--work", type=Path, default=Path("runs/defaults"))
     running.set_defaults(act=run)
+    showing = commands.add_parser("table", help="print what was run")
+    showing.add_argument("out", type=Path)
+    showing.set_defaults(act=table, seeds=1, data=Path("data"), work=Path("runs/defaults"))
     options = parser.parse_args()
     options.act(options)
 

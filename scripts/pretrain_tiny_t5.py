@@ -114,7 +114,8 @@ def train(model: Any, tokenizer: Any, rows: list[list[int]], options: argparse.N
     warmup = options.steps // 10
 
     def factor(step: int) -> float:
-        return min((step + 1) / warmup, (options.steps - step) / (options.steps - warmup))
+        left = (options.steps - step) / (options.steps - warmup)
+        return float(min((step + 1) / warmup, left))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()

@@ -18,6 +18,7 @@ from ftlevel.config import SPECS
 from ftlevel.methods import METHODS
 from ftlevel.methods.facts import Cell, MethodFacts
 from ftlevel.methods.matrix import FACTS, RULES, find_refusal, known_rows
+from ftlevel.methods.rates import LONG, NARROW, SHORT, WIDE
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.families.facts import Family
 from ftlevel.tasks import TASKS
@@ -49,12 +50,18 @@ def methods_page() -> str:
         "",
         "## Defaults",
         "",
-        "| method | settings | learning rate |",
-        "|---|---|---:|",
-        *(_defaults_line(kind) for kind in SPECS),
+        f"A learning rate lies between what was measured on models {NARROW} wide in {SHORT} steps "
+        "(the second figure",
+        "is that of encoder-decoders), and what is used on models "
+        f"{WIDE:,} wide in {LONG:,} steps or more;",
+        "[defaults.md](defaults.md) has the rule, and how near it comes to the best rate. It is "
+        "linear to zero.",
+        "Without `--target-modules`, low-rank and orthogonal methods adapt every linear of the "
+        "blocks.",
         "",
-        "The learning rate is linear to zero. Without `--target-modules`, low-rank and orthogonal",
-        "methods adapt every linear of the blocks.",
+        "| method | settings | narrow, short | wide, long | source of the last |",
+        "|---|---|---:|---:|---|",
+        *(_defaults_line(kind) for kind in SPECS),
         "",
         "## Families and quantized bases",
         "",
@@ -86,7 +93,9 @@ def _defaults_line(kind: str) -> str:
     spec = SPECS[kind]()
     fields = spec.model_dump(exclude=_HIDDEN)
     shown = [f"{name} {value}" for name, value in fields.items() if value not in (None, {}, [])]
-    return f"| {kind} | {', '.join(shown) or '–'} | {METHODS[kind].learning_rate(spec):g} |"
+    rates = METHODS[kind].rates(spec)
+    narrow = ", ".join(f"{rate:g}" for rate in (rates.narrow, *rates.kinds.values()))
+    return f"| {kind} | {', '.join(shown) or '–'} | {narrow} | {rates.wide:g} | {rates.source} |"
 
 
 def _family_table(rows: list[MethodFacts]) -> list[str]:

@@ -221,7 +221,7 @@ class Objective(ABC):
     def meter(self) -> Meter:
         """Return a new meter; it is updated with what `targets` returns."""
 
-    def guess_loss(self, rows: Sequence[Encoded]) -> float | None:  # noqa: ARG002 - for those that do
+    def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
         """Return the mean loss of guessing without reading, by how often `rows` have each answer.
 
         None where that says nothing, as of text, whose model guesses better before it is trained.

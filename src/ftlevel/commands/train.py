@@ -22,6 +22,7 @@ from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
 from ftlevel.training.finish import end_training, measure_times, save, write_results
 from ftlevel.training.interrupted import describe_stop, telling_what_is_kept
+from ftlevel.training.learned import find_nothing_learned
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.packages import check_packages
 from ftlevel.training.plan.plan import Plan
@@ -149,5 +150,7 @@ def _train(
     summary = build_summary(config, plan, outcome)
     with explain_disk_errors(run):
         write_results(run, config, summary)
+    for warning in find_nothing_learned(summary, plan):
+        listener.warn(warning)
     listener.end(summary)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)

@@ -33,12 +33,14 @@ class RunFacts:
         width: features of its hidden states.
         new_head: whether it gets a head that begins at random.
         steps: optimizer steps of the run.
+        deep_head: whether that head has a layer of its own below the last.
     """
 
     kind: str
     width: int
     new_head: bool
     steps: int
+    deep_head: bool = False
 
     def __str__(self) -> str:
         """In words, as in `an encoder 384 wide with a new head, 100 steps`."""
@@ -66,12 +68,14 @@ class Rates:
         wide: used on wide models in long runs.
         source: of `wide`.
         kinds: kind of model → what was measured on it, where that is another rate.
+        is_heads: whether heads are all that is trained, so that there is one rate.
     """
 
     narrow: float
     wide: float
     source: str
     kinds: Mapping[str, float] = field(default_factory=dict)
+    is_heads: bool = False
 
     def rate(self, known: RunFacts) -> float:
         """Return the rate of a run, rounded to one digit."""
@@ -92,15 +96,19 @@ class Rates:
         elif known.size == 1:
             why = self.source
         else:
-            why = f"between {narrow:g}, measured on short runs, and {self.wide:g} ({self.source})"
+            why = f"from {narrow:g}, measured on short runs, towards {self.wide:g}, {self.source}"
         return Choice(name, self.rate(known), f"{what} on {known}: {why}")
 
 
-HEAD = Rates(narrow=2e-2, wide=5e-4, source="a guess")
-"""Of a new head. One rate for all loses ten points of accuracy: what lets a random head get
-somewhere in 100 steps breaks the pretrained rest, and what the rest bears leaves the head behind."""
+HEAD = Rates(narrow=2e-2, wide=5e-4, source="what keeps a step on wide features as small")
+"""Of a new head of one linear. One rate for all loses up to ten points of accuracy in 100 steps:
+what brings a random head anywhere breaks the pretrained rest, and what that bears leaves the head
+where it was."""
+DEEP_HEAD = Rates(narrow=5e-3, wide=1e-4, source=HEAD.source)
+"""Of a new head with a layer below the last, as RoBERTa's or a new pooler: its tanh saturates."""
 
 
 def choose_head_rate(known: RunFacts) -> Choice:
     """Return the rate of a new head, with its reason."""
-    return HEAD.choose("a new head", known, "head learning rate")
+    rates, what = (DEEP_HEAD, "a deep head") if known.deep_head else (HEAD, "a linear head")
+    return rates.choose(what, known, "head learning rate")

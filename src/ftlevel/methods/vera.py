@@ -34,7 +34,7 @@ _METHOD = Method(
             "Kopiczko et al., 2024, arXiv:2310.11454", 1_417_216,
         ),
     ),
-    rate=Rates(narrow=3e-2, wide=4e-3, source="VeRA, table 9"),
+    rate=Rates(narrow=3e-2, wide=4e-3, source="within the paper's range on GLUE"),
     build=build,
     merging=Merging(("VERA",)),
 )  # fmt: skip

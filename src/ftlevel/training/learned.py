@@ -9,14 +9,15 @@ from typing import Any
 from ftlevel.training.plan.plan import Plan
 
 _ROWS = 10_000  # of which answers are counted
+_MARGIN = 0.02  # share of a guess's loss within which a model has learned how often answers are
 
 
 def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
     """Return what is to be said of a loss that did not fall; nothing of a run too short to tell.
 
-    A loss of classes, tags and spans is compared with that of guessing without reading, any other
-    with the first that were logged. Below four logged losses one batch would be compared with
-    another.
+    A loss of classes, tags and spans is compared with that of guessing without reading, which it
+    has to be 2 % below, any other with the first that were logged. Below four logged losses one
+    batch would be compared with another.
 
     Args:
         summary: of the run, with the means of its first and last losses.
@@ -27,7 +28,7 @@ def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
         return []
     first, last = summary["loss_first"], summary["loss_last"]
     guess = plan.objective.guess_loss(list(itertools.islice(plan.data.train, _ROWS)))
-    if last < (first if guess is None else guess):
+    if last < (first if guess is None else guess * (1 - _MARGIN)):
         return []
     ended = f"the loss ended at {last:.3f} (mean of the last {window} that were logged)"
     than = (

@@ -107,7 +107,7 @@ _METHOD = Method(
             MERGES, "Zhang et al., 2023, arXiv:2303.10512", 29_985_408,
         ),
     ),
-    rate=Rates(narrow=1e-2, wide=1e-3, source="AdaLoRA, appendix"),
+    rate=Rates(narrow=1e-2, wide=1e-3, source="within the paper's range on GLUE"),
     build=build,
     prepare=freeze_ranks,
     callbacks=build_callbacks,

@@ -20,8 +20,8 @@ from ftlevel.errors import ConfigError
 from ftlevel.fast.plan.fast_plan import plan_fast
 from ftlevel.fast.plan.fused_lora import fused_lora_choices
 from ftlevel.fast.plan.liger import kernel_choices
-from ftlevel.models.hardware import choose_device
 from ftlevel.methods.rates import RunFacts
+from ftlevel.models.hardware import choose_device
 from ftlevel.models.kinds import model_kind, width_of
 from ftlevel.models.loading import (
     build_task_model,
@@ -38,7 +38,7 @@ from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
 from ftlevel.training.plan.method_fit import check_method, choose_precision, resolve_quantization
 from ftlevel.training.plan.method_targets import find_method_targets
-from ftlevel.training.plan.plan import Plan, PlannedModel, Schedule
+from ftlevel.training.plan.plan import Plan, PlannedModel
 from ftlevel.training.plan.schedule import choose_rates, count_steps
 
 
@@ -89,8 +89,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
     objective = task.build_objective(bare.kind, data.facts)
     steps = count_steps(config.train, len(data.train))
-    known = RunFacts(bare.kind, width_of(model_config), bool(model.new_heads), steps)
-    rates = choose_rates(config, known)
+    rates = choose_rates(config, _run_facts(model, meta, steps))
     device, most = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, most)
@@ -160,6 +159,13 @@ def _plan_model(
         new_heads=find_new_heads(meta, bare.source, heads),
         total_parameters=sum(p.numel() for p in meta.parameters()),
     )
+
+
+def _run_facts(model: PlannedModel, meta: Any, steps: int) -> RunFacts:
+    """Return what is known of the run, by which learning rates are chosen."""
+    parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
+    matrices = sum(parameter.dim() > 1 for parameter in parameters)
+    return RunFacts(model.kind, width_of(model.config), matrices > 0, steps, matrices > 1)
 
 
 def _prepare(

@@ -57,8 +57,9 @@ def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
         head = Choice("head learning rate", given.head_learning_rate)
     elif base is not None:
         head = Choice("head learning rate", base.value)
-    base = base or method.rates(config.method).choose(config.method.kind, known)
-    head = head or choose_head_rate(known)
+    rates = method.rates(config.method)
+    base = base or rates.choose(config.method.kind, known)
+    head = head or (base if rates.is_heads else choose_head_rate(known))
     return Rates(base, head if known.new_head else None)
 
 
