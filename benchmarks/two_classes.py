@@ -1,9 +1,11 @@
-"""Plain PEFT on the two classes of `defaults.py`: what its best rate gives, beside ftlevel's own.
+"""Plain PEFT on two classes that are hard to tell apart: what its rates give, beside ftlevel's.
 
-    python benchmarks/two_classes.py --data runs/defaults/two-classes --rates 3e-4,1e-3,3e-3
+    python benchmarks/two_classes.py --rates 3e-4,1e-3,3e-3
 
-No ftlevel in it: transformers' model, PEFT's LoRA on every linear, AdamW, linear to zero.
-`--head-rate-factor` gives the new head a rate of its own, `--warmup` a share of warm-up.
+The first lines of Python's own docstrings, 200 of classes and 200 of functions: what is scored are
+400 others. Training has no ftlevel in it: transformers' model, PEFT's LoRA on every linear, AdamW,
+linear to zero. `--head-rate-factor` gives the new head a rate of its own, `--warmup` a share of
+warm-up.
 """
 
 from __future__ import annotations
@@ -18,7 +20,26 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from ftlevel.data.sources.docstrings import read_module, stdlib_modules
+
 LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+
+
+def write_rows(folder: Path) -> None:
+    """Write `train.jsonl` and `validation.jsonl`, each with as many classes as functions."""
+    texts: dict[str, dict[str, None]] = {"class": {}, "function": {}}
+    for _, file in stdlib_modules("train"):
+        for item in read_module(file):
+            line = item.docstring.partition("\n")[0]
+            if item.kind in texts and 20 <= len(line) <= 80:
+                texts[item.kind][line] = None
+    shuffled = {kind: random.Random(0).sample(list(lines), 400) for kind, lines in texts.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, part in (("train", slice(0, 200)), ("validation", slice(200, 400))):
+        rows = [{"text": text, "label": kind} for pair in zip(*(t[part] for t in shuffled.values()),
+                strict=True) for kind, text in zip(shuffled, pair, strict=True)]  # fmt: skip
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def read(path: Path) -> tuple[list[str], torch.Tensor]:
@@ -83,7 +104,7 @@ def main() -> None:
     """Train at every rate, and print an accuracy a line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=".models/all-MiniLM-L6-v2")
-    parser.add_argument("--data", type=Path, default=Path("runs/defaults/two-classes"))
+    parser.add_argument("--data", type=Path, default=Path("runs/defaults/two classes"))
     parser.add_argument("--method", choices=["lora", "full"], default="lora")
     parser.add_argument("--rates", default="3e-4,1e-3,3e-3")
     parser.add_argument("--seeds", type=int, default=3)
@@ -91,6 +112,8 @@ def main() -> None:
     parser.add_argument("--head-rate-factor", type=float, default=1.0)
     parser.add_argument("--warmup", type=float, default=0.0)
     options = parser.parse_args()
+    if not options.data.exists():
+        write_rows(options.data)
     for rate in map(float, options.rates.split(",")):
         found = [train(options, rate, seed) for seed in range(1, options.seeds + 1)]
         print(json.dumps({"rate": rate, "accuracy": found, "mean": sum(found) / len(found)}),

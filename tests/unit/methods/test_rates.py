@@ -54,7 +54,7 @@ def test_a_wide_model_in_a_long_run_gets_the_published_rate(
     rates = rates_of(kind, fields)
     for model in KINDS:
         choice = rates.choose(kind, RunFacts(model, 8192, False, 100_000))
-        assert choice.value == rates.wide
+        assert choice.value == float(f"{rates.wide:.0e}")
         assert choice.reason.endswith(f"wide, 100,000 steps: {rates.source}")
 
 
@@ -96,4 +96,4 @@ def test_a_deep_head_learns_more_slowly_than_a_linear_one() -> None:
 def test_forms_of_lora_that_move_the_weights_further_get_less() -> None:
     known = RunFacts("encoder", 384, False, 100)
     forms = ({}, {"use_dora": True}, {"use_rslora": True}, {"lora_plus_ratio": 16})
-    assert [rates_of("lora", form).rate(known) for form in forms] == [2e-3, 2e-3, 7e-4, 5e-4]
+    assert [rates_of("lora", form).rate(known) for form in forms] == [1e-3, 1e-3, 3e-4, 2e-4]

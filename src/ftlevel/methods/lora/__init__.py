@@ -137,7 +137,7 @@ def find_rates(spec: LoraSpec) -> Rates:
         share /= 3
     if spec.lora_plus_ratio:  # B learns at this many times the rate, so A at less
         share /= math.sqrt(spec.lora_plus_ratio)
-    return Rates(narrow=2e-3 * share, wide=2e-4 * share, source="QLoRA, table 9")
+    return Rates(narrow=1e-3 * share, wide=2e-4 * share, source="QLoRA, table 9")
 
 
 _METHOD = Method(
