@@ -82,7 +82,10 @@ class Workload:
     def facts(self) -> RunFacts:
         """What is known before the run."""
         new_head = self.task in (_CLASSES, _TAGS, _SPAN)
-        return RunFacts(self.model.kind, self.model.width, new_head, self.steps)
+        reads_tokens = self.task in (_TAGS, _SPAN)
+        return RunFacts(
+            self.model.kind, self.model.width, new_head, self.steps, token_head=reads_tokens
+        )
 
     @property
     def head_rate(self) -> float | None:

@@ -90,7 +90,8 @@ def train(
         plan = resolve(config, progress=listener.progress)
         listener.choices("train", [*plan.choices, *size_choices(config, plan, try_method=dry_run)])
         data = plan.data
-        for warning in find_warnings(config.train, len(data.train), len(data.validation)):
+        sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
+        for warning in find_warnings(config.train, *sizes, new_head=new_head):
             listener.warn(warning)
         if dry_run:
             summary = {"dry_run": True, "steps": plan.schedule.steps, "data": data.facts,

@@ -29,7 +29,13 @@ def find_rates(spec: FullSpec) -> Rates:
     """Return the rates; by the rule a BERT of 768 features in 3,000 steps gets its paper's 2e-5."""
     if spec.freeze_base:
         return Rates(narrow=1e-1, wide=1e-3, source="a hundredth for wide features", is_heads=True)
-    return Rates(narrow=1e-4, wide=1e-5, source="by way of BERT's 2e-5, appendix A.3")
+    return Rates(
+        narrow=1e-4,
+        wide=1e-5,
+        source="by way of BERT's 2e-5, appendix A.3",
+        kinds={"encoder-decoder": 1e-3},  # as T5's own, which scales its weights otherwise
+        tokens=3e-4,
+    )
 
 
 _METHOD = Method(

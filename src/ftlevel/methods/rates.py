@@ -34,6 +34,7 @@ class RunFacts:
         new_head: whether it gets a head that begins at random.
         steps: optimizer steps of the run.
         deep_head: whether that head has a layer of its own below the last.
+        token_head: whether that head reads every token, and not one for a whole row.
     """
 
     kind: str
@@ -41,10 +42,12 @@ class RunFacts:
     new_head: bool
     steps: int
     deep_head: bool = False
+    token_head: bool = False
 
     def __str__(self) -> str:
-        """In words, as in `an encoder 384 wide with a new head, 100 steps`."""
+        """In words, as in `an encoder 384 wide with a new head for tokens, 100 steps`."""
         head = " with a new head" if self.new_head else ""
+        head += " for tokens" if self.token_head else ""
         model = f"{_ARTICLES[self.kind]} {self.kind} {self.width:,} wide{head}"
         return f"{model}, {self.steps:,} step{'s' * (self.steps != 1)}"
 
@@ -64,10 +67,11 @@ class Rates:
     """The peak rates of a method.
 
     Attributes:
-        narrow: measured on narrow models in short runs.
+        narrow: measured on narrow models in short runs, with a head that reads one token of a row.
         wide: used on wide models in long runs.
         source: of `wide`.
         kinds: kind of model → what was measured on it, where that is another rate.
+        tokens: what was measured with a head that reads every token, where that is another.
         is_heads: whether heads are all that is trained, so that there is one rate.
     """
 
@@ -75,12 +79,19 @@ class Rates:
     wide: float
     source: str
     kinds: Mapping[str, float] = field(default_factory=dict)
+    tokens: float | None = None
     is_heads: bool = False
 
     def rate(self, known: RunFacts) -> float:
         """Return the rate of a run, rounded to one digit."""
-        narrow = self.kinds.get(known.kind, self.narrow)
+        narrow = self.measured(known)
         return float(f"{narrow * (self.wide / narrow) ** known.size:.0e}")
+
+    def measured(self, known: RunFacts) -> float:
+        """Return the rate for such a head and model, were it narrow and the run short."""
+        if known.token_head and self.tokens is not None:
+            return self.tokens
+        return self.kinds.get(known.kind, self.narrow)
 
     def choose(self, what: str, known: RunFacts, name: str = "learning rate") -> Choice:
         """Return the rate with its reason.
@@ -90,7 +101,7 @@ class Rates:
             known: of the run.
             name: of the choice.
         """
-        narrow = self.kinds.get(known.kind, self.narrow)
+        narrow = self.measured(known)
         if known.size == 0:
             why = "measured"
         elif known.size == 1:

@@ -37,7 +37,9 @@ def dump_config(config: TrainConfig, plan: Plan) -> str:
         values["data"]["max_length"] = plan.data.max_length
         values["data"]["overlong"] = plan.data.facts["overlong"]  # auto may have lost some rows
     values["train"]["learning_rate"] = plan.schedule.learning_rate
-    values["train"]["head_learning_rate"] = plan.schedule.head_learning_rate
+    head = plan.schedule.head_learning_rate
+    apart = head != plan.schedule.learning_rate
+    values["train"]["head_learning_rate"] = head if apart else None
     if config.quant.kind != "4bit":
         values["quant"] = {"kind": config.quant.kind}
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -97,3 +97,11 @@ def test_forms_of_lora_that_move_the_weights_further_get_less() -> None:
     known = RunFacts("encoder", 384, False, 100)
     forms = ({}, {"use_dora": True}, {"use_rslora": True}, {"lora_plus_ratio": 16})
     assert [rates_of("lora", form).rate(known) for form in forms] == [1e-3, 1e-3, 3e-4, 2e-4]
+
+
+def test_a_head_that_reads_every_token_bears_more_than_one_that_reads_one() -> None:
+    row = RunFacts("encoder", 384, True, 60)
+    tokens = RunFacts("encoder", 384, True, 60, token_head=True)
+    assert str(tokens) == "an encoder 384 wide with a new head for tokens, 60 steps"
+    for kind, expected in (("lora", [1e-3, 3e-3]), ("full", [1e-4, 3e-4]), ("ia3", [3e-2, 3e-2])):
+        assert [rates_of(kind, {}).rate(run) for run in (row, tokens)] == expected

@@ -137,7 +137,13 @@ def find_rates(spec: LoraSpec) -> Rates:
         share /= 3
     if spec.lora_plus_ratio:  # B learns at this many times the rate, so A at less
         share /= math.sqrt(spec.lora_plus_ratio)
-    return Rates(narrow=1e-3 * share, wide=2e-4 * share, source="QLoRA, table 9")
+    return Rates(
+        narrow=1e-3 * share,
+        wide=2e-4 * share,
+        source="QLoRA, table 9",
+        kinds={"encoder-decoder": 3e-3 * share},
+        tokens=3e-3 * share,
+    )
 
 
 _METHOD = Method(

@@ -33,6 +33,7 @@ from ftlevel.models.loading import (
 from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.threads import choose_threads
+from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
@@ -89,7 +90,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
     objective = task.build_objective(bare.kind, data.facts)
     steps = count_steps(config.train, len(data.train))
-    rates = choose_rates(config, _run_facts(model, meta, steps))
+    rates = choose_rates(config, _run_facts(model, meta, objective, steps))
     device, most = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, most)
@@ -161,11 +162,18 @@ def _plan_model(
     )
 
 
-def _run_facts(model: PlannedModel, meta: Any, steps: int) -> RunFacts:
+def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RunFacts:
     """Return what is known of the run, by which learning rates are chosen."""
     parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
     matrices = sum(parameter.dim() > 1 for parameter in parameters)
-    return RunFacts(model.kind, width_of(model.config), matrices > 0, steps, matrices > 1)
+    return RunFacts(
+        model.kind,
+        width_of(model.config),
+        new_head=matrices > 0,
+        steps=steps,
+        deep_head=matrices > 1,
+        token_head=matrices > 0 and not objective.per_row,
+    )
 
 
 def _prepare(

@@ -63,14 +63,21 @@ def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
     return Rates(base, head if known.new_head else None)
 
 
-def find_warnings(config: TrainerConfig, rows: int, validation_rows: int) -> list[str]:
-    """Return what was asked for and will not come to pass in a run of this length."""
+def find_warnings(
+    config: TrainerConfig, rows: int, validation_rows: int, *, new_head: bool = True
+) -> list[str]:
+    """Return what was asked for and will not come to pass in a run of this length and head."""
     steps, found = count_steps(config, rows), []
     if config.warmup_steps > max(steps, 1):
         reached = (steps - 1) / int(config.warmup_steps)
         found.append(
             f"--warmup-steps {config.warmup_steps:,g} is longer than the run of {steps:,} steps: "
             f"the learning rate ends at {reached:.0%} of its peak."
+        )
+    if config.head_learning_rate is not None and not new_head:
+        found.append(
+            "train.head_learning_rate: the model gets no new head, so nothing learns at this rate; "
+            "--learning-rate is that of all that is trained."
         )
     asked = {"--eval-steps": config.eval_steps, "train.eval_on_start": config.eval_on_start}
     if not validation_rows and any(asked.values()):
