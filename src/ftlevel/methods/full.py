@@ -34,7 +34,6 @@ def find_rates(spec: FullSpec) -> Rates:
         wide=1e-5,
         source="by way of BERT's 2e-5, appendix A.3",
         kinds={"encoder-decoder": 1e-3},  # as T5's own, which scales its weights otherwise
-        tokens=3e-4,
     )
 
 

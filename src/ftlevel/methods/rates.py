@@ -21,6 +21,10 @@ from ftlevel.config.choices import Choice
 
 NARROW, SHORT = 384, 100  # features and steps of the measurements
 WIDE, LONG = 4096, 3000
+TOKEN_HEAD = 3
+"""How many times the rate is best where a head reads every token: so with each of six methods on
+the tags of `benchmarks/defaults.py`. A head that reads one token of a row is fed through a pooler,
+which most methods break at that."""
 _ARTICLES = {"encoder": "an", "decoder": "a", "encoder-decoder": "an"}
 
 
@@ -71,7 +75,6 @@ class Rates:
         wide: used on wide models in long runs.
         source: of `wide`.
         kinds: kind of model → what was measured on it, where that is another rate.
-        tokens: what was measured with a head that reads every token, where that is another.
         is_heads: whether heads are all that is trained, so that there is one rate.
     """
 
@@ -79,7 +82,6 @@ class Rates:
     wide: float
     source: str
     kinds: Mapping[str, float] = field(default_factory=dict)
-    tokens: float | None = None
     is_heads: bool = False
 
     def rate(self, known: RunFacts) -> float:
@@ -89,9 +91,8 @@ class Rates:
 
     def measured(self, known: RunFacts) -> float:
         """Return the rate for such a head and model, were it narrow and the run short."""
-        if known.token_head and self.tokens is not None:
-            return self.tokens
-        return self.kinds.get(known.kind, self.narrow)
+        rate = self.kinds.get(known.kind, self.narrow)
+        return min(rate * TOKEN_HEAD, 1.0) if known.token_head and not self.is_heads else rate
 
     def choose(self, what: str, known: RunFacts, name: str = "learning rate") -> Choice:
         """Return the rate with its reason.
@@ -111,11 +112,13 @@ class Rates:
         return Choice(name, self.rate(known), f"{what} on {known}: {why}")
 
 
-HEAD = Rates(narrow=2e-2, wide=5e-4, source="what keeps a step on wide features as small")
+HEAD = Rates(
+    narrow=2e-2, wide=5e-4, source="what keeps a step on wide features as small", is_heads=True
+)
 """Of a new head of one linear. One rate for all loses up to ten points of accuracy in 100 steps:
 what brings a random head anywhere breaks the pretrained rest, and what that bears leaves the head
 where it was."""
-DEEP_HEAD = Rates(narrow=5e-3, wide=1e-4, source=HEAD.source)
+DEEP_HEAD = Rates(narrow=5e-3, wide=1e-4, source=HEAD.source, is_heads=True)
 """Of a new head with a layer below the last, as RoBERTa's or a new pooler: its tanh saturates."""
 
 

@@ -103,5 +103,5 @@ def test_a_head_that_reads_every_token_bears_more_than_one_that_reads_one() -> N
     row = RunFacts("encoder", 384, True, 60)
     tokens = RunFacts("encoder", 384, True, 60, token_head=True)
     assert str(tokens) == "an encoder 384 wide with a new head for tokens, 60 steps"
-    for kind, expected in (("lora", [1e-3, 3e-3]), ("full", [1e-4, 3e-4]), ("ia3", [3e-2, 3e-2])):
+    for kind, expected in (("lora", [1e-3, 3e-3]), ("full", [1e-4, 3e-4]), ("ia3", [3e-2, 9e-2])):
         assert [rates_of(kind, {}).rate(run) for run in (row, tokens)] == expected

@@ -142,7 +142,6 @@ def find_rates(spec: LoraSpec) -> Rates:
         wide=2e-4 * share,
         source="QLoRA, table 9",
         kinds={"encoder-decoder": 3e-3 * share},
-        tokens=3e-3 * share,
     )
 
 
