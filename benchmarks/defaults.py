@@ -82,9 +82,9 @@ class Workload:
     def facts(self) -> RunFacts:
         """What is known before the run."""
         new_head = self.task in (_CLASSES, _TAGS, _SPAN)
-        reads_tokens = self.task in (_TAGS, _SPAN)
+        per_token = self.task == _TAGS
         return RunFacts(
-            self.model.kind, self.model.width, new_head, self.steps, token_head=reads_tokens
+            self.model.kind, self.model.width, new_head, self.steps, token_head=per_token
         )
 
     @property

@@ -170,12 +170,14 @@ class Objective(ABC):
         headline: the metric that is shown first.
         feeds_labels: whether the model needs the labels to build its decoder's inputs.
         per_row: whether scores are of whole rows, made of one token of each: `(batch, …)`.
+        per_token: whether every token or word is a target with a class of its own.
         has_choice: whether there is something to choose between, so that KL and top-1 have sense.
     """
 
     headline: str
     feeds_labels: bool = False
     per_row: ClassVar[bool] = False
+    per_token: ClassVar[bool] = False
     has_choice: ClassVar[bool] = True
 
     def split(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:

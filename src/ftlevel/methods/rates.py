@@ -22,9 +22,9 @@ from ftlevel.config.choices import Choice
 NARROW, SHORT = 384, 100  # features and steps of the measurements
 WIDE, LONG = 4096, 3000
 TOKEN_HEAD = 3
-"""How many times the rate is best where a head reads every token: so with each of six methods on
-the tags of `benchmarks/defaults.py`. A head that reads one token of a row is fed through a pooler,
-which most methods break at that."""
+"""How many times the rate is best where every token has a target: so with each of five methods on
+the tags of `benchmarks/defaults.py`. Where a row has one or two targets, classes and spans alike,
+most methods learn nothing at that."""
 _ARTICLES = {"encoder": "an", "decoder": "a", "encoder-decoder": "an"}
 
 
@@ -38,7 +38,7 @@ class RunFacts:
         new_head: whether it gets a head that begins at random.
         steps: optimizer steps of the run.
         deep_head: whether that head has a layer of its own below the last.
-        token_head: whether that head reads every token, and not one for a whole row.
+        token_head: whether that head has a target for every token, and not one or two a row.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class Rates:
     """The peak rates of a method.
 
     Attributes:
-        narrow: measured on narrow models in short runs, with a head that reads one token of a row.
+        narrow: measured on narrow models in short runs, with one or two targets a row.
         wide: used on wide models in long runs.
         source: of `wide`.
         kinds: kind of model → what was measured on it, where that is another rate.

@@ -98,6 +98,7 @@ class TagTask(BaseTask):
 class Tags(Objective):
     """Cross entropy over words: logits `(batch, seq, tags)`, labels `(batch, seq)`."""
 
+    per_token: ClassVar[bool] = True
     names: tuple[str, ...] = ()
 
     def choices(

@@ -99,7 +99,7 @@ def test_forms_of_lora_that_move_the_weights_further_get_less() -> None:
     assert [rates_of("lora", form).rate(known) for form in forms] == [1e-3, 1e-3, 3e-4, 2e-4]
 
 
-def test_a_head_that_reads_every_token_bears_more_than_one_that_reads_one() -> None:
+def test_a_head_with_a_target_for_every_token_bears_more() -> None:
     row = RunFacts("encoder", 384, True, 60)
     tokens = RunFacts("encoder", 384, True, 60, token_head=True)
     assert str(tokens) == "an encoder 384 wide with a new head for tokens, 60 steps"

@@ -172,7 +172,7 @@ def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int)
         new_head=matrices > 0,
         steps=steps,
         deep_head=matrices > 1,
-        token_head=matrices > 0 and not objective.per_row,
+        token_head=matrices > 0 and objective.per_token,
     )
 
 
