@@ -18,7 +18,7 @@ from ftlevel.config import SPECS
 from ftlevel.methods import METHODS
 from ftlevel.methods.facts import Cell, MethodFacts
 from ftlevel.methods.matrix import FACTS, RULES, find_refusal, known_rows
-from ftlevel.methods.rates import LONG, NARROW, SHORT, WIDE
+from ftlevel.methods.rates.rule import LONG, NARROW, SHORT, WIDE
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.families.facts import Family
 from ftlevel.tasks import TASKS

@@ -22,7 +22,6 @@ from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
 from ftlevel.training.finish import end_training, measure_times, save, write_results
 from ftlevel.training.interrupted import describe_stop, telling_what_is_kept
-from ftlevel.training.learned import find_nothing_learned
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.packages import check_packages
 from ftlevel.training.plan.plan import Plan
@@ -32,7 +31,7 @@ from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
 from ftlevel.training.resume import open_or_resume
-from ftlevel.training.summary import Outcome, build_summary, describe_base
+from ftlevel.training.summary import Outcome, build_summary, describe_base, find_nothing_learned
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.events import Listener
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
+from ftlevel.methods.rates import HeadRate
 from ftlevel.training.arguments import build_arguments, build_evaluator
 from ftlevel.training.callbacks.gradient_proof import GradientProof
 from ftlevel.training.callbacks.interrupt import Interrupt
@@ -21,7 +22,6 @@ from ftlevel.training.callbacks.report import Report
 from ftlevel.training.callbacks.save_stream_state import SaveStreamState
 from ftlevel.training.callbacks.set_epoch import SetEpoch
 from ftlevel.training.callbacks.write_manifest import WriteManifest
-from ftlevel.training.head_rate import HeadRate
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes

@@ -16,8 +16,8 @@ from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.prefixes.shared_prefix import SharedPrefix
 from ftlevel.fast.step import FastStep
+from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.task import Objective
-from ftlevel.training.head_rate import HeadRate, set_head_rate
 
 
 class FtlevelTrainer(Trainer):

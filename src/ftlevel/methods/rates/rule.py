@@ -110,19 +110,3 @@ class Rates:
         else:
             why = f"from {narrow:g}, measured on short runs, towards {self.wide:g}, {self.source}"
         return Choice(name, self.rate(known), f"{what} on {known}: {why}")
-
-
-HEAD = Rates(
-    narrow=2e-2, wide=5e-4, source="what keeps a step on wide features as small", is_heads=True
-)
-"""Of a new head of one linear. One rate for all loses up to ten points of accuracy in 100 steps:
-what brings a random head anywhere breaks the pretrained rest, and what that bears leaves the head
-where it was."""
-DEEP_HEAD = Rates(narrow=5e-3, wide=1e-4, source=HEAD.source, is_heads=True)
-"""Of a new head with a layer below the last, as RoBERTa's or a new pooler: its tanh saturates."""
-
-
-def choose_head_rate(known: RunFacts) -> Choice:
-    """Return the rate of a new head, with its reason."""
-    rates, what = (DEEP_HEAD, "a deep head") if known.deep_head else (HEAD, "a linear head")
-    return rates.choose(what, known, "head learning rate")

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny_models
-from ftlevel.training.head_rate import HeadRate, set_head_rate
+from ftlevel.methods.rates import HeadRate, set_head_rate
 
 HEAD = HeadRate(["classifier"], 0.5)
 
