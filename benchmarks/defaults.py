@@ -144,7 +144,7 @@ ENTRIES = {
     "full": Entry({"kind": "full"}, 1e-4),
     "ia3": Entry({"kind": "ia3"}, 3e-2),
     "prefix": Entry({"kind": "prefix"}, 1e-1),
-    "adapter": Entry({"kind": "adapter"}, 1e-3),
+    "adapter": Entry({"kind": "adapter"}, 3e-3),
     "ln-tuning": Entry({"kind": "ln-tuning"}, 3e-3),
     "prompt": Entry({"kind": "prompt"}, 1e-1),
     "p-tuning": Entry({"kind": "p-tuning"}, 1e-2),

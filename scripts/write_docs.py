@@ -51,8 +51,9 @@ def methods_page() -> str:
         "## Defaults",
         "",
         f"A learning rate lies between what was measured on models {NARROW} wide in {SHORT} steps "
-        "(the second figure",
-        "is that of encoder-decoders), and what is used on models "
+        "with a new head (or",
+        "with the language head of a decoder or encoder-decoder, where that is another), and what "
+        "is used on models "
         f"{WIDE:,} wide in {LONG:,} steps or more;",
         "[defaults.md](defaults.md) has the rule, and how near it comes to the best rate. It is "
         "linear to zero.",
@@ -94,7 +95,8 @@ def _defaults_line(kind: str) -> str:
     fields = spec.model_dump(exclude=_HIDDEN)
     shown = [f"{name} {value}" for name, value in fields.items() if value not in (None, {}, [])]
     rates = METHODS[kind].rates(spec)
-    narrow = ", ".join(f"{rate:g}" for rate in (rates.narrow, *rates.kinds.values()))
+    kinds = [f"{kind} {rate:g}" for kind, rate in rates.kinds.items()]
+    narrow = ", ".join([f"{rates.narrow:g}", *kinds])
     return f"| {kind} | {', '.join(shown) or '–'} | {narrow} | {rates.wide:g} | {rates.source} |"
 
 

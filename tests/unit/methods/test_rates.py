@@ -79,6 +79,7 @@ def test_between_two_points_a_rate_falls_by_powers_of_width_and_steps() -> None:
 def test_a_kind_of_model_may_have_a_measurement_of_its_own() -> None:
     rates = Rates(narrow=1e-2, wide=1e-4, source="a paper", kinds={"encoder-decoder": 1e-1})
     assert rates.rate(RunFacts("encoder-decoder", 128, False, 100)) == 1e-1
+    assert rates.rate(RunFacts("encoder-decoder", 128, True, 100)) == 1e-2
     assert rates.rate(RunFacts("encoder-decoder", 4096, False, 3000)) == 1e-4
 
 

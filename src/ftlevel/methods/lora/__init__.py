@@ -141,7 +141,7 @@ def find_rates(spec: LoraSpec) -> Rates:
         narrow=1e-3 * share,
         wide=2e-4 * share,
         source="QLoRA, table 9",
-        kinds={"encoder-decoder": 3e-3 * share},
+        kinds={"decoder": 2e-3 * share, "encoder-decoder": 3e-3 * share},
     )
 
 

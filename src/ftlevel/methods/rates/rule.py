@@ -74,7 +74,7 @@ class Rates:
         narrow: measured on narrow models in short runs, with one or two targets a row.
         wide: used on wide models in long runs.
         source: of `wide`.
-        kinds: kind of model → what was measured on it, where that is another rate.
+        kinds: kind of model → what was measured with its own language head, where that is another.
         is_heads: whether heads are all that is trained, so that there is one rate.
     """
 
@@ -91,7 +91,7 @@ class Rates:
 
     def measured(self, known: RunFacts) -> float:
         """Return the rate for such a head and model, were it narrow and the run short."""
-        rate = self.kinds.get(known.kind, self.narrow)
+        rate = self.narrow if known.new_head else self.kinds.get(known.kind, self.narrow)
         return min(rate * TOKEN_HEAD, 1.0) if known.token_head and not self.is_heads else rate
 
     def choose(self, what: str, known: RunFacts, name: str = "learning rate") -> Choice:

@@ -70,7 +70,7 @@ def rates(known: RunFacts = NEW_HEAD, method: str = "lora", **train: Any) -> lis
 
 def test_a_new_head_has_a_rate_of_its_own() -> None:
     assert rates() == [("learning rate", 1e-3), ("head learning rate", 2e-2)]
-    assert rates(RunFacts("decoder", 384, False, 100)) == [("learning rate", 1e-3)]
+    assert rates(RunFacts("decoder", 384, False, 100)) == [("learning rate", 2e-3)]
 
 
 def test_the_users_rate_is_that_of_everything() -> None:
