@@ -35,7 +35,7 @@ _METHOD = Method(
             "Zhao et al., 2024, arXiv:2312.11420", 266_240,
         ),
     ),
-    rate=Rates(narrow=5e-3, wide=1e-3, source="the paper's range"),
+    rate=Rates(narrow=5e-3, wide=1e-3, source="not measured"),
     build=build,
     find_targets=find_targets,
     merging=Merging(("LN_TUNING",)),

@@ -73,7 +73,7 @@ def find_rates(spec: PrefixSpec) -> Rates:
     nothing.
     """
     if spec.prefix_projection:
-        return Rates(narrow=3e-3, wide=1e-3, source="not measured there")
+        return Rates(narrow=3e-3, wide=1e-3, source="not measured")
     return Rates(narrow=5e-2, wide=1e-2, source="P-tuning v2", kinds={"encoder-decoder": 1e-1})
 
 
