@@ -6,7 +6,8 @@
 
 Every run is an `ftlevel train` in a process of its own; its run directory stays in --runs, and one
 that is whole is not trained again. The settings of a task are the same for all its methods but the
-learning rate, which is stated: methods differ in what they need by a factor of a thousand.
+learning rate, which is stated: methods differ in what they need by a factor of a thousand. With
+--defaults it is what ftlevel takes where none is given.
 """
 
 from __future__ import annotations
@@ -116,14 +117,15 @@ def methods_of(workload: Workload) -> tuple[Entry, ...]:
     return ENCODER + (MORE if workload.task == "text-classification" else ())
 
 
-def train(workload: Workload, entry: Entry, run: Path) -> dict[str, Any]:
+def train(workload: Workload, entry: Entry, run: Path, *, defaults: bool) -> dict[str, Any]:
     """Return the summary of one run, which is trained if it is not there yet."""
+    rate = () if defaults else ("--learning-rate", str(entry.rate))
     summary = run / "summary.json"
     if not summary.exists():
         command = [
             *(sys.executable, "-m", "ftlevel", "train", "--task", workload.task),
             *("--model", workload.model, "--dataset", workload.dataset, *workload.flags),
-            *(*entry.flags, "--learning-rate", str(entry.rate)),
+            *(*entry.flags, *rate),
             *("--output-dir", str(run), "--overwrite", "--quiet"),
         ]
         done = subprocess.run(command, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -138,7 +140,11 @@ def row_of(entry: Entry, summary: dict[str, Any], metrics: tuple[str, ...]) -> d
     share = summary["trainable_parameters"] / summary["total_parameters"]
     return {
         "method": entry.name,
-        "learning_rate": entry.rate,
+        "learning_rate": next(
+            float(choice["value"])
+            for choice in summary["choices"]
+            if choice["name"] == "learning rate"
+        ),
         "trainable": summary["trainable_parameters"],
         "share": share,
         "reload_difference": summary["proof"]["reload_difference"],
@@ -168,14 +174,19 @@ def main() -> None:
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="names with commas")
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"), help="run directories")
     parser.add_argument("--out", type=Path, help="write every figure to this JSON file")
+    parser.add_argument("--methods", default="", help="names as in the table, with / between")
+    parser.add_argument("--defaults", action="store_true", help="with the default rates")
     options = parser.parse_args()
+    runs = options.runs / ("defaults" if options.defaults else "stated")
+    wanted = options.methods.split("/") if options.methods else []
     tables = {}
     for name in options.workloads.split(","):
         workload = WORKLOADS[name]
         tables[name] = [
-            row_of(entry, train(workload, entry, options.runs / name / slug(entry.name)),
-                   workload.metrics)
+            row_of(entry, train(workload, entry, runs / name / slug(entry.name),
+                                defaults=options.defaults), workload.metrics)
             for entry in methods_of(workload)
+            if not wanted or entry.name in wanted
         ]  # fmt: skip
         print(show(name, tables[name]) + "\n", flush=True)
     if options.out:

@@ -20,6 +20,7 @@ from ftlevel.config import SPECS
 from ftlevel.methods import METHODS
 from ftlevel.methods.facts import Cell, MethodFacts
 from ftlevel.methods.matrix import FACTS, RULES, find_refusal, known_rows
+from ftlevel.methods.rates.rule import LONG, NARROW, SHORT, WIDE
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.families.facts import Family
 from ftlevel.tasks import TASKS
@@ -89,12 +90,19 @@ def methods_page() -> str:
         "",
         "## Defaults",
         "",
-        "| method | settings | learning rate |",
-        "|---|---|---:|",
-        *(_defaults_line(kind) for kind in SPECS),
+        f"A learning rate lies between what was measured on models {NARROW} wide in {SHORT} steps "
+        "with a new head (or",
+        "with the language head of a decoder or encoder-decoder, where that is another), and what "
+        "is used on models "
+        f"{WIDE:,} wide in {LONG:,} steps or more;",
+        "[defaults.md](defaults.md) has the rule, and how near it comes to the best rate. It is "
+        "linear to zero.",
+        "Without `--target-modules`, low-rank and orthogonal methods adapt every linear of the "
+        "blocks.",
         "",
-        "The learning rate is linear to zero. Without `--target-modules`, low-rank and orthogonal",
-        "methods adapt every linear of the blocks.",
+        "| method | settings | narrow, short | wide, long | source of the last |",
+        "|---|---|---:|---:|---|",
+        *(_defaults_line(kind) for kind in SPECS),
         "",
         *_pages(),
         "## Embeddings and heads",
@@ -143,7 +151,10 @@ def _defaults_line(kind: str) -> str:
     spec = SPECS[kind]()
     fields = spec.model_dump(exclude=_HIDDEN)
     shown = [f"{name} {value}" for name, value in fields.items() if value not in (None, {}, [])]
-    return f"| {kind} | {', '.join(shown) or '–'} | {METHODS[kind].learning_rate(spec):g} |"
+    rates = METHODS[kind].rates(spec)
+    kinds = [f"{kind} {rate:g}" for kind, rate in rates.kinds.items()]
+    narrow = ", ".join([f"{rates.narrow:g}", *kinds])
+    return f"| {kind} | {', '.join(shown) or '–'} | {narrow} | {rates.wide:g} | {rates.source} |"
 
 
 def _pages() -> list[str]:

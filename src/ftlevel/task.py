@@ -170,6 +170,7 @@ class Objective(ABC):
         headline: the metric that is shown first.
         feeds_labels: whether the model needs the labels to build its decoder's inputs.
         per_row: whether scores are of whole rows, made of one token of each: `(batch, …)`.
+        per_token: whether every token or word is a target with a class of its own.
         has_choice: whether there is something to choose between, so that KL and top-1 have sense.
         one_of_many: whether a target is one choice of several, so that labels can be smoothed.
     """
@@ -177,6 +178,7 @@ class Objective(ABC):
     headline: str
     feeds_labels: bool = False
     per_row: ClassVar[bool] = False
+    per_token: ClassVar[bool] = False
     has_choice: ClassVar[bool] = True
     one_of_many: ClassVar[bool] = False
 
@@ -236,6 +238,13 @@ class Objective(ABC):
     @abstractmethod
     def meter(self) -> Meter:
         """Return a new meter; it is updated with what `targets` returns."""
+
+    def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
+        """Return the mean loss of guessing without reading, by how often `rows` have each answer.
+
+        None where that says nothing, as of text, whose model guesses better before it is trained.
+        """
+        return None
 
 
 class TokenObjective(Objective):

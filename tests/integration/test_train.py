@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import task_data
 from ftlevel.cli.app import run
 from ftlevel.config.renamed import RENAMED
 
@@ -229,6 +230,31 @@ def test_ctrl_c_while_the_run_is_checked_says_what_is_kept(
     )
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
     assert Path("run/summary.json").exists()
+
+
+def test_a_head_goes_on_at_its_own_rate(
+    tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_data.write(Path("data"), "class")
+    chosen = ["--model", str(tiny_model_dir("bert")), "--dataset", "data", "--quiet",
+              "--task", "text-classification", "--max-steps", "4", "--save-steps", "2"]  # fmt: skip
+    assert run(["train", *chosen, "--output-dir", "whole"]) == 0
+    with monkeypatch.context() as patch:  # as if the power had failed in the third step
+        patch.setattr(
+            "ftlevel.training.callbacks.report.Report.on_step_end",
+            lambda _, args, state, control, **more: _fail_after(2, state.global_step),
+        )
+        with pytest.raises(RuntimeError, match="power"):
+            run(["train", *chosen, "--output-dir", "cut", "--traceback"])
+    assert run(["train", *chosen, "--output-dir", "cut", "--resume"]) == 0
+    state = torch.load("cut/checkpoints/checkpoint-4/optimizer.pt", weights_only=True)
+    assert sorted(group["initial_lr"] for group in state["param_groups"]) == [0.001, 0.005, 0.005]
+    assert digest("cut") == digest("whole")
+
+
+def _fail_after(steps: int, step: int) -> None:
+    if step > steps:
+        raise RuntimeError("the power failed")
 
 
 def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

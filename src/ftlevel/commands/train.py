@@ -32,7 +32,13 @@ from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
 from ftlevel.training.resume import open_or_resume
-from ftlevel.training.summary import Outcome, build_summary, describe_base, resolved_config
+from ftlevel.training.summary import (
+    Outcome,
+    build_summary,
+    describe_base,
+    find_nothing_learned,
+    resolved_config,
+)
 from ftlevel.training.verify.proof import verify_step
 
 
@@ -105,7 +111,8 @@ def train(
         plan = resolve(config, progress=listener.progress, why_task=why)
         listener.choices("train", [*plan.choices, *size_choices(config, plan, try_method=dry_run)])
         data = plan.data
-        for warning in find_warnings(config.train, len(data.train), len(data.validation)):
+        sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
+        for warning in find_warnings(config.train, *sizes, new_head=new_head):
             listener.warn(warning)
         if dry_run:
             summary = {"dry_run": True, "steps": plan.schedule.steps, "data": data.facts,
@@ -167,5 +174,7 @@ def _train(
     summary = build_summary(config, plan, outcome)
     with explain_disk_errors(run):
         write_results(run, config, summary)
+    for warning in find_nothing_learned(summary, plan):
+        listener.warn(warning)
     listener.end(summary)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)

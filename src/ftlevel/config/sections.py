@@ -195,7 +195,14 @@ class TrainerConfig(Section):
         None, description="Stop after N optimizer steps, whatever the epochs say."
     )
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Peak learning rate; the default depends on the method."
+        None,
+        description="Peak learning rate; the default depends on the method, the model's kind and "
+        "width, and the length of the run.",
+    )
+    head_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Peak learning rate of a new head; the default is learning_rate where that is "
+        "given, and else one of its own.",
     )
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"

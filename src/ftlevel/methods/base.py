@@ -14,6 +14,7 @@ from typing import Any
 
 from ftlevel.config.choices import Choice
 from ftlevel.methods.facts import MethodFacts, Rule
+from ftlevel.methods.rates import Rates
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Method:
     Attributes:
         facts: its rows of the table, in the order in which they are shown.
         rules: the cells of the table where they do not work.
-        rate: peak learning rate where the user gives none, or spec → it.
+        rate: peak learning rates where the user gives none, or spec → them.
         build: spec and base → `peft.PeftConfig`; None where the model itself is trained.
         unfreeze: spec, base and frozen model → nothing; in place of `build`, mutates the model.
         trains_base: spec → whether the base's own weights are trained.
@@ -190,7 +191,7 @@ class Method:
     """
 
     facts: tuple[MethodFacts, ...]
-    rate: float | Callable[[Any], float]
+    rate: Rates | Callable[[Any], Rates]
     build: Callable[[Any, Base], Any] | None
     rules: tuple[Rule, ...] = ()
     unfreeze: Callable[[Any, Base, Any], None] | None = None
@@ -215,8 +216,8 @@ class Method:
     on_embeddings: Callable[[Any], str] | None = None
     plain: Mapping[str, Callable[[Any, Path, str], Any]] = field(default_factory=dict)
 
-    def learning_rate(self, spec: Any) -> float:
-        """Return the peak learning rate where the user gives none."""
+    def rates(self, spec: Any) -> Rates:
+        """Return the peak learning rates where the user gives none."""
         return self.rate(spec) if callable(self.rate) else self.rate
 
     def rewrites_base(self, spec: Any) -> bool:

@@ -9,6 +9,7 @@ from ftlevel.config.methods.ia3 import Ia3Spec
 from ftlevel.config.sections import Section
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
+from ftlevel.methods.rates import Rates
 
 # Ends of names, over all families. Keys and values, or one linear of query, key and value:
 _KEY_VALUE = re.compile(
@@ -58,7 +59,7 @@ _METHOD = Method(
             "Liu et al., 2022, arXiv:2205.05638", 614_400,
         ),
     ),
-    rate=3e-3,  # (IA)³'s recipe, T-Few
+    rate=Rates(narrow=3e-2, wide=3e-3, source="T-Few"),
     build=build,
     find_targets=find_targets,
     merging=Merging(("IA3",)),

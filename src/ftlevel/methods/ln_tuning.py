@@ -7,6 +7,7 @@ from typing import Any
 from ftlevel.config.methods.ln_tuning import LnTuningSpec
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
+from ftlevel.methods.rates import Rates
 
 
 def build(spec: LnTuningSpec, base: Base) -> Any:
@@ -34,7 +35,7 @@ _METHOD = Method(
             "Zhao et al., 2024, arXiv:2312.11420", 266_240,
         ),
     ),
-    rate=1e-3,
+    rate=Rates(narrow=5e-3, wide=1e-3, source="not measured"),
     build=build,
     find_targets=find_targets,
     merging=Merging(("LN_TUNING",)),

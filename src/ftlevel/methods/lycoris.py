@@ -7,6 +7,7 @@ from typing import Any
 from ftlevel.config.methods.lycoris import LohaSpec, LokrSpec
 from ftlevel.methods.base import Base, Merging, Method, whole
 from ftlevel.methods.facts import CONV1D, MERGES, MethodFacts, Rule, rows
+from ftlevel.methods.rates import Rates
 
 
 def build_loha(spec: LohaSpec, base: Base) -> Any:
@@ -57,7 +58,7 @@ _LOHA = Method(
             "Hyeon-Woo et al., 2022, arXiv:2108.06098", 39_976_960,
         ),
     ),
-    rate=1e-3,
+    rate=Rates(narrow=1e-2, wide=1e-3, source="not measured"),
     build=build_loha,
     rules=_RULES,
     merging=Merging(("LOHA",)),
@@ -69,7 +70,7 @@ _LOKR = Method(
             "Yeh et al., 2024, arXiv:2309.14859", 1_331_200,
         ),
     ),
-    rate=1e-3,
+    rate=Rates(narrow=1e-2, wide=1e-3, source="not measured"),
     build=build_lokr,
     rules=_RULES,
     merging=Merging(("LOKR",)),

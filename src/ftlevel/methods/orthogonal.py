@@ -10,6 +10,7 @@ from ftlevel.config.methods.orthogonal import BoftSpec, OftSpec
 from ftlevel.errors import ConfigError, listing
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import CONV1D, MERGES, MethodFacts, Rule, rows
+from ftlevel.methods.rates import Rates
 
 
 def build_oft(spec: OftSpec, base: Base) -> Any:
@@ -86,7 +87,7 @@ _OFT = Method(
             "Qiu et al., 2023, arXiv:2306.07280; 2025, arXiv:2506.19847", 17_649_664,
         ),
     ),
-    rate=4e-4,
+    rate=Rates(narrow=1e-3, wide=4e-4, source="not measured"),
     build=build_oft,
     rules=_RULES,
     check=check_oft,
@@ -99,7 +100,7 @@ _BOFT = Method(
             MERGES, "Liu et al., 2024, arXiv:2311.06243", 5_914_624,
         ),
     ),
-    rate=4e-4,
+    rate=Rates(narrow=1e-3, wide=4e-4, source="not measured"),
     build=build_boft,
     rules=_RULES,
     check=check_boft,

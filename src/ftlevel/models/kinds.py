@@ -22,6 +22,11 @@ def model_kind(config: Any) -> ModelKind:
     return "decoder"
 
 
+def width_of(config: Any) -> int:
+    """Return the width of the hidden states."""
+    return int(config.get_text_config().hidden_size)
+
+
 TASK_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",

@@ -321,6 +321,17 @@ def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
     ]
 
 
+def find_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) -> list[str]:
+    """Return those of `heads` of which the checkpoint holds nothing; all where it is not known."""
+    held = _stored_dtypes(source)
+
+    def is_held(head: str) -> bool:
+        own = [name for name, _ in meta.get_submodule(head).named_parameters(prefix=head)]
+        return any(stored.endswith(name) for stored in held for name in own)
+
+    return [head for head in heads if not is_held(head)]
+
+
 def _stored_dtypes(source: ModelSource) -> dict[str, str]:
     """Return the checkpoint's tensors and their types; none for a .gguf or one not on this disk.
 

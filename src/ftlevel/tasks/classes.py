@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,6 +33,7 @@ from ftlevel.tasks.base import (
     rank,
     refuse_wishes,
 )
+from ftlevel.tasks.guessing import entropy, mean_entropy
 from ftlevel.tasks.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -236,6 +238,10 @@ class Classes(Objective):
         """Return a `ClassMeter`."""
         return ClassMeter()
 
+    def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
+        """Return the entropy of the classes."""
+        return entropy(row.labels for row in rows if isinstance(row.labels, int))
+
 
 @dataclass(frozen=True)
 class MultiLabel(Objective):
@@ -270,6 +276,11 @@ class MultiLabel(Objective):
         """Return a `MultiLabelMeter`."""
         return MultiLabelMeter()
 
+    def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
+        """Return the mean entropy of yes and no, over the classes."""
+        answers = [row.labels for row in rows if isinstance(row.labels, tuple)]
+        return mean_entropy(zip(*answers, strict=True))
+
 
 @dataclass(frozen=True)
 class Regression(Objective):
@@ -295,6 +306,11 @@ class Regression(Objective):
     def meter(self) -> Meter:
         """Return a `RegressionMeter`."""
         return RegressionMeter()
+
+    def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
+        """Return the variance of the quantities: the error of their mean."""
+        values = [row.labels for row in rows if isinstance(row.labels, float)]
+        return statistics.pvariance(values) if values else None
 
 
 class ClassMeter(Pairs):

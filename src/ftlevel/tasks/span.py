@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -233,6 +235,10 @@ class Spans(Objective):
     def meter(self) -> Meter:
         """Return a `SpanMeter`."""
         return SpanMeter(self.unanswerable)
+
+    def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
+        """Return the loss of taking every token of a row for as likely."""
+        return statistics.fmean(math.log(len(row.input_ids)) for row in rows) if rows else None
 
 
 class SpanMeter:

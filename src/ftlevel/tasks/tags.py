@@ -27,6 +27,7 @@ from ftlevel.tasks.base import (
 )
 from ftlevel.tasks.classes import read_labels
 from ftlevel.tasks.entities import are_entity_tags, score_entities
+from ftlevel.tasks.guessing import entropy
 from ftlevel.tasks.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ class Tags(Objective):
     """Cross entropy over words: logits `(batch, seq, tags)`, labels `(batch, seq)`."""
 
     one_of_many: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     names: tuple[str, ...] = ()
 
     def choices(
@@ -180,6 +182,11 @@ class Tags(Objective):
     def meter(self) -> Meter:
         """Return a `TagMeter`."""
         return TagMeter(self.names)
+
+    def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
+        """Return the entropy of the words' tags."""
+        labels = (row.labels for row in rows if isinstance(row.labels, list))
+        return entropy(tag for tags in labels for tag in tags if tag != IGNORED)
 
 
 class TagMeter(Pairs):

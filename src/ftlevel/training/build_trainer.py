@@ -14,6 +14,7 @@ from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.events import Listener
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
+from ftlevel.methods.rates import HeadRate
 from ftlevel.training.arguments import build_arguments, build_evaluator
 from ftlevel.training.callbacks.gradient_proof import GradientProof
 from ftlevel.training.callbacks.interrupt import Interrupt
@@ -58,6 +59,7 @@ def build_trainer(
         data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
         fast=fast,
         order=order,
+        head_rate=resolve_head_rate(plan),
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
@@ -70,6 +72,14 @@ def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
     """Return the method's own optimizer, if it has one; None leaves the choice to Trainer."""
     build = METHODS[config.method.kind].optimizer
     return build(config.method, model, arguments) if build else None
+
+
+def resolve_head_rate(plan: Plan) -> HeadRate | None:
+    """Return the rate of new heads where they have one of their own."""
+    rate = plan.schedule.head_learning_rate
+    if rate is None or rate == plan.schedule.learning_rate:
+        return None
+    return HeadRate(plan.model.new_heads, rate)
 
 
 @dataclass(frozen=True)

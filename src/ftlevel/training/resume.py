@@ -49,6 +49,7 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("num_proc", "cache")}
     values["speed"].pop("verify")
     values["train"]["learning_rate"] = plan.schedule.learning_rate
+    values["train"]["head_learning_rate"] = plan.schedule.head_learning_rate
     values["model"] |= {"dtype": plan.model.dtype, "device": plan.model.device}
     values["data"]["max_length"] = plan.data.max_length
     values["data"]["overlong"] = plan.data.facts["overlong"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -22,6 +23,10 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.trainable import count_parameters
 from ftlevel.training.proof import Proof
+
+_ROWS = 10_000  # of which answers are counted
+_WINDOW = 3  # logged losses of which the mean must be taken for it to say something
+_MARGIN = 0.02  # share of a guess's loss within which a model has learned how often answers are
 
 
 def dump_config(config: TrainConfig, plan: Plan) -> str:
@@ -46,6 +51,9 @@ def resolved_config(config: TrainConfig, plan: Plan) -> dict[str, Any]:
         values["data"]["max_length"] = plan.data.max_length
         values["data"]["overlong"] = plan.data.facts["overlong"]  # auto may have lost some rows
     values["train"]["learning_rate"] = plan.schedule.learning_rate
+    head = plan.schedule.head_learning_rate
+    apart = head != plan.schedule.learning_rate
+    values["train"]["head_learning_rate"] = head if apart else None
     if config.quant.kind != "4bit":
         values["quant"] = {"kind": config.quant.kind}
     return values
@@ -189,3 +197,35 @@ def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
     spreads = {f"loss_{end}_spread": statistics.stdev(part) if window > 1 else None
                for end, part in ends.items()}  # fmt: skip
     return {**means, **spreads, "loss_window": window}
+
+
+def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Return what is to be said of a loss that did not fall; nothing of a run too short to tell.
+
+    A loss of classes, tags and spans is compared with that of guessing without reading, which it
+    has to be 2 % below, any other with the first that were logged. In a run of a few steps one
+    batch would be compared with another.
+
+    Args:
+        summary: of the run, with the means of its first and last losses.
+        plan: of the run.
+    """
+    window = summary["loss_window"]
+    if window < _WINDOW:
+        return []
+    first, last = summary["loss_first"], summary["loss_last"]
+    guess = plan.objective.guess_loss(list(itertools.islice(plan.data.train, _ROWS)))
+    if last < (first if guess is None else guess * (1 - _MARGIN)):
+        return []
+    ended = f"the loss ended at {last:.3f} (mean of the last {window} that were logged)"
+    than = (
+        f"and began at {first:.3f}"
+        if guess is None
+        else f"and guessing by how often each answer is given, without reading, gives {guess:.3f}"
+    )
+    rate = plan.schedule.learning_rate
+    advice = "a lower" if last > first + (summary["loss_first_spread"] or 0) else "a higher"
+    return [
+        f"{ended}, {than}: nothing was learned. Try {advice} --learning-rate than {rate:g}, or "
+        "train longer (--num-train-epochs, --max-steps)."
+    ]

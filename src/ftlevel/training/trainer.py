@@ -16,6 +16,7 @@ from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.prefixes.shared_prefix import SharedPrefix
 from ftlevel.fast.step import FastStep
+from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Objective
 
@@ -37,6 +38,7 @@ class FtlevelTrainer(Trainer):
         tokens_computed: places that the blocks computed: with padding, shared prefixes once.
         penalty: model → what its method adds to the loss of an optimizer step, or None. It is in
             the gradient alone: the loss that is logged is the one that evaluation measures.
+        head_rate: modules that learn at a rate of their own, and that rate; None for none.
     """
 
     def __init__(
@@ -47,9 +49,11 @@ class FtlevelTrainer(Trainer):
         penalty: Callable[[Any], torch.Tensor] | None = None,
         fast: FastStep | None = None,
         order: Sampler[int] | None = None,
+        head_rate: HeadRate | None = None,
         **arguments: Any,
     ):
         super().__init__(**arguments)
+        self.head_rate = head_rate
         self.objective = objective
         self.penalty = penalty
         self.evaluator = evaluator
@@ -64,6 +68,13 @@ class FtlevelTrainer(Trainer):
         self._in_training = False
         self._compute_dtype = ""  # accelerate's, once it has prepared the model
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
+
+    def create_optimizer(self, *arguments: Any, **settings: Any) -> torch.optim.Optimizer:
+        """Return the optimizer of Trainer or of the method, with new heads at their own rate."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*arguments, **settings)
+        if self.head_rate is not None:
+            set_head_rate(optimizer, self.model, self.head_rate)
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the order that was given, or Trainer's."""

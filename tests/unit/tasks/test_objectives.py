@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 import tiny_models
+from ftlevel.data.encoding.encode import Encoded
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.span import Spans
@@ -117,3 +119,42 @@ def test_labels_that_cannot_be_smoothed() -> None:
     )
     assert not span.one_of_many
     assert not of_a_number.one_of_many
+
+
+def _row(labels: Any, length: int = 4) -> Encoded:
+    return Encoded(input_ids=[5] * length, labels=labels, row=0)
+
+
+@pytest.mark.parametrize(
+    ("task", "facts", "rows", "expected"),
+    [
+        ("text-classification", {}, [_row(0), _row(1)], math.log(2)),
+        ("text-classification", {}, [_row(0)] * 3 + [_row(2)],
+         0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
+        ("text-classification", {"problem_type": "multi_label_classification"},
+         [_row((1.0, 0.0)), _row((0.0, 0.0))], math.log(2) / 2),
+        ("text-classification", {"problem_type": "regression"}, [_row(1.0), _row(3.0)], 1.0),
+        ("token-classification", {}, [_row([-100, 0, 0, -100]), _row([-100, 0, 3, -100])],
+         0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
+        ("question-answering", {}, [_row((0, 1), 10), _row((2, 2), 20)],
+         (math.log(10) + math.log(20)) / 2),
+        ("text-generation", {}, [_row([-100, 4, 5])], None),
+    ],
+)  # fmt: skip
+def test_guessing_without_reading(
+    task: str, facts: dict[str, Any], rows: list[Encoded], expected: float | None
+) -> None:
+    kind = "decoder" if task == "text-generation" else "encoder"
+    objective = TASKS[task].build_objective(kind, facts)
+    found = objective.guess_loss(rows)
+    assert found == (expected and pytest.approx(expected))
+
+
+def test_the_frequencies_of_the_labels_lose_as_much_as_is_said() -> None:
+    labels = torch.tensor([0, 0, 1, 2, 2, 2])
+    objective = TASKS["text-classification"].build_objective("encoder", {})
+    logits = (labels.bincount() / len(labels)).log().expand(len(labels), 3)
+    loss = objective.loss_sum(logits, labels, torch.ones(6, 1)) / objective.count(labels)
+    assert objective.guess_loss([_row(int(label)) for label in labels]) == pytest.approx(
+        loss.item()
+    )

@@ -14,6 +14,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.methods.base import Base, Merging, Method, whole
 from ftlevel.methods.facts import MERGES, MethodFacts
 from ftlevel.methods.lora import why_not_mergeable
+from ftlevel.methods.rates import Rates
 from ftlevel.methods.upstream import freeze_ranks, restore_ranks
 
 _TINIT, _TFINAL = 0.1, 0.3
@@ -106,7 +107,7 @@ _METHOD = Method(
             MERGES, "Zhang et al., 2023, arXiv:2303.10512", 29_985_408,
         ),
     ),
-    rate=1e-3,  # within the range of AdaLoRA's on GLUE
+    rate=Rates(narrow=1e-2, wide=1e-3, source="within the paper's range on GLUE"),
     build=build,
     prepare=freeze_ranks,
     callbacks=build_callbacks,

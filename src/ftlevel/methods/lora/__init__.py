@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from ftlevel.methods.base import (
 from ftlevel.methods.lora.facts import FACTS, RULES
 from ftlevel.methods.lora.plus import build_optimizer
 from ftlevel.methods.lora.start import START
+from ftlevel.methods.rates import Rates
 
 _UNMERGEABLE = {
     "layer_replication": "it repeats layers, so it is another architecture",
@@ -159,9 +161,24 @@ def forget_start(config: Any) -> None:
     config.init_lora_weights = True
 
 
+def find_rates(spec: LoraSpec) -> Rates:
+    """Return the rates, lower where a form of LoRA moves the weights further at the same rate."""
+    share = 1.0
+    if spec.use_rslora:  # scales by alpha / √r, 2.8 times as much with r 8
+        share /= 3
+    if spec.lora_plus_ratio:  # B learns at this many times the rate, so A at less
+        share /= math.sqrt(spec.lora_plus_ratio)
+    return Rates(
+        narrow=1e-3 * share,
+        wide=2e-4 * share,
+        source="QLoRA, table 9",
+        kinds={"decoder": 2e-3 * share, "encoder-decoder": 3e-3 * share},
+    )
+
+
 _METHOD = Method(
     FACTS,
-    rate=2e-4,  # QLoRA, table 9
+    rate=find_rates,
     build=build,
     rules=RULES,
     check=check,

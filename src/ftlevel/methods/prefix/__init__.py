@@ -13,6 +13,7 @@ from ftlevel.config.methods.prefix import PrefixSpec
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.facts import MethodFacts, Rule, rows
 from ftlevel.methods.prefix.sites import find_attentions, why_no_prefix
+from ftlevel.methods.rates import Rates
 from ftlevel.methods.unmergeable import VIRTUAL_TOKENS
 from ftlevel.methods.upstream import register_tuner
 
@@ -71,13 +72,15 @@ def finish(model: Any) -> None:
     model.base_model.fold(model.active_adapter)
 
 
-def learning_rate(spec: PrefixSpec) -> float:
-    """Return the default rate: the top of P-tuning v2's range, which trains plain vectors too.
+def find_rates(spec: PrefixSpec) -> Rates:
+    """Return the rates: P-tuning v2's range, which trains plain vectors too.
 
     That is too much for the MLP of a projected prefix: at 1e-2 its tanh saturates and it learns
     nothing.
     """
-    return 1e-3 if spec.prefix_projection else 1e-2
+    if spec.prefix_projection:
+        return Rates(narrow=3e-3, wide=1e-3, source="not measured")
+    return Rates(narrow=5e-2, wide=1e-2, source="P-tuning v2", kinds={"encoder-decoder": 1e-1})
 
 
 _METHOD = Method(
@@ -87,7 +90,7 @@ _METHOD = Method(
             "Li and Liang, 2021, arXiv:2101.00190", 5_242_880,
         ),
     ),
-    rate=learning_rate,
+    rate=find_rates,
     build=build,
     rules=(
         Rule(

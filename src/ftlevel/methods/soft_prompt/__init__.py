@@ -12,6 +12,7 @@ from typing import Any
 from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.facts import MethodFacts
+from ftlevel.methods.rates import Rates
 from ftlevel.methods.soft_prompt import plain_peft
 from ftlevel.methods.soft_prompt.stacks import find_stacks
 from ftlevel.methods.unmergeable import VIRTUAL_TOKENS
@@ -119,7 +120,7 @@ _PROMPT = Method(
             "Lester et al., 2021, arXiv:2104.08691", 81_920,
         ),
     ),
-    rate=3e-2,
+    rate=Rates(narrow=1e-1, wide=3e-2, source="not measured"),
     build=build_prompt,
     register=register,
     find_targets=find_targets,
@@ -141,7 +142,7 @@ _P_TUNING = Method(
             "Liu et al., 2021, arXiv:2103.10385", 50_425_856,
         ),
     ),
-    rate=5e-3,
+    rate=Rates(narrow=1e-2, wide=5e-3, source="not measured"),
     build=build_p_tuning,
     register=register,
     find_targets=find_targets,

@@ -31,6 +31,7 @@ class PlannedModel:
         quant: how it is quantized, by the user's wish or in its checkpoint.
         heads: modules trained in full.
         new_modules: where weights may be that the checkpoint lacks.
+        new_heads: those of `heads` that the checkpoint lacks, so that they begin at random.
         total_parameters: how many it has.
     """
 
@@ -44,6 +45,7 @@ class PlannedModel:
     quant: QuantConfig
     heads: list[str]
     new_modules: list[str]
+    new_heads: list[str]
     total_parameters: int
 
     @property
@@ -69,10 +71,12 @@ class Schedule:
     Attributes:
         steps: optimizer steps.
         learning_rate: the peak: the user's or the method's.
+        head_learning_rate: that of new heads; None where there are none.
     """
 
     steps: int
     learning_rate: float
+    head_learning_rate: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

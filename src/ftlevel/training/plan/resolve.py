@@ -20,10 +20,12 @@ from ftlevel.errors import ConfigError
 from ftlevel.fast.plan.fast_plan import plan_fast
 from ftlevel.fast.plan.fused_lora import fused_lora_choices
 from ftlevel.fast.plan.liger import kernel_choices
+from ftlevel.methods.rates import RunFacts
 from ftlevel.models.hardware import choose_device
-from ftlevel.models.kinds import model_kind
+from ftlevel.models.kinds import model_kind, width_of
 from ftlevel.models.loading import (
     build_task_model,
+    find_new_heads,
     label_overrides,
     load_config,
     load_tokenizer,
@@ -37,8 +39,8 @@ from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
 from ftlevel.training.plan.method_fit import check_method, choose_precision, resolve_quantization
 from ftlevel.training.plan.method_targets import find_method_targets
-from ftlevel.training.plan.plan import Plan, PlannedModel, Schedule
-from ftlevel.training.plan.schedule import choose_learning_rate, count_steps
+from ftlevel.training.plan.plan import Plan, PlannedModel
+from ftlevel.training.plan.schedule import choose_rates, count_steps
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def resolve(
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
     objective = task.build_objective(bare.kind, data.facts)
     _check_smoothing(config, objective)
-    rate = choose_learning_rate(config, bare.source)
     steps = count_steps(config.train, len(data.train))
+    rates = choose_rates(config, _run_facts(model, meta, objective, steps))
     device, most = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, most)
@@ -106,7 +108,7 @@ def resolve(
         model=model,
         data=data,
         targets=targets,
-        schedule=Schedule(steps=steps, learning_rate=rate.value),
+        schedule=rates.schedule(steps),
         fast=fast,
         choices=[
             model_choice(config, model.family, model.total_parameters, bare.source),
@@ -120,7 +122,7 @@ def resolve(
             *head_choices(task, model.heads),
             *bare.spelling,
             *layers,
-            rate,
+            *rates.choices,
             *fast.choices,
         ],
     )
@@ -163,7 +165,22 @@ def _plan_model(
         quant=config.quant,
         heads=heads,
         new_modules=new_modules,
+        new_heads=find_new_heads(meta, bare.source, heads),
         total_parameters=sum(p.numel() for p in meta.parameters()),
+    )
+
+
+def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RunFacts:
+    """Return what is known of the run, by which learning rates are chosen."""
+    parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
+    matrices = sum(parameter.dim() > 1 for parameter in parameters)
+    return RunFacts(
+        model.kind,
+        width_of(model.config),
+        new_head=matrices > 0,
+        steps=steps,
+        deep_head=matrices > 1,
+        token_head=matrices > 0 and objective.per_token,
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.sections import TrainerConfig
 from ftlevel.methods import METHODS
-from ftlevel.models.sources import ModelSource
+from ftlevel.methods.rates import RunFacts, choose_head_rate
+from ftlevel.training.plan.plan import Schedule
 
 
 def count_steps(config: TrainerConfig, rows: int) -> int:
@@ -18,29 +20,64 @@ def count_steps(config: TrainerConfig, rows: int) -> int:
     return config.max_steps or math.ceil(config.num_train_epochs * an_epoch)
 
 
-def choose_learning_rate(config: TrainConfig, source: ModelSource) -> Choice:
-    """Return the peak learning rate: the user's, or the method's default.
+@dataclass(frozen=True)
+class Rates:
+    """The peak learning rates of a run.
 
-    The papers' rates are for models a hundred times the size of the built-in one, which learns
-    next to nothing at them in a short run; it gets ten times as much where that is below 0.01.
+    Attributes:
+        base: of all that is trained but new heads.
+        head: of new heads; None where there are none.
     """
-    kind = config.method.kind
-    if config.train.learning_rate is not None:
-        return Choice("learning rate", config.train.learning_rate)
-    rate, reason = METHODS[kind].learning_rate(config.method), f"default for {kind}"
-    if source.kind == "builtin" and rate * 10 <= 1e-2:
-        return Choice("learning rate", rate * 10, f"{reason}, times 10 for a model this small")
-    return Choice("learning rate", rate, reason)
+
+    base: Choice
+    head: Choice | None
+
+    @property
+    def choices(self) -> list[Choice]:
+        """Lines for the screen: of the head only where it has a rate of its own."""
+        apart = self.head is not None and self.head.value != self.base.value
+        return [self.base, self.head] if apart and self.head else [self.base]
+
+    def schedule(self, steps: int) -> Schedule:
+        """Return how far and how fast a run of so many optimizer steps goes."""
+        head = self.head.value if self.head else None
+        return Schedule(steps=steps, learning_rate=self.base.value, head_learning_rate=head)
 
 
-def find_warnings(config: TrainerConfig, rows: int, validation_rows: int) -> list[str]:
-    """Return what was asked for and will not come to pass in a run of this length."""
+def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
+    """Return the peak learning rates: the user's, or those of the method for such a run.
+
+    A rate that the user gives is that of everything, unless the head's is given too.
+    """
+    method, given = METHODS[config.method.kind], config.train
+    base = head = None
+    if given.learning_rate is not None:
+        base = Choice("learning rate", given.learning_rate)
+    if given.head_learning_rate is not None:
+        head = Choice("head learning rate", given.head_learning_rate)
+    elif base is not None:
+        head = Choice("head learning rate", base.value)
+    rates = method.rates(config.method)
+    base = base or rates.choose(config.method.kind, known)
+    head = head or (base if rates.is_heads else choose_head_rate(known))
+    return Rates(base, head if known.new_head else None)
+
+
+def find_warnings(
+    config: TrainerConfig, rows: int, validation_rows: int, *, new_head: bool = True
+) -> list[str]:
+    """Return what was asked for and will not come to pass in a run of this length and head."""
     steps, found = count_steps(config, rows), []
     if config.warmup_steps > max(steps, 1):
         reached = (steps - 1) / int(config.warmup_steps)
         found.append(
             f"--warmup-steps {config.warmup_steps:,g} is longer than the run of {steps:,} steps: "
             f"the learning rate ends at {reached:.0%} of its peak."
+        )
+    if config.head_learning_rate is not None and not new_head:
+        found.append(
+            "train.head_learning_rate: the model gets no new head, so nothing learns at this rate; "
+            "--learning-rate is that of all that is trained."
         )
     asked = {
         "--eval-steps": config.eval_steps,

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from ftlevel.config import TrainConfig
 from ftlevel.config.sections import TrainerConfig
-from ftlevel.training.plan.schedule import find_warnings
+from ftlevel.methods.rates import RunFacts
+from ftlevel.training.plan.schedule import choose_rates, find_warnings
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,13 @@ def test_what_will_not_come_to_pass_is_said(
     assert find_warnings(TrainerConfig(**settings), 64, validation_rows) == expected
 
 
+def test_a_rate_for_a_head_that_is_not_new_is_said_to_be_idle() -> None:
+    config = TrainerConfig(head_learning_rate=0.1)
+    assert find_warnings(config, 64, 4) == []
+    (warning,) = find_warnings(config, 64, 4, new_head=False)
+    assert warning.startswith("train.head_learning_rate: the model gets no new head, so nothing ")
+
+
 def test_the_share_of_the_peak_is_the_schedules_own() -> None:
     import torch
     from transformers import get_scheduler
@@ -45,3 +54,42 @@ def test_the_share_of_the_peak_is_the_schedules_own() -> None:
         schedule.step()
     (warning,) = find_warnings(TrainerConfig(warmup_steps=50, max_steps=5), 64, 1)
     assert f"{schedule.get_last_lr()[0]:.0%} of its peak" in warning
+
+
+NEW_HEAD = RunFacts("encoder", 384, True, 100)
+
+
+def rates(known: RunFacts = NEW_HEAD, method: str = "lora", **train: Any) -> list[tuple[str, Any]]:
+    config = TrainConfig.model_validate({"method": {"kind": method}, "train": train})
+    chosen = choose_rates(config, known)
+    schedule = chosen.schedule(known.steps)
+    assert schedule.learning_rate == chosen.base.value
+    assert schedule.head_learning_rate == (chosen.head and chosen.head.value)
+    return [(choice.name, choice.value) for choice in chosen.choices]
+
+
+def test_a_new_head_has_a_rate_of_its_own() -> None:
+    assert rates() == [("learning rate", 1e-3), ("head learning rate", 2e-2)]
+    assert rates(RunFacts("decoder", 384, False, 100)) == [("learning rate", 2e-3)]
+
+
+def test_the_users_rate_is_that_of_everything() -> None:
+    assert rates(learning_rate=0.123) == [("learning rate", 0.123)]
+    both = rates(learning_rate=0.123, head_learning_rate=0.4)
+    assert both == [("learning rate", 0.123), ("head learning rate", 0.4)]
+    assert rates(head_learning_rate=0.4) == [("learning rate", 1e-3), ("head learning rate", 0.4)]
+
+
+def test_where_heads_are_all_that_learns_there_is_one_rate() -> None:
+    config = TrainConfig.model_validate({"method": {"kind": "full", "freeze_base": True}})
+    (choice,) = choose_rates(config, NEW_HEAD).choices
+    assert str(choice) == "0.1 (full on an encoder 384 wide with a new head, 100 steps: measured)"
+
+
+def test_the_reason_says_what_the_rate_is_for() -> None:
+    config = TrainConfig.model_validate({"method": {"kind": "lora"}})
+    base, head = choose_rates(config, NEW_HEAD).choices
+    assert str(base) == "0.001 (lora on an encoder 384 wide with a new head, 100 steps: measured)"
+    assert str(head) == (
+        "0.02 (a linear head on an encoder 384 wide with a new head, 100 steps: measured)"
+    )

@@ -1,0 +1,109 @@
+"""The learning rate where the user gives none: what was measured, what papers use, and between."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from ftlevel.config import SPECS
+from ftlevel.methods import METHODS
+from ftlevel.methods.rates import Rates, RunFacts, choose_head_rate
+from ftlevel.methods.rates.heads import DEEP_HEAD, HEAD
+
+KINDS = ("encoder", "decoder", "encoder-decoder")
+WIDTHS = (64, 192, 384, 576, 768, 1024, 2048, 4096, 8192)
+STEPS = (1, 10, 25, 100, 400, 1000, 3000, 100_000)
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in SPECS),
+    ("lora", {"use_rslora": True}),
+    ("lora", {"use_dora": True}),
+    ("prefix", {"prefix_projection": True}),
+    ("full", {"freeze_base": True}),
+    *(("adapter", {"placement": name}) for name in ("pfeiffer", "parallel")),
+]
+
+
+def rates_of(kind: str, fields: dict[str, Any]) -> Rates:
+    return METHODS[kind].rates(SPECS[kind](**fields))
+
+
+@pytest.mark.parametrize(("kind", "fields"), FORMS)
+def test_every_method_has_a_rate_for_every_model_and_run(kind: str, fields: dict[str, Any]) -> None:
+    rates = rates_of(kind, fields)
+    for model, width, head, steps in itertools.product(KINDS, WIDTHS, (True, False), STEPS):
+        assert 1e-6 <= rates.rate(RunFacts(model, width, head, steps)) <= 1
+
+
+HEADS = [pytest.param(rates, id=name) for name, rates in (("head", HEAD), ("deep", DEEP_HEAD))]
+
+
+@pytest.mark.parametrize("rates", [*(rates_of(*form) for form in FORMS), *HEADS])
+def test_more_steps_and_more_width_never_raise_a_rate(rates: Rates) -> None:
+    for model in KINDS:
+        table = [[rates.rate(RunFacts(model, w, True, s)) for s in STEPS] for w in WIDTHS]
+        assert all(row == sorted(row, reverse=True) for row in table)
+        columns = map(list, zip(*table, strict=True))
+        assert all(column == sorted(column, reverse=True) for column in columns)
+
+
+@pytest.mark.parametrize(("kind", "fields"), FORMS)
+def test_a_wide_model_in_a_long_run_gets_the_published_rate(
+    kind: str, fields: dict[str, Any]
+) -> None:
+    rates = rates_of(kind, fields)
+    for model in KINDS:
+        choice = rates.choose(kind, RunFacts(model, 8192, False, 100_000))
+        assert choice.value == float(f"{rates.wide:.0e}")
+        assert choice.reason.endswith(f"wide, 100,000 steps: {rates.source}")
+
+
+def test_between_two_points_a_rate_falls_by_powers_of_width_and_steps() -> None:
+    rates = Rates(narrow=1e-2, wide=1e-4, source="a paper")
+    ends = [
+        rates.rate(RunFacts("decoder", *run)) for run in ((384, False, 100), (4096, False, 3000))
+    ]
+    assert ends == [1e-2, 1e-4]
+    halfway = round((384 * 4096) ** 0.5), round((100 * 3000) ** 0.5)
+    assert rates.rate(RunFacts("decoder", halfway[0], False, halfway[1])) == 1e-3
+    assert rates.rate(RunFacts("decoder", 4096, False, 100)) == 1e-3
+    assert rates.rate(RunFacts("decoder", 384, False, 3000)) == 1e-3
+    choice = rates.choose("x", RunFacts("decoder", 4096, False, 100))
+    assert str(choice) == (
+        "0.001 (x on a decoder 4,096 wide, 100 steps: from 0.01, measured on short runs, towards "
+        "0.0001, a paper)"
+    )
+
+
+def test_a_kind_of_model_may_have_a_measurement_of_its_own() -> None:
+    rates = Rates(narrow=1e-2, wide=1e-4, source="a paper", kinds={"encoder-decoder": 1e-1})
+    assert rates.rate(RunFacts("encoder-decoder", 128, False, 100)) == 1e-1
+    assert rates.rate(RunFacts("encoder-decoder", 128, True, 100)) == 1e-2
+    assert rates.rate(RunFacts("encoder-decoder", 4096, False, 3000)) == 1e-4
+
+
+def test_full_training_of_a_bert_gets_its_papers_rate() -> None:
+    assert rates_of("full", {}).rate(RunFacts("encoder", 768, True, 3000)) == 2e-5
+
+
+def test_a_deep_head_learns_more_slowly_than_a_linear_one() -> None:
+    runs = (
+        RunFacts("encoder", 384, True, 100),
+        RunFacts("encoder", 384, True, 100, deep_head=True),
+    )
+    assert [choose_head_rate(run).value for run in runs] == [2e-2, 5e-3]
+
+
+def test_forms_of_lora_that_move_the_weights_further_get_less() -> None:
+    known = RunFacts("encoder", 384, False, 100)
+    forms = ({}, {"use_dora": True}, {"use_rslora": True}, {"lora_plus_ratio": 16})
+    assert [rates_of("lora", form).rate(known) for form in forms] == [1e-3, 1e-3, 3e-4, 3e-4]
+
+
+def test_a_head_with_a_target_for_every_token_bears_more() -> None:
+    row = RunFacts("encoder", 384, True, 60)
+    tokens = RunFacts("encoder", 384, True, 60, token_head=True)
+    assert str(tokens) == "an encoder 384 wide with a new head for tokens, 60 steps"
+    for kind, expected in (("lora", [1e-3, 3e-3]), ("full", [1e-4, 3e-4]), ("ia3", [3e-2, 9e-2])):
+        assert [rates_of(kind, {}).rate(run) for run in (row, tokens)] == expected

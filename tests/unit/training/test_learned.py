@@ -1,0 +1,56 @@
+"""A run whose loss did not fall says so, with the number."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.tasks import TASKS
+from ftlevel.training.summary import describe_losses, find_nothing_learned
+
+CLASSES = [Encoded([1, 2], label, 0) for label in (0, 1)] * 4  # guessing gives ln 2 = 0.693
+TEXT = [Encoded([1, 2], [1, 2], 0)] * 8
+
+
+def said(task: str, kind: str, rows: list[Encoded], losses: list[float]) -> list[str]:
+    plan: Any = SimpleNamespace(
+        objective=TASKS[task].build_objective(kind, {}),
+        data=SimpleNamespace(train=rows),
+        schedule=SimpleNamespace(learning_rate=2e-4),
+    )
+    return find_nothing_learned(describe_losses(losses), plan)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([0.70, 0.69, 0.70, 0.70, 0.69, 0.70], ["Try a higher --learning-rate than 0.0002"]),
+        ([0.70, 0.69, 0.70, 0.95, 1.10, 0.95], ["Try a lower --learning-rate than 0.0002"]),
+        ([0.9, 0.9, 0.9, 0.7, 0.66, 0.65], []),
+        ([0.9, 0.9, 0.9, 0.9, 0.9], []),
+    ],
+)
+def test_classes_are_compared_with_guessing(losses: list[float], expected: list[str]) -> None:
+    found = said("text-classification", "encoder", CLASSES, losses)
+    assert len(found) == len(expected)
+    for line, end in zip(found, expected, strict=True):
+        assert line.startswith(
+            f"the loss ended at {sum(losses[-3:]) / 3:.3f} (mean of the last 3 that were logged), "
+            "and guessing by how often each answer is given, without reading, gives 0.693: nothing "
+            "was learned. "
+        )
+        assert end in line
+
+
+@pytest.mark.parametrize(
+    ("losses", "lines"),
+    [([3.0, 3.1, 3.2] * 2, 1), ([3.1, 3.1, 3.2, 3.1, 3.0, 2.9], 0), ([3.0], 0)],
+)
+def test_text_is_compared_with_its_beginning(losses: list[float], lines: int) -> None:
+    found = said("text-generation", "decoder", TEXT, losses)
+    assert len(found) == lines
+    for line in found:
+        assert "ended at 3.100 (mean of the last 3 that were logged), and began at 3.100" in line
