@@ -61,7 +61,7 @@ with PEFT 0.21.2 on a CPU, in parts:
 
 The failure of fused LoRA was the layer's `repr`, which is PEFT's since. The two of the bottleneck
 were in the tests of BART and RoBERTa; their messages were not kept, and the cells that they must
-have been passed when they were run again. Its six tests of `torch.compile` were not run to their end.
+have been passed when they were run again. Its six tests of `torch.compile` were not run to the end.
 Skipped are tests of merging, those that PEFT's tests skip themselves, and DeBERTa's first version,
 which has no known positions. For prefixes and prompts a test is left out that wants an adapter to
 begin as the identity, and where the Hub is asked, for all.
