@@ -90,4 +90,4 @@ def test_every_pair_becomes_the_model_that_was_trained(
     exact = found["before_rounding"]
     assert exact["mean_difference"] <= 1e-6 * exact["scale"]
     assert found["agreement"]["kl"] < 1e-3 * found["effect"]["kl"] + 1e-5
-    assert found["written"]["merged"] == 7
+    assert found["written"]["merged"] == 10  # three of the linears have biases
