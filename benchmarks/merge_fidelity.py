@@ -35,7 +35,7 @@ def ftlevel(*arguments: str) -> str:
     done = subprocess.run([sys.executable, "-m", "ftlevel", *arguments], capture_output=True,
                           text=True, check=False)  # fmt: skip
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
     return done.stdout
 
 

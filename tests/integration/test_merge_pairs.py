@@ -73,8 +73,8 @@ def become(how: str, source: Path, dtype: str, out: Path) -> dict[str, Any]:
         kind = QuantizeConfig(model=str(result.path), out=out / "packed", quant="4bit",
                               measure=False)  # fmt: skip
         assert quantize(kind).summary["quantized_linears"] == 7
-        assert run(["generate", str(out / "packed"), "--prompt", "the", "--max-new-tokens", "1",
-                    "--quiet"]) == 0  # fmt: skip
+        asked = ["--prompt", "the", "--max-new-tokens", "1"]
+        assert run(["generate", str(out / "packed"), *asked]) == 0
     return result.summary
 
 
@@ -87,7 +87,10 @@ def test_every_pair_becomes_the_model_that_was_trained(
 ) -> None:
     found = become(how, runs(base, dtype), dtype, tmp_path)
     assert found["verified"]
-    exact = found["before_rounding"]
-    assert exact["mean_difference"] <= 1e-6 * exact["scale"]
-    assert found["agreement"]["kl"] < 1e-3 * found["effect"]["kl"] + 1e-5
-    assert found["written"]["merged"] == 7
+    assert found["agreement"]["kl"] < 1e-3
+    assert found["onto"] == ("original" if base in ("float", "gguf") else "dequantized")
+    if how != "export":  # whose summary is shorter
+        exact = found["before_rounding"]
+        assert exact["mean_difference"] <= 1e-6 * exact["scale"]
+        assert found["agreement"]["kl"] < 1e-3 * found["effect"]["kl"] + 1e-5
+        assert found["written"]["merged"] == 10  # three of the linears have biases

@@ -41,12 +41,13 @@ def mix(
     if weights == [1.0]:
         return inputs, []
     directories = [find_adapter(name)[0] for name in config.adapters]
-    base = build_task_model(inputs.config, inputs.auto_class)
     for name, directory in zip(config.adapters, directories, strict=True):
         reason = why_not_mixable(read_peft_config(directory))
         if reason is not None:
             raise InputError(f"{name} cannot be mixed: {reason}.")
         _check_same_base(inputs, name, directory)
+    base = build_task_model(inputs.config, inputs.auto_class)
+    for name, directory in zip(config.adapters, directories, strict=True):
         other = why_other_vocabulary(base, directory)
         if other is not None:
             raise InputError(f"{name} cannot be mixed: {other}. Merge it alone.")
