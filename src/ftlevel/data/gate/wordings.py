@@ -260,9 +260,14 @@ def _are_near(
     found = _may_be_near(one, these, other, those, allowed)
     records, others = one.digests.records[these], other.digests.records[those]
     found &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))
+    done: set[int] = set()  # one near row is enough
     for i in np.flatnonzero(found).tolist():
-        sides = one.sides(int(these[i])), other.sides(int(those[i]))
-        found[i] = differ(*sides) <= allowed[i]
+        row = int(these[i])
+        found[i] = row not in done and (
+            differ(one.sides(row), other.sides(int(those[i]))) <= allowed[i]
+        )
+        if found[i]:
+            done.add(row)
     return found
 
 
