@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Iterator, Sequence
 
 from ftlevel.cli.app import COMMANDS
-from ftlevel.config.flags import FLAGS, Flag, Spelling, flags_of, second_names
+from ftlevel.config.flag import Agrees, Flag, Spelling, Words
+from ftlevel.config.flags import FLAGS, flags_of
 
 _HEAD = """\
 # The command line
@@ -38,7 +39,16 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     answers = [row for row in flags if row.answer and name in row.on]
     if answers:
         yield from ("", "### Not here", "")
-        yield from (f"- {_code(row.shown)}: {row.answer}" for row in answers)
+        yield from (line for row in answers for line in _answer(row))
+
+
+def _answer(row: Flag) -> Iterator[str]:
+    """Yield the line of a flag that there is not: what its words do, then what others are told."""
+    words = [
+        f"{_code(word)}: {meant.reason if isinstance(meant, Agrees) else _code(meant)}"
+        for word, meant in row.words.items()
+    ]
+    yield f"- {_code(row.shown)}: {'; '.join([*words, row.answer])}"
 
 
 def _line(row: Flag, command: str, flags: Sequence[Flag]) -> str:
@@ -62,17 +72,24 @@ def _line(row: Flag, command: str, flags: Sequence[Flag]) -> str:
 
 
 def _second(row: Flag, flags: Sequence[Flag]) -> Iterator[str]:
-    for name, (own, values) in second_names(flags).items():
-        if own == row.shown:
-            yield _with_values(Spelling(name, values=values))
-    yield from (_with_values(other) for other in row.spellings if other.value is not None)
+    if row.words:
+        yield f"{_code(row.shown)} ({_words(row.words)})"
+    seconds = [other for each in flags if each.shown == row.shown for other in each.spellings]
+    yield from dict.fromkeys(map(_with_values, seconds))
 
 
 def _with_values(other: Spelling) -> str:
-    if other.value is not None:
+    if other.value:
         return f"{_code(other.name)} ({other.value})"
-    words = ", ".join(f"{theirs}: {ours}" for theirs, ours in other.values.items())
+    words = _words(other.values)
     return _code(other.name) + (f" ({words})" if words else "")
+
+
+def _words(words: Words) -> str:
+    return ", ".join(
+        f"{theirs}: {'as it is' if isinstance(ours, Agrees) else ours or 'none'}"
+        for theirs, ours in words.items()
+    )
 
 
 def _code(text: str) -> str:

@@ -90,7 +90,7 @@ TARGETS = """llama mistral qwen2 qwen3 smollm3 granite olmo2 gemma gemma2 gemma3
     qwen3_moe phi3 starcoder2 gpt2 gpt_neo gptj gpt_bigcode bloom falcon gpt_neox opt bert roberta
     xlm-roberta camembert distilbert electra albert mpnet deberta-v2 modernbert t5 mt5 umt5 bart
     mbart pegasus marian m2m_100 blenderbot other models/llama models/gpt2 models/t5"""
-COMMANDS = "train preview evaluate generate merge quantize export list-targets list-methods"
+COMMANDS = "train preview evaluate generate merge quantize export recipes list-targets list-methods"
 ITEMS = f"""
 tests: tests said.json
 lora: {DOCS} | {SCORE} | {ASK} --compare-base | {MERGE} | export run --json --out run.gguf
@@ -164,6 +164,7 @@ dry-run: train --dry-run --json | train --dry-run --json --method ia3 {MINILM} {
   | train --dry-run --model models/t5 {PAIRS} --quant 8bit | train --schema
   | quantize models/llama --quant 4bit --out q --dry-run | export models/llama --out q.gguf
 help: --help | {" | ".join(f"{name} --help" for name in COMMANDS.split())}
+  | train --help-all | preview --help-all
 """
 # A line an item: its name, and command lines as typed behind `ftlevel`. One that begins with a flag
 # is a training run; `tests` runs those of `SPOKEN`. Items called two-… run alone, on both cores.

@@ -2,6 +2,7 @@
 
 python scripts/write_docs.py methods          write docs/methods.md
 python scripts/write_docs.py cli              write docs/cli.md
+python scripts/write_docs.py coming-from      write docs/coming-from.md
 python scripts/write_docs.py --check          exit with 1 where a page is not up to date
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cli_page import cli_page
+from coming_from_page import coming_from_page
 from ftlevel.commands.list_methods import QUANTS, task_refusal
 from ftlevel.config import SPECS
 from ftlevel.methods import METHODS
@@ -133,7 +135,11 @@ def _rule_lines() -> list[str]:
     ]
 
 
-PAGES: dict[str, Callable[[], str]] = {"methods": methods_page, "cli": cli_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "methods": methods_page,
+    "cli": cli_page,
+    "coming-from": coming_from_page,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

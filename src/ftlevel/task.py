@@ -171,12 +171,14 @@ class Objective(ABC):
         feeds_labels: whether the model needs the labels to build its decoder's inputs.
         per_row: whether scores are of whole rows, made of one token of each: `(batch, …)`.
         has_choice: whether there is something to choose between, so that KL and top-1 have sense.
+        one_of_many: whether a target is one choice of several, so that labels can be smoothed.
     """
 
     headline: str
     feeds_labels: bool = False
     per_row: ClassVar[bool] = False
     has_choice: ClassVar[bool] = True
+    one_of_many: ClassVar[bool] = False
 
     def split(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
         """Return what the model is called with, and the labels."""
@@ -217,6 +219,20 @@ class Objective(ABC):
             mask: the attention mask `(batch, seq)`.
         """
 
+    def smoothed_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, smoothing: float
+    ) -> torch.Tensor:
+        """Return the loss with smoothed labels, summed: (1 − ε) L + ε Σ mean(−log softmax).
+
+        That is transformers' `LabelSmoother`. Arguments are those of `loss_sum`.
+        """
+        total = self.loss_sum(logits, labels, mask)
+        if not smoothing:
+            return total
+        scores = self.choices(logits, labels, mask).float()
+        uniform = -scores.log_softmax(-1).mean(-1).sum()
+        return (1 - smoothing) * total + smoothing * uniform
+
     @abstractmethod
     def meter(self) -> Meter:
         """Return a new meter; it is updated with what `targets` returns."""
@@ -224,6 +240,8 @@ class Objective(ABC):
 
 class TokenObjective(Objective):
     """What predicts tokens by a language head, and so needs it at some positions only."""
+
+    one_of_many: ClassVar[bool] = True
 
     @abstractmethod
     def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

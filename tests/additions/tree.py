@@ -83,9 +83,9 @@ CHECK = Addition(
     ],
 )
 
-_SEED = '    Flag("train.seed", "", HOW),'
-_DECAY = '    Flag("train.weight_decay", "", HOW),'
-FLAG = Addition({}, [("config/flags.py", _SEED, _DECAY)])
+_SEED = '    Flag("train.seed", "", HOW, also=("--random-state", "--random-seed")),'
+_SAMPLES = '    Flag("data.validation_rows", "", HOW),'
+FLAG = Addition({}, [("config/flags.py", _SEED, _SAMPLES)])
 
 _LAST_FORMAT = '    "gguf": ExportFormat("ftlevel.merging.formats.gguf", ".gguf", (".Modelfile",)),'
 EXPORT = Addition(

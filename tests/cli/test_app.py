@@ -46,6 +46,41 @@ def test_python_dash_m_is_the_same_program() -> None:
     assert done.stdout.startswith("ftlevel ")
 
 
+def test_the_version_in_one_letter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["-V"]) == 0
+    assert capsys.readouterr().out.startswith("ftlevel ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("ftlevel quan", ["quantize"]),
+        ("ftlevel train --method p", ["p-tuning", "prefix", "prompt"]),
+        ("ftlevel train --task text-", ["text-classification", "text-generation"]),
+        ("ftlevel list-targets distil", ["distilbert"]),
+        ("ftlevel train recipes/mi", ["recipes/mine.yaml"]),
+        ("ftlevel train --dataset mi", []),  # the shell completes files
+        ("ftlevel train --label-smoo", ["--label-smoothing-factor"]),
+    ],
+)
+def test_what_a_shell_is_offered(
+    typed: str,
+    offered: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.yaml").write_text("method: lora\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("_FTLEVEL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
+    with pytest.raises(SystemExit):
+        raise SystemExit(run([]))
+    assert capsys.readouterr().out.split() == offered
+
+
 def test_every_field_has_a_consumer() -> None:
     """A field that no code below the configuration reads would be a flag that does nothing."""
     source = Path(importlib.import_module("ftlevel").__file__ or "").parent

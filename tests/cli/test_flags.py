@@ -19,7 +19,7 @@ from additions.tree import FLAG
 from additions.tree import run as run_in
 from ftlevel.cli.app import COMMANDS, build_app, run
 from ftlevel.cli.flags import Given, add_command
-from ftlevel.cli.grammar import canonical
+from ftlevel.cli.typed.spelling import Reading, readings_of, rewrite
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig
 from ftlevel.config.field_facts import describe_field
 from ftlevel.config.flags import (
@@ -34,16 +34,15 @@ from ftlevel.config.flags import (
     Flag,
     Spelling,
     flags_of,
-    second_names,
 )
 from ftlevel.errors import ConfigError, FtlevelError
 
 TOY = Flag(
-    "train.weight_decay",
+    "data.validation_rows",
     panel=HOW,
-    also=("--wd", Spelling("--decay-kind", values={"strong": "0.5"}), Spelling("--decay", "0.1")),
+    also=("--vr", Spelling("--how-many", values={"some": "5"}), Spelling("--few", "3")),
 )
-ANSWERED = Flag(names="--packing", answer="rows are packed by default. Drop it.")
+ANSWERED = Flag(names="--wrapping", answer="rows are packed by default. Drop it.")
 
 
 def function_of(name: str) -> Callable[..., None]:
@@ -65,9 +64,21 @@ def layer_of(arguments: Sequence[str], flags: Sequence[Flag] = FLAGS) -> Layer:
     return seen[0]
 
 
-def help_of(capsys: pytest.CaptureFixture[str], name: str, flags: Sequence[Flag] = FLAGS) -> str:
-    build_app([name], flags)(args=[name, "--help"], prog_name="ftlevel", standalone_mode=False)
+def help_of(
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    flags: Sequence[Flag] = FLAGS,
+    asked: str = "--help-all",
+) -> str:
+    """Return the help of a command, whole where it has a whole one."""
+    asked = asked if name in ("train", "preview") else "--help"
+    build_app([name], flags)(args=[name, asked], prog_name="ftlevel", standalone_mode=False)
     return capsys.readouterr().out
+
+
+def squeezed(text: str) -> str:
+    """Return `text` with one space between its words."""
+    return " ".join(text.split())
 
 
 def panels_of(help_text: str) -> dict[str, list[str]]:
@@ -87,67 +98,68 @@ def panels_of(help_text: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("typed", "shown", "value"),
     [
-        (["--weight-decay", "0.3"], "--weight-decay", 0.3),
-        (["--weight_decay=0.3"], "--weight-decay", 0.3),
-        (["--wd", "0.3"], "--weight-decay", 0.3),
-        (["--decay_kind", "strong"], "--weight-decay", 0.5),
-        (["--decay-kind=strong"], "--weight-decay", 0.5),
-        (["--decay-kind", "0.3"], "--weight-decay", 0.3),
-        (["--decay"], "--decay", "0.1"),
+        (["--validation-rows", "7"], "--validation-rows", 7),
+        (["--validation_rows=7"], "--validation-rows", 7),
+        (["--vr", "7"], "--vr", 7),
+        (["--how_many", "some"], "--how-many", 5),
+        (["--how-many=some"], "--how-many", 5),
+        (["--how-many", "7"], "--how-many", 7),
+        (["--few"], "--few", 3),
+        (["--few", "true"], "--few", 3),
     ],
 )
 def test_an_added_row_is_a_flag_by_all_its_names(
     typed: list[str], shown: str, value: object
 ) -> None:
     layer = layer_of(["--model", "x", *typed, "--seed", "3"], (*FLAGS, TOY))
-    assert layer.values["train"] == {"weight_decay": value, "seed": 3}
-    assert layer.origins["train", "weight_decay"] == shown
-    with pytest.raises(typer.TyperException, match="No such option"):
+    assert layer.values["data"] == {"validation_rows": value}
+    assert layer.values["train"] == {"seed": 3}
+    assert layer.origins["data", "validation_rows"] == shown
+    unknown = "No such option|is no flag, but a field: --set data.validation_rows=VALUE"
+    with pytest.raises((typer.TyperException, ConfigError), match=unknown):
         layer_of(typed)
 
 
 def test_an_added_row_is_in_help_and_docs(capsys: pytest.CaptureFixture[str]) -> None:
     flags = (*FLAGS, TOY, ANSWERED)
     said, page = help_of(capsys, "train", flags), cli_page.cli_page(flags)
-    assert "--weight-decay" in panels_of(said)["Optimisation:"]
-    assert "Decoupled weight decay of AdamW.  [default: 0]" in said
-    assert "Short for --weight-decay 0.1." in said
+    assert "--validation-rows" in panels_of(said)["Optimisation:"]
+    assert "First rows of a streamed set that are held out for evaluation." in squeezed(said)
     (line,) = (
         set(page.splitlines())
         - set(cli_page.cli_page().splitlines())
         - {
-            "### Not here",
-            "- `--packing`: rows are packed by default. Drop it.",
+            "- `--wrapping`: rows are packed by default. Drop it.",
         }
     )
     assert line == (
-        "| `--weight-decay` | `train.weight_decay` |  | 0 | `--wd`, `--decay-kind` (strong: 0.5), "
-        "`--decay` (0.1) | Decoupled weight decay of AdamW. |"
+        "| `--validation-rows` | `data.validation_rows` |  |  | `--vr`, `--how-many` "
+        "(some: 5), `--few` (3) | First rows of a streamed set that are held out for evaluation. |"
     )
-    assert "--packing" not in said
-    assert "weight-decay" not in help_of(capsys, "train")
+    assert "--wrapping" not in said
+    assert "max-generate-samples" not in help_of(capsys, "train")
 
 
 def test_a_flag_is_one_line_of_one_file(tmp_path: Path) -> None:
     assert FLAG.touched == ["config/flags.py"]
     tree = FLAG.apply(tmp_path)
-    assert "  --weight-decay <float>" in run_in(tree, "train", "--help", cwd=tmp_path)
-    said = run_in(tree, "train", "--weight-decay", "5", cwd=tmp_path, code=2)
-    assert said.startswith("ftlevel: --weight-decay: 5.0 is out of range")
+    assert "  --validation-rows" in run_in(tree, "train", "--help-all", cwd=tmp_path)
+    said = run_in(tree, "train", "--validation-rows", "0", cwd=tmp_path, code=2)
+    assert said.startswith("ftlevel: --validation-rows: 0 is out of range")
 
 
 def test_two_spellings_of_one_field() -> None:
     with pytest.raises(
-        ConfigError, match=r"--decay and --weight-decay both set train.weight_decay"
+        ConfigError, match=r"--few and --validation-rows both set data.validation_rows"
     ):
-        layer_of(["--decay", "--weight-decay", "0"], (*FLAGS, TOY))
-    with pytest.raises(ConfigError, match=r"--bf16 and --fp16 both set the precision\. Give"):
+        layer_of(["--few", "--validation-rows", "9"], (*FLAGS, TOY))
+    with pytest.raises(ConfigError, match=r"--fp16 and --bf16 both set the precision\. Give"):
         layer_of(["--fp16", "--bf16"])
 
 
-@pytest.mark.parametrize("typed", [["--packing"], ["--packing=true"], ["--packing", "true"]])
+@pytest.mark.parametrize("typed", [["--wrapping"], ["--wrapping=true"], ["--wrapping", "true"]])
 def test_a_flag_that_is_answered(typed: list[str]) -> None:
-    with pytest.raises(FtlevelError, match=r"--packing: rows are packed by default\.") as e:
+    with pytest.raises(FtlevelError, match=r"--wrapping.*: rows are packed by default\.") as e:
         layer_of(typed, (*FLAGS, ANSWERED))
     assert e.value.exit_code == 2
 
@@ -189,14 +201,15 @@ def test_nothing_given_sets_nothing() -> None:
 )
 def test_second_spellings(typed: list[str], read: list[str]) -> None:
     known = {"--lora-r", "--model", "--task", "--quant", "--dataset"}
-    assert list(canonical(typed, known, second_names())) == read
+    rows = [row for row in FLAGS if row.shown in known]
+    assert rewrite(typed, readings_of("train", rows)).arguments == read
 
 
 def test_words_are_translated_for_their_flag_alone() -> None:
-    seconds = {"--lora-target": ("--target-modules", {"all": "all-linear"})}
+    readings = {"--lora-target": Reading("--target-modules", words={"all": "all-linear"})}
     typed = ["--lora-target", "all", "all", "--lora-target", "--x", "all"]
     read = ["--target-modules", "all-linear", "all", "--target-modules", "--x", "all"]
-    assert list(canonical(typed, {"--target-modules"}, seconds)) == read
+    assert rewrite(typed, readings).arguments == read
 
 
 @pytest.mark.parametrize(
@@ -226,10 +239,24 @@ def test_the_panels_of_train(capsys: pytest.CaptureFixture[str]) -> None:
         "--model", "--dataset", "--task", "--method", "--quant", "--lora-r", "--num-train-epochs",
         "--learning-rate", "--per-device-train-batch-size", "--output-dir",
     ]  # fmt: skip
-    assert panels[f"{GENERAL}:"] == ["--json", "-q,", "--schema", "--traceback", "-h,"]
+    assert panels[f"{GENERAL}:"] == [
+        "--json", "-q,", "--help-all", "--schema", "--traceback", "-h,",
+    ]  # fmt: skip
     assert sum(map(len, panels.values())) == sum(
         not row.is_argument for row in flags_of("train")
-    ) + len(["--bf16", "--fp16", "--help"])
+    ) + len(["--help"])
+
+
+def test_the_help_of_train_is_the_flags_of_every_day(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = panels_of(help_of(capsys, "train"))
+    said = help_of(capsys, "train", asked="--help")
+    panels = panels_of(said)
+    daily, others = f"{DAILY}:", list(panels)[-1]
+    assert panels[daily] == whole[daily]
+    assert panels[others] == ["--recipe", "--set", "--dry-run", "--help-all", "-h,"]
+    hidden = sum(map(len, whole.values())) - sum(map(len, panels.values()))
+    assert others == f"And {hidden} more: {MODEL}, {DATA}, {HOW}, {RUN}:"
+    assert len(said.splitlines()) < 60
 
 
 @pytest.mark.parametrize(
@@ -287,7 +314,7 @@ def test_every_flag_reaches_a_field_that_is_described(name: str) -> None:
 def test_every_other_flag_is_read(name: str) -> None:
     """A flag that sets no field is a parameter of its command, or read by name."""
     cli = Path(importlib.import_module("ftlevel.cli").__file__ or "").parent
-    text = "\n".join(path.read_text() for path in cli.glob("*.py"))
+    text = "\n".join(path.read_text() for path in cli.rglob("*.py"))
     reads = inspect.signature(function_of(name)).parameters
     idle = [
         row.shown
@@ -295,7 +322,7 @@ def test_every_other_flag_is_read(name: str) -> None:
         if not row.path
         and row.parameter not in reads
         and f'["{row.parameter}"]' not in text
-        and f'"{row.shown}" in arguments' not in text
+        and f'"{row.shown}" in ar' not in text
     ]
     assert idle == []
 
@@ -305,18 +332,20 @@ def test_names_are_given_once(name: str) -> None:
     rows = flags_of(name)
     words = [word for row in rows for word in row.declared(is_switch=True)]
     names = [name for word in words for name in word.split("/")]
-    names += [other.name for row in rows for other in row.spellings if other.value is not None]
     parameters = [row.parameter for row in rows]
     assert [name for name, count in Counter(names).items() if count > 1] == []
     assert len(parameters) == len(set(parameters))
-    both = [own for second, (own, _) in second_names().items() if {second, own} <= set(names)]
-    assert both == []
+    seconds = [other.name for row in FLAGS if row.shown in names for other in row.spellings] + [
+        row.shown for row in FLAGS if row.answer and name in row.on
+    ]
+    assert [second for second, count in Counter(seconds).items() if count > 1] == []
+    assert set(seconds) & set(names) <= {"--adapter"}  # of generate, where it is a flag
 
 
 def test_rows_name_commands_and_flags_that_exist() -> None:
     shown = {row.shown for row in FLAGS}
     assert {name for row in FLAGS for name in row.on} == set(COMMANDS)
-    assert {own for own, _ in second_names().values()} <= shown
+    assert {"--model", "--lora-r", "--quant"} <= shown
     with pytest.raises(KeyError, match="gone"):
         Flag("train.gone").facts("train")
 
@@ -329,7 +358,7 @@ def test_facts_of_a_field() -> None:
     assert {"lora", "full", "p-tuning"} <= set(kind.choices)
     assert describe_field(TrainConfig, "data.max_length").choices == ()  # a number, or auto
     assert describe_field(TrainConfig, "speed.parallel_workers").type is str
-    assert describe_field(TrainConfig, "train.save_steps").type is int
+    assert describe_field(TrainConfig, "train.save_total_limit").type is int
     assert describe_field(EvaluateConfig, "name").required
 
 

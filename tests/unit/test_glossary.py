@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 EVERYWHERE = ("src", "tests", "benchmarks", "scripts", "docs", "recipes", "README.md",
               "CONTRIBUTING.md")  # fmt: skip
 STEP = ("src/ftlevel/fast", "src/ftlevel/config/speed.py", "src/ftlevel/training/fast_step.py",
-        "src/ftlevel/training/trainer.py", "src/ftlevel/training/verify.py", "tests/unit/fast",
+        "src/ftlevel/training/trainer.py", "src/ftlevel/training/verify", "tests/unit/fast",
         "docs/performance.md")  # fmt: skip
 ROOMS = tuple(f"src/ftlevel/{room}" for room in ("fast", "merging", "trained", "evaluation"))
 ITSELF = {"docs/glossary.md", "tests/unit/test_glossary.py", "src/ftlevel/config/renamed.py"}

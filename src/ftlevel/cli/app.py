@@ -17,10 +17,11 @@ from ftlevel._version import __version__
 from ftlevel.cli.screens.lasting import discard
 from ftlevel.cli.startup.heavy_imports import uncollected_imports
 from ftlevel.cli.startup.launch import is_follower
+from ftlevel.cli.typed.completion import completed_command
 from ftlevel.errors import FtlevelError
 
 if TYPE_CHECKING:
-    from ftlevel.config.flags import Flag
+    from ftlevel.config.flag import Flag
 
 HELP = "Fine-tune transformers efficiently: one grammar for every family, task and PEFT method."
 
@@ -47,6 +48,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.export:export",
         "Write a run or a model as one file for llama.cpp and Ollama.",
     ),
+    "recipes": (
+        "ftlevel.cli.recipes:recipes",
+        "List and show recipes, and convert those of other tools.",
+    ),
     "list-targets": (
         "ftlevel.cli.list_targets:list_targets",
         "Show which modules of a model or a family can be adapted.",
@@ -71,7 +76,7 @@ def build_app(
         name="ftlevel",
         help=HELP,
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,  # importing rich and drawing panels doubles the time of --help
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -106,7 +111,8 @@ def _version(value: bool) -> None:
 
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     pass
@@ -128,7 +134,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; every error ends here as a line."""
-    wanted = [a for a in arguments if not a.startswith("-")][:1]
+    wanted = [a for a in arguments if not a.startswith("-")][:1] or completed_command()
     try:
         with uncollected_imports():
             app = build_app(wanted)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
 
-from ftlevel.cli.grammar import Command, Seconds
 from ftlevel.cli.startup.launch import is_launched
+from ftlevel.cli.typed.completion import completer
+from ftlevel.cli.typed.grammar import Command
+from ftlevel.cli.typed.recipe_file import check_recipe
+from ftlevel.cli.typed.spelling import Claim, Reading, check_claims, readings_of
 from ftlevel.config import (
     Layer,
     TrainConfig,
@@ -22,7 +25,8 @@ from ftlevel.config import (
     read_settings,
 )
 from ftlevel.config.field_facts import FieldFacts
-from ftlevel.config.flags import Flag, flags_of, second_names
+from ftlevel.config.flag import Flag
+from ftlevel.config.flags import flags_of
 from ftlevel.config.section import Section
 from ftlevel.errors import ConfigError
 
@@ -40,13 +44,11 @@ def add_command(
     rows = flags_of(name, flags)
 
     class Own(Command):
-        seconds: ClassVar[Seconds] = second_names(flags)
-        answers: ClassVar[Mapping[str, str]] = {
-            row.shown: row.answer for row in flags if row.answer and name in row.on
-        }
+        readings: ClassVar[Mapping[str, Reading]] = readings_of(name, flags)
 
     def call(ctx: typer.Context, **values: Any) -> None:
-        values["given"] = Given(name, rows, values.copy(), ctx.obj or [])
+        typed, claims = ctx.meta.get("ftlevel.typed", {}), ctx.meta.get("ftlevel.claims", [])
+        values["given"] = Given(name, rows, values.copy(), ctx.obj or [], typed, claims)
         function(**{parameter: values[parameter] for parameter in reads})
 
     reads = inspect.signature(function).parameters
@@ -71,16 +73,12 @@ def _parameters_of(command: str, row: Flag) -> Iterator[inspect.Parameter]:
         "min": row.minimum,
         "rich_help_panel": row.panel or None,
         "show_default": row.default is not None,
+        "autocompletion": completer(row, facts),
     }
     if row.is_argument:
         yield _parameter(row, kind, typer.Argument(**shown))
         return
     yield _parameter(row, kind, typer.Option(*row.declared(kind is bool), **shown))
-    for other in row.spellings:
-        if other.value is not None:
-            text = f"Short for {row.shown} {other.value}."
-            option = typer.Option(other.name, help=text, rich_help_panel=row.panel)
-            yield _parameter(Flag(names=other.name), bool | None, option)
 
 
 def _parameter(row: Flag, kind: Any, info: Any) -> inspect.Parameter:
@@ -120,43 +118,33 @@ class Given:
         rows: the flags that it has.
         values: parameter → value; None is a flag not given.
         arguments: the whole command line, to start it again.
+        typed: flag → the name by which it was given.
+        claims: what was typed that must agree with the configuration.
     """
 
     command: str
     rows: Sequence[Flag]
     values: Mapping[str, Any]
     arguments: Sequence[str]
+    typed: Mapping[str, str] = field(default_factory=dict)
+    claims: Sequence[Claim] = ()
 
     def layer(self) -> Layer:
         """Return the configuration layer of the flags that set a field."""
         layer = Layer()
         for row in self.rows:
-            if row.path and (given := self._given(row)) is not None:
-                _put(layer, row, *given)
+            value = self.values[row.parameter]
+            if row.path and value is not None:
+                _put(layer, row, self.typed.get(row.shown, row.shown), value)
         return layer
 
     def section(self, section: type[S], **others: Any) -> S:
         """Validate the flags as one flat `section`; `others` are fields that the command made."""
         shown = {row.path: row.shown for row in self.rows if row.path}
-        return build_section(section, {**self.layer().values, **others}, shown)
-
-    def _given(self, row: Flag) -> tuple[str, Any] | None:
-        """Return what the user typed for `row`, by whichever of its spellings, and the value."""
-        switches = {other.name: other.value for other in row.spellings if other.value is not None}
-        found = [
-            (name, value)
-            for name, value in switches.items()
-            if self.values[Flag(names=name).parameter]
-        ]
-        value = self.values[row.parameter]
-        if value is not None:
-            found.append((row.shown, value))
-        if len(found) > 1:
-            raise ConfigError(
-                f"{found[0][0]} and {found[1][0]} both set {row.noun or row.path}. "
-                "Give one of them."
-            )
-        return found[0] if found else None
+        config = build_section(section, {**self.layer().values, **others}, shown)
+        for line in check_claims(self.claims, config):
+            _note(line)
+        return config
 
 
 def _put(layer: Layer, row: Flag, shown: str, value: Any) -> None:
@@ -176,11 +164,20 @@ def _put(layer: Layer, row: Flag, shown: str, value: Any) -> None:
     put(layer, key, value, shown)
 
 
-def read_config(given: Given) -> tuple[TrainConfig, Path | None]:
+def _note(line: str) -> None:
+    """Say on stderr what is worth a line before there is a screen; of several processes, once."""
+    if not is_launched():
+        typer.echo(f"note: {line}", err=True)
+
+
+def read_config(
+    given: Given, note: Callable[[str], None] = _note
+) -> tuple[TrainConfig, Path | None]:
     """Merge recipe < --set < flags into one validated configuration; return the recipe too.
 
     Args:
         given: to a command that takes a recipe, `--set` and the flags of `train` or some.
+        note: is told what was read as something else, and what was given to no effect and why.
 
     Raises:
         ConfigError: with all problems found.
@@ -195,21 +192,11 @@ def read_config(given: Given) -> tuple[TrainConfig, Path | None]:
     if path is None and values.get("resume") and values.get("output_dir"):
         own = Path(str(values["output_dir"])) / "config.yaml"
         path = own if own.is_file() else None
-    if path is not None and path.is_dir():
-        path = _config_of_run(path)
+    if path is not None:
+        path = check_recipe(path, given.command)
     layers = [] if path is None else [read_recipe(path)]
     layers.append(read_settings(values["settings"] or []))
-    return build_config([*layers, given.layer()], None if is_launched() else _note), path
-
-
-def _note(line: str) -> None:
-    """Say on stderr what is worth a line before there is a screen; of several processes, once."""
-    typer.echo(f"note: {line}", err=True)
-
-
-def _config_of_run(directory: Path) -> Path:
-    """Return the config.yaml of a run."""
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{directory} is a directory without config.yaml, so it is no run.")
-    return path
+    config = build_config([*layers, given.layer()], note)
+    for line in check_claims(given.claims, config):
+        note(line)
+    return config, path

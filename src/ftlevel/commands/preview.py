@@ -22,6 +22,7 @@ from ftlevel.errors import ConfigError, listing
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
+from ftlevel.training.plan.task_choice import choose_task
 
 _BARS = 10  # of the histogram
 
@@ -128,7 +129,8 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
         ConfigError: the data cannot be read, or there is no such row.
     """
     with quiet_libraries():
-        plan = resolve(config, lenient=True)
+        config, why = choose_task(config)
+        plan = resolve(config, lenient=True, why_task=why)
         shown = [_show_row(plan, row) for row in _pick(plan, numbers)]
     facts = plan.data.facts
     return Preview(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from ftlevel.training.plan.packages import check_packages
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.schedule import find_warnings
+from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
 from ftlevel.training.resume import open_or_resume
-from ftlevel.training.summary import Outcome, build_summary, describe_base
+from ftlevel.training.summary import Outcome, build_summary, describe_base, resolved_config
+from ftlevel.training.verify.proof import verify_step
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,16 @@ def train(
     origin = describe_recipe(recipe) if recipe else None
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
-        plan = resolve(config, progress=listener.progress)
+        config, why = choose_task(config)
+        plan = resolve(config, progress=listener.progress, why_task=why)
         listener.choices("train", [*plan.choices, *size_choices(config, plan, try_method=dry_run)])
         data = plan.data
         for warning in find_warnings(config.train, len(data.train), len(data.validation)):
             listener.warn(warning)
         if dry_run:
             summary = {"dry_run": True, "steps": plan.schedule.steps, "data": data.facts,
-                       "targets": plan.targets.modules}  # fmt: skip
+                       "targets": plan.targets.modules,
+                       "config": resolved_config(config, plan)}  # fmt: skip
             listener.end(summary)
             return TrainResult(summary, None, None, plan.model.tokenizer)
         with contextlib.ExitStack() as held:
@@ -111,6 +115,7 @@ def _train(
     processes.join(plan.model.device)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
+    verified = verify_step(config, plan, adapted, listener)
     base = describe_base(plan.model.source)
     run, checkpoint = processes.from_first(lambda: open_or_resume(config, plan, base, listener))
     past = []
@@ -144,7 +149,7 @@ def _train(
         proof=prove(adapted.model, config, plan, run, watch.gradients),
         timings=measure_times(watch.report, trained_at, int(trainer.tokens_seen)),
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
-        speed=describe_speed(trainer, adapted.verified),
+        speed=describe_speed(trainer, asdict(verified) if verified else None),
     )
     summary = build_summary(config, plan, outcome)
     with explain_disk_errors(run):

@@ -13,12 +13,12 @@ from ftlevel.config.layers import (
     Layer,
     build_config,
     build_section,
-    normal_task,
     put,
     read_recipe,
     read_settings,
 )
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
+from ftlevel.config.other_tools.words import normal_task
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,

@@ -20,6 +20,7 @@ class FieldFacts:
         choices: the values that there are, where they can be counted.
         default: as it is shown; empty where the description has it or it is off.
         required: whether there is no default.
+        takes_number: whether a value may be a number.
     """
 
     description: str
@@ -27,6 +28,7 @@ class FieldFacts:
     choices: tuple[str, ...]
     default: str
     required: bool
+    takes_number: bool
 
 
 def describe_field(config: type[BaseModel], path: str) -> FieldFacts:
@@ -57,6 +59,7 @@ def describe_field(config: type[BaseModel], path: str) -> FieldFacts:
         choices=tuple(dict.fromkeys(str(v) for k in kinds for v in get_args(k))) if closed else (),
         default=_default_of(infos),
         required=first.is_required(),
+        takes_number=bool({int, float} & set(kinds)),
     )
 
 

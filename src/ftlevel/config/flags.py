@@ -1,130 +1,28 @@
 """The table of flags: one row a flag, from which signatures, help, second names and docs are made.
 
 Data only; `cli/flags.py` makes Typer's options of it and `scripts/write_docs.py` docs/cli.md. A
-flag that sets a field takes its help, its choices, its default and its type from the field.
+flag that sets a field takes its help, its choices, its default and its type from the field. What
+other tools have and ftlevel has not is in `config/other_tools/answers.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ftlevel.config.commands.evaluate import EvaluateConfig
-from ftlevel.config.commands.export import ExportConfig
-from ftlevel.config.commands.generate import GenerateConfig
-from ftlevel.config.commands.merge import MergeConfig
-from ftlevel.config.commands.quantize import QuantizeConfig
-from ftlevel.config.field_facts import FieldFacts, describe_field
-from ftlevel.config.section import Section
-from ftlevel.config.train import TrainConfig
-
-CONFIGS: dict[str, type[Section]] = {
-    "train": TrainConfig,
-    "preview": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "generate": GenerateConfig,
-    "merge": MergeConfig,
-    "quantize": QuantizeConfig,
-    "export": ExportConfig,
-}
-"""Command → the configuration that its flags set."""
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """What another tool calls a flag, where its values are not ours.
-
-    Attributes:
-        name: as it is typed, with dashes; underscores are read as dashes everywhere.
-        value: the spelling is a switch, and giving it sets the flag to this.
-        values: their word for a value → ours; other values are passed on as they are.
-    """
-
-    name: str
-    value: str | None = None
-    values: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Flag:
-    """One flag or argument of one or several commands.
-
-    Attributes:
-        path: dotted path of the field that it sets, from the configuration of the command;
-            `method.NAME` may be a field of any method. Empty: the command itself reads it.
-        names: as Typer declares it, spaces between; an argument is its metavar. The default is
-            the field's name, with `--no-…` for a switch.
-        panel: heading under which `--help` and docs/cli.md show it.
-        on: the commands that have it.
-        also: other tools' names for it, which hold for every command that has the flag.
-        metavar: what stands for its value in help; the default is by the type.
-        required: the command line is refused without it.
-        rest: path of the field that takes what is given beyond the first value.
-        example: of a NAME=VALUE pair, for the error about one that is none.
-        noun: what it sets, for the error about two spellings that are given together.
-        dest: name of the parameter; the default is the flag's.
-        help, type, default, minimum: of a flag that sets no field.
-        answer: there is no such flag; whoever gives it is told this instead.
-    """
-
-    path: str = ""
-    names: str = ""
-    panel: str = ""
-    on: Sequence[str] = ("train",)
-    also: Sequence[str | Spelling] = ()
-    metavar: str | None = None
-    required: bool = False
-    rest: str = ""
-    example: str = ""
-    noun: str = ""
-    dest: str = ""
-    help: str = ""
-    type: Any = str
-    default: Any = None
-    minimum: int | None = None
-    answer: str = ""
-
-    @property
-    def spellings(self) -> list[Spelling]:
-        """The second names."""
-        return [Spelling(name) if isinstance(name, str) else name for name in self.also]
-
-    @property
-    def is_argument(self) -> bool:
-        """Whether it stands without a name on the command line."""
-        return bool(self.names) and not self.names.startswith("-")
-
-    @property
-    def shown(self) -> str:
-        """What errors call it."""
-        if self.is_argument:
-            return self.names
-        return self.names.split()[0].partition("/")[0] if self.names else _flag_of(self.path)
-
-    @property
-    def parameter(self) -> str:
-        """The name under which a command reads it."""
-        if self.dest or not self.is_argument:
-            return self.dest or self.shown.lstrip("-").replace("-", "_")
-        return self.path.replace(".", "_")
-
-    def facts(self, command: str) -> FieldFacts | None:
-        """Return what the field that it sets says of itself, if it sets one."""
-        return describe_field(CONFIGS[command], self.path) if self.path else None
-
-    def declared(self, is_switch: bool) -> list[str]:
-        """Return the names as Typer takes them."""
-        if self.names:
-            return self.names.split()
-        name = _flag_of(self.path)
-        return [f"{name}/--no-{name[2:]}" if is_switch else name]
-
-
-def _flag_of(path: str) -> str:
-    return "--" + path.rpartition(".")[2].replace("_", "-")
-
+from ftlevel.config.flag import CONFIGS as CONFIGS
+from ftlevel.config.flag import Agrees, Flag, Spelling, Words
+from ftlevel.config.other_tools.answers import ANSWERS
+from ftlevel.config.other_tools.values import (
+    read_glue,
+    read_once_an_epoch,
+    read_percent,
+    read_ratio,
+    read_share,
+    read_template,
+    read_trackers,
+    refuse_checkpoint,
+)
 
 DAILY, MODEL, DATA = "Daily", "Model and method", "Data"
 HOW, RUN, GENERAL = "Optimisation", "Run", "General"
@@ -134,7 +32,65 @@ _ROWS = ("train", "preview")
 _EVERY = ("train", "preview", "evaluate", "generate", "merge", "quantize", "export",
           "list-targets", "list-methods")  # fmt: skip
 _QUIET = ("train", "merge", "quantize", "export")
-_TRACED = tuple(name for name in _EVERY if name != "preview")
+_TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
+
+_PRECISIONS = {
+    **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "half", "torch.float16"), "float16"),
+    **dict.fromkeys(("fp32", "float", "torch.float32", "no"), "float32"),
+    "none": "auto",
+}
+_BF16: Words = {
+    "auto": "auto",
+    "false": Agrees(
+        "another precision is asked for", "model.dtype", ("float32", "float16"),
+        otherwise="Add --dtype float32: auto takes bfloat16 where the device has it",
+    ),
+}  # fmt: skip
+_BITS = {
+    "bf16": "none --dtype bfloat16",
+    "fp16": "none --dtype float16",
+    "fp32": "none --dtype float32",
+    "16": "none",
+    "32": "none --dtype float32",
+}
+_ATTENTION = {
+    **dict.fromkeys(("fa2", "flash", "flash_attn", "flash_attention"), "flash_attention_2"),
+    "disabled": "eager",
+}
+_OVERLONG = {"delete": "drop", "raise": "error"}
+_OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_hf": "adamw_torch",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+}
+_NO_LIMIT = Agrees("there is no limit but the epochs", "train.max_steps", (None,))
+_DO_EVAL: Words = {
+    "true": Agrees(
+        "validation rows are scored at the end of each epoch where there are some",
+        "train.eval_strategy", (None, "epoch", "steps"),
+    ),
+    "false": "no",
+}  # fmt: skip
+_SHARES = ("--val-size", "--val-set-size", "--split-dataset-ratio", "--test-split-size",
+           "--eval-size")  # fmt: skip
+_COLUMNS = tuple(
+    Spelling(name, read=f"{role}={{}}".format)
+    for role, names in {
+        "text": ("--text-column", "--text-column-name", "--text-column-names", "--content-column",
+                 "--dataset-text-field"),
+        "summary": ("--summary-column",),
+        "label": ("--label-column-name", "--label-column"),
+        "context": ("--context-column",),
+        "question": ("--question-column",),
+        "answers": ("--answer-column",),
+        "prompt": ("--prompt-column", "--query-column"),
+        "completion": ("--response-column", "--completion-column"),
+        "messages": ("--messages-column",),
+    }.items()
+    for name in names
+)  # fmt: skip
 
 FLAGS: tuple[Flag, ...] = (
     # Arguments.
@@ -147,69 +103,165 @@ FLAGS: tuple[Flag, ...] = (
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, type=list[str]),
     Flag("model", "MODEL", on=("quantize",), required=True),
     Flag("model", "RUN|MODEL", on=("export",), required=True),
+    Flag(names="ACTION", on=("recipes",), dest="action", required=True,
+         help="What to do: list, show or convert."),
+    Flag(names="[FILE]", on=("recipes",), dest="file", type=Path,
+         help="A recipe to show, or the file of another tool to convert."),
     Flag(names="MODEL|FAMILY", on=("list-targets",), dest="model", required=True,
          help="A directory, a .gguf file, a Hub id, builtin:NAME, or a family such as llama."),
     # The ten that nearly every run has.
-    Flag("model.name_or_path", "--model", DAILY, _ROWS, also=("--model-name-or-path",)),
-    Flag("data.dataset", "--dataset", DAILY, _ROWS, also=("--dataset-name",), type=list[str],
-         rest="data.also"),
-    Flag("task", "--task", DAILY, _ROWS, also=("--task-type",)),
-    Flag("method.kind", "--method", DAILY, also=("--peft-method",)),
-    Flag("quant.kind", "--quant", DAILY, also=("--quantization-type",)),
-    Flag("method.r", "--lora-r", DAILY, also=("--lora-rank", "--rank")),
-    Flag("train.num_train_epochs", "", DAILY, _ROWS, also=("--epochs",)),
+    Flag("model.name_or_path", "--model", DAILY, _ROWS,
+         also=("--model-name-or-path", "--model-name", "--base-model", "--base-model-name-or-path",
+               "--pretrained-model-name-or-path", "--model-id")),
+    Flag("data.dataset", "--dataset", DAILY, _ROWS, type=list[str], several=True, rest="data.also",
+         also=("--dataset-name", "--dataset-name-or-path", "--train-file", "--train-dataset",
+               "--data-path", "--data-files", "--local-dataset", "--raw-text-file", "--datasets",
+               Spelling("--task-name", read=read_glue))),
+    Flag("task", "--task", DAILY, _ROWS, also=("--task-type", "--lora-task-type")),
+    Flag("method.kind", "--method", DAILY,
+         also=("--peft-method", "--peft-type", "--finetuning-type", "--tuner-type", "--train-type",
+               "--training-type", "--adapter")),
+    Flag("quant.kind", "--quant", DAILY, noun="the quantization",
+         also=("--quantization-type", "--quantization-bit", "--quant-bits",
+               Spelling("--bits", values=_BITS), Spelling("--load-in-4bit", value="4bit"),
+               Spelling("--load-in-8bit", value="8bit"),
+               Spelling("--use-4bit-quantization", value="4bit"),
+               Spelling("--use-8bit-quantization", value="8bit"),
+               Spelling("--quantize", value="4bit"))),
+    Flag("method.r", "--lora-r", DAILY, also=("--lora-rank", "--rank", "--r")),
+    Flag("train.num_train_epochs", "", DAILY, _ROWS, also=("--epochs", "--num-epochs")),
     Flag("train.learning_rate", "", DAILY, also=("--lr",)),
     Flag("train.per_device_train_batch_size", "", DAILY, _ROWS,
-         also=("--train-batch-size", "--batch-size")),
-    Flag("output.dir", "--output-dir", DAILY),
+         also=("--train-batch-size", "--batch-size", "--micro-batch-size",
+               "--per-gpu-train-batch-size")),
+    Flag("output.dir", "--output-dir", DAILY, also=("--save-dir",)),
     # What is trained.
-    Flag("model.dtype", "", MODEL, also=("--torch-dtype", Spelling("--bf16", value="bfloat16"),
-         Spelling("--fp16", value="float16")), noun="the precision"),
-    Flag("model.device", "", MODEL),
+    Flag("model.dtype", "", MODEL, noun="the precision", words=_PRECISIONS,
+         also=("--torch-dtype", "--bnb-4bit-compute-dtype", "--mixed-precision",
+               Spelling("--bf16", value="bfloat16", values=_BF16),
+               Spelling("--fp16", value="float16"), Spelling("--fp32", value="float32"))),
+    Flag("model.device", "", MODEL, also=("--device-map", Spelling("--use-cpu", value="cpu"),
+         Spelling("--no-cuda", value="cpu"))),
+    Flag("model.attn_implementation", "", MODEL, words=_ATTENTION,
+         also=("--attn-impl", "--flash-attn", Spelling("--use-flash-attn", "flash_attention_2"),
+               Spelling("--use-flash-attention-2", value="flash_attention_2"),
+               Spelling("--flash-attention", value="flash_attention_2"))),
+    Flag("model.revision", "", MODEL, _ROWS, also=("--model-revision",)),
+    Flag("model.trust_remote_code", "", MODEL, _ROWS),
     Flag("quant.quant_type", "", MODEL, also=("--bnb-4bit-quant-type",)),
     Flag("quant.double_quant", "", MODEL,
-         also=("--bnb-4bit-use-double-quant", "--use-double-quant")),
-    Flag("method.lora_alpha", "", MODEL),
+         also=("--bnb-4bit-use-double-quant", "--use-double-quant", "--use-nested-quant",
+               "--use-bnb-nested-quant", "--double-quantization")),
+    Flag("method.lora_alpha", "", MODEL, also=("--alpha",)),
     Flag("method.lora_dropout", "", MODEL),
-    Flag("method.target_modules", "", MODEL, also=("--lora-target-modules",)),
-    Flag("method.use_dora", "--dora/--no-dora", MODEL, also=("--use-dora",)),
-    Flag("method.use_rslora", "--rslora/--no-rslora", MODEL, also=("--use-rslora",)),
-    Flag("method.init_lora_weights", "--init", MODEL, also=("--init-lora-weights",)),
-    Flag("method.lora_plus_ratio", "", MODEL, also=("--loraplus-lr-ratio",)),
+    Flag("method.target_modules", "", MODEL, several=True, words={"all": "all-linear"},
+         also=("--lora-target-modules", "--lora-target", "--oft-target",
+               Spelling("--lora-target-linear", value="all-linear"))),
+    Flag("method.target_parameters", "", MODEL, several=True, also=("--lora-target-parameters",)),
+    Flag("method.layers_to_transform", "", MODEL, several=True,
+         also=("--lora-layers-to-transform",)),
+    Flag("method.bias", "", MODEL, also=("--lora-bias",)),
+    Flag("method.use_dora", "--dora/--no-dora", MODEL, also=("--use-dora", "--peft-use-dora")),
+    Flag("method.use_rslora", "--rslora/--no-rslora", MODEL,
+         also=("--use-rslora", "--peft-use-rslora")),
+    Flag("method.init_lora_weights", "--init", MODEL, words={"true": "default"},
+         also=("--init-lora-weights", "--init-weights", "--peft-init-lora-weights",
+               Spelling("--pissa-init", value="pissa"), Spelling("--use-loftq", value="loftq"))),
+    Flag("method.lora_plus_ratio", "", MODEL, also=("--loraplus-lr-ratio", "--lorap-lr-ratio")),
     # Its data.
-    Flag("data.mix", "", DATA, _ROWS),
-    Flag("data.split", "", DATA, _ROWS),
-    Flag("data.format", "", DATA, _ROWS),
-    Flag("data.columns", "--map", DATA, _ROWS, metavar="NAME=COLUMN", example="summary=abstract"),
-    Flag("data.chat_template", "", DATA, _ROWS),
-    Flag("data.max_length", "", DATA, _ROWS, also=("--max-seq-length", "--model-max-length")),
-    Flag("data.overlong", "", DATA, _ROWS),
-    Flag("data.validation_split", "", DATA, _ROWS),
-    Flag("data.max_samples", "", DATA, _ROWS, also=("--max-train-samples",)),
-    Flag("data.streaming", "", DATA, _ROWS),
-    Flag("data.cache", "", DATA, _ROWS),
+    Flag("data.validation_file", "", DATA, _ROWS,
+         also=("--eval-dataset", "--val-dataset", "--eval-file", "--test-dataset")),
+    Flag("data.mix", "", DATA, _ROWS, several=True, also=("--interleave-probs",
+         "--interleave-prob")),
+    Flag("data.subset", "", DATA, _ROWS, also=("--dataset-config-name", "--dataset-config")),
+    Flag("data.split", "", DATA, _ROWS,
+         also=("--dataset-train-split", "--train-split-name", "--dataset-split")),
+    Flag("data.format", "", DATA, _ROWS, also=("--format-type",), words={"auto": ""}),
+    Flag("data.columns", "--map", DATA, _ROWS, metavar="NAME=COLUMN", example="summary=abstract",
+         also=_COLUMNS),
+    Flag("data.chat_template", "", DATA, _ROWS,
+         also=("--chat-template-path", Spelling("--template", read=read_template),
+               Spelling("--chat-template-format", read=read_template))),
+    Flag("data.max_length", "", DATA, _ROWS,
+         also=("--max-seq-length", "--model-max-length", "--max-seq-len", "--cutoff-len",
+               "--sequence-len", "--block-size", "--max-source-length", "--chunk-size")),
+    Flag("data.max_target_length", "", DATA, _ROWS, also=("--val-max-target-length",)),
+    Flag("data.overlong", "", DATA, _ROWS,
+         also=(Spelling("--truncation-strategy", values=_OVERLONG),
+               Spelling("--excess-length-strategy", values=_OVERLONG))),
+    Flag("data.doc_stride", "", DATA, _ROWS),
+    Flag("data.mlm_probability", "", DATA, _ROWS),
+    Flag("data.problem_type", "", DATA, _ROWS,
+         also=(Spelling("--do-regression", value="regression"),)),
+    Flag("data.source_language", "", DATA, _ROWS, also=("--source-lang",)),
+    Flag("data.target_language", "", DATA, _ROWS, also=("--target-lang",)),
+    Flag("data.validation_split", "", DATA, _ROWS, noun="the validation rows",
+         also=(Spelling("--validation-split-percentage", read=read_percent),
+               *(Spelling(name, read=read_share) for name in _SHARES))),
+    Flag("data.max_samples", "", DATA, _ROWS, also=("--max-train-samples", "--num-train-samples",
+         "--max-train-examples")),
+    Flag("data.max_eval_samples", "", DATA, _ROWS, also=("--max-eval-examples",
+         "--num-eval-samples")),
+    Flag("data.streaming", "", DATA, _ROWS, also=("--dataset-streaming",)),
+    Flag("data.shuffle_buffer", "", DATA, _ROWS, also=("--buffer-size", "--shuffle-buffer-size")),
+    Flag("data.cache", "", DATA, _ROWS,
+         also=("--load-from-cache-file", Spelling("--overwrite-cache", value="false"))),
+    Flag("data.num_proc", "", DATA, _ROWS,
+         also=("--preprocessing-num-workers", "--dataset-num-proc", "--dataset-processes")),
     Flag("data.on_bad_row", "", DATA, _ROWS),
     # How it is trained.
-    Flag("train.max_steps", "", HOW, _ROWS),
-    Flag("train.lr_scheduler_type", "", HOW),
-    Flag("train.warmup_steps", "", HOW),
+    Flag("train.max_steps", "", HOW, _ROWS, also=("--max-train-steps",),
+         words={"-1": _NO_LIMIT, "0": _NO_LIMIT}),
+    Flag("train.lr_scheduler_type", "", HOW, also=("--lr-scheduler",)),
+    Flag("train.warmup_steps", "", HOW, noun="the warm-up",
+         also=("--num-warmup-steps", "--lr-warmup-steps",
+               Spelling("--warmup-ratio", read=read_ratio))),
+    Flag("train.optim", "", HOW, also=("--optimizer",), words=_OPTIMIZERS),
+    Flag("train.weight_decay", "", HOW),
+    Flag("train.adam_beta1", "", HOW),
+    Flag("train.adam_beta2", "", HOW),
+    Flag("train.adam_epsilon", "", HOW),
+    Flag("train.max_grad_norm", "", HOW),
+    Flag("train.label_smoothing_factor", "", HOW, also=("--label-smoothing",)),
+    Flag("train.neftune_noise_alpha", "", HOW),
     Flag("train.gradient_accumulation_steps", "", HOW, _ROWS),
-    Flag("train.num_processes", "", HOW),
-    Flag("train.gradient_checkpointing", "", HOW),
+    Flag("train.per_device_eval_batch_size", "", HOW,
+         also=("--eval-batch-size", "--per-gpu-eval-batch-size")),
+    Flag("train.train_sampling_strategy", "", HOW,
+         also=(Spelling("--group-by-length", value="group_by_length"),)),
+    Flag("train.num_processes", "", HOW, also=("--nproc-per-node",)),
+    Flag("train.gradient_checkpointing", "", HOW, words={"unsloth": "true"},
+         also=("--use-gradient-checkpointing", "--activation-checkpointing",
+               Spelling("--disable-gradient-checkpointing", value="false"))),
     Flag("speed.fast", "", HOW),
+    Flag("speed.liger_kernel", "--liger-kernel/--no-liger-kernel", HOW,
+         also=("--use-liger-kernel", "--enable-liger-kernel")),
     Flag("speed.verify", "--verify-fast/--no-verify-fast", HOW),
-    Flag("train.seed", "", HOW),
+    Flag("train.seed", "", HOW, also=("--random-state", "--random-seed")),
     Flag("train.logging_steps", "", HOW),
-    Flag("train.eval_steps", "", HOW),
+    Flag("train.eval_strategy", "", HOW,
+         also=("--evaluation-strategy", Spelling("--do-eval", value="", values=_DO_EVAL),
+               Spelling("--evals-per-epoch", read=read_once_an_epoch))),
+    Flag("train.eval_steps", "", HOW, also=("--eval-step",)),
     Flag("train.eval_on_start", "", HOW),
+    Flag("train.predict_with_generate", "", HOW),
+    Flag("train.max_new_tokens", "", HOW, also=("--generation-max-length",)),
     # The run.
     Flag(names="--recipe", panel=RUN, on=_ROWS, type=Path, help="A recipe; flags win over it."),
     Flag(names="--set", panel=RUN, on=_ROWS, type=list[str], metavar="KEY=VALUE", dest="settings",
          help="Set any field; repeatable."),
-    Flag("train.save_steps", "", RUN),
+    Flag("train.save_strategy", "", RUN,
+         also=(Spelling("--saves-per-epoch", read=read_once_an_epoch),)),
+    Flag("train.save_steps", "", RUN, also=("--save-step", "--checkpointing-steps")),
+    Flag("train.save_total_limit", "", RUN),
     Flag("output.overwrite", "", RUN, also=("--overwrite-output-dir",)),
-    Flag("output.resume", "", RUN, also=("--resume-from-checkpoint",)),
-    Flag("output.report_to", "", RUN),
+    Flag("output.resume", "", RUN,
+         also=(Spelling("--resume-from-checkpoint", read=refuse_checkpoint), "--auto-resume")),
+    Flag("output.run_name", "", RUN,
+         also=("--wandb-name", "--wandb-run-name", "--trackio-run-name")),
+    Flag("output.report_to", "", RUN, several=True, read=read_trackers,
+         also=(Spelling("--enable-wandb", value="wandb"),
+               Spelling("--enable-tensorboard", value="tensorboard"))),
     Flag(names="--dry-run", panel=RUN, type=bool,
          help="Resolve, check and show; train nothing."),
     # preview
@@ -292,22 +344,14 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names="--quiet -q", panel=GENERAL, on=_QUIET, type=bool, help="Print errors only."),
     Flag(names="--quiet -q", panel=GENERAL, on=("evaluate",), type=bool,
          help="Print the metrics only."),
+    Flag(names="--help-all", panel=GENERAL, on=_ROWS, type=bool, help="Show every flag."),
     Flag(names="--schema", panel=GENERAL, type=bool, help="Print the JSON schema of recipes."),
     Flag(names="--traceback", panel=GENERAL, on=_TRACED, type=bool,
          help="Show where an error arose."),
+    *ANSWERS,
 )  # fmt: skip
 
 
 def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
     """Return the flags that `command` has."""
     return [flag for flag in flags if command in flag.on and not flag.answer]
-
-
-def second_names(flags: Sequence[Flag] = FLAGS) -> dict[str, tuple[str, Mapping[str, str]]]:
-    """Return second name → (the flag's own, their word for a value → ours)."""
-    return {
-        other.name: (flag.shown, other.values)
-        for flag in flags
-        for other in flag.spellings
-        if other.value is None
-    }

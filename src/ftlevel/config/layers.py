@@ -15,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ftlevel.config.methods import SPECS
+from ftlevel.config.other_tools.recipes import tool_of
+from ftlevel.config.other_tools.words import in_our_words
 from ftlevel.config.renamed import RENAMED, with_new_names
 from ftlevel.config.train import TrainConfig
 from ftlevel.errors import ConfigError, did_you_mean, listing, nearest
@@ -26,11 +28,6 @@ SHORTHAND = {"model": "name_or_path", "method": "kind", "quant": "kind", "data":
 """`method: lora` is short for `method: {kind: lora}`; likewise for these sections."""
 
 _TAGGED = {"method"}
-_TASK_ALIASES = {
-    "causal-lm": "text-generation",
-    "sequence-classification": "text-classification",
-    "fill-mask": "masked-lm",
-}
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,22 @@ class Layer:
 
 def read_recipe(path: Path) -> Layer:
     """Read a YAML recipe, keeping the line of every key.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, not a mapping, says a key twice, or is one of
+            another tool.
+    """
+    values, origins = read_yaml(path)
+    if tool := tool_of(values):
+        raise ConfigError(
+            f"{path} is a configuration of {tool}. Write it as a recipe first: "
+            f"ftlevel recipes convert {path} > recipe.yaml"
+        )
+    return Layer(values, origins)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """Return the mapping in a YAML file, and the place of every key.
 
     Raises:
         ConfigError: the file is missing, not YAML, not a mapping, or says a key twice.
@@ -69,23 +82,22 @@ def read_recipe(path: Path) -> Layer:
         raise ConfigError(f"recipe {path} is empty. Give it at least a section, such as method.")
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}:1: a recipe is a mapping of sections, such as method: lora.")
-    layer = Layer()
+    origins: dict[KeyPath, str] = {}
     for key, line in _walk(node, ()):
         origin = f"{path}:{line}"
-        if key in layer.origins:
+        if key in origins:
             raise ConfigError(
-                f"{origin}: key {'.'.join(key)!r} is given twice, first at {layer.origins[key]}."
+                f"{origin}: key {'.'.join(key)!r} is given twice, first at {origins[key]}."
             )
-        layer.origins[key] = origin
+        origins[key] = origin
     try:
-        layer.values.update(yaml.safe_load(text))
+        return yaml.safe_load(text), origins
     except yaml.MarkedYAMLError as error:  # a tag such as !!python/object, or a key that is a list
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(
             f"{path}:{line}: {error.problem}. A recipe holds plain values: text, numbers, lists "
             "and mappings."
         ) from None
-    return layer
 
 
 def _walk(mapping: Any, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
@@ -151,8 +163,6 @@ def build_config(layers: Iterable[Layer], note: Callable[[str], None] | None = N
             origins[(*key, SHORTHAND[key[0]]) if short and key[0] in SHORTHAND else key] = origin
     if isinstance(merged.get("method"), dict) and "kind" not in merged["method"]:
         merged["method"]["kind"] = "lora"
-    if isinstance(merged.get("task"), str):
-        merged["task"] = normal_task(merged["task"])
     try:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:
@@ -164,19 +174,15 @@ def _under_new_names(layer: Layer, note: Callable[[str], None] | None) -> Layer:
         values, lines = with_new_names(layer.values, layer.origins)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if not lines:
+    values, said = in_our_words(values)
+    lines += said
+    if not lines and values == layer.values:
         return layer
     if note is not None:
         for line in lines:
             note(line)
     new = {tuple(old.split(".")): tuple(new.split(".")) for old, new in RENAMED.items()}
     return Layer(values, {new.get(key, key): origin for key, origin in layer.origins.items()})
-
-
-def normal_task(name: str) -> str:
-    """Return a task's name as ftlevel writes it: with dashes, and not by another library's word."""
-    task = name.strip().lower().replace("_", "-")
-    return _TASK_ALIASES.get(task, task)
 
 
 def build_section(
@@ -316,6 +322,15 @@ _SYNONYMS = {
     "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
     "name": "name_or_path", "path": "name_or_path", "bits": "kind", "type": "kind",
 }  # fmt: skip
+
+
+def find_setting(name: str) -> str:
+    """Return the dotted field called `name`, of any section or method; empty if there is none."""
+    for section in TrainConfig.model_fields:
+        for inner in ((section,), (section, "gate")):
+            if name in _fields_of(inner):
+                return ".".join((*inner, name))
+    return f"method.{name}" if any(name in spec.model_fields for spec in SPECS.values()) else ""
 
 
 def _names_alike(wrong: str, right: str) -> bool:

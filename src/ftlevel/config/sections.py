@@ -17,6 +17,8 @@ from ftlevel.config.section import Section as Section
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Steps = Positive | Annotated[float, Field(gt=0.0, lt=1.0)]
+"""A number of steps, or below 1 their share of the run, as in transformers."""
 
 DEFAULT_MODEL = "builtin:tiny-llama"
 DEFAULT_DATASET = "builtin:docstrings"
@@ -111,6 +113,12 @@ class DataConfig(Section):
         description="Chat template where the model has none: chatml, gemma, llama-3, mistral, "
         "qwen, or a Jinja file.",
     )
+    validation_file: str | None = Field(
+        None,
+        min_length=1,
+        description="File, directory or Hub id whose rows are the validation rows, in place of "
+        "those that come with the data set.",
+    )
     validation_split: Share | None = Field(
         None,
         description="Share of the training rows held out for evaluation when the data has none.",
@@ -196,9 +204,30 @@ class TrainerConfig(Section):
         0.0, ge=0, description="Steps of warm-up, or below 1 their share of all steps."
     )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of AdamW.")
+    adam_beta1: Share = Field(0.9, description="Decay of AdamW's mean of the gradients.")
+    adam_beta2: Share = Field(0.999, description="Decay of AdamW's mean of their squares.")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
+        1e-8, description="What AdamW adds to the root of that mean."
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm; 0 is off.")
+    label_smoothing_factor: Share = Field(
+        0.0,
+        description="Share of each target's probability that is spread over all others, in "
+        "training alone: what is evaluated is the plain loss.",
+    )
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Add noise to the embeddings in training (NEFTune, Jain et al., 2023), which "
+        "needs the plain step.",
+    )
     optim: Literal[
-        "adamw_torch", "adamw_torch_fused", "adafactor", "adamw_8bit", "paged_adamw_8bit", "sgd"
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adafactor",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "sgd",
     ] = Field("adamw_torch_fused", description="Optimizer, by transformers' name, and its default.")
     per_device_train_batch_size: Positive = Field(8, description="Rows a device and micro-step.")
     per_device_eval_batch_size: Positive | None = Field(
@@ -223,15 +252,31 @@ class TrainerConfig(Section):
     seed: int = Field(
         42, ge=0, lt=2**32, description="Seed of the weights, the dropout and the data order."
     )
-    logging_steps: Positive | None = Field(
-        None, description="Log every N steps; the default is about 20 times a run."
+    logging_steps: Steps | None = Field(
+        None,
+        description="Log every N steps, or below 1 every such share of the run; the default is "
+        "about 20 times a run.",
     )
-    eval_steps: Positive | None = Field(
-        None, description="Evaluate every N steps; the default is at the end of each epoch."
+    eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
+        None,
+        description="Evaluate every eval_steps, at the end of each epoch or not at all: steps, "
+        "epoch, no; the default is steps where eval_steps is given, else epoch.",
+    )
+    eval_steps: Steps | None = Field(
+        None,
+        description="Evaluate every N steps, or below 1 every such share of the run; the default "
+        "is at the end of each epoch.",
     )
     eval_on_start: bool = Field(False, description="Evaluate the untrained model first.")
-    save_steps: Positive | None = Field(
-        None, description="Write a checkpoint every N steps; the default is none before the end."
+    save_strategy: Literal["no", "steps", "epoch"] | None = Field(
+        None,
+        description="Write checkpoints every save_steps, at the end of each epoch or none before "
+        "the end: steps, epoch, no; the default is steps where save_steps is given, else no.",
+    )
+    save_steps: Steps | None = Field(
+        None,
+        description="Write a checkpoint every N steps, or below 1 every such share of the run; the "
+        "default is none before the end.",
     )
     save_total_limit: Positive = Field(2, description="How many checkpoints are kept.")
     predict_with_generate: bool | None = Field(
@@ -253,6 +298,12 @@ class OutputConfig(Section):
     overwrite: bool = Field(False, description="Replace a run directory that exists.")
     resume: bool = Field(
         False, description="Go on from the newest whole checkpoint of the run directory."
+    )
+    run_name: str | None = Field(
+        None,
+        pattern=r"^[^/\\]+$",
+        description="What the run is called: its directory under runs/ without an output "
+        "directory, and its name in the experiment tracker.",
     )
     report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
         "none", description="Experiment tracker that is sent the metrics."

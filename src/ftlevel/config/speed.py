@@ -60,7 +60,9 @@ class SpeedConfig(Section):
         description="On a CPU, workers that compute a micro-batch each, with their share of the "
         "threads; auto is one a thread, 4 at most, where nothing is dropped at random.",
     )
-    verify: bool = Field(
-        False,
-        description="Compute the first steps the plain way too, and compare loss and gradients.",
+    verify: bool | None = Field(
+        None,
+        description="Compute whole first steps the plain way too, in float32 and in the run's own "
+        "precision, with dropout and without, and compare loss and gradients. By default a few "
+        "rows are compared in float32 before every run; off compares nothing.",
     )

@@ -95,6 +95,7 @@ def _other_problems(config: TrainConfig) -> list[str]:
             f"--warmup-steps {config.train.warmup_steps:g}: --lr-scheduler-type constant has no "
             "warm-up. Use constant_with_warmup, or drop --warmup-steps."
         )
+    problems += _timing_problems(config)
     sets, mix = 1 + len(config.data.also), config.data.mix
     if mix is not None and len(mix) != sets:
         problems.append(
@@ -102,6 +103,31 @@ def _other_problems(config: TrainConfig) -> list[str]:
             f"set{'s' * (sets != 1)}. Give one share for each --dataset."
         )
     return problems + _task_problems(config) + _stream_problems(config)
+
+
+def _timing_problems(config: TrainConfig) -> list[str]:
+    """Return what is given for an evaluation, a checkpoint or a name that will not be."""
+    train, output, problems = config.train, config.output, []
+    for name, strategy, steps in (
+        ("eval", train.eval_strategy, train.eval_steps),
+        ("save", train.save_strategy, train.save_steps),
+    ):
+        if steps is not None and strategy in ("no", "epoch"):
+            problems.append(
+                f"--{name}-steps {steps:g} is not used by --{name}-strategy {strategy}. "
+                "Drop one of them."
+            )
+    if output.run_name is not None and output.dir is not None and output.report_to == "none":
+        problems.append(
+            f"--run-name {output.run_name} names the directory under runs/ and the run in a "
+            "tracker; --output-dir and --report-to none leave nothing to name. Drop it."
+        )
+    if config.data.validation_file is not None and config.data.validation_split:
+        problems.append(
+            "--validation-file and --validation-split both say what the validation rows are. "
+            "Give one of them."
+        )
+    return problems
 
 
 def _stream_problems(config: TrainConfig) -> list[str]:
@@ -132,6 +158,11 @@ def _stream_problems(config: TrainConfig) -> list[str]:
         problems.append(
             "--validation-split is a share of rows that --streaming cannot count. Use --set "
             "data.validation_rows=N, or a directory with a validation file."
+        )
+    if data.validation_file is not None:
+        problems.append(
+            "--validation-file cannot be used with --streaming. Use --set data.validation_rows=N, "
+            "or a directory with a validation file."
         )
     if data.max_samples:
         problems.append(

@@ -179,6 +179,7 @@ class Classes(Objective):
     """Cross entropy over rows: logits `(batch, classes)`, labels `(batch,)`."""
 
     per_row: ClassVar[bool] = True
+    one_of_many: ClassVar[bool] = True
 
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor

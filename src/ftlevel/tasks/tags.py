@@ -97,6 +97,7 @@ class TagTask(BaseTask):
 class Tags(Objective):
     """Cross entropy over words: logits `(batch, seq, tags)`, labels `(batch, seq)`."""
 
+    one_of_many: ClassVar[bool] = True
     names: tuple[str, ...] = ()
 
     def choices(

@@ -36,6 +36,11 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+        label_smoothing_factor=train.label_smoothing_factor,
+        neftune_noise_alpha=train.neftune_noise_alpha,
         max_grad_norm=train.max_grad_norm,
         optim=train.optim,
         per_device_train_batch_size=rows,
@@ -47,7 +52,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         seed=train.seed,
         data_seed=train.seed,
         **_watching(train, plan),
-        save_strategy="steps" if train.save_steps else "no",
+        save_strategy=train.save_strategy or ("steps" if train.save_steps else "no"),
         save_steps=train.save_steps or 500,
         save_total_limit=None,  # checkpoints are rotated by us, once they are certified
         bf16=plan.model.dtype == "bfloat16",
@@ -59,6 +64,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         # chunked cross-entropy does not go through the model's outputs, where DDP would look.
         ddp_find_unused_parameters=False,
         report_to=config.output.report_to,
+        run_name=config.output.run_name,
         disable_tqdm=True,
         dataloader_pin_memory=plan.model.device == "cuda",
         **kernel_arguments(config, plan.model.device, plan.model.family),
@@ -68,12 +74,13 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
 def _watching(train: TrainerConfig, plan: Plan) -> dict[str, Any]:
     """Return when a run is logged and evaluated, which changes nothing that it computes."""
     evaluates = bool(plan.data.validation)
+    strategy = train.eval_strategy or ("steps" if train.eval_steps else "epoch")
     return {
         "logging_strategy": "steps",
         "logging_steps": train.logging_steps or max(1, plan.schedule.steps // _LOGS_A_RUN),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
-        "eval_strategy": "no" if not evaluates else "steps" if train.eval_steps else "epoch",
+        "eval_strategy": strategy if evaluates else "no",
         "eval_steps": train.eval_steps,
         "eval_on_start": evaluates and train.eval_on_start,
         "per_device_eval_batch_size": eval_batch_size(train),

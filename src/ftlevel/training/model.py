@@ -24,7 +24,6 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.trained.adapt import apply_method, copy_start, train_in_float32
 from ftlevel.training.fast_step import speed_up
 from ftlevel.training.plan.plan import Plan, PlannedModel
-from ftlevel.training.verify import Verified
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,11 @@ class Adapted:
         model: the base with the method on it.
         start: how it began, where that is lost in training.
         fast: the fast step that is on it, if any.
-        verified: how far that is from the plain one, where it was asked for.
     """
 
     model: Any
     start: dict[str, Any]
     fast: FastStep | None
-    verified: Verified | None
 
 
 def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted:
@@ -50,8 +47,8 @@ def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted
     base = load_base(config, plan.model)
     model = apply_method(base, config.method, plan.base, fused=fused)
     prepare_start(model, config, plan)
-    fast, verified = speed_up(model, config, plan, listener)
-    return Adapted(model, copy_start(model, config.method), fast, verified)
+    fast = speed_up(model, plan, listener)
+    return Adapted(model, copy_start(model, config.method), fast)
 
 
 def load_base(config: TrainConfig, planned: PlannedModel) -> Any:

@@ -24,7 +24,7 @@ from ftlevel.training.summary import dump_config
 # These say how a run is watched, not what it computes.
 _FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_on_start",
          "predict_with_generate", "max_generate_samples", "max_new_tokens",
-         "per_device_eval_batch_size"}  # fmt: skip
+         "per_device_eval_batch_size", "eval_strategy", "save_strategy"}  # fmt: skip
 
 
 def open_or_resume(
@@ -77,6 +77,9 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(origin, default=str))
     if "threads" in now:  # a run that was begun before they were kept does not say
         before.setdefault("threads", now["threads"])
+    for key, value in now.items():  # a field that is younger than the run, as it always was
+        if value == _default_of(key):
+            before.setdefault(key, value)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         shown = listing(
@@ -87,6 +90,14 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
             f"--resume {run.path}: not the same run: {shown}. "
             f"Give it as it was{how}, or start anew in another --output-dir."
         )
+
+
+def _default_of(key: str) -> Any:
+    """Return the default of a dotted field of a section; None where there is no such."""
+    section, _, name = key.partition(".")
+    fields = getattr(TrainConfig.model_fields.get(section), "annotation", None)
+    field = getattr(fields, "model_fields", {}).get(name)
+    return None if field is None else field.get_default(call_default_factory=True)
 
 
 def find_checkpoint(run: RunDirectory, listener: Listener) -> Path:

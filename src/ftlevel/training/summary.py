@@ -31,7 +31,16 @@ def dump_config(config: TrainConfig, plan: Plan) -> str:
     """
     import yaml
 
-    values = config.model_dump(mode="json", exclude={"output": {"dir", "overwrite", "resume"}})
+    values = resolved_config(config, plan)
+    for name in ("dir", "overwrite", "resume"):
+        del values["output"][name]
+    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return f"# Written by ftlevel {__version__}. Train it again: ftlevel train THIS_FILE\n{body}"
+
+
+def resolved_config(config: TrainConfig, plan: Plan) -> dict[str, Any]:
+    """Return the whole configuration as plain values, with what ftlevel chose filled in."""
+    values = config.model_dump(mode="json")
     values["model"] |= {"dtype": plan.model.dtype, "device": plan.model.device}
     if plan.data.stream is None:  # of which rows to come may be longer still
         values["data"]["max_length"] = plan.data.max_length
@@ -39,8 +48,7 @@ def dump_config(config: TrainConfig, plan: Plan) -> str:
     values["train"]["learning_rate"] = plan.schedule.learning_rate
     if config.quant.kind != "4bit":
         values["quant"] = {"kind": config.quant.kind}
-    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return f"# Written by ftlevel {__version__}. Train it again: ftlevel train THIS_FILE\n{body}"
+    return values
 
 
 def describe_base(source: ModelSource) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.prefixes.shared_prefix import SharedPrefix
 from ftlevel.fast.step import FastStep
+from ftlevel.models.hardware import autocast
 from ftlevel.task import Objective
 
 
@@ -61,6 +62,7 @@ class FtlevelTrainer(Trainer):
         self._trained: list[torch.Tensor] = []
         self._operations_per_token = 0
         self._in_training = False
+        self._compute_dtype = ""  # accelerate's, once it has prepared the model
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -161,13 +163,16 @@ class FtlevelTrainer(Trainer):
     ) -> Any:
         """Return the micro-batch's share of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
-        outputs = None
+        outputs, smoothing = None, self.args.label_smoothing_factor
         if self.fast is not None and self.fast.cross_entropy is not None and not return_outputs:
-            total = supervised_loss(self.fast.cross_entropy, model, self.objective, inputs)
+            total = supervised_loss(
+                self.fast.cross_entropy, model, self.objective, inputs, smoothing=smoothing
+            )
         else:
             fed, labels = self.objective.split(inputs)
             outputs = model(**fed)
-            total = self.objective.loss_sum(self.objective.logits(outputs), labels, mask)
+            logits = self.objective.logits(outputs)
+            total = self.objective.smoothed_sum(logits, labels, mask, smoothing)
         count = self.objective.count(labels) if num_items_in_batch is None else num_items_in_batch
         loss = total * 0 if self._is_nothing else total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -176,6 +181,33 @@ class FtlevelTrainer(Trainer):
             extra = self.penalty(self.accelerator.unwrap_model(model))
             loss = loss + (extra - extra.detach()) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> Any:
+        """Return the context of a forward pass."""
+        if self._compute_dtype:
+            return autocast(self.args.device.type, self._compute_dtype)
+        return super().compute_loss_context_manager()
+
+    @contextlib.contextmanager
+    def computing_alone(self, dtype: str) -> Iterator[None]:
+        """Compute steps in `dtype` inside the block, before training; none of them is counted.
+
+        Args:
+            dtype: compute precision's name.
+        """
+        seen, computed = self.tokens_seen.clone(), self.tokens_computed
+        self._compute_dtype = dtype
+        try:
+            yield
+        finally:
+            self._compute_dtype, self._in_training = "", False
+            self.tokens_seen, self.tokens_computed = seen, computed
+
+    @property
+    def loss_scale(self) -> float:
+        """What a loss is multiplied by before its backward pass, so that float16 holds it."""
+        scaler = self.accelerator.scaler
+        return float(scaler.get_scale()) if scaler is not None else 1.0
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
@@ -188,14 +220,16 @@ class FtlevelTrainer(Trainer):
         if not batch_samples:
             return None
         counted = [batch for batch in batch_samples if not batch.get("is_nothing")]
-        parts = [part for batch in counted for part in batch.get("micro_batches", [batch])]
-        counts = [self.objective.count(part["labels"]).to(device) for part in parts]
-        total = (
-            torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long).to(device)
-        )
+        total = self.count_targets(counted, device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             total = self.accelerator.gather(total).sum()
         return total
+
+    def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """Return the number of targets of `batches` in this process (a scalar)."""
+        parts = [part for batch in batches for part in batch.get("micro_batches", [batch])]
+        counts = [self.objective.count(part["labels"]).to(device) for part in parts]
+        return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long).to(device)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the sum over the micro-batches of Trainer's estimate."""

@@ -170,7 +170,8 @@ def test_a_switch_is_no_number(setting: str) -> None:
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
          "speed, output."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
-         "adamw_torch_fused, adafactor, adamw_8bit, paged_adamw_8bit, sgd. Did you mean "
+         "adamw_torch_fused, adafactor, adamw_8bit, paged_adamw_8bit, "
+        "paged_adamw_32bit, sgd. Did you mean "
          "'adamw_torch'?"),
     ],
 )  # fmt: skip

@@ -84,3 +84,36 @@ def test_padding_is_no_candidate_for_a_span() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
     assert spans.loss_sum(logits, labels, mask).item() == pytest.approx(short.item(), rel=1e-6)
     assert int(spans.count(labels)) == 2
+
+
+SMOOTHED = [cell for cell in CELLS if cell[0] not in ("question-answering",)]
+
+
+@pytest.mark.parametrize(("task", "kind", "family", "head", "config"), SMOOTHED)
+def test_smoothed_labels_are_transformers_own(
+    task: str, kind: str, family: str, head: str, config: dict[str, Any]
+) -> None:
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    model = tiny_models.build(family, head, **config)
+    batch = full_batch(family, head)
+    objective = TASKS[task].build_objective(kind, {})
+    assert objective.one_of_many
+    inputs, labels = objective.split(batch)
+    with torch.no_grad():
+        outputs = model(**inputs)
+        logits = objective.logits(outputs)
+        found = objective.smoothed_sum(logits, labels, batch["attention_mask"], 0.1)
+        expected = LabelSmoother(0.1)({"logits": logits}, labels, shift_labels=head == "causal")
+        plain = objective.smoothed_sum(logits, labels, batch["attention_mask"], 0.0)
+    assert (found / objective.count(labels)).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found != plain
+
+
+def test_labels_that_cannot_be_smoothed() -> None:
+    span = TASKS["question-answering"].build_objective("encoder", {})
+    of_a_number = TASKS["text-classification"].build_objective(
+        "encoder", {"problem_type": "regression"}
+    )
+    assert not span.one_of_many
+    assert not of_a_number.one_of_many

@@ -70,6 +70,13 @@ class LoraSpec(MethodSpec):
         "none", description="Which bias terms of the base are trained too."
     )
 
+    @field_validator("layers_to_transform", "target_parameters", mode="before")
+    @classmethod
+    def _commas_separate(cls, value: object) -> object:
+        if isinstance(value, str) and value != "experts":
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
     @field_validator("init_lora_weights", mode="before")
     @classmethod
     def _init_is_offered(cls, value: object) -> object:

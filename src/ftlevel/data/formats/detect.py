@@ -87,6 +87,19 @@ _OTHER_NAMES = {
 """Names that people have for formats → ours."""
 
 
+_OTHER_ROLES = {
+    "text": ("document", "tokens", "source"),
+    "label": ("tags",),
+    "labels": ("label", "tags"),
+    "answer": ("answers", "completion", "output"),
+    "answers": ("completion", "output"),
+    "response": ("completion", "output"),
+    "completion": ("output",),
+    "prompt": ("instruction",),
+}
+"""What people call a role → the roles of tasks that may be meant, for those that have no such."""
+
+
 class NoFormatError(InputError):
     """No shape of a task fits the columns, of which another task may know what to make."""
 
@@ -115,7 +128,7 @@ def detect_format(
     known = shapes
     if name is not None:
         shapes = _pick_shapes(shapes, name, task)
-    wanted = dict(mapping or {})
+    wanted = {_role(role, shapes): column for role, column in (mapping or {}).items()}
     _check_mapping(columns, task, shapes, wanted)
     for shape in shapes:
         found = _match(shape, columns, wanted)
@@ -126,6 +139,14 @@ def detect_format(
     named = len(shapes) < len(known)
     error = InputError if wanted or named else NoFormatError
     raise error(_describe_no_format(columns, task, shapes, wanted, named=named))
+
+
+def _role(name: str, shapes: Sequence[Shape]) -> str:
+    """Return the role of `shapes` that is called `name`, or that is meant by it."""
+    roles = {role for shape in shapes for role in shape.roles}
+    if name in roles:
+        return name
+    return next((role for role in _OTHER_ROLES.get(name, ()) if role in roles), name)
 
 
 def fits(columns: Sequence[str], shapes: Sequence[Shape]) -> bool:

@@ -81,7 +81,8 @@ def _prepare(
 def _key(config: DataConfig, context: EncodingContext) -> str | None:
     """Return a digest of everything that decides the rows; None for what is not kept."""
     files: list[Path] = []
-    for name in (config.dataset, *config.also):
+    names = (config.dataset, *config.also, config.validation_file)
+    for name in filter(None, names):
         found = files_of(name)
         if found is None:
             return None

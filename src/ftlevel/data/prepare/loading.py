@@ -187,8 +187,12 @@ class Converter:
 
 def read_splits(config: DataConfig, task: Task, seed: int) -> Splits:
     """Return the splits as far as the configuration wants them."""
-    parts = [_read_one(name, config, task) for name in (config.dataset, *config.also)]
+    parts = [_read_one(name, config, task, config.split) for name in (config.dataset, *config.also)]
     splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
+    if config.validation_file is not None:
+        splits = replace(
+            splits, validation=_read_one(config.validation_file, config, task, None).train
+        )
     if config.validation_split:
         splits = hold_out(splits, config.validation_split, seed)
     train, validation = splits.train, splits.validation
@@ -199,11 +203,11 @@ def read_splits(config: DataConfig, task: Task, seed: int) -> Splits:
     return Splits(train, validation, splits.test, splits.name, splits.notes)
 
 
-def _read_one(name: str, config: DataConfig, task: Task) -> Splits:
+def _read_one(name: str, config: DataConfig, task: Task, split: str | None) -> Splits:
     builtin = name.startswith("builtin:")
     return load_splits(
         name,
-        split=config.split,
+        split=split,
         subset=config.subset or (task.builtin_subset or None if builtin else None),
         on_bad_row=config.on_bad_row,
         max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,

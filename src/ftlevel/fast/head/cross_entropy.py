@@ -53,7 +53,7 @@ def finish_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 class _Call(threading.local):
     """What a forward pass asks for and gets; several may be computed in parallel."""
 
-    asked: tuple[torch.Tensor, torch.Tensor, Observe | None] | None = None
+    asked: tuple[torch.Tensor, torch.Tensor, Observe | None, float] | None = None
     total: torch.Tensor | None = None
 
 
@@ -91,6 +91,7 @@ class ChunkedCrossEntropy:
         at: torch.Tensor,
         targets: torch.Tensor,
         observe: Observe | None = None,
+        smoothing: float = 0.0,
     ) -> torch.Tensor:
         """Return the summed negative log likelihood of `targets` in nats (a scalar, float32).
 
@@ -99,11 +100,13 @@ class ChunkedCrossEntropy:
             at: (targets,) positions that predict them, in the flattened (batch, seq).
             targets: (targets,) token ids.
             observe: is given the scores and the targets of each chunk; only without gradients.
+            smoothing: share ε of a target's probability that is spread over the vocabulary; only
+                with gradients.
 
         Raises:
             NotServedError: the model never asked its head.
         """
-        self._call.asked, self._call.total = (at, targets, observe), None
+        self._call.asked, self._call.total = (at, targets, observe, smoothing), None
         try:
             forward()
         finally:
@@ -117,14 +120,14 @@ class ChunkedCrossEntropy:
         """Compute what is asked for from the head's input (batch, seq, hidden)."""
         if self._call.asked is None:
             return None
-        at, targets, observe = self._call.asked
+        at, targets, observe, smoothing = self._call.asked
         self._call.asked = None  # the head is called again below
         states = args[0]
         chosen = states.flatten(0, -2).index_select(0, at)
         if torch.is_grad_enabled():
             parameters = [p for p in head.parameters() if p.requires_grad]
             self._call.total = _SummedLoss.apply(  # type: ignore[no-untyped-call]
-                chosen, targets, self._scores, self._chunk, *parameters
+                chosen, targets, self._scores, self._chunk, smoothing, *parameters
             )
         else:
             self._call.total = self._observe(chosen, targets, observe)
@@ -156,9 +159,12 @@ def _chunks(
 
 
 def _loss_and_gradient(
-    scores: torch.Tensor, targets: torch.Tensor
+    scores: torch.Tensor, targets: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed loss of `scores` (targets, vocabulary), and its gradient, in float32.
+
+    With labels smoothed by ε the loss is log Σⱼ exp sⱼ − (1 − ε) s_y − ε mean s, and its gradient
+    softmax(s) − (1 − ε) onehot(y) − ε / vocabulary.
 
     The largest probability, 1/vocabulary at least, gives the normalizer without another exponential
     of every score: log Σⱼ exp sⱼ = max s − log max p.
@@ -167,7 +173,10 @@ def _loss_and_gradient(
     chosen = exact.gather(-1, targets[:, None])[:, 0]
     probabilities = torch.softmax(exact, -1)
     normalizer = exact.amax(-1) - probabilities.amax(-1).log()
-    ones = probabilities.new_full((len(targets), 1), -1.0)
+    ones = probabilities.new_full((len(targets), 1), smoothing - 1.0)
+    if smoothing:
+        chosen = (1 - smoothing) * chosen + smoothing * exact.mean(-1)
+        probabilities -= smoothing / exact.shape[-1]
     return (normalizer - chosen).sum(), probabilities.scatter_add_(-1, targets[:, None], ones)
 
 
@@ -181,6 +190,7 @@ class _SummedLoss(torch.autograd.Function):
         targets: torch.Tensor,
         scores_of: Callable[[torch.Tensor], torch.Tensor],
         size: int,
+        smoothing: float,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         """Return the loss, and keep the gradient of `states` and of the head's `parameters`."""
@@ -193,7 +203,7 @@ class _SummedLoss(torch.autograd.Function):
                 leaf = chunk.detach().requires_grad_()
                 scores = scores_of(leaf)
             with torch.no_grad():
-                loss, gradient = _loss_and_gradient(scores, wanted)
+                loss, gradient = _loss_and_gradient(scores, wanted, smoothing)
                 total += loss
             of_chunk, *of_head = torch.autograd.grad(
                 scores, [leaf, *parameters], gradient.to(scores.dtype)
@@ -211,6 +221,7 @@ class _SummedLoss(torch.autograd.Function):
         of_states, *of_parameters = ctx.saved_tensors
         return (
             of_states * upstream.to(of_states.dtype),
+            None,
             None,
             None,
             None,

@@ -23,6 +23,7 @@ def supervised_loss(
     objective: Objective,
     batch: dict[str, torch.Tensor],
     observe: Observe | None = None,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Return the loss of a batch summed over its targets, its head computed on these alone.
 
@@ -32,6 +33,7 @@ def supervised_loss(
         objective: what it is trained on.
         batch: inputs and labels.
         observe: is given scores and targets.
+        smoothing: share of a target's probability that is spread over the vocabulary.
     """
     if not isinstance(objective, TokenObjective):
         raise TypeError("a language head predicts tokens")
@@ -41,7 +43,7 @@ def supervised_loss(
         base = base_model(getattr(model, "module", model))  # DDP's wrapper has no such method
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
     at, targets = objective.locate(labels)
-    return head.loss_sum(lambda: model(**inputs), at, targets, observe)
+    return head.loss_sum(lambda: model(**inputs), at, targets, observe, smoothing)
 
 
 def compute_shared_prefix(

@@ -96,6 +96,9 @@ def plan_fast(
     speed = config.speed
     if not speed.fast:
         return FastPlan(choices=[Choice("step", "plain", "--no-fast")])
+    if config.train.neftune_noise_alpha is not None:
+        why = "NEFTune's noise is scaled by the length of a padded row"
+        return FastPlan(choices=[Choice("step", "plain", why)])
     tokens = _tokens_per_micro_batch(config, device, max_length)
     why_padded = _why_padded(config, meta, kind)
     chunked = speed.chunked_cross_entropy and has_language_head(meta, objective)

@@ -31,6 +31,7 @@ from ftlevel.models.loading import (
 from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.threads import choose_threads
+from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
@@ -65,13 +66,20 @@ class _Bare:
     spelling: list[Choice]
 
 
-def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = be_silent) -> Plan:
+def resolve(
+    config: TrainConfig,
+    *,
+    lenient: bool = False,
+    progress: Progress = be_silent,
+    why_task: str = "",
+) -> Plan:
     """Resolve `config`.
 
     Args:
         config: the whole configuration.
         lenient: report rows that ought to stop the run, as a preview does.
         progress: told how many examples are encoded.
+        why_task: the reason for the task, where the user named none.
 
     Raises:
         ConfigError: with the first problem found; nothing was loaded or written.
@@ -86,6 +94,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
     objective = task.build_objective(bare.kind, data.facts)
+    _check_smoothing(config, objective)
     rate = choose_learning_rate(config, bare.source)
     steps = count_steps(config.train, len(data.train))
     device, most = bare.device.value, data.max_length
@@ -101,7 +110,7 @@ def resolve(config: TrainConfig, *, lenient: bool = False, progress: Progress = 
         fast=fast,
         choices=[
             model_choice(config, model.family, model.total_parameters, bare.source),
-            Choice("task", task.name),
+            Choice("task", task.name, why_task),
             *data.choices,
             bare.device,
             *threads,
@@ -207,6 +216,20 @@ def _check_checkpointing(config: TrainConfig, model: Any) -> None:
         )
 
 
+def _check_smoothing(config: TrainConfig, objective: Objective) -> None:
+    """Refuse label smoothing where a target is not one of several choices.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    if config.train.label_smoothing_factor and not objective.one_of_many:
+        raise ConfigError(
+            f"--label-smoothing-factor {config.train.label_smoothing_factor:g} spreads a target "
+            "over tokens, tags or classes, of which one is right, and here the labels are of "
+            "another kind. Drop it."
+        )
+
+
 def _task_config(source: ModelSource, facts: Mapping[str, Any], tokenizer: Any) -> Any:
     overrides: dict[str, Any] = {}
     if facts["problem_type"]:
@@ -220,7 +243,9 @@ def _task_config(source: ModelSource, facts: Mapping[str, Any], tokenizer: Any) 
 
 
 def default_name(config: TrainConfig) -> str:
-    """Return what a run is called if the user does not say: method, model and data."""
+    """Return what a run is called: as the user says, or by its method, model and data."""
+    if config.output.run_name is not None:
+        return config.output.run_name
     model = config.model.name_or_path.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
     data = config.data.dataset.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
     model, data = model.removesuffix(".gguf"), data.partition(".")[0]

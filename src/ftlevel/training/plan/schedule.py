@@ -42,7 +42,11 @@ def find_warnings(config: TrainerConfig, rows: int, validation_rows: int) -> lis
             f"--warmup-steps {config.warmup_steps:,g} is longer than the run of {steps:,} steps: "
             f"the learning rate ends at {reached:.0%} of its peak."
         )
-    asked = {"--eval-steps": config.eval_steps, "train.eval_on_start": config.eval_on_start}
+    asked = {
+        "--eval-steps": config.eval_steps,
+        "--eval-strategy": config.eval_strategy in ("steps", "epoch"),
+        "train.eval_on_start": config.eval_on_start,
+    }
     if not validation_rows and any(asked.values()):
         name = next(name for name, value in asked.items() if value)
         found.append(

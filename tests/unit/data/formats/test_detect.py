@@ -145,6 +145,11 @@ def test_mapping_goes_before_known_names() -> None:
     found = detect(["translation"], "translation", nested)
     assert found.columns == nested
     assert found.unused == ()
+    # What another tool calls a role is meant where the task has no such.
+    found = detect(["body", "gist"], "summarization", {"text": "body", "summary": "gist"})
+    assert found.columns == {"document": "body", "summary": "gist"}
+    found = detect(["words", "kinds"], "token-classification", {"text": "words", "label": "kinds"})
+    assert found.columns == {"tokens": "words", "tags": "kinds"}
     # One mapped role is enough where the other has a known name, and a column has one use.
     found = detect(
         ["text", "summary"], "text-generation", {"completion": "summary", "prompt": "text"}

@@ -35,7 +35,9 @@ def make(family: str) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def losses(model: Any, at: torch.Tensor = AT, targets: torch.Tensor = TARGETS) -> tuple[Any, Any]:
+def losses(
+    model: Any, at: torch.Tensor = AT, targets: torch.Tensor = TARGETS, smoothing: float = 0.0
+) -> tuple[Any, Any]:
     """Return (loss, gradients) of the whole head and of supervised tokens."""
     ids = torch.randint(10, 490, (2, 10), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids}
@@ -43,11 +45,11 @@ def losses(model: Any, at: torch.Tensor = AT, targets: torch.Tensor = TARGETS) -
         inputs["decoder_input_ids"] = ids.flip(0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     whole = model(**inputs).logits.float().flatten(0, 1)[at]
-    expected = functional.cross_entropy(whole, targets, reduction="sum")
+    expected = functional.cross_entropy(whole, targets, reduction="sum", label_smoothing=smoothing)
     wanted = torch.autograd.grad(expected / 7, parameters, allow_unused=True)
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     head = ChunkedCrossEntropy(base)
-    found = head.loss_sum(lambda: model(**inputs), at, targets)
+    found = head.loss_sum(lambda: model(**inputs), at, targets, smoothing=smoothing)
     got = torch.autograd.grad(found / 7, parameters, allow_unused=True)
     head.remove()
     assert torch.equal(model(**inputs).logits.float().flatten(0, 1)[at], whole), "left as it was"
@@ -70,6 +72,16 @@ def test_loss_and_every_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -
         assert (one is None) == (other is None)
         if one is not None:
             assert (one - other).norm() <= 1e-5 * other.norm() + 1e-7
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_smoothed_labels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "FEWEST", 4)  # two chunks
+    monkeypatch.setattr(head_module, "CHUNK_SCORES", 1)
+    (expected, wanted), (found, got) = losses(make(family), smoothing=0.2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    for one, other in zip(got, wanted, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm() + 1e-7
 
 
 def test_a_head_with_an_adapter_and_a_head_that_is_trained() -> None:

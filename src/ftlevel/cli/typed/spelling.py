@@ -1,0 +1,349 @@
+"""From what was typed to ftlevel's spelling: other names and words, switches, lists.
+
+Only names and words are replaced here, by the table of flags; Typer parses what comes out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ftlevel.config.flag import Agrees, Flag, Words
+from ftlevel.config.flags import flags_of
+from ftlevel.config.other_tools.values import OFF, ON, number_hint
+from ftlevel.errors import ConfigError
+
+Setting = tuple[str, str]
+"""A flag of ours and its value; "true" and "false" of a switch."""
+
+_NOT_ASKED = Agrees("there is nothing of it here")
+_NEXT_FLAG = re.compile(r"\s+(?=--[a-z])")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How what follows a name is read.
+
+    Attributes:
+        flag: of ours; empty where there is none, and only `words` say something.
+        path: the field that it sets, if any.
+        off: what switches it off, of a switch of ours; empty where nothing does.
+        is_switch: whether the flag of ours takes no value.
+        value: what the name stands for, where it is a switch for a value of a flag.
+        takes_none: whether the name may stand alone.
+        words: other words for values, in small letters.
+        read: what becomes of another value, as of `Spelling`; of a switch, why there is none.
+        several: whether several values may follow.
+        is_list: whether the flag of ours is repeated for several values.
+        is_number: whether its values are numbers.
+        noun: what it sets, for the error about two that set it.
+        answer: what is said for a value without a meaning, where there is no flag.
+    """
+
+    flag: str
+    path: str = ""
+    off: str = ""
+    is_switch: bool = False
+    value: str | None = None
+    takes_none: bool = False
+    words: Words = field(default_factory=dict)
+    read: Any = None
+    several: bool = False
+    is_list: bool = False
+    is_number: bool = False
+    noun: str = ""
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What was typed to no effect, since it asks for what is done anyhow: to be checked and said.
+
+    Attributes:
+        typed: name and value.
+        agrees: with what.
+    """
+
+    typed: str
+    agrees: Agrees
+
+
+@dataclass
+class Rewritten:
+    """A command line in ftlevel's spelling.
+
+    Attributes:
+        arguments: for Typer.
+        typed: flag of ours → the name by which it was given.
+        claims: what must agree with the configuration.
+    """
+
+    arguments: list[str] = field(default_factory=list)
+    typed: dict[str, str] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+
+
+def readings_of(command: str, flags: Sequence[Flag]) -> dict[str, Reading]:
+    """Return every name that `command` understands, and how what follows it is read."""
+    found: dict[str, Reading] = {}
+    for row in flags_of(command, flags):
+        if row.is_argument:
+            continue
+        own = _own_reading(row, command)
+        for name in row.declared(own.is_switch):
+            found |= dict.fromkeys([part for part in name.split("/") if part != own.off], own)
+        if own.off:
+            found[own.off] = replace(own, value="false", words={}, read=None)
+    for row in flags:
+        own_or_none = found.get(row.shown)
+        if row.answer:
+            if command in row.on:
+                on_off = not set(row.words) - {"true", "false"} and bool(row.words)
+                found[row.shown] = Reading(
+                    "", takes_none=on_off, words=row.words, answer=row.answer
+                )
+        elif own_or_none is not None:
+            found = {**_second_readings(row, own_or_none), **found}
+    return found
+
+
+def _own_reading(row: Flag, command: str) -> Reading:
+    facts = row.facts(command)
+    kind = row.type if facts is None or facts.type is str else facts.type
+    is_switch = kind is bool
+    on, _, off = row.declared(is_switch)[0].partition("/")
+    return Reading(
+        flag=on,
+        path=row.path,
+        off=off,
+        is_switch=is_switch,
+        takes_none=is_switch,
+        words=row.words,
+        read=row.read,
+        several=row.several,
+        is_list=list[str] in (row.type, kind),
+        is_number=kind in (int, float) or (facts is not None and facts.takes_number),
+        noun=row.noun,
+    )
+
+
+def _second_readings(row: Flag, own: Reading) -> dict[str, Reading]:
+    """Return the second names of `row`, whose own reading is `own`."""
+    found = {}
+    for other in row.spellings:
+        is_value = other.value is not None
+        found[other.name] = Reading(
+            flag=own.flag,
+            path=own.path,
+            off=own.off,
+            is_switch=own.is_switch,
+            value=other.value,
+            takes_none=is_value or own.is_switch,
+            words={**own.words, **other.values} if not is_value else other.values,
+            read=other.read or (None if is_value else own.read),
+            several=own.several and not is_value,
+            is_list=own.is_list,
+            is_number=own.is_number and other.read is None and not is_value,
+            noun=own.noun or own.path,
+        )
+    return found
+
+
+def rewrite(arguments: Sequence[str], readings: Mapping[str, Reading]) -> Rewritten:
+    """Return the arguments in ftlevel's spelling: `--load_in_4bit true` is `--quant 4bit`.
+
+    Raises:
+        ConfigError: with all values that nothing here stands for, and all fields that two names
+            set to different values.
+    """
+    done = Rewritten()
+    given: dict[str, tuple[str, str]] = {}
+    problems: list[str] = []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if argument == "--":
+            done.arguments += [argument, *queue]
+            break
+        if not argument.startswith("--"):
+            done.arguments.append(argument)
+            continue
+        typed, equals, text = argument.partition("=")
+        name, reading = _find(typed, readings)
+        if reading is None:
+            done.arguments.append(name + equals + text)
+            continue
+        values = [text] if equals else _take(queue, reading)
+        if values is None:
+            done.arguments.append(reading.flag or name)
+            continue
+        shown = f"{name} {','.join(values)}".strip()
+        try:
+            meant = _meaning(name, shown, values, reading)
+            for flag, value in () if isinstance(meant, Agrees) else meant:
+                _check_given_once(given, flag, value, name, reading)
+                done.typed.setdefault(flag, name)
+                done.arguments += _spell(flag, value, readings, joined=bool(equals))
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if isinstance(meant, Agrees):
+            done.claims.append(Claim(shown, meant))
+    if problems:
+        raise ConfigError(problems)
+    return done
+
+
+def check_claims(claims: Sequence[Claim], config: Any) -> list[str]:
+    """Return a line for each claim, which says why nothing had to be set.
+
+    Raises:
+        ConfigError: a claim contradicts the configuration.
+    """
+    lines, problems = [], []
+    for claim in claims:
+        agrees, value = claim.agrees, config
+        for part in filter(None, agrees.path.split(".")):
+            value = getattr(value, part, None)
+        if agrees.path and not agrees.holds(value):
+            problems.append(
+                f"{claim.typed} contradicts {agrees.path}, which is {value}. {agrees.otherwise}."
+            )
+        lines.append(f"{claim.typed}: {agrees.reason or f'{agrees.path} is {value}'}")
+    if problems:
+        raise ConfigError(problems)
+    return lines
+
+
+def _find(typed: str, readings: Mapping[str, Reading]) -> tuple[str, Reading | None]:
+    """Return the name with dashes and how it is read; `--no_x` is `--x false`."""
+    name = typed.replace("_", "-")
+    reading = readings.get(name)
+    if reading is None and name.startswith("--no-"):
+        positive = readings.get(f"--{name[5:]}")
+        if positive is not None and positive.takes_none and "false" in positive.words:
+            return name, Reading(
+                positive.flag, words={"true": positive.words["false"]}, takes_none=True,
+                answer=positive.answer,
+            )  # fmt: skip
+    return name, reading
+
+
+def _take(queue: list[str], reading: Reading) -> list[str] | None:
+    """Return the values that follow a name, taken off `queue`; None where one is missing."""
+    if reading.takes_none:
+        follows = queue[0] if queue and _is_word(queue[0]) else ""
+        is_own = follows.lower() in (*ON, *OFF, *reading.words)
+        if follows and (is_own or (reading.read is not None and not _is_recipe(follows))):
+            return [queue.pop(0)]
+        return []
+    if not queue:
+        return [] if reading.answer else None
+    if reading.answer and queue[0].startswith("--"):
+        return []
+    values = [queue.pop(0)]
+    while reading.several and queue and _is_word(queue[0]) and not _is_recipe(queue[0]):
+        values.append(queue.pop(0))
+    return values
+
+
+def _is_word(text: str) -> bool:
+    return bool(text) and not text.startswith("-")
+
+
+def _is_recipe(text: str) -> bool:
+    return text.endswith((".yaml", ".yml")) or (Path(text) / "config.yaml").is_file()
+
+
+def _meaning(
+    name: str, shown: str, values: Sequence[str], reading: Reading
+) -> list[Setting] | Agrees:
+    """Return what `values` set, in our spelling, or what they agree with."""
+    text = ",".join(values)
+    word = _truth(text) if reading.takes_none else text.lower()
+    found = reading.words.get(word)
+    if found is None and reading.takes_none:
+        found = reading.words.get(text.lower())
+    if isinstance(found, Agrees):
+        return found
+    if found is not None:
+        return list(_pieces(reading.flag, found))
+    if reading.answer:
+        if _truth(text) == "false" and "true" not in reading.words:
+            return _NOT_ASKED
+        raise ConfigError(f"{shown}: {reading.answer}")
+    if reading.takes_none and (reading.read is None or word in ("true", "false")):
+        return _switched(reading, _checked_truth(name, text, word))
+    if reading.is_number and (hint := number_hint(text)):
+        raise ConfigError(f"{shown}: {hint}")
+    if reading.read is not None:
+        try:
+            return list(_pieces(reading.flag, reading.read(text)))
+        except ValueError as error:
+            raise ConfigError(f"{shown}: {error}.") from None
+    parts = values if reading.is_list else [text]
+    if reading.is_list and reading.several:
+        parts = [part for value in values for part in _parts(value)]
+    return [(reading.flag, part) for part in parts]
+
+
+def _switched(reading: Reading, word: str) -> list[Setting] | Agrees:
+    """Return what a switch sets; one that stands for a value denies it when it is off."""
+    if reading.value is None:
+        return [(reading.flag, word)]
+    if word == "true":
+        return [(reading.flag, reading.value)]
+    denied: Any = {"true": True, "false": False}.get(reading.value, reading.value)
+    return Agrees("", reading.path, unless=(denied,))
+
+
+def _truth(text: str) -> str:
+    word = text.lower()
+    return "true" if word in ON or not word else "false" if word in OFF else word
+
+
+def _checked_truth(name: str, text: str, word: str) -> str:
+    if word not in ("true", "false"):
+        raise ConfigError(f"{name} is a switch, and {text!r} is neither true nor false.")
+    return word
+
+
+def _parts(value: str) -> list[str]:
+    """Return the data sets of `a,b`, but for a file of that name."""
+    if "," not in value or Path(value).expanduser().exists():
+        return [value]
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _pieces(flag: str, text: str) -> Iterator[Setting]:
+    """Yield the settings of a piece of command line: "4bit --quant-type nf4" after `--quant`."""
+    for number, piece in enumerate(_NEXT_FLAG.split(f"{flag} {text}".strip())):
+        name, _, value = piece.partition(" ")
+        if value or (number == 0 and name != flag):
+            yield name, value
+
+
+def _check_given_once(
+    given: dict[str, tuple[str, str]], flag: str, value: str, name: str, reading: Reading
+) -> None:
+    """Refuse two names that set one field to different values; the same name again is an edit."""
+    if reading.is_list or flag == "--set":
+        return
+    before, earlier = given.setdefault(flag, (name, value))
+    is_edit = {before, name} <= {flag, reading.off} or before == name
+    if not is_edit and earlier != value:
+        what = reading.noun or reading.path or flag
+        raise ConfigError(f"{before} and {name} both set {what}. Give one of them.")
+    given[flag] = (name, value)
+
+
+def _spell(flag: str, value: str, readings: Mapping[str, Reading], *, joined: bool) -> list[str]:
+    """Return a setting as Typer takes it."""
+    own = readings.get(flag)
+    if own is not None and own.is_switch:
+        wanted = flag if value == "true" else own.off
+        return [wanted] if wanted else []
+    return [f"{flag}={value}"] if joined else [flag, value]

@@ -1,0 +1,228 @@
+"""Flags of other tools that ftlevel has not: whoever gives one is told why, or what to do instead.
+
+A row says what its words agree with or stand for; every other value gets the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ftlevel.config.flag import Agrees, Flag
+
+_ON = ("train", "preview")
+
+
+def _flags(names: str, answer: str, words: Mapping[str, str | Agrees] | None = None) -> list[Flag]:
+    """Return a row for each of `names`, which have one answer."""
+    return [Flag(names=n, on=_ON, answer=answer, words=words or {}) for n in names.split()]
+
+
+_PACKED = Agrees(
+    "rows of a micro-batch are laid end to end, each attending to itself alone, where the model's "
+    "attention can; the line `step` says so",
+    "speed.fast", (True,), otherwise="Drop --no-fast, or drop it",
+)  # fmt: skip
+_ANSWERS_ONLY = Agrees("the loss is that of answers alone, wherever a row has a prompt")
+_NO_PREFERENCE = (
+    "ftlevel learns from answers, not from preferences or rewards. Drop it to train on the chosen "
+    "answers."
+)
+_TRACKER = "the tracker reads it from its environment variable. Set that, and drop the flag."
+_HUB = (
+    "a run uploads nothing. When it is done, upload the directory `adapter` of the run with "
+    "`hf upload`."
+)
+_TOKEN = "the token is the one of `hf auth login`. Log in, and drop the flag."
+_LAUNCH = (
+    "several GPUs train as copies of the model, each with rows of its own: --num-processes N. A "
+    "model is not split over them. Drop it."
+)
+_TOKENIZER = "the tokenizer and its tokens are the model's own, and stay so. Drop it."
+_BEST = (
+    "the model that is kept is the last one, and no metric picks another. Drop it; "
+    "--eval-strategy shows where it is best, and --num-train-epochs ends there."
+)
+_OTHER_METHOD = "there is no such method here. ftlevel list-methods shows what there is. Drop it."
+
+ANSWERS: tuple[Flag, ...] = (
+    # What is done anyhow.
+    *_flags("--do-train", "ftlevel evaluate scores without training.",
+            {"true": Agrees("ftlevel train trains")}),
+    *_flags("--do-predict", "ftlevel evaluate RUN --dataset TEST scores other rows afterwards.",
+            {"false": Agrees("a run looks at no test rows")}),
+    *_flags("--use-peft --use-peft-lora --use-lora", "--method full trains all weights. Use that.",
+            {"true": Agrees("an adapter is trained", "method.kind",
+                            ("lora", "qlora", "adalora", "ia3", "vera", "oft", "boft", "loha",
+                             "lokr", "prefix", "prompt", "p-tuning", "adapter", "ln-tuning")),
+             "false": "--set method.kind=full"}),
+    *_flags("--stage --rlhf-type", _NO_PREFERENCE,
+            {"sft": Agrees("that is what ftlevel train does"),
+             "pt": Agrees("rows with a text alone are learned as a whole", "task",
+                          ("text-generation",))}),
+    *_flags("--packing --sample-packing --neat-packing --padding-free", "expected true or false.",
+            {"true": _PACKED, "false": "--set speed.pack=false"}),
+    *_flags("--eval-packing --eval-sample-packing", "expected true or false.",
+            {"true": Agrees("rows to score are not padded to a length either"),
+             "false": Agrees("each row is scored by itself")}),
+    *_flags("--remove-unused-columns", "columns that a task does not use are named, not removed.",
+            {"false": Agrees("columns that are not used are only named")}),
+    *_flags("--completion-only-loss --assistant-only-loss --train-on-completions --mask-prompt",
+            "--format text learns whole rows of text; a prompt is never learned. Drop it.",
+            {"true": _ANSWERS_ONLY}),
+    *_flags("--train-on-inputs --train-on-prompt --mask-history",
+            "--format text learns whole rows of text; a prompt is never learned. Drop it.",
+            {"false": _ANSWERS_ONLY}),
+    *_flags("--use-chat-template", "a row of turns is written by the model's chat template.",
+            {"true": Agrees("rows of turns are written by the model's chat template")}),
+    *_flags("--use-fast-tokenizer", "only tokenizers that know the place of a token can be used.",
+            {"true": Agrees("the fast tokenizer is used where there is one")}),
+    *_flags("--line-by-line", "--overlong split cuts long texts. Drop it.",
+            {"true": Agrees("each row is a text of its own"), "false": "--overlong split"}),
+    *_flags("--version-2-with-negative", "questions without an answer are seen in the data.",
+            {"true": Agrees("questions without an answer are learned as such")}),
+    *_flags("--ignore-mismatched-sizes", "a head that does not fit is made anew, and named.",
+            {"true": Agrees("a head that does not fit is made anew, and named")}),
+    *_flags("--pad-to-max-length --pad-to-sequence-len",
+            "rows are never padded to --max-length, which would only cost time. Drop it.",
+            {"false": Agrees("rows are not padded to the longest length")}),
+    *_flags("--quant-method --quantization-method",
+            "weights are quantized by bitsandbytes. Quantized checkpoints of other kinds are "
+            "recognized by themselves. Drop it.",
+            {word: Agrees("weights are quantized by bitsandbytes")
+             for word in ("bnb", "bitsandbytes")}),
+    *_flags("--use-reentrant --use-reentrant-gc",
+            "activations are recomputed without reentrant autograd, which is exact. Drop it.",
+            {"false": Agrees("activations are recomputed without reentrant autograd")}),
+    *_flags("--save-only-model",
+            "a checkpoint holds all that resuming needs; --save-strategy no writes none.",
+            {"false": Agrees("a checkpoint holds all that resuming needs")}),
+    *_flags("--save-safetensors", "weights are written as safetensors alone. Drop it.",
+            {"true": Agrees("weights are written as safetensors")}),
+    *_flags("--logging-strategy", "--logging-steps says how often the loss is logged. Use that.",
+            {"steps": Agrees("the loss is logged every --logging-steps")}),
+    *_flags("--logging-first-step", "the first step is logged too. Drop it.",
+            {"true": Agrees("the first step is logged")}),
+    *_flags("--average-tokens-across-devices", "a loss is the mean over a step's tokens. Drop it.",
+            {"true": Agrees("the loss of a step is the mean over its tokens on all devices")}),
+    *_flags("--ddp-find-unused-parameters", "every trained weight gets a gradient. Drop it.",
+            {"false": Agrees("every trained weight gets a gradient, which is checked")}),
+    *_flags("--skip-prepare-dataset", "rows are always encoded by ftlevel. Drop it.",
+            {"false": Agrees("rows are encoded by ftlevel")}),
+    *_flags("--add-special-tokens --append-concat-token",
+            "special tokens are those of the chat template or the tokenizer. Drop it.",
+            {"false": Agrees("no token is added to those of the template or the tokenizer")}),
+    *_flags("--plot-loss", "the losses are in metrics.jsonl of the run. Drop it.",
+            {"true": Agrees("the losses are in metrics.jsonl of the run, and on its screen")}),
+    *_flags("--create-new-adapter", "an adapter begins anew; --resume goes on with a run.",
+            {"true": Agrees("an adapter begins anew")}),
+    *_flags("--low-cpu-mem-usage", "weights are read tensor by tensor. Drop it.",
+            {"true": Agrees("weights are read tensor by tensor")}),
+    *_flags("--load-best-model-at-end", _BEST, {"false": Agrees("the last model is kept")}),
+    *_flags("--push-to-hub --push-model", _HUB, {"false": Agrees("nothing is uploaded")}),
+    *_flags("--save-model", "the adapter is always saved. Drop it.",
+            {"true": Agrees("the adapter is saved")}),
+    *_flags("--use-unsloth --use-unsloth-gc --use-liger", "the fast step is ftlevel's. Drop it.",
+            {"false": Agrees("the fast step is ftlevel's own")}),
+    *_flags("--lora-mlp-kernel --lora-qkv-kernel --lora-o-kernel",
+            "--set speed.fused_lora=false leaves LoRA's layers to PEFT.",
+            {"true": Agrees("LoRA's layers are fused by the fast step", "speed.fused_lora",
+                            (True,)),
+             "false": "--set speed.fused_lora=false"}),
+    # What there is not.
+    *_flags("--splits", "--split names the split to train on; the validation rows are the split "
+            "called validation, valid, val or dev."),
+    *_flags("--liger-rms-norm --liger-glu-activation --liger-layer-norm --liger-rope",
+            "--liger-kernel takes all of them on a CUDA GPU. Use that."),
+    *_flags("--loss-watchdog-threshold --loss-watchdog-patience",
+            "a run stops at a gradient that is NaN or infinite, and at no other loss. Drop it."),
+    *_flags("--plugins --strict --tuner-backend", "ftlevel loads no code of others. Drop it."),
+    *_flags("--hub-model-id --hub-strategy --hub-private-repo --hub-path --push-gguf "
+            "--push-dataset-to-hub", _HUB),
+    *_flags("--hub-token --token --hf-token --hf-hub-token --use-auth-token", _TOKEN),
+    *_flags("--wandb-project --wandb-project-name --wandb-entity --wandb-watch --wandb-log-model "
+            "--wandb-token --wandb-mode --project --trackio-project-name --trackio-space-id "
+            "--tensorboard-dir --logging-dir --mlflow-tracking-uri", _TRACKER),
+    *_flags("--deepspeed --fsdp --fsdp-config --fsdp-version --ddp-timeout --ddp-backend "
+            "--tensor-parallel-size --sequence-parallel-size --context-parallel-size "
+            "--accelerate-config --config-file", _LAUNCH),
+    *_flags("--dataloader-num-workers --num-dataloader-workers --dataloader-pin-memory "
+            "--dataloader-prefetch-factor --dataloader-drop-last",
+            "rows are encoded before the run and need no workers in it; --num-proc N encodes with "
+            "N processes. Drop it."),
+    *_flags("--tokenizer-name --tokenizer-type --config-name --resize-vocab --add-tokens "
+            "--special-tokens --eos-token --pad-token --split-special-tokens --eot-tokens "
+            "--processor-type --tokenizer-use-mistral-common", _TOKENIZER),
+    *_flags("--model-type", "the model's own config says what it is. Drop it."),
+    *_flags("--config-overrides --model-init-kwargs --rope-scaling",
+            "a model is trained as its config says. Change its config.json, and drop the flag."),
+    *_flags("--cache-dir", "set the environment variable HF_HOME, and drop the flag."),
+    *_flags("--dataset-dir --dataset-prepared-path --tokenized-path",
+            "name the file itself: --dataset FILE. Encoded rows are kept by themselves."),
+    *_flags("--dataset-test-split --validation-split-name",
+            "the validation rows are the split called validation, valid, val or dev; "
+            "--validation-file names others."),
+    *_flags("--test-file --max-predict-samples",
+            "ftlevel evaluate RUN --dataset TEST scores other rows afterwards. Drop it."),
+    *_flags("--num-labels", "the classes are counted in the data. Drop it."),
+    *_flags("--source-prefix",
+            "a task has its own instruction, which generate gives too. Drop it; text that is to "
+            "stand before every source belongs into the data."),
+    *_flags("--system --default-system",
+            "a system prompt is a turn of the data, or its column `system`. Put it there."),
+    *_flags("--num-beams --eval-num-beams",
+            "answers are scored by greedy decoding, as generate gives them. Drop it."),
+    *_flags("--metric-for-best-model --greater-is-better --metric-name --compute-accuracy",
+            _BEST),
+    *_flags("--early-stopping-patience --early-stopping-steps --early-stop-interval", _BEST),
+    *_flags("--adapter-name-or-path --adapters --lora-model-dir --resume-from-adapter",
+            "a run begins with a new adapter. ftlevel merge makes a model of the old one to train "
+            "on; --resume goes on with a run that was stopped."),
+    *_flags("--modules-to-save --lora-modules-to-save --additional-target",
+            "new heads are trained and saved in full by themselves; other modules stay frozen. "
+            "Drop it, or use --method full."),
+    *_flags("--stride",
+            "--overlong split cuts a long text into rows, which do not overlap. Use that."),
+    *_flags("--loftq-config", "--init loftq --quant 4bit starts so. Use that."),
+    *_flags("--pissa-iter", "--init pissa_niter_16 is the fast form. Use that."),
+    *_flags("--pissa-convert --convert-pissa-to-lora",
+            "an adapter is always saved for the untouched base. Drop it."),
+    *_flags("--loraplus-lr-embedding", "embeddings are not adapted. Drop it."),
+    *_flags("--rank-dropout --module-dropout", "--lora-dropout is the dropout there is. Use that."),
+    *_flags("--use-galore --use-apollo --use-badam --use-adam-mini --use-muon --use-llama-pro "
+            "--freeze-trainable-layers --lisa-activated-layers --lorafa --unfrozen-parameters",
+            _OTHER_METHOD),
+    *_flags("--optim-args --lr-scheduler-kwargs --optim-target-modules",
+            "the optimizer and the schedule have transformers' defaults. Drop it."),
+    *_flags("--gradient-checkpointing-kwargs",
+            "activations are recomputed without reentrant autograd. Drop it."),
+    *_flags("--torch-compile --torch-compile-backend --torch-compile-mode",
+            "compiled steps are not offered; the fast step is on. Drop it."),
+    *_flags("--tf32", "matrix products are in --dtype. Drop it."),
+    *_flags("--auto-find-batch-size",
+            "the fast step bounds the memory by tokens: --set speed.tokens_per_micro_batch=N."),
+    *_flags("--data-seed", "--seed draws the order of the rows too. Use that."),
+    *_flags("--full-determinism", "the same --seed gives the same adapter on a CPU. Drop it."),
+    *_flags("--log-level --disable-tqdm --verbosity", "--quiet prints errors only. Use that."),
+    *_flags("--bnb-4bit-quant-storage --bnb-4bit-quant-storage-dtype",
+            "it serves to split a model over GPUs, which is not done. Drop it."),
+    *_flags("--loss-type --use-dft-loss --enable-dft-loss --use-eaft-loss",
+            "the loss is cross-entropy over the answers' tokens. Drop it."),
+    *_flags("--beta --pref-beta --pref-loss --ref-model --reward-model --reward-funcs "
+            "--num-generations --max-completion-length --max-prompt-length", _NO_PREFERENCE),
+    *_flags("--truncation-mode --truncation-side",
+            "--overlong says what becomes of a row that is too long. Use that."),
+    *_flags("--mix-strategy", "--mix gives the share of each data set. Use that."),
+    *_flags("--model-author", "a run makes no rows about itself. Drop it."),
+    *_flags("--save-gguf --save-method --quantization --save-path",
+            "ftlevel export RUN writes a .gguf and ftlevel merge RUN a model, when it is done."),
+    *_flags("--freeze-vision-tower --freeze-vit --image-max-pixels --video-max-pixels",
+            "models of text are trained alone. Drop it."),
+    *_flags("--use-vllm", "ftlevel export RUN writes what other programs serve. Drop it."),
+    *_flags("--use-hf", "models and data come from the Hugging Face Hub. Drop it."),
+    *_flags("--config", "ftlevel train FILE reads a recipe, and ftlevel recipes convert FILE one "
+            "of Axolotl, LLaMA-Factory, TRL or ms-swift."),
+    *_flags("--merge-lora", "ftlevel merge RUN does it when the run is done. Drop it."),
+    *_flags("--include-num-input-tokens-seen",
+            "summary.json counts the tokens of a run in any case. Drop it."),
+)  # fmt: skip
+"""Rows of the table of flags, by the tools' names."""

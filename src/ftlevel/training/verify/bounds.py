@@ -1,0 +1,142 @@
+"""How far apart two ways to compute a step may be, by what was measured of the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ftlevel.errors import RunError
+from ftlevel.training.verify.compare import Apart, by_kind, kind_of, total
+
+ORDER = 10.0
+"""How far the fast step may be from the plain one, in multiples of what another order of the plain
+step's sums does. Packed rows are summed in orders that differ more than padded ones do."""
+LEAST = {"float32": (1e-5, 1e-4)}
+"""What loss and gradients may differ by in any case, relative."""
+LEAST_NARROW = (4e-3, 2e-2)
+ROUNDING = 1.5
+"""How far the fast step's rounded gradient may be from float32, in multiples of the plain one's:
+about 1 was measured, and a tensor alone may be as far as `ROUNDING_OF_ONE`."""
+ROUNDING_OF_ONE = 4.0
+LENGTH = 0.5
+"""How much longer than the plain one's it may be, in multiples of the same."""
+
+
+@dataclass
+class Verified:
+    """How far the fast step is from the plain one, relative to the plain one.
+
+    Attributes:
+        steps: how many steps were compared.
+        rows: of them, in all.
+        dtype: what they were computed in, beside the run's own precision.
+        loss: largest difference of a step's loss.
+        gradient: largest norm of the difference of a step's gradient over all trained tensors.
+        dropout: the same with dropout on, fused layers against plain ones; None where there is none
+            or it was not compared.
+        rounded: kind of trained tensor → distances of the plain and of the fast step's gradient in
+            the run's precision from the plain one's in float32.
+    """
+
+    steps: int = 0
+    rows: int = 0
+    dtype: str = "float32"
+    loss: float = 0.0
+    gradient: float = 0.0
+    dropout: float | None = None
+    rounded: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far a gradient may be from another one that differs in the order of its sums.
+
+    Attributes:
+        dtype: what both are computed in.
+        noise: what another order does to each tensor.
+    """
+
+    dtype: str
+    noise: Mapping[str, Apart]
+
+    @property
+    def least_loss(self) -> float:
+        """What losses may differ by in any case, relative."""
+        return LEAST.get(self.dtype, LEAST_NARROW)[0]
+
+    def check(self, found: Mapping[str, Apart], what: str) -> None:
+        """Compare each tensor, and all of them.
+
+        Raises:
+            RunError: one is too far.
+        """
+        least = LEAST.get(self.dtype, LEAST_NARROW)[1]
+        kinds = by_kind(found)
+        counts: dict[str, int] = {}
+        for name in found:
+            counts[kind_of(name)] = counts.get(kind_of(name), 0) + 1
+        for name, apart in sorted(found.items(), key=lambda item: -item[1].difference):
+            # A tensor with next to no gradient is rounded like its neighbours that have one.
+            alike = kinds[kind_of(name)].reference / counts[kind_of(name)]
+            own = max(apart.reference, 1e-4 * alike) ** 0.5
+            bound = least * own + ORDER * self.noise[name].difference ** 0.5
+            if not apart.difference**0.5 <= bound:
+                raise wrong(f"{what} of {name} differ by {apart.distance:.2g}, their length by "
+                             f"{apart.length:+.2%}, and rounding explains {bound / own:.2g}",
+                             self.dtype)  # fmt: skip
+        whole, order = total(found.values()), total(self.noise.values())
+        bound = least / 2 + ORDER * order.distance
+        if not whole.distance <= bound:
+            raise wrong(f"{what} differ by {whole.distance:.2g}, and rounding explains "
+                         f"{bound:.2g}", self.dtype)  # fmt: skip
+
+
+@dataclass
+class Rounding:
+    """What the run's precision does to a gradient, over all steps that were compared.
+
+    Attributes:
+        plain: each tensor of the plain step against float32.
+        fast: of the fast step likewise.
+        losses: way → how far its losses are from float32's, relative.
+    """
+
+    plain: dict[str, Apart] = field(default_factory=dict)
+    fast: dict[str, Apart] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def check(self) -> dict[str, tuple[float, float]]:
+        """Return kind of tensor → distances of the plain and the fast step from float32.
+
+        Raises:
+            RunError: the fast step's is larger than rounding makes the plain one's.
+        """
+        plain, fast = by_kind(self.plain), by_kind(self.fast)
+        for kind, apart in fast.items():
+            least, rounding = LEAST_NARROW[1] / 10, plain[kind].distance
+            longer = apart.length - plain[kind].length
+            if not (
+                apart.distance <= least + ROUNDING * rounding
+                and abs(longer) <= least + LENGTH * rounding
+            ):
+                raise wrong(f"gradients of {kind} are {apart.distance:.2g} from float32 and "
+                             f"{longer:+.2%} longer, the plain step's {rounding:.2g}",
+                             "the run's precision")  # fmt: skip
+        for name, apart in self.fast.items():
+            rounding = max(self.plain[name].distance, plain[kind_of(name)].distance)
+            if not apart.distance <= LEAST_NARROW[1] + ROUNDING_OF_ONE * rounding:
+                raise wrong(f"gradients of {name} are {apart.distance:.2g} from float32, the "
+                             f"plain step's {rounding:.2g}", "the run's precision")  # fmt: skip
+        worst = {way: max(losses) for way, losses in self.losses.items()}
+        if worst and not worst["fast"] <= LEAST_NARROW[0] + ROUNDING_OF_ONE * worst["plain"]:
+            raise wrong(f"losses are {worst['fast']:.2g} from float32, the plain step's "
+                         f"{worst['plain']:.2g}", "the run's precision")  # fmt: skip
+        return {kind: (plain[kind].distance, fast[kind].distance) for kind in fast}
+
+
+def wrong(what: str, dtype: str) -> RunError:
+    """Return the error that stops a run."""
+    return RunError(
+        f"--verify-fast: the fast step is not the plain one: in {dtype} {what}. "
+        "Train with --no-fast, and please report it with the command."
+    )

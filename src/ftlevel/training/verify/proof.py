@@ -1,0 +1,176 @@
+"""Whether the fast step is the plain one: a few rows before every run, whole steps when asked.
+
+In float32 the two differ by the order of their sums and nothing else, so a fault of a thousandth
+is seen where bfloat16 would hide one of twenty. How much an order does is measured: the plain step
+with a row a batch against the plain step with its own batches. In the run's precision a step that
+is right is no farther from float32 than the plain step is, which is measured too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.config import TrainConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.evaluation.scoring import batches
+from ftlevel.events import Listener
+from ftlevel.fast.plan.workers import find_randomness
+from ftlevel.training.build_trainer import build_trainer
+from ftlevel.training.model import Adapted
+from ftlevel.training.plan.plan import Plan
+from ftlevel.training.verify.bounds import ORDER, Bounds, Rounding, Verified, wrong
+from ftlevel.training.verify.compare import added, compare_gradients, total
+from ftlevel.training.verify.few_rows import choose_few
+from ftlevel.training.verify.float32 import fits_in_float32, in_float32
+from ftlevel.training.verify.steps import Computed, Steps, moved_from_start
+
+STEPS = 3
+"""Steps that are compared when it is asked for."""
+
+
+def verify_step(
+    config: TrainConfig, plan: Plan, adapted: Adapted, listener: Listener
+) -> Verified | None:
+    """Compare the fast step with the plain one before training; nothing of it is left behind.
+
+    Args:
+        config: the whole configuration: `speed.verify` asks for whole steps, or for nothing.
+        plan: of the run.
+        adapted: its model, with the fast step on it.
+        listener: told what was found.
+
+    Returns:
+        How far apart they are; None where nothing was compared.
+
+    Raises:
+        RunError: farther than rounding explains.
+    """
+    asked, rows = config.speed.verify, plan.data.train
+    if adapted.fast is None or asked is False:
+        return None
+    a_batch = config.train.per_device_train_batch_size
+    a_step = a_batch * config.train.gradient_accumulation_steps
+    few = [] if asked else choose_few(rows)
+    if not asked and not few:
+        return None
+    quiet = config.output.model_copy(update={"report_to": "none"})
+    if asked:
+        listener.stage("compute the first steps the plain way and the fast way")
+    with tempfile.TemporaryDirectory() as nowhere:
+        trainer = build_trainer(
+            config.model_copy(update={"output": quiet}),
+            plan, adapted, RunDirectory(Path(nowhere)), None,
+        )  # fmt: skip
+        steps = Steps(trainer, plan.model.pad_id)
+        dropout = bool(asked and find_randomness(config, adapted.model, with_head=True))
+        verifier = _Verifier(steps, a_batch if asked else len(few), plan.model.dtype, dropout)
+        wanted = list(batches(rows[: STEPS * a_step], a_step)) if asked else [few]
+        # On a GPU the kernels of half precision are others than those of float32.
+        rounded = bool(asked) or plan.model.device != "cpu"
+        verified = verifier.compare(wanted, rounded=rounded, rate=plan.schedule.learning_rate)
+    what = f"{verified.steps} steps" if asked else f"{verified.rows} rows before the first step"
+    apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
+    listener.choices("verify-fast", [Choice(what, f"in {verified.dtype} {apart}")])
+    return verified
+
+
+@dataclass(frozen=True)
+class _Verifier:
+    """Compares steps and raises where they are not the same.
+
+    Attributes:
+        steps: computes them.
+        batch_size: rows of a batch of the plain step.
+        dtype: the run's precision.
+        dropout: whether something is dropped at random, to be compared too.
+    """
+
+    steps: Steps
+    batch_size: int
+    dtype: str
+    dropout: bool
+
+    def compare(
+        self, wanted: Sequence[Sequence[Encoded]], *, rounded: bool, rate: float
+    ) -> Verified:
+        """Return how far the steps over each of `wanted` are apart.
+
+        Args:
+            wanted: rows of each step; between two of them the model takes the plain one's step.
+            rounded: whether in the run's own precision too.
+            rate: learning rate of those steps.
+        """
+        model, training = self.steps.model, self.steps.model.training
+        device = self.steps.trainer.args.device.type
+        wide = self.dtype == "float32" or fits_in_float32(model, device)
+        verified = Verified(dtype="float32" if wide else self.dtype)
+        rounding = Rounding()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
+        try:
+            with moved_from_start(model):
+                for rows in wanted:
+                    with in_float32(model) if wide else contextlib.nullcontext():
+                        plain = self._compare(rows, verified)
+                    if rounded and wide and self.dtype != "float32":
+                        rounding = self._round(rows, plain, rounding)
+                    verified = replace(
+                        verified, steps=verified.steps + 1, rows=verified.rows + len(rows)
+                    )
+                    if rows is not wanted[-1]:
+                        _take(optimizer, model, plain)
+        finally:
+            model.train(training)
+        return replace(verified, rounded=rounding.check())
+
+    def _compare(self, rows: Sequence[Encoded], verified: Verified) -> Computed:
+        """Return the plain step; how far the fast one is from it goes into `verified` (mutated)."""
+        steps, dtype = self.steps, verified.dtype
+        plain = steps.plain(rows, self.batch_size, dtype)
+        other = steps.plain(rows[::-1], 1, dtype)
+        noise = compare_gradients(other.gradients, plain.gradients)
+        noise_of_loss = abs(other.loss - plain.loss)
+        del other
+        fast = steps.fast(rows, dtype)
+        found = compare_gradients(fast.gradients, plain.gradients)
+        bounds = Bounds(dtype, noise)
+        loss, least = abs(fast.loss - plain.loss), bounds.least_loss * abs(plain.loss)
+        if not loss <= least + ORDER * noise_of_loss:
+            raise wrong(f"losses differ by {loss:.2g} of {plain.loss:.4g}, and rounding explains "
+                         f"{least + ORDER * noise_of_loss:.2g}", dtype)  # fmt: skip
+        bounds.check(found, "gradients")
+        verified.loss = max(verified.loss, loss / max(abs(plain.loss), 1e-12))
+        verified.gradient = max(verified.gradient, total(found.values()).distance)
+        if self.dropout:
+            expected = steps.with_dropout(rows, dtype, fused=False)
+            dropped = steps.with_dropout(rows, dtype, fused=True)
+            apart = compare_gradients(dropped.gradients, expected.gradients)
+            bounds.check(apart, "gradients with dropout")
+            verified.dropout = max(verified.dropout or 0.0, total(apart.values()).distance)
+        return plain
+
+    def _round(self, rows: Sequence[Encoded], exact: Computed, sums: Rounding) -> Rounding:
+        """Return `sums` with what rounding does to a step in the run's precision."""
+        plain = self.steps.plain(rows, self.batch_size, self.dtype)
+        sums.plain = added(sums.plain, compare_gradients(plain.gradients, exact.gradients))
+        fast = self.steps.fast(rows, self.dtype)
+        sums.fast = added(sums.fast, compare_gradients(fast.gradients, exact.gradients))
+        for name, step in (("plain", plain), ("fast", fast)):
+            sums.losses.setdefault(name, []).append(abs(step.loss / exact.loss - 1))
+        return sums
+
+
+def _take(optimizer: torch.optim.Optimizer, model: torch.nn.Module, step: Computed) -> None:
+    """Move `model` (mutated) by the optimizer's step on the gradients of `step`."""
+    for name, parameter in model.named_parameters():
+        if name in step.gradients:
+            parameter.grad = step.gradients[name]
+    optimizer.step()
+    model.zero_grad()

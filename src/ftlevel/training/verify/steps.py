@@ -1,0 +1,168 @@
+"""An optimizer step's loss and gradients, computed the plain way and by the Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.evaluation.scoring import batches
+from ftlevel.fast.layers.norm_glu import FusedGlu, FusedNorm
+from ftlevel.models.hardware import autocast
+from ftlevel.training.trainer import FtlevelTrainer
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a step gives.
+
+    Attributes:
+        loss: mean over its targets, in nats.
+        gradients: name of a trained tensor → its gradient, of the tensor's shape.
+    """
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Computes steps outside of a run.
+
+    Attributes:
+        trainer: of the run, before its first step. What it counts is as before afterwards.
+        pad_id: fills a batch.
+    """
+
+    trainer: FtlevelTrainer
+    pad_id: int
+
+    @property
+    def model(self) -> Any:
+        """What is trained."""
+        return self.trainer.model
+
+    def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Computed:
+        """Return the step as transformers and PEFT compute it: padded batches, no dropout.
+
+        Args:
+            rows: of the step.
+            batch_size: rows of a batch; the gradients of all are summed.
+            dtype: compute precision's name.
+        """
+        objective, device = self.trainer.objective, self.trainer.args.device
+        self.model.eval()
+        self.model.zero_grad()
+        collate, loss, count = Collator(self.pad_id), 0.0, 0
+        for part in batches(rows, batch_size):
+            batch = {name: value.to(device) for name, value in collate(part).items()}
+            inputs, labels = objective.split(batch)
+            with autocast(device.type, dtype):
+                logits = objective.logits(self.model(**inputs))
+                summed = objective.loss_sum(logits, labels, batch["attention_mask"])
+            torch.autograd.backward(summed)
+            loss += summed.item()
+            count += int(objective.count(labels))
+        gradients = {name: g.div_(count) for name, g in self._take_gradients().items()}
+        return Computed(loss / count, gradients)
+
+    def fast(self, rows: Sequence[Encoded], dtype: str) -> Computed:
+        """Return the step as the Trainer computes it, fused layers as in training, no dropout."""
+        return self._by_trainer(rows, dtype, _without_dropout)
+
+    def with_dropout(self, rows: Sequence[Encoded], dtype: str, *, fused: bool) -> Computed:
+        """Return the step as the Trainer computes it, dropout and all.
+
+        Args:
+            rows: of the step.
+            dtype: compute precision's name.
+            fused: whether in fused layers; what is dropped is the same with and without.
+        """
+        torch.manual_seed(0)
+        return self._by_trainer(rows, dtype, _nothing if fused else _unfused)
+
+    def _by_trainer(
+        self, rows: Sequence[Encoded], dtype: str, mode: Callable[[Any], None]
+    ) -> Computed:
+        """Return what `FtlevelTrainer.training_step` gives, in a mode set before each forward."""
+        trainer, device = self.trainer, self.trainer.args.device
+        self.model.zero_grad()
+        hook = self.model.register_forward_pre_hook(lambda model, _: mode(model))
+        try:
+            with trainer.computing_alone(dtype):
+                batch = trainer.data_collator(list(rows))
+                count = trainer.count_targets([batch], device) * trainer.args.world_size
+                loss = trainer.training_step(self.model, batch, count)
+        finally:
+            hook.remove()
+        scale = trainer.loss_scale
+        return Computed(float(loss), {n: g / scale for n, g in self._take_gradients().items()})
+
+    def _take_gradients(self) -> dict[str, torch.Tensor]:
+        """Return the gradients that are there, and leave none."""
+        found = {
+            name: parameter.grad
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and parameter.grad is not None
+        }
+        self.model.zero_grad()
+        return found
+
+
+def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    from ftlevel.fast.layers.fused_lora.forward import (
+        FusedForward,  # PEFT's layers import bitsandbytes
+    )
+
+    for module in model.modules():
+        if isinstance(module, FusedForward | FusedNorm | FusedGlu) and isinstance(
+            module, torch.nn.Module
+        ):
+            yield module
+
+
+def _nothing(model: torch.nn.Module) -> None:
+    """Training's own mode."""
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    """Let nothing be dropped in `model` (mutated), and fused modules compute as in training."""
+    model.eval()
+    for module in _fused_modules(model):
+        module.training = True
+
+
+def _unfused(model: torch.nn.Module) -> None:
+    """Let fused modules of `model` (mutated) compute as the modules that they stand for."""
+    for module in _fused_modules(model):
+        module.training = False
+
+
+@contextlib.contextmanager
+def moved_from_start(model: torch.nn.Module) -> Iterator[None]:
+    """Move what is trained a little at random inside the block, and back.
+
+    LoRA's B, an adapter's last linear and others begin at zero, where gradients of what stands
+    before them are zero, right or wrong. A tensor of zeros gets a standard deviation of
+    0.2 / √(last axis), so that a LoRA moves its linear's output by about a fifth; any other a
+    twentieth of its own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        for p in trained:
+            spread = float(p.float().std()) if p.numel() > 1 else 0.0
+            size = 0.05 * spread if spread else 0.2 / p.shape[-1] ** 0.5 if p.dim() else 0.2
+            p.add_((torch.randn(p.shape, generator=generator) * size).to(p))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(trained, start, strict=True):
+                p.copy_(value)

@@ -1,0 +1,479 @@
+"""What people type to other tools, from these tools' own examples, and what comes of it here.
+
+docs/coming-from.md is made of this table, and `test_spellings.py` holds it against the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+TRANSFORMERS = "transformers"
+PEFT = "PEFT"
+TRL = "TRL"
+AXOLOTL = "Axolotl"
+LLAMA_FACTORY = "LLaMA-Factory"
+MS_SWIFT = "ms-swift"
+UNSLOTH = "Unsloth"
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """One thing that is typed.
+
+    Attributes:
+        tool: whose it is.
+        example: of that tool, in which it stands or whose option it is.
+        typed: name and value.
+        sets: the fields that must have these values, which they have not without it.
+        agrees: a part of the line that says why nothing has to be set.
+        answer: a part of the line with which it is refused.
+        beside: what else is on the command line, for what goes with another flag alone.
+    """
+
+    tool: str
+    example: str
+    typed: str
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    agrees: str = ""
+    answer: str = ""
+    beside: str = ""
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the command line goes on."""
+        return not self.answer
+
+
+def _sets(tool: str, example: str, *rows: tuple[Any, ...]) -> list[Spelled]:
+    """Return rows of (typed, field, value, …) that one example gives."""
+    return [
+        Spelled(tool, example, typed, dict(zip(rest[::2], rest[1::2], strict=True)))
+        for typed, *rest in rows
+    ]
+
+
+def _agrees(tool: str, example: str, *rows: tuple[str, str]) -> list[Spelled]:
+    return [Spelled(tool, example, typed, agrees=reason) for typed, reason in rows]
+
+
+def _answers(tool: str, example: str, *rows: tuple[str, str]) -> list[Spelled]:
+    return [Spelled(tool, example, typed, answer=answer) for typed, answer in rows]
+
+
+MODEL, DATA = "model.name_or_path", "data.dataset"
+_QV = ["q_proj", "v_proj"]
+
+SPELLINGS: list[Spelled] = [
+    *_sets(
+        TRANSFORMERS, "run_glue.py",
+        ("--model_name_or_path bert-base-cased", MODEL, "bert-base-cased"),
+        ("--task_name mrpc", DATA, "nyu-mll/glue", "data.subset", "mrpc",
+         "task", "text-classification"),
+        ("--max_seq_length 128", "data.max_length", 128),
+        ("--per_device_train_batch_size 32", "train.per_device_train_batch_size", 32),
+        ("--learning_rate 2e-5", "train.learning_rate", 2e-5),
+        ("--num_train_epochs 2", "train.num_train_epochs", 2),
+        ("--output_dir /tmp/mrpc/", "output.dir", "/tmp/mrpc"),
+    ),
+    *_agrees(
+        TRANSFORMERS, "run_glue.py",
+        ("--do_train", "ftlevel train trains"),
+        ("--do_eval", "validation rows are scored at the end of each epoch"),
+    ),
+    *_answers(TRANSFORMERS, "run_glue.py", ("--do_predict", "ftlevel evaluate RUN --dataset TEST")),
+    *_sets(
+        TRANSFORMERS, "run_classification.py",
+        ("--train_file train.csv", DATA, "train.csv"),
+        ("--validation_file val.csv", "data.validation_file", "val.csv"),
+        ("--text_column_names sentence", "data.columns", {"text": "sentence"}),
+        ("--label_column_name rating", "data.columns", {"label": "rating"}),
+        ("--max_train_samples 50", "data.max_samples", 50),
+        ("--max_eval_samples 50", "data.max_eval_samples", 50),
+        ("--model_revision v2", "model.revision", "v2"),
+        ("--train_split_name train[:90%]", "data.split", "train[:90%]"),
+    ),
+    Spelled(TRANSFORMERS, "run_classification.py", "--do_regression true",
+            {"data.problem_type": "regression"}, beside="--task text-classification"),
+    *_agrees(
+        TRANSFORMERS, "run_classification.py",
+        ("--ignore_mismatched_sizes", "a head that does not fit is made anew"),
+        ("--use_fast_tokenizer true", "the fast tokenizer is used"),
+        ("--pad_to_max_length false", "rows are not padded to the longest length"),
+    ),
+    *_answers(
+        TRANSFORMERS, "run_classification.py",
+        ("--test_file test.csv", "ftlevel evaluate RUN --dataset TEST"),
+        ("--metric_name accuracy", "no metric picks another"),
+        ("--cache_dir /tmp/cache", "HF_HOME"),
+        ("--token hf_x", "hf auth login"),
+        ("--tokenizer_name bert-base-cased", "the tokenizer and its tokens are the model's own"),
+        ("--validation_split_name dev", "--validation-file names others"),
+    ),
+    *_sets(
+        TRANSFORMERS, "run_ner.py",
+        ("--dataset_name tomaarsen/conll2003", DATA, "tomaarsen/conll2003"),
+        ("--text_column_name words", "data.columns", {"text": "words"}),
+        ("--preprocessing_num_workers 4", "data.num_proc", 4),
+    ),
+    *_answers(TRANSFORMERS, "run_ner_no_trainer.py", ("--task_name ner", "--task ner")),
+    *_sets(TRANSFORMERS, "run_qa.py", ("--doc_stride 64", "data.doc_stride", 64)),
+    *_agrees(TRANSFORMERS, "run_qa.py",
+             ("--version_2_with_negative", "questions without an answer are learned as such")),
+    *_sets(
+        TRANSFORMERS, "run_seq2seq_qa.py",
+        ("--context_column passage", "data.columns", {"context": "passage"}),
+        ("--question_column query", "data.columns", {"question": "query"}),
+        ("--answer_column replies", "data.columns", {"answers": "replies"}),
+    ),
+    *_sets(
+        TRANSFORMERS, "run_clm.py",
+        ("--dataset_config_name wikitext-2-raw-v1", "data.subset", "wikitext-2-raw-v1"),
+        ("--per_device_eval_batch_size 4", "train.per_device_eval_batch_size", 4),
+        ("--block_size 512", "data.max_length", 512),
+        ("--validation_split_percentage 5", "data.validation_split", 0.05),
+        ("--torch_dtype bfloat16", "model.dtype", "bfloat16"),
+        ("--overwrite_cache", "data.cache", False),
+        ("--trust_remote_code true", "model.trust_remote_code", True),
+    ),
+    Spelled(TRANSFORMERS, "run_clm.py", "--streaming", {"data.streaming": True},
+            beside="--max_steps 5"),
+    *_answers(
+        TRANSFORMERS, "run_clm.py",
+        ("--config_overrides n_embd=1024", "trained as its config says"),
+        ("--model_type gpt2", "the model's own config"),
+    ),
+    Spelled(TRANSFORMERS, "run_mlm.py", "--mlm_probability 0.2", {"data.mlm_probability": 0.2}),
+    *_agrees(TRANSFORMERS, "run_mlm.py", ("--line_by_line", "each row is a text of its own")),
+    *_sets(
+        TRANSFORMERS, "run_summarization.py",
+        ("--summary_column highlights", "data.columns", {"summary": "highlights"}),
+        ("--text_column article", "data.columns", {"text": "article"}),
+        ("--max_source_length 512", "data.max_length", 512),
+        ("--max_target_length 64", "data.max_target_length", 64),
+        ("--predict_with_generate", "train.predict_with_generate", True),
+        ("--overwrite_output_dir", "output.overwrite", True),
+    ),
+    *_answers(
+        TRANSFORMERS, "run_summarization.py",
+        ('--source_prefix "summarize: "', "a task has its own instruction"),
+        ("--num_beams 4", "greedy decoding"),
+    ),
+    *(Spelled(TRANSFORMERS, "run_translation.py", typed, sets, beside="--task translation")
+      for typed, sets in (("--source_lang en", {"data.source_language": "en"}),
+                          ("--target_lang ro", {"data.target_language": "ro"}))),
+    *_sets(
+        TRANSFORMERS, "TrainingArguments",
+        ("--bf16", "model.dtype", "bfloat16"),
+        ("--fp16 true", "model.dtype", "float16"),
+        ("--use_cpu", "model.device", "cpu"),
+        ("--gradient_checkpointing True", "train.gradient_checkpointing", True),
+        ("--gradient_accumulation_steps 4", "train.gradient_accumulation_steps", 4),
+        ("--lr_scheduler_type cosine", "train.lr_scheduler_type", "cosine"),
+        ("--warmup_ratio 0.1", "train.warmup_steps", 0.1),
+        ("--warmup_steps 50", "train.warmup_steps", 50),
+        ("--weight_decay 0.01", "train.weight_decay", 0.01),
+        ("--max_grad_norm 0.3", "train.max_grad_norm", 0.3),
+        ("--adam_beta1 0.95", "train.adam_beta1", 0.95),
+        ("--adam_beta2 0.95", "train.adam_beta2", 0.95),
+        ("--adam_epsilon 1e-6", "train.adam_epsilon", 1e-6),
+        ("--optim adamw_torch", "train.optim", "adamw_torch"),
+        ("--label_smoothing_factor 0.1", "train.label_smoothing_factor", 0.1),
+        ("--neftune_noise_alpha 5", "train.neftune_noise_alpha", 5.0),
+        ("--group_by_length", "train.train_sampling_strategy", "group_by_length"),
+        ("--max_steps 100", "train.max_steps", 100),
+        ("--seed 7", "train.seed", 7),
+        ("--logging_steps 10", "train.logging_steps", 10),
+        ("--eval_strategy steps", "train.eval_strategy", "steps"),
+        ("--evaluation_strategy no", "train.eval_strategy", "no"),
+        ("--eval_steps 0.2", "train.eval_steps", 0.2),
+        ("--eval_on_start", "train.eval_on_start", True),
+        ("--save_strategy epoch", "train.save_strategy", "epoch"),
+        ("--save_steps 500", "train.save_steps", 500),
+        ("--save_total_limit 1", "train.save_total_limit", 1),
+        ("--run_name first-try", "output.run_name", "first-try"),
+        ("--report_to tensorboard", "output.report_to", "tensorboard"),
+        ("--use_liger_kernel", "speed.liger_kernel", True),
+    ),
+    Spelled(TRANSFORMERS, "TrainingArguments", "--resume_from_checkpoint true",
+            {"output.resume": True}, beside="--output_dir out"),
+    *_agrees(
+        TRANSFORMERS, "TrainingArguments",
+        ("--remove_unused_columns false", "columns that are not used are only named"),
+        ("--ddp_find_unused_parameters false", "every trained weight gets a gradient"),
+        ("--save_safetensors true", "weights are written as safetensors"),
+        ("--logging_first_step", "the first step is logged"),
+        ("--max_steps -1", "there is no limit but the epochs"),
+        ("--fp16 false", "model.dtype is auto"),
+    ),
+    *_answers(
+        TRANSFORMERS, "TrainingArguments",
+        ("--push_to_hub", "a run uploads nothing"),
+        ("--hub_model_id me/model", "a run uploads nothing"),
+        ("--load_best_model_at_end", "no metric picks another"),
+        ("--metric_for_best_model f1", "no metric picks another"),
+        ("--dataloader_num_workers 4", "--num-proc N"),
+        ("--deepspeed ds.json", "--num-processes N"),
+        ("--fsdp full_shard", "--num-processes N"),
+        ("--torch_compile", "compiled steps are not offered"),
+        ("--auto_find_batch_size", "speed.tokens_per_micro_batch"),
+        ("--disable_tqdm true", "--quiet"),
+        ("--data_seed 3", "--seed draws the order"),
+    ),
+    *_sets(
+        PEFT, "sft/run_peft.sh",
+        ("--dataset_text_field content", "data.columns", {"text": "content"}),
+        ("--chat_template_format chatml", "data.chat_template", "chatml"),
+        ("--lora_r 16", "method.r", 16),
+        ("--lora_alpha 32", "method.lora_alpha", 32.0),
+        ("--lora_dropout 0.1", "method.lora_dropout", 0.1),
+        ('--lora_target_modules "q_proj,v_proj"', "method.target_modules", _QV),
+        ("--use_4bit_quantization True", "quant.kind", "4bit"),
+        ("--bnb_4bit_compute_dtype bfloat16", "model.dtype", "bfloat16"),
+        ("--use_flash_attn True", "model.attn_implementation", "flash_attention_2"),
+        ("--eval_strategy epoch", "train.eval_strategy", "epoch"),
+        ("--bf16 True", "model.dtype", "bfloat16"),
+    ),
+    Spelled(PEFT, "sft/run_peft.sh", "--use_nested_quant True", {"quant.double_quant": True},
+            beside="--use_4bit_quantization True"),
+    *_agrees(
+        PEFT, "sft/run_peft.sh",
+        ("--use_peft_lora True", "an adapter is trained"),
+        ("--packing True", "each attending to itself alone"),
+        ("--add_special_tokens False", "no token is added"),
+        ("--append_concat_token False", "no token is added"),
+        ('--logging_strategy "steps"', "the loss is logged every --logging-steps"),
+    ),
+    *_answers(
+        PEFT, "sft/run_peft.sh",
+        ("--use_reentrant True", "without reentrant autograd"),
+        ("--hub_private_repo True", "a run uploads nothing"),
+        ("--log_level info", "--quiet"),
+        ("--bnb_4bit_quant_storage_dtype bfloat16", "to split a model over GPUs"),
+    ),
+    *_sets(
+        PEFT, "dora_finetuning.py",
+        ("--base_model meta-llama/Meta-Llama-3-8B", MODEL, "meta-llama/Meta-Llama-3-8B"),
+        ("--data_path yahma/alpaca-cleaned", DATA, "yahma/alpaca-cleaned"),
+        ("--batch_size 1", "train.per_device_train_batch_size", 1),
+        ("--num_epochs 5", "train.num_train_epochs", 5),
+        ("--cutoff_len 512", "data.max_length", 512),
+        ("--use_dora", "method.use_dora", True),
+        ("--quantize", "quant.kind", "4bit"),
+        ("--eval_step 10", "train.eval_steps", 10),
+        ("--save_step 100", "train.save_steps", 100),
+    ),
+    *_answers(PEFT, "dora_finetuning.py", ("--val_set_size 500", "a share is below 1")),
+    *_sets(
+        PEFT, "loftq_finetuning",
+        ("--bits 4", "quant.kind", "4bit"),
+        ("--rank 16", "method.r", 16),
+        ("--num_warmup_steps 100", "train.warmup_steps", 100),
+        ("--dataset_config main", "data.subset", "main"),
+    ),
+    *_sets(
+        PEFT, "pissa_finetuning, olora_finetuning",
+        ("--init_lora_weights pissa", "method.init_lora_weights", "pissa"),
+        ("--init_lora_weights gaussian", "method.init_lora_weights", "gaussian"),
+        ("--bits nf4", "quant.kind", "4bit"),
+        ("--base_model_name_or_path gpt2", MODEL, "gpt2"),
+        ("--device_map cpu", "model.device", "cpu"),
+    ),
+    *_answers(PEFT, "pissa_finetuning", ("--convert_pissa_to_lora", "the untouched base")),
+    *_sets(
+        TRL, "trl sft",
+        ("--dtype bfloat16", "model.dtype", "bfloat16"),
+        ("--load_in_4bit", "quant.kind", "4bit"),
+        ("--load_in_8bit true", "quant.kind", "8bit"),
+        ("--lora_target_modules q_proj v_proj", "method.target_modules", _QV),
+        ("--lora_task_type SEQ_CLS", "task", "text-classification"),
+        ("--use_rslora", "method.use_rslora", True),
+        ("--attn_implementation eager", "model.attn_implementation", "eager"),
+        ("--dataset_num_proc 12", "data.num_proc", 12),
+        ("--dataset_train_split train[:5%]", "data.split", "train[:5%]"),
+        ("--max_length 1536", "data.max_length", 1536),
+        ("--optim paged_adamw_8bit", "train.optim", "paged_adamw_8bit"),
+        ("--lora_target_parameters experts", "method.target_parameters", "experts"),
+    ),
+    Spelled(TRL, "trl sft", "--use_bnb_nested_quant", {"quant.double_quant": True},
+            beside="--load_in_4bit"),
+    Spelled(TRL, "trl sft", "--dataset_streaming", {"data.streaming": True},
+            beside="--max_steps 5"),
+    *_agrees(
+        TRL, "trl sft",
+        ("--use_peft", "an adapter is trained"),
+        ("--packing", "each attending to itself alone"),
+        ("--no_remove_unused_columns", "columns that are not used are only named"),
+        ("--assistant_only_loss true", "the loss is that of answers alone"),
+        ("--completion_only_loss true", "the loss is that of answers alone"),
+        ("--padding_free", "each attending to itself alone"),
+    ),
+    *_answers(
+        TRL, "trl sft",
+        ("--eos_token '<|im_end|>'", "the tokenizer and its tokens are the model's own"),
+        ("--lora_modules_to_save lm_head", "new heads are trained and saved in full"),
+        ("--config sft_config.yaml", "ftlevel recipes convert"),
+        ("--dataset_test_split test", "--validation-file names others"),
+        ("--report_to trackio", "'trackio' is not known"),
+        ("--beta 0.1", "not from preferences or rewards"),
+    ),
+    *_sets(
+        AXOLOTL, "llama-3/qlora.yml",
+        ("--base-model NousResearch/Llama-3.2-1B", MODEL, "NousResearch/Llama-3.2-1B"),
+        ("--adapter qlora", "method.kind", "qlora", "quant.kind", "4bit"),
+        ("--micro-batch-size 2", "train.per_device_train_batch_size", 2),
+        ("--sequence-len 2048", "data.max_length", 2048),
+        ("--lr-scheduler cosine", "train.lr_scheduler_type", "cosine"),
+        ("--optimizer adamw_8bit", "train.optim", "adamw_8bit"),
+        ("--val-set-size 0.1", "data.validation_split", 0.1),
+        ("--bf16 true", "model.dtype", "bfloat16"),
+        ("--saves-per-epoch 1", "train.save_strategy", "epoch"),
+        ("--evals-per-epoch 1", "train.eval_strategy", "epoch"),
+        ("--wandb-name run1", "output.run_name", "run1"),
+        ("--flash-attention true", "model.attn_implementation", "flash_attention_2"),
+    ),
+    *_agrees(
+        AXOLOTL, "llama-3/lora-1b.yml",
+        ("--sample-packing true", "each attending to itself alone"),
+        ("--load-in-8bit false", "quant.kind is none"),
+        ("--train-on-inputs false", "the loss is that of answers alone"),
+        ("--pad-to-sequence-len false", "rows are not padded to the longest length"),
+    ),
+    *_answers(
+        AXOLOTL, "llama-3/lora-1b.yml",
+        ("--evals-per-epoch 4", "1/(4 × E)"),
+        ("--tf32 true", "matrix products are in --dtype"),
+        ("--lora-model-dir out", "ftlevel merge"),
+        ("--wandb-project mine", "environment variable"),
+        ("--early-stopping-patience 3", "no metric picks another"),
+    ),
+    *_sets(
+        LLAMA_FACTORY, "train_lora/qwen3_lora_sft.sh",
+        ("--trust_remote_code", "model.trust_remote_code", True),
+        ("--lora_rank 16", "method.r", 16),
+        ("--dataset identity,alpaca_en_demo", DATA, "identity", "data.also", ("alpaca_en_demo",)),
+        ("--template llama3", "data.chat_template", "llama-3"),
+        ("--cutoff_len 2048", "data.max_length", 2048),
+        ("--max_samples 1000", "data.max_samples", 1000),
+        ("--preprocessing_num_workers 16", "data.num_proc", 16),
+        ("--num_train_epochs 5.0", "train.num_train_epochs", 5),
+        ("--bf16", "model.dtype", "bfloat16"),
+        ("--lora_target q_proj,v_proj", "method.target_modules", _QV),
+        ("--val_size 0.1", "data.validation_split", 0.1),
+        ("--eval_dataset alpaca_val.json", "data.validation_file", "alpaca_val.json"),
+    ),
+    *_agrees(
+        LLAMA_FACTORY, "train_lora/qwen3_lora_sft.sh",
+        ("--stage sft", "that is what ftlevel train does"),
+        ("--do_train", "ftlevel train trains"),
+        ("--save_only_model false", "all that resuming needs"),
+        ("--plot_loss", "metrics.jsonl"),
+    ),
+    *_sets(
+        LLAMA_FACTORY, "train_qlora, train_full and extras",
+        ("--finetuning_type full", "method.kind", "full"),
+        ("--finetuning_type oft", "method.kind", "oft"),
+        ("--quantization_bit 4", "quant.kind", "4bit"),
+        ("--loraplus_lr_ratio 16.0", "method.lora_plus_ratio", 16.0),
+        ("--pissa_init true", "method.init_lora_weights", "pissa"),
+        ("--flash_attn fa2", "model.attn_implementation", "flash_attention_2"),
+        ("--packing false", "speed.pack", False),
+    ),
+    Spelled(LLAMA_FACTORY, "data arguments", "--interleave_probs 0.7,0.3",
+            {"data.mix": (0.7, 0.3)}, beside="--dataset a,b"),
+    Spelled(LLAMA_FACTORY, "data arguments", "--buffer_size 500", {"data.shuffle_buffer": 500},
+            beside="--streaming --max_steps 5"),
+    *_agrees(
+        LLAMA_FACTORY, "train_qlora and extras",
+        ("--quantization_method bnb", "weights are quantized by bitsandbytes"),
+        ("--neat_packing true", "each attending to itself alone"),
+        ("--train_on_prompt false", "the loss is that of answers alone"),
+    ),
+    *_answers(
+        LLAMA_FACTORY, "train_lora",
+        ("--template qwen3_nothink", "the chat template is the model's own"),
+        ("--stage dpo", "not from preferences or rewards"),
+        ("--ddp_timeout 180000000", "--num-processes N"),
+        ("--use_galore", "ftlevel list-methods"),
+        ("--additional_target embed_tokens", "new heads are trained and saved in full"),
+        ("--adapter_name_or_path saves/lora", "ftlevel merge"),
+        ("--dataset_dir data", "--dataset FILE"),
+    ),
+    *_sets(
+        MS_SWIFT, "README, tuners/lora/train.sh",
+        ("--model Qwen/Qwen2.5-7B-Instruct", MODEL, "Qwen/Qwen2.5-7B-Instruct"),
+        ("--tuner_type full", "method.kind", "full"),
+        ("--split_dataset_ratio 0.01", "data.validation_split", 0.01),
+        ("--target_modules q_proj v_proj", "method.target_modules", _QV),
+        ("--eval_steps 50", "train.eval_steps", 50),
+        ("--max_length 2048", "data.max_length", 2048),
+        ("--warmup_ratio 0.05", "train.warmup_steps", 0.05),
+    ),
+    *_sets(
+        MS_SWIFT, "tuners, qlora and seq_cls",
+        ("--use_dora true", "method.use_dora", True),
+        ("--tuner_type adalora", "method.kind", "adalora"),
+        ("--init_weights olora", "method.init_lora_weights", "olora"),
+        ("--neftune_noise_alpha 15", "train.neftune_noise_alpha", 15.0),
+        ("--quant_bits 4", "quant.kind", "4bit"),
+        ("--task_type seq_cls", "task", "text-classification"),
+        ("--attn_impl flash_attn", "model.attn_implementation", "flash_attention_2"),
+        ("--truncation_strategy delete", "data.overlong", "drop"),
+        ("--save_strategy steps", "train.save_strategy", "steps"),
+    ),
+    Spelled(MS_SWIFT, "seq_cls/regression/sft.sh", "--problem_type regression",
+            {"data.problem_type": "regression"}, beside="--task_type seq_cls"),
+    *_agrees(
+        MS_SWIFT, "packing, qlora and seq_cls",
+        ("--packing true", "each attending to itself alone"),
+        ("--quant_method bnb", "weights are quantized by bitsandbytes"),
+    ),
+    *_answers(
+        MS_SWIFT, "README, tuners and seq_cls",
+        ("--model_author swift", "a run makes no rows about itself"),
+        ("--num_labels 2", "the classes are counted in the data"),
+        ("--init_weights lora-ga", "'lora-ga' is not known"),
+        ("--rlhf_type dpo", "not from preferences or rewards"),
+        ("--adapters output/checkpoint-1", "ftlevel merge"),
+        ('--system "You are kind."', "a system prompt is a turn of the data"),
+    ),
+    *_sets(
+        UNSLOTH, "unsloth-cli.py",
+        ('--model_name "unsloth/llama-3-8b"', MODEL, "unsloth/llama-3-8b"),
+        ("--max_seq_length 8192", "data.max_length", 8192),
+        ("--r 64", "method.r", 64),
+        ('--bias "all"', "method.bias", "all"),
+        ('--use_gradient_checkpointing "unsloth"', "train.gradient_checkpointing", True),
+        ("--random_state 3407", "train.seed", 3407),
+        ('--optim "adamw_8bit"', "train.optim", "adamw_8bit"),
+        ("--weight_decay 0.005", "train.weight_decay", 0.005),
+        ("--raw_text_file book.txt", DATA, "book.txt"),
+        ("--use_rslora", "method.use_rslora", True),
+    ),
+    *_sets(
+        UNSLOTH, "unsloth train",
+        ("--local-dataset faq.jsonl", DATA, "faq.jsonl"),
+        ("--format-type alpaca", "data.format", "alpaca"),
+        ("--training-type full", "method.kind", "full"),
+        ("--random-seed 3407", "train.seed", 3407),
+        ("--enable-wandb", "output.report_to", "wandb"),
+        ("--gradient-checkpointing unsloth", "train.gradient_checkpointing", True),
+    ),
+    Spelled(UNSLOTH, "unsloth train", "--use-loftq", {"method.init_lora_weights": "loftq"},
+            beside="--load-in-4bit"),
+    *_agrees(
+        UNSLOTH, "unsloth-cli.py",
+        ("--save_model", "the adapter is saved"),
+        ("--train-on-completions", "the loss is that of answers alone"),
+    ),
+    *_answers(
+        UNSLOTH, "unsloth-cli.py",
+        ("--loftq_config '{}'", "--init loftq --quant 4bit"),
+        ("--save_gguf", "ftlevel export RUN"),
+        ('--save_method "merged_16bit"', "ftlevel merge RUN"),
+        ("--push_model", "a run uploads nothing"),
+        ('--hub_token "x"', "hf auth login"),
+        ("--stride 512", "--overlong split"),
+    ),
+]  # fmt: skip

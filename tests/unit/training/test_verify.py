@@ -1,0 +1,197 @@
+"""`--verify-fast` and the few rows of every run: what they see, and that they leave nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ftlevel.config import TrainConfig
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.errors import RunError
+from ftlevel.events import Silence
+from ftlevel.fast.layers.fused_lora.function import FusedLoraFunction
+from ftlevel.models.loading import quiet_libraries
+from ftlevel.training.model import load_adapted
+from ftlevel.training.plan.resolve import resolve
+from ftlevel.training.trainer import FtlevelTrainer
+from ftlevel.training.verify.compare import Apart, compare_gradients, kind_of
+from ftlevel.training.verify.few_rows import FEW_TOKENS, choose_few, shorten
+from ftlevel.training.verify.float32 import in_float32
+from ftlevel.training.verify.proof import verify_step
+from ftlevel.training.verify.steps import moved_from_start
+
+
+def build(dtype: str, **method: Any) -> Any:
+    """Return a small run's configuration, plan and model with the fast step on it."""
+    config = TrainConfig.model_validate({
+        "model": {"dtype": dtype}, "data": {"max_samples": 24},
+        "method": {"kind": "lora", **method},
+        "train": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    })  # fmt: skip
+    with quiet_libraries():
+        plan = resolve(config)
+        return config, plan, load_adapted(config, plan, Silence())
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def small_run(request: pytest.FixtureRequest) -> Any:
+    return build(request.param)
+
+
+def asking(config: TrainConfig, verify: bool | None) -> TrainConfig:
+    return config.model_copy(update={"speed": config.speed.model_copy(update={"verify": verify})})
+
+
+def scaled(argument: int, factor: float) -> Callable[..., Any]:
+    """Return LoRA's fused backward pass with one gradient off by a factor."""
+    right = FusedLoraFunction.backward
+
+    def wrong(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        made = list(right(ctx, *gradients))
+        made[argument] = None if made[argument] is None else made[argument] * factor
+        return tuple(made)
+
+    return staticmethod(wrong)
+
+
+@pytest.mark.parametrize(("argument", "factor"), [(2, -1.0), (2, 0.0), (2, 1.02), (3, 1.02)])
+def test_a_wrong_gradient_of_a_or_b_stops_every_run(
+    small_run: Any, monkeypatch: pytest.MonkeyPatch, argument: int, factor: float
+) -> None:
+    monkeypatch.setattr(FusedLoraFunction, "backward", scaled(argument, factor))
+    with pytest.raises(RunError, match=r"the fast step is not the plain one: in float32 gradients"):
+        verify_step(*small_run, Silence())
+
+
+def test_a_wrong_update_stops_every_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = FusedLoraFunction.forward
+
+    def wrong(ctx: Any, x: torch.Tensor, dropped: Any, a: Any, b: Any, *others: Any) -> Any:
+        made = right(ctx, x, dropped, a, b, *others)
+        with torch.no_grad():
+            return made + 0.01 * (x @ a.to(x.dtype).T @ b.to(x.dtype).T) * others[2]
+
+    monkeypatch.setattr(FusedLoraFunction, "forward", staticmethod(wrong))
+    with pytest.raises(RunError, match="the fast step is not the plain one"):
+        verify_step(*small_run, Silence())
+
+
+def test_a_lost_target_stops_every_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = FtlevelTrainer.count_targets
+    monkeypatch.setattr(FtlevelTrainer, "count_targets", lambda *args: right(*args) + 1)
+    with pytest.raises(RunError, match="losses differ by"):
+        verify_step(*small_run, Silence())
+
+
+def test_a_clean_step_passes_and_leaves_nothing(small_run: Any) -> None:
+    config, plan, adapted = small_run
+    before = {name: value.clone() for name, value in adapted.model.state_dict().items()}
+    places = {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
+    found = verify_step(asking(config, True), plan, adapted, Silence())
+    assert found is not None
+    assert found.steps == 3
+    assert found.rows == 24
+    assert found.dtype == "float32"
+    assert 0 < found.gradient < 1e-4
+    assert found.dropout is None, "nothing is dropped"
+    if plan.model.dtype == "bfloat16":
+        assert set(found.rounded) == {"lora_A", "lora_B"}
+        for plain, fast in found.rounded.values():
+            assert plain > 0.005, "bfloat16 rounds"
+            assert fast < 1.5 * plain + 2e-3
+    after = adapted.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert places == {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
+    assert all(p.grad is None for p in adapted.model.parameters())
+    assert verify_step(asking(config, False), plan, adapted, Silence()) is None
+
+
+def test_a_fault_under_dropout_is_seen_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, plan, adapted = build("float32", lora_dropout=0.2)
+    clean = verify_step(asking(config, True), plan, adapted, Silence())
+    assert clean is not None
+    assert clean.dropout is not None
+    assert clean.dropout < 1e-4
+    right = FusedLoraFunction.forward
+
+    def wrong(ctx: Any, x: torch.Tensor, dropped: torch.Tensor, *others: Any) -> Any:
+        is_dropped = not torch.equal(dropped, x)
+        return right(ctx, x, dropped * 1.02 if is_dropped else dropped, *others)
+
+    monkeypatch.setattr(FusedLoraFunction, "forward", staticmethod(wrong))
+    assert verify_step(config, plan, adapted, Silence()) is not None, "nothing is dropped in it"
+    with pytest.raises(RunError, match="gradients with dropout"):
+        verify_step(asking(config, True), plan, adapted, Silence())
+
+
+def test_distance_and_length() -> None:
+    reference = {"w": torch.tensor([3.0, 4.0]), "v": torch.zeros(2)}
+    found = compare_gradients({"w": torch.tensor([3.3, 4.4])}, reference)
+    assert found["w"].distance == pytest.approx(0.1)
+    assert found["w"].length == pytest.approx(0.1)
+    assert found["v"] == Apart(0.0, 0.0, 0.0)
+    turned = compare_gradients(
+        {"w": torch.tensor([3.0, 4.0]) + torch.tensor([-0.4, 0.3])}, reference
+    )
+    assert turned["w"].distance == pytest.approx(0.1)
+    assert turned["w"].length == pytest.approx(0.0, abs=1e-6)
+    missing = compare_gradients({"w": torch.ones(2)}, {})
+    assert missing["w"].distance == float("inf"), "a gradient where there should be none"
+
+
+def test_kinds() -> None:
+    layer = "base_model.model.model.layers.3"
+    assert kind_of(f"{layer}.self_attn.q_proj.lora_A.default.weight") == "lora_A"
+    assert kind_of(f"{layer}.mlp.adapters.default.down.bias") == "down.bias"
+    assert (
+        kind_of("base_model.model.classifier.modules_to_save.default.weight") == "modules_to_save"
+    )
+    assert kind_of("model.layers.11.mlp.up_proj.weight") == "up_proj.weight"
+    assert kind_of("vera_lambda_d.default") == "vera_lambda_d"
+
+
+def test_float32_for_a_moment() -> None:
+    model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    weight, place = model.weight, model.weight.data_ptr()
+    with in_float32(model):
+        assert model.weight is weight
+        assert weight.dtype == torch.float32
+    assert weight.dtype == torch.bfloat16
+    assert weight.data_ptr() == place
+
+
+def test_what_begins_at_zero_moves_and_goes_back() -> None:
+    model = torch.nn.Linear(16, 8, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    with moved_from_start(model):
+        assert float(model.weight.std()) == pytest.approx(0.05, rel=0.3)
+    assert not model.weight.any()
+
+
+def row(length: int, labels: Any) -> Encoded:
+    return Encoded(list(range(length)), labels)
+
+
+def test_few_rows() -> None:
+    rows = [row(length, [IGNORED] * (length - 1) + [1]) for length in (90, 30, 500, 60, 80, 70)]
+    chosen = choose_few(rows)
+    assert [len(r.input_ids) for r in chosen] == [30, 60, 70, 80]
+    assert sum(len(r.input_ids) for r in chosen) <= FEW_TOKENS
+    assert len(choose_few(rows[2:3] * 2)) == 2, "two at least, so that they could see each other"
+
+
+def test_rows_are_cut_where_they_can_be() -> None:
+    labels = [IGNORED] * 300 + [7, 8] + [IGNORED] * 200
+    cut = shorten(row(502, labels), 100)
+    assert cut is not None
+    assert cut.input_ids == list(range(202, 302))
+    assert cut.labels[-2:] == [7, 8]
+    classified = shorten(row(502, 3), 100)
+    assert classified is not None
+    assert (classified.input_ids, classified.labels) == (list(range(100)), 3)
+    span = row(502, [400, 410])
+    assert shorten(span, 100) is span
+    assert shorten(row(2000, [400, 410]), 100) is None
