@@ -204,7 +204,7 @@ def shuffled_rows(count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("make", [template_rows, shuffled_rows])
-def test_rows_of_a_template_take_less_than_a_tenth_of_a_millisecond_each(make: Any) -> None:
+def test_20000_rows_of_a_template_take_three_seconds_at_most(make: Any) -> None:
     digests = digest(*(PlainText(text, i) for i, text in enumerate(make(20_000))))
     began = time.process_time()
     find_near_texts(digests, np.zeros(len(digests), dtype=bool))
