@@ -157,7 +157,7 @@ class Gate:
             keep &= self._add(found, findings, rows, again)
         if self.task.checks.near_duplicates and policy.near_duplicates != "ignore":
             near, others = self._find_near(rows, digests, again)
-            if policy.conflicting_answers != "ignore":  # such a row is named as that alone
+            if policy.conflicting_answers == policy.near_duplicates:  # named as a conflict alone
                 other = ~np.isin(near, sides.find_conflicts(digests)[0])
                 near, others = near[other], others[other]
             pairs = _pairs(near, others, table)
