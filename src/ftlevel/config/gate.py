@@ -58,7 +58,7 @@ class GateConfig(Section):
         "drop", description="An answer that is not whole in any row, being longer than it may be."
     )
     long_prompt: Annotated[
-        Action, Check("a prompt that alone is beyond the max length", "Raise --max-length")
+        _Any, Check("a prompt that alone is beyond the max length", "Raise --max-length")
     ] = Field("warn", description="A prompt that alone is longer than max_length; see --overlong.")
     missing_eos: Annotated[
         _Any,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlevel.data.gate.digests import MOST_WORDS, ONE_CLASS, Digests, Words
-from ftlevel.data.gate.distance import allow, differ
+from ftlevel.data.gate.distance import Sides, Texts, allow, differ
 from ftlevel.data.gate.flat import Integers, Mask
 from ftlevel.data.gate.similarity import mix
 
@@ -82,11 +82,18 @@ class Index:
             yield begin, end
             begin = end
 
-    def sides(self, at: int) -> tuple[list[int], list[int]]:
-        """Return the words that an example is asked, and those that it answers."""
-        words = self.digests.words[self.starts[at] : self.starts[at + 1]].tolist()
-        asked = int(self.digests.records["asked"][at])
-        return words[:asked], words[asked:]
+    def sides(self, at: Integers) -> Sides:
+        """Return the words that some examples are asked, and those that they answer."""
+        asked = self.digests.records["asked"][at].astype(np.int64)
+        begins = self.starts[at]
+        return (
+            self._texts(begins, asked),
+            self._texts(begins + asked, self.lengths[at] - asked),
+        )
+
+    def _texts(self, begins: Integers, sizes: Integers) -> Texts:
+        places = begins + np.arange(sizes.max(initial=0))[:, None]
+        return Texts(self.digests.words[np.minimum(places, len(self.digests.words) - 1)], sizes)
 
     def gather(self, at: Integers) -> tuple[Words, Integers]:
         """Return the words of several examples end to end, and how many each has."""
@@ -117,10 +124,7 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
         for lag in range(1, _LAST + 1):
             same = key[lag:] == key[:-lag]
             pairs.add(owner[lag:][same], owner[:-lag][same])
-    these, those = pairs.sorted()
-    near = _are_near(index, these, index, those, telling, telling)
-    again, at = np.unique(these[near], return_index=True)
-    return again, those[near][at]
+    return _find_first(index, index, pairs.sorted(), telling, telling)
 
 
 def find_near_between(digests: Digests, known: Digests) -> tuple[Integers, Integers]:
@@ -153,10 +157,7 @@ def find_near_between(digests: Digests, known: Digests) -> tuple[Integers, Integ
     these = np.repeat(owner, _LAST + 1)
     those = held[slot.reshape(-1)].reshape(-1)
     packed = np.unique(these[those >= 0] * len(there) + those[those >= 0])
-    these, those = np.divmod(packed, len(there))
-    near = _are_near(index, these, there, those, telling, of_known)
-    again, first = np.unique(these[near], return_index=True)
-    return again, those[near][first]
+    return _find_first(index, there, packed, telling, of_known)
 
 
 class _Pairs:
@@ -171,10 +172,9 @@ class _Pairs:
         packed = (later * self._count + earlier)[later != earlier]
         self._packed.append(_distinct(packed))
 
-    def sorted(self) -> tuple[Integers, Integers]:
-        packed = _distinct(np.concatenate(self._packed))
-        later, earlier = np.divmod(packed, max(self._count, 1))
-        return later, earlier
+    def sorted(self) -> Integers:
+        """Return each as later × rows + earlier."""
+        return _distinct(np.concatenate(self._packed))
 
 
 def _distinct(numbers: Integers) -> Integers:
@@ -238,31 +238,54 @@ def _pair_keys(index: Index, begin: int, end: int) -> tuple[Keys, Integers]:
     return keys, telling
 
 
-def _are_near(
+def _find_first(
     one: Index,
-    these: Integers,
     other: Index,
-    those: Integers,
+    packed: Integers,
     telling: NDArray[np.int32],
     known: NDArray[np.int32],
-) -> Mask:
-    """Tell for each pair whether the two say nearly the same.
+) -> tuple[Integers, Integers]:
+    """Return which of `one` are nearly one of `other`, and the first such of each.
 
     Args:
-        one: where the first of each pair are.
-        these: these.
-        other: where the second of each pair are.
-        those: those.
+        one: the later rows.
+        other: those that they are compared with.
+        packed: what to compare, in order: row of `one` × rows of `other` + row of `other`.
         telling: how many words tell each of `one` apart from the rest of the set.
         known: the same of `other`.
     """
-    allowed = allow(np.minimum(telling[these], known[those]))
+    found = [(_NOTHING, _NOTHING)]
+    begin = 0
+    while begin < len(packed):
+        last = packed[min(begin + _SOME, len(packed)) - 1]
+        end = int(np.searchsorted(packed, (last // len(other) + 1) * len(other)))  # whole rows
+        these, those = np.divmod(packed[begin:end], len(other))
+        begin = end
+        allowed = allow(np.minimum(telling[these], known[those]))
+        while len(these):  # as often as a row has pairs: it is compared until it is found
+            heads = np.diff(these, prepend=-1) != 0
+            near = _are_near(one, these[heads], other, those[heads], allowed[heads])
+            found.append((these[heads][near], those[heads][near]))
+            rest = ~heads & ~np.isin(these, these[heads][near])
+            these, those, allowed = these[rest], those[rest], allowed[rest]
+    again, first = map(np.concatenate, zip(*found, strict=True))
+    order = np.argsort(again)
+    return again[order], first[order]
+
+
+def _are_near(
+    one: Index, these: Integers, other: Index, those: Integers, allowed: Integers
+) -> Mask:
+    """Tell for each pair whether the two say nearly the same, in `allowed` half words at most."""
     found = _may_be_near(one, these, other, those, allowed)
     records, others = one.digests.records[these], other.digests.records[those]
     found &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))
-    for i in np.flatnonzero(found).tolist():
-        sides = one.sides(int(these[i])), other.sides(int(those[i]))
-        found[i] = differ(*sides) <= allowed[i]
+    possible = np.flatnonzero(found)
+    possible = possible[np.argsort(one.lengths[these[possible]], kind="stable")]
+    until = np.cumsum(one.lengths[these[possible]])
+    for some in np.split(possible, np.flatnonzero(np.diff(until // _SOME)) + 1):
+        halves = differ(one.sides(these[some]), other.sides(those[some]))
+        found[some] = halves <= allowed[some]
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from ftlevel.data.formats.examples import Labelled, Pair, PlainText
 from ftlevel.data.gate import wordings
 from ftlevel.data.gate.digests import Digests, words_path
-from ftlevel.data.gate.distance import count_other_words, is_slip
+from ftlevel.data.gate.distance import Texts, count_other_words, is_slip
 from ftlevel.data.gate.texts import TextsKnown
 from ftlevel.data.gate.wordings import find_near_between, find_near_texts
 
@@ -179,8 +180,81 @@ def test_many_rows_of_a_kind_take_no_quadratic_step() -> None:
     assert time.perf_counter() - began < 20
 
 
+def template_rows(count: int) -> list[str]:
+    """Rows of 200 sentences with another word in two places."""
+    words, generator = vocabulary(11), random.Random(12)
+    sentences = [generator.choices(words, k=10) for _ in range(200)]
+    rows = []
+    for _ in range(count):
+        row = list(generator.choice(sentences))
+        row[3], row[6] = generator.choices(words, k=2)
+        rows.append(" ".join(row))
+    return rows
+
+
+def shuffled_rows(count: int) -> list[str]:
+    """Rows of the words of 200 sentences, in any order: a count of words tells none apart."""
+    sentences, generator = texts(200, 10), random.Random(13)
+    rows = []
+    for _ in range(count):
+        row = generator.choice(sentences).split()
+        generator.shuffle(row)
+        rows.append(" ".join(row))
+    return rows
+
+
+@pytest.mark.parametrize("make", [template_rows, shuffled_rows])
+def test_20000_rows_of_a_template_take_three_seconds_at_most(make: Any) -> None:
+    digests = digest(*(PlainText(text, i) for i, text in enumerate(make(20_000))))
+    began = time.process_time()
+    find_near_texts(digests, np.zeros(len(digests), dtype=bool))
+    assert time.process_time() - began < 3
+    half = int(digests.records["asked"][:10_000].sum() + digests.records["answered"][:10_000].sum())
+    known = Digests(digests.records[:10_000], digests.words[:half])
+    began = time.process_time()
+    find_near_between(Digests(digests.records[10_000:], digests.words[half:]), known)
+    assert time.process_time() - began < 3
+
+
 def bits(text: str) -> list[int]:
     return digest(PlainText(text, 0)).words.tolist()
+
+
+def side(*rows: list[int]) -> Texts:
+    words = np.zeros((max(map(len, rows)), len(rows)), dtype=np.uint32)
+    for i, row in enumerate(rows):
+        words[: len(row), i] = row
+    return Texts(words, np.array([len(row) for row in rows]))
+
+
+def plain_distance(a: list[int], b: list[int]) -> int:
+    """The whole table of optimal string alignment, a slip at 1 and anything else at 2."""
+    table = [[2 * (i + j) for j in range(len(b) + 1)] for i in range(len(a) + 1)]
+    for i in range(1, len(a) + 1):
+        for j in range(1, len(b) + 1):
+            step = 0 if a[i - 1] == b[j - 1] else 1 if is_slip(a[i - 1], b[j - 1]) else 2
+            ways = [table[i - 1][j - 1] + step, table[i - 1][j] + 2, table[i][j - 1] + 2]
+            if i > 1 and j > 1 and a[i - 1] == b[j - 2] and a[i - 2] == b[j - 1]:
+                ways.append(table[i - 2][j - 2] + 2)
+            table[i][j] = min(ways)
+    return table[-1][-1]
+
+
+def test_many_pairs_at_once_have_the_distances_of_single_ones() -> None:
+    generator = random.Random(5)
+    words = bits("house houses huose garden gadren tree 1904 a street")
+    ones = [generator.choices(words, k=generator.randrange(0, 12)) for _ in range(3_000)]
+    others = [generator.choices(words, k=generator.randrange(0, 12)) for _ in ones]
+    for i in range(0, len(ones), 2):  # every other pair is nearly the same
+        others[i] = list(ones[i])
+        for _ in range(generator.randrange(4)):
+            at = generator.randrange(len(others[i]) + 1)
+            others[i][at : at + generator.randrange(3)] = generator.choices(words, k=1)
+    want = np.array([plain_distance(a, b) for a, b in zip(ones, others, strict=True)])
+    found = count_other_words(side(*ones), side(*others))
+    assert set(range(7)) <= set(want.tolist())
+    assert found[want <= 6].tolist() == want[want <= 6].tolist()
+    assert (found[want > 6] > 6).all()
 
 
 @pytest.mark.parametrize(
@@ -198,13 +272,14 @@ def bits(text: str) -> list[int]:
     ],
 )
 def test_half_words(one: str, other: str, half_words: int) -> None:
-    assert count_other_words(bits(one), bits(other)) == half_words
-    assert count_other_words(bits(other), bits(one)) == half_words
+    a, b = side(bits(one)), side(bits(other))
+    assert count_other_words(a, b).tolist() == [half_words]
+    assert count_other_words(b, a).tolist() == [half_words]
 
 
 def test_slips() -> None:
     def slip(one: str, other: str) -> bool:
-        return is_slip(bits(one)[0], bits(other)[0])
+        return bool(is_slip(bits(one)[0], bits(other)[0]))
 
     assert slip("argument", "arguement")
     assert slip("received", "recieved")
