@@ -355,6 +355,8 @@ def row_of(search: Search) -> str | None:
         f"**{rate:g}: {abs(score):.3f}**" if score == best else f"{rate:g}: {abs(score):.3f}"
         for rate, score in found.items()
     ]
+    if search.workload.one_rate:
+        return f"| {search.method} | {', '.join(cells)} | – | – | – |"
     default = search.default
     score = found.get(default)
     lost = "" if score is None else best - score

@@ -35,7 +35,9 @@ _METHOD = Method(
             "Zhao et al., 2024, arXiv:2312.11420", 266_240,
         ),
     ),
-    rate=Rates(narrow=5e-3, wide=1e-3, source="not measured"),
+    rate=Rates(
+        narrow=5e-3, wide=1e-3, source="not measured", kinds={"encoder-decoder": 1e-2}
+    ),
     build=build,
     find_targets=find_targets,
     merging=Merging(("LN_TUNING",)),
