@@ -275,8 +275,6 @@ def plant(name: str, seed: int, folder: Path) -> dict[tuple[str, str], tuple[int
         names = {finding.name}
         if finding.name in ("exact_duplicates", "leaked"):  # case alone
             names = {"near_duplicates", "near_leaked"}
-        if finding.name == "conflicting_answers":  # nearly the same answer: named as this alone
-            names.add("near_duplicates")
         for place in finding.places:
             for one in names:
                 found[one].add(place.split(" as ")[0].split(": ")[0].rpartition("/")[2])

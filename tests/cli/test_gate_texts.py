@@ -116,8 +116,6 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
          pair(3, prompt="What does the item3 do?")),
         ("conflicting_answers", "the prompt of an earlier row with another answer",
          pair(3, completion="Nobody knows.")),
-        ("conflicting_answers", "the prompt of an earlier row with another answer",
-         pair(3, completion=fact(3).replace("before", "until"))),  # named once
         ("lost_characters", "NUL or U+FFFD in a text", pair(20, completion="caf\ufffd is open")),
         ("html", "HTML in a text", pair(20, completion="One<br>two")),
         ("special_token_text", "the text of a special token in a prompt or an answer",

@@ -157,9 +157,6 @@ class Gate:
             keep &= self._add(found, findings, rows, again)
         if self.task.checks.near_duplicates and policy.near_duplicates != "ignore":
             near, others = self._find_near(rows, digests, again)
-            if policy.conflicting_answers == policy.near_duplicates:  # named as a conflict alone
-                other = ~np.isin(near, sides.find_conflicts(digests)[0])
-                near, others = near[other], others[other]
             pairs = _pairs(near, others, table)
             found = judge("near_duplicates", "train", len(near), len(digests), pairs, policy)
             keep &= self._add(found, findings, rows, near)
