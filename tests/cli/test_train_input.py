@@ -63,7 +63,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--target-modules", "q_projj"],
          "--target-modules: 'q_projj' matches no module of builtin:tiny-llama."),
         (["--target-modules", "q_proj,foo_proj"], "--target-modules: 'foo_proj' matches no module"),
-        (["--target-modules", "lm_head"], "lm_head"),
+        (["--method", "ia3", "--target-modules", "lm_head"], "lm_head"),
         (["--dtype", "float16", "--device", "auto"],
          "--dtype float16 cannot be used on the CPU."),
         (["--max-length", "4096"], "--max-length 4,096 is beyond the model's 1,024 positions."),

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Bounds
-from ftlevel.data.gate import duplicates, similarity
+from ftlevel.data.gate import digests, duplicates, similarity, wordings
 from ftlevel.data.prepare import parallel
 from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.dataset import prepare_data
@@ -61,6 +61,8 @@ def test_memory_does_not_grow_with_the_rows(
     monkeypatch.setattr(duplicates, "_PART", 1_024)
     monkeypatch.setattr(duplicates, "_MOST_PARTS", 10**6)
     monkeypatch.setattr(similarity, "_TOKENS", 4_096)
+    monkeypatch.setattr(digests, "MOST_COMPARED", 1_000)
+    monkeypatch.setattr(wordings, "_SOME", 4_096)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("qwen2"))
     peak_bytes(tmp_path / "warm.jsonl", tokenizer, 1_000)  # what is imported and cached once
     few = peak_bytes(tmp_path / "few.jsonl", tokenizer, FEW)

@@ -107,8 +107,9 @@ def test_what_is_known_of_the_first_rows_only_is_said(capsys: pytest.CaptureFixt
     ) in out
     assert " in the first 1,000 rows (" in out
     assert (
-        "data check: each row as it comes (exact_duplicates, near_duplicates, leaked among the "
-        "first rows only: they take the whole set)"
+        "data check: each row as it comes (exact_duplicates, near_duplicates, conflicting_answers, "
+        "swapped_roles, one_answer, leaked, near_leaked among the first rows only: they take the "
+        "whole set)"
     ) in out
     assert run(["preview", *STREAM[:1], "--dataset", data, "--max-steps", "3"]) == 0
     assert "row 1" in capsys.readouterr().out

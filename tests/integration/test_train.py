@@ -327,7 +327,7 @@ def test_a_damaged_checkpoint_is_set_aside(capsys: pytest.CaptureFixture[str]) -
     newest.write_bytes(content)
     capsys.readouterr()
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
-    assert "checkpoint-3: optimizer.pt has changed" in capsys.readouterr().out
+    assert "checkpoint-3: optimizer.pt has changed" in capsys.readouterr().err
     assert Path("run/checkpoints/rejected-3").is_dir()
     proof = json.loads(Path("run/summary.json").read_text())["proof"]
     assert proof["gradient_tensors"] == 70, "a resumed run proves its gradients too"

@@ -158,6 +158,7 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
         def __init__(self):
             self.objective = TASKS["text-classification"].build_objective("encoder", {})
             self.fast = None
+            self.args = SimpleNamespace(label_smoothing_factor=0.0)
             self._is_nothing = False
             self.penalty = lambda _: 5 * weight
             self.tokens_seen = torch.zeros((), dtype=torch.long)

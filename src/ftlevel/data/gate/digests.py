@@ -22,6 +22,9 @@ from ftlevel.data.formats.examples import Example
 from ftlevel.data.formats.parts import parts_of
 from ftlevel.data.gate.texts import TEXT_CHECKS, TextsKnown
 
+MOST_COMPARED = 250_000
+"""Examples whose words are compared with one another, which takes up to 150 bytes each."""
+
 MOST_WORDS = 4_000
 """Words that are kept of what an example is asked, and of what it answers."""
 
@@ -116,6 +119,10 @@ class Digests:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def first(self, count: int) -> Digests:
+        """Return the digests of the first examples, `count` at most."""
+        return self if len(self) <= count else Digests(self.records[:count], self.words)
 
     @property
     def keys(self) -> NDArray[np.uint64]:

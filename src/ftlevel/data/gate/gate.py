@@ -14,6 +14,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Fitted
 from ftlevel.data.encoding.store import take_rows
 from ftlevel.data.gate import Finding, checks, duplicates, judge, sides, wordings
+from ftlevel.data.gate import digests as digests_
 from ftlevel.data.gate import findings as findings_
 from ftlevel.data.gate.digests import Digests
 from ftlevel.data.gate.flat import Integers, Mask, examples_of, flat_batches, rows_of
@@ -170,7 +171,8 @@ class Gate:
         near_rows, others = duplicates.find_near(rows, rows_of(rows, known))
         skip = np.zeros(len(digests), dtype=bool)
         skip[known] = True
-        by_words = wordings.find_near_texts(digests, skip)
+        some = digests.first(digests_.MOST_COMPARED)
+        by_words = wordings.find_near_texts(some, skip[: len(some)])
         near = np.concatenate((examples_of(rows, near_rows), by_words[0]))
         first = np.concatenate((examples_of(rows, others), by_words[1]))
         near, index = np.unique(near, return_index=True)
@@ -188,7 +190,7 @@ class Gate:
             found = judge("conflicting_answers", "train", len(again), total, pairs, policy)
             keep &= self._add(found, findings, rows, again)
         if self.task.checks.ends and policy.swapped_roles != "ignore":
-            hit = sides.find_swapped(digests)
+            hit = sides.find_swapped(digests.first(digests_.MOST_COMPARED))
             found = self._judge("swapped_roles", "train", hit, total, table)
             keep &= self._add(found, findings, rows, hit)
         if self.task.checks.ends:
@@ -215,7 +217,8 @@ class Gate:
             leaked = duplicates.find_members(digests.keys, known.keys)
             findings.append(self._judge("leaked", name, leaked, len(digests), table))
         if self.task.checks.near_duplicates and policy.near_leaked != "ignore":
-            near, _ = wordings.find_near_between(digests, known)
+            most = digests_.MOST_COMPARED
+            near, _ = wordings.find_near_between(digests.first(most), known.first(most))
             near = near[~np.isin(near, leaked)]
             findings.append(self._judge("near_leaked", name, near, len(digests), table))
             gone = near if policy.near_leaked == "drop" else gone

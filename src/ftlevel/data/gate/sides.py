@@ -23,9 +23,12 @@ _BEYOND = 0.2
 def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
     """Return the examples with the prompt of an earlier one and another answer, and which."""
     records = digests.records
-    asking = np.flatnonzero(records["before"])
-    again, first = find_repeated(records["before"][asking])
-    again, first = asking[again], asking[first]
+    if records["before"].all():
+        again, first = find_repeated(records["before"])
+    else:
+        asking = np.flatnonzero(records["before"])
+        again, first = find_repeated(records["before"][asking])
+        again, first = asking[again], asking[first]
     other = records["last"][again] != records["last"][first]
     return again[other], first[other]
 

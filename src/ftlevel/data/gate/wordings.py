@@ -58,10 +58,10 @@ class Index:
         if like is not None:
             return cls(digests, starts, like.counts, like.usual)
         counts = np.zeros(_BUCKETS, dtype=np.int64)
-        for begin in range(0, len(digests.words), _AT_ONCE):
-            counts += np.bincount(
-                _bucket(digests.words[begin : begin + _AT_ONCE]), minlength=_BUCKETS
-            )
+        total = int(starts[-1])
+        for begin in range(0, total, _AT_ONCE):
+            some = digests.words[begin : min(begin + _AT_ONCE, total)]
+            counts += np.bincount(_bucket(some), minlength=_BUCKETS)
         usual = _BOILERPLATE * len(digests) if len(digests) >= _MANY else np.inf
         return cls(digests, starts, counts, usual)
 

@@ -14,7 +14,7 @@ from ftlevel.methods.prefix.sites import find_attentions, why_no_prefix
 from ftlevel.methods.virtual_tokens import VirtualTokenTuner
 from ftlevel.models.upstream.architectures import attention_of
 
-_OURS = frozenset(WITH_PREFIX.values())
+_OURS = {ours: own for own, ours in WITH_PREFIX.items()}
 
 
 class PrefixModel(VirtualTokenTuner):
@@ -48,8 +48,8 @@ class PrefixModel(VirtualTokenTuner):
                 f"prefix tuning cannot be used with attn_implementation={implementation!r}, only "
                 f"with {' or '.join(WITH_PREFIX)}. Load the model with 'sdpa'."
             )
-        if implementation not in _OURS:
-            self.attention_before = implementation
+        # A config that another model with a prefix was made of names ours.
+        self.attention_before = _OURS.get(implementation, implementation)
 
     def _create_and_replace(
         self,

@@ -9,6 +9,7 @@ is right is no farther from float32 than the plain step is, which is measured to
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,11 @@ from ftlevel.training.verify.compare import added, compare_gradients, total
 from ftlevel.training.verify.few_rows import choose_few
 from ftlevel.training.verify.float32 import fits_in_float32, in_float32
 from ftlevel.training.verify.steps import Computed, Steps, moved_from_start
+
+
+class _NotFiniteError(Exception):
+    """The plain step has no loss."""
+
 
 STEPS = 3
 """Steps that are compared when it is asked for."""
@@ -75,7 +81,10 @@ def verify_step(
         wanted = list(batches(rows[: STEPS * a_step], a_step)) if asked else [few]
         # On a GPU the kernels of half precision are others than those of float32.
         rounded = bool(asked) or plan.model.device != "cpu"
-        verified = verifier.compare(wanted, rounded=rounded, rate=plan.schedule.learning_rate)
+        try:
+            verified = verifier.compare(wanted, rounded=rounded, rate=plan.schedule.learning_rate)
+        except _NotFiniteError:  # the run stops at its first step, and says where
+            return None
     what = f"{verified.steps} steps" if asked else f"{verified.rows} rows before the first step"
     apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
     listener.choices("verify-fast", [Choice(what, f"in {verified.dtype} {apart}")])
@@ -134,6 +143,8 @@ class _Verifier:
         """Return the plain step; how far the fast one is from it goes into `verified` (mutated)."""
         steps, dtype = self.steps, verified.dtype
         plain = steps.plain(rows, self.batch_size, dtype)
+        if not math.isfinite(plain.loss):
+            raise _NotFiniteError
         other = steps.plain(rows[::-1], 1, dtype)
         noise = compare_gradients(other.gradients, plain.gradients)
         noise_of_loss = abs(other.loss - plain.loss)

@@ -57,7 +57,7 @@ class Steps:
         """
         objective, device = self.trainer.objective, self.trainer.args.device
         smoothing = self.trainer.args.label_smoothing_factor
-        self.model.eval()
+        _evaluate(self.model)
         self.model.zero_grad()
         collate, loss, count = Collator(self.pad_id), 0.0, 0
         for part in batches(rows, batch_size):
@@ -127,13 +127,24 @@ def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield module
 
 
+def _evaluate(model: torch.nn.Module) -> None:
+    """Let nothing be dropped in `model` (mutated), and linears of 8 bits compute as in training.
+
+    Out of it bitsandbytes rounds their inputs to 8 bits too, on a CPU (`MatMul8bitLt`).
+    """
+    model.eval()
+    for module in model.modules():
+        if hasattr(module, "init_8bit_state"):
+            module.training = True
+
+
 def _nothing(model: torch.nn.Module) -> None:
     """Training's own mode."""
 
 
 def _without_dropout(model: torch.nn.Module) -> None:
     """Let nothing be dropped in `model` (mutated), and fused modules compute as in training."""
-    model.eval()
+    _evaluate(model)
     for module in _fused_modules(model):
         module.training = True
 
