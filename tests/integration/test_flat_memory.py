@@ -62,6 +62,7 @@ def test_memory_does_not_grow_with_the_rows(
     monkeypatch.setattr(duplicates, "_MOST_PARTS", 10**6)
     monkeypatch.setattr(similarity, "_TOKENS", 4_096)
     monkeypatch.setattr(digests, "MOST_COMPARED", 1_000)
+    monkeypatch.setattr(digests, "_KNOWN_WORDS", 100)
     monkeypatch.setattr(wordings, "_SOME", 4_096)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("qwen2"))
     peak_bytes(tmp_path / "warm.jsonl", tokenizer, 1_000)  # what is imported and cached once
