@@ -101,7 +101,7 @@ def write_rows(path: Path) -> None:
         for i in range(16):
             row = {
                 "prompt": f"{beginning} What is {i} and {i + 1}?",
-                "completion": f"{2 * i + 1}" * 9,
+                "completion": f"{2 * i + 1} " * 80,
             }
             lines.write(json.dumps(row) + "\n")
 
