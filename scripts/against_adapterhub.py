@@ -2,8 +2,8 @@
 
 `adapters` needs another transformers than ftlevel, so two processes exchange files:
 
-    python3 -m venv /tmp/hub && /tmp/hub/bin/pip install adapters==1.3.0 torch
-    python scripts/against_adapterhub.py --python /tmp/hub/bin/python
+    python3 -m venv adapterhub && adapterhub/bin/pip install adapters==1.3.0 torch
+    python scripts/against_adapterhub.py --python adapterhub/bin/python
 
 There bases and adapters are filled with made-up weights, and saved with their logits; ftlevel reads
 them. Then ftlevel writes adapters of its own, and the package reads those.

@@ -75,7 +75,7 @@ SPELLINGS: list[Spelled] = [
         ("--per_device_train_batch_size 32", "train.per_device_train_batch_size", 32),
         ("--learning_rate 2e-5", "train.learning_rate", 2e-5),
         ("--num_train_epochs 2", "train.num_train_epochs", 2),
-        ("--output_dir /tmp/mrpc/", "output.dir", "/tmp/mrpc"),
+        ("--output_dir out/mrpc/", "output.dir", "out/mrpc"),
     ),
     *_agrees(
         TRANSFORMERS, "run_glue.py",
@@ -106,7 +106,7 @@ SPELLINGS: list[Spelled] = [
         TRANSFORMERS, "run_classification.py",
         ("--test_file test.csv", "ftlevel evaluate RUN --dataset TEST"),
         ("--metric_name accuracy", "no metric picks another"),
-        ("--cache_dir /tmp/cache", "HF_HOME"),
+        ("--cache_dir cache", "HF_HOME"),
         ("--token hf_x", "hf auth login"),
         ("--tokenizer_name bert-base-cased", "the tokenizer and its tokens are the model's own"),
         ("--validation_split_name dev", "--validation-file names others"),
