@@ -41,7 +41,7 @@ from ftlevel.training.model import Adapted, load_adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.verify.compare import Apart, added, by_kind, compare_gradients
-from ftlevel.training.verify.float32 import in_float32
+from ftlevel.training.verify.float32 import whole_in_float32
 from ftlevel.training.verify.proof import verify_step
 from ftlevel.training.verify.steps import Steps, moved_from_start
 
@@ -187,7 +187,7 @@ def measure_distances(every: list[Setting]) -> None:
         sums: dict[str, dict[str, Apart]] = {"plain": {}, "packed": {}, "between": {}}
         with steps_of(config, plan, adapted) as steps, moved_from_start(adapted.model):
             for rows in list(batches(plan.data.train, size))[:BATCHES]:
-                with in_float32(adapted.model):
+                with whole_in_float32(adapted.model):
                     exact = steps.plain(rows, size, "float32").gradients
                 plain = steps.plain(rows, size, "bfloat16").gradients
                 fast = steps.fast(rows, "bfloat16").gradients

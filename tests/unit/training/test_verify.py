@@ -19,7 +19,7 @@ from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify.compare import Apart, compare_gradients, kind_of
 from ftlevel.training.verify.few_rows import FEW_TOKENS, choose_few, shorten
-from ftlevel.training.verify.float32 import in_float32
+from ftlevel.training.verify.float32 import whole_in_float32
 from ftlevel.training.verify.proof import verify_step
 from ftlevel.training.verify.steps import moved_from_start
 
@@ -156,7 +156,7 @@ def test_kinds() -> None:
 def test_float32_for_a_moment() -> None:
     model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
     weight, place = model.weight, model.weight.data_ptr()
-    with in_float32(model):
+    with whole_in_float32(model):
         assert model.weight is weight
         assert weight.dtype == torch.float32
     assert weight.dtype == torch.bfloat16

@@ -18,7 +18,7 @@ one that is on its way."""
 
 
 @contextlib.contextmanager
-def in_float32(model: torch.nn.Module) -> Iterator[None]:
+def whole_in_float32(model: torch.nn.Module) -> Iterator[None]:
     """Hold every narrow weight of `model` in float32 inside the block, and the same ones after it.
 
     Unlike `evaluation.two_models.float32`, which widens a module while it runs, this serves a

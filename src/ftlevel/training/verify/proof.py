@@ -30,7 +30,7 @@ from ftlevel.training.plan.plan import Plan
 from ftlevel.training.verify.bounds import ORDER, Bounds, Rounding, Verified, wrong
 from ftlevel.training.verify.compare import added, compare_gradients, total
 from ftlevel.training.verify.few_rows import choose_few
-from ftlevel.training.verify.float32 import fits_in_float32, in_float32
+from ftlevel.training.verify.float32 import fits_in_float32, whole_in_float32
 from ftlevel.training.verify.steps import Computed, Steps, moved_from_start
 
 
@@ -126,7 +126,7 @@ class _Verifier:
         try:
             with moved_from_start(model):
                 for rows in wanted:
-                    with in_float32(model) if wide else contextlib.nullcontext():
+                    with whole_in_float32(model) if wide else contextlib.nullcontext():
                         plain = self._compare(rows, verified)
                     if rounded and wide and self.dtype != "float32":
                         rounding = self._round(rows, plain, rounding)
