@@ -65,7 +65,7 @@ def test_a_run_proves_itself(arguments: list[str], frozen: int) -> None:
     assert summary["steps"] == 4
     assert summary["metrics"]["perplexity"] > 1
     files = {p.name for p in Path("run").iterdir()}
-    assert files == {"README.md", "adapter", "checkpoints", "config.yaml", "metrics.jsonl",
+    assert files == {".ftlevel.json", "README.md", "adapter", "checkpoints", "config.yaml", "metrics.jsonl",
                      "summary.json"}  # fmt: skip
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
     assert card["base"]["name"] == "builtin:tiny-llama"

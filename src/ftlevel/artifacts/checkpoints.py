@@ -64,8 +64,9 @@ def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def rotate(directory: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    for checkpoint in numbered(directory)[:-keep]:
+    """Delete all but the `keep` newest checkpoints; those without a manifest are not of the run."""
+    certified = [path for path in numbered(directory) if (path / MANIFEST).is_file()]
+    for checkpoint in certified[:-keep]:
         shutil.rmtree(checkpoint)
 
 
@@ -80,8 +81,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def set_aside_newer(directory: Path, checkpoint: Path) -> None:
-    """Rename damaged checkpoints that are newer than `checkpoint` to rejected-N."""
-    found = numbered(directory)
-    for newer in found[found.index(checkpoint) + 1 :]:
-        newer.rename(newer.with_name(newer.name.replace("checkpoint", "rejected")))
+def set_aside_newer(directory: Path, checkpoint: Path | None) -> None:
+    """Rename the checkpoints that are newer than `checkpoint`, or all, to rejected-N."""
+    for newer in numbered(directory):
+        if checkpoint is None or step_of(newer) > step_of(checkpoint):
+            name, number = newer.name.replace("checkpoint", "rejected"), 1
+            while newer.with_name(name).exists():
+                number += 1
+                name = f"rejected-{step_of(newer)}-{number}"
+            newer.rename(newer.with_name(name))

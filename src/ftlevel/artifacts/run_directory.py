@@ -6,16 +6,16 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.claim import check_unclaimed
+from ftlevel.artifacts import ownership
+from ftlevel.artifacts.claim import check_unclaimed, claimed
 from ftlevel.artifacts.files import write_json, write_text
+from ftlevel.artifacts.ownership import ADAPTER, CARD, CHECKPOINTS, METRICS, SUMMARY
+from ftlevel.artifacts.ownership import CONFIG as CONFIG
 from ftlevel.errors import ConfigError
-
-CONFIG, SUMMARY, METRICS, CARD = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
 
 
 class RunDirectory:
@@ -25,12 +25,14 @@ class RunDirectory:
         path: the directory.
         adapter: where the adapter, or the model of `--method full`, is saved.
         checkpoints: where checkpoint-N directories are.
+        summary: the file that a run which is done has.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.adapter = path / "adapter"
-        self.checkpoints = path / "checkpoints"
+        self.adapter = path / ADAPTER
+        self.checkpoints = path / CHECKPOINTS
+        self.summary = path / SUMMARY
 
     def write_config(self, text: str) -> None:
         """Write config.yaml."""
@@ -38,7 +40,7 @@ class RunDirectory:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
-        write_json(self.path / SUMMARY, summary)
+        write_json(self.summary, summary)
 
     def write_card(self, text: str) -> None:
         """Write README.md."""
@@ -86,21 +88,13 @@ def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> No
         if not directory.is_dir():
             raise ConfigError(f"--output-dir {directory} is a file. Name a directory.")
         check_unclaimed(directory)
-        if resume:
-            if not (directory / CONFIG).is_file():
-                raise ConfigError(
-                    f"--output-dir {directory} is not a run: it has no {CONFIG}. There is nothing "
-                    "to resume; drop --resume."
-                )
-        elif any(directory.iterdir()):
-            _check_replaceable(directory, overwrite)
+        if any(directory.iterdir()):
+            _check_kind(directory, overwrite, resume)
     elif directory is not None and directory.is_symlink():
         raise ConfigError(
             f"--output-dir {directory} is a link to {directory.readlink()}, which does not exist. "
             "Name another directory."
         )
-    elif resume:
-        raise ConfigError(f"--output-dir {directory} does not exist, so it cannot be resumed.")
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
@@ -108,40 +102,50 @@ def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> No
         )
 
 
-def _check_replaceable(directory: Path, overwrite: bool) -> None:
-    if not overwrite:
+def _check_kind(directory: Path, overwrite: bool, resume: bool) -> None:
+    """Refuse a directory that is not empty, and not what is asked for."""
+    if overwrite:
+        ownership.check_replaceable(directory)
+    elif not resume:
         raise ConfigError(
             f"--output-dir {directory} exists and is not empty. Name another directory, or pass "
             "--overwrite to replace it or --resume to go on with it."
         )
-    if not (directory / CONFIG).is_file():
+    elif not ownership.is_run(directory) and not (directory / CONFIG).is_file():
         raise ConfigError(
-            f"--overwrite {directory}: it is not a run of ftlevel (no {CONFIG}), so it is not "
-            "deleted. Name another directory."
+            f"--output-dir {directory} is not a run: it has no {CONFIG}. There is nothing "
+            "to resume; drop --resume."
         )
 
 
-def open_run(directory: Path | None, name: str, *, overwrite: bool) -> RunDirectory:
-    """Create the run directory.
+def open_run(
+    directory: Path | None, name: str, *, overwrite: bool, resume: bool = False
+) -> tuple[RunDirectory, list[str]]:
+    """Create the run directory; return a line for each thing in it that is not the old run's.
 
     Args:
         directory: the user's wish, or None for the first free runs/NAME-N.
         name: what the run is called if the user did not say.
-        overwrite: delete a run that exists.
+        overwrite: set a run that exists aside (`ownership.replacing`).
+        resume: begin a run that was killed before it had anything again.
 
     Raises:
         ConfigError: it cannot be created, or another run has begun in it.
     """
+    kept: list[str] = []
     try:
-        if directory is None:
-            run = RunDirectory(_next_free(Path("runs"), name))
-        else:
-            if directory.exists() and overwrite:
-                check_unclaimed(directory)
-                shutil.rmtree(directory)
-            directory.mkdir(parents=True, exist_ok=True)  # check_output has seen that it is empty
-            run = RunDirectory(directory)
-        run.checkpoints.mkdir()
+        path = directory or _next_free(Path("runs"), name)
+        path.mkdir(parents=True, exist_ok=True)
+        with claimed(path):
+            if overwrite and any(path.iterdir()):
+                ownership.check_replaceable(path)
+                kept = ownership.set_aside(path)
+            elif ownership.is_run(path) and not resume:
+                raise FileExistsError
+            ownership.mark(path)
+            run = RunDirectory(path)
+            run.checkpoints.mkdir(exist_ok=resume)
+            (path / METRICS).unlink(missing_ok=True)  # of what was killed
     except FileExistsError:
         raise ConfigError(
             f"--output-dir {directory}: another run has begun in it since this one started. Name "
@@ -152,7 +156,7 @@ def open_run(directory: Path | None, name: str, *, overwrite: bool) -> RunDirect
             f"--output-dir {directory or 'runs'} cannot be created ({error.strerror}). Name "
             "another directory."
         ) from None
-    return run
+    return run, kept
 
 
 def _next_free(parent: Path, name: str) -> Path:

@@ -170,6 +170,23 @@ def _note(line: str) -> None:
         typer.echo(f"note: {line}", err=True)
 
 
+def _own_config(run: Path, given: Given) -> Path | None:
+    """Return the config.yaml of a run to go on with; None where the flags say what it is.
+
+    Raises:
+        ConfigError: neither says.
+    """
+    own = run / "config.yaml"
+    if own.is_file():
+        return own
+    if given.values.get("dataset") is None and given.values.get("model") is None:
+        raise ConfigError(
+            f"--output-dir {run} is not a run: it has no config.yaml, so --resume has nothing to "
+            "go on with. Name another directory, or give all flags of a run that is to begin."
+        )
+    return None
+
+
 def read_config(
     given: Given, note: Callable[[str], None] = _note
 ) -> tuple[TrainConfig, Path | None]:
@@ -190,8 +207,7 @@ def read_config(
         )
     path = recipe or positional
     if path is None and values.get("resume") and values.get("output_dir"):
-        own = Path(str(values["output_dir"])) / "config.yaml"
-        path = own if own.is_file() else None
+        path = _own_config(Path(str(values["output_dir"])), given)
     if path is not None:
         path = check_recipe(path, given.command)
     layers = [] if path is None else [read_recipe(path)]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.claim import claimed
+from ftlevel.artifacts.ownership import replacing
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
@@ -141,6 +142,7 @@ def _train(
     past = []
     if processes.is_first:
         held.enter_context(claimed(run.path))
+        held.enter_context(replacing(run.path))
         past = run.rewind_log(step_of(checkpoint)) if checkpoint else []
     held.enter_context(telling_what_is_kept(run))
     trainer = build_trainer(config, plan, adapted, run, checkpoint)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftlevel.artifacts.cards import write_readme
+from ftlevel.artifacts.ownership import mark_end
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
@@ -73,6 +74,7 @@ def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, 
     run.write_summary(summary)
     run.write_card(write_readme(summary, needs_import(config.method)))
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
+    mark_end(run.path)
 
 
 def measure_times(report: Report, trained_at: float, tokens: int) -> dict[str, float]:

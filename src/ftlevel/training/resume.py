@@ -27,6 +27,9 @@ _FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_
          "per_device_eval_batch_size", "eval_strategy", "save_strategy"}  # fmt: skip
 
 
+_ORIGIN = "origin.json"
+
+
 def open_or_resume(
     config: TrainConfig, plan: Plan, base: Mapping[str, Any], listener: Listener
 ) -> tuple[RunDirectory, Path | None]:
@@ -34,11 +37,20 @@ def open_or_resume(
     output, origin = config.output, origin_of(config, plan, base)
     if output.resume and output.dir is not None:
         run = RunDirectory(output.dir)
-        check_same_run(run, origin)
-        return run, find_checkpoint(run, listener)
-    run = open_run(output.dir, default_name(config), overwrite=output.overwrite)
+        if (run.checkpoints / _ORIGIN).exists():
+            check_same_run(run, origin)
+            checkpoint = find_checkpoint(run, listener)
+            if checkpoint is not None:
+                return run, checkpoint
+            _check_unfinished(run)
+        listener.warn(f"--resume {run.path}: it has no checkpoint yet, so the run begins anew")
+    run, kept = open_run(
+        output.dir, default_name(config), overwrite=output.overwrite, resume=output.resume
+    )
+    for line in kept:
+        listener.warn(f"--overwrite {run.path}: {line}; it is not of the run that is replaced")
     run.write_config(dump_config(config, plan))
-    write_json(run.checkpoints / "origin.json", origin)
+    write_json(run.checkpoints / _ORIGIN, origin)
     return run, None
 
 
@@ -69,7 +81,7 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming every field that differs, with both values.
     """
-    path = run.checkpoints / "origin.json"
+    path = run.checkpoints / _ORIGIN
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -101,20 +113,23 @@ def _default_of(key: str) -> Any:
     return None if field is None else field.get_default(call_default_factory=True)
 
 
-def find_checkpoint(run: RunDirectory, listener: Listener) -> Path:
-    """Return the newest whole checkpoint of `run`; newer damaged ones are set aside and named.
+def _check_unfinished(run: RunDirectory) -> None:
+    """Refuse to begin a run anew that is done.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it is.
     """
+    if run.summary.is_file():
+        raise ConfigError(
+            f"--resume {run.path}: the run is done, and it has no whole checkpoint to go on from. "
+            "Use --overwrite to train it again."
+        )
+
+
+def find_checkpoint(run: RunDirectory, listener: Listener) -> Path | None:
+    """Return the newest whole checkpoint of `run`; newer damaged ones are set aside and named."""
     newest, rejected = checkpoints.newest_whole(run.checkpoints)
     for line in rejected:
         listener.warn(f"{line}; it is not used")
-    if newest is None:
-        found = f" ({listing(rejected)})" if rejected else ""
-        raise ConfigError(
-            f"--resume {run.path}: it has no whole checkpoint{found}. Start it again with "
-            "--overwrite, and with --save-steps to have checkpoints."
-        )
     checkpoints.set_aside_newer(run.checkpoints, newest)
     return newest

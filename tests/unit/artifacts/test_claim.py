@@ -23,7 +23,7 @@ with claimed(Path(sys.argv[1])):
 
 
 def test_a_directory_is_held_until_its_process_is_killed(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "run", "x", overwrite=False)
+    run, _ = open_run(tmp_path / "run", "x", overwrite=False)
     run.write_config("task: text-generation\n")
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, run.path], stdout=subprocess.PIPE, text=True
@@ -42,7 +42,11 @@ def test_a_directory_is_held_until_its_process_is_killed(tmp_path: Path) -> None
         process.wait()
         process.stdout.close()
     check_output(run.path, overwrite=False, resume=True)
-    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "config.yaml"]
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        ".ftlevel.json",
+        "checkpoints",
+        "config.yaml",
+    ]
 
 
 def test_a_run_that_began_first_keeps_the_directory(tmp_path: Path) -> None:

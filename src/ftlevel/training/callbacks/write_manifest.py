@@ -8,11 +8,12 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.artifacts import checkpoints
+from ftlevel.artifacts.ownership import delete_replaced
 from ftlevel.training.processes import Processes
 
 
 class WriteManifest(TrainerCallback):
-    """Give each checkpoint its manifest, and delete old ones only after that."""
+    """Give each checkpoint its manifest, and delete old ones, and an old run, only after that."""
 
     def __init__(self, directory: Path, keep: int, processes: Processes) -> None:
         self.directory = directory
@@ -31,3 +32,4 @@ class WriteManifest(TrainerCallback):
         if self._processes.is_first:
             checkpoints.certify(self.directory / f"checkpoint-{state.global_step}")
             checkpoints.rotate(self.directory, self.keep)
+            delete_replaced(self.directory.parent)

@@ -1,0 +1,192 @@
+"""What in a run directory is the run's own: that is replaced and deleted, and nothing else.
+
+A run's directory has a marker, written before anything else. When another run begins in it
+(`--overwrite`), the files of the old one are set aside inside the directory. They are deleted when
+the new one has its first checkpoint or its end, and put back when it fails before that. What anyone
+else has put there is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts import checkpoints
+from ftlevel.artifacts.files import write_json
+from ftlevel.errors import ConfigError
+
+MARKER = ".ftlevel.json"
+CONFIG, SUMMARY, METRICS, CARD = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+OWN = (CONFIG, SUMMARY, METRICS, CARD, ADAPTER, CHECKPOINTS)
+"""Names of all that a run writes into its directory, the marker aside."""
+
+_ASIDE, _KEPT = ".replaced", "kept"
+
+
+def mark(directory: Path) -> None:
+    """Make `directory` that of a new run."""
+    write_json(directory / MARKER, {"run": uuid.uuid4().hex})
+
+
+def mark_end(directory: Path) -> None:
+    """Note the files of a run that is done: what is found among them later is not its own."""
+    marker = _read_marker(directory) or {"run": uuid.uuid4().hex}
+    write_json(directory / MARKER, {**marker, "files": sorted(_files(directory))})
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run has begun in `directory`."""
+    return _read_marker(directory) is not None
+
+
+def check_replaceable(directory: Path) -> None:
+    """Refuse to replace what is not a run.
+
+    Args:
+        directory: exists and is not empty.
+
+    Raises:
+        ConfigError: it has no marker, is a link, or a directory that is more than a run.
+    """
+    where, reason = directory.resolve(), None
+    if directory.is_symlink():
+        reason = f"it is a link to {directory.readlink()}"
+    elif where == where.parent:
+        reason = "it is the root of the file system"
+    elif where == Path.home().resolve():
+        reason = "it is your home directory"
+    elif (where / ".git").exists():
+        reason = "it is the root of a git work tree"
+    elif not is_run(directory):
+        reason = f"it is not a run of ftlevel (no {MARKER})"
+    if reason is not None:
+        raise ConfigError(
+            f"--overwrite {directory}: {reason}, so nothing in it is deleted. Name another "
+            "directory."
+        )
+
+
+def set_aside(directory: Path) -> list[str]:
+    """Move the files of the run in `directory` aside, and return those that are kept.
+
+    It may be done again after a kill at any moment: a run that was begun and has nothing yet is
+    deleted, and the one before it stays aside.
+
+    Returns:
+        A line for each file or directory in it that is not the run's.
+    """
+    aside = directory / _ASIDE
+    if aside.is_dir() and _has_result(directory):
+        shutil.rmtree(aside)
+    before, now = _read_marker(aside), _read_marker(directory)
+    kept = _keep_foreign(directory, (now or {}).get("files"))
+    if before is not None and before != now:  # that of a run that was begun, and was killed
+        _delete_own(directory)
+    else:
+        aside.mkdir(exist_ok=True)
+        write_json(aside / MARKER, now)
+        for path in _own(directory):
+            path.rename(aside / path.name)
+    stays = {p.name for p in directory.iterdir()} - {MARKER, _ASIDE, _KEPT}
+    return [f"{directory / name} stays" for name in sorted(stays)] + kept
+
+
+@contextlib.contextmanager
+def replacing(directory: Path) -> Iterator[None]:
+    """Delete the run that was set aside when the block ends, or put it back if it fails early.
+
+    Early is before the new run's first checkpoint. Where nothing was set aside, nothing is done.
+    """
+    try:
+        yield
+    except BaseException:
+        _put_back(directory)
+        raise
+    delete_replaced(directory)
+
+
+def delete_replaced(directory: Path) -> None:
+    """Delete the run that was set aside, if there is one."""
+    if (directory / _ASIDE).is_dir():
+        shutil.rmtree(directory / _ASIDE)
+
+
+def _put_back(directory: Path) -> None:
+    aside = directory / _ASIDE
+    if _read_marker(aside) is None or _has_result(directory):
+        return
+    _delete_own(directory)
+    for path in _own(aside):
+        path.rename(directory / path.name)
+    (aside / MARKER).replace(directory / MARKER)
+    aside.rmdir()
+
+
+def _keep_foreign(directory: Path, files: list[str] | None) -> list[str]:
+    """Move what came into the directories of a finished run after its end to `kept`.
+
+    Args:
+        directory: of the run.
+        files: its own, of a run that was done.
+    """
+    lines = []
+    for name in sorted(_files(directory) - set(files)) if files is not None else ():
+        if Path(name).parts[0] in (ADAPTER, CHECKPOINTS):
+            to = _free(directory / _KEPT / name)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).rename(to)
+            lines.append(f"{directory / name} is now {to}")
+    return lines
+
+
+def _files(directory: Path) -> set[str]:
+    """Return the names, with slashes, of all files and links below the run's own names."""
+    return {
+        path.relative_to(directory).as_posix()
+        for name in OWN
+        for path in (directory / name, *(directory / name).rglob("*"))
+        if path.is_file() or path.is_symlink()
+    }
+
+
+def _own(directory: Path) -> list[Path]:
+    """Return what `directory` has of a run, cut short or whole, without the marker."""
+    names = {*OWN, *(f".{name}.partial" for name in OWN)}
+    return [path for path in directory.iterdir() if path.name in names]
+
+
+def _delete_own(directory: Path) -> None:
+    for path in _own(directory):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _free(path: Path) -> Path:
+    """Return `path`, or with a number that is free."""
+    number, free = 1, path
+    while free.exists() or free.is_symlink():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
+def _has_result(directory: Path) -> bool:
+    """Whether the run in `directory` has more than it began with."""
+    whole, _ = checkpoints.newest_whole(directory / CHECKPOINTS)
+    return whole is not None or (directory / SUMMARY).is_file()
+
+
+def _read_marker(directory: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError):
+        marker = json.loads((directory / MARKER).read_text(encoding="utf-8"))
+        if isinstance(marker, dict) and isinstance(marker.get("run"), str):
+            return marker
+    return None

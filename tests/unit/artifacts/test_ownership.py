@@ -1,0 +1,185 @@
+"""`--overwrite` deletes what a run has written, and nothing else, whenever it is killed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ftlevel.artifacts import checkpoints, ownership
+from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
+from ftlevel.errors import ConfigError
+
+
+def finished_run(path: Path, text: str = "old") -> RunDirectory:
+    run, _ = open_run(path, "x", overwrite=False)
+    run.write_config(text)
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").write_text(text)
+    run.write_summary({"of": text})
+    ownership.mark_end(path)
+    return run
+
+
+def tree(path: Path) -> dict[str, str]:
+    return {p.relative_to(path).as_posix(): p.read_text() for p in path.rglob("*") if p.is_file()}
+
+
+def begin_again(path: Path) -> tuple[RunDirectory, list[str]]:
+    check_output(path, overwrite=True, resume=False)
+    run, kept = open_run(path, "x", overwrite=True)
+    run.write_config("new")
+    return run, kept
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "README.md", ".git/config", "adapter/a"])
+def test_a_directory_that_no_run_began_in_is_not_touched(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match="so nothing in it is deleted"):
+        check_output(tmp_path, overwrite=True, resume=False)
+    assert tree(tmp_path) == {name: "mine"}
+
+
+def test_a_run_that_is_more_than_a_run_is_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished_run(tmp_path / "run")
+    before = tree(tmp_path)
+    (tmp_path / "link").symlink_to("run")
+    with pytest.raises(ConfigError, match="it is a link to run"):
+        check_output(tmp_path / "link", overwrite=True, resume=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="your home directory"):
+        check_output(tmp_path / "run", overwrite=True, resume=False)
+    monkeypatch.undo()
+    (tmp_path / "run" / ".git").mkdir()
+    with pytest.raises(ConfigError, match="git work tree"):
+        check_output(tmp_path / "run", overwrite=True, resume=False)
+    assert tree(tmp_path / "run") == {k.removeprefix("run/"): v for k, v in before.items()}
+
+
+def test_files_of_others_stay_and_are_named(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "adapter" / "notes.txt").write_text("mine too")
+    (tmp_path / "checkpoints" / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint-1" / "a").write_text("foreign")
+    run, kept = begin_again(tmp_path)
+    assert len(kept) == 3
+    for name in ("notes.txt", "adapter/notes.txt", "checkpoints/checkpoint-1/a"):
+        assert any(str(tmp_path / name) in line for line in kept)
+    with ownership.replacing(tmp_path):
+        run.write_summary({"of": "new"})
+    found = tree(tmp_path)
+    assert found["notes.txt"] == "mine"
+    assert found["kept/adapter/notes.txt"] == "mine too"
+    assert found["kept/checkpoints/checkpoint-1/a"] == "foreign"
+    assert "adapter/adapter_model.safetensors" not in found, "the old run is gone"
+    assert not (tmp_path / ".replaced").exists()
+
+
+def test_an_old_run_is_put_back_when_the_new_one_fails(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    before = tree(tmp_path)
+    run, _ = begin_again(tmp_path)
+    assert run.adapter.exists() is False
+    with pytest.raises(RuntimeError), ownership.replacing(tmp_path):
+        raise RuntimeError
+    assert tree(tmp_path) == before
+
+
+def test_an_old_run_goes_when_the_new_one_has_a_checkpoint(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    run, _ = begin_again(tmp_path)
+    (run.checkpoints / "checkpoint-1").mkdir()
+    (run.checkpoints / "checkpoint-1" / "a").write_text("whole")
+    checkpoints.certify(run.checkpoints / "checkpoint-1")
+    with pytest.raises(RuntimeError), ownership.replacing(tmp_path):
+        raise RuntimeError
+    assert (tmp_path / "config.yaml").read_text() == "new"
+    begin_again(tmp_path)
+    assert (tmp_path / ".replaced" / "checkpoints" / "checkpoint-1" / "a").is_file()
+
+
+def test_an_old_run_is_kept_through_kills_of_new_ones(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    for _ in range(3):
+        run, _ = begin_again(tmp_path)  # and is killed
+        run.write_config("broken")
+    assert (tmp_path / ".replaced" / "summary.json").is_file()
+    with pytest.raises(RuntimeError), ownership.replacing(tmp_path):
+        raise RuntimeError
+    assert (tmp_path / "config.yaml").read_text() == "old"
+
+
+@pytest.mark.parametrize("calls", range(6))
+def test_a_kill_while_an_old_run_is_set_aside_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    finished_run(tmp_path)
+    before = tree(tmp_path)
+    rename, count = Path.rename, 0
+
+    def cut_short(path: Path, to: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", cut_short)
+    if calls < 4:  # config.yaml, summary.json, adapter and checkpoints
+        with pytest.raises(KeyboardInterrupt):
+            begin_again(tmp_path)
+    monkeypatch.undo()
+    begin_again(tmp_path)
+    with pytest.raises(RuntimeError), ownership.replacing(tmp_path):
+        raise RuntimeError
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("state", ["nothing", "marker", "config"])
+@pytest.mark.parametrize("how", ["plain", "overwrite", "resume"])
+def test_every_state_that_a_kill_leaves_can_be_begun_in(
+    tmp_path: Path, state: str, how: str
+) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    if state != "nothing":
+        ownership.mark(path)
+    if state == "config":
+        (path / "checkpoints").mkdir()
+        (path / "config.yaml").write_text("cut short")
+    if how == "plain" and state != "nothing":
+        with pytest.raises(ConfigError, match=r"--overwrite to replace it or --resume"):
+            check_output(path, overwrite=False, resume=False)
+        return
+    check_output(path, overwrite=how == "overwrite", resume=how == "resume")
+    run, _ = open_run(path, "x", overwrite=how == "overwrite", resume=how == "resume")
+    run.write_config("new")
+    with ownership.replacing(path):
+        run.write_summary({})
+    assert sorted(os.listdir(path)) == [".ftlevel.json", "checkpoints", "config.yaml",
+                                        "summary.json"]  # fmt: skip
+
+
+def test_rotation_leaves_what_no_run_certified(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "a").write_text("a")
+        if step > 1:
+            checkpoints.certify(tmp_path / f"checkpoint-{step}")
+    checkpoints.rotate(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+
+
+def test_torn_checkpoints_are_set_aside_any_number_of_times(tmp_path: Path) -> None:
+    for _ in range(3):
+        (tmp_path / "checkpoint-2").mkdir()
+        newest, rejected = checkpoints.newest_whole(tmp_path)
+        assert newest is None
+        assert len(rejected) == 1
+        checkpoints.set_aside_newer(tmp_path, newest)
+    assert sorted(os.listdir(tmp_path)) == ["rejected-2", "rejected-2-2", "rejected-2-3"]
