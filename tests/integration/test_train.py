@@ -65,8 +65,8 @@ def test_a_run_proves_itself(arguments: list[str], frozen: int) -> None:
     assert summary["steps"] == 4
     assert summary["metrics"]["perplexity"] > 1
     files = {p.name for p in Path("run").iterdir()}
-    assert files == {".ftlevel.json", "README.md", "adapter", "checkpoints", "config.yaml", "metrics.jsonl",
-                     "summary.json"}  # fmt: skip
+    assert files == {".ftlevel.json", "README.md", "adapter", "checkpoints", "config.yaml",
+                     "metrics.jsonl", "summary.json"}  # fmt: skip
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
     assert card["base"]["name"] == "builtin:tiny-llama"
     assert card["prompt"]["kind"] == "chat-template"
@@ -344,7 +344,8 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing(
     for path in source.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     weights = load_file(broken / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3] = 3e38  # finite itself, as NaN is refused
+    for part in ("gate", "up", "down"):  # finite themselves, and their products are not
+        weights[f"model.layers.1.mlp.{part}_proj.weight"][:] = 9e9
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     code = run(
         ["train", "--quiet", "--model", "broken", *SHORT, "--overlong", "drop",

@@ -49,6 +49,21 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size:,} bytes, not {entry['size']:,}"
         if file_fingerprint(path) != entry["sha256"]:
             return f"{name} has changed since it was written"
+        if path.suffix == ".safetensors" and (tensor := find_not_finite(path)) is not None:
+            return f"{name} has NaN or infinity in {tensor}"
+    return None
+
+
+def find_not_finite(path: Path) -> str | None:
+    """Return the name of a tensor of a .safetensors file with NaN or infinity in it, if any."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                return str(name)
     return None
 
 

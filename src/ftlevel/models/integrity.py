@@ -5,6 +5,7 @@ What transformers only prints, or what would show as a strange loss much later, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from ftlevel.models.upstream.quantizers import scales_of
 from ftlevel.models.upstream.tensors import inner_tensors, own_tensors
 
 _SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_LARGEST = 1e10  # the largest weights of published models are below 1e5
 
 _STORED_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 
@@ -135,7 +138,7 @@ def check_stored_dtypes(stored: Mapping[str, str], words: str) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:
-    """Refuse weights with NaN or infinity in them: every loss and every answer would be NaN.
+    """Refuse weights with NaN, infinity or absurd numbers: every answer would be nonsense.
 
     Args:
         tensors: names and parameters; of quantized ones the scales are looked at.
@@ -147,16 +150,23 @@ def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:
     parts = [(name, part) for name, tensor in tensors for part in _floats(tensor)]
     if not parts:
         return
-    # NaN and infinity survive a sum, which reads each number once; a sum may also overflow.
+    # A sum reads each number once, and what is too large in one is too large in the sum. It may
+    # also overflow by itself.
     sums = torch.stack([part.sum().float().cpu() for _, part in parts])
-    suspects = [
-        pair for pair, ok in zip(parts, torch.isfinite(sums).tolist(), strict=True) if not ok
-    ]
-    broken = [name for name, part in suspects if not bool(torch.isfinite(part).all())]
+    is_sound = sums.abs() <= _LARGEST  # NaN is not
+    suspects = [pair for pair, ok in zip(parts, is_sound.tolist(), strict=True) if not ok]
+    largest = {name: float(part.abs().max()) for name, part in suspects if part.numel()}
+    broken = [name for name, value in largest.items() if not math.isfinite(value)]
     if broken:
         raise InputError(
             f"{words} has NaN or infinity in {len(broken):,} of its tensors: {listing(broken, 3)}. "
             "Nothing can be computed with it. Fetch or make it again."
+        )
+    absurd = [f"{name} ({value:.2g})" for name, value in largest.items() if value > _LARGEST]
+    if absurd:
+        raise InputError(
+            f"{words} has numbers of more than {_LARGEST:.0e} in {len(absurd):,} of its tensors, "
+            f"as no training leaves them: {listing(absurd, 3)}. Fetch or make it again."
         )
 
 

@@ -108,7 +108,8 @@ def add_callbacks(
     report = Report(
         listener, run.log if is_first else tell_nobody, lambda: int(trainer.tokens_seen)
     )
-    watch = Watch(report, GradientProof(listener), Interrupt(processes, plan.model.device))
+    gradients = GradientProof(listener, trainer.take_step_loss)
+    watch = Watch(report, gradients, Interrupt(processes, plan.model.device))
     own = METHODS[config.method.kind].callbacks
     streamed = isinstance(rows, StreamedRows)
     for callback in (

@@ -62,6 +62,7 @@ class FtlevelTrainer(Trainer):
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
         self._is_nothing = False
+        self._step_loss: torch.Tensor | None = None
         # Going through the modules of a model takes longer than some of its layers.
         self._trained: list[torch.Tensor] = []
         self._operations_per_token = 0
@@ -105,6 +106,22 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Return the loss of the batch, whose micro-batches have added to the gradient in turn."""
+        loss = self._batch_loss(model, inputs, num_items_in_batch)
+        before = self._step_loss
+        self._step_loss = loss.detach() if before is None else before + loss.detach()
+        return loss
+
+    def take_step_loss(self) -> torch.Tensor:
+        """Return the loss of the optimizer step so far (a scalar), and begin with the next one."""
+        loss, self._step_loss = self._step_loss, None
+        return torch.zeros(()) if loss is None else loss
+
+    def _batch_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
         self._is_nothing = bool(inputs.pop("is_nothing", False))
         for part in inputs.get("micro_batches", [inputs]):
             if not self._is_nothing:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ftlevel.artifacts import checkpoints, ownership
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
@@ -24,6 +25,10 @@ def finished_run(path: Path, text: str = "old") -> RunDirectory:
 
 def tree(path: Path) -> dict[str, str]:
     return {p.relative_to(path).as_posix(): p.read_text() for p in path.rglob("*") if p.is_file()}
+
+
+def names(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir())
 
 
 def begin_again(path: Path) -> tuple[RunDirectory, list[str]]:
@@ -161,7 +166,7 @@ def test_every_state_that_a_kill_leaves_can_be_begun_in(
     run.write_config("new")
     with ownership.replacing(path):
         run.write_summary({})
-    assert sorted(os.listdir(path)) == [".ftlevel.json", "checkpoints", "config.yaml",
+    assert names(path) == [".ftlevel.json", "checkpoints", "config.yaml",
                                         "summary.json"]  # fmt: skip
 
 
@@ -172,7 +177,7 @@ def test_rotation_leaves_what_no_run_certified(tmp_path: Path) -> None:
         if step > 1:
             checkpoints.certify(tmp_path / f"checkpoint-{step}")
     checkpoints.rotate(tmp_path, 2)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
 
 
 def test_torn_checkpoints_are_set_aside_any_number_of_times(tmp_path: Path) -> None:
@@ -182,4 +187,15 @@ def test_torn_checkpoints_are_set_aside_any_number_of_times(tmp_path: Path) -> N
         assert newest is None
         assert len(rejected) == 1
         checkpoints.set_aside_newer(tmp_path, newest)
-    assert sorted(os.listdir(tmp_path)) == ["rejected-2", "rejected-2-2", "rejected-2-3"]
+    assert names(tmp_path) == ["rejected-2", "rejected-2-2", "rejected-2-3"]
+
+
+def test_a_checkpoint_with_a_number_that_is_none_is_damaged(tmp_path: Path) -> None:
+    for step, value in ((1, 0.5), (2, float("nan")), (3, float("inf"))):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"a": torch.ones(3), "b": torch.tensor([value])}, folder / "x.safetensors")
+        checkpoints.certify(folder)
+    newest, rejected = checkpoints.newest_whole(tmp_path)
+    assert newest == tmp_path / "checkpoint-1"
+    assert rejected == [f"checkpoint-{n}: x.safetensors has NaN or infinity in b" for n in (3, 2)]

@@ -65,10 +65,16 @@ def test_a_weight_that_is_no_number_is_named(
 
 
 def test_large_numbers_are_numbers(copied: Callable[..., Path]) -> None:
-    """Their sum is not finite, and they are."""
-    model, missing = load(copied(lambda weights: weights[UP].fill_(3e38)))
+    """Their sum is beyond what a weight may be, and they are not."""
+    model, missing = load(copied(lambda weights: weights[UP].fill_(9e9)))
     assert missing == []
-    assert bool((model.get_parameter(UP) == torch.tensor(3e38)).all())
+    assert bool((model.get_parameter(UP) == torch.tensor(9e9)).all())
+
+
+def test_a_number_that_no_training_leaves_is_named(copied: Callable[..., Path]) -> None:
+    directory = copied(lambda weights: weights[UP][0].__setitem__(0, 3e38))
+    with pytest.raises(InputError, match=rf"1 of its tensors, .*: {UP} \(3e\+38\)"):
+        load(directory)
 
 
 def test_a_weight_of_another_shape_is_named(copied: Callable[..., Path]) -> None:

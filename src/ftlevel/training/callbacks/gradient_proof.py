@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,9 +12,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ftlevel.errors import RunError, listing
 from ftlevel.events import Listener
 
+_STOPPED = "Training stopped before the weights took it."
+
 
 class GradientProof(TrainerCallback):
-    """Stop when a tensor that should learn gets no gradient, or a gradient is not finite.
+    """Stop when a tensor that should learn gets no gradient, or something is not finite any more.
+
+    Looked at in every step: its loss, the gradients, and the weights that the optimizer left.
 
     LoRA's A has an exactly zero gradient at first because B is zero; what is still zero after a
     step at a learning rate above zero (warm-up begins at zero) is reported as not learning.
@@ -22,8 +28,10 @@ class GradientProof(TrainerCallback):
         idle: tensors whose gradient was zero at first and after the first real step.
     """
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Listener, step_loss: Callable[[], torch.Tensor]) -> None:
+        """Remember whom to tell, and how the loss of the step so far is asked for."""
         self.listener = listener
+        self.step_loss = step_loss
         self.checked = 0
         self.idle: list[str] = []
         self._trainable: list[tuple[str, Any]] = []
@@ -45,24 +53,43 @@ class GradientProof(TrainerCallback):
             self._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             self._check_all_have_one(self._trainable)
         trainable = self._trainable
-        if self._is_checked and self._are_finite():
+        loss = float(self.step_loss())
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} at step {state.global_step + 1}. {_STOPPED} A row "
+                "of it gives that. Lower --learning-rate, or use --dtype float32."
+            )
+        if self._is_checked and _are_finite(p.grad for _, p in trainable):
             return
         sums = torch.stack([_absolute_sum(p.grad) for _, p in trainable])
         if not bool(torch.isfinite(sums).all()):
             bad = [n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)]
             raise RunError(
                 f"the gradient is not finite at step {state.global_step + 1} ({len(bad):,} of "
-                f"{len(trainable):,} tensors, such as {bad[0]}). Training stopped before the "
-                "weights took it. Lower --learning-rate, or use --dtype float32."
+                f"{len(trainable):,} tensors, such as {bad[0]}). {_STOPPED} Lower "
+                "--learning-rate, or use --dtype float32."
             )
         if not self._is_checked:
             zero = {n for (n, _), s in zip(trainable, sums, strict=True) if s == 0}
             self._look_for_idle(zero, len(trainable), optimizer)
 
-    def _are_finite(self) -> bool:
-        """Whether the norm of all gradients is, which one operation a group of tensors tells."""
-        gradients = [p.grad for _, p in self._trainable if p.grad is not None]
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Look at every weight that the optimizer has just changed."""
+        if _are_finite(p for _, p in self._trainable):
+            return
+        bad = [name for name, p in self._trainable if not bool(torch.isfinite(p).all())]
+        if bad:  # a norm may overflow by itself
+            raise RunError(
+                f"{len(bad):,} of {len(self._trainable):,} trained tensors are not finite after "
+                f"step {state.global_step + 1}, such as {bad[0]}. They are not saved. Lower "
+                "--learning-rate, or use another --optim."
+            )
 
     def _look_for_idle(self, zero: set[str], count: int, optimizer: Any) -> None:
         """Compare the tensors with a zero gradient before and after the first real step."""
@@ -88,6 +115,12 @@ class GradientProof(TrainerCallback):
                 "please report it with the command."
             )
         self.checked = len(trainable)
+
+
+def _are_finite(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether the norm of all is, which one operation a group of tensors tells."""
+    there = [tensor.detach() for tensor in tensors if tensor is not None]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(there)))
 
 
 def _absolute_sum(gradient: torch.Tensor | None) -> torch.Tensor:
