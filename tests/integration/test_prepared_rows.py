@@ -219,3 +219,24 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     said = [f"{c.value} ({c.reason})" for c in plan.data.choices if c.name == "rows"]
     root = tmp_path / "file/ftlevel/rows"
     assert said == [f"not kept for the next run ({root} cannot be written)"]
+
+
+@pytest.mark.parametrize("how", ["one bit", "half", "emptied", "deleted"])
+@pytest.mark.parametrize("name", ["train.arrow", "lines.npy", "prepared.json", "manifest.json"])
+def test_rows_that_were_damaged_are_prepared_anew(
+    tmp_path: Path, tiny_model_dir: ModelDir, name: str, how: str
+) -> None:
+    data, model = write_talk(tmp_path / "x.jsonl"), tiny_model_dir("qwen2")
+    whole = list(plan_of(model, data).data.train)
+    (path,) = cache.cache_root().rglob(name)
+    content = path.read_bytes()
+    half = len(content) // 2
+    flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+    if how == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes({"one bit": flipped, "half": content[:half], "emptied": b""}[how])
+    plan = plan_of(model, data)
+    assert list(plan.data.train) == whole
+    assert "what was kept was damaged" in str(plan.choices)
+    assert "what was kept" not in str(plan_of(model, data).choices)

@@ -38,18 +38,22 @@ def find_damage(checkpoint: Path) -> str | None:
     if not manifest.is_file():
         return "it was not finished (no manifest)"
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError):
+        listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        files = {name: (int(entry["size"]), entry["sha256"]) for name, entry in listed.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return "its manifest cannot be read"
-    for name, entry in files.items():
-        path = checkpoint / name
-        if not path.is_file():
+    there = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
+    unknown = sorted(there - set(files) - {MANIFEST})
+    if unknown:
+        return f"{unknown[0]} is not in its manifest"
+    for name, (size, digest) in files.items():
+        if name not in there:
             return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size:,} bytes, not {entry['size']:,}"
-        if file_fingerprint(path) != entry["sha256"]:
+        if (found := (checkpoint / name).stat().st_size) != size:
+            return f"{name} has {found:,} bytes, not {size:,}"
+        if file_fingerprint(checkpoint / name) != digest:
             return f"{name} has changed since it was written"
-        if path.suffix == ".safetensors" and (tensor := find_not_finite(path)) is not None:
+        if name.endswith(".safetensors") and (tensor := find_not_finite(checkpoint / name)):
             return f"{name} has NaN or infinity in {tensor}"
     return None
 

@@ -199,3 +199,16 @@ def test_a_checkpoint_with_a_number_that_is_none_is_damaged(tmp_path: Path) -> N
     newest, rejected = checkpoints.newest_whole(tmp_path)
     assert newest == tmp_path / "checkpoint-1"
     assert rejected == [f"checkpoint-{n}: x.safetensors has NaN or infinity in b" for n in (3, 2)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {}}}', "\xff",
+     '{"files": {"a": {"size": "x", "sha256": 3}}}', '{"files": {}}', '{"files": {"b": {}}}'],
+)  # fmt: skip
+def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a").write_text("a")
+    checkpoints.certify(tmp_path)
+    assert checkpoints.find_damage(tmp_path) is None
+    (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+    assert checkpoints.find_damage(tmp_path)

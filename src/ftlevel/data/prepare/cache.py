@@ -8,7 +8,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from ftlevel.artifacts.checkpoints import certify, find_damage
 
 KEEP_DAYS = 30
 
@@ -49,9 +52,24 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Folder:
+    """The folder of a key.
+
+    Attributes:
+        path: where the rows are, or are to be written.
+        keep: makes a folder that was written the one of its key; None if the rows are there.
+        damage: what is wrong with the rows that were there, empty for nothing.
+    """
+
+    path: Path
+    keep: Callable[[], Path] | None = None
+    damage: str = ""
+
+
 @contextmanager
-def folder_of(key: str) -> Iterator[tuple[Path, Callable[[Path], None] | None]]:
-    """Give the folder of `key` if it is whole, else an empty one and what makes it whole.
+def folder_of(key: str) -> Iterator[Folder]:
+    """Give the folder of `key` if it is whole, byte for byte, else an empty one to write into.
 
     Of several processes one prepares, and the others wait for it here.
     """
@@ -60,18 +78,21 @@ def folder_of(key: str) -> Iterator[tuple[Path, Callable[[Path], None] | None]]:
     root = cache_root()
     final, partial = root / key, root / f".{key}.partial"
     with FileLock(root / f".{key}.lock"):
-        if final.is_dir():
+        damage = find_damage(final) if final.is_dir() else ""
+        if damage is None:
             os.utime(final)
-            yield final, None
+            yield Folder(final)
             return
-        shutil.rmtree(partial, ignore_errors=True)
+        for old in (final, partial):
+            shutil.rmtree(old, ignore_errors=True)
         partial.mkdir()
 
-        def keep(folder: Path) -> None:
-            folder.replace(final)
+        def keep() -> Path:
+            certify(partial)
+            return partial.replace(final)
 
         try:
-            yield partial, keep
+            yield Folder(partial, keep, damage)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             remove_unused(root)

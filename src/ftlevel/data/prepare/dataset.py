@@ -57,17 +57,17 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
             why = f"{cache_root()} cannot be written"
             prepared.choices.append(Choice("rows", "not kept for the next run", why))
         return context.task.finish(replace(prepared, workspace=workspace), config, context)
-    with folder_of(key) as (folder, keep):
-        if keep is None:
-            return context.task.finish(_load(folder, "prepared before"), config, context)
-        prepared = _prepare(config, context, folder, progress)
+    with folder_of(key) as folder:
+        if folder.keep is None:
+            return context.task.finish(_load(folder.path, "prepared before"), config, context)
+        prepared = _prepare(config, context, folder.path, progress)
         if len(prepared.train) < KEEP_FROM:
             return context.task.finish(_in_memory(prepared), config, context)
-        _save(prepared, folder)
-        keep(folder)
-    return context.task.finish(
-        _load(folder.with_name(key), "kept for the next run"), config, context
-    )
+        _save(prepared, folder.path)
+        kept = folder.keep()
+    note = "prepared anew" if folder.damage else "kept for the next run"
+    why = f"what was kept was damaged: {folder.damage}; " if folder.damage else ""
+    return context.task.finish(_load(kept, note, why), config, context)
 
 
 def _prepare(
@@ -170,12 +170,12 @@ def _save_rows(rows: Sequence[Encoded], folder: Path, name: str) -> Mapping[str,
     return {"file": rows.path.name, "chosen": rows.indices is not None}
 
 
-def _load(folder: Path, note: str) -> Prepared:
+def _load(folder: Path, note: str, why: str = "") -> Prepared:
     content = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     lines = np.load(folder / "lines.npy", mmap_mode="r")
     parts = tuple(Part(base, Table([], [], name, unit)) for base, name, unit in content["parts"])
     source, unit = content["source"]
-    kept = Choice("rows", note, f"{folder}; --no-cache prepares them anew")
+    kept = Choice("rows", note, f"{why}{folder}; --no-cache prepares them anew")
     return Prepared(
         _load_rows(folder, "train", content),
         _load_rows(folder, "validation", content),
