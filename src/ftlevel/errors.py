@@ -45,6 +45,25 @@ class Interrupted(FtlevelError):
     exit_code = 130
 
 
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, MPS, bitsandbytes
+    "DefaultCPUAllocator",
+    "could not create a primitive",  # oneDNN
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+    "malloc of size",  # Arrow
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a library means by `error` that there is no memory left."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, (RuntimeError, OSError)) and any(w in text for w in _OUT_OF_MEMORY)
+
+
 _BEGINNING = 4  # letters from which on the beginning of a name is a wish for it
 
 

@@ -18,7 +18,7 @@ from ftlevel.cli.screens.lasting import discard
 from ftlevel.cli.startup.heavy_imports import uncollected_imports
 from ftlevel.cli.startup.launch import is_follower
 from ftlevel.cli.typed.completion import completed_command
-from ftlevel.errors import FtlevelError
+from ftlevel.errors import FtlevelError, is_out_of_memory
 
 if TYPE_CHECKING:
     from ftlevel.config.flag import Flag
@@ -177,13 +177,24 @@ def run(arguments: list[str]) -> int:
             discard(sys.stdout)
         return code
     except Exception as error:  # a bug of ours: the traceback is for us, the object for a program
-        if _is_from_ctrl_c(error):
-            _report(_INTERRUPTED)
-            _report_json(arguments, _INTERRUPTED, 130)
-            return 130
-        _report_json(arguments, f"{type(error).__name__}: {error}", 1)
+        message, code = _unforeseen(error)
+        if code is not None and "--traceback" not in arguments:
+            _report(message)
+            _report_json(arguments, message, code)
+            return code
+        _report_json(arguments, message, 1)
         raise
     return code if isinstance(code, int) else 0
+
+
+def _unforeseen(error: Exception) -> tuple[str, int | None]:
+    """Return what to say of an error of no library of ours, and its exit code; None for a bug."""
+    if _is_from_ctrl_c(error):
+        return _INTERRUPTED, 130
+    if is_out_of_memory(error):
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return f"out of memory: {reason}. Give it fewer rows at once, or a smaller model.", 1
+    return f"{type(error).__name__}: {error}", None
 
 
 def _is_from_ctrl_c(error: BaseException | None) -> bool:

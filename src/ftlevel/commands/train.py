@@ -23,6 +23,7 @@ from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
 from ftlevel.training.finish import end_training, measure_times, save, write_results
 from ftlevel.training.interrupted import describe_stop, telling_what_is_kept
+from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.packages import check_packages
 from ftlevel.training.plan.plan import Plan
@@ -121,7 +122,7 @@ def train(
                        "config": resolved_config(config, plan)}  # fmt: skip
             listener.end(summary)
             return TrainResult(summary, None, None, plan.model.tokenizer)
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as held, explain_out_of_memory(config, plan):
             return _train(config, plan, listener, origin, processes, held)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class StepCollator:
         self._plan = plan
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Return `micro_batches`, whether they are computed `in_parallel`, and `shared_prefix`.
+        """Return `rows`, their `micro_batches`, whether `in_parallel`, and the `shared_prefix`.
 
         A micro-batch is what `Collator` returns and its `layout` (None where rows are padded). A
         shared prefix, if there is one, is the batch of what all rows begin with, and its layout:
@@ -52,6 +53,7 @@ class StepCollator:
         schedule = self._choose_schedule(rows)
         partition = schedule.partition
         step: dict[str, Any] = {
+            "rows": rows,
             "micro_batches": [
                 self._micro_batch(rows, part, partition) for part in schedule.micro_batches
             ],
@@ -60,6 +62,11 @@ class StepCollator:
         if partition.prefix:
             step["shared_prefix"] = self._shared_prefix(rows[0].input_ids[: partition.prefix])
         return step
+
+    def halve(self) -> int:
+        """Give micro-batches half as many tokens from now on, and return how many that is."""
+        self._plan = replace(self._plan, tokens=max(1, self._plan.tokens // 2))
+        return self._plan.tokens
 
     def _choose_schedule(self, rows: Sequence[Encoded]) -> _Schedule:
         """Return the fastest way to compute the step, the first of equals."""

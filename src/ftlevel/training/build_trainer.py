@@ -108,6 +108,7 @@ def add_callbacks(
     report = Report(
         listener, run.log if is_first else tell_nobody, lambda: int(trainer.tokens_seen)
     )
+    trainer.warn = listener.warn
     gradients = GradientProof(listener, trainer.take_step_loss)
     watch = Watch(report, gradients, Interrupt(processes, plan.model.device))
     own = METHODS[config.method.kind].callbacks

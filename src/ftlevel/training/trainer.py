@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +13,13 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from ftlevel.data.prepare.sampling import RowsAndNothing, ShareOfSteps
+from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.head.loss import compute_shared_prefix, supervised_loss
 from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.prefixes.shared_prefix import SharedPrefix
 from ftlevel.fast.step import FastStep
+from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Objective
@@ -39,6 +43,8 @@ class FtlevelTrainer(Trainer):
         penalty: model → what its method adds to the loss of an optimizer step, or None. It is in
             the gradient alone: the loss that is logged is the one that evaluation measures.
         head_rate: modules that learn at a rate of their own, and that rate; None for none.
+        halved: where the memory was too small, the step and the tokens of a micro-batch since.
+        warn: is told of it.
     """
 
     def __init__(
@@ -61,6 +67,8 @@ class FtlevelTrainer(Trainer):
         self.order = order
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
+        self.halved: list[dict[str, int]] = []
+        self.warn: Callable[[str], None] = lambda _: None
         self._is_nothing = False
         self._step_loss: torch.Tensor | None = None
         # Going through the modules of a model takes longer than some of its layers.
@@ -106,10 +114,49 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Return the loss of the batch, whose micro-batches have added to the gradient in turn."""
-        loss = self._batch_loss(model, inputs, num_items_in_batch)
+        while True:
+            rows = inputs.pop("rows", ())
+            try:
+                loss = self._batch_loss(model, inputs, num_items_in_batch)
+                break
+            except Exception as error:
+                if not (is_out_of_memory(error) and self._can_be_smaller(inputs)):
+                    raise
+            inputs = self._in_smaller_parts(model, rows)
+        for part in inputs.get("micro_batches", [inputs]):
+            if not self._is_nothing:
+                self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
         before = self._step_loss
         self._step_loss = loss.detach() if before is None else before + loss.detach()
         return loss
+
+    def _can_be_smaller(self, inputs: dict[str, Any]) -> bool:
+        """Whether the step has micro-batches of several rows; alone, as others are not asked."""
+        parts = inputs.get("micro_batches", ())
+        return self.args.world_size == 1 and any(len(part["labels"]) > 1 for part in parts)
+
+    def _in_smaller_parts(self, model: Any, rows: Sequence[Any]) -> dict[str, Any]:
+        """Return `rows` of a step that did not fit in micro-batches of half as many tokens.
+
+        What the step has added to the gradient is undone, and its rows are counted once. The loss
+        and the gradient are the same but for the order of sums, and for other random numbers.
+        """
+        model.zero_grad()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        collator, plan = self.data_collator, self.fast.plan if self.fast else None
+        if not isinstance(collator, StepCollator) or plan is None or self.fast is None:
+            raise TypeError("only a fast step has micro-batches")
+        self.fast.plan = replace(plan, tokens=collator.halve())
+        step, tokens = self.state.global_step + 1, self.fast.plan.tokens // plan.workers
+        self.halved.append({"step": step, "tokens_per_micro_batch": tokens})
+        self.warn(
+            f"out of memory at step {step}: micro-batches have {tokens:,} tokens from now on, half "
+            "as many as before; the rows of a step are the same."
+        )
+        inputs: dict[str, Any] = self._prepare_inputs(collator(rows))
+        return inputs
 
     def take_step_loss(self) -> torch.Tensor:
         """Return the loss of the optimizer step so far (a scalar), and begin with the next one."""
@@ -123,9 +170,6 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         self._is_nothing = bool(inputs.pop("is_nothing", False))
-        for part in inputs.get("micro_batches", [inputs]):
-            if not self._is_nothing:
-                self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         micro_batches = [(part.pop("layout"), part) for part in inputs["micro_batches"]]

@@ -1,0 +1,98 @@
+"""A run whose memory is too small goes on in smaller parts, or ends in a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ftlevel.cli.app import run
+from ftlevel.training.trainer import FtlevelTrainer
+
+FULL = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+ROWS = ["train", "--quiet", "--max-samples", "24", "--max-length", "128", "--overlong", "drop",
+        "--max-steps", "3", "--logging-steps", "1", "--no-verify-fast"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def losses(name: str) -> list[float]:
+    records = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return what makes a backward pass of more than so many places fail at its end."""
+
+    def limit(places: int) -> None:
+        compute = FtlevelTrainer.compute_loss
+
+        def computed(self: Any, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
+            loss = compute(self, model, inputs, *args, **settings)
+            if model.training and int(inputs["attention_mask"].sum()) > places:
+                for parameter in model.parameters():  # what a backward pass has left
+                    if parameter.requires_grad:
+                        parameter.grad = torch.ones_like(parameter)
+                raise RuntimeError(FULL)
+            return loss
+
+        monkeypatch.setattr(FtlevelTrainer, "compute_loss", computed)
+
+    return limit
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_steps_are_the_same_in_smaller_parts(
+    small_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    more = ["--set", f"speed.parallel_workers={workers}", "--dtype", "float32"]
+    assert run([*ROWS, *more, "--output-dir", "whole"]) == 0
+    assert "out of memory" not in capsys.readouterr().err
+    small_memory(300)
+    assert run([*ROWS, *more, "--output-dir", "parts"]) == 0
+    assert "out of memory at step 1: micro-batches have" in capsys.readouterr().err
+    assert losses("parts") == pytest.approx(losses("whole"), rel=1e-4)
+    summaries = [json.loads(Path(n, "summary.json").read_text()) for n in ("whole", "parts")]
+    assert summaries[0]["speed"]["halved_for_memory"] == []
+    halved = summaries[1]["speed"]["halved_for_memory"]
+    assert halved[0]["step"] == 1
+    assert halved[-1]["tokens_per_micro_batch"] == summaries[1]["speed"]["tokens_per_micro_batch"]
+    assert summaries[0]["timings"].keys() == summaries[1]["timings"].keys()
+    tokens = [summary["speed"]["tokens_in_rows"] for summary in summaries]
+    assert tokens[0] == tokens[1], "a row is counted once"
+
+
+@pytest.mark.parametrize("fast", ["--fast", "--no-fast"])
+def test_a_row_that_does_not_fit_ends_the_run_in_a_line(
+    small_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str], fast: str
+) -> None:
+    small_memory(10)
+    assert run([*ROWS, fast, "--output-dir", "run"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"ftlevel: out of memory: {FULL}. What takes less: --per-device-train")
+    assert "--gradient-checkpointing; --quant 4bit; a --max-length below 128" in error
+    assert not Path("run/adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("could not create a primitive"),
+              torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")],
+)  # fmt: skip
+def test_any_command_that_runs_out_of_memory_says_so(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ftlevel.commands.evaluate.load_found", full)
+    assert run(["evaluate", "builtin:tiny-llama", "--task", "text-generation", "--quiet",
+                "--dataset", "builtin:docstrings"]) == 1  # fmt: skip
+    assert capsys.readouterr().err.startswith("ftlevel: out of memory: ")
