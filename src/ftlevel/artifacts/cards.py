@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import check_regular, write_json
 from ftlevel.errors import InputError
 
 CARD = "ftlevel.json"
@@ -71,17 +71,24 @@ def read_card(directory: Path) -> AdapterCard:
         InputError: it is missing or unreadable, or of a later format.
     """
     path = directory / CARD
+    if directory.is_dir():
+        check_regular(directory.iterdir(), str(directory))
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"{directory} has no {CARD}, so it is not an adapter of ftlevel."
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}). Was a copy cut short?") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} is no card of an adapter. Was it written by another program?")
     if fields.pop("format", None) != 1:
         raise InputError(f"{path} was written by a later ftlevel. Install that version.")
-    return AdapterCard(**fields)
+    try:
+        return AdapterCard(**fields)
+    except TypeError as error:  # a field that there is not, or one too few
+        raise InputError(f"{path} is no card of an adapter ({error}).") from None
 
 
 def library_versions() -> dict[str, str]:

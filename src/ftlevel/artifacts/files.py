@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, InputError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -26,6 +27,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, absent or whole."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def check_regular(paths: Iterable[Path], words: str) -> None:
+    """Refuse pipes, sockets and devices, on which reading waits forever or has no end.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for path in sorted(paths):
+        try:
+            mode = path.stat().st_mode
+        except OSError:  # a link to nothing, which nothing reads
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(
+                f"{words}: {path.name} is a pipe, a socket or a device. Expected a plain file."
+            )
 
 
 def check_absent(flag: str, path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -126,6 +127,8 @@ _NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that tell at import which GPU kernels this machine lacks, and what torch deprecates."""
 
 
+_LONGEST_REASON = 300  # characters
+
 _INTERRUPTED = "interrupted; nothing was kept."
 
 
@@ -176,25 +179,43 @@ def run(arguments: list[str]) -> int:
         if error.filename is None and sys.stdout is not None:
             discard(sys.stdout)
         return code
-    except Exception as error:  # a bug of ours: the traceback is for us, the object for a program
+    except Exception as error:  # a file of a shape that nobody foresaw, or a bug of ours
         message, code = _unforeseen(error)
-        if code is not None and "--traceback" not in arguments:
-            _report(message)
-            _report_json(arguments, message, code)
-            return code
-        _report_json(arguments, message, 1)
-        raise
+        _report_json(arguments, message, code)
+        if "--traceback" in arguments:
+            raise
+        _report(message)
+        return code
     return code if isinstance(code, int) else 0
 
 
-def _unforeseen(error: Exception) -> tuple[str, int | None]:
-    """Return what to say of an error of no library of ours, and its exit code; None for a bug."""
+def _unforeseen(error: Exception) -> tuple[str, int]:
+    """Return what to say of an error that is none of ours, and the exit code."""
     if _is_from_ctrl_c(error):
         return _INTERRUPTED, 130
     if is_out_of_memory(error):
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return f"out of memory: {reason}. Give it fewer rows at once, or a smaller model.", 1
-    return f"{type(error).__name__}: {error}", None
+    reason = " ".join(str(error).split())[:_LONGEST_REASON]
+    path = _being_read(error)
+    where = f"{path}: " if path else ""
+    advice = f"If {path} is whole, this" if path else "This"
+    return (
+        f"{where}{type(error).__name__}: {reason}. {advice} is a fault of ftlevel: please report "
+        "it with what --traceback shows.",
+        1,
+    )
+
+
+def _being_read(error: Exception) -> Path | None:
+    """Return the file or directory that the innermost of our functions in `error` had in hand."""
+    found, frame = None, error.__traceback__
+    while frame is not None:
+        if "ftlevel" in frame.tb_frame.f_code.co_filename:
+            held = [v for v in frame.tb_frame.f_locals.values() if isinstance(v, Path)]
+            found = next((path for path in held if path.exists()), found)
+        frame = frame.tb_next
+    return found
 
 
 def _is_from_ctrl_c(error: BaseException | None) -> bool:

@@ -19,6 +19,7 @@ from ftlevel.config.other_tools.recipes import tool_of
 from ftlevel.config.other_tools.words import in_our_words
 from ftlevel.config.renamed import RENAMED, with_new_names
 from ftlevel.config.train import TrainConfig
+from ftlevel.config.yaml_text import YamlError, load_yaml
 from ftlevel.errors import ConfigError, did_you_mean, listing, nearest
 
 KeyPath = tuple[str, ...]
@@ -60,9 +61,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     Raises:
         ConfigError: the file is missing, not YAML, not a mapping, or says a key twice.
     """
-    import yaml  # here, because --help needs no YAML
-
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"recipe {path} is no file. Name a YAML file.")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent else []
@@ -72,15 +73,16 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}.") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: not valid YAML ({error.problem}).") from None
-    except yaml.YAMLError as error:  # a byte that no text has
-        raise ConfigError(f"recipe {path} is no text: {str(error).splitlines()[0]}.") from None
+        values, node = load_yaml(text)
+    except YamlError as error:
+        where = path if error.line is None else f"{path}:{error.line}"
+        raise ConfigError(
+            f"{where}: not valid YAML ({error}). A recipe holds plain values: text, numbers, lists "
+            "and mappings."
+        ) from None
     if node is None:
         raise ConfigError(f"recipe {path} is empty. Give it at least a section, such as method.")
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: a recipe is a mapping of sections, such as method: lora.")
     origins: dict[KeyPath, str] = {}
     for key, line in _walk(node, ()):
@@ -90,14 +92,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
                 f"{origin}: key {'.'.join(key)!r} is given twice, first at {origins[key]}."
             )
         origins[key] = origin
-    try:
-        return yaml.safe_load(text), origins
-    except yaml.MarkedYAMLError as error:  # a tag such as !!python/object, or a key that is a list
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(
-            f"{path}:{line}: {error.problem}. A recipe holds plain values: text, numbers, lists "
-            "and mappings."
-        ) from None
+    return values, origins
 
 
 def _walk(mapping: Any, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
@@ -115,16 +110,14 @@ def read_settings(settings: Iterable[str]) -> Layer:
     Raises:
         ConfigError: a setting has no `=` or no key, or its value is not YAML.
     """
-    import yaml
-
     layer = Layer()
     for setting in settings:
         dotted, equals, text = setting.partition("=")
         if not equals or not dotted.strip():
             raise ConfigError(f"--set {setting}: expected section.key=value, as in train.seed=1.")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value, _ = load_yaml(text)
+        except YamlError:
             raise ConfigError(f"--set {setting}: the value is not valid YAML.") from None
         put(layer, tuple(dotted.strip().split(".")), value, f"--set {dotted.strip()}")
     return layer

@@ -31,6 +31,7 @@ from ftlevel.models.integrity import (
 from ftlevel.models.module_tree import find_heads, find_unpackable
 from ftlevel.models.quantized import as_quant_config, stored_quantization
 from ftlevel.models.sources import ModelSource
+from ftlevel.models.strangers.directory import check_sizes
 from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
 from ftlevel.models.upstream.quantizers import keep_trainable_layout
 
@@ -88,7 +89,7 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         InputError: the directory's config is unreadable or of an unknown architecture.
     """
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             source.location, **source.arguments(), **overrides
         )
     except struct.error as error:  # of a .gguf whose header is not whole
@@ -98,6 +99,9 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         ) from error
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(f"{source.words}: {_why_not(error)}") from error
+    if source.gguf_file:  # of a directory they were looked at before it was built
+        check_sizes(config.to_dict(), source.words)
+    return config
 
 
 def _why_not(error: Exception) -> str:

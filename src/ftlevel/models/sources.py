@@ -16,8 +16,10 @@ from shlex import quote
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from ftlevel.artifacts.files import check_regular
 from ftlevel.errors import InputError, did_you_mean, listing
 from ftlevel.models import builtin
+from ftlevel.models.strangers.directory import check_directory
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _PROBE_SECONDS = 3.0
@@ -108,6 +110,7 @@ def resolve_source(
             said=said,
         )
     if path.exists():
+        check_regular([path], words)
         raise InputError(
             f"{words} is a file. Expected a model directory, a .gguf file or a Hub id."
         )
@@ -130,6 +133,8 @@ def check_revision(source: ModelSource, revision: str | None) -> None:
 
 
 def _check_file(path: Path, words: str) -> None:
+    if path.exists():
+        check_regular([path], words)
     if not path.is_file():
         others = sorted(str(p) for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else []
         raise InputError(f"{words} does not exist.{did_you_mean(str(path), others)}")
@@ -154,6 +159,7 @@ def _check_directory(path: Path, words: str) -> None:
             f"{words} has no config.json (it holds {held}). "
             "Expected a directory that save_pretrained wrote."
         )
+    check_directory(path, words)
     if any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
         return
     old = listing(sorted(p.name for p in path.glob("*.bin")), 3)

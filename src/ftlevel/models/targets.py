@@ -23,6 +23,7 @@ from ftlevel.models.module_tree import (
     find_heads,
     find_new_language_head,
 )
+from ftlevel.models.strangers.time_limit import ending_in
 
 __all__ = [
     "ExpertKind",
@@ -41,6 +42,7 @@ __all__ = [
 
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
+_SECONDS = 10.0  # matching all modules of a model takes some milliseconds
 _PLAIN_NAME = re.compile(r"[\w.\-]+(,[\w.\-]+)*")
 
 
@@ -276,7 +278,14 @@ class _Picker:
                 f"--target-modules: {regex!r} is not a regular expression ({error}). "
                 f"{self._available()}"
             ) from error
-        found = [full for full in self.tree.modules if compiled.fullmatch(full)]
+        try:
+            with ending_in(_SECONDS):
+                found = [full for full in self.tree.modules if compiled.fullmatch(full)]
+        except TimeoutError as error:
+            raise InputError(
+                f"--target-modules: {regex!r} goes back and forth without end ({error}). Write it "
+                "without one repetition inside another."
+            ) from None
         picked = [
             full
             for full in found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import AdapterCard
+from ftlevel.artifacts.files import check_regular
 from ftlevel.data.encoding.pad_token import choose_pad_token
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import choose_dtype
@@ -28,12 +29,15 @@ def read_plain_adapter(directory: Path) -> tuple[ModelSource, dict[str, Any]]:
         InputError: the configuration is unreadable, names no base, or the base is not there.
     """
     path = directory / ADAPTER_CONFIG
+    check_regular(directory.iterdir(), str(directory))
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}). Was a copy cut short?") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is no configuration of an adapter. Expected an object.")
     base = settings.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise InputError(f"{path} names no base model. Write it as base_model_name_or_path.")
     if not (directory / "adapter_model.safetensors").is_file():
         raise InputError(

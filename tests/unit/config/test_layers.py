@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -89,17 +90,18 @@ def test_a_recipe_error_names_file_line_and_the_nearest_right_name(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1\n", "{path}:2: not valid YAML (expected ',' or ']', but got '<stream end>')."),
+        ("a: [1\n", "{path}:2: not valid YAML (expected ',' or ']', but got '<stream end>'). A "
+         "recipe holds plain values: text, numbers, lists and mappings."),
         ("- 1\n", "{path}:1: a recipe is a mapping of sections, such as method: lora."),
         ("", "recipe {path} is empty. Give it at least a section, such as method."),
         ("train:\n  seed: 1\n  seed: 2\n",
          "{path}:3: key 'train.seed' is given twice, first at {path}:2."),
         ("task: x\ntrain: !!python/object:os.system {}\n",
-         "{path}:2: could not determine a constructor for the tag "
-         "'tag:yaml.org,2002:python/object:os.system'. A recipe holds plain values: text, numbers, "
-         "lists and mappings."),
-        ("\x01\n", "recipe {path} is no text: unacceptable character #x0001: special characters "
-         "are not allowed."),
+         "{path}:2: not valid YAML (could not determine a constructor for the tag "
+         "'tag:yaml.org,2002:python/object:os.system'). A recipe holds plain values: text, "
+         "numbers, lists and mappings."),
+        ("\x01\n", "{path}: not valid YAML (unacceptable character #x0001: special characters "
+         "are not allowed). A recipe holds plain values: text, numbers, lists and mappings."),
     ],
 )  # fmt: skip
 def test_what_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
@@ -240,3 +242,34 @@ def test_a_later_layer_wins_whatever_name_it_uses() -> None:
 def test_a_bad_value_under_an_old_name_has_its_origin() -> None:
     (problem,) = problems(read_settings(["speed.passes_at_once=0"]))
     assert problem.startswith("--set speed.passes_at_once: 0 is out of range: speed.parallel_")
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{n}: &{n} [{','.join([f'*{chr(ord(n) - 1)}'] * 9)}]\n" for n in "bcdefgh"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [BOMB, "a: &a [*a]", "task: !!int x", "task: !!bool x", "task: !!timestamp x", "a: !!float x",
+     f"task: {'9' * 6000}", "[" * 5_000, "a: " + "{b: " * 3_000, "? [a]\n: 1", "!!binary x: 1"],
+)  # fmt: skip
+def test_yaml_that_does_harm_is_refused_in_a_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(write(tmp_path / "r.yaml", text))
+    assert "r.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_date_is_a_text_and_an_alias_what_it_names(tmp_path: Path) -> None:
+    text = "data: &d\n  dataset: 2024-13-45\nmodel: {name_or_path: 2024-01-02}\ntrain: {seed: 3}\n"
+    assert read_recipe(write(tmp_path / "r.yaml", text)).values == {
+        "data": {"dataset": "2024-13-45"}, "model": {"name_or_path": "2024-01-02"},
+        "train": {"seed": 3},
+    }  # fmt: skip
+
+
+def test_a_recipe_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.yaml")
+    with pytest.raises(ConfigError, match=r"is no file"):
+        read_recipe(tmp_path / "r.yaml")

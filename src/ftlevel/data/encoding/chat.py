@@ -20,6 +20,7 @@ from ftlevel.models.upstream.data import apply_template
 
 Turn = dict[str, Any]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OF_PYTHON = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 _MARK = "\u2042mark\u2042"
 
 
@@ -109,8 +110,9 @@ def _render(
             add_generation_prompt=generation_prompt,
             **tokenizer.special_tokens_map,
         )
-    except (TemplateError, ValueError, TypeError) as error:
-        raise InputError(f"the chat template refuses these messages: {error}.") from None
+    except (TemplateError, TimeoutError, MemoryError, RecursionError, *_OF_PYTHON) as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"the chat template refuses these messages: {reason}.") from None
 
 
 def _find_turn(

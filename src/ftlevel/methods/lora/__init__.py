@@ -22,6 +22,9 @@ from ftlevel.methods.lora.facts import FACTS, RULES
 from ftlevel.methods.lora.plus import build_optimizer
 from ftlevel.methods.lora.start import START
 from ftlevel.methods.rates import Rates
+from ftlevel.models.strangers.time_limit import ending_in
+
+_SECONDS = 10.0  # patterns are matched in some milliseconds
 
 _UNMERGEABLE = {
     "layer_replication": "it repeats layers, so it is another architecture",
@@ -89,13 +92,23 @@ def check(spec: LoraSpec, widths: Mapping[str, int]) -> None:
         ConfigError: a key of `rank_pattern` or `alpha_pattern` would be ignored.
     """
     names = listing(dict.fromkeys(name.rpartition(".")[2] for name in widths), 8)
+    try:
+        with ending_in(_SECONDS):
+            ignored = [
+                (field, pattern)
+                for field in ("rank_pattern", "alpha_pattern")
+                for pattern in getattr(spec, field)
+                if not any(re.match(rf"(.*\.)?({pattern})$", n) for n in widths)  # as PEFT does
+            ]
+    except (re.error, TimeoutError) as error:
+        raise ConfigError(
+            f"method.rank_pattern or alpha_pattern has no usable regular expression: {error}."
+        ) from None
     problems = [
         f"method.{field}: {pattern!r} matches none of the {len(widths):,} adapted modules "
         f"({names}) and would be ignored. Give the end of a module's name or a "
         "regular expression."
-        for field in ("rank_pattern", "alpha_pattern")
-        for pattern in getattr(spec, field)
-        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in widths)  # as PEFT does
+        for field, pattern in ignored
     ]
     if problems:
         raise ConfigError(problems)

@@ -6,6 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ftlevel.models.strangers.time_limit import ending_in
+
+_SECONDS = 10.0  # a template takes some microseconds
+
 
 def apply_template(
     turns: Sequence[Any], template: str, **settings: Any
@@ -14,10 +18,12 @@ def apply_template(
 
     Raises:
         jinja2.TemplateError, ValueError, TypeError: the template refuses the turns.
+        TimeoutError: it took more than ten seconds.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template([list(turns)], chat_template=template, **settings)
+    with ending_in(_SECONDS):
+        texts, spans = render_jinja_template([list(turns)], chat_template=template, **settings)
     return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
 

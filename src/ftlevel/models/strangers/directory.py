@@ -1,0 +1,92 @@
+"""What a directory that somebody else made must not do: leave itself, hang, fill memory, fetch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ftlevel.artifacts.files import check_regular
+from ftlevel.errors import InputError
+
+_INDEX = "*.safetensors.index.json"
+_LARGEST_JSON = 1 << 27  # bytes; the indices of models with a hundred thousand tensors have 10 MB
+
+_MOST = {
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers",
+         "decoder_layers", "num_decoder_layers"), 10_000,
+    ),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_heads"), 100_000),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "head_dim", "d_kv"), 1_000_000),
+    **dict.fromkeys(("intermediate_size", "d_ff", "n_inner", "num_experts", "num_local_experts",
+                     "n_routed_experts", "vocab_size", "type_vocab_size"), 100_000_000),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 1_000_000_000),
+}  # fmt: skip
+"""Field of a config → more than any model has, by orders of magnitude."""
+
+
+def check_directory(path: Path, words: str) -> None:
+    """Refuse a directory whose files are no files, whose index leaves it, or of absurd sizes.
+
+    Args:
+        path: of a model.
+        words: what errors call it.
+
+    Raises:
+        InputError: naming the file.
+    """
+    check_regular(path.iterdir(), words)
+    for index in path.glob(_INDEX):
+        _check_index(index, words)
+    config = _read(path / "config.json", words)
+    check_sizes(config, words)
+    for name in ("attn_implementation", "_attn_implementation"):
+        kernel = config.get(name)
+        if isinstance(kernel, str) and "/" in kernel:
+            raise InputError(
+                f"{words}: {name} in its config.json is {kernel!r}, code that would be fetched "
+                "from a hub. Remove the line if you trust the rest."
+            )
+
+
+def check_sizes(config: Mapping[str, Any], words: str) -> None:
+    """Refuse sizes that no model has, before anything of them is built.
+
+    Raises:
+        InputError: naming the field.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_sizes(value, words)
+        elif isinstance(value, (int, float)) and value > _MOST.get(name, value):
+            raise InputError(
+                f"{words}: {name} in its config is {value:,}; no model has more than "
+                f"{_MOST[name]:,}. The file is damaged, or made to do harm."
+            )
+
+
+def _check_index(index: Path, words: str) -> None:
+    where = _read(index, words).get("weight_map")
+    if not isinstance(where, Mapping):
+        raise InputError(f"{words}: {index.name} has no weight_map. Was a copy cut short?")
+    for name in where.values():
+        place = PurePosixPath(str(name))
+        if not isinstance(name, str) or place.is_absolute() or ".." in place.parts or "\\" in name:
+            raise InputError(
+                f"{words}: {index.name} names {name!r}, which is not a file in the model's "
+                "directory. Nothing outside it is read."
+            )
+
+
+def _read(path: Path, words: str) -> Mapping[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, Mapping):
+            raise TypeError("it is no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{words}: {path.name} cannot be read ({error}).") from None
+    return content

@@ -1,0 +1,139 @@
+"""What others made is bounded: it stays in its directory, ends, and fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.artifacts.cards import read_card
+from ftlevel.data.encoding.chat import render
+from ftlevel.errors import InputError
+from ftlevel.models.loading import load_config
+from ftlevel.models.sources import resolve_source
+from ftlevel.models.strangers import time_limit
+from ftlevel.models.strangers.time_limit import ending_in
+from ftlevel.models.upstream import data
+
+ModelDir = Callable[..., Path]
+
+
+def changed(directory: Path, **fields: Any) -> Path:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **fields}))
+    return directory
+
+
+@pytest.fixture
+def model(tiny_model_dir: ModelDir, tmp_path: Path) -> Path:
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in tiny_model_dir("llama", chat=True).iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_a_whole_directory_is_read(model: Path) -> None:
+    assert load_config(resolve_source(str(model))).num_hidden_layers > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil/x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", 7]
+)
+def test_an_index_does_not_leave_its_directory(model: Path, name: Any) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": name}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="Nothing outside it is read"):
+        resolve_source(str(model))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', "[" * 100_000])
+def test_an_index_of_another_shape_is_named(model: Path, text: str) -> None:
+    (model / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json"):
+        resolve_source(str(model))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pipe_is_not_waited_for(model: Path, name: str) -> None:
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    with pytest.raises(InputError, match=f"{re.escape(name)}"):
+        resolve_source(str(model))
+
+
+def test_a_pipe_among_an_adapters_files_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ftlevel.json")
+    with pytest.raises(InputError, match=r"ftlevel\.json is a pipe"):
+        read_card(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"format": 1}', '{"format": 1, "a": 2}', "["])
+def test_a_card_of_another_shape_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ftlevel.json").write_text(text)
+    with pytest.raises(InputError, match=r"ftlevel\.json"):
+        read_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_hidden_layers", 10**9), ("hidden_size", 2**31), ("vocab_size", 10**12),
+     ("num_hidden_layers", 1e300)],
+)  # fmt: skip
+def test_absurd_sizes_are_refused_before_anything_is_built(
+    model: Path, field: str, value: Any
+) -> None:
+    began = time.monotonic()
+    with pytest.raises(InputError, match=field):
+        load_config(resolve_source(str(changed(model, **{field: value}))))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_no_kernel_is_fetched_because_a_config_says_so(model: Path, field: str) -> None:
+    with pytest.raises(InputError, match="code that would be fetched"):
+        resolve_source(str(changed(model, **{field: "evil/kernel"})))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+         "more than"),
+        ("{{ 1/0 }}", "division by zero"),
+        ("{{ messages.nothing.at_all }}", "nothing"),
+        ("{{ messages[99]['role'] }}", ""),
+    ],
+)  # fmt: skip
+def test_a_template_ends(
+    model: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(data, "_SECONDS", 0.2)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=f"the chat template refuses these messages: .*{reason}"):
+        render(tokenizer, [{"role": "user", "content": "hi"}])
+
+
+def test_a_regular_expression_ends() -> None:
+    with pytest.raises(TimeoutError), ending_in(0.2):
+        re.fullmatch(r"(\w+\.?)+x", "model.layers.0.self_attn.q_proj." * 3)
+
+
+def test_a_limit_inside_another_leaves_it_running() -> None:
+    began = time.monotonic()
+    with ending_in(0.3):
+        with ending_in(5):
+            pass
+        with pytest.raises(TimeoutError, match=r"0\.3"):
+            time.sleep(5)
+    assert time.monotonic() - began < 3
+    assert time_limit.signal.getitimer(time_limit.signal.ITIMER_REAL)[0] == 0
