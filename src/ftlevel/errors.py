@@ -40,9 +40,11 @@ class RunError(FtlevelError):
 
 
 class Interrupted(FtlevelError):
-    """The user pressed Ctrl-C; the message says what was kept."""
+    """The user pressed Ctrl-C, or a signal came; the message says what was kept."""
 
-    exit_code = 130
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 _OUT_OF_MEMORY = (

@@ -18,6 +18,7 @@ from ftlevel._version import __version__
 from ftlevel.cli.screens.lasting import discard
 from ftlevel.cli.startup.heavy_imports import uncollected_imports
 from ftlevel.cli.startup.launch import is_follower
+from ftlevel.cli.startup.signals import end_on_signals, exit_code
 from ftlevel.cli.typed.completion import completed_command
 from ftlevel.errors import FtlevelError, is_out_of_memory
 
@@ -130,12 +131,17 @@ _NOISY = ("torchao", "torch.utils._pytree")
 _LONGEST_REASON = 300  # characters
 
 _INTERRUPTED = "interrupted; nothing was kept."
+_CTRL_C = 130
 
 
 def main() -> None:
-    """Run the command line and exit: 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
+    """Run the command line and exit: 2 for bad input, 1 for a failed run, 130 for Ctrl-C.
+
+    SIGTERM gives 143, SIGHUP 129.
+    """
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    end_on_signals()
     raise SystemExit(run(sys.argv[1:]))
 
 
@@ -152,20 +158,17 @@ def run(arguments: list[str]) -> int:
         _report_json(arguments, message, 2)
         return 2
     except typer.Abort:
-        _report(_INTERRUPTED)
-        _report_json(arguments, _INTERRUPTED, 130)
-        return 130
+        return _end_interrupted(arguments)
     except FtlevelError as error:
         if "--traceback" in arguments:
             raise
+        code = exit_code() if error.exit_code == _CTRL_C else error.exit_code
         if error.exit_code == 1 or not is_follower():  # what the user wrote, all processes see
             _report(str(error))
-            _report_json(arguments, str(error), error.exit_code)
-        return error.exit_code
+            _report_json(arguments, str(error), code)
+        return code
     except KeyboardInterrupt:
-        _report(_INTERRUPTED)
-        _report_json(arguments, _INTERRUPTED, 130)
-        return 130
+        return _end_interrupted(arguments)
     except OSError as error:  # a full disk, a stream nobody reads, a file that went away
         if "--traceback" in arguments or error.strerror is None:
             raise
@@ -189,10 +192,17 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _end_interrupted(arguments: list[str]) -> int:
+    code = exit_code()
+    _report(_INTERRUPTED)
+    _report_json(arguments, _INTERRUPTED, code)
+    return code
+
+
 def _unforeseen(error: Exception) -> tuple[str, int]:
     """Return what to say of an error that is none of ours, and the exit code."""
     if _is_from_ctrl_c(error):
-        return _INTERRUPTED, 130
+        return _INTERRUPTED, exit_code()
     if is_out_of_memory(error):
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return f"out of memory: {reason}. Give it fewer rows at once, or a smaller model.", 1

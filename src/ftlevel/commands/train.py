@@ -154,7 +154,7 @@ def _train(
     with watch.interrupt, explain_disk_errors(run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.interrupt.received and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(describe_stop(run, trainer.state))
+        raise Interrupted(describe_stop(run, trainer.state), watch.interrupt.exit_code)
     if not processes.is_first:
         return TrainResult({}, run.path, adapted.model, plan.model.tokenizer)
     trained_at = time.perf_counter()

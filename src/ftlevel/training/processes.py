@@ -89,11 +89,15 @@ class Processes:
 
     def any(self, flag: bool, device: str) -> bool:
         """Whether `flag` is set in one of them: what all must do at the same step."""
+        return bool(self.most(int(flag), device))
+
+    def most(self, wish: int, device: str) -> int:
+        """Return the largest `wish` of all: what they must do at the same step."""
         if self.count == 1:
-            return flag
-        box = torch.tensor(int(flag), device=device)
+            return wish
+        box = torch.tensor(wish, device=device)
         distributed.all_reduce(box, distributed.ReduceOp.MAX)
-        return bool(box)
+        return int(box)
 
 
 def started_processes() -> Processes:

@@ -12,9 +12,10 @@ from ftlevel.training.processes import Processes
 
 
 class Interrupt(TrainerCallback):
-    """Turn the first Ctrl-C or SIGTERM into a checkpoint at the end of the step, then stop.
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a checkpoint after the step, then stop.
 
-    A second one ends the process at once; of several processes, whose launcher passes on what the
+    SIGUSR1, by which SLURM warns of the end of a job, makes the checkpoint and goes on. A second
+    signal ends the process at once; of several processes, whose launcher passes on what the
     terminal has sent them already, it does not. Use as a context manager around training.
 
     Args:
@@ -23,16 +24,24 @@ class Interrupt(TrainerCallback):
 
     Attributes:
         received: the signal's name, or empty.
+        exit_code: of a process that it ends, as shells have it.
     """
+
+    _SAVE, _STOP = 1, 2
 
     def __init__(self, processes: Processes, device: str) -> None:
         self.received = ""
+        self.exit_code = 128 + signal.SIGINT
+        self._wish = 0
         self._processes = processes
         self._device = device
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has not all of them
+            if number is None or signal.getsignal(number) is signal.SIG_IGN:  # by nohup
+                continue
             try:
                 self._before[number] = signal.signal(number, self._receive)
             except ValueError:  # not in the main thread: the caller's handlers stay
@@ -44,9 +53,16 @@ class Interrupt(TrainerCallback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGUSR1":
+            self._wish = max(self._wish, self._SAVE)
+            return
         if self.received and self._processes.count == 1:
+            before = self._before.get(number)
+            if callable(before):
+                before(number, frame)
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        self.received, self.exit_code, self._wish = name, 128 + number, self._STOP
 
     def on_step_end(
         self,
@@ -55,11 +71,13 @@ class Interrupt(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> TrainerControl:
-        """Save and stop, if a signal has come and the run is not over anyway."""
+        """Save, and stop, if a signal has come and the run is not over anyway."""
         # What was agreed on counts, not what has come since: all stop after the same step.
-        is_over = self._processes.any(bool(self.received), self._device)
-        if is_over and state.global_step < state.max_steps:
-            self.received = self.received or "of another process"
+        wish = self._processes.most(self._wish, self._device)
+        if wish and state.global_step < state.max_steps:
             control.should_save = True
+            self._wish = 0
+        if wish == self._STOP and state.global_step < state.max_steps:
+            self.received = self.received or "of another process"
             control.should_training_stop = True
         return control

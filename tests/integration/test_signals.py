@@ -1,0 +1,70 @@
+"""A signal ends a command in a line, with the exit code that shells and clusters know."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+LONG = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4",
+        "--max-steps", "40", "--logging-steps", "1"]  # fmt: skip
+
+
+def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ftlevel", *arguments], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_until(process: subprocess.Popen[str], happens: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not happens():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_run_is_ended_after_its_step(tmp_path: Path, name: str, code: int) -> None:
+    process = start(tmp_path, "train", *LONG, "--output-dir", "run")
+    wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)
+    process.send_signal(getattr(signal, name))
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "interrupted after step" in error
+    assert len(list((tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json"))) == 1
+
+
+def test_a_warning_makes_a_checkpoint_and_the_run_goes_on(tmp_path: Path) -> None:
+    process = start(tmp_path, "train", *LONG, "--output-dir", "run")
+    wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=240)
+    assert process.returncode == 0
+    kept = [p.parent.name for p in (tmp_path / "run/checkpoints").glob("*/manifest.json")]
+    assert len(kept) == 1
+    assert 3 <= int(kept[0].split("-")[1]) < 40
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_command_that_has_written_nothing_says_so(tmp_path: Path, name: str, code: int) -> None:
+    process = start(tmp_path, "train", *LONG, "--output-dir", "run")
+    assert process.stdout is not None
+    wait_until(process, lambda: True)
+    time.sleep(1)  # in its imports, or among the rows
+    process.send_signal(getattr(signal, name))
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert error.splitlines()[-1] == "ftlevel: interrupted; nothing was kept."
+    assert not (tmp_path / "run").exists()
