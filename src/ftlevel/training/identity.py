@@ -1,0 +1,90 @@
+"""What a run is made of beside its configuration, so that it goes on with the same or not at all.
+
+All bytes of the base's weights, every field of its config.json, its tokenizer and chat template.
+The weights are read in the background of a run that begins, at the speed of the disk, and before
+the first step of a run that goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.fingerprint import file_fingerprint
+from ftlevel.training.plan.plan import PlannedModel
+
+_FILE = "base.json"  # among the checkpoints
+_SAYS_NOTHING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
+                 "_attn_implementation", "attn_implementation", "id2label", "label2id",
+                 "quantization_config", "use_cache"}  # fmt: skip
+
+
+def describe_model(model: PlannedModel) -> dict[str, Any]:
+    """Return the fields of the base's config by dotted names, and digests of its tokenizer."""
+    flat = dict(_flatten("model.config", json.loads(model.config.to_json_string(use_diff=False))))
+    tokenizer = model.tokenizer
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    flat["tokenizer"] = _digest([backend, tokenizer.special_tokens_map])
+    flat["chat template"] = _digest(getattr(tokenizer, "chat_template", None))
+    return flat
+
+
+class BaseDigest:
+    """The digest of all bytes of a base's weights, made beside whatever else is done.
+
+    Args:
+        path: a model's directory or a .gguf file; None for one that is not on this disk.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._found: dict[str, str] = {}
+        self._thread = threading.Thread(target=self._read, daemon=True)
+
+    def keep(self, checkpoints: Path) -> None:
+        """Write it into `checkpoints` once it is there, while the run begins."""
+
+        def read_and_write() -> None:
+            self._read()
+            if self._found and checkpoints.is_dir():
+                write_json(checkpoints / _FILE, self._found)
+
+        self._thread = threading.Thread(target=read_and_write, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until it is written."""
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def changes(self, checkpoints: Path) -> list[str]:
+        """Return the weight files that are not those with which the run began."""
+        try:
+            before = json.loads((checkpoints / _FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        self._read()
+        names = sorted({*before, *self._found})
+        return [name for name in names if before.get(name) != self._found.get(name)]
+
+    def _read(self) -> None:
+        if self._path is None:
+            return
+        files = [self._path] if self._path.is_file() else self._path.glob("*.safetensors")
+        self._found = {file.name: file_fingerprint(file) for file in sorted(files)}
+
+
+def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        return [pair for key, inner in value.items() if key not in _SAYS_NOTHING
+                for pair in _flatten(f"{name}.{key}", inner)]  # fmt: skip
+    return [(name, value)]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
