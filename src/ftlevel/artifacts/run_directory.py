@@ -40,6 +40,15 @@ class RunDirectory:
         """Write summary.json."""
         write_json(self.path / SUMMARY, summary)
 
+    def read_summary(self) -> dict[str, Any] | None:
+        """Return summary.json of a run that is finished and has what it trained, or None."""
+        try:
+            summary = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        is_whole = isinstance(summary, dict) and any(self.adapter.glob("*.safetensors"))
+        return summary if is_whole else None
+
     def write_card(self, text: str) -> None:
         """Write README.md."""
         write_text(self.path / CARD, text)
@@ -49,15 +58,27 @@ class RunDirectory:
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")
 
+    def read_log(self, step: int) -> list[dict[str, Any]]:
+        """Return the records of metrics.jsonl up to `step`."""
+        return self._log_until(step)[1]
+
     def rewind_log(self, step: int) -> list[dict[str, Any]]:
         """Take what was logged past `step` out of metrics.jsonl, and return the records before it.
 
         A last line that was cut short goes too; lines that are not ours stay.
         """
+        lines, records = self._log_until(step)
+        if (path := self.path / METRICS).is_file():
+            write_text(path, "".join(lines))
+        return records
+
+    def _log_until(self, step: int) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the lines of metrics.jsonl that are not past `step`, and the records in them."""
         path = self.path / METRICS
+        lines: list[str] = []
+        records: list[dict[str, Any]] = []
         if not path.is_file():
-            return []
-        lines, records = [], []
+            return lines, records
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 record = json.loads(line)
@@ -70,8 +91,7 @@ class RunDirectory:
                     continue
                 records.append(record)
             lines.append(line.rstrip("\n") + "\n")
-        write_text(path, "".join(lines))
-        return records
+        return lines, records
 
 
 def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> None:

@@ -20,6 +20,7 @@ from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantized import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
+from ftlevel.training.best import Kept
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.trainable import count_parameters
 from ftlevel.training.proof import Proof
@@ -133,6 +134,7 @@ class Outcome:
         timings: in seconds.
         generated_rows: how many rows were answered for the metrics.
         speed: how the steps were computed.
+        kept: which model it is; None where evaluations were not compared.
     """
 
     run: Path
@@ -144,6 +146,7 @@ class Outcome:
     timings: Mapping[str, float]
     generated_rows: int
     speed: Mapping[str, Any]
+    kept: Kept | None
 
 
 def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str, Any]:
@@ -153,6 +156,8 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
     scores = [record for record in records if any(k.startswith("eval_") for k in record)]
     first = scores[0] if scores and scores[0]["step"] == 0 else {}
     last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
+    kept = outcome.kept
+    own = last if kept is None else next(r for r in reversed(scores) if r["step"] == kept.step)
     return {
         "run": str(outcome.run),
         "recipe": outcome.recipe,
@@ -164,9 +169,12 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "total_parameters": total,
         "data": {**plan.data.facts, "generated_rows": outcome.generated_rows},
         "steps": records[-1]["step"] if records else 0,
+        "planned_steps": plan.schedule.steps,
         **describe_losses([record["loss"] for record in records if "loss" in record]),
         "metrics_before": _scores(first),
-        "metrics": _scores(last),
+        "metrics": _scores(own),
+        "metrics_last": _scores(last),
+        "best": None if kept is None else kept.describe(),
         "proof": asdict(outcome.proof),
         "timings": dict(outcome.timings),
         "speed": dict(outcome.speed),

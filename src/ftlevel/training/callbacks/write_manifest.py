@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.artifacts import checkpoints
+from ftlevel.artifacts.best_models import rotate_best
 from ftlevel.training.processes import Processes
 
 
@@ -31,3 +32,4 @@ class WriteManifest(TrainerCallback):
         if self._processes.is_first:
             checkpoints.certify(self.directory / f"checkpoint-{state.global_step}")
             checkpoints.rotate(self.directory, self.keep)
+            rotate_best(self.directory)

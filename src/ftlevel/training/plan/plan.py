@@ -13,6 +13,7 @@ from ftlevel.methods import Base
 from ftlevel.models.sources import ModelSource
 from ftlevel.task import Objective
 from ftlevel.tasks import BaseTask
+from ftlevel.training.plan.best_model import BestModel
 from ftlevel.training.plan.method_targets import MethodTargets
 
 
@@ -91,6 +92,7 @@ class Plan:
         targets: what the method adapts.
         schedule: steps and rate.
         fast: the parts of the fast step that are used.
+        best: how the best evaluation is told; None where nobody asks.
         choices: lines for the screen, in order.
     """
 
@@ -101,6 +103,7 @@ class Plan:
     targets: MethodTargets
     schedule: Schedule
     fast: FastPlan
+    best: BestModel | None
     choices: list[Choice]
 
     @property

@@ -35,12 +35,13 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.threads import choose_threads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
+from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
 from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
 from ftlevel.training.plan.method_fit import check_method, choose_precision, resolve_quantization
 from ftlevel.training.plan.method_targets import find_method_targets
 from ftlevel.training.plan.plan import Plan, PlannedModel
-from ftlevel.training.plan.schedule import choose_rates, count_steps
+from ftlevel.training.plan.schedule import choose_rates, count_steps, steps_an_epoch
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def resolve(
     _check_smoothing(config, objective)
     steps = count_steps(config.train, len(data.train))
     rates = choose_rates(config, _run_facts(model, meta, objective, steps))
+    best = _best_model(config, task, objective, data, steps)
     device, most = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, most)
@@ -110,6 +112,7 @@ def resolve(
         targets=targets,
         schedule=rates.schedule(steps),
         fast=fast,
+        best=best,
         choices=[
             model_choice(config, model.family, model.total_parameters, bare.source),
             Choice("task", task.name, why_task),
@@ -123,6 +126,7 @@ def resolve(
             *bare.spelling,
             *layers,
             *rates.choices,
+            *([best.choice] if best else []),
             *fast.choices,
         ],
     )
@@ -182,6 +186,15 @@ def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int)
         deep_head=matrices > 1,
         token_head=matrices > 0 and objective.per_token,
     )
+
+
+def _best_model(
+    config: TrainConfig, task: BaseTask, objective: Objective, data: Prepared, steps: int
+) -> BestModel | None:
+    """Return how the best evaluation is told."""
+    an_epoch = steps if data.stream else steps_an_epoch(config.train, len(data.train))
+    length = Length(steps, steps / an_epoch)
+    return resolve_best_model(config, task, objective, len(data.validation), length)
 
 
 def _prepare(
