@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class Kept:
 def write_trained(model: Any, directory: Path) -> None:
     """Write the trained tensors of `model`, one at a time, so that none is held twice."""
     parts = [
-        Part({name: spec_of(tensor)}, lambda name=name, tensor=tensor: {name: tensor})
+        Part({name: spec_of(tensor)}, functools.partial(dict, {name: tensor}))
         for name, tensor in model.named_parameters()
         if tensor.requires_grad
     ]

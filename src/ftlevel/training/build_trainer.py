@@ -146,7 +146,9 @@ def add_callbacks(
     build = METHODS[config.method.kind].callbacks
     own = build(config.method, run.checkpoints, is_first) if build else []
     states = [callback for callback in own if isinstance(callback, HasState)]
-    best = plan.best and KeepBest(plan.best, run.checkpoints, processes, states, listener)
+    best = None
+    if plan.best is not None:
+        best = KeepBest(plan.best, run.checkpoints, processes, states, listener)
     interrupt = Interrupt(processes, plan.model.device)
     watch = Watch(report, GradientProof(listener), interrupt, best)
     streamed = isinstance(rows, StreamedRows)

@@ -35,3 +35,4 @@ class FollowSettings(TrainerCallback):
         ]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+        lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "_last_lr": rates})  # is logged

@@ -49,6 +49,7 @@ class KeepBest(TrainerCallback):
         self._states = states
         self._listener = listener
         self._has_ended = False
+        self._is_owed = False
 
     def go_on(
         self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool
@@ -68,7 +69,10 @@ class KeepBest(TrainerCallback):
         self._has_ended = has_ended and not has_new_length
         if best is None or not self.plan.loads:
             return
-        if damage := find_damage(best_of(self.directory, best.step)):
+        damage = find_damage(best_of(self.directory, best.step))
+        if damage and best.step == step:  # that model is the checkpoint's
+            self._is_owed = True
+        elif damage:
             self._listener.warn(
                 f"best-{best.step}: {damage}; the model that was the best before is forgotten, and "
                 "the best of the evaluations to come is kept"
@@ -80,9 +84,12 @@ class KeepBest(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: Any = None,
         **_: Any,
     ) -> None:
         """End a run that had waited long enough when it was broken off."""
+        if self._is_owed and self._is_first:
+            write_best(self.directory, state.global_step, lambda to: self._write(model, to))
         control.should_training_stop |= self._has_ended
 
     def on_evaluate(

@@ -26,7 +26,7 @@ class SaveByClock(TrainerCallback):
         self._processes = processes
         self._device = device
         self._since = 0.0
-        self._has_saved = False
+        self._was_time = False
 
     def on_train_begin(
         self,
@@ -35,8 +35,8 @@ class SaveByClock(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Start the clock; a run that goes on has a checkpoint already."""
-        self._since, self._has_saved = time.monotonic(), state.global_step > 0
+        """Start the clock."""
+        self._since = time.monotonic()
 
     def on_step_end(
         self,
@@ -45,10 +45,12 @@ class SaveByClock(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Save, if it is time, or the end of a run that was long enough to have a checkpoint."""
+        """Save, if it is time, or the end of a run for which it was time before."""
         is_time = self._processes.is_first and time.monotonic() - self._since >= self._seconds
-        is_end = self._has_saved and state.global_step >= state.max_steps
-        control.should_save |= self._processes.any(is_time, self._device) or is_end
+        is_end = self._was_time and state.global_step >= state.max_steps
+        is_time = self._processes.any(is_time, self._device)
+        self._was_time |= is_time
+        control.should_save |= is_time or is_end
 
     def on_save(
         self,
@@ -58,4 +60,4 @@ class SaveByClock(TrainerCallback):
         **_: Any,
     ) -> None:
         """Start the clock again."""
-        self._since, self._has_saved = time.monotonic(), True
+        self._since = time.monotonic()
