@@ -37,6 +37,7 @@ class AdapterCard:
         data: name, row counts and fingerprint of the training data.
         needs_import: what a program must import before PEFT alone can load the adapter.
         versions: of the libraries.
+        adapter: name and fingerprint of the adapter that training went on from; empty for none.
         merge: what was merged into a whole model, and how it was checked; empty where nothing was.
         quantized: from which whole model this one was quantized, and how far it is from it; empty
             where it was not. What `merge` says is of that model.
@@ -56,6 +57,7 @@ class AdapterCard:
     data: Mapping[str, Any] = field(default_factory=dict)
     needs_import: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
     merge: Mapping[str, Any] = field(default_factory=dict)
     quantized: Mapping[str, Any] = field(default_factory=dict)
 
@@ -171,6 +173,8 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         f"{summary['steps']:,} steps) by ftlevel {summary['versions'].get('ftlevel', '')}.",
         "",
     ]
+    if summary.get("adapter"):
+        lines += [f"Training went on from the adapter `{summary['adapter']['name']}`.", ""]
     if metrics:
         lines += _metrics_table(summary)
         rows = summary["data"]["validation_rows"]

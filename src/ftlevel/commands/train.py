@@ -28,6 +28,7 @@ from ftlevel.training.finish import (
 )
 from ftlevel.training.interrupted import describe_end, describe_stop, telling_what_is_kept
 from ftlevel.training.model import load_adapted
+from ftlevel.training.plan.adapter import find_other_prompt, take_adapter
 from ftlevel.training.plan.packages import check_packages
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
@@ -113,8 +114,11 @@ def train(
     origin = describe_recipe(recipe) if recipe else None
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
+        config, adapter, notes = take_adapter(config)
         config, why = choose_task(config)
-        plan = resolve(config, progress=listener.progress, why_task=why)
+        plan = resolve(config, progress=listener.progress, why_task=why, adapter=adapter)
+        for note in [*notes, *(find_other_prompt(adapter, plan) if adapter else [])]:
+            listener.warn(note)
         listener.choices("train", [*plan.choices, *size_choices(config, plan, try_method=dry_run)])
         data = plan.data
         sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)

@@ -148,6 +148,11 @@ class DataConfig(Section):
         "auto",
         description="What a text's label is: one class, several, or a number; auto looks at them.",
     )
+    labels: tuple[str, ...] = Field(
+        (),
+        description="Names of the classes or tags, in the order of the head; the default is those "
+        "of the data.",
+    )
     source_language: str | None = Field(
         None,
         min_length=2,

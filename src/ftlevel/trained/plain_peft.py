@@ -21,8 +21,14 @@ PLAIN = "none"
 """The method of a model that has no adapter."""
 
 
-def read_plain_adapter(directory: Path) -> tuple[ModelSource, dict[str, Any]]:
+def read_plain_adapter(
+    directory: Path, base_source: ModelSource | None = None
+) -> tuple[ModelSource, dict[str, Any]]:
     """Return the base of the PEFT adapter in `directory`, and its configuration.
+
+    Args:
+        directory: of the adapter.
+        base_source: its base, where that is known; None for what the configuration names.
 
     Raises:
         InputError: the configuration is unreadable, names no base, or the base is not there.
@@ -33,15 +39,17 @@ def read_plain_adapter(directory: Path) -> tuple[ModelSource, dict[str, Any]]:
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}). Was a copy cut short?") from None
     base = settings.get("base_model_name_or_path")
-    if not base:
+    if not base and base_source is None:
         raise InputError(f"{path} names no base model. Write it as base_model_name_or_path.")
     if not (directory / "adapter_model.safetensors").is_file():
         raise InputError(
             f"{directory} holds no adapter_model.safetensors. Save the adapter again with PEFT's "
             "save_pretrained."
         )
-    words = base_words(str(directory), base)
-    return resolve_source(base, settings.get("revision"), said=words), settings
+    if base_source is not None:
+        return base_source, settings
+    words = base_words(str(directory), str(base))
+    return resolve_source(str(base), settings.get("revision"), said=words), settings
 
 
 def base_words(adapter: str, base: str) -> str:

@@ -160,6 +160,8 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     values["data"]["overlong"] = plan.data.facts["overlong"]
     values["data"]["fingerprint"] = plan.data.facts["fingerprint"]
     values["model"]["fingerprint"] = base["fingerprint"]
+    if plan.adapter is not None:
+        values["model"]["adapter_fingerprint"] = plan.adapter.fingerprint
     values["versions"] = library_versions()
     flat = {"task": values.pop("task")}
     if plan.model.device == "cpu":  # sums are made in as many parts

@@ -116,6 +116,7 @@ def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> Adap
         heads=list(plan.model.heads),
         data={k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
         needs_import=needs_import(config.method),
+        adapter=plan.adapter.describe() if plan.adapter else {},
         versions=library_versions(),
     )
 
@@ -165,6 +166,7 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "headline": plan.objective.headline,
         "method": config.method.kind,
         "model": {**outcome.base, "type": plan.model.family},
+        "adapter": plan.adapter.describe() if plan.adapter else None,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "data": {**plan.data.facts, "generated_rows": outcome.generated_rows},

@@ -13,6 +13,7 @@ from ftlevel.methods import Base
 from ftlevel.models.sources import ModelSource
 from ftlevel.task import Objective
 from ftlevel.tasks import BaseTask
+from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.best_model import BestModel
 from ftlevel.training.plan.method_targets import MethodTargets
 
@@ -93,6 +94,7 @@ class Plan:
         schedule: steps and rate.
         fast: the parts of the fast step that are used.
         best: how the best evaluation is told; None where nobody asks.
+        adapter: what the run goes on from; None where the adapter is new.
         choices: lines for the screen, in order.
     """
 
@@ -104,6 +106,7 @@ class Plan:
     schedule: Schedule
     fast: FastPlan
     best: BestModel | None
+    adapter: StartingAdapter | None
     choices: list[Choice]
 
     @property
@@ -115,7 +118,8 @@ class Plan:
             kind=model.kind,
             task_type=self.task.peft_types.get(model.kind),
             targets=targets.modules,
-            heads=[*model.heads, *targets.in_full],  # PEFT adds names of its own to it
+            # PEFT adds names of its own to it, and those of an adapter may name a head again.
+            heads=list(dict.fromkeys([*model.heads, *targets.in_full])),
             fan_in_fan_out=targets.fan_in_fan_out,
             total_steps=self.schedule.steps,
             tokenizer=model.tokenizer,

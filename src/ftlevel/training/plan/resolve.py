@@ -6,7 +6,7 @@ Everything that can be wrong before weights are read is found here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.config import TrainConfig
@@ -35,6 +35,7 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.threads import choose_threads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
+from ftlevel.training.plan.adapter import StartingAdapter, check_form
 from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
 from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
@@ -75,6 +76,7 @@ def resolve(
     lenient: bool = False,
     progress: Progress = be_silent,
     why_task: str = "",
+    adapter: StartingAdapter | None = None,
 ) -> Plan:
     """Resolve `config`.
 
@@ -83,6 +85,7 @@ def resolve(
         lenient: report rows that ought to stop the run, as a preview does.
         progress: told how many examples are encoded.
         why_task: the reason for the task, where the user named none.
+        adapter: what the run goes on from, by which `config` was made.
 
     Raises:
         ConfigError: with the first problem found; nothing was loaded or written.
@@ -95,6 +98,8 @@ def resolve(
     meta = build_task_model(model_config, bare.auto_class)
     _check_checkpointing(config, meta)
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
+    if adapter is not None:
+        model = replace(model, new_heads=[])  # they are the adapter's
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
     objective = task.build_objective(bare.kind, data.facts)
     _check_smoothing(config, objective)
@@ -104,7 +109,7 @@ def resolve(
     device, most = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, most)
-    return Plan(
+    plan = Plan(
         task=task,
         objective=objective,
         model=model,
@@ -113,9 +118,11 @@ def resolve(
         schedule=rates.schedule(steps),
         fast=fast,
         best=best,
+        adapter=adapter,
         choices=[
             model_choice(config, model.family, model.total_parameters, bare.source),
             Choice("task", task.name, why_task),
+            *([adapter.choice] if adapter else []),
             *data.choices,
             bare.device,
             *threads,
@@ -130,6 +137,9 @@ def resolve(
             *fast.choices,
         ],
     )
+    if adapter is not None:
+        check_form(adapter, config, plan)
+    return plan
 
 
 def _read_model(config: TrainConfig, task: BaseTask) -> tuple[TrainConfig, _Bare]:
