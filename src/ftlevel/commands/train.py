@@ -28,7 +28,8 @@ from ftlevel.training.finish import (
 )
 from ftlevel.training.interrupted import describe_end, describe_stop, telling_what_is_kept
 from ftlevel.training.model import load_adapted
-from ftlevel.training.plan.adapter import find_other_prompt, take_adapter
+from ftlevel.training.plan.adapter import take_adapter
+from ftlevel.training.plan.adapter_form import find_adapter_warnings
 from ftlevel.training.plan.packages import check_packages
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
@@ -117,7 +118,8 @@ def train(
         config, adapter, notes = take_adapter(config)
         config, why = choose_task(config)
         plan = resolve(config, progress=listener.progress, why_task=why, adapter=adapter)
-        for note in [*notes, *(find_other_prompt(adapter, plan) if adapter else [])]:
+        notes += find_adapter_warnings(adapter, config, plan) if adapter else []
+        for note in notes:
             listener.warn(note)
         listener.choices("train", [*plan.choices, *size_choices(config, plan, try_method=dry_run)])
         data = plan.data

@@ -191,6 +191,7 @@ class Method:
         callbacks: spec, directory of checkpoints, and whether this process writes to it → what the
             method does between steps; one may be a `HasState`.
         penalty: trained model → what is added to the loss of an optimizer step.
+        continued_as: the method by which an adapter of it is trained on, where that is another.
         why_not_continued: why neither its adapter nor a run of it can be trained for longer than
             was planned; empty where it can.
         finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
@@ -222,6 +223,7 @@ class Method:
     optimizer: Callable[[Any, Any, Any], Any] | None = None
     callbacks: Callable[[Any, Path, bool], list[Any]] | None = None
     penalty: Callable[[Any], Any] | None = None
+    continued_as: str = ""
     why_not_continued: str = ""
     finish: Callable[[Any], None] | None = None
     step: StepSupport = StepSupport()

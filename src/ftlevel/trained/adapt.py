@@ -208,8 +208,7 @@ def describe_state(adapted: Any) -> tuple[set[str], dict[str, tuple[int, ...]]]:
     from peft import get_peft_model_state_dict
 
     needed, allowed = (
-        get_peft_model_state_dict(adapted, save_embedding_layers=whole)
-        for whole in (False, True)
+        get_peft_model_state_dict(adapted, save_embedding_layers=whole) for whole in (False, True)
     )
     return set(needed), {name: tuple(tensor.shape) for name, tensor in allowed.items()}
 

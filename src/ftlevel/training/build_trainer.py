@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.checkpoints import step_of
@@ -18,8 +17,8 @@ from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
 from ftlevel.training.arguments import build_arguments, build_evaluator
-from ftlevel.training.callbacks.gradient_proof import GradientProof
 from ftlevel.training.callbacks.follow_settings import FollowSettings
+from ftlevel.training.callbacks.gradient_proof import GradientProof
 from ftlevel.training.callbacks.interrupt import Interrupt
 from ftlevel.training.callbacks.keep_best import KeepBest
 from ftlevel.training.callbacks.report import Report

@@ -20,11 +20,12 @@ def describe_stop(run: RunDirectory, state: Any) -> str:
         run: its directory.
         state: Trainer's, whose step has a checkpoint.
     """
+    is_longer = run.adapter.exists()
+    adapter = "the adapter is of its former end" if is_longer else "there is no adapter yet"
     return (
         f"interrupted after step {state.global_step:,} of {state.max_steps:,}; "
-        f"{run.checkpoints / f'checkpoint-{state.global_step}'} is kept, and "
-        f"{'the adapter is of its former end' if run.adapter.exists() else 'there is no adapter yet'}"
-        f". {_go_on(run)}"
+        f"{run.checkpoints / f'checkpoint-{state.global_step}'} is kept, and {adapter}. "
+        f"{_go_on(run)}"
     )
 
 

@@ -26,9 +26,9 @@ from ftlevel.training.plan.schedule import count_steps
 from ftlevel.training.summary import dump_config
 
 # These say how a run is watched, not what it computes.
-_FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_on_start",
-         "predict_with_generate", "max_generate_samples", "max_new_tokens",
-         "per_device_eval_batch_size", "eval_strategy", "save_strategy", "save_minutes"}  # fmt: skip
+_FREE = {"logging_steps", "eval_steps", "save_steps", "save_minutes", "save_total_limit",
+         "eval_on_start", "predict_with_generate", "max_generate_samples", "max_new_tokens",
+         "per_device_eval_batch_size", "eval_strategy", "save_strategy"}  # fmt: skip
 
 
 _LENGTH = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
@@ -95,9 +95,7 @@ def find_going_on(
     return GoingOn(checkpoint, past, state["max_steps"] != steps, bool(lengths))
 
 
-def _check_length(
-    config: TrainConfig, plan: Plan, before: Mapping[str, Any], trained: int
-) -> None:
+def _check_length(config: TrainConfig, plan: Plan, before: Mapping[str, Any], trained: int) -> None:
     """Refuse a length that changes nothing, was trained already, or that the method cannot take.
 
     Args:
@@ -191,9 +189,7 @@ def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
     return before
 
 
-def check_same_run(
-    run: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]
-) -> None:
+def check_same_run(run: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
     """Refuse to resume `run` with another configuration, base model or data.
 
     Args:

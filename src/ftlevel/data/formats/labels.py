@@ -53,7 +53,7 @@ class _Class:
 
 
 def build_label_set(
-    examples: Sequence[Classed], table: Table, column: str, names: Sequence[str] = ()
+    examples: Sequence[Classed], table: Table, column: str, known: Sequence[str] = ()
 ) -> LabelSet:
     """Find the classes of the training rows, or the tags of their words.
 
@@ -64,7 +64,7 @@ def build_label_set(
         examples: the converted rows of `table`, all `Labelled`, or all `Tagged`.
         table: where they came from, for messages.
         column: the column of the label.
-        names: of the classes, where they are known.
+        known: names of the classes, where they are decided on.
 
     Raises:
         InputError: fewer than two classes, numbers with gaps, or fractions.
@@ -72,9 +72,9 @@ def build_label_set(
     rows = _classes_of(examples)
     counts = Counter(row.label for row in rows)
     declared = table.label_names.get(column)
-    if names:
-        _check_declared(declared, names, table)
-        labels = LabelSet(tuple(names))
+    if known:
+        _check_declared(declared, known, table)
+        labels = LabelSet(tuple(known))
         complaint = f"is not one of the {len(labels)} classes that data.labels or --adapter has"
         _check_known(labels, rows, table, complaint)
         return labels

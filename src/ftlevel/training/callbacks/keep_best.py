@@ -51,9 +51,7 @@ class KeepBest(TrainerCallback):
         self._has_ended = False
         self._is_owed = False
 
-    def go_on(
-        self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool
-    ) -> None:
+    def go_on(self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool) -> None:
         """Go on from the checkpoint of `step`: what came later is forgotten.
 
         Args:

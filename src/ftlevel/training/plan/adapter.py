@@ -6,11 +6,10 @@ refused, and so is an adapter that `train` would not build the same way, before 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftlevel.artifacts.cards import AdapterCard, read_card
 from ftlevel.artifacts.fingerprint import file_fingerprint
@@ -20,17 +19,13 @@ from ftlevel.config.choices import Choice
 from ftlevel.config.flags import FLAGS
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
-from ftlevel.models.loading import build_task_model, load_config
+from ftlevel.models.loading import load_config
 from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.trained.adapt import apply_method, compact_targets, describe_state
 from ftlevel.trained.adapterhub import is_adapterhub
 from ftlevel.trained.load import card_directory, check_base
 from ftlevel.trained.plain_peft import ADAPTER_CONFIG, base_words, read_plain_adapter
 from ftlevel.weights.tensor_files import read_header
-
-if TYPE_CHECKING:
-    from ftlevel.training.plan.plan import Plan  # which has an adapter
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -38,12 +33,8 @@ _TASKS = {"SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
           "QUESTION_ANS": "question-answering", "CAUSAL_LM": "text-generation"}  # fmt: skip
 """PEFT's type of task → the one that it can only be."""
 
-_ELSEWHERE = {
-    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
-    "task_type", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
-    "layers_pattern", "target_parameters", "fan_in_fan_out", "feedforward_modules",
-}  # fmt: skip
-"""Settings that are names, or that the names and shapes of the weights show."""
+_NAMED = ("target_modules", "target_parameters", "layers_to_transform", "modules_to_save")
+"""What a run says in its own words, and adapter_config.json by names of modules."""
 
 
 @dataclass(frozen=True)
@@ -184,12 +175,14 @@ def _read_spec(adapter: StartingAdapter, config: TrainConfig) -> MethodConfig:
         values = dict(own) if isinstance(own, Mapping) else {}
     if card is None and kind == "lora" and given.kind == "qlora":
         kind = "qlora"
+    kind = METHODS[kind].continued_as or kind
     fields = SPECS[kind].model_fields
+    values = {name: value for name, value in values.items() if name in fields}
     values |= {
         name: value
         for name, value in settings.items()
         if name in fields and value is not None and not name.startswith("init_")
-        and not (name in values and name in _ELSEWHERE)
+        and not (name in values and name in _NAMED)
     }  # fmt: skip
     if card is None and "modules_to_save" in fields:
         values["modules_to_save"] = _saved_modules(adapter)
@@ -252,9 +245,10 @@ def _differences(
     names = given.model_fields_set - {"kind"}
     is_lora = {given.kind, spec.kind} <= {"lora", "qlora"}
     # `kind` is filled in where another field of the method is given.
-    if "method" in config.model_fields_set and given.kind != spec.kind and not is_lora:
-        if not (given.kind == "lora" and names):
-            yield "--method", given.kind, f"{spec.kind}"
+    is_own = is_lora or given.kind in (spec.kind, card.method if card else "")
+    is_filled_in = given.kind == "lora" and names
+    if "method" in config.model_fields_set and not (is_own or is_filled_in):
+        yield "--method", given.kind, spec.kind
     for name in sorted(names):
         wish, own = getattr(given, name), getattr(spec, name, None)
         if name.startswith("init_") and wish == "default":
@@ -271,70 +265,3 @@ def _differences(
     own = card.quantization.get("kind", "none")
     if config.quant.kind not in ("none", own):
         yield "--quant", config.quant.kind, f"a base of --quant {own}"
-
-
-def check_form(adapter: StartingAdapter, config: TrainConfig, plan: Plan) -> None:
-    """Refuse an adapter that the run would not build the same way, by settings and by weights.
-
-    Raises:
-        ConfigError: naming the first difference.
-    """
-    own, spec = METHODS[config.method.kind], config.method
-    meta = build_task_model(plan.model.config, plan.model.auto_class)
-    if own.build is None:
-        raise TypeError("a whole model has no adapter")
-    problem, known = plan.data.facts["problem_type"], adapter.card and adapter.card.options
-    if known and known.get("problem_type", problem) != problem:
-        raise ConfigError(
-            f"--adapter {adapter.name} was trained for {known['problem_type']}, and these rows are "
-            f"{problem}. Use other rows, or train a new adapter."
-        )
-    compact = replace(plan.base, targets=compact_targets(meta, plan.base.targets))
-    built = json.loads(json.dumps(own.build(spec, compact).to_dict(), default=_plain))
-    for name, value in adapter.settings.items():
-        if _is_other(name, value, built):
-            now = json.dumps(built.get(name))
-            raise ConfigError(
-                f"--adapter {adapter.name}: its {name} is {json.dumps(value)}, and in training it "
-                f"would be {now}. It cannot be gone on from; ftlevel merge makes a model of it to "
-                "train on."
-            )
-    needed, wanted = describe_state(apply_method(meta, spec, plan.base))
-    stored, _ = read_header(adapter.directory / WEIGHTS)
-    found = {name: tensor.spec.shape for name, tensor in stored.items()}
-    other = {name for name, shape in found.items() if wanted.get(name) != shape}
-    if odd := sorted(other | (needed - found.keys())):
-        first = odd[0]
-        raise ConfigError(
-            f"--adapter {adapter.name}: {len(odd):,} of its tensors are not those that would be "
-            f"trained, such as {first}: {_shape(found.get(first))} in its file, and "
-            f"{_shape(wanted.get(first))} here. It cannot be gone on from."
-        )
-
-
-def find_other_prompt(adapter: StartingAdapter, plan: Plan) -> list[str]:
-    """Return the warning that prompts are laid out otherwise than the adapter has learned them."""
-    own, now = adapter.card and adapter.card.prompt, plan.data.prompt_format
-    if not own or now is None or own == json.loads(json.dumps(now.to_dict())):
-        return []
-    return [
-        f"--adapter {adapter.name} has learned prompts that are laid out otherwise than those of "
-        "these rows, and so will the new adapter have: it is asked as these rows are. ftlevel "
-        "preview shows them."
-    ]
-
-
-def _is_other(name: str, value: Any, built: Mapping[str, Any]) -> bool:
-    """Whether a setting of an adapter says something else than what would be built."""
-    starts = name.startswith("init_") or name.endswith("_config")
-    if name in _ELSEWHERE or starts or name.endswith("dropout"):
-        return False
-    return bool((value or built.get(name)) and value != built.get(name))
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "none" if shape is None else "×".join(map(str, shape)) or "a number"

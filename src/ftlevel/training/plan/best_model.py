@@ -120,9 +120,7 @@ def _check_rows(train: TrainerConfig, rows: int) -> None:
         )
 
 
-def _choose_metric(
-    train: TrainerConfig, task: BaseTask, objective: Objective
-) -> tuple[str, str]:
+def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -> tuple[str, str]:
     """Return the metric by its full name, and the reason for it.
 
     What users of transformers expect is the loss. But where every row is decided on and counted, as

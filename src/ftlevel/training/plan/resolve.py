@@ -35,7 +35,8 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.threads import choose_threads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.training.plan.adapter import StartingAdapter, check_form
+from ftlevel.training.plan.adapter import StartingAdapter
+from ftlevel.training.plan.adapter_form import check_form
 from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
 from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
