@@ -37,6 +37,7 @@ class AdapterCard:
         data: name, row counts and fingerprint of the training data.
         needs_import: what a program must import before PEFT alone can load the adapter.
         versions: of the libraries.
+        adapter: name and fingerprint of the adapter that training went on from; empty for none.
         merge: what was merged into a whole model, and how it was checked; empty where nothing was.
         quantized: from which whole model this one was quantized, and how far it is from it; empty
             where it was not. What `merge` says is of that model.
@@ -56,6 +57,7 @@ class AdapterCard:
     data: Mapping[str, Any] = field(default_factory=dict)
     needs_import: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
     merge: Mapping[str, Any] = field(default_factory=dict)
     quantized: Mapping[str, Any] = field(default_factory=dict)
 
@@ -133,6 +135,28 @@ def loss_words(summary: Mapping[str, Any]) -> str:
     )
 
 
+def kept_words(best: Mapping[str, Any]) -> str:
+    """Return which model a run has kept and why, as in summary.json's `best`."""
+    name, ends = best["metric"], best["last_step"]
+    order = "highest" if best["greater_is_better"] else "lowest"
+    step, value = best["kept_step"], f"{name} {best['best']:.4f}"
+    if best["best_step"] == ends:
+        count = best["evaluations"]
+        words = f"step {ends:,}, the last: {value}" + (
+            f", the {order} of {count:,} evaluations" if count > 1 else ""
+        )
+    elif step == best["best_step"]:
+        words = f"step {step:,} of {ends:,}: {value}, the last had {best['last']:.4f}"
+    else:
+        words = (
+            f"step {step:,}, the last: {name} {best['last']:.4f}; step {best['best_step']:,} had "
+            f"{best['best']:.4f}"
+        )
+    if best["stopped_early"]:
+        words += f"; stopped early, after {best['patience']:,} evaluations without a better one"
+    return words
+
+
 def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
     """Return the model card of a run: front matter for the Hub, what it is, how it did, its use.
 
@@ -156,12 +180,10 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         f"{summary['steps']:,} steps) by ftlevel {summary['versions'].get('ftlevel', '')}.",
         "",
     ]
+    if summary.get("adapter"):
+        lines += [f"Training went on from the adapter `{summary['adapter']['name']}`.", ""]
     if metrics:
-        lines += ["| metric | before | after |", "|---|---|---|"]
-        before = summary.get("metrics_before", {})
-        for name, value in metrics.items():
-            first = f"{before[name]:.4f}" if name in before else "–"
-            lines.append(f"| {name} | {first} | {value:.4f} |")
+        lines += _metrics_table(summary)
         rows = summary["data"]["validation_rows"]
         lines += ["", f"Measured on {rows:,} validation rows; text metrics on the first "
                   f"{summary['data']['generated_rows']:,} of them.", ""]  # fmt: skip
@@ -172,6 +194,19 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         lines += _python_use(needs_import)
     lines += ["The settings are in `config.yaml`, the figures in `summary.json`.", ""]
     return "\n".join(lines)
+
+
+def _metrics_table(summary: Mapping[str, Any]) -> list[str]:
+    """Return the figures of the kept model, and those of the last step where that is another."""
+    metrics, best = summary["metrics"], summary.get("best")
+    columns = {"before": summary.get("metrics_before", {}), "after": metrics}
+    if best and best["kept_step"] != best["last_step"]:
+        columns[f"after step {best['last_step']:,}, the last"] = summary["metrics_last"]
+    lines = [f"| metric | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in metrics:
+        shown = (f"{c[name]:.4f}" if name in c else "–" for c in columns.values())
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return [*lines, "", f"Kept is {kept_words(best)}."] if best else lines
 
 
 def _python_use(module: str) -> list[str]:

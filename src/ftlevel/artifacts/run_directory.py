@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from ftlevel.artifacts.files import write_json, write_text
 from ftlevel.artifacts.ownership import ADAPTER, CARD, CHECKPOINTS, METRICS, SUMMARY
 from ftlevel.artifacts.ownership import CONFIG as CONFIG
 from ftlevel.errors import ConfigError
+
+_CHANGES = "changes.jsonl"
 
 
 class RunDirectory:
@@ -42,24 +44,57 @@ class RunDirectory:
         """Write summary.json."""
         write_json(self.summary, summary)
 
+    def read_summary(self) -> dict[str, Any] | None:
+        """Return summary.json of a run that is finished and has what it trained, or None."""
+        try:
+            summary = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        is_whole = isinstance(summary, dict) and any(self.adapter.glob("*.safetensors"))
+        return summary if is_whole else None
+
     def write_card(self, text: str) -> None:
         """Write README.md."""
         write_text(self.path / CARD, text)
+
+    def write_changes(self, step: int, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Note what became another at `step` of a run that went on."""
+        with (self.checkpoints / _CHANGES).open("a", encoding="utf-8") as file:
+            for change in changes:
+                file.write(json.dumps({"step": step, **change}, default=str) + "\n")
+
+    def read_changes(self) -> list[dict[str, Any]]:
+        """Return what became another in the course of the run, by the user's leave."""
+        path = self.checkpoints / _CHANGES
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines]
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")
 
+    def read_log(self, step: int) -> list[dict[str, Any]]:
+        """Return the records of metrics.jsonl up to `step`."""
+        return self._log_until(step)[1]
+
     def rewind_log(self, step: int) -> list[dict[str, Any]]:
         """Take what was logged past `step` out of metrics.jsonl, and return the records before it.
 
         A last line that was cut short goes too; lines that are not ours stay.
         """
+        lines, records = self._log_until(step)
+        if (path := self.path / METRICS).is_file():
+            write_text(path, "".join(lines))
+        return records
+
+    def _log_until(self, step: int) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the lines of metrics.jsonl that are not past `step`, and the records in them."""
         path = self.path / METRICS
+        lines: list[str] = []
+        records: list[dict[str, Any]] = []
         if not path.is_file():
-            return []
-        lines, records = [], []
+            return lines, records
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 record = json.loads(line)
@@ -72,8 +107,7 @@ class RunDirectory:
                     continue
                 records.append(record)
             lines.append(line.rstrip("\n") + "\n")
-        write_text(path, "".join(lines))
-        return records
+        return lines, records
 
 
 def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> None:
@@ -145,7 +179,8 @@ def open_run(
             ownership.mark(path)
             run = RunDirectory(path)
             run.checkpoints.mkdir(exist_ok=resume)
-            (path / METRICS).unlink(missing_ok=True)  # of what was killed
+            for left in (path / METRICS, run.checkpoints / _CHANGES):  # by what was killed
+                left.unlink(missing_ok=True)
     except FileExistsError:
         raise ConfigError(
             f"--output-dir {directory}: another run has begun in it since this one started. Name "

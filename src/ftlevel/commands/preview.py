@@ -20,6 +20,7 @@ from ftlevel.data.gate import Finding
 from ftlevel.data.gate.flat import flat_batches
 from ftlevel.errors import ConfigError, listing
 from ftlevel.models.loading import quiet_libraries
+from ftlevel.training.plan.adapter import take_adapter
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.task_choice import choose_task
@@ -129,8 +130,9 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
         ConfigError: the data cannot be read, or there is no such row.
     """
     with quiet_libraries():
+        config, adapter, _ = take_adapter(config)
         config, why = choose_task(config)
-        plan = resolve(config, lenient=True, why_task=why)
+        plan = resolve(config, lenient=True, why_task=why, adapter=adapter)
         shown = [_show_row(plan, row) for row in _pick(plan, numbers)]
     facts = plan.data.facts
     return Preview(

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.ownership import replacing
 from ftlevel.artifacts.recipe import describe_recipe
@@ -18,13 +17,22 @@ from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener, Silence
 from ftlevel.models.loading import quiet_libraries
-from ftlevel.training.build_trainer import add_callbacks, build_trainer
+from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
-from ftlevel.training.finish import end_training, measure_times, save, write_results
-from ftlevel.training.interrupted import describe_stop, telling_what_is_kept
+from ftlevel.training.finish import (
+    end_training,
+    keep_best,
+    measure_times,
+    save,
+    write_results,
+)
+from ftlevel.training.identity import BaseDigest
+from ftlevel.training.interrupted import describe_end, describe_stop, telling_what_is_kept
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.model import load_adapted
+from ftlevel.training.plan.adapter import take_adapter
+from ftlevel.training.plan.adapter_form import find_adapter_warnings
 from ftlevel.training.plan.packages import check_packages
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
@@ -33,7 +41,7 @@ from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
-from ftlevel.training.resume import open_or_resume
+from ftlevel.training.resume import find_going_on, open_or_go_on, origin_of
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
@@ -51,7 +59,8 @@ class TrainResult:
     Attributes:
         summary: what summary.json holds.
         path: the run directory; None after a dry run.
-        model: the trained model, on its device; None after a dry run.
+        model: the trained model, on its device; None after a dry run, or of a run that was
+            finished before.
         tokenizer: its tokenizer.
     """
 
@@ -109,8 +118,12 @@ def train(
     origin = describe_recipe(recipe) if recipe else None
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
+        config, adapter, notes = take_adapter(config)
         config, why = choose_task(config)
-        plan = resolve(config, progress=listener.progress, why_task=why)
+        plan = resolve(config, progress=listener.progress, why_task=why, adapter=adapter)
+        notes += find_adapter_warnings(adapter, config, plan) if adapter else []
+        for note in notes:
+            listener.warn(note)
         listener.choices("train", [*plan.choices, *size_choices(config, plan, try_method=dry_run)])
         data = plan.data
         sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
@@ -135,26 +148,35 @@ def _train(
     held: contextlib.ExitStack,
 ) -> TrainResult:
     processes.join(plan.model.device)
+    base = describe_base(plan.model.source)
+    origin = origin_of(config, plan, base)
+    going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
+    if going_on.finished is not None:
+        listener.end({**going_on.finished, "nothing_left": describe_end(config, going_on.finished)})
+        return TrainResult(going_on.finished, config.output.dir, None, plan.model.tokenizer)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
     verified = verify_step(config, plan, adapted, listener)
-    base = describe_base(plan.model.source)
-    run, checkpoint = processes.from_first(lambda: open_or_resume(config, plan, base, listener))
-    past = []
+    run = processes.from_first(lambda: open_or_go_on(config, plan, origin, going_on, listener))
     if processes.is_first:
         held.enter_context(claimed(run.path))
         held.enter_context(replacing(run.path))
-        past = run.rewind_log(step_of(checkpoint)) if checkpoint else []
+        if going_on.checkpoint is None:
+            digest = BaseDigest(plan.model.source.path)
+            digest.keep(run.checkpoints)
+            held.callback(digest.wait)
     held.enter_context(telling_what_is_kept(run))
-    trainer = build_trainer(config, plan, adapted, run, checkpoint)
+    trainer = build_trainer(config, plan, adapted, run, going_on, processes)
     watch = add_callbacks(trainer, config, plan, run, listener, processes)
-    watch.report.records += past
+    go_on(watch, run, going_on, processes)
+    checkpoint = going_on.checkpoint
 
     listener.stage("train")
     with watch.interrupt, explain_disk_errors(run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.interrupt.received and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(describe_stop(run, trainer.state), watch.interrupt.exit_code)
+    kept = keep_best(trainer, watch.best)
     if not processes.is_first:
         return TrainResult({}, run.path, adapted.model, plan.model.tokenizer)
     trained_at = time.perf_counter()
@@ -173,6 +195,8 @@ def _train(
         timings=measure_times(watch.report, trained_at, int(trainer.tokens_seen)),
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
         speed=describe_speed(trainer, asdict(verified) if verified else None),
+        kept=kept,
+        changes=run.read_changes(),
     )
     summary = build_summary(config, plan, outcome)
     with explain_disk_errors(run):

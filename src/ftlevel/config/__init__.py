@@ -28,11 +28,11 @@ from ftlevel.config.sections import (
     OutputConfig,
     QuantConfig,
     Section,
-    TrainerConfig,
 )
 from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.train import TrainConfig
+from ftlevel.config.trainer import TrainerConfig
 
 __all__ = [
     "DEFAULT_DATASET",

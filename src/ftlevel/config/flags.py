@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ftlevel.config.flag import CONFIGS as CONFIGS
 from ftlevel.config.flag import Agrees, Flag, Spelling, Words
+from ftlevel.config.methods import SPECS
 from ftlevel.config.other_tools.answers import ANSWERS
 from ftlevel.config.other_tools.values import (
     read_glue,
@@ -23,6 +24,7 @@ from ftlevel.config.other_tools.values import (
     read_trackers,
     refuse_checkpoint,
 )
+from ftlevel.config.other_tools.words import METHOD_WORDS
 
 DAILY, MODEL, DATA = "Daily", "Model and method", "Data"
 HOW, RUN, GENERAL = "Optimisation", "Run", "General"
@@ -65,6 +67,12 @@ _OPTIMIZERS = {
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw_32bit",
 }
+_METHODS: Words = {
+    spelling: f"--method {word}"
+    for word in (*SPECS, *METHOD_WORDS)
+    for spelling in (word, word.replace("-", "_"))
+}
+"""Axolotl's `adapter: lora` is the method; a path is an adapter."""
 _NO_LIMIT = Agrees("there is no limit but the epochs", "train.max_steps", (None,))
 _DO_EVAL: Words = {
     "true": Agrees(
@@ -120,7 +128,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("task", "--task", DAILY, _ROWS, also=("--task-type", "--lora-task-type")),
     Flag("method.kind", "--method", DAILY,
          also=("--peft-method", "--peft-type", "--finetuning-type", "--tuner-type", "--train-type",
-               "--training-type", "--adapter")),
+               "--training-type")),
     Flag("quant.kind", "--quant", DAILY, noun="the quantization",
          also=("--quantization-type", "--quantization-bit", "--quant-bits",
                Spelling("--bits", values=_BITS), Spelling("--load-in-4bit", value="4bit"),
@@ -136,6 +144,9 @@ FLAGS: tuple[Flag, ...] = (
                "--per-gpu-train-batch-size")),
     Flag("output.dir", "--output-dir", DAILY, also=("--save-dir",)),
     # What is trained.
+    Flag("model.adapter", "--adapter", MODEL, metavar="RUN|ADAPTER", words=_METHODS,
+         also=("--adapter-name-or-path", "--adapters", "--lora-model-dir",
+               "--resume-from-adapter")),
     Flag("model.dtype", "", MODEL, noun="the precision", words=_PRECISIONS,
          also=("--torch-dtype", "--bnb-4bit-compute-dtype", "--mixed-precision",
                Spelling("--bf16", value="bfloat16", values=_BF16),
@@ -244,6 +255,12 @@ FLAGS: tuple[Flag, ...] = (
                Spelling("--evals-per-epoch", read=read_once_an_epoch))),
     Flag("train.eval_steps", "", HOW, also=("--eval-step",)),
     Flag("train.eval_on_start", "", HOW),
+    Flag("train.load_best_model_at_end", "", HOW),
+    Flag("train.metric_for_best_model", "", HOW),
+    Flag("train.greater_is_better", "", HOW),
+    Flag("train.early_stopping_patience", "", HOW,
+         also=("--early-stopping-steps", "--early-stop-interval")),
+    Flag("train.early_stopping_threshold", "", HOW),
     Flag("train.predict_with_generate", "", HOW),
     Flag("train.max_new_tokens", "", HOW, also=("--generation-max-length",)),
     # The run.
@@ -253,10 +270,12 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.save_strategy", "", RUN,
          also=(Spelling("--saves-per-epoch", read=read_once_an_epoch),)),
     Flag("train.save_steps", "", RUN, also=("--save-step", "--checkpointing-steps")),
+    Flag("train.save_minutes", "", RUN),
     Flag("train.save_total_limit", "", RUN),
     Flag("output.overwrite", "", RUN, also=("--overwrite-output-dir",)),
     Flag("output.resume", "", RUN,
          also=(Spelling("--resume-from-checkpoint", read=refuse_checkpoint), "--auto-resume")),
+    Flag("output.allow_change", "", RUN, type=list[str], several=True, metavar="FIELD"),
     Flag("output.run_name", "", RUN,
          also=("--wandb-name", "--wandb-run-name", "--trackio-run-name")),
     Flag("output.report_to", "", RUN, several=True, read=read_trackers,

@@ -13,12 +13,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from ftlevel.config.gate import GateConfig
+from ftlevel.config.section import Positive as Positive
 from ftlevel.config.section import Section as Section
-
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Steps = Positive | Annotated[float, Field(gt=0.0, lt=1.0)]
-"""A number of steps, or below 1 their share of the run, as in transformers."""
+from ftlevel.config.section import Share as Share
 
 DEFAULT_MODEL = "builtin:tiny-llama"
 DEFAULT_DATASET = "builtin:docstrings"
@@ -44,6 +41,12 @@ class ModelConfig(Section):
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off unless you say so."
+    )
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="Go on from a trained adapter, whose base and method are taken: a run, its "
+        "adapter directory, or one of plain PEFT's.",
     )
 
 
@@ -145,6 +148,11 @@ class DataConfig(Section):
         "auto",
         description="What a text's label is: one class, several, or a number; auto looks at them.",
     )
+    labels: tuple[str, ...] = Field(
+        (),
+        description="Names of the classes or tags, in the order of the head; the default is those "
+        "of the data.",
+    )
     source_language: str | None = Field(
         None,
         min_length=2,
@@ -185,117 +193,6 @@ class DataConfig(Section):
         return value
 
 
-class TrainerConfig(Section):
-    """The optimisation; names are those of `transformers.TrainingArguments`."""
-
-    num_train_epochs: float = Field(
-        3.0, gt=0, le=10_000, description="How often the training rows are gone through."
-    )
-    max_steps: Positive | None = Field(
-        None, description="Stop after N optimizer steps, whatever the epochs say."
-    )
-    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None,
-        description="Peak learning rate; the default depends on the method, the model's kind and "
-        "width, and the length of the run.",
-    )
-    head_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None,
-        description="Peak learning rate of a new head; the default is learning_rate where that is "
-        "given, and else one of its own.",
-    )
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = Field("linear", description="How the learning rate goes on after its peak.")
-    warmup_steps: float = Field(
-        0.0, ge=0, description="Steps of warm-up, or below 1 their share of all steps."
-    )
-    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of AdamW.")
-    adam_beta1: Share = Field(0.9, description="Decay of AdamW's mean of the gradients.")
-    adam_beta2: Share = Field(0.999, description="Decay of AdamW's mean of their squares.")
-    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
-        1e-8, description="What AdamW adds to the root of that mean."
-    )
-    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm; 0 is off.")
-    label_smoothing_factor: Share = Field(
-        0.0,
-        description="Share of each target's probability that is spread over all others, in "
-        "training alone: what is evaluated is the plain loss.",
-    )
-    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="Add noise to the embeddings in training (NEFTune, Jain et al., 2023), which "
-        "needs the plain step.",
-    )
-    optim: Literal[
-        "adamw_torch",
-        "adamw_torch_fused",
-        "adafactor",
-        "adamw_8bit",
-        "paged_adamw_8bit",
-        "paged_adamw_32bit",
-        "sgd",
-    ] = Field("adamw_torch_fused", description="Optimizer, by transformers' name, and its default.")
-    per_device_train_batch_size: Positive = Field(8, description="Rows a device and micro-step.")
-    per_device_eval_batch_size: Positive | None = Field(
-        None, description="Rows a device in evaluation; the default is the training batch."
-    )
-    gradient_accumulation_steps: Positive = Field(
-        1, description="Micro-steps that make one optimizer step."
-    )
-    num_processes: Positive | None = Field(
-        None,
-        description="Processes that train together, each on a device of its own, and each with "
-        "per_device_train_batch_size rows; the default is one, or as torchrun started them.",
-    )
-    train_sampling_strategy: Literal["random", "group_by_length"] = Field(
-        "random",
-        description="Order of the rows in an epoch; group_by_length puts rows of like length into "
-        "a step, which saves padding where rows cannot be packed.",
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, more time."
-    )
-    seed: int = Field(
-        42, ge=0, lt=2**32, description="Seed of the weights, the dropout and the data order."
-    )
-    logging_steps: Steps | None = Field(
-        None,
-        description="Log every N steps, or below 1 every such share of the run; the default is "
-        "about 20 times a run.",
-    )
-    eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
-        None,
-        description="Evaluate every eval_steps, at the end of each epoch or not at all: steps, "
-        "epoch, no; the default is steps where eval_steps is given, else epoch.",
-    )
-    eval_steps: Steps | None = Field(
-        None,
-        description="Evaluate every N steps, or below 1 every such share of the run; the default "
-        "is at the end of each epoch.",
-    )
-    eval_on_start: bool = Field(False, description="Evaluate the untrained model first.")
-    save_strategy: Literal["no", "steps", "epoch"] | None = Field(
-        None,
-        description="Write checkpoints every save_steps, at the end of each epoch or none before "
-        "the end: steps, epoch, no; the default is steps where save_steps is given, else no.",
-    )
-    save_steps: Steps | None = Field(
-        None,
-        description="Write a checkpoint every N steps, or below 1 every such share of the run; the "
-        "default is none before the end.",
-    )
-    save_total_limit: Positive = Field(2, description="How many checkpoints are kept.")
-    predict_with_generate: bool | None = Field(
-        None,
-        description="Score generated text (ROUGE) in evaluation; the default is by the task.",
-    )
-    max_generate_samples: Positive = Field(
-        32, description="How many validation rows are generated for scoring."
-    )
-    max_new_tokens: Positive = Field(64, description="Longest generated text in tokens.")
-
-
 class OutputConfig(Section):
     """Where the run is written."""
 
@@ -305,6 +202,11 @@ class OutputConfig(Section):
     overwrite: bool = Field(False, description="Replace a run directory that exists.")
     resume: bool = Field(
         False, description="Go on from the newest whole checkpoint of the run directory."
+    )
+    allow_change: tuple[str, ...] = Field(
+        (),
+        description="A field that may be another than when the run began, by the name that "
+        "--resume gives it; the change is kept in summary.json. Repeatable.",
     )
     run_name: str | None = Field(
         None,

@@ -15,10 +15,10 @@ from ftlevel.config.sections import (
     OutputConfig,
     QuantConfig,
     Section,
-    TrainerConfig,
 )
 from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.tasks import TaskName
+from ftlevel.config.trainer import TrainerConfig
 
 
 class TrainConfig(Section):
@@ -112,7 +112,7 @@ def _timing_problems(config: TrainConfig) -> list[str]:
         ("eval", train.eval_strategy, train.eval_steps),
         ("save", train.save_strategy, train.save_steps),
     ):
-        if steps is not None and strategy in ("no", "epoch"):
+        if steps is not None and strategy in ("no", "epoch", "best"):
             problems.append(
                 f"--{name}-steps {steps:g} is not used by --{name}-strategy {strategy}. "
                 "Drop one of them."
@@ -127,6 +127,38 @@ def _timing_problems(config: TrainConfig) -> list[str]:
             "--validation-file and --validation-split both say what the validation rows are. "
             "Give one of them."
         )
+    return problems + _best_problems(train)
+
+
+def _best_problems(train: TrainerConfig) -> list[str]:
+    """Return what is asked of the best evaluation where none is looked for."""
+    problems = []
+    asked = {
+        "--early-stopping-patience": train.early_stopping_patience is not None,
+        "--load-best-model-at-end": bool(train.load_best_model_at_end),
+        "--save-strategy best": train.save_strategy == "best",
+    }
+    names = [name for name, is_asked in asked.items() if is_asked]
+    if names and train.eval_strategy == "no":
+        problems.append(
+            f"{names[0]} looks for the best evaluation, and --eval-strategy no makes none but the "
+            "last. Use --eval-strategy epoch or steps."
+        )
+    if train.early_stopping_threshold and train.early_stopping_patience is None:
+        problems.append(
+            f"--early-stopping-threshold {train.early_stopping_threshold:g} stops nothing by "
+            "itself. Add --early-stopping-patience N."
+        )
+    if train.load_best_model_at_end is False and not names:
+        for name, value in (
+            ("metric-for-best-model", train.metric_for_best_model),
+            ("greater-is-better", train.greater_is_better),
+        ):
+            if value is not None:
+                problems.append(
+                    f"--{name} {str(value).lower()} chooses nothing: with "
+                    "--no-load-best-model-at-end the last model is kept. Drop one of them."
+                )
     return problems
 
 

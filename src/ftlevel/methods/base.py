@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from ftlevel.config.choices import Choice
 from ftlevel.methods.facts import MethodFacts, Rule
@@ -150,6 +150,17 @@ def refuse_other_forms(_spec: Any, base: QuantizedCheckpoint) -> str | None:
     )
 
 
+@runtime_checkable
+class HasState(Protocol):
+    """A callback of a method that knows something of the model beside its tensors."""
+
+    def keep(self, directory: Path) -> None:
+        """Write it beside the tensors."""
+
+    def take_up(self, directory: Path, model: Any) -> None:
+        """Give `model` (mutated), whose training is over, what was kept in `directory`."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One PEFT method.
@@ -178,8 +189,11 @@ class Method:
         start: how it begins, where that is more than PEFT's default.
         optimizer: spec, model and `TrainingArguments` → the optimizer; None leaves it to Trainer.
         callbacks: spec, directory of checkpoints, and whether this process writes to it → what the
-            method does between steps.
+            method does between steps; one may be a `HasState`.
         penalty: trained model → what is added to the loss of an optimizer step.
+        continued_as: the method by which an adapter of it is trained on, where that is another.
+        why_not_continued: why neither its adapter nor a run of it can be trained for longer than
+            was planned; empty where it can.
         finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
         step: what of the fast step it goes with.
         merging: how it becomes part of the weights.
@@ -209,6 +223,8 @@ class Method:
     optimizer: Callable[[Any, Any, Any], Any] | None = None
     callbacks: Callable[[Any, Path, bool], list[Any]] | None = None
     penalty: Callable[[Any], Any] | None = None
+    continued_as: str = ""
+    why_not_continued: str = ""
     finish: Callable[[Any], None] | None = None
     step: StepSupport = StepSupport()
     merging: Merging = Merging()

@@ -168,7 +168,7 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
         config, weights = convert(read_hub_adapter(directory), base)
         adapted = get_peft_model(base, config, adapter_name=name)
         _fill_adapter(adapted, weights, directory, name)
-        return adapted
+        return _frozen(adapted)
     weights = _read_whole(directory)
     if (put_on := _plain_loader(directory)) is not None:
         return put_on(base, directory, name)
@@ -187,7 +187,36 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
         ) from error
     _fill_adapter(adapted, weights, directory, name)
     check_new_rows(adapted.get_base_model(), had, directory)
-    return adapted
+    return _frozen(adapted)
+
+
+def begin_from(adapted: Any, directory: Path) -> None:
+    """Give the untrained adapter of `adapted` (mutated) the weights of the one in `directory`.
+
+    Raises:
+        InputError: they are damaged, or not those of this adapter.
+    """
+    _fill_adapter(adapted, _read_whole(directory), directory, "default")
+
+
+def describe_state(adapted: Any) -> tuple[set[str], dict[str, tuple[int, ...]]]:
+    """Return the tensors that a file of the adapter must have, and the shapes of all it may have.
+
+    Args:
+        adapted: with its adapter, on any device.
+    """
+    from peft import get_peft_model_state_dict
+
+    needed, allowed = (
+        get_peft_model_state_dict(adapted, save_embedding_layers=whole) for whole in (False, True)
+    )
+    return set(needed), {name: tuple(tensor.shape) for name, tensor in allowed.items()}
+
+
+def _frozen(adapted: Any) -> Any:
+    """Return `adapted` (mutated), to be asked and not trained."""
+    adapted.requires_grad_(False)
+    return adapted.eval()
 
 
 def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
@@ -239,6 +268,7 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
             reason = " ".join(str(error).split())
             raise InputError(f"{directory} cannot stand beside the others: {reason}") from None
     _fill_adapter(adapted, weights, directory, name)
+    _frozen(adapted)
 
 
 def _kind_of(directory: Path) -> Any:
@@ -273,7 +303,7 @@ def _read_whole(directory: Path) -> dict[str, Any]:
 
 
 def _fill_adapter(adapted: Any, weights: dict[str, Any], directory: Path, name: str) -> None:
-    """Put the weights into float32, check that all are there, and freeze them (mutated)."""
+    """Put the weights into float32, and check that all are there (mutated)."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     train_in_float32(adapted)
@@ -297,8 +327,6 @@ def _fill_adapter(adapted: Any, weights: dict[str, Any], directory: Path, name: 
             f"{len(unknown):,} are unknown, such as {odd[0]}. It does not belong to this "
             "base model."
         )
-    adapted.requires_grad_(False)
-    adapted.eval()
 
 
 @contextlib.contextmanager

@@ -22,8 +22,14 @@ PLAIN = "none"
 """The method of a model that has no adapter."""
 
 
-def read_plain_adapter(directory: Path) -> tuple[ModelSource, dict[str, Any]]:
+def read_plain_adapter(
+    directory: Path, base_source: ModelSource | None = None
+) -> tuple[ModelSource, dict[str, Any]]:
     """Return the base of the PEFT adapter in `directory`, and its configuration.
+
+    Args:
+        directory: of the adapter.
+        base_source: its base, where that is known; None for what the configuration names.
 
     Raises:
         InputError: the configuration is unreadable, names no base, or the base is not there.
@@ -37,15 +43,17 @@ def read_plain_adapter(directory: Path) -> tuple[ModelSource, dict[str, Any]]:
     if not isinstance(settings, dict):
         raise InputError(f"{path} is no configuration of an adapter. Expected an object.")
     base = settings.get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
+    if base_source is None and not (base and isinstance(base, str)):
         raise InputError(f"{path} names no base model. Write it as base_model_name_or_path.")
     if not (directory / "adapter_model.safetensors").is_file():
         raise InputError(
             f"{directory} holds no adapter_model.safetensors. Save the adapter again with PEFT's "
             "save_pretrained."
         )
-    words = base_words(str(directory), base)
-    return resolve_source(base, settings.get("revision"), said=words), settings
+    if base_source is not None:
+        return base_source, settings
+    words = base_words(str(directory), str(base))
+    return resolve_source(str(base), settings.get("revision"), said=words), settings
 
 
 def base_words(adapter: str, base: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.sections import TrainerConfig
+from ftlevel.config.trainer import TrainerConfig
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.fast.plan.liger import kernel_arguments
 from ftlevel.training.plan.plan import Plan
@@ -52,7 +52,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         seed=train.seed,
         data_seed=train.seed,
         **_watching(train, plan),
-        save_strategy=train.save_strategy or ("steps" if train.save_steps else "no"),
+        save_strategy=_save_strategy(train),
         save_steps=train.save_steps or 500,
         save_total_limit=None,  # checkpoints are rotated by us, once they are certified
         bf16=plan.model.dtype == "bfloat16",
@@ -69,6 +69,13 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         dataloader_pin_memory=plan.model.device == "cuda",
         **kernel_arguments(config, plan.model.device, plan.model.family),
     )
+
+
+def _save_strategy(train: TrainerConfig) -> str:
+    """Return Trainer's: at the best evaluation, and by the clock, callbacks tell it when."""
+    if train.save_strategy == "best":
+        return "no"
+    return train.save_strategy or ("steps" if train.save_steps else "no")
 
 
 def _watching(train: TrainerConfig, plan: Plan) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.collate import Collator
@@ -14,23 +14,34 @@ from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.events import Listener
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
+from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
 from ftlevel.training.arguments import build_arguments, build_evaluator
+from ftlevel.training.callbacks.follow_settings import FollowSettings
 from ftlevel.training.callbacks.gradient_proof import GradientProof
 from ftlevel.training.callbacks.interrupt import Interrupt
+from ftlevel.training.callbacks.keep_best import KeepBest
 from ftlevel.training.callbacks.report import Report
+from ftlevel.training.callbacks.save_by_clock import SaveByClock
 from ftlevel.training.callbacks.save_stream_state import SaveStreamState
 from ftlevel.training.callbacks.set_epoch import SetEpoch
 from ftlevel.training.callbacks.write_manifest import WriteManifest
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.schedule import steps_an_epoch
 from ftlevel.training.processes import Processes
+from ftlevel.training.resume import GoingOn
 from ftlevel.training.row_order import rows_and_order
 from ftlevel.training.trainer import FtlevelTrainer
 
 
 def build_trainer(
-    config: TrainConfig, plan: Plan, adapted: Adapted, run: RunDirectory, checkpoint: Path | None
+    config: TrainConfig,
+    plan: Plan,
+    adapted: Adapted,
+    run: RunDirectory,
+    going_on: GoingOn,
+    processes: Processes,
 ) -> FtlevelTrainer:
     """Return the Trainer of the run, without any of the libraries' own printing.
 
@@ -39,12 +50,16 @@ def build_trainer(
         plan: its plan.
         adapted: what is trained.
         run: where checkpoints go.
-        checkpoint: where a stream goes on; None where the run begins.
+        going_on: where from; nowhere where the run begins.
+        processes: those of the run.
     """
     from transformers import PrinterCallback, ProgressCallback
 
     arguments = build_arguments(config, plan, run.checkpoints)
-    arguments.eval_on_start &= checkpoint is None  # a run begins once
+    checkpoint = going_on.checkpoint
+    # A run begins once; but an evaluation that it was broken off in is made up for.
+    arguments.eval_on_start &= checkpoint is None
+    arguments.eval_on_start |= _owes_evaluation(going_on, config, plan, arguments)
     rows, order = rows_and_order(config, plan, arguments)
     fast, pad_id = adapted.fast, plan.model.pad_id
     trainer = FtlevelTrainer(
@@ -60,12 +75,19 @@ def build_trainer(
         fast=fast,
         order=order,
         head_rate=resolve_head_rate(plan),
+        processes=processes,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     if isinstance(rows, StreamedRows) and checkpoint:
         rows.restore(checkpoint)
     return trainer
+
+
+def _owes_evaluation(going_on: GoingOn, config: TrainConfig, plan: Plan, arguments: Any) -> bool:
+    steps, rows = plan.schedule.steps, len(plan.data.train)
+    an_epoch = steps if plan.data.stream else steps_an_epoch(config.train, rows)
+    return going_on.owes_evaluation(arguments.eval_strategy, an_epoch, steps)
 
 
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
@@ -89,6 +111,18 @@ class Watch:
     report: Report
     gradients: GradientProof
     interrupt: Interrupt
+    best: KeepBest | None
+
+
+def go_on(watch: Watch, run: RunDirectory, going_on: GoingOn, processes: Processes) -> None:
+    """Let `watch` (mutated) know what was logged until the checkpoint, and forget the rest."""
+    if going_on.checkpoint is None:
+        return
+    step = step_of(going_on.checkpoint)
+    if processes.is_first:
+        watch.report.records += run.rewind_log(step)
+    if watch.best is not None:
+        watch.best.go_on(step, going_on.past, has_new_length=going_on.has_new_length)
 
 
 def add_callbacks(
@@ -108,17 +142,26 @@ def add_callbacks(
     report = Report(
         listener, run.log if is_first else tell_nobody, lambda: int(trainer.tokens_seen)
     )
+    build = METHODS[config.method.kind].callbacks
+    own = build(config.method, run.checkpoints, is_first) if build else []
+    states = [callback for callback in own if isinstance(callback, HasState)]
+    best = None
+    if plan.best is not None:
+        best = KeepBest(plan.best, run.checkpoints, processes, states, listener)
     trainer.warn = listener.warn
     gradients = GradientProof(listener, trainer.take_step_loss)
-    watch = Watch(report, gradients, Interrupt(processes, plan.model.device))
-    own = METHODS[config.method.kind].callbacks
+    watch = Watch(report, gradients, Interrupt(processes, plan.model.device), best)
     streamed = isinstance(rows, StreamedRows)
+    minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0
     for callback in (
         watch.report,
         watch.gradients,
         watch.interrupt,
+        FollowSettings(),
         SetEpoch(plan.data.train, trainer.order),
-        *(own(config.method, run.checkpoints, is_first) if own else []),
+        *own,
+        *([best] if best else []),
+        *([SaveByClock(minutes, processes, plan.model.device)] if minutes else []),
         *([SaveStreamState(rows, run.checkpoints)] if streamed else []),
         WriteManifest(run.checkpoints, config.train.save_total_limit, processes),  # of all files
     ):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ftlevel.artifacts.best_models import forget_unreachable
 from ftlevel.artifacts.cards import write_readme
 from ftlevel.artifacts.ownership import mark_end
 from ftlevel.artifacts.run_directory import RunDirectory
@@ -15,6 +16,8 @@ from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.methods import needs_import
 from ftlevel.models.rope import write_former_rope
 from ftlevel.trained.adapt import finish_method, save_adapter
+from ftlevel.training.best import Kept
+from ftlevel.training.callbacks.keep_best import KeepBest
 from ftlevel.training.callbacks.report import Report
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
@@ -38,6 +41,13 @@ def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[
     if trainer.evaluator and not any("eval_loss" in r and r["step"] == last for r in records):
         trainer.evaluate()
     return plan
+
+
+def keep_best(trainer: FtlevelTrainer, best: KeepBest | None) -> Kept | None:
+    """Leave `trainer` (mutated) with the model of the best evaluation, if that is to be kept."""
+    if best is None:
+        return None
+    return best.finish(trainer.model, trainer.state.global_step, trainer.state.max_steps)
 
 
 def save(
@@ -67,6 +77,7 @@ def save(
     if run.adapter.exists():
         shutil.rmtree(run.adapter)
     partial.rename(run.adapter)
+    forget_unreachable(run.checkpoints)
 
 
 def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> None:

@@ -18,6 +18,9 @@ from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.fingerprint import file_fingerprint
 from ftlevel.training.plan.plan import PlannedModel
 
+CONFIG, TOKENIZER, TEMPLATE = "model.config.", "model.tokenizer", "model.chat_template"
+"""Names of what `describe_model` gives; those of the config begin so."""
+
 _FILE = "base.json"  # among the checkpoints
 _SAYS_NOTHING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
                  "_attn_implementation", "attn_implementation", "id2label", "label2id",
@@ -26,11 +29,13 @@ _SAYS_NOTHING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype"
 
 def describe_model(model: PlannedModel) -> dict[str, Any]:
     """Return the fields of the base's config by dotted names, and digests of its tokenizer."""
-    flat = dict(_flatten("model.config", json.loads(model.config.to_json_string(use_diff=False))))
+    flat = dict(
+        _flatten(CONFIG.rstrip("."), json.loads(model.config.to_json_string(use_diff=False)))
+    )
     tokenizer = model.tokenizer
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    flat["tokenizer"] = _digest([backend, tokenizer.special_tokens_map])
-    flat["chat template"] = _digest(getattr(tokenizer, "chat_template", None))
+    flat[TOKENIZER] = _digest([backend, tokenizer.special_tokens_map])
+    flat[TEMPLATE] = _digest(getattr(tokenizer, "chat_template", None))
     return flat
 
 
@@ -80,7 +85,7 @@ class BaseDigest:
 
 
 def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:
         return [pair for key, inner in value.items() if key not in _SAYS_NOTHING
                 for pair in _flatten(f"{name}.{key}", inner)]  # fmt: skip
     return [(name, value)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.config import TrainConfig
 from ftlevel.errors import Interrupted
 
 
@@ -19,10 +20,33 @@ def describe_stop(run: RunDirectory, state: Any) -> str:
         run: its directory.
         state: Trainer's, whose step has a checkpoint.
     """
+    is_longer = run.adapter.exists()
+    adapter = "the adapter is of its former end" if is_longer else "there is no adapter yet"
     return (
         f"interrupted after step {state.global_step:,} of {state.max_steps:,}; "
-        f"{run.checkpoints / f'checkpoint-{state.global_step}'} is kept, and there is no adapter "
-        f"yet. {_go_on(run)}"
+        f"{run.checkpoints / f'checkpoint-{state.global_step}'} is kept, and {adapter}. "
+        f"{_go_on(run)}"
+    )
+
+
+def describe_end(config: TrainConfig, summary: Mapping[str, Any]) -> str:
+    """Say that a run is finished, and what would make it longer.
+
+    Args:
+        config: the whole configuration.
+        summary: what summary.json holds.
+    """
+    steps, best = summary["steps"], summary.get("best") or {}
+    planned, train = summary.get("planned_steps", steps), config.train
+    length = (
+        f"--max-steps {2 * planned}"
+        if train.max_steps
+        else f"--num-train-epochs {2 * train.num_train_epochs:g}"
+    )
+    early = " (it stopped early)" if best.get("stopped_early") else ""
+    return (
+        f"{config.output.dir} is finished: {steps:,} of {planned:,} steps{early}, and nothing is "
+        f"left to train. A longer run goes on from there: --resume {length}."
     )
 
 

@@ -21,7 +21,7 @@ from ftlevel.methods.base import StartInputs
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model
 from ftlevel.models.quantization import build_quantization_config
-from ftlevel.trained.adapt import apply_method, copy_start, train_in_float32
+from ftlevel.trained.adapt import apply_method, begin_from, copy_start, train_in_float32
 from ftlevel.training.fast_step import speed_up
 from ftlevel.training.plan.plan import Plan, PlannedModel
 
@@ -46,7 +46,10 @@ def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted
     fused = uses_fused_layers(config, plan.model.device)
     base = load_base(config, plan.model)
     model = apply_method(base, config.method, plan.base, fused=fused)
-    prepare_start(model, config, plan)
+    if plan.adapter is None:
+        prepare_start(model, config, plan)
+    else:
+        begin_from(model, plan.adapter.directory)
     fast = speed_up(model, plan, listener)
     return Adapted(model, copy_start(model, config.method), fast)
 

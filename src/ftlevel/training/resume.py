@@ -3,55 +3,178 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ftlevel.artifacts import checkpoints
+from ftlevel.artifacts.best_models import forget_later
 from ftlevel.artifacts.cards import library_versions
+from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.run_directory import RunDirectory, open_run
 from ftlevel.config import TrainConfig
 from ftlevel.config.renamed import RENAMED
-from ftlevel.errors import ConfigError, listing
+from ftlevel.errors import ConfigError, did_you_mean, listing
 from ftlevel.events import Listener
+from ftlevel.methods import METHODS
+from ftlevel.training.identity import CONFIG, TEMPLATE, TOKENIZER, BaseDigest, describe_model
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
+from ftlevel.training.plan.schedule import count_steps
 from ftlevel.training.summary import dump_config
 
 # These say how a run is watched, not what it computes.
-_FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_on_start",
-         "predict_with_generate", "max_generate_samples", "max_new_tokens",
+_FREE = {"logging_steps", "eval_steps", "save_steps", "save_minutes", "save_total_limit",
+         "eval_on_start", "predict_with_generate", "max_generate_samples", "max_new_tokens",
          "per_device_eval_batch_size", "eval_strategy", "save_strategy"}  # fmt: skip
 
 
 _ORIGIN = "origin.json"
+_LENGTH = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
+"""These may be others than they were: a run can be made longer."""
 
 
-def open_or_resume(
-    config: TrainConfig, plan: Plan, base: Mapping[str, Any], listener: Listener
-) -> tuple[RunDirectory, Path | None]:
-    """Return the run directory, and the checkpoint to go on from when resuming."""
-    output, origin = config.output, origin_of(config, plan, base)
-    if output.resume and output.dir is not None:
-        run = RunDirectory(output.dir)
-        if (run.checkpoints / _ORIGIN).exists():
-            check_same_run(run, origin)
-            checkpoint = find_checkpoint(run, listener)
-            if checkpoint is not None:
-                return run, checkpoint
-            _check_unfinished(run)
+@dataclass(frozen=True)
+class GoingOn:
+    """Where a run goes on from.
+
+    Attributes:
+        checkpoint: the newest whole one; None where the run begins, or is at its end.
+        past: what was logged until then.
+        has_new_length: whether the run is to end at another step than when that was written.
+        is_changed: whether it was set to another length just now.
+        finished: summary.json of a run at which nothing is left to do.
+        changes: what is another than it was, by the user's leave.
+    """
+
+    checkpoint: Path | None = None
+    past: list[dict[str, Any]] = field(default_factory=list)
+    has_new_length: bool = False
+    is_changed: bool = False
+    finished: Mapping[str, Any] | None = None
+    changes: list[dict[str, Any]] = field(default_factory=list)
+
+    def owes_evaluation(self, strategy: str, an_epoch: int, steps: int) -> bool:
+        """Whether the run was broken off between a checkpoint and the evaluation of its epoch.
+
+        Args:
+            strategy: when the run is evaluated.
+            an_epoch: steps of an epoch.
+            steps: of the run.
+        """
+        if self.checkpoint is None or strategy != "epoch":
+            return False
+        step = step_of(self.checkpoint)
+        is_due = step % an_epoch == 0 or step >= steps
+        return is_due and not any("eval_loss" in r and r["step"] == step for r in self.past)
+
+
+def find_going_on(
+    config: TrainConfig, plan: Plan, origin: Mapping[str, Any], listener: Listener
+) -> GoingOn:
+    """Return where the run goes on from, before weights load; a new run goes on from nowhere.
+
+    Raises:
+        ConfigError: it is not the same run, is to be shorter than it is, or is done and has no
+            checkpoint.
+    """
+    if not config.output.resume or config.output.dir is None:
+        return GoingOn()
+    run, steps = RunDirectory(config.output.dir), plan.schedule.steps
+    if not (run.checkpoints / _ORIGIN).exists():
         listener.warn(f"--resume {run.path}: it has no checkpoint yet, so the run begins anew")
-    run, kept = open_run(
-        output.dir, default_name(config), overwrite=output.overwrite, resume=output.resume
-    )
-    for line in kept:
-        listener.warn(f"--overwrite {run.path}: {line}; it is not of the run that is replaced")
+        return GoingOn()
+    before = read_origin(run, origin)
+    lengths = {key: before[key] for key in _LENGTH if before.get(key) != origin[key]}
+    accepted = {key: origin[key] for key in lengths}
+    changes = _allowed_changes(config, before, origin)
+    accepted |= {change["field"]: change["is"] for change in changes}
+    check_same_run(run, {**before, **accepted}, origin)
+    _check_base(run, plan)
+    summary = run.read_summary()
+    was_planned = summary and summary.get("planned_steps", summary["steps"])
+    if summary is not None and not lengths and was_planned == steps:
+        return GoingOn(finished=summary)
+    checkpoint = find_checkpoint(run, listener)
+    if checkpoint is None:
+        return GoingOn()
+    if lengths:
+        trained = max(step_of(checkpoint), summary["steps"] if summary else 0)
+        _check_length(config, plan, lengths, trained)
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    past = run.read_log(step_of(checkpoint))
+    has_new_length = state["max_steps"] != steps
+    return GoingOn(checkpoint, past, has_new_length, bool(accepted), changes=changes)
+
+
+def _check_length(config: TrainConfig, plan: Plan, before: Mapping[str, Any], trained: int) -> None:
+    """Refuse a length that changes nothing, was trained already, or that the method cannot take.
+
+    Args:
+        config: the whole configuration.
+        plan: its plan.
+        before: the fields of the length that were others.
+        trained: steps that the run has made.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    where, train, steps = f"--resume {config.output.dir}", config.train, plan.schedule.steps
+    old = {key.rpartition(".")[2]: value for key, value in before.items()}
+    was = count_steps(train.model_copy(update=old), len(plan.data.train))
+    if was == steps and "num_train_epochs" in old:
+        raise ConfigError(
+            f"--num-train-epochs {train.num_train_epochs:g} changes nothing: --max-steps "
+            f"{train.max_steps:,} says how long the run is. Give a larger --max-steps."
+        )
+    if steps < trained:
+        raise ConfigError(
+            f"{where}: {steps:,} steps are fewer than the {trained:,} that are trained. Give more, "
+            "or start anew in another --output-dir."
+        )
+    reason = METHODS[config.method.kind].why_not_continued
+    if reason and was != steps:
+        raise ConfigError(
+            f"{where}: --method {config.method.kind} cannot train {steps:,} steps in place of "
+            f"{was:,}: {reason}. Start anew in another --output-dir."
+        )
+
+
+def open_or_go_on(
+    config: TrainConfig,
+    plan: Plan,
+    origin: Mapping[str, Any],
+    going_on: GoingOn,
+    listener: Listener,
+) -> RunDirectory:
+    """Return the run directory: a new one, or that of the run that goes on."""
+    output = config.output
+    if going_on.checkpoint is not None and output.dir is not None:
+        run = RunDirectory(output.dir)
+        checkpoints.set_aside_newer(run.checkpoints, going_on.checkpoint)
+        if not going_on.is_changed:
+            return run
+        for change in going_on.changes:
+            listener.warn(
+                f"{change['field']} is {change['is']!r} from here on, was {change['was']!r}"
+            )
+        run.write_changes(step_of(going_on.checkpoint), going_on.changes)
+    else:
+        run, kept = open_run(
+            output.dir, default_name(config), overwrite=output.overwrite, resume=output.resume
+        )
+        checkpoints.set_aside_newer(run.checkpoints, None)
+        forget_later(run.checkpoints, 0)
+        for line in kept:
+            listener.warn(f"--overwrite {run.path}: {line}; it is not of the run that is replaced")
     run.write_config(dump_config(config, plan))
     write_json(run.checkpoints / _ORIGIN, origin)
-    return run, None
+    return run
 
 
 def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,19 +190,22 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     values["data"]["overlong"] = plan.data.facts["overlong"]
     values["data"]["fingerprint"] = plan.data.facts["fingerprint"]
     values["model"]["fingerprint"] = base["fingerprint"]
+    if plan.adapter is not None:
+        values["model"]["adapter_fingerprint"] = plan.adapter.fingerprint
     values["versions"] = library_versions()
-    flat = {"task": values.pop("task")}
+    flat = {"task": values.pop("task"), **describe_model(plan.model)}
     if plan.model.device == "cpu":  # sums are made in as many parts
         flat["threads"] = torch.get_num_threads()
     flat |= {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
-    return flat
+    plain: dict[str, Any] = json.loads(json.dumps(flat, default=str))  # as it will be read
+    return plain
 
 
-def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
-    """Refuse to resume `run` with another configuration, base model or data.
+def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the origin of `run`, under today's names; what it did not keep is as in `origin`.
 
     Raises:
-        ConfigError: naming every field that differs, with both values.
+        ConfigError: it cannot be read.
     """
     path = run.checkpoints / _ORIGIN
     try:
@@ -87,21 +213,75 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
     before = {RENAMED.get(key, key): value for key, value in before.items()}
-    now = json.loads(json.dumps(origin, default=str))
-    if "threads" in now:  # a run that was begun before they were kept does not say
-        before.setdefault("threads", now["threads"])
-    for key, value in now.items():  # a field that is younger than the run, as it always was
-        if value == _default_of(key):
+    if "threads" in origin:  # a run that was begun before they were kept does not say
+        before.setdefault("threads", origin["threads"])
+    knows_model = TOKENIZER in before
+    for key, value in origin.items():  # a field that is younger than the run, as it always was
+        of_model = key.startswith((TOKENIZER, TEMPLATE, CONFIG)) and not knows_model
+        if of_model or value == _default_of(key):
             before.setdefault(key, value)
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return before
+
+
+def check_same_run(run: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    """Refuse to resume `run` with another configuration, base model or data.
+
+    Args:
+        run: its directory.
+        before: what `read_origin` says of it.
+        origin: what it would be now.
+
+    Raises:
+        ConfigError: naming every field that differs, with both values.
+    """
+    changed = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
     if changed:
         shown = listing(
-            f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(changed)
+            f"{key} was {before.get(key)!r} and is {origin.get(key)!r}" for key in sorted(changed)
         )
         how = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in changed else ""
         raise ConfigError(
             f"--resume {run.path}: not the same run: {shown}. "
-            f"Give it as it was{how}, or start anew in another --output-dir."
+            f"Give it as it was{how}, start anew in another --output-dir, or let it change: "
+            f"--allow-change {shlex.quote(sorted(changed)[0])}"
+        )
+
+
+def _allowed_changes(
+    config: TrainConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return what is another than it was, and may be.
+
+    Raises:
+        ConfigError: a field is named that there is not.
+    """
+    allowed = config.output.allow_change
+    known = {**before, **origin}
+    unknown = [name for name in allowed if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"--allow-change {unknown[0]}: no such field.{did_you_mean(unknown[0], known)} "
+            "--resume names the fields that differ."
+        )
+    return [
+        {"field": name, "was": before.get(name), "is": origin.get(name)}
+        for name in dict.fromkeys(allowed)
+        if before.get(name) != origin.get(name)
+    ]
+
+
+def _check_base(run: RunDirectory, plan: Plan) -> None:
+    """Refuse another base than the run began with, though it looks the same.
+
+    Raises:
+        ConfigError: naming its files.
+    """
+    changed = BaseDigest(plan.model.source.path).changes(run.checkpoints)
+    if changed:
+        raise ConfigError(
+            f"--resume {run.path}: not the same run: the bytes of {listing(changed)} of "
+            f"{plan.model.source.words} are others than when it began. Restore them, or start anew "
+            "in another --output-dir."
         )
 
 
@@ -127,9 +307,23 @@ def _check_unfinished(run: RunDirectory) -> None:
 
 
 def find_checkpoint(run: RunDirectory, listener: Listener) -> Path | None:
-    """Return the newest whole checkpoint of `run`; newer damaged ones are set aside and named."""
+    """Return the newest whole checkpoint of `run`, or None if it has none and begins anew.
+
+    Newer ones that are damaged are named.
+
+    Raises:
+        ConfigError: it has none, and is done.
+    """
     newest, rejected = checkpoints.newest_whole(run.checkpoints)
     for line in rejected:
         listener.warn(f"{line}; it is not used")
-    checkpoints.set_aside_newer(run.checkpoints, newest)
-    return newest
+    if newest is not None:
+        return newest
+    if run.read_summary() is not None:
+        raise ConfigError(
+            f"--resume {run.path}: it is done, and has no whole checkpoint. Train on from its "
+            f"adapter: --adapter {run.path} with another --output-dir; with --save-strategy epoch "
+            "a run can be made longer."
+        )
+    listener.warn(f"--resume {run.path}: it has no whole checkpoint, so the run begins anew")
+    return None

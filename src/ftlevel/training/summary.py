@@ -20,6 +20,7 @@ from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantized import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
+from ftlevel.training.best import Kept
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.trainable import count_parameters
 from ftlevel.training.proof import Proof
@@ -115,6 +116,7 @@ def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> Adap
         heads=list(plan.model.heads),
         data={k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
         needs_import=needs_import(config.method),
+        adapter=plan.adapter.describe() if plan.adapter else {},
         versions=library_versions(),
     )
 
@@ -133,6 +135,8 @@ class Outcome:
         timings: in seconds.
         generated_rows: how many rows were answered for the metrics.
         speed: how the steps were computed.
+        kept: which model it is; None where evaluations were not compared.
+        changes: what became another when the run went on.
     """
 
     run: Path
@@ -144,6 +148,8 @@ class Outcome:
     timings: Mapping[str, float]
     generated_rows: int
     speed: Mapping[str, Any]
+    kept: Kept | None
+    changes: Sequence[Mapping[str, Any]]
 
 
 def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str, Any]:
@@ -153,6 +159,8 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
     scores = [record for record in records if any(k.startswith("eval_") for k in record)]
     first = scores[0] if scores and scores[0]["step"] == 0 else {}
     last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
+    kept = outcome.kept
+    own = last if kept is None else next(r for r in reversed(scores) if r["step"] == kept.step)
     return {
         "run": str(outcome.run),
         "recipe": outcome.recipe,
@@ -160,13 +168,17 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "headline": plan.objective.headline,
         "method": config.method.kind,
         "model": {**outcome.base, "type": plan.model.family},
+        "adapter": plan.adapter.describe() if plan.adapter else None,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "data": {**plan.data.facts, "generated_rows": outcome.generated_rows},
         "steps": records[-1]["step"] if records else 0,
+        "planned_steps": plan.schedule.steps,
         **describe_losses([record["loss"] for record in records if "loss" in record]),
         "metrics_before": _scores(first),
-        "metrics": _scores(last),
+        "metrics": _scores(own),
+        "metrics_last": _scores(last),
+        "best": None if kept is None else kept.describe(),
         "proof": asdict(outcome.proof),
         "timings": dict(outcome.timings),
         "speed": dict(outcome.speed),
@@ -174,6 +186,7 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "choices": [{"name": c.name, "value": str(c.value), "reason": c.reason}
                     for c in plan.choices],
         "versions": library_versions(),
+        "changed_on_resume": list(outcome.changes),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 

@@ -23,6 +23,7 @@ from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Objective
+from ftlevel.training.processes import Processes
 
 
 class FtlevelTrainer(Trainer):
@@ -43,6 +44,7 @@ class FtlevelTrainer(Trainer):
         penalty: model → what its method adds to the loss of an optimizer step, or None. It is in
             the gradient alone: the loss that is logged is the one that evaluation measures.
         head_rate: modules that learn at a rate of their own, and that rate; None for none.
+        processes: those of the run.
         halved: where the memory was too small, the step and the tokens of a micro-batch since.
         warn: is told of it.
     """
@@ -56,10 +58,12 @@ class FtlevelTrainer(Trainer):
         fast: FastStep | None = None,
         order: Sampler[int] | None = None,
         head_rate: HeadRate | None = None,
+        processes: Processes = Processes(),  # noqa: B008 - frozen
         **arguments: Any,
     ):
         super().__init__(**arguments)
         self.head_rate = head_rate
+        self.processes = processes
         self.objective = objective
         self.penalty = penalty
         self.evaluator = evaluator
@@ -106,6 +110,13 @@ class FtlevelTrainer(Trainer):
     def _collate_or_nothing(self, rows: list[Any]) -> dict[str, Any]:
         batch: dict[str, Any] = self.data_collator(rows)
         return {**batch, "is_nothing": True} if rows[0].row < 0 else batch
+
+    def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
+        """Go through an epoch, but for one of a run that was at its end when it was broken off."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(*arguments, **settings)
 
     def training_step(
         self,
@@ -319,7 +330,9 @@ class FtlevelTrainer(Trainer):
     ) -> dict[str, float]:
         """Return the evaluator's metrics and log them, as Trainer does."""
         self._in_training = False
-        scores = self.evaluator(self.model)
+        # The processes decide by them what to keep and when to stop, and must agree.
+        own = self.evaluator(self.model)
+        scores = self.processes.from_first(lambda: own)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

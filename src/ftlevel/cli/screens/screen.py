@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import generate_command, loss_words
+from ftlevel.artifacts.cards import generate_command, kept_words, loss_words
 from ftlevel.cli.screens.lasting import Lasting
 from ftlevel.config.choices import Choice
 
@@ -182,6 +182,9 @@ class Screen:
                 highlight=False,
             )
             return
+        if "nothing_left" in summary:
+            self._line(f"  {_plain(summary['nothing_left'])}")
+            return
         for line in _result_lines(summary):
             self.console.print(line, highlight=False)
 
@@ -199,6 +202,8 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     proof, timings = summary["proof"], summary["timings"]
     if summary["loss_first"] is not None:
         yield f"  [bold]loss[/bold] {loss_words(summary)}"
+    if summary.get("best"):
+        yield f"  [bold]kept[/bold] {kept_words(summary['best'])}"
     before = summary["metrics_before"]
     for name, value in summary["metrics"].items():
         first = f"{before[name]:.4f} → " if name in before else ""
@@ -208,9 +213,10 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         if (proof["frozen_tensors"])
         else ""
     )
+    gradients = f"{proof['gradient_tensors']:,} of {proof['gradient_tensors']:,} trainable tensors"
+    had = f"{gradients} had gradients; " if proof["gradient_tensors"] else ""  # none: no step left
     yield (
-        f"  [bold]proof[/bold] {proof['gradient_tensors']:,} of {proof['gradient_tensors']:,} "
-        f"trainable tensors had gradients; {frozen}reloaded and compared: logits differ by "
+        f"  [bold]proof[/bold] {had}{frozen}reloaded and compared: logits differ by "
         f"{proof['reload_difference']:.2g}, training moved them by {proof['adapter_effect']:.3g}"
     )
     yield (

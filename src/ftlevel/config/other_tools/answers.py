@@ -38,10 +38,6 @@ _LAUNCH = (
     "model is not split over them. Drop it."
 )
 _TOKENIZER = "the tokenizer and its tokens are the model's own, and stay so. Drop it."
-_BEST = (
-    "the model that is kept is the last one, and no metric picks another. Drop it; "
-    "--eval-strategy shows where it is best, and --num-train-epochs ends there."
-)
 _OTHER_METHOD = "there is no such method here. ftlevel list-methods shows what there is. Drop it."
 
 ANSWERS: tuple[Flag, ...] = (
@@ -111,13 +107,14 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--add-special-tokens --append-concat-token",
             "special tokens are those of the chat template or the tokenizer. Drop it.",
             {"false": Agrees("no token is added to those of the template or the tokenizer")}),
+    *_flags("--compute-accuracy", "a task is scored by its own metrics.",
+            {"true": Agrees("accuracy is among the metrics wherever there is one")}),
     *_flags("--plot-loss", "the losses are in metrics.jsonl of the run. Drop it.",
             {"true": Agrees("the losses are in metrics.jsonl of the run, and on its screen")}),
-    *_flags("--create-new-adapter", "an adapter begins anew; --resume goes on with a run.",
-            {"true": Agrees("an adapter begins anew")}),
+    *_flags("--create-new-adapter", "--adapter goes on from one; a new one begins without it.",
+            {"true": Agrees("an adapter begins anew", "model.adapter", (None,))}),
     *_flags("--low-cpu-mem-usage", "weights are read tensor by tensor. Drop it.",
             {"true": Agrees("weights are read tensor by tensor")}),
-    *_flags("--load-best-model-at-end", _BEST, {"false": Agrees("the last model is kept")}),
     *_flags("--push-to-hub --push-model", _HUB, {"false": Agrees("nothing is uploaded")}),
     *_flags("--save-model", "the adapter is always saved. Drop it.",
             {"true": Agrees("the adapter is saved")}),
@@ -171,12 +168,8 @@ ANSWERS: tuple[Flag, ...] = (
             "a system prompt is a turn of the data, or its column `system`. Put it there."),
     *_flags("--num-beams --eval-num-beams",
             "answers are scored by greedy decoding, as generate gives them. Drop it."),
-    *_flags("--metric-for-best-model --greater-is-better --metric-name --compute-accuracy",
-            _BEST),
-    *_flags("--early-stopping-patience --early-stopping-steps --early-stop-interval", _BEST),
-    *_flags("--adapter-name-or-path --adapters --lora-model-dir --resume-from-adapter",
-            "a run begins with a new adapter. ftlevel merge makes a model of the old one to train "
-            "on; --resume goes on with a run that was stopped."),
+    *_flags("--metric-name", "a task is scored by its own metrics, which are all shown; "
+            "--metric-for-best-model says which picks the model that is kept."),
     *_flags("--modules-to-save --lora-modules-to-save --additional-target",
             "new heads are trained and saved in full by themselves; other modules stay frozen. "
             "Drop it, or use --method full."),

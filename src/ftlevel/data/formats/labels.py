@@ -52,7 +52,9 @@ class _Class:
     row: int
 
 
-def build_label_set(examples: Sequence[Classed], table: Table, column: str) -> LabelSet:
+def build_label_set(
+    examples: Sequence[Classed], table: Table, column: str, known: Sequence[str] = ()
+) -> LabelSet:
     """Find the classes of the training rows, or the tags of their words.
 
     Names are sorted, as numbers where all are digits. Numbers must be 0, 1, … without a gap. Names
@@ -62,13 +64,21 @@ def build_label_set(examples: Sequence[Classed], table: Table, column: str) -> L
         examples: the converted rows of `table`, all `Labelled`, or all `Tagged`.
         table: where they came from, for messages.
         column: the column of the label.
+        known: names of the classes, where they are decided on.
 
     Raises:
         InputError: fewer than two classes, numbers with gaps, or fractions.
     """
     rows = _classes_of(examples)
     counts = Counter(row.label for row in rows)
-    if declared := table.label_names.get(column):
+    declared = table.label_names.get(column)
+    if known:
+        _check_declared(declared, known, table)
+        labels = LabelSet(tuple(known))
+        complaint = f"is not one of the {len(labels)} classes that data.labels or --adapter has"
+        _check_known(labels, rows, table, complaint)
+        return labels
+    if declared:
         labels = LabelSet(tuple(declared))
         _check_known(labels, rows, table, f"is not one of the {len(labels)} declared classes")
         _check_two(counts, table, column)
@@ -87,6 +97,20 @@ def build_label_set(examples: Sequence[Classed], table: Table, column: str) -> L
     if all(name.isdecimal() for name in names):
         return LabelSet(tuple(sorted(names, key=int)))
     return LabelSet(tuple(sorted(names)))
+
+
+def _check_declared(declared: Sequence[str] | None, names: Sequence[str], table: Table) -> None:
+    """Refuse a source whose own names of the classes are others, or in another order.
+
+    Raises:
+        InputError: they are.
+    """
+    if declared and list(declared) != list(names):
+        raise InputError(
+            f"{table.where(0)}: the data declares the classes {listing(declared, 20)}, and "
+            f"data.labels or --adapter has {listing(names, 20)}. Their numbers would mean other "
+            "classes. Write the names themselves into the rows."
+        )
 
 
 def check_labels(labels: LabelSet, examples: Sequence[Classed], table: Table) -> None:

@@ -67,8 +67,8 @@ def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: b
     train, examples = convert("train", splits.train, None)
     labels = None
     if convert.label_column is not None:
-        examples = convert.with_names("train", train, examples)
-        labels = build_label_set(examples, train, convert.label_column)
+        examples = convert.with_names("train", train, examples, config.labels)
+        labels = build_label_set(examples, train, convert.label_column, config.labels)
         train, examples = convert.without_faults(train, examples, labels)
     validation, held_out = splits.validation, None
     if validation is not None:

@@ -112,6 +112,7 @@ _METHOD = Method(
     prepare=freeze_ranks,
     callbacks=build_callbacks,
     penalty=orthogonality,
+    why_not_continued="its ranks are pruned by a schedule over all steps of the run",
     finish=finish,
     merging=Merging(
         ("ADALORA",), why_not=why_not_mergeable, prepare=forget_ranks, restore=restore_ranks

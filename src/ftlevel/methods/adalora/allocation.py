@@ -82,7 +82,16 @@ class Allocation(TrainerCallback):
             for name, value in named.items()
         }
         save_file(scores, directory / FILE)
+        self.keep(directory)
+
+    def keep(self, directory: Path) -> None:
+        """Write the ranks, by which a model that is kept is saved."""
         (directory / RANKS).write_text(json.dumps(self.ranks), encoding="utf-8")
+
+    def take_up(self, directory: Path, model: Any) -> None:
+        """Give the config of `model` (mutated) the ranks that were kept, as training's end does."""
+        ranks = json.loads((directory / RANKS).read_text(encoding="utf-8"))
+        model.peft_config["default"].rank_pattern = ranks
 
     def on_train_end(
         self,

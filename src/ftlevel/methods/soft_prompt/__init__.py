@@ -150,6 +150,7 @@ _P_TUNING = Method(
     refuse=refuse,
     positions=positions,
     finish=finish,
+    continued_as="prompt",  # what is saved are the embeddings, without the network
     step=_STEP,
     merging=Merging(
         ("SOFT_PROMPT", "P_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS

@@ -83,6 +83,7 @@ FACTS = {
         "TorchAoConfig.get_apply_tensor_subclass": "what torchao packs a weight by"},
     "transformers/trainer.py": {  # overridden in training/trainer.py
         "Trainer._get_train_sampler": "the order of rows, when it is not Trainer's",
+        "Trainer._run_epoch": "at least one step, also of a run that had made all of them",
         "Trainer._get_num_items_in_batch": "the targets that a step's loss is divided by",
         "Trainer.model_accepts_loss_kwargs": "tells Trainer that our loss divides by them",
         "Trainer.current_gradient_accumulation_steps": "how many parts a step's loss comes in"},

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.artifacts import checkpoints
+from ftlevel.artifacts.best_models import rotate_best
 from ftlevel.artifacts.ownership import delete_replaced
 from ftlevel.training.processes import Processes
 
@@ -32,4 +33,5 @@ class WriteManifest(TrainerCallback):
         if self._processes.is_first:
             checkpoints.certify(self.directory / f"checkpoint-{state.global_step}")
             checkpoints.rotate(self.directory, self.keep)
+            rotate_best(self.directory)
             delete_replaced(self.directory.parent)

@@ -13,6 +13,8 @@ from ftlevel.methods import Base
 from ftlevel.models.sources import ModelSource
 from ftlevel.task import Objective
 from ftlevel.tasks import BaseTask
+from ftlevel.training.plan.adapter import StartingAdapter
+from ftlevel.training.plan.best_model import BestModel
 from ftlevel.training.plan.method_targets import MethodTargets
 
 
@@ -91,6 +93,8 @@ class Plan:
         targets: what the method adapts.
         schedule: steps and rate.
         fast: the parts of the fast step that are used.
+        best: how the best evaluation is told; None where nobody asks.
+        adapter: what the run goes on from; None where the adapter is new.
         choices: lines for the screen, in order.
     """
 
@@ -101,6 +105,8 @@ class Plan:
     targets: MethodTargets
     schedule: Schedule
     fast: FastPlan
+    best: BestModel | None
+    adapter: StartingAdapter | None
     choices: list[Choice]
 
     @property
@@ -112,7 +118,8 @@ class Plan:
             kind=model.kind,
             task_type=self.task.peft_types.get(model.kind),
             targets=targets.modules,
-            heads=[*model.heads, *targets.in_full],  # PEFT adds names of its own to it
+            # PEFT adds names of its own to it, and those of an adapter may name a head again.
+            heads=list(dict.fromkeys([*model.heads, *targets.in_full])),
             fan_in_fan_out=targets.fan_in_fan_out,
             total_steps=self.schedule.steps,
             tokenizer=model.tokenizer,

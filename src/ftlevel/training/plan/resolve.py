@@ -6,7 +6,7 @@ Everything that can be wrong before weights are read is found here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.config import TrainConfig
@@ -35,12 +35,15 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.threads import choose_threads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
+from ftlevel.training.plan.adapter import StartingAdapter
+from ftlevel.training.plan.adapter_form import check_form
+from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
 from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
 from ftlevel.training.plan.method_fit import check_method, choose_precision, resolve_quantization
 from ftlevel.training.plan.method_targets import find_method_targets
 from ftlevel.training.plan.plan import Plan, PlannedModel
-from ftlevel.training.plan.schedule import choose_rates, count_steps
+from ftlevel.training.plan.schedule import choose_rates, count_steps, steps_an_epoch
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def resolve(
     lenient: bool = False,
     progress: Progress = be_silent,
     why_task: str = "",
+    adapter: StartingAdapter | None = None,
 ) -> Plan:
     """Resolve `config`.
 
@@ -82,6 +86,7 @@ def resolve(
         lenient: report rows that ought to stop the run, as a preview does.
         progress: told how many examples are encoded.
         why_task: the reason for the task, where the user named none.
+        adapter: what the run goes on from, by which `config` was made.
 
     Raises:
         ConfigError: with the first problem found; nothing was loaded or written.
@@ -94,15 +99,18 @@ def resolve(
     meta = build_task_model(model_config, bare.auto_class)
     _check_checkpointing(config, meta)
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
+    if adapter is not None:
+        model = replace(model, new_heads=[])  # they are the adapter's
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
     objective = task.build_objective(bare.kind, data.facts)
     _check_smoothing(config, objective)
     steps = count_steps(config.train, len(data.train))
     rates = choose_rates(config, _run_facts(model, meta, objective, steps))
+    best = _best_model(config, task, objective, data, steps)
     device, most = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, most)
-    return Plan(
+    plan = Plan(
         task=task,
         objective=objective,
         model=model,
@@ -110,9 +118,12 @@ def resolve(
         targets=targets,
         schedule=rates.schedule(steps),
         fast=fast,
+        best=best,
+        adapter=adapter,
         choices=[
             model_choice(config, model.family, model.total_parameters, bare.source),
             Choice("task", task.name, why_task),
+            *([adapter.choice] if adapter else []),
             *data.choices,
             bare.device,
             *threads,
@@ -123,9 +134,13 @@ def resolve(
             *bare.spelling,
             *layers,
             *rates.choices,
+            *([best.choice] if best else []),
             *fast.choices,
         ],
     )
+    if adapter is not None:
+        check_form(adapter, config, plan)
+    return plan
 
 
 def _read_model(config: TrainConfig, task: BaseTask) -> tuple[TrainConfig, _Bare]:
@@ -182,6 +197,15 @@ def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int)
         deep_head=matrices > 1,
         token_head=matrices > 0 and objective.per_token,
     )
+
+
+def _best_model(
+    config: TrainConfig, task: BaseTask, objective: Objective, data: Prepared, steps: int
+) -> BestModel | None:
+    """Return how the best evaluation is told."""
+    an_epoch = steps if data.stream else steps_an_epoch(config.train, len(data.train))
+    length = Length(steps, steps / an_epoch)
+    return resolve_best_model(config, task, objective, len(data.validation), length)
 
 
 def _prepare(

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.config.sections import TrainerConfig
+from ftlevel.config.trainer import TrainerConfig
 from ftlevel.methods import METHODS
 from ftlevel.methods.rates import RunFacts, choose_head_rate
 from ftlevel.training.plan.plan import Schedule
 
 
+def steps_an_epoch(config: TrainerConfig, rows: int) -> int:
+    """Return how many optimizer steps it takes to go through `rows` rows."""
+    micro_steps = math.ceil(rows / config.per_device_train_batch_size / (config.num_processes or 1))
+    return max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
+
+
 def count_steps(config: TrainerConfig, rows: int) -> int:
     """Return how many optimizer steps a run over `rows` rows makes."""
-    micro_steps = math.ceil(rows / config.per_device_train_batch_size / (config.num_processes or 1))
-    an_epoch = max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
-    return config.max_steps or math.ceil(config.num_train_epochs * an_epoch)
+    return config.max_steps or math.ceil(config.num_train_epochs * steps_an_epoch(config, rows))
 
 
 @dataclass(frozen=True)

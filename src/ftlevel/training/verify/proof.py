@@ -27,6 +27,8 @@ from ftlevel.fast.plan.workers import find_randomness
 from ftlevel.training.build_trainer import build_trainer
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
+from ftlevel.training.processes import Processes
+from ftlevel.training.resume import GoingOn
 from ftlevel.training.verify.bounds import ORDER, Bounds, Rounding, Verified, wrong
 from ftlevel.training.verify.compare import added, compare_gradients, total
 from ftlevel.training.verify.few_rows import choose_few
@@ -73,7 +75,7 @@ def verify_step(
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = build_trainer(
             config.model_copy(update={"output": quiet}),
-            plan, adapted, RunDirectory(Path(nowhere)), None,
+            plan, adapted, RunDirectory(Path(nowhere)), GoingOn(), Processes(),
         )  # fmt: skip
         steps = Steps(trainer, plan.model.pad_id)
         dropout = bool(asked and find_randomness(config, adapted.model, with_head=True))

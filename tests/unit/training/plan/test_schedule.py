@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.sections import TrainerConfig
+from ftlevel.config.trainer import TrainerConfig
 from ftlevel.methods.rates import RunFacts
 from ftlevel.training.plan.schedule import choose_rates, find_warnings
 

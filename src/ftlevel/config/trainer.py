@@ -1,0 +1,152 @@
+"""How a run is optimised, watched and saved: the section `train` of a configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ftlevel.config.section import Positive, Section, Share
+
+Steps = Positive | Annotated[float, Field(gt=0.0, lt=1.0)]
+"""A number of steps, or below 1 their share of the run, as in transformers."""
+
+
+class TrainerConfig(Section):
+    """The optimisation; names are those of `transformers.TrainingArguments`."""
+
+    num_train_epochs: float = Field(
+        3.0, gt=0, le=10_000, description="How often the training rows are gone through."
+    )
+    max_steps: Positive | None = Field(
+        None, description="Stop after N optimizer steps, whatever the epochs say."
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Peak learning rate; the default depends on the method, the model's kind and "
+        "width, and the length of the run.",
+    )
+    head_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Peak learning rate of a new head; the default is learning_rate where that is "
+        "given, and else one of its own.",
+    )
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = Field("linear", description="How the learning rate goes on after its peak.")
+    warmup_steps: float = Field(
+        0.0, ge=0, description="Steps of warm-up, or below 1 their share of all steps."
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of AdamW.")
+    adam_beta1: Share = Field(0.9, description="Decay of AdamW's mean of the gradients.")
+    adam_beta2: Share = Field(0.999, description="Decay of AdamW's mean of their squares.")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
+        1e-8, description="What AdamW adds to the root of that mean."
+    )
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm; 0 is off.")
+    label_smoothing_factor: Share = Field(
+        0.0,
+        description="Share of each target's probability that is spread over all others, in "
+        "training alone: what is evaluated is the plain loss.",
+    )
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Add noise to the embeddings in training (NEFTune, Jain et al., 2023), which "
+        "needs the plain step.",
+    )
+    optim: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adafactor",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "sgd",
+    ] = Field("adamw_torch_fused", description="Optimizer, by transformers' name, and its default.")
+    per_device_train_batch_size: Positive = Field(8, description="Rows a device and micro-step.")
+    per_device_eval_batch_size: Positive | None = Field(
+        None, description="Rows a device in evaluation; the default is the training batch."
+    )
+    gradient_accumulation_steps: Positive = Field(
+        1, description="Micro-steps that make one optimizer step."
+    )
+    num_processes: Positive | None = Field(
+        None,
+        description="Processes that train together, each on a device of its own, and each with "
+        "per_device_train_batch_size rows; the default is one, or as torchrun started them.",
+    )
+    train_sampling_strategy: Literal["random", "group_by_length"] = Field(
+        "random",
+        description="Order of the rows in an epoch; group_by_length puts rows of like length into "
+        "a step, which saves padding where rows cannot be packed.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="Seed of the weights, the dropout and the data order."
+    )
+    logging_steps: Steps | None = Field(
+        None,
+        description="Log every N steps, or below 1 every such share of the run; the default is "
+        "about 20 times a run.",
+    )
+    eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
+        None,
+        description="Evaluate every eval_steps, at the end of each epoch or not at all: steps, "
+        "epoch, no; the default is steps where eval_steps is given, else epoch.",
+    )
+    eval_steps: Steps | None = Field(
+        None,
+        description="Evaluate every N steps, or below 1 every such share of the run; the default "
+        "is at the end of each epoch.",
+    )
+    eval_on_start: bool = Field(False, description="Evaluate the untrained model first.")
+    load_best_model_at_end: bool | None = Field(
+        None,
+        description="Keep the model of the best evaluation instead of the last one; the default is "
+        "to do so where validation rows are evaluated more than once.",
+    )
+    metric_for_best_model: str | None = Field(
+        None,
+        min_length=1,
+        description="Metric that says which evaluation is the best, with or without eval_; the "
+        "default is the task's first where it is scored on all rows, else loss.",
+    )
+    greater_is_better: bool | None = Field(
+        None,
+        description="Whether the best metric is the highest; the default is by its name: not of a "
+        "loss, a perplexity or an error.",
+    )
+    early_stopping_patience: Positive | None = Field(
+        None,
+        description="Stop after N evaluations in a row without a better one; the default is never.",
+    )
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, description="By how much an evaluation has to be better to count as such."
+    )
+    save_strategy: Literal["no", "steps", "epoch", "best"] | None = Field(
+        None,
+        description="Write checkpoints every save_steps, at the end of each epoch, at each best "
+        "evaluation or never: steps, epoch, best, no; the default is steps where save_steps is "
+        "given, else by save_minutes alone.",
+    )
+    save_steps: Steps | None = Field(
+        None,
+        description="Write a checkpoint every N steps, or below 1 every such share of the run.",
+    )
+    save_minutes: float = Field(
+        10.0,
+        ge=0,
+        description="Write a checkpoint too when so many minutes went by without one, and then at "
+        "the end; 0 for never.",
+    )
+    save_total_limit: Positive = Field(2, description="How many checkpoints are kept.")
+    predict_with_generate: bool | None = Field(
+        None,
+        description="Score generated text (ROUGE) in evaluation; the default is by the task.",
+    )
+    max_generate_samples: Positive = Field(
+        32, description="How many validation rows are generated for scoring."
+    )
+    max_new_tokens: Positive = Field(64, description="Longest generated text in tokens.")

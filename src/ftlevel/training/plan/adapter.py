@@ -1,0 +1,267 @@
+"""The trained adapter that a run goes on from: what the configuration takes from it.
+
+Base, method, quantization, task and labels are the adapter's. A flag that says otherwise is
+refused, and so is an adapter that `train` would not build the same way, before weights load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.cards import AdapterCard, read_card
+from ftlevel.artifacts.fingerprint import file_fingerprint
+from ftlevel.artifacts.run_directory import CONFIG
+from ftlevel.config import SPECS, Layer, MethodConfig, TrainConfig, build_config, read_recipe
+from ftlevel.config.choices import Choice
+from ftlevel.config.flags import FLAGS
+from ftlevel.errors import ConfigError
+from ftlevel.methods import METHODS
+from ftlevel.models.loading import load_config
+from ftlevel.models.quantized import stored_quantization
+from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.trained.adapterhub import is_adapterhub
+from ftlevel.trained.load import card_directory, check_base
+from ftlevel.trained.plain_peft import ADAPTER_CONFIG, base_words, read_plain_adapter
+from ftlevel.weights.tensor_files import read_header
+
+WEIGHTS = "adapter_model.safetensors"
+
+_TASKS = {"SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
+          "QUESTION_ANS": "question-answering", "CAUSAL_LM": "text-generation"}  # fmt: skip
+"""PEFT's type of task → the one that it can only be."""
+
+_NAMED = ("target_modules", "target_parameters", "layers_to_transform", "modules_to_save")
+"""What a run says in its own words, and adapter_config.json by names of modules."""
+
+
+@dataclass(frozen=True)
+class StartingAdapter:
+    """A trained adapter.
+
+    Attributes:
+        name: as the user gave it.
+        directory: with its weights.
+        settings: its adapter_config.json.
+        card: what ftlevel wrote beside it; None for plain PEFT's.
+        fingerprint: SHA-256 of its weights.
+    """
+
+    name: str
+    directory: Path
+    settings: Mapping[str, Any]
+    card: AdapterCard | None
+    fingerprint: str
+
+    @property
+    def choice(self) -> Choice:
+        """The line for the screen."""
+        of = "by plain PEFT" if self.card is None else f"for {self.card.task}"
+        return Choice("adapter", self.name, f"trained {of}; base and method are its own")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what summary.json says of it."""
+        return {"name": self.name, "fingerprint": self.fingerprint}
+
+
+def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | None, list[str]]:
+    """Return `config` with what `--adapter` decides, the adapter, and notes for the user.
+
+    A whole model, as of `--method full` or a merge, is what `--model` takes: there is no adapter.
+
+    Raises:
+        ConfigError: there is none, a flag says something else than it, or it cannot be trained on.
+        InputError: its files are damaged, or its base is not there or another.
+    """
+    if config.model.adapter is None:
+        return config, None, []
+    name, path = config.model.adapter, Path(config.model.adapter).expanduser()
+    directory = card_directory(path) or path
+    card = read_card(directory) if directory != path or (path / "ftlevel.json").is_file() else None
+    if not (directory / ADAPTER_CONFIG).is_file() and (directory / "config.json").is_file():
+        return (*_take_model(config, name, directory), [f"--adapter {name} is a whole model"])
+    _check_kind(name, directory, config)
+    source, settings = read_plain_adapter(directory, _base_of(config, card, name))
+    if card is not None:
+        check_base(source, card, directory)
+    adapter = StartingAdapter(
+        name, directory, settings, card, file_fingerprint(directory / WEIGHTS)
+    )
+    spec = _read_spec(adapter, config)
+    _check_flags(config, adapter, spec)
+    values = config.model_dump(exclude_unset=True)
+    values["method"] = spec.model_dump()
+    values["model"] = {**values.get("model", {}), "name_or_path": source.name}
+    if source.revision:
+        values["model"]["revision"] = source.revision
+    task = card.task if card else _TASKS.get(str(settings.get("task_type")))
+    if task is not None and "task" not in config.model_fields_set:
+        values["task"] = task
+    if card is not None:
+        if card.labels:
+            values["data"] = {**values.get("data", {}), "labels": card.labels}
+        if stored_quantization(load_config(source)) is None:
+            values["quant"] = dict(card.quantization)
+        if config.model.dtype == "auto":
+            values["model"]["dtype"] = card.dtype
+    return build_config([Layer(values)]), adapter, []
+
+
+def _take_model(
+    config: TrainConfig, name: str, directory: Path
+) -> tuple[TrainConfig, StartingAdapter | None]:
+    """Return `config` with the model in `directory` as its base."""
+    if "name_or_path" in config.model.model_fields_set:
+        raise ConfigError(
+            f"--adapter {name} is a whole model, and --model {config.model.name_or_path} names "
+            "another. Give one of them."
+        )
+    update = {"name_or_path": str(directory), "adapter": None}
+    values = config.model_dump(exclude_unset=True)
+    values["model"] = {**values["model"], **update}
+    return build_config([Layer(values)]), None
+
+
+def _check_kind(name: str, directory: Path, config: TrainConfig) -> None:
+    """Refuse what is no adapter of PEFT's, and to write the run over it.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if is_adapterhub(directory):
+        raise ConfigError(
+            f"--adapter {name} is in AdapterHub's form, which is read and not trained on. Train "
+            "anew with --method adapter."
+        )
+    if not (directory / ADAPTER_CONFIG).is_file():
+        what = "holds neither an adapter nor a model" if directory.exists() else "does not exist"
+        raise ConfigError(
+            f"--adapter {name} {what}. Name a run of ftlevel, its adapter directory, an adapter of "
+            f"PEFT's with its {ADAPTER_CONFIG}, or a method."
+        )
+    out = config.output.dir
+    if out is not None and directory.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(
+            f"--output-dir {out} holds --adapter {name}, which stays as it is. Name another "
+            "directory; --resume goes on in the same."
+        )
+
+
+def _base_of(config: TrainConfig, card: AdapterCard | None, name: str) -> ModelSource | None:
+    """Return the base that the user or the card names; None leaves it to adapter_config.json."""
+    model = config.model
+    if "name_or_path" in model.model_fields_set:
+        return resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
+    if card is None:
+        return None
+    base, trust = card.base["name"], model.trust_remote_code
+    return resolve_source(base, card.base.get("revision"), trust, base_words(name, base))
+
+
+def _read_spec(adapter: StartingAdapter, config: TrainConfig) -> MethodConfig:
+    """Return the method that builds an adapter of this form, by the run's config or PEFT's.
+
+    Raises:
+        ConfigError: no method here does.
+    """
+    settings, card, given = adapter.settings, adapter.card, config.method
+    kind = card.method if card else _kind_of(adapter)
+    run = adapter.directory.parent / CONFIG
+    values: dict[str, Any] = {}
+    if card is not None and run.is_file():
+        own = read_recipe(run).values.get("method") or {}
+        values = dict(own) if isinstance(own, Mapping) else {}
+    if card is None and kind == "lora" and given.kind == "qlora":
+        kind = "qlora"
+    kind = METHODS[kind].continued_as or kind
+    fields = SPECS[kind].model_fields
+    values = {name: value for name, value in values.items() if name in fields}
+    values |= {
+        name: value
+        for name, value in settings.items()
+        if name in fields and value is not None and not name.startswith("init_")
+        and not (name in values and name in _NAMED)
+    }  # fmt: skip
+    if card is None and "modules_to_save" in fields:
+        values["modules_to_save"] = _saved_modules(adapter)
+    for name in ("lora_plus_ratio", *(name for name in fields if name.endswith("dropout"))):
+        if name in given.model_fields_set and hasattr(given, name):
+            values[name] = getattr(given, name)  # these say how it learns, not what it is
+    spec = build_config([Layer({"method": {**values, "kind": kind}})]).method
+    start = METHODS[kind].start
+    return start.default(spec) if start else spec
+
+
+def _kind_of(adapter: StartingAdapter) -> str:
+    """Return the method of an adapter that plain PEFT wrote.
+
+    Raises:
+        ConfigError: there is none for it.
+    """
+    wanted = str(adapter.settings.get("peft_type"))
+    for kind, method in METHODS.items():
+        if method.merging.peft_types[:1] == (wanted,) and not method.register:
+            return kind
+    raise ConfigError(
+        f"--adapter {adapter.name} is of type {wanted}, which PEFT wrote and no --method here "
+        "trains on. ftlevel list-methods shows those there are."
+    )
+
+
+def _saved_modules(adapter: StartingAdapter) -> list[str]:
+    """Return what was trained in full, of the names that PEFT puts there by itself."""
+    stored, _ = read_header(adapter.directory / WEIGHTS)
+    names = adapter.settings.get("modules_to_save") or []
+    return [name for name in names if any(f".{name}." in key for key in stored)]
+
+
+def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConfig) -> None:
+    """Refuse flags that say something else than the adapter.
+
+    Raises:
+        ConfigError: naming each.
+    """
+    if reason := METHODS[spec.kind].why_not_continued:
+        raise ConfigError(
+            f"--adapter {adapter.name} was trained by --method {spec.kind}, which cannot go on: "
+            f"{reason}. ftlevel merge makes a model of it to train on."
+        )
+    problems = [
+        f"{flag} {wish}: --adapter {adapter.name} has {own}. Drop {flag}, or train a new adapter."
+        for flag, wish, own in _differences(config, adapter, spec)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _differences(
+    config: TrainConfig, adapter: StartingAdapter, spec: MethodConfig
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each flag that contradicts the adapter, its value, and what the adapter has."""
+    given, card = config.method, adapter.card
+    flags = {row.path: row.shown for row in FLAGS if row.path}
+    names = given.model_fields_set - {"kind"}
+    is_lora = {given.kind, spec.kind} <= {"lora", "qlora"}
+    # `kind` is filled in where another field of the method is given.
+    is_own = is_lora or given.kind in (spec.kind, card.method if card else "")
+    is_filled_in = given.kind == "lora" and names
+    if "method" in config.model_fields_set and not (is_own or is_filled_in):
+        yield "--method", given.kind, spec.kind
+    for name in sorted(names):
+        wish, own = getattr(given, name), getattr(spec, name, None)
+        if name.startswith("init_") and wish == "default":
+            continue
+        if wish != own:
+            shown = own if hasattr(spec, name) else "no such thing"
+            yield flags.get(f"method.{name}", f"method.{name}"), wish, shown
+    if card is None:
+        return
+    if "task" in config.model_fields_set and config.task != card.task:
+        yield "--task", config.task, f"the task {card.task}"
+    if config.data.labels and list(config.data.labels) != card.labels:
+        yield "data.labels", ", ".join(config.data.labels), ", ".join(card.labels)
+    own = card.quantization.get("kind", "none")
+    if config.quant.kind not in ("none", own):
+        yield "--quant", config.quant.kind, f"a base of --quant {own}"

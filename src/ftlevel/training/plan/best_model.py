@@ -1,0 +1,171 @@
+"""Which evaluation of a run is the best, and what follows from it: resolved before weights load."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ftlevel.config import TrainConfig
+from ftlevel.config.choices import Choice
+from ftlevel.config.trainer import TrainerConfig
+from ftlevel.errors import ConfigError, did_you_mean, listing
+from ftlevel.task import Objective
+from ftlevel.tasks import BaseTask
+
+_LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
+"""Ends of the names of metrics of which the lowest is the best."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is.
+
+    Attributes:
+        steps: optimizer steps.
+        epochs: how often they go through the rows; a stream is gone through once.
+    """
+
+    steps: int
+    epochs: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestModel:
+    """How the best evaluation is told, and what follows from it.
+
+    Attributes:
+        metric: its name, with `eval_`.
+        greater_is_better: whether the highest is the best.
+        reason: why this metric.
+        loads: whether the model of it is kept in the end.
+        patience: evaluations in a row without a better one, after which the run ends.
+        threshold: by how much one has to be better for that.
+        saves: whether it writes a checkpoint.
+    """
+
+    metric: str
+    greater_is_better: bool
+    reason: str
+    loads: bool
+    patience: int | None
+    threshold: float
+    saves: bool
+
+    def is_better(self, value: float, than: float, by: float = 0.0) -> bool:
+        """Whether `value` is better `than` another by more than `by`; what is no number is not."""
+        gain = value - than if self.greater_is_better else than - value
+        return gain > by
+
+    @property
+    def choice(self) -> Choice:
+        """The line for the screen."""
+        order = "highest" if self.greater_is_better else "lowest"
+        kept = "is kept" if self.loads else "is not kept: the last is"
+        return Choice("best model", f"{order} {self.metric} {kept}", self.reason)
+
+
+def resolve_best_model(
+    config: TrainConfig, task: BaseTask, objective: Objective, rows: int, length: Length
+) -> BestModel | None:
+    """Return how the best evaluation is told; None where nobody asks for it.
+
+    Args:
+        config: the whole configuration.
+        task: the task.
+        objective: what is trained.
+        rows: those that are evaluated.
+        length: of the run.
+
+    Raises:
+        ConfigError: it is asked for and there is nothing to evaluate, or no such metric.
+    """
+    train = config.train
+    _check_rows(train, rows)
+    wish, saves = train.load_best_model_at_end, train.save_strategy == "best"
+    metric, reason = _choose_metric(train, task, objective)
+    loads = wish if wish is not None else bool(rows) and _evaluations(train, length) > 1
+    if not rows or not (loads or saves or train.early_stopping_patience):
+        return None
+    greater = train.greater_is_better
+    if greater is None:
+        greater = not metric.endswith(_LOWER_IS_BETTER)
+    return BestModel(
+        metric=metric,
+        greater_is_better=greater,
+        reason=reason,
+        loads=loads,
+        patience=train.early_stopping_patience,
+        threshold=train.early_stopping_threshold,
+        saves=saves,
+    )
+
+
+def _check_rows(train: TrainerConfig, rows: int) -> None:
+    """Refuse what asks for evaluations where there are no rows for them.
+
+    Raises:
+        ConfigError: naming the first flag that does.
+    """
+    asked = {
+        f"--early-stopping-patience {train.early_stopping_patience}": train.early_stopping_patience,
+        "--load-best-model-at-end": train.load_best_model_at_end,
+        "--save-strategy best": train.save_strategy == "best",
+        f"--metric-for-best-model {train.metric_for_best_model}": train.metric_for_best_model,
+    }
+    names = [name for name, is_asked in asked.items() if is_asked]
+    if names and not rows:
+        raise ConfigError(
+            f"{names[0]} needs validation rows to evaluate, and the data has none. Name some by "
+            "--validation-file, or hold some back: --validation-split 0.05."
+        )
+
+
+def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -> tuple[str, str]:
+    """Return the metric by its full name, and the reason for it.
+
+    What users of transformers expect is the loss. But where every row is decided on and counted, as
+    of classes, tags and spans, the decisions are what a model is trained for, and they go on
+    getting better when the loss already grows. Perplexity is the loss in other words, and ROUGE is
+    of a few rows.
+
+    Raises:
+        ConfigError: there is no such metric.
+    """
+    wish, of_all_rows = train.metric_for_best_model, objective.metrics
+    generates = task.generates if train.predict_with_generate is None else (
+        train.predict_with_generate and task.writes_text
+    )  # fmt: skip
+    known = ("loss", *of_all_rows, *(task.text_metrics if generates else ()))
+    if wish is not None:
+        name = wish.removeprefix("eval_")
+        if name not in known:
+            hint = did_you_mean(name, known)
+            if name in task.text_metrics:
+                hint = " It is scored with --predict-with-generate."
+            raise ConfigError(
+                f"--metric-for-best-model {wish}: --task {task.name} has no such metric here."
+                f"{hint} There are: {listing(known, 20)}."
+            )
+        return f"eval_{name}", "as asked"
+    first = objective.headline
+    if first in of_all_rows and not first.endswith("perplexity"):
+        return f"eval_{first}", "the task's first metric, scored on all validation rows"
+    why = (
+        f"{first} grows with it"
+        if first in of_all_rows
+        else f"{first} is scored on the first {train.max_generate_samples:,} rows alone"
+    )
+    return "eval_loss", why
+
+
+def _evaluations(train: TrainerConfig, length: Length) -> int:
+    """Return about how many evaluations a run makes; what matters is whether it is more than one.
+
+    An epoch that is cut short by the last step is evaluated too.
+    """
+    if train.eval_strategy == "no":
+        return 1
+    if train.eval_strategy != "epoch" and train.eval_steps:
+        every = train.eval_steps
+        return math.ceil(1 / every if every < 1 else length.steps / every)
+    return math.ceil(length.epochs)

@@ -1,0 +1,238 @@
+"""A run that goes on from a trained adapter begins where that ended, whatever the method."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import task_data
+from ftlevel.cli.app import run
+
+ModelDir = Callable[..., Path]
+SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-size", "4",
+         "--dtype", "float32", "--overlong", "drop"]  # fmt: skip
+ON = ["--adapter", "run", "--eval-on-start", "--max-steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def base(tiny_model_dir: ModelDir) -> Path:
+    return tiny_model_dir("llama", chat=True)
+
+
+def train(*arguments: str, out: str = "run") -> dict[str, Any]:
+    """Run `ftlevel train` and return its summary."""
+    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
+    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
+    return summary
+
+
+METHODS = {
+    "lora": ["--lora-r", "4", "--lora-alpha", "10"],
+    "rslora and dora": ["--rslora", "--dora", "--no-fast"],
+    "qlora": ["--method", "qlora", "--double-quant"],
+    "loftq": ["--init", "loftq", "--quant", "4bit"],
+    "pissa": ["--init", "pissa"],
+    "eva": ["--init", "eva"],
+    "ranks": ["--set", "method.rank_pattern={q_proj: 3}", "--set", "method.bias=lora_only",
+              "--target-modules", "q_proj,v_proj"],
+    "in full": ["--set", "method.modules_to_save=[embed_tokens]"],
+    "tokens": ["--set", "method.trainable_token_indices=[5, 6]"],
+    "ia3": ["--method", "ia3"],
+    "vera": ["--method", "vera"],
+    "oft": ["--method", "oft"],
+    "boft": ["--method", "boft"],
+    "loha": ["--method", "loha"],
+    "lokr": ["--method", "lokr"],
+    "ln-tuning": ["--method", "ln-tuning"],
+    "prefix": ["--method", "prefix"],
+    "prompt": ["--method", "prompt", "--set", "method.num_virtual_tokens=7"],
+    "adapter": ["--method", "adapter"],
+    "projected prefix": ["--method", "prefix", "--set", "method.prefix_projection=true"],
+    "p-tuning": ["--method", "p-tuning"],
+    "full": ["--method", "full"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "lora" else pytest.mark.slow) for n in METHODS]
+)
+def test_it_begins_where_the_adapter_ended(base: Path, name: str) -> None:
+    before = train("--model", str(base), *SHORT, *METHODS[name], "--max-steps", "3")
+    plain = [flag for flag in METHODS[name] if flag == "--no-fast"]
+    after = train(*SHORT, *ON, *plain, out="on")
+    assert after["metrics_before"] == before["metrics"]
+    assert after["metrics"] != before["metrics"]
+    if name != "full":
+        assert after["method"] == ("prompt" if name == "p-tuning" else before["method"])
+        card = json.loads(Path("on/adapter/ftlevel.json").read_text())
+        assert card["adapter"] == after["adapter"] != {}
+        assert yaml.safe_load(Path("on/config.yaml").read_text())["model"]["adapter"] == "run"
+        assert "went on from the adapter `run`" in Path("on/README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "pissa", "ia3", "prefix", "prompt", "adapter", "vera"])
+def test_the_directory_alone_says_all(base: Path, name: str) -> None:
+    before = train("--model", str(base), *SHORT, *METHODS[name], "--max-steps", "3")
+    shutil.copytree("run/adapter", "alone")
+    after = train(*SHORT, "--adapter", "alone", *ON[2:], out="on")
+    assert after["metrics_before"] == before["metrics"]
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_an_adapter_is_resumed(base: Path) -> None:
+    train("--model", str(base), *SHORT, *METHODS["lora"], "--max-steps", "3")
+    more = [*SHORT, "--adapter", "run", "--max-steps", "4", "--save-steps", "2"]
+    train(*more, out="on")
+    whole = Path("on/adapter/adapter_model.safetensors").read_bytes()
+    shutil.rmtree("on/adapter")
+    shutil.rmtree("on/checkpoints/checkpoint-4")
+    train("--resume", out="on")
+    assert Path("on/adapter/adapter_model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "ia3", "seqcls"])
+def test_an_adapter_of_plain_peft(
+    base: Path, kind: str, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = "text-classification" if kind == "seqcls" else "text-generation"
+    if kind == "seqcls":
+        task_data.write(Path("data"), "class")
+        base = tiny_model_dir("bert", "seqcls")
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=2, ignore_mismatched_sizes=True
+        )
+        config = LoraConfig(r=3, target_modules=["query", "value"], task_type="SEQ_CLS")
+    else:
+        write_turns(Path("data"))
+        model = AutoModelForCausalLM.from_pretrained(base)
+        config = (
+            LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], task_type="CAUSAL_LM")
+            if kind == "lora"
+            else IA3Config(
+                target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+            )
+        )
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained("plain")
+    more = ["--dataset", "data", "--batch-size", "4", "--dtype", "float32"]
+    summary = train(*more, "--adapter", "plain", *ON[2:], out="on")
+    assert summary["method"] == ("ia3" if kind == "ia3" else "lora")
+    assert (summary["model"]["name"], summary["task"]) == (str(base), task)
+    assert summary["data"]["validation_rows"] == 6
+    told = capsys.readouterr().err
+    if kind == "seqcls":  # it keeps no names, so that evaluate cannot be asked
+        assert "plain keeps no names of its classes: its head's are taken for a, b" in told
+        return
+    data = ["--dataset", "data/validation.jsonl", "--device", "cpu"]
+    assert run(["evaluate", "plain", "--task", task, *data, "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)["metrics"]["loss"]
+    assert summary["metrics_before"]["loss"] == pytest.approx(evaluated, rel=1e-2)  # in bfloat16
+
+
+def write_turns(directory: Path) -> None:
+    directory.mkdir()
+    for split, rows in (("train", range(12)), ("validation", range(20, 26))):
+        lines = [{"prompt": f"Say {i}.", "completion": f"the number {i}"} for i in rows]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (directory / f"{split}.jsonl").write_text(text)
+
+
+def test_a_classifier_goes_on_with_its_head(
+    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task_data.write(Path("data"), "class")
+    short = ["--batch-size", "4", "--dtype", "float32", "--max-steps", "3"]
+    before = train("--model", str(tiny_model_dir("bert")), "--dataset", "data", *short)
+    after = train("--dataset", "data", "--adapter", "run", "--eval-on-start", *short, out="on")
+    assert after["metrics_before"] == before["metrics"]
+    assert "head learning rate" not in {choice["name"] for choice in after["choices"]}
+    rows = [{"text": f"the word {i}", "label": "b"} for i in range(8)]
+    Path("some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone = ["--dataset", "some.jsonl", "--set", "data.gate.one_class=ignore"]
+    some = train(*alone, "--adapter", "run", *short, out="some")
+    assert some["data"]["labels"] == ["a", "b"], "the head has two, though the rows have one"
+    Path("other.jsonl").write_text("".join(json.dumps({**r, "label": "c"}) + "\n" for r in rows))
+    capsys.readouterr()
+    assert run(["train", "--dataset", "other.jsonl", "--adapter", "run"]) == 2
+    complaint = capsys.readouterr().err
+    assert "other.jsonl:1: label 'c' (8 rows) is not one of the 2 classes that" in complaint
+
+
+@pytest.fixture
+def trained(base: Path) -> Path:
+    train("--model", str(base), *SHORT, "--lora-r", "4", "--max-steps", "1")
+    return base
+
+
+def test_what_contradicts_the_adapter_is_refused(
+    trained: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_model_dir("gpt2")
+    for more, complaint in (
+        (["--lora-r", "8"], "--lora-r 8: --adapter run has 4. Drop --lora-r, or train a new adap"),
+        (["--method", "ia3"], "--method ia3: --adapter run has lora."),
+        (["--dora"], "--dora True: --adapter run has False."),
+        (["--task", "summarization"], "--task summarization: --adapter run has the task text-gen"),
+        (["--quant", "4bit"], "--quant 4bit: --adapter run has a base of --quant none."),
+        (["--model", str(other)], "run/adapter was trained on"),
+        (["--output-dir", "run", "--overwrite"], "--output-dir run holds --adapter run, which"),
+    ):
+        assert run(["train", "--adapter", "run", *SHORT, *more]) == 2
+        said = capsys.readouterr()
+        assert complaint in said.err
+        assert "load the model" not in said.out
+    assert run(["train", "--adapter", "nowhere/x"]) == 2
+    assert "--adapter nowhere/x does not exist. Name a run" in capsys.readouterr().err
+    train(*SHORT, "--adapter", "run", "--lora-r", "4", "--lora-dropout", "0.1", "--max-steps", "1",
+          "--model", str(trained), out="on")  # fmt: skip
+
+
+def test_what_cannot_go_on_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
+    get_peft_model(model, config).save_pretrained("ada")
+    assert run(["train", "--adapter", "ada"]) == 2
+    assert "by --method adalora, which cannot go on: its ranks" in capsys.readouterr().err
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True)
+    get_peft_model(model, config).save_pretrained("biased")
+    assert run(["train", "--adapter", "biased", *SHORT]) == 2
+    assert (
+        "--adapter biased: its lora_bias is true, and in training it would be false"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_method_by_the_name_of_axolotl_stays_one(base: Path) -> None:
+    summary = train("--model", str(base), *SHORT, "--adapter", "ia3", "--max-steps", "1")
+    assert summary["method"] == "ia3"
+    assert summary["adapter"] is None
+
+
+@pytest.mark.slow
+def test_real_weights_go_on(minilm: Path) -> None:
+    task_data.write(Path("data"), "class")
+    short = ["--dataset", "data", "--batch-size", "4", "--dtype", "float32", "--max-steps", "4"]
+    before = train("--model", str(minilm), *short, "--eval-steps", "2")
+    assert before["best"]["metric"] == "eval_accuracy"
+    after = train("--adapter", "run", "--eval-on-start", *short, out="on")
+    assert after["metrics_before"] == before["metrics"]
