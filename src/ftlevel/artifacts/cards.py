@@ -24,7 +24,8 @@ class AdapterCard:
     Attributes:
         method: as in `--method`; a `full` run holds a whole model.
         task: as in `--task`.
-        base: the base model's `name`, `kind`, `revision` and weight `fingerprint`.
+        base: the base model's `name`, `kind`, `revision` and weight `fingerprint`, and of a local
+            one its `path` from the directory that the card is in.
         quantization: the quant section of the run.
         dtype: compute precision.
         prompt: fields of `PromptFormat`; empty for classification.

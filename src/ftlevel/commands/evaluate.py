@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ftlevel.artifacts.files import check_absent
+from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
 from ftlevel.artifacts.rows.formats import row_file_type, write_rows
-from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.config import EvaluateConfig, QuantConfig, TrainConfig, build_config, read_recipe
+from ftlevel.config import EvaluateConfig, QuantConfig, TrainConfig, build_config
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.prepare.context import EncodingContext
@@ -181,8 +181,10 @@ def _settings(config: EvaluateConfig, found: Found) -> TrainConfig:
     Raises:
         ConfigError: nobody says where the rows are.
     """
-    own = TrainConfig() if found.run is None else build_config([read_recipe(found.run / CONFIG)])
+    own = TrainConfig() if found.run is None else build_config([read_run(found.run)])
     data = own.data
+    if found.run is not None and config.dataset is None:
+        check_places(found.run, own.model_dump(mode="json"), DATA_PLACES)
     if found.run is None and config.dataset is None:
         name = found.card.data.get("name")
         if name is None:
@@ -194,7 +196,8 @@ def _settings(config: EvaluateConfig, found: Found) -> TrainConfig:
     if found.run is None:
         changes["max_length"] = found.card.max_length or "auto"
     if config.dataset is not None:
-        changes |= {"dataset": config.dataset, "also": (), "mix": None, "subset": config.subset,
+        changes |= {"dataset": config.dataset, "also": (), "mix": None,
+                    "validation_file": None, "subset": config.subset,
                     "split": None, "validation_split": None, "max_samples": None,
                     "max_eval_samples": None}  # fmt: skip
     if config.columns:

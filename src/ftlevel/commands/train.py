@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.claim import claimed
@@ -15,27 +17,28 @@ from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
-from ftlevel.events import Listener, Silence
+from ftlevel.events import Listener
 from ftlevel.models.loading import quiet_libraries
+from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
-from ftlevel.training.finish import end_training, measure_times, save, write_results
+from ftlevel.training.finish import Start, end_training, measure_times, save, write_results
+from ftlevel.training.given import Given, Taken, keep_base, take
 from ftlevel.training.interrupted import describe_stop, telling_what_is_kept
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.packages import check_packages
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
-from ftlevel.training.plan.schedule import find_warnings
+from ftlevel.training.plan.schedule import find_stand_in, find_warnings
 from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
-from ftlevel.training.resume import open_or_resume
+from ftlevel.training.resume import check_base_outlives, check_resumable, open_or_resume
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
-    describe_base,
     find_nothing_learned,
     resolved_config,
 )
@@ -72,20 +75,71 @@ class TrainResult:
         return predict(config, rows).rows or []
 
 
+@dataclass(frozen=True)
+class CommandLine:
+    """What is known of a run that a command asks for.
+
+    Attributes:
+        recipe: the file that the configuration was read from.
+        start: when the process began.
+    """
+
+    recipe: Path | None
+    start: Start
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run that is resolved and checked, before weights load.
+
+    Attributes:
+        taken: the configuration, and what a program handed over.
+        plan: its plan.
+        listener: told of the course.
+        callbacks: told of the steps, after our own.
+        recipe: where the settings were read from, and the state of git there.
+        processes: that train together.
+        start: when the user began to wait.
+    """
+
+    taken: Taken
+    plan: Plan
+    listener: Listener
+    callbacks: Sequence[TrainerCallback]
+    recipe: Mapping[str, Any] | None
+    processes: Processes
+    start: Start
+
+
 def train(
     config: TrainConfig,
+    dataset: Any = None,
     *,
-    listener: Listener | None = None,
+    eval_dataset: Any = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
     dry_run: bool = False,
-    recipe: Path | None = None,
+    listener: Listener | None = None,
+    command_line: CommandLine | None = None,
 ) -> TrainResult:
     """Fine-tune as `config` says and write a run directory.
 
+    Rows and a model in memory stand in the configuration under a name, and go the one way of all
+    rows and models.
+
     Args:
         config: the whole configuration.
-        listener: told of the run's course; nobody by default.
+        dataset: rows to learn from, in place of `config.data.dataset`: a DataFrame, a
+            `datasets.Dataset` or DatasetDict, a list of dicts, or a file's name.
+        eval_dataset: the same for the rows to watch.
+        model: a model of transformers without an adapter, in place of `config.model`. It is not
+            changed: its weights are loaded anew from where they came, or are kept in the run.
+        tokenizer: its tokenizer, where it is not the one of its name.
+        callbacks: instances of `transformers.TrainerCallback`, told after our own.
         dry_run: resolve and check everything, train and write nothing.
-        recipe: the file that `config` was read from, to be named in summary.json.
+        listener: told of the run's course; the default shows it in a notebook, and nowhere else.
+        command_line: what is known of the command that asks for the run.
 
     Raises:
         ConfigError: something is wrong that can be known before weights load.
@@ -98,46 +152,62 @@ def train(
             f"train() was given {type(config).__name__}. Expected a TrainConfig, as "
             "TrainConfig(task=…), or FineTunePipeLine(args_dir=FILE).config for a recipe."
         )
-    listener = listener or Silence()
+    command_line = command_line or CommandLine(None, Start.now())
+    listener = listener or default_listener()
+    with contextlib.ExitStack() as held:
+        held.enter_context(quiet_libraries())
+        taken = take(config, Given(dataset, eval_dataset, model, tokenizer, callbacks), held)
+        job = _resolve(taken, command_line, listener, callbacks, dry_run=dry_run)
+        if dry_run:
+            plan, taken = job.plan, job.taken
+            summary = {"dry_run": True, "steps": plan.schedule.steps, "data": plan.data.facts,
+                       "targets": plan.targets.modules,
+                       "config": resolved_config(taken.config, plan)}  # fmt: skip
+            listener.end(summary)
+            return TrainResult(summary, None, None, plan.model.tokenizer)
+        return _train(job, held)
+
+
+def _resolve(
+    taken: Taken,
+    command_line: CommandLine,
+    listener: Listener,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    dry_run: bool,
+) -> _Job:
+    """Turn the configuration into a plan, and show it; everything is checked that can be known."""
     processes = started_processes()
-    config = resolve_processes(config, processes, rows_only=dry_run)
-    output = config.output
+    config = resolve_processes(taken.config, processes, rows_only=dry_run)
+    output, recipe = config.output, command_line.recipe
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
     check_packages(config)
     origin = describe_recipe(recipe) if recipe else None
-    with quiet_libraries():
-        listener.stage("read the data and the model's shape")
-        config, why = choose_task(config)
-        plan = resolve(config, progress=listener.progress, why_task=why)
-        listener.choices("train", [*plan.choices, *size_choices(config, plan, try_method=dry_run)])
-        data = plan.data
-        sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
-        for warning in find_warnings(config.train, *sizes, new_head=new_head):
-            listener.warn(warning)
-        if dry_run:
-            summary = {"dry_run": True, "steps": plan.schedule.steps, "data": data.facts,
-                       "targets": plan.targets.modules,
-                       "config": resolved_config(config, plan)}  # fmt: skip
-            listener.end(summary)
-            return TrainResult(summary, None, None, plan.model.tokenizer)
-        with contextlib.ExitStack() as held:
-            return _train(config, plan, listener, origin, processes, held)
+    listener.stage("read the data and the model's shape")
+    config, why = choose_task(config)
+    plan = resolve(config, progress=listener.progress, why_task=why)
+    check_base_outlives(config, plan)
+    if output.resume:
+        check_resumable(config, plan)
+    sized = size_choices(config, plan, try_method=dry_run)
+    listener.choices("train", [*taken.choices, *plan.choices, *sized])
+    data = plan.data
+    sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
+    for warning in [*find_stand_in(config), *find_warnings(config.train, *sizes, new_head=new_head)]:
+        listener.warn(warning)
+    taken = replace(taken, config=config)
+    return _Job(taken, plan, listener, callbacks, origin, processes, command_line.start)
 
 
-def _train(
-    config: TrainConfig,
-    plan: Plan,
-    listener: Listener,
-    recipe: Mapping[str, Any] | None,
-    processes: Processes,
-    held: contextlib.ExitStack,
-) -> TrainResult:
+def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
+    config, plan, listener, processes = job.taken.config, job.plan, job.listener, job.processes
     processes.join(plan.model.device)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
     verified = verify_step(config, plan, adapted, listener)
-    base = describe_base(plan.model.source)
-    run, checkpoint = processes.from_first(lambda: open_or_resume(config, plan, base, listener))
+    opened = processes.from_first(lambda: open_or_resume(job.taken, plan, listener))
+    run, checkpoint = opened
+    plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
     past = []
     if processes.is_first:
         held.enter_context(claimed(run.path))
@@ -145,6 +215,8 @@ def _train(
     held.enter_context(telling_what_is_kept(run))
     trainer = build_trainer(config, plan, adapted, run, checkpoint)
     watch = add_callbacks(trainer, config, plan, run, listener, processes)
+    for callback in job.callbacks:
+        trainer.add_callback(callback)
     watch.report.records += past
 
     listener.stage("train")
@@ -162,12 +234,12 @@ def _train(
         save(adapted, config, plan, run, base)
     outcome = Outcome(
         run=run.path,
-        recipe=recipe,
+        recipe=job.recipe,
         base=base,
         model=adapted.model,
         records=watch.report.records,
         proof=prove(adapted.model, config, plan, run, watch.gradients),
-        timings=measure_times(watch.report, trained_at, int(trainer.tokens_seen)),
+        timings=measure_times(watch.report, job.start, trained_at, int(trainer.tokens_seen)),
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
         speed=describe_speed(trainer, asdict(verified) if verified else None),
     )

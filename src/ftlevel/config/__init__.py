@@ -10,6 +10,8 @@ from ftlevel.config.commands.merge import MergeConfig
 from ftlevel.config.commands.predict import PredictConfig
 from ftlevel.config.commands.quantize import QuantizeConfig
 from ftlevel.config.gate import GateConfig
+from ftlevel.config.in_memory import IN_MEMORY as IN_MEMORY
+from ftlevel.config.in_memory import RowsInMemory as RowsInMemory
 from ftlevel.config.layers import (
     Layer,
     build_config,

@@ -17,6 +17,7 @@ class Section(BaseModel):
         allow_inf_nan=False,
         validate_default=True,
         defer_build=True,  # --help reads the fields and validates nothing
+        hide_input_in_errors=True,  # which may be rows
     )
 
     @model_validator(mode="before")

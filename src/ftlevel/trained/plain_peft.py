@@ -15,14 +15,21 @@ from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import load_config, load_tokenizer
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.tasks import BaseTask
+from ftlevel.trained.base import base_words
 
 ADAPTER_CONFIG = "adapter_config.json"
 PLAIN = "none"
 """The method of a model that has no adapter."""
 
 
-def read_plain_adapter(directory: Path) -> tuple[ModelSource, dict[str, Any]]:
+def read_plain_adapter(
+    directory: Path, place: str | None = None
+) -> tuple[ModelSource, dict[str, Any]]:
     """Return the base of the PEFT adapter in `directory`, and its configuration.
+
+    Args:
+        directory: where the adapter is.
+        place: where the user says that the base is now.
 
     Raises:
         InputError: the configuration is unreadable, names no base, or the base is not there.
@@ -40,13 +47,16 @@ def read_plain_adapter(directory: Path) -> tuple[ModelSource, dict[str, Any]]:
             f"{directory} holds no adapter_model.safetensors. Save the adapter again with PEFT's "
             "save_pretrained."
         )
-    words = base_words(str(directory), base)
-    return resolve_source(base, settings.get("revision"), said=words), settings
+    return resolve_plain_base(base, directory, settings.get("revision"), place), settings
 
 
-def base_words(adapter: str, base: str) -> str:
-    """Return what errors call the base of an adapter, which the user did not name."""
-    return f"{base} (the base of {adapter})"
+def resolve_plain_base(
+    base: str, directory: Path, revision: str | None = None, place: str | None = None
+) -> ModelSource:
+    """Return the base that an adapter of another program names, or the user in its place."""
+    if place is not None:
+        return resolve_source(place, said=f"--model {place}")
+    return resolve_source(base, revision, said=base_words(str(directory), base))
 
 
 def stand_in_card(

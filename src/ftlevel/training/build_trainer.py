@@ -99,7 +99,7 @@ def add_callbacks(
     listener: Listener,
     processes: Processes,
 ) -> Watch:
-    """Let everything that goes with the steps of `trainer` (mutated) go with them."""
+    """Let everything of ours that goes with the steps of `trainer` (mutated) go with them."""
 
     def tell_nobody(_: Mapping[str, Any]) -> None:
         """The first process writes for all."""

@@ -12,34 +12,76 @@ import torch
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.places import write_places
 from ftlevel.artifacts.run_directory import RunDirectory, open_run
 from ftlevel.config import TrainConfig
 from ftlevel.config.renamed import RENAMED
 from ftlevel.errors import ConfigError, listing
 from ftlevel.events import Listener
+from ftlevel.training.given import Taken
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
-from ftlevel.training.summary import dump_config
+from ftlevel.training.summary import describe_base, dump_config, resolved_config
 
 # These say how a run is watched, not what it computes.
 _FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_on_start",
          "predict_with_generate", "max_generate_samples", "max_new_tokens",
          "per_device_eval_batch_size", "eval_strategy", "save_strategy"}  # fmt: skip
 
+_NO_CHECKPOINT = (
+    "--resume {}: it has no whole checkpoint{}. Start it again with --overwrite, and with "
+    "--save-steps to have checkpoints."
+)
+
+
+def check_resumable(config: TrainConfig, plan: Plan) -> None:
+    """Refuse to go on with another run, or one that has nothing to go on from: before weights load.
+
+    Raises:
+        ConfigError: naming every field that differs, with both values.
+    """
+    if config.output.dir is None:
+        return
+    run = RunDirectory(config.output.dir)
+    check_same_run(run, origin_of(config, plan, describe_base(plan.model.source)))
+    if not any(run.checkpoints.glob("checkpoint-*")):
+        raise ConfigError(_NO_CHECKPOINT.format(run.path, ""))
+
+
+def check_base_outlives(config: TrainConfig, plan: Plan) -> None:
+    """Refuse to replace a directory in which the base model is.
+
+    Raises:
+        ConfigError: it would be deleted with it.
+    """
+    output, base = config.output, plan.model.source.path
+    if output.overwrite and output.dir is not None and base is not None:
+        if output.dir.resolve() in (base.resolve(), *base.resolve().parents):
+            raise ConfigError(
+                f"--overwrite {output.dir}: the base model is in it ({base}), and would be deleted "
+                "with it. Name another --output-dir."
+            )
+
 
 def open_or_resume(
-    config: TrainConfig, plan: Plan, base: Mapping[str, Any], listener: Listener
+    taken: Taken, plan: Plan, listener: Listener
 ) -> tuple[RunDirectory, Path | None]:
-    """Return the run directory, and the checkpoint to go on from when resuming."""
-    output, origin = config.output, origin_of(config, plan, base)
+    """Return the run directory, and the checkpoint to go on from when resuming.
+
+    What it says of itself is written anew when resuming: its files may have moved.
+    """
+    config, output, checkpoint = taken.config, taken.config.output, None
     if output.resume and output.dir is not None:
         run = RunDirectory(output.dir)
-        check_same_run(run, origin)
-        return run, find_checkpoint(run, listener)
-    run = open_run(output.dir, default_name(config), overwrite=output.overwrite)
-    run.write_config(dump_config(config, plan))
+        checkpoint = find_checkpoint(run, listener)
+    else:
+        run = open_run(output.dir, default_name(config), overwrite=output.overwrite)
+    told = taken.named_in(run)
+    run.write_config(dump_config(told, plan))
+    write_places(run, resolved_config(told, plan))
+    origin = origin_of(config, plan, describe_base(plan.model.source))
     write_json(run.checkpoints / "origin.json", origin)
-    return run, None
+    return run, checkpoint
 
 
 def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,6 +97,9 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     values["data"]["overlong"] = plan.data.facts["overlong"]
     values["data"]["fingerprint"] = plan.data.facts["fingerprint"]
     values["model"]["fingerprint"] = base["fingerprint"]
+    values["data"]["validation_fingerprint"] = plan.data.facts.get("validation_fingerprint")
+    if template := values["data"]["chat_template"]:
+        values["data"]["chat_template"] = Path(template).name
     values["versions"] = library_versions()
     flat = {"task": values.pop("task")}
     if plan.model.device == "cpu":  # sums are made in as many parts
@@ -81,7 +126,9 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
     for key, value in now.items():  # a field that is younger than the run, as it always was
         if value == _default_of(key):
             before.setdefault(key, value)
+    before.setdefault("data.validation_fingerprint", now.get("data.validation_fingerprint"))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    changed = [key for key in changed if not _is_known_by_content(key, before, now)]
     if changed:
         shown = listing(
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(changed)
@@ -91,6 +138,21 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
             f"--resume {run.path}: not the same run: {shown}. "
             f"Give it as it was{how}, or start anew in another --output-dir."
         )
+
+
+_CONTENT = {
+    "model.name_or_path": "model.fingerprint",
+    "data.dataset": "data.fingerprint",
+    "data.also": "data.fingerprint",
+    "data.validation_file": "data.validation_fingerprint",
+}
+"""What may have another name, and what says that it is the same."""
+
+
+def _is_known_by_content(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether `key` is the name of something that is the same, wherever it is now."""
+    content = _CONTENT.get(key, "")
+    return now.get(content) is not None and before.get(content) == now[content]
 
 
 def _default_of(key: str) -> Any:
@@ -112,9 +174,6 @@ def find_checkpoint(run: RunDirectory, listener: Listener) -> Path:
         listener.warn(f"{line}; it is not used")
     if newest is None:
         found = f" ({listing(rejected)})" if rejected else ""
-        raise ConfigError(
-            f"--resume {run.path}: it has no whole checkpoint{found}. Start it again with "
-            "--overwrite, and with --save-steps to have checkpoints."
-        )
+        raise ConfigError(_NO_CHECKPOINT.format(run.path, found))
     checkpoints.set_aside_newer(run.checkpoints, newest)
     return newest

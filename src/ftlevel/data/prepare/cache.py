@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ftlevel.config import IN_MEMORY
+
 KEEP_DAYS = 30
 
 
@@ -32,8 +34,10 @@ def is_writable() -> bool:
 def files_of(name: str) -> list[Path] | None:
     """Return the file called `name`, or those below the directory, in order.
 
-    None for what is no path here: a set of the Hub has a cache of its own.
+    None for what is no path here: rows in memory, and a set of the Hub, which has its own cache.
     """
+    if name == IN_MEMORY:
+        return None
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
