@@ -15,7 +15,7 @@ from typing import Any
 
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.fingerprint import base_fingerprint
-from ftlevel.artifacts.run_directory import CONFIG, RunDirectory
+from ftlevel.artifacts.run_directory import CONFIG, ORIGIN, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, read_recipe
 from ftlevel.errors import ConfigError, listing
 
@@ -40,14 +40,14 @@ def absolute_places(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_places(run: RunDirectory, values: Mapping[str, Any]) -> None:
-    """Write places.json: the local paths of `values`, from the run's directory."""
+    """Write places.json: the local paths of `values`, each by what config.yaml calls it."""
     found: dict[str, str] = {}
 
-    def note(field: str, place: str) -> str:
+    def note(_: str, place: str) -> str:
         found[place] = relative_place(Path(place), run.path)
         return place
 
-    _with_places(values, note)
+    _with_places(absolute_places(values), note)
     write_json(run.path / PLACES, {place: path for place, path in found.items() if path})
 
 
@@ -178,4 +178,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _weights_of(directory: Path) -> str | None:
     """Return the fingerprint of the weights that the run was begun with, where it is known."""
-    return _read_json(directory / "checkpoints" / "origin.json").get("model.fingerprint")
+    return _read_json(directory / "checkpoints" / ORIGIN).get("model.fingerprint")

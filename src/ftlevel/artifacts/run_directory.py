@@ -15,6 +15,8 @@ from ftlevel.artifacts.claim import check_unclaimed
 from ftlevel.artifacts.files import write_json, write_text
 from ftlevel.errors import ConfigError
 
+ORIGIN = "origin.json"
+"""In checkpoints: everything that must be the same when a run goes on."""
 CONFIG, SUMMARY, METRICS, CARD = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
 
 

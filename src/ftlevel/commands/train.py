@@ -35,7 +35,12 @@ from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
-from ftlevel.training.resume import check_base_outlives, check_resumable, open_or_resume
+from ftlevel.training.resume import (
+    check_base_outlives,
+    check_base_stays,
+    check_resumable,
+    open_or_resume,
+)
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
@@ -183,6 +188,7 @@ def _resolve(
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
     check_packages(config)
     origin = describe_recipe(recipe) if recipe else None
+    check_base_stays(config)
     listener.stage("read the data and the model's shape")
     config, why = choose_task(config)
     plan = resolve(config, progress=listener.progress, why_task=why)

@@ -13,11 +13,12 @@ from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.places import write_places
-from ftlevel.artifacts.run_directory import RunDirectory, open_run
+from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
 from ftlevel.config import TrainConfig
 from ftlevel.config.renamed import RENAMED
 from ftlevel.errors import ConfigError, listing
 from ftlevel.events import Listener
+from ftlevel.models.sources import resolve_source
 from ftlevel.training.given import Taken
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
@@ -32,6 +33,28 @@ _NO_CHECKPOINT = (
     "--resume {}: it has no whole checkpoint{}. Start it again with --overwrite, and with "
     "--save-steps to have checkpoints."
 )
+
+
+def check_base_stays(config: TrainConfig) -> None:
+    """Refuse to go on with a run on another base model than it was begun with.
+
+    Before the rows are read, which another tokenizer would find fault with.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    wish, run = config.model, config.output.dir
+    if not config.output.resume or run is None:
+        return
+    before = _read_origin(RunDirectory(run))
+    source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
+    expected, found = before.get("model.fingerprint"), describe_base(source)["fingerprint"]
+    if None not in (expected, found) and found != expected:
+        raise ConfigError(
+            f"--resume {run}: it was begun on {before.get('model.name_or_path')} with weights "
+            f"{expected[:12]}…, and {source.words} has other weights ({found[:12]}…). Name the "
+            "base that it was begun on, or start anew in another --output-dir."
+        )
 
 
 def check_resumable(config: TrainConfig, plan: Plan) -> None:
@@ -80,7 +103,7 @@ def open_or_resume(
     run.write_config(dump_config(told, plan))
     write_places(run, resolved_config(told, plan))
     origin = origin_of(config, plan, describe_base(plan.model.source))
-    write_json(run.checkpoints / "origin.json", origin)
+    write_json(run.checkpoints / ORIGIN, origin)
     return run, checkpoint
 
 
@@ -114,12 +137,7 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming every field that differs, with both values.
     """
-    path = run.checkpoints / "origin.json"
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
-    before = {RENAMED.get(key, key): value for key, value in before.items()}
+    before = _read_origin(run)
     now = json.loads(json.dumps(origin, default=str))
     if "threads" in now:  # a run that was begun before they were kept does not say
         before.setdefault("threads", now["threads"])
@@ -138,6 +156,15 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
             f"--resume {run.path}: not the same run: {shown}. "
             f"Give it as it was{how}, or start anew in another --output-dir."
         )
+
+
+def _read_origin(run: RunDirectory) -> dict[str, Any]:
+    path = run.checkpoints / ORIGIN
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
+    return {RENAMED.get(key, key): value for key, value in found.items()}
 
 
 _CONTENT = {
