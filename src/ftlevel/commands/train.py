@@ -23,7 +23,14 @@ from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
-from ftlevel.training.finish import Start, end_training, measure_times, save, write_results
+from ftlevel.training.finish import (
+    Start,
+    end_training,
+    measure_times,
+    next_commands,
+    save,
+    write_results,
+)
 from ftlevel.training.given import Given, Taken, keep_base, take
 from ftlevel.training.interrupted import describe_stop, telling_what_is_kept
 from ftlevel.training.model import load_adapted
@@ -192,16 +199,17 @@ def _resolve(
     listener.stage("read the data and the model's shape")
     config, why = choose_task(config)
     plan = resolve(config, progress=listener.progress, why_task=why)
+    plan = replace(plan, choices=[*taken.choices, *plan.choices])
     check_base_outlives(config, plan)
+    taken = replace(taken, config=config)
     if output.resume:
-        check_resumable(config, plan)
+        check_resumable(taken, plan)
     sized = size_choices(config, plan, try_method=dry_run)
-    listener.choices("train", [*taken.choices, *plan.choices, *sized])
+    listener.choices("train", [*plan.choices, *sized])
     data = plan.data
     sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
     for warning in [*find_stand_in(config), *find_warnings(config.train, *sizes, new_head=new_head)]:
         listener.warn(warning)
-    taken = replace(taken, config=config)
     return _Job(taken, plan, listener, callbacks, origin, processes, command_line.start)
 
 
@@ -249,7 +257,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
         speed=describe_speed(trainer, asdict(verified) if verified else None),
     )
-    summary = build_summary(config, plan, outcome)
+    summary = build_summary(config, plan, outcome) | {"next": next_commands(plan, run)}
     with explain_disk_errors(run):
         write_results(run, config, summary)
     for warning in find_nothing_learned(summary, plan):

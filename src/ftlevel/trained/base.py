@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ftlevel.artifacts.cards import AdapterCard
-from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.artifacts.fingerprint import base_digest, base_fingerprint
 from ftlevel.artifacts.places import resolve_relative
 from ftlevel.errors import InputError, listing
 from ftlevel.models.sources import ModelSource, resolve_source
@@ -70,6 +70,8 @@ def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
     if source.path is None or expected is None:
         return
     found = base_fingerprint(source.path)
+    if found == expected and (whole := card.base.get("digest")) and source.path.is_dir():
+        expected, found = whole, base_digest(source.path)
     if found != expected:
         raise InputError(
             f"{directory} was trained on {card.base['name']} with weights {expected[:12]}…, and "

@@ -63,9 +63,23 @@ def build_trainer(
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
+    if config.output.report_to == "tensorboard":
+        trainer.add_callback(_tensorboard(run))
     if isinstance(rows, StreamedRows) and checkpoint:
         rows.restore(checkpoint)
     return trainer
+
+
+def _tensorboard(run: RunDirectory) -> Any:
+    """Return what writes for TensorBoard, into the run, where its name is the run's.
+
+    transformers would write below the checkpoints, under the time and the machine's name.
+    """
+    from transformers.integrations import TensorBoardCallback
+
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(run.path / "tensorboard")
+    return callback
 
 
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:

@@ -7,14 +7,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from ftlevel.artifacts.cards import write_readme
+from ftlevel.artifacts.cards import generate_command, write_readme
 from ftlevel.artifacts.places import relative_place
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import TrainConfig
+from ftlevel.config import IN_MEMORY, TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.methods import needs_import
+from ftlevel.methods.merging import read_peft_config, why_not_mergeable
+from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.rope import write_former_rope
 from ftlevel.trained.adapt import finish_method, save_adapter
 from ftlevel.training.callbacks.report import Report
@@ -71,6 +74,20 @@ def save(
     if run.adapter.exists():
         shutil.rmtree(run.adapter)
     partial.rename(run.adapter)
+
+
+def next_commands(plan: Plan, run: RunDirectory) -> list[str]:
+    """Return what can be done with a run now, as three commands that work in this directory."""
+    path, data = quote(str(run.path)), str(plan.data.facts["name"])
+    asked = generate_command(str(run.path), plan.task.name)
+    found = [asked if data == IN_MEMORY else f"ftlevel evaluate {path}"]
+    answers = f"ftlevel predict {path} --dataset"
+    found.append(f"{answers} {quote(data)} --limit 5" if Path(data).is_file() else f"{answers} FILE")
+    stored = plan.model.source.kind != "gguf" and stored_quantization(plan.model.config)
+    if (run.adapter / "adapter_config.json").is_file() and not stored:
+        if why_not_mergeable(read_peft_config(run.adapter)) is None:
+            return [*found, f"ftlevel merge {path} --out {quote(str(run.path) + '-merged')}"]
+    return found if asked in found else [*found, asked]
 
 
 def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
+from ftlevel.artifacts.fingerprint import base_digest
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import QuantConfig, RowsInMemory, TrainConfig
 from ftlevel.config.choices import Choice
@@ -156,4 +157,10 @@ def keep_base(
             shutil.move(taken.base, place)
         source = replace(plan.model.source, name=str(place), location=str(place))
         plan = replace(plan, model=replace(plan.model, source=source))
-    return plan, describe_base(plan.model.source)
+    return plan, describe_taken(plan, taken)
+
+
+def describe_taken(plan: Plan, taken: Taken) -> dict[str, Any]:
+    """Return the facts of the base; of one that was written for the run, of every byte."""
+    base, path = describe_base(plan.model.source), plan.model.source.path
+    return base if taken.base is None or path is None else {**base, "digest": base_digest(path)}

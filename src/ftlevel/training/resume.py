@@ -19,7 +19,7 @@ from ftlevel.config.renamed import RENAMED
 from ftlevel.errors import ConfigError, listing
 from ftlevel.events import Listener
 from ftlevel.models.sources import resolve_source
-from ftlevel.training.given import Taken
+from ftlevel.training.given import Taken, describe_taken
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
 from ftlevel.training.summary import describe_base, dump_config, resolved_config
@@ -57,16 +57,17 @@ def check_base_stays(config: TrainConfig) -> None:
         )
 
 
-def check_resumable(config: TrainConfig, plan: Plan) -> None:
+def check_resumable(taken: Taken, plan: Plan) -> None:
     """Refuse to go on with another run, or one that has nothing to go on from: before weights load.
 
     Raises:
         ConfigError: naming every field that differs, with both values.
     """
-    if config.output.dir is None:
+    directory = taken.config.output.dir
+    if directory is None:
         return
-    run = RunDirectory(config.output.dir)
-    check_same_run(run, origin_of(config, plan, describe_base(plan.model.source)))
+    run = RunDirectory(directory)
+    check_same_run(run, origin_of(taken.config, plan, describe_taken(plan, taken)))
     if not any(run.checkpoints.glob("checkpoint-*")):
         raise ConfigError(_NO_CHECKPOINT.format(run.path, ""))
 
@@ -102,7 +103,7 @@ def open_or_resume(
     told = taken.named_in(run)
     run.write_config(dump_config(told, plan))
     write_places(run, resolved_config(told, plan))
-    origin = origin_of(config, plan, describe_base(plan.model.source))
+    origin = origin_of(config, plan, describe_taken(plan, taken))
     write_json(run.checkpoints / ORIGIN, origin)
     return run, checkpoint
 
@@ -120,6 +121,7 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     values["data"]["overlong"] = plan.data.facts["overlong"]
     values["data"]["fingerprint"] = plan.data.facts["fingerprint"]
     values["model"]["fingerprint"] = base["fingerprint"]
+    values["model"]["digest"] = base.get("digest")
     values["data"]["validation_fingerprint"] = plan.data.facts.get("validation_fingerprint")
     if template := values["data"]["chat_template"]:
         values["data"]["chat_template"] = Path(template).name
@@ -145,6 +147,8 @@ def check_same_run(run: RunDirectory, origin: Mapping[str, Any]) -> None:
         if value == _default_of(key):
             before.setdefault(key, value)
     before.setdefault("data.validation_fingerprint", now.get("data.validation_fingerprint"))
+    if None in (before.get("model.digest"), now.get("model.digest")):  # it is now in a file
+        before["model.digest"] = now["model.digest"]
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     changed = [key for key in changed if not _is_known_by_content(key, before, now)]
     if changed:
