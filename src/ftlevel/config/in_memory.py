@@ -36,7 +36,7 @@ class RowsInMemory(str):
 
 def name_rows(value: Any) -> Any:
     """Return `value` as a configuration holds it: rows by a name, a path as text, all else as is."""
-    if isinstance(value, os.PathLike):
+    if isinstance(value, os.PathLike):  # of an argument, that is no field yet
         return os.fspath(value)
     is_frame = hasattr(value, "columns") and hasattr(value, "to_dict")
     if isinstance(value, str | bytes) or not (hasattr(value, "__iter__") or is_frame):
