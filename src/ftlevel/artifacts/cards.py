@@ -36,7 +36,8 @@ class AdapterCard:
         heads: modules that were trained in full and are saved with the adapter.
         padding_side: for batched generation.
         max_length: in tokens.
-        data: name, row counts and fingerprint of the training data.
+        data: name, row counts and fingerprint of the training data, and what its columns were said
+            to be, which holds for other rows of such columns.
         needs_import: what a program must import before PEFT alone can load the adapter.
         versions: of the libraries.
         merge: what was merged into a whole model, and how it was checked; empty where nothing was.

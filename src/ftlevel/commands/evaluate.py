@@ -187,7 +187,9 @@ def _settings(config: EvaluateConfig, found: Found) -> tuple[TrainConfig, bool]:
     Raises:
         ConfigError: nobody says where the rows are.
     """
-    own = TrainConfig() if found.run is None else build_config([read_run(found.run)])
+    own = TrainConfig(data={"columns": found.card.data.get("columns", {})})
+    if found.run is not None:
+        own = build_config([read_run(found.run)])
     data = own.data
     if found.run is not None and config.dataset is None:
         check_places(found.run, own.model_dump(mode="json"), DATA_PLACES)

@@ -165,8 +165,10 @@ def _prepare(
 
 
 def _settings(found: Found) -> TrainConfig:
-    """Return what the run was told, or the defaults for what is no run."""
-    return TrainConfig() if found.run is None else build_config([read_run(found.run)])
+    """Return what the run was told; of what is no run its card knows the columns alone."""
+    if found.run is not None:
+        return build_config([read_run(found.run)])
+    return TrainConfig(data={"columns": found.card.data.get("columns", {})})
 
 
 def _open(

@@ -115,7 +115,10 @@ def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> Adap
         labels=plan.data.facts["labels"],
         options=plan.task.card_options(config.data, plan.data.facts),
         heads=list(plan.model.heads),
-        data={k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
+        data={
+            **{k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
+            "columns": config.data.columns,
+        },
         needs_import=needs_import(config.method),
         versions=library_versions(),
     )
