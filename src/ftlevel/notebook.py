@@ -61,7 +61,7 @@ class Notebook(Silence):
         """Move the bar of encoding."""
         self._move(done, total)
 
-    def answered(self, done: int, share: float | None) -> None:
+    def answered(self, done: int, share: float | None) -> None:  # noqa: ARG002 - a listener's
         """Move the bar of answering."""
         self._move(share or 0.0, 1.0)
 

@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 
 from ftlevel.cli.app import run
-from ftlevel.config import EvaluateConfig
 from ftlevel.commands.evaluate import evaluate
+from ftlevel.config import EvaluateConfig
 
 TinyModelDir = Callable[..., Path]
 WORDS = ("argument", "parser", "module", "string", "value", "object", "default", "file")
 
 
 @pytest.fixture
-def project(
-    tiny_model_dir: TinyModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def project(tiny_model_dir: TinyModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder with a model, rows and a run that was trained on them by relative paths."""
     folder = tmp_path / "project"
     folder.mkdir()
@@ -28,8 +26,8 @@ def project(
     shutil.copytree(tiny_model_dir("llama", chat=True), "base")
     rows = [json.dumps({"prompt": f"the {w}", "completion": f"{w} it is"}) for w in WORDS]
     Path("rows.jsonl").write_text("\n".join(rows))
-    command = ["train", "--quiet", "--model", "base", "--dataset", "rows.jsonl", "--max-steps", "2",
-               "--save-steps", "1", "--validation-split", "0.25", "--output-dir", "run"]  # fmt: skip
+    rest = ["--max-steps", "2", "--save-steps", "1", "--validation-split", "0.25", "--quiet"]
+    command = ["train", "--model", "base", "--dataset", "rows.jsonl", *rest, "--output-dir", "run"]
     assert run(command) == 0
     return folder
 

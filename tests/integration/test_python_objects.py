@@ -95,7 +95,8 @@ def test_such_a_run_goes_on_with_the_same_rows(base: Path) -> None:
 
 
 def test_a_model_in_memory_is_its_files_and_is_not_changed(base: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     model.config.pad_token_id = tokenizer.pad_token_id
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -169,7 +170,7 @@ def test_callbacks_are_told_and_times_count_from_the_call(base: Path) -> None:
     result = train(config(base), ROWS, callbacks=[count])
     took = time.perf_counter() - began
     assert count.steps == 2
-    assert 0 < result.summary["timings"]["to_first_step_s"]
+    assert result.summary["timings"]["to_first_step_s"] > 0
     assert result.summary["timings"]["total_s"] <= took  # not since the process began
     assert result.summary["timings"]["to_first_step_cpu_s"] <= took * 4
 

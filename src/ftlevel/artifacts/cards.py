@@ -195,7 +195,7 @@ def _named_labels(summary: Mapping[str, Any], needs_import: str) -> list[str]:
         f"from peft import {loader}",
         "",
         f"names = {list(summary['data']['labels'])!r}",
-        f'model = {loader}.from_pretrained(',
+        f"model = {loader}.from_pretrained(",
         '    "adapter", num_labels=len(names), id2label=dict(enumerate(names))',
         ")  # the folder beside config.yaml",
         "```",

@@ -208,7 +208,8 @@ def _resolve(
     listener.choices("train", [*plan.choices, *sized])
     data = plan.data
     sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
-    for warning in [*find_stand_in(config), *find_warnings(config.train, *sizes, new_head=new_head)]:
+    warnings = find_warnings(config.train, *sizes, new_head=new_head)
+    for warning in [*find_stand_in(config), *warnings]:
         listener.warn(warning)
     return _Job(taken, plan, listener, callbacks, origin, processes, command_line.start)
 

@@ -21,7 +21,6 @@ from ftlevel.config.layers import (
     read_settings,
 )
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
-from ftlevel.config.other_tools.words import normal_task
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
@@ -35,6 +34,7 @@ from ftlevel.config.sections import (
 from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.train import TrainConfig
+from ftlevel.config.words import normal_task
 
 __all__ = [
     "DEFAULT_DATASET",

@@ -35,7 +35,7 @@ class RowsInMemory(str):
 
 
 def name_rows(value: Any) -> Any:
-    """Return `value` as a configuration holds it: rows by a name, a path as text, all else as is."""
+    """Return `value` as a configuration holds it: rows by a name, a path as text, else as it is."""
     if isinstance(value, os.PathLike):  # of an argument, that is no field yet
         return os.fspath(value)
     is_frame = hasattr(value, "columns") and hasattr(value, "to_dict")

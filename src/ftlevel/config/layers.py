@@ -16,9 +16,9 @@ from pydantic_core import ErrorDetails
 
 from ftlevel.config.methods import SPECS
 from ftlevel.config.other_tools.recipes import tool_of
-from ftlevel.config.other_tools.words import in_our_words
 from ftlevel.config.renamed import RENAMED, with_new_names
 from ftlevel.config.train import SHORTHAND, TrainConfig, expand
+from ftlevel.config.words import in_our_words
 from ftlevel.errors import ConfigError, did_you_mean, listing, nearest
 
 KeyPath = tuple[str, ...]

@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
-from ftlevel.config.other_tools.words import in_our_words
 from ftlevel.config.renamed import with_new_names
 from ftlevel.config.sections import (
     DataConfig,
@@ -20,6 +19,7 @@ from ftlevel.config.sections import (
 )
 from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.tasks import TaskName
+from ftlevel.config.words import in_our_words
 
 SHORTHAND = {"model": "name_or_path", "method": "kind", "quant": "kind", "data": "dataset"}
 """`method: lora` is short for `method: {kind: lora}`; likewise for these sections."""

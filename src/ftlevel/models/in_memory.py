@@ -59,9 +59,7 @@ def place_model(model: Any, tokenizer: Any, wish: ModelConfig, folder: Path) -> 
     Raises:
         ConfigError: they are not what is expected, or the config names a model too.
     """
-    if tokenizer is not None and not isinstance(
-        tokenizer, transformers.PreTrainedTokenizerBase
-    ):
+    if tokenizer is not None and not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         raise ConfigError(
             f"tokenizer= is of type {type(tokenizer).__name__}. Expected one that "
             "transformers.AutoTokenizer loaded."
@@ -70,19 +68,20 @@ def place_model(model: Any, tokenizer: Any, wish: ModelConfig, folder: Path) -> 
         source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
         return _with_tokenizer(source, tokenizer, folder)
     _check_model(model, wish)
-    source = _find_source(str(model.name_or_path or ""), wish)
+    known = _find_source(str(model.name_or_path or ""), wish)
     quant = _quantization(model)
-    if source is not None and _is_as_stored(model, source, quant):
-        return replace(_with_tokenizer(source, tokenizer, folder), quant=quant)
-    if tokenizer is None and source is None:
+    if known is not None and _is_as_stored(model, known, quant):
+        return replace(_with_tokenizer(known, tokenizer, folder), quant=quant)
+    if tokenizer is None and known is None:
         raise ConfigError(
             f"model= comes from no files (name {model.name_or_path!r}), so its tokenizer is not "
             "known. Give it: tokenizer=…"
         )
-    place = folder / _short_name(source.name if source else type(model).__name__)
+    place = folder / _short_name(known.name if known else type(model).__name__)
     model.save_pretrained(place)
-    (tokenizer or load_tokenizer(source)).save_pretrained(place)
-    than = f"other weights than {source.name}" if source else "the weights of no file"
+    own: Any = tokenizer if known is None or tokenizer is not None else load_tokenizer(known)
+    own.save_pretrained(place)
+    than = f"other weights than {known.name}" if known else "the weights of no file"
     return PlacedModel(str(place), place, quant, Choice(
         "given model", f"has {than}", "kept as base/ in the run, which its adapter needs; what was "
         "given is not changed",

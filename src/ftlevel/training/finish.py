@@ -82,12 +82,19 @@ def next_commands(plan: Plan, run: RunDirectory) -> list[str]:
     asked = generate_command(str(run.path), plan.task.name)
     found = [asked if data == IN_MEMORY else f"ftlevel evaluate {path}"]
     answers = f"ftlevel predict {path} --dataset"
-    found.append(f"{answers} {quote(data)} --limit 5" if Path(data).is_file() else f"{answers} FILE")
-    stored = plan.model.source.kind != "gguf" and stored_quantization(plan.model.config)
-    if (run.adapter / "adapter_config.json").is_file() and not stored:
-        if why_not_mergeable(read_peft_config(run.adapter)) is None:
-            return [*found, f"ftlevel merge {path} --out {quote(str(run.path) + '-merged')}"]
+    found.append(
+        f"{answers} {quote(data)} --limit 5" if Path(data).is_file() else f"{answers} FILE"
+    )
+    if _is_mergeable(plan, run):
+        return [*found, f"ftlevel merge {path} --out {quote(str(run.path) + '-merged')}"]
     return found if asked in found else [*found, asked]
+
+
+def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
+    if plan.model.source.kind != "gguf" and stored_quantization(plan.model.config) is not None:
+        return False
+    is_adapter = (run.adapter / "adapter_config.json").is_file()
+    return is_adapter and why_not_mergeable(read_peft_config(run.adapter)) is None
 
 
 def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> None:
@@ -123,9 +130,7 @@ class Start:
         return cls(time.perf_counter() - ago, 0.0)
 
 
-def measure_times(
-    report: Report, start: Start, trained_at: float, tokens: int
-) -> dict[str, float]:
+def measure_times(report: Report, start: Start, trained_at: float, tokens: int) -> dict[str, float]:
     """Return seconds: from the start, of the steps, and tokens a second of these.
 
     Args:

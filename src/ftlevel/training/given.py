@@ -24,7 +24,6 @@ from ftlevel.models.in_memory import place_model
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.summary import describe_base
 
-
 BASE = "base"
 """Directory in a run of a model that was handed over and is in no other file."""
 

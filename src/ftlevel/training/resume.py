@@ -49,7 +49,7 @@ def check_base_stays(config: TrainConfig) -> None:
     before = _read_origin(RunDirectory(run))
     source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
     expected, found = before.get("model.fingerprint"), describe_base(source)["fingerprint"]
-    if None not in (expected, found) and found != expected:
+    if expected is not None and found is not None and found != expected:
         raise ConfigError(
             f"--resume {run}: it was begun on {before.get('model.name_or_path')} with weights "
             f"{expected[:12]}…, and {source.words} has other weights ({found[:12]}…). Name the "
@@ -79,12 +79,13 @@ def check_base_outlives(config: TrainConfig, plan: Plan) -> None:
         ConfigError: it would be deleted with it.
     """
     output, base = config.output, plan.model.source.path
-    if output.overwrite and output.dir is not None and base is not None:
-        if output.dir.resolve() in (base.resolve(), *base.resolve().parents):
-            raise ConfigError(
-                f"--overwrite {output.dir}: the base model is in it ({base}), and would be deleted "
-                "with it. Name another --output-dir."
-            )
+    if not output.overwrite or output.dir is None or base is None:
+        return
+    if output.dir.resolve() in (base.resolve(), *base.resolve().parents):
+        raise ConfigError(
+            f"--overwrite {output.dir}: the base model is in it ({base}), and would be deleted "
+            "with it. Name another --output-dir."
+        )
 
 
 def open_or_resume(

@@ -53,7 +53,9 @@ def load_hub_tables(
     if reason:
         notes.append(f"{name}: the Hub was not reached ({reason}); used the copy in the cache")
     splits = found if isinstance(found, Mapping) else {only or "train": found}
-    return {key: dataset_table(data, f"{name} ({key})", most) for key, data in splits.items()}, notes
+    return {
+        key: dataset_table(data, f"{name} ({key})", most) for key, data in splits.items()
+    }, notes
 
 
 def open_hub_streams(name: str, subset: str | None) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def find_stand_in(config: TrainConfig) -> list[str]:
         return []
     return [
         f"no model is named, so the built-in one of 2.6 M parameters ({DEFAULT_MODEL}) learns from "
-        f"{config.data.dataset}. It is for trying things out: name one of use with --model, such as "
-        "HuggingFaceTB/SmolLM2-135M-Instruct."
+        f"{config.data.dataset}. It is for trying things out. Name one of use: --model "
+        "HuggingFaceTB/SmolLM2-135M-Instruct, for one."
     ]
 
 

@@ -62,7 +62,8 @@ def test_a_frame_gives_plain_values_and_none_for_what_is_missing() -> None:
 
 
 def test_splits_and_names_of_classes_are_read() -> None:
-    data = datasets.Dataset.from_list(ROWS).cast_column("label", datasets.ClassLabel(names=["n", "p"]))
+    data = datasets.Dataset.from_list(ROWS)
+    data = data.cast_column("label", datasets.ClassLabel(names=["n", "p"]))
     found = load(datasets.DatasetDict(train=data, validation=data, test=data))
     assert found.train.label_names == {"label": ("n", "p")}
     assert found.validation is not None
@@ -103,7 +104,7 @@ def test_the_name_alone_has_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Path("in memory").write_text('{"text": "a"}\n')  # which is not what the name means
     with pytest.raises(InputError, match="were handed over in Python, and are not kept"):
         load_splits("in memory")
-    with pytest.raises(InputError, match="is in memory already. Drop --streaming"):
+    with pytest.raises(InputError, match=r"is in memory already\. Drop --streaming"):
         open_source(RowsInMemory(ROWS), split=None, subset=None, on_bad_row="error",
                     validation_rows=None)  # fmt: skip
 
@@ -111,7 +112,8 @@ def test_the_name_alone_has_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_configuration_shows_the_name_alone() -> None:
     frame = pd.DataFrame({"text": ["SECRET"]})
     config = TrainConfig(data={"dataset": frame}, method="ia3", quant="4bit", model=Path("x"))
-    assert (config.method.kind, config.quant.kind, config.model.name_or_path) == ("ia3", "4bit", "x")
+    assert (config.method.kind, config.quant.kind) == ("ia3", "4bit")
+    assert config.model.name_or_path == "x"
     assert config.data.dataset.rows is frame
     assert TrainConfig(data=frame).data.dataset.rows is frame
     assert "SECRET" not in repr(config)
