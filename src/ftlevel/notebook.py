@@ -1,10 +1,12 @@
 """A run as a notebook shows it: one output that is drawn anew, as HTML without scripts.
 
-Who runs ftlevel from Python elsewhere gives a listener of their own, or none.
+Elsewhere in Python a run is silent but for its warnings, which go where the program's logs go; who
+wants more gives a listener.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +22,16 @@ _FIGURES = {"loss": "{:.4f}", "learning_rate": "{:.2e}", "grad_norm": "{:.3g}", 
 
 
 def default_listener() -> Listener:
-    """Return what shows a run where it was asked for: in a notebook its output, else nothing."""
-    return Notebook() if _in_notebook() else Silence()
+    """Return what shows a run that a program asks for: in a notebook its output, else a log."""
+    return Notebook() if _in_notebook() else Logged()
+
+
+class Logged(Silence):
+    """Passes warnings on to `logging`, as `ftlevel`, and says nothing else."""
+
+    def warn(self, message: str) -> None:
+        """Log a warning."""
+        logging.getLogger("ftlevel").warning(message)
 
 
 def _in_notebook() -> bool:

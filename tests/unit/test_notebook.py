@@ -8,7 +8,6 @@ import types
 import pytest
 
 from ftlevel.config.choices import Choice
-from ftlevel.events import Silence
 from ftlevel.notebook import Notebook, default_listener
 
 
@@ -70,6 +69,17 @@ def test_steps_are_not_each_drawn(cell: Cell) -> None:
     assert len(cell.drawn) < 100
 
 
-def test_elsewhere_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_only_warnings_are_logged(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
-    assert type(default_listener()) is Silence
+    listener = default_listener()
+    listener.stage("train")
+    listener.log({"step": 1, "loss": 1.0})
+    listener.warn("the loss did not fall")
+    assert capfd.readouterr().out == ""
+    assert [(record.name, record.message) for record in caplog.records] == [
+        ("ftlevel", "the loss did not fall")
+    ]

@@ -150,7 +150,8 @@ def train(
         tokenizer: its tokenizer, where it is not the one of its name.
         callbacks: instances of `transformers.TrainerCallback`, told after our own.
         dry_run: resolve and check everything, train and write nothing.
-        listener: told of the run's course; the default shows it in a notebook, and nowhere else.
+        listener: told of the run's course; the default shows it in a notebook, and logs warnings
+            elsewhere.
         command_line: what is known of the command that asks for the run.
 
     Raises:

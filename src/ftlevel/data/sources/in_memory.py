@@ -80,9 +80,8 @@ def _rows_of(rows: Any, source: str) -> Iterator[Mapping[str, Any]]:
             cells = (None if gone else value for value, gone in values)
             yield dict(zip(names, cells, strict=True))
         return
-    for to_rows in ("to_dicts", "to_pylist"):  # polars, pyarrow
-        if hasattr(rows, to_rows):
-            rows = getattr(rows, to_rows)()
+    if hasattr(rows, "to_pylist"):  # Arrow's
+        rows = rows.to_pylist()
     if not isinstance(rows, Iterable):
         raise InputError(f"the rows in memory are {_a(rows)}. Expected {_KINDS}.")
     for number, row in enumerate(rows, 1):
