@@ -90,7 +90,9 @@ def work(tool: str, base: str, adapter: str, out: str, limit: int) -> None:
     began, computed = time.perf_counter(), time.process_time()
     with Peak() as peak:
         if tool == "ftlevel":
-            merge(MergeConfig(adapters=[adapter], base=base, output_dir=Path(out), verify=False))
+            merge(
+                MergeConfig(adapters=[adapter], base_model=base, output_dir=Path(out), verify=False)
+            )
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
             merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -339,7 +339,7 @@ def test_names_are_given_once(name: str) -> None:
         row.shown for row in FLAGS if row.answer and name in row.on
     ]
     assert [second for second, count in Counter(seconds).items() if count > 1] == []
-    assert set(seconds) & set(names) <= {"--adapter"}  # of generate, where it is a flag
+    assert set(seconds) & set(names) <= {"--adapter", "--base"}  # flags of generate, of evaluate
 
 
 def test_rows_name_commands_and_flags_that_exist() -> None:

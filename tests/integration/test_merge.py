@@ -248,7 +248,7 @@ def peft_config(kind: str, **settings: Any) -> str:
         ({"a/adapter_config.json": peft_config("LORA")}, ["a", "--onto", "dequantized"],
          "not quantized ones. Drop --onto"),
         ({"a/adapter_config.json": peft_config("LORA")}, ["a", "--base", "no/where"],
-         "--base no/where: no such directory"),
+         "--model no/where: no such directory"),
         ({"m/x": ""}, ["a", "--out", "m"], "--out m exists and is not empty"),
         ({}, ["a", "--onto", "4bit"], "--onto: '4bit': weights of 4 or 8 bits cannot hold"),
         ({}, ["a", "--onto", "origin"], "Did you mean 'original'?"),
@@ -291,7 +291,7 @@ def test_another_base_is_refused(
     source = trained("llama", "text-generation", "mask", None, "--dtype", "float32")
     other = tiny_model_dir("llama", seed=1)
     assert run(["merge", str(source), "--out", "merged", "--base", str(other)]) == 2
-    assert "there are now other weights" in capsys.readouterr().err
+    assert "has other weights" in capsys.readouterr().err
     moved = shutil.copytree(source.parent / "base", "moved")
     assert run(["merge", str(source), "--out", "merged", "--base", str(moved), "--quiet"]) == 0
 

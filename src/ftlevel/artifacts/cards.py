@@ -15,6 +15,7 @@ from ftlevel.artifacts.files import check_regular, write_json
 from ftlevel.errors import InputError
 
 CARD = "ftlevel.json"
+_SHOWN_LABELS = 20
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class AdapterCard:
     Attributes:
         method: as in `--method`; a `full` run holds a whole model.
         task: as in `--task`.
-        base: the base model's `name`, `kind`, `revision` and weight `fingerprint`.
+        base: the base model's `name`, `kind`, `revision` and weight `fingerprint`, and of a local
+            one its `path` from the directory that the card is in.
         quantization: the quant section of the run.
         dtype: compute precision.
         prompt: fields of `PromptFormat`; empty for classification.
@@ -34,7 +36,8 @@ class AdapterCard:
         heads: modules that were trained in full and are saved with the adapter.
         padding_side: for batched generation.
         max_length: in tokens.
-        data: name, row counts and fingerprint of the training data.
+        data: name, row counts and fingerprint of the training data, and what its columns were said
+            to be, which holds for other rows of such columns.
         needs_import: what a program must import before PEFT alone can load the adapter.
         versions: of the libraries.
         adapter: name and fingerprint of the adapter that training went on from; empty for none.
@@ -184,13 +187,20 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         lines += [f"Training went on from the adapter `{summary['adapter']['name']}`.", ""]
     if metrics:
         lines += _metrics_table(summary)
-        rows = summary["data"]["validation_rows"]
-        lines += ["", f"Measured on {rows:,} validation rows; text metrics on the first "
-                  f"{summary['data']['generated_rows']:,} of them.", ""]  # fmt: skip
+        rows, generated = (summary["data"][key] for key in ("validation_rows", "generated_rows"))
+        texts = f"; text metrics on the first {generated:,} of them" if generated else ""
+        lines += ["", f"Measured on {rows:,} validation rows{texts}.", ""]
+    names = summary["data"]["labels"]
+    if names:
+        more = f" and {len(names) - _SHOWN_LABELS:,} more" if len(names) > _SHOWN_LABELS else ""
+        shown = ", ".join(f"`{name}`" for name in names[:_SHOWN_LABELS])
+        lines += [f"Its {len(names):,} labels: {shown}{more}.", ""]
     if summary["loss_window"]:
         lines += [f"Training loss {loss_words(summary)}.", ""]
     lines += ["## Use", "", "```sh", generate_command(summary["run"], summary["task"]), "```", ""]
-    if needs_import:
+    if names and summary["method"] != "full" and summary["model"].get("kind") != "builtin":
+        lines += _named_labels(summary, needs_import)
+    elif needs_import:
         lines += _python_use(needs_import)
     lines += ["The settings are in `config.yaml`, the figures in `summary.json`.", ""]
     return "\n".join(lines)
@@ -207,6 +217,32 @@ def _metrics_table(summary: Mapping[str, Any]) -> list[str]:
         shown = (f"{c[name]:.4f}" if name in c else "–" for c in columns.values())
         lines.append(f"| {name} | {' | '.join(shown)} |")
     return [*lines, "", f"Kept is {kept_words(best)}."] if best else lines
+
+
+_PEFT_CLASSES = {
+    "text-classification": "AutoPeftModelForSequenceClassification",
+    "token-classification": "AutoPeftModelForTokenClassification",
+}
+
+
+def _named_labels(summary: Mapping[str, Any], needs_import: str) -> list[str]:
+    """Return how a program loads the adapter with its labels, which PEFT does not keep."""
+    loader = _PEFT_CLASSES[summary["task"]]
+    return [
+        "PEFT keeps no names of labels with an adapter: without them its base is loaded with two, "
+        "called `LABEL_0` and `LABEL_1`. A program that uses PEFT alone names them:",
+        "",
+        "```python",
+        *([f"import {needs_import}  # makes PEFT know the type"] if needs_import else []),
+        f"from peft import {loader}",
+        "",
+        f"names = {list(summary['data']['labels'])!r}",
+        f"model = {loader}.from_pretrained(",
+        '    "adapter", num_labels=len(names), id2label=dict(enumerate(names))',
+        ")  # the folder beside config.yaml",
+        "```",
+        "",
+    ]
 
 
 def _python_use(module: str) -> list[str]:

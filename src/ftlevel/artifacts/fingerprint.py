@@ -31,6 +31,17 @@ def base_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def base_digest(path: Path) -> str:
+    """Return a SHA-256 of every byte of the weights in the directory `path`.
+
+    What a program changed in a model may be a few numbers, which samples would miss.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(f"{file.name} {file_fingerprint(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def _sample_safetensors(path: Path, digest: Any) -> None:
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))

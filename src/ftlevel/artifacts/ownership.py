@@ -23,7 +23,7 @@ from ftlevel.errors import ConfigError
 MARKER = ".ftlevel.json"
 CONFIG, SUMMARY, METRICS, CARD = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
-OWN = (CONFIG, SUMMARY, METRICS, CARD, ADAPTER, CHECKPOINTS)
+OWN = (CONFIG, SUMMARY, METRICS, CARD, ADAPTER, CHECKPOINTS, "places.json", "base", "tensorboard")
 """Names of all that a run writes into its directory, the marker aside."""
 
 _ASIDE, _KEPT = ".replaced", "kept"
@@ -137,7 +137,7 @@ def _keep_foreign(directory: Path, files: list[str] | None) -> list[str]:
     """
     lines = []
     for name in sorted(_files(directory) - set(files)) if files is not None else ():
-        if Path(name).parts[0] in (ADAPTER, CHECKPOINTS):
+        if len(Path(name).parts) > 1:
             to = _free(directory / _KEPT / name)
             to.parent.mkdir(parents=True, exist_ok=True)
             (directory / name).rename(to)

@@ -17,6 +17,8 @@ from ftlevel.artifacts.ownership import ADAPTER, CARD, CHECKPOINTS, METRICS, SUM
 from ftlevel.artifacts.ownership import CONFIG as CONFIG
 from ftlevel.errors import ConfigError
 
+ORIGIN = "origin.json"
+"""In checkpoints: everything that must be the same when a run goes on."""
 _CHANGES = "changes.jsonl"
 
 

@@ -7,6 +7,7 @@ import errno
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -147,6 +148,8 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; every error ends here as a line."""
+    # Libraries draw progress bars through tqdm, which reads this when it is first imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     wanted = [a for a in arguments if not a.startswith("-")][:1] or completed_command()
     try:
         with uncollected_imports():

@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
 
+from ftlevel.artifacts.places import PLACES, check_places, read_run
+from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.cli.startup.launch import is_launched
 from ftlevel.cli.typed.completion import completer
 from ftlevel.cli.typed.grammar import Command
@@ -210,9 +212,12 @@ def read_config(
         path = _own_config(Path(str(values["output_dir"])), given)
     if path is not None:
         path = check_recipe(path, given.command)
-    layers = [] if path is None else [read_recipe(path)]
+    is_run = path is not None and path.name == CONFIG and (path.parent / PLACES).is_file()
+    layers = [] if path is None else [read_run(path.parent) if is_run else read_recipe(path)]
     layers.append(read_settings(values["settings"] or []))
     config = build_config([*layers, given.layer()], note)
+    if is_run and path is not None:
+        check_places(path.parent, config.model_dump(mode="json"))
     for line in check_claims(given.claims, config):
         note(line)
     return config, path

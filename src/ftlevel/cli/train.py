@@ -32,8 +32,11 @@ def train(given: Given, *, dry_run: bool, as_json: bool, quiet: bool, schema: bo
     with open_screen(as_json=as_json, quiet=quiet or follows) as screen:
         share_heaps()
         with uncollected_imports():
+            from ftlevel.commands.train import CommandLine
             from ftlevel.commands.train import train as run
+            from ftlevel.training.finish import Start
 
-        result = run(config, listener=screen, dry_run=dry_run, recipe=origin)
+        asked = CommandLine(origin, Start.of_process())
+        result = run(config, listener=screen, dry_run=dry_run, command_line=asked)
     if as_json and not follows:
         typer.echo(json_module.dumps(result.summary, default=str))

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from ftlevel.artifacts.files import check_absent
+from ftlevel.artifacts.fingerprint import rows_fingerprint
+from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
 from ftlevel.artifacts.rows.formats import row_file_type, write_rows
-from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.config import EvaluateConfig, QuantConfig, TrainConfig, build_config, read_recipe
+from ftlevel.config import EvaluateConfig, QuantConfig, RowsInMemory, TrainConfig, build_config
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.held_out import HeldOut, load_held_out
+from ftlevel.data.prepare.loading import read_splits
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import PerRow, interval
 from ftlevel.evaluation.scoring import Evaluator
@@ -32,6 +34,7 @@ from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.quantized import quantization_form
+from ftlevel.tasks import TASKS
 from ftlevel.trained.load import Found, Trained, load_found
 from ftlevel.training.arguments import eval_batch_size
 from ftlevel.training.plan.bounds import text_positions
@@ -70,7 +73,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         found, reference = find_pair(config, device.value)
         found = _requantized(found, config)
         leader = choose_leader(found, reference)
-        settings = _settings(config, leader)
+        settings, is_own = _settings(config, leader)
         listener.stage("load the model")
         trained = load_found(found, device.value)
         listener.stage("read the rows")
@@ -79,7 +82,8 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             leader.card,
             config.split,
             _context(config, trained, leader, reference, settings),
-            is_own=config.dataset in (None, leader.card.data.get("name")),
+            is_own=is_own,
+            is_typed=bool(config.columns),
         )
         listener.choices("evaluate", _choices(config, found, trained, held_out, device))
         for note in trained.notes:
@@ -175,14 +179,20 @@ def _requantized(found: Found, config: EvaluateConfig) -> Found:
     return replace(found, card=card, notes=[*found.notes, *notes])
 
 
-def _settings(config: EvaluateConfig, found: Found) -> TrainConfig:
+def _settings(config: EvaluateConfig, found: Found) -> tuple[TrainConfig, bool]:
     """Return where the rows are and how they are scored: the user's word, then the run's.
+
+    And whether they are those of the run, which a file that has moved may still be.
 
     Raises:
         ConfigError: nobody says where the rows are.
     """
-    own = TrainConfig() if found.run is None else build_config([read_recipe(found.run / CONFIG)])
+    own = TrainConfig(data={"columns": found.card.data.get("columns", {})})
+    if found.run is not None:
+        own = build_config([read_run(found.run)])
     data = own.data
+    if found.run is not None and config.dataset is None:
+        check_places(found.run, own.model_dump(mode="json"), DATA_PLACES)
     if found.run is None and config.dataset is None:
         name = found.card.data.get("name")
         if name is None:
@@ -193,15 +203,41 @@ def _settings(config: EvaluateConfig, found: Found) -> TrainConfig:
     changes: dict[str, Any] = {"overlong": "drop"}
     if found.run is None:
         changes["max_length"] = found.card.max_length or "auto"
-    if config.dataset is not None:
-        changes |= {"dataset": config.dataset, "also": (), "mix": None, "subset": config.subset,
+    known = found.card.data.get("name") if found.run is None else own.data.dataset
+    is_own = config.dataset is None or _is_same_name(config.dataset, str(known))
+    if config.dataset is not None and _is_moved(config.dataset, own, found):
+        changes["dataset"], is_own = config.dataset, True
+    elif config.dataset is not None:
+        changes |= {"dataset": config.dataset, "also": (), "mix": None,
+                    "validation_file": None, "subset": config.subset,
                     "split": None, "validation_split": None, "max_samples": None,
                     "max_eval_samples": None}  # fmt: skip
     if config.columns:
         changes["columns"] = config.columns
     if config.max_eval_samples is not None:
         changes["max_eval_samples"] = config.max_eval_samples
-    return own.model_copy(update={"data": data.model_copy(update=changes)})
+    return own.model_copy(update={"data": data.model_copy(update=changes)}), is_own
+
+
+def _is_same_name(dataset: str, known: str) -> bool:
+    """Whether two names mean one data set; rows in memory have none of their own."""
+    if isinstance(dataset, RowsInMemory):
+        return False
+    return dataset == known or Path(dataset).absolute() == Path(known).absolute()
+
+
+def _is_moved(dataset: str, own: TrainConfig, found: Found) -> bool:
+    """Whether `dataset` is the run's own file, which is no longer where it was."""
+    data = own.data
+    if found.run is None or data.streaming or data.also or Path(data.dataset).exists():
+        return False
+    try:
+        splits = read_splits(
+            data.model_copy(update={"dataset": dataset}), TASKS[found.card.task], own.train.seed
+        )
+    except InputError:
+        return False
+    return rows_fingerprint(splits.train.rows) == found.card.data.get("fingerprint")
 
 
 def _context(
@@ -281,6 +317,7 @@ def _choices(
         Choice(
             "rows", f"{held_out.source}, {held_out.split}", f"{len(held_out.rows):,} rows{dropped}"
         ),
+        *([Choice("columns", held_out.note)] if held_out.note else []),
         Choice("dtype", trained.dtype, "as in training"),
         device,
     ]

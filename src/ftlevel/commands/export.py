@@ -87,7 +87,7 @@ def _find(config: ExportConfig, device: str) -> Found:
     Raises:
         InputError: an adapter that cannot be merged, or a revision of one.
     """
-    found = find_trained(config.model, device)
+    found = find_trained(config.model, device, place=config.base_model)
     if found.directory is not None:
         if FORMATS[config.format].merges:
             find_adapter(config.model)  # refuses what cannot be merged
@@ -112,5 +112,6 @@ def _merge(config: ExportConfig, found: Found, directory: Path) -> Mapping[str, 
         verify=config.verify,
         onto=onto,
         device=config.device,
+        base_model=config.base_model,
     )
     return merge(merging, listener=Silence()).summary

@@ -112,7 +112,7 @@ def _merge(
     summary = {
         "adapters": config.adapters,
         "method": inputs.card.method,
-        "base": dict(inputs.card.base),
+        "base": {**inputs.card.base, "name": inputs.source.name},
         "out": str(config.output_dir),
         "onto": chosen.onto,
         "reason": reason,
@@ -229,6 +229,7 @@ def _write_cards(
         needs_import="",
         versions=library_versions(),
         merge=facts,
+        base={key: value for key, value in inputs.card.base.items() if key != "path"},
     )
     card.write(place)
     text = write_merge_readme(summary, inputs.card.task)

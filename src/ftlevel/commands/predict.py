@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
 
+from ftlevel.artifacts.places import read_run
 from ftlevel.artifacts.rows.formats import check_row_file, row_file_type
 from ftlevel.artifacts.rows.sinks import LineStream, RowColumns, RowFile, RowList, RowSink
-from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.config import PredictConfig, TrainConfig, build_config, read_recipe
+from ftlevel.config import PredictConfig, TrainConfig, build_config
 from ftlevel.config.choices import Choice
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.prepare.questions import (
@@ -144,7 +144,7 @@ def _prepare(
 ) -> _Job:
     """Find the model, open the rows, check all that can be known, and go over what is written."""
     device = choose_device(config.device)
-    found = find_trained(config.name, device.value, config.task)
+    found = find_trained(config.name, device.value, config.task, place=config.base_model)
     task, own = TASKS[found.card.task], _settings(found)
     source, file = _open(config, rows, task, own, held)
     shape = task.find_questions(source.leading, _mapping(config, own, task, source), config.format)
@@ -165,8 +165,10 @@ def _prepare(
 
 
 def _settings(found: Found) -> TrainConfig:
-    """Return what the run was told, or the defaults for what is no run."""
-    return TrainConfig() if found.run is None else build_config([read_recipe(found.run / CONFIG)])
+    """Return what the run was told; of what is no run its card knows the columns alone."""
+    if found.run is not None:
+        return build_config([read_run(found.run)])
+    return TrainConfig(data={"columns": found.card.data.get("columns", {})})
 
 
 def _open(

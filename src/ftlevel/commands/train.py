@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.ownership import replacing
@@ -15,18 +17,22 @@ from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
-from ftlevel.events import Listener, Silence
+from ftlevel.events import Listener
 from ftlevel.models.loading import quiet_libraries
+from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
 from ftlevel.training.finish import (
+    Start,
     end_training,
     keep_best,
     measure_times,
+    next_commands,
     save,
     write_results,
 )
+from ftlevel.training.given import Given, Taken, describe_taken, keep_base, take
 from ftlevel.training.identity import BaseDigest
 from ftlevel.training.interrupted import describe_end, describe_stop, telling_what_is_kept
 from ftlevel.training.memory import explain_out_of_memory
@@ -36,16 +42,21 @@ from ftlevel.training.plan.adapter_form import find_adapter_warnings
 from ftlevel.training.plan.packages import check_packages
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
-from ftlevel.training.plan.schedule import find_warnings
+from ftlevel.training.plan.schedule import find_stand_in, find_warnings
 from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
-from ftlevel.training.resume import find_going_on, open_or_go_on, origin_of
+from ftlevel.training.resume import (
+    check_base_outlives,
+    check_base_stays,
+    find_going_on,
+    open_or_go_on,
+    origin_of,
+)
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
-    describe_base,
     find_nothing_learned,
     resolved_config,
 )
@@ -83,20 +94,72 @@ class TrainResult:
         return predict(config, rows).rows or []
 
 
+@dataclass(frozen=True)
+class CommandLine:
+    """What is known of a run that a command asks for.
+
+    Attributes:
+        recipe: the file that the configuration was read from.
+        start: when the process began.
+    """
+
+    recipe: Path | None
+    start: Start
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run that is resolved and checked, before weights load.
+
+    Attributes:
+        taken: the configuration, and what a program handed over.
+        plan: its plan.
+        listener: told of the course.
+        callbacks: told of the steps, after our own.
+        recipe: where the settings were read from, and the state of git there.
+        processes: that train together.
+        start: when the user began to wait.
+    """
+
+    taken: Taken
+    plan: Plan
+    listener: Listener
+    callbacks: Sequence[TrainerCallback]
+    recipe: Mapping[str, Any] | None
+    processes: Processes
+    start: Start
+
+
 def train(
     config: TrainConfig,
+    dataset: Any = None,
     *,
-    listener: Listener | None = None,
+    eval_dataset: Any = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
     dry_run: bool = False,
-    recipe: Path | None = None,
+    listener: Listener | None = None,
+    command_line: CommandLine | None = None,
 ) -> TrainResult:
     """Fine-tune as `config` says and write a run directory.
 
+    Rows and a model in memory stand in the configuration under a name, and go the one way of all
+    rows and models.
+
     Args:
         config: the whole configuration.
-        listener: told of the run's course; nobody by default.
+        dataset: rows to learn from, in place of `config.data.dataset`: a DataFrame, a
+            `datasets.Dataset` or DatasetDict, a list of dicts, or a file's name.
+        eval_dataset: the same for the rows to watch.
+        model: a model of transformers without an adapter, in place of `config.model`. It is not
+            changed: its weights are loaded anew from where they came, or are kept in the run.
+        tokenizer: its tokenizer, where it is not the one of its name.
+        callbacks: instances of `transformers.TrainerCallback`, told after our own.
         dry_run: resolve and check everything, train and write nothing.
-        recipe: the file that `config` was read from, to be named in summary.json.
+        listener: told of the run's course; the default shows it in a notebook, and logs warnings
+            elsewhere.
+        command_line: what is known of the command that asks for the run.
 
     Raises:
         ConfigError: something is wrong that can be known before weights load.
@@ -109,47 +172,61 @@ def train(
             f"train() was given {type(config).__name__}. Expected a TrainConfig, as "
             "TrainConfig(task=…), or FineTunePipeLine(args_dir=FILE).config for a recipe."
         )
-    listener = listener or Silence()
+    command_line = command_line or CommandLine(None, Start.now())
+    listener = listener or default_listener()
+    with contextlib.ExitStack() as held:
+        held.enter_context(quiet_libraries())
+        taken = take(config, Given(dataset, eval_dataset, model, tokenizer, callbacks), held)
+        job = _resolve(taken, command_line, listener, callbacks, dry_run=dry_run)
+        if dry_run:
+            plan, taken = job.plan, job.taken
+            summary = {"dry_run": True, "steps": plan.schedule.steps, "data": plan.data.facts,
+                       "targets": plan.targets.modules,
+                       "config": resolved_config(taken.config, plan)}  # fmt: skip
+            listener.end(summary)
+            return TrainResult(summary, None, None, plan.model.tokenizer)
+        held.enter_context(explain_out_of_memory(job.taken.config, job.plan))
+        return _train(job, held)
+
+
+def _resolve(
+    taken: Taken,
+    command_line: CommandLine,
+    listener: Listener,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    dry_run: bool,
+) -> _Job:
+    """Turn the configuration into a plan, and show it; everything is checked that can be known."""
     processes = started_processes()
-    config = resolve_processes(config, processes, rows_only=dry_run)
-    output = config.output
+    config = resolve_processes(taken.config, processes, rows_only=dry_run)
+    output, recipe = config.output, command_line.recipe
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
     check_packages(config)
     origin = describe_recipe(recipe) if recipe else None
-    with quiet_libraries():
-        listener.stage("read the data and the model's shape")
-        config, adapter, notes = take_adapter(config)
-        config, why = choose_task(config)
-        plan = resolve(config, progress=listener.progress, why_task=why, adapter=adapter)
-        notes += find_adapter_warnings(adapter, config, plan) if adapter else []
-        for note in notes:
-            listener.warn(note)
-        listener.choices("train", [*plan.choices, *size_choices(config, plan, try_method=dry_run)])
-        data = plan.data
-        sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
-        for warning in find_warnings(config.train, *sizes, new_head=new_head):
-            listener.warn(warning)
-        if dry_run:
-            summary = {"dry_run": True, "steps": plan.schedule.steps, "data": data.facts,
-                       "targets": plan.targets.modules,
-                       "config": resolved_config(config, plan)}  # fmt: skip
-            listener.end(summary)
-            return TrainResult(summary, None, None, plan.model.tokenizer)
-        with contextlib.ExitStack() as held, explain_out_of_memory(config, plan):
-            return _train(config, plan, listener, origin, processes, held)
+    check_base_stays(config)
+    listener.stage("read the data and the model's shape")
+    config, adapter, notes = take_adapter(config)
+    config, why = choose_task(config)
+    plan = resolve(config, progress=listener.progress, why_task=why, adapter=adapter)
+    plan = replace(plan, choices=[*taken.choices, *plan.choices])
+    check_base_outlives(config, plan)
+    taken = replace(taken, config=config)
+    sized = size_choices(config, plan, try_method=dry_run)
+    listener.choices("train", [*plan.choices, *sized])
+    notes += find_adapter_warnings(adapter, config, plan) if adapter else []
+    data = plan.data
+    sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
+    warnings = find_warnings(config.train, *sizes, new_head=new_head)
+    for warning in [*notes, *find_stand_in(config), *warnings]:
+        listener.warn(warning)
+    return _Job(taken, plan, listener, callbacks, origin, processes, command_line.start)
 
 
-def _train(
-    config: TrainConfig,
-    plan: Plan,
-    listener: Listener,
-    recipe: Mapping[str, Any] | None,
-    processes: Processes,
-    held: contextlib.ExitStack,
-) -> TrainResult:
+def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
+    config, plan, listener, processes = job.taken.config, job.plan, job.listener, job.processes
     processes.join(plan.model.device)
-    base = describe_base(plan.model.source)
-    origin = origin_of(config, plan, base)
+    origin = origin_of(config, plan, describe_taken(plan, job.taken))
     going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
     if going_on.finished is not None:
         listener.end({**going_on.finished, "nothing_left": describe_end(config, going_on.finished)})
@@ -157,7 +234,8 @@ def _train(
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
     verified = verify_step(config, plan, adapted, listener)
-    run = processes.from_first(lambda: open_or_go_on(config, plan, origin, going_on, listener))
+    run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
+    plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
     if processes.is_first:
         held.enter_context(claimed(run.path))
         held.enter_context(replacing(run.path))
@@ -169,6 +247,8 @@ def _train(
     trainer = build_trainer(config, plan, adapted, run, going_on, processes)
     watch = add_callbacks(trainer, config, plan, run, listener, processes)
     go_on(watch, run, going_on, processes)
+    for callback in job.callbacks:
+        trainer.add_callback(callback)
     checkpoint = going_on.checkpoint
 
     listener.stage("train")
@@ -187,18 +267,18 @@ def _train(
         save(adapted, config, plan, run, base)
     outcome = Outcome(
         run=run.path,
-        recipe=recipe,
+        recipe=job.recipe,
         base=base,
         model=adapted.model,
         records=watch.report.records,
         proof=prove(adapted.model, config, plan, run, watch.gradients),
-        timings=measure_times(watch.report, trained_at, int(trainer.tokens_seen)),
+        timings=measure_times(watch.report, job.start, trained_at, int(trainer.tokens_seen)),
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
         speed=describe_speed(trainer, asdict(verified) if verified else None),
         kept=kept,
         changes=run.read_changes(),
     )
-    summary = build_summary(config, plan, outcome)
+    summary = build_summary(config, plan, outcome) | {"next": next_commands(plan, run)}
     with explain_disk_errors(run):
         write_results(run, config, summary)
     for warning in find_nothing_learned(summary, plan):

@@ -10,6 +10,8 @@ from ftlevel.config.commands.merge import MergeConfig
 from ftlevel.config.commands.predict import PredictConfig
 from ftlevel.config.commands.quantize import QuantizeConfig
 from ftlevel.config.gate import GateConfig
+from ftlevel.config.in_memory import IN_MEMORY as IN_MEMORY
+from ftlevel.config.in_memory import RowsInMemory as RowsInMemory
 from ftlevel.config.layers import (
     Layer,
     build_config,
@@ -19,7 +21,6 @@ from ftlevel.config.layers import (
     read_settings,
 )
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
-from ftlevel.config.other_tools.words import normal_task
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
@@ -33,6 +34,7 @@ from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.train import TrainConfig
 from ftlevel.config.trainer import TrainerConfig
+from ftlevel.config.words import normal_task
 
 __all__ = [
     "DEFAULT_DATASET",

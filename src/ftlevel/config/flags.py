@@ -24,7 +24,7 @@ from ftlevel.config.other_tools.values import (
     read_trackers,
     refuse_checkpoint,
 )
-from ftlevel.config.other_tools.words import METHOD_WORDS
+from ftlevel.config.words import METHOD_WORDS
 
 DAILY, MODEL, DATA = "Daily", "Model and method", "Data"
 HOW, RUN, GENERAL = "Optimisation", "Run", "General"
@@ -324,6 +324,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("columns", "--map", DATA, ("evaluate", "predict", "generate"), metavar="NAME=COLUMN",
          example="summary=abstract"),
     Flag("max_eval_samples", "", DATA, ("evaluate",)),
+    Flag("base_model", "--model", MODEL, ("evaluate", "predict", "generate", "merge", "export"),
+         dest="base_model", also=("--base",)),
     Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
     Flag("quant", "", MODEL, ("evaluate",)),
     Flag("base", "", COMPARE, ("evaluate",)),
@@ -337,7 +339,6 @@ FLAGS: tuple[Flag, ...] = (
     # merge
     Flag("output_dir", "--out", WRITE, ("merge",), metavar="DIR", required=True),
     Flag("onto", "", WRITE, ("merge",)),
-    Flag("base", "", WRITE, ("merge",)),
     Flag("weights", "", "Mixture", ("merge",)),
     Flag("strategy", "", "Mixture", ("merge",)),
     Flag("density", "", "Mixture", ("merge",)),

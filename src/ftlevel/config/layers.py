@@ -16,17 +16,14 @@ from pydantic_core import ErrorDetails
 
 from ftlevel.config.methods import SPECS
 from ftlevel.config.other_tools.recipes import tool_of
-from ftlevel.config.other_tools.words import in_our_words
 from ftlevel.config.renamed import RENAMED, with_new_names
-from ftlevel.config.train import TrainConfig
+from ftlevel.config.train import SHORTHAND, TrainConfig, expand
+from ftlevel.config.words import in_our_words
 from ftlevel.config.yaml_text import YamlError, load_yaml
 from ftlevel.errors import ConfigError, did_you_mean, listing, nearest
 
 KeyPath = tuple[str, ...]
 S = TypeVar("S", bound=BaseModel)
-
-SHORTHAND = {"model": "name_or_path", "method": "kind", "quant": "kind", "data": "dataset"}
-"""`method: lora` is short for `method: {kind: lora}`; likewise for these sections."""
 
 _TAGGED = {"method"}
 
@@ -148,14 +145,12 @@ def build_config(layers: Iterable[Layer], note: Callable[[str], None] | None = N
     merged: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
     for layer in [_under_new_names(layer, note) for layer in layers]:
-        expanded = {k: _expand(k, v) for k, v in layer.values.items() if v is not None}
+        expanded = {k: expand(k, v) for k, v in layer.values.items() if v is not None}
         _check_sections(expanded, layer)
         _merge(merged, expanded)
         for key, origin in layer.origins.items():
             short = len(key) == 1 and not isinstance(layer.values.get(key[0]), Mapping)
             origins[(*key, SHORTHAND[key[0]]) if short and key[0] in SHORTHAND else key] = origin
-    if isinstance(merged.get("method"), dict) and "kind" not in merged["method"]:
-        merged["method"]["kind"] = "lora"
     try:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:
@@ -206,12 +201,6 @@ def build_section(
         return section.model_validate(given)
     except ValidationError as error:
         raise ConfigError(explain(error, origins)) from None
-
-
-def _expand(section: str, value: Any) -> Any:
-    if section in SHORTHAND and not isinstance(value, Mapping):
-        return {SHORTHAND[section]: value}
-    return value
 
 
 def _check_sections(values: Mapping[str, Any], layer: Layer) -> None:

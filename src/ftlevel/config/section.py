@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -20,7 +22,22 @@ class Section(BaseModel):
         allow_inf_nan=False,
         validate_default=True,
         defer_build=True,  # --help reads the fields and validates nothing
+        hide_input_in_errors=True,  # which may be rows
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_path_is_a_name(cls, raw: Any) -> Any:
+        """Take a path from Python where a name is wanted that may be one."""
+        if not isinstance(raw, dict):
+            return raw
+        names = {
+            name: os.fspath(value)
+            for name, value in raw.items()
+            if isinstance(value, os.PathLike) and name in cls.model_fields
+            and Path not in set(_parts(cls.model_fields[name].annotation))
+        }  # fmt: skip
+        return {**raw, **names}
 
     @model_validator(mode="before")
     @classmethod

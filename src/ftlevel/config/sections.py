@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from ftlevel.config.gate import GateConfig
+from ftlevel.config.in_memory import DatasetName
 from ftlevel.config.section import Positive as Positive
 from ftlevel.config.section import Section as Section
 from ftlevel.config.section import Share as Share
@@ -74,7 +75,7 @@ class QuantConfig(Section):
 class DataConfig(Section):
     """Where the examples come from and how a row becomes tokens."""
 
-    dataset: str = Field(
+    dataset: DatasetName = Field(
         DEFAULT_DATASET,
         min_length=1,
         description="Local file or directory, Hub id, or builtin:docstrings; repeatable.",
@@ -116,7 +117,7 @@ class DataConfig(Section):
         description="Chat template where the model has none: chatml, gemma, llama-3, mistral, "
         "qwen, or a Jinja file.",
     )
-    validation_file: str | None = Field(
+    validation_file: DatasetName | None = Field(
         None,
         min_length=1,
         description="File, directory or Hub id whose rows are the validation rows, in place of "

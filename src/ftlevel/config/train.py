@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.renamed import with_new_names
@@ -19,6 +19,17 @@ from ftlevel.config.sections import (
 from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.tasks import TaskName
 from ftlevel.config.trainer import TrainerConfig
+from ftlevel.config.words import in_our_words
+
+SHORTHAND = {"model": "name_or_path", "method": "kind", "quant": "kind", "data": "dataset"}
+"""`method: lora` is short for `method: {kind: lora}`; likewise for these sections."""
+
+
+def expand(section: str, value: Any) -> Any:
+    """Return the fields of `section` where its shorthand is given."""
+    if section not in SHORTHAND or type(value) is dict or isinstance(value, BaseModel):
+        return value
+    return {SHORTHAND[section]: value}
 
 
 class TrainConfig(Section):
@@ -32,6 +43,15 @@ class TrainConfig(Section):
     train: TrainerConfig = Field(default_factory=TrainerConfig, description="The optimisation.")
     speed: SpeedConfig = Field(default_factory=SpeedConfig, description="How a step is computed.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="What is written.")
+
+    def with_sections(self, **sections: Any) -> TrainConfig:
+        """Return a copy with other `sections`, of which all must agree.
+
+        Raises:
+            ValidationError: they do not.
+        """
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return TrainConfig.model_validate({**given, **sections})
 
     @model_validator(mode="before")
     @classmethod
@@ -54,6 +74,20 @@ class TrainConfig(Section):
         if spec and spec.wants_quant != "none" and isinstance(quant, dict) and "kind" not in quant:
             return {**raw, "quant": {**quant, "kind": spec.wants_quant}}
         return raw
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_recipes_say(cls, raw: Any) -> Any:
+        """Read shorthands and other words in Python as in a recipe; of these the last, it is first.
+
+        LoRA is the method whose fields are given without a name.
+        """
+        if not isinstance(raw, dict):
+            return raw
+        values, _ = in_our_words({key: expand(key, value) for key, value in raw.items()})
+        if isinstance(values.get("method"), dict):
+            values["method"] = {"kind": "lora", **values["method"]}
+        return values
 
     @model_validator(mode="after")
     def _sections_agree(self) -> TrainConfig:

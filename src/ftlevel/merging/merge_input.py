@@ -10,8 +10,9 @@ from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
+from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
 from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.config import MergeConfig, QuantConfig, TrainConfig, build_config, read_recipe
+from ftlevel.config import MergeConfig, QuantConfig, TrainConfig, build_config
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.chat_templates import choose_chat_template
 from ftlevel.data.encoding.encode import Encoded
@@ -27,14 +28,14 @@ from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import check_missing, load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.quantized import quantization_name, read_quantization, stored_quantization
-from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.adapterhub import is_adapterhub
-from ftlevel.trained.load import card_overrides, check_base
-from ftlevel.trained.plain_peft import base_words
+from ftlevel.trained.base import check_cached_base, find_base
+from ftlevel.trained.load import card_overrides
 
 _PEFT_TASKS = {
     "CAUSAL_LM": "text-generation",
@@ -137,9 +138,8 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
     device = choose_device(config.device).value
     known = (directory / CARD).is_file()
     card = read_card(directory) if known else _card_of_peft(directory)
-    said = f"--base {config.base}" if config.base else base_words(str(directory), card.base["name"])
-    source = resolve_source(config.base or card.base["name"], card.base.get("revision"), said=said)
-    _check_fingerprint(source, card, directory)
+    source = find_base(card, directory, config.base_model)
+    check_cached_base(source, card, directory)
     task = TASKS[card.task]
     model_config = load_config(source, **card_overrides(card))
     if not card.dtype:
@@ -165,17 +165,6 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
         task.auto_class(kind, model_config.model_type), tokens, objective,
         read_quantization(card.quantization), dtype, device,
     )  # fmt: skip
-
-
-def _check_fingerprint(source: ModelSource, card: AdapterCard, directory: Path) -> None:
-    """Refuse another base than the one trained on, a Hub model's too where it is cached."""
-    check_base(source, card, directory)
-    expected = card.base.get("fingerprint")
-    if source.kind == "hub" and expected is not None:
-        from ftlevel.weights.checkpoint import local_directory
-
-        local = local_directory(source)
-        check_base(replace(source, kind="directory", location=str(local)), card, directory)
 
 
 def _card_of_peft(directory: Path) -> AdapterCard:
@@ -244,8 +233,9 @@ def choose_rows(inputs: MergeInput, count: int) -> tuple[list[Encoded], Choice]:
     if inputs.run is None:
         return _made_up(inputs, count, "there is no run beside the adapter")
     try:
-        layer = read_recipe(inputs.run / CONFIG)
-        data = _prepare_rows(inputs, build_config([layer]))
+        own = build_config([read_run(inputs.run)])
+        check_places(inputs.run, own.model_dump(mode="json"), DATA_PLACES)
+        data = _prepare_rows(inputs, own)
     except ConfigError as error:
         reason = str(error).split("\n")[0]
         return _made_up(inputs, count, f"the run's data cannot be read: {reason}")

@@ -13,10 +13,10 @@ from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.models.hardware import choose_device
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import add_adapter
+from ftlevel.trained.base import check_base
 from ftlevel.trained.load import (
     Found,
     Trained,
-    check_base,
     find_trained,
     load_found,
     resolve_stored,
@@ -128,7 +128,7 @@ def _find_all(config: GenerateConfig, device: str) -> tuple[Found | None, dict[s
             places[name] = place
     named: dict[str, Found] = {}
     if config.name is not None:
-        found = find_trained(config.name, device, config.task)
+        found = find_trained(config.name, device, config.task, place=config.base_model)
         if found.directory is None:
             base = found
         else:
@@ -137,10 +137,12 @@ def _find_all(config: GenerateConfig, device: str) -> tuple[Found | None, dict[s
             if name in places:
                 raise ConfigError(f"two adapters are called {name!r}. Name one otherwise.")
             named[name] = found
+    now = base.source.name if base is not None else config.base_model
     for name, place in places.items():
         if name == BASE:
             raise ConfigError(f"--adapter {name}=…: the base is called so. Choose another name.")
-        found = find_trained(str(place), device, config.task, f"--adapter {name}={place}")
+        said = f"--adapter {name}={place}"
+        found = find_trained(str(place), device, config.task, said, now)
         if found.directory is None:
             raise InputError(f"--adapter {name}={place} is no adapter but a model.")
         named[name] = found

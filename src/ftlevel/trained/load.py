@@ -9,7 +9,6 @@ from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
-from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.data.encoding.pad_token import choose_pad_token
 from ftlevel.data.encoding.prompts import PromptFormat
@@ -36,12 +35,13 @@ from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.adapterhub import hub_task, is_adapterhub, read_hub_adapter, with_head
+from ftlevel.trained.base import find_base
 from ftlevel.trained.plain_peft import (
     ADAPTER_CONFIG,
     PLAIN,
-    base_words,
     check_trained_head,
     read_plain_adapter,
+    resolve_plain_base,
     stand_in_card,
 )
 
@@ -108,7 +108,9 @@ class Found:
     is_stored_quantized: bool = False
 
 
-def find_trained(name: str, device: str, task: str | None = None, said: str = "") -> Found:
+def find_trained(
+    name: str, device: str, task: str | None = None, said: str = "", place: str | None = None
+) -> Found:
     """Find the run, adapter or model called `name`, and its card.
 
     Args:
@@ -117,12 +119,19 @@ def find_trained(name: str, device: str, task: str | None = None, said: str = ""
         task: what a plain PEFT adapter or a model is for; the default is text generation. What
             ftlevel trained knows its task.
         said: how errors call a model; the default is its `name`, as a command's argument.
+        place: where the base of an adapter is now, if it has moved.
 
     Raises:
         InputError: it is not there, its base is not the one it was trained on, or another `task`
             is asked of it.
     """
-    return resolve_stored(_find(name, device, task, said or name))
+    found = _find(name, device, task, said or name, place)
+    if place is not None and found.directory is None:
+        raise InputError(
+            f"--model {place}: it names the base of an adapter, and {name} is a whole model. Drop "
+            "it."
+        )
+    return resolve_stored(found)
 
 
 def resolve_stored(found: Found) -> Found:
@@ -134,7 +143,7 @@ def resolve_stored(found: Found) -> Found:
     return replace(found, card=card, is_stored_quantized=True)
 
 
-def _find(name: str, device: str, task: str | None, said: str) -> Found:
+def _find(name: str, device: str, task: str | None, said: str, place: str | None) -> Found:
     path = Path(name).expanduser()
     directory = card_directory(path)
     if directory is not None:
@@ -144,15 +153,12 @@ def _find(name: str, device: str, task: str | None, said: str) -> Found:
         run = directory.parent if (directory.parent / CONFIG).is_file() else None
         if card.method == "full":
             return Found(resolve_source(str(directory), said=str(directory)), None, card, run)
-        base = card.base["name"]
-        source = resolve_source(base, card.base.get("revision"), said=base_words(name, base))
-        check_base(source, card, directory)
-        return Found(source, directory, card, run)
+        return Found(find_base(card, directory, place), directory, card, run)
     if is_adapterhub(path):
-        return _find_hub(path, device, task)
+        return _find_hub(path, device, task, place)
     wished = TASKS[task or "text-generation"]
     if (path / ADAPTER_CONFIG).is_file():
-        source, settings = read_plain_adapter(path)
+        source, settings = read_plain_adapter(path, place)
         card = stand_in_card(source, wished, device, path, settings)
         return Found(source, path, card, None, [
             f"{name} was not made by ftlevel: its base, {source.name}, is taken on trust"
@@ -161,11 +167,11 @@ def _find(name: str, device: str, task: str | None, said: str) -> Found:
     return Found(source, None, stand_in_card(source, wished, device))
 
 
-def _find_hub(directory: Path, device: str, task: str | None) -> Found:
+def _find_hub(directory: Path, device: str, task: str | None, place: str | None) -> Found:
     """Find the base of an adapter of AdapterHub's, and what stands in for its card."""
     hub = read_hub_adapter(directory)
     wished = TASKS[hub_task(hub, task)]
-    source = resolve_source(hub.base, said=base_words(str(directory), hub.base))
+    source = resolve_plain_base(hub.base, directory, None, place)
     settings = {"peft_type": "BOTTLENECK", "modules_to_save": hub.heads}
     card = with_head(stand_in_card(source, wished, device, directory, settings), hub)
     return Found(source, directory, card, None, [
@@ -189,24 +195,6 @@ def card_directory(path: Path) -> Path | None:
             f"Go on with it: ftlevel train --output-dir {quote(str(path))} --resume"
         )
     return None
-
-
-def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
-    """Refuse a base that is not the one on which the adapter in `directory` was trained.
-
-    Raises:
-        InputError: the weights differ.
-    """
-    expected = card.base.get("fingerprint")
-    if source.path is None or expected is None:
-        return
-    found = base_fingerprint(source.path)
-    if found != expected:
-        raise InputError(
-            f"{directory} was trained on {card.base['name']} with weights {expected[:12]}…, and "
-            f"there are now other weights ({found[:12]}…). On them the adapter would be wrong "
-            "without a word. Restore the base model, or train again."
-        )
 
 
 def load_found(found: Found, device: str, name: str = "default") -> Trained:

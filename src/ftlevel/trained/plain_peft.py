@@ -16,6 +16,7 @@ from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import load_config, load_tokenizer
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.tasks import BaseTask
+from ftlevel.trained.base import base_words
 
 ADAPTER_CONFIG = "adapter_config.json"
 PLAIN = "none"
@@ -23,12 +24,13 @@ PLAIN = "none"
 
 
 def read_plain_adapter(
-    directory: Path, base_source: ModelSource | None = None
+    directory: Path, place: str | None = None, base_source: ModelSource | None = None
 ) -> tuple[ModelSource, dict[str, Any]]:
     """Return the base of the PEFT adapter in `directory`, and its configuration.
 
     Args:
-        directory: of the adapter.
+        directory: where the adapter is.
+        place: where the user says that the base is now.
         base_source: its base, where that is known; None for what the configuration names.
 
     Raises:
@@ -52,13 +54,16 @@ def read_plain_adapter(
         )
     if base_source is not None:
         return base_source, settings
-    words = base_words(str(directory), str(base))
-    return resolve_source(str(base), settings.get("revision"), said=words), settings
+    return resolve_plain_base(str(base), directory, settings.get("revision"), place), settings
 
 
-def base_words(adapter: str, base: str) -> str:
-    """Return what errors call the base of an adapter, which the user did not name."""
-    return f"{base} (the base of {adapter})"
+def resolve_plain_base(
+    base: str, directory: Path, revision: str | None = None, place: str | None = None
+) -> ModelSource:
+    """Return the base that an adapter of another program names, or the user in its place."""
+    if place is not None:
+        return resolve_source(place, said=f"--model {place}")
+    return resolve_source(base, revision, said=base_words(str(directory), base))
 
 
 def stand_in_card(

@@ -24,7 +24,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
     """
     from transformers import TrainingArguments
 
-    train = config.train
+    train, report_to = config.train, config.output.report_to
     rows, accumulated = train.per_device_train_batch_size, train.gradient_accumulation_steps
     if plan.fast.enabled:  # a batch is a whole step, which our trainer splits into micro-batches
         rows, accumulated = rows * accumulated, 1
@@ -63,7 +63,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         # Every trained tensor gets a gradient in every step, which is checked at the first; and the
         # chunked cross-entropy does not go through the model's outputs, where DDP would look.
         ddp_find_unused_parameters=False,
-        report_to=config.output.report_to,
+        report_to="none" if report_to == "tensorboard" else report_to,  # build_trainer adds it
         run_name=config.output.run_name,
         disable_tqdm=True,
         dataloader_pin_memory=plan.model.device == "cuda",

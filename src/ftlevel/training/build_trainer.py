@@ -79,6 +79,8 @@ def build_trainer(
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
+    if config.output.report_to == "tensorboard":
+        trainer.add_callback(_tensorboard(run))
     if isinstance(rows, StreamedRows) and checkpoint:
         rows.restore(checkpoint)
     return trainer
@@ -88,6 +90,18 @@ def _owes_evaluation(going_on: GoingOn, config: TrainConfig, plan: Plan, argumen
     steps, rows = plan.schedule.steps, len(plan.data.train)
     an_epoch = steps if plan.data.stream else steps_an_epoch(config.train, rows)
     return going_on.owes_evaluation(arguments.eval_strategy, an_epoch, steps)
+
+
+def _tensorboard(run: RunDirectory) -> Any:
+    """Return what writes for TensorBoard, into the run, where its name is the run's.
+
+    transformers would write below the checkpoints, under the time and the machine's name.
+    """
+    from transformers.integrations import TensorBoardCallback
+
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(run.path / "tensorboard")
+    return callback
 
 
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
@@ -133,7 +147,7 @@ def add_callbacks(
     listener: Listener,
     processes: Processes,
 ) -> Watch:
-    """Let everything that goes with the steps of `trainer` (mutated) go with them."""
+    """Let everything of ours that goes with the steps of `trainer` (mutated) go with them."""
 
     def tell_nobody(_: Mapping[str, Any]) -> None:
         """The first process writes for all."""

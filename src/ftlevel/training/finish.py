@@ -5,15 +5,21 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.best_models import forget_unreachable
-from ftlevel.artifacts.cards import write_readme
+from ftlevel.artifacts.cards import generate_command, write_readme
 from ftlevel.artifacts.ownership import mark_end
+from ftlevel.artifacts.places import relative_place
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import TrainConfig
+from ftlevel.config import IN_MEMORY, TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.methods import needs_import
+from ftlevel.methods.merging import read_peft_config, why_not_mergeable
+from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.rope import write_former_rope
 from ftlevel.trained.adapt import finish_method, save_adapter
 from ftlevel.training.best import Kept
@@ -73,11 +79,34 @@ def save(
         model.save_pretrained(str(partial))
         write_former_rope(partial)
     plan.model.tokenizer.save_pretrained(str(partial))
-    build_card(config, plan, base).write(partial)
+    is_local = base["kind"] in ("directory", "gguf")
+    path = relative_place(Path(base["name"]), run.adapter) if is_local else ""
+    build_card(config, plan, {**base, "path": path} if path else base).write(partial)
     if run.adapter.exists():
         shutil.rmtree(run.adapter)
     partial.rename(run.adapter)
     forget_unreachable(run.checkpoints)
+
+
+def next_commands(plan: Plan, run: RunDirectory) -> list[str]:
+    """Return what can be done with a run now, as three commands that work in this directory."""
+    path, data = quote(str(run.path)), str(plan.data.facts["name"])
+    asked = generate_command(str(run.path), plan.task.name)
+    found = [asked if data == IN_MEMORY else f"ftlevel evaluate {path}"]
+    answers = f"ftlevel predict {path} --dataset"
+    found.append(
+        f"{answers} {quote(data)} --limit 5" if Path(data).is_file() else f"{answers} FILE"
+    )
+    if _is_mergeable(plan, run):
+        return [*found, f"ftlevel merge {path} --out {quote(str(run.path) + '-merged')}"]
+    return found if asked in found else [*found, asked]
+
+
+def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
+    if plan.model.source.kind != "gguf" and stored_quantization(plan.model.config) is not None:
+        return False
+    is_adapter = (run.adapter / "adapter_config.json").is_file()
+    return is_adapter and why_not_mergeable(read_peft_config(run.adapter)) is None
 
 
 def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> None:
@@ -88,22 +117,46 @@ def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, 
     mark_end(run.path)
 
 
-def measure_times(report: Report, trained_at: float, tokens: int) -> dict[str, float]:
-    """Return seconds: from the start of the process, of the steps, and tokens a second of these.
+@dataclass(frozen=True)
+class Start:
+    """When the user began to wait.
+
+    Attributes:
+        at: by `time.perf_counter`.
+        cpu_s: processor time of the process until then, of all threads.
+    """
+
+    at: float
+    cpu_s: float
+
+    @classmethod
+    def now(cls) -> Start:
+        """A program asks for a run now."""
+        return cls(time.perf_counter(), time.process_time())
+
+    @classmethod
+    def of_process(cls) -> Start:
+        """A command line did so when its process began."""
+        import psutil
+
+        ago = time.time() - psutil.Process().create_time()
+        return cls(time.perf_counter() - ago, 0.0)
+
+
+def measure_times(report: Report, start: Start, trained_at: float, tokens: int) -> dict[str, float]:
+    """Return seconds: from the start, of the steps, and tokens a second of these.
 
     Args:
         report: of the run.
+        start: when the user began to wait.
         trained_at: when training ended, by `time.perf_counter`.
         tokens: of the training rows.
     """
-    import psutil
-
-    began = report.first_step_at or trained_at
-    since_start = time.time() - psutil.Process().create_time()
+    first = report.first_step_at or trained_at
     return {
-        "to_first_step_s": round(since_start - (time.perf_counter() - began), 3),
-        "to_first_step_cpu_s": round(report.first_step_cpu_s, 3),
+        "to_first_step_s": round(first - start.at, 3),
+        "to_first_step_cpu_s": round(report.first_step_cpu_s - start.cpu_s, 3),
         "train_s": round(report.step_seconds, 3),
-        "total_s": round(since_start, 3),
+        "total_s": round(time.perf_counter() - start.at, 3),
         "tokens_per_s": round(tokens / report.step_seconds, 1) if report.step_seconds else 0.0,
     }

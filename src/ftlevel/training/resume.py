@@ -16,17 +16,20 @@ from ftlevel.artifacts.best_models import forget_later
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.files import write_json
-from ftlevel.artifacts.run_directory import RunDirectory, open_run
+from ftlevel.artifacts.places import write_places
+from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
 from ftlevel.config import TrainConfig
 from ftlevel.config.renamed import RENAMED
 from ftlevel.errors import ConfigError, did_you_mean, listing
 from ftlevel.events import Listener
 from ftlevel.methods import METHODS
+from ftlevel.models.sources import resolve_source
+from ftlevel.training.given import Taken
 from ftlevel.training.identity import CONFIG, TEMPLATE, TOKENIZER, BaseDigest, describe_model
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
 from ftlevel.training.plan.schedule import count_steps
-from ftlevel.training.summary import dump_config
+from ftlevel.training.summary import describe_base, dump_config, resolved_config
 
 # These say how a run is watched, not what it computes.
 _FREE = {"logging_steps", "eval_steps", "save_steps", "save_minutes", "save_total_limit",
@@ -34,7 +37,46 @@ _FREE = {"logging_steps", "eval_steps", "save_steps", "save_minutes", "save_tota
          "per_device_eval_batch_size", "eval_strategy", "save_strategy"}  # fmt: skip
 
 
-_ORIGIN = "origin.json"
+def check_base_stays(config: TrainConfig) -> None:
+    """Refuse to go on with a run on another base model than it was begun with.
+
+    Before the rows are read, which another tokenizer would find fault with.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    wish, run = config.model, config.output.dir
+    if not config.output.resume or run is None:
+        return
+    if not (RunDirectory(run).checkpoints / ORIGIN).exists():  # it begins anew
+        return
+    before = _read_origin(RunDirectory(run))
+    source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
+    expected, found = before.get("model.fingerprint"), describe_base(source)["fingerprint"]
+    if expected is not None and found is not None and found != expected:
+        raise ConfigError(
+            f"--resume {run}: it was begun on {before.get('model.name_or_path')} with weights "
+            f"{expected[:12]}…, and {source.words} has other weights ({found[:12]}…). Name the "
+            "base that it was begun on, or start anew in another --output-dir."
+        )
+
+
+def check_base_outlives(config: TrainConfig, plan: Plan) -> None:
+    """Refuse to replace a directory in which the base model is.
+
+    Raises:
+        ConfigError: it would be deleted with it.
+    """
+    output, base = config.output, plan.model.source.path
+    if not output.overwrite or output.dir is None or base is None:
+        return
+    if output.dir.resolve() in (base.resolve(), *base.resolve().parents):
+        raise ConfigError(
+            f"--overwrite {output.dir}: the base model is in it ({base}), and would be deleted "
+            "with it. Name another --output-dir."
+        )
+
+
 _LENGTH = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
 """These may be others than they were: a run can be made longer."""
 
@@ -47,7 +89,6 @@ class GoingOn:
         checkpoint: the newest whole one; None where the run begins, or is at its end.
         past: what was logged until then.
         has_new_length: whether the run is to end at another step than when that was written.
-        is_changed: whether it was set to another length just now.
         finished: summary.json of a run at which nothing is left to do.
         changes: what is another than it was, by the user's leave.
     """
@@ -55,7 +96,6 @@ class GoingOn:
     checkpoint: Path | None = None
     past: list[dict[str, Any]] = field(default_factory=list)
     has_new_length: bool = False
-    is_changed: bool = False
     finished: Mapping[str, Any] | None = None
     changes: list[dict[str, Any]] = field(default_factory=list)
 
@@ -86,12 +126,13 @@ def find_going_on(
     if not config.output.resume or config.output.dir is None:
         return GoingOn()
     run, steps = RunDirectory(config.output.dir), plan.schedule.steps
-    if not (run.checkpoints / _ORIGIN).exists():
+    if not (run.checkpoints / ORIGIN).exists():
         listener.warn(f"--resume {run.path}: it has no checkpoint yet, so the run begins anew")
         return GoingOn()
     before = read_origin(run, origin)
     lengths = {key: before[key] for key in _LENGTH if before.get(key) != origin[key]}
     accepted = {key: origin[key] for key in lengths}
+    accepted |= {key: origin[key] for key in _CONTENT if _is_known_by_content(key, before, origin)}
     changes = _allowed_changes(config, before, origin)
     accepted |= {change["field"]: change["is"] for change in changes}
     check_same_run(run, {**before, **accepted}, origin)
@@ -109,7 +150,7 @@ def find_going_on(
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     past = run.read_log(step_of(checkpoint))
     has_new_length = state["max_steps"] != steps
-    return GoingOn(checkpoint, past, has_new_length, bool(accepted), changes=changes)
+    return GoingOn(checkpoint, past, has_new_length, changes=changes)
 
 
 def _check_length(config: TrainConfig, plan: Plan, before: Mapping[str, Any], trained: int) -> None:
@@ -146,19 +187,20 @@ def _check_length(config: TrainConfig, plan: Plan, before: Mapping[str, Any], tr
 
 
 def open_or_go_on(
-    config: TrainConfig,
+    taken: Taken,
     plan: Plan,
     origin: Mapping[str, Any],
     going_on: GoingOn,
     listener: Listener,
 ) -> RunDirectory:
-    """Return the run directory: a new one, or that of the run that goes on."""
-    output = config.output
+    """Return the run directory: a new one, or that of the run that goes on.
+
+    What it says of itself is written anew: its length, and where its files are, may be others.
+    """
+    config, output = taken.config, taken.config.output
     if going_on.checkpoint is not None and output.dir is not None:
         run = RunDirectory(output.dir)
         checkpoints.set_aside_newer(run.checkpoints, going_on.checkpoint)
-        if not going_on.is_changed:
-            return run
         for change in going_on.changes:
             listener.warn(
                 f"{change['field']} is {change['is']!r} from here on, was {change['was']!r}"
@@ -172,8 +214,10 @@ def open_or_go_on(
         forget_later(run.checkpoints, 0)
         for line in kept:
             listener.warn(f"--overwrite {run.path}: {line}; it is not of the run that is replaced")
-    run.write_config(dump_config(config, plan))
-    write_json(run.checkpoints / _ORIGIN, origin)
+    told = taken.named_in(run)
+    run.write_config(dump_config(told, plan))
+    write_places(run, resolved_config(told, plan))
+    write_json(run.checkpoints / ORIGIN, origin)
     return run
 
 
@@ -192,6 +236,10 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     values["model"]["fingerprint"] = base["fingerprint"]
     if plan.adapter is not None:
         values["model"]["adapter_fingerprint"] = plan.adapter.fingerprint
+    values["model"]["digest"] = base.get("digest")
+    values["data"]["validation_fingerprint"] = plan.data.facts.get("validation_fingerprint")
+    if template := values["data"]["chat_template"]:
+        values["data"]["chat_template"] = Path(template).name
     values["versions"] = library_versions()
     flat = {"task": values.pop("task"), **describe_model(plan.model)}
     if plan.model.device == "cpu":  # sums are made in as many parts
@@ -207,12 +255,7 @@ def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read.
     """
-    path = run.checkpoints / _ORIGIN
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
-    before = {RENAMED.get(key, key): value for key, value in before.items()}
+    before = _read_origin(run)
     if "threads" in origin:  # a run that was begun before they were kept does not say
         before.setdefault("threads", origin["threads"])
     knows_model = TOKENIZER in before
@@ -220,6 +263,9 @@ def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
         of_model = key.startswith((TOKENIZER, TEMPLATE, CONFIG)) and not knows_model
         if of_model or value == _default_of(key):
             before.setdefault(key, value)
+    before.setdefault("data.validation_fingerprint", origin.get("data.validation_fingerprint"))
+    if None in (before.get("model.digest"), origin.get("model.digest")):  # it is now in a file
+        before["model.digest"] = origin["model.digest"]
     return before
 
 
@@ -283,6 +329,30 @@ def _check_base(run: RunDirectory, plan: Plan) -> None:
             f"{plan.model.source.words} are others than when it began. Restore them, or start anew "
             "in another --output-dir."
         )
+
+
+def _read_origin(run: RunDirectory) -> dict[str, Any]:
+    path = run.checkpoints / ORIGIN
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
+    return {RENAMED.get(key, key): value for key, value in found.items()}
+
+
+_CONTENT = {
+    "model.name_or_path": "model.fingerprint",
+    "data.dataset": "data.fingerprint",
+    "data.also": "data.fingerprint",
+    "data.validation_file": "data.validation_fingerprint",
+}
+"""What may have another name, and what says that it is the same."""
+
+
+def _is_known_by_content(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether `key` is the name of something that is the same, wherever it is now."""
+    content = _CONTENT.get(key, "")
+    return now.get(content) is not None and before.get(content) == now[content]
 
 
 def _default_of(key: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.artifacts.places import absolute_places
 from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.methods import needs_import
@@ -33,11 +34,12 @@ _MARGIN = 0.02  # share of a guess's loss within which a model has learned how o
 def dump_config(config: TrainConfig, plan: Plan) -> str:
     """Return config.yaml: everything that decides the run, with what ftlevel chose filled in.
 
-    The output directory is left out, so that `ftlevel train RUN/config.yaml` makes a new run.
+    The output directory is left out, so that `ftlevel train RUN/config.yaml` makes a new run, and
+    local paths are absolute, so that it does so from anywhere.
     """
     import yaml
 
-    values = resolved_config(config, plan)
+    values = absolute_places(resolved_config(config, plan))
     for name in ("dir", "overwrite", "resume"):
         del values["output"][name]
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -114,7 +116,10 @@ def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> Adap
         labels=plan.data.facts["labels"],
         options=plan.task.card_options(config.data, plan.data.facts),
         heads=list(plan.model.heads),
-        data={k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
+        data={
+            **{k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
+            "columns": config.data.columns,
+        },
         needs_import=needs_import(config.method),
         adapter=plan.adapter.describe() if plan.adapter else {},
         versions=library_versions(),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any, cast
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import generate_command, kept_words, loss_words
+from ftlevel.artifacts.cards import kept_words, loss_words
 from ftlevel.cli.screens.lasting import Lasting
 from ftlevel.config.choices import Choice
 
@@ -25,6 +25,18 @@ _FIGURES = {
     "epoch": ("epoch", "{:.2f}"),
 }
 
+
+_HELD = (
+    ("adapter", "what was trained, with its tokenizer"),
+    ("base", "the model that it needs"),
+    ("checkpoints", "to go on from"),
+    ("tensorboard", "its curves"),
+    ("config.yaml", "trains it again"),
+    ("metrics.jsonl", "every log"),
+    ("summary.json", "all figures"),
+    ("README.md", "its card"),
+)
+"""What a run directory holds, with what it is for."""
 
 _BAR, _ROOM_FOR_BAR, _ROOM_FOR_FIGURES = 20, 80, 60  # columns of the terminal
 
@@ -224,9 +236,16 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{timings['total_s']:.1f} s in all, {timings['to_first_step_s']:.1f} s to the first step; "
         f"peak memory {summary['memory']['peak_bytes'] / 2**30:.2f} GiB"
     )
-    yield f"  [bold]saved[/bold] {_plain(summary['run'])}"
-    command = generate_command(summary["run"], summary["task"])
-    yield f"  [bold]try it[/bold] {_plain(command)}"
+    run = Path(summary["run"])
+    held = [f"{name} ({what})" for name, what in _HELD if _is_held(run / name)]
+    yield f"  [bold]saved[/bold] {_plain(summary['run'])}: {_plain(', '.join(held))}"
+    for number, command in enumerate(summary["next"]):
+        yield f"  {'    ' if number else '[bold]next[/bold]'} {_plain(command)}"
+
+
+def _is_held(path: Path) -> bool:
+    """Whether something of use is there; checkpoints/ always holds the origin of the run."""
+    return path.exists() and (path.name != "checkpoints" or any(path.glob("checkpoint-*")))
 
 
 def _plain(text: str) -> str:
@@ -247,8 +266,6 @@ def open_screen(*, as_json: bool, quiet: bool, aside: bool = False) -> Iterator[
         quiet: show nothing but warnings.
         aside: stdout is for rows: show the run on stderr.
     """
-    # Libraries draw progress bars through tqdm, which reads this when it is first imported.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     stream = Lasting(sys.stderr if as_json or aside else sys.stdout)
     silent = quiet or (as_json and not stream.isatty())
     screen = Screen(_console(stream), quiet=silent, errors=_console(Lasting(sys.stderr)))

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ftlevel.config.in_memory import DatasetName
 from ftlevel.config.sections import Positive, Section
 from ftlevel.config.tasks import TaskName
 
@@ -15,7 +16,7 @@ class EvaluateConfig(Section):
     """Everything that decides an evaluation. What is not given is as in training."""
 
     name: str = Field(min_length=1, description="A run, an adapter, or a model.")
-    dataset: str | None = Field(
+    dataset: DatasetName | None = Field(
         None, description="File, directory or Hub id; the default is the run's own data."
     )
     subset: str | None = Field(None, description="Configuration (subset) of a Hub data set.")
@@ -61,6 +62,12 @@ class EvaluateConfig(Section):
         None,
         description="File to write a row an example to: .jsonl, .csv, .tsv or .parquet; must not "
         "exist.",
+    )
+    base_model: str | None = Field(
+        None,
+        min_length=1,
+        description="Where an adapter's base model is now, if it has moved; its weights must be "
+        "the same.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")
 

@@ -74,6 +74,12 @@ class ExportConfig(Section):
         description="Read the file back and compare its logits and its tokens with the model's.",
     )
     verify_tokens: Positive = Field(512, description="How many tokens of text are compared.")
+    base_model: str | None = Field(
+        None,
+        min_length=1,
+        description="Where an adapter's base model is now, if it has moved; its weights must be "
+        "the same.",
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Where the models are compared."
     )

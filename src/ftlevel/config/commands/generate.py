@@ -43,4 +43,10 @@ class GenerateConfig(Section):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling.")
     batch_size: Positive = Field(8, description="Prompts a forward pass.")
+    base_model: str | None = Field(
+        None,
+        min_length=1,
+        description="Where an adapter's base model is now, if it has moved; its weights must be "
+        "the same.",
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")

@@ -27,10 +27,11 @@ class MergeConfig(Section):
         "was trained on, original are those before quantization; auto measures both and takes the "
         "one nearer to the model as trained.",
     )
-    base: str | None = Field(
+    base_model: str | None = Field(
         None,
         min_length=1,
-        description="Where the base model is now, if it has moved; its weights must be the same.",
+        description="Where an adapter's base model is now, if it has moved; its weights must be "
+        "the same.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the merged weights; auto keeps the base's."

@@ -57,6 +57,12 @@ class PredictConfig(Section):
     max_new_tokens: Positive | None = Field(
         None, description="Longest generated text in tokens; default as in training."
     )
+    base_model: str | None = Field(
+        None,
+        min_length=1,
+        description="Where an adapter's base model is now, if it has moved; its weights must be "
+        "the same.",
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftlevel.artifacts.checkpoints import certify, find_damage
+from ftlevel.config import IN_MEMORY
 
 KEEP_DAYS = 30
 
@@ -35,8 +36,10 @@ def is_writable() -> bool:
 def files_of(name: str) -> list[Path] | None:
     """Return the file called `name`, or those below the directory, in order.
 
-    None for what is no path here: a set of the Hub has a cache of its own.
+    None for what is no path here: rows in memory, and a set of the Hub, which has its own cache.
     """
+    if name == IN_MEMORY:
+        return None
     path = Path(name).expanduser()
     if path.is_file():
         return [path]

@@ -115,6 +115,7 @@ def _facts(
         for flat in flat_batches(kept)
     ]
     tokens, supervised, longest = zip(*sizes, strict=True)
+    held = loaded.splits.validation
     return {
         "name": loaded.splits.name,
         "format": loaded.format.description,
@@ -129,6 +130,7 @@ def _facts(
         "shortened": fitted.shortened,
         "split": fitted.split,
         "fingerprint": rows_fingerprint(loaded.splits.train.rows),
+        "validation_fingerprint": rows_fingerprint(held.rows) if held is not None else None,
         "labels": list(loaded.labels.names) if loaded.labels else [],
         **_OF_NO_TASK,
         **task.facts(loaded),

@@ -16,6 +16,7 @@ from ftlevel.data.prepare.loading import open_converter, read_splits
 from ftlevel.data.sources.splits import Splits
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
+from ftlevel.task import Task
 
 _DEFAULT_SPLIT = "validation"
 TRAINING_ROWS = "the training rows: no validation split was held back"
@@ -33,6 +34,7 @@ class HeldOut:
         dropped: how many rows were too long.
         language: ISO 639-1 code of the target; "" if unknown.
         source: name of the data set.
+        note: what its columns are, where they are not those of training.
     """
 
     table: Table
@@ -41,6 +43,7 @@ class HeldOut:
     dropped: int
     language: str
     source: str
+    note: str = ""
 
     @property
     def is_training(self) -> bool:
@@ -55,6 +58,7 @@ def load_held_out(
     context: EncodingContext,
     *,
     is_own: bool = False,
+    is_typed: bool = True,
 ) -> HeldOut:
     """Read and encode the rows to score.
 
@@ -64,6 +68,7 @@ def load_held_out(
         split: as wished; None takes validation, or a file as a whole.
         context: of the model; its seed is that of the training, which held rows out.
         is_own: whether the data is what the model was trained on.
+        is_typed: whether the names of the columns are the user's word, and not the training's.
 
     Raises:
         InputError: there are no such rows, or they are not of the task.
@@ -76,6 +81,9 @@ def load_held_out(
     table, name = _choose(splits, split, is_own=is_own)
     if config.max_eval_samples is not None:
         table = table.take(range(min(len(table), config.max_eval_samples)))
+    note = ""
+    if not (is_own or is_typed):
+        config, note = _without_absent(config, table, task)
     convert, _ = open_converter(table, config, task)
     labels = LabelSet(tuple(card.labels)) if card.labels else None
     table, examples = convert.known(name, table, labels)
@@ -99,7 +107,32 @@ def load_held_out(
             )
     rows = task.fix(rows, config, context)
     language = convert.shape.options.get("target_language", "")
-    return HeldOut(table, rows, name, fitted.dropped, language, splits.name)
+    return HeldOut(table, rows, name, fitted.dropped, language, splits.name, note)
+
+
+def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataConfig, str]:
+    """Return `config` with the training's words on columns as far as `table` has them; and a note.
+
+    What the training was told of its own columns must not be held against other rows.
+    """
+    there = {
+        role: column
+        for role, column in config.columns.items()
+        if column.partition(".")[0] in table.columns
+    }
+    for columns, form in ((config.columns, config.format), (there, config.format), (there, None),
+                          ({}, None)):  # fmt: skip
+        fewer = config.model_copy(update={"columns": columns, "format": form})
+        try:
+            found = task.find_format(table.columns, fewer)
+        except InputError:
+            continue
+        if fewer == config:
+            break
+        return fewer, f"{found.description}; the training's own --map and --format do not fit these"
+    else:
+        return fewer, ""  # what is wrong is said of the columns
+    return config, ""
 
 
 def _choose(splits: Splits, split: str | None, *, is_own: bool) -> tuple[Table, str]:

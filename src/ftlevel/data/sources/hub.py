@@ -53,7 +53,9 @@ def load_hub_tables(
     if reason:
         notes.append(f"{name}: the Hub was not reached ({reason}); used the copy in the cache")
     splits = found if isinstance(found, Mapping) else {only or "train": found}
-    return {key: _to_table(data, f"{name} ({key})", most) for key, data in splits.items()}, notes
+    return {
+        key: dataset_table(data, f"{name} ({key})", most) for key, data in splits.items()
+    }, notes
 
 
 def open_hub_streams(name: str, subset: str | None) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def load_saved_tables(directory: Path, most: int | None) -> dict[str, Table]:
         InputError: the directory is damaged.
     """
     found = _load_saved(directory)
-    return {key: _to_table(data, f"{directory} ({key})", most) for key, data in found.items()}
+    return {key: dataset_table(data, f"{directory} ({key})", most) for key, data in found.items()}
 
 
 def _load_saved(directory: Path) -> dict[str, Any]:
@@ -194,8 +196,8 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _to_table(data: Any, source: str, most: int | None) -> Table:
-    """Turn a `datasets.Dataset` into rows, with the names of its classes."""
+def dataset_table(data: Any, source: str, most: int | None) -> Table:
+    """Turn the first `most` rows of a `datasets.Dataset` into a table with the class names."""
     chosen = data if most is None or most >= len(data) else data.select(range(most))
     # Formatting as Arrow applies an index mapping (after select, filter, shuffle).
     content = chosen.with_format("arrow")[:]

@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ftlevel.config import IN_MEMORY, RowsInMemory
 from ftlevel.data.sources.hub import (
     is_saved_directory,
     load_hub_tables,
     load_saved_tables,
     pick_split,
 )
+from ftlevel.data.sources.in_memory import load_memory_tables
 from ftlevel.data.sources.mixing import join_tables, mix_tables
 from ftlevel.data.sources.readers.files import (
     data_files,
@@ -41,6 +43,8 @@ _BUILTIN_SPLITS: tuple[Literal["train", "validation", "test"], ...] = (
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _SPLIT_NAMES = {"train": ("train",), "validation": VALIDATION_NAMES, "test": ("test",)}
+
+_GIVEN = "the data set in memory"
 
 HUB_PREFIX = "hf://datasets/"
 
@@ -78,8 +82,8 @@ def load_splits(
     """Read the splits of a data set.
 
     Args:
-        dataset: "builtin:NAME", the path of a file or a directory, or a Hub id. What exists as a
-            path is a path; "hf://datasets/ID" is never one.
+        dataset: "builtin:NAME", the path of a file or a directory, a Hub id, or rows in memory.
+            What exists as a path is a path; "hf://datasets/ID" is never one.
         split: the split to train on, instead of "train".
         subset: the configuration of a Hub data set; for a built-in set the kind of its rows.
         on_bad_row: refuse bad rows or leave them out; see `readers.files.read_table`.
@@ -89,7 +93,10 @@ def load_splits(
     Raises:
         InputError: with `path:line` where there is one, and the one thing to do.
     """
-    if dataset.startswith("builtin:"):
+    if dataset == IN_MEMORY:
+        tables = load_memory_tables(_check_given(dataset), on_bad_row, max_samples)
+        splits = _assemble(tables, pick_split(tables, split, _GIVEN), IN_MEMORY, [])
+    elif dataset.startswith("builtin:"):
         splits = _load_builtin(dataset, split, subset, max_samples)
     elif dataset.startswith(HUB_PREFIX):
         splits = _load_hub(dataset.removeprefix(HUB_PREFIX), split, subset, max_samples)
@@ -233,6 +240,21 @@ def _load_builtin(
         numbers = list(range(1, len(rows) + 1))
         tables[part] = Table(list(rows), numbers, f"{dataset} ({part})", unit="row")
     return _assemble(tables, split or "train", dataset, [])
+
+
+def _check_given(dataset: str) -> RowsInMemory:
+    """Return the rows behind the name of rows in memory.
+
+    Raises:
+        InputError: a file alone remembers the name.
+    """
+    if isinstance(dataset, RowsInMemory):
+        return dataset
+    raise InputError(
+        f"the data set is called {IN_MEMORY!r}: its rows were handed over in Python, and are not "
+        "kept. Give them again there, or rows with --dataset FILE (a file of this name: "
+        f"'./{IN_MEMORY}')."
+    )
 
 
 def check_one_file(dataset: str, split: str | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ftlevel.config import IN_MEMORY
 from ftlevel.data.sources.hub import (
     IterableStream,
     is_saved_directory,
@@ -68,8 +69,9 @@ def open_source(
     Raises:
         InputError: it is not there, or cannot be streamed.
     """
-    if dataset.startswith("builtin:"):
-        raise InputError(f"--streaming: {dataset} is a small set in memory. Drop --streaming.")
+    if dataset.startswith("builtin:") or dataset == IN_MEMORY:
+        words = dataset if dataset != IN_MEMORY else "the data set"
+        raise InputError(f"--streaming: {words} is in memory already. Drop --streaming.")
     path = Path(dataset).expanduser()
     if dataset.startswith(HUB_PREFIX) or not path.exists():
         name = dataset.removeprefix(HUB_PREFIX)

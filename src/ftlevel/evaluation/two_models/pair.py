@@ -42,15 +42,15 @@ def find_pair(config: EvaluateConfig, device: str) -> tuple[Found, Found | None]
         InputError: one is not there, or they cannot be asked the same.
     """
     if config.against is None:
-        return find_trained(config.name, device, config.task), None
+        return find_trained(config.name, device, config.task, place=config.base_model), None
     names = (config.name, config.against)
     cards = [card_directory(Path(name).expanduser()) for name in names]
     known = [read_card(card).task for card in cards if card is not None]
     task = config.task or (known[0] if known else None)
     said = (config.name, f"--against {config.against}")
     found, reference = (
-        find_trained(name, device, config.task if card else task, words)
-        for name, card, words in zip(names, cards, said, strict=True)
+        find_trained(name, device, config.task if card else task, words, place)
+        for name, card, words, place in zip(names, cards, said, _places(config, cards), strict=True)
     )
     if found.card.task != reference.card.task:
         raise InputError(
@@ -59,6 +59,15 @@ def find_pair(config: EvaluateConfig, device: str) -> tuple[Found, Found | None]
         )
     _check_same_answers(found, reference, config)
     return found, reference
+
+
+def _places(config: EvaluateConfig, cards: Sequence[Path | None]) -> list[str | None]:
+    """Return for each of the two where its base is now: the same place for two of one base."""
+    place, (own, other) = config.base_model, cards
+    if own is None and other is not None:
+        return [None, place]
+    bases = [read_card(card).base.get("fingerprint") for card in cards if card is not None]
+    return [place, place if len(bases) == 2 and bases[0] == bases[1] else None]
 
 
 def _check_same_answers(found: Found, reference: Found, config: EvaluateConfig) -> None:

@@ -7,7 +7,7 @@ refused, and so is an adapter that `train` would not build the same way, before 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from ftlevel.models.loading import load_config
 from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.trained.adapterhub import is_adapterhub
-from ftlevel.trained.load import card_directory, check_base
-from ftlevel.trained.plain_peft import ADAPTER_CONFIG, base_words, read_plain_adapter
+from ftlevel.trained.base import find_base
+from ftlevel.trained.load import card_directory
+from ftlevel.trained.plain_peft import ADAPTER_CONFIG, read_plain_adapter
 from ftlevel.weights.tensor_files import read_header
 
 WEIGHTS = "adapter_model.safetensors"
@@ -83,9 +84,8 @@ def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | No
     if not (directory / ADAPTER_CONFIG).is_file() and (directory / "config.json").is_file():
         return (*_take_model(config, name, directory), [f"--adapter {name} is a whole model"])
     _check_kind(name, directory, config)
-    source, settings = read_plain_adapter(directory, _base_of(config, card, name))
-    if card is not None:
-        check_base(source, card, directory)
+    base = _base_of(config, card, directory)
+    source, settings = read_plain_adapter(directory, base_source=base)
     adapter = StartingAdapter(
         name, directory, settings, card, file_fingerprint(directory / WEIGHTS)
     )
@@ -149,15 +149,16 @@ def _check_kind(name: str, directory: Path, config: TrainConfig) -> None:
         )
 
 
-def _base_of(config: TrainConfig, card: AdapterCard | None, name: str) -> ModelSource | None:
+def _base_of(config: TrainConfig, card: AdapterCard | None, directory: Path) -> ModelSource | None:
     """Return the base that the user or the card names; None leaves it to adapter_config.json."""
     model = config.model
-    if "name_or_path" in model.model_fields_set:
-        return resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
+    is_named = "name_or_path" in model.model_fields_set
     if card is None:
-        return None
-    base, trust = card.base["name"], model.trust_remote_code
-    return resolve_source(base, card.base.get("revision"), trust, base_words(name, base))
+        if not is_named:
+            return None
+        return resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
+    source = find_base(card, directory, model.name_or_path if is_named else None)
+    return replace(source, trust_remote_code=model.trust_remote_code)
 
 
 def _read_spec(adapter: StartingAdapter, config: TrainConfig) -> MethodConfig:

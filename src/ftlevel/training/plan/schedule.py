@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ftlevel.config import TrainConfig
+from ftlevel.config import DEFAULT_MODEL, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.methods import METHODS
@@ -65,6 +65,18 @@ def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
     base = base or rates.choose(config.method.kind, known)
     head = head or (base if rates.is_heads else choose_head_rate(known))
     return Rates(base, head if known.new_head else None)
+
+
+def find_stand_in(config: TrainConfig) -> list[str]:
+    """Return what is to be said where the user's own data meets a model that nobody chose."""
+    is_own = not config.data.dataset.startswith("builtin:")
+    if not is_own or "name_or_path" in config.model.model_fields_set:
+        return []
+    return [
+        f"no model is named, so the built-in one of 2.6 M parameters ({DEFAULT_MODEL}) learns from "
+        f"{config.data.dataset}. It is for trying things out. Name one of use: --model "
+        "HuggingFaceTB/SmolLM2-135M-Instruct, for one."
+    ]
 
 
 def find_warnings(

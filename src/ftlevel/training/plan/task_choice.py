@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from ftlevel.config import Layer, TrainConfig, build_config
+from pydantic import ValidationError
+
+from ftlevel.config import TrainConfig
+from ftlevel.config.layers import explain
 from ftlevel.data.sources.splits import load_splits
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import resolve_source
@@ -41,7 +44,9 @@ def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
             found = TASKS[name].find_format(table.columns, section)
         except InputError:
             continue
-        values = {**config.model_dump(exclude_unset=True), "task": name}
         why = f"the model is an encoder, and the columns are {found.name}; --task names another"
-        return build_config([Layer(values)]), why
+        try:
+            return config.with_sections(task=name), why
+        except ValidationError as error:
+            raise ConfigError(explain(error, {})) from None
     return config, ""

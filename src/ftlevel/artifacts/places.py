@@ -1,0 +1,181 @@
+"""Where the files are that a run needs: named so that the run can be read anywhere, and moved.
+
+config.yaml names them absolutely, for whoever reads it from another directory. places.json names
+them from the run's own directory, so that a folder that holds run, model and data moves as one. The
+first that is there is taken, and of two base models the one with the run's weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.artifacts.run_directory import CONFIG, ORIGIN, RunDirectory
+from ftlevel.config import IN_MEMORY, Layer, read_recipe
+from ftlevel.errors import ConfigError, listing
+
+PLACES = "places.json"
+
+_FIELDS = {
+    "model.name_or_path": "--model",
+    "data.dataset": "--dataset",
+    "data.also": "--dataset",
+    "data.validation_file": "--validation-file",
+    "data.chat_template": "--chat-template",
+}
+"""Dotted field that may be a path here → the flag that sets it."""
+
+DATA_PLACES = ("data.dataset", "data.also", "data.validation_file")
+"""The fields that say where the rows are."""
+
+
+def absolute_places(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration's plain `values` with its local paths made absolute."""
+    return _with_places(values, lambda _, place: str(Path(place).expanduser().absolute()))
+
+
+def write_places(run: RunDirectory, values: Mapping[str, Any]) -> None:
+    """Write places.json: the local paths of `values`, each by what config.yaml calls it."""
+    found: dict[str, str] = {}
+
+    def note(_: str, place: str) -> str:
+        found[place] = relative_place(Path(place), run.path)
+        return place
+
+    _with_places(absolute_places(values), note)
+    write_json(run.path / PLACES, {place: path for place, path in found.items() if path})
+
+
+def relative_place(path: Path, directory: Path) -> str:
+    """Return `path` from `directory`; empty where there is no way, as between drives."""
+    path = path.expanduser().absolute()
+    try:
+        return os.path.relpath(path.parent.resolve() / path.name, directory.resolve())
+    except ValueError:
+        return ""
+
+
+def resolve_relative(relative: str, directory: Path) -> Path:
+    """Return the path that is `relative` from `directory`."""
+    return Path(os.path.normpath(directory.resolve() / relative))
+
+
+def read_run(directory: Path) -> Layer:
+    """Read config.yaml of a run, with the places where its files are now.
+
+    A file that is nowhere keeps the place that it had; see `check_places`.
+
+    Raises:
+        ConfigError: config.yaml cannot be read.
+    """
+    layer = read_recipe(directory / CONFIG)
+    relative, weights = _read_json(directory / PLACES), _weights_of(directory)
+
+    def now(field: str, place: str) -> str:
+        there = [path for path in _candidates(place, relative, directory) if path.exists()]
+        if field == "model.name_or_path" and weights is not None and len(there) > 1:
+            there = [path for path in there if base_fingerprint(path) == weights] or there
+        return str(there[0]) if there else place
+
+    return Layer(_with_places(layer.values, now), layer.origins)
+
+
+def check_places(directory: Path, values: Mapping[str, Any], fields: Sequence[str] = ()) -> None:
+    """Refuse a run of which a file is nowhere, naming where it was looked for.
+
+    Args:
+        directory: the run.
+        values: its configuration as plain values, after what the user gave.
+        fields: dotted fields to look at; none for all.
+
+    Raises:
+        ConfigError: with a line for each.
+    """
+    relative, problems = _read_json(directory / PLACES), []
+
+    def look(field: str, place: str) -> str:
+        if fields and field not in fields:
+            return place
+        if place == IN_MEMORY:
+            problems.append(
+                f"{directory} was trained on rows in memory, which are not kept. Give rows with "
+                "--dataset FILE, or in Python the same rows again."
+            )
+        elif place in relative and not Path(place).exists():
+            tried = [str(path) for path in _candidates(place, relative, directory)]
+            problems.append(
+                f"{directory}: {field} is not where it was, and was looked for at "
+                f"{listing(tried)}. Name its place: {_FIELDS[field]} PATH."
+            )
+        return place
+
+    _with_places(values, look, every=True)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _candidates(place: str, relative: Mapping[str, str], directory: Path) -> list[Path]:
+    """Return where the file may be that was at `place`: from the run's directory, and as it was."""
+    moved = [resolve_relative(relative[place], directory)] if place in relative else []
+    return list(dict.fromkeys([*moved, Path(place)]))
+
+
+def _with_places(
+    values: Mapping[str, Any], change: Callable[[str, str], str], *, every: bool = False
+) -> dict[str, Any]:
+    """Return `values` with each local path replaced by what `change` makes of field and path.
+
+    Args:
+        values: section → its fields.
+        change: is told the dotted field and its value.
+        every: change all values of the fields, paths here or not.
+    """
+    changed = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+    def new(field: str, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [new(field, item) for item in value]
+        return change(field, value) if every or _is_path(field, value) else value
+
+    for field, section, name in _parts():
+        own = changed.get(section)
+        if isinstance(own, dict) and own.get(name):
+            own[name] = new(field, own[name])
+    return changed
+
+
+def _parts() -> Iterator[tuple[str, str, str]]:
+    for field in _FIELDS:
+        section, _, name = field.partition(".")
+        yield field, section, name
+
+
+def _is_path(field: str, value: str) -> bool:
+    """Whether `value` means a file or directory here: one that exists, or an absolute path."""
+    if value == IN_MEMORY or value.startswith(("builtin:", "hf://")):
+        return False
+    path = Path(value).expanduser()
+    if field == "data.chat_template" and path.name == value and not path.suffix:
+        return False  # a template's name
+    return path.is_absolute() or path.exists()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return what is in the file; nothing of a run that was made before there was one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}). Was a copy cut short?") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _weights_of(directory: Path) -> str | None:
+    """Return the fingerprint of the weights that the run was begun with, where it is known."""
+    return _read_json(directory / "checkpoints" / ORIGIN).get("model.fingerprint")

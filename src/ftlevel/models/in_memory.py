@@ -1,0 +1,216 @@
+"""A model and a tokenizer that a program hands over: told from the files of their name, or saved.
+
+A run loads its weights from files, several times: to train, and to prove what it saved. What is
+exactly what lies under its name is loaded from there; anything else is written down first, so that
+the adapter has a base for as long as it is there. What was handed over is not changed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from ftlevel.config import ModelConfig, QuantConfig
+from ftlevel.config.choices import Choice
+from ftlevel.errors import ConfigError, InputError
+from ftlevel.models.loading import load_config, load_tokenizer, quiet_libraries
+from ftlevel.models.quantized import as_quant_config, quantization_name, stored_quantization
+from ftlevel.models.sources import ModelSource, resolve_source, snapshot
+
+_OF_NO_WEIGHT = ("dtype", "torch_dtype", "transformers_version", "architectures", "use_cache",
+                 "pad_token_id", "quantization_config")  # fmt: skip
+"""What may differ in a config without making it another model: a run chooses these itself."""
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """Where a model in memory is loaded from.
+
+    Attributes:
+        name: as of `--model`.
+        directory: where it was written; None where its name holds the same.
+        quant: how it is quantized by bitsandbytes; None where it is not.
+        choice: the line for the screen.
+    """
+
+    name: str
+    directory: Path | None
+    quant: QuantConfig | None
+    choice: Choice
+
+
+def place_model(model: Any, tokenizer: Any, wish: ModelConfig, folder: Path) -> PlacedModel:
+    """Return where `model` can be loaded from, writing it into `folder` if it is nowhere.
+
+    Args:
+        model: a model of transformers; None for the one that `wish` names.
+        tokenizer: its tokenizer; None takes the one of its name.
+        wish: the model section.
+        folder: an empty directory.
+
+    Raises:
+        ConfigError: they are not what is expected, or the config names a model too.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        raise ConfigError(
+            f"tokenizer= is of type {type(tokenizer).__name__}. Expected one that "
+            "transformers.AutoTokenizer loaded."
+        )
+    if model is None:
+        source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
+        return _with_tokenizer(source, tokenizer, folder)
+    _check_model(model, wish)
+    known = _find_source(str(model.name_or_path or ""), wish)
+    quant = _quantization(model)
+    if known is not None and _is_as_stored(model, known, quant):
+        return replace(_with_tokenizer(known, tokenizer, folder), quant=quant)
+    if tokenizer is None and known is None:
+        raise ConfigError(
+            f"model= comes from no files (name {model.name_or_path!r}), so its tokenizer is not "
+            "known. Give it: tokenizer=…"
+        )
+    place = folder / _short_name(known.name if known else type(model).__name__)
+    model.save_pretrained(place)
+    own: Any = tokenizer if known is None or tokenizer is not None else load_tokenizer(known)
+    own.save_pretrained(place)
+    than = f"other weights than {known.name}" if known else "the weights of no file"
+    return PlacedModel(str(place), place, quant, Choice(
+        "given model", f"has {than}", "kept as base/ in the run, which its adapter needs; what was "
+        "given is not changed",
+    ))  # fmt: skip
+
+
+def _check_model(model: Any, wish: ModelConfig) -> None:
+    """Refuse what is no plain model, and a name beside it."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model, PeftModel) or (
+        isinstance(model, torch.nn.Module)
+        and any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    ):
+        raise ConfigError(
+            "model= has an adapter already, and a run puts its own onto a plain model. Give the "
+            "model without it, or merged with it: model.merge_and_unload()."
+        )
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ConfigError(
+            f"model= is of type {type(model).__name__}. Expected a model of transformers, as "
+            "AutoModelForCausalLM.from_pretrained gives it, or TrainConfig(model=NAME)."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError("model= has weights on the meta device, which hold no numbers. Load it.")
+    if "name_or_path" in wish.model_fields_set:
+        raise ConfigError(
+            f"model= is given, and the configuration names {wish.name_or_path}. Give one of them."
+        )
+
+
+def _quantization(model: Any) -> QuantConfig | None:
+    stored = stored_quantization(model.config)
+    if stored is None:
+        return None
+    quant = as_quant_config(stored)
+    if quant is None:
+        raise ConfigError(
+            f"model= is quantized by {quantization_name(stored)}. Of models in memory those of "
+            "bitsandbytes can be trained (4 or 8 bits). Name it instead: TrainConfig(model=NAME)."
+        )
+    return quant
+
+
+def _find_source(name: str, wish: ModelConfig) -> ModelSource | None:
+    """Return the files that a model says it was loaded from; None where there are none."""
+    try:
+        return resolve_source(name, wish.revision, wish.trust_remote_code) if name else None
+    except InputError:
+        return None
+
+
+def _with_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> PlacedModel:
+    """Return `source`, copied into `folder` if `tokenizer` is another than its own."""
+    if tokenizer is None or _facts(tokenizer) == _facts(load_tokenizer(source)):
+        return PlacedModel(source.name, None, None, Choice(
+            "given model", f"is {source.name}", "loaded from there; what was given is not changed"
+        ))  # fmt: skip
+    if source.kind == "gguf":
+        raise ConfigError(
+            f"tokenizer= is another than that of {source.name}, and a .gguf file has its own. "
+            "Drop it, or give a model directory."
+        )
+    place = folder / _short_name(source.name)
+    shutil.copytree(snapshot(source), place)
+    tokenizer.save_pretrained(place)
+    return PlacedModel(str(place), place, None, Choice(
+        "given tokenizer", f"is another than that of {source.name}",
+        "kept with the model as base/ in the run",
+    ))  # fmt: skip
+
+
+def _short_name(name: str) -> str:
+    return name.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
+
+
+def _facts(tokenizer: Any) -> tuple[Any, ...]:
+    """Return what decides the tokens of a text; what fills a batch decides none."""
+    own: Any = tokenizer.get_vocab()
+    if tokenizer.is_fast:
+        own = json.loads(tokenizer.backend_tokenizer.to_str())
+        own = {key: value for key, value in own.items() if key not in ("padding", "truncation")}
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
+    return own, special, getattr(tokenizer, "chat_template", None)
+
+
+def _is_as_stored(model: Any, source: ModelSource, quant: QuantConfig | None) -> bool:
+    """Whether the files of `source` hold `model`: its config, and every one of its numbers."""
+    if source.kind == "gguf" or _config_facts(model.config) != _config_facts(load_config(source)):
+        return False
+    own = model.state_dict()
+    stored = _quantized_tensors(model, source) if quant else _stored_tensors(model, source)
+    known: set[int] = set()
+    for name, tensor in stored:
+        mine = own.pop(name)
+        if mine.shape != tensor.shape or not torch.equal(tensor.to(mine.dtype), mine.cpu()):
+            return False
+        known.add(mine.data_ptr())
+    return all(tensor.data_ptr() in known for tensor in own.values())  # the tied ones
+
+
+def _config_facts(config: Any) -> dict[str, Any]:
+    facts = json.loads(json.dumps(config.to_dict(), default=str))
+    return {k: v for k, v in facts.items() if k not in _OF_NO_WEIGHT and not k.startswith("_")}
+
+
+def _stored_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what the files hold of the tensors of `model`, under its names for them."""
+    own, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    for path in sorted(snapshot(source).glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            for stored in file.keys():  # noqa: SIM118 - it is no dict
+                names = (stored, prefix + stored, stored.removeprefix(prefix))
+                name = next((name for name in names if name in own), None)
+                if name is not None:
+                    yield name, file.get_tensor(stored)
+
+
+def _quantized_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of the files, quantized as `model` is."""
+    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    with quiet_libraries():
+        fresh = type(model).from_pretrained(
+            source.location,
+            **source.arguments(),
+            quantization_config=model.config.quantization_config,
+            dtype=floats[0],
+            device_map={"": str(model.device)},
+        )
+    own = model.state_dict()
+    yield from ((name, tensor.cpu()) for name, tensor in fresh.state_dict().items() if name in own)

@@ -1,0 +1,165 @@
+"""What a program hands over to `train` beside the configuration: rows, a model, callbacks."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import TrainerCallback
+
+from ftlevel.artifacts.fingerprint import base_digest
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.config import QuantConfig, RowsInMemory, TrainConfig
+from ftlevel.config.choices import Choice
+from ftlevel.config.in_memory import name_rows
+from ftlevel.config.layers import explain
+from ftlevel.errors import ConfigError
+from ftlevel.models.in_memory import place_model
+from ftlevel.training.plan.plan import Plan
+from ftlevel.training.summary import describe_base
+
+BASE = "base"
+"""Directory in a run of a model that was handed over and is in no other file."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is handed over.
+
+    Attributes:
+        dataset: rows to learn from.
+        eval_dataset: rows to watch.
+        model: a model of transformers.
+        tokenizer: its tokenizer.
+        callbacks: told of the steps, after our own.
+    """
+
+    dataset: Any = None
+    eval_dataset: Any = None
+    model: Any = None
+    tokenizer: Any = None
+    callbacks: Sequence[TrainerCallback] = ()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The configuration in which all of it has a name.
+
+    Attributes:
+        config: the whole configuration.
+        base: directory that a model was written into; None where it was not.
+        choices: lines for the screen.
+    """
+
+    config: TrainConfig
+    base: Path | None = None
+    choices: tuple[Choice, ...] = ()
+
+    def named_in(self, run: RunDirectory) -> TrainConfig:
+        """Return the configuration as `run` states it, in which such a model will be."""
+        if self.base is None:
+            return self.config
+        place = str(run.path.absolute() / BASE)
+        model = self.config.model.model_copy(update={"name_or_path": place})
+        return self.config.model_copy(update={"model": model})
+
+
+def take(config: TrainConfig, given: Given, held: ExitStack) -> Taken:
+    """Return `config` with what is `given`; a model may be written, until `held` is closed.
+
+    Raises:
+        ConfigError: something is not what is expected, or is given twice.
+    """
+    _check_callbacks(given.callbacks)
+    rows = {"dataset": given.dataset, "validation_file": given.eval_dataset}
+    names = {key: _name(key, value, config) for key, value in rows.items() if value is not None}
+    if names:
+        config = _agreed(config, data=config.data.model_copy(update=names))
+    if given.model is None and given.tokenizer is None:
+        return Taken(config)
+    folder = held.enter_context(tempfile.TemporaryDirectory(prefix="ftlevel-model-"))
+    placed = place_model(given.model, given.tokenizer, config.model, Path(folder))
+    sections: dict[str, Any] = {
+        "model": config.model.model_copy(update={"name_or_path": placed.name})
+    }
+    if placed.quant is not None:
+        sections["quant"] = _own_quant(config.quant, placed.quant)
+    return Taken(_agreed(config, **sections), placed.directory, (placed.choice,))
+
+
+def _agreed(config: TrainConfig, **sections: Any) -> TrainConfig:
+    try:
+        return config.with_sections(**sections)
+    except ValidationError as error:
+        raise ConfigError(explain(error, {})) from None
+
+
+def _own_quant(wish: QuantConfig, own: QuantConfig) -> QuantConfig:
+    """Return how a given model is quantized, which a wish may only repeat."""
+    if wish.kind not in ("none", own.kind) or (wish.kind == own.kind and wish != own):
+        raise ConfigError(
+            f"quant is {wish.form}, and model= is quantized already: {own.form}. Drop quant, or "
+            "give the model in floating point."
+        )
+    return own
+
+
+def _name(key: str, value: Any, config: TrainConfig) -> str:
+    argument = "dataset" if key == "dataset" else "eval_dataset"
+    if key in config.data.model_fields_set and getattr(config.data, key) is not None:
+        raise ConfigError(
+            f"{argument}= is given, and the configuration has data.{key} too. Give one of them."
+        )
+    named = name_rows(value)
+    if not isinstance(named, str):
+        raise ConfigError(
+            f"{argument}= is of type {type(value).__name__}. Expected a DataFrame, a "
+            "datasets.Dataset or DatasetDict, a list of dicts, or a file's name."
+        )
+    if isinstance(named, RowsInMemory):
+        named.said = argument
+    return named
+
+
+def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
+    for callback in callbacks:
+        if not isinstance(callback, TrainerCallback):
+            what = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+            raise ConfigError(
+                f"callbacks= has {what}. Expected instances of transformers.TrainerCallback, such "
+                f"as {what}()." if isinstance(callback, type) else
+                f"callbacks= has one of type {what}. Expected instances of "
+                "transformers.TrainerCallback."
+            )  # fmt: skip
+
+
+def keep_base(
+    plan: Plan, taken: Taken, run: RunDirectory, *, is_first: bool
+) -> tuple[Plan, dict[str, Any]]:
+    """Return `plan` with a model that was written for this run in its directory, and its facts.
+
+    Args:
+        plan: of the run.
+        taken: what was handed over.
+        run: where the model goes.
+        is_first: whether this process writes.
+    """
+    if taken.base is not None:
+        place = run.path.resolve() / BASE
+        if is_first and not place.exists():
+            shutil.move(taken.base, place)
+        source = replace(plan.model.source, name=str(place), location=str(place))
+        plan = replace(plan, model=replace(plan.model, source=source))
+    return plan, describe_taken(plan, taken)
+
+
+def describe_taken(plan: Plan, taken: Taken) -> dict[str, Any]:
+    """Return the facts of the base; of one that was written for the run, of every byte."""
+    base, path = describe_base(plan.model.source), plan.model.source.path
+    return base if taken.base is None or path is None else {**base, "digest": base_digest(path)}

@@ -1,0 +1,148 @@
+"""A run that is moved, whose base or data is moved, and commands from other directories."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ftlevel.cli.app import run
+from ftlevel.commands.evaluate import evaluate
+from ftlevel.config import EvaluateConfig
+
+TinyModelDir = Callable[..., Path]
+WORDS = ("argument", "parser", "module", "string", "value", "object", "default", "file")
+
+
+@pytest.fixture
+def project(tiny_model_dir: TinyModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with a model, rows and a run that was trained on them by relative paths."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    shutil.copytree(tiny_model_dir("llama", chat=True), "base")
+    rows = [json.dumps({"prompt": f"the {w}", "completion": f"{w} it is"}) for w in WORDS]
+    Path("rows.jsonl").write_text("\n".join(rows))
+    rest = ["--max-steps", "2", "--save-steps", "1", "--validation-split", "0.25", "--quiet"]
+    command = ["train", "--model", "base", "--dataset", "rows.jsonl", *rest, "--output-dir", "run"]
+    assert run(command) == 0
+    return folder
+
+
+def loss(name: str, **settings: str) -> float:
+    return evaluate(EvaluateConfig(name=name, resamples=0, base=False, **settings)).metrics["loss"]
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_all_commands_from_another_directory_and_after_a_move(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, adapter = loss("run"), weights(Path("run"))
+    monkeypatch.chdir(tmp_path)
+    assert loss("project/run") == before
+    project.rename("elsewhere")
+    assert loss("elsewhere/run") == before
+    assert run(["generate", "elsewhere/run", "--prompt", "the file"]) == 0
+    assert run(["merge", "elsewhere/run", "--out", "merged", "--quiet"]) == 0
+    assert loss("merged", dataset="elsewhere/rows.jsonl") > 0
+    assert run(["train", "elsewhere/run/config.yaml", "--output-dir", "new", "--quiet"]) == 0
+    assert weights(Path("new")) == adapter
+    Path("elsewhere/run/adapter/adapter_model.safetensors").unlink()
+    assert run(["train", "--output-dir", "elsewhere/run", "--resume", "--quiet"]) == 0
+    assert weights(Path("elsewhere/run")) == adapter
+    assert run(["preview", "elsewhere/run", "--json"]) == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "run", "--prompt", "the file"],
+        ["predict", "run", "--dataset", "rows.jsonl", "--limit", "1"],
+        ["evaluate", "run", "--resamples", "0"],
+        ["merge", "run", "--out", "merged", "--no-verify"],
+        ["train", "--output-dir", "run", "--resume", "--quiet"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_place_of_the_base(
+    command: list[str],
+    project: Path,
+    tiny_model_dir: TinyModelDir,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("base").rename("moved")
+    capsys.readouterr()
+    assert run(command) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"looked for at {project}/base" in line
+    assert line.endswith("Name its place: --model PATH.")
+    other = str(tiny_model_dir("llama", chat=True, seed=1))
+    assert run([*command, "--model", other]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ("begun on base" if command[0] == "train" else f"trained on {project}/base") in line
+    assert f"--model {other} has other weights" in line
+    assert run([*command, "--model", "moved"]) == 0
+    if command[0] == "train":  # it is where it was named from now on
+        assert run(["generate", "run", "--prompt", "the file"]) == 0
+
+
+def test_a_whole_model_has_no_base_to_name(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "base", "--prompt", "x", "--model", "base"]) == 2
+    assert "names the base of an adapter, and base is a whole model" in capsys.readouterr().err
+
+
+def test_an_adapter_finds_a_base_that_is_named_first(project: Path) -> None:
+    Path("base").rename("moved")
+    assert run(["generate", "moved", "--adapter", "mine=run", "--prompt", "the file"]) == 0
+
+
+def test_two_of_one_base_that_has_moved(project: Path) -> None:
+    shutil.copytree("run", "other")
+    Path("base").rename("moved")
+    found = EvaluateConfig(name="run", against="other", base_model="moved", resamples=0, base=False)
+    assert evaluate(found).summary["against"]["rows"]["kl"] == 0
+
+
+def test_the_runs_own_rows_under_another_name(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = evaluate(EvaluateConfig(name="run", resamples=0))
+    Path("rows.jsonl").rename("moved.jsonl")
+    assert run(["evaluate", "run"]) == 2
+    assert capsys.readouterr().err == (
+        f"ftlevel: run: data.dataset is not where it was, and was looked for at "
+        f"{project}/rows.jsonl. Name its place: --dataset PATH.\n"
+    )
+    found = evaluate(EvaluateConfig(name="run", dataset="moved.jsonl", resamples=0))
+    assert found.summary["data"]["split"] == "validation"
+    assert found.metrics == before.metrics
+
+
+def test_a_base_inside_of_what_is_replaced_stays(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("base").rename("run/base")
+    command = ["train", "--model", "run/base", "--dataset", "rows.jsonl", "--max-steps", "1"]
+    assert run([*command, "--output-dir", "run", "--overwrite", "--quiet"]) == 2
+    assert "the base model is in it" in capsys.readouterr().err
+    assert Path("run/base/config.json").is_file()
+
+
+def test_another_setting_is_refused_before_the_model_loads(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ftlevel.training.model.load_model", None)
+    assert run(["train", "--output-dir", "run", "--resume", "--quiet", "--lora-r", "4"]) == 2
+    assert "not the same run: method.r was 8 and is 4" in capsys.readouterr().err
+    shutil.rmtree("run/checkpoints/checkpoint-1")
+    shutil.rmtree("run/checkpoints/checkpoint-2")
+    assert run(["train", "--output-dir", "run", "--resume", "--quiet"]) == 2
+    assert "it has no whole checkpoint" in capsys.readouterr().err

@@ -1,0 +1,214 @@
+"""`train` with rows, a model, a tokenizer and callbacks that a program hands over."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    TrainerCallback,
+)
+
+from ftlevel import EvaluateConfig, PredictConfig, TrainConfig, evaluate, predict, train
+from ftlevel.cli.app import run
+from ftlevel.errors import ConfigError
+
+TinyModelDir = Callable[..., Path]
+WORDS = ("argument", "parser", "module", "string", "value", "object", "default", "file")
+HELD = [{"prompt": f"say {word}", "completion": f"{word}!"} for word in WORDS[:3]]
+ROWS = [{"prompt": f"name the {word}", "completion": f"the {word}"} for word in WORDS]
+SHORT = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def base(tiny_model_dir: TinyModelDir) -> Path:
+    return tiny_model_dir("llama", chat=True)
+
+
+def config(base: Path | None, out: str = "run", **more: Any) -> TrainConfig:
+    model = {} if base is None else {"model": base}
+    return TrainConfig(**model, train=SHORT, output={"dir": out}, **more)
+
+
+def card(out: str = "run") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(out, "adapter/ftlevel.json").read_text())
+    return found
+
+
+def weights(out: str) -> bytes:
+    return Path(out, "adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_rows_in_memory_train_as_the_same_rows_of_a_file(base: Path) -> None:
+    Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    train(config(base, "file", data="rows.jsonl"))
+    train(config(base, "frame", data=pd.DataFrame(ROWS)))
+    train(config(base, "list"), ROWS)
+    assert weights("file") == weights("frame") == weights("list")
+    stored = yaml.safe_load(Path("frame/config.yaml").read_text())
+    assert stored["data"]["dataset"] == "in memory"
+
+
+def test_such_a_run_says_that_its_rows_are_gone(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train(config(base), ROWS, eval_dataset=pd.DataFrame(HELD))
+    assert result.summary["data"]["validation_rows"] == 3
+    for command in (["evaluate", "run"], ["train", "run/config.yaml"], ["preview", "run"]):
+        assert run(command) == 2
+        assert capsys.readouterr().err == (
+            "ftlevel: run was trained on rows in memory, which are not kept. Give rows with "
+            "--dataset FILE, or in Python the same rows again.\n"
+        )
+    found = evaluate(EvaluateConfig(name="run", dataset=pd.DataFrame(HELD), resamples=0))
+    assert found.metrics["loss"] == pytest.approx(result.summary["metrics"]["loss"])
+    assert result.predict([{"prompt": "name the file"}])[0]["prompt"] == "name the file"
+    assert "ftlevel evaluate" not in " ".join(result.summary["next"])
+
+
+def test_such_a_run_goes_on_with_the_same_rows(base: Path) -> None:
+    train(config(base), ROWS)
+    before = weights("run")
+    again = config(base).model_copy(
+        update={"output": config(base).output.model_copy(update={"resume": True})}
+    )
+    Path("run/adapter/adapter_model.safetensors").unlink()
+    train(again, ROWS)
+    assert weights("run") == before
+    with pytest.raises(ConfigError, match=r"not the same run: data\.fingerprint was"):
+        train(again, ROWS[1:])
+
+
+def test_a_model_in_memory_is_its_files_and_is_not_changed(base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(config(None, "given"), ROWS, model=model, tokenizer=tokenizer)
+    train(config(base, "named"), ROWS)
+    assert weights("given") == weights("named")
+    assert card("given")["base"]["name"] == str(base)
+    assert not Path("given/base").exists()
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    assert not hasattr(model, "peft_config")
+
+
+def test_a_model_that_was_changed_is_kept_in_the_run(base: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[100, 3] += 1  # which no sample of the file would show
+    result = train(config(None), ROWS, model=model)
+    choice = next(c for c in result.summary["choices"] if c["name"] == "given model")
+    assert "has other weights than" in choice["value"]
+    kept = AutoModelForCausalLM.from_pretrained("run/base").state_dict()
+    assert all(torch.equal(kept[name], now) for name, now in model.state_dict().items())
+    assert card()["base"]["path"] == "../base"
+    Path("run").rename("moved")
+    answer = predict(PredictConfig(name="moved"), [{"prompt": "name the file"}]).rows
+    assert answer is not None
+    with pytest.raises(ConfigError, match="has other weights"):
+        predict(PredictConfig(name="moved", base_model=str(base)), [{"prompt": "x"}])
+
+
+def test_another_tokenizer_is_kept_with_the_model(base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    train(config(base), ROWS, tokenizer=tokenizer)
+    assert AutoTokenizer.from_pretrained("run/base").chat_template == tokenizer.chat_template
+
+
+def test_a_model_of_no_files_needs_a_tokenizer(base: Path) -> None:
+    from tiny_models import build
+
+    model = build("llama")
+    with pytest.raises(ConfigError, match="so its tokenizer is not known"):
+        train(config(None), ROWS, model=model)
+
+
+@pytest.mark.slow
+def test_a_model_in_4_bits_is_taken_as_it_is(base: Path) -> None:
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings)
+    train(config(None), ROWS, model=model)
+    assert card()["quantization"]["kind"] == "4bit"
+    assert card()["base"]["name"] == str(base)
+    with pytest.raises(ConfigError, match="model= is quantized already: 4-bit nf4"):
+        train(config(None, quant="8bit"), ROWS, model=model)
+
+
+class Count(TrainerCallback):
+    """Counts the steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Count one."""
+        self.steps += 1
+
+
+def test_callbacks_are_told_and_times_count_from_the_call(base: Path) -> None:
+    count, began = Count(), time.perf_counter()
+    result = train(config(base), ROWS, callbacks=[count])
+    took = time.perf_counter() - began
+    assert count.steps == 2
+    assert result.summary["timings"]["to_first_step_s"] > 0
+    assert result.summary["timings"]["total_s"] <= took  # not since the process began
+    assert result.summary["timings"]["to_first_step_cpu_s"] <= took * 4
+
+
+def wrapped(base: Path) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2))
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (lambda base: {"model": wrapped(base)}, "model= has an adapter already"),
+        (lambda base: {"model": wrapped(base).base_model.model}, "model= has an adapter already"),
+        (lambda base: {"model": torch.nn.Linear(2, 2)}, "model= is of type Linear"),
+        (lambda base: {"model": str(base)}, "model= is of type str"),
+        (lambda base: {"tokenizer": "gpt2"}, "tokenizer= is of type str"),
+        (lambda base: {"callbacks": [Count]}, "callbacks= has Count. Expected instances"),
+        (lambda base: {"callbacks": [print]}, "callbacks= has one of type builtin"),
+        (lambda base: {"dataset": 7}, "dataset= is of type int"),
+        (lambda base: {"eval_dataset": b"SECRET"}, "eval_dataset= is of type bytes"),
+        (lambda base: {"dataset": ROWS, "config": {"data": "x.csv"}}, "has data.dataset too"),
+        (lambda base: {"model": AutoModelForCausalLM.from_pretrained(base),
+                       "config": {"model": "x"}}, "the configuration names x"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_named(
+    given: Callable[[Path], dict[str, Any]], complaint: str, base: Path
+) -> None:
+    arguments = given(base)
+    with pytest.raises(ConfigError) as caught:
+        train(TrainConfig(**arguments.pop("config", {})), **arguments)
+    assert complaint in str(caught.value)
+    assert not Path("runs").exists()
+
+
+def test_a_dry_run_writes_nothing(base: Path) -> None:
+    result = train(config(base), ROWS, dry_run=True)
+    assert result.summary["steps"] == 2
+    assert list(Path().iterdir()) == []

@@ -1,0 +1,121 @@
+"""Where a run's files are: found from its directory, then where they were, or named as missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ftlevel.artifacts.places import absolute_places, check_places, read_run, write_places
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.errors import ConfigError
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with data, a second set and a run that names both."""
+    folder = tmp_path / "project"
+    (folder / "runs/one").mkdir(parents=True)
+    for name in ("rows.jsonl", "more.jsonl", "template.jinja"):
+        (folder / name).write_text(name)
+    monkeypatch.chdir(folder)
+    write(folder / "runs/one", {"dataset": "rows.jsonl", "also": ["./more.jsonl"],
+                                "chat_template": "template.jinja"})  # fmt: skip
+    return folder
+
+
+def write(run: Path, data: dict[str, Any], model: str = "builtin:tiny-llama") -> None:
+    values = {"model": {"name_or_path": model}, "data": data}
+    (run / "config.yaml").write_text(yaml.safe_dump(absolute_places(values)))
+    write_places(RunDirectory(run), values)
+
+
+def data_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_run(run).values["data"]
+    return found
+
+
+def test_a_run_names_its_files_twice(project: Path) -> None:
+    stored = yaml.safe_load(Path("runs/one/config.yaml").read_text())
+    assert stored["data"]["dataset"] == str(project / "rows.jsonl")
+    assert stored["model"]["name_or_path"] == "builtin:tiny-llama"
+    assert json.loads(Path("runs/one/places.json").read_text()) == {
+        str(project / "rows.jsonl"): "../../rows.jsonl",
+        str(project / "more.jsonl"): "../../more.jsonl",
+        str(project / "template.jinja"): "../../template.jinja",
+    }
+
+
+def test_a_folder_moves_as_one(project: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere/else"
+    moved.parent.mkdir()
+    project.rename(moved)
+    found = data_of(moved / "runs/one")
+    assert found["dataset"] == str(moved / "rows.jsonl")
+    assert found["also"] == [str(moved / "more.jsonl")]
+    assert found["chat_template"] == str(moved / "template.jinja")
+    check_places(moved / "runs/one", {"data": found})
+
+
+def test_a_run_moves_alone(project: Path, tmp_path: Path) -> None:
+    (project / "runs/one").rename(tmp_path / "two")
+    assert data_of(tmp_path / "two")["dataset"] == str(project / "rows.jsonl")
+
+
+def test_what_is_nowhere_is_named_with_the_places_and_the_flag(project: Path) -> None:
+    run = project / "runs/one"
+    (project / "rows.jsonl").unlink()
+    values = read_run(run).values
+    with pytest.raises(ConfigError) as caught:
+        check_places(run, values)
+    assert str(caught.value) == (
+        f"{run}: data.dataset is not where it was, and was looked for at {project}/rows.jsonl. "
+        "Name its place: --dataset PATH."
+    )
+    check_places(run, values, ["data.also"])
+    values["data"]["dataset"] = "mine.jsonl"  # the user's word, of which others complain
+    check_places(run, values)
+
+
+def test_rows_in_memory_are_nowhere(project: Path) -> None:
+    Path("in memory").write_text("")
+    write(project / "runs/one", {"dataset": "in memory", "validation_file": "in memory"})
+    assert data_of(project / "runs/one")["dataset"] == "in memory"
+    with pytest.raises(ConfigError, match="trained on rows in memory, which are not kept"):
+        check_places(project / "runs/one", read_run(project / "runs/one").values)
+
+
+def test_a_template_by_its_name_is_no_path(project: Path) -> None:
+    Path("chatml").write_text("")
+    write(project / "runs/one", {"dataset": "rows.jsonl", "chat_template": "chatml"})
+    assert data_of(project / "runs/one")["chat_template"] == "chatml"
+
+
+def test_of_two_models_the_one_with_the_weights_is_taken(project: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import save_file
+
+    from ftlevel.artifacts.fingerprint import base_fingerprint
+
+    (project / "model").mkdir()
+    save_file({"a": torch.ones(2)}, project / "model/model.safetensors")
+    run = project / "runs/one"
+    write(run, {}, "model")
+    (run / "checkpoints").mkdir()
+    origin = {"model.fingerprint": base_fingerprint(project / "model")}
+    (run / "checkpoints/origin.json").write_text(json.dumps(origin))
+    shutil.copytree(project, tmp_path / "copy")
+    copy = tmp_path / "copy/runs/one"
+    assert read_run(copy).values["model"]["name_or_path"] == str(tmp_path / "copy/model")
+    save_file({"a": torch.zeros(2)}, tmp_path / "copy/model/model.safetensors")
+    assert read_run(copy).values["model"]["name_or_path"] == str(project / "model")
+
+
+def test_a_run_without_places_reads_as_it_did(project: Path) -> None:
+    Path("runs/one/places.json").unlink()
+    assert data_of(project / "runs/one")["dataset"] == str(project / "rows.jsonl")

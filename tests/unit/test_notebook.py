@@ -1,0 +1,85 @@
+"""What a notebook draws, with stand-ins for the two functions of IPython that are called."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from ftlevel.config.choices import Choice
+from ftlevel.notebook import Notebook, default_listener
+
+
+class Cell:
+    """The output of a cell."""
+
+    def __init__(self) -> None:
+        self.drawn: list[str] = []
+
+    def display(self, content: str, *, display_id: bool) -> Cell:
+        self.drawn.append(content)
+        return self
+
+    def update(self, content: str) -> None:
+        self.drawn.append(content)
+
+
+@pytest.fixture
+def cell(monkeypatch: pytest.MonkeyPatch) -> Cell:
+    """Return the output of a cell of a notebook in which the test runs."""
+    found = Cell()
+    ipython = types.ModuleType("IPython")
+    ipython.get_ipython = object  # type: ignore[attr-defined]
+    display = types.ModuleType("IPython.display")
+    display.HTML = str  # type: ignore[attr-defined]
+    display.display = found.display  # type: ignore[attr-defined]
+    for name, module in (("IPython", ipython), ("IPython.display", display)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    return found
+
+
+def test_a_run_draws_in_one_output(cell: Cell) -> None:
+    listener = default_listener()
+    assert isinstance(listener, Notebook)
+    listener.stage("read <the> data")
+    listener.choices("train", [Choice("model", "x<y", "because & so")])
+    listener.warn("2 < 3")
+    listener.begin(2)
+    listener.log({"step": 1, "loss": 1.25, "learning_rate": 1e-4})
+    listener.step(1)
+    listener.log({"step": 1, "eval_loss": 0.5, "eval_accuracy": 0.75})
+    listener.step(2)
+    assert "<progress value='2' max='2'>" in cell.drawn[-1]
+    listener.end({"run": "runs/my run"})
+    last = cell.drawn[-1]
+    for part in ("x&lt;y", "because &amp; so", "2 &lt; 3", "1.2500", "1.00e-04", "0.7500",
+                 "runs/my run"):  # fmt: skip
+        assert part in last
+    assert "<the>" not in "".join(cell.drawn)
+    assert "progress" not in last
+
+
+def test_steps_are_not_each_drawn(cell: Cell) -> None:
+    listener = default_listener()
+    listener.begin(1_000)
+    for step in range(1_000):
+        listener.step(step)
+    assert len(cell.drawn) < 100
+
+
+def test_elsewhere_only_warnings_are_logged(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    listener = default_listener()
+    listener.stage("train")
+    listener.log({"step": 1, "loss": 1.0})
+    listener.warn("the loss did not fall")
+    assert capfd.readouterr().out == ""
+    assert [(record.name, record.message) for record in caplog.records] == [
+        ("ftlevel", "the loss did not fall")
+    ]
