@@ -17,6 +17,7 @@ from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.held_out import HeldOut, load_held_out
+from ftlevel.data.sources.packed import STDIN
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import PerRow, interval
 from ftlevel.evaluation.scoring import Evaluator
@@ -190,11 +191,17 @@ def _settings(config: EvaluateConfig, found: Found) -> TrainConfig:
                 f"{config.name} does not say what it was trained on. Add --dataset FILE."
             )
         data = data.model_copy(update={"dataset": name})
+    if config.dataset is None and STDIN in (data.dataset, *data.also):
+        raise ConfigError(
+            f"{config.name} was trained on rows that came through stdin and are not there any "
+            "more. Name rows with --dataset FILE."
+        )
     changes: dict[str, Any] = {"overlong": "drop"}
     if found.run is None:
         changes["max_length"] = found.card.max_length or "auto"
     if config.dataset is not None:
         changes |= {"dataset": config.dataset, "also": (), "mix": None, "subset": config.subset,
+                    "input_format": config.input_format,
                     "split": None, "validation_split": None, "max_samples": None,
                     "max_eval_samples": None}  # fmt: skip
     if config.columns:

@@ -23,7 +23,8 @@ from ftlevel.data.prepare.questions import (
     RowSource,
     windows,
 )
-from ftlevel.data.sources.one_file import OneFile, opened_file
+from ftlevel.data.sources.readers.files import Reading, open_reader
+from ftlevel.data.sources.streams import Reader
 from ftlevel.errors import ConfigError, InputError, Interrupted, listing
 from ftlevel.evaluation.answers import PROMPTS, AskedModel, answer_questions, asking
 from ftlevel.evaluation.row_tally import Tally
@@ -146,7 +147,7 @@ def _prepare(
     device = choose_device(config.device)
     found = find_trained(config.name, device.value, config.task)
     task, own = TASKS[found.card.task], _settings(found)
-    source, file = _open(config, rows, task, own, held)
+    source, file = _open(config, rows, task, own)
     shape = task.find_questions(source.leading, _mapping(config, own, task, source), config.format)
     wanted = Wanted(config.probabilities, config.top_k or 0)
     kinds = task.answer_columns(shape, found.card.labels, found.card.options, wanted)
@@ -174,15 +175,14 @@ def _open(
     rows: Iterable[Mapping[str, Any]] | None,
     task: BaseTask,
     own: TrainConfig,
-    held: contextlib.ExitStack,
-) -> tuple[RowSource, OneFile | None]:
+) -> tuple[RowSource, Reader | None]:
     """Return the rows, of which the first are read, and their file."""
     if rows is not None or config.dataset is None:
         return GivenRows(rows or ()), None
     roles = [names for shape in task.questions for names in shape.roles.values()]
     known = {name for names in roles for name in names}
     known |= {*config.columns.values(), *own.data.columns.values()}
-    file = held.enter_context(opened_file(config.dataset, config.input_format, known))
+    file = open_reader(config.dataset, Reading(config.input_format, config.subset, known))
     return FileRows(file), file
 
 
@@ -202,7 +202,7 @@ def _mapping(
 
 
 def _check_new(
-    config: PredictConfig, answers: Answers, source: RowSource, file: OneFile | None
+    config: PredictConfig, answers: Answers, source: RowSource, file: Reader | None
 ) -> None:
     """Refuse columns for the answers that the rows have already."""
     taken = [repr(name) for name in answers if name in source.columns]
@@ -260,15 +260,15 @@ def _choices(
     own: TrainConfig,
     shape: Format,
     answers: Answers,
-    file: OneFile | None,
+    file: Reader | None,
 ) -> list[Choice]:
     task, quant = TASKS[found.card.task], found.card.quantization
-    data = "given" if file is None else f"{file.shown}: read as {file.path.suffix[1:]}"
+    data = "given" if file is None else file.shown
     choices = [
         Choice("task", task.name),
         Choice("base", found.source.name),
         *([Choice("quantization", quantization_form(quant))] if quant["kind"] != "none" else []),
-        Choice("rows", data, file.note if file else ""),
+        Choice("rows", data, "; ".join(file.notes) if file else ""),
         Choice("columns", shape.description),
         Choice("answers", listing(answers, 6)),
         Choice("dtype", found.card.dtype, "as in training" if found.run else "auto"),

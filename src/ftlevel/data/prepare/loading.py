@@ -211,4 +211,5 @@ def _read_one(name: str, config: DataConfig, task: Task, split: str | None) -> S
         subset=config.subset or (task.builtin_subset or None if builtin else None),
         on_bad_row=config.on_bad_row,
         max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
+        input_format=config.input_format,
     )

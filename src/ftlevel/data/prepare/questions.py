@@ -14,8 +14,6 @@ from typing import Any, Protocol
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.examples import Roles
 from ftlevel.data.formats.turns import Unusable
-from ftlevel.data.sources.one_file import OneFile
-from ftlevel.data.sources.readers.files import open_reader
 from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, listing
@@ -66,14 +64,13 @@ class FileRows:
         InputError: it is not there, of no known format, damaged or empty.
     """
 
-    def __init__(self, file: OneFile) -> None:
-        self._file = file
-        self._reader: Reader = open_reader(file.path)
-        self.schema = self._reader.schema
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.schema = reader.schema
         self.columns: Sequence[str] = self.schema.names if self.schema is not None else []
         chunk = next(self._reader.chunks(), None)
         if chunk is None or not (chunk.rows or chunk.bad):
-            raise InputError(f"{file.shown}: has 0 rows. Give a file with rows.")
+            raise InputError(f"{reader.shown}: has 0 rows. Give a file with rows.")
         if not chunk.rows:
             first = chunk.bad[0]
             raise InputError(f"{self._place(chunk, first.line)}: {first.reason}. Fix the file.")
@@ -93,7 +90,7 @@ class FileRows:
                 yield row, self._place(chunk, line), fault, share
 
     def _place(self, chunk: Chunk, line: int) -> str:
-        return Table([], [], self._file.shown, chunk.unit).place(line)
+        return Table([], [], self._reader.shown, chunk.unit).place(line)
 
 
 class GivenRows:

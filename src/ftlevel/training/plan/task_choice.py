@@ -33,7 +33,11 @@ def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     if model_kind(load_config(source)) != "encoder":
         return config, ""
     table = load_splits(
-        data.dataset, split=data.split, subset=data.subset, on_bad_row=data.on_bad_row
+        data.dataset,
+        split=data.split,
+        subset=data.subset,
+        on_bad_row=data.on_bad_row,
+        input_format=data.input_format,
     ).train
     by_name = data.model_copy(update={"columns": {}})
     for name, section in ((n, s) for s in (by_name, data) for n in _OF_ENCODERS):
