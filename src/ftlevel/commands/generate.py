@@ -127,7 +127,7 @@ def _with_rows(
     """
     source = FileRows(open_reader(path))
     try:
-        shape = task.find_questions(source.leading, config.columns)
+        shape = task.find_questions(source.leading, config.columns, rows=source.first)
     except NoFormatError:
         if "prompt" not in source.leading:
             raise

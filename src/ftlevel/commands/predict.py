@@ -14,6 +14,7 @@ from ftlevel.artifacts.rows.sinks import LineStream, RowColumns, RowFile, RowLis
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.config import PredictConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.choices import Choice
+from ftlevel.data.formats.columns import resolve_column
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.prepare.questions import (
     AskedRow,
@@ -148,7 +149,8 @@ def _prepare(
     found = find_trained(config.name, device.value, config.task)
     task, own = TASKS[found.card.task], _settings(found)
     source, file = _open(config, rows, task, own)
-    shape = task.find_questions(source.leading, _mapping(config, own, task, source), config.format)
+    mapping = _mapping(config, own, task, source)
+    shape = task.find_questions(source.leading, mapping, config.format, source.first)
     wanted = Wanted(config.probabilities, config.top_k or 0)
     kinds = task.answer_columns(shape, found.card.labels, found.card.options, wanted)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in kinds}
@@ -193,11 +195,12 @@ def _mapping(
     if config.columns:
         return config.columns
     roles = {role for shape in task.questions for role in shape.roles}
-    there = set(source.leading)
+    inner = {role for shape in task.questions for role in shape.inner}
+    told = {**task.own_mapping(source.leading, own.data, source.first), **own.data.columns}
     return {
         role: column
-        for role, column in own.data.columns.items()
-        if role in roles and column.partition(".")[0] in there
+        for role, column in told.items()
+        if role in inner or (role in roles and resolve_column(column, source.leading) is not None)
     }
 
 

@@ -14,13 +14,13 @@ from ftlevel.data.encoding.encode import Encoded, encode_labelled
 from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.formats.examples import (
     Labelled,
-    Roles,
     build_labelled,
     build_multi_labelled,
     build_quantity,
 )
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.formats.problems import choose_problem_type
+from ftlevel.data.formats.roles import Roles
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import listing
 from ftlevel.task import Meter, Objective
@@ -50,8 +50,8 @@ _SINGLE, _SEVERAL, _QUANTITY = (
     "regression",
 )
 _BUILDERS = {_SINGLE: build_labelled, _SEVERAL: build_multi_labelled, _QUANTITY: build_quantity}
-_LABEL = ("label", "labels", "class", "category", "sentiment")
-_TEXT = ("text", "sentence", "content", "review")
+_LABEL = ("label", "labels", "class", "category", "sentiment", "intent", "emotion")
+_TEXT = ("text", "sentence", "content", "review", "body", "comment", "message")
 _PAIRS = (
     ("text", "text_pair"),
     ("sentence1", "sentence2"),

@@ -14,6 +14,7 @@ from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels,
 from ftlevel.data.formats.spellings import SPELLINGS, FoldLabels, find_variants
 from ftlevel.data.gate import Finding, judge
 from ftlevel.data.gate.gate import resolve_faults
+from ftlevel.data.sources.lines import PART
 from ftlevel.data.sources.splits import Splits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.table import BadRow, Table, resolve_bad
 from ftlevel.task import Task
@@ -85,7 +86,8 @@ def open_converter(
     Raises:
         InputError: the columns do not say what to learn.
     """
-    shape, choices = task.read_columns(task.find_format(table.columns, config), table, config)
+    found = task.find_format(table.columns, config, table.rows[:PART])
+    shape, choices = task.read_columns(found, table, config)
     return Converter(config, task, shape, shape, lenient), choices
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ftlevel.config import Layer, TrainConfig, build_config
+from ftlevel.data.sources.lines import PART
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import InputError
 from ftlevel.models.kinds import model_kind
@@ -42,7 +43,7 @@ def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     by_name = data.model_copy(update={"columns": {}})
     for name, section in ((n, s) for s in (by_name, data) for n in _OF_ENCODERS):
         try:
-            found = TASKS[name].find_format(table.columns, section)
+            found = TASKS[name].find_format(table.columns, section, table.rows[:PART])
         except InputError:
             continue
         values = {**config.model_dump(exclude_unset=True), "task": name}

@@ -145,7 +145,7 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
     (
         [ASK, {"role": "critic", "content": "x"}, ANSWER],
         "turn 2 of 'messages' has the unknown role 'critic' "
-        "(known: system, user, assistant, tool, human, gpt)",
+        "(known: system, user, assistant, tool, human, gpt; say who it is: --map user=critic, or assistant=…)",
     ),
     ([ASK, {"role": "assistant"}], "turn 2 of 'messages' has no 'content' (keys: role)"),
     (
@@ -178,8 +178,9 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
         *((GEN, {"messages": value}, reason) for value, reason in MESSAGES_BAD),
         (
             GEN,
-            {"conversations": [{"from": "human", "text": "q"}]},
-            "turn 1 of 'conversations' has no 'value' (keys: from, text)",
+            {"conversations": [{"from": "human", "said": "q"}]},
+            "turn 1 of 'conversations' has no 'value' (keys: from, said; say what it is called: "
+                "--map content=said)",
         ),
         (GEN, {"text": None}, "'text' is null"),
         (GEN, {"text": " "}, "'text' is empty"),
