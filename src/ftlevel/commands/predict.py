@@ -16,6 +16,7 @@ from ftlevel.config import PredictConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.choices import Choice
 from ftlevel.data.formats.columns import resolve_column
 from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.detect import why as why_columns
 from ftlevel.data.prepare.questions import (
     AskedRow,
     FileRows,
@@ -272,7 +273,11 @@ def _choices(
         Choice("base", found.source.name),
         *([Choice("quantization", quantization_form(quant))] if quant["kind"] != "none" else []),
         Choice("rows", data, "; ".join(file.notes) if file else ""),
-        Choice("columns", shape.description),
+        Choice(
+            "columns",
+            shape.description,
+            why_columns(shape.columns, config.columns, config.format),
+        ),
         Choice("answers", listing(answers, 6)),
         Choice("dtype", found.card.dtype, "as in training" if found.run else "auto"),
     ]

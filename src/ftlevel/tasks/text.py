@@ -119,8 +119,7 @@ class TextTask(BaseTask):
     ) -> tuple[Format, list[Choice]]:
         """Return the format as it is; refuse rows that say which answers are bad."""
         column = next((name for name in format_.unused if name.lower() == "label"), None)
-        told = config.columns or config.format
-        if column is None or told or not format_.columns.keys() & _ANSWERS:
+        if column is None or config.format or not format_.columns.keys() & _ANSWERS:
             return super().read_columns(format_, table, config)
         verdicts = [str(row[column]).strip().lower() for row in table.rows]
         bad = [i for i, verdict in enumerate(verdicts) if verdict in ("false", "0")]

@@ -18,7 +18,9 @@ _ID = re.compile(
     r"(.*[\s_.-])?(id|ids|idx|index|uuid|guid|key|nr|no|number|url|link|date|time|timestamp)|.*[a-z]I[dD]",
     re.IGNORECASE,
 )
-_NO_TEXT = re.compile(r"(image|img|picture|photo|audio|video|pixel_values|file(_?name|_?path)?)s?", re.I)
+_NO_TEXT = re.compile(
+    r"(image|img|picture|photo|audio|video|pixel_values|file(_?name|_?path)?)s?", re.I
+)
 
 
 def is_id(column: str) -> bool:
@@ -26,18 +28,26 @@ def is_id(column: str) -> bool:
     return _ID.fullmatch(column.strip()) is not None
 
 
+def names_media(column: str) -> bool:
+    """Tell whether a column's name says that it holds images, audio or files."""
+    return _NO_TEXT.fullmatch(column) is not None
+
+
 def rank_columns(columns: Sequence[str], role: str, rows: Sequence[Row]) -> list[str]:
     """Return those of `columns` that may be what `role` wants, the likeliest first."""
-    able = [c for c in columns if not is_id(c) and not _NO_TEXT.fullmatch(c)]
+    able = [c for c in columns if not is_id(c) and not names_media(c)]
     if not rows:
         return able
     values = {c: [row[c] for row in rows if row.get(c) is not None] for c in able}
     able = [c for c in able if values[c] and all(map(_holder(role), values[c]))]
-    if role in ("label", "labels", "class"):
-        return sorted(able, key=lambda c: len({str(value) for value in values[c]}))
+    if role == "label":
+        kinds = {c: len({str(value) for value in values[c]}) for c in able}
+        return sorted(able, key=lambda c: (kinds[c] < 2, kinds[c]))
     if role in WHOLE:
         return able
-    return sorted(able, key=lambda c: -sum(len(value) for value in values[c]) / len(values[c]))
+    words = {c: sum(len(value.split()) for value in values[c]) / len(values[c]) for c in able}
+    texts = [c for c in able if words[c] > 1.5] or able
+    return sorted(texts, key=lambda c: -words[c])
 
 
 def _holder(role: str) -> Callable[[Any], bool]:

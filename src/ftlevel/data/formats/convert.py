@@ -72,9 +72,7 @@ def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list
         InputError: the table lacks a column.
     """
     lacking = [
-        repr(column)
-        for column in format_.columns.values()
-        if not is_there(column, table.columns)
+        repr(column) for column in format_.columns.values() if not is_there(column, table.columns)
     ]
     if lacking:
         raise InputError(

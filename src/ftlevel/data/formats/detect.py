@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeAlias
 
-from ftlevel.data.formats.advice import rank_columns, write_flags
+from ftlevel.data.formats.advice import names_media, rank_columns, write_flags
 from ftlevel.data.formats.columns import WHOLE, parts_of, resolve_column
 from ftlevel.data.sources.table import Row
 from ftlevel.errors import InputError, did_you_mean, listing, nearest
@@ -52,6 +52,14 @@ class Format:
         used += "".join(f", {role} is {name!r}" for role, name in self.inner.items())
         idle = f"; not used: {listing(repr(name) for name in self.unused)}" if self.unused else ""
         return f"{self.name}: {used}{idle}"
+
+
+def why(columns: Mapping[str, str], mapping: Mapping[str, str], name: str | None) -> str:
+    """Return why `columns` are used so: the user's word, or their names where these differ."""
+    if mapping or name:
+        flags = (("--map", mapping), ("--format", name))
+        return "by " + " and ".join(flag for flag, given in flags if given)
+    return "" if all(role == column for role, column in columns.items()) else "by their names"
 
 
 @dataclass(frozen=True)
@@ -285,6 +293,9 @@ class _Advice:
             pairs = write_flags(self.mapping)
             return f"{pairs}: no format of --task {self.task} has all of these. Formats: {wants}."
         flags = min(offers, key=lambda offer: offer[0])[1]
+        media = [repr(name) for name in self.columns if names_media(name)]
+        if media and "=COLUMN" in flags:
+            there = f"{there} {listing(media)} holds no text, from which ftlevel learns."
         return (
             f"--task {self.task}: the columns do not say what to {aim}. {there} "
             f"Wanted is one of: {wants}. Say which is which: {flags}."

@@ -146,10 +146,11 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
         raise Unusable(f"{what} is {kind_of(item)}, not an object with role and content")
     role_key, text_key = _keys(item, names)
     calls = item.get("tool_calls")
-    for key, role in ((role_key, "role"), (text_key, "content")):
+    for key, part in ((role_key, "role"), (text_key, "content")):
         if key not in item and not (calls and key == text_key):
-            others = [k for k, v in item.items() if isinstance(v, str) and k not in _keys(item, names)]
-            guess = {role: others[0 if role == "role" else -1]} if others else {}
+            known = _keys(item, names)
+            others = [k for k, v in item.items() if isinstance(v, str) and k not in known]
+            guess = {part: others[0 if part == "role" else -1]} if others else {}
             way = f"; say what it is called: {write_flags(guess)}" if guess else ""
             raise Unusable(f"{what} has no {key!r} (keys: {listing(item)}{way})")
     if item.get("weight") == 0:
@@ -162,7 +163,7 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
         known = "known: system, user, assistant, tool, human, gpt"
         raise Unusable(
             f"{what} has the unknown role {name!r} "
-            f"({hint or f'{known}; say who it is: {who}, or assistant=…'})",
+            f"({hint or known}; or say who it is: {who}, or assistant=…)",
             "unknown_role",
         )
     if role == "system" and isinstance(text, str) and not text.strip():

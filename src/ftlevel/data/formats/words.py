@@ -7,7 +7,8 @@ knows no tokenizer. A span becomes B- and I- tags of its words (IOB2).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from ftlevel.data.formats.examples import Tagged
@@ -32,7 +33,7 @@ def build_spans(roles: Roles) -> Tagged:
     if type(found) is not list:
         raise Unusable(f"{column} is {kind_of(found)}, not a list of spans")
     spans = sorted(_read_span(item, f"span {i} of {column}") for i, item in enumerate(found, 1))
-    for (_, end, _), (begin, *_) in zip(spans, spans[1:], strict=False):
+    for (_, end, _), (begin, *_) in pairwise(spans):
         if begin < end:
             raise Unusable(f"two spans of {column} overlap at {begin}; a word has one tag")
     words = split_words(text) or [(0, len(text))]
@@ -61,17 +62,16 @@ def _read_span(item: object, what: str) -> Span:
     return begin, end, label
 
 
-def _tag(tags: list[str], words: Iterable[tuple[int, int]], text: str, span: Span) -> None:
+def _tag(tags: list[str], words: Sequence[tuple[int, int]], text: str, span: Span) -> None:
     """Write the tags of a span, which may have white space around it but cuts no word."""
     begin, end, label = span
     if end > len(text):
         raise Unusable(f"{label!r} goes to {end}, and the text has {len(text)} characters")
     inside = [i for i, (a, b) in enumerate(words) if a < end and b > begin]
-    covered = list(words)
-    cut = next((i for i in inside if covered[i][0] < begin or covered[i][1] > end), None)
+    cut = next((i for i in inside if words[i][0] < begin or words[i][1] > end), None)
     if cut is not None:
-        word = text[slice(*covered[cut])]
-        raise Unusable(f"{label!r} at {begin} to {end} cuts the word {word!r} ({text[begin:end]!r})")
+        word, part = text[slice(*words[cut])], text[begin:end]
+        raise Unusable(f"{label!r} at {begin} to {end} cuts the word {word!r} ({part!r})")
     if not inside:
         raise Unusable(f"{label!r} at {begin} to {end} covers no word")
     for number, index in enumerate(inside):

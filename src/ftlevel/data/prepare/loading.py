@@ -9,7 +9,7 @@ from typing import Any
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.formats.convert import convert_rows, to_examples
-from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.detect import Format, why
 from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels, find_unlabelled
 from ftlevel.data.formats.spellings import SPELLINGS, FoldLabels, find_variants
 from ftlevel.data.gate import Finding, judge
@@ -35,6 +35,7 @@ class Loaded:
         labels: the classes or tags, or None.
         choices: lines for the screen about what the task read off the columns.
         findings: rows that nothing could be learned from.
+        why: the columns are used as they are.
     """
 
     splits: Splits
@@ -44,6 +45,7 @@ class Loaded:
     labels: LabelSet | None
     choices: list[Choice] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    why: str = ""
 
 
 def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = False) -> Loaded:
@@ -75,7 +77,10 @@ def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: b
     if validation is not None:
         validation, held_out = convert.known("validation", validation, labels)
     kept = Splits(train, validation, splits.test, splits.name, splits.notes)
-    return Loaded(kept, convert.shape, examples, held_out, labels, choices, convert.findings)
+    reason = why(convert.shape.columns, config.columns, config.format)
+    return Loaded(
+        kept, convert.shape, examples, held_out, labels, choices, convert.findings, reason
+    )
 
 
 def open_converter(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ftlevel.data.sources.readers.files import read_table
+from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 
 CONLL_2003 = """-DOCSTART- -X- -X- O
@@ -21,10 +23,10 @@ Peter NNP B-NP B-PER
 """
 
 
-def read(folder: Path, content: str, name: str = "x.conll", on_bad_row: str = "error"):  # noqa: ANN201
+def read(folder: Path, content: str, name: str = "x.conll", on_bad_row: Any = "error") -> Table:
     path = folder / name
     path.write_text(content, encoding="utf-8")
-    return read_table(path, on_bad_row)  # type: ignore[arg-type]
+    return read_table(path, on_bad_row)
 
 
 def test_columns_marks_and_comments(tmp_path: Path) -> None:
@@ -71,7 +73,9 @@ def test_it_is_told_by_its_beginning_and_said(name: str, tmp_path: Path) -> None
     assert "read as conll: every line is a word and its tag" in table.notes[0]
 
 
-@pytest.mark.parametrize("content", ["I see vitamin B-12\nYes O\n", "a O\nb O\n", "text\ttag\na\tO\n"])
+@pytest.mark.parametrize(
+    "content", ["I see vitamin B-12\nYes O\n", "a O\nb O\n", "text\ttag\na\tO\n"]
+)
 def test_other_text_is_not_taken_for_it(content: str, tmp_path: Path) -> None:
     assert "tokens" not in read(tmp_path, content, "x.txt").columns
 

@@ -1,4 +1,4 @@
-"""A JSON file that is one object, arrays on one line, and tables without a header or by semicolons."""
+"""A JSON file that is one object, arrays on one line, tables without a header or by semicolons."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ ROWS = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
 BY_COLUMN = {"text": ["a", "b"], "label": [1, 0]}
 SQUAD = {"version": "1.1", "data": [{"title": "T", "paragraphs": [{"context": "It is red.", "qas": [
     {"id": "1", "question": "Which?", "answers": [{"text": "red", "answer_start": 6}]},
-    {"id": "2", "question": "No?", "is_impossible": True, "answers": []}, {"id": "3"}]}]}]}  # fmt: skip
+    {"id": "2", "question": "No?", "is_impossible": True, "answers": []}, {"id": "3"},
+]}]}]}  # fmt: skip
 
 
-def read(folder: Path, content: Any, name: str = "x.json", on_bad_row: str = "error") -> Table:
+def read(folder: Path, content: Any, name: str = "x.json", on_bad_row: Any = "error") -> Table:
     path = folder / name
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return read_table(path, on_bad_row)  # type: ignore[arg-type]
+    return read_table(path, on_bad_row)
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -33,9 +34,10 @@ def read(folder: Path, content: Any, name: str = "x.json", on_bad_row: str = "er
         ({"version": 3, "examples": ROWS, "tags": []}, "the list under 'examples'"),
         (BY_COLUMN, "a column a key, as pandas writes them"),
         ({k: {str(i): v for i, v in enumerate(c)} for k, c in BY_COLUMN.items()}, "as pandas"),
-        ({"columns": ["text", "label"], "index": [0, 1], "data": [["a", 1], ["b", 0]]}, "as pandas"),
+        ({"columns": ["text", "label"], "index": [0, 1], "data": [["a", 1], ["b", 0]]},
+         "as pandas"),
     ],
-)
+)  # fmt: skip
 def test_one_object_gives_rows(content: Any, said: str, indent: int | None, tmp_path: Path) -> None:
     table = read(tmp_path, json.dumps(content, indent=indent))
     assert list(table.rows) == ROWS
@@ -74,12 +76,14 @@ def test_rows_of_an_array_on_one_line_are_told_apart(tmp_path: Path) -> None:
         read(tmp_path, content)
     assert caught.value.problems == [
         f"{tmp_path}/x.json row 3: a number, where one object with named columns is expected.",
-        f"{tmp_path}/x.json row 6: lacks 'label', which the 4 other rows have (a value may be null, "
-        "the key must be there).",
-        f"{tmp_path}/x.json: 2 of 6 rows are bad. Fix them, or drop bad rows with --on-bad-row skip.",
+        f"{tmp_path}/x.json row 6: lacks 'label', which the 4 other rows have (a value may be "
+        "null, the key must be there).",
+        f"{tmp_path}/x.json: 2 of 6 rows are bad. Fix them, or drop bad rows with --on-bad-row "
+        "skip.",
     ]
     table = read(tmp_path, content, on_bad_row="skip")
-    assert (len(table), table.lines, table.where(3)) == (4, [1, 2, 4, 5], f"{tmp_path}/x.json row 5")
+    assert (len(table), table.lines) == (4, [1, 2, 4, 5])
+    assert table.where(3) == f"{tmp_path}/x.json row 5"
 
 
 def test_spacy_pairs_are_rows(tmp_path: Path) -> None:
@@ -93,7 +97,7 @@ def test_spacy_pairs_are_rows(tmp_path: Path) -> None:
 
 
 HEADERLESS = [
-    ("great film\tpos\nbad film\tneg\nfine\tpos\nok\tpos\n", "x.tsv", "'pos' of line 1 stands in 2"),
+    ("great\tpos\nbad film\tneg\nfine\tpos\nok\tpos\n", "x.tsv", "'pos' of line 1 stands in 2"),
     ("1,great film\n0,bad film\n1,ok\n", "x.csv", "column 1 of line 1, '1', is a number"),
     ("1;great, film\n0;bad film\n1;ok\n", "x.csv", "is a number as in the rows below"),
 ]

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ftlevel.data.prepare.questions import FileRows
-from ftlevel.data.sources.readers.files import Reading, open_reader, open_stream, read_table
 from ftlevel.data.sources.readers.beginnings import tell_format
+from ftlevel.data.sources.readers.files import Reading, open_reader, open_stream, read_table
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.data.sources.stream_sources import open_source
 from ftlevel.errors import InputError

@@ -33,8 +33,8 @@ BAD: list[tuple[str, str | bytes, str | list[str]]] = [
         "x.yaml",
         "a: 1",
         "x.yaml: cannot read '.yaml'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
-        ".arrow, .feather, .txt, .xlsx, .conll, .bio, .iob, .iob2. Convert it, or say what it is with "
-        "--input-format.",
+        ".arrow, .feather, .txt, .xlsx, .conll, .bio, .iob, .iob2. Convert it, or say what it is "
+        "with --input-format.",
     ),
     (
         "x.jsonl.gz",

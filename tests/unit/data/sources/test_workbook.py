@@ -31,8 +31,9 @@ def write(path: Path, *rows: list[Any], sheet: str = "Data", more: str | None = 
 SHOWN = [
     (5, "General", "5"), (0.1 + 0.2, "General", "0.3"), (1234.5, "#,##0.00", "1,234.50"),
     (0.256, "0%", "26%"), (7, "0.0", "7.0"), (True, "General", "TRUE"),
-    (date(2024, 5, 1), "mm-dd-yy", "2024-05-01"), (datetime(2024, 5, 1), "dd.mm.yyyy", "01.05.2024"),
-    (datetime(2024, 5, 1), "d/m/yy", "1/5/24"), (datetime(2024, 5, 1), "d mmm yyyy", "1 May 2024"),
+    (date(2024, 5, 1), "mm-dd-yy", "2024-05-01"),
+    (datetime(2024, 5, 1), "dd.mm.yyyy", "01.05.2024"), (datetime(2024, 5, 1), "d/m/yy", "1/5/24"),
+    (datetime(2024, 5, 1), "d mmm yyyy", "1 May 2024"),
     (datetime(2024, 5, 1, 9, 30), "yyyy-mm-dd h:mm", "2024-05-01 09:30:00"),
     (datetime(2024, 5, 1), "[$-409]d-mmm-yy", "2024-05-01"), (time(9, 5), "h:mm", "09:05:00"),
     (timedelta(hours=30), "[h]:mm", "1 day, 6:00:00"), ("00123", "@", "00123"),

@@ -1,4 +1,4 @@
-"""What a file is by its beginning, where its name does not say: stdin, and CoNLL in .txt or .tsv."""
+"""What a file is by its beginning where its name does not say: stdin, CoNLL in .txt or .tsv."""
 
 from __future__ import annotations
 

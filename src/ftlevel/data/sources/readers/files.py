@@ -58,9 +58,7 @@ class Reading:
 AS_NAMED = Reading()
 
 
-def read_table(
-    name: str | Path, on_bad_row: OnBadRow = "error", how: Reading = AS_NAMED
-) -> Table:
+def read_table(name: str | Path, on_bad_row: OnBadRow = "error", how: Reading = AS_NAMED) -> Table:
     """Read the rows of one file.
 
     Args:

@@ -79,7 +79,8 @@ def _by_column(value: Mapping[str, Any], *, one_line: bool) -> OneObject | None:
             return OneObject(rows, note="columns and data, as pandas writes them")
     if all(type(column) is dict for column in columns):
         indices = list(columns[0]) if columns else []
-        if indices and all(list(c) == indices for c in columns) and all(map(str.isdecimal, indices)):
+        counted = bool(indices) and all(map(str.isdecimal, indices))
+        if counted and all(list(column) == indices for column in columns):
             rows = [{key: value[key][index] for key in value} for index in indices]
             return OneObject(rows, note=note)
     if len(columns) > 1 and all(type(column) is list for column in columns):

@@ -108,9 +108,9 @@ def refuse_media(schema: Any, source: str) -> None:
     """
     import pyarrow as pa
 
-    kinds = {name: str(feature.get("_type", "")) for name, feature in _features(schema.metadata).items()}
+    features = _features(schema.metadata)
     for field in schema:
-        kind = kinds.get(field.name, "")
+        kind = str(features.get(field.name, {}).get("_type", ""))
         parts = [part.type for part in field.type] if pa.types.is_struct(field.type) else []
         bytes_ = any(pa.types.is_binary(t) or pa.types.is_large_binary(t) for t in parts)
         if kind in ("Image", "Audio", "Video", "Pdf") or bytes_:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import stat
 from collections.abc import Callable
@@ -80,7 +79,7 @@ def _describe_link(path: Path) -> str:
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) or error.errno != 2:
             return "is a symbolic link that leads back to itself. Name the file."
-    return f"is a symbolic link to {os.readlink(path)}, which is not there. Name the file."
+    return f"is a symbolic link to {path.readlink()}, which is not there. Name the file."
 
 
 def describe_missing(path: Path) -> str:

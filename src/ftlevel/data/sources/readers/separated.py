@@ -45,7 +45,7 @@ class CommaSeparated(Reader):
             )
             self._header = [str(number) for number in range(1, len(self._header) + 1)]
             after = TextLines(path).cursor(0)
-        check_header(self._header, f"{path}:{line}", self.separator)
+        check_header(self._header, f"{path}:{line}")
         self._begin = after
 
     def _read_header(self) -> tuple[list[str], int, Cursor]:
@@ -129,7 +129,7 @@ def _describe(error: csv.Error, path: Path, line: int) -> str:
     )
 
 
-def check_header(header: list[str], place: str, separator: str) -> None:
+def check_header(header: list[str], place: str) -> None:
     """Raise unless the header names every column, once."""
     twice = sorted({name for name in header if header.count(name) > 1 and name})
     if twice:

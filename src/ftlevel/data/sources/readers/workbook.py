@@ -41,7 +41,7 @@ class Workbook(Reader):
             self._header = [text for text, _ in cells]
             self._begin = number + 1
             break
-        check_header(self._header, f"{path} row {self._begin - 1}", "\t")
+        check_header(self._header, f"{path} row {self._begin - 1}")
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on."""
@@ -98,7 +98,7 @@ class Workbook(Reader):
 def _opened(path: Path) -> Iterator[Any]:
     """Open a workbook; what is wrong with it is an `InputError`."""
     try:
-        import openpyxl  # type: ignore[import-untyped]
+        import openpyxl
     except ImportError:
         raise InputError(
             f"{path}: .xlsx needs openpyxl, which is not installed. Install it: "
@@ -153,7 +153,7 @@ def _show_date(value: date | time, form: str) -> str:
     """Return a date as its format orders it; ISO's where that is not just days and months."""
     parts = _DATE_PART.findall(form)
     codes = [_CODES.get(part.lower(), part) for part in parts]
-    plain = "".join(parts) == form and "mm-dd-yy" != form and isinstance(value, date)
+    plain = "".join(parts) == form and form != "mm-dd-yy" and isinstance(value, date)
     if plain and not any(re.fullmatch("[hsy]+|AM/PM", code, re.IGNORECASE) for code in codes):
         return value.strftime("".join(codes)).format(value)
     if isinstance(value, datetime):
