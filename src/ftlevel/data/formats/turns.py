@@ -148,8 +148,8 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
     calls = item.get("tool_calls")
     for key, part in ((role_key, "role"), (text_key, "content")):
         if key not in item and not (calls and key == text_key):
-            known = _keys(item, names)
-            others = [k for k, v in item.items() if isinstance(v, str) and k not in known]
+            used = _keys(item, names)
+            others = [k for k, v in item.items() if isinstance(v, str) and k not in used]
             guess = {part: others[0 if part == "role" else -1]} if others else {}
             way = f"; say what it is called: {write_flags(guess)}" if guess else ""
             raise Unusable(f"{what} has no {key!r} (keys: {listing(item)}{way})")
