@@ -288,6 +288,8 @@ def _choices(
         Choice(
             "rows", f"{held_out.source}, {held_out.split}", f"{len(held_out.rows):,} rows{dropped}"
         ),
+        Choice("columns", held_out.columns, "by --map" if config.columns else ""),
+        *(Choice("note", note) for note in held_out.table.notes),
         Choice("dtype", trained.dtype, "as in training"),
         device,
     ]

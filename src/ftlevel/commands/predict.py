@@ -15,8 +15,7 @@ from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.config import PredictConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.choices import Choice
 from ftlevel.data.formats.columns import resolve_column
-from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.detect import why as why_columns
+from ftlevel.data.formats.detect import why
 from ftlevel.data.prepare.questions import (
     AskedRow,
     FileRows,
@@ -161,7 +160,11 @@ def _prepare(
     questions = iter(Questions(source, shape, sink.is_table, config.limit))
     tally = Tally(config.output, kept=_skip_written(questions, sink, config))
     held.callback(_let_go, sink, tally)
-    choices = _choices(config, found, own, shape, answers, file)
+    reason = "as in training" if mapping and not config.columns else why(
+        shape.columns, config.columns, config.format
+    )  # fmt: skip
+    columns = Choice("columns", shape.description, reason)
+    choices = _choices(config, found, own, columns, answers, file)
     return _Job(
         found, device.value, own, wanted, answers, questions, sink, tally,
         [*choices, device, choose_threads()],
@@ -262,7 +265,7 @@ def _choices(
     config: PredictConfig,
     found: Found,
     own: TrainConfig,
-    shape: Format,
+    columns: Choice,
     answers: Answers,
     file: Reader | None,
 ) -> list[Choice]:
@@ -273,11 +276,7 @@ def _choices(
         Choice("base", found.source.name),
         *([Choice("quantization", quantization_form(quant))] if quant["kind"] != "none" else []),
         Choice("rows", data, "; ".join(file.notes) if file else ""),
-        Choice(
-            "columns",
-            shape.description,
-            why_columns(shape.columns, config.columns, config.format),
-        ),
+        columns,
         Choice("answers", listing(answers, 6)),
         Choice("dtype", found.card.dtype, "as in training" if found.run else "auto"),
     ]

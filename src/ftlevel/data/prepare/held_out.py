@@ -33,6 +33,7 @@ class HeldOut:
         dropped: how many rows were too long.
         language: ISO 639-1 code of the target; "" if unknown.
         source: name of the data set.
+        columns: what they are used for.
     """
 
     table: Table
@@ -41,6 +42,7 @@ class HeldOut:
     dropped: int
     language: str
     source: str
+    columns: str = ""
 
     @property
     def is_training(self) -> bool:
@@ -99,7 +101,9 @@ def load_held_out(
             )
     rows = task.fix(rows, config, context)
     language = convert.shape.options.get("target_language", "")
-    return HeldOut(table, rows, name, fitted.dropped, language, splits.name)
+    return HeldOut(
+        table, rows, name, fitted.dropped, language, splits.name, convert.shape.description
+    )
 
 
 def _choose(splits: Splits, split: str | None, *, is_own: bool) -> tuple[Table, str]:

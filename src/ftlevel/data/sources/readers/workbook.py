@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, datetime, time, timedelta
@@ -20,6 +21,9 @@ from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row
 from ftlevel.errors import InputError, did_you_mean, listing
 
+# What openpyxl and the libraries below it raise for files that are cut or changed.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, TypeError, AttributeError,
+           ArithmeticError, EOFError, SyntaxError, NotImplementedError, RuntimeError)  # fmt: skip
 _NUMBER = re.compile(r"(?P<grouped>#,##)?0(?:\.(?P<decimals>0+))?(?P<percent>%)?")
 _DATE_PART = re.compile(r"y+|m+|d+|h+|s+|AM/PM|[^ymdhs\\\"\[\];@]", re.IGNORECASE)
 _CODES = {"yy": "%y", "yyyy": "%Y", "m": "{0.month}", "mm": "%m", "mmm": "%b", "mmmm": "%B",
@@ -110,7 +114,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield book
         finally:
             book.close()
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, SyntaxError) as error:
+    except _DAMAGE as error:
         first = str(error).partition("\n")[0].rstrip(".")
         raise InputError(
             f"{path}: not a readable .xlsx file ({first}). Is it password protected, or of another "
