@@ -7,6 +7,7 @@ format is the reader's locale, a date is ISO's. Formulas give the value that was
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -109,7 +110,9 @@ def _opened(path: Path) -> Iterator[Any]:
             "pip install 'ftlevel[xlsx]'"
         ) from None
     try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of styles and the like, which no cell's text needs
+            book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         try:
             yield book
         finally:
