@@ -29,7 +29,7 @@ from typing import Any
 from startup import describe_machine
 from training.workloads import MINILM, SMOLLM2
 
-from ftlevel import PredictConfig, TrainConfig, predict, train
+from ftlevel import TrainConfig, train
 from ftlevel.data.encoding.prompts import prompt_ids
 from ftlevel.data.formats.examples import Labelled
 from ftlevel.data.sources.docstrings import read_docstrings

@@ -17,7 +17,7 @@ def resolve_column(wish: str, columns: Sequence[str]) -> str | None:
     """Return the column that is meant by `wish`; None if there is none.
 
     What has such a name goes first; then `answers.text` reaches into an object, `2` is the second
-    column, `Subject+Body` joins the texts of two, and upper and lower case are the same.
+    column, `Title+Body` joins the texts of two, and upper and lower case are the same.
     """
     if wish in columns or wish.partition(".")[0] in columns:
         return wish

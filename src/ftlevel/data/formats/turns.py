@@ -15,6 +15,9 @@ from ftlevel.data.formats.advice import write_flags
 from ftlevel.data.sources.uniform import kind_of
 from ftlevel.errors import did_you_mean, listing
 
+MOST_CHARACTERS = 1 << 23
+"""Longest text of a row: a tokenizer takes some 150 bytes a character, all at once."""
+
 _ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 _TEXT_KEYS = ("content", "value", "text", "message", "utterance")
 
@@ -78,6 +81,11 @@ def check_text(value: object, what: str) -> str:
         raise Unusable(f"{what} is {kind_of(value)}, not a string")
     if not value.strip():
         raise Unusable(f"{what} is empty", "empty_text")
+    if len(value) > MOST_CHARACTERS:
+        raise Unusable(
+            f"{what} has {len(value):,} characters in one text, and at most {MOST_CHARACTERS:,} "
+            "are encoded at once: break it into paragraphs or rows"
+        )
     return value
 
 

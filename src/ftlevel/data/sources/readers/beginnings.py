@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Collection
@@ -20,7 +21,8 @@ def head_lines(path: Path) -> list[str]:
     """Return the lines that a file begins with; the last is left out where it may be cut."""
     with path.open("rb") as file:
         head = file.read(HEAD)
-    lines = head.decode("utf-8", "replace").removeprefix("\ufeff").splitlines()
+    text = io.StringIO(head.decode("utf-8", "replace").removeprefix("\ufeff"), newline=None)
+    lines = text.read().split("\n")
     return lines[:-1] if len(head) == HEAD and len(lines) > 1 else lines
 
 

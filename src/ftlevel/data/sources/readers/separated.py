@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from ftlevel.data.sources.lines import PART
+from ftlevel.data.sources.readers.beginnings import head_lines
 from ftlevel.data.sources.readers.text_lines import TextLines, check_head
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row
@@ -34,11 +35,11 @@ class CommaSeparated(Reader):
         super().__init__(path)
         check_head(path)
         self._header, line, after = self._read_header()
-        if other := self._other_separator(after):
+        if other := self._other_separator():
             self.separator = other
             self.notes.append(f"its header is separated by {other!r}, and so are its rows")
             self._header, line, after = self._read_header()
-        if why := find_no_header(self._header, self._sample(after)):
+        if why := find_no_header(self._header, self._sample(self.separator)):
             self.notes.append(
                 f"no header: {why}; the columns are called {columns_by_number(len(self._header))}. "
                 "If it is one, give its columns other names"
@@ -59,9 +60,9 @@ class CommaSeparated(Reader):
                 raise InputError(_describe(error, self.path, 1)) from None
         return header, cells.line_num, text.cursor(cells.line_num)
 
-    def _other_separator(self, after: Cursor) -> str:
+    def _other_separator(self) -> str:
         """Return the mark that the file is separated by instead; "" where it is the usual one."""
-        header, rows = self._header, self._sample(after)
+        header, rows = self._header, self._sample(self.separator)
         marks = [mark for mark in ";\t,|" if mark != self.separator]
         if len(header) == 1:
             return next((mark for mark in marks if mark in header[0]), "")
@@ -70,19 +71,17 @@ class CommaSeparated(Reader):
         first = self.separator.join(header)
         for mark in marks:
             width = first.count(mark) + 1
-            others = self._sample(after, mark)
+            others = self._sample(mark)
             if width > 1 and others and all(len(row) == width for row in others if row):
                 return mark
         return ""
 
-    def _sample(self, after: Cursor, separator: str = "") -> list[list[str]]:
-        """Return some rows behind the header, as far as they can be read."""
-        text = TextLines(self.path, **after, universal=True)
+    def _sample(self, separator: str) -> list[list[str]]:
+        """Return the whole rows behind the header of what the file begins with."""
         rows: list[list[str]] = []
-        with _long_cells(), contextlib.suppress(csv.Error, InputError):
-            mark = separator or self.separator
-            rows += islice(csv.reader(text, delimiter=mark, strict=True), PART)
-        return rows
+        with contextlib.suppress(csv.Error):
+            rows += csv.reader(head_lines(self.path), delimiter=separator)
+        return [row for row in rows if row][1:]
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on."""
