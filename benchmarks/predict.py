@@ -167,7 +167,7 @@ def measure_memory(run: Path, folder: Path, rows: int) -> None:
         if status:
             raise SystemExit(f"predict ended with {status}")
         took = time.perf_counter() - began
-        print(f"{count:,} rows: peak {usage.ru_maxrss / 1024:,.0f} MiB, {took:.0f} s with its start",
+        print(f"{count:,} rows: peak {usage.ru_maxrss / 1024:,.0f} MiB, {took:.0f} s in all",
               flush=True)  # fmt: skip
 
 

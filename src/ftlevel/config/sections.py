@@ -68,9 +68,10 @@ class QuantConfig(Section):
         return f"4-bit {self.quant_type}" + (", double quantization" if self.double_quant else "")
 
 
-InputFormat = Literal[
-    "csv", "tsv", "jsonl", "json", "parquet", "arrow", "txt", "xlsx", "conll"
-]  # fmt: skip
+INPUT_FORMAT = (
+    "What local files and stdin hold, as the ending of a name without its dot: csv, jsonl, "
+    "conll, …; the default is by their names, or by their beginning."
+)
 
 
 class DataConfig(Section):
@@ -101,11 +102,7 @@ class DataConfig(Section):
     validation_rows: Positive | None = Field(
         None, description="First rows of a streamed set that are held out for evaluation."
     )
-    input_format: InputFormat | None = Field(
-        None,
-        description="Format of local files and of stdin; the default is by their names, or by "
-        "their beginning.",
-    )
+    input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(
         None, description="Configuration (subset) of a Hub data set, or sheet of a workbook."
     )

@@ -21,8 +21,8 @@ from ftlevel.data.formats.examples import (
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.formats.problems import choose_problem_type
 from ftlevel.data.formats.roles import Roles
-from ftlevel.data.sources.table import Table
-from ftlevel.errors import listing
+from ftlevel.data.sources.table import Row, Table
+from ftlevel.errors import InputError, listing
 from ftlevel.task import Meter, Objective
 from ftlevel.tasks.base import (
     BaseTask,
@@ -88,6 +88,22 @@ class ClassTask(BaseTask):
             "labels": labels,
             "options": {"problem_type": model_config.problem_type or usual},
         }
+
+    def find_format(
+        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    ) -> Format:
+        """Return what `columns` are used for; refuse labels that are spans of characters."""
+        found = super().find_format(columns, config, rows)
+        column = found.columns["label"]
+        values = [row.get(column) for row in rows]
+        spans = next((value for value in values if isinstance(value, list) and value), [None])
+        if isinstance(spans[0], (list, dict)):
+            raise InputError(
+                f"{column!r} holds spans of characters, which --task token-classification learns, "
+                f"and --task {self.name} does not. Change the task, or name a column: --map "
+                "label=COLUMN."
+            )
+        return found
 
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.sections import InputFormat, Positive, Section
+from ftlevel.config.sections import INPUT_FORMAT, Positive, Section
 from ftlevel.config.tasks import TaskName
 
 
@@ -19,9 +19,7 @@ class EvaluateConfig(Section):
         None,
         description="File, directory, Hub id or - for stdin; the default is the run's own data.",
     )
-    input_format: InputFormat | None = Field(
-        None, description="Format of the file; the default is by its name, or its beginning."
-    )
+    input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(
         None, description="Configuration (subset) of a Hub data set, or sheet of a workbook."
     )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.sections import InputFormat, Positive, Section
+from ftlevel.config.sections import INPUT_FORMAT, Positive, Section
 from ftlevel.config.tasks import TaskName
 
 
@@ -31,9 +31,7 @@ class PredictConfig(Section):
         default_factory=dict, description="What ftlevel calls a column: what the data calls it."
     )
     format: str | None = Field(None, description="Format of the rows, where several fit.")
-    input_format: InputFormat | None = Field(
-        None, description="Format of the file; the default is by its name, or its beginning."
-    )
+    input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(None, description="Sheet of a workbook; the default is the first.")
     probabilities: bool = Field(False, description="Add how likely each answer is.")
     top_k: Positive | None = Field(None, description="Add the K likeliest answers.")

@@ -120,6 +120,8 @@ _OTHER_NAMES = {
 
 _OTHER_ROLES = {
     "text": ("document", "tokens", "source"),
+    "words": ("tokens",),
+    "entities": ("spans",),
     "label": ("tags",),
     "labels": ("label", "tags"),
     "answer": ("answers", "completion", "output"),

@@ -19,7 +19,7 @@ from ftlevel.data.sources.readers.separated import CommaSeparated, TabSeparated
 from ftlevel.data.sources.readers.workbook import Workbook
 from ftlevel.data.sources.streams import Reader, refuse_unreadable
 from ftlevel.data.sources.table import OnBadRow, Table, resolve_bad
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, did_you_mean, listing
 
 READERS: dict[str, type[Reader]] = {
     ".jsonl": JsonLines,
@@ -84,6 +84,12 @@ def open_reader(name: str | Path, how: Reading = AS_NAMED) -> Reader:
     Raises:
         InputError: as of `read_table`.
     """
+    if how.format is not None and f".{how.format}" not in READERS:
+        names = [suffix[1:] for suffix in READERS]
+        raise InputError(
+            f"--input-format {how.format}: no such format.{did_you_mean(how.format, names)} "
+            f"Formats: {listing(names, 20)}."
+        )
     piped = str(name) == STDIN
     path = Path(name).expanduser()
     shown = "stdin" if piped else str(name)
