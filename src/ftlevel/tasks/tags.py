@@ -16,7 +16,7 @@ from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Unusable, check_text
 from ftlevel.data.formats.words import build_spans, split_words
-from ftlevel.data.sources.table import BadRow, Table
+from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.task import Meter, Objective
 from ftlevel.tasks.base import (
     BaseTask,
@@ -86,6 +86,23 @@ class TagTask(BaseTask):
             return encode_tagged(encoder.tokenizer, some, labels)
 
         return encoder.fit(encoder.collect(encode, examples), table)
+
+    def find_questions(
+        self,
+        columns: Sequence[str],
+        mapping: Mapping[str, str],
+        name: str | None = None,
+        rows: Sequence[Row] = (),
+    ) -> Format:
+        """Return what `columns` are used for; `tokens` that an annotation tool added are no words.
+
+        Prodigy writes an object for each word of its own beside the text, which is split as in
+        training.
+        """
+        words = next((row["tokens"] for row in rows if row.get("tokens")), None)
+        if isinstance(words, list) and isinstance(words[0], dict) and "tokens" not in mapping:
+            columns = [column for column in columns if column != "tokens"]
+        return super().find_questions(columns, mapping, name, rows)
 
     def answer_columns(
         self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted

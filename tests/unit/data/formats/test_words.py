@@ -43,6 +43,14 @@ def test_no_span_is_a_row_without_entities() -> None:
     assert set(tagged({"text": TEXT, "entities": []}).values()) == {"O"}
 
 
+def test_rows_without_tags_are_split_the_same_way() -> None:
+    row = {"text": TEXT, "tokens": [{"text": "In", "start": 0}]}
+    table = Table([row], [1], "x.jsonl")
+    shape = TASKS["token-classification"].find_questions(table.columns, {}, rows=table.rows)
+    (question,) = to_examples(table, shape)
+    assert question.tokens == tuple(tagged({"text": TEXT, "entities": []}))
+
+
 @pytest.mark.parametrize(
     ("spans", "reason"),
     [
