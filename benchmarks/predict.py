@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import random
-import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +29,7 @@ from typing import Any
 from startup import describe_machine
 from training.workloads import MINILM, SMOLLM2
 
-from ftlevel import PredictConfig, TrainConfig, predict, train
+from ftlevel import TrainConfig, train
 from ftlevel.data.encoding.prompts import prompt_ids
 from ftlevel.data.formats.examples import Labelled
 from ftlevel.data.sources.docstrings import read_docstrings
@@ -151,16 +152,22 @@ def _measure(side: Side) -> tuple[float, float]:
 
 
 def measure_memory(run: Path, folder: Path, rows: int) -> None:
-    """Predict a tenth of `rows`, then all of them, and print the peak resident memory of both."""
+    """Predict a tenth of `rows`, then all of them, each in a process of its own; print its peak."""
     for count in (rows // 10, rows):
         path = folder / f"rows-{count}.csv"
         with path.open("w", encoding="utf-8") as file:
             file.write("id,text\n")
             file.writelines(f"{i},row {i} of a file that is longer\n" for i in range(count))
         output = folder / f"told-{count}.csv"
-        summary = predict(PredictConfig(name=str(run), dataset=str(path), output=output)).summary
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{count:,} rows: peak {peak:,.0f} MiB, {summary['rows_per_s']:,.0f} rows/s",
+        command = [sys.executable, "-m", "ftlevel", "predict", str(run), "--dataset", str(path),
+                   "--output", str(output), "--quiet"]  # fmt: skip
+        began = time.perf_counter()
+        process = subprocess.Popen(command)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"predict ended with {status}")
+        took = time.perf_counter() - began
+        print(f"{count:,} rows: peak {usage.ru_maxrss / 1024:,.0f} MiB, {took:.0f} s in all",
               flush=True)  # fmt: skip
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ftlevel.data.prepare.context import EncodingContext, Prepared
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import Loaded
-    from ftlevel.data.sources.table import BadRow, Table
+    from ftlevel.data.sources.table import BadRow, Row, Table
 
 IGNORED = -100
 """The label of a token that is not learned."""
@@ -77,8 +77,10 @@ class Task(ABC):
     split_words: ClassVar[str] = "split into several"
 
     @abstractmethod
-    def find_format(self, columns: Sequence[str], config: DataConfig) -> Format:
-        """Return what `columns` are used for.
+    def find_format(
+        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    ) -> Format:
+        """Return what `columns` are used for; `rows` are some of the table.
 
         Raises:
             InputError: no format of the task fits.

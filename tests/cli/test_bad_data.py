@@ -112,7 +112,8 @@ BAD: dict[str, tuple[bytes, list[str], list[str]]] = {
          "(an -Instruct model)."]),
     "an unknown role": (
         jsonl({"messages": TALK}, {"messages": [{**TALK[0], "role": "userr"}, TALK[1]]}), [],
-        ["rows.jsonl:2: turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?). "
+        ["rows.jsonl:2: turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; "
+         "or say who it is: --map user=userr, or assistant=…). "
          + FIX]),
     "content missing": (
         jsonl({"messages": TALK}, {"messages": [{"role": "user"}, TALK[1]]}), [],

@@ -73,7 +73,7 @@ FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
         ("null_content", pair(9, completion=None), "'completion' is null"),
         ("empty_text", pair(9, prompt=" "), "'prompt' is empty"),
         ("unknown_role", None, "turn 1 of 'messages' has the unknown role 'userr' "
-         "(did you mean 'user'?)"),
+         "(did you mean 'user'?; or say who it is: --map user=userr, or assistant=…)"),
     ],
 )  # fmt: skip
 def test_rows_that_nothing_can_be_learned_from(

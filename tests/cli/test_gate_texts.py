@@ -189,8 +189,9 @@ DPO = [{"prompt": f"q{i}", "chosen": fact(i), "rejected": fact(i + 50)} for i in
          "rows, or pass --format prompt-completion if 'label' says something else.",
          ["--format", "prompt-completion"]),
         (DPO, "columns 'chosen' and 'rejected' are for preference training, which --task "
-         "text-generation does not do. To learn the chosen answers alone: --map "
-         "completion=chosen.", ["--map", "completion=chosen"]),
+         "text-generation does not do. To learn from the chosen answers "
+         "alone, as if there were no others: --map prompt=prompt --map completion=chosen.",
+         ["--map", "prompt=prompt", "--map", "completion=chosen"]),
     ],
 )  # fmt: skip
 def test_bad_answers_are_not_learned_as_good_ones(

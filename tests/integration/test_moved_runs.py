@@ -77,6 +77,10 @@ def test_the_place_of_the_base(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("base").rename("moved")
+    if command[0] == "train":  # as if it had been killed after its first checkpoint
+        shutil.rmtree("run/adapter")
+        shutil.rmtree("run/checkpoints/checkpoint-2")
+        Path("run/summary.json").unlink()
     capsys.readouterr()
     assert run(command) == 2
     line = capsys.readouterr().err.splitlines()[-1]
@@ -144,5 +148,4 @@ def test_another_setting_is_refused_before_the_model_loads(
     assert "not the same run: method.r was 8 and is 4" in capsys.readouterr().err
     shutil.rmtree("run/checkpoints/checkpoint-1")
     shutil.rmtree("run/checkpoints/checkpoint-2")
-    assert run(["train", "--output-dir", "run", "--resume", "--quiet"]) == 2
-    assert "it has no whole checkpoint" in capsys.readouterr().err
+    assert run(["train", "--output-dir", "run", "--resume", "--quiet"]) == 0, "it is done"

@@ -19,6 +19,7 @@ from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.held_out import HeldOut, load_held_out
 from ftlevel.data.prepare.loading import read_splits
+from ftlevel.data.sources.packed import STDIN
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import PerRow, interval
 from ftlevel.evaluation.scoring import Evaluator
@@ -200,6 +201,11 @@ def _settings(config: EvaluateConfig, found: Found) -> tuple[TrainConfig, bool]:
                 f"{config.name} does not say what it was trained on. Add --dataset FILE."
             )
         data = data.model_copy(update={"dataset": name})
+    if config.dataset is None and STDIN in (data.dataset, *data.also):
+        raise ConfigError(
+            f"{config.name} was trained on rows that came through stdin and are not there any "
+            "more. Name rows with --dataset FILE."
+        )
     changes: dict[str, Any] = {"overlong": "drop"}
     if found.run is None:
         changes["max_length"] = found.card.max_length or "auto"
@@ -210,6 +216,7 @@ def _settings(config: EvaluateConfig, found: Found) -> tuple[TrainConfig, bool]:
     elif config.dataset is not None:
         changes |= {"dataset": config.dataset, "also": (), "mix": None,
                     "validation_file": None, "subset": config.subset,
+                    "input_format": config.input_format,
                     "split": None, "validation_split": None, "max_samples": None,
                     "max_eval_samples": None}  # fmt: skip
     if config.columns:
@@ -317,7 +324,8 @@ def _choices(
         Choice(
             "rows", f"{held_out.source}, {held_out.split}", f"{len(held_out.rows):,} rows{dropped}"
         ),
-        *([Choice("columns", held_out.note)] if held_out.note else []),
+        Choice("columns", held_out.note or held_out.columns, "by --map" if config.columns else ""),
+        *(Choice("note", note) for note in held_out.table.notes),
         Choice("dtype", trained.dtype, "as in training"),
         device,
     ]

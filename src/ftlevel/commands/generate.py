@@ -13,8 +13,8 @@ from ftlevel.artifacts.rows.values import to_cell
 from ftlevel.config import GenerateConfig, build_section
 from ftlevel.data.formats.detect import Format, NoFormatError
 from ftlevel.data.prepare.questions import FileRows, Questions
-from ftlevel.data.sources.one_file import OneFile
-from ftlevel.data.sources.readers.files import READERS
+from ftlevel.data.sources.packed import is_packed, plain_name, unpack
+from ftlevel.data.sources.readers.files import READERS, open_reader
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.answers import Ask, answer
 from ftlevel.evaluation.row_tally import MOST_SHOWN
@@ -99,7 +99,7 @@ def answer_all(
 
 def _has_rows(path: Path) -> bool:
     """Whether a file of prompts is read as rows; a text is a prompt a line."""
-    suffix = path.suffix.lower()
+    suffix = Path(plain_name(path.name)).suffix.lower()
     return suffix in READERS and suffix != ".txt"
 
 
@@ -110,7 +110,8 @@ def _read_lines(path: Path) -> list[str]:
         InputError: it cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        plain = unpack(path) if is_packed(path) else path
+        lines = plain.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {path} cannot be read: {error}.") from None
     return [line for line in lines if line.strip()]
@@ -124,9 +125,9 @@ def _with_rows(
     Raises:
         InputError: the columns do not say what to ask, or a row cannot be asked.
     """
-    source = FileRows(OneFile(path, str(path)))
+    source = FileRows(open_reader(path))
     try:
-        shape = task.find_questions(source.leading, config.columns)
+        shape = task.find_questions(source.leading, config.columns, rows=source.first)
     except NoFormatError:
         if "prompt" not in source.leading:
             raise

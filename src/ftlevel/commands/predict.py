@@ -14,7 +14,8 @@ from ftlevel.artifacts.rows.formats import check_row_file, row_file_type
 from ftlevel.artifacts.rows.sinks import LineStream, RowColumns, RowFile, RowList, RowSink
 from ftlevel.config import PredictConfig, TrainConfig, build_config
 from ftlevel.config.choices import Choice
-from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.columns import resolve_column
+from ftlevel.data.formats.detect import why
 from ftlevel.data.prepare.questions import (
     AskedRow,
     FileRows,
@@ -23,7 +24,8 @@ from ftlevel.data.prepare.questions import (
     RowSource,
     windows,
 )
-from ftlevel.data.sources.one_file import OneFile, opened_file
+from ftlevel.data.sources.readers.files import Reading, open_reader
+from ftlevel.data.sources.streams import Reader
 from ftlevel.errors import ConfigError, InputError, Interrupted, listing
 from ftlevel.evaluation.answers import PROMPTS, AskedModel, answer_questions, asking
 from ftlevel.evaluation.row_tally import Tally
@@ -146,8 +148,9 @@ def _prepare(
     device = choose_device(config.device)
     found = find_trained(config.name, device.value, config.task, place=config.base_model)
     task, own = TASKS[found.card.task], _settings(found)
-    source, file = _open(config, rows, task, own, held)
-    shape = task.find_questions(source.leading, _mapping(config, own, task, source), config.format)
+    source, file = _open(config, rows, task, own)
+    mapping = _mapping(config, own, task, source)
+    shape = task.find_questions(source.leading, mapping, config.format, source.first)
     wanted = Wanted(config.probabilities, config.top_k or 0)
     kinds = task.answer_columns(shape, found.card.labels, found.card.options, wanted)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in kinds}
@@ -157,7 +160,11 @@ def _prepare(
     questions = iter(Questions(source, shape, sink.is_table, config.limit))
     tally = Tally(config.output, kept=_skip_written(questions, sink, config))
     held.callback(_let_go, sink, tally)
-    choices = _choices(config, found, own, shape, answers, file)
+    reason = "as in training" if mapping and not config.columns else why(
+        shape.columns, config.columns, config.format
+    )  # fmt: skip
+    columns = Choice("columns", shape.description, reason)
+    choices = _choices(config, found, own, columns, answers, file)
     return _Job(
         found, device.value, own, wanted, answers, questions, sink, tally,
         [*choices, device, choose_threads()],
@@ -176,15 +183,14 @@ def _open(
     rows: Iterable[Mapping[str, Any]] | None,
     task: BaseTask,
     own: TrainConfig,
-    held: contextlib.ExitStack,
-) -> tuple[RowSource, OneFile | None]:
+) -> tuple[RowSource, Reader | None]:
     """Return the rows, of which the first are read, and their file."""
     if rows is not None or config.dataset is None:
         return GivenRows(rows or ()), None
     roles = [names for shape in task.questions for names in shape.roles.values()]
     known = {name for names in roles for name in names}
     known |= {*config.columns.values(), *own.data.columns.values()}
-    file = held.enter_context(opened_file(config.dataset, config.input_format, known))
+    file = open_reader(config.dataset, Reading(config.input_format, config.subset, known))
     return FileRows(file), file
 
 
@@ -195,16 +201,17 @@ def _mapping(
     if config.columns:
         return config.columns
     roles = {role for shape in task.questions for role in shape.roles}
-    there = set(source.leading)
+    inner = {role for shape in task.questions for role in shape.inner}
+    told = {**task.own_mapping(source.leading, own.data, source.first), **own.data.columns}
     return {
         role: column
-        for role, column in own.data.columns.items()
-        if role in roles and column.partition(".")[0] in there
+        for role, column in told.items()
+        if role in inner or (role in roles and resolve_column(column, source.leading) is not None)
     }
 
 
 def _check_new(
-    config: PredictConfig, answers: Answers, source: RowSource, file: OneFile | None
+    config: PredictConfig, answers: Answers, source: RowSource, file: Reader | None
 ) -> None:
     """Refuse columns for the answers that the rows have already."""
     taken = [repr(name) for name in answers if name in source.columns]
@@ -260,18 +267,18 @@ def _choices(
     config: PredictConfig,
     found: Found,
     own: TrainConfig,
-    shape: Format,
+    columns: Choice,
     answers: Answers,
-    file: OneFile | None,
+    file: Reader | None,
 ) -> list[Choice]:
     task, quant = TASKS[found.card.task], found.card.quantization
-    data = "given" if file is None else f"{file.shown}: read as {file.path.suffix[1:]}"
+    data = "given" if file is None else file.shown
     choices = [
         Choice("task", task.name),
         Choice("base", found.source.name),
         *([Choice("quantization", quantization_form(quant))] if quant["kind"] != "none" else []),
-        Choice("rows", data, file.note if file else ""),
-        Choice("columns", shape.description),
+        Choice("rows", data, "; ".join(file.notes) if file else ""),
+        columns,
         Choice("answers", listing(answers, 6)),
         Choice("dtype", found.card.dtype, "as in training" if found.run else "auto"),
     ]

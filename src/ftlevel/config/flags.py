@@ -184,6 +184,7 @@ FLAGS: tuple[Flag, ...] = (
          also=("--eval-dataset", "--val-dataset", "--eval-file", "--test-dataset")),
     Flag("data.mix", "", DATA, _ROWS, several=True, also=("--interleave-probs",
          "--interleave-prob")),
+    Flag("data.input_format", "", DATA, _ROWS),
     Flag("data.subset", "", DATA, _ROWS, also=("--dataset-config-name", "--dataset-config")),
     Flag("data.split", "", DATA, _ROWS,
          also=("--dataset-train-split", "--train-split-name", "--dataset-split")),
@@ -290,7 +291,7 @@ FLAGS: tuple[Flag, ...] = (
          help="Write one page that needs nothing else."),
     # predict
     Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
-    Flag("input_format", "", DATA, ("predict",)),
+    Flag("input_format", "", DATA, ("predict", "evaluate")),
     Flag("format", "", DATA, ("predict",)),
     Flag("limit", "", DATA, ("predict",)),
     Flag("on_bad_row", "", DATA, ("predict",)),
@@ -320,7 +321,7 @@ FLAGS: tuple[Flag, ...] = (
     # evaluate, and what it shares
     Flag("dataset", "", DATA, ("evaluate",)),
     Flag("split", "", DATA, ("evaluate",)),
-    Flag("subset", "", DATA, ("evaluate",)),
+    Flag("subset", "", DATA, ("evaluate", "predict")),
     Flag("columns", "--map", DATA, ("evaluate", "predict", "generate"), metavar="NAME=COLUMN",
          example="summary=abstract"),
     Flag("max_eval_samples", "", DATA, ("evaluate",)),

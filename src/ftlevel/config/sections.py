@@ -72,13 +72,20 @@ class QuantConfig(Section):
         return f"4-bit {self.quant_type}" + (", double quantization" if self.double_quant else "")
 
 
+INPUT_FORMAT = (
+    "What local files and stdin hold, as the ending of a name without its dot: csv, jsonl, "
+    "conll, …; the default is by their names, or by their beginning."
+)
+
+
 class DataConfig(Section):
     """Where the examples come from and how a row becomes tokens."""
 
     dataset: DatasetName = Field(
         DEFAULT_DATASET,
         min_length=1,
-        description="Local file or directory, Hub id, or builtin:docstrings; repeatable.",
+        description="Local file or directory, Hub id, - for stdin, or builtin:docstrings; "
+        "repeatable.",
     )
     also: tuple[str, ...] = Field(
         (), description="Further data sets, trained on together with `dataset`; --dataset repeated."
@@ -99,7 +106,10 @@ class DataConfig(Section):
     validation_rows: Positive | None = Field(
         None, description="First rows of a streamed set that are held out for evaluation."
     )
-    subset: str | None = Field(None, description="Configuration (subset) of a Hub data set.")
+    input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
+    subset: str | None = Field(
+        None, description="Configuration (subset) of a Hub data set, or sheet of a workbook."
+    )
     split: str | None = Field(None, description="Split to train on; the default is train.")
     format: str | None = Field(
         None,

@@ -136,7 +136,9 @@ def _other_problems(config: TrainConfig) -> list[str]:
             f"--mix has {len(mix)} share{'s' * (len(mix) != 1)} for {sets} data "
             f"set{'s' * (sets != 1)}. Give one share for each --dataset."
         )
-    return problems + _task_problems(config) + _stream_problems(config)
+    return [
+        *problems, *_task_problems(config), *_stream_problems(config), *_pipe_problems(config)
+    ]  # fmt: skip
 
 
 def _timing_problems(config: TrainConfig) -> list[str]:
@@ -239,6 +241,26 @@ def _stream_problems(config: TrainConfig) -> list[str]:
         problems.append(
             f"train.train_sampling_strategy={train.train_sampling_strategy} sorts rows that "
             "--streaming has not read yet. Drop it; the fast step packs them without padding."
+        )
+    return problems
+
+
+def _pipe_problems(config: TrainConfig) -> list[str]:
+    """Return what cannot be done with rows that come through stdin, once."""
+    data, problems = config.data, []
+    if data.validation_file == "-":
+        problems.append("--validation-file -: stdin is for --dataset. Name a file.")
+    if "-" not in (data.dataset, *data.also):
+        return problems
+    if config.output.resume:
+        problems.append(
+            "--resume cannot be used with --dataset -: the rows of the run came through a pipe and "
+            "are not there any more. Save them to a file and train on that."
+        )
+    if (config.train.num_processes or 1) > 1:
+        problems.append(
+            "--num-processes cannot be used with --dataset -, which one process alone can read. "
+            "Save the rows to a file."
         )
     return problems
 

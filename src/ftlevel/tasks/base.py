@@ -12,7 +12,8 @@ from ftlevel.config import TASKS as NAMES
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.prompts import PromptFormat
-from ftlevel.data.formats.detect import Format, NoFormatError, Shape, detect_format, fits
+from ftlevel.data.formats.detect import Format, NoFormatError, Shape, Wish, detect_format, fits
+from ftlevel.data.sources.table import Row
 from ftlevel.errors import ConfigError, InputError, listing
 from ftlevel.task import Objective, ScoreTexts, Task
 
@@ -213,10 +214,15 @@ class BaseTask(Task):
 
     # ---- from columns to encoded rows
 
-    def find_format(self, columns: Sequence[str], config: DataConfig) -> Format:
+    def find_format(
+        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    ) -> Format:
         """Return what `columns` are used for; else name the task that they would fit."""
+        mapping = {**self.own_mapping(columns, config, rows), **config.columns}
         try:
-            return detect_format(columns, self.name, self.shapes, config.columns, config.format)
+            return detect_format(
+                columns, self.name, self.shapes, Wish(mapping, config.format), rows
+            )
         except NoFormatError as error:
             others = (task for task in map(find_task, NAMES) if task.name != self.name)
             other = next((task.name for task in others if fits(columns, task.shapes)), None)
@@ -224,10 +230,20 @@ class BaseTask(Task):
                 raise
             raise InputError(f"{error} These columns fit --task {other}.") from None
 
+    def own_mapping(
+        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
+    ) -> Mapping[str, str]:
+        """Return the column of roles that settings other than `--map` tell."""
+        return {}
+
     # ---- answers, probes and pictures
 
     def find_questions(
-        self, columns: Sequence[str], mapping: Mapping[str, str], name: str | None = None
+        self,
+        columns: Sequence[str],
+        mapping: Mapping[str, str],
+        name: str | None = None,
+        rows: Sequence[Row] = (),
     ) -> Format:
         """Return what `columns` of rows without an answer are used for.
 
@@ -235,6 +251,7 @@ class BaseTask(Task):
             columns: of the rows.
             mapping: column by role, as given with `--map`.
             name: the only format to try, as given with `--format`.
+            rows: some of them.
 
         Raises:
             ConfigError: the task answers prompts only.
@@ -244,7 +261,8 @@ class BaseTask(Task):
             raise ConfigError(
                 f"--task {self.name} answers no rows. Ask it by ftlevel generate --prompt."
             )
-        return detect_format(columns, self.name, self.questions, mapping, name, aim="ask")
+        wish = Wish(mapping, name, aim="ask")
+        return detect_format(columns, self.name, self.questions, wish, rows)
 
     def answer_columns(
         self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted

@@ -14,15 +14,15 @@ from ftlevel.data.encoding.encode import Encoded, encode_labelled
 from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.formats.examples import (
     Labelled,
-    Roles,
     build_labelled,
     build_multi_labelled,
     build_quantity,
 )
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.formats.problems import choose_problem_type
-from ftlevel.data.sources.table import Table
-from ftlevel.errors import listing
+from ftlevel.data.formats.roles import Roles
+from ftlevel.data.sources.table import Row, Table
+from ftlevel.errors import InputError, listing
 from ftlevel.task import Meter, Objective
 from ftlevel.tasks.base import (
     BaseTask,
@@ -50,8 +50,8 @@ _SINGLE, _SEVERAL, _QUANTITY = (
     "regression",
 )
 _BUILDERS = {_SINGLE: build_labelled, _SEVERAL: build_multi_labelled, _QUANTITY: build_quantity}
-_LABEL = ("label", "labels", "class", "category", "sentiment")
-_TEXT = ("text", "sentence", "content", "review")
+_LABEL = ("label", "labels", "class", "category", "sentiment", "intent", "emotion")
+_TEXT = ("text", "sentence", "content", "review", "body", "comment", "message")
 _PAIRS = (
     ("text", "text_pair"),
     ("sentence1", "sentence2"),
@@ -88,6 +88,22 @@ class ClassTask(BaseTask):
             "labels": labels,
             "options": {"problem_type": model_config.problem_type or usual},
         }
+
+    def find_format(
+        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    ) -> Format:
+        """Return what `columns` are used for; refuse labels that are spans of characters."""
+        found = super().find_format(columns, config, rows)
+        column = found.columns["label"]
+        values = [row.get(column) for row in rows]
+        spans = next((value for value in values if isinstance(value, list) and value), [None])
+        if isinstance(spans[0], (list, dict)):
+            raise InputError(
+                f"{column!r} holds spans of characters, which --task token-classification learns, "
+                f"and --task {self.name} does not. Change the task, or name a column: --map "
+                "label=COLUMN."
+            )
+        return found
 
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig

@@ -22,6 +22,29 @@ def are_entity_tags(names: Iterable[str]) -> bool:
     return all(_TAG.fullmatch(name) for name in names) and bool(names - {"O"})
 
 
+def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
+    """Return what the scheme of entity tags is called: by their letters, and where B- stands.
+
+    In IOB1 (Ramshaw and Marcus, 1995) B- opens an entity only behind another of its type; in IOB2
+    each begins with it.
+    """
+    letters: set[str] = set()
+    opens_anew = False  # B- where IOB1 has I-
+    for tags in sentences:
+        before = "O"
+        for tag in tags:
+            letters.add(tag[0])
+            opens_anew = opens_anew or (tag[0] == "B" and before[2:] != tag[2:])
+            before = tag
+    if letters & {"L", "U"}:
+        return "BILOU"
+    if letters & {"E", "S"}:
+        return "IOBES"
+    if "B" not in letters:
+        return "IO"
+    return "IOB2" if opens_anew else "IOB1"
+
+
 def find_entities(tags: Sequence[str]) -> list[Entity]:
     """Return the entities of a sentence; an I- where none is open begins one, as in conlleval."""
     found: list[Entity] = []

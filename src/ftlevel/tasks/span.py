@@ -14,7 +14,8 @@ from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.windows import USUAL_LENGTH, Window, encode_questions
 from ftlevel.data.formats.detect import Format, Shape
-from ftlevel.data.formats.examples import Question, Roles, build_question
+from ftlevel.data.formats.examples import Question, build_question
+from ftlevel.data.formats.roles import Roles
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.task import Checks, Meter, Objective

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.tags import encode_tagged, encode_words, find_orphans
 from ftlevel.data.formats.detect import Format, Shape
-from ftlevel.data.formats.examples import Roles, Tagged, build_tagged
+from ftlevel.data.formats.examples import Tagged, build_tagged
 from ftlevel.data.formats.labels import LabelSet
+from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Unusable, check_text
-from ftlevel.data.sources.table import BadRow, Table
+from ftlevel.data.formats.words import build_spans, split_words
+from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.task import Meter, Objective
 from ftlevel.tasks.base import (
     BaseTask,
@@ -26,7 +28,7 @@ from ftlevel.tasks.base import (
     refuse_wishes,
 )
 from ftlevel.tasks.classes import read_labels
-from ftlevel.tasks.entities import are_entity_tags, score_entities
+from ftlevel.tasks.entities import are_entity_tags, name_scheme, score_entities
 from ftlevel.tasks.guessing import entropy
 from ftlevel.tasks.pairs import Pairs
 
@@ -35,8 +37,7 @@ if TYPE_CHECKING:
 
     from ftlevel.data.encoding.fit import Fitted
     from ftlevel.data.prepare.encoder import Encoder
-
-_WORDS = re.compile(r"\w+|[^\w\s]")
+    from ftlevel.data.prepare.loading import Loaded
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,21 @@ class TagTask(BaseTask):
         return {"labels": read_labels(model_config)}
 
     def label_role(self, format_: Format) -> str | None:
-        """Return `tags`."""
-        return "tags"
+        """Return `tags`, or `spans`."""
+        return "tags" if "tags" in format_.columns else "spans"
+
+    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+        """Return how much there is to learn, and the scheme of the tags."""
+        names = loaded.labels.names if loaded.labels else ()
+        told = super().describe_rows(loaded, facts)
+        if not are_entity_tags(names):
+            return told
+        scheme = name_scheme(
+            [names[tag] if isinstance(tag, int) else tag for tag in example.tags]
+            for example in loaded.train
+        )
+        why = "made of the spans" if "spans" in loaded.format.columns else "as in the data"
+        return [*told, Choice("tags", scheme, why)]
 
     def find_faults(self, examples: Sequence[Any], labels: LabelSet, table: Table) -> list[BadRow]:
         """Return the rows whose tags break BIO."""
@@ -72,6 +86,23 @@ class TagTask(BaseTask):
             return encode_tagged(encoder.tokenizer, some, labels)
 
         return encoder.fit(encoder.collect(encode, examples), table)
+
+    def find_questions(
+        self,
+        columns: Sequence[str],
+        mapping: Mapping[str, str],
+        name: str | None = None,
+        rows: Sequence[Row] = (),
+    ) -> Format:
+        """Return what `columns` are used for; `tokens` that an annotation tool added are no words.
+
+        Prodigy writes an object for each word of its own beside the text, which is split as in
+        training.
+        """
+        words = next((row["tokens"] for row in rows if row.get("tokens")), None)
+        if isinstance(words, list) and isinstance(words[0], dict) and "tokens" not in mapping:
+            columns = [column for column in columns if column != "tokens"]
+        return super().find_questions(columns, mapping, name, rows)
 
     def answer_columns(
         self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
@@ -152,7 +183,7 @@ def build_words(roles: Roles) -> Tagged:
 
 
 def _split(text: str, row: int) -> Tagged:
-    return Tagged(tuple(_WORDS.findall(text)) or (text,), (), row)
+    return Tagged(tuple(text[a:b] for a, b in split_words(text)) or (text,), (), row)
 
 
 @dataclass(frozen=True)
@@ -232,6 +263,7 @@ class TagMeter(Pairs):
 
 
 _CLASS = "AutoModelForTokenClassification"
+_TEXT = ("text", "sentence", "content", "body")
 
 TASKS = (
     TagTask(
@@ -245,10 +277,15 @@ TASKS = (
                     "tags": ("tags", "ner_tags", "pos_tags", "labels"),
                 },
             ),
+            Shape(
+                "text + spans",
+                build_spans,
+                {"text": _TEXT, "spans": ("spans", "entities", "label", "labels")},
+            ),
         ),
         questions=(
             Shape("tokens", build_words, {"tokens": ("tokens", "words")}),
-            Shape("text", build_words, {"text": ("text", "sentence", "content")}),
+            Shape("text", build_words, {"text": _TEXT}),
         ),
         auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},
         peft_types={"encoder": "TOKEN_CLS", "decoder": "TOKEN_CLS", "encoder-decoder": "TOKEN_CLS"},

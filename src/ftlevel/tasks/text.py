@@ -16,18 +16,19 @@ from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.chat import render
 from ftlevel.data.encoding.encode import IGNORED, Encoded, encode_causal, encode_seq2seq
 from ftlevel.data.encoding.prompts import PromptFormat, choose_format, prompt_ids
-from ftlevel.data.formats.detect import Build, Format, Shape
+from ftlevel.data.formats.advice import write_flags
+from ftlevel.data.formats.detect import Build, Format, Shape, fits
 from ftlevel.data.formats.examples import (
     PLAIN_TEXT,
     Conversation,
     Pair,
-    Roles,
     build_conversation,
     build_pair,
 )
-from ftlevel.data.formats.languages import find_language
+from ftlevel.data.formats.languages import choose_languages, find_language, language_columns
+from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Message, Unusable, parse_tools, parse_turns
-from ftlevel.data.sources.table import Table
+from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError
 from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller, UnansweredError, Wanted
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 _SYSTEM = {"system": ("system", "system_prompt")}
 _ANSWERS = {"completion", "output", "messages", "conversations"}
 _TALK = {**_SYSTEM, "tools": ("tools",)}
+_MESSAGES = ("messages", "turns", "dialog", "conversation")
+_TURNS = ("role", "content", "user", "assistant")
 
 
 def _dialogue_shapes(build: Build) -> tuple[Shape, ...]:
@@ -55,8 +58,8 @@ def _dialogue_shapes(build: Build) -> tuple[Shape, ...]:
     Alpaca's files have `instruction` and `output`, and the two rendered once more as `text`.
     """
     return (
-        Shape("messages", build, {"messages": ("messages",)}, _TALK, False),
-        Shape("conversations", build, {"conversations": ("conversations",)}, _TALK, False),
+        Shape("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
+        Shape("conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS),
         Shape(
             "prompt + completion",
             build,
@@ -78,8 +81,8 @@ def _dialogue_shapes(build: Build) -> tuple[Shape, ...]:
 def _dialogue_questions(build: Build) -> tuple[Shape, ...]:
     """Return the shapes of prompts that wait for an answer."""
     return (
-        Shape("messages", build, {"messages": ("messages",)}, _TALK, False),
-        Shape("conversations", build, {"conversations": ("conversations",)}, _TALK, False),
+        Shape("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
+        Shape("conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS),
         Shape("prompt", build, {"prompt": ("prompt", "question", "query")}, _SYSTEM),
         Shape(
             "instruction",
@@ -100,26 +103,28 @@ class TextTask(BaseTask):
     writes_text: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(token_labels=True, ends=True)
 
-    def find_format(self, columns: Sequence[str], config: DataConfig) -> Format:
+    def find_format(
+        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    ) -> Format:
         """Return what `columns` are used for; refuse a bad answer beside each good one."""
         names = {column.lower(): column for column in columns}
         told = config.columns or config.format
         if not told and {"chosen", "rejected"} <= names.keys():
-            role = "completion" if "prompt" in names else "text"
+            chosen = names["chosen"]
+            flags = write_flags(_chosen_roles(names, rows[0].get(chosen) if rows else None))
             raise InputError(
-                f"columns {names['chosen']!r} and {names['rejected']!r} are for preference "
-                f"training, which --task {self.name} does not do. To learn the chosen answers "
-                f"alone: --map {role}={names['chosen']}."
+                f"columns {chosen!r} and {names['rejected']!r} are for preference training, which "
+                f"--task {self.name} does not do. To learn from the chosen answers alone, as if "
+                f"there were no others: {flags}."
             )
-        return super().find_format(columns, config)
+        return super().find_format(columns, config, rows)
 
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
         """Return the format as it is; refuse rows that say which answers are bad."""
         column = next((name for name in format_.unused if name.lower() == "label"), None)
-        told = config.columns or config.format
-        if column is None or told or not format_.columns.keys() & _ANSWERS:
+        if column is None or config.format or not format_.columns.keys() & _ANSWERS:
             return super().read_columns(format_, table, config)
         verdicts = [str(row[column]).strip().lower() for row in table.rows]
         bad = [i for i, verdict in enumerate(verdicts) if verdict in ("false", "0")]
@@ -197,9 +202,31 @@ class TextTask(BaseTask):
         return [label for label in row.labels if label != IGNORED]
 
 
+def _chosen_roles(names: Mapping[str, str], value: object) -> dict[str, str]:
+    """Return what the columns of a preference set are, by a value of the chosen answers."""
+    if isinstance(value, list):
+        users = any(isinstance(t, dict) and t.get("role") == "user" for t in value)
+        if users or "prompt" not in names:
+            return {"messages": names["chosen"]}
+    if "prompt" in names:
+        return {"prompt": names["prompt"], "completion": names["chosen"]}
+    return {"text": names["chosen"]}
+
+
 @dataclass(frozen=True)
 class TranslationTask(TextTask):
     """Source → target; the instruction names the languages where they are known."""
+
+    def own_mapping(
+        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
+    ) -> Mapping[str, str]:
+        """Return the columns of the two languages, where columns are called by languages."""
+        if fits(columns, self.shapes) or config.format is not None:
+            return {}
+        languages = language_columns(columns, rows)
+        return choose_languages(
+            languages, config.source_language, config.target_language, config.columns
+        )
 
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
@@ -241,7 +268,9 @@ def build_asked_turns(roles: Roles) -> Conversation:
     """Return the turns that wait for an answer; an answer that is there already is left out."""
     for role in ("messages", "conversations"):
         if role in roles:
-            turns = parse_turns(roles.get(role), roles.columns[role], answered=False)
+            turns = parse_turns(
+                roles.get(role), roles.columns[role], answered=False, names=roles.inner
+            )
             while turns and turns[-1].role == "assistant":
                 turns.pop()
             break

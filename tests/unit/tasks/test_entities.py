@@ -6,7 +6,7 @@ import pytest
 from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.metrics.sequence_labeling import get_entities
 
-from ftlevel.tasks.entities import are_entity_tags, find_entities, score_entities
+from ftlevel.tasks.entities import are_entity_tags, find_entities, name_scheme, score_entities
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,17 @@ def test_which_names_are_of_entities() -> None:
     assert not are_entity_tags(["NOUN", "VERB"])
     assert not are_entity_tags(["O"])
     assert not are_entity_tags(["0", "1"])
+
+
+@pytest.mark.parametrize(
+    ("sentences", "name"),
+    [
+        (["I-PER I-PER O", "B-LOC I-LOC"], "IOB2"),
+        (["I-PER B-PER O", "I-LOC I-LOC"], "IOB1"),
+        (["I-PER I-PER O"], "IO"),
+        (["B-PER I-PER E-PER O S-LOC"], "IOBES"),
+        (["B-PER I-PER L-PER O U-LOC"], "BILOU"),
+    ],
+)
+def test_a_scheme_is_told_by_its_tags(sentences: list[str], name: str) -> None:
+    assert name_scheme(sentence.split() for sentence in sentences) == name

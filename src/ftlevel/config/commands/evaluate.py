@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ftlevel.config.in_memory import DatasetName
-from ftlevel.config.sections import Positive, Section
+from ftlevel.config.sections import INPUT_FORMAT, Positive, Section
 from ftlevel.config.tasks import TaskName
 
 
@@ -17,9 +17,13 @@ class EvaluateConfig(Section):
 
     name: str = Field(min_length=1, description="A run, an adapter, or a model.")
     dataset: DatasetName | None = Field(
-        None, description="File, directory or Hub id; the default is the run's own data."
+        None,
+        description="File, directory, Hub id or - for stdin; the default is the run's own data.",
     )
-    subset: str | None = Field(None, description="Configuration (subset) of a Hub data set.")
+    input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
+    subset: str | None = Field(
+        None, description="Configuration (subset) of a Hub data set, or sheet of a workbook."
+    )
     split: Literal["train", "validation", "test"] | None = Field(
         None, description="Rows to score; the default is validation, or all rows of a single file."
     )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.sections import Positive, Section
+from ftlevel.config.sections import INPUT_FORMAT, Positive, Section
 from ftlevel.config.tasks import TaskName
 
 
@@ -18,8 +18,8 @@ class PredictConfig(Section):
     dataset: str | None = Field(
         None,
         min_length=1,
-        description="File of rows: CSV, TSV, JSONL, JSON, Parquet, Arrow or text, also with .gz "
-        "behind it; - is stdin.",
+        description="File of rows: CSV, TSV, JSONL, JSON, Parquet, Arrow, xlsx, CoNLL or text, "
+        "also compressed (.gz, .bz2, .xz, .zst); - is stdin.",
     )
     output: Path | None = Field(
         None,
@@ -31,9 +31,8 @@ class PredictConfig(Section):
         default_factory=dict, description="What ftlevel calls a column: what the data calls it."
     )
     format: str | None = Field(None, description="Format of the rows, where several fit.")
-    input_format: Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "txt"] | None = Field(
-        None, description="Format of the file; the default is by its name, or its beginning."
-    )
+    input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
+    subset: str | None = Field(None, description="Sheet of a workbook; the default is the first.")
     probabilities: bool = Field(False, description="Add how likely each answer is.")
     top_k: Positive | None = Field(None, description="Add the K likeliest answers.")
     limit: Positive | None = Field(None, description="Answer only the first N rows.")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+from ftlevel.data.formats.columns import is_there
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import Example, Roles
+from ftlevel.data.formats.examples import Example
+from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Unusable
 from ftlevel.data.sources.lines import LineRows
 from ftlevel.data.sources.table import BadRow, Row, Table, describe_bad
@@ -70,9 +72,7 @@ def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list
         InputError: the table lacks a column.
     """
     lacking = [
-        repr(column)
-        for column in format_.columns.values()
-        if column not in table.columns and column.partition(".")[0] not in table.columns
+        repr(column) for column in format_.columns.values() if not is_there(column, table.columns)
     ]
     if lacking:
         raise InputError(

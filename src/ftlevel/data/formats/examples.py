@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
-from ftlevel.data.formats.detect import Format, Shape
+from ftlevel.data.formats.detect import Shape
 from ftlevel.data.formats.parts import Parts
+from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Message, Unusable, check_text, parse_tools, parse_turns
-from ftlevel.data.sources.table import Row, Table
 from ftlevel.data.sources.uniform import kind_of
 from ftlevel.errors import InputError, listing
 
@@ -183,55 +183,6 @@ class Classed(Example, Protocol):
         """Those that it has, each once."""
 
 
-class Roles:
-    """The values of one row, by role.
-
-    Args:
-        format_: which column each role has.
-        table: where the rows are.
-    """
-
-    def __init__(self, format_: Format, table: Table) -> None:
-        self.columns = format_.columns
-        self.table = table
-        self.row: Row = {}
-        self.index = 0
-
-    def turn_to(self, row: Row, index: int) -> None:
-        """Go on with `row`, the one at `index` of the table."""
-        self.row, self.index = row, index
-
-    def __contains__(self, role: str) -> bool:
-        return role in self.columns
-
-    def get(self, role: str) -> Any:
-        """Return the value of `role`; None where the format has no column for it."""
-        column = self.columns.get(role)
-        if column is None:
-            return None
-        if column in self.row:
-            return self.row[column]
-        value: Any = self.row
-        for part in column.split("."):
-            if value is self.row and part not in value:
-                raise Unusable(f"has no {part!r}")
-            if not isinstance(value, dict) or part not in value:
-                raise Unusable(f"{column!r} is not there ({part!r} is missing)")
-            value = value[part]
-        return value
-
-    def text(self, role: str) -> str:
-        """Return the text of `role`, which must not be empty."""
-        return check_text(self.get(role), repr(self.columns[role]))
-
-    def text_or_empty(self, role: str) -> str:
-        """Return the text of `role`, or an empty string for null, or for no such column."""
-        value = self.get(role)
-        if value is None or (isinstance(value, str) and not value.strip()):
-            return ""
-        return check_text(value, repr(self.columns[role]))
-
-
 def build_conversation(roles: Roles) -> Conversation:
     """Return the turns of a row, and the tools they may call."""
     tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
@@ -242,7 +193,7 @@ def _turns(roles: Roles) -> list[Message]:
     """Return the turns of a row in any of the dialogue shapes."""
     for role in ("messages", "conversations"):
         if role in roles:
-            turns = parse_turns(roles.get(role), roles.columns[role])
+            turns = parse_turns(roles.get(role), roles.columns[role], names=roles.inner)
             break
     else:
         turns = _parse_prompt(roles)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from ftlevel.data.sources.table import Row
+from ftlevel.errors import InputError, listing
 
 # ISO 639-1; the languages that published parallel corpora are mostly in.
 _NAMES = {
@@ -45,16 +48,87 @@ def find_language(role: str, columns: Mapping[str, str], given: str | None) -> L
     """
     if given is not None:
         return read_language(given)
-    return _by_code(columns.get(role, "").rpartition(".")[2])
+    key = columns.get(role, "").rpartition(".")[2]
+    return _by_code(key) or _by_name(key)
+
+
+def language_columns(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
+    """Return language → its column, for columns called by a language or inside of `translation`.
+
+    Args:
+        columns: the names that the table has.
+        rows: some of them, by which `translation.en` is found, and an id is told from Indonesian.
+    """
+    inside = next((c for c in columns if c.lower() == "translation"), None)
+    value = rows[0].get(inside) if inside is not None and rows else None
+    if isinstance(value, dict):
+        paths = {key: f"{inside}.{key}" for key in value}
+    else:
+        paths = {column: column for column in columns}
+    found: dict[str, str] = {}
+    for key, path in paths.items():
+        language = _by_code(key) or _by_name(key)
+        is_id = key.lower() == "id" and (len(paths) > 2 or (rows and type(rows[0].get(key)) is int))
+        if language is not None and not is_id:
+            found.setdefault(language.name, path)
+    return found
+
+
+def choose_languages(
+    found: Mapping[str, str], source: str | None, target: str | None, told: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the columns of source and target, of those `found` by language.
+
+    Args:
+        found: language → column.
+        source: as the user names it.
+        target: as the user names it.
+        told: column by role, which goes first.
+
+    Raises:
+        InputError: nothing says which is which, or a language is not there.
+    """
+    if not found or {"source", "target"} <= told.keys():
+        return {}
+    wishes = {"source": source, "target": target}
+    chosen = {role: told[role] for role in wishes if role in told}
+    for role, wish in wishes.items():
+        column = found.get(read_language(wish).name) if wish else None
+        if column is not None:
+            chosen.setdefault(role, column)
+        elif wish and len(found) > 1 and role not in told:
+            raise InputError(
+                f"--{role}-language {wish}: no column is called so. Languages: {_listed(found)}. "
+                f"Name one of them, or the column: --map {role}=COLUMN."
+            )
+    rest = [column for column in found.values() if column not in chosen.values()]
+    open_roles = [role for role in wishes if role not in chosen]
+    if len(open_roles) == 1 and len(rest) == 1 and chosen:
+        return {**chosen, open_roles[0]: rest[0]}
+    if open_roles and len(found) > 1:
+        first, second = (column.rpartition(".")[2] for column in list(found.values())[:2])
+        raise InputError(
+            f"--task translation: the columns are languages ({_listed(found)}), and nothing says "
+            f"which is the source. Add --source-language {first} --target-language {second}, or "
+            "another pair."
+        )
+    if open_roles and target is not None and source is None and len(found) == 1 and not chosen:
+        return {"source": rest[0]}  # a row to translate has no target
+    return chosen
+
+
+def _listed(found: Mapping[str, str]) -> str:
+    return listing(repr(column) for column in found.values())
 
 
 def read_language(text: str) -> Language:
     """Return the language of a code such as `de` or `pt_BR`, or of a name such as German."""
-    by_code = _by_code(text)
-    if by_code is not None:
-        return by_code
+    return _by_code(text) or _by_name(text) or Language(text, "")
+
+
+def _by_name(text: str) -> Language | None:
     code = next((code for code, name in _NAMES.items() if name.lower() == text.lower()), "")
-    return Language(_NAMES.get(code, text), code)
+    return Language(_NAMES[code], code) if code else None
 
 
 def _by_code(text: str) -> Language | None:

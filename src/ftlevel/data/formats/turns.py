@@ -11,8 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftlevel.data.formats.advice import write_flags
 from ftlevel.data.sources.uniform import kind_of
 from ftlevel.errors import did_you_mean, listing
+
+MOST_CHARACTERS = 1 << 23
+"""Longest text of a row: a tokenizer takes some 150 bytes a character, all at once."""
+
+_ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
+_TEXT_KEYS = ("content", "value", "text", "message", "utterance")
 
 _ROLES = {
     "system": "system",
@@ -22,6 +29,7 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
+    "bot": "assistant",
     "function_call": "assistant",
     "tool": "tool",
     "function": "tool",
@@ -73,16 +81,24 @@ def check_text(value: object, what: str) -> str:
         raise Unusable(f"{what} is {kind_of(value)}, not a string")
     if not value.strip():
         raise Unusable(f"{what} is empty", "empty_text")
+    if len(value) > MOST_CHARACTERS:
+        raise Unusable(
+            f"{what} has {len(value):,} characters in one text, and at most {MOST_CHARACTERS:,} "
+            "are encoded at once: break it into paragraphs or rows"
+        )
     return value
 
 
-def parse_turns(value: object, column: str, *, answered: bool = True) -> list[Message]:
+def parse_turns(
+    value: object, column: str, *, answered: bool = True, names: Mapping[str, str] | None = None
+) -> list[Message]:
     """Return the turns of a list of objects, of which one at least is the assistant's.
 
     Args:
         value: the list.
         column: its name.
         answered: false for turns that wait for an answer, which may have none of the assistant.
+        names: what the data calls `role` and `content`, and the `user` and the `assistant`.
 
     Raises:
         Unusable: it is no such list.
@@ -95,7 +111,7 @@ def parse_turns(value: object, column: str, *, answered: bool = True) -> list[Me
     turns = [
         turn
         for number, item in enumerate(value, 1)
-        if (turn := _parse_turn(item, f"turn {number} of {column!r}")) is not None
+        if (turn := _parse_turn(item, f"turn {number} of {column!r}", names or {})) is not None
     ]
     if answered and not any(turn.role == "assistant" for turn in turns):
         raise Unusable(f"{column!r} has no assistant turn", "unsupervised")
@@ -117,24 +133,45 @@ def parse_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
     return tuple(value)
 
 
-def _parse_turn(item: object, what: str) -> Message | None:
+def _keys(item: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str]:
+    """Return the keys of a turn's role and text: as the user says, or as usual."""
+    role = next((key for key in _ROLE_KEYS if key in item), "role")
+    text = next((key for key in _TEXT_KEYS if key in item), _TEXT_KEYS[role == "from"])
+    return names.get("role", role), names.get("content", text)
+
+
+def _find_role(name: object, names: Mapping[str, str]) -> str | None:
+    """Return the role of who is called `name`; None if nobody knows."""
+    if not isinstance(name, str):
+        return None
+    own = next((role for role in ("user", "assistant") if names.get(role) == name), None)
+    return own or _ROLES.get(name) or _ROLES.get(name.lower())
+
+
+def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | None:
     """Return one turn; None for a system turn without text, which says nothing."""
     if type(item) is not dict:
         raise Unusable(f"{what} is {kind_of(item)}, not an object with role and content")
-    role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
+    role_key, text_key = _keys(item, names)
     calls = item.get("tool_calls")
-    for key in (role_key, text_key):
+    for key, part in ((role_key, "role"), (text_key, "content")):
         if key not in item and not (calls and key == text_key):
-            raise Unusable(f"{what} has no {key!r} (keys: {listing(item)})")
+            used = _keys(item, names)
+            others = [k for k, v in item.items() if isinstance(v, str) and k not in used]
+            guess = {part: others[0 if part == "role" else -1]} if others else {}
+            way = f"; say what it is called: {write_flags(guess)}" if guess else ""
+            raise Unusable(f"{what} has no {key!r} (keys: {listing(item)}{way})")
     if item.get("weight") == 0:
         raise Unusable(f"{what} has weight 0; turns can't be left out one by one yet")
     name, text = item[role_key], item.get(text_key)
-    role = _ROLES.get(name) if isinstance(name, str) else None
+    role = _find_role(name, names)
     if role is None:
         hint = did_you_mean(str(name), _ROLES).strip().lower()
+        who = write_flags({"user": str(name)})
+        known = "known: system, user, assistant, tool, human, gpt"
         raise Unusable(
             f"{what} has the unknown role {name!r} "
-            f"({hint or 'known: system, user, assistant, tool, human, gpt'})",
+            f"({hint or known}; or say who it is: {who}, or assistant=…)",
             "unknown_role",
         )
     if role == "system" and isinstance(text, str) and not text.strip():

@@ -27,6 +27,8 @@ from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.task import Task
 
+_LONG = 1_000_000  # characters of an example that take seconds
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -98,7 +100,13 @@ class Encoder:
     def collect(self, encode: Encode, examples: Sequence[Any]) -> Sequence[Encoded]:
         """Return the rows that `encode` makes of all examples, in a file if there is a folder."""
         if self.folder is None:
-            return encode(examples)
+            long = any(len(example.key_text) > _LONG for example in examples)
+            if long:  # nothing else says for seconds that it is at work
+                self.progress(0, len(examples))
+            rows = encode(examples)
+            if long:
+                self.progress(len(examples), len(examples))
+            return rows
         path = self.folder / f"{self.split}.arrow"
         return encode_to_store(
             path, encode, examples, self._texts_known, self.config.num_proc, self.progress

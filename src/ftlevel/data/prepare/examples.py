@@ -151,7 +151,7 @@ def _choices(
     )
     choices = [
         Choice("data", loaded.splits.name, f"{facts['train_rows']:,} rows; {held}"),
-        Choice("columns", loaded.format.description),
+        Choice("columns", loaded.format.description, loaded.why),
         *loaded.choices,
         Choice("max length", f"{fitted.max_length:,} tokens", fitted.reason),
     ]

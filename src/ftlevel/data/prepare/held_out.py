@@ -13,6 +13,7 @@ from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.encoder import Encoder
 from ftlevel.data.prepare.loading import open_converter, read_splits
+from ftlevel.data.sources.lines import PART
 from ftlevel.data.sources.splits import Splits
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
@@ -35,6 +36,7 @@ class HeldOut:
         language: ISO 639-1 code of the target; "" if unknown.
         source: name of the data set.
         note: what its columns are, where they are not those of training.
+        columns: what they are used for.
     """
 
     table: Table
@@ -44,6 +46,7 @@ class HeldOut:
     language: str
     source: str
     note: str = ""
+    columns: str = ""
 
     @property
     def is_training(self) -> bool:
@@ -107,7 +110,8 @@ def load_held_out(
             )
     rows = task.fix(rows, config, context)
     language = convert.shape.options.get("target_language", "")
-    return HeldOut(table, rows, name, fitted.dropped, language, splits.name, note)
+    used = convert.shape.description
+    return HeldOut(table, rows, name, fitted.dropped, language, splits.name, note, used)
 
 
 def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataConfig, str]:
@@ -118,13 +122,13 @@ def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataC
     there = {
         role: column
         for role, column in config.columns.items()
-        if column.partition(".")[0] in table.columns
+        if all(part.partition(".")[0] in table.columns for part in column.split("+"))
     }
     for columns, form in ((config.columns, config.format), (there, config.format), (there, None),
                           ({}, None)):  # fmt: skip
         fewer = config.model_copy(update={"columns": columns, "format": form})
         try:
-            found = task.find_format(table.columns, fewer)
+            found = task.find_format(table.columns, fewer, table.rows[:PART])
         except InputError:
             continue
         if fewer == config:

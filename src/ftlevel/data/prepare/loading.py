@@ -9,11 +9,12 @@ from typing import Any
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.formats.convert import convert_rows, to_examples
-from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.detect import Format, why
 from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels, find_unlabelled
 from ftlevel.data.formats.spellings import SPELLINGS, FoldLabels, find_variants
 from ftlevel.data.gate import Finding, judge
 from ftlevel.data.gate.gate import resolve_faults
+from ftlevel.data.sources.lines import PART
 from ftlevel.data.sources.splits import Splits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.table import BadRow, Table, resolve_bad
 from ftlevel.task import Task
@@ -34,6 +35,7 @@ class Loaded:
         labels: the classes or tags, or None.
         choices: lines for the screen about what the task read off the columns.
         findings: rows that nothing could be learned from.
+        why: the columns are used as they are.
     """
 
     splits: Splits
@@ -43,6 +45,7 @@ class Loaded:
     labels: LabelSet | None
     choices: list[Choice] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    why: str = ""
 
 
 def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = False) -> Loaded:
@@ -74,7 +77,10 @@ def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: b
     if validation is not None:
         validation, held_out = convert.known("validation", validation, labels)
     kept = Splits(train, validation, splits.test, splits.name, splits.notes)
-    return Loaded(kept, convert.shape, examples, held_out, labels, choices, convert.findings)
+    reason = why(convert.shape.columns, config.columns, config.format)
+    return Loaded(
+        kept, convert.shape, examples, held_out, labels, choices, convert.findings, reason
+    )
 
 
 def open_converter(
@@ -85,7 +91,8 @@ def open_converter(
     Raises:
         InputError: the columns do not say what to learn.
     """
-    shape, choices = task.read_columns(task.find_format(table.columns, config), table, config)
+    found = task.find_format(table.columns, config, table.rows[:PART])
+    shape, choices = task.read_columns(found, table, config)
     return Converter(config, task, shape, shape, lenient), choices
 
 
@@ -211,4 +218,5 @@ def _read_one(name: str, config: DataConfig, task: Task, split: str | None) -> S
         subset=config.subset or (task.builtin_subset or None if builtin else None),
         on_bad_row=config.on_bad_row,
         max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
+        input_format=config.input_format,
     )

@@ -12,10 +12,8 @@ from itertools import islice
 from typing import Any, Protocol
 
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import Roles
+from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Unusable
-from ftlevel.data.sources.one_file import OneFile
-from ftlevel.data.sources.readers.files import open_reader
 from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, listing
@@ -48,11 +46,13 @@ class RowSource(Protocol):
     Attributes:
         columns: names, by the first rows.
         leading: those of the first row, by which it is known what to ask.
+        first: the first rows.
         schema: Arrow's, where the types are declared; else None.
     """
 
     columns: Sequence[str]
     leading: Sequence[str]
+    first: Sequence[Row]
     schema: Any
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
@@ -66,20 +66,20 @@ class FileRows:
         InputError: it is not there, of no known format, damaged or empty.
     """
 
-    def __init__(self, file: OneFile) -> None:
-        self._file = file
-        self._reader: Reader = open_reader(file.path)
-        self.schema = self._reader.schema
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.schema = reader.schema
         self.columns: Sequence[str] = self.schema.names if self.schema is not None else []
         chunk = next(self._reader.chunks(), None)
         if chunk is None or not (chunk.rows or chunk.bad):
-            raise InputError(f"{file.shown}: has 0 rows. Give a file with rows.")
+            raise InputError(f"{reader.shown}: has 0 rows. Give a file with rows.")
         if not chunk.rows:
             first = chunk.bad[0]
             raise InputError(f"{self._place(chunk, first.line)}: {first.reason}. Fix the file.")
         if not self.columns:
             self.columns = list(dict.fromkeys(name for row in chunk.rows for name in row))
         self.leading: Sequence[str] = list(chunk.rows[0])
+        self.first: Sequence[Row] = chunk.rows
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
         """Yield the rows in the order of the file, a place that gave none at its own."""
@@ -93,7 +93,7 @@ class FileRows:
                 yield row, self._place(chunk, line), fault, share
 
     def _place(self, chunk: Chunk, line: int) -> str:
-        return Table([], [], self._file.shown, chunk.unit).place(line)
+        return Table([], [], self._reader.shown, chunk.unit).place(line)
 
 
 class GivenRows:
@@ -107,17 +107,17 @@ class GivenRows:
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self._rows = iter(rows)
-        self._first = [dict(row) for row in islice(self._rows, _FIRST)]
-        if not self._first:
+        self.first: Sequence[Row] = [dict(row) for row in islice(self._rows, _FIRST)]
+        if not self.first:
             raise InputError("there are 0 rows to predict. Give some.")
-        self.columns: Sequence[str] = list(dict.fromkeys(n for row in self._first for n in row))
-        self.leading: Sequence[str] = list(self._first[0])
+        self.columns: Sequence[str] = list(dict.fromkeys(n for row in self.first for n in row))
+        self.leading: Sequence[str] = list(self.first[0])
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
         """Yield the rows, once."""
-        for number, row in enumerate(self._first, 1):
+        for number, row in enumerate(self.first, 1):
             yield row, f"row {number}", "", None
-        for number, given in enumerate(self._rows, len(self._first) + 1):
+        for number, given in enumerate(self._rows, len(self.first) + 1):
             yield dict(given), f"row {number}", "", None
 
 

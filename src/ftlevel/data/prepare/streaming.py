@@ -51,6 +51,7 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> Prepared:
         subset=config.subset,
         on_bad_row=config.on_bad_row,
         validation_rows=config.max_eval_samples,
+        input_format=config.input_format,
     )
     splits, form = _read_head(source, config)
     loaded = convert_splits(splits, config, context.task, lenient=context.lenient)

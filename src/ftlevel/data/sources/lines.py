@@ -25,6 +25,15 @@ _BLOCK = 1 << 16  # bytes that are read at once
 _raw_decode = json.JSONDecoder().raw_decode
 
 
+def as_row(value: Any) -> Any:
+    """Return a pair such as spaCy's `["text", {"entities": […]}]` as an object; else the value."""
+    if type(value) is list and len(value) == 2:
+        text, more = value
+        if type(text) is str and type(more) is dict and "text" not in more:
+            return {"text": text, **more}
+    return value
+
+
 class LineNumbers(Sequence[int]):
     """The lines of a file that are rows, by what is missing: memory does not grow with the rows."""
 
@@ -106,7 +115,7 @@ class LineRows(Sequence[Row]):
         self._next = (line + 1, end + 1)
         text = self._block[begin - self._at : end - self._at].decode(errors="replace")
         try:
-            row, _ = _raw_decode(text.lstrip())
+            row = as_row(_raw_decode(text.lstrip())[0])
         except ValueError:
             row = None
         if type(row) is not dict:

@@ -45,6 +45,7 @@ def join_tables(tables: Sequence[Table]) -> Table:
         tuple(dropped),
         first.label_names,
         tuple(parts),
+        tuple(note for table in tables for note in table.notes),
     )
 
 

@@ -25,12 +25,15 @@ from ftlevel.data.sources.hub import (
 )
 from ftlevel.data.sources.in_memory import load_memory_tables
 from ftlevel.data.sources.mixing import join_tables, mix_tables
+from ftlevel.data.sources.packed import STDIN
 from ftlevel.data.sources.readers.files import (
+    Reading,
     data_files,
-    describe_missing,
     is_data_file_name,
     read_table,
+    stem_of,
 )
+from ftlevel.data.sources.readers.refused import describe_missing
 from ftlevel.data.sources.table import OnBadRow, Table, describe_dropped
 from ftlevel.errors import InputError, did_you_mean, listing, nearest
 
@@ -78,21 +81,25 @@ def load_splits(
     subset: str | None = None,
     on_bad_row: OnBadRow = "error",
     max_samples: int | None = None,
+    input_format: str | None = None,
 ) -> Splits:
     """Read the splits of a data set.
 
     Args:
-        dataset: "builtin:NAME", the path of a file or a directory, a Hub id, or rows in memory.
-            What exists as a path is a path; "hf://datasets/ID" is never one.
+        dataset: "builtin:NAME", the path of a file or a directory, a Hub id, - for stdin, or rows
+            in memory. What exists as a path is a path; "hf://datasets/ID" is never one.
         split: the split to train on, instead of "train".
-        subset: the configuration of a Hub data set; for a built-in set the kind of its rows.
+        subset: the configuration of a Hub data set, or the sheet of a workbook; for a built-in set
+            the kind of its rows.
         on_bad_row: refuse bad rows or leave them out; see `readers.files.read_table`.
         max_samples: keep the first N rows of each split. A text file is read and checked as a
             whole even so.
+        input_format: of local files, as a suffix without its dot; None goes by their names.
 
     Raises:
         InputError: with `path:line` where there is one, and the one thing to do.
     """
+    how = Reading(input_format, subset)
     if dataset == IN_MEMORY:
         tables = load_memory_tables(_check_given(dataset), on_bad_row, max_samples)
         splits = _assemble(tables, pick_split(tables, split, _GIVEN), IN_MEMORY, [])
@@ -103,10 +110,10 @@ def load_splits(
     else:
         path = Path(dataset).expanduser()
         if path.is_dir():
-            splits = _load_directory(path, dataset, split, on_bad_row, max_samples)
-        elif path.exists():
+            splits = _load_directory(path, dataset, split, (on_bad_row, max_samples, how))
+        elif dataset == STDIN or path.exists() or path.is_symlink():
             check_one_file(dataset, split)
-            splits = Splits(read_table(path, on_bad_row), None, None, dataset)
+            splits = Splits(read_table(dataset, on_bad_row, how), None, None, dataset)
         else:
             check_hub_id(dataset, path)
             splits = _load_hub(dataset, split, subset, max_samples)
@@ -114,7 +121,7 @@ def load_splits(
         note
         for table in (splits.train, splits.validation, splits.test)
         if table is not None
-        for note in describe_dropped(table)
+        for note in (*table.notes, *describe_dropped(table))
     ]
     return take_first(replace(splits, notes=[*splits.notes, *notes]), max_samples)
 
@@ -267,20 +274,21 @@ def check_one_file(dataset: str, split: str | None) -> None:
 
 
 def _load_directory(
-    path: Path, dataset: str, split: str | None, on_bad_row: OnBadRow, max_samples: int | None
+    path: Path, dataset: str, split: str | None, rest: tuple[OnBadRow, int | None, Reading]
 ) -> Splits:
     """Read a directory of one file a split, or one that `save_to_disk` wrote."""
+    on_bad_row, max_samples, how = rest
     if is_saved_directory(path):
         tables = load_saved_tables(path, max_samples)
         return _assemble(tables, pick_split(tables, split, dataset), dataset, [])
     files, train, notes = choose_files(path, dataset, split)
     if len(files[train]) > 1:
-        shards = join_tables([read_table(file, on_bad_row) for file in files[train]])
+        shards = join_tables([read_table(file, on_bad_row, how) for file in files[train]])
         return Splits(shards, None, None, dataset, notes)
     tables, problems = {}, []
     for use, [file] in files.items():
         try:
-            tables[use] = read_table(file, on_bad_row)
+            tables[use] = read_table(file, on_bad_row, how)
         except InputError as error:
             problems += error.problems
     if problems:
@@ -307,7 +315,7 @@ def choose_files(
         return {"train": [path / name for name in names]}, "train", [note]
     stems: dict[str, str] = {}
     for name in names:
-        stem = Path(name).stem.lower()
+        stem = stem_of(name).lower()
         use = next((use for use, stems_ in _SPLIT_NAMES.items() if stem in stems_), stem)
         if use in stems and (use in _SPLIT_NAMES or use == split):
             raise InputError(
@@ -328,7 +336,7 @@ def choose_files(
 
 def _are_shards(names: list[str]) -> bool:
     """Tell whether a directory holds several files of which none is named like a split."""
-    stems = [Path(name).stem.lower() for name in names]
+    stems = [stem_of(name).lower() for name in names]
     known = {stem for stems_ in _SPLIT_NAMES.values() for stem in stems_}
     return len(names) > 1 and known.isdisjoint(stems) and not nearest("train", stems)
 

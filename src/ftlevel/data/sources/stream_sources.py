@@ -15,7 +15,8 @@ from ftlevel.data.sources.hub import (
     open_saved_streams,
     pick_split,
 )
-from ftlevel.data.sources.readers.files import open_stream, read_table
+from ftlevel.data.sources.packed import STDIN
+from ftlevel.data.sources.readers.files import Reading, open_stream, read_table
 from ftlevel.data.sources.readers.parquet import build_arrow_table
 from ftlevel.data.sources.splits import (
     HUB_PREFIX,
@@ -56,6 +57,7 @@ def open_source(
     subset: str | None,
     on_bad_row: OnBadRow,
     validation_rows: int | None,
+    input_format: str | None = None,
 ) -> StreamSource:
     """Open a data set; only its validation rows are read.
 
@@ -65,15 +67,18 @@ def open_source(
         subset: the configuration of a Hub data set.
         on_bad_row: what is done to a bad validation row.
         validation_rows: most validation rows to read.
+        input_format: of local files; None goes by their names.
 
     Raises:
         InputError: it is not there, or cannot be streamed.
     """
+    how = Reading(input_format, subset)
     if dataset.startswith("builtin:") or dataset == IN_MEMORY:
         words = dataset if dataset != IN_MEMORY else "the data set"
         raise InputError(f"--streaming: {words} is in memory already. Drop --streaming.")
     path = Path(dataset).expanduser()
-    if dataset.startswith(HUB_PREFIX) or not path.exists():
+    is_local = dataset == STDIN or path.exists() or path.is_symlink()
+    if dataset.startswith(HUB_PREFIX) or not is_local:
         name = dataset.removeprefix(HUB_PREFIX)
         if name == dataset:
             check_hub_id(dataset, path)
@@ -82,14 +87,16 @@ def open_source(
         return _open_remote(lambda: open_saved_streams(path), split, dataset, validation_rows)
     if not path.is_dir():
         check_one_file(dataset, split)
-        return StreamSource(open_stream(path), files=(path,))
+        reader = open_stream(dataset, how)
+        return StreamSource(reader, files=(reader.path,), notes=reader.notes)
     files, train, notes = choose_files(path, dataset, split)
     held = files.get("validation") if train != "validation" else None
-    validation = read_table(held[0], on_bad_row) if held else None
+    validation = read_table(held[0], on_bad_row, how) if held else None
     if validation is not None and validation_rows is not None:
         validation = validation.take(range(min(validation_rows, len(validation))))
-    streams = [open_stream(file) for file in files[train]]
+    streams = [open_stream(file, how) for file in files[train]]
     stream = streams[0] if len(streams) == 1 else ChainedStream(streams)
+    notes += [note for each in streams for note in each.notes]
     return StreamSource(stream, validation, tuple(files[train]), notes)
 
 

@@ -58,9 +58,11 @@ class Reader(ABC):
         uniform: whether the format itself gives all rows the same keys and types.
         label_names: names of the classes, for columns of which the file declares them.
         schema: Arrow's, where the file declares the types of its columns; else None.
+        shown: what messages call the file, of which `path` may be an unpacked copy.
+        notes: what was chosen in reading it, to be shown.
     """
 
-    unit: ClassVar[Literal["line", "row"]] = "line"
+    unit: Literal["line", "row"] = "line"
     in_parts: ClassVar[bool] = True
     uniform: ClassVar[bool] = False
 
@@ -68,6 +70,8 @@ class Reader(ABC):
         self.path = path
         self.label_names: Mapping[str, tuple[str, ...]] = {}
         self.schema: Any = None
+        self.shown = str(path)
+        self.notes: list[str] = []
 
     @abstractmethod
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
@@ -79,7 +83,7 @@ class Reader(ABC):
         Raises:
             InputError: naming the place past which no row can be trusted.
         """
-        with refuse_unreadable(self.path):
+        with refuse_unreadable(self.path, self.shown):
             yield from self.read(cursor)
 
     def share(self, chunk: Chunk) -> float | None:
@@ -89,7 +93,7 @@ class Reader(ABC):
 
     def chunk(self, rows: list[Row], lines: list[int], bad: list[BadRow], cursor: Cursor) -> Chunk:
         """Return a chunk of this file."""
-        return Chunk(rows, lines, bad, str(self.path), self.unit, cursor)
+        return Chunk(rows, lines, bad, self.shown, self.unit, cursor)
 
     def collect(self) -> tuple[Table, list[BadRow]]:
         """Return the rows of all chunks, and the bad ones, some of which stand in the table.
@@ -109,16 +113,24 @@ class Reader(ABC):
 
     def table(self, rows: Sequence[Row], lines: Sequence[int]) -> Table:
         """Return a table of rows of this file."""
-        return Table(rows, lines, str(self.path), self.unit, label_names=self.label_names)
+        return Table(
+            rows, lines, self.shown, self.unit, label_names=self.label_names,
+            notes=tuple(self.notes),
+        )  # fmt: skip
 
 
 @contextmanager
-def refuse_unreadable(path: Path) -> Iterator[None]:
-    """Turn what the system says about a file into an `InputError`."""
+def refuse_unreadable(path: Path, shown: str = "") -> Iterator[None]:
+    """Turn what the system says about a file into an `InputError`, which calls it `shown`."""
+    shown = shown or str(path)
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise InputError(f"{shown}: cannot be read ({error.strerror or error}).") from error
+    except InputError as error:
+        if str(path) == shown:
+            raise
+        raise InputError([p.replace(str(path), shown) for p in error.problems]) from None
 
 
 class ChainedStream:

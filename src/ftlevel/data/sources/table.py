@@ -53,6 +53,7 @@ class Table:
         dropped: the rows that `on_bad_row="skip"` left out, in order of line.
         label_names: names of the classes, for columns whose source declares them.
         parts: the tables that it was joined from, by growing base; empty for a single one.
+        notes: what was chosen in reading it, to be shown.
     """
 
     rows: Sequence[Row]
@@ -62,6 +63,7 @@ class Table:
     dropped: tuple[BadRow, ...] = ()
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -16,6 +16,7 @@ from ftlevel.data.encoding.pad_token import choose_pad_token
 from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.parallel import Progress, be_silent
+from ftlevel.data.sources.packed import STDIN
 from ftlevel.errors import ConfigError
 from ftlevel.fast.plan.fast_plan import plan_fast
 from ftlevel.fast.plan.fused_lora import fused_lora_choices
@@ -290,4 +291,4 @@ def default_name(config: TrainConfig) -> str:
     model = config.model.name_or_path.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
     data = config.data.dataset.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
     model, data = model.removesuffix(".gguf"), data.partition(".")[0]
-    return f"{config.method.kind}-{model}-{data}"
+    return f"{config.method.kind}-{model}-{'stdin' if data == STDIN else data}"

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.layers import explain
+from ftlevel.data.sources.lines import PART
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.kinds import model_kind
@@ -36,12 +37,16 @@ def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     if model_kind(load_config(source)) != "encoder":
         return config, ""
     table = load_splits(
-        data.dataset, split=data.split, subset=data.subset, on_bad_row=data.on_bad_row
+        data.dataset,
+        split=data.split,
+        subset=data.subset,
+        on_bad_row=data.on_bad_row,
+        input_format=data.input_format,
     ).train
     by_name = data.model_copy(update={"columns": {}})
     for name, section in ((n, s) for s in (by_name, data) for n in _OF_ENCODERS):
         try:
-            found = TASKS[name].find_format(table.columns, section)
+            found = TASKS[name].find_format(table.columns, section, table.rows[:PART])
         except InputError:
             continue
         why = f"the model is an encoder, and the columns are {found.name}; --task names another"

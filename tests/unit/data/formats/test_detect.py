@@ -276,3 +276,119 @@ def test_a_format_that_is_wished_for_is_explained() -> None:
     )
     found = detect(["messages"], "text-generation", {"conversations": "messages"}, "sharegpt")
     assert found.columns == {"conversations": "messages"}
+
+
+TICKETS = [
+    {"Ticket ID": f"T-{i}", "Head line": "late parcel", "What happened": "It came late, alas. " * 3,
+     "Queue": "abc"[i % 3], "Created": "2026-01-01"}
+    for i in range(9)
+]  # fmt: skip
+THREADS = [{"thread": [{"who": "a", "said": "b"}], "ref": 7}]
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "flags"),
+    [
+        ("text-classification", TICKETS, "--map 'text=What happened' --map label=Queue."),
+        ("summarization", TICKETS, "--map 'document=What happened' --map 'summary=Head line'."),
+        ("text-generation", THREADS, "--map messages=thread."),
+        ("text-classification", [{"image": "a.png", "label": 1}],
+         "Columns: 'image', 'label'. 'image' holds no text, from which ftlevel learns."),
+        ("token-classification", [{"note": "Ada", "marks": [{"start": 0}]}],
+         "--map text=note --map spans=marks."),
+    ],
+)  # fmt: skip
+def test_advice_goes_by_what_rows_hold(
+    task: str, rows: list[dict[str, object]], flags: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        TASKS[task].find_format(list(rows[0]), DataConfig(), rows)
+    assert flags in str(caught.value)
+    assert "ID" not in str(caught.value).partition("Say which is which")[2]
+
+
+def test_known_names_go_before_the_rest() -> None:
+    found = detect(["Ticket ID", "Subject", "Body", "Category"], "text-classification")
+    assert found.columns == {"text": "Body", "label": "Category"}
+    assert found.unused == ("Ticket ID", "Subject")
+
+
+@pytest.mark.parametrize(
+    ("wish", "column"),
+    [("2", "Subject"), ("body", "Body"), ("subject + BODY", "Subject+Body"),
+     ("3+2", "Body+Subject")],
+)  # fmt: skip
+def test_a_column_by_number_case_or_joined(wish: str, column: str) -> None:
+    columns = ["id", "Subject", "Body", "label"]
+    found = detect(columns, "text-classification", {"text": wish})
+    assert found.columns == {"text": column, "label": "label"}
+    assert set(found.unused) == set(columns) - {"label", *column.split("+")}
+
+
+def test_a_name_goes_before_a_number_and_a_joint() -> None:
+    columns = ["1", "text", "a+b", "label"]
+    assert detect(columns, "text-classification", {"text": "1"}).columns["text"] == "1"
+    assert detect(columns, "text-classification", {"text": "a+b"}).columns["text"] == "a+b"
+
+
+def test_what_cannot_be_joined_is_said() -> None:
+    columns = ["text", "a", "b"]
+    with pytest.raises(InputError, match=r"--map label=a\+b: only texts can be joined"):
+        detect(columns, "text-classification", {"label": "a+b"})
+    with pytest.raises(InputError, match=r"--map text=a\+c: no column 'c'"):
+        detect(columns, "text-classification", {"text": "a+c"})
+
+
+LANGUAGES = [{"translation": {"en": "a", "es": "b"}}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "columns"),
+    [
+        (LANGUAGES, {"source_language": "en"}, ("translation.en", "translation.es")),
+        (LANGUAGES, {"target_language": "English"}, ("translation.es", "translation.en")),
+        ([{"id": 1, "en": "a", "es": "b"}], {"source_language": "es"}, ("es", "en")),
+        ([{"en": "a", "es": "b"}], {"columns": {"source": "es"}}, ("es", "en")),
+        ([{"English": "a", "German": "b"}], {"source_language": "de"}, ("German", "English")),
+        ([{"de": "a", "en": "b", "fr": "c"}], {"source_language": "fr", "target_language": "de"},
+         ("fr", "de")),
+    ],
+)  # fmt: skip
+def test_languages_are_columns(
+    rows: list[dict[str, object]], given: dict[str, object], columns: tuple[str, str]
+) -> None:
+    found = TASKS["translation"].find_format(list(rows[0]), DataConfig(**given), rows)
+    assert (found.columns["source"], found.columns["target"]) == columns
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "message"),
+    [
+        (["en", "es"], {}, "nothing says which is the source. Add --source-language en "
+         "--target-language es, or another pair."),
+        (["de", "en", "fr"], {"source_language": "fr"}, "nothing says which is the source"),
+        (["en", "es"], {"target_language": "fr"}, "--target-language fr: no column is called so"),
+    ],
+)  # fmt: skip
+def test_languages_that_are_not_told(
+    columns: list[str], given: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        TASKS["translation"].find_format(columns, DataConfig(**given))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "flags"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"},
+         "--map prompt=prompt --map completion=chosen."),
+        ({"prompt": "q", "chosen": [{"role": "user", "content": "q"}], "rejected": []},
+         "--map messages=chosen."),
+        ({"chosen": "a", "rejected": "b"}, "--map text=chosen."),
+    ],
+)  # fmt: skip
+def test_of_preferences_the_chosen_can_be_learned(row: dict[str, object], flags: str) -> None:
+    with pytest.raises(InputError) as caught:
+        TASKS["text-generation"].find_format(list(row), DataConfig(), [row])
+    assert str(caught.value).endswith(f"as if there were no others: {flags}")

@@ -140,12 +140,14 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
     ([ASK], "'messages' has no assistant turn"),
     (
         [{"role": "userr", "content": "q"}, ANSWER],
-        "turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?)",
+        "turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; or say who "
+        "it is: --map user=userr, or assistant=…)",
     ),
     (
         [ASK, {"role": "critic", "content": "x"}, ANSWER],
         "turn 2 of 'messages' has the unknown role 'critic' "
-        "(known: system, user, assistant, tool, human, gpt)",
+        "(known: system, user, assistant, tool, human, gpt; or say who it is: --map user=critic, "
+        "or assistant=…)",
     ),
     ([ASK, {"role": "assistant"}], "turn 2 of 'messages' has no 'content' (keys: role)"),
     (
@@ -178,8 +180,9 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
         *((GEN, {"messages": value}, reason) for value, reason in MESSAGES_BAD),
         (
             GEN,
-            {"conversations": [{"from": "human", "text": "q"}]},
-            "turn 1 of 'conversations' has no 'value' (keys: from, text)",
+            {"conversations": [{"from": "human", "said": "q"}]},
+            "turn 1 of 'conversations' has no 'value' (keys: from, said; say what it is called: "
+            "--map content=said)",
         ),
         (GEN, {"text": None}, "'text' is null"),
         (GEN, {"text": " "}, "'text' is empty"),

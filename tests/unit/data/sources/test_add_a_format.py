@@ -63,7 +63,7 @@ def test_it_is_previewed(more: list[str], capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_name_that_nothing_reads_lists_it() -> None:
     Path("x.kw").write_text("a=b", encoding="utf-8")
-    with pytest.raises(InputError, match=r"Formats: .*\.txt, \.kv\."):
+    with pytest.raises(InputError, match=r"Formats: .*\.txt, .*\.kv\."):
         load_splits("x.kw")
 
 

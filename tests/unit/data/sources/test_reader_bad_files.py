@@ -33,19 +33,19 @@ BAD: list[tuple[str, str | bytes, str | list[str]]] = [
         "x.yaml",
         "a: 1",
         "x.yaml: cannot read '.yaml'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
-        ".arrow, .feather, .txt. "
-        "Convert the file, or rename it to what it is.",
+        ".arrow, .feather, .txt, .xlsx, .conll, .bio, .iob, .iob2. Convert it, or say what it is "
+        "with --input-format.",
     ),
     (
         "x.jsonl.gz",
         b"\x1f\x8b",
-        "x.jsonl.gz: cannot read '.gz'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
-        ".arrow, .feather, .txt. Unpack it first: gunzip x.jsonl.gz",
+        "x.jsonl.gz: cannot be unpacked (Compressed file ended before the end-of-stream marker was "
+        "reached). Was the download or copy cut short?",
     ),
     (
         "x.jsonl",
         b"\x1f\x8b\x08abc",
-        "x.jsonl: is compressed by gzip. Unpack it, or name it .gz and gunzip it.",
+        "x.jsonl: is compressed by gzip. Name it x.jsonl.gz.",
     ),
     (
         "x.jsonl",
@@ -213,9 +213,9 @@ BAD: list[tuple[str, str | bytes, str | list[str]]] = [
     ),
     (
         "x.json",
-        '{\n"version": "1", "data": [{"text": "a"}]\n}',
-        "x.json:1: one object (keys 'version', 'data'), where an array of objects is expected. "
-        "Save the list in 'data' as the file.",
+        '{\n"version": "1", "messages": [{"role": "user"}]\n}',
+        "x.json:1: one object (keys 'version', 'messages'), where an array of objects is expected. "
+        "Save the list in 'messages' as the file.",
     ),
     # -- CSV
     (
@@ -229,12 +229,7 @@ BAD: list[tuple[str, str | bytes, str | list[str]]] = [
         "x.csv:1: column 1 of the header has no name. It looks like a pandas index: write with "
         "index=False. Name every column.",
     ),
-    (
-        "x.csv",
-        "text;label\na;b\n",
-        "x.csv:1: one column, named 'text;label': the file is separated by ';', not ','. "
-        "Convert it.",
-    ),
+    ("x.csv", "text;label\na;b\nc\n", f"x.csv:3: has 1 cells, but the header has 2. {SKIP}"),
     (
         "x.csv",
         'text,n\n"two\nlines",1\na,1,2\n',

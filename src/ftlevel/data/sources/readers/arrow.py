@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.data.sources.lines import PART
-from ftlevel.data.sources.readers.parquet import check_columns, class_names, refuse_damaged
+from ftlevel.data.sources.readers.parquet import (
+    check_columns,
+    class_names,
+    refuse_damaged,
+    refuse_media,
+)
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 
 
@@ -22,6 +27,7 @@ class Arrow(Reader):
         with refuse_damaged(path, "Arrow"):
             self.schema = self._open().schema
         check_columns(self.schema.names, str(path))
+        refuse_media(self.schema, str(path))
         self.label_names = class_names(self.schema.metadata)
 
     def _open(self) -> Any:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
+from ftlevel.data.sources.packed import STDIN, is_packed, keep_stdin, plain_name, unpack
 from ftlevel.data.sources.readers.arrow import Arrow
+from ftlevel.data.sources.readers.beginnings import head_lines, looks_like_conll, tell_format
+from ftlevel.data.sources.readers.conll import Conll
 from ftlevel.data.sources.readers.json_array import JsonArray
 from ftlevel.data.sources.readers.json_lines import JsonLines
 from ftlevel.data.sources.readers.paragraphs import Paragraphs
 from ftlevel.data.sources.readers.parquet import Parquet
+from ftlevel.data.sources.readers.refused import check_is_file, refuse_unknown
 from ftlevel.data.sources.readers.separated import CommaSeparated, TabSeparated
-from ftlevel.data.sources.streams import Reader, Stream, refuse_unreadable
+from ftlevel.data.sources.readers.workbook import Workbook
+from ftlevel.data.sources.streams import Reader, refuse_unreadable
 from ftlevel.data.sources.table import OnBadRow, Table, resolve_bad
 from ftlevel.errors import InputError, did_you_mean, listing
 
@@ -24,65 +31,102 @@ READERS: dict[str, type[Reader]] = {
     ".arrow": Arrow,
     ".feather": Arrow,
     ".txt": Paragraphs,
+    ".xlsx": Workbook,
+    ".conll": Conll,
+    ".bio": Conll,
+    ".iob": Conll,
+    ".iob2": Conll,
 }
 """Every format that is read; a new one is a line here and a module beside this one."""
 
-_HINTS = {
-    ".gz": "Unpack it first: gunzip",
-    ".bz2": "Unpack it first: bunzip2",
-    ".xz": "Unpack it first: unxz",
-    ".zst": "Unpack it first: unzstd",
-    ".zip": "Unpack it first: unzip",
-    ".xlsx": "Save the sheet as .csv:",
-    ".xls": "Save the sheet as .csv:",
-}
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file is read.
+
+    Attributes:
+        format: what it is, as a suffix without its dot; None goes by its name or its beginning.
+        sheet: of a workbook; None is its first one.
+        columns: names by which the header of a table on stdin is known.
+    """
+
+    format: str | None = None
+    sheet: str | None = None
+    columns: Collection[str] = ()
 
 
-def read_table(path: Path, on_bad_row: OnBadRow = "error") -> Table:
+AS_NAMED = Reading()
+
+
+def read_table(name: str | Path, on_bad_row: OnBadRow = "error", how: Reading = AS_NAMED) -> Table:
     """Read the rows of one file.
 
     Args:
-        path: the file; its extension names the format.
+        name: the file; its extension names the format. It may be compressed, or - for stdin.
         on_bad_row: "error" refuses the file and names its bad rows; "skip" leaves them out and
             lists them in `dropped`. What spoils more than a row is refused in either case.
+        how: it is read.
 
     Raises:
         InputError: the file is missing, of no known format, damaged, empty, or has bad rows.
     """
-    format_ = _format_of(path)
-    with refuse_unreadable(path):
-        table, bad = format_(path).collect()
+    reader = open_reader(name, how)
+    with refuse_unreadable(reader.path, reader.shown):
+        table, bad = reader.collect()
     if not table.rows and not bad:
-        raise InputError(f"{path}: has 0 rows. Give a file with rows.")
+        raise InputError(f"{reader.shown}: has 0 rows. Give a file with rows.")
     return resolve_bad(table, bad, on_bad_row)
 
 
-def open_reader(path: Path) -> Reader:
+def open_reader(name: str | Path, how: Reading = AS_NAMED) -> Reader:
     """Return the rows of one file, of which none is read yet, in parts or not.
 
     Raises:
         InputError: as of `read_table`.
     """
-    format_ = _format_of(path)
+    if how.format is not None and f".{how.format}" not in READERS:
+        names = [suffix[1:] for suffix in READERS]
+        raise InputError(
+            f"--input-format {how.format}: no such format.{did_you_mean(how.format, names)} "
+            f"Formats: {listing(names, 20)}."
+        )
+    piped = str(name) == STDIN
+    path = Path(name).expanduser()
+    shown = "stdin" if piped else str(name)
     with refuse_unreadable(path):
-        return format_(path)
+        if not piped:
+            check_is_file(path, data_files)
+            suffix = Path(plain_name(path.name)).suffix.lower()
+            if how.format is None and suffix not in READERS:
+                raise refuse_unknown(path, suffix, list(READERS))
+        copy = keep_stdin() if piped else unpack(path) if is_packed(path) else path
+        if copy.stat().st_size == 0:
+            raise InputError(f"{shown}: has 0 rows (0 bytes). Give a file with rows.")
+        format_, note = _format_of(copy, shown, how)
+    with refuse_unreadable(copy, shown):
+        reader = Workbook(copy, how.sheet) if format_ is Workbook else format_(copy)
+    reader.shown = shown
+    said = [f"read as {note}"] if note else []
+    if how.sheet is not None and format_ is not Workbook:
+        said.append(f"--subset {how.sheet} is not used: it is one table, without sheets")
+    reader.notes[:] = [f"{shown}: {each}" for each in [*said, *reader.notes]]
+    return reader
 
 
-def open_stream(path: Path) -> Stream:
+def open_stream(name: str | Path, how: Reading = AS_NAMED) -> Reader:
     """Return the rows of one file, of which none is read yet.
 
     Raises:
         InputError: as of `read_table`, or no part of it can be read without the rest.
     """
-    format_ = _format_of(path)
-    if not format_.in_parts:
-        streamed = [suffix for suffix, reader in READERS.items() if reader.in_parts]
+    reader = open_reader(name, how)
+    if not reader.in_parts:
+        streamed = [suffix for suffix, each in READERS.items() if each.in_parts]
         raise InputError(
-            f"{path}: --streaming cannot read {path.suffix.lower()!r} part by part. "
-            f"It reads {listing(streamed)}. Convert the file, or drop --streaming."
+            f"{reader.shown}: --streaming cannot read {reader.path.suffix.lower()!r} part by part. "
+            f"It reads {listing(streamed, 20)}. Convert the file, or drop --streaming."
         )
-    with refuse_unreadable(path):
-        return format_(path)
+    return reader
 
 
 def data_files(directory: Path) -> list[str]:
@@ -93,37 +137,28 @@ def data_files(directory: Path) -> list[str]:
 
 def is_data_file_name(name: str) -> bool:
     """Tell whether `name` ends like a file that can be read."""
-    return Path(name).suffix.lower() in READERS
+    return Path(plain_name(name)).suffix.lower() in READERS
 
 
-def describe_missing(path: Path) -> str:
-    """Return the message for a path that does not exist, with what is there instead."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f"{path}: no such file, and no directory {folder}. Check the path."
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    place = "the current directory" if str(folder) == "." else str(folder)
-    there = f"In {place}: {listing(names, 8)}." if names else f"{place} is empty."
-    return f"{path}: no such file.{did_you_mean(path.name, names)} {there}"
+def stem_of(name: str) -> str:
+    """Return the name of a file without what says its format and its compression."""
+    return Path(plain_name(name)).stem
 
 
-def _format_of(path: Path) -> type[Reader]:
-    """Return the format of `path`, which is a file with something in it."""
-    with refuse_unreadable(path):
-        if path.is_dir():
-            names = data_files(path)
-            there = f"Files in it: {listing(names)}." if names else "It holds no data file."
-            raise InputError(f"{path}: is a directory, not a file. {there} Name one file.")
-        if not path.exists():
-            raise InputError(describe_missing(path))
-        if path.stat().st_size == 0:
-            raise InputError(f"{path}: has 0 rows (0 bytes). Give a file with rows.")
+def _format_of(path: Path, shown: str, how: Reading) -> tuple[type[Reader], str]:
+    """Return the format of a plain file, and how it was told where its name does not say."""
+    if how.format is not None:
+        return READERS[f".{how.format}"], ""
     suffix = path.suffix.lower()
-    if suffix not in READERS:
-        hint = _HINTS.get(suffix)
-        raise InputError(
-            f"{path}: cannot read {path.suffix or 'a file without extension'!r}. "
-            f"Formats: {listing(READERS)}. "
-            + (f"{hint} {path.name}" if hint else "Convert the file, or rename it to what it is.")
-        )
-    return READERS[suffix]
+    if shown == "stdin":
+        found = tell_format(path, how.columns)
+        if found is None:
+            first = next((line for line in head_lines(path) if line.strip()), "")
+            raise InputError(
+                f"stdin: its first line, {first[:40]!r}, does not say what format it is. Pass "
+                f"--input-format, one of {listing((each[1:] for each in READERS), 20)}."
+            )
+        return READERS[found[0]], f"{found[0][1:]}: {found[1]}"
+    if suffix in (".txt", ".tsv") and looks_like_conll(head_lines(path)):
+        return READERS[".conll"], f"conll: every line is a word and its tag, not {suffix[1:]}"
+    return READERS[suffix], ""

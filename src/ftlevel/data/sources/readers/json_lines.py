@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from ftlevel.data.sources import lines
-from ftlevel.data.sources.lines import PART, LineNumbers, LineRows
+from ftlevel.data.sources.lines import PART, LineNumbers, LineRows, as_row
 from ftlevel.data.sources.readers.text_lines import TextLines, check_head
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row, Table
@@ -149,7 +149,7 @@ def read_json_lines(some: Iterable[str], before: int = 0) -> Found:
         if line.isspace():
             continue
         try:
-            row = decode(line)
+            row = as_row(decode(line))
         except (ValueError, RecursionError) as error:
             cut = "" if line.endswith("\n") else _CUT
             bad.append(BadRow(number, complaint(error) + cut))

@@ -31,6 +31,7 @@ class Parquet(Reader):
             self._file = pq.ParquetFile(path)
         schema = self._file.schema_arrow
         check_columns(schema.names, str(path))
+        refuse_media(schema, str(path))
         self._groups = self._file.num_row_groups if schema.names else 0
         self.schema = schema
         self.label_names = class_names(schema.metadata)
@@ -83,6 +84,7 @@ def build_arrow_table(table: Any, source: str) -> Table:
     check_columns(names, source)
     if table.num_rows == 0 or not names:
         raise InputError(f"{source}: has 0 rows. Give a file with rows.")
+    refuse_media(table.schema, source)
     rows = table.to_pylist()
     return Table(rows, list(range(1, len(rows) + 1)), source, unit="row")
 
@@ -98,14 +100,40 @@ def check_columns(names: list[str], source: str) -> None:
         raise InputError(f"{source}: has the column {listing(twice)} twice. Rename one.")
 
 
+def refuse_media(schema: Any, source: str) -> None:
+    """Refuse columns of images, audio or video: bytes, which ftlevel does not learn from.
+
+    Raises:
+        InputError: naming one.
+    """
+    import pyarrow as pa
+
+    features = _features(schema.metadata)
+    for field in schema:
+        kind = str(features.get(field.name, {}).get("_type", ""))
+        parts = [part.type for part in field.type] if pa.types.is_struct(field.type) else []
+        bytes_ = any(pa.types.is_binary(t) or pa.types.is_large_binary(t) for t in parts)
+        if kind in ("Image", "Audio", "Video", "Pdf") or bytes_:
+            what = {"Image": "images", "Audio": "audio", "Video": "videos"}.get(kind, "files")
+            raise InputError(
+                f"{source}: column {field.name!r} holds {what}, and ftlevel learns from text. "
+                "Write the file without this column."
+            )
+
+
+def _features(metadata: dict[bytes, bytes] | None) -> Mapping[str, Any]:
+    """Return what `datasets` writes of each column into a schema."""
+    try:
+        found = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: each for name, each in found.items() if isinstance(each, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
 def class_names(metadata: dict[bytes, bytes] | None) -> Mapping[str, tuple[str, ...]]:
     """Return the class names that `datasets` writes into a schema, for each column with some."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
-        return {}
     return {
         column: tuple(feature["names"])
-        for column, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        for column, feature in _features(metadata).items()
+        if feature.get("_type") == "ClassLabel"
     }

@@ -111,7 +111,7 @@ def check_head(path: Path) -> None:
             f"Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}"
         )
     if head.startswith(b"\x1f\x8b"):
-        raise InputError(f"{path}: is compressed by gzip. Unpack it, or name it .gz and gunzip it.")
+        raise InputError(f"{path}: is compressed by gzip. Name it {path.name}.gz.")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(
             f"{path}: is a Git LFS pointer, not the data. Fetch the data: git lfs pull"

@@ -1,0 +1,135 @@
+"""Compressed files and stdin as plain files, in a temporary directory that ends with the process.
+
+So every format can be read from them, streamed and gone back to, and memory does not grow with
+them. A file is unpacked once for as long as it does not change.
+"""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import gzip
+import lzma
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from ftlevel.errors import InputError
+
+STDIN = "-"
+_MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
+PACKED = tuple(_MAGIC)
+"""Suffixes of what is unpacked."""
+
+
+def is_packed(path: Path) -> bool:
+    """Tell whether the name of `path` ends as that of a compressed file."""
+    return path.suffix.lower() in PACKED
+
+
+def plain_name(name: str) -> str:
+    """Return a file's name without the suffix of what it is compressed by."""
+    path = Path(name)
+    return path.stem if is_packed(path) else name
+
+
+def unpack(path: Path) -> Path:
+    """Return an unpacked copy of a compressed file; its name has the suffix of what was packed.
+
+    Raises:
+        InputError: it is not what its name says, or is cut short, or there is no room.
+    """
+    facts = path.stat()
+    return _unpack(path, path.suffix.lower(), (facts.st_mtime_ns, facts.st_size))
+
+
+@functools.cache
+def _unpack(path: Path, suffix: str, _state: tuple[int, int]) -> Path:
+    with path.open("rb") as file:
+        if not file.read(8).startswith(_MAGIC[suffix]):
+            raise InputError(
+                f"{path}: is named {suffix} and does not begin like one. Was it unpacked already, "
+                "or the download an error page?"
+            )
+    copy = _new_folder() / plain_name(path.name)
+    _write_copy(lambda: _openers()[suffix](path), copy, str(path))
+    return copy
+
+
+_kept: list[tuple[object, Path]] = []  # the stdin that was read, and its copy
+
+
+def keep_stdin() -> Path:
+    """Return what came through stdin as a file, unpacked; the second time the same file.
+
+    Raises:
+        InputError: nothing is piped, or it is cut short.
+    """
+    for stream, copy in _kept:
+        if stream is sys.stdin:
+            return copy
+    copy = _copy_stdin()
+    _kept[:] = [(sys.stdin, copy)]
+    return copy
+
+
+def _copy_stdin() -> Path:
+    if sys.stdin is None or getattr(sys.stdin, "isatty", bool)():
+        raise InputError("stdin is a terminal, where rows are expected. Pipe a file into it.")
+    raw = _new_folder() / "stdin"
+    _write_copy(lambda: sys.stdin.buffer, raw, "stdin")
+    with raw.open("rb") as file:
+        head = file.read(8)
+    if not head:
+        raise InputError("stdin: has 0 rows (0 bytes). Pipe rows into it.")
+    suffix = next((suffix for suffix, magic in _MAGIC.items() if head.startswith(magic)), None)
+    if suffix is None:
+        return raw
+    plain = _new_folder() / "stdin"
+    _write_copy(lambda: _openers()[suffix](raw), plain, "stdin")
+    raw.unlink()
+    return plain
+
+
+def _openers() -> dict[str, Callable[[Path], Any]]:
+    """Return what opens each kind of compressed file for reading."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    def open_zst(path: Path) -> Any:
+        return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
+
+
+def _new_folder() -> Path:
+    return Path(tempfile.mkdtemp(dir=_root().name))
+
+
+@functools.cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="ftlevel-rows-")
+
+
+def _write_copy(open_source: Callable[[], IO[bytes]], copy: Path, shown: str) -> None:
+    """Write all of a source to `copy`.
+
+    Raises:
+        InputError: it cannot be read to its end, or there is no room for the copy.
+    """
+    with copy.open("wb") as file:
+        try:
+            shutil.copyfileobj(open_source(), file, 1 << 20)
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            full = isinstance(error, OSError) and error.errno == 28
+            copy.unlink()
+            raise InputError(
+                f"{shown}: no room to unpack it in {copy.parent.parent.parent}. Make room there, "
+                "or name a larger place: TMPDIR=…"
+                if full
+                else f"{shown}: cannot be unpacked ({str(error).rstrip('.')}). "
+                "Was the download or copy cut short?"
+            ) from None

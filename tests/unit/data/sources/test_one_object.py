@@ -1,0 +1,130 @@
+"""A JSON file that is one object, arrays on one line, tables without a header or by semicolons."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.data.sources.readers.files import read_table
+from ftlevel.data.sources.table import Table
+from ftlevel.errors import InputError
+
+ROWS = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+BY_COLUMN = {"text": ["a", "b"], "label": [1, 0]}
+SQUAD = {"version": "1.1", "data": [{"title": "T", "paragraphs": [{"context": "It is red.", "qas": [
+    {"id": "1", "question": "Which?", "answers": [{"text": "red", "answer_start": 6}]},
+    {"id": "2", "question": "No?", "is_impossible": True, "answers": []}, {"id": "3"},
+]}]}]}  # fmt: skip
+
+
+def read(folder: Path, content: Any, name: str = "x.json", on_bad_row: Any = "error") -> Table:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return read_table(path, on_bad_row)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"data": ROWS}, "the rows are the list under 'data'"),
+        ({"version": 3, "examples": ROWS, "tags": []}, "the list under 'examples'"),
+        (BY_COLUMN, "a column a key, as pandas writes them"),
+        ({k: {str(i): v for i, v in enumerate(c)} for k, c in BY_COLUMN.items()}, "as pandas"),
+        ({"columns": ["text", "label"], "index": [0, 1], "data": [["a", 1], ["b", 0]]},
+         "as pandas"),
+    ],
+)  # fmt: skip
+def test_one_object_gives_rows(content: Any, said: str, indent: int | None, tmp_path: Path) -> None:
+    table = read(tmp_path, json.dumps(content, indent=indent))
+    assert list(table.rows) == ROWS
+    assert said in table.notes[0]
+    assert table.notes[0].startswith(f"{tmp_path}/x.json: ")
+
+
+def test_a_wrapped_list_keeps_its_lines(tmp_path: Path) -> None:
+    content = '{\n "data": [\n  {"text": "a"},\n  7\n ]\n}'
+    with pytest.raises(InputError, match=r"x\.json:4: a number, where one object"):
+        read(tmp_path, content)
+
+
+def test_squad_is_a_row_a_question(tmp_path: Path) -> None:
+    table = read(tmp_path, SQUAD, on_bad_row="skip")
+    assert table.rows[0] == {
+        "id": "1", "title": "T", "context": "It is red.", "question": "Which?",
+        "answers": {"text": ["red"], "answer_start": [6]},
+    }  # fmt: skip
+    assert table.rows[1]["answers"] == {"text": [], "answer_start": []}
+    assert table.dropped[0].reason == "question 3 lacks 'answers'"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"text": "a", "label": 1}, {"messages": [{"role": "user", "content": "q"}]},
+     {"tokens": ["a", "b"], "tags": ["O", "O"]}],
+)  # fmt: skip
+def test_one_row_on_a_line_stays_a_row(row: Any, tmp_path: Path) -> None:
+    assert list(read(tmp_path, row).rows) == [row]
+
+
+def test_rows_of_an_array_on_one_line_are_told_apart(tmp_path: Path) -> None:
+    content = [*ROWS, 7, *ROWS, {"text": None}]
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, content)
+    assert caught.value.problems == [
+        f"{tmp_path}/x.json row 3: a number, where one object with named columns is expected.",
+        f"{tmp_path}/x.json row 6: lacks 'label', which the 4 other rows have (a value may be "
+        "null, the key must be there).",
+        f"{tmp_path}/x.json: 2 of 6 rows are bad. Fix them, or drop bad rows with --on-bad-row "
+        "skip.",
+    ]
+    table = read(tmp_path, content, on_bad_row="skip")
+    assert (len(table), table.lines) == (4, [1, 2, 4, 5])
+    assert table.where(3) == f"{tmp_path}/x.json row 5"
+
+
+def test_spacy_pairs_are_rows(tmp_path: Path) -> None:
+    pair = ["Ada", {"entities": [[0, 3, "PER"]]}]
+    row = {"text": "Ada", "entities": [[0, 3, "PER"]]}
+    assert list(read(tmp_path, [pair, pair]).rows) == [row, row]
+    line = json.dumps(pair) + "\n"
+    assert list(read(tmp_path, line * 2, "x.jsonl").rows) == [row, row]
+    large = read(tmp_path, line * 40_000, "large.jsonl")
+    assert (len(large), large.rows[39_999]) == (40_000, row)
+
+
+HEADERLESS = [
+    ("great\tpos\nbad film\tneg\nfine\tpos\nok\tpos\n", "x.tsv", "'pos' of line 1 stands in 2"),
+    ("1,great film\n0,bad film\n1,ok\n", "x.csv", "column 1 of line 1, '1', is a number"),
+    ("1;great, film\n0;bad film\n1;ok\n", "x.csv", "is a number as in the rows below"),
+]
+
+
+@pytest.mark.parametrize(("content", "name", "why"), HEADERLESS)
+def test_a_table_without_a_header_has_numbered_columns(
+    content: str, name: str, why: str, tmp_path: Path
+) -> None:
+    table = read(tmp_path, content, name)
+    assert table.columns == ["1", "2"]
+    assert len(table) == content.count("\n")
+    assert table.lines[0] == 1
+    assert why in table.notes[-1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["0,1\na,1\nb,2\n", "question,A,B,answer\nq,x,y,A\nr,x,y,A\n",
+     "text,label\ntext,label\na,b\ntext,label\n"],
+)  # fmt: skip
+def test_a_header_is_left_one(content: str, tmp_path: Path) -> None:
+    table = read(tmp_path, content, "x.csv")
+    assert table.columns == content.partition("\n")[0].split(",")
+
+
+def test_semicolons_are_read_and_said(tmp_path: Path) -> None:
+    table = read(tmp_path, "text;label\na, b;x\nc;y\n", "x.csv")
+    assert list(table.rows) == [{"text": "a, b", "label": "x"}, {"text": "c", "label": "y"}]
+    assert "its header is separated by ';'" in table.notes[0]

@@ -1,0 +1,118 @@
+"""Whatever lies in a file, it is read, or refused in lines that name it: never a traceback."""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import gzip
+import io
+import lzma
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ftlevel.data.sources.readers.files import Reading, open_reader, read_table
+from ftlevel.errors import InputError
+
+SQUAD = b"""{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers":
+[{"text": "c", "answer_start": 0}]}]}]}]}"""
+SEEDS: dict[str, tuple[bytes, ...]] = {
+    ".jsonl": (b'{"text": "a", "n": 1}\n{"text": "b", "n": 2}\n', b'["a", {"entities": []}]\n'),
+    ".json": (
+        b'[{"text": "a"}, {"text": "b"}]',
+        b'{"data": [{"text": "a"}]}',
+        b'{"text": ["a", "b"], "n": [1, 2]}',
+        b'{"text": {"0": "a"}, "n": {"0": 1}}',
+        b'{"columns": ["a"], "data": [["x"]]}',
+        SQUAD,
+    ),
+    ".csv": (b'text,n\na,1\n"b ""q""",2\n', b"a;b\nc;d\n", b"1,2\n3,4\n"),
+    ".tsv": (b"a\tb\nc\td\n", b"EU\tB-ORG\nis\tO\n"),
+    ".conll": (b"-DOCSTART- X O\n\nEU NN B-ORG\n# c\nx NN O\n\n# NN O\n",),
+    ".txt": (b"a O\nb B-X\n\nc O\n", b"hello\n\nworld\n"),
+}
+PIECES = (
+    b"\n", b"\r", b"\t", b",", b";", b'"', b"{", b"}", b"[", b"]", b"\x00", b"\xff",
+    b"\xef\xbb\xbf", b"#", b" ", b"null", b"1e999", b"\\ud800", b"\x1f\x8b", b"-DOCSTART-", b"NaN",
+    b"\xe2\x80\xa8",
+)  # fmt: skip
+PACKERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.Codec("zstd").compress(content, asbytes=True),
+}
+QUICK = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
+    """Return `content` with some pieces put in, cut out or doubled."""
+    for _ in range(draw(st.integers(0, 5))):
+        at = draw(st.integers(0, len(content)))
+        piece = draw(st.sampled_from(PIECES))
+        cut = draw(st.integers(0, 5))
+        content = content[:at] + piece * draw(st.integers(0, 2)) + content[at + cut :]
+    return content
+
+
+def try_to_read(path: Path, how: Reading) -> None:
+    for mode in ("error", "skip"):
+        try:
+            table = read_table(path, mode, how)  # type: ignore[arg-type]
+        except InputError as error:
+            problems = error.problems
+        else:
+            problems = []
+        assert all(str(path) in problem for problem in problems)
+        if problems:
+            continue
+        assert all(type(row) is dict for row in table.rows)
+        assert sorted(set(table.lines)) == list(table.lines)
+        chunks = list(open_reader(path, how).chunks())
+        if mode == "error":
+            assert [row for chunk in chunks for row in chunk.rows] == list(table.rows)
+
+
+@QUICK
+@given(data=st.data())
+def test_text_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
+    suffix = data.draw(st.sampled_from(sorted(SEEDS)))
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(data.draw(spoilt(data.draw(st.sampled_from(SEEDS[suffix])))))
+    formats = (None, None, "csv", "tsv", "jsonl", "json", "txt", "conll")
+    try_to_read(path, Reading(data.draw(st.sampled_from(formats))))
+
+
+@QUICK
+@given(data=st.data())
+def test_what_is_packed_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
+    end = data.draw(st.sampled_from(sorted(PACKERS)))
+    path = tmp_path / f"x.jsonl{end}"
+    path.write_bytes(data.draw(spoilt(PACKERS[end](SEEDS[".jsonl"][0] * 20))))
+    try_to_read(path, Reading())
+
+
+@functools.cache  # its bytes hold the time
+def workbook() -> bytes:
+    openpyxl = pytest.importorskip("openpyxl")
+    book, content = openpyxl.Workbook(), io.BytesIO()
+    book.active.append(["text", "n"])
+    book.active.append(["a", 1])
+    book.save(content)
+    return content.getvalue()
+
+
+@QUICK
+@given(data=st.data())
+def test_a_workbook_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
+    path = tmp_path / "x.xlsx"
+    path.write_bytes(data.draw(spoilt(workbook())))
+    try_to_read(path, Reading())

@@ -1,0 +1,98 @@
+"""A workbook's cells are the texts that Excel shows, by the number of their row."""
+
+from __future__ import annotations
+
+import builtins
+from datetime import date, datetime, time, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.data.sources.readers.files import Reading, open_reader, read_table
+from ftlevel.data.sources.readers.workbook import show_value
+from ftlevel.errors import InputError
+
+openpyxl = pytest.importorskip("openpyxl")
+
+
+def write(path: Path, *rows: list[Any], sheet: str = "Data", more: str | None = None) -> Path:
+    book = openpyxl.Workbook()
+    book.active.title = sheet
+    for row in rows:
+        book.active.append(row)
+    if more is not None:
+        book.create_sheet(more).append(["note"])
+        book[more].append(["of the second sheet"])
+    book.save(path)
+    return path
+
+
+SHOWN = [
+    (5, "General", "5"), (0.1 + 0.2, "General", "0.3"), (1234.5, "#,##0.00", "1,234.50"),
+    (0.256, "0%", "26%"), (7, "0.0", "7.0"), (True, "General", "TRUE"),
+    (date(2024, 5, 1), "mm-dd-yy", "2024-05-01"),
+    (datetime(2024, 5, 1), "dd.mm.yyyy", "01.05.2024"), (datetime(2024, 5, 1), "d/m/yy", "1/5/24"),
+    (datetime(2024, 5, 1), "d mmm yyyy", "1 May 2024"),
+    (datetime(2024, 5, 1, 9, 30), "yyyy-mm-dd h:mm", "2024-05-01 09:30:00"),
+    (datetime(2024, 5, 1), "[$-409]d-mmm-yy", "2024-05-01"), (time(9, 5), "h:mm", "09:05:00"),
+    (timedelta(hours=30), "[h]:mm", "1 day, 6:00:00"), ("00123", "@", "00123"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "form", "text"), SHOWN)
+def test_a_value_is_shown(value: Any, form: str, text: str) -> None:
+    assert show_value(value, form) == text
+
+
+def test_rows_have_the_numbers_of_the_sheet(tmp_path: Path) -> None:
+    rows = [[], ["text", "when"], ["a\nb", date(2024, 5, 1)], [], ["c", None]]
+    table = read_table(write(tmp_path / "x.xlsx", *rows))
+    assert table.rows == [{"text": "a\nb", "when": "2024-05-01"}, {"text": "c", "when": ""}]
+    assert table.lines == [3, 5]
+    assert table.where(1) == f"{tmp_path}/x.xlsx row 5"
+
+
+def test_the_sheet_is_the_first_or_the_one_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.xlsx", ["text"], ["a"], more="Other")
+    table = read_table(path)
+    assert table.rows == [{"text": "a"}]
+    assert "sheet 'Data', the first of Data, Other; --subset another" in table.notes[0]
+    assert read_table(path, how=Reading(sheet="Other")).rows == [{"note": "of the second sheet"}]
+    with pytest.raises(InputError, match=r"--subset Othr: .* Did you mean 'Other'\? Sheets: Data"):
+        read_table(path, how=Reading(sheet="Othr"))
+
+
+def test_faults_are_named_by_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.xlsx", ["text", "n"], ["a", 1], ["b", "#N/A"], ["c", 1, "more"])
+    with pytest.raises(InputError) as caught:
+        read_table(path)
+    assert caught.value.problems[:2] == [
+        f"{path} row 3: column 2 is the error #N/A.",
+        f"{path} row 4: has 3 cells, but the header has 2.",
+    ]
+    twice = write(tmp_path / "y.xlsx", ["text", "text"], ["a", "b"])
+    with pytest.raises(InputError, match=r"y\.xlsx row 1: the header has 'text' twice"):
+        open_reader(twice)
+    empty = write(tmp_path / "z.xlsx")
+    with pytest.raises(InputError, match="has 0 rows"):
+        read_table(empty)
+    (tmp_path / "no.xlsx").write_bytes(b"\xd0\xcf\x11\xe0 an encrypted workbook")
+    with pytest.raises(InputError, match=r"not a readable \.xlsx file .*password"):
+        open_reader(tmp_path / "no.xlsx")
+
+
+def test_without_openpyxl_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "x.xlsx", ["text"], ["a"])
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "openpyxl":
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(InputError, match=r"needs openpyxl.* pip install 'ftlevel\[xlsx\]'"):
+        open_reader(path)
