@@ -44,6 +44,7 @@ from ftlevel.training.summary import (
     build_summary,
     describe_base,
     find_nothing_learned,
+    find_worse_than_before,
     resolved_config,
 )
 from ftlevel.training.verify.proof import verify_step
@@ -192,7 +193,7 @@ def _train(
     summary = build_summary(config, plan, outcome)
     with explain_disk_errors(run):
         write_results(run, config, summary)
-    for warning in find_nothing_learned(summary, plan):
+    for warning in [*find_nothing_learned(summary, plan), *find_worse_than_before(summary)]:
         listener.warn(warning)
     listener.end(summary)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
