@@ -80,7 +80,7 @@ def find_going_on(
         return GoingOn()
     run, steps = RunDirectory(config.output.dir), plan.schedule.steps
     before = read_origin(run, origin)
-    lengths = {key: before[key] for key in _LENGTH if before.get(key) != origin[key]}
+    lengths = {key: before.get(key) for key in _LENGTH if before.get(key) != origin[key]}
     check_same_run(run, {**before, **{key: origin[key] for key in lengths}}, origin)
     summary = run.read_summary()
     was_planned = summary and summary.get("planned_steps", summary["steps"])
@@ -217,7 +217,8 @@ def _default_of(key: str) -> Any:
     section, _, name = key.partition(".")
     fields = getattr(TrainConfig.model_fields.get(section), "annotation", None)
     field = getattr(fields, "model_fields", {}).get(name)
-    return None if field is None else field.get_default(call_default_factory=True)
+    default = None if field is None else field.get_default(call_default_factory=True)
+    return json.loads(json.dumps(default, default=str))  # as it is kept
 
 
 def find_checkpoint(run: RunDirectory, listener: Listener) -> Path:

@@ -224,7 +224,8 @@ def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"before the first step {best['metric']} was {before[name]:.4f}, and no evaluation after "
-        f"it was as good: the best had {best['best']:.4f}. Try a lower --learning-rate, or other rows."
+        f"it was as good: the best had {best['best']:.4f}. Try a lower --learning-rate, or other "
+        "rows."
     ]
 
 
