@@ -119,3 +119,30 @@ def test_a_resumed_run_is_the_unbroken_one(
 def test_processes_that_nobody_started_are_refused() -> None:
     with pytest.raises(ConfigError, match="1 process was started"):
         train(TrainConfig.model_validate({"train": {"num_processes": 2}}))
+
+
+def test_two_processes_keep_the_best_and_stop_together(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
+    more = ("--validation-file", str(held), "--set", "data.gate.leaked=ignore", "--eval-steps", "2",
+            "--metric-for-best-model", "loss", "--greater-is-better", "--lr-scheduler", "constant",
+            "--max-steps", "40", "--num-processes", "2", "--save-strategy", "best",
+            "--save-minutes", "0.001")  # fmt: skip
+    out, model = tmp_path / "run", tiny_model_dir("llama")
+    patient = command(model, rows, out, *more, "--early-stopping-patience", "2", "--json")
+    done = subprocess.run(patient, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["steps"] == 6
+    assert summary["best"]["kept_step"] == 2
+    assert summary["best"]["stopped_early"]
+    kept = (out / "adapter/adapter_model.safetensors").read_bytes()
+    whole = {path.name for path in (out / "checkpoints").iterdir() if path.is_dir()}
+    assert whole == {"checkpoint-5", "checkpoint-6", "best-2"}, "the clock has struck at each step"
+    shutil.rmtree(out / "adapter")
+    shutil.rmtree(out / "checkpoints/checkpoint-6")
+    resume = [*patient[:4], "--output-dir", str(out), "--resume"]
+    subprocess.run(resume, check=True, capture_output=True)
+    assert (out / "adapter/adapter_model.safetensors").read_bytes() == kept

@@ -58,6 +58,7 @@ from ftlevel.training.summary import (
     Outcome,
     build_summary,
     find_nothing_learned,
+    find_worse_than_before,
     resolved_config,
 )
 from ftlevel.training.verify.proof import verify_step
@@ -281,7 +282,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     summary = build_summary(config, plan, outcome) | {"next": next_commands(plan, run)}
     with explain_disk_errors(run):
         write_results(run, config, summary)
-    for warning in find_nothing_learned(summary, plan):
+    for warning in [*find_nothing_learned(summary, plan), *find_worse_than_before(summary)]:
         listener.warn(warning)
     listener.end(summary)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)

@@ -130,7 +130,7 @@ def find_going_on(
         listener.warn(f"--resume {run.path}: it has no checkpoint yet, so the run begins anew")
         return GoingOn()
     before = read_origin(run, origin)
-    lengths = {key: before[key] for key in _LENGTH if before.get(key) != origin[key]}
+    lengths = {key: before.get(key) for key in _LENGTH if before.get(key) != origin[key]}
     accepted = {key: origin[key] for key in lengths}
     accepted |= {key: origin[key] for key in _CONTENT if _is_known_by_content(key, before, origin)}
     changes = _allowed_changes(config, before, origin)
@@ -360,20 +360,8 @@ def _default_of(key: str) -> Any:
     section, _, name = key.partition(".")
     fields = getattr(TrainConfig.model_fields.get(section), "annotation", None)
     field = getattr(fields, "model_fields", {}).get(name)
-    return None if field is None else field.get_default(call_default_factory=True)
-
-
-def _check_unfinished(run: RunDirectory) -> None:
-    """Refuse to begin a run anew that is done.
-
-    Raises:
-        ConfigError: it is.
-    """
-    if run.summary.is_file():
-        raise ConfigError(
-            f"--resume {run.path}: the run is done, and it has no whole checkpoint to go on from. "
-            "Use --overwrite to train it again."
-        )
+    default = None if field is None else field.get_default(call_default_factory=True)
+    return json.loads(json.dumps(default, default=str))  # as it is kept
 
 
 def find_checkpoint(run: RunDirectory, listener: Listener) -> Path | None:

@@ -217,6 +217,26 @@ def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
     return {**means, **spreads, "loss_window": window}
 
 
+def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
+    """Return what is to be said of a model that is no better than before it was trained.
+
+    Args:
+        summary: of the run; without an evaluation before the first step nothing is known.
+    """
+    best, before = summary["best"], summary["metrics_before"]
+    name = best["metric"].removeprefix("eval_") if best else ""
+    if not best or name not in before:
+        return []
+    gain = best["best"] - before[name]
+    if (gain if best["greater_is_better"] else -gain) >= 0:
+        return []
+    return [
+        f"before the first step {best['metric']} was {before[name]:.4f}, and no evaluation after "
+        f"it was as good: the best had {best['best']:.4f}. Try a lower --learning-rate, or other "
+        "rows."
+    ]
+
+
 def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
     """Return what is to be said of a loss that did not fall; nothing of a run too short to tell.
 

@@ -451,6 +451,7 @@ def _(request: pytest.FixtureRequest) -> None:
 
 @CANARIES.of(
     "Trainer._get_train_sampler",
+    "Trainer._run_epoch",
     "Trainer._get_num_items_in_batch",
     "Trainer.model_accepts_loss_kwargs",
     "Trainer.current_gradient_accumulation_steps",
@@ -472,6 +473,7 @@ def _(request: pytest.FixtureRequest) -> None:
     assert trainer.seen == [6, 5]  # in the order that the override gave
     assert logged == 2.0  # two parts of 7 / 7: summed, and divided by nothing
     assert trainer.steps == [2, 2]
+    assert trainer.epochs == 1  # whose steps are all made in it
     trainer.model_accepts_loss_kwargs = False
     assert trainer.train().training_loss == 1.0  # divided by the parts
 
@@ -483,6 +485,13 @@ class _Backwards(transformers.Trainer):  # type: ignore[misc]  # transformers is
         super().__init__(**arguments)
         self.seen: list[int] = []
         self.steps: list[int] = []
+        self.epochs = 0
+
+    def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
+        before = self.state.global_step
+        super()._run_epoch(*arguments, **settings)
+        assert self.state.global_step == before + 1
+        self.epochs += 1
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return [3, 2, 1, 0]
