@@ -1,4 +1,4 @@
-"""What a run leaves and says: its card, its curves, the next commands, and what others make of it."""
+"""What a run leaves and says: its card, its curves, the next commands; and what is made of it."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from ftlevel.events import Listener
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
 from ftlevel.methods.rates import HeadRate
+from ftlevel.models.upstream.tracking import tensorboard_into
 from ftlevel.training.arguments import build_arguments, build_evaluator
 from ftlevel.training.callbacks.gradient_proof import GradientProof
 from ftlevel.training.callbacks.interrupt import Interrupt
@@ -64,22 +65,10 @@ def build_trainer(
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     if config.output.report_to == "tensorboard":
-        trainer.add_callback(_tensorboard(run))
+        trainer.add_callback(tensorboard_into(run.path / "tensorboard"))  # not in checkpoints/
     if isinstance(rows, StreamedRows) and checkpoint:
         rows.restore(checkpoint)
     return trainer
-
-
-def _tensorboard(run: RunDirectory) -> Any:
-    """Return what writes for TensorBoard, into the run, where its name is the run's.
-
-    transformers would write below the checkpoints, under the time and the machine's name.
-    """
-    from transformers.integrations import TensorBoardCallback
-
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(run.path / "tensorboard")
-    return callback
 
 
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
