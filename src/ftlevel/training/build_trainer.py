@@ -16,6 +16,7 @@ from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
+from ftlevel.models.upstream.tracking import tensorboard_into
 from ftlevel.training.arguments import build_arguments, build_evaluator
 from ftlevel.training.callbacks.follow_settings import FollowSettings
 from ftlevel.training.callbacks.gradient_proof import GradientProof
@@ -80,7 +81,7 @@ def build_trainer(
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     if config.output.report_to == "tensorboard":
-        trainer.add_callback(_tensorboard(run))
+        trainer.add_callback(tensorboard_into(run.path / "tensorboard"))  # not in checkpoints/
     if isinstance(rows, StreamedRows) and checkpoint:
         rows.restore(checkpoint)
     return trainer
@@ -90,18 +91,6 @@ def _owes_evaluation(going_on: GoingOn, config: TrainConfig, plan: Plan, argumen
     steps, rows = plan.schedule.steps, len(plan.data.train)
     an_epoch = steps if plan.data.stream else steps_an_epoch(config.train, rows)
     return going_on.owes_evaluation(arguments.eval_strategy, an_epoch, steps)
-
-
-def _tensorboard(run: RunDirectory) -> Any:
-    """Return what writes for TensorBoard, into the run, where its name is the run's.
-
-    transformers would write below the checkpoints, under the time and the machine's name.
-    """
-    from transformers.integrations import TensorBoardCallback
-
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(run.path / "tensorboard")
-    return callback
 
 
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
