@@ -190,8 +190,8 @@ def test_what_is_no_stream(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 2
     assert capsys.readouterr().err == (
         "ftlevel: rows.json: --streaming cannot read '.json' part by part. It reads .jsonl, "
-        ".ndjson, .csv, .tsv, .parquet, .arrow, .feather, .txt. Convert the file, or "
-        "drop --streaming.\n"
+        ".ndjson, .csv, .tsv, .parquet, .arrow, .feather, .txt, .xlsx, .conll, .bio, .iob, .iob2. "
+        "Convert the file, or drop --streaming.\n"
     )
     code = run(["train", "--dry-run", "--streaming", "--max-steps", "1"])
     assert code == 2

@@ -16,7 +16,7 @@ from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.chat import render
 from ftlevel.data.encoding.encode import IGNORED, Encoded, encode_causal, encode_seq2seq
 from ftlevel.data.encoding.prompts import PromptFormat, choose_format, prompt_ids
-from ftlevel.data.formats.advice import write_flags
+from ftlevel.data.formats.advice import chosen_roles, write_flags
 from ftlevel.data.formats.detect import Build, Format, Shape, fits
 from ftlevel.data.formats.examples import (
     PLAIN_TEXT,
@@ -111,7 +111,7 @@ class TextTask(BaseTask):
         told = config.columns or config.format
         if not told and {"chosen", "rejected"} <= names.keys():
             chosen = names["chosen"]
-            flags = write_flags(_chosen_roles(names, rows[0].get(chosen) if rows else None))
+            flags = write_flags(chosen_roles(names, rows[0].get(chosen) if rows else None))
             raise InputError(
                 f"columns {chosen!r} and {names['rejected']!r} are for preference training, which "
                 f"--task {self.name} does not do. To learn from the chosen answers alone, as if "
@@ -200,17 +200,6 @@ class TextTask(BaseTask):
         if kind != "encoder-decoder" or not isinstance(row.labels, list):
             return []
         return [label for label in row.labels if label != IGNORED]
-
-
-def _chosen_roles(names: Mapping[str, str], value: object) -> dict[str, str]:
-    """Return what the columns of a preference set are, by a value of the chosen answers."""
-    if isinstance(value, list):
-        users = any(isinstance(t, dict) and t.get("role") == "user" for t in value)
-        if users or "prompt" not in names:
-            return {"messages": names["chosen"]}
-    if "prompt" in names:
-        return {"prompt": names["prompt"], "completion": names["chosen"]}
-    return {"text": names["chosen"]}
 
 
 @dataclass(frozen=True)

@@ -66,3 +66,14 @@ def _holder(role: str) -> Callable[[Any], bool]:
 def write_flags(pairs: Mapping[str, str]) -> str:
     """Return `--map` flags as a shell takes them."""
     return " ".join(f"--map {shlex.quote(f'{role}={column}')}" for role, column in pairs.items())
+
+
+def chosen_roles(names: Mapping[str, str], value: object) -> dict[str, str]:
+    """Return what the columns of a preference set are, by a value of the chosen answers."""
+    if isinstance(value, list):
+        users = any(isinstance(t, dict) and t.get("role") == "user" for t in value)
+        if users or "prompt" not in names:
+            return {"messages": names["chosen"]}
+    if "prompt" in names:
+        return {"prompt": names["prompt"], "completion": names["chosen"]}
+    return {"text": names["chosen"]}
