@@ -20,12 +20,12 @@ from ftlevel.config.layers import (
 )
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
 from ftlevel.config.other_tools.words import normal_task
+from ftlevel.config.output import OutputConfig
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
     DataConfig,
     ModelConfig,
-    OutputConfig,
     QuantConfig,
     Section,
     TrainerConfig,

@@ -223,6 +223,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.adam_epsilon", "", HOW),
     Flag("train.max_grad_norm", "", HOW),
     Flag("train.label_smoothing_factor", "", HOW, also=("--label-smoothing",)),
+    Flag("train.class_weights", "", HOW, metavar="balanced|NAME=W,…", also=("--class-weight",)),
+    Flag("train.focal_gamma", "", HOW),
     Flag("train.neftune_noise_alpha", "", HOW),
     Flag("train.gradient_accumulation_steps", "", HOW, _ROWS),
     Flag("train.per_device_eval_batch_size", "", HOW,

@@ -7,12 +7,12 @@ its choice with the reason.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from ftlevel.config.gate import GateConfig
+from ftlevel.config.pairs import ClassWeights
 from ftlevel.config.section import Section as Section
 
 Positive = Annotated[int, Field(ge=1)]
@@ -222,6 +222,12 @@ class TrainerConfig(Section):
         description="Share of each target's probability that is spread over all others, in "
         "training alone: what is evaluated is the plain loss.",
     )
+    class_weights: ClassWeights = None
+    focal_gamma: Annotated[float, Field(ge=0, le=10)] = Field(
+        0.0,
+        description="Focal loss: a target's loss is multiplied by (1 - its probability) to this "
+        "power (Lin et al., 2017), in training alone; 0 is off.",
+    )
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="Add noise to the embeddings in training (NEFTune, Jain et al., 2023), which "
@@ -294,24 +300,3 @@ class TrainerConfig(Section):
         32, description="How many validation rows are generated for scoring."
     )
     max_new_tokens: Positive = Field(64, description="Longest generated text in tokens.")
-
-
-class OutputConfig(Section):
-    """Where the run is written."""
-
-    dir: Path | None = Field(
-        None, description="Run directory; the default is a new one under runs/."
-    )
-    overwrite: bool = Field(False, description="Replace a run directory that exists.")
-    resume: bool = Field(
-        False, description="Go on from the newest whole checkpoint of the run directory."
-    )
-    run_name: str | None = Field(
-        None,
-        pattern=r"^[^/\\]+$",
-        description="What the run is called: its directory under runs/ without an output "
-        "directory, and its name in the experiment tracker.",
-    )
-    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
-        "none", description="Experiment tracker that is sent the metrics."
-    )

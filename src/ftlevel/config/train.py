@@ -8,11 +8,11 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
+from ftlevel.config.output import OutputConfig
 from ftlevel.config.renamed import with_new_names
 from ftlevel.config.sections import (
     DataConfig,
     ModelConfig,
-    OutputConfig,
     QuantConfig,
     Section,
     TrainerConfig,
@@ -94,6 +94,11 @@ def _other_problems(config: TrainConfig) -> list[str]:
         problems.append(
             f"--warmup-steps {config.train.warmup_steps:g}: --lr-scheduler-type constant has no "
             "warm-up. Use constant_with_warmup, or drop --warmup-steps."
+        )
+    if config.train.focal_gamma and config.train.label_smoothing_factor:
+        problems.append(
+            f"--focal-gamma {config.train.focal_gamma:g} weighs a target by the probability of its "
+            "class, and --label-smoothing-factor gives it none of its own. Give one of them."
         )
     problems += _timing_problems(config)
     sets, mix = 1 + len(config.data.also), config.data.mix

@@ -23,7 +23,7 @@ from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.formats.problems import choose_problem_type
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import listing
-from ftlevel.task import Meter, Objective
+from ftlevel.task import Meter, Objective, TrainingLoss
 from ftlevel.tasks.base import (
     BaseTask,
     Column,
@@ -33,6 +33,7 @@ from ftlevel.tasks.base import (
     rank,
     refuse_wishes,
 )
+from ftlevel.tasks.class_loss import ClassObjective, balance_yes_and_no, weigh_yes_and_no
 from ftlevel.tasks.guessing import entropy, mean_entropy
 from ftlevel.tasks.pairs import Pairs
 
@@ -220,11 +221,10 @@ def _probability(label: str) -> str:
 
 
 @dataclass(frozen=True)
-class Classes(Objective):
+class Classes(ClassObjective):
     """Cross entropy over rows: logits `(batch, classes)`, labels `(batch,)`."""
 
     per_row: ClassVar[bool] = True
-    one_of_many: ClassVar[bool] = True
 
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
@@ -248,6 +248,7 @@ class MultiLabel(Objective):
     """Binary cross entropy over rows and classes: logits and float labels `(batch, classes)`."""
 
     per_row: ClassVar[bool] = True
+    has_classes: ClassVar[bool] = True
 
     def choices(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
@@ -271,6 +272,16 @@ class MultiLabel(Objective):
         from torch.nn import functional
 
         return functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
+
+    def training_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss
+    ) -> torch.Tensor:
+        """Return the sum over every class of every row, the yes of each by its weight."""
+        return weigh_yes_and_no(logits.float(), labels, loss)
+
+    def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
+        """Return rows without each class to one with it."""
+        return balance_yes_and_no(row.labels for row in rows if isinstance(row.labels, tuple))
 
     def meter(self) -> Meter:
         """Return a `MultiLabelMeter`."""

@@ -49,6 +49,7 @@ def build_trainer(
     fast, pad_id = adapted.fast, plan.model.pad_id
     trainer = FtlevelTrainer(
         objective=plan.objective,
+        loss=plan.loss,
         evaluator=build_evaluator(config, plan),
         model=adapted.model,
         args=arguments,

@@ -162,6 +162,7 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "model": {**outcome.base, "type": plan.model.family},
         "trainable_parameters": trainable,
         "total_parameters": total,
+        "class_weights": _class_weights(plan),
         "data": {**plan.data.facts, "generated_rows": outcome.generated_rows},
         "steps": records[-1]["step"] if records else 0,
         **describe_losses([record["loss"] for record in records if "loss" in record]),
@@ -176,6 +177,11 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "versions": library_versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
+
+
+def _class_weights(plan: Plan) -> dict[str, float]:
+    weights = plan.loss.class_weights
+    return dict(zip(plan.data.facts["labels"], weights, strict=True)) if weights else {}
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:
@@ -203,8 +209,8 @@ def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
     """Return what is to be said of a loss that did not fall; nothing of a run too short to tell.
 
     A loss of classes, tags and spans is compared with that of guessing without reading, which it
-    has to be 2 % below, any other with the first that were logged. In a run of a few steps one
-    batch would be compared with another.
+    has to be 2 % below, any other, and one that is weighted, with the first that were logged. In
+    a run of a few steps one batch would be compared with another.
 
     Args:
         summary: of the run, with the means of its first and last losses.
@@ -214,7 +220,8 @@ def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
     if window < _WINDOW:
         return []
     first, last = summary["loss_first"], summary["loss_last"]
-    guess = plan.objective.guess_loss(list(itertools.islice(plan.data.train, _ROWS)))
+    rows = itertools.islice(plan.data.train, _ROWS)
+    guess = plan.objective.guess_loss(list(rows)) if not plan.loss.weighs else None
     if last < (first if guess is None else guess * (1 - _MARGIN)):
         return []
     ended = f"the loss ended at {last:.3f} (mean of the last {window} that were logged)"

@@ -37,6 +37,7 @@ from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
+from ftlevel.training.plan.loss import choose_loss
 from ftlevel.training.plan.method_fit import check_method, choose_precision, resolve_quantization
 from ftlevel.training.plan.method_targets import find_method_targets
 from ftlevel.training.plan.plan import Plan, PlannedModel
@@ -96,7 +97,7 @@ def resolve(
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
     objective = task.build_objective(bare.kind, data.facts)
-    _check_smoothing(config, objective)
+    loss, of_loss = choose_loss(config, objective, data.facts["labels"], data.train)
     steps = count_steps(config.train, len(data.train))
     rates = choose_rates(config, _run_facts(model, meta, objective, steps))
     device, most = bare.device.value, data.max_length
@@ -105,6 +106,7 @@ def resolve(
     return Plan(
         task=task,
         objective=objective,
+        loss=loss,
         model=model,
         data=data,
         targets=targets,
@@ -122,6 +124,7 @@ def resolve(
             *head_choices(task, model.heads),
             *bare.spelling,
             *layers,
+            *of_loss,
             *rates.choices,
             *fast.choices,
         ],
@@ -230,20 +233,6 @@ def _check_checkpointing(config: TrainConfig, model: Any) -> None:
             f"--gradient-checkpointing cannot be used with {model.config.model_type}: transformers "
             "has none for it. Drop it; a smaller --per-device-train-batch-size with "
             "--gradient-accumulation-steps needs less memory too."
-        )
-
-
-def _check_smoothing(config: TrainConfig, objective: Objective) -> None:
-    """Refuse label smoothing where a target is not one of several choices.
-
-    Raises:
-        ConfigError: it cannot be had.
-    """
-    if config.train.label_smoothing_factor and not objective.one_of_many:
-        raise ConfigError(
-            f"--label-smoothing-factor {config.train.label_smoothing_factor:g} spreads a target "
-            "over tokens, tags or classes, of which one is right, and here the labels are of "
-            "another kind. Drop it."
         )
 
 
