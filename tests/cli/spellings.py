@@ -312,7 +312,6 @@ SPELLINGS: list[Spelled] = [
     *_answers(
         TRL, "trl sft",
         ("--eos_token '<|im_end|>'", "the tokenizer and its tokens are the model's own"),
-        ("--lora_modules_to_save lm_head", "new heads are trained and saved in full"),
         ("--config sft_config.yaml", "ftlevel recipes convert"),
         ("--dataset_test_split test", "--validation-file names others"),
         ("--report_to trackio", "'trackio' is not known"),
@@ -396,7 +395,6 @@ SPELLINGS: list[Spelled] = [
         ("--stage dpo", "not from preferences or rewards"),
         ("--ddp_timeout 180000000", "--num-processes N"),
         ("--use_galore", "ftlevel list-methods"),
-        ("--additional_target embed_tokens", "new heads are trained and saved in full"),
         ("--adapter_name_or_path saves/lora", "ftlevel merge"),
         ("--dataset_dir data", "--dataset FILE"),
     ),
@@ -437,6 +435,34 @@ SPELLINGS: list[Spelled] = [
         ("--rlhf_type dpo", "not from preferences or rewards"),
         ("--adapters output/checkpoint-1", "ftlevel merge"),
         ('--system "You are kind."', "a system prompt is a turn of the data"),
+    ),
+    *_sets(
+        TRL, "trl sft",
+        ("--lora_modules_to_save lm_head", "method.modules_to_save", ["lm_head"]),
+    ),
+    *_sets(
+        LLAMA_FACTORY, "finetuning arguments",
+        ("--additional_target embed_tokens,lm_head", "method.modules_to_save",
+         ["embed_tokens", "lm_head"]),
+    ),
+    *_sets(
+        TRANSFORMERS, "TrainingArguments",
+        ("--optim lion_8bit", "train.optim", "lion_8bit"),
+        ("--optim adamw_bnb_8bit", "train.optim", "adamw_8bit"),
+    ),
+    Spelled(TRANSFORMERS, "TrainingArguments", """--lr_scheduler_kwargs '{"num_cycles": 3}'""",
+            {"train.lr_scheduler_kwargs": {"num_cycles": 3}},
+            beside="--lr_scheduler_type cosine_with_restarts"),
+    Spelled(TRANSFORMERS, "TrainingArguments", "--optim_args momentum=0.9,nesterov=true",
+            {"train.optim_args": {"momentum": 0.9, "nesterov": True}}, beside="--optim sgd"),
+    *_answers(
+        TRANSFORMERS, "TrainingArguments",
+        ("--optim galore_adamw", "keeps the gradients of whole weights in low rank"),
+    ),
+    *_sets(
+        AXOLOTL, "config reference",
+        ("--cosine-min-lr-ratio 0.1", "train.lr_scheduler_type", "cosine_with_min_lr",
+         "train.lr_scheduler_kwargs", {"min_lr_rate": 0.1}),
     ),
     *_sets(
         UNSLOTH, "unsloth-cli.py",

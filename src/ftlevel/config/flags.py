@@ -8,6 +8,7 @@ other tools have and ftlevel has not is in `config/other_tools/answers.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ftlevel.config.flag import CONFIGS as CONFIGS
@@ -15,7 +16,9 @@ from ftlevel.config.flag import Agrees, Flag, Spelling, Words
 from ftlevel.config.other_tools.answers import ANSWERS
 from ftlevel.config.other_tools.values import (
     read_glue,
+    read_lowest_share,
     read_once_an_epoch,
+    read_pairs,
     read_percent,
     read_ratio,
     read_share,
@@ -64,6 +67,8 @@ _OPTIMIZERS = {
     "adamw_hf": "adamw_torch",
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw_32bit",
+    "paged_lion": "paged_lion_32bit",
+    "lion": "lion_32bit",
 }
 _NO_LIMIT = Agrees("there is no limit but the epochs", "train.max_steps", (None,))
 _DO_EVAL: Words = {
@@ -167,6 +172,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag("method.init_lora_weights", "--init", MODEL, words={"true": "default"},
          also=("--init-lora-weights", "--init-weights", "--peft-init-lora-weights",
                Spelling("--pissa-init", value="pissa"), Spelling("--use-loftq", value="loftq"))),
+    Flag("method.modules_to_save", "", MODEL, several=True,
+         also=("--lora-modules-to-save", "--additional-target", "--peft-modules-to-save")),
+    Flag("method.trainable_token_indices", "", MODEL, several=True,
+         also=("--peft-trainable-token-indices", "--lora-trainable-token-indices")),
     Flag("method.lora_plus_ratio", "", MODEL, also=("--loraplus-lr-ratio", "--lorap-lr-ratio")),
     # Its data.
     Flag("data.validation_file", "", DATA, _ROWS,
@@ -212,11 +221,17 @@ FLAGS: tuple[Flag, ...] = (
     # How it is trained.
     Flag("train.max_steps", "", HOW, _ROWS, also=("--max-train-steps",),
          words={"-1": _NO_LIMIT, "0": _NO_LIMIT}),
-    Flag("train.lr_scheduler_type", "", HOW, also=("--lr-scheduler",)),
+    Flag("train.head_learning_rate", "", HOW, also=("--head-lr", "--classifier-learning-rate")),
+    Flag("train.lr_scheduler_type", "", HOW,
+         also=("--lr-scheduler", Spelling("--cosine-min-lr-ratio", read=read_lowest_share))),
+    Flag("train.lr_scheduler_kwargs", "", HOW, metavar="NAME=VALUE", example="num_cycles=3",
+         read=partial(read_pairs, "--lr-scheduler-kwargs")),
     Flag("train.warmup_steps", "", HOW, noun="the warm-up",
          also=("--num-warmup-steps", "--lr-warmup-steps",
                Spelling("--warmup-ratio", read=read_ratio))),
-    Flag("train.optim", "", HOW, also=("--optimizer",), words=_OPTIMIZERS),
+    Flag("train.optim", "", HOW, also=("--optimizer", "--optim-type"), words=_OPTIMIZERS),
+    Flag("train.optim_args", "", HOW, metavar="NAME=VALUE", example="momentum=0.9",
+         read=partial(read_pairs, "--optim-args")),
     Flag("train.weight_decay", "", HOW),
     Flag("train.adam_beta1", "", HOW),
     Flag("train.adam_beta2", "", HOW),

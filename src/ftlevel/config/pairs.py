@@ -21,6 +21,48 @@ def split_pairs(value: Any) -> Any:
     return found
 
 
+Scalar = bool | int | float | str
+
+
+def _read_scalars(value: Any) -> Any:
+    """Read numbers and switches that are given as words."""
+    if not isinstance(value := split_pairs(value), dict):
+        return value
+    return {name: _scalar(v) if isinstance(v, str) else v for name, v in value.items()}
+
+
+def _scalar(text: str) -> Scalar:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+Scalars = Annotated[dict[str, Scalar], BeforeValidator(_read_scalars)]
+"""Settings of something else, by its own names."""
+
+
+def _read_names(value: Any) -> Any:
+    """Read `a,b` as two names."""
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return value
+
+
+def _read_tokens(value: Any) -> Any:
+    """Read `12,<tool>` as an id and a token's text; texts with commas are given as a list."""
+    names = _read_names(value)
+    if isinstance(value, str):
+        return [int(name) if name.isdecimal() else name for name in names]
+    return names
+
+
+Names = Annotated[list[str], BeforeValidator(_read_names)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)] | str], BeforeValidator(_read_tokens)]
+
+
 def _read_weights(value: Any) -> Any:
     """Read weights of classes; what is no number above 0 is named with its class."""
     value = split_pairs(value)

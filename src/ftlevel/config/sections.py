@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from ftlevel.config.gate import GateConfig
-from ftlevel.config.pairs import ClassWeights
+from ftlevel.config.optimizer import Optimizer, Schedule
+from ftlevel.config.pairs import ClassWeights, Scalars
 from ftlevel.config.section import Section as Section
 
 Positive = Annotated[int, Field(ge=1)]
@@ -204,13 +205,20 @@ class TrainerConfig(Section):
         description="Peak learning rate of a new head; the default is learning_rate where that is "
         "given, and else one of its own.",
     )
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = Field("linear", description="How the learning rate goes on after its peak.")
+    lr_scheduler_type: Schedule = Field(
+        "linear", description="How the learning rate goes on after its peak."
+    )
+    lr_scheduler_kwargs: Scalars = Field(
+        default_factory=dict,
+        description="Settings of that schedule by transformers' names, as in num_cycles=3 or "
+        "min_lr_rate=0.1.",
+    )
     warmup_steps: float = Field(
         0.0, ge=0, description="Steps of warm-up, or below 1 their share of all steps."
     )
-    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of AdamW.")
+    weight_decay: float = Field(
+        0.0, ge=0, le=1, description="Weight decay; AdamW's is decoupled from the gradient."
+    )
     adam_beta1: Share = Field(0.9, description="Decay of AdamW's mean of the gradients.")
     adam_beta2: Share = Field(0.999, description="Decay of AdamW's mean of their squares.")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(
@@ -233,15 +241,13 @@ class TrainerConfig(Section):
         description="Add noise to the embeddings in training (NEFTune, Jain et al., 2023), which "
         "needs the plain step.",
     )
-    optim: Literal[
-        "adamw_torch",
-        "adamw_torch_fused",
-        "adafactor",
-        "adamw_8bit",
-        "paged_adamw_8bit",
-        "paged_adamw_32bit",
-        "sgd",
-    ] = Field("adamw_torch_fused", description="Optimizer, by transformers' name, and its default.")
+    optim: Optimizer = Field(
+        "adamw_torch_fused", description="Optimizer, by transformers' name, and its default."
+    )
+    optim_args: Scalars = Field(
+        default_factory=dict,
+        description="Settings of that optimizer by its own names, as in momentum=0.9.",
+    )
     per_device_train_batch_size: Positive = Field(8, description="Rows a device and micro-step.")
     per_device_eval_batch_size: Positive | None = Field(
         None, description="Rows a device in evaluation; the default is the training batch."

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
+from ftlevel.config.optimizer import find_problems
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.renamed import with_new_names
 from ftlevel.config.sections import (
@@ -90,11 +91,7 @@ def _other_problems(config: TrainConfig) -> list[str]:
         problems.append("--resume keeps a run and --overwrite replaces it. Give one of them.")
     if config.output.resume and config.output.dir is None:
         problems.append("--resume needs the run to go on with. Add --output-dir RUN.")
-    if config.train.warmup_steps and config.train.lr_scheduler_type == "constant":
-        problems.append(
-            f"--warmup-steps {config.train.warmup_steps:g}: --lr-scheduler-type constant has no "
-            "warm-up. Use constant_with_warmup, or drop --warmup-steps."
-        )
+    problems += find_problems(config.train)
     if config.train.focal_gamma and config.train.label_smoothing_factor:
         problems.append(
             f"--focal-gamma {config.train.focal_gamma:g} weighs a target by the probability of its "

@@ -14,6 +14,7 @@ from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.run_directory import RunDirectory, open_run
 from ftlevel.config import TrainConfig
+from ftlevel.config.optimizer import PLATEAU
 from ftlevel.config.renamed import RENAMED
 from ftlevel.errors import ConfigError, listing
 from ftlevel.events import Listener
@@ -25,6 +26,9 @@ from ftlevel.training.summary import dump_config
 _FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_on_start",
          "predict_with_generate", "max_generate_samples", "max_new_tokens",
          "per_device_eval_batch_size", "eval_strategy", "save_strategy"}  # fmt: skip
+
+
+_EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}
 
 
 def open_or_resume(
@@ -45,7 +49,8 @@ def open_or_resume(
 def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that must be the same when the run goes on, by dotted name."""
     values: dict[str, Any] = config.model_dump(mode="json", exclude={"output"})
-    values["train"] = {k: v for k, v in values["train"].items() if k not in _FREE}
+    free = _FREE if config.train.lr_scheduler_type != PLATEAU else _FREE - _EVALUATION
+    values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("num_proc", "cache")}
     values["speed"].pop("verify")
     values["train"]["learning_rate"] = plan.schedule.learning_rate

@@ -177,9 +177,6 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--adapter-name-or-path --adapters --lora-model-dir --resume-from-adapter",
             "a run begins with a new adapter. ftlevel merge makes a model of the old one to train "
             "on; --resume goes on with a run that was stopped."),
-    *_flags("--modules-to-save --lora-modules-to-save --additional-target",
-            "new heads are trained and saved in full by themselves; other modules stay frozen. "
-            "Drop it, or use --method full."),
     *_flags("--stride",
             "--overlong split cuts a long text into rows, which do not overlap. Use that."),
     *_flags("--loftq-config", "--init loftq --quant 4bit starts so. Use that."),
@@ -191,8 +188,7 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--use-galore --use-apollo --use-badam --use-adam-mini --use-muon --use-llama-pro "
             "--freeze-trainable-layers --lisa-activated-layers --lorafa --unfrozen-parameters",
             _OTHER_METHOD),
-    *_flags("--optim-args --lr-scheduler-kwargs --optim-target-modules",
-            "the optimizer and the schedule have transformers' defaults. Drop it."),
+    *_flags("--optim-target-modules", "it is of GaLore and APOLLO, which are not here. Drop it."),
     *_flags("--gradient-checkpointing-kwargs",
             "activations are recomputed without reentrant autograd. Drop it."),
     *_flags("--torch-compile --torch-compile-backend --torch-compile-mode",

@@ -41,7 +41,7 @@ from ftlevel.training.plan.loss import choose_loss
 from ftlevel.training.plan.method_fit import check_method, choose_precision, resolve_quantization
 from ftlevel.training.plan.method_targets import find_method_targets
 from ftlevel.training.plan.plan import Plan, PlannedModel
-from ftlevel.training.plan.schedule import choose_rates, count_steps
+from ftlevel.training.plan.schedule import check_schedule, choose_rates, count_steps
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def resolve(
     loss, of_loss = choose_loss(config, objective, data.facts["labels"], data.train)
     steps = count_steps(config.train, len(data.train))
     rates = choose_rates(config, _run_facts(model, meta, objective, steps))
+    check_schedule(config.train, rates.base.value, steps, len(data.validation))
     device, most = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, most)
