@@ -193,7 +193,7 @@ SPELLINGS: list[Spelled] = [
         ("--save_steps 500", "train.save_steps", 500),
         ("--save_total_limit 1", "train.save_total_limit", 1),
         ("--run_name first-try", "output.run_name", "first-try"),
-        ("--report_to tensorboard", "output.report_to", "tensorboard"),
+        ("--report_to tensorboard", "output.report_to", ("tensorboard",)),
         ("--use_liger_kernel", "speed.liger_kernel", True),
     ),
     Spelled(TRANSFORMERS, "TrainingArguments", "--resume_from_checkpoint true",
@@ -314,7 +314,6 @@ SPELLINGS: list[Spelled] = [
         ("--eos_token '<|im_end|>'", "the tokenizer and its tokens are the model's own"),
         ("--config sft_config.yaml", "ftlevel recipes convert"),
         ("--dataset_test_split test", "--validation-file names others"),
-        ("--report_to trackio", "'trackio' is not known"),
         ("--beta 0.1", "not from preferences or rewards"),
     ),
     *_sets(
@@ -344,7 +343,6 @@ SPELLINGS: list[Spelled] = [
         ("--evals-per-epoch 4", "1/(4 × E)"),
         ("--tf32 true", "matrix products are in --dtype"),
         ("--lora-model-dir out", "ftlevel merge"),
-        ("--wandb-project mine", "environment variable"),
         ("--early-stopping-patience 3", "no metric picks another"),
     ),
     *_sets(
@@ -439,6 +437,8 @@ SPELLINGS: list[Spelled] = [
     *_sets(
         TRL, "trl sft",
         ("--lora_modules_to_save lm_head", "method.modules_to_save", ["lm_head"]),
+        ("--report_to trackio", "output.report_to", ("trackio",)),
+        ("--report_to wandb tensorboard", "output.report_to", ("wandb", "tensorboard")),
     ),
     *_sets(
         LLAMA_FACTORY, "finetuning arguments",
@@ -458,6 +458,13 @@ SPELLINGS: list[Spelled] = [
     *_answers(
         TRANSFORMERS, "TrainingArguments",
         ("--optim galore_adamw", "keeps the gradients of whole weights in low rank"),
+    ),
+    Spelled(AXOLOTL, "llama-3/lora-1b.yml", "--wandb-project mine",
+            {"output.tracker_project": "mine"}, beside="--report-to wandb"),
+    *_answers(
+        AXOLOTL, "config reference",
+        ("--wandb-entity me", "environment variable"),
+        ("--report-to all", "all is whatever is installed"),
     ),
     *_sets(
         AXOLOTL, "config reference",
@@ -483,7 +490,7 @@ SPELLINGS: list[Spelled] = [
         ("--format-type alpaca", "data.format", "alpaca"),
         ("--training-type full", "method.kind", "full"),
         ("--random-seed 3407", "train.seed", 3407),
-        ("--enable-wandb", "output.report_to", "wandb"),
+        ("--enable-wandb", "output.report_to", ("wandb",)),
         ("--gradient-checkpointing unsloth", "train.gradient_checkpointing", True),
     ),
     Spelled(UNSLOTH, "unsloth train", "--use-loftq", {"method.init_lora_weights": "loftq"},

@@ -39,6 +39,7 @@ from ftlevel.training.summary import (
     find_nothing_learned,
     resolved_config,
 )
+from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.verify.proof import verify_step
 
 
@@ -146,6 +147,10 @@ def _train(
     trainer = build_trainer(config, plan, adapted, run, checkpoint)
     watch = add_callbacks(trainer, config, plan, run, listener, processes)
     watch.report.records += past
+    if processes.is_first:
+        watch.report.writers += held.enter_context(
+            tracking(config.output.report_to, describe_run(config, plan, run, past), listener)
+        )
 
     listener.stage("train")
     with watch.interrupt, explain_disk_errors(run):

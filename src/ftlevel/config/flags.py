@@ -23,7 +23,6 @@ from ftlevel.config.other_tools.values import (
     read_ratio,
     read_share,
     read_template,
-    read_trackers,
     refuse_checkpoint,
 )
 
@@ -276,9 +275,12 @@ FLAGS: tuple[Flag, ...] = (
          also=(Spelling("--resume-from-checkpoint", read=refuse_checkpoint), "--auto-resume")),
     Flag("output.run_name", "", RUN,
          also=("--wandb-name", "--wandb-run-name", "--trackio-run-name")),
-    Flag("output.report_to", "", RUN, several=True, read=read_trackers,
+    Flag("output.report_to", "", RUN, several=True,
          also=(Spelling("--enable-wandb", value="wandb"),
                Spelling("--enable-tensorboard", value="tensorboard"))),
+    Flag("output.tracker_project", "", RUN,
+         also=("--wandb-project", "--wandb-project-name", "--project", "--trackio-project-name",
+               "--mlflow-experiment-name")),
     Flag(names="--dry-run", panel=RUN, type=bool,
          help="Resolve, check and show; train nothing."),
     # preview

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ftlevel.config.section import Section
+
+
+def _split_trackers(value: Any) -> Any:
+    """Read `wandb,tensorboard` as two, `none` as no tracker."""
+    if isinstance(value, str):
+        value = [name for name in re.split(r"[\s,]+", value.strip().lower()) if name]
+    if isinstance(value, list | tuple):
+        if "all" in value:
+            raise ValueError("all is whatever is installed. Name the trackers: wandb,tensorboard")
+        if value == ["none"]:
+            return ()
+        return tuple(dict.fromkeys(value))
+    return value
+
+
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...],
+    BeforeValidator(_split_trackers),
+]
 
 
 class OutputConfig(Section):
@@ -24,8 +44,16 @@ class OutputConfig(Section):
         None,
         pattern=r"^[^/\\]+$",
         description="What the run is called: its directory under runs/ without an output "
-        "directory, and its name in the experiment tracker.",
+        "directory, and its name in the experiment trackers.",
     )
-    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
-        "none", description="Experiment tracker that is sent the metrics."
+    report_to: Trackers = Field(
+        (),
+        description="Experiment trackers that are sent the metrics, with commas between: "
+        "tensorboard, wandb, mlflow, trackio; none is the default. Files are under the run.",
+    )
+    tracker_project: str | None = Field(
+        None,
+        min_length=1,
+        description="Project (mlflow: experiment) of the run in those trackers; the default is "
+        "that of their environment variable, else ftlevel.",
     )

@@ -119,10 +119,15 @@ def _timing_problems(config: TrainConfig) -> list[str]:
                 f"--{name}-steps {steps:g} is not used by --{name}-strategy {strategy}. "
                 "Drop one of them."
             )
-    if output.run_name is not None and output.dir is not None and output.report_to == "none":
+    if output.run_name is not None and output.dir is not None and not output.report_to:
         problems.append(
             f"--run-name {output.run_name} names the directory under runs/ and the run in a "
             "tracker; --output-dir and --report-to none leave nothing to name. Drop it."
+        )
+    if output.tracker_project is not None and not output.report_to:
+        problems.append(
+            f"--tracker-project {output.tracker_project} is of a tracker, and there is none. Add "
+            "--report-to wandb, or another, or drop it."
         )
     if config.data.validation_file is not None and config.data.validation_split:
         problems.append(

@@ -65,8 +65,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         # Every trained tensor gets a gradient in every step, which is checked at the first; and the
         # chunked cross-entropy does not go through the model's outputs, where DDP would look.
         ddp_find_unused_parameters=False,
-        report_to=config.output.report_to,
-        run_name=config.output.run_name,
+        report_to="none",  # trackers are told by us: `training/callbacks/trackers.py`
         disable_tqdm=True,
         dataloader_pin_memory=plan.model.device == "cuda",
         **kernel_arguments(config, plan.model.device, plan.model.family),

@@ -139,9 +139,10 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--hub-model-id --hub-strategy --hub-private-repo --hub-path --push-gguf "
             "--push-dataset-to-hub", _HUB),
     *_flags("--hub-token --token --hf-token --hf-hub-token --use-auth-token", _TOKEN),
-    *_flags("--wandb-project --wandb-project-name --wandb-entity --wandb-watch --wandb-log-model "
-            "--wandb-token --wandb-mode --project --trackio-project-name --trackio-space-id "
-            "--tensorboard-dir --logging-dir --mlflow-tracking-uri", _TRACKER),
+    *_flags("--wandb-entity --wandb-watch --wandb-log-model --wandb-token --wandb-mode "
+            "--trackio-space-id --mlflow-tracking-uri", _TRACKER),
+    *_flags("--tensorboard-dir --logging-dir",
+            "TensorBoard's files are in RUN/tensorboard. Drop it: --output-dir names the run."),
     *_flags("--deepspeed --fsdp --fsdp-config --fsdp-version --ddp-timeout --ddp-backend "
             "--tensor-parallel-size --sequence-parallel-size --context-parallel-size "
             "--accelerate-config --config-file", _LAUNCH),

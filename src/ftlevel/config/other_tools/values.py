@@ -102,14 +102,6 @@ def refuse_checkpoint(_: str) -> str:
     )
 
 
-def read_trackers(text: str) -> str:
-    """Return the one tracker of a list."""
-    names = [name for name in re.split(r"[\s,]+", text.strip()) if name and name != "all"]
-    if len(names) != 1:
-        raise ValueError("metrics are sent to one tracker: none, tensorboard, wandb or mlflow")
-    return names[0]
-
-
 def _number(text: str) -> float:
     try:
         return float(text)

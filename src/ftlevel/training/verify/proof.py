@@ -67,14 +67,10 @@ def verify_step(
     few = [] if asked else choose_few(rows)
     if not asked and not few:
         return None
-    quiet = config.output.model_copy(update={"report_to": "none"})
     if asked:
         listener.stage("compute the first steps the plain way and the fast way")
     with tempfile.TemporaryDirectory() as nowhere:
-        trainer = build_trainer(
-            config.model_copy(update={"output": quiet}),
-            plan, adapted, RunDirectory(Path(nowhere)), None,
-        )  # fmt: skip
+        trainer = build_trainer(config, plan, adapted, RunDirectory(Path(nowhere)), None)
         steps = Steps(trainer, plan.model.pad_id)
         dropout = bool(asked and find_randomness(config, adapted.model, with_head=True))
         verifier = _Verifier(steps, a_batch if asked else len(few), plan.model.dtype, dropout)
