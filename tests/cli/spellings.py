@@ -385,7 +385,6 @@ SPELLINGS: list[Spelled] = [
         LLAMA_FACTORY, "train_qlora and extras",
         ("--quantization_method bnb", "weights are quantized by bitsandbytes"),
         ("--neat_packing true", "each attending to itself alone"),
-        ("--train_on_prompt false", "the loss is that of answers alone"),
     ),
     *_answers(
         LLAMA_FACTORY, "train_lora",
@@ -432,7 +431,6 @@ SPELLINGS: list[Spelled] = [
         ("--init_weights lora-ga", "'lora-ga' is not known"),
         ("--rlhf_type dpo", "not from preferences or rewards"),
         ("--adapters output/checkpoint-1", "ftlevel merge"),
-        ('--system "You are kind."', "a system prompt is a turn of the data"),
     ),
     *_sets(
         TRL, "trl sft",
@@ -441,7 +439,20 @@ SPELLINGS: list[Spelled] = [
         ("--report_to wandb tensorboard", "output.report_to", ("wandb", "tensorboard")),
     ),
     *_sets(
+        MS_SWIFT, "README",
+        ('--system "You are kind."', "data.system", "You are kind."),
+    ),
+    *_sets(
+        TRL, "trl sft",
+        ("--completion_only_loss false", "data.train_on_inputs", True),
+    ),
+    *_sets(
+        AXOLOTL, "llama-3/lora-1b.yml",
+        ("--train-on-inputs true", "data.train_on_inputs", True),
+    ),
+    *_sets(
         LLAMA_FACTORY, "finetuning arguments",
+        ("--train_on_prompt true", "data.train_on_inputs", True),
         ("--additional_target embed_tokens,lm_head", "method.modules_to_save",
          ["embed_tokens", "lm_head"]),
     ),

@@ -18,6 +18,7 @@ from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener, Silence
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.training.build_trainer import add_callbacks, build_trainer
+from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
 from ftlevel.training.finish import end_training, measure_times, save, write_results
@@ -39,7 +40,6 @@ from ftlevel.training.summary import (
     find_nothing_learned,
     resolved_config,
 )
-from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.verify.proof import verify_step
 
 
@@ -148,8 +148,9 @@ def _train(
     watch = add_callbacks(trainer, config, plan, run, listener, processes)
     watch.report.records += past
     if processes.is_first:
+        told = describe_run(config.output, resolved_config(config, plan), run, past)
         watch.report.writers += held.enter_context(
-            tracking(config.output.report_to, describe_run(config, plan, run, past), listener)
+            tracking(config.output.report_to, told, listener)
         )
 
     listener.stage("train")

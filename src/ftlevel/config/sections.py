@@ -114,6 +114,16 @@ class DataConfig(Section):
         description="Chat template where the model has none: chatml, gemma, llama-3, mistral, "
         "qwen, or a Jinja file.",
     )
+    system: str | None = Field(
+        None,
+        min_length=1,
+        description="System turn of conversations that have none, in training and afterwards.",
+    )
+    train_on_inputs: bool = Field(
+        False,
+        description="Learn prompts as well as answers, in training alone: what is evaluated are "
+        "the answers.",
+    )
     validation_file: str | None = Field(
         None,
         min_length=1,

@@ -184,6 +184,7 @@ def _stream_problems(config: TrainConfig) -> list[str]:
     return problems
 
 
+_WRITES = ("text-generation", "summarization", "translation")
 _NO_PROMPT = ("token-classification", "question-answering", "masked-lm")
 
 
@@ -201,6 +202,17 @@ def _task_problems(config: TrainConfig) -> list[str]:
         problems.append(
             f"--overlong truncate-prompt cannot be used with --task {task}, whose rows have no "
             "prompt. Use --overlong drop."
+        )
+    for flag, given in (("--system", data.system), ("--train-on-inputs", data.train_on_inputs)):
+        if given and task not in _WRITES:
+            problems.append(
+                f"{flag} is for tasks that write text, and --task is {task}. Drop it, or change "
+                "the task."
+            )
+    if data.train_on_inputs and data.overlong == "truncate-prompt":
+        problems.append(
+            "--overlong truncate-prompt cuts prompts, which --train-on-inputs learns. Use "
+            "--overlong drop, or drop one of them."
         )
     for name, owner, given in (
         ("problem_type", "text-classification", data.problem_type != "auto"),

@@ -22,7 +22,10 @@ _PACKED = Agrees(
     "attention can; the line `step` says so",
     "speed.fast", (True,), otherwise="Drop --no-fast, or drop it",
 )  # fmt: skip
-_ANSWERS_ONLY = Agrees("the loss is that of answers alone, wherever a row has a prompt")
+_ANSWERS_ONLY = Agrees(
+    "the loss is that of answers alone, wherever a row has a prompt", "data.train_on_inputs",
+    (False,), otherwise="Drop --train-on-inputs, or drop it",
+)  # fmt: skip
 _NO_PREFERENCE = (
     "ftlevel learns from answers, not from preferences or rewards. Drop it to train on the chosen "
     "answers."
@@ -66,12 +69,11 @@ ANSWERS: tuple[Flag, ...] = (
              "false": Agrees("each row is scored by itself")}),
     *_flags("--remove-unused-columns", "columns that a task does not use are named, not removed.",
             {"false": Agrees("columns that are not used are only named")}),
-    *_flags("--completion-only-loss --assistant-only-loss --train-on-completions --mask-prompt",
-            "--format text learns whole rows of text; a prompt is never learned. Drop it.",
-            {"true": _ANSWERS_ONLY}),
-    *_flags("--train-on-inputs --train-on-prompt --mask-history",
-            "--format text learns whole rows of text; a prompt is never learned. Drop it.",
-            {"false": _ANSWERS_ONLY}),
+    *_flags("--completion-only-loss --assistant-only-loss --train-on-completions --mask-prompt "
+            "--train-on-responses-only", "expected true or false.",
+            {"true": _ANSWERS_ONLY, "false": "--train-on-inputs true"}),
+    *_flags("--mask-history", "each answer of a conversation is learned. Drop it.",
+            {"false": Agrees("each answer of a conversation is learned")}),
     *_flags("--use-chat-template", "a row of turns is written by the model's chat template.",
             {"true": Agrees("rows of turns are written by the model's chat template")}),
     *_flags("--use-fast-tokenizer", "only tokenizers that know the place of a token can be used.",
@@ -168,8 +170,6 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--source-prefix",
             "a task has its own instruction, which generate gives too. Drop it; text that is to "
             "stand before every source belongs into the data."),
-    *_flags("--system --default-system",
-            "a system prompt is a turn of the data, or its column `system`. Put it there."),
     *_flags("--num-beams --eval-num-beams",
             "answers are scored by greedy decoding, as generate gives them. Drop it."),
     *_flags("--metric-for-best-model --greater-is-better --metric-name --compute-accuracy",

@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import TrainConfig
+from ftlevel.config import OutputConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import RunError
 from ftlevel.events import Listener
-from ftlevel.training.plan.plan import Plan
-from ftlevel.training.summary import resolved_config
 
 _PROJECT = "ftlevel"
 _TELEMETRY = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")
@@ -69,14 +67,21 @@ class Tracker:
 
 
 def describe_run(
-    config: TrainConfig, plan: Plan, run: RunDirectory, past: Sequence[Mapping[str, Any]]
+    output: OutputConfig,
+    values: Mapping[str, Any],
+    run: RunDirectory,
+    past: Sequence[Mapping[str, Any]],
 ) -> TrackedRun:
-    """Return what trackers are told of a run; `past` is what was logged before it goes on."""
-    output, first = config.output, past[-1]["step"] if past else 0
-    values = resolved_config(config, plan)
-    return TrackedRun(
-        run.path, output.run_name or run.path.name, output.tracker_project, values, first
-    )
+    """Return what trackers are told of a run.
+
+    Args:
+        output: what it is called there.
+        values: its whole configuration.
+        run: its directory.
+        past: what was logged before it goes on.
+    """
+    name, first = output.run_name or run.path.name, past[-1]["step"] if past else 0
+    return TrackedRun(run.path, name, output.tracker_project, values, first)
 
 
 @contextlib.contextmanager
