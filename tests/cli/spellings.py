@@ -158,7 +158,6 @@ SPELLINGS: list[Spelled] = [
     *_answers(
         TRANSFORMERS, "run_summarization.py",
         ('--source_prefix "summarize: "', "a task has its own instruction"),
-        ("--num_beams 4", "greedy decoding"),
     ),
     *(Spelled(TRANSFORMERS, "run_translation.py", typed, sets, beside="--task translation")
       for typed, sets in (("--source_lang en", {"data.source_language": "en"}),
@@ -335,7 +334,6 @@ SPELLINGS: list[Spelled] = [
         AXOLOTL, "llama-3/lora-1b.yml",
         ("--sample-packing true", "each attending to itself alone"),
         ("--load-in-8bit false", "quant.kind is none"),
-        ("--train-on-inputs false", "the loss is that of answers alone"),
         ("--pad-to-sequence-len false", "rows are not padded to the longest length"),
     ),
     *_answers(
@@ -464,6 +462,11 @@ SPELLINGS: list[Spelled] = [
     Spelled(TRANSFORMERS, "TrainingArguments", """--lr_scheduler_kwargs '{"num_cycles": 3}'""",
             {"train.lr_scheduler_kwargs": {"num_cycles": 3}},
             beside="--lr_scheduler_type cosine_with_restarts"),
+    *_sets(
+        TRANSFORMERS, "run_summarization.py",
+        ("--num_beams 4", "train.num_beams", 4),
+        ("--generation_num_beams 4", "train.num_beams", 4),
+    ),
     Spelled(TRANSFORMERS, "TrainingArguments", "--optim_args momentum=0.9,nesterov=true",
             {"train.optim_args": {"momentum": 0.9, "nesterov": True}}, beside="--optim sgd"),
     *_answers(

@@ -19,7 +19,7 @@ from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.held_out import HeldOut, load_held_out
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import PerRow, interval
-from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.evaluation.scoring import Evaluator, Writing
 from ftlevel.evaluation.two_models.pair import (
     ModelAnswers,
     Questions,
@@ -241,7 +241,11 @@ def _evaluator(
         generated_rows=min(rows, len(held_out.rows))
         if _generates(config, trained, settings)
         else 0,
-        max_new_tokens=config.max_new_tokens or train.max_new_tokens,
+        writing=Writing(
+            config.max_new_tokens or train.max_new_tokens,
+            **config.decoding(train),
+            seed=config.seed,
+        ),
         score_texts=task.score_texts,
         language=held_out.language,
         chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,

@@ -265,6 +265,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.eval_on_start", "", HOW),
     Flag("train.predict_with_generate", "", HOW),
     Flag("train.max_new_tokens", "", HOW, also=("--generation-max-length",)),
+    Flag("train.num_beams", "", HOW,
+         also=("--eval-num-beams", "--generation-num-beams", "--beam-size")),
+    Flag("train.temperature", "", HOW),
+    Flag("train.top_p", "", HOW),
     # The run.
     Flag(names="--recipe", panel=RUN, on=_ROWS, type=Path, help="A recipe; flags win over it."),
     Flag(names="--set", panel=RUN, on=_ROWS, type=list[str], metavar="KEY=VALUE", dest="settings",
@@ -318,8 +322,9 @@ FLAGS: tuple[Flag, ...] = (
          help="An adapter of the same base, or one of --adapters-dir; repeatable."),
     Flag("adapters_dir", "", MODEL, ("generate",)),
     Flag("compare_base", "--compare-base", MODEL, ("generate",)),
-    Flag("temperature", "", ANSWER, ("generate",)),
-    Flag("top_p", "", ANSWER, ("generate",)),
+    Flag("num_beams", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("temperature", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("top_p", "", ANSWER, ("evaluate", "predict", "generate")),
     # evaluate, and what it shares
     Flag("dataset", "", DATA, ("evaluate",)),
     Flag("split", "", DATA, ("evaluate",)),

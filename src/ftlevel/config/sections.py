@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from ftlevel.config.decoding import Decoding
 from ftlevel.config.gate import GateConfig
 from ftlevel.config.optimizer import Optimizer, Schedule
 from ftlevel.config.pairs import ClassWeights, Scalars
@@ -196,7 +197,7 @@ class DataConfig(Section):
         return value
 
 
-class TrainerConfig(Section):
+class TrainerConfig(Decoding):
     """The optimisation; names are those of `transformers.TrainingArguments`."""
 
     num_train_epochs: float = Field(

@@ -7,7 +7,7 @@ from typing import Any
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.sections import TrainerConfig
-from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.evaluation.scoring import Evaluator, Writing
 from ftlevel.fast.plan.liger import kernel_arguments
 from ftlevel.training.plan.plan import Plan
 
@@ -93,6 +93,13 @@ def eval_batch_size(train: TrainerConfig) -> int:
     return train.per_device_eval_batch_size or train.per_device_train_batch_size
 
 
+def writing_of(train: TrainerConfig) -> Writing:
+    """Return how the evaluation of a run writes."""
+    return Writing(
+        train.max_new_tokens, train.num_beams, train.temperature, train.top_p, train.seed
+    )
+
+
 def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
     """Return what scores the validation rows, or None if there are none."""
     if not plan.data.validation:
@@ -109,7 +116,7 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
         dtype=plan.model.dtype,
         batch_size=eval_batch_size(config.train),
         generated_rows=rows if generates else 0,
-        max_new_tokens=config.train.max_new_tokens,
+        writing=writing_of(config.train),
         score_texts=plan.task.score_texts,
         language=plan.data.facts["target_language"],
         chunked_cross_entropy=plan.fast.chunked_cross_entropy,

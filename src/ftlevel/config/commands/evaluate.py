@@ -7,11 +7,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.sections import Positive, Section
+from ftlevel.config.decoding import DecodingAsInTraining
+from ftlevel.config.sections import Positive
 from ftlevel.config.tasks import TaskName
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(DecodingAsInTraining):
     """Everything that decides an evaluation. What is not given is as in training."""
 
     name: str = Field(min_length=1, description="A run, an adapter, or a model.")
@@ -56,7 +57,7 @@ class EvaluateConfig(Section):
     resamples: int = Field(
         1000, ge=0, description="Bootstrap draws of the rows for the 95 % intervals; 0 for none."
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of these draws.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of these draws, and of those of tokens.")
     predictions: Path | None = Field(
         None,
         description="File to write a row an example to: .jsonl, .csv, .tsv or .parquet; must not "

@@ -47,6 +47,18 @@ _BEST = (
 )
 _OTHER_METHOD = "there is no such method here. ftlevel list-methods shows what there is. Drop it."
 
+
+def _drawn(path: str) -> Agrees:
+    """Return what `--do-sample` asks for, which a temperature says."""
+    return Agrees("tokens are drawn at --temperature", path, unless=(0.0, None),
+                  otherwise="Add --temperature 1")  # fmt: skip
+
+
+def _taken(path: str) -> Agrees:
+    return Agrees("the likeliest token is taken", path, (0.0, None),
+                  otherwise="Drop --temperature")  # fmt: skip
+
+
 ANSWERS: tuple[Flag, ...] = (
     # What is done anyhow.
     *_flags("--do-train", "ftlevel evaluate scores without training.",
@@ -58,6 +70,11 @@ ANSWERS: tuple[Flag, ...] = (
                             ("lora", "qlora", "adalora", "ia3", "vera", "oft", "boft", "loha",
                              "lokr", "prefix", "prompt", "p-tuning", "adapter", "ln-tuning")),
              "false": "--set method.kind=full"}),
+    *_flags("--do-sample", "expected true or false.",
+            {"true": _drawn("train.temperature"), "false": _taken("train.temperature")}),
+    Flag(names="--do-sample", on=("generate", "evaluate", "predict"),
+         answer="expected true or false.",
+         words={"true": _drawn("temperature"), "false": _taken("temperature")}),
     *_flags("--stage --rlhf-type", _NO_PREFERENCE,
             {"sft": Agrees("that is what ftlevel train does"),
              "pt": Agrees("rows with a text alone are learned as a whole", "task",
@@ -170,8 +187,6 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--source-prefix",
             "a task has its own instruction, which generate gives too. Drop it; text that is to "
             "stand before every source belongs into the data."),
-    *_flags("--num-beams --eval-num-beams",
-            "answers are scored by greedy decoding, as generate gives them. Drop it."),
     *_flags("--metric-for-best-model --greater-is-better --metric-name --compute-accuracy",
             _BEST),
     *_flags("--early-stopping-patience --early-stopping-steps --early-stop-interval", _BEST),
