@@ -208,8 +208,8 @@ SPELLINGS: list[Spelled] = [
     ),
     *_answers(
         TRANSFORMERS, "TrainingArguments",
-        ("--push_to_hub", "a run uploads nothing"),
-        ("--hub_model_id me/model", "a run uploads nothing"),
+        ("--push_to_hub", "Name the repository: --push-to-hub NAME"),
+        ("--hub_strategy every_save", "once, when the run is done"),
         ("--load_best_model_at_end", "no metric picks another"),
         ("--metric_for_best_model f1", "no metric picks another"),
         ("--dataloader_num_workers 4", "--num-proc N"),
@@ -247,7 +247,7 @@ SPELLINGS: list[Spelled] = [
     *_answers(
         PEFT, "sft/run_peft.sh",
         ("--use_reentrant True", "without reentrant autograd"),
-        ("--hub_private_repo True", "a run uploads nothing"),
+        ("--hub_private_repo True", "Add --push-to-hub NAME, or drop it"),
         ("--log_level info", "--quiet"),
         ("--bnb_4bit_quant_storage_dtype bfloat16", "to split a model over GPUs"),
     ),
@@ -437,6 +437,13 @@ SPELLINGS: list[Spelled] = [
         ("--report_to wandb tensorboard", "output.report_to", ("wandb", "tensorboard")),
     ),
     *_sets(
+        TRANSFORMERS, "TrainingArguments",
+        ("--push_to_hub --hub_model_id me/mine", "output.push_to_hub", "me/mine"),
+        ("--push_to_hub me/mine", "output.push_to_hub", "me/mine"),
+    ),
+    Spelled(TRANSFORMERS, "TrainingArguments", "--hub_private_repo true",
+            {"output.hub_private": True}, beside="--push_to_hub me/mine"),
+    *_sets(
         MS_SWIFT, "README",
         ('--system "You are kind."', "data.system", "You are kind."),
     ),
@@ -519,7 +526,7 @@ SPELLINGS: list[Spelled] = [
         ("--loftq_config '{}'", "--init loftq --quant 4bit"),
         ("--save_gguf", "ftlevel export RUN"),
         ('--save_method "merged_16bit"', "ftlevel merge RUN"),
-        ("--push_model", "a run uploads nothing"),
+        ("--push_model", "Name the repository: --push-to-hub NAME"),
         ('--hub_token "x"', "hf auth login"),
         ("--stride 512", "--overlong split"),
     ),

@@ -11,6 +11,7 @@ from typing import Any
 
 from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.claim import claimed
+from ftlevel.artifacts.hub import find_repository
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
@@ -21,7 +22,13 @@ from ftlevel.training.build_trainer import add_callbacks, build_trainer
 from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
-from ftlevel.training.finish import end_training, measure_times, save, write_results
+from ftlevel.training.finish import (
+    end_run,
+    end_training,
+    measure_times,
+    save,
+    write_results,
+)
 from ftlevel.training.interrupted import describe_stop, telling_what_is_kept
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.packages import check_packages
@@ -105,6 +112,9 @@ def train(
     output = config.output
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
     check_packages(config)
+    if output.push_to_hub is not None:
+        named = {"push_to_hub": find_repository(output.push_to_hub)}
+        config = config.model_copy(update={"output": output.model_copy(update=named)})
     origin = describe_recipe(recipe) if recipe else None
     with quiet_libraries():
         listener.stage("read the data and the model's shape")
@@ -182,5 +192,5 @@ def _train(
         write_results(run, config, summary)
     for warning in find_nothing_learned(summary, plan):
         listener.warn(warning)
-    listener.end(summary)
+    end_run(config.output, run, summary, listener)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)

@@ -77,6 +77,13 @@ _DO_EVAL: Words = {
     ),
     "false": "no",
 }  # fmt: skip
+_TO_PUSH = Agrees("", "output.push_to_hub", unless=(None,),
+                  otherwise="Name the repository: --push-to-hub NAME")  # fmt: skip
+_PUSH: Words = {
+    "": _TO_PUSH,
+    "true": _TO_PUSH,
+    "false": Agrees("nothing is uploaded", "output.push_to_hub", (None,)),
+}
 _SHARES = ("--val-size", "--val-set-size", "--split-dataset-ratio", "--test-split-size",
            "--eval-size")  # fmt: skip
 _COLUMNS = tuple(
@@ -288,6 +295,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("output.tracker_project", "", RUN,
          also=("--wandb-project", "--wandb-project-name", "--project", "--trackio-project-name",
                "--mlflow-experiment-name")),
+    Flag("output.push_to_hub", "", RUN, metavar="NAME", words=_PUSH,
+         also=("--hub-model-id", "--push-model")),
+    Flag("output.hub_private", "", RUN, also=("--hub-private-repo",)),
     Flag(names="--dry-run", panel=RUN, type=bool,
          help="Resolve, check and show; train nothing."),
     # preview

@@ -57,3 +57,10 @@ class OutputConfig(Section):
         description="Project (mlflow: experiment) of the run in those trackers; the default is "
         "that of their environment variable, else ftlevel.",
     )
+    push_to_hub: str | None = Field(
+        None,
+        min_length=1,
+        description="Upload what was trained, with its card, to this repository of the Hugging "
+        "Face Hub when the run is done and proved.",
+    )
+    hub_private: bool = Field(False, description="Make that repository a private one.")

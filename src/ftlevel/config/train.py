@@ -129,6 +129,8 @@ def _timing_problems(config: TrainConfig) -> list[str]:
             f"--tracker-project {output.tracker_project} is of a tracker, and there is none. Add "
             "--report-to wandb, or another, or drop it."
         )
+    if output.hub_private and output.push_to_hub is None:
+        problems.append("--hub-private is of --push-to-hub. Add --push-to-hub NAME, or drop it.")
     if config.data.validation_file is not None and config.data.validation_split:
         problems.append(
             "--validation-file and --validation-split both say what the validation rows are. "

@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftlevel.artifacts.cards import write_readme
+from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import TrainConfig
+from ftlevel.config import OutputConfig, TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
+from ftlevel.errors import RunError
+from ftlevel.events import Listener
 from ftlevel.methods import needs_import
 from ftlevel.models.rope import write_former_rope
 from ftlevel.trained.adapt import finish_method, save_adapter
@@ -73,6 +76,29 @@ def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, 
     run.write_summary(summary)
     run.write_card(write_readme(summary, needs_import(config.method)))
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
+
+
+def end_run(
+    output: OutputConfig, run: RunDirectory, summary: Mapping[str, Any], listener: Listener
+) -> None:
+    """Upload the run where that is asked for, and say that it is done.
+
+    Raises:
+        RunError: the upload failed; it is said after the rest, which is whole.
+    """
+    failed: RunError | None = None
+    if output.push_to_hub is not None:
+        listener.stage("upload")
+        try:
+            url = push(run.adapter, output.push_to_hub, private=output.hub_private)
+        except RunError as error:
+            failed = error
+        else:
+            summary = {**summary, "hub": url}
+            run.write_summary(summary)
+    listener.end(summary)
+    if failed is not None:
+        raise failed
 
 
 def measure_times(report: Report, trained_at: float, tokens: int) -> dict[str, float]:

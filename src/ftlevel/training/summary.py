@@ -32,12 +32,13 @@ _MARGIN = 0.02  # share of a guess's loss within which a model has learned how o
 def dump_config(config: TrainConfig, plan: Plan) -> str:
     """Return config.yaml: everything that decides the run, with what ftlevel chose filled in.
 
-    The output directory is left out, so that `ftlevel train RUN/config.yaml` makes a new run.
+    The output directory and the repository on the Hub are left out, so that `ftlevel train
+    RUN/config.yaml` makes a new run.
     """
     import yaml
 
     values = resolved_config(config, plan)
-    for name in ("dir", "overwrite", "resume"):
+    for name in ("dir", "overwrite", "resume", "push_to_hub", "hub_private"):
         del values["output"][name]
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"# Written by ftlevel {__version__}. Train it again: ftlevel train THIS_FILE\n{body}"

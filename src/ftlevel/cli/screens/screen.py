@@ -219,6 +219,8 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         f"peak memory {summary['memory']['peak_bytes'] / 2**30:.2f} GiB"
     )
     yield f"  [bold]saved[/bold] {_plain(summary['run'])}"
+    if "hub" in summary:
+        yield f"  [bold]uploaded[/bold] {_plain(summary['hub'])}"
     command = generate_command(summary["run"], summary["task"])
     yield f"  [bold]try it[/bold] {_plain(command)}"
 

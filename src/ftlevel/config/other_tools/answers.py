@@ -32,8 +32,8 @@ _NO_PREFERENCE = (
 )
 _TRACKER = "the tracker reads it from its environment variable. Set that, and drop the flag."
 _HUB = (
-    "a run uploads nothing. When it is done, upload the directory `adapter` of the run with "
-    "`hf upload`."
+    "--push-to-hub NAME uploads what was trained, once, when the run is done. Use that, or "
+    "`hf upload` for anything else."
 )
 _TOKEN = "the token is the one of `hf auth login`. Log in, and drop the flag."
 _LAUNCH = (
@@ -137,7 +137,6 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--low-cpu-mem-usage", "weights are read tensor by tensor. Drop it.",
             {"true": Agrees("weights are read tensor by tensor")}),
     *_flags("--load-best-model-at-end", _BEST, {"false": Agrees("the last model is kept")}),
-    *_flags("--push-to-hub --push-model", _HUB, {"false": Agrees("nothing is uploaded")}),
     *_flags("--save-model", "the adapter is always saved. Drop it.",
             {"true": Agrees("the adapter is saved")}),
     *_flags("--use-unsloth --use-unsloth-gc --use-liger", "the fast step is ftlevel's. Drop it.",
@@ -155,8 +154,7 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--loss-watchdog-threshold --loss-watchdog-patience",
             "a run stops at a gradient that is NaN or infinite, and at no other loss. Drop it."),
     *_flags("--plugins --strict --tuner-backend", "ftlevel loads no code of others. Drop it."),
-    *_flags("--hub-model-id --hub-strategy --hub-private-repo --hub-path --push-gguf "
-            "--push-dataset-to-hub", _HUB),
+    *_flags("--hub-strategy --hub-path --push-gguf --push-dataset-to-hub", _HUB),
     *_flags("--hub-token --token --hf-token --hf-hub-token --use-auth-token", _TOKEN),
     *_flags("--wandb-entity --wandb-watch --wandb-log-model --wandb-token --wandb-mode "
             "--trackio-space-id --mlflow-tracking-uri", _TRACKER),
