@@ -282,6 +282,9 @@ class TrainerConfig(Decoding):
     seed: int = Field(
         42, ge=0, lt=2**32, description="Seed of the weights, the dropout and the data order."
     )
+    data_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None, description="Seed of the order of the rows alone; the default is the other one."
+    )
     logging_steps: Steps | None = Field(
         None,
         description="Log every N steps, or below 1 every such share of the run; the default is "
@@ -317,3 +320,8 @@ class TrainerConfig(Decoding):
         32, description="How many validation rows are generated for scoring."
     )
     max_new_tokens: Positive = Field(64, description="Longest generated text in tokens.")
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the rows."""
+        return self.seed if self.data_seed is None else self.data_seed

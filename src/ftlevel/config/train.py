@@ -161,6 +161,10 @@ def _stream_problems(config: TrainConfig) -> list[str]:
             "take all rows to know. Drop --streaming: rows are mapped from a file, not held in "
             "memory."
         )
+    if train.data_seed is not None:
+        problems.append(
+            "--data-seed: the rows of a stream are drawn by --seed as they come. Drop it."
+        )
     if data.also or data.mix:
         problems.append("--streaming reads one data set. Give one --dataset, or drop --streaming.")
     if data.validation_split:

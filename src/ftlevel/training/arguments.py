@@ -52,7 +52,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
             {"use_reentrant": False} if train.gradient_checkpointing else None
         ),
         seed=train.seed,
-        data_seed=train.seed,
+        data_seed=train.order_seed,
         **_watching(train, plan),
         save_strategy=train.save_strategy or ("steps" if train.save_steps else "no"),
         save_steps=train.save_steps or 500,

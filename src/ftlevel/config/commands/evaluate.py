@@ -57,7 +57,7 @@ class EvaluateConfig(DecodingAsInTraining):
     resamples: int = Field(
         1000, ge=0, description="Bootstrap draws of the rows for the 95 % intervals; 0 for none."
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of these draws, and of those of tokens.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draws of rows, and of tokens.")
     predictions: Path | None = Field(
         None,
         description="File to write a row an example to: .jsonl, .csv, .tsv or .parquet; must not "

@@ -26,6 +26,9 @@ _ANSWERS_ONLY = Agrees(
     "the loss is that of answers alone, wherever a row has a prompt", "data.train_on_inputs",
     (False,), otherwise="Drop --train-on-inputs, or drop it",
 )  # fmt: skip
+_NO_WORKERS = Agrees(
+    "rows are encoded before the run, and batches are made of them as they are needed"
+)
 _NO_PREFERENCE = (
     "ftlevel learns from answers, not from preferences or rewards. Drop it to train on the chosen "
     "answers."
@@ -163,10 +166,13 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--deepspeed --fsdp --fsdp-config --fsdp-version --ddp-timeout --ddp-backend "
             "--tensor-parallel-size --sequence-parallel-size --context-parallel-size "
             "--accelerate-config --config-file", _LAUNCH),
-    *_flags("--dataloader-num-workers --num-dataloader-workers --dataloader-pin-memory "
-            "--dataloader-prefetch-factor --dataloader-drop-last",
-            "rows are encoded before the run and need no workers in it; --num-proc N encodes with "
-            "N processes. Drop it."),
+    *_flags("--dataloader-num-workers --num-dataloader-workers --dataloader-prefetch-factor",
+            "a number is expected; --num-proc N encodes with N processes.",
+            {str(number): _NO_WORKERS for number in range(129)}),
+    *_flags("--dataloader-pin-memory --dataloader-persistent-workers", "expected true or false.",
+            dict.fromkeys(("true", "false"), _NO_WORKERS)),
+    *_flags("--dataloader-drop-last", "the last rows of an epoch are learned too. Drop it.",
+            {"false": Agrees("the last rows of an epoch are learned too")}),
     *_flags("--tokenizer-name --tokenizer-type --config-name --resize-vocab --add-tokens "
             "--special-tokens --eos-token --pad-token --split-special-tokens --eot-tokens "
             "--processor-type --tokenizer-use-mistral-common", _TOKENIZER),
@@ -204,17 +210,26 @@ ANSWERS: tuple[Flag, ...] = (
             _OTHER_METHOD),
     *_flags("--optim-target-modules", "it is of GaLore and APOLLO, which are not here. Drop it."),
     *_flags("--gradient-checkpointing-kwargs",
-            "activations are recomputed without reentrant autograd. Drop it."),
+            "activations are recomputed without reentrant autograd. Drop it.",
+            dict.fromkeys(('{"use_reentrant": false}', '{"use_reentrant":false}',
+                           "use_reentrant=false"),
+                          Agrees("activations are recomputed without reentrant autograd"))),
     *_flags("--torch-compile --torch-compile-backend --torch-compile-mode",
             "compiled steps are not offered; the fast step is on. Drop it."),
     *_flags("--tf32", "matrix products are in --dtype. Drop it."),
     *_flags("--auto-find-batch-size",
             "the fast step bounds the memory by tokens: --set speed.tokens_per_micro_batch=N."),
-    *_flags("--data-seed", "--seed draws the order of the rows too. Use that."),
     *_flags("--full-determinism", "the same --seed gives the same adapter on a CPU. Drop it."),
-    *_flags("--log-level --disable-tqdm --verbosity", "--quiet prints errors only. Use that."),
+    *_flags("--log-level --verbosity", "--quiet prints errors only. Use that.",
+            {**dict.fromkeys(("passive", "info", "warning"),
+                             Agrees("progress and warnings are shown")),
+             **dict.fromkeys(("error", "critical"), "--quiet true")}),
+    *_flags("--disable-tqdm", "expected true or false.",
+            {"true": Agrees("a bar is drawn in a terminal alone; --quiet prints errors only"),
+             "false": Agrees("progress is shown")}),
     *_flags("--bnb-4bit-quant-storage --bnb-4bit-quant-storage-dtype",
-            "it serves to split a model over GPUs, which is not done. Drop it."),
+            "it serves to split a model over GPUs, which is not done. Drop it.",
+            {"uint8": Agrees("4-bit weights are stored as bytes")}),
     *_flags("--loss-type --use-dft-loss --enable-dft-loss --use-eaft-loss",
             "the loss is cross-entropy over the answers' tokens. Drop it."),
     *_flags("--beta --pref-beta --pref-loss --ref-model --reward-model --reward-funcs "
@@ -233,6 +248,8 @@ ANSWERS: tuple[Flag, ...] = (
             "of Axolotl, LLaMA-Factory, TRL or ms-swift."),
     *_flags("--merge-lora", "ftlevel merge RUN does it when the run is done. Drop it."),
     *_flags("--include-num-input-tokens-seen",
-            "summary.json counts the tokens of a run in any case. Drop it."),
+            "summary.json counts the tokens of a run in any case. Drop it.",
+            dict.fromkeys(("", "true", "all", "non_padding"),
+                          Agrees("summary.json counts the tokens of a run"))),
 )  # fmt: skip
 """Rows of the table of flags, by the tools' names."""
