@@ -19,8 +19,8 @@ from ftlevel.config.layers import (
     read_settings,
 )
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
+from ftlevel.config.options.output import OutputConfig
 from ftlevel.config.other_tools.words import normal_task
-from ftlevel.config.output import OutputConfig
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from ftlevel.config.decoding import Decoding
 from ftlevel.config.gate import GateConfig
-from ftlevel.config.optimizer import Optimizer, Schedule
-from ftlevel.config.pairs import ClassWeights, Scalars
+from ftlevel.config.options.decoding import Decoding
+from ftlevel.config.options.optimizer import Optimizer, Schedule
+from ftlevel.config.options.pairs import ClassWeights, Scalars
 from ftlevel.config.section import Section as Section
 
 Positive = Annotated[int, Field(ge=1)]

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
-from ftlevel.config.optimizer import find_problems
-from ftlevel.config.output import OutputConfig
+from ftlevel.config.options.optimizer import find_problems
+from ftlevel.config.options.output import OutputConfig
 from ftlevel.config.renamed import with_new_names
 from ftlevel.config.sections import (
     DataConfig,

@@ -14,7 +14,7 @@ from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.run_directory import RunDirectory, open_run
 from ftlevel.config import TrainConfig
-from ftlevel.config.optimizer import PLATEAU
+from ftlevel.config.options.optimizer import PLATEAU
 from ftlevel.config.renamed import RENAMED
 from ftlevel.errors import ConfigError, listing
 from ftlevel.events import Listener

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ftlevel.config.decoding import Decoding
+from ftlevel.config.options.decoding import Decoding
 from ftlevel.config.sections import Positive
 from ftlevel.config.tasks import TaskName
 

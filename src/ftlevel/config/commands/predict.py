@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.decoding import DecodingAsInTraining
+from ftlevel.config.options.decoding import DecodingAsInTraining
 from ftlevel.config.sections import Positive
 from ftlevel.config.tasks import TaskName
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.config.optimizer import ANOTHER_RATE, PLATEAU
+from ftlevel.config.options.optimizer import ANOTHER_RATE, PLATEAU
 from ftlevel.config.sections import TrainerConfig
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS

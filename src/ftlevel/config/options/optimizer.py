@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from ftlevel.config.pairs import Scalar
+from ftlevel.config.options.pairs import Scalar
 from ftlevel.errors import listing
 
 _NO_PACKAGE = "its package is not one of ftlevel's"
