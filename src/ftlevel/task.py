@@ -209,6 +209,11 @@ class Objective(ABC):
     one_of_many: ClassVar[bool] = False
     has_classes: ClassVar[bool] = False
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What its meter computes, by name; one may be missing where it is not defined."""
+        return (self.headline,)
+
     def split(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
         """Return what the model is called with, and the labels."""
         inputs = dict(batch)

@@ -270,6 +270,7 @@ FLAGS: tuple[Flag, ...] = (
                Spelling("--evals-per-epoch", read=read_once_an_epoch))),
     Flag("train.eval_steps", "", HOW, also=("--eval-step",)),
     Flag("train.eval_on_start", "", HOW),
+    Flag("train.metrics", "", HOW, several=True),
     Flag("train.predict_with_generate", "", HOW),
     Flag("train.max_new_tokens", "", HOW, also=("--generation-max-length",)),
     Flag("train.num_beams", "", HOW,

@@ -50,6 +50,7 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("quant", "", MODEL, ("evaluate",)),
     Flag("base", "", COMPARE, ("evaluate",)),
     Flag("against", "", COMPARE, ("evaluate",)),
+    Flag("metrics", "", ANSWER, ("evaluate",), several=True),
     Flag("max_generate_samples", "", ANSWER, ("evaluate",)),
     Flag("max_new_tokens", "", ANSWER, ("evaluate", "predict", "generate")),
     Flag("num_beams", "", ANSWER, ("evaluate", "predict", "generate")),

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from ftlevel.config.gate import GateConfig
 from ftlevel.config.options.decoding import Decoding
 from ftlevel.config.options.optimizer import Optimizer, Schedule
-from ftlevel.config.options.pairs import ClassWeights, Scalars
+from ftlevel.config.options.pairs import ClassWeights, FewNames, Scalars
 from ftlevel.config.section import Section as Section
 
 Positive = Annotated[int, Field(ge=1)]
@@ -312,6 +312,11 @@ class TrainerConfig(Decoding):
         "default is none before the end.",
     )
     save_total_limit: Positive = Field(2, description="How many checkpoints are kept.")
+    metrics: FewNames = Field(
+        (),
+        description="Metrics that an evaluation gives beside the loss, with commas between; the "
+        "default is all of the task.",
+    )
     predict_with_generate: bool | None = Field(
         None,
         description="Score generated text (ROUGE) in evaluation; the default is by the task.",

@@ -12,6 +12,7 @@ import torch
 from ftlevel.data.encoding.chat import turn_end
 from ftlevel.data.encoding.collate import Collator, pad
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.evaluation.metrics import keep_wanted
 from ftlevel.fast.head.cross_entropy import Observe
 from ftlevel.fast.head.loss import supervised_loss
 from ftlevel.fast.step import chunked_cross_entropy
@@ -102,6 +103,7 @@ class Evaluator:
         score_texts: scores the generated texts.
         language: ISO 639-1 code of the generated texts; "" if unknown.
         chunked_cross_entropy: whether a language head is computed on supervised tokens only.
+        metrics: names of those that are given beside the loss; empty for all.
     """
 
     rows: Sequence[Encoded]
@@ -116,6 +118,7 @@ class Evaluator:
     score_texts: ScoreTexts | None = None
     language: str = ""
     chunked_cross_entropy: bool = True
+    metrics: Sequence[str] = ()
 
     def __call__(self, model: Any, record: Record | None = None) -> dict[str, float]:
         """Return the metrics of `model`, which is left in the mode it was in.
@@ -137,7 +140,7 @@ class Evaluator:
                         record.add_texts(self._generated(), texts, references)
         finally:
             model.train(training)
-        return metrics
+        return keep_wanted(metrics, self.metrics)
 
     def _score(self, model: Any, record: Record | None) -> dict[str, float]:
         objective = self.objective

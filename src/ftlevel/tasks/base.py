@@ -126,6 +126,7 @@ class BaseTask(Task):
         answer_cue: what ends the prompt of a model without a chat template.
         generates: whether generated text is scored by default.
         score_texts: scores generated texts against references in a language ("" if unknown).
+        text_metrics: the names of those scores.
         refusals: kind of model → why the task cannot be had, and what to do.
         builtin_subset: which part of `builtin:docstrings` is read; empty for all.
         has_new_head: whether the head is new on a pretrained model, and so trained in full.
@@ -143,6 +144,7 @@ class BaseTask(Task):
     answer_cue: str = ""
     generates: bool = False
     score_texts: ScoreTexts | None = None
+    text_metrics: tuple[str, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
     builtin_subset: str = ""
     questions: tuple[Shape, ...] = ()

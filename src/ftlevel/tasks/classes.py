@@ -233,6 +233,11 @@ class Classes(ClassObjective):
 
         return functional.cross_entropy(logits.float(), labels, reduction="sum")
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Accuracy, F1 and MCC."""
+        return "accuracy", "f1", "mcc"
+
     def meter(self) -> Meter:
         """Return a `ClassMeter`."""
         return ClassMeter()
@@ -282,6 +287,11 @@ class MultiLabel(Objective):
         """Return rows without each class to one with it."""
         return balance_yes_and_no(row.labels for row in rows if isinstance(row.labels, tuple))
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Micro and macro F1, and the share of rows that are all right."""
+        return "micro_f1", "macro_f1", "subset_accuracy"
+
     def meter(self) -> Meter:
         """Return a `MultiLabelMeter`."""
         return MultiLabelMeter()
@@ -312,6 +322,11 @@ class Regression(Objective):
         from torch.nn import functional
 
         return functional.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The error, and two correlations, which a constant does not have."""
+        return "rmse", "pearson", "spearman"
 
     def meter(self) -> Meter:
         """Return a `RegressionMeter`."""

@@ -209,6 +209,11 @@ class Spans(Objective):
 
     unanswerable: bool = False
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Exact match and F1."""
+        return "exact_match", "f1"
+
     def logits(self, outputs: Any) -> torch.Tensor:
         """Return start and end logits side by side."""
         import torch

@@ -179,6 +179,12 @@ class Tags(ClassObjective):
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """F1 and accuracy; precision and recall where the tags mark entities."""
+        parts = ("precision", "recall") if are_entity_tags(self.names) else ()
+        return (*parts, "f1", "accuracy")
+
     def meter(self) -> Meter:
         """Return a `TagMeter`."""
         return TagMeter(self.names)

@@ -31,7 +31,12 @@ from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller, UnansweredError, Wanted
-from ftlevel.tasks.text_scores import score_rouge, score_translations
+from ftlevel.tasks.text_scores import (
+    ROUGES,
+    TRANSLATION_SCORES,
+    score_rouge,
+    score_translations,
+)
 from ftlevel.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -326,6 +331,7 @@ TASKS = (
         peft_types=_PEFT,
         headline="perplexity",
         score_texts=score_rouge,
+        text_metrics=ROUGES,
         refusals={
             "encoder": "Use --task masked-lm or text-classification, or a model such as GPT-2 or "
             "Llama."
@@ -355,6 +361,7 @@ TASKS = (
         answer_cue="Summary:",
         generates=True,
         score_texts=score_rouge,
+        text_metrics=ROUGES,
         refusals=_NO_ENCODERS,
         builtin_subset="summarization",
     ),
@@ -375,6 +382,7 @@ TASKS = (
         answer_cue="Translation:",
         generates=True,
         score_texts=score_translations,
+        text_metrics=TRANSLATION_SCORES,
         refusals=_NO_ENCODERS,
     ),
 )

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-_ROUGES = ("rouge1", "rouge2", "rougeL")
+ROUGES = ("rouge1", "rouge2", "rougeL")
+TRANSLATION_SCORES = ("chrf", "bleu")
 
 # Written without spaces between words, so BLEU's usual tokenizer would see one word a sentence.
 _BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "lo": "char", "km": "char"}
@@ -19,20 +20,20 @@ def score_rouge(
 ) -> dict[str, float]:
     """Return mean ROUGE-1, -2 and -L F1 between 0 and 1 (Lin, 2004), with Porter stemming."""
     scores = [_rouge(r, p) for r, p in zip(references, predictions, strict=True)]
-    return {name: sum(s[name] for s in scores) / len(scores) for name in _ROUGES}
+    return {name: sum(s[name] for s in scores) / len(scores) for name in ROUGES}
 
 
 @functools.lru_cache(maxsize=100_000)  # resampling asks for the same pairs again and again
 def _rouge(reference: str, prediction: str) -> dict[str, float]:
     scores = _rouge_scorer().score(reference, prediction)
-    return {name: scores[name].fmeasure for name in _ROUGES}
+    return {name: scores[name].fmeasure for name in ROUGES}
 
 
 @functools.lru_cache(maxsize=1)
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(_ROUGES), use_stemmer=True)
+    return RougeScorer(list(ROUGES), use_stemmer=True)
 
 
 def score_translations(

@@ -59,6 +59,11 @@ class Tokens(TokenObjective):
         scores, targets = self.targets(logits, labels)
         return functional.cross_entropy(scores.float(), targets, reduction="sum")
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Perplexity and accuracy."""
+        return self.perplexity, self.accuracy
+
     def meter(self) -> Meter:
         """Return a `TokenMeter`."""
         return TokenMeter(self.perplexity, self.accuracy)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.sections import TrainerConfig
+from ftlevel.evaluation.metrics import generates_texts, wants_texts
 from ftlevel.evaluation.scoring import Evaluator, Writing
 from ftlevel.fast.plan.liger import kernel_arguments
 from ftlevel.training.plan.plan import Plan
@@ -104,8 +105,9 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
     """Return what scores the validation rows, or None if there are none."""
     if not plan.data.validation:
         return None
-    wish = config.train.predict_with_generate
-    generates = plan.task.generates if wish is None else wish and plan.task.writes_text
+    generates = generates_texts(config.train.predict_with_generate, plan.task) and wants_texts(
+        config.train.metrics, plan.task
+    )
     rows = min(config.train.max_generate_samples, len(plan.data.validation))
     return Evaluator(
         rows=plan.data.validation,
@@ -120,4 +122,5 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
         score_texts=plan.task.score_texts,
         language=plan.data.facts["target_language"],
         chunked_cross_entropy=plan.fast.chunked_cross_entropy,
+        metrics=config.train.metrics,
     )

@@ -25,7 +25,7 @@ from ftlevel.training.summary import dump_config
 # These say how a run is watched, not what it computes.
 _FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_on_start",
          "predict_with_generate", "max_generate_samples", "max_new_tokens",
-         "num_beams", "temperature", "top_p",
+         "metrics", "num_beams", "temperature", "top_p",
          "per_device_eval_batch_size", "eval_strategy", "save_strategy"}  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ftlevel.config.options.decoding import DecodingAsInTraining
+from ftlevel.config.options.pairs import FewNames
 from ftlevel.config.sections import Positive
 from ftlevel.config.tasks import TaskName
 
@@ -53,6 +54,10 @@ class EvaluateConfig(DecodingAsInTraining):
     )
     max_new_tokens: Positive | None = Field(
         None, description="Longest generated text in tokens; default as in training."
+    )
+    metrics: FewNames = Field(
+        (),
+        description="Metrics to give beside the loss, with commas between; default as in training.",
     )
     resamples: int = Field(
         1000, ge=0, description="Bootstrap draws of the rows for the 95 % intervals; 0 for none."

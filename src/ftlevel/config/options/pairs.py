@@ -60,6 +60,7 @@ def _read_tokens(value: Any) -> Any:
 
 
 Names = Annotated[list[str], BeforeValidator(_read_names)]
+FewNames = Annotated[tuple[str, ...], BeforeValidator(_read_names)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0)] | str], BeforeValidator(_read_tokens)]
 
 

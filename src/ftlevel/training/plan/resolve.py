@@ -17,6 +17,7 @@ from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.parallel import Progress, be_silent
 from ftlevel.errors import ConfigError
+from ftlevel.evaluation.metrics import check_metrics, generates_texts
 from ftlevel.fast.plan.fast_plan import plan_fast
 from ftlevel.fast.plan.fused_lora import fused_lora_choices
 from ftlevel.fast.plan.liger import kernel_choices
@@ -97,6 +98,10 @@ def resolve(
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
     objective = task.build_objective(bare.kind, data.facts)
+    generates = generates_texts(config.train.predict_with_generate, task)
+    check_metrics(
+        config.train.metrics, task, objective, generates=generates, how="--predict-with-generate"
+    )
     loss, of_loss = choose_loss(config, objective, data.facts["labels"], data.train)
     steps = count_steps(config.train, len(data.train))
     rates = choose_rates(config, _run_facts(model, meta, objective, steps))
