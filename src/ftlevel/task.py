@@ -55,6 +55,31 @@ class Checks:
     near_duplicates: bool = True
 
 
+@dataclass(frozen=True)
+class TrainingLoss:
+    """What the loss of training has beside that of evaluation.
+
+    Attributes:
+        smoothing: share of a target's probability that is spread over all choices.
+        class_weights: of each class, by number; where a row has several, of its yes. Empty: all 1.
+        focal_gamma: how much less a target weighs the likelier it is already; 0 for not at all.
+    """
+
+    smoothing: float = 0.0
+    class_weights: tuple[float, ...] = ()
+    focal_gamma: float = 0.0
+
+    @property
+    def weighs(self) -> bool:
+        """Whether some targets count for more than others."""
+        return bool(self.class_weights or self.focal_gamma)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is that of evaluation."""
+        return not (self.smoothing or self.weighs)
+
+
 class Task(ABC):
     """How rows become what a model learns; what most tasks answer is answered here.
 
@@ -175,6 +200,7 @@ class Objective(ABC):
         per_token: whether every token or word is a target with a class of its own.
         has_choice: whether there is something to choose between, so that KL and top-1 have sense.
         one_of_many: whether a target is one choice of several, so that labels can be smoothed.
+        has_classes: whether a target is of a class, so that classes can have weights.
     """
 
     headline: str
@@ -183,6 +209,7 @@ class Objective(ABC):
     per_token: ClassVar[bool] = False
     has_choice: ClassVar[bool] = True
     one_of_many: ClassVar[bool] = False
+    has_classes: ClassVar[bool] = False
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -228,19 +255,28 @@ class Objective(ABC):
             mask: the attention mask `(batch, seq)`.
         """
 
-    def smoothed_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, smoothing: float
+    def training_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss
     ) -> torch.Tensor:
-        """Return the loss with smoothed labels, summed: (1 − ε) L + ε Σ mean(−log softmax).
+        """Return the loss of training, summed: (1 − ε) L + ε Σ mean(−log softmax) with smoothing ε.
 
-        That is transformers' `LabelSmoother`. Arguments are those of `loss_sum`.
+        That is transformers' `LabelSmoother`. Arguments are those of `loss_sum`, and what training
+        has beside it.
         """
-        total = self.loss_sum(logits, labels, mask)
+        total, smoothing = self.loss_sum(logits, labels, mask), loss.smoothing
         if not smoothing:
             return total
         scores = self.choices(logits, labels, mask).float()
         uniform = -scores.log_softmax(-1).mean(-1).sum()
         return (1 - smoothing) * total + smoothing * uniform
+
+    def training_count(self, labels: torch.Tensor, loss: TrainingLoss) -> torch.Tensor:
+        """Return what the sum of the loss of training is divided by (a scalar)."""
+        return self.count(labels)
+
+    def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
+        """Return the weights with which `classes` of `rows` count alike, where there are some."""
+        return ()
 
     @abstractmethod
     def meter(self) -> Meter:

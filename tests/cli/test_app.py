@@ -81,6 +81,18 @@ def test_what_a_shell_is_offered(
     assert capsys.readouterr().out.split() == offered
 
 
+def test_no_flag_runs_into_its_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["train", "--help-all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [i for i, line in enumerate(lines) if "--eval-strategy" in line]
+    assert lines[row].strip() == "--eval-strategy no|steps|epoch"
+    assert lines[row + 1].strip().startswith("Evaluate every eval_steps")
+    assert max(map(len, lines)) <= 80
+
+
 def test_every_field_has_a_consumer() -> None:
     """A field that no code below the configuration reads would be a flag that does nothing."""
     source = Path(importlib.import_module("ftlevel").__file__ or "").parent

@@ -153,7 +153,7 @@ def test_mistakes_are_one_line(typed: str, line: str, capsys: pytest.CaptureFixt
 
 
 def test_all_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--deepspeed", "ds.json", "--push_to_hub", "--max-length", "2k"]) == 2
+    assert run(["train", "--deepspeed", "ds.json", "--use_galore", "--max-length", "2k"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 

@@ -40,7 +40,7 @@ def compute(model: Any) -> torch.Tensor:
     return logits
 
 
-IN_FULL = ["--set", "method.modules_to_save=[embed_tokens,lm_head]"]
+IN_FULL = ["--modules-to-save", "embed_tokens,lm_head"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ IN_FULL = ["--set", "method.modules_to_save=[embed_tokens,lm_head]"]
         (True, IN_FULL, {"model.embed_tokens", "lm_head"}, True),
         (True, [*IN_FULL, "--set", "method.ensure_weight_tying=true"],
          {"model.embed_tokens", "lm_head"}, False),
-        (True, ["--set", "method.trainable_token_indices=[12,13]"],
+        (True, ["--trainable-token-indices", "12,13"],
          {"model.embed_tokens.token_adapter"}, False),
         (True, ["--target-modules", "embed_tokens,q_proj"], set(), True),
         (False, ["--target-modules", "embed_tokens,lm_head,q_proj"], set(), False),
@@ -101,12 +101,12 @@ def test_a_run_is_resumed_with_its_embeddings(tiny_model_dir: TinyModelDir) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["--set", "method.modules_to_save=[embed_token]"],
+        (["--modules-to-save", "embed_token"],
          "'embed_token' is no module of base. Did you mean 'embed_tokens'?"),
-        (["--set", "method.trainable_token_indices=[<tool>]"],
+        (["--trainable-token-indices", "<tool>"],
          "'<tool>' is no token of the model, which has 704"),
-        (["--set", "method.trainable_token_indices=[704]"], "704 is no token of the model"),
-        (["--set", "method.modules_to_save=[down_proj]", "--method", "qlora"],
+        (["--trainable-token-indices", "704"], "704 is no token of the model"),
+        (["--modules-to-save", "down_proj", "--method", "qlora"],
          "down_proj is quantized, and its integers cannot be trained"),
         (["--target-modules", "embed_tokens,q_proj", "--init", "pissa"],
          "model.embed_tokens is no linear of a block, and the start pissa"),

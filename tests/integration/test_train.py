@@ -18,7 +18,7 @@ import yaml
 
 import task_data
 from ftlevel.cli.app import run
-from ftlevel.config.renamed import RENAMED
+from ftlevel.config.reading.renamed import RENAMED
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
 

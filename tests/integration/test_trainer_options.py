@@ -41,6 +41,15 @@ def test_smoothed_labels_and_adam_fast_and_plain() -> None:
     assert fast == pytest.approx(plain, rel=1e-4)
 
 
+def test_a_seed_of_the_order_alone() -> None:
+    short = ["--max-steps", "1", "--eval-strategy", "no"]
+    usual = losses(train(*short, out="usual"))
+    same = losses(train(*short, "--seed", "7", "--data-seed", "42", out="same"))
+    other = losses(train(*short, "--data-seed", "7", out="other"))
+    assert same == pytest.approx(usual, rel=1e-6)  # a LoRA adds nothing yet
+    assert abs(other[0] - usual[0]) > 1e-3
+
+
 def test_noise_needs_the_plain_step() -> None:
     short = ["--max-steps", "2", "--eval-strategy", "no"]
     noisy = losses(train(*short, "--neftune-noise-alpha", "5", out="noisy"))

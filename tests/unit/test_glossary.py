@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.renamed import RENAMED
+from ftlevel.config.reading.renamed import RENAMED
 
 ROOT = Path(__file__).parents[2]
 EVERYWHERE = ("src", "tests", "benchmarks", "scripts", "docs", "recipes", "README.md",
@@ -18,7 +18,11 @@ STEP = ("src/ftlevel/fast", "src/ftlevel/config/speed.py", "src/ftlevel/training
         "src/ftlevel/training/trainer.py", "src/ftlevel/training/verify", "tests/unit/fast",
         "docs/performance.md")  # fmt: skip
 ROOMS = tuple(f"src/ftlevel/{room}" for room in ("fast", "merging", "trained", "evaluation"))
-ITSELF = {"docs/glossary.md", "tests/unit/test_glossary.py", "src/ftlevel/config/renamed.py"}
+ITSELF = {
+    "docs/glossary.md",
+    "tests/unit/test_glossary.py",
+    "src/ftlevel/config/reading/renamed.py",
+}
 OLD_KEYS = {"tests/unit/config/test_layers.py", "tests/cli/test_train_input.py"}
 """Tests that use keys by their old names."""
 

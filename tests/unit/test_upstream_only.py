@@ -32,6 +32,7 @@ DOCUMENTED = {
     "bitsandbytes", "bitsandbytes.functional", "datasets", "peft", "peft.optimizers",
     "peft.tuners", "peft.tuners.lora", "peft.tuners.tuners_utils", "peft.utils", "torch",
     "torch.autograd.function", "torch.nn", "torch.nn.attention.varlen", "torch.utils.data",
+    "torch.utils.tensorboard",
     "torchao.quantization", "transformers", "transformers.activations",
     "transformers.cache_utils", "transformers.integrations.sdpa_attention",
     "transformers.masking_utils", "transformers.pytorch_utils", "transformers.utils",

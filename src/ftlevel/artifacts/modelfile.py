@@ -61,7 +61,11 @@ def literal(text: str) -> str:
 
 
 def write_modelfile(
-    gguf: str, template: str | None, stops: Sequence[str], comments: Sequence[str]
+    gguf: str,
+    template: str | None,
+    stops: Sequence[str],
+    comments: Sequence[str],
+    system: str = "",
 ) -> str:
     """Return the Modelfile of the file named `gguf`, which lies beside it.
 
@@ -70,11 +74,14 @@ def write_modelfile(
         template: in Go; None leaves it to Ollama, which looks at the one in the file.
         stops: texts at which an answer ends.
         comments: what a reader should know, a line each.
+        system: the turn that comes first where a conversation has none; empty for none.
     """
     lines = [f"# {line}" for comment in comments for line in comment.split("\n")]
     lines.append(f"FROM ./{gguf}")
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
+    if system:
+        lines.append(f'SYSTEM """{system}"""')
     quoted = (stop.replace("\\", "\\\\").replace('"', '\\"') for stop in stops)
     lines += [f'PARAMETER stop "{stop}"' for stop in quoted]
     return "\n".join(lines) + "\n"

@@ -27,7 +27,7 @@ def talk(config: GenerateConfig) -> None:
 
     chat = Chat(config)
     for note in chat.adapters.notes:
-        typer.secho(note, dim=True)
+        typer.secho(f"warning: {note}", fg="yellow", err=True)
     _greet(chat)
     while True:
         try:

@@ -103,7 +103,8 @@ class Chat:
         positions = max_positions(trained.model.config)
         room = None if positions is None else positions - self.writing.max_new_tokens
         while True:
-            ids = _chat_ids(trained.tokenizer, self.messages)
+            turns = trained.prompt_format.with_system(self.messages)
+            ids = _chat_ids(trained.tokenizer, turns)
             if room is None or len(ids) <= room or len(self.messages) == 1:
                 return ids
             self.messages = self.messages[2:]  # a question and its answer

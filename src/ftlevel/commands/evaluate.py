@@ -22,7 +22,8 @@ from ftlevel.data.prepare.loading import read_splits
 from ftlevel.data.sources.packed import STDIN
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import PerRow, interval
-from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.evaluation.metrics import check_metrics, generates_texts, keep_wanted, wants_texts
+from ftlevel.evaluation.scoring import Evaluator, Writing
 from ftlevel.evaluation.two_models.pair import (
     ModelAnswers,
     Questions,
@@ -271,7 +272,10 @@ def _evaluator(
     config: EvaluateConfig, trained: Trained, held_out: HeldOut, settings: TrainConfig
 ) -> Evaluator:
     train, speed = settings.train, settings.speed
-    task = trained.task
+    task, metrics = trained.task, config.metrics or train.metrics
+    generates = _generates(config, trained, settings)
+    check_metrics(metrics, task, trained.objective, generates=generates,
+                  how="--max-generate-samples N")  # fmt: skip
     rows = config.max_generate_samples or train.max_generate_samples
     return Evaluator(
         rows=held_out.rows,
@@ -282,19 +286,24 @@ def _evaluator(
         dtype=trained.dtype,
         batch_size=config.batch_size or eval_batch_size(train),
         generated_rows=min(rows, len(held_out.rows))
-        if _generates(config, trained, settings)
+        if generates and wants_texts(metrics, task)
         else 0,
-        max_new_tokens=config.max_new_tokens or train.max_new_tokens,
+        writing=Writing(
+            config.max_new_tokens or train.max_new_tokens,
+            **config.decoding(train),
+            seed=config.seed,
+        ),
         score_texts=task.score_texts,
         language=held_out.language,
         chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,
+        metrics=metrics,
     )
 
 
 def _generates(config: EvaluateConfig, trained: Trained, settings: TrainConfig) -> bool:
     """Whether rows are answered in text, which is scored."""
-    wish, task = settings.train.predict_with_generate, trained.task
-    generates = task.generates if wish is None else wish and task.writes_text
+    task = trained.task
+    generates = generates_texts(settings.train.predict_with_generate, task)
     return generates or (task.writes_text and config.max_generate_samples is not None)
 
 
@@ -340,7 +349,7 @@ def _intervals(
     if len(record.units) < 2:
         raise InputError("one example has no interval. Score more rows, or pass --resamples 0.")
     settings = (config.resamples, config.seed, evaluator.score_texts, evaluator.language)
-    tuned = record.resample(*settings)
+    tuned = keep_wanted(record.resample(*settings), evaluator.metrics)
     found: dict[str, Any] = {
         "resamples": config.resamples,
         "intervals": {name: interval(values) for name, values in tuned.items()},

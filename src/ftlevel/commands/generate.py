@@ -151,7 +151,9 @@ _SHOWN = ("question", "prompt", "instruction", "messages", "conversations")
 
 def writing_of(config: GenerateConfig) -> Writing:
     """Return how text is generated."""
-    return Writing(config.max_new_tokens, config.temperature, config.top_p, config.seed)
+    return Writing(
+        config.max_new_tokens, config.num_beams, config.temperature, config.top_p, config.seed
+    )
 
 
 def ask_voice(adapters: AdapterSet, name: str, ask: Ask) -> list[Reply]:

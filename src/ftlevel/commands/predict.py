@@ -306,7 +306,8 @@ def _answer_all(config: PredictConfig, job: _Job, listener: Listener) -> None:
     trained = load_found(job.found, job.device)
     for note in trained.notes:
         listener.warn(note)
-    writing = Writing(config.max_new_tokens or job.own.train.max_new_tokens)
+    own = job.own.train
+    writing = Writing(config.max_new_tokens or own.max_new_tokens, **config.decoding(own))
     model = AskedModel(trained, writing, config.batch_size, cuts=_cuts(config, job.own))
     listener.stage("answer")
     listener.answered(tally.kept, None)

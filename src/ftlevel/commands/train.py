@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ftlevel.artifacts.claim import claimed
+from ftlevel.artifacts.hub import find_repository
 from ftlevel.artifacts.ownership import replacing
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import check_output
@@ -21,10 +22,12 @@ from ftlevel.events import Listener
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on
+from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
 from ftlevel.training.finish import (
     Start,
+    end_run,
     end_training,
     keep_best,
     measure_times,
@@ -33,8 +36,15 @@ from ftlevel.training.finish import (
     write_results,
 )
 from ftlevel.training.given import Given, Taken, describe_taken, keep_base, take
-from ftlevel.training.identity import BaseDigest
-from ftlevel.training.interrupted import describe_end, describe_stop, telling_what_is_kept
+from ftlevel.training.going_on.identity import BaseDigest
+from ftlevel.training.going_on.interrupted import describe_end, describe_stop, telling_what_is_kept
+from ftlevel.training.going_on.resume import (
+    check_base_outlives,
+    check_base_stays,
+    find_going_on,
+    open_or_go_on,
+    origin_of,
+)
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.adapter import take_adapter
@@ -47,13 +57,6 @@ from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
-from ftlevel.training.resume import (
-    check_base_outlives,
-    check_base_stays,
-    find_going_on,
-    open_or_go_on,
-    origin_of,
-)
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
@@ -204,6 +207,9 @@ def _resolve(
     output, recipe = config.output, command_line.recipe
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
     check_packages(config)
+    if output.push_to_hub is not None:
+        named = {"push_to_hub": find_repository(output.push_to_hub)}
+        config = config.model_copy(update={"output": output.model_copy(update=named)})
     origin = describe_recipe(recipe) if recipe else None
     check_base_stays(config)
     listener.stage("read the data and the model's shape")
@@ -251,6 +257,11 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     for callback in job.callbacks:
         trainer.add_callback(callback)
     checkpoint = going_on.checkpoint
+    if processes.is_first:
+        told = describe_run(config.output, resolved_config(config, plan), run, going_on.past)
+        watch.report.writers += held.enter_context(
+            tracking(config.output.report_to, told, listener)
+        )
 
     listener.stage("train")
     with watch.interrupt, explain_disk_errors(run):
@@ -284,5 +295,5 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         write_results(run, config, summary)
     for warning in [*find_nothing_learned(summary, plan), *find_worse_than_before(summary)]:
         listener.warn(warning)
-    listener.end(summary)
+    end_run(config.output, run, summary, listener)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)

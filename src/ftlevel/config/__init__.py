@@ -21,12 +21,13 @@ from ftlevel.config.layers import (
     read_settings,
 )
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
+from ftlevel.config.options.output import OutputConfig
+from ftlevel.config.reading.words import normal_task
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
     DataConfig,
     ModelConfig,
-    OutputConfig,
     QuantConfig,
     Section,
 )
@@ -34,7 +35,6 @@ from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.train import TrainConfig
 from ftlevel.config.trainer import TrainerConfig
-from ftlevel.config.words import normal_task
 
 __all__ = [
     "DEFAULT_DATASET",

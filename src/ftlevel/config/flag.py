@@ -29,6 +29,12 @@ CONFIGS: dict[str, type[Section]] = {
 """Command → the configuration that its flags set."""
 
 
+DAILY, MODEL, DATA = "Daily", "Model and method", "Data"
+HOW, RUN, GENERAL = "Optimisation", "Run", "General"
+COMPARE, ANSWER, WRITE = "Comparison", "Answers", "Result"
+"""Headings of `--help` and docs/cli.md."""
+
+
 @dataclass(frozen=True)
 class Agrees:
     """A word that asks for what is done anyhow, if the configuration says so.

@@ -8,27 +8,28 @@ other tools have and ftlevel has not is in `config/other_tools/answers.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ftlevel.config.flag import CONFIGS as CONFIGS
-from ftlevel.config.flag import Agrees, Flag, Spelling, Words
+from ftlevel.config.flag import DAILY as DAILY
+from ftlevel.config.flag import DATA, HOW, MODEL, RUN, Agrees, Flag, Spelling, Words
+from ftlevel.config.flag import GENERAL as GENERAL
+from ftlevel.config.flags_of_commands import OF_COMMANDS
 from ftlevel.config.methods import SPECS
 from ftlevel.config.other_tools.answers import ANSWERS
 from ftlevel.config.other_tools.values import (
     read_glue,
+    read_lowest_share,
     read_once_an_epoch,
+    read_pairs,
     read_percent,
     read_ratio,
     read_share,
     read_template,
-    read_trackers,
     refuse_checkpoint,
 )
-from ftlevel.config.words import METHOD_WORDS
-
-DAILY, MODEL, DATA = "Daily", "Model and method", "Data"
-HOW, RUN, GENERAL = "Optimisation", "Run", "General"
-COMPARE, ANSWER, WRITE = "Comparison", "Answers", "Result"
+from ftlevel.config.reading.words import METHOD_WORDS
 
 _ROWS = ("train", "preview")
 _EVERY = ("train", "preview", "evaluate", "predict", "generate", "merge", "quantize",
@@ -66,6 +67,8 @@ _OPTIMIZERS = {
     "adamw_hf": "adamw_torch",
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw_32bit",
+    "paged_lion": "paged_lion_32bit",
+    "lion": "lion_32bit",
 }
 _METHODS: Words = {
     spelling: f"--method {word}"
@@ -81,6 +84,13 @@ _DO_EVAL: Words = {
     ),
     "false": "no",
 }  # fmt: skip
+_TO_PUSH = Agrees("", "output.push_to_hub", unless=(None,),
+                  otherwise="Name the repository: --push-to-hub NAME")  # fmt: skip
+_PUSH: Words = {
+    "": _TO_PUSH,
+    "true": _TO_PUSH,
+    "false": Agrees("nothing is uploaded", "output.push_to_hub", (None,)),
+}
 _SHARES = ("--val-size", "--val-set-size", "--split-dataset-ratio", "--test-split-size",
            "--eval-size")  # fmt: skip
 _COLUMNS = tuple(
@@ -178,6 +188,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag("method.init_lora_weights", "--init", MODEL, words={"true": "default"},
          also=("--init-lora-weights", "--init-weights", "--peft-init-lora-weights",
                Spelling("--pissa-init", value="pissa"), Spelling("--use-loftq", value="loftq"))),
+    Flag("method.modules_to_save", "", MODEL, several=True,
+         also=("--lora-modules-to-save", "--additional-target", "--peft-modules-to-save")),
+    Flag("method.trainable_token_indices", "", MODEL, several=True,
+         also=("--peft-trainable-token-indices", "--lora-trainable-token-indices")),
     Flag("method.lora_plus_ratio", "", MODEL, also=("--loraplus-lr-ratio", "--lorap-lr-ratio")),
     # Its data.
     Flag("data.validation_file", "", DATA, _ROWS,
@@ -194,6 +208,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("data.chat_template", "", DATA, _ROWS,
          also=("--chat-template-path", Spelling("--template", read=read_template),
                Spelling("--chat-template-format", read=read_template))),
+    Flag("data.system", "", DATA, _ROWS, metavar="TEXT",
+         also=("--default-system", "--system-prompt", "--system-message")),
+    Flag("data.train_on_inputs", "", DATA, _ROWS, also=("--train-on-prompt",)),
     Flag("data.max_length", "", DATA, _ROWS,
          also=("--max-seq-length", "--model-max-length", "--max-seq-len", "--cutoff-len",
                "--sequence-len", "--block-size", "--max-source-length", "--chunk-size")),
@@ -224,17 +241,25 @@ FLAGS: tuple[Flag, ...] = (
     # How it is trained.
     Flag("train.max_steps", "", HOW, _ROWS, also=("--max-train-steps",),
          words={"-1": _NO_LIMIT, "0": _NO_LIMIT}),
-    Flag("train.lr_scheduler_type", "", HOW, also=("--lr-scheduler",)),
+    Flag("train.head_learning_rate", "", HOW, also=("--head-lr", "--classifier-learning-rate")),
+    Flag("train.lr_scheduler_type", "", HOW,
+         also=("--lr-scheduler", Spelling("--cosine-min-lr-ratio", read=read_lowest_share))),
+    Flag("train.lr_scheduler_kwargs", "", HOW, metavar="NAME=VALUE", example="num_cycles=3",
+         read=partial(read_pairs, "--lr-scheduler-kwargs")),
     Flag("train.warmup_steps", "", HOW, noun="the warm-up",
          also=("--num-warmup-steps", "--lr-warmup-steps",
                Spelling("--warmup-ratio", read=read_ratio))),
-    Flag("train.optim", "", HOW, also=("--optimizer",), words=_OPTIMIZERS),
+    Flag("train.optim", "", HOW, also=("--optimizer", "--optim-type"), words=_OPTIMIZERS),
+    Flag("train.optim_args", "", HOW, metavar="NAME=VALUE", example="momentum=0.9",
+         read=partial(read_pairs, "--optim-args")),
     Flag("train.weight_decay", "", HOW),
     Flag("train.adam_beta1", "", HOW),
     Flag("train.adam_beta2", "", HOW),
     Flag("train.adam_epsilon", "", HOW),
     Flag("train.max_grad_norm", "", HOW),
     Flag("train.label_smoothing_factor", "", HOW, also=("--label-smoothing",)),
+    Flag("train.class_weights", "", HOW, metavar="balanced|NAME=W,…", also=("--class-weight",)),
+    Flag("train.focal_gamma", "", HOW),
     Flag("train.neftune_noise_alpha", "", HOW),
     Flag("train.gradient_accumulation_steps", "", HOW, _ROWS),
     Flag("train.per_device_eval_batch_size", "", HOW,
@@ -250,6 +275,7 @@ FLAGS: tuple[Flag, ...] = (
          also=("--use-liger-kernel", "--enable-liger-kernel")),
     Flag("speed.verify", "--verify-fast/--no-verify-fast", HOW),
     Flag("train.seed", "", HOW, also=("--random-state", "--random-seed")),
+    Flag("train.data_seed", "", HOW),
     Flag("train.logging_steps", "", HOW),
     Flag("train.eval_strategy", "", HOW,
          also=("--evaluation-strategy", Spelling("--do-eval", value="", values=_DO_EVAL),
@@ -262,8 +288,13 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.early_stopping_patience", "", HOW,
          also=("--early-stopping-steps", "--early-stop-interval")),
     Flag("train.early_stopping_threshold", "", HOW),
+    Flag("train.metrics", "", HOW, several=True),
     Flag("train.predict_with_generate", "", HOW),
     Flag("train.max_new_tokens", "", HOW, also=("--generation-max-length",)),
+    Flag("train.num_beams", "", HOW,
+         also=("--eval-num-beams", "--generation-num-beams", "--beam-size")),
+    Flag("train.temperature", "", HOW),
+    Flag("train.top_p", "", HOW),
     # The run.
     Flag(names="--recipe", panel=RUN, on=_ROWS, type=Path, help="A recipe; flags win over it."),
     Flag(names="--set", panel=RUN, on=_ROWS, type=list[str], metavar="KEY=VALUE", dest="settings",
@@ -279,91 +310,18 @@ FLAGS: tuple[Flag, ...] = (
     Flag("output.allow_change", "", RUN, type=list[str], several=True, metavar="FIELD"),
     Flag("output.run_name", "", RUN,
          also=("--wandb-name", "--wandb-run-name", "--trackio-run-name")),
-    Flag("output.report_to", "", RUN, several=True, read=read_trackers,
+    Flag("output.report_to", "", RUN, several=True,
          also=(Spelling("--enable-wandb", value="wandb"),
                Spelling("--enable-tensorboard", value="tensorboard"))),
+    Flag("output.tracker_project", "", RUN,
+         also=("--wandb-project", "--wandb-project-name", "--project", "--trackio-project-name",
+               "--mlflow-experiment-name")),
+    Flag("output.push_to_hub", "", RUN, metavar="NAME", words=_PUSH,
+         also=("--hub-model-id", "--push-model")),
+    Flag("output.hub_private", "", RUN, also=("--hub-private-repo",)),
     Flag(names="--dry-run", panel=RUN, type=bool,
          help="Resolve, check and show; train nothing."),
-    # preview
-    Flag(names="--row", panel=WRITE, on=("preview",), type=list[int], metavar="N", minimum=1,
-         help="Show row N, from 1; repeatable."),
-    Flag(names="--html", panel=WRITE, on=("preview",), type=Path, metavar="FILE",
-         help="Write one page that needs nothing else."),
-    # predict
-    Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
-    Flag("input_format", "", DATA, ("predict", "evaluate")),
-    Flag("format", "", DATA, ("predict",)),
-    Flag("limit", "", DATA, ("predict",)),
-    Flag("on_bad_row", "", DATA, ("predict",)),
-    Flag("overlong", "", DATA, ("predict",)),
-    Flag("output", "--output -o", WRITE, ("predict",), metavar="FILE"),
-    Flag("column", "", WRITE, ("predict",)),
-    Flag("probabilities", "--probabilities", WRITE, ("predict",)),
-    Flag("top_k", "", WRITE, ("predict",)),
-    Flag("resume", "--resume", WRITE, ("predict",)),
-    Flag("overwrite", "--overwrite", WRITE, ("predict",)),
-    # generate
-    Flag(names="--prompt -p", panel=ANSWER, on=("generate",), type=list[str],
-         help="What to say; repeatable."),
-    Flag(names="--prompts", panel=ANSWER, on=("generate",), type=Path,
-         help="File of prompts: a text with one a line, or rows, by their columns: CSV, JSONL, …"),
-    Flag(names="--chat", panel=ANSWER, on=("generate",), type=bool,
-         help="Talk in the terminal; /help shows its commands."),
-    Flag("context", "", ANSWER, ("generate",)),
-    Flag(names="--out", panel=ANSWER, on=("generate",), type=Path,
-         help="Write the answers to this JSONL file; must not exist."),
-    Flag(names="--adapter", panel=MODEL, on=("generate",), type=list[str], metavar="NAME[=DIR]",
-         help="An adapter of the same base, or one of --adapters-dir; repeatable."),
-    Flag("adapters_dir", "", MODEL, ("generate",)),
-    Flag("compare_base", "--compare-base", MODEL, ("generate",)),
-    Flag("temperature", "", ANSWER, ("generate",)),
-    Flag("top_p", "", ANSWER, ("generate",)),
-    # evaluate, and what it shares
-    Flag("dataset", "", DATA, ("evaluate",)),
-    Flag("split", "", DATA, ("evaluate",)),
-    Flag("subset", "", DATA, ("evaluate", "predict")),
-    Flag("columns", "--map", DATA, ("evaluate", "predict", "generate"), metavar="NAME=COLUMN",
-         example="summary=abstract"),
-    Flag("max_eval_samples", "", DATA, ("evaluate",)),
-    Flag("base_model", "--model", MODEL, ("evaluate", "predict", "generate", "merge", "export"),
-         dest="base_model", also=("--base",)),
-    Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
-    Flag("quant", "", MODEL, ("evaluate",)),
-    Flag("base", "", COMPARE, ("evaluate",)),
-    Flag("against", "", COMPARE, ("evaluate",)),
-    Flag("max_generate_samples", "", ANSWER, ("evaluate",)),
-    Flag("max_new_tokens", "", ANSWER, ("evaluate", "predict", "generate")),
-    Flag("resamples", "", COMPARE, ("evaluate",)),
-    Flag("seed", "", ANSWER, ("evaluate", "generate")),
-    Flag("batch_size", "", ANSWER, ("evaluate", "predict", "generate")),
-    Flag("predictions", "", WRITE, ("evaluate",)),
-    # merge
-    Flag("output_dir", "--out", WRITE, ("merge",), metavar="DIR", required=True),
-    Flag("onto", "", WRITE, ("merge",)),
-    Flag("weights", "", "Mixture", ("merge",)),
-    Flag("strategy", "", "Mixture", ("merge",)),
-    Flag("density", "", "Mixture", ("merge",)),
-    # quantize and export, and what they share
-    Flag("quant", "", WRITE, ("quantize",)),
-    Flag("quant_type", "", WRITE, ("quantize",)),
-    Flag("double_quant", "--double-quant", WRITE, ("quantize",)),
-    Flag("format", "", WRITE, ("export",)),
-    Flag("outtype", "", WRITE, ("export",)),
-    Flag("out", "--out -o", WRITE, ("quantize", "export")),
-    Flag("overwrite", "--overwrite", WRITE, ("export",)),
-    Flag("dtype", "", WRITE, ("merge", "quantize")),
-    Flag("revision", "", WRITE, ("quantize", "export")),
-    Flag(names="--dry-run", panel=WRITE, on=("quantize",), type=bool,
-         help="Show the sizes from the config alone; write nothing."),
-    Flag(names="--dry-run", panel=WRITE, on=("export",), type=bool,
-         help="Check and show everything; write nothing."),
-    Flag("measure", "", COMPARE, ("quantize",)),
-    Flag("verify", "", COMPARE, ("merge", "export")),
-    Flag("rows", "", COMPARE, ("merge",)),
-    Flag("verify_tokens", "", COMPARE, ("export",)),
-    Flag("eval_text", "", COMPARE, ("evaluate", "quantize")),
-    Flag("eval_tokens", "", COMPARE, ("evaluate", "quantize")),
-    Flag("device", "", GENERAL, ("evaluate", "predict", "generate", "merge", "quantize", "export")),
+    *OF_COMMANDS,
     # list-targets and list-methods
     Flag(names="--lora-r", panel=GENERAL, on=("list-targets",), type=int, default=8, minimum=1,
          help="The rank to count for."),

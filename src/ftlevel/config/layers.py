@@ -16,10 +16,10 @@ from pydantic_core import ErrorDetails
 
 from ftlevel.config.methods import SPECS
 from ftlevel.config.other_tools.recipes import tool_of
-from ftlevel.config.renamed import RENAMED, with_new_names
+from ftlevel.config.reading.renamed import RENAMED, with_new_names
+from ftlevel.config.reading.words import in_our_words
+from ftlevel.config.reading.yaml_text import YamlError, load_yaml
 from ftlevel.config.train import SHORTHAND, TrainConfig, expand
-from ftlevel.config.words import in_our_words
-from ftlevel.config.yaml_text import YamlError, load_yaml
 from ftlevel.errors import ConfigError, did_you_mean, listing, nearest
 
 KeyPath = tuple[str, ...]

@@ -7,7 +7,6 @@ its choice with the reason.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -127,6 +126,16 @@ class DataConfig(Section):
         description="Chat template where the model has none: chatml, gemma, llama-3, mistral, "
         "qwen, or a Jinja file.",
     )
+    system: str | None = Field(
+        None,
+        min_length=1,
+        description="System turn of conversations that have none, in training and afterwards.",
+    )
+    train_on_inputs: bool = Field(
+        False,
+        description="Learn prompts as well as answers, in training alone: what is evaluated are "
+        "the answers.",
+    )
     validation_file: DatasetName | None = Field(
         None,
         min_length=1,
@@ -202,29 +211,3 @@ class DataConfig(Section):
         if any(not key or not column for key, column in value.items()):
             raise ValueError("a column's name is empty")
         return value
-
-
-class OutputConfig(Section):
-    """Where the run is written."""
-
-    dir: Path | None = Field(
-        None, description="Run directory; the default is a new one under runs/."
-    )
-    overwrite: bool = Field(False, description="Replace a run directory that exists.")
-    resume: bool = Field(
-        False, description="Go on from the newest whole checkpoint of the run directory."
-    )
-    allow_change: tuple[str, ...] = Field(
-        (),
-        description="A field that may be another than when the run began, by the name that "
-        "--resume gives it; the change is kept in summary.json. Repeatable.",
-    )
-    run_name: str | None = Field(
-        None,
-        pattern=r"^[^/\\]+$",
-        description="What the run is called: its directory under runs/ without an output "
-        "directory, and its name in the experiment tracker.",
-    )
-    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
-        "none", description="Experiment tracker that is sent the metrics."
-    )

@@ -8,18 +8,19 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
-from ftlevel.config.renamed import with_new_names
+from ftlevel.config.options.optimizer import find_problems
+from ftlevel.config.options.output import OutputConfig
+from ftlevel.config.reading.renamed import with_new_names
+from ftlevel.config.reading.words import in_our_words
 from ftlevel.config.sections import (
     DataConfig,
     ModelConfig,
-    OutputConfig,
     QuantConfig,
     Section,
 )
 from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.tasks import TaskName
 from ftlevel.config.trainer import TrainerConfig
-from ftlevel.config.words import in_our_words
 
 SHORTHAND = {"model": "name_or_path", "method": "kind", "quant": "kind", "data": "dataset"}
 """`method: lora` is short for `method: {kind: lora}`; likewise for these sections."""
@@ -124,10 +125,11 @@ def _other_problems(config: TrainConfig) -> list[str]:
         problems.append("--resume keeps a run and --overwrite replaces it. Give one of them.")
     if config.output.resume and config.output.dir is None:
         problems.append("--resume needs the run to go on with. Add --output-dir RUN.")
-    if config.train.warmup_steps and config.train.lr_scheduler_type == "constant":
+    problems += find_problems(config.train)
+    if config.train.focal_gamma and config.train.label_smoothing_factor:
         problems.append(
-            f"--warmup-steps {config.train.warmup_steps:g}: --lr-scheduler-type constant has no "
-            "warm-up. Use constant_with_warmup, or drop --warmup-steps."
+            f"--focal-gamma {config.train.focal_gamma:g} weighs a target by the probability of its "
+            "class, and --label-smoothing-factor gives it none of its own. Give one of them."
         )
     problems += _timing_problems(config)
     sets, mix = 1 + len(config.data.also), config.data.mix
@@ -153,11 +155,18 @@ def _timing_problems(config: TrainConfig) -> list[str]:
                 f"--{name}-steps {steps:g} is not used by --{name}-strategy {strategy}. "
                 "Drop one of them."
             )
-    if output.run_name is not None and output.dir is not None and output.report_to == "none":
+    if output.run_name is not None and output.dir is not None and not output.report_to:
         problems.append(
             f"--run-name {output.run_name} names the directory under runs/ and the run in a "
             "tracker; --output-dir and --report-to none leave nothing to name. Drop it."
         )
+    if output.tracker_project is not None and not output.report_to:
+        problems.append(
+            f"--tracker-project {output.tracker_project} is of a tracker, and there is none. Add "
+            "--report-to wandb, or another, or drop it."
+        )
+    if output.hub_private and output.push_to_hub is None:
+        problems.append("--hub-private is of --push-to-hub. Add --push-to-hub NAME, or drop it.")
     if config.data.validation_file is not None and config.data.validation_split:
         problems.append(
             "--validation-file and --validation-split both say what the validation rows are. "
@@ -220,6 +229,10 @@ def _stream_problems(config: TrainConfig) -> list[str]:
             "take all rows to know. Drop --streaming: rows are mapped from a file, not held in "
             "memory."
         )
+    if train.data_seed is not None:
+        problems.append(
+            "--data-seed: the rows of a stream are drawn by --seed as they come. Drop it."
+        )
     if data.also or data.mix:
         problems.append("--streaming reads one data set. Give one --dataset, or drop --streaming.")
     if data.validation_split:
@@ -265,6 +278,7 @@ def _pipe_problems(config: TrainConfig) -> list[str]:
     return problems
 
 
+_WRITES = ("text-generation", "summarization", "translation")
 _NO_PROMPT = ("token-classification", "question-answering", "masked-lm")
 
 
@@ -282,6 +296,17 @@ def _task_problems(config: TrainConfig) -> list[str]:
         problems.append(
             f"--overlong truncate-prompt cannot be used with --task {task}, whose rows have no "
             "prompt. Use --overlong drop."
+        )
+    for flag, given in (("--system", data.system), ("--train-on-inputs", data.train_on_inputs)):
+        if given and task not in _WRITES:
+            problems.append(
+                f"{flag} is for tasks that write text, and --task is {task}. Drop it, or change "
+                "the task."
+            )
+    if data.train_on_inputs and data.overlong == "truncate-prompt":
+        problems.append(
+            "--overlong truncate-prompt cuts prompts, which --train-on-inputs learns. Use "
+            "--overlong drop, or drop one of them."
         )
     for name, owner, given in (
         ("problem_type", "text-classification", data.problem_type != "auto"),

@@ -6,13 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ftlevel.config.section import Positive, Section, Share
+from ftlevel.config.options.decoding import Decoding
+from ftlevel.config.options.optimizer import Optimizer, Schedule
+from ftlevel.config.options.pairs import ClassWeights, FewNames, Scalars
+from ftlevel.config.section import Positive, Share
 
 Steps = Positive | Annotated[float, Field(gt=0.0, lt=1.0)]
 """A number of steps, or below 1 their share of the run, as in transformers."""
 
 
-class TrainerConfig(Section):
+class TrainerConfig(Decoding):
     """The optimisation; names are those of `transformers.TrainingArguments`."""
 
     num_train_epochs: float = Field(
@@ -31,13 +34,20 @@ class TrainerConfig(Section):
         description="Peak learning rate of a new head; the default is learning_rate where that is "
         "given, and else one of its own.",
     )
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = Field("linear", description="How the learning rate goes on after its peak.")
+    lr_scheduler_type: Schedule = Field(
+        "linear", description="How the learning rate goes on after its peak."
+    )
+    lr_scheduler_kwargs: Scalars = Field(
+        default_factory=dict,
+        description="Settings of that schedule by transformers' names, as in num_cycles=3 or "
+        "min_lr_rate=0.1.",
+    )
     warmup_steps: float = Field(
         0.0, ge=0, description="Steps of warm-up, or below 1 their share of all steps."
     )
-    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of AdamW.")
+    weight_decay: float = Field(
+        0.0, ge=0, le=1, description="Weight decay; AdamW's is decoupled from the gradient."
+    )
     adam_beta1: Share = Field(0.9, description="Decay of AdamW's mean of the gradients.")
     adam_beta2: Share = Field(0.999, description="Decay of AdamW's mean of their squares.")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(
@@ -49,20 +59,24 @@ class TrainerConfig(Section):
         description="Share of each target's probability that is spread over all others, in "
         "training alone: what is evaluated is the plain loss.",
     )
+    class_weights: ClassWeights = None
+    focal_gamma: Annotated[float, Field(ge=0, le=10)] = Field(
+        0.0,
+        description="Focal loss: a target's loss is multiplied by (1 - its probability) to this "
+        "power (Lin et al., 2017), in training alone; 0 is off.",
+    )
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="Add noise to the embeddings in training (NEFTune, Jain et al., 2023), which "
         "needs the plain step.",
     )
-    optim: Literal[
-        "adamw_torch",
-        "adamw_torch_fused",
-        "adafactor",
-        "adamw_8bit",
-        "paged_adamw_8bit",
-        "paged_adamw_32bit",
-        "sgd",
-    ] = Field("adamw_torch_fused", description="Optimizer, by transformers' name, and its default.")
+    optim: Optimizer = Field(
+        "adamw_torch_fused", description="Optimizer, by transformers' name, and its default."
+    )
+    optim_args: Scalars = Field(
+        default_factory=dict,
+        description="Settings of that optimizer by its own names, as in momentum=0.9.",
+    )
     per_device_train_batch_size: Positive = Field(8, description="Rows a device and micro-step.")
     per_device_eval_batch_size: Positive | None = Field(
         None, description="Rows a device in evaluation; the default is the training batch."
@@ -85,6 +99,9 @@ class TrainerConfig(Section):
     )
     seed: int = Field(
         42, ge=0, lt=2**32, description="Seed of the weights, the dropout and the data order."
+    )
+    data_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None, description="Seed of the order of the rows alone; the default is the other one."
     )
     logging_steps: Steps | None = Field(
         None,
@@ -142,6 +159,11 @@ class TrainerConfig(Section):
         "the end; 0 for never.",
     )
     save_total_limit: Positive = Field(2, description="How many checkpoints are kept.")
+    metrics: FewNames = Field(
+        (),
+        description="Metrics that an evaluation gives beside the loss, with commas between; the "
+        "default is all of the task.",
+    )
     predict_with_generate: bool | None = Field(
         None,
         description="Score generated text (ROUGE) in evaluation; the default is by the task.",
@@ -150,3 +172,8 @@ class TrainerConfig(Section):
         32, description="How many validation rows are generated for scoring."
     )
     max_new_tokens: Positive = Field(64, description="Longest generated text in tokens.")
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the rows."""
+        return self.seed if self.data_seed is None else self.data_seed

@@ -142,7 +142,7 @@ class AskedModel:
         """Return the text that it writes after each prompt."""
         prompts = self._fit_prompts(prompts)
         trained, size = self._trained, self._batch_size or PROMPTS
-        if self._decoder is None and len(prompts) > size and not self._writing.temperature:
+        if self._decoder is None and len(prompts) > size and self._writing.is_greedy:
             self._decoder = open_decoder(trained, prompts)
         if not self._decoder:
             return generate_texts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from ftlevel.data.encoding.chat import turn_end
 from ftlevel.data.encoding.collate import Collator, pad
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.evaluation.metrics import keep_wanted
 from ftlevel.fast.head.cross_entropy import Observe
 from ftlevel.fast.head.loss import supervised_loss
 from ftlevel.fast.step import chunked_cross_entropy
@@ -25,15 +26,22 @@ class Writing:
 
     Attributes:
         max_new_tokens: longest text.
+        num_beams: beams that are searched for the likeliest text.
         temperature: of the draws; 0 takes the most likely token.
         top_p: draw from the fewest tokens that have this probability together.
         seed: of the draws.
     """
 
     max_new_tokens: int
+    num_beams: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each token is the likeliest one."""
+        return self.num_beams == 1 and not self.temperature
 
     def arguments(self, tokenizer: Any) -> dict[str, Any]:
         """Return the arguments of `generate`; the draws begin anew (the global state is set)."""
@@ -44,7 +52,7 @@ class Writing:
             "eos_token_id": stop_ids(tokenizer),
         }
         if not self.temperature:
-            return common | {"do_sample": False}
+            return common | {"do_sample": False, "num_beams": self.num_beams}
         torch.manual_seed(self.seed)
         # top_k is 50 by default in transformers: off, so that these two say everything.
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
@@ -91,10 +99,11 @@ class Evaluator:
         dtype: compute precision's name.
         batch_size: rows a forward pass.
         generated_rows: how many of the first rows are generated and scored; 0 for none.
-        max_new_tokens: longest generated text.
+        writing: how text is generated.
         score_texts: scores the generated texts.
         language: ISO 639-1 code of the generated texts; "" if unknown.
         chunked_cross_entropy: whether a language head is computed on supervised tokens only.
+        metrics: names of those that are given beside the loss; empty for all.
     """
 
     rows: Sequence[Encoded]
@@ -105,10 +114,11 @@ class Evaluator:
     dtype: str
     batch_size: int
     generated_rows: int = 0
-    max_new_tokens: int = 64
+    writing: Writing = field(default_factory=lambda: Writing(64))
     score_texts: ScoreTexts | None = None
     language: str = ""
     chunked_cross_entropy: bool = True
+    metrics: Sequence[str] = ()
 
     def __call__(self, model: Any, record: Record | None = None) -> dict[str, float]:
         """Return the metrics of `model`, which is left in the mode it was in.
@@ -130,7 +140,7 @@ class Evaluator:
                         record.add_texts(self._generated(), texts, references)
         finally:
             model.train(training)
-        return metrics
+        return keep_wanted(metrics, self.metrics)
 
     def _score(self, model: Any, record: Record | None) -> dict[str, float]:
         objective = self.objective
@@ -180,16 +190,15 @@ class Evaluator:
         return self.rows[: self.generated_rows]
 
     def generate(self, model: Any) -> list[str]:
-        """Return what `model` writes, greedily, for the first `generated_rows` rows."""
+        """Return what `model` writes for the first `generated_rows` rows.
+
+        Draws leave the random state as it was, which in training the next step takes.
+        """
         prompts = [self._prompt(row) for row in self._generated()]
-        return generate_texts(
-            model,
-            self.tokenizer,
-            prompts,
-            self.device,
-            self.batch_size,
-            Writing(self.max_new_tokens),
-        )
+        with torch.random.fork_rng(enabled=bool(self.writing.temperature)):
+            return generate_texts(
+                model, self.tokenizer, prompts, self.device, self.batch_size, self.writing
+            )
 
     def _prompt(self, row: Encoded) -> list[int]:
         """Return the ids before the last answer of `row`."""

@@ -318,7 +318,7 @@ class _Picker:
             kinds = sorted({type(self.tree.modules[full]).__name__ for full in found})
             what += f" matches no linear of {self.model_name}, only {listing(kinds)}."
             if kinds == ["Embedding"]:
-                what += " method.modules_to_save trains it in full."
+                what += " --modules-to-save trains it in full."
             return f"{what} {self._available()}"
         experts = [part for part in self.tree.experts() if f".{part.name}".endswith(f".{wish}")]
         if experts:
@@ -338,7 +338,7 @@ class _Picker:
         if output is not None and any(part is output for part in parts):
             return (
                 f"is the output head of {self.model_name}: adapters go on the blocks. "
-                "Leave it out; method.modules_to_save trains it in full."
+                "Leave it out; --modules-to-save trains it in full."
             )
         return (
             f"is a task head of {self.model_name} ({listing(heads, most=3)}): heads are trained in "

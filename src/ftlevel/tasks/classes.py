@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from ftlevel.data.formats.problems import choose_problem_type
 from ftlevel.data.formats.roles import Roles
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, listing
-from ftlevel.task import Meter, Objective
+from ftlevel.task import Meter, Objective, TrainingLoss
 from ftlevel.tasks.base import (
     BaseTask,
     Column,
@@ -33,8 +32,9 @@ from ftlevel.tasks.base import (
     rank,
     refuse_wishes,
 )
+from ftlevel.tasks.class_loss import ClassObjective, balance_yes_and_no, weigh_yes_and_no
+from ftlevel.tasks.class_meters import ClassMeter, MultiLabelMeter, RegressionMeter
 from ftlevel.tasks.guessing import entropy, mean_entropy
-from ftlevel.tasks.pairs import Pairs
 
 if TYPE_CHECKING:
     import torch
@@ -236,11 +236,10 @@ def _probability(label: str) -> str:
 
 
 @dataclass(frozen=True)
-class Classes(Objective):
+class Classes(ClassObjective):
     """Cross entropy over rows: logits `(batch, classes)`, labels `(batch,)`."""
 
     per_row: ClassVar[bool] = True
-    one_of_many: ClassVar[bool] = True
 
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
@@ -269,6 +268,7 @@ class MultiLabel(Objective):
     """Binary cross entropy over rows and classes: logits and float labels `(batch, classes)`."""
 
     per_row: ClassVar[bool] = True
+    has_classes: ClassVar[bool] = True
 
     def choices(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
@@ -292,6 +292,16 @@ class MultiLabel(Objective):
         from torch.nn import functional
 
         return functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
+
+    def training_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss
+    ) -> torch.Tensor:
+        """Return the sum over every class of every row, the yes of each by its weight."""
+        return weigh_yes_and_no(logits.float(), labels, loss)
+
+    def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
+        """Return rows without each class to one with it."""
+        return balance_yes_and_no(row.labels for row in rows if isinstance(row.labels, tuple))
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -342,68 +352,6 @@ class Regression(Objective):
         """Return the variance of the quantities: the error of their mean."""
         values = [row.labels for row in rows if isinstance(row.labels, float)]
         return statistics.pvariance(values) if values else None
-
-
-class ClassMeter(Pairs):
-    """Accuracy, macro F1 and Matthews' correlation of single-label classification."""
-
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
-        """Add a batch: logits `(batch, classes)`, labels `(batch,)`."""
-        self.predicted += logits.argmax(-1).tolist()
-        self.true += labels.tolist()
-
-    def compute(self, loss: float) -> dict[str, float]:
-        """Return accuracy, F1 (its mean over the classes that occur) and MCC (-1 to 1)."""
-        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-        return {
-            "accuracy": float(accuracy_score(self.true, self.predicted)),
-            "f1": float(f1_score(self.true, self.predicted, average="macro", zero_division=0)),
-            "mcc": float(matthews_corrcoef(self.true, self.predicted)),
-        }
-
-
-class MultiLabelMeter(Pairs):
-    """F1 and subset accuracy of labels that are told apart at a probability of one half."""
-
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
-        """Add a batch: logits and labels (0.0 or 1.0) `(batch, classes)`."""
-        self.predicted += (logits > 0).int().tolist()
-        self.true += labels.int().tolist()
-
-    def compute(self, loss: float) -> dict[str, float]:
-        """Return micro and macro F1, and the share of rows whose labels are all right."""
-        from sklearn.metrics import f1_score
-
-        rows = list(zip(self.true, self.predicted, strict=True))
-        return {
-            "micro_f1": float(
-                f1_score(self.true, self.predicted, average="micro", zero_division=0)
-            ),
-            "macro_f1": float(
-                f1_score(self.true, self.predicted, average="macro", zero_division=0)
-            ),
-            "subset_accuracy": sum(t == p for t, p in rows) / len(rows),
-        }
-
-
-class RegressionMeter(Pairs):
-    """Root mean squared error, and Pearson's and Spearman's correlation."""
-
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
-        """Add a batch: logits `(batch, 1)`, labels `(batch,)`."""
-        self.predicted += logits.float().squeeze(-1).tolist()
-        self.true += labels.tolist()
-
-    def compute(self, loss: float) -> dict[str, float]:
-        """Return the three; a correlation is left out where one side is constant."""
-        from scipy.stats import pearsonr, spearmanr
-
-        scores = {"rmse": math.sqrt(loss)}
-        if len(set(self.predicted)) > 1 and len(set(self.true)) > 1:
-            scores["pearson"] = float(pearsonr(self.predicted, self.true)[0])
-            scores["spearman"] = float(spearmanr(self.predicted, self.true)[0])
-        return scores
 
 
 _CLASS = "AutoModelForSequenceClassification"

@@ -27,6 +27,7 @@ from ftlevel.tasks.base import (
     Wanted,
     refuse_wishes,
 )
+from ftlevel.tasks.class_loss import ClassObjective
 from ftlevel.tasks.classes import read_labels
 from ftlevel.tasks.entities import are_entity_tags, name_scheme, score_entities
 from ftlevel.tasks.guessing import entropy
@@ -187,10 +188,9 @@ def _split(text: str, row: int) -> Tagged:
 
 
 @dataclass(frozen=True)
-class Tags(Objective):
+class Tags(ClassObjective):
     """Cross entropy over words: logits `(batch, seq, tags)`, labels `(batch, seq)`."""
 
-    one_of_many: ClassVar[bool] = True
     per_token: ClassVar[bool] = True
     names: tuple[str, ...] = ()
 

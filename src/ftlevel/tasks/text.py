@@ -29,7 +29,7 @@ from ftlevel.data.formats.languages import choose_languages, find_language, lang
 from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Message, Unusable, parse_tools, parse_turns
 from ftlevel.data.sources.table import Row, Table
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller, UnansweredError, Wanted
 from ftlevel.tasks.text_scores import (
@@ -159,7 +159,14 @@ class TextTask(BaseTask):
         if encoder.prompt_format is None:
             raise TypeError("a task that writes text has a prompt format")
         seq2seq = encoder.kind == "encoder-decoder"
-        encode = encode_seq2seq if seq2seq else encode_causal
+        encode: Any = encode_seq2seq if seq2seq else encode_causal
+        if encoder.config.train_on_inputs:
+            if seq2seq:
+                raise ConfigError(
+                    "--train-on-inputs: an encoder-decoder writes its target alone, and reads the "
+                    "source. Drop it."
+                )
+            encode = partial(encode_causal, with_inputs=True)
         encode_some = partial(encode, encoder.tokenizer, prompt_format=encoder.prompt_format)
         fitted = encoder.fit(encoder.collect(encode_some, examples), table)
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
@@ -305,14 +312,15 @@ def _ask(model: PromptedModel, question: Pair | Conversation) -> list[int]:
         return prompt_ids(tokenizer, form, question.source)
     turns = [message.to_dict() for message in question.messages]
     if form.kind == "chat-template":
-        text = render(tokenizer, turns, question.tools, generation_prompt=True)
+        text = render(tokenizer, form.with_system(turns), question.tools, generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if [turn["role"] for turn in turns if turn["role"] != "system"] != ["user"]:
         raise InputError(
             f"a conversation of {len(turns)} messages, and the model has no chat template to tell "
             "its turns apart"
         )
-    return prompt_ids(tokenizer, form, "\n\n".join(turn["content"] for turn in turns))
+    text = "\n\n".join(turn["content"] for turn in turns)
+    return prompt_ids(tokenizer, form, text, has_system=turns[0]["role"] == "system")
 
 
 def name_languages(kind: str, source: str, target: str) -> str:

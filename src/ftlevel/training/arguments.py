@@ -7,7 +7,8 @@ from typing import Any
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.trainer import TrainerConfig
-from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.evaluation.metrics import generates_texts, wants_texts
+from ftlevel.evaluation.scoring import Evaluator, Writing
 from ftlevel.fast.plan.liger import kernel_arguments
 from ftlevel.training.plan.plan import Plan
 
@@ -24,7 +25,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
     """
     from transformers import TrainingArguments
 
-    train, report_to = config.train, config.output.report_to
+    train = config.train
     rows, accumulated = train.per_device_train_batch_size, train.gradient_accumulation_steps
     if plan.fast.enabled:  # a batch is a whole step, which our trainer splits into micro-batches
         rows, accumulated = rows * accumulated, 1
@@ -34,6 +35,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         max_steps=train.max_steps or -1,
         learning_rate=plan.schedule.learning_rate,
         lr_scheduler_type=train.lr_scheduler_type,
+        lr_scheduler_kwargs=dict(train.lr_scheduler_kwargs),
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
         adam_beta1=train.adam_beta1,
@@ -43,6 +45,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         neftune_noise_alpha=train.neftune_noise_alpha,
         max_grad_norm=train.max_grad_norm,
         optim=train.optim,
+        optim_args=",".join(f"{name}={value}" for name, value in train.optim_args.items()) or None,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulated,
         activation_checkpointing=train.gradient_checkpointing,
@@ -50,7 +53,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
             {"use_reentrant": False} if train.gradient_checkpointing else None
         ),
         seed=train.seed,
-        data_seed=train.seed,
+        data_seed=train.order_seed,
         **_watching(train, plan),
         save_strategy=_save_strategy(train),
         save_steps=train.save_steps or 500,
@@ -63,8 +66,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         # Every trained tensor gets a gradient in every step, which is checked at the first; and the
         # chunked cross-entropy does not go through the model's outputs, where DDP would look.
         ddp_find_unused_parameters=False,
-        report_to="none" if report_to == "tensorboard" else report_to,  # build_trainer adds it
-        run_name=config.output.run_name,
+        report_to="none",  # trackers are told by us: `training/callbacks/trackers.py`
         disable_tqdm=True,
         dataloader_pin_memory=plan.model.device == "cuda",
         **kernel_arguments(config, plan.model.device, plan.model.family),
@@ -99,12 +101,20 @@ def eval_batch_size(train: TrainerConfig) -> int:
     return train.per_device_eval_batch_size or train.per_device_train_batch_size
 
 
+def writing_of(train: TrainerConfig) -> Writing:
+    """Return how the evaluation of a run writes."""
+    return Writing(
+        train.max_new_tokens, train.num_beams, train.temperature, train.top_p, train.seed
+    )
+
+
 def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
     """Return what scores the validation rows, or None if there are none."""
     if not plan.data.validation:
         return None
-    wish = config.train.predict_with_generate
-    generates = plan.task.generates if wish is None else wish and plan.task.writes_text
+    generates = generates_texts(config.train.predict_with_generate, plan.task) and wants_texts(
+        config.train.metrics, plan.task
+    )
     rows = min(config.train.max_generate_samples, len(plan.data.validation))
     return Evaluator(
         rows=plan.data.validation,
@@ -115,8 +125,9 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
         dtype=plan.model.dtype,
         batch_size=eval_batch_size(config.train),
         generated_rows=rows if generates else 0,
-        max_new_tokens=config.train.max_new_tokens,
+        writing=writing_of(config.train),
         score_texts=plan.task.score_texts,
         language=plan.data.facts["target_language"],
         chunked_cross_entropy=plan.fast.chunked_cross_entropy,
+        metrics=config.train.metrics,
     )

@@ -16,7 +16,6 @@ from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
-from ftlevel.models.upstream.tracking import tensorboard_into
 from ftlevel.training.arguments import build_arguments, build_evaluator
 from ftlevel.training.callbacks.follow_settings import FollowSettings
 from ftlevel.training.callbacks.gradient_proof import GradientProof
@@ -27,11 +26,11 @@ from ftlevel.training.callbacks.save_by_clock import SaveByClock
 from ftlevel.training.callbacks.save_stream_state import SaveStreamState
 from ftlevel.training.callbacks.set_epoch import SetEpoch
 from ftlevel.training.callbacks.write_manifest import WriteManifest
+from ftlevel.training.going_on.resume import GoingOn
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.schedule import steps_an_epoch
 from ftlevel.training.processes import Processes
-from ftlevel.training.resume import GoingOn
 from ftlevel.training.row_order import rows_and_order
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -65,6 +64,7 @@ def build_trainer(
     fast, pad_id = adapted.fast, plan.model.pad_id
     trainer = FtlevelTrainer(
         objective=plan.objective,
+        loss=plan.loss,
         evaluator=build_evaluator(config, plan),
         model=adapted.model,
         args=arguments,
@@ -80,8 +80,6 @@ def build_trainer(
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    if config.output.report_to == "tensorboard":
-        trainer.add_callback(tensorboard_into(run.path / "tensorboard"))  # not in checkpoints/
     if isinstance(rows, StreamedRows) and checkpoint:
         rows.restore(checkpoint)
     return trainer

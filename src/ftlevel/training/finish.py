@@ -12,11 +12,14 @@ from typing import Any
 
 from ftlevel.artifacts.best_models import forget_unreachable
 from ftlevel.artifacts.cards import generate_command, write_readme
+from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.ownership import mark_end
 from ftlevel.artifacts.places import relative_place
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import IN_MEMORY, TrainConfig
+from ftlevel.config import IN_MEMORY, OutputConfig, TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
+from ftlevel.errors import RunError
+from ftlevel.events import Listener
 from ftlevel.methods import needs_import
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.quantized import stored_quantization
@@ -115,6 +118,29 @@ def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, 
     run.write_card(write_readme(summary, needs_import(config.method)))
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
     mark_end(run.path)
+
+
+def end_run(
+    output: OutputConfig, run: RunDirectory, summary: Mapping[str, Any], listener: Listener
+) -> None:
+    """Upload the run where that is asked for, and say that it is done.
+
+    Raises:
+        RunError: the upload failed; it is said after the rest, which is whole.
+    """
+    failed: RunError | None = None
+    if output.push_to_hub is not None:
+        listener.stage("upload")
+        try:
+            url = push(run.adapter, output.push_to_hub, private=output.hub_private)
+        except RunError as error:
+            failed = error
+        else:
+            summary = {**summary, "hub": url}
+            run.write_summary(summary)
+    listener.end(summary)
+    if failed is not None:
+        raise failed
 
 
 @dataclass(frozen=True)

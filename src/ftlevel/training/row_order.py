@@ -40,7 +40,9 @@ def row_order(config: TrainConfig, plan: Plan) -> Sampler[int] | None:
     if train.train_sampling_strategy == "random":
         if not train.num_processes:
             return None
-        return shared_order()(plan.data.train, generator=torch.Generator(), data_seed=train.seed)
+        return shared_order()(
+            plan.data.train, generator=torch.Generator(), data_seed=train.order_seed
+        )
     step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     step *= train.num_processes or 1
-    return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.seed)
+    return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.order_seed)

@@ -34,13 +34,14 @@ _MARGIN = 0.02  # share of a guess's loss within which a model has learned how o
 def dump_config(config: TrainConfig, plan: Plan) -> str:
     """Return config.yaml: everything that decides the run, with what ftlevel chose filled in.
 
-    The output directory is left out, so that `ftlevel train RUN/config.yaml` makes a new run, and
-    local paths are absolute, so that it does so from anywhere.
+    The output directory and the repository on the Hub are left out, so that `ftlevel train
+    RUN/config.yaml` makes a new run, and local paths are absolute, so that it does so from
+    anywhere.
     """
     import yaml
 
     values = absolute_places(resolved_config(config, plan))
-    for name in ("dir", "overwrite", "resume"):
+    for name in ("dir", "overwrite", "resume", "allow_change", "push_to_hub", "hub_private"):
         del values["output"][name]
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"# Written by ftlevel {__version__}. Train it again: ftlevel train THIS_FILE\n{body}"
@@ -176,6 +177,7 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "adapter": plan.adapter.describe() if plan.adapter else None,
         "trainable_parameters": trainable,
         "total_parameters": total,
+        "class_weights": _class_weights(plan),
         "data": {**plan.data.facts, "generated_rows": outcome.generated_rows},
         "steps": records[-1]["step"] if records else 0,
         "planned_steps": plan.schedule.steps,
@@ -194,6 +196,11 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "changed_on_resume": list(outcome.changes),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
+
+
+def _class_weights(plan: Plan) -> dict[str, float]:
+    weights = plan.loss.class_weights
+    return dict(zip(plan.data.facts["labels"], weights, strict=True)) if weights else {}
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:
@@ -241,8 +248,8 @@ def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
     """Return what is to be said of a loss that did not fall; nothing of a run too short to tell.
 
     A loss of classes, tags and spans is compared with that of guessing without reading, which it
-    has to be 2 % below, any other with the first that were logged. In a run of a few steps one
-    batch would be compared with another.
+    has to be 2 % below, any other, and one that is weighted, with the first that were logged. In
+    a run of a few steps one batch would be compared with another.
 
     Args:
         summary: of the run, with the means of its first and last losses.
@@ -252,7 +259,8 @@ def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
     if window < _WINDOW:
         return []
     first, last = summary["loss_first"], summary["loss_last"]
-    guess = plan.objective.guess_loss(list(itertools.islice(plan.data.train, _ROWS)))
+    rows = itertools.islice(plan.data.train, _ROWS)
+    guess = plan.objective.guess_loss(list(rows)) if not plan.loss.weighs else None
     if last < (first if guess is None else guess * (1 - _MARGIN)):
         return []
     ended = f"the loss ended at {last:.3f} (mean of the last {window} that were logged)"

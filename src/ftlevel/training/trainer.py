@@ -22,7 +22,7 @@ from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
-from ftlevel.task import Objective
+from ftlevel.task import Objective, TrainingLoss
 from ftlevel.training.processes import Processes
 
 
@@ -43,6 +43,7 @@ class FtlevelTrainer(Trainer):
         tokens_computed: places that the blocks computed: with padding, shared prefixes once.
         penalty: model → what its method adds to the loss of an optimizer step, or None. It is in
             the gradient alone: the loss that is logged is the one that evaluation measures.
+        loss: what the loss of training has beside that of evaluation.
         head_rate: modules that learn at a rate of their own, and that rate; None for none.
         processes: those of the run.
         halved: where the memory was too small, the step and the tokens of a micro-batch since.
@@ -53,6 +54,7 @@ class FtlevelTrainer(Trainer):
         self,
         *,
         objective: Objective,
+        loss: TrainingLoss | None = None,
         evaluator: Any = None,
         penalty: Callable[[Any], torch.Tensor] | None = None,
         fast: FastStep | None = None,
@@ -65,6 +67,7 @@ class FtlevelTrainer(Trainer):
         self.head_rate = head_rate
         self.processes = processes
         self.objective = objective
+        self.loss = loss or TrainingLoss()
         self.penalty = penalty
         self.evaluator = evaluator
         self.fast = fast
@@ -246,17 +249,20 @@ class FtlevelTrainer(Trainer):
     ) -> Any:
         """Return the micro-batch's share of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
-        outputs, smoothing = None, self.args.label_smoothing_factor
+        outputs = None
         if self.fast is not None and self.fast.cross_entropy is not None and not return_outputs:
             total = supervised_loss(
-                self.fast.cross_entropy, model, self.objective, inputs, smoothing=smoothing
-            )
+                self.fast.cross_entropy, model, self.objective, inputs,
+                smoothing=self.loss.smoothing,
+            )  # fmt: skip
         else:
             fed, labels = self.objective.split(inputs)
             outputs = model(**fed)
             logits = self.objective.logits(outputs)
-            total = self.objective.smoothed_sum(logits, labels, mask, smoothing)
-        count = self.objective.count(labels) if num_items_in_batch is None else num_items_in_batch
+            total = self.objective.training_sum(logits, labels, mask, self.loss)
+        count = num_items_in_batch
+        if count is None:
+            count = self.objective.training_count(labels, self.loss)
         loss = total * 0 if self._is_nothing else total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
@@ -309,10 +315,13 @@ class FtlevelTrainer(Trainer):
         return total
 
     def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Return the number of targets of `batches` in this process (a scalar)."""
+        """Return the number of targets of `batches` in this process, or their weight (a scalar)."""
         parts = [part for batch in batches for part in batch.get("micro_batches", [batch])]
-        counts = [self.objective.count(part["labels"]).to(device) for part in parts]
-        return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long).to(device)
+        counts = [self.objective.training_count(part["labels"], self.loss) for part in parts]
+        if not counts:  # of the type that other processes count in
+            weighed = bool(self.loss.class_weights)
+            return torch.zeros((), dtype=torch.float32 if weighed else torch.long, device=device)
+        return torch.stack([count.to(device) for count in counts]).sum()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the sum over the micro-batches of Trainer's estimate."""

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe, read_settings
-from ftlevel.config.renamed import RENAMED
+from ftlevel.config.reading.renamed import RENAMED
 from ftlevel.errors import ConfigError
 
 
@@ -172,9 +172,9 @@ def test_a_switch_is_no_number(setting: str) -> None:
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
          "speed, output."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
-         "adamw_torch_fused, adafactor, adamw_8bit, paged_adamw_8bit, "
-        "paged_adamw_32bit, sgd. Did you mean "
-         "'adamw_torch'?"),
+         "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, adafactor, ademamix, "
+         "ademamix_8bit, paged_ademamix_8bit, paged_ademamix_32bit, lion_8bit, lion_32bit, "
+         "paged_lion_8bit, paged_lion_32bit, rmsprop, adagrad, sgd. Did you mean 'adamw_torch'?"),
     ],
 )  # fmt: skip
 def test_a_setting_is_named_as_it_was_typed_with_the_nearest_right_one(

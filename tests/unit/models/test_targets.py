@@ -218,7 +218,7 @@ def test_wishes(family: str, task: str, wish: Any, count: int, one: str) -> None
             ["wte"],
             [
                 "--target-modules: 'wte' matches no linear of gpt2, only Embedding. "
-                "method.modules_to_save trains it in full. Linear modules "
+                "--modules-to-save trains it in full. Linear modules "
                 "here: c_attn, c_fc, c_proj. Try: ftlevel list-targets gpt2"
             ],
         ),
@@ -228,7 +228,7 @@ def test_wishes(family: str, task: str, wish: Any, count: int, one: str) -> None
             ["lm_head"],
             [
                 "--target-modules: 'lm_head' is the output head of gpt2: adapters go on the "
-                "blocks. Leave it out; method.modules_to_save trains it in full. Linear modules "
+                "blocks. Leave it out; --modules-to-save trains it in full. Linear modules "
                 "here: c_attn, c_fc, "
                 "c_proj. Try: ftlevel list-targets gpt2"
             ],

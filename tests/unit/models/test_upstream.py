@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from export_cases import export_to, exportable
 from ftlevel.models.torchao_format import build_torchao_config
-from ftlevel.models.upstream import FACTS, architectures, conversions, data, quantizers, tracking
+from ftlevel.models.upstream import FACTS, architectures, conversions, data, quantizers
 from ftlevel.models.upstream import tensors as upstream
 from tiny_models import build
 from upstream_facts import Canaries, Fact, arguments, check_fact, facts
@@ -507,17 +507,3 @@ class _Backwards(transformers.Trainer):  # type: ignore[misc]  # transformers is
         self.steps.append(self.current_gradient_accumulation_steps)
         targets = 7 if num_items_in_batch is None else num_items_in_batch
         return model(**inputs).logits.sum() * 0 + 7 / targets
-
-
-@CANARIES.of("TensorBoardCallback.logging_dir")
-def _(request: Any) -> None:
-    pytest.importorskip("tensorboard")
-    folder = request.getfixturevalue("tmp_path")
-    callback = tracking.tensorboard_into(folder / "curves")
-    arguments_ = transformers.TrainingArguments(output_dir=str(folder / "other"))
-    state, control = transformers.TrainerState(), transformers.TrainerControl()
-    state.is_world_process_zero = True
-    callback.on_train_begin(arguments_, state, control)
-    callback.on_log(arguments_, state, control, logs={"loss": 1.0})
-    callback.on_train_end(arguments_, state, control)
-    assert [path.parent for path in folder.rglob("events.out.*")] == [folder / "curves"]

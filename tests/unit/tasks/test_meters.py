@@ -7,7 +7,7 @@ import torch
 
 from ftlevel.data.encoding.tags import TaggedRow
 from ftlevel.data.encoding.windows import Window
-from ftlevel.tasks.classes import ClassMeter, MultiLabelMeter, RegressionMeter
+from ftlevel.tasks.class_meters import ClassMeter, MultiLabelMeter, RegressionMeter
 from ftlevel.tasks.span import SpanMeter
 from ftlevel.tasks.tags import TagMeter
 from ftlevel.tasks.tokens import TokenMeter

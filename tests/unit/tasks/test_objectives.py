@@ -10,7 +10,7 @@ import torch
 
 import tiny_models
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.task import Objective
+from ftlevel.task import Objective, TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.span import Spans
 
@@ -103,11 +103,11 @@ def test_smoothed_labels_are_transformers_own(
     assert objective.one_of_many
     inputs, labels = objective.split(batch)
     with torch.no_grad():
-        outputs = model(**inputs)
+        outputs, mask = model(**inputs), batch["attention_mask"]
         logits = objective.logits(outputs)
-        found = objective.smoothed_sum(logits, labels, batch["attention_mask"], 0.1)
+        found = objective.training_sum(logits, labels, mask, TrainingLoss(0.1))
         expected = LabelSmoother(0.1)({"logits": logits}, labels, shift_labels=head == "causal")
-        plain = objective.smoothed_sum(logits, labels, batch["attention_mask"], 0.0)
+        plain = objective.training_sum(logits, labels, mask, TrainingLoss())
     assert (found / objective.count(labels)).item() == pytest.approx(expected.item(), rel=1e-5)
     assert found != plain
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ftlevel.data.encoding.encode import Encoded
+from ftlevel.task import TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.training.summary import describe_losses, find_nothing_learned
 
@@ -18,6 +19,7 @@ TEXT = [Encoded([1, 2], [1, 2], 0)] * 8
 def said(task: str, kind: str, rows: list[Encoded], losses: list[float]) -> list[str]:
     plan: Any = SimpleNamespace(
         objective=TASKS[task].build_objective(kind, {}),
+        loss=TrainingLoss(),
         data=SimpleNamespace(train=rows),
         schedule=SimpleNamespace(learning_rate=2e-4),
     )

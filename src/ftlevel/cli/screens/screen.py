@@ -239,6 +239,8 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     run = Path(summary["run"])
     held = [f"{name} ({what})" for name, what in _HELD if _is_held(run / name)]
     yield f"  [bold]saved[/bold] {_plain(summary['run'])}: {_plain(', '.join(held))}"
+    if "hub" in summary:
+        yield f"  [bold]uploaded[/bold] {_plain(summary['hub'])}"
     for number, command in enumerate(summary["next"]):
         yield f"  {'    ' if number else '[bold]next[/bold]'} {_plain(command)}"
 

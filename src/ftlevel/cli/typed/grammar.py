@@ -96,7 +96,7 @@ def _daily(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 def _entry(name: str, text: str, column: int, width: int) -> str:
     """Return a flag and its help, from `column` on; no word of it is broken at a dash."""
-    head = f"  {name}".ljust(column)
+    head = f"  {name} ".ljust(column)
     lines = textwrap.wrap(text, width - column, break_on_hyphens=False, break_long_words=False)
     if len(head) > column or not lines:
         lines.insert(0, "")

@@ -240,9 +240,10 @@ def _take(queue: list[str], reading: Reading) -> list[str] | None:
         if follows and (is_own or (reading.read is not None and not _is_recipe(follows))):
             return [queue.pop(0)]
         return []
+    may_be_bare = bool(reading.answer) or "" in reading.words
     if not queue:
-        return [] if reading.answer else None
-    if reading.answer and queue[0].startswith("--"):
+        return [] if may_be_bare else None
+    if may_be_bare and queue[0].startswith("--"):
         return []
     values = [queue.pop(0)]
     while reading.several and queue and _is_word(queue[0]) and not _is_recipe(queue[0]):

@@ -8,11 +8,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ftlevel.config.in_memory import DatasetName
-from ftlevel.config.sections import INPUT_FORMAT, Positive, Section
+from ftlevel.config.options.decoding import DecodingAsInTraining
+from ftlevel.config.options.pairs import FewNames
+from ftlevel.config.sections import INPUT_FORMAT, Positive
 from ftlevel.config.tasks import TaskName
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(DecodingAsInTraining):
     """Everything that decides an evaluation. What is not given is as in training."""
 
     name: str = Field(min_length=1, description="A run, an adapter, or a model.")
@@ -58,10 +60,14 @@ class EvaluateConfig(Section):
     max_new_tokens: Positive | None = Field(
         None, description="Longest generated text in tokens; default as in training."
     )
+    metrics: FewNames = Field(
+        (),
+        description="Metrics to give beside the loss, with commas between; default as in training.",
+    )
     resamples: int = Field(
         1000, ge=0, description="Bootstrap draws of the rows for the 95 % intervals; 0 for none."
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of these draws.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draws of rows, and of tokens.")
     predictions: Path | None = Field(
         None,
         description="File to write a row an example to: .jsonl, .csv, .tsv or .parquet; must not "

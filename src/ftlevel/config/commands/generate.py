@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from ftlevel.config.sections import Positive, Section
+from ftlevel.config.options.decoding import Decoding
+from ftlevel.config.sections import Positive
 from ftlevel.config.tasks import TaskName
 
 
-class GenerateConfig(Section):
+class GenerateConfig(Decoding):
     """Everything that decides what is answered, beside the prompts."""
 
     name: str | None = Field(None, description="A run, an adapter, or a model.")
@@ -35,12 +36,6 @@ class GenerateConfig(Section):
     )
     compare_base: bool = Field(False, description="Show the base model's answer beside it.")
     max_new_tokens: Positive = Field(128, description="Longest answer in tokens.")
-    temperature: Annotated[float, Field(ge=0, le=10)] = Field(
-        0.0, description="Temperature of sampling; 0 takes the most likely token every time."
-    )
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Sample from the fewest tokens with this probability together."
-    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling.")
     batch_size: Positive = Field(8, description="Prompts a forward pass.")
     base_model: str | None = Field(

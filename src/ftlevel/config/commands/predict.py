@@ -7,11 +7,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.sections import INPUT_FORMAT, Positive, Section
+from ftlevel.config.options.decoding import DecodingAsInTraining
+from ftlevel.config.sections import INPUT_FORMAT, Positive
 from ftlevel.config.tasks import TaskName
 
 
-class PredictConfig(Section):
+class PredictConfig(DecodingAsInTraining):
     """Everything that decides the answers to rows."""
 
     name: str = Field(min_length=1, description="A run, an adapter, or a model.")

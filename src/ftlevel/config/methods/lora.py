@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ftlevel.config.methods.base import MethodSpec, TargetModules
+from ftlevel.config.options.pairs import Names, Tokens
 from ftlevel.config.sections import Positive, QuantConfig, Share
 
 LoraInit = Literal[
@@ -69,12 +70,12 @@ class LoraSpec(MethodSpec):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="Which bias terms of the base are trained too."
     )
-    modules_to_save: list[str] = Field(
+    modules_to_save: Names = Field(
         default_factory=list,
         description="Modules beside a new head that are trained in full and saved with the "
         "adapter, such as embed_tokens and lm_head.",
     )
-    trainable_token_indices: list[Annotated[int, Field(ge=0)] | str] = Field(
+    trainable_token_indices: Tokens = Field(
         default_factory=list,
         description="Tokens whose rows of the embedding are trained, by id or by text.",
     )

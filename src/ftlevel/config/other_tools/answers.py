@@ -22,15 +22,21 @@ _PACKED = Agrees(
     "attention can; the line `step` says so",
     "speed.fast", (True,), otherwise="Drop --no-fast, or drop it",
 )  # fmt: skip
-_ANSWERS_ONLY = Agrees("the loss is that of answers alone, wherever a row has a prompt")
+_ANSWERS_ONLY = Agrees(
+    "the loss is that of answers alone, wherever a row has a prompt", "data.train_on_inputs",
+    (False,), otherwise="Drop --train-on-inputs, or drop it",
+)  # fmt: skip
+_NO_WORKERS = Agrees(
+    "rows are encoded before the run, and batches are made of them as they are needed"
+)
 _NO_PREFERENCE = (
     "ftlevel learns from answers, not from preferences or rewards. Drop it to train on the chosen "
     "answers."
 )
 _TRACKER = "the tracker reads it from its environment variable. Set that, and drop the flag."
 _HUB = (
-    "a run uploads nothing. When it is done, upload the directory `adapter` of the run with "
-    "`hf upload`."
+    "--push-to-hub NAME uploads what was trained, once, when the run is done. Use that, or "
+    "`hf upload` for anything else."
 )
 _TOKEN = "the token is the one of `hf auth login`. Log in, and drop the flag."
 _LAUNCH = (
@@ -39,6 +45,18 @@ _LAUNCH = (
 )
 _TOKENIZER = "the tokenizer and its tokens are the model's own, and stay so. Drop it."
 _OTHER_METHOD = "there is no such method here. ftlevel list-methods shows what there is. Drop it."
+
+
+def _drawn(path: str) -> Agrees:
+    """Return what `--do-sample` asks for, which a temperature says."""
+    return Agrees("tokens are drawn at --temperature", path, unless=(0.0, None),
+                  otherwise="Add --temperature 1")  # fmt: skip
+
+
+def _taken(path: str) -> Agrees:
+    return Agrees("the likeliest token is taken", path, (0.0, None),
+                  otherwise="Drop --temperature")  # fmt: skip
+
 
 ANSWERS: tuple[Flag, ...] = (
     # What is done anyhow.
@@ -51,6 +69,11 @@ ANSWERS: tuple[Flag, ...] = (
                             ("lora", "qlora", "adalora", "ia3", "vera", "oft", "boft", "loha",
                              "lokr", "prefix", "prompt", "p-tuning", "adapter", "ln-tuning")),
              "false": "--set method.kind=full"}),
+    *_flags("--do-sample", "expected true or false.",
+            {"true": _drawn("train.temperature"), "false": _taken("train.temperature")}),
+    Flag(names="--do-sample", on=("generate", "evaluate", "predict"),
+         answer="expected true or false.",
+         words={"true": _drawn("temperature"), "false": _taken("temperature")}),
     *_flags("--stage --rlhf-type", _NO_PREFERENCE,
             {"sft": Agrees("that is what ftlevel train does"),
              "pt": Agrees("rows with a text alone are learned as a whole", "task",
@@ -62,12 +85,11 @@ ANSWERS: tuple[Flag, ...] = (
              "false": Agrees("each row is scored by itself")}),
     *_flags("--remove-unused-columns", "columns that a task does not use are named, not removed.",
             {"false": Agrees("columns that are not used are only named")}),
-    *_flags("--completion-only-loss --assistant-only-loss --train-on-completions --mask-prompt",
-            "--format text learns whole rows of text; a prompt is never learned. Drop it.",
-            {"true": _ANSWERS_ONLY}),
-    *_flags("--train-on-inputs --train-on-prompt --mask-history",
-            "--format text learns whole rows of text; a prompt is never learned. Drop it.",
-            {"false": _ANSWERS_ONLY}),
+    *_flags("--completion-only-loss --assistant-only-loss --train-on-completions --mask-prompt "
+            "--train-on-responses-only", "expected true or false.",
+            {"true": _ANSWERS_ONLY, "false": "--train-on-inputs true"}),
+    *_flags("--mask-history", "each answer of a conversation is learned. Drop it.",
+            {"false": Agrees("each answer of a conversation is learned")}),
     *_flags("--use-chat-template", "a row of turns is written by the model's chat template.",
             {"true": Agrees("rows of turns are written by the model's chat template")}),
     *_flags("--use-fast-tokenizer", "only tokenizers that know the place of a token can be used.",
@@ -115,7 +137,6 @@ ANSWERS: tuple[Flag, ...] = (
             {"true": Agrees("an adapter begins anew", "model.adapter", (None,))}),
     *_flags("--low-cpu-mem-usage", "weights are read tensor by tensor. Drop it.",
             {"true": Agrees("weights are read tensor by tensor")}),
-    *_flags("--push-to-hub --push-model", _HUB, {"false": Agrees("nothing is uploaded")}),
     *_flags("--save-model", "the adapter is always saved. Drop it.",
             {"true": Agrees("the adapter is saved")}),
     *_flags("--use-unsloth --use-unsloth-gc --use-liger", "the fast step is ftlevel's. Drop it.",
@@ -133,19 +154,22 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--loss-watchdog-threshold --loss-watchdog-patience",
             "a run stops at a gradient that is NaN or infinite, and at no other loss. Drop it."),
     *_flags("--plugins --strict --tuner-backend", "ftlevel loads no code of others. Drop it."),
-    *_flags("--hub-model-id --hub-strategy --hub-private-repo --hub-path --push-gguf "
-            "--push-dataset-to-hub", _HUB),
+    *_flags("--hub-strategy --hub-path --push-gguf --push-dataset-to-hub", _HUB),
     *_flags("--hub-token --token --hf-token --hf-hub-token --use-auth-token", _TOKEN),
-    *_flags("--wandb-project --wandb-project-name --wandb-entity --wandb-watch --wandb-log-model "
-            "--wandb-token --wandb-mode --project --trackio-project-name --trackio-space-id "
-            "--tensorboard-dir --logging-dir --mlflow-tracking-uri", _TRACKER),
+    *_flags("--wandb-entity --wandb-watch --wandb-log-model --wandb-token --wandb-mode "
+            "--trackio-space-id --mlflow-tracking-uri", _TRACKER),
+    *_flags("--tensorboard-dir --logging-dir",
+            "TensorBoard's files are in RUN/tensorboard. Drop it: --output-dir names the run."),
     *_flags("--deepspeed --fsdp --fsdp-config --fsdp-version --ddp-timeout --ddp-backend "
             "--tensor-parallel-size --sequence-parallel-size --context-parallel-size "
             "--accelerate-config --config-file", _LAUNCH),
-    *_flags("--dataloader-num-workers --num-dataloader-workers --dataloader-pin-memory "
-            "--dataloader-prefetch-factor --dataloader-drop-last",
-            "rows are encoded before the run and need no workers in it; --num-proc N encodes with "
-            "N processes. Drop it."),
+    *_flags("--dataloader-num-workers --num-dataloader-workers --dataloader-prefetch-factor",
+            "a number is expected; --num-proc N encodes with N processes.",
+            {str(number): _NO_WORKERS for number in range(129)}),
+    *_flags("--dataloader-pin-memory --dataloader-persistent-workers", "expected true or false.",
+            dict.fromkeys(("true", "false"), _NO_WORKERS)),
+    *_flags("--dataloader-drop-last", "the last rows of an epoch are learned too. Drop it.",
+            {"false": Agrees("the last rows of an epoch are learned too")}),
     *_flags("--tokenizer-name --tokenizer-type --config-name --resize-vocab --add-tokens "
             "--special-tokens --eos-token --pad-token --split-special-tokens --eot-tokens "
             "--processor-type --tokenizer-use-mistral-common", _TOKENIZER),
@@ -164,15 +188,8 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--source-prefix",
             "a task has its own instruction, which generate gives too. Drop it; text that is to "
             "stand before every source belongs into the data."),
-    *_flags("--system --default-system",
-            "a system prompt is a turn of the data, or its column `system`. Put it there."),
-    *_flags("--num-beams --eval-num-beams",
-            "answers are scored by greedy decoding, as generate gives them. Drop it."),
-    *_flags("--metric-name", "a task is scored by its own metrics, which are all shown; "
-            "--metric-for-best-model says which picks the model that is kept."),
-    *_flags("--modules-to-save --lora-modules-to-save --additional-target",
-            "new heads are trained and saved in full by themselves; other modules stay frozen. "
-            "Drop it, or use --method full."),
+    *_flags("--metric-name", "a task is scored by its own metrics, which are all shown; --metrics "
+            "names some, and --metric-for-best-model the one that picks the model that is kept."),
     *_flags("--stride",
             "--overlong split cuts a long text into rows, which do not overlap. Use that."),
     *_flags("--loftq-config", "--init loftq --quant 4bit starts so. Use that."),
@@ -184,20 +201,28 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--use-galore --use-apollo --use-badam --use-adam-mini --use-muon --use-llama-pro "
             "--freeze-trainable-layers --lisa-activated-layers --lorafa --unfrozen-parameters",
             _OTHER_METHOD),
-    *_flags("--optim-args --lr-scheduler-kwargs --optim-target-modules",
-            "the optimizer and the schedule have transformers' defaults. Drop it."),
+    *_flags("--optim-target-modules", "it is of GaLore and APOLLO, which are not here. Drop it."),
     *_flags("--gradient-checkpointing-kwargs",
-            "activations are recomputed without reentrant autograd. Drop it."),
+            "activations are recomputed without reentrant autograd. Drop it.",
+            dict.fromkeys(('{"use_reentrant": false}', '{"use_reentrant":false}',
+                           "use_reentrant=false"),
+                          Agrees("activations are recomputed without reentrant autograd"))),
     *_flags("--torch-compile --torch-compile-backend --torch-compile-mode",
             "compiled steps are not offered; the fast step is on. Drop it."),
     *_flags("--tf32", "matrix products are in --dtype. Drop it."),
     *_flags("--auto-find-batch-size",
             "the fast step bounds the memory by tokens: --set speed.tokens_per_micro_batch=N."),
-    *_flags("--data-seed", "--seed draws the order of the rows too. Use that."),
     *_flags("--full-determinism", "the same --seed gives the same adapter on a CPU. Drop it."),
-    *_flags("--log-level --disable-tqdm --verbosity", "--quiet prints errors only. Use that."),
+    *_flags("--log-level --verbosity", "--quiet prints errors only. Use that.",
+            {**dict.fromkeys(("passive", "info", "warning"),
+                             Agrees("progress and warnings are shown")),
+             **dict.fromkeys(("error", "critical"), "--quiet true")}),
+    *_flags("--disable-tqdm", "expected true or false.",
+            {"true": Agrees("a bar is drawn in a terminal alone; --quiet prints errors only"),
+             "false": Agrees("progress is shown")}),
     *_flags("--bnb-4bit-quant-storage --bnb-4bit-quant-storage-dtype",
-            "it serves to split a model over GPUs, which is not done. Drop it."),
+            "it serves to split a model over GPUs, which is not done. Drop it.",
+            {"uint8": Agrees("4-bit weights are stored as bytes")}),
     *_flags("--loss-type --use-dft-loss --enable-dft-loss --use-eaft-loss",
             "the loss is cross-entropy over the answers' tokens. Drop it."),
     *_flags("--beta --pref-beta --pref-loss --ref-model --reward-model --reward-funcs "
@@ -216,6 +241,8 @@ ANSWERS: tuple[Flag, ...] = (
             "of Axolotl, LLaMA-Factory, TRL or ms-swift."),
     *_flags("--merge-lora", "ftlevel merge RUN does it when the run is done. Drop it."),
     *_flags("--include-num-input-tokens-seen",
-            "summary.json counts the tokens of a run in any case. Drop it."),
+            "summary.json counts the tokens of a run in any case. Drop it.",
+            dict.fromkeys(("", "true", "all", "non_padding"),
+                          Agrees("summary.json counts the tokens of a run"))),
 )  # fmt: skip
 """Rows of the table of flags, by the tools' names."""

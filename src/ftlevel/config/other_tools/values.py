@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 GLUE = ("ax", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
@@ -44,6 +45,23 @@ def read_ratio(text: str) -> str:
     return text
 
 
+def read_lowest_share(text: str) -> str:
+    """Return a cosine that ends at a share of the peak, which is Axolotl's word for it."""
+    _number(text)
+    return f"cosine_with_min_lr --lr-scheduler-kwargs min_lr_rate={text}"
+
+
+def read_pairs(flag: str, text: str) -> str:
+    """Return settings one by one: `a=1,b=2`, or JSON as transformers takes it."""
+    if not text.lstrip().startswith("{"):
+        return f" {flag} ".join(pair.strip() for pair in text.split(",") if pair.strip())
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    return f" {flag} ".join(f"{name}={str(value).strip()}" for name, value in found.items())
+
+
 def read_once_an_epoch(text: str) -> str:
     """Return `epoch` for once an epoch; more often is a share of the run."""
     if _number(text) == 1:
@@ -82,14 +100,6 @@ def refuse_checkpoint(_: str) -> str:
     raise ValueError(
         "a run goes on from its newest whole checkpoint. Use: --output-dir RUN --resume"
     )
-
-
-def read_trackers(text: str) -> str:
-    """Return the one tracker of a list."""
-    names = [name for name in re.split(r"[\s,]+", text.strip()) if name and name != "all"]
-    if len(names) != 1:
-        raise ValueError("metrics are sent to one tracker: none, tensorboard, wandb or mlflow")
-    return names[0]
 
 
 def _number(text: str) -> float:

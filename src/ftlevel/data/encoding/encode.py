@@ -7,7 +7,7 @@ model whose padding is its EOS still learns to stop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftlevel.data.encoding.chat import Rendered, Turn, render_chat
@@ -72,12 +72,23 @@ ROW_TYPES[Encoded.__name__] = Encoded
 
 
 def encode_causal(
-    tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
+    tokenizer: Any,
+    examples: Sequence[Any],
+    prompt_format: PromptFormat,
+    *,
+    with_inputs: bool = False,
 ) -> list[Encoded]:
     """Encode plain texts, pairs and conversations for a decoder.
 
+    Args:
+        tokenizer: the model's.
+        examples: of one kind.
+        prompt_format: how prompts are laid out.
+        with_inputs: whether prompts are learned as well as answers.
+
     Raises:
-        InputError: a conversation of several turns and no chat template; no EOS token.
+        InputError: a conversation of several turns and no chat template; no EOS token; plain texts
+            where a system turn is asked for.
     """
     if tokenizer.eos_token_id is None:
         raise InputError(
@@ -87,12 +98,24 @@ def encode_causal(
     rows: list[Encoded] = []
     for chunk in _chunks(examples):
         if isinstance(chunk[0], PlainText):
+            if prompt_format.system:
+                raise InputError(
+                    "--system is the first turn of a conversation, and these rows are plain text. "
+                    "Drop it, or give the data a prompt and a completion column."
+                )
             rows += _encode_texts(tokenizer, chunk)
         elif prompt_format.kind == "chat-template":
             rows += _encode_chats(tokenizer, chunk, prompt_format)
         else:
             rows += _encode_completions(tokenizer, chunk, prompt_format)
-    return rows
+    return [_with_inputs(row) for row in rows] if with_inputs else rows
+
+
+def _with_inputs(row: Encoded) -> Encoded:
+    """Return `row` with its prompts learned; what a template puts behind the last answer is not."""
+    labels: Any = row.labels
+    last = max((i for i, label in enumerate(labels) if label != IGNORED), default=-1) + 1
+    return replace(row, labels=row.input_ids[:last] + labels[last:])
 
 
 def encode_seq2seq(
@@ -198,7 +221,11 @@ def _encode_completions(
 ) -> list[Encoded]:
     """Encode prompt and completion apart, as generation does, and join them."""
     pairs = [_as_pair(example) for example in examples]
-    prompts = tokenizer([prompt_format.plain_prompt(p.source) for p in pairs])["input_ids"]
+    texts = [
+        prompt_format.plain_prompt(pair.source, has_system=_has_system(example))
+        for pair, example in zip(pairs, examples, strict=True)
+    ]
+    prompts = tokenizer(texts)["input_ids"]
     answers = tokenizer([p.target for p in pairs], add_special_tokens=False)["input_ids"]
     rows = []
     for prompt, answer, pair in zip(prompts, answers, pairs, strict=True):
@@ -209,13 +236,17 @@ def _encode_completions(
     return rows
 
 
+def _has_system(example: Any) -> bool:
+    return isinstance(example, Conversation) and example.messages[0].role == "system"
+
+
 def _as_turns(example: Any, prompt_format: PromptFormat) -> list[Turn]:
     if isinstance(example, Pair):
-        return [
+        return prompt_format.with_system([
             {"role": "user", "content": prompt_format.user_text(example.source)},
             {"role": "assistant", "content": example.target},
-        ]
-    return [message.to_dict() for message in example.messages]
+        ])  # fmt: skip
+    return prompt_format.with_system([message.to_dict() for message in example.messages])
 
 
 def _as_pair(example: Any) -> Pair:

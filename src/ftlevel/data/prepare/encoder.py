@@ -83,9 +83,12 @@ class Encoder:
         return replace(fitted, digests=self._digests(examples))
 
     def holding_out(self, split: str) -> Encoder:
-        """Return an encoder of `split`, whose rows that do not fit are dropped, or split."""
+        """Return an encoder of `split`, of whose rows the answers count.
+
+        Rows that do not fit are dropped, or split.
+        """
         overlong = "split" if self.config.overlong == "split" else "drop"
-        config = self.config.model_copy(update={"overlong": overlong})
+        config = self.config.model_copy(update={"overlong": overlong, "train_on_inputs": False})
         return replace(self, config=config, split=split)
 
     def digest(self, examples: Sequence[Any]) -> Digests:

@@ -12,6 +12,7 @@ from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Fitted
+from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.gate import Finding, explain_stop
 from ftlevel.data.gate.flat import flat_batches
@@ -19,7 +20,7 @@ from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.encoder import Encoder
 from ftlevel.data.prepare.loading import Loaded
 from ftlevel.data.prepare.parallel import Progress
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.task import Task
 
 
@@ -43,7 +44,9 @@ def prepare_examples(
         InputError: rows do not fit, or the gate found what is to stop the run.
     """
     task, tokenizer, lenient = context.task, context.tokenizer, context.lenient
-    prompt_format = task.prompt_format(loaded.format, context.kind, tokenizer)
+    prompt_format = _with_system(
+        task.prompt_format(loaded.format, context.kind, tokenizer), config.system
+    )
     encoder = Encoder(
         task, context.kind, tokenizer, config, context.bounds, prompt_format, loaded.labels,
         folder, progress, lenient=lenient,
@@ -81,12 +84,32 @@ def prepare_examples(
     choices = _choices(loaded, task, fitted, validation, facts)
     if prompt_format is not None:
         choices.append(Choice("prompt", prompt_format.kind, prompt_format.instruction))
+        if prompt_format.system:
+            choices.append(
+                Choice("system", prompt_format.system, "where a row has none of its own")
+            )
     choices += _changes(task, fitted, facts)
     choices += [_gate_choice(finding) for finding in findings]
     return Prepared(
         kept, validation, prompt_format, fitted.max_length, tables.train, facts, choices,
         tuple(findings),
     )  # fmt: skip
+
+
+def _with_system(prompt_format: PromptFormat | None, system: str | None) -> PromptFormat | None:
+    """Return the format with the system turn of rows that have none.
+
+    Raises:
+        ConfigError: there are no turns.
+    """
+    if not system:
+        return prompt_format
+    if prompt_format is None or prompt_format.kind == "seq2seq":
+        raise ConfigError(
+            "--system is the first turn of a conversation with a model that writes answers, and "
+            "this one takes no turns. Drop it."
+        )
+    return replace(prompt_format, system=system)
 
 
 _DONE = {"drop": "dropped", "warn": "kept", "stop": "stops the run", "fold": "made one"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ftlevel.artifacts.cards import AdapterCard
@@ -34,6 +34,7 @@ class Prompting:
     template: str | None
     stops: list[str]
     comments: list[str] = field(default_factory=list)
+    system: str = ""
 
 
 def find_prompting(tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary) -> Prompting:
@@ -41,7 +42,7 @@ def find_prompting(tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary) ->
     stops = list(dict.fromkeys(_stops(tokenizer)))
     prompt = PromptFormat(**card.prompt) if card.prompt else PromptFormat("plain")
     if prompt.kind == "chat-template":
-        return _of_chat(tokenizer, prompt, vocabulary, stops)
+        return replace(_of_chat(tokenizer, prompt, vocabulary, stops), system=prompt.system)
     if card.method == "none":  # not trained here: nothing is known of its prompts
         return Prompting("plain", "no chat template", "{{ .Prompt }}", stops)
     before, after = prompt.plain_prompt(_MARK).split(_MARK)
@@ -54,7 +55,8 @@ def modelfile(gguf: str, prompting: Prompting) -> str:
     name = gguf.removesuffix(".gguf")
     use = f"ollama create {name} -f {name}.Modelfile"
     comments = [use, *prompting.comments]
-    return write_modelfile(gguf, prompting.template, prompting.stops, comments)
+    template, stops = prompting.template, prompting.stops
+    return write_modelfile(gguf, template, stops, comments, prompting.system)
 
 
 def _of_chat(

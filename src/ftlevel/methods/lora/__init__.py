@@ -77,7 +77,7 @@ def _token_ids(spec: LoraSpec, base: Base) -> list[int]:
     lost = [t for t in wished if (known.get(t) if isinstance(t, str) else t) not in range(rows)]
     if lost:
         raise ConfigError(
-            f"method.trainable_token_indices: {', '.join(map(repr, lost))} "
+            f"--trainable-token-indices: {', '.join(map(repr, lost))} "
             f"{'is no token' if len(lost) == 1 else 'are no tokens'} of the model, which has "
             f"{rows:,}, from 0. A new token needs a row first: add it to tokenizer and model with "
             "resize_token_embeddings of transformers, save both, and train that model."

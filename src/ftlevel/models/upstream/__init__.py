@@ -66,8 +66,6 @@ FACTS = {
         "PreTrainedModel._weight_conversions": "the translation that saving undoes"},
     "transformers/quantizers/auto.py": {
         "AutoHfQuantizer": "which linears are replaced, and whether they can be loaded here"},
-    "transformers/integrations/integration_utils.py": {
-        "TensorBoardCallback.logging_dir": "where it writes, which no argument says"},
     "transformers/integrations/bitsandbytes.py": {
         "Linear4bit.source_cls": "whether it was a Conv1D, whose weight is transposed"},
     "bitsandbytes/nn/modules.py": {

@@ -12,9 +12,10 @@ from ftlevel.events import Listener
 
 
 class Report(TrainerCallback):
-    """Pass the run's course to the listener and to metrics.jsonl.
+    """Pass the run's course to the listener, to metrics.jsonl and to trackers.
 
     Attributes:
+        writers: what takes each record.
         records: everything that was logged, before a resumed part too.
         first_step_at: when the first step began, by `time.perf_counter`.
         first_step_cpu_s: the process's processor time until then, of all threads.
@@ -28,7 +29,7 @@ class Report(TrainerCallback):
         tokens_seen: Callable[[], int],
     ) -> None:
         self.listener = listener
-        self.write = write
+        self.writers = [write]
         self.tokens_seen = tokens_seen
         self.records: list[dict[str, Any]] = []
         self.first_step_at: float | None = None
@@ -90,5 +91,6 @@ class Report(TrainerCallback):
             "elapsed_s": round(time.perf_counter() - began, 3),
         }
         self.records.append(record)
-        self.write(record)
+        for write in self.writers:
+            write(record)
         self.listener.log(record)

@@ -44,7 +44,7 @@ class MethodTargets:
         reason = "all-linear: every linear of the blocks" if wish == "all-linear" else ""
         more = [Choice("target tensors", ", ".join(self.parameters))] if self.parameters else []
         if self.in_full:
-            more.append(Choice("in full", ", ".join(self.in_full), "method.modules_to_save"))
+            more.append(Choice("in full", ", ".join(self.in_full), "--modules-to-save"))
         return [Choice("targets", shown, reason), *more]
 
 
@@ -142,13 +142,13 @@ def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
         if not found:
             ends = sorted({full.rpartition(".")[2] for full in tree.modules if full})
             raise ConfigError(
-                f"method.modules_to_save: {name!r} is no module of {model_name}."
+                f"--modules-to-save: {name!r} is no module of {model_name}."
                 f"{did_you_mean(name, ends)}"
             )
         packed = [full for full in found if linear_size(tree.modules[full])]
         if quant != "none" and (lost := [full for full in packed if not tree.in_heads(full)]):
             raise ConfigError(
-                f"method.modules_to_save: {lost[0]} is quantized, and its integers cannot be "
+                f"--modules-to-save: {lost[0]} is quantized, and its integers cannot be "
                 "trained. Drop it, or drop --quant."
             )
         read_as = [full for full in tree.modules if full.endswith(name)]  # PEFT asks for no dot

@@ -7,12 +7,6 @@ from importlib.util import find_spec
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 
-_TRACKERS = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow",),
-}
-
 
 def check_packages(config: TrainConfig) -> None:
     """Refuse a tracker or an attention kernel whose package is not installed.
@@ -21,13 +15,12 @@ def check_packages(config: TrainConfig) -> None:
         ConfigError: naming the package.
     """
     problems = []
-    wish = config.output.report_to
-    names = _TRACKERS.get(wish, ())
-    if names and not any(find_spec(name) for name in names):
-        problems.append(
-            f"--report-to {wish} needs the package {names[0]}, which is not installed. "
-            f"pip install {names[0]}, or drop --report-to."
-        )
+    for wish in config.output.report_to:
+        if not find_spec(wish):
+            problems.append(
+                f"--report-to {wish} needs the package {wish}, which is not installed. "
+                f'pip install "ftlevel[{wish}]", or drop it.'
+            )
     if config.model.attn_implementation == "flash_attention_2":
         from transformers.utils import is_flash_attn_2_available
 

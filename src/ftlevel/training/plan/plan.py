@@ -11,7 +11,7 @@ from ftlevel.data.prepare.context import Prepared
 from ftlevel.fast.plan.fast_plan import FastPlan
 from ftlevel.methods import Base
 from ftlevel.models.sources import ModelSource
-from ftlevel.task import Objective
+from ftlevel.task import Objective, TrainingLoss
 from ftlevel.tasks import BaseTask
 from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.best_model import BestModel
@@ -88,6 +88,7 @@ class Plan:
     Attributes:
         task: the task.
         objective: what the model is trained on.
+        loss: what the loss of training has beside that of evaluation.
         model: the base.
         data: encoded rows.
         targets: what the method adapts.
@@ -100,6 +101,7 @@ class Plan:
 
     task: BaseTask
     objective: Objective
+    loss: TrainingLoss
     model: PlannedModel
     data: Prepared
     targets: MethodTargets

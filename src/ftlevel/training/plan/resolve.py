@@ -18,6 +18,7 @@ from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.parallel import Progress, be_silent
 from ftlevel.data.sources.packed import STDIN
 from ftlevel.errors import ConfigError
+from ftlevel.evaluation.metrics import check_metrics, generates_texts
 from ftlevel.fast.plan.fast_plan import plan_fast
 from ftlevel.fast.plan.fused_lora import fused_lora_choices
 from ftlevel.fast.plan.liger import kernel_choices
@@ -41,10 +42,16 @@ from ftlevel.training.plan.adapter_form import check_form
 from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
 from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
+from ftlevel.training.plan.loss import choose_loss
 from ftlevel.training.plan.method_fit import check_method, choose_precision, resolve_quantization
 from ftlevel.training.plan.method_targets import find_method_targets
 from ftlevel.training.plan.plan import Plan, PlannedModel
-from ftlevel.training.plan.schedule import choose_rates, count_steps, steps_an_epoch
+from ftlevel.training.plan.schedule import (
+    check_schedule,
+    choose_rates,
+    count_steps,
+    steps_an_epoch,
+)
 
 
 @dataclass(frozen=True)
@@ -104,9 +111,14 @@ def resolve(
         model = replace(model, new_heads=[])  # they are the adapter's
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
     objective = task.build_objective(bare.kind, data.facts)
-    _check_smoothing(config, objective)
+    generates = generates_texts(config.train.predict_with_generate, task)
+    check_metrics(
+        config.train.metrics, task, objective, generates=generates, how="--predict-with-generate"
+    )
+    loss, of_loss = choose_loss(config, objective, data.facts["labels"], data.train)
     steps = count_steps(config.train, len(data.train))
     rates = choose_rates(config, _run_facts(model, meta, objective, steps))
+    check_schedule(config.train, rates.base.value, steps, len(data.validation))
     best = _best_model(config, task, objective, data, steps)
     device, most = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
@@ -114,6 +126,7 @@ def resolve(
     plan = Plan(
         task=task,
         objective=objective,
+        loss=loss,
         model=model,
         data=data,
         targets=targets,
@@ -134,6 +147,7 @@ def resolve(
             *head_choices(task, model.heads),
             *bare.spelling,
             *layers,
+            *of_loss,
             *rates.choices,
             *([best.choice] if best else []),
             *fast.choices,
@@ -255,20 +269,6 @@ def _check_checkpointing(config: TrainConfig, model: Any) -> None:
             f"--gradient-checkpointing cannot be used with {model.config.model_type}: transformers "
             "has none for it. Drop it; a smaller --per-device-train-batch-size with "
             "--gradient-accumulation-steps needs less memory too."
-        )
-
-
-def _check_smoothing(config: TrainConfig, objective: Objective) -> None:
-    """Refuse label smoothing where a target is not one of several choices.
-
-    Raises:
-        ConfigError: it cannot be had.
-    """
-    if config.train.label_smoothing_factor and not objective.one_of_many:
-        raise ConfigError(
-            f"--label-smoothing-factor {config.train.label_smoothing_factor:g} spreads a target "
-            "over tokens, tags or classes, of which one is right, and here the labels are of "
-            "another kind. Drop it."
         )
 
 

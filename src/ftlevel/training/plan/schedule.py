@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from ftlevel.config import DEFAULT_MODEL, TrainConfig
 from ftlevel.config.choices import Choice
+from ftlevel.config.options.optimizer import ANOTHER_RATE, PLATEAU
 from ftlevel.config.trainer import TrainerConfig
+from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
 from ftlevel.methods.rates import RunFacts, choose_head_rate
 from ftlevel.training.plan.plan import Schedule
@@ -79,6 +81,42 @@ def find_stand_in(config: TrainConfig) -> list[str]:
     ]
 
 
+def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_rows: int) -> None:
+    """Refuse a schedule that this run cannot follow.
+
+    Args:
+        config: names the schedule and its settings.
+        rate: at the peak.
+        steps: of the run.
+        validation_rows: how many there are.
+
+    Raises:
+        ConfigError: naming what is missing or too large.
+    """
+    name, given, problems = config.lr_scheduler_type, config.lr_scheduler_kwargs, []
+    flag = "--lr-scheduler-kwargs"
+    for floor in ("min_lr", "lr_end"):
+        if (low := given.get(floor)) is not None and not 0 <= float(low) < rate:
+            problems.append(
+                f"{flag} {floor}={low}: the rate would fall from {rate:g} to it. Give less than "
+                f"{rate:g}, or a higher --learning-rate."
+            )
+    if name == PLATEAU and (not validation_rows or config.eval_strategy == "no"):
+        problems.append(
+            f"--lr-scheduler-type {name} looks at the loss on validation rows, and nothing is "
+            "evaluated. Add --validation-split 0.05, or use another."
+        )
+    if (decay := given.get("num_decay_steps")) is not None:
+        warmup = config.warmup_steps * (steps if config.warmup_steps < 1 else 1)
+        if float(decay) + warmup > steps:
+            problems.append(
+                f"{flag} num_decay_steps={decay}: the run has {steps:,} steps, of which "
+                f"{warmup:,.0f} are warm-up. Give no more than {steps - warmup:.0f}."
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
 def find_warnings(
     config: TrainerConfig, rows: int, validation_rows: int, *, new_head: bool = True
 ) -> list[str]:
@@ -90,9 +128,16 @@ def find_warnings(
             f"--warmup-steps {config.warmup_steps:,g} is longer than the run of {steps:,} steps: "
             f"the learning rate ends at {reached:.0%} of its peak."
         )
+    if config.learning_rate is None and (
+        advice := ANOTHER_RATE.get(config.optim.removeprefix("paged_").split("_")[0])
+    ):
+        found.append(
+            f"--optim {config.optim}: the learning rate was measured with AdamW, and {advice}. "
+            "Give one by --learning-rate."
+        )
     if config.head_learning_rate is not None and not new_head:
         found.append(
-            "train.head_learning_rate: the model gets no new head, so nothing learns at this rate; "
+            "--head-learning-rate: the model gets no new head, so nothing learns at this rate; "
             "--learning-rate is that of all that is trained."
         )
     asked = {

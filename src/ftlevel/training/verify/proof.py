@@ -25,10 +25,10 @@ from ftlevel.evaluation.scoring import batches
 from ftlevel.events import Listener
 from ftlevel.fast.plan.workers import find_randomness
 from ftlevel.training.build_trainer import build_trainer
+from ftlevel.training.going_on.resume import GoingOn
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
-from ftlevel.training.resume import GoingOn
 from ftlevel.training.verify.bounds import ORDER, Bounds, Rounding, Verified, wrong
 from ftlevel.training.verify.compare import added, compare_gradients, total
 from ftlevel.training.verify.few_rows import choose_few
@@ -69,14 +69,11 @@ def verify_step(
     few = [] if asked else choose_few(rows)
     if not asked and not few:
         return None
-    quiet = config.output.model_copy(update={"report_to": "none"})
     if asked:
         listener.stage("compute the first steps the plain way and the fast way")
     with tempfile.TemporaryDirectory() as nowhere:
-        trainer = build_trainer(
-            config.model_copy(update={"output": quiet}),
-            plan, adapted, RunDirectory(Path(nowhere)), GoingOn(), Processes(),
-        )  # fmt: skip
+        nobody = RunDirectory(Path(nowhere))
+        trainer = build_trainer(config, plan, adapted, nobody, GoingOn(), Processes())
         steps = Steps(trainer, plan.model.pad_id)
         dropout = bool(asked and find_randomness(config, adapted.model, with_head=True))
         verifier = _Verifier(steps, a_batch if asked else len(few), plan.model.dtype, dropout)

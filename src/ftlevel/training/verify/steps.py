@@ -56,19 +56,19 @@ class Steps:
             dtype: compute precision's name.
         """
         objective, device = self.trainer.objective, self.trainer.args.device
-        smoothing = self.trainer.args.label_smoothing_factor
+        options = self.trainer.loss
         _evaluate(self.model)
         self.model.zero_grad()
-        collate, loss, count = Collator(self.pad_id), 0.0, 0
+        collate, loss, count = Collator(self.pad_id), 0.0, 0.0
         for part in batches(rows, batch_size):
             batch = {name: value.to(device) for name, value in collate(part).items()}
             inputs, labels = objective.split(batch)
             with autocast(device.type, dtype):
                 logits = objective.logits(self.model(**inputs))
-                summed = objective.smoothed_sum(logits, labels, batch["attention_mask"], smoothing)
+                summed = objective.training_sum(logits, labels, batch["attention_mask"], options)
             torch.autograd.backward(summed)
             loss += summed.item()
-            count += int(objective.count(labels))
+            count += float(objective.training_count(labels, options))
         gradients = {name: g.div_(count) for name, g in self._take_gradients().items()}
         return Computed(loss / count, gradients)
 

@@ -8,8 +8,9 @@ import pytest
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.trainer import TrainerConfig
+from ftlevel.errors import ConfigError
 from ftlevel.methods.rates import RunFacts
-from ftlevel.training.plan.schedule import choose_rates, find_warnings
+from ftlevel.training.plan.schedule import check_schedule, choose_rates, find_warnings
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_a_rate_for_a_head_that_is_not_new_is_said_to_be_idle() -> None:
     config = TrainerConfig(head_learning_rate=0.1)
     assert find_warnings(config, 64, 4) == []
     (warning,) = find_warnings(config, 64, 4, new_head=False)
-    assert warning.startswith("train.head_learning_rate: the model gets no new head, so nothing ")
+    assert warning.startswith("--head-learning-rate: the model gets no new head, so nothing ")
 
 
 def test_the_share_of_the_peak_is_the_schedules_own() -> None:
@@ -93,3 +94,28 @@ def test_the_reason_says_what_the_rate_is_for() -> None:
     assert str(head) == (
         "0.02 (a linear head on an encoder 384 wide with a new head, 100 steps: measured)"
     )
+
+
+@pytest.mark.parametrize(
+    ("train", "rows", "told"),
+    [
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": "lr_end=0.1"}, 0,
+         "lr_end=0.1: the rate would fall from 0.01 to it. Give less than 0.01"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, 0, "nothing is evaluated"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "no"}, 5,
+         "nothing is evaluated"),
+        ({"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0.5,
+          "lr_scheduler_kwargs": "num_decay_steps=51"}, 0, "Give no more than 50."),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_the_run_cannot_follow(train: Any, rows: int, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_schedule(TrainerConfig(**train), 0.01, 100, rows)
+    assert told in str(caught.value)
+
+
+def test_rates_that_were_not_measured() -> None:
+    (told,) = find_warnings(TrainerConfig(optim="paged_lion_8bit"), 10, 0)
+    assert "measured with AdamW, and Lion wants a third to a tenth" in told
+    assert not find_warnings(TrainerConfig(optim="paged_lion_8bit", learning_rate=0.1), 10, 0)
+    assert not find_warnings(TrainerConfig(optim="paged_adamw_8bit"), 10, 0)

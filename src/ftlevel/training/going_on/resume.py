@@ -19,13 +19,20 @@ from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.places import write_places
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
 from ftlevel.config import TrainConfig
-from ftlevel.config.renamed import RENAMED
+from ftlevel.config.options.optimizer import PLATEAU
+from ftlevel.config.reading.renamed import RENAMED
 from ftlevel.errors import ConfigError, did_you_mean, listing
 from ftlevel.events import Listener
 from ftlevel.methods import METHODS
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.given import Taken
-from ftlevel.training.identity import CONFIG, TEMPLATE, TOKENIZER, BaseDigest, describe_model
+from ftlevel.training.going_on.identity import (
+    CONFIG,
+    TEMPLATE,
+    TOKENIZER,
+    BaseDigest,
+    describe_model,
+)
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
 from ftlevel.training.plan.schedule import count_steps
@@ -34,7 +41,10 @@ from ftlevel.training.summary import describe_base, dump_config, resolved_config
 # These say how a run is watched, not what it computes.
 _FREE = {"logging_steps", "eval_steps", "save_steps", "save_minutes", "save_total_limit",
          "eval_on_start", "predict_with_generate", "max_generate_samples", "max_new_tokens",
+         "metrics", "num_beams", "temperature", "top_p",
          "per_device_eval_batch_size", "eval_strategy", "save_strategy"}  # fmt: skip
+_EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}
+"""Where the schedule waits for evaluations, these decide what is computed."""
 
 
 def check_base_stays(config: TrainConfig) -> None:
@@ -224,7 +234,8 @@ def open_or_go_on(
 def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that must be the same when the run goes on, by dotted name."""
     values: dict[str, Any] = config.model_dump(mode="json", exclude={"output"})
-    values["train"] = {k: v for k, v in values["train"].items() if k not in _FREE}
+    free = _FREE if config.train.lr_scheduler_type != PLATEAU else _FREE - _EVALUATION
+    values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("num_proc", "cache")}
     values["speed"].pop("verify")
     values["train"]["learning_rate"] = plan.schedule.learning_rate

@@ -1,0 +1,93 @@
+"""Rows of the table of flags that belong to the commands beside `train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ftlevel.config.flag import ANSWER, COMPARE, DATA, GENERAL, MODEL, WRITE, Flag
+
+OF_COMMANDS: tuple[Flag, ...] = (
+    # preview
+    Flag(names="--row", panel=WRITE, on=("preview",), type=list[int], metavar="N", minimum=1,
+         help="Show row N, from 1; repeatable."),
+    Flag(names="--html", panel=WRITE, on=("preview",), type=Path, metavar="FILE",
+         help="Write one page that needs nothing else."),
+    # predict
+    Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
+    Flag("input_format", "", DATA, ("predict", "evaluate")),
+    Flag("format", "", DATA, ("predict",)),
+    Flag("limit", "", DATA, ("predict",)),
+    Flag("on_bad_row", "", DATA, ("predict",)),
+    Flag("overlong", "", DATA, ("predict",)),
+    Flag("output", "--output -o", WRITE, ("predict",), metavar="FILE"),
+    Flag("column", "", WRITE, ("predict",)),
+    Flag("probabilities", "--probabilities", WRITE, ("predict",)),
+    Flag("top_k", "", WRITE, ("predict",)),
+    Flag("resume", "--resume", WRITE, ("predict",)),
+    Flag("overwrite", "--overwrite", WRITE, ("predict",)),
+    # generate
+    Flag(names="--prompt -p", panel=ANSWER, on=("generate",), type=list[str],
+         help="What to say; repeatable."),
+    Flag(names="--prompts", panel=ANSWER, on=("generate",), type=Path,
+         help="File of prompts: a text with one a line, or rows, by their columns: CSV, JSONL, …"),
+    Flag(names="--chat", panel=ANSWER, on=("generate",), type=bool,
+         help="Talk in the terminal; /help shows its commands."),
+    Flag("context", "", ANSWER, ("generate",)),
+    Flag(names="--out", panel=ANSWER, on=("generate",), type=Path,
+         help="Write the answers to this JSONL file; must not exist."),
+    Flag(names="--adapter", panel=MODEL, on=("generate",), type=list[str], metavar="NAME[=DIR]",
+         help="An adapter of the same base, or one of --adapters-dir; repeatable."),
+    Flag("adapters_dir", "", MODEL, ("generate",)),
+    Flag("compare_base", "--compare-base", MODEL, ("generate",)),
+    # evaluate, and what it shares
+    Flag("dataset", "", DATA, ("evaluate",)),
+    Flag("split", "", DATA, ("evaluate",)),
+    Flag("subset", "", DATA, ("evaluate", "predict")),
+    Flag("columns", "--map", DATA, ("evaluate", "predict", "generate"), metavar="NAME=COLUMN",
+         example="summary=abstract"),
+    Flag("max_eval_samples", "", DATA, ("evaluate",)),
+    Flag("base_model", "--model", MODEL, ("evaluate", "predict", "generate", "merge", "export"),
+         dest="base_model", also=("--base",)),
+    Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
+    Flag("quant", "", MODEL, ("evaluate",)),
+    Flag("base", "", COMPARE, ("evaluate",)),
+    Flag("against", "", COMPARE, ("evaluate",)),
+    Flag("metrics", "", ANSWER, ("evaluate",), several=True),
+    Flag("max_generate_samples", "", ANSWER, ("evaluate",)),
+    Flag("max_new_tokens", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("num_beams", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("temperature", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("top_p", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("resamples", "", COMPARE, ("evaluate",)),
+    Flag("seed", "", ANSWER, ("evaluate", "generate")),
+    Flag("batch_size", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("predictions", "", WRITE, ("evaluate",)),
+    # merge
+    Flag("output_dir", "--out", WRITE, ("merge",), metavar="DIR", required=True),
+    Flag("onto", "", WRITE, ("merge",)),
+    Flag("weights", "", "Mixture", ("merge",)),
+    Flag("strategy", "", "Mixture", ("merge",)),
+    Flag("density", "", "Mixture", ("merge",)),
+    # quantize and export, and what they share
+    Flag("quant", "", WRITE, ("quantize",)),
+    Flag("quant_type", "", WRITE, ("quantize",)),
+    Flag("double_quant", "--double-quant", WRITE, ("quantize",)),
+    Flag("format", "", WRITE, ("export",)),
+    Flag("outtype", "", WRITE, ("export",)),
+    Flag("out", "--out -o", WRITE, ("quantize", "export")),
+    Flag("overwrite", "--overwrite", WRITE, ("export",)),
+    Flag("dtype", "", WRITE, ("merge", "quantize")),
+    Flag("revision", "", WRITE, ("quantize", "export")),
+    Flag(names="--dry-run", panel=WRITE, on=("quantize",), type=bool,
+         help="Show the sizes from the config alone; write nothing."),
+    Flag(names="--dry-run", panel=WRITE, on=("export",), type=bool,
+         help="Check and show everything; write nothing."),
+    Flag("measure", "", COMPARE, ("quantize",)),
+    Flag("verify", "", COMPARE, ("merge", "export")),
+    Flag("rows", "", COMPARE, ("merge",)),
+    Flag("verify_tokens", "", COMPARE, ("export",)),
+    Flag("eval_text", "", COMPARE, ("evaluate", "quantize")),
+    Flag("eval_tokens", "", COMPARE, ("evaluate", "quantize")),
+    Flag("device", "", GENERAL, ("evaluate", "predict", "generate", "merge", "quantize", "export")),
+)  # fmt: skip
+"""In the order in which `--help` shows them."""

@@ -1,0 +1,108 @@
+"""The loss of classes in training: weighted by class, and focal.
+
+    L = Σᵢ w(yᵢ) (1 − pᵢ)^γ (−log pᵢ) / Σᵢ w(yᵢ),  pᵢ the probability of target i's class yᵢ,
+
+as `torch.nn.CrossEntropyLoss(weight=…)` and Lin et al. (2017, section 3) have it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftlevel.task import IGNORED, Objective, TrainingLoss
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftlevel.data.encoding.encode import Encoded
+
+
+class ClassObjective(Objective):
+    """What chooses one class of several for each target."""
+
+    one_of_many: ClassVar[bool] = True
+    has_classes: ClassVar[bool] = True
+
+    def training_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss
+    ) -> torch.Tensor:
+        """Return the loss summed over the targets, each by the weight of its class."""
+        from torch.nn import functional
+
+        if not loss.weighs:
+            return super().training_sum(logits, labels, mask, loss)
+        scores, wanted = self.choices(logits, labels, mask).float(), labels[labels != IGNORED]
+        weights = _tensor_of(loss.class_weights, scores)
+        if not loss.focal_gamma:
+            return functional.cross_entropy(
+                scores, wanted, weight=weights, label_smoothing=loss.smoothing, reduction="sum"
+            )
+        surprise = functional.cross_entropy(scores, wanted, reduction="none")
+        lost = focus(surprise, loss.focal_gamma) * surprise
+        return (lost if weights is None else lost * weights[wanted]).sum()
+
+    def training_count(self, labels: torch.Tensor, loss: TrainingLoss) -> torch.Tensor:
+        """Return the sum of the targets' weights."""
+        weights = _tensor_of(loss.class_weights, labels)
+        return self.count(labels) if weights is None else weights[labels[labels != IGNORED]].sum()
+
+    def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
+        """Return scikit-learn's balanced weights: targets / (classes · targets of the class).
+
+        Classes that do not occur are not counted, and weigh 1.
+        """
+        counts = Counter(_targets_of(rows))
+        total, kinds = counts.total(), len(counts)
+        return tuple(total / (kinds * counts[c]) if counts[c] else 1.0 for c in range(classes))
+
+
+def focus(surprise: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return (1 − p)^γ for −log p; never 0, where the slope of a root has no end."""
+    return (-(-surprise).expm1()).clamp(min=1e-7) ** gamma
+
+
+def weigh_yes_and_no(
+    logits: torch.Tensor, labels: torch.Tensor, loss: TrainingLoss
+) -> torch.Tensor:
+    """Return the summed loss of yes or no for each class, the weights being of yes.
+
+    Args:
+        logits: `(rows, classes)`, float32.
+        labels: 0.0 or 1.0, of the same shape.
+        loss: what training has.
+    """
+    from torch.nn import functional
+
+    weights = _tensor_of(loss.class_weights, logits)
+    if not loss.focal_gamma:
+        return functional.binary_cross_entropy_with_logits(
+            logits, labels, pos_weight=weights, reduction="sum"
+        )
+    surprise = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    lost = focus(surprise, loss.focal_gamma) * surprise
+    return (lost if weights is None else lost * (1 + (weights - 1) * labels)).sum()
+
+
+def balance_yes_and_no(answers: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    """Return rows without a class to one with it, for each class; 1 for one that no row has."""
+    columns = list(zip(*answers, strict=True))
+    return tuple((len(column) - sum(column)) / sum(column) or 1.0 if any(column) else 1.0
+                 for column in columns)  # fmt: skip
+
+
+def _tensor_of(weights: Sequence[float], like: torch.Tensor) -> torch.Tensor | None:
+    import torch
+
+    return torch.tensor(weights, dtype=torch.float32, device=like.device) if weights else None
+
+
+def _targets_of(rows: Sequence[Encoded]) -> Iterator[int]:
+    """Yield the class of each target."""
+    for row in rows:
+        labels: Any = row.labels
+        if isinstance(labels, int):
+            yield labels
+        else:
+            yield from (label for label in labels if label != IGNORED)

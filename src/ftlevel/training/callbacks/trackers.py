@@ -1,0 +1,258 @@
+"""Experiment trackers: what is logged of a run goes to them too, under the names that they know.
+
+Files are under the run directory, and nothing leaves the machine unless the user has told the
+tracker so: by logging in, or by the tracker's own environment variables. What a run is called
+there, its project and its settings are ftlevel's; no token is among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.config import OutputConfig
+from ftlevel.config.choices import Choice
+from ftlevel.errors import RunError
+from ftlevel.events import Listener
+
+_PROJECT = "ftlevel"
+_TELEMETRY = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run before its first step.
+
+    Attributes:
+        path: the run directory.
+        name: of the run.
+        project: that the user named, if any.
+        config: its whole configuration.
+        first_step: after which it goes on; 0 for a new run.
+    """
+
+    path: Path
+    name: str
+    project: str | None
+    config: Mapping[str, Any]
+    first_step: int = 0
+
+    def project_or(self, variable: str) -> str:
+        """Return the project: the user's, that of the tracker's environment variable, or ours."""
+        return self.project or os.environ.get(variable) or _PROJECT
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """One that was begun.
+
+    Attributes:
+        where: it keeps what it is told, for the screen.
+        log: takes metrics and their step.
+        close: ends the run there.
+    """
+
+    where: str
+    log: Callable[[dict[str, float], int], Any]
+    close: Callable[[], Any]
+
+
+def describe_run(
+    output: OutputConfig,
+    values: Mapping[str, Any],
+    run: RunDirectory,
+    past: Sequence[Mapping[str, Any]],
+) -> TrackedRun:
+    """Return what trackers are told of a run.
+
+    Args:
+        output: what it is called there.
+        values: its whole configuration.
+        run: its directory.
+        past: what was logged before it goes on.
+    """
+    name, first = output.run_name or run.path.name, past[-1]["step"] if past else 0
+    return TrackedRun(run.path, name, output.tracker_project, values, first)
+
+
+@contextlib.contextmanager
+def tracking(
+    names: tuple[str, ...], run: TrackedRun, listener: Listener
+) -> Iterator[list[Callable[[Mapping[str, Any]], None]]]:
+    """Begin the trackers, and give what takes a record for each; they end with the block.
+
+    Args:
+        names: of the trackers.
+        run: what they are told.
+        listener: told where each keeps the run.
+
+    Raises:
+        RunError: one cannot be begun.
+    """
+    before = dict(os.environ)
+    begun: dict[str, Tracker] = {}
+    try:
+        for name in names:
+            try:
+                begun[name] = _BEGIN[name](run)
+            except Exception as error:
+                raise RunError(f"--report-to {name} cannot be begun: {error}") from error
+        if begun:
+            listener.choices("trackers", [Choice(n, t.where) for n, t in begun.items()])
+        yield [_write_to(name, tracker, listener) for name, tracker in begun.items()]
+    finally:
+        for name, tracker in begun.items():
+            with _or_warn(name, listener):
+                tracker.close()
+        for variable in os.environ.keys() - before.keys():  # wandb's, of its helper
+            del os.environ[variable]
+
+
+def _write_to(
+    name: str, tracker: Tracker, listener: Listener
+) -> Callable[[Mapping[str, Any]], None]:
+    """Return what sends a record to a tracker, until that fails."""
+    failed: list[bool] = []
+
+    def write(record: Mapping[str, Any]) -> None:
+        if not failed:
+            failed.append(True)
+            with _or_warn(name, listener):
+                tracker.log(name_metrics(record), int(record["step"]))
+                failed.clear()
+
+    return write
+
+
+@contextlib.contextmanager
+def _or_warn(name: str, listener: Listener) -> Iterator[None]:
+    """Say of a tracker that fails that it did; the run is the same, and metrics.jsonl has all."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - a tracker's own, and no reason to lose a run
+        listener.warn(f"{name} failed, and is told no more: {error}")
+
+
+def name_metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a record by transformers' names: `train/loss`, `eval/loss`."""
+    numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+    return {
+        f"eval/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"train/{k}": v
+        for k, v in numbers.items()
+    }
+
+
+def _begin_tensorboard(run: TrackedRun) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    path = run.path / "tensorboard"
+    writer = SummaryWriter(str(path), purge_step=run.first_step + 1 if run.first_step else None)
+    writer.add_text("config", f"```json\n{json.dumps(run.config, indent=2)}\n```")
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return Tracker(f"{path}", log, writer.close)
+
+
+def _begin_wandb(run: TrackedRun) -> Tracker:
+    import wandb
+
+    chosen = os.environ.get("WANDB_MODE")
+    is_known = bool(chosen) or wandb.login(prompt=False, verify=False)
+    found = wandb.init(
+        project=run.project_or("WANDB_PROJECT"),
+        name=run.name,
+        dir=str(run.path),
+        mode=None if is_known else "offline",
+        config=dict(run.config),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    if found.offline:
+        why = "" if chosen else "not logged in: "
+        kept = Path(found.dir).parent
+        where = f"{kept} ({why}`wandb sync {kept}` sends it)"
+    else:
+        where = str(found.url)
+    return Tracker(where, lambda metrics, step: found.log(metrics, step=step), found.finish)
+
+
+def _begin_mlflow(run: TrackedRun) -> Tracker:
+    _switch_telemetry_off()
+    import mlflow
+    from mlflow.entities import Metric, Param
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    address = os.environ.get("MLFLOW_TRACKING_URI")
+    if not address and mlflow.is_tracking_uri_set():
+        address = mlflow.get_tracking_uri()
+    own = run.path / "mlflow"
+    if not address:
+        own.mkdir(exist_ok=True)
+        address = f"sqlite:///{own.resolve() / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=address)
+    project = run.project_or("MLFLOW_EXPERIMENT_NAME")
+    experiment = client.get_experiment_by_name(project)
+    number = experiment.experiment_id if experiment else client.create_experiment(project)
+    found = client.create_run(number, run_name=run.name).info.run_id
+    parameters = [Param(k, str(v)[:500]) for k, v in _flat(run.config)]
+    for begin in range(0, len(parameters), 100):  # no more at once
+        client.log_batch(found, params=parameters[begin : begin + 100])
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        now = round(time.time() * 1000)
+        client.log_batch(found, [Metric(k, v, now, step) for k, v in metrics.items()])
+
+    return Tracker(address, log, lambda: client.set_terminated(found))
+
+
+def _switch_telemetry_off() -> None:
+    """Keep mlflow from telling its makers of a run, unless the user has said what it may do."""
+    if not any(name in os.environ for name in _TELEMETRY):
+        os.environ[_TELEMETRY[0]] = "true"
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _begin_trackio(run: TrackedRun) -> Tracker:
+    import trackio
+
+    def quietly(do: Callable[[], Any]) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return do()
+
+    project = run.project_or("TRACKIO_PROJECT")
+    found = quietly(
+        lambda: trackio.init(project=project, name=run.name, config=dict(run.config),
+                             resume="allow", embed=False)
+    )  # fmt: skip
+    return Tracker(
+        f"project {project} (`trackio show --project {project}`)",
+        lambda metrics, step: found.log(metrics, step=step),
+        lambda: quietly(trackio.finish),  # and its own at exit has nothing left to say
+    )
+
+
+_BEGIN: Mapping[str, Callable[[TrackedRun], Tracker]] = {
+    "tensorboard": _begin_tensorboard,
+    "wandb": _begin_wandb,
+    "mlflow": _begin_mlflow,
+    "trackio": _begin_trackio,
+}

@@ -1,0 +1,98 @@
+"""Classes with weights in whole runs: the fast step, the plain one, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ftlevel.cli.app import run
+
+SHORT = ["--max-steps", "3", "--batch-size", "6", "--dtype", "float32", "--lr", "1e-3",
+         "--logging-steps", "1", "--quiet"]  # fmt: skip
+NER = [{"tokens": ["a", str(i)], "tags": ["O", "PER" if i % 4 else "LOC"]} for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    Path("model").symlink_to(tiny_model_dir("bert", **still))
+    rows = [{"text": f"say {i} more", "label": "rare" if i % 6 == 0 else "often"}
+            for i in range(18)]  # fmt: skip
+    several = [{"text": f"say {i}", "labels": ["even"] * (i % 2 == 0) + ["third"] * (i % 3 == 0)}
+               for i in range(18)]  # fmt: skip
+    for name, some in (("classes", rows), ("several", several), ("ner", NER)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+
+
+def train(*arguments: str, out: str) -> list[float]:
+    assert run(["train", "--model", "./model", "--output-dir", out, *SHORT, *arguments]) == 0
+    lines = Path(out, "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "weights"),
+    [
+        ("text-classification", "classes.jsonl", ["--class-weights", "often=0.5,rare=4"]),
+        ("text-classification", "several.jsonl", ["--class-weights", "balanced"]),
+        ("token-classification", "ner.jsonl", ["--class-weight", "balanced"]),
+        ("text-classification", "classes.jsonl", ["--focal-gamma", "2"]),
+    ],
+)
+def test_fast_and_plain(task: str, data: str, weights: list[str]) -> None:
+    rows = ["--task", task, "--dataset", data]
+    fast = train(*rows, *weights, out="fast")
+    plain = train(*rows, *weights, "--no-fast", out="plain")
+    assert fast == pytest.approx(plain, rel=1e-4)
+    assert fast != pytest.approx(train(*rows, out="unweighted"), rel=1e-2)
+
+
+def test_what_the_run_says_and_how_it_is_evaluated() -> None:
+    rows = ["--task", "text-classification", "--dataset", "classes.jsonl", "--eval-file",
+            "classes.jsonl", "--set", "train.eval_on_start=true", "--set",
+            "data.gate.leaked=ignore"]  # fmt: skip
+    train(*rows, "--class-weights", "balanced", out="run")
+    train(*rows, out="plain")
+    summary, other = (json.loads(Path(o, "summary.json").read_text()) for o in ("run", "plain"))
+    assert summary["class_weights"] == {"often": 18 / 30, "rare": 18 / 6}
+    assert other["class_weights"] == {}
+    lines = {choice["name"]: choice["value"] for choice in summary["choices"]}
+    assert lines["class weights"] == "often 0.6, rare 3"
+    assert summary["metrics_before"]["loss"] == pytest.approx(other["metrics_before"]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--class-weights", "rae=3"], "no class is called 'rae'. Did you mean 'rare'? Classes"),
+        (["--class-weights", "rare"], "--class-weights: 'rare': expected balanced, or"),
+        (
+            ["--class-weights", "rare=0"],
+            "the weight of 'rare' is 0; a number above 0",
+        ),
+        (["--class-weights", "rare=,often=2"], "'rare=' is no NAME=VALUE"),
+        (["--focal-gamma", "2", "--label-smoothing", "0.1"], "Give one of them"),
+        (["--focal-gamma", "-1"], "--focal-gamma"),
+        (["--map", "label=number", "--focal-gamma", "2"], "learns none here"),
+    ],
+)
+def test_what_is_refused(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"a {i}", "label": "rare" if i % 3 else "often", "number": i / 7}
+            for i in range(9)]  # fmt: skip
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["train", "--model", "./model", "--dry-run", "--dataset", "rows.jsonl", *arguments]
+    assert run(given) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_text_has_no_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--class-weights", "balanced", "--dry-run", "--max-samples", "4"]) == 2
+    assert "--task text-generation learns none here. Drop it." in capsys.readouterr().err

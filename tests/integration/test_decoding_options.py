@@ -1,0 +1,110 @@
+"""Beams and draws wherever text is written, held against transformers' own `generate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ftlevel.cli.app import run
+from ftlevel.commands.generate import generate
+from ftlevel.config.options.decoding import Decoding, DecodingAsInTraining
+from ftlevel.errors import ConfigError
+from ftlevel.models.loading import load_tokenizer
+from ftlevel.models.sources import resolve_source
+
+SHORT = ["--max-samples", "16", "--max-length", "96", "--overlong", "drop", "--batch-size", "4",
+         "--dtype", "float32", "--lr", "1e-3", "--quiet", "--max-steps", "4", "--logging-steps",
+         "1", "--max-new-tokens", "6", "--set", "train.max_generate_samples=3"]  # fmt: skip
+BUILTIN = "builtin:tiny-llama"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def train(*arguments: str, out: str) -> list[dict[str, Any]]:
+    given = ["train", "--output-dir", out, *SHORT, "--predict-with-generate", *arguments]
+    assert run(given) == 0
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_beams_are_those_of_transformers() -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = resolve_source(BUILTIN, None, False)
+    tokenizer = load_tokenizer(source)
+    model = AutoModelForCausalLM.from_pretrained(source.path).eval()
+    turns = [{"role": "user", "content": "What does open do?"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        written = model.generate(
+            ids, attention_mask=torch.ones_like(ids), num_beams=4, do_sample=False,
+            max_new_tokens=12, pad_token_id=0,
+        )  # fmt: skip
+    expected = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    settings: dict[str, Any] = {"max_new_tokens": 12, "device": "cpu"}
+    (found,), _ = generate(BUILTIN, ["What does open do?"], num_beams=4, **settings)
+    (greedy,), _ = generate(BUILTIN, ["What does open do?"], **settings)
+    assert found.text == expected
+    assert found.text != greedy.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [["--num-beams", "3"], ["--temperature", "1", "--top-p", "0.9"]])
+def test_how_is_written_changes_no_step(way: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ["--eval-strategy", "steps", "--eval-steps", "2", "--set", "method.lora_dropout=0.2"]
+    greedy, other = train(*steps, out="greedy"), train(*steps, *way, out="other")
+    assert [r["loss"] for r in greedy if "loss" in r] == [r["loss"] for r in other if "loss" in r]
+    scores = [[r["eval_rouge1"] for r in some if "eval_loss" in r] for some in (greedy, other)]
+    assert scores[0] != scores[1]
+    capsys.readouterr()
+    assert (
+        run(["evaluate", "other", "--resamples", "0", "--no-base", "--json", "--seed", "42"]) == 0
+    )
+    again = json.loads(capsys.readouterr().out)["metrics"]["rouge1"]  # as in training
+    assert again == pytest.approx(scores[1][-1])
+
+
+def test_predict_takes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("asked.jsonl").write_text('{"prompt": "What does open do?"}\n')
+    said = {}
+    for way in ("", "--num-beams 4", "--temperature 2"):
+        given = ["predict", BUILTIN, "--task", "text-generation", "--dataset", "asked.jsonl"]
+        assert run([*given, "--max-new-tokens", "12", "-q", *way.split()]) == 0
+        said[way] = json.loads(capsys.readouterr().out)["prediction"]
+    assert len(set(said.values())) == 3
+
+
+def test_one_way_at_a_time() -> None:
+    trained = Decoding(temperature=0.7, top_p=0.9)
+    assert DecodingAsInTraining().decoding(trained) == {
+        "num_beams": 1, "temperature": 0.7, "top_p": 0.9,
+    }  # fmt: skip
+    assert DecodingAsInTraining(num_beams=2).decoding(trained) == {
+        "num_beams": 2, "temperature": 0.0, "top_p": 1.0,
+    }  # fmt: skip
+    greedy = {"num_beams": 1, "temperature": 0.0, "top_p": 1.0}
+    assert DecodingAsInTraining(temperature=0.0).decoding(trained) == greedy
+    with pytest.raises(ConfigError, match="nothing is drawn"):
+        DecodingAsInTraining(top_p=0.5).decoding(Decoding())
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("generate x --prompt y --num-beams 2 --temperature 1", "Give one of them."),
+        ("generate x --prompt y --top-p 0.5", "--top-p 0.5 is of draws, and nothing is drawn."),
+        ("generate x --prompt y --do-sample", "Add --temperature 1."),
+        ("train --dry-run --do_sample true", "Add --temperature 1."),
+        ("train --dry-run --num-beams 0", "--num-beams"),
+    ],
+)
+def test_what_is_refused(line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line.split()) == 2
+    assert told in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,104 @@
+"""The names and settings of optimizers and schedules are transformers' and torch's own."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, get_args
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
+
+from ftlevel.cli.typed.spelling import readings_of, rewrite
+from ftlevel.config import TrainerConfig
+from ftlevel.config.flags import FLAGS
+from ftlevel.config.layers import Layer, build_config
+from ftlevel.config.options.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, Schedule
+from ftlevel.errors import ConfigError
+
+_OF_THE_RUN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}
+
+
+@pytest.mark.parametrize("name", get_args(Schedule))
+def test_settings_of_a_schedule(name: str) -> None:
+    make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    if name == "reduce_lr_on_plateau":
+        make = torch.optim.lr_scheduler.ReduceLROnPlateau
+    known = set(inspect.signature(make).parameters) - _OF_THE_RUN
+    offered = set(SCHEDULES[name].names) if name in SCHEDULES else set()
+    assert offered <= known
+    assert known - offered <= {"mode", "warmup_lr_rate"}  # lower is better, of a loss
+
+
+@pytest.mark.parametrize("name", get_args(get_args(Optimizer)[0]))
+def test_an_optimizer_learns_and_goes_on(name: str) -> None:
+    sets = {"momentum": 0.5, "beta3": 0.99, "lr_decay": 0.1}
+    given = {k: v for k, v in sets.items() if k in getattr(OPTIMIZERS.get(name), "names", ())}
+    arguments = TrainingArguments(
+        optim=name, learning_rate=1e-3, use_cpu=True, report_to="none",
+        optim_args=",".join(f"{k}={v}" for k, v in given.items()) or None,
+    )  # fmt: skip
+    layer = torch.nn.Linear(64, 64)
+    build, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, layer)
+    optimizer = build(layer.parameters(), **settings)
+    for key, value in given.items():
+        assert value in _flat(optimizer.defaults.values()), key
+
+    def step() -> float:
+        loss = layer(torch.ones(1, 64)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    first = step()
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert step() < first
+    assert not torch.equal(state["weight"], layer.state_dict()["weight"])
+
+
+def _flat(values: Any) -> list[Any]:
+    return [part for v in values for part in (v if isinstance(v, tuple) else (v,))]
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        ({"optim": "galore_adamw"}, "keeps the gradients of whole weights in low rank"),
+        ({"optim": "sgd", "optim_args": "mass=1"}, "--optim-args mass: no setting of --optim sgd."),
+        ({"optim": "sgd", "optim_args": {"nesterov": 3}}, "nesterov=3: expected true, false."),
+        ({"optim": "sgd", "adam_epsilon": 1e-6}, "--adam-epsilon 1e-06 is not read by"),
+        ({"optim": "lion_8bit", "adam_epsilon": 1e-6}, "--adam-epsilon 1e-06 is not read by"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": "num_cycles=x"},
+         "num_cycles=x: expected a number"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 3}}, "It has none. Drop it."),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "needs one of min_lr or min_lr_rate"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "needs num_decay_steps: "),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 3}, "has no warm-up"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(train: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_config([Layer({"train": train})])
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["num_cycles=3,power=0.5,decay_type=1-sqrt,nesterov=true"],
+        ['{"num_cycles": 3, "power": 0.5, "decay_type": "1-sqrt", "nesterov": true}'],
+        ["num_cycles=3", "--optim-args", "power=0.5,decay_type=1-sqrt", "--optim_args",
+         "nesterov=True"],
+    ],
+)  # fmt: skip
+def test_ways_to_give_settings(given: list[str]) -> None:
+    row = next(flag for flag in FLAGS if flag.path == "train.optim_args")
+    line = rewrite(["--optim-args", *given], readings_of("train", [row])).arguments
+    pairs = dict(pair.split("=") for pair in line if "=" in pair)
+    read = TrainerConfig(optim_args=pairs).optim_args
+    assert read == {"num_cycles": 3, "power": 0.5, "decay_type": "1-sqrt", "nesterov": True}
+    assert read["nesterov"] is True
