@@ -1,7 +1,6 @@
 """A user's day: own rows, a look at them, a run, its scores, new rows, a move, a plain model.
 
-Each step is a function, in the order of `STEPS`; the real small models answer. A step that goes on
-from the adapter belongs between `predict_new_rows` and `move_the_folder`.
+Each step is a function, in the order of `STEPS`; the real small models answer.
 """
 
 from __future__ import annotations
@@ -94,9 +93,9 @@ def tickets(folder: Path) -> tuple[str, list[str], str, str]:
 
 
 def names(folder: Path) -> tuple[str, list[str], str, str]:
-    """Write sentences with tagged people and places, of which one has a tag too few."""
+    """Write tagged people and places as CoNLL has them; one word has no tag."""
     draw = random.Random(2)
-    rows = []
+    sentences = []
     for number in range(60):
         person, city = draw.choice(PEOPLE).split(), draw.choice(CITIES).split()
         words = [
@@ -110,14 +109,14 @@ def names(folder: Path) -> tuple[str, list[str], str, str]:
         start = len(tokens) - 2 - len(city)
         tags[: len(person)] = ["B-PER", *["I-PER"] * (len(person) - 1)]
         tags[start : start + len(city)] = ["B-LOC", *["I-LOC"] * (len(city) - 1)]
-        rows.append({"tokens": tokens, "tags": tags})
-    rows[7]["tags"] = rows[7]["tags"][:-1]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    (folder / "names.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        lines = [f"{token} {tag}" for token, tag in zip(tokens, tags, strict=True)]
+        sentences.append("\n".join(lines if number != 7 else [*lines[:-1], tokens[-1]]))
+    text = "-DOCSTART- O\n\n" + "\n\n".join(sentences)
+    (folder / "names.conll").write_text(text, encoding="utf-8")
     new = [{"tokens": ["Ana", "Dahl", "left", city.split()[0]]} for city in CITIES]
     (folder / "new.jsonl").write_text("\n".join(map(json.dumps, new)), encoding="utf-8")
     told = ["--validation-split", "0.2", "--on-bad-row", "skip"]
-    return "names.jsonl", told, "drop bad rows with --on-bad-row skip", "new.jsonl"
+    return "names.conll", told, "drop bad rows with --on-bad-row skip", "new.jsonl"
 
 
 def replies(folder: Path) -> tuple[str, list[str], str, str]:
@@ -151,6 +150,8 @@ def train(day: Day) -> None:
     found = day.ask(*command, *day.told, "--json")
     assert found["proof"]["reload_difference"] == 0
     assert found["loss_last"] < found["loss_first"]
+    best = found["best"]
+    assert best is None or best["best"] == found["metrics"][best["metric"].removeprefix("eval_")]
     assert [line.split()[:2] for line in found["next"]] == [
         ["ftlevel", "evaluate"], ["ftlevel", "predict"], ["ftlevel", "merge"],
     ]  # fmt: skip
@@ -167,6 +168,16 @@ def predict_new_rows(day: Day) -> None:
     """Rows without an answer get one each."""
     day.answers = day.predict("my run")
     assert all(day.answers)
+
+
+def go_on_from_the_adapter(day: Day) -> None:
+    """A second run begins where the first has ended, and knows what it was told."""
+    found = day.ask("train", "--adapter", "my run", "--dataset", day.data, *day.told,
+                    "--max-steps", "4", "--eval-on-start", "--output-dir", "my next run",
+                    "--json")  # fmt: skip
+    first = json.loads(Path("my run/summary.json").read_text(encoding="utf-8"))
+    assert found["adapter"]["name"] == "my run"
+    assert found["metrics_before"]["loss"] == pytest.approx(first["metrics"]["loss"], rel=1e-3)
 
 
 def move_the_folder(day: Day) -> None:
@@ -191,6 +202,7 @@ STEPS: tuple[Callable[[Day], None], ...] = (
     train,
     evaluate,
     predict_new_rows,
+    go_on_from_the_adapter,
     move_the_folder,
     merge,
 )
