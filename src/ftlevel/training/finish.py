@@ -16,7 +16,6 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import IN_MEMORY, TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.methods import needs_import
-from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.rope import write_former_rope
 from ftlevel.trained.adapt import finish_method, save_adapter
@@ -91,6 +90,8 @@ def next_commands(plan: Plan, run: RunDirectory) -> list[str]:
 
 
 def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
+    from ftlevel.methods.merging import read_peft_config, why_not_mergeable  # imports PEFT's tuners
+
     if plan.model.source.kind != "gguf" and stored_quantization(plan.model.config) is not None:
         return False
     is_adapter = (run.adapter / "adapter_config.json").is_file()
