@@ -7,9 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainerCallback
+from typing import TYPE_CHECKING, Any
 
 from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.hub import find_repository
@@ -65,6 +63,9 @@ from ftlevel.training.summary import (
     resolved_config,
 )
 from ftlevel.training.verify.proof import verify_step
+
+if TYPE_CHECKING:  # what it imports with it has a say before it is asked to be quiet
+    from transformers import TrainerCallback
 
 
 @dataclass(frozen=True)

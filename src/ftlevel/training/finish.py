@@ -21,7 +21,6 @@ from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.errors import RunError
 from ftlevel.events import Listener
 from ftlevel.methods import needs_import
-from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.rope import write_former_rope
 from ftlevel.trained.adapt import finish_method, save_adapter
@@ -106,6 +105,8 @@ def next_commands(plan: Plan, run: RunDirectory) -> list[str]:
 
 
 def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
+    from ftlevel.methods.merging import read_peft_config, why_not_mergeable  # imports PEFT's tuners
+
     if plan.model.source.kind != "gguf" and stored_quantization(plan.model.config) is not None:
         return False
     is_adapter = (run.adapter / "adapter_config.json").is_file()

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from transformers import TrainerCallback
 
 from ftlevel.artifacts.fingerprint import base_digest
 from ftlevel.artifacts.run_directory import RunDirectory
@@ -23,6 +22,9 @@ from ftlevel.errors import ConfigError
 from ftlevel.models.in_memory import place_model
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.summary import describe_base
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 BASE = "base"
 """Directory in a run of a model that was handed over and is in no other file."""
@@ -128,6 +130,8 @@ def _name(key: str, value: Any, config: TrainConfig) -> str:
 
 
 def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
+    from transformers import TrainerCallback
+
     for callback in callbacks:
         if not isinstance(callback, TrainerCallback):
             what = callback.__name__ if isinstance(callback, type) else type(callback).__name__
