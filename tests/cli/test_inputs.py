@@ -167,3 +167,27 @@ def test_joined_columns_go_through_train_evaluate_and_predict(
         captured.out + captured.err
     )
     assert len(Path("told.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "asked", "said"),
+    [
+        (PAIRS, TRANSLATE, [{"es": "hola"}], "source from 'es' (as in training)"),
+        (TALKS, WHO, TALKS[:1], "user is 'Anna', assistant is 'Shop' (as in training)"),
+    ],
+)
+def test_a_run_asks_rows_by_what_it_was_told(
+    folder: Path, tiny_model_dir: ModelDir, rows: list[Any], arguments: list[str],
+    asked: list[Any], said: str, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    Path("rows.jsonl").write_text(jsonl(rows))
+    Path("asked.jsonl").write_text(jsonl(asked))
+    model = ["--model", str(tiny_model_dir("llama"))]
+    assert run(["train", "--quiet", "--dataset", "rows.jsonl", *model, *arguments, "--max-steps",
+                "1", "--output-dir", "run"]) == 0  # fmt: skip
+    capsys.readouterr()
+    assert run(["predict", "run", "--dataset", "asked.jsonl", "--max-new-tokens", "2",
+                "--output", "told.jsonl"]) == 0  # fmt: skip
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err
+    assert "prediction" in json.loads(Path("told.jsonl").read_text().splitlines()[0])

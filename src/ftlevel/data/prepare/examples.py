@@ -20,6 +20,7 @@ from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.encoder import Encoder
 from ftlevel.data.prepare.loading import Loaded
 from ftlevel.data.prepare.parallel import Progress
+from ftlevel.data.sources.packed import STDIN
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.task import Task
 
@@ -172,8 +173,9 @@ def _choices(
         if validation
         else ("no validation rows: --validation-split 0.05 would hold some out")
     )
+    name = "stdin" if loaded.splits.name == STDIN else loaded.splits.name
     choices = [
-        Choice("data", loaded.splits.name, f"{facts['train_rows']:,} rows; {held}"),
+        Choice("data", name, f"{facts['train_rows']:,} rows; {held}"),
         Choice("columns", loaded.format.description, loaded.why),
         *loaded.choices,
         Choice("max length", f"{fitted.max_length:,} tokens", fitted.reason),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 
 from ftlevel.data.sources.streams import Cursor
 from ftlevel.errors import InputError
@@ -93,7 +94,7 @@ def _decode(path: Path, content: bytes, at: int, line: int) -> str:
             "was the download or copy cut short? Fetch it again."
             if error.reason == "unexpected end of data"
             else f"{path}:{line}: not UTF-8 {byte}. If it is Latin-1: "
-            f"iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}"
+            f"iconv -f LATIN1 -t UTF-8 {quote(path.name)} > {quote(f'utf8-{path.name}')}"
         ) from None
 
 
@@ -108,7 +109,8 @@ def check_head(path: Path) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or _looks_like_utf16(head):
         raise InputError(
             f"{path}:1: looks like UTF-16, not UTF-8 (byte 0x{head[0]:02x} at offset 0). "
-            f"Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}"
+            f"Convert it: iconv -f UTF-16 -t UTF-8 {quote(path.name)} > "
+            f"{quote(f'utf8-{path.name}')}"
         )
     if head.startswith(b"\x1f\x8b"):
         raise InputError(f"{path}: is compressed by gzip. Name it {path.name}.gz.")
