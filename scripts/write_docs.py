@@ -110,7 +110,7 @@ def methods_page() -> str:
         "Adapters go on linears of the blocks. `--target-modules q_proj,embed_tokens,lm_head` puts",
         "a LoRA on the embedding and the output layer too, by name only, and",
         "`--modules-to-save embed_tokens,lm_head` trains them in full beside it.",
-        "`--trainable-token-indices "<tool>,17"` trains the rows of single tokens, by",
+        "`--trainable-token-indices '<tool>,17'` trains the rows of single tokens, by",
         "text or id, in both layers where they share their weights. Of two layers that share",
         "weights each is trained by itself unless `method.ensure_weight_tying=true`, and merging",
         "parts them. A token that is new needs a row first: add it with `resize_token_embeddings`",
