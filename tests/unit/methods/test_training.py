@@ -15,6 +15,7 @@ from ftlevel.config import SPECS, TrainConfig
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.adalora.allocation import Allocation
 from ftlevel.models.targets import find_heads
+from ftlevel.task import TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_start, load_adapter, save_adapter
 from ftlevel.training.build_trainer import build_optimizer
@@ -158,7 +159,7 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
         def __init__(self):
             self.objective = TASKS["text-classification"].build_objective("encoder", {})
             self.fast = None
-            self.args = SimpleNamespace(label_smoothing_factor=0.0)
+            self.loss = TrainingLoss()
             self._is_nothing = False
             self.penalty = lambda _: 5 * weight
             self.tokens_seen = torch.zeros((), dtype=torch.long)

@@ -107,7 +107,7 @@ ANOTHER_RATE = {
     "lion": "Lion wants a third to a tenth of that (Chen et al., 2023, section 5)",
     "sgd": "SGD wants a far higher one",
     "adagrad": "Adagrad wants a higher one",
-    "rmsprop": "RMSprop, whose first steps are larger, a lower one",
+    "rmsprop": "RMSprop, whose first steps are larger, wants a lower one",
 }
 """How optimizers differ for which the rates of the methods were not measured."""
 
