@@ -254,3 +254,22 @@ def test_what_cannot_be_had_is_refused_before_weights_load(
     train(*own, *data, *arguments, code=2)
     assert capsys.readouterr().err == f"ftlevel: {complaint}\n"
     assert not Path("run").exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_broken_off_is_made_up_for(
+    chat: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    an_epoch = ["--max-samples", "12", "--epochs", "3", "--save-steps", "3",
+                "--metric-for-best-model", "loss", "--greater-is-better"]  # fmt: skip
+    own = [*chat, *an_epoch]
+    whole = train(*own, out="whole")
+    assert whole["best"]["kept_step"] == 3
+    with monkeypatch.context() as patch:  # its checkpoint is written before the epoch is evaluated
+        patch.setattr("ftlevel.training.trainer.FtlevelTrainer.evaluate", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(["train", "--quiet", *own, "--output-dir", "cut", "--traceback"])
+    assert checkpoints("cut") == {"checkpoint-3"}
+    again = train("--resume", out="cut")
+    assert again["best"] == whole["best"]
+    assert weights("cut") == weights("whole")

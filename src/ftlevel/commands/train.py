@@ -11,7 +11,7 @@ from typing import Any
 
 from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.recipe import describe_recipe
-from ftlevel.artifacts.run_directory import check_output
+from ftlevel.artifacts.run_directory import RunDirectory, check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener, Silence
@@ -149,9 +149,9 @@ def _train(
     base = describe_base(plan.model.source)
     origin = origin_of(config, plan, base)
     going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
-    if going_on.finished is not None:
-        listener.end({**going_on.finished, "nothing_left": describe_end(config, going_on.finished)})
-        return TrainResult(going_on.finished, config.output.dir, None, plan.model.tokenizer)
+    if (summary := going_on.finished) is not None:
+        listener.end({**summary, "nothing_left": describe_end(config, summary)})
+        return TrainResult(summary, config.output.dir, None, plan.model.tokenizer)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
     verified = verify_step(config, plan, adapted, listener)
@@ -190,10 +190,18 @@ def _train(
         speed=describe_speed(trainer, asdict(verified) if verified else None),
         kept=kept,
     )
+    summary = _tell(config, plan, outcome, run, listener)
+    return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
+
+
+def _tell(
+    config: TrainConfig, plan: Plan, outcome: Outcome, run: RunDirectory, listener: Listener
+) -> Mapping[str, Any]:
+    """Write what the run gave, say it, and return it."""
     summary = build_summary(config, plan, outcome)
     with explain_disk_errors(run):
         write_results(run, config, summary)
     for warning in [*find_nothing_learned(summary, plan), *find_worse_than_before(summary)]:
         listener.warn(warning)
     listener.end(summary)
-    return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
+    return summary
