@@ -7,6 +7,7 @@ the best is the first; a constant rate makes it the last of a shorter run, bit f
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import task_data
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
+from ftlevel.training.trainer import FtlevelTrainer
 
 ModelDir = Callable[..., Path]
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=6", "--batch-size", "4",
@@ -273,3 +275,20 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(
     again = train("--resume", out="cut")
     assert again["best"] == whole["best"]
     assert weights("cut") == weights("whole")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_last_evaluation_finds_the_run_at_its_end(
+    chat: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    evaluate_there = FtlevelTrainer.evaluate
+
+    def press(trainer: Any, *arguments: Any, **settings: Any) -> Any:
+        if trainer.state.global_step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return evaluate_there(trainer, *arguments, **settings)
+
+    monkeypatch.setattr(FtlevelTrainer, "evaluate", press)
+    summary = train(*chat, *FIRST, "--max-steps", "20", "--early-stopping-patience", "1")
+    assert (summary["steps"], summary["best"]["kept_step"]) == (4, 2)

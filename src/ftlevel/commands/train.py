@@ -167,7 +167,7 @@ def _train(
     listener.stage("train")
     with watch.interrupt, explain_disk_errors(run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if watch.interrupt.received and trainer.state.global_step < trainer.state.max_steps:
+    if watch.interrupt.has_stopped:
         raise Interrupted(describe_stop(run, trainer.state))
     kept = keep_best(trainer, watch.best)
     if not processes.is_first:

@@ -23,10 +23,12 @@ class Interrupt(TrainerCallback):
 
     Attributes:
         received: the signal's name, or empty.
+        has_stopped: whether the run was ended by it; one that comes later finds the run at its end.
     """
 
     def __init__(self, processes: Processes, device: str) -> None:
         self.received = ""
+        self.has_stopped = False
         self._processes = processes
         self._device = device
         self._before: dict[int, Any] = {}
@@ -60,6 +62,7 @@ class Interrupt(TrainerCallback):
         is_over = self._processes.any(bool(self.received), self._device)
         if is_over and state.global_step < state.max_steps:
             self.received = self.received or "of another process"
+            self.has_stopped = True
             control.should_save = True
             control.should_training_stop = True
         return control
