@@ -7,6 +7,7 @@ the best is the first; a constant rate makes it the last of a shorter run, bit f
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import task_data
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
+from ftlevel.training.trainer import FtlevelTrainer
 
 ModelDir = Callable[..., Path]
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=6", "--batch-size", "4",
@@ -254,3 +256,39 @@ def test_what_cannot_be_had_is_refused_before_weights_load(
     train(*own, *data, *arguments, code=2)
     assert capsys.readouterr().err == f"ftlevel: {complaint}\n"
     assert not Path("run").exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_broken_off_is_made_up_for(
+    chat: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    an_epoch = ["--max-samples", "12", "--epochs", "3", "--save-steps", "3",
+                "--metric-for-best-model", "loss", "--greater-is-better"]  # fmt: skip
+    own = [*chat, *an_epoch]
+    whole = train(*own, out="whole")
+    assert whole["best"]["kept_step"] == 3
+    with monkeypatch.context() as patch:  # its checkpoint is written before the epoch is evaluated
+        patch.setattr("ftlevel.training.trainer.FtlevelTrainer.evaluate", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(["train", "--quiet", *own, "--output-dir", "cut", "--traceback"])
+    assert checkpoints("cut") == {"checkpoint-3"}
+    again = train("--resume", out="cut")
+    assert again["best"] == whole["best"]
+    assert weights("cut") == weights("whole")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_last_evaluation_finds_the_run_at_its_end(
+    chat: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    evaluate_there = FtlevelTrainer.evaluate
+
+    def press(trainer: Any, *arguments: Any, **settings: Any) -> Any:
+        if trainer.state.global_step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return evaluate_there(trainer, *arguments, **settings)
+
+    monkeypatch.setattr(FtlevelTrainer, "evaluate", press)
+    summary = train(*chat, *FIRST, "--max-steps", "20", "--early-stopping-patience", "1")
+    assert (summary["steps"], summary["best"]["kept_step"]) == (4, 2)

@@ -13,7 +13,7 @@ from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.hub import find_repository
 from ftlevel.artifacts.ownership import replacing
 from ftlevel.artifacts.recipe import describe_recipe
-from ftlevel.artifacts.run_directory import check_output
+from ftlevel.artifacts.run_directory import RunDirectory, check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener
@@ -236,9 +236,9 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     processes.join(plan.model.device)
     origin = origin_of(config, plan, describe_taken(plan, job.taken))
     going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
-    if going_on.finished is not None:
-        listener.end({**going_on.finished, "nothing_left": describe_end(config, going_on.finished)})
-        return TrainResult(going_on.finished, config.output.dir, None, plan.model.tokenizer)
+    if (summary := going_on.finished) is not None:
+        listener.end({**summary, "nothing_left": describe_end(config, summary)})
+        return TrainResult(summary, config.output.dir, None, plan.model.tokenizer)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
     verified = verify_step(config, plan, adapted, listener)
@@ -267,7 +267,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     listener.stage("train")
     with watch.interrupt, explain_disk_errors(run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if watch.interrupt.received and trainer.state.global_step < trainer.state.max_steps:
+    if watch.interrupt.has_stopped:
         raise Interrupted(describe_stop(run, trainer.state), watch.interrupt.exit_code)
     kept = keep_best(trainer, watch.best)
     if not processes.is_first:
@@ -291,10 +291,18 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         kept=kept,
         changes=run.read_changes(),
     )
+    summary = _tell(config, plan, outcome, run, listener)
+    return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
+
+
+def _tell(
+    config: TrainConfig, plan: Plan, outcome: Outcome, run: RunDirectory, listener: Listener
+) -> Mapping[str, Any]:
+    """Write what the run gave, say it, upload it if that is wanted, and return it."""
     summary = build_summary(config, plan, outcome) | {"next": next_commands(plan, run)}
     with explain_disk_errors(run):
         write_results(run, config, summary)
     for warning in [*find_nothing_learned(summary, plan), *find_worse_than_before(summary)]:
         listener.warn(warning)
     end_run(config.output, run, summary, listener)
-    return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
+    return summary

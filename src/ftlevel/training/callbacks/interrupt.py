@@ -25,6 +25,7 @@ class Interrupt(TrainerCallback):
     Attributes:
         received: the signal's name, or empty.
         exit_code: of a process that it ends, as shells have it.
+        has_stopped: whether the run was ended by it; one that comes later finds the run at its end.
     """
 
     _SAVE, _STOP = 1, 2
@@ -33,6 +34,7 @@ class Interrupt(TrainerCallback):
         self.received = ""
         self.exit_code = 128 + signal.SIGINT
         self._wish = 0
+        self.has_stopped = False
         self._processes = processes
         self._device = device
         self._before: dict[int, Any] = {}
@@ -79,5 +81,6 @@ class Interrupt(TrainerCallback):
             self._wish = 0
         if wish == self._STOP and state.global_step < state.max_steps:
             self.received = self.received or "of another process"
+            self.has_stopped = True
             control.should_training_stop = True
         return control

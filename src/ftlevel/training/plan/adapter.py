@@ -19,6 +19,7 @@ from ftlevel.config.choices import Choice
 from ftlevel.config.flags import FLAGS
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
+from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import load_config
 from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
@@ -82,7 +83,10 @@ def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | No
     directory = card_directory(path) or path
     card = read_card(directory) if directory != path or (path / "ftlevel.json").is_file() else None
     if not (directory / ADAPTER_CONFIG).is_file() and (directory / "config.json").is_file():
-        return (*_take_model(config, name, directory), [f"--adapter {name} is a whole model"])
+        return (
+            *_take_model(config, name, directory),
+            [f"--adapter {name} is a whole model: it is trained on as --model is"],
+        )
     _check_kind(name, directory, config)
     base = _base_of(config, card, directory)
     source, settings = read_plain_adapter(directory, base_source=base)
@@ -104,7 +108,8 @@ def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | No
             values["data"] = {**values.get("data", {}), "labels": card.labels}
         if stored_quantization(load_config(source)) is None:
             values["quant"] = dict(card.quantization)
-        if config.model.dtype == "auto":
+        in_half = card.dtype == "float16" and choose_device(config.model.device).value == "cpu"
+        if config.model.dtype == "auto" and not in_half:
             values["model"]["dtype"] = card.dtype
     return build_config([Layer(values)]), adapter, []
 
@@ -237,6 +242,10 @@ def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConf
         raise ConfigError(problems)
 
 
+def _sorted(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, list) else value
+
+
 def _differences(
     config: TrainConfig, adapter: StartingAdapter, spec: MethodConfig
 ) -> Iterator[tuple[str, Any, Any]]:
@@ -254,7 +263,7 @@ def _differences(
         wish, own = getattr(given, name), getattr(spec, name, None)
         if name.startswith("init_") and wish == "default":
             continue
-        if wish != own:
+        if _sorted(wish) != _sorted(own):
             shown = own if hasattr(spec, name) else "no such thing"
             yield flags.get(f"method.{name}", f"method.{name}"), wish, shown
     if card is None:
