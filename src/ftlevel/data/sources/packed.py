@@ -44,7 +44,12 @@ def unpack(path: Path) -> Path:
         InputError: it is not what its name says, or is cut short, or there is no room.
     """
     facts = path.stat()
-    return _unpack(path, path.suffix.lower(), (facts.st_mtime_ns, facts.st_size))
+    wish = (path, path.suffix.lower(), (facts.st_mtime_ns, facts.st_size))
+    copy = _unpack(*wish)
+    if not copy.exists():  # somebody cleaned the directory for temporary files
+        _unpack.cache_clear()
+        copy = _unpack(*wish)
+    return copy
 
 
 @functools.cache
@@ -106,6 +111,8 @@ def _openers() -> dict[str, Callable[[Path], Any]]:
 
 
 def _new_folder() -> Path:
+    if not Path(_root().name).is_dir():
+        _root.cache_clear()
     return Path(tempfile.mkdtemp(dir=_root().name))
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,6 +160,13 @@ def test_a_file_that_changed_is_unpacked_again(tmp_path: Path) -> None:
     assert rows_of(str(packed)) == [{"text": "a"}]
     packed.write_bytes(gzip.compress(b'{"text": "other"}\n'))
     assert rows_of(str(packed)) == [{"text": "other"}]
+
+
+def test_a_copy_that_was_cleaned_away_is_made_again(tmp_path: Path) -> None:
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(content_of("jsonl")))
+    shutil.rmtree(open_reader(packed).path.parents[1])
+    assert rows_of(str(packed)) == ROWS
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
