@@ -39,9 +39,9 @@ class Day:
         told: flags about the rows, as previews and errors name them.
         refused: what a run without the last of these says.
         new: file of rows without answers.
+        capture: what commands print.
         folder: where everything is; it moves.
         answers: what the run said of the new rows.
-        said: what the last command printed, as JSON where it was asked for that.
     """
 
     model: Path
@@ -117,6 +117,18 @@ def names(folder: Path) -> tuple[str, list[str], str, str]:
     (folder / "new.jsonl").write_text("\n".join(map(json.dumps, new)), encoding="utf-8")
     told = ["--validation-split", "0.2", "--on-bad-row", "skip"]
     return "names.conll", told, "drop bad rows with --on-bad-row skip", "new.jsonl"
+
+
+def names_in_conll(folder: Path) -> tuple[str, list[str], str, str]:
+    """Write the same sentences as a word and its tag a line, but for the one that is wrong."""
+    data, told, refused, new = names(folder)
+    rows = [json.loads(line) for line in (folder / data).read_text(encoding="utf-8").splitlines()]
+    sentences = [
+        "".join(f"{word}\t{tag}\n" for word, tag in zip(row["tokens"], row["tags"], strict=False))
+        for row in rows
+    ]
+    (folder / "names.conll").write_text("\n".join(sentences), encoding="utf-8")
+    return "names.conll", told, refused, new
 
 
 def replies(folder: Path) -> tuple[str, list[str], str, str]:
@@ -210,8 +222,15 @@ STEPS: tuple[Callable[[Day], None], ...] = (
 
 @pytest.mark.parametrize(
     ("write", "model"),
-    [(tickets, "minilm"), (names, "minilm"), (replies, "smollm2")],
-    ids=["classes", "tags", "texts"],
+    [
+        (tickets, "minilm"),
+        (names, "minilm"),
+        pytest.param(
+            names_in_conll, "minilm", marks=pytest.mark.skip(reason="no reader of CoNLL yet")
+        ),
+        (replies, "smollm2"),
+    ],
+    ids=["classes", "tags", "conll", "texts"],
 )
 @pytest.mark.weights
 def test_a_day(
