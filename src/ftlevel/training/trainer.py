@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
@@ -169,7 +170,7 @@ class FtlevelTrainer(Trainer):
             f"out of memory at step {step}: micro-batches have {tokens:,} tokens from now on, half "
             "as many as before; the rows of a step are the same."
         )
-        inputs: dict[str, Any] = self._prepare_inputs(collator(rows))
+        inputs: dict[str, Any] = send_to_device(collator(rows), self.args.device)
         return inputs
 
     def take_step_loss(self) -> torch.Tensor:

@@ -169,7 +169,8 @@ def check_checkpointing(model: Any, batch: dict[str, torch.Tensor]) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     recomputed = backward(model, batch)
     assert set(recomputed) == set(plain)
-    assert max((recomputed[n] - plain[n]).abs().max().item() for n in plain) < 1e-6
+    largest = max(1.0, max(gradient.abs().max().item() for gradient in plain.values()))
+    assert max((recomputed[n] - plain[n]).abs().max().item() for n in plain) < 1e-6 * largest
     assert all(not layer._tapped for layer in layers_of(model))
 
 

@@ -88,5 +88,8 @@ def _read(path: Path, words: str) -> Mapping[str, Any]:
         if not isinstance(content, Mapping):
             raise TypeError("it is no object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{words}: {path.name} cannot be read ({error}).") from None
+        what = "its weights cannot" if path.match(_INDEX) else "it cannot"
+        raise InputError(
+            f"{words}: {what} be read ({path.name}: {error}). Was a copy cut short?"
+        ) from None
     return content

@@ -71,20 +71,21 @@ class Bounds:
             RunError: one is too far.
         """
         least = LEAST.get(self.dtype, LEAST_NARROW)[1]
-        kinds = by_kind(found)
+        kinds, whole = by_kind(found), total(found.values())
         counts: dict[str, int] = {}
         for name in found:
             counts[kind_of(name)] = counts.get(kind_of(name), 0) + 1
         for name, apart in sorted(found.items(), key=lambda item: -item[1].difference):
-            # A tensor with next to no gradient is rounded like its neighbours that have one.
+            # A tensor with next to no gradient is rounded like its neighbours that have one, and
+            # like all: the bias of a span's logits has none, and sums what rounding left of it.
             alike = kinds[kind_of(name)].reference / counts[kind_of(name)]
-            own = max(apart.reference, 1e-4 * alike) ** 0.5
+            own = max(apart.reference, 1e-4 * alike, 1e-4 * whole.reference) ** 0.5
             bound = least * own + ORDER * self.noise[name].difference ** 0.5
             if not apart.difference**0.5 <= bound:
                 raise wrong(f"{what} of {name} differ by {apart.distance:.2g}, their length by "
                              f"{apart.length:+.2%}, and rounding explains {bound / own:.2g}",
                              self.dtype)  # fmt: skip
-        whole, order = total(found.values()), total(self.noise.values())
+        order = total(self.noise.values())
         bound = least / 2 + ORDER * order.distance
         if not whole.distance <= bound:
             raise wrong(f"{what} differ by {whole.distance:.2g}, and rounding explains "
