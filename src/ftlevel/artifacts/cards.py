@@ -149,7 +149,8 @@ def kept_words(best: Mapping[str, Any]) -> str:
             f", the {order} of {count:,} evaluations" if count > 1 else ""
         )
     elif step == best["best_step"]:
-        words = f"step {step:,} of {ends:,}: {value}, the last had {best['last']:.4f}"
+        last = f"{best['last']:.4f}" + " with a higher loss" * (best["last"] == best["best"])
+        words = f"step {step:,} of {ends:,}: {value}, the last had {last}"
     else:
         words = (
             f"step {step:,}, the last: {name} {best['last']:.4f}; step {best['best_step']:,} had "

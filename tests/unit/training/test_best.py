@@ -37,6 +37,14 @@ def test_the_first_of_equals_is_the_best_and_what_is_no_number_never() -> None:
     assert seen.best is None
 
 
+def test_of_equals_the_one_with_the_lower_loss_is_the_best() -> None:
+    seen = Evaluations(BestModel(**PLAN | {"patience": 9}))
+    losses = [0.5, 0.4, 0.45, 0.3]
+    scores = [{"eval_accuracy": 1.0, "eval_loss": loss} for loss in losses]
+    assert [seen.add(step, each) for step, each in enumerate(scores)] == [True, True, False, True]
+    assert seen.waited == 3
+
+
 def test_patience_counts_evaluations_that_are_not_better_by_the_threshold() -> None:
     seen = Evaluations(BestModel(**PLAN | {"patience": 2, "threshold": 0.1}))
     waited = []
@@ -54,7 +62,7 @@ def test_a_log_gives_the_same_as_the_evaluations() -> None:
     seen = Evaluations(BestModel(**PLAN))
     seen.replay(log)
     assert (seen.best, seen.last, seen.count, seen.waited) == (
-        Evaluated(2, 0.5), Evaluated(4, 0.25), 2, 1
+        Evaluated(2, 0.5, 1.0), Evaluated(4, 0.25, 1.0), 2, 1
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from ftlevel.artifacts.best_models import best_of, forget_later, write_best
 from ftlevel.artifacts.checkpoints import find_damage
 from ftlevel.events import Listener
 from ftlevel.methods.base import HasState
-from ftlevel.training.best import Evaluated, Evaluations, Kept, read_trained, write_trained
+from ftlevel.training.best import Evaluations, Kept, read_trained, write_trained
 from ftlevel.training.plan.best_model import BestModel
 from ftlevel.training.processes import Processes
 
@@ -140,7 +140,7 @@ class KeepBest(TrainerCallback):
             greater_is_better=self.plan.greater_is_better,
             evaluations=seen.count,
             best=seen.best,
-            last=Evaluated(seen.last.step, seen.last.value),
+            last=seen.last,
             step=kept,
             stopped_early=seen.is_over and step < max_steps,
             patience=self.plan.patience,
