@@ -64,7 +64,7 @@ def push(folder: Path, name: str, *, private: bool) -> str:
 
     Args:
         folder: what was saved.
-        name: whole, as `check_hub` gave it.
+        name: whole, as `find_repository` gave it.
         private: whether a repository that is made is hidden from others.
 
     Raises:
