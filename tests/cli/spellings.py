@@ -201,7 +201,7 @@ SPELLINGS: list[Spelled] = [
         ("--use_liger_kernel", "speed.liger_kernel", True),
     ),
     Spelled(TRANSFORMERS, "TrainingArguments", "--resume_from_checkpoint true",
-            {"output.resume": True}, beside="--output_dir out"),
+            {"output.resume": True}, beside="--output_dir out --dataset builtin:docstrings"),
     *_agrees(
         TRANSFORMERS, "TrainingArguments",
         ("--remove_unused_columns false", "columns that are not used are only named"),

@@ -129,7 +129,7 @@ def test_two_processes_keep_the_best_and_stop_together(
     more = ("--validation-file", str(held), "--set", "data.gate.leaked=ignore", "--eval-steps", "2",
             "--metric-for-best-model", "loss", "--greater-is-better", "--lr-scheduler", "constant",
             "--max-steps", "40", "--num-processes", "2", "--save-strategy", "best",
-            "--save-minutes", "0.001")  # fmt: skip
+            "--save-minutes", "0.000001")  # fmt: skip
     out, model = tmp_path / "run", tiny_model_dir("llama")
     patient = command(model, rows, out, *more, "--early-stopping-patience", "2", "--json")
     done = subprocess.run(patient, capture_output=True, text=True, check=False)

@@ -16,10 +16,16 @@ LONG = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size
         "--max-steps", "40", "--logging-steps", "1"]  # fmt: skip
 
 
+def as_in_a_terminal() -> None:
+    """Take no signal as ignored because the tests were begun by nohup or in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "ftlevel", *arguments], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=as_in_a_terminal,
     )  # fmt: skip
 
 
@@ -52,7 +58,9 @@ def test_a_warning_makes_a_checkpoint_and_the_run_goes_on(tmp_path: Path) -> Non
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=240)
     assert process.returncode == 0
-    kept = [p.parent.name for p in (tmp_path / "run/checkpoints").glob("*/manifest.json")]
+    kept = [
+        p.parent.name for p in (tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json")
+    ]
     assert len(kept) == 1
     assert 3 <= int(kept[0].split("-")[1]) < 40
 

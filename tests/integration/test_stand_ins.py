@@ -77,8 +77,8 @@ def test_a_directory_stands_for_a_hub_name(
     summary = json.loads((made / "summary.json").read_text())
     assert summary["proof"]["adapter_effect"] > 0
     config = yaml.safe_load((made / "config.yaml").read_text())
-    assert config["model"]["name_or_path"] == model
-    assert config["data"]["dataset"] == dataset
+    assert config["model"]["name_or_path"] == str(tmp_path / model)
+    assert config["data"]["dataset"] == str(tmp_path / dataset)
     assert config["method"]["r"] == int(
         shlex.split(command)[shlex.split(command).index("--lora_r") + 1]
     )

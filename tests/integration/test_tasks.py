@@ -229,7 +229,8 @@ def test_the_command_line_of_a_task(
     shown = capsys.readouterr().out
     assert "questions: 16 (each has an answer)" in shown
     assert "more windows than questions" in shown
-    assert f'ftlevel generate {out} --prompt "…?" --context "…"' in shown
+    assert f"next ftlevel evaluate {out}" in shown
+    assert f"ftlevel predict {out} --dataset FILE" in shown
     ask = ["generate", out, "--prompt", "What is the name?"]
     assert run(ask) == 2
     assert "question-answering looks for an answer in a text. Add --context TEXT." in (

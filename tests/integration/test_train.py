@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def test_a_run_proves_itself(arguments: list[str], frozen: int) -> None:
     assert summary["metrics"]["perplexity"] > 1
     files = {p.name for p in Path("run").iterdir()}
     assert files == {".ftlevel.json", "README.md", "adapter", "checkpoints", "config.yaml",
-                     "metrics.jsonl", "summary.json"}  # fmt: skip
+                     "metrics.jsonl", "places.json", "summary.json"}  # fmt: skip
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
     assert card["base"]["name"] == "builtin:tiny-llama"
     assert card["prompt"]["kind"] == "chat-template"
@@ -264,7 +265,8 @@ def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[
     complaint = capsys.readouterr().err
     assert complaint == (  # a recipe is the run's own; the flag differs
         "ftlevel: --resume run: not the same run: method.r was 8 and is 4. "
-        "Give it as it was, or start anew in another --output-dir.\n"
+        "Give it as it was, start anew in another --output-dir, or let it change: "
+        "--allow-change method.r\n"
     )
 
 
@@ -282,7 +284,8 @@ def test_resuming_with_another_number_of_threads_is_refused(
     assert code == 2
     assert capsys.readouterr().err == (
         f"ftlevel: --resume run: not the same run: threads was {own} and is {own + 1}. Give it as "
-        f"it was (OMP_NUM_THREADS={own}), or start anew in another --output-dir.\n"
+        f"it was (OMP_NUM_THREADS={own}), start anew in another --output-dir, or let it change: "
+        "--allow-change threads\n"
     )
 
 
@@ -348,13 +351,16 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing(
     weights = load_file(broken / "model.safetensors")
     for part in ("gate", "up", "down"):  # finite themselves, and their products are not
         weights[f"model.layers.1.mlp.{part}_proj.weight"][:] = 9e9
+    weights["model.layers.1.post_attention_layernorm.weight"][:] = 9e9
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     code = run(
         ["train", "--quiet", "--model", "broken", *SHORT, "--overlong", "drop",
          "--output-dir", "run"]
     )  # fmt: skip
     assert code == 1
-    assert "not finite at step 1" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert re.search(r"(loss is (nan|inf) at|not finite at) step 1\b", error)
+    assert "Training stopped before the weights took it." in error
     assert not Path("run/adapter").exists()
 
 

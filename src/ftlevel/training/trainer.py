@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
@@ -170,7 +169,7 @@ class FtlevelTrainer(Trainer):
             f"out of memory at step {step}: micro-batches have {tokens:,} tokens from now on, half "
             "as many as before; the rows of a step are the same."
         )
-        inputs: dict[str, Any] = send_to_device(collator(rows), self.args.device)
+        inputs: dict[str, Any] = _to_device(collator(rows), self.args.device)
         return inputs
 
     def take_step_loss(self) -> torch.Tensor:
@@ -347,3 +346,12 @@ class FtlevelTrainer(Trainer):
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """Return a batch with all of its tensors on `device`."""
+    if isinstance(value, dict):
+        return {name: _to_device(part, device) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_to_device(part, device) for part in value]
+    return value.to(device) if hasattr(value, "to") else value

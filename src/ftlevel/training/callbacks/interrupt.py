@@ -42,7 +42,9 @@ class Interrupt(TrainerCallback):
     def __enter__(self) -> Interrupt:
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)  # Windows has not all of them
-            if number is None or signal.getsignal(number) is signal.SIG_IGN:  # by nohup
+            if number is None or (
+                name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN  # by nohup
+            ):
                 continue
             try:
                 self._before[number] = signal.signal(number, self._receive)

@@ -9,6 +9,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import ConfigError, did_you_mean, listing
+from ftlevel.evaluation.metrics import generates_texts, keep_wanted, wants_texts
 from ftlevel.task import Objective
 from ftlevel.tasks import BaseTask
 
@@ -131,25 +132,30 @@ def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
     Raises:
         ConfigError: there is no such metric.
     """
-    wish, of_all_rows = train.metric_for_best_model, objective.metrics
-    generates = task.generates if train.predict_with_generate is None else (
-        train.predict_with_generate and task.writes_text
-    )  # fmt: skip
-    known = ("loss", *of_all_rows, *(task.text_metrics if generates else ()))
+    wish, given = train.metric_for_best_model, train.metrics
+    generates = generates_texts(train.predict_with_generate, task) and wants_texts(given, task)
+    every = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
+    known = tuple(keep_wanted(dict.fromkeys(every), given))
     if wish is not None:
         name = wish.removeprefix("eval_")
         if name not in known:
             hint = did_you_mean(name, known)
-            if name in task.text_metrics:
+            if name in every:
+                hint = f" --metrics leaves it out: --metrics {','.join([*given, name])}."
+            elif name in task.text_metrics:
                 hint = " It is scored with --predict-with-generate."
             raise ConfigError(
                 f"--metric-for-best-model {wish}: --task {task.name} has no such metric here."
                 f"{hint} There are: {listing(known, 20)}."
             )
         return f"eval_{name}", "as asked"
-    first = objective.headline
+    first, of_all_rows = objective.headline, [m for m in objective.metrics if m in known]
+    if first not in known and of_all_rows:
+        first = of_all_rows[0]  # of those that --metrics names
     if first in of_all_rows and not first.endswith("perplexity"):
         return f"eval_{first}", "the task's first metric, scored on all validation rows"
+    if given and first not in known:
+        return "eval_loss", "no other metric is given"
     why = (
         f"{first} grows with it"
         if first in of_all_rows
