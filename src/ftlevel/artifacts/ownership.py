@@ -107,7 +107,10 @@ def replacing(directory: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _put_back(directory)
+        if not _has_result(directory):
+            _put_back(directory)
+            raise
+        delete_replaced(directory)
         raise
     delete_replaced(directory)
 
@@ -120,7 +123,7 @@ def delete_replaced(directory: Path) -> None:
 
 def _put_back(directory: Path) -> None:
     aside = directory / _ASIDE
-    if _read_marker(aside) is None or _has_result(directory):
+    if _read_marker(aside) is None:
         return
     _delete_own(directory)
     for path in _own(aside):

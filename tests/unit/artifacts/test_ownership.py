@@ -108,6 +108,16 @@ def test_an_old_run_goes_when_the_new_one_has_a_checkpoint(tmp_path: Path) -> No
     assert (tmp_path / ".replaced" / "checkpoints" / "checkpoint-1" / "a").is_file()
 
 
+def test_an_old_run_goes_when_only_what_follows_the_new_ones_end_fails(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    run, _ = begin_again(tmp_path)
+    with pytest.raises(RuntimeError), ownership.replacing(tmp_path):
+        run.write_summary({})
+        raise RuntimeError  # an upload, for one
+    assert (tmp_path / "config.yaml").read_text() == "new"
+    assert not (tmp_path / ".replaced").exists()
+
+
 def test_an_old_run_is_kept_through_kills_of_new_ones(tmp_path: Path) -> None:
     finished_run(tmp_path)
     for _ in range(3):
