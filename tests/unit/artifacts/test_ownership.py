@@ -111,8 +111,8 @@ def test_an_old_run_goes_when_the_new_one_has_a_checkpoint(tmp_path: Path) -> No
 def test_an_old_run_goes_when_only_what_follows_the_new_ones_end_fails(tmp_path: Path) -> None:
     finished_run(tmp_path)
     run, _ = begin_again(tmp_path)
+    run.write_summary({})
     with pytest.raises(RuntimeError), ownership.replacing(tmp_path):
-        run.write_summary({})
         raise RuntimeError  # an upload, for one
     assert (tmp_path / "config.yaml").read_text() == "new"
     assert not (tmp_path / ".replaced").exists()
