@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -146,3 +147,54 @@ def test_two_processes_keep_the_best_and_stop_together(
     resume = [*patient[:4], "--output-dir", str(out), "--resume"]
     subprocess.run(resume, check=True, capture_output=True)
     assert (out / "adapter/adapter_model.safetensors").read_bytes() == kept
+
+
+def started(launcher: subprocess.Popen[str], log: Path) -> list[psutil.Process]:
+    """Return the two processes of a run that has made some steps, by their rank."""
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        assert time.monotonic() < deadline
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    found = psutil.Process(launcher.pid).children()
+    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended may still wait to be asked how."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run_in_a_line(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, rank: int
+) -> None:
+    long = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
+    launcher = subprocess.Popen(
+        command(tiny_model_dir("llama"), rows, tmp_path / "run", *long),
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    started(launcher, tmp_path / "run/metrics.jsonl")[rank].kill()
+    began = time.monotonic()
+    _, error = launcher.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert launcher.returncode == 1
+    assert f"the process of rank {rank} was killed" in error
+
+
+def test_no_process_outlives_its_launcher(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    long = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
+    launcher = subprocess.Popen(
+        command(tiny_model_dir("llama"), rows, tmp_path / "run", *long),
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    ranks = started(launcher, tmp_path / "run/metrics.jsonl")
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 30
+    while alive := [rank for rank in ranks if is_alive(rank)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+    assert list((tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json"))

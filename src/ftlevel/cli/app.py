@@ -18,7 +18,7 @@ import typer
 from ftlevel._version import __version__
 from ftlevel.cli.screens.lasting import discard
 from ftlevel.cli.startup.heavy_imports import uncollected_imports
-from ftlevel.cli.startup.launch import is_follower
+from ftlevel.cli.startup.launch import is_follower, is_launched
 from ftlevel.cli.startup.signals import end_on_signals, exit_code
 from ftlevel.cli.typed.completion import completed_command
 from ftlevel.errors import FtlevelError, is_out_of_memory
@@ -133,6 +133,7 @@ _LONGEST_REASON = 300  # characters
 
 _INTERRUPTED = "interrupted; nothing was kept."
 _CTRL_C = 130
+_PEER_IS_GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 def main() -> None:
@@ -209,6 +210,8 @@ def _unforeseen(error: Exception) -> tuple[str, int]:
     if is_out_of_memory(error):
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return f"out of memory: {reason}. Give it fewer rows at once, or a smaller model.", 1
+    if is_launched() and any(word in str(error) for word in _PEER_IS_GONE):
+        return "another process of the run has ended, so this one ends too.", 1
     reason = " ".join(str(error).split())[:_LONGEST_REASON]
     path = _being_read(error)
     where = f"{path}: " if path else ""

@@ -7,6 +7,7 @@ own; `accelerate launch --cpu` starts one process whatever number it is given.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -18,6 +19,8 @@ from types import FrameType
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
+_PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has not all of them
+_PR_SET_PDEATHSIG = 1
 
 
 def is_launched() -> bool:
@@ -33,7 +36,8 @@ def is_follower() -> bool:
 def launch(arguments: Sequence[str], count: int) -> int:
     """Run `ftlevel` with these `arguments` in `count` processes and return the exit code.
 
-    It is the first process's, or that of the first one that failed; the others are then stopped.
+    It is the first process's, or that of the first one that failed; the others are then stopped,
+    and one that was killed is named. They end with this process, too, as by SIGTERM (on Linux).
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -49,7 +53,11 @@ def launch(arguments: Sequence[str], count: int) -> int:
     }
     command = [sys.executable, "-m", "ftlevel", *arguments]
     running = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            command,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
         for rank in range(count)
     ]
 
@@ -57,7 +65,8 @@ def launch(arguments: Sequence[str], count: int) -> int:
         for process in running:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [n for n in (getattr(signal, name, None) for name in _PASSED_ON) if n is not None]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         return _wait(running)
     finally:
@@ -68,13 +77,32 @@ def launch(arguments: Sequence[str], count: int) -> int:
 def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
     """Return the exit code of them all; when one fails, stop the others."""
     while any(process.poll() is None for process in running):
-        failed = [code for process in running if (code := process.poll())]
+        failed = {rank: code for rank, process in enumerate(running) if (code := process.poll())}
         if failed:
             _stop(running)
+            rank, code = next(iter(failed.items()))
+            if code == -signal.SIGKILL:
+                sys.stderr.write(
+                    f"ftlevel: the process of rank {rank} was killed, as by a system without "
+                    "memory; the others are stopped. --resume goes on from the newest whole "
+                    "checkpoint.\n"
+                )
+                return 1
             first = running[0].returncode
-            return abs(first if first and first > 0 else failed[0])
+            return _exit_code(first if first and first > 0 else code)
         time.sleep(_POLL_SECONDS)
-    return abs(next((process.returncode for process in running if process.returncode), 0))
+    codes = [process.returncode for process in running if process.returncode]
+    return _exit_code(codes[0]) if codes else 0
+
+
+def _exit_code(code: int) -> int:
+    """Return the exit code of a process as shells have it, 143 after SIGTERM."""
+    return code if code >= 0 else 128 - code
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to end this process by SIGTERM when the launcher is gone (prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
