@@ -7,7 +7,8 @@ kept of the rows for every token. Here rows come and go, and what is kept stands
     row 1     a a a c c c     c begins where a has ended; rows are padded on the left, and every
     row 2     b b b b b b     token has the position that it has in its own row
 
-Greedy only. `find_decoding_error` asks a model whether it writes so what it writes alone.
+What all prompts begin with, an instruction or a system turn, is computed once. Greedy only.
+`find_decoding_error` asks a model whether it writes so what it writes alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ ROOM = 64
 
 REFILL = 4
 """A batch is filled up when one part of so many is free: to begin a row costs a forward pass."""
+
+SHARED = 16
+"""Tokens that all prompts begin with from which on they are computed once."""
 
 _PROMPT = 12
 """Tokens of the prompts that a model is tried on."""
@@ -83,13 +87,16 @@ class RowDecoder:
         """
         texts = _Texts(len(prompts), most, self._stops)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+        common = common_beginning(prompts)
+        is_shared = len(common) >= SHARED and len(prompts) > 1
+        shared = self.begin([0], [common]) if is_shared else None
         rows = _Rows([], [], [], [])
         while True:
             alive = texts.unended(rows)
             free = batch_size - len(alive)
             if waiting and (not alive or free * REFILL >= batch_size):
                 chosen = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                begun = self.begin(chosen, [prompts[i] for i in chosen])
+                begun = self.begin(chosen, [prompts[i] for i in chosen], shared)
                 texts.take(begun)
                 rows = join([(rows, alive), (begun, texts.unended(begun))])
             elif alive:
@@ -100,15 +107,30 @@ class RowDecoder:
             else:
                 return texts.made
 
-    def begin(self, numbers: Sequence[int], prompts: Sequence[list[int]]) -> _Rows:
-        """Return rows that hold `prompts` and the first token after each."""
-        lengths = [len(ids) for ids in prompts]
-        layers = [
-            _RoomyLayer() for _ in range(self._base.config.get_text_config().num_hidden_layers)
-        ]
-        rows = _Rows(list(numbers), lengths, [], layers)
-        ids = pad(prompts, self._pad_id, left=True).to(self._device)
-        self._forward(rows, ids, max(lengths))
+    def begin(
+        self, numbers: Sequence[int], prompts: Sequence[list[int]], shared: _Rows | None = None
+    ) -> _Rows:
+        """Return rows that hold `prompts` and the first token after each.
+
+        Args:
+            numbers: of the prompts.
+            prompts: token ids; more than is shared.
+            shared: what is kept of the beginning of all of them, begun as a row of its own.
+        """
+        common = shared.lengths[0] if shared else 0
+        own = [ids[common:] for ids in prompts]
+        new = max(len(ids) for ids in own)
+        count = self._base.config.get_text_config().num_hidden_layers
+        layers = [_RoomyLayer() for _ in range(count)]
+        if shared:
+            for layer, known in zip(layers, shared.layers, strict=True):
+                layer.repeat(known, len(own), common + new)
+        rows = _Rows(list(numbers), [len(ids) for ids in prompts], [], layers)
+        ids = pad(own, self._pad_id, left=True).to(self._device)
+        self._forward(rows, ids, common + new, common)
+        if shared:
+            for layer, known in zip(layers, shared.layers, strict=True):
+                layer.close_gaps(known, [new - len(ids) for ids in own])
         return rows
 
     def step(self, rows: _Rows) -> None:
@@ -117,14 +139,17 @@ class RowDecoder:
         ids = torch.tensor(rows.last, device=self._device)[:, None]
         self._forward(rows, ids, rows.layers[0].get_seq_length() + 1)
 
-    def _forward(self, rows: _Rows, ids: torch.Tensor, seq: int) -> None:
-        """Call the model on `ids` (rows, new), of which `seq` places are then kept."""
-        begins = seq - torch.tensor(rows.lengths, device=self._device)[:, None]
+    def _forward(self, rows: _Rows, ids: torch.Tensor, seq: int, shared: int = 0) -> None:
+        """Call the model on `ids` (rows, new), of which `seq` places are then kept.
+
+        The first `shared` places are of every row, and a row's own are the last.
+        """
+        begins = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]
         places = torch.arange(seq, device=self._device)[None]
         outputs = self._model(
             input_ids=ids,
-            attention_mask=(places >= begins).long(),
-            position_ids=(places - begins).clamp(min=0)[:, -ids.shape[1] :],
+            attention_mask=((places >= begins) | (places < shared)).long(),
+            position_ids=(places - begins + shared).clamp(min=0)[:, -ids.shape[1] :],
             use_cache=True,
             logits_to_keep=1,
             **{self._cache: Cache(layers=rows.layers)},
@@ -196,6 +221,24 @@ class _RoomyLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
+    def repeat(self, known: _RoomyLayer, rows: int, length: int) -> None:
+        """Keep what `known` keeps of one row for each of `rows`, with room for `length` places."""
+        common = known.get_seq_length()
+        made = []
+        for states in (known.keys, known.values):
+            whole = states.new_zeros(rows, states.shape[1], length + ROOM, states.shape[3])
+            whole[:, :, :common] = states
+            made.append(whole)
+        self.fill(made[0], made[1], common)
+
+    def close_gaps(self, known: _RoomyLayer, gaps: Sequence[int]) -> None:
+        """Move what rows share to where each row's own begins, `gaps` places further on."""
+        common = known.get_seq_length()
+        for row, gap in enumerate(gaps):
+            if gap:
+                self.keys[row, :, gap : gap + common] = known.keys[0]
+                self.values[row, :, gap : gap + common] = known.values[0]
+
     def update(
         self,
         key_states: torch.Tensor,
@@ -222,6 +265,16 @@ def _roomy(like: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.T
     if old is not None:
         made[:, :, : old.shape[2]] = old
     return made
+
+
+def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
+    """Return the tokens that all `prompts` begin with, and after which each has one more."""
+    if not prompts:
+        return []
+    first, last = min(prompts), max(prompts)
+    pairs = enumerate(zip(first, last, strict=False))
+    same = next((at for at, (one, other) in pairs if one != other), len(first))
+    return first[: min(same, min(map(len, prompts)) - 1)]
 
 
 def join(parts: Sequence[tuple[_Rows, Sequence[int]]]) -> _Rows:
@@ -300,8 +353,8 @@ def find_decoding_error(
 ) -> str:
     """Return why `decoder` cannot write with `model`, empty if it can; in evaluation, no gradients.
 
-    A row that begins beside a longer one, goes on without it and meets a third is asked for its
-    next token; so is the model, of the whole row alone.
+    A row that begins beside a longer one, with which it shares its beginning, goes on without it
+    and meets a third is asked for its next token; so is the model, of the whole row alone.
 
     Args:
         decoder: on `model`.
@@ -312,7 +365,7 @@ def find_decoding_error(
     long = [*prompt, *prompt][:_PROMPT]
     short = long[: _PROMPT // 2]
     try:
-        rows = decoder.begin([0, 1], [long, short])
+        rows = decoder.begin([0, 1], [long, short], decoder.begin([0], [short[:-2]]))
         said = [rows.last[1]]
         rows = join([(decoder.begin([2], [long[1:]]), [0]), (rows, [1])])
         decoder.step(rows)

@@ -10,7 +10,12 @@ from transformers import GenerationConfig
 
 import tiny_models
 from ftlevel.evaluation import decoding
-from ftlevel.evaluation.decoding import RowDecoder, find_decoding_error, why_generated
+from ftlevel.evaluation.decoding import (
+    RowDecoder,
+    common_beginning,
+    find_decoding_error,
+    why_generated,
+)
 
 PROMPTS = [[5 + (i * 7 + k * k) % 400 for k in range(3 + (i * 11) % 29)] for i in range(11)]
 MOST = 12
@@ -42,6 +47,44 @@ def test_each_row_is_what_generate_writes_alone(family: str) -> None:
         finally:
             decoder.close()
         assert [alone(model, p, stops) for p in PROMPTS[:2]] == expected[:2]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "opt"])
+def test_what_prompts_begin_with_is_computed_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models.build(family, "causal").eval()
+    beginning = [9 + (k * 13) % 300 for k in range(20)]
+    prompts = [[*beginning, *prompt] for prompt in PROMPTS]
+    assert common_beginning(prompts) == beginning
+    fed = []
+    forward = RowDecoder._forward
+
+    def counted(self: RowDecoder, rows: Any, ids: torch.Tensor, *places: int) -> None:
+        fed.append(ids.numel())
+        forward(self, rows, ids, *places)
+
+    monkeypatch.setattr(RowDecoder, "_forward", counted)
+    with torch.no_grad():
+        expected = [alone(model, prompt, [703]) for prompt in prompts]
+        decoder = RowDecoder(model, [703], 0)
+        try:
+            assert decoder(prompts, 1, 16) == [text[:1] for text in expected]
+            assert fed == [20, 11 * max(map(len, PROMPTS))]
+            for size in (1, 3, 16):
+                assert decoder(prompts, MOST, size) == expected, size
+            assert decoder(PROMPTS, MOST, 4) == decoder(PROMPTS, MOST, 1)
+        finally:
+            decoder.close()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "common"),
+    [([], []), ([[1, 2, 3]], [1, 2]), ([[1, 2], [1, 2]], [1]), ([[1, 2, 3], [1, 2]], [1]),
+     ([[1, 2, 3], [1, 4]], [1]), ([[2], [1, 2]], [])],
+)  # fmt: skip
+def test_a_prompt_has_a_token_of_its_own(prompts: list[list[int]], common: list[int]) -> None:
+    assert common_beginning(prompts) == common
 
 
 def test_what_is_left_to_generate(monkeypatch: pytest.MonkeyPatch) -> None:
