@@ -14,7 +14,7 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 DEMO_FLAGS ?=
 MATRIX_FLAGS ?=
 SUITE_FLAGS ?=
