@@ -83,11 +83,13 @@ def set_aside(directory: Path) -> list[str]:
         A line for each file or directory in it that is not the run's.
     """
     aside = directory / _ASIDE
-    if aside.is_dir() and _has_result(directory):
-        shutil.rmtree(aside)
     before, now = _read_marker(aside), _read_marker(directory)
     kept = _keep_foreign(directory, (now or {}).get("files"))
-    if before is not None and before != now:  # that of a run that was begun, and was killed
+    is_begun = before is not None and before["run"] != (now or {}).get("run")
+    if aside.is_dir() and (before is None or (is_begun and _has_result(directory))):
+        shutil.rmtree(aside)
+        is_begun = False
+    if is_begun:  # a run that was begun, and was killed
         _delete_own(directory)
     else:
         aside.mkdir(exist_ok=True)
@@ -123,12 +125,14 @@ def delete_replaced(directory: Path) -> None:
 
 def _put_back(directory: Path) -> None:
     aside = directory / _ASIDE
-    if _read_marker(aside) is None:
+    marker = _read_marker(aside)
+    if marker is None:
         return
     _delete_own(directory)
+    write_json(directory / MARKER, marker)  # before all else: a kill leaves one run in two places
     for path in _own(aside):
         path.rename(directory / path.name)
-    (aside / MARKER).replace(directory / MARKER)
+    (aside / MARKER).unlink()
     aside.rmdir()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def begin_again(path: Path) -> tuple[RunDirectory, list[str]]:
     run, kept = open_run(path, "x", overwrite=True)
     run.write_config("new")
     return run, kept
+
+
+def fail(path: Path) -> None:
+    with ownership.replacing(path):
+        raise RuntimeError
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "README.md", ".git/config", "adapter/a"])
@@ -129,13 +135,20 @@ def test_an_old_run_is_kept_through_kills_of_new_ones(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text() == "old"
 
 
+@pytest.mark.parametrize("is_reverse", [False, True])
+@pytest.mark.parametrize("while_", ["set aside", "put back"])
 @pytest.mark.parametrize("calls", range(6))
-def test_a_kill_while_an_old_run_is_set_aside_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+def test_a_kill_while_an_old_run_is_moved_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, while_: str, is_reverse: bool
 ) -> None:
     finished_run(tmp_path)
     before = tree(tmp_path)
-    rename, count = Path.rename, 0
+    rename, iterdir, count = Path.rename, Path.iterdir, 0
+    if while_ == "put back":
+        begin_again(tmp_path)
+
+    def in_order(path: Path) -> Iterator[Path]:
+        return iter(sorted(iterdir(path), reverse=is_reverse))
 
     def cut_short(path: Path, to: Path) -> Path:
         nonlocal count
@@ -144,8 +157,12 @@ def test_a_kill_while_an_old_run_is_set_aside_loses_nothing(
             raise KeyboardInterrupt
         return rename(path, to)
 
+    monkeypatch.setattr(Path, "iterdir", in_order)
     monkeypatch.setattr(Path, "rename", cut_short)
-    if calls < 4:  # config.yaml, summary.json, adapter and checkpoints
+    if while_ == "put back":
+        with pytest.raises(KeyboardInterrupt if calls < 4 else RuntimeError):
+            fail(tmp_path)
+    elif calls < 4:  # config.yaml, summary.json, adapter and checkpoints
         with pytest.raises(KeyboardInterrupt):
             begin_again(tmp_path)
     monkeypatch.undo()

@@ -9,6 +9,7 @@ from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.formats.columns import is_there
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.prepare.context import EncodingContext
 from ftlevel.data.prepare.encoder import Encoder
@@ -120,9 +121,7 @@ def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataC
     What the training was told of its own columns must not be held against other rows.
     """
     there = {
-        role: column
-        for role, column in config.columns.items()
-        if all(part.partition(".")[0] in table.columns for part in column.split("+"))
+        role: column for role, column in config.columns.items() if is_there(column, table.columns)
     }
     for columns, form in ((config.columns, config.format), (there, config.format), (there, None),
                           ({}, None)):  # fmt: skip
