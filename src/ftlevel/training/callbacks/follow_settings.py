@@ -29,6 +29,8 @@ class FollowSettings(TrainerCallback):
         if state.global_step == 0:
             return
         state.compute_steps(args, state.max_steps)
+        if not hasattr(lr_scheduler, "lr_lambdas"):
+            return  # reduce_lr_on_plateau: its rate comes of the losses so far, not of the settings
         rates = [
             base * share(lr_scheduler.last_epoch)
             for base, share in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
