@@ -12,6 +12,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("ftlevel: interrupted; nothing was kept.\n")
         raise SystemExit(130) from None
+    finally:
+        # An interrupt that passed an exec() of text, as dataclasses do, is remembered by CPython,
+        # which ends `python -m` by a signal for it though it was caught. The next exec() forgets.
+        exec("")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import heavy_imports
 
 UNUSED = ("sklearn", "sacrebleu", "nltk", "rouge_score", "seqeval", "matplotlib", "langdetect")
 """Of metrics and plots: text-generation is scored by its loss alone."""
@@ -32,7 +32,7 @@ def test_training_on_text_imports_no_metric_and_no_plot():
 
 def test_imports_of_a_fresh_process_are_left_out_of_collections():
     code = (
-        "import gc; from ftlevel.cli.startup.heavy_imports import uncollected_imports as block\n"
+        "import gc; from ftlevel.cli.startup.heavy_imports import heavy_imports as block\n"
         "with block():\n    import decimal\n    print(gc.isenabled())\n"
         "print(gc.isenabled(), gc.get_freeze_count() > 1_000)"
     )
@@ -43,7 +43,7 @@ def test_imports_of_a_fresh_process_are_left_out_of_collections():
 def test_a_collector_that_is_off_stays_off():
     code = (
         "import gc; gc.disable()\n"
-        "from ftlevel.cli.startup.heavy_imports import uncollected_imports as b\n"
+        "from ftlevel.cli.startup.heavy_imports import heavy_imports as b\n"
         "with b():\n    import decimal\n"
         "print(gc.isenabled(), gc.get_freeze_count())"
     )
@@ -53,7 +53,7 @@ def test_a_collector_that_is_off_stays_off():
 def test_where_torch_is_imported_already_the_collector_is_nobody_elses_business():
     assert torch is sys.modules["torch"]
     before = gc.get_freeze_count()
-    with uncollected_imports():
+    with heavy_imports():
         assert gc.isenabled()
     assert gc.get_freeze_count() == before
 
@@ -67,7 +67,7 @@ def test_code_is_kept_for_the_shapes_of_a_step_unless_somebody_says_otherwise(
     if said:
         monkeypatch.setenv(name, said)
     code = (
-        "import os; from ftlevel.cli.startup.heavy_imports import uncollected_imports as block\n"
+        "import os; from ftlevel.cli.startup.heavy_imports import heavy_imports as block\n"
         f"with block():\n    print(os.environ[{name!r}])"
     )
     assert run(code) == kept

@@ -65,13 +65,37 @@ def test_a_warning_makes_a_checkpoint_and_the_run_goes_on(tmp_path: Path) -> Non
     assert 3 <= int(kept[0].split("-")[1]) < 40
 
 
+MOMENTS = {
+    "a lazy import": ("exec", "arguments[0].co_filename", "transformers/modeling_utils.py"),
+    "the rows": ("open", "str(arguments[0])", "rows.jsonl"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_command_that_has_written_nothing_says_so(tmp_path: Path, name: str, code: int) -> None:
-    process = start(tmp_path, "train", *LONG, "--output-dir", "run")
-    assert process.stdout is not None
-    wait_until(process, lambda: True)
-    time.sleep(1)  # in its imports, or among the rows
-    process.send_signal(getattr(signal, name))
+def test_a_command_that_has_written_nothing_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int, moment: str
+) -> None:
+    """The process sends itself the signal at a moment that its audit events tell.
+
+    transformers makes a ModuleNotFoundError of what interrupts its lazy imports. CPython remembers
+    an interrupt that has passed an exec() of text, and ends `python -m` by a signal for it.
+    """
+    event, place, ending = MOMENTS[moment]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""
+import os, signal, sys
+sent = []
+def watch(event, arguments):
+    if not sent and event == {event!r} and {place}.endswith({ending!r}):
+        sent.append(event)
+        exec("os.kill(os.getpid(), signal.{name})")
+sys.addaudithook(watch)
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = start(tmp_path, "train", *LONG, "--dataset", "rows.jsonl", "--output-dir", "run")
     _, error = process.communicate(timeout=120)
     assert process.returncode == code
     assert error.splitlines()[-1] == "ftlevel: interrupted; nothing was kept."

@@ -17,11 +17,11 @@ import typer
 
 from ftlevel._version import __version__
 from ftlevel.cli.screens.lasting import discard
-from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import heavy_imports
 from ftlevel.cli.startup.launch import is_follower, is_launched
-from ftlevel.cli.startup.signals import end_on_signals, exit_code
+from ftlevel.cli.startup.signals import end_on_signals, exit_code, was_told_to_end
 from ftlevel.cli.typed.completion import completed_command
-from ftlevel.errors import FtlevelError, is_out_of_memory
+from ftlevel.errors import FtlevelError, Interrupted, is_out_of_memory
 
 if TYPE_CHECKING:
     from ftlevel.config.flag import Flag
@@ -143,7 +143,7 @@ def main() -> None:
     """
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    end_on_signals()
+    end_on_signals(lambda: _end_interrupted(sys.argv[1:]))
     raise SystemExit(run(sys.argv[1:]))
 
 
@@ -153,7 +153,7 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     wanted = [a for a in arguments if not a.startswith("-")][:1] or completed_command()
     try:
-        with uncollected_imports():
+        with heavy_imports():
             app = build_app(wanted)
         code = app(args=arguments, prog_name="ftlevel", standalone_mode=False, obj=arguments)
     except typer.TyperException as error:  # an unknown flag, a missing argument, a bad number
@@ -164,7 +164,7 @@ def run(arguments: list[str]) -> int:
     except typer.Abort:
         return _end_interrupted(arguments)
     except FtlevelError as error:
-        if "--traceback" in arguments:
+        if "--traceback" in arguments and not isinstance(error, Interrupted):
             raise
         code = exit_code() if error.exit_code == _CTRL_C else error.exit_code
         if error.exit_code == 1 or not is_follower():  # what the user wrote, all processes see
@@ -205,7 +205,7 @@ def _end_interrupted(arguments: list[str]) -> int:
 
 def _unforeseen(error: Exception) -> tuple[str, int]:
     """Return what to say of an error that is none of ours, and the exit code."""
-    if _is_from_ctrl_c(error):
+    if was_told_to_end() or _is_from_ctrl_c(error):
         return _INTERRUPTED, exit_code()
     if is_out_of_memory(error):
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import heavy_imports
 from ftlevel.config import GenerateConfig
 from ftlevel.errors import ConfigError
 
@@ -22,7 +22,7 @@ HELP = """\
 
 def talk(config: GenerateConfig) -> None:
     """Read lines from the terminal and answer them until /quit or the end of the input."""
-    with uncollected_imports():
+    with heavy_imports():
         from ftlevel.commands.chat import Chat
 
     chat = Chat(config)

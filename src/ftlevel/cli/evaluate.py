@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ftlevel.cli.flags import Given
-from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import heavy_imports
 from ftlevel.config import EvaluateConfig, normal_task
 
 
@@ -25,7 +25,7 @@ def evaluate(
     from ftlevel.cli.screens.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
-        with uncollected_imports():
+        with heavy_imports():
             from ftlevel.commands.evaluate import evaluate as run
 
         result = run(config, listener=screen)

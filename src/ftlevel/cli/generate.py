@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from ftlevel.cli.flags import Given
-from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import heavy_imports
 from ftlevel.config import GenerateConfig, normal_task
 from ftlevel.errors import ConfigError
 
@@ -48,7 +48,7 @@ def generate(
     with open_screen(as_json=as_json, quiet=True) as screen:
         from ftlevel.artifacts.files import check_absent, write_text
 
-        with uncollected_imports():
+        with heavy_imports():
             from ftlevel.commands.generate import answer_all
 
         if out is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from ftlevel.cli.flags import Given
-from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import heavy_imports
 from ftlevel.config import PredictConfig, normal_task
 from ftlevel.errors import ConfigError
 
@@ -31,7 +31,7 @@ def predict(given: Given, *, task: str | None, as_json: bool, quiet: bool) -> No
     from ftlevel.cli.screens.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet, aside=True) as screen:
-        with uncollected_imports():
+        with heavy_imports():
             from ftlevel.commands.predict import predict as run
 
         result = run(config, stream=sys.stdout, listener=screen)

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from ftlevel.cli.flags import Given, read_config
-from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import heavy_imports
 
 
 def preview(given: Given, *, row: Sequence[int] | None, html: Path | None, as_json: bool) -> None:
@@ -23,7 +23,7 @@ def preview(given: Given, *, row: Sequence[int] | None, html: Path | None, as_js
     from ftlevel.cli.screens.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
-        with uncollected_imports():
+        with heavy_imports():
             from ftlevel.commands.preview import preview as look
 
         found = look(config, row or ())

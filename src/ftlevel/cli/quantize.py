@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ftlevel.cli.flags import Given
-from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import heavy_imports
 from ftlevel.config import QuantizeConfig
 
 
@@ -25,7 +25,7 @@ def quantize(given: Given, *, out: str | None, dry_run: bool, as_json: bool, qui
     from ftlevel.cli.screens.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
-        with uncollected_imports():
+        with heavy_imports():
             from ftlevel.commands.quantize import quantize as run
 
         result = run(config, listener=screen, dry_run=dry_run)

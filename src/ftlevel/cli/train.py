@@ -8,7 +8,7 @@ import typer
 
 from ftlevel.cli.flags import Given, read_config
 from ftlevel.cli.startup.heap import share_heaps
-from ftlevel.cli.startup.heavy_imports import uncollected_imports
+from ftlevel.cli.startup.heavy_imports import heavy_imports
 from ftlevel.cli.startup.launch import is_follower, is_launched, launch
 from ftlevel.config import TrainConfig
 
@@ -31,7 +31,7 @@ def train(given: Given, *, dry_run: bool, as_json: bool, quiet: bool, schema: bo
 
     with open_screen(as_json=as_json, quiet=quiet or follows) as screen:
         share_heaps()
-        with uncollected_imports():
+        with heavy_imports():
             from ftlevel.commands.train import CommandLine
             from ftlevel.commands.train import train as run
             from ftlevel.training.finish import Start

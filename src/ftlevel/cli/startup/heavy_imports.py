@@ -1,4 +1,4 @@
-"""Set up the process of a command before torch is imported, and import without the collector.
+"""Set up the process of a command before torch is imported, and import it in peace.
 
 torch, transformers and PEFT make half a million objects while they are imported, and nearly all of
 them stay to the end of the process. Python's cycle collector goes through all of them again
@@ -16,14 +16,18 @@ import os
 import sys
 from collections.abc import Iterator
 
+from ftlevel.cli.startup.signals import ending_at_once
+
 KEPT_SHAPES = 128
 """Shapes whose code is kept: those of a step. With 1,024 of them 12 steps of SmolLM2 hold 350 MB
 more, in no less time (docs/performance.md)."""
 
 
 @contextlib.contextmanager
-def uncollected_imports() -> Iterator[None]:
+def heavy_imports() -> Iterator[None]:
     """Keep the cycle collector from running in the block, and from what was made by its end.
+
+    A signal ends a command at once in it.
 
     Where torch is imported already nothing is changed: in a program that uses ftlevel, or in a
     test, what lives may be anybody's, and garbage among it could never be freed.
@@ -31,12 +35,13 @@ def uncollected_imports() -> Iterator[None]:
     if "torch" not in sys.modules:  # they are read once
         for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(name, str(KEPT_SHAPES))
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-        gc.freeze()
-    finally:
-        gc.enable()
+    with ending_at_once():
+        if "torch" in sys.modules or not gc.isenabled():
+            yield
+            return
+        gc.disable()
+        try:
+            yield
+            gc.freeze()
+        finally:
+            gc.enable()

@@ -1,19 +1,29 @@
-"""How a command ends that is told to: as by Ctrl-C, with the exit code of the signal."""
+"""How a command ends that is told to: in a line, with the exit code of the signal."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-_NAMES = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-_last = signal.SIGINT
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+_received: int | None = None
+_ends_at_once = False
+_last_words: Callable[[], int] | None = None
 
 
-def end_on_signals() -> None:
+def end_on_signals(last_words: Callable[[], int]) -> None:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does, which says what was kept.
 
     SIGUSR1, which is for a run that is trained, ends nothing.
+
+    Args:
+        last_words: says that the command has kept nothing and returns its exit code.
     """
+    global _last_words
+    _last_words = last_words
     for name in _NAMES:
         if (number := getattr(signal, name, None)) is not None and (
             signal.getsignal(number) is not signal.SIG_IGN  # of nohup
@@ -23,9 +33,29 @@ def end_on_signals() -> None:
         signal.signal(signal.SIGUSR1, _ignore)
 
 
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let a signal end the process of a command inside the block, where nothing is written yet.
+
+    Libraries lose a KeyboardInterrupt in their imports: some swallow it, and the command runs on;
+    transformers makes a ModuleNotFoundError of it.
+    """
+    global _ends_at_once
+    before, _ends_at_once = _ends_at_once, True
+    try:
+        yield
+    finally:
+        _ends_at_once = before
+
+
+def was_told_to_end() -> bool:
+    """Whether a signal has come that ends a command, whatever a library has made of it."""
+    return _received is not None
+
+
 def exit_code() -> int:
     """Return the exit code of a command that was interrupted: 130, or 143 by SIGTERM."""
-    return 128 + _last
+    return 128 + (_received or signal.SIGINT)
 
 
 def _ignore(_: int, __: FrameType | None) -> None:
@@ -33,6 +63,8 @@ def _ignore(_: int, __: FrameType | None) -> None:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    global _last
-    _last = signal.Signals(number)
+    global _received
+    _received = number
+    if _ends_at_once and _last_words is not None:
+        os._exit(_last_words())
     raise KeyboardInterrupt
