@@ -105,6 +105,16 @@ def autocast(device: str, dtype: str) -> torch.autocast:
     return torch.autocast(device, dtype=DTYPES[dtype], enabled=dtype != "float32")
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `tensor`, made on the CPU, on `device`; a GPU's queue is not waited for.
+
+    A copy out of memory that is not pinned would wait until the GPU has done all before it.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def peak_memory_bytes(device: str) -> int:
     """Return the most memory used so far: of the GPU, or resident in this process."""
     if device == "cuda":
