@@ -284,7 +284,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         base=base,
         model=adapted.model,
         records=watch.report.records,
-        proof=prove(adapted.model, config, plan, run, watch.gradients),
+        proof=prove(adapted, config, plan, run, watch.gradients),
         timings=measure_times(watch.report, job.start, trained_at, int(trainer.tokens_seen)),
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
         speed=describe_speed(trainer, asdict(verified) if verified else None),

@@ -150,7 +150,12 @@ def add_callbacks(
     if plan.best is not None:
         best = KeepBest(plan.best, run.checkpoints, processes, states, listener)
     trainer.warn = listener.warn
-    gradients = GradientProof(listener, trainer.take_step_loss)
+    gradients = GradientProof(
+        listener,
+        trainer.take_step_loss,
+        scales=trainer.accelerator.scaler is not None,
+        defers=plan.model.device == "cuda",
+    )
     watch = Watch(report, gradients, Interrupt(processes, plan.model.device), best)
     streamed = isinstance(rows, StreamedRows)
     minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0

@@ -50,7 +50,8 @@ def as_documented(
     query, key, value = (part.transpose(0, 1) for part in parts)
     if lengths.source is not None:
         key, value = key[lengths.source], value[lengths.source]
-    key, value = (part.repeat_interleave(2, dim=1) for part in (key, value))
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     outputs = []
     spans = [torch.stack([ends[:-1], ends[1:]], 1).tolist()
              for ends in (lengths.queries, lengths.keys)]  # fmt: skip
