@@ -270,6 +270,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.gradient_checkpointing", "", HOW, words={"unsloth": "true"},
          also=("--use-gradient-checkpointing", "--activation-checkpointing",
                Spelling("--disable-gradient-checkpointing", value="false"))),
+    Flag("train.tf32", "", HOW),
     Flag("speed.fast", "", HOW),
     Flag("speed.liger_kernel", "--liger-kernel/--no-liger-kernel", HOW,
          also=("--use-liger-kernel", "--enable-liger-kernel")),

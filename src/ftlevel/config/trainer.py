@@ -97,6 +97,11 @@ class TrainerConfig(Decoding):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
     )
+    tf32: bool | None = Field(
+        None,
+        description="Multiply float32 in TF32 while training on a GPU that has it (Ampere or "
+        "later): eight times as fast, with 10 bits of mantissa; the default is to do so.",
+    )
     seed: int = Field(
         42, ge=0, lt=2**32, description="Seed of the weights, the dropout and the data order."
     )

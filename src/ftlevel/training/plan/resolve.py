@@ -23,7 +23,7 @@ from ftlevel.fast.plan.fast_plan import plan_fast
 from ftlevel.fast.plan.fused_lora import fused_lora_choices
 from ftlevel.fast.plan.liger import kernel_choices
 from ftlevel.methods.rates import RunFacts
-from ftlevel.models.hardware import choose_device
+from ftlevel.models.hardware import choose_device, choose_tf32
 from ftlevel.models.kinds import model_kind, width_of
 from ftlevel.models.loading import (
     build_task_model,
@@ -142,6 +142,7 @@ def resolve(
             bare.device,
             *threads,
             bare.dtype,
+            *choose_tf32(config.train.tf32, device, bare.dtype.value),
             *_method_choices(config, bare),
             *targets.choices(getattr(config.method, "target_modules", None)),
             *head_choices(task, model.heads),
