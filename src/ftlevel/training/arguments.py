@@ -69,7 +69,9 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         ddp_find_unused_parameters=False,
         report_to="none",  # trackers are told by us: `training/callbacks/trackers.py`
         disable_tqdm=True,
+        # What a GPU reads is copied while it computes what came before.
         dataloader_pin_memory=plan.model.device == "cuda",
+        accelerator_config={"non_blocking": plan.model.device == "cuda"},
         **kernel_arguments(config, plan.model.device, plan.model.family),
     )
     use_one_gpu(arguments)

@@ -72,7 +72,7 @@ def build_trainer(
         penalty=METHODS[config.method.kind].penalty,
         train_dataset=rows,
         eval_dataset=plan.data.validation or None,
-        data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
+        data_collator=StepCollator(pad_id, fast.plan, plan.objective) if fast else Collator(pad_id),
         fast=fast,
         order=order,
         head_rate=resolve_head_rate(plan),

@@ -1,0 +1,195 @@
+"""One optimizer step of ftlevel's own Trainer on the card that is not there."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from gpu_sim.recorder import Recorder
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.events import Silence
+from ftlevel.fast.packing.layout import PackedLayout
+from ftlevel.fast.step import FastStep
+from ftlevel.fast.step_collator import StepCollator
+from ftlevel.task import Objective
+from ftlevel.training.arguments import build_arguments
+from ftlevel.training.callbacks.gradient_proof import GradientProof
+from ftlevel.training.trainer import FtlevelTrainer
+
+CARD = torch.device("cuda:0")
+MODE = FakeTensorMode(allow_non_fake_inputs=False)
+_NO_CONTROL: Any = SimpleNamespace(
+    should_log=False, should_evaluate=False, should_save=False, should_training_stop=False
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a step asked of the card.
+
+    Attributes:
+        waits: what the host waited for the card for.
+        launches: kernels.
+        weights: bytes on the card before the step.
+        kept: bytes more when the forward pass of the last micro-batch is over.
+        peak: bytes more at most.
+        seconds: by the roofline, by the kind of operation.
+        operations: of products and attention.
+    """
+
+    waits: dict[str, int]
+    launches: int
+    weights: int
+    kept: int
+    peak: int
+    seconds: dict[str, float]
+    operations: float
+
+
+def to_card(model: torch.nn.Module) -> None:
+    """Put every tensor of `model` (mutated), whatever holds it, onto the card, without numbers."""
+    known: dict[int, Any] = {}
+
+    def convert(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in known:
+            made = torch.empty(tensor.shape, dtype=tensor.dtype, device=CARD)
+            if isinstance(tensor, torch.nn.Parameter):
+                made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
+                if (state := getattr(tensor, "quant_state", None)) is not None:
+                    made.quant_state = _state_to_card(state, convert)  # type: ignore[attr-defined]
+                    made.bnb_quantized = True  # type: ignore[attr-defined]
+            known[id(tensor)] = (tensor, made)  # held, so that no id comes twice
+        return known[id(tensor)][1]
+
+    with MODE:
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in list(held.items()):
+                    held[name] = convert(tensor)
+            if (state := getattr(module, "quant_state", None)) is not None:
+                module.quant_state = _state_to_card(state, convert)  # type: ignore[assignment]
+
+
+def _state_to_card(state: Any, convert: Any) -> Any:
+    """Return a copy of bitsandbytes' `QuantState` with its tensors on the card."""
+    moved = copy.copy(state)
+    for name, value in vars(state).items():
+        if isinstance(value, torch.Tensor):
+            setattr(moved, name, convert(value))
+        elif type(value) is type(state):
+            setattr(moved, name, _state_to_card(value, convert))
+    return moved
+
+
+def _as_fake(value: Any) -> Any:
+    """Return a batch whose tensors, wherever they are in it, have no numbers."""
+    if isinstance(value, torch.Tensor):
+        return MODE.from_tensor(value)
+    if isinstance(value, dict):
+        return {name: _as_fake(part) for name, part in value.items()}
+    if isinstance(value, list | tuple) and not isinstance(value, str):
+        return type(value)(_as_fake(part) for part in value)
+    if isinstance(value, PackedLayout):
+        parts = {name: getattr(value, name) for name in ("source", "restore", "needed")}
+        return replace(value, **_as_fake(parts))
+    return value
+
+
+@contextlib.contextmanager
+def _told_of_the_forward(trainer: Any, recorder: Recorder) -> Iterator[list[int]]:
+    """Give a list of the bytes that are alive at the end of each forward pass inside the block."""
+    kept: list[int] = []
+    whole = trainer.compute_loss
+
+    def compute(*arguments: Any, **settings: Any) -> Any:
+        loss = whole(*arguments, **settings)
+        kept.append(recorder.live)
+        return loss
+
+    trainer.compute_loss = compute
+    try:
+        yield kept
+    finally:
+        del trainer.compute_loss
+
+
+class _Trainer(FtlevelTrainer):
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        """Leave the model where `to_card` has put it."""
+
+
+def run_step(
+    model: Any,
+    config: Any,
+    objective: Objective,
+    fast: FastStep,
+    rows: Sequence[Encoded],
+    family: str,
+    optimize: bool = True,
+) -> Found:
+    """Return what one step over `rows` asks of the card, its optimizer's part with it.
+
+    Args:
+        model: on the card.
+        config: `TrainConfig` of the run.
+        objective: what it is trained on.
+        fast: the fast step that is on it.
+        rows: of the step.
+        family: `model_type`.
+        optimize: whether the optimizer takes the step.
+    """
+    plan = SimpleNamespace(
+        fast=fast.plan,
+        schedule=SimpleNamespace(learning_rate=1e-4, steps=100),
+        data=SimpleNamespace(validation=[]),
+        model=SimpleNamespace(dtype="bfloat16", device="cuda", family=family),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = build_arguments(config, plan, Path(folder))  # type: ignore[arg-type]
+        with MODE:
+            trainer = _Trainer(objective=objective, model=model, args=arguments, fast=fast)
+        batch = _as_fake(StepCollator(0, fast.plan, objective)(list(rows)))
+        recorder = Recorder()
+        with MODE, recorder:
+            for tensor in (*model.parameters(), *model.buffers()):
+                recorder.track(tensor)
+            proof = GradientProof(Silence(), trainer.take_step_loss, defers=True)
+            proof.checked, proof._is_checked = 1, True
+            proof._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            optimizer = trainer.create_optimizer() if optimize else None
+            weights = recorder.live
+            recorder.reset()
+            with _told_of_the_forward(trainer, recorder) as kept:
+                _step(trainer, batch, proof, optimizer)
+        return Found(
+            dict(recorder.waits), recorder.launches, weights, kept[-1] - weights,
+            recorder.peak - weights, dict(recorder.seconds), recorder.operations,
+        )  # fmt: skip
+
+
+def _step(trainer: Any, batch: Any, proof: GradientProof, optimizer: Any) -> None:
+    """Go through what Trainer's loop does in a step that is not logged."""
+    args, model = trainer.args, trainer.model
+    batch = send_to_device(batch, CARD, non_blocking=args.accelerator_config.non_blocking)
+    count = trainer._get_num_items_in_batch([batch], CARD)
+    trainer.training_step(model, batch, count)
+    state: Any = SimpleNamespace(global_step=4)
+    torch.nn.utils.clip_grad_norm_([p for _, p in proof._trainable], args.max_grad_norm)
+    proof.on_pre_optimizer_step(args, state, _NO_CONTROL, model=model, optimizer=optimizer)
+    if optimizer is not None:
+        optimizer.step()
+    proof.on_optimizer_step(args, state, _NO_CONTROL)
+    proof.on_step_end(args, SimpleNamespace(global_step=5), _NO_CONTROL)  # type: ignore[arg-type]
+    model.zero_grad()
