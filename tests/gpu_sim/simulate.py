@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +16,13 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from gpu_sim.recorder import Recorder
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.events import Silence
+from ftlevel.fast.attention import padded, varlen
 from ftlevel.fast.packing.layout import PackedLayout
+from ftlevel.models.hardware import send
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.task import Objective
@@ -56,6 +60,37 @@ class Found:
     operations: float
 
 
+class Params4bit(FakeTensor):
+    """A weight in 4 bits; libraries tell it by the name of its class."""
+
+
+def _made_on_the_host(make: Any) -> Any:
+    """Return `make` of indices, with numbers on the host and none on the card."""
+
+    @functools.lru_cache(maxsize=8)
+    def made(*arguments: Any) -> Any:
+        with unset_fake_temporarily():
+            found = make(*arguments[:-1], torch.device("cpu"))
+        return _sent(found)
+
+    return made
+
+
+def _sent(value: Any) -> Any:
+    """Return `value` with its tensors on the card, sent as the code that made them does."""
+    if isinstance(value, torch.Tensor):
+        return send(MODE.from_tensor(value), CARD)
+    if isinstance(value, tuple):
+        return tuple(map(_sent, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _sent(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+padded.pad_segments = _made_on_the_host(padded.pad_segments.__wrapped__)
+varlen.measure = _made_on_the_host(varlen.measure.__wrapped__)
+
+
 def to_card(model: torch.nn.Module) -> None:
     """Put every tensor of `model` (mutated), whatever holds it, onto the card, without numbers."""
     known: dict[int, Any] = {}
@@ -68,6 +103,7 @@ def to_card(model: torch.nn.Module) -> None:
             if isinstance(tensor, torch.nn.Parameter):
                 made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
                 if (state := getattr(tensor, "quant_state", None)) is not None:
+                    made.__class__ = Params4bit
                     made.quant_state = _state_to_card(state, convert)  # type: ignore[attr-defined]
                     made.bnb_quantized = True  # type: ignore[attr-defined]
             known[id(tensor)] = (tensor, made)  # held, so that no id comes twice
@@ -125,6 +161,15 @@ def _told_of_the_forward(trainer: Any, recorder: Recorder) -> Iterator[list[int]
         del trainer.compute_loss
 
 
+@contextlib.contextmanager
+def _without_a_cache(model: Any) -> Iterator[None]:
+    """Have `model` keep no keys for generation, as Trainer does once it trains."""
+    configs = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")]
+    for config in configs:
+        config.use_cache = False
+    yield
+
+
 class _Trainer(FtlevelTrainer):
     def _move_model_to_device(self, model: Any, device: Any) -> None:
         """Leave the model where `to_card` has put it."""
@@ -171,7 +216,8 @@ def run_step(
             optimizer = trainer.create_optimizer() if optimize else None
             weights = recorder.live
             recorder.reset()
-            with _told_of_the_forward(trainer, recorder) as kept:
+            alone = trainer.computing_alone("bfloat16")
+            with _told_of_the_forward(trainer, recorder) as kept, alone, _without_a_cache(model):
                 _step(trainer, batch, proof, optimizer)
         return Found(
             dict(recorder.waits), recorder.launches, weights, kept[-1] - weights,

@@ -49,10 +49,6 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         optim_args=",".join(f"{name}={value}" for name, value in train.optim_args.items()) or None,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulated,
-        activation_checkpointing=train.gradient_checkpointing,
-        activation_checkpointing_kwargs=(
-            {"use_reentrant": False} if train.gradient_checkpointing else None
-        ),
         seed=train.seed,
         data_seed=train.order_seed,
         **_watching(train, plan),

@@ -23,6 +23,7 @@ from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.trained.adapt import apply_method, begin_from, copy_start, train_in_float32
+from ftlevel.training.checkpointing import set_checkpointing
 from ftlevel.training.fast_step import speed_up
 from ftlevel.training.plan.plan import Plan, PlannedModel
 
@@ -58,6 +59,8 @@ def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted
     else:
         begin_from(model, plan.adapter.directory)
     fast = speed_up(model, plan, listener)
+    if choices := set_checkpointing(model, config, plan):
+        listener.choices("train", choices)
     return Adapted(model, copy_start(model, config.method), fast, digests)
 
 

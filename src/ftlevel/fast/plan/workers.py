@@ -58,7 +58,7 @@ def _uses_global_generator(config: TrainConfig, meta: Any, random: str, packs: b
     """Return what is drawn from the process's generator; empty if nothing."""
     if not random or (
         packs
-        and not config.train.gradient_checkpointing
+        and not config.train.recomputes
         and meta.config.model_type not in FUNCTIONAL_DROPOUT
     ):
         return ""
