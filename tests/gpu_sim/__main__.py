@@ -32,6 +32,7 @@ def main() -> int:
     card.put_in()
     from gpu_sim import figures
     from gpu_sim.cases import build_cells, run_cell
+    from gpu_sim.simulate import find_unseen_faults
 
     cells = [cell for cell in build_cells() if not asked.sample or str(cell) in SAMPLE]
     failures: dict[str, str] = {}
@@ -49,7 +50,10 @@ def main() -> int:
     rows.insert(0, figures.Row("cells with tensors on two devices", len(failures), 0))
     rows.insert(1, figures.Row("cells whose step waits for the card", len(waits), 0))
     if asked.json:
-        told: dict[str, Any] = {"cells": len(cells), "failures": failures, "waits": waits}
+        told: dict[str, Any] = {
+            "cells": len(cells), "failures": failures, "waits": waits,
+            "unseen": find_unseen_faults(),
+        }  # fmt: skip
         print(json.dumps({**told, "rows": [row.as_dict() for row in rows]}))
     else:
         print(f"{len(cells)} cells of method, kind of model and base. Simulated, not measured.")

@@ -61,7 +61,7 @@ def of_large(layers: int) -> list[Row]:
     return [
         Row("waits in a step", sum(whole.waits.values()), 0),
         Row("waits in a step, all recomputed", sum(again.waits.values()), 0),
-        Row("launches a layer, forward and backward, eager", round(a_layer, 1), 265),
+        Row("launches a layer, forward and backward, eager", round(a_layer, 1), 240),
         Row("KB held of a token and layer", round(_held(whole, fewer, plain) / 1e3, 1), 100),
         Row("GB held of 8,192 tokens, 32 layers, all recomputed",
             round(_extrapolate(again.kept, layers, states) / 1e9, 2), 2.7),

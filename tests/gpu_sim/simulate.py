@@ -43,7 +43,8 @@ class Found:
 
     Attributes:
         waits: what the host waited for the card for.
-        launches: kernels.
+        launches: kernels of the forward and backward pass; those of the optimizer and of norms
+            go through all tensors at once on a card, and one by one here.
         weights: bytes on the card before the step.
         kept: bytes more when the forward pass of the last micro-batch is over.
         peak: bytes more at most.
@@ -218,19 +219,22 @@ def run_step(
             recorder.reset()
             alone = trainer.computing_alone("bfloat16")
             with _told_of_the_forward(trainer, recorder) as kept, alone, _without_a_cache(model):
-                _step(trainer, batch, proof, optimizer)
+                launches = _step(trainer, batch, proof, optimizer, recorder)
         return Found(
-            dict(recorder.waits), recorder.launches, weights, kept[-1] - weights,
+            dict(recorder.waits), launches, weights, kept[-1] - weights,
             recorder.peak - weights, dict(recorder.seconds), recorder.operations,
         )  # fmt: skip
 
 
-def _step(trainer: Any, batch: Any, proof: GradientProof, optimizer: Any) -> None:
-    """Go through what Trainer's loop does in a step that is not logged."""
+def _step(
+    trainer: Any, batch: Any, proof: GradientProof, optimizer: Any, recorder: Recorder
+) -> int:
+    """Go through what Trainer's loop does in a step that is not logged; return the launches."""
     args, model = trainer.args, trainer.model
     batch = send_to_device(batch, CARD, non_blocking=args.accelerator_config.non_blocking)
     count = trainer._get_num_items_in_batch([batch], CARD)
     trainer.training_step(model, batch, count)
+    launches = recorder.launches
     state: Any = SimpleNamespace(global_step=4)
     torch.nn.utils.clip_grad_norm_([p for _, p in proof._trainable], args.max_grad_norm)
     proof.on_pre_optimizer_step(args, state, _NO_CONTROL, model=model, optimizer=optimizer)
@@ -239,3 +243,32 @@ def _step(trainer: Any, batch: Any, proof: GradientProof, optimizer: Any) -> Non
     proof.on_optimizer_step(args, state, _NO_CONTROL)
     proof.on_step_end(args, SimpleNamespace(global_step=5), _NO_CONTROL)  # type: ignore[arg-type]
     model.zero_grad()
+    return launches
+
+
+def find_unseen_faults() -> list[str]:
+    """Return the faults of a step that this simulation would not see; it should see them all."""
+    unseen = []
+    with MODE:
+        there, here = torch.empty(2, device=CARD), torch.empty(2)
+        try:
+            there + here
+            unseen.append("tensors on two devices")
+        except RuntimeError:
+            pass
+        for name, act in {
+            "a number is asked for": lambda: float(there.sum()),
+            "a copy onto the card that is waited for": lambda: here.to(CARD),
+            "a copy from the card": lambda: there.cpu(),
+        }.items():
+            with Recorder() as recorder:
+                act()
+            if sum(recorder.waits.values()) != 1:
+                unseen.append(name)
+        with Recorder() as recorder:
+            here.to(CARD, non_blocking=True)
+            one = torch.empty(1 << 18, device=CARD) + 1
+            del one
+        if recorder.waits or recorder.peak < 2 << 20 or recorder.live:
+            unseen.append("memory that is let go again")
+    return unseen
