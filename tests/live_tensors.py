@@ -41,9 +41,7 @@ class LiveTensors(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         self._bytes -= self._alive.pop(key, 0)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` and count what it made."""
         made = func(*args, **(kwargs or {}))
         given = {

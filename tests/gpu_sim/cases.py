@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from gpu_sim.simulate import Found, run_step, to_card
 
 import matrix_cells
 from ftlevel.config import QuantConfig, SpeedConfig, TrainConfig, TrainerConfig
@@ -22,6 +21,7 @@ from ftlevel.models.families import FAMILIES
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.tokens import Tokens
 from ftlevel.trained.adapt import apply_method, train_in_float32
+from gpu_sim.simulate import Found, run_step, to_card
 from matrix_cells import TinyCell, build_spec, copy_base, describe_base, expected_refusal, heads_of
 
 KINDS = {"llama": "causal", "bert": "seqcls", "t5": "seq2seq"}

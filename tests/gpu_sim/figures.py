@@ -53,9 +53,7 @@ def of_large(layers: int) -> list[Row]:
     plain = Large(layers=layers)
     fewer = run_large(dataclasses.replace(plain, layers=layers // 2))
     whole = run_large(plain)
-    again = run_large(
-        dataclasses.replace(plain, train=(("gradient_checkpointing", True),))
-    )
+    again = run_large(dataclasses.replace(plain, train=(("gradient_checkpointing", True),)))
     a_layer = (whole.launches - fewer.launches) / (layers - layers // 2)
     states = LLAMA_8B["hidden_size"] * 2 * plain.tokens  # bytes of what a block begins with
     return [

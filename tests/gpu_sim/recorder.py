@@ -78,9 +78,7 @@ class Recorder(TorchDispatchMode):
     def _let_go(self, key: int) -> None:
         self.live -= self._known.pop(key, 0)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`, and count it."""
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[-1]
@@ -88,8 +86,8 @@ class Recorder(TorchDispatchMode):
         on_card = [part for part in taken if part.device.type == "cuda"]
         if on_card and name in ("_local_scalar_dense", "nonzero", "masked_select", "unique2"):
             self.waits[f"{name} {_place()}"] += 1
-        if name == "_local_scalar_dense" and isinstance(taken[0], FakeTensor):  # a number that nobody has: one will do
-            return {torch.bool: True}.get(taken[0].dtype, 1)
+        if name == "_local_scalar_dense" and isinstance(taken[0], FakeTensor):
+            return {torch.bool: True}.get(taken[0].dtype, 1)  # a number that nobody has
         made = func(*args, **kwargs)
         outputs = [part for part in tree_leaves(made) if isinstance(part, torch.Tensor)]
         if name in ("_to_copy", "copy_"):

@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from gpu_sim.recorder import Recorder
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.events import Silence
 from ftlevel.fast.attention import padded, varlen
 from ftlevel.fast.packing.layout import PackedLayout
-from ftlevel.models.hardware import send
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
+from ftlevel.models.hardware import send
 from ftlevel.task import Objective
 from ftlevel.training.arguments import build_arguments
 from ftlevel.training.callbacks.gradient_proof import GradientProof
 from ftlevel.training.trainer import FtlevelTrainer
+from gpu_sim.recorder import Recorder
 
 CARD = torch.device("cuda:0")
 MODE = FakeTensorMode(allow_non_fake_inputs=False)
@@ -165,7 +165,9 @@ def _told_of_the_forward(trainer: Any, recorder: Recorder) -> Iterator[list[int]
 @contextlib.contextmanager
 def _without_a_cache(model: Any) -> Iterator[None]:
     """Have `model` keep no keys for generation, as Trainer does once it trains."""
-    configs = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")]
+    configs = [
+        m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")
+    ]
     for config in configs:
         config.use_cache = False
     yield

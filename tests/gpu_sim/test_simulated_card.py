@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from gpu_sim.__main__ import SAMPLE
 from gpu_sim.card import find_compiler
 

@@ -44,7 +44,7 @@ from ftlevel.training.going_on.resume import (
     open_or_go_on,
     origin_of,
 )
-from ftlevel.training.memory import explain_out_of_memory
+from ftlevel.training.memory.explain import explain_out_of_memory
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.adapter import take_adapter
 from ftlevel.training.plan.adapter_form import find_adapter_warnings

@@ -83,7 +83,9 @@ def choose_dtype(wish: str, device: str, method: str, model_type: str) -> Choice
     if device == "cuda" and not fast:
         overflows = "t5" in model_type
         name = "float32" if overflows else "float16"
-        why += f", and {model_type} overflows float16" if overflows else ": its fast type is float16"
+        why += (
+            f", and {model_type} overflows float16" if overflows else ": its fast type is float16"
+        )
     held = _held(method, name)
     return Choice("dtype", name, f"auto: {why}" + (f"; {held}" if held else ""))
 

@@ -156,7 +156,7 @@ def add_callbacks(
         scales=trainer.accelerator.scaler is not None,
         defers=plan.model.device == "cuda",
     )
-    watch = Watch(report, gradients, Interrupt(processes, plan.model.device), best)
+    watch = Watch(report, gradients, Interrupt(processes), best)
     streamed = isinstance(rows, StreamedRows)
     minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0
     for callback in (
@@ -167,7 +167,7 @@ def add_callbacks(
         SetEpoch(plan.data.train, trainer.order),
         *own,
         *([best] if best else []),
-        *([SaveByClock(minutes, processes, plan.model.device)] if minutes else []),
+        *([SaveByClock(minutes, processes)] if minutes else []),
         *([SaveStreamState(rows, run.checkpoints)] if streamed else []),
         WriteManifest(run.checkpoints, config.train.save_total_limit, processes),  # of all files
     ):

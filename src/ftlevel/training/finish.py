@@ -34,7 +34,7 @@ from ftlevel.training.trainer import FtlevelTrainer
 
 
 def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[str, Any]]) -> Plan:
-    """Leave the fast step and the optimizer, evaluate, and return `plan` with what was read of a stream.
+    """Leave fast step and optimizer, evaluate, and return `plan` with what was read of a stream.
 
     Args:
         trainer: after its last step (mutated).

@@ -18,13 +18,13 @@ from ftlevel.fast.plan.fused_lora import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import StartInputs
-from ftlevel.models.digest import Digest, digest_tensors
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.trained.adapt import apply_method, begin_from, copy_start, train_in_float32
-from ftlevel.training.checkpointing import set_checkpointing
+from ftlevel.training.digest import Digest, digest_tensors
 from ftlevel.training.fast_step import speed_up
+from ftlevel.training.memory.checkpointing import set_checkpointing
 from ftlevel.training.plan.plan import Plan, PlannedModel
 
 

@@ -23,11 +23,11 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError, RunError, listing
 from ftlevel.methods import METHODS
-from ftlevel.models.digest import Digest, digest, digest_tensors
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import add_adapter, load_adapter
 from ftlevel.training.callbacks.gradient_proof import GradientProof
+from ftlevel.training.digest import Digest, digest, digest_tensors
 from ftlevel.training.model import Adapted, load_base
 from ftlevel.training.plan.plan import Plan
 
@@ -254,9 +254,7 @@ def _on_the_cpu(model: Any, device: str) -> Iterator[None]:
             model.to(place)
 
 
-def compare_frozen(
-    trained: Any, expected: Mapping[str, Digest], *, rewritten: bool = False
-) -> int:
+def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: bool = False) -> int:
     """Return how many frozen tensors of `trained` are those of the base, by its digests.
 
     Raises:

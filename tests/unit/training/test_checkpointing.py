@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from live_tensors import LiveTensors
 from peft import LoraConfig, get_peft_model
 
 import tiny_models
@@ -16,8 +15,9 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
 from ftlevel.models.module_tree import find_blocks
-from ftlevel.training import checkpointing
-from ftlevel.training.checkpointing import Activations, count_activations, set_checkpointing
+from ftlevel.training.memory import checkpointing
+from ftlevel.training.memory.checkpointing import Activations, count_activations, set_checkpointing
+from live_tensors import LiveTensors
 
 BLOCKS = 6
 

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from live_tensors import LiveTensors
 from peft import LoraConfig, get_peft_model
 
 import tiny_models
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
-from ftlevel.models.digest import Digest, digest, digest_tensors
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.tokens import Tokens
+from ftlevel.training.digest import Digest, digest, digest_tensors
 from ftlevel.training.proof import (
     PROBE_ROWS,
     PROBE_SCORES,
@@ -26,6 +25,7 @@ from ftlevel.training.proof import (
     compare_frozen,
     probe_batch,
 )
+from live_tensors import LiveTensors
 
 VOCABULARY = 100_000
 MOST = PROBE_SCORES // VOCABULARY // PROBE_ROWS
@@ -134,7 +134,7 @@ def test_a_digest_tells_one_bit_of_a_tensor(
     found = digest(tensor)
     assert digest(whole[3:]) == found, "wherever it stands in memory"
     assert digest(tensor.view(1, -1)) != found
-    monkeypatch.setattr("ftlevel.models.digest._CPU_WORDS", 17)
+    monkeypatch.setattr("ftlevel.training.digest._CPU_WORDS", 17)
     assert digest(tensor) == found, "in whatever pieces"
     if size > 1:
         assert digest(tensor.flip(0)) != found

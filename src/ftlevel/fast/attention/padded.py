@@ -128,7 +128,7 @@ def attend_padded(
     groups, outputs = len(states[0]) // len(states[1]), []
     for batch in batches:
         query, key, value = (
-            part.index_select(1, at.flatten()).unflatten(1, at.shape).transpose(0, 1)
+            part.index_select(1, at.flatten()).view(len(part), *at.shape, -1).transpose(0, 1)
             for part, at in zip(states, (batch.queries, batch.keys, batch.keys), strict=True)
         )
         if groups > 1:

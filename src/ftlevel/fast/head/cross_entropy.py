@@ -34,7 +34,7 @@ GPU_SHARE = 16
 """The part of the free memory, one of so many, that a chunk's scores may take there."""
 
 SCORE_BYTES = 14
-"""Of a score: in half precision, in float32, its probability, and both of their gradients' casts."""
+"""Of a score: in half precision, in float32, its probability, and the gradient in both."""
 
 
 def targets_a_chunk(device: torch.device, vocabulary: int) -> int:

@@ -66,5 +66,6 @@ def recomputation_of(
     """
     if tensor.is_inference():
         return None
-    recomputation, kept, version = getattr(tensor, _NAME, (None, (), None))
-    return (recomputation, kept) if version == version_of(tensor) else None
+    held: tuple[Recomputation, tuple[torch.Tensor, ...], int] | None
+    held = getattr(tensor, _NAME, None)
+    return held[:2] if held is not None and held[2] == version_of(tensor) else None

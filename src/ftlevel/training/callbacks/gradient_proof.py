@@ -163,7 +163,9 @@ class GradientProof(TrainerCallback):
         if not self._unread:
             return
         finite = torch.isfinite(torch.stack([value for _, _, value in self._unread])).tolist()
-        bad = [noted for noted, is_finite in zip(self._unread, finite, strict=True) if not is_finite]
+        bad = [
+            noted for noted, is_finite in zip(self._unread, finite, strict=True) if not is_finite
+        ]
         self._unread = []
         if bad:
             step, what, _ = bad[0]

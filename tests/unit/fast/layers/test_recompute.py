@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from live_tensors import LiveTensors
 from peft import LoraConfig, get_peft_model
 
 import tiny_models
 from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
 from ftlevel.fast.layers.recompute import Recomputation, recomputation_of, with_recomputation
+from live_tensors import LiveTensors
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:

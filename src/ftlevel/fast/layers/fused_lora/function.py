@@ -57,7 +57,8 @@ class FusedLoraFunction(torch.autograd.Function):
         inner = down @ source.t()
         y = functional.linear(rows, weight(), None if bias is None else bias.to(x.dtype))
         y.addmm_(inner.t(), up.t())
-        ctx.recomputation, kept = None, (source,)
+        kept: tuple[torch.Tensor, ...] = (source,)
+        ctx.recomputation = None
         if recomputation is not None and dropped is None:
             ctx.recomputation, kept = recomputation
             ctx.recomputation.enter()
