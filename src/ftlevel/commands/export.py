@@ -15,16 +15,18 @@ from ftlevel.artifacts.files import (
     placed_directory,
     placed_files,
 )
+from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.commands.merge import merge
 from ftlevel.config import ExportConfig, MergeConfig
 from ftlevel.config.commands.export import FORMATS
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError, listing
 from ftlevel.events import Listener, Silence
 from ftlevel.merging.formats.base import plan_export
 from ftlevel.merging.merge_input import find_adapter
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.sources import check_revision, resolve_source
+from ftlevel.trained.adapter_set import find_adapters
 from ftlevel.trained.load import Found, find_trained
 
 
@@ -65,8 +67,9 @@ def export(
     with quiet_libraries():
         listener.stage("find the model")
         device = choose_device(config.device)
-        found = _find(config, device.value)
-        planned = plan_export(config, found)
+        named = _find_several(config, device.value)
+        found = next(iter(named.values())) if named else _find(config, device.value)
+        planned = plan_export(config, named or found)
         listener.choices("export", list(planned.choices(device)))
         for note in planned.notes:
             listener.warn(note + ".")
@@ -79,6 +82,30 @@ def export(
             summary = planned.write(place, device.value, listener, merge_adapter)
     summary["seconds"] = round(time.perf_counter() - began, 2)
     return ExportResult(summary, config.out, tuple(planned.describe(summary)))
+
+
+def _find_several(config: ExportConfig, device: str) -> dict[str, Found]:
+    """Return the adapters in a directory of adapters, by name; none where one thing is named.
+
+    Raises:
+        ConfigError: the format is of one model.
+    """
+    path = Path(config.model).expanduser()
+    if not path.is_dir() or any(
+        (path / name).exists() for name in ("config.json", "adapter_config.json", "adapter", CONFIG)
+    ):
+        return {}
+    places = find_adapters(path)
+    if places and not FORMATS[config.format].several:
+        several = listing(name for name, one in FORMATS.items() if one.several)
+        raise ConfigError(
+            f"{config.model} is a directory of {len(places)} adapters ({listing(places, 4)}), and "
+            f"--format {config.format} is of one. Name one of them, or use {several}."
+        )
+    return {
+        name: find_trained(str(place), device, place=config.base_model)
+        for name, place in places.items()
+    }
 
 
 def _find(config: ExportConfig, device: str) -> Found:

@@ -19,8 +19,10 @@ from ftlevel.methods.base import (
     whole,
 )
 from ftlevel.methods.lora.facts import FACTS, RULES
+from ftlevel.methods.lora.plain_form import as_lora
 from ftlevel.methods.lora.plus import build_optimizer
 from ftlevel.methods.lora.start import START
+from ftlevel.methods.plain_form.factors import PlainForm
 from ftlevel.methods.rates import Rates
 from ftlevel.models.strangers.time_limit import ending_in
 
@@ -205,6 +207,11 @@ _METHOD = Method(
         fusing=lambda spec: spec.use_dora * "DoRA scales by a norm of the whole weight",
         workers=against_workers,
     ),
-    merging=Merging(("LORA",), why_not=why_not_mergeable, prepare=forget_start),
+    merging=Merging(
+        ("LORA",),
+        why_not=why_not_mergeable,
+        prepare=forget_start,
+        plain_form=PlainForm(as_lora),
+    ),
 )
 METHODS = {"lora": _METHOD, "qlora": _METHOD}
