@@ -65,12 +65,12 @@ SERVERS: dict[str, Server] = {
         Server(
             "llama.cpp", "llama.cpp", ("gguf-lora", "gguf"), "xllamacpp 2026.10.11549",
             "run, and convert_lora_to_gguf.py read",
-            note="it loads the base as a .gguf file of the same model, quantized in any way",
+            note="llama.cpp loads the base as a .gguf file of the same model, quantized in any way",
         ),
         Server(
             "ollama", "Ollama", ("gguf",), "0.34.1", "its pull request 14969 read; not run",
             several=False,
-            note="its create refuses a Modelfile with ADAPTER, so the adapter is merged",
+            note="ollama create refuses a Modelfile with ADAPTER, so the adapter is merged",
         ),
         Server(
             "mlx", "mlx-lm", ("mlx", "merged"), "0.32.2", "run on Linux",
@@ -80,7 +80,7 @@ SERVERS: dict[str, Server] = {
             "openvino", "OpenVINO GenAI", ("peft", "merged"), "2026.4.1",
             "read; adapters not run, which need a base in OpenVINO's own format",
             every_layer=True, families=_LLAMA_LIKE,
-            note="on a .gguf base it applies no adapter; give it the base in its own format",
+            note="OpenVINO GenAI applies no adapter to a .gguf base; give it the base in its own format",
         ),
     )
 }  # fmt: skip
