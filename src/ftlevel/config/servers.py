@@ -80,7 +80,7 @@ SERVERS: dict[str, Server] = {
             "openvino", "OpenVINO GenAI", ("peft", "merged"), "2026.4.1",
             "read; adapters not run, which need a base in OpenVINO's own format",
             every_layer=True, families=_LLAMA_LIKE,
-            note="OpenVINO GenAI applies no adapter to a .gguf base; give it the base in its own format",
+            note="OpenVINO GenAI applies none to a .gguf base; it needs the base in its own format",
         ),
     )
 }  # fmt: skip

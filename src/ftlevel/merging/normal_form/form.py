@@ -10,7 +10,13 @@ from typing import Any
 from ftlevel.errors import InputError, listing
 from ftlevel.merging.normal_form.peft_only import PLAIN_FORMS
 from ftlevel.methods.merging import WEIGHTS
-from ftlevel.methods.plain_form.factors import PREFIX, AdapterFile, Factors, PlainForm
+from ftlevel.methods.plain_form.factors import (
+    OUTPUT_LAYERS,
+    PREFIX,
+    AdapterFile,
+    Factors,
+    PlainForm,
+)
 from ftlevel.models.loading import build_task_model, load_model, rename_prefix
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names
@@ -49,9 +55,10 @@ class NormalForm:
     @property
     def in_vocabulary(self) -> list[str]:
         """The embeddings and output layers that are adapted."""
-        ends = ("lm_head", "embed_out")
         return sorted(
-            name for name, own in self.factors.items() if own.is_embedding or name.endswith(ends)
+            name
+            for name, own in self.factors.items()
+            if own.is_embedding or name.endswith(OUTPUT_LAYERS)
         )
 
     def on_every_layer(self, model: Any) -> NormalForm:
@@ -179,6 +186,13 @@ def trained_on_text(model: Any) -> bool:
         return False
 
 
+def is_whole(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the tensor `name` is of a module that was trained as a whole, as PEFT finds them."""
+    saved = tuple(config.get("modules_to_save") or ())
+    parts = name.split(".")
+    return any(".".join(parts[:count]).endswith(saved) for count in range(1, len(parts)))
+
+
 def assemble(factors: dict[str, Factors], file: AdapterFile, limit: int, way: str) -> NormalForm:
     """Return the normal form of the updates and of what is left in the file.
 
@@ -186,8 +200,7 @@ def assemble(factors: dict[str, Factors], file: AdapterFile, limit: int, way: st
         InputError: something is left that is no module trained as a whole; no update is; or one
             needs a rank above `limit`.
     """
-    saved = set(file.config.get("modules_to_save") or ())
-    odd = [name for name in file.tensors if not saved & set(name.split("."))]
+    odd = [name for name in file.tensors if not is_whole(name, file.config)]
     if odd:
         raise InputError(f"its file holds {listing(odd, 2)}, which plain LoRA has no place for")
     if not factors:

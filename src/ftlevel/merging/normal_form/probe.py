@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ftlevel.errors import InputError
-from ftlevel.merging.normal_form.form import BaseWeights, NormalForm, assemble, read_file
+from ftlevel.merging.normal_form.form import BaseWeights, NormalForm, assemble, is_whole, read_file
 from ftlevel.methods.plain_form.factors import Factors
 
 _ROWS = 8
@@ -31,10 +31,7 @@ def form_by_probe(
         InputError: a layer does more than multiply by a matrix, or by one of a higher rank.
     """
     file = read_file(directory, config, base)
-    saved = set(config.get("modules_to_save") or ())
-    file.tensors = {
-        name: tensor for name, tensor in file.tensors.items() if saved & set(name.split("."))
-    }
+    file.tensors = {name: tensor for name, tensor in file.tensors.items() if is_whole(name, config)}
     factors = {
         name: _factor(change, name, limit, norm)
         for name, layer in _layers(tuned)

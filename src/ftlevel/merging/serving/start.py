@@ -62,8 +62,10 @@ def _llama(base: str, parts: Sequence[Part], template: Path | None) -> list[str]
     command = ["llama-server", "-m", file]
     for part in parts:
         command += ["--lora", str(part.place)]
-    if len(parts) > 1:  # each request names those it wants: {"lora": [{"id": 0, "scale": 1.0}]}
-        command.append("--lora-init-without-apply")
+    if len(parts) > 1:
+        # Each request names those it wants, {"lora": [{"id": 0, "scale": 1.0}]}. What the server
+        # keeps of a prompt in memory it gives to other adapters too (xllamacpp 2026.10.11549).
+        command += ["--lora-init-without-apply", "--cache-ram", "0"]
     if template:
         command += ["--jinja", "--chat-template-file", str(template)]
     return [*first, join(command)]

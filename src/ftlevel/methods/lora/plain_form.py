@@ -14,7 +14,13 @@ from typing import Any
 
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.errors import InputError, listing
-from ftlevel.methods.plain_form.factors import AdapterFile, Factors, by_pattern, spread
+from ftlevel.methods.plain_form.factors import (
+    OUTPUT_LAYERS,
+    AdapterFile,
+    Factors,
+    by_pattern,
+    spread,
+)
 
 _NOT_PLAIN = {
     "use_dora": "DoRA scales each row of the merged weight by a norm of it",
@@ -161,26 +167,28 @@ def token_rows(file: AdapterFile, end: str, indices: Any) -> dict[str, Factors]:
     import torch
 
     found: dict[str, Factors] = {}
+    shared = {head for heads in file.tied.values() for head in heads}
     for name in file.names(end):
         short = indices if isinstance(indices, list) else by_pattern(indices, name, None)
-        which = torch.tensor(short or [0])
         if not short or len(set(short)) < len(short):
             raise InputError(f"its config names the trained tokens of {name} twice or not at all")
+        which = torch.tensor(short)
         (rows,) = file.take(name, end)
+        if name in shared:  # said with the embedding whose weight it has
+            continue
         old = file.read_base(f"{name}.weight")
         if int(which.max()) >= len(old):
             raise InputError(f"it has rows of {name} for tokens that its base has not. Merge it")
-        a = torch.zeros(len(which), len(old), dtype=torch.float64)
-        a[torch.arange(len(which)), which] = 1
+        one_each = torch.zeros(len(which), len(old), dtype=torch.float64)
+        one_each[torch.arange(len(which)), which] = 1
         change = rows - old[which].double()
-        found[name] = Factors(a, change.T.contiguous(), is_embedding=True)
-        for head in file.tied.get(name, []):
-            found[head] = Factors(change, a.T.contiguous())
-        file.said.append(
-            f"{len(which)} trained rows of {name} written as rank {len(which)}"
-            + (
-                f", on {listing(file.tied[name])} too, which shares them"
-                * bool(file.tied.get(name))
-            )
+        heads = [name] if name.endswith(OUTPUT_LAYERS) else file.tied.get(name, [])
+        if name not in heads:
+            found[name] = Factors(one_each, change.T.contiguous(), is_embedding=True)
+        for head in heads:
+            found[head] = Factors(change, one_each.T.contiguous())
+        also = (
+            f", on {listing(heads)} too, which shares them" if name not in heads and heads else ""
         )
+        file.said.append(f"{len(which)} trained rows of {name} written as rank {len(which)}{also}")
     return found

@@ -11,6 +11,8 @@ from ftlevel.errors import InputError
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name in the base."""
+OUTPUT_LAYERS = ("lm_head", "embed_out")
+"""Ends of the names of output layers."""
 
 
 @dataclass(frozen=True)
