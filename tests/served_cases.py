@@ -1,4 +1,4 @@
-"""Adapters by plain PEFT for the tests of export, and what becomes of each; for `make served` too."""
+"""Adapters by plain PEFT, and what becomes of each when it is exported."""
 
 from __future__ import annotations
 
@@ -66,7 +66,11 @@ CASES: dict[str, Case] = {
     "lokr": Case(_of("LoKrConfig", r=4), 64),
     "miss": Case(_of("MissConfig", r=8), 8),
     "trainable tokens": Case(
-        {"cls": "TrainableTokensConfig", "token_indices": [5, 9], "target_modules": ["embed_tokens"]},
+        {
+            "cls": "TrainableTokensConfig",
+            "token_indices": [5, 9],
+            "target_modules": ["embed_tokens"],
+        },
         2,
     ),
     "delora": Case(_of("DeloraConfig", r=8), 8),  # no algebra: its layers are asked

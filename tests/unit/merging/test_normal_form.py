@@ -1,4 +1,4 @@
-"""The normal form is the adapter: PEFT computes the same of both, and so does whoever ignores its config."""
+"""The normal form is the adapter, also to PEFT and to whoever ignores its config."""
 
 from __future__ import annotations
 
@@ -142,8 +142,9 @@ def test_a_resized_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
 def test_other_kinds_of_models_have_it_too(
     tmp_path: Path, family: str, head: str, settings: dict[str, Any], task: str
 ) -> None:
-    from tiny_models import AUTO_CLASSES
     import transformers
+
+    from tiny_models import AUTO_CLASSES
 
     place = save_tiny(tmp_path / "base", family, head)
     model = getattr(transformers, AUTO_CLASSES[head]).from_pretrained(place)
