@@ -160,10 +160,12 @@ def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
         seconds = float(config.timeout * _SLOWER)
         found = ask_inside(library, config.python, base, adapters, seconds)
     nothing = "chat is of servers; this is the library"
-    return {
-        name: _Rows(heard, [None] * len(heard), "token ids", nothing)
-        for name, heard in found.items()
-    }
+    rows = {}
+    for name, heard in found.items():
+        if isinstance(heard, str):
+            raise InputError(f"--in {library} does not load {name}: {' '.join(heard.split())}")
+        rows[name] = _Rows(heard, [None] * len(heard), "token ids", nothing)
+    return rows
 
 
 def _judge(adapter: Recorded, rows: _Rows, tolerance: float) -> dict[str, Any]:

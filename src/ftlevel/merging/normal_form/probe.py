@@ -65,10 +65,15 @@ def _change(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, flo
     generator = torch.Generator().manual_seed(0)
     some = torch.randn(_ROWS, weight.shape[1], generator=generator, dtype=torch.float64)
     one_each = torch.eye(weight.shape[1], dtype=torch.float64)
-    with torch.no_grad():
-        zero, whole, given = (
-            alone(rows) - (rows @ weight.T + bias) for rows in (some[:1] * 0, one_each, some)
-        )
+    try:
+        with torch.no_grad():
+            zero, whole, given = (
+                alone(rows) - (rows @ weight.T + bias) for rows in (some[:1] * 0, one_each, some)
+            )
+    except RuntimeError as error:  # it has tensors that stay in float32, or wants whole sequences
+        raise InputError(
+            f"{name} cannot be asked by itself ({' '.join(str(error).split())[:80]})"
+        ) from None
     apart = (given - some @ whole).norm()
     if zero.abs().max() > _AT_ZERO or apart > _LINEAR * max(float(given.norm()), 1e-12):
         raise InputError(

@@ -93,10 +93,9 @@ def plan_adapters(
             writer.check(entry)
             notes += check_for(entry, server)
             form = form_from_file(entry.directory, entry.peft_config, entry.base, config.max_rank)
+            form = form and checked_form(form, entry, server)
         except InputError as error:
             raise InputError(_refusal(entry.name, config, str(error))) from None
-        if form is not None:
-            form = checked_form(form, entry, server)
         forms[entry.name] = form
     _check_together(entries, server)
     return AdaptersExport(config, server, entries, forms, list(dict.fromkeys(notes)), writer)
@@ -238,9 +237,9 @@ class AdaptersExport:
                     tuned.cpu(), entry.directory, entry.peft_config, entry.base,
                     self.config.max_rank,
                 )  # fmt: skip
+                form = checked_form(form, entry, self.server)
             except InputError as error:
                 raise InputError(_refusal(entry.name, self.config, str(error))) from None
-            form = checked_form(form, entry, self.server)
         if base is None:
             with tuned.disable_adapter():
                 base = ask(tuned, entry, prompts)

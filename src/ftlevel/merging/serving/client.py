@@ -65,8 +65,8 @@ class Client:
         try:
             rows = self._ask("/models", None).get("data") or []
             return [str(row["id"]) for row in rows]
-        except (Refused, KeyError, TypeError, AttributeError):
-            return []
+        except (Refused, InputError, KeyError, TypeError, AttributeError):
+            return []  # some fail at it, and are asked all the same
 
     def complete(self, model: str, prompt: Mapping[str, Any], more: Mapping[str, Any]) -> Heard:
         """Return how it goes on after the tokens of `prompt`, or after its text if it must be text.
@@ -115,7 +115,9 @@ class Client:
         except urllib.error.HTTPError as error:
             said = " ".join(error.read(_LARGEST).decode(errors="replace").split())[:_REASON]
             raise Refused(f"{path} gave {error.code} ({said or error.reason})") from None
-        except (OSError, ValueError) as error:
+        except ValueError as error:
+            raise Refused(f"{path} gave no JSON ({error})") from None
+        except OSError as error:
             reason = getattr(error, "reason", error)
             raise InputError(
                 f"--url {self.url}: {reason} at {path}. Start the server, by the command that "

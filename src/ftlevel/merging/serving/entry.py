@@ -37,11 +37,14 @@ class Prompt:
         text: what the user says.
         ids: the tokens that the model gets, as in training.
         messages: the turns by which a chat API is asked the same; empty without a chat template.
+        rendered: the text of `ids`, for servers that take no tokens; empty where the tokenizer
+            would make others of it.
     """
 
     text: str
     ids: list[int]
     messages: list[dict[str, str]]
+    rendered: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,9 @@ class Entry:
             said = {"role": "user", "content": format_.user_text(text)}
             messages = format_.with_system([said]) if chats else []
             ids = prompt_ids(self.tokenizer, format_, text)
-            found.append(Prompt(text, ids, messages))
+            rendered = self.tokenizer.decode(ids)
+            same = self.tokenizer(rendered)["input_ids"] == ids
+            found.append(Prompt(text, ids, messages, rendered if same else ""))
         return found
 
     def in_float32(self, *, with_adapter: bool = True) -> Found:
@@ -231,13 +236,12 @@ def checked_form(form: Any, entry: Entry, server: Server | None) -> Any:
     lost = [name for name in form.whole_modules if name.rpartition(".")[2] not in server.heads]
     if lost:
         raise InputError(
-            f"{listing(lost, 3)} was trained as a whole, and {server.title} does "
-            f"not load that. Merge it"
+            f"{server.title} does not load modules that were trained as a whole, here "
+            f"{listing(lost, 2)}. Merge it"
         )
     if not server.vocabulary and (words := form.in_vocabulary):
         raise InputError(
-            f"{listing(words, 3)} is adapted, and {server.title} does not serve "
-            f"that as it was trained. Merge it"
+            f"{server.title} does not serve LoRA on {listing(words, 3)} as it was trained. Merge it"
         )
     if server.ranks and form.rank > server.ranks[-1]:
         raise InputError(

@@ -51,7 +51,8 @@ def record(
             if said is not None and said.answers
         }
         if answers:
-            row = {"text": prompt.text, "ids": prompt.ids, "messages": prompt.messages}
+            row = {"text": prompt.text, "ids": prompt.ids, "messages": prompt.messages,
+                   "rendered": prompt.rendered}  # fmt: skip
             asked.append(row | answers)
     return Recorded(name, place, rank, asked)
 

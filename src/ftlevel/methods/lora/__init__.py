@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ftlevel.config.methods.lora import LoraSpec
+from ftlevel.config.methods.lora import INSIDE_BASE, LoraSpec
 from ftlevel.errors import ConfigError, listing
 from ftlevel.methods.base import (
     Base,
@@ -165,6 +165,13 @@ def against_embeddings(spec: LoraSpec) -> str:
 
 def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
     """Return why an adapter of `config` cannot be merged and what to do, or None if it can."""
+    start = str(config.get("init_lora_weights"))
+    if start.startswith(INSIDE_BASE):  # as PEFT alone saves it; ours are saved as plain LoRA
+        return (
+            f"init_lora_weights is {start}: its start was taken out of the base's weights, and the "
+            "file holds none of it. Write it as plain LoRA first, and merge that: ftlevel export "
+            "ADAPTER --format peft --out DIR."
+        )
     for key, reason in _UNMERGEABLE.items():
         if config.get(key):
             return f"{key} is set: {reason}, and no plain weight can hold that. Keep the adapter."

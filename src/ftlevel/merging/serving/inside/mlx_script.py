@@ -14,9 +14,13 @@ def main() -> None:
     from mlx_lm import load
 
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answered = {}
+    answered: dict[str, Any] = {}
     for adapter in asked["adapters"]:
-        model, tokenizer = load(asked["base"], adapter_path=adapter["place"] or None)
+        try:
+            model, tokenizer = load(asked["base"], adapter_path=adapter["place"] or None)
+        except Exception as error:  # noqa: BLE001 - whatever it refuses an adapter by
+            answered[adapter["name"]] = f"{type(error).__name__}: {error}"
+            continue
         model.set_dtype(mx.float32)
         answered[adapter["name"]] = [
             _answer(model, tokenizer, ids, asked["tokens"]) for ids in adapter["prompts"]

@@ -25,8 +25,8 @@ _SHOWN = 300
 
 def ask_inside(
     library: str, python: Path | None, base: str, adapters: Sequence[dict[str, Any]], seconds: float
-) -> dict[str, list[Heard]]:
-    """Return what `library` answers, by the name of each adapter.
+) -> dict[str, list[Heard] | str]:
+    """Return what `library` answers, by the name of each adapter; or why it does not load one.
 
     Args:
         library: as after `--in`.
@@ -50,7 +50,10 @@ def ask_inside(
         if code != 0 or not answer.is_file():
             raise InputError(_why(library, program, code, said))
         found = json.loads(answer.read_text(encoding="utf-8"))
-    return {name: [Heard(**row) for row in rows] for name, rows in found.items()}
+    return {
+        name: rows if isinstance(rows, str) else [Heard(**row) for row in rows]
+        for name, rows in found.items()
+    }
 
 
 def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:

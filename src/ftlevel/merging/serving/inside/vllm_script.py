@@ -24,12 +24,16 @@ def main() -> None:
     model = LLM(dtype="float32", max_model_len=asked["length"], max_num_seqs=8,
                 gpu_memory_utilization=0.85, **served)  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=asked["tokens"], logprobs=1)
-    answered = {}
+    answered: dict[str, Any] = {}
     for number, adapter in enumerate(asked["adapters"], start=1):
         request = None
         if adapter["place"]:
             request = LoRARequest(adapter["name"], number, adapter["place"])
-            model.llm_engine.add_lora(request)  # a refusal here leaves the engine alive
+            try:  # a refusal here leaves the engine alive
+                model.llm_engine.add_lora(request)
+            except Exception as error:  # noqa: BLE001 - whatever it refuses an adapter by
+                answered[adapter["name"]] = f"{type(error).__name__}: {error}"
+                continue
         prompts = [{"prompt_token_ids": ids} for ids in adapter["prompts"]]
         outputs = model.generate(prompts, greedy, lora_request=request, use_tqdm=False)
         answered[adapter["name"]] = [
