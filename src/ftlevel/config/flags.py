@@ -33,8 +33,8 @@ from ftlevel.config.reading.words import METHOD_WORDS
 
 _ROWS = ("train", "preview")
 _EVERY = ("train", "preview", "evaluate", "predict", "generate", "merge", "quantize",
-          "export", "list-targets", "list-methods")  # fmt: skip
-_QUIET = ("train", "merge", "quantize", "export")
+          "export", "check-served", "list-targets", "list-methods")  # fmt: skip
+_QUIET = ("train", "merge", "quantize", "export", "check-served")
 _TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
 
 _PRECISIONS = {
@@ -120,7 +120,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("name", "RUN|ADAPTER|MODEL", on=("generate",)),
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, type=list[str]),
     Flag("model", "MODEL", on=("quantize",), required=True),
-    Flag("model", "RUN|MODEL", on=("export",), required=True),
+    Flag("model", "RUN|ADAPTER|MODEL", on=("export",), required=True),
+    Flag("out", "OUT", on=("check-served",), required=True),
     Flag(names="ACTION", on=("recipes",), dest="action", required=True,
          help="What to do: list, show or convert."),
     Flag(names="[FILE]", on=("recipes",), dest="file", type=Path,

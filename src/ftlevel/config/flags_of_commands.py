@@ -73,7 +73,9 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("quant", "", WRITE, ("quantize",)),
     Flag("quant_type", "", WRITE, ("quantize",)),
     Flag("double_quant", "--double-quant", WRITE, ("quantize",)),
+    Flag("server", "--for", WRITE, ("export",), dest="server"),
     Flag("format", "", WRITE, ("export",)),
+    Flag("max_rank", "", WRITE, ("export",)),
     Flag("outtype", "", WRITE, ("export",)),
     Flag("out", "--out -o", WRITE, ("quantize", "export"), metavar="PATH"),
     Flag("overwrite", "--overwrite", WRITE, ("export",)),
@@ -89,6 +91,13 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("verify_tokens", "", COMPARE, ("export",)),
     Flag("eval_text", "", COMPARE, ("evaluate", "quantize")),
     Flag("eval_tokens", "", COMPARE, ("evaluate", "quantize")),
+    # check-served
+    Flag("url", "", ANSWER, ("check-served",), metavar="URL"),
+    Flag("model", "", ANSWER, ("check-served",), metavar="NAME"),
+    Flag("inside", "--in", ANSWER, ("check-served",), dest="inside"),
+    Flag("python", "", ANSWER, ("check-served",), metavar="PATH"),
+    Flag("timeout", "", ANSWER, ("check-served",)),
+    Flag("tolerance", "", COMPARE, ("check-served",)),
     Flag("device", "", GENERAL, ("evaluate", "predict", "generate", "merge", "quantize", "export")),
 )  # fmt: skip
 """In the order in which `--help` shows them."""
