@@ -26,6 +26,9 @@ _MOST = {
 }  # fmt: skip
 """Field of a config → more than any model has, by orders of magnitude."""
 
+_AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "hidden_size",
+                 "n_embd", "d_model", "vocab_size")  # fmt: skip
+
 
 def check_directory(path: Path, words: str) -> None:
     """Refuse a directory whose files are no files, whose index leaves it, or of absurd sizes.
@@ -64,6 +67,10 @@ def check_sizes(config: Mapping[str, Any], words: str) -> None:
             raise InputError(
                 f"{words}: {name} in its config is {value:,}; no model has more than "
                 f"{_MOST[name]:,}. The file is damaged, or made to do harm."
+            )
+        elif name in _AT_LEAST_ONE and isinstance(value, (int, float)) and value < 1:
+            raise InputError(
+                f"{words}: {name} in its config is {value:,}; 1 is the least there is."
             )
 
 
