@@ -80,7 +80,7 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=120.0,
                         help="seconds a run may take (on a quiet machine it takes 2)")  # fmt: skip
     asked = parser.parse_args()
-    seed = asked.seed if asked.seed is not None else int.from_bytes(os.urandom(4))
+    seed = asked.seed if asked.seed is not None else int.from_bytes(os.urandom(4), "big")
     entries = [e for e in ENTRIES if not asked.only or e.name in asked.only]
     print(f"seed {seed}", flush=True)
     began = time.monotonic()
@@ -154,7 +154,7 @@ def _print_table(
     for entry in entries:
         found = cases.get(entry.name, [])
         counts = Counter(case["verdict"] for case in found)
-        sums = Counter()
+        sums: Counter[str] = Counter()
         for case in found:
             sums[case["verdict"]] += int(case.get("times", 1))
         kinds = Counter(case["kind"] for case in found if case["verdict"] == "good")

@@ -79,10 +79,11 @@ def _threads() -> None:
 
 
 def _versions() -> None:
+    from ftlevel.artifacts.cards import library_versions
     from ftlevel.training.going_on import resume
 
-    real = resume.library_versions
-    resume.library_versions = lambda: {**real(), "torch": "2.7.0"}
+    now = {**library_versions(), "torch": "2.7.0"}
+    setattr(resume, "library_versions", lambda: now)  # noqa: B010 - it is no name of that module
 
 
 CHANGES: dict[str, _Changed] = {

@@ -70,7 +70,7 @@ _OF_BASE = (_train, _evaluate, _merge, _quantize, _export, _generate, _targets)
 _OF_RUN = (_evaluate, _merge, _generate, _resume)
 
 
-def _write(name: str, content: str | bytes, asked: Callable[[Path], list[str]]) -> Make:
+def _write(name: str, content: str | bytes | Any, asked: Callable[[Path], list[str]]) -> Make:
     def make(folder: Path) -> list[str]:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,11 +241,10 @@ def _makes() -> dict[str, Make]:
         for asked in (_evaluate, _merge):
             makes[f"{asked.__name__.strip('_')}: adapter with {name}"] = _edit("run/adapter/adapter_config.json", fields, asked)
     for name, text in TEMPLATES.items():
-        chat = (lambda ask: lambda folder: (_chat_rows(folder), ask(folder))[1])(_train)
-        makes[f"template: {name}"] = _write("base/chat_template.jinja", text, chat)
+        makes[f"template: {name}"] = _write("base/chat_template.jinja", text, _train_on_chats)
         makes[f"template in a run: {name}"] = _write("run/adapter/chat_template.jinja", text, _generate)
-    for name, content in YAMLS.items():
-        makes[f"recipe: {name}"] = _write("recipe.yaml", content, _train)
+    for name, yaml in YAMLS.items():
+        makes[f"recipe: {name}"] = _write("recipe.yaml", yaml, _train)
     for name, text in JSONS.items():
         data = text.encode(errors="surrogateescape")
         for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
@@ -259,10 +258,10 @@ def _makes() -> dict[str, Make]:
             makes[f"{kind} as {name}"] = _special(name, kind, _train)
         for name in ("adapter_config.json", "ftlevel.json", "adapter_model.safetensors"):
             makes[f"{kind} as {name} of a run"] = _special(f"run/adapter/{name}", kind, _merge)
-    for name in ("../evil/model.safetensors", "/etc/passwd", "a/../../evil.safetensors", 7, "", "nothing.safetensors"):
-        index = json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": name}})
+    for shard in ("../evil/model.safetensors", "/etc/passwd", "a/../../evil.safetensors", 7, "", "nothing.safetensors"):
+        index = json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": shard}})
         for asked in (_train, _quantize, _targets):
-            makes[f"{asked.__name__.strip('_')}: a shard named {name!r}"] = _write("base/model.safetensors.index.json", index, asked)
+            makes[f"{asked.__name__.strip('_')}: a shard named {shard!r}"] = _write("base/model.safetensors.index.json", index, asked)
     for name in ("pytorch_model.bin", "model.bin", "model.pt"):
         makes[f"a pickle as {name}"] = _pickled(f"base/{name}", "base/model.safetensors", _train)
     makes["a pickle as the adapter"] = _pickled("run/adapter/adapter_model.bin", "run/adapter/adapter_model.safetensors", _merge)
@@ -294,10 +293,11 @@ def _git(folder: Path) -> list[str]:
     return _train(folder)
 
 
-def _chat_rows(folder: Path) -> None:
+def _train_on_chats(folder: Path) -> list[str]:
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     (folder / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + (
         json.dumps({"messages": [*turns, *turns]}) + "\n") * 7)  # fmt: skip
+    return _train(folder)
 
 
 def watching(folder: Path) -> Callable[[], None]:

@@ -255,6 +255,12 @@ def write_rows(path: Path, rows: int = 64, seed: int = 0) -> None:
     path.write_text("".join(lines))
 
 
+def replace_methods(owner: type, **methods: Callable[..., object]) -> None:
+    """Give a class other methods, in a process that is tortured."""
+    for name, method in methods.items():
+        setattr(owner, name, method)
+
+
 def digest(run: Path) -> str:
     """Return what a run has trained, and what it logged of its steps, as one digest."""
     from safetensors import SafetensorError

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from torture_rows.kills import Whole, judge
-from torture_rows.lab import BAD, GOOD, HANG, SILENT, STEPS, Case, Lab, digest
+from torture_rows.lab import BAD, GOOD, HANG, SILENT, STEPS, Case, Lab, digest, replace_methods
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "MemoryError": MemoryError,
@@ -52,7 +52,7 @@ def failing(where: str, error: Callable[[], Exception]) -> Callable[[], None]:
                 raise error()
             return evaluate(self, *more, **settings)
 
-        FtlevelTrainer.compute_loss, FtlevelTrainer.evaluate = compute_loss, evaluated
+        replace_methods(FtlevelTrainer, compute_loss=compute_loss, evaluate=evaluated)
 
     return begin
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torture_rows.kills import Whole, judge
-from torture_rows.lab import BAD, GOOD, HANG, STEPS, Case, Ended, Lab, certified
+from torture_rows.lab import BAD, GOOD, HANG, STEPS, Case, Ended, Lab, certified, replace_methods
 
 BAD_NUMBERS = {"NaN": float("nan"), "infinity": float("inf"), "-infinity": float("-inf")}
 WAYS = ("loss", "gradient", "weight", "loss alone")
@@ -58,9 +58,10 @@ def injecting(way: str, step: int, value: float, times: int = 1) -> Callable[[],
             optimizer.register_step_post_hook(spoil)
             return optimizer
 
-        FtlevelTrainer.compute_loss = compute_loss
-        FtlevelTrainer.training_step = training_step
-        FtlevelTrainer.create_optimizer = create_optimizer
+        replace_methods(
+            FtlevelTrainer, compute_loss=compute_loss, training_step=training_step,
+            create_optimizer=create_optimizer,
+        )  # fmt: skip
 
     return begin
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ftlevel.errors import InputError
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream import conversions
 from ftlevel.models.upstream.architectures import tied_names

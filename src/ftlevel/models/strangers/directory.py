@@ -69,9 +69,7 @@ def check_sizes(config: Mapping[str, Any], words: str) -> None:
                 f"{_MOST[name]:,}. The file is damaged, or made to do harm."
             )
         elif name in _AT_LEAST_ONE and isinstance(value, (int, float)) and value < 1:
-            raise InputError(
-                f"{words}: {name} in its config is {value:,}; 1 is the least there is."
-            )
+            raise InputError(f"{words}: {name} in its config is {value:,}; the least is 1.")
 
 
 def _check_index(index: Path, words: str) -> None:

@@ -357,12 +357,12 @@ def _check_base(run: RunDirectory, plan: Plan) -> None:
 def _read_origin(run: RunDirectory) -> dict[str, Any]:
     path = run.checkpoints / ORIGIN
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise TypeError("it is no object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
-    return {RENAMED.get(key, key): value for key, value in found.items()}
+    return {RENAMED.get(key) or key: value for key, value in found.items()}
 
 
 _CONTENT = {
