@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from ftlevel.errors import ConfigError
 
 ORIGIN = "origin.json"
 """In checkpoints: everything that must be the same when a run goes on."""
-_CHANGES = "changes.jsonl"
+_CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
 
 
 class RunDirectory:
@@ -70,6 +71,28 @@ class RunDirectory:
         path = self.checkpoints / _CHANGES
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [json.loads(line) for line in lines]
+
+    def note(self, note: Mapping[str, Any]) -> None:
+        """Append what happened at a `step`: memory that was too small, a step that was left out."""
+        with (self.checkpoints / _NOTES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(note, default=str) + "\n")
+
+    def rewind_notes(self, step: int) -> None:
+        """Forget what happened after `step`: it will happen again."""
+        path = self.checkpoints / _NOTES
+        if path.is_file():
+            kept = [json.dumps(note) + "\n" for note in self.read_notes() if note["step"] <= step]
+            write_text(path, "".join(kept))
+
+    def read_notes(self) -> list[dict[str, Any]]:
+        """Return what happened in the course of the run; a line that was cut short is left out."""
+        path, notes = self.checkpoints / _NOTES, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            with contextlib.suppress(ValueError):
+                note = json.loads(line)
+                if isinstance(note, dict) and isinstance(note.get("step"), int):
+                    notes.append(note)
+        return notes
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -181,7 +204,11 @@ def open_run(
             ownership.mark(path)
             run = RunDirectory(path)
             run.checkpoints.mkdir(exist_ok=resume)
-            for left in (path / METRICS, run.checkpoints / _CHANGES):  # by what was killed
+            for left in (
+                path / METRICS,
+                run.checkpoints / _CHANGES,
+                run.checkpoints / _NOTES,
+            ):  # by what was killed
                 left.unlink(missing_ok=True)
     except FileExistsError:
         raise ConfigError(

@@ -20,6 +20,7 @@ from ftlevel.events import Listener
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on
+from ftlevel.training.callbacks.recovery import describe_left_out
 from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
@@ -253,11 +254,11 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
             held.callback(digest.wait)
     held.enter_context(telling_what_is_kept(run))
     trainer = build_trainer(config, plan, adapted, run, going_on, processes)
-    watch = add_callbacks(trainer, config, plan, run, listener, processes)
+    checkpoint = going_on.checkpoint
+    watch = add_callbacks(trainer, config, plan, run, listener, processes, checkpoint)
     go_on(watch, run, going_on, processes)
     for callback in job.callbacks:
         trainer.add_callback(callback)
-    checkpoint = going_on.checkpoint
     if processes.is_first:
         told = describe_run(config.output, resolved_config(config, plan), run, going_on.past)
         watch.report.writers += held.enter_context(
@@ -290,6 +291,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         speed=describe_speed(trainer, asdict(verified) if verified else None),
         kept=kept,
         changes=run.read_changes(),
+        left_out=describe_left_out(run.read_notes()),
     )
     summary = _tell(config, plan, outcome, run, listener)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)

@@ -257,6 +257,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.adam_beta2", "", HOW),
     Flag("train.adam_epsilon", "", HOW),
     Flag("train.max_grad_norm", "", HOW),
+    Flag("train.on_nonfinite", "", HOW),
+    Flag("train.spike_factor", "", HOW),
     Flag("train.label_smoothing_factor", "", HOW, also=("--label-smoothing",)),
     Flag("train.class_weights", "", HOW, metavar="balanced|NAME=W,…", also=("--class-weight",)),
     Flag("train.focal_gamma", "", HOW),

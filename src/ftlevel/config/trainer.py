@@ -54,6 +54,17 @@ class TrainerConfig(Decoding):
         1e-8, description="What AdamW adds to the root of that mean."
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm; 0 is off.")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="What becomes of a step whose loss or gradient is NaN or infinite: stop, leave "
+        "it out (skip), or go back to the newest checkpoint's weights and leave out what came "
+        "since (rollback).",
+    )
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        None,
+        description="Go back to the newest checkpoint's weights where a step's loss is above so "
+        "many times the median of the last 20 steps, and leave the step out; the default is never.",
+    )
     label_smoothing_factor: Share = Field(
         0.0,
         description="Share of each target's probability that is spread over all others, in "

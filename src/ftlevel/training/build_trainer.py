@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainConfig
-from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.events import Listener
 from ftlevel.fast.step_collator import StepCollator
@@ -21,6 +22,7 @@ from ftlevel.training.callbacks.follow_settings import FollowSettings
 from ftlevel.training.callbacks.gradient_proof import GradientProof
 from ftlevel.training.callbacks.interrupt import Interrupt
 from ftlevel.training.callbacks.keep_best import KeepBest
+from ftlevel.training.callbacks.recovery import Recovery
 from ftlevel.training.callbacks.report import Report
 from ftlevel.training.callbacks.save_by_clock import SaveByClock
 from ftlevel.training.callbacks.save_stream_state import SaveStreamState
@@ -72,7 +74,7 @@ def build_trainer(
         penalty=METHODS[config.method.kind].penalty,
         train_dataset=rows,
         eval_dataset=plan.data.validation or None,
-        data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
+        data_collator=StepCollator(pad_id, fast.plan) if fast else CollatorWithRows(pad_id),
         fast=fast,
         order=order,
         head_rate=resolve_head_rate(plan),
@@ -122,6 +124,7 @@ def go_on(watch: Watch, run: RunDirectory, going_on: GoingOn, processes: Process
     step = step_of(going_on.checkpoint)
     if processes.is_first:
         watch.report.records += run.rewind_log(step)
+        run.rewind_notes(step)
     if watch.best is not None:
         watch.best.go_on(step, going_on.past, has_new_length=going_on.has_new_length)
 
@@ -133,6 +136,7 @@ def add_callbacks(
     run: RunDirectory,
     listener: Listener,
     processes: Processes,
+    checkpoint: Path | None,
 ) -> Watch:
     """Let everything of ours that goes with the steps of `trainer` (mutated) go with them."""
 
@@ -150,13 +154,18 @@ def add_callbacks(
     if plan.best is not None:
         best = KeepBest(plan.best, run.checkpoints, processes, states, listener)
     trainer.warn = listener.warn
-    gradients = GradientProof(listener, trainer.take_step_loss)
+    trainer.replaces_nonfinite = config.train.on_nonfinite != "stop"
+    if is_first:
+        trainer.note = run.note
+    recovery = Recovery(trainer, config.train, run, processes, listener, checkpoint)
+    gradients = GradientProof(listener, trainer.take_step_loss, recovery)
     watch = Watch(report, gradients, Interrupt(processes, plan.model.device), best)
     streamed = isinstance(rows, StreamedRows)
     minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0
     for callback in (
         watch.report,
         watch.gradients,
+        recovery,
         watch.interrupt,
         FollowSettings(),
         SetEpoch(plan.data.train, trainer.order),

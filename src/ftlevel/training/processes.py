@@ -91,6 +91,14 @@ class Processes:
         """Whether `flag` is set in one of them: what all must do at the same step."""
         return bool(self.most(int(flag), device))
 
+    def mean(self, value: float, device: str) -> float:
+        """Return the mean of `value` over all of them."""
+        if self.count == 1:
+            return value
+        box = torch.tensor(value, device=device, dtype=torch.float32)
+        distributed.all_reduce(box)
+        return float(box) / self.count
+
     def most(self, wish: int, device: str) -> int:
         """Return the largest `wish` of all: what they must do at the same step."""
         if self.count == 1:

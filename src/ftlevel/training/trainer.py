@@ -6,6 +6,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,9 @@ class FtlevelTrainer(Trainer):
         processes: those of the run.
         halved: where the memory was too small, the step and the tokens of a micro-batch since.
         warn: is told of it.
+        note: writes it down.
+        step_rows: of the optimizer step so far, by their index among the training rows.
+        replaces_nonfinite: log the loss of the step before in place of one that is not finite.
     """
 
     def __init__(
@@ -76,7 +80,11 @@ class FtlevelTrainer(Trainer):
         self.tokens_computed = 0
         self.halved: list[dict[str, int]] = []
         self.warn: Callable[[str], None] = lambda _: None
+        self.note: Callable[[dict[str, Any]], None] = lambda _: None
+        self.step_rows: list[int] = []
+        self.replaces_nonfinite = False
         self._is_nothing = False
+        self._last_loss = 0.0
         self._step_loss: torch.Tensor | None = None
         # Going through the modules of a model takes longer than some of its layers.
         self._trained: list[torch.Tensor] = []
@@ -128,6 +136,8 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Return the loss of the batch, whose micro-batches have added to the gradient in turn."""
+        if self._step_loss is None:
+            self.step_rows = []
         while True:
             rows = inputs.pop("rows", ())
             try:
@@ -140,8 +150,11 @@ class FtlevelTrainer(Trainer):
         for part in inputs.get("micro_batches", [inputs]):
             if not self._is_nothing:
                 self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
+        self.step_rows += [row.row for row in rows if row.row >= 0]
         before = self._step_loss
         self._step_loss = loss.detach() if before is None else before + loss.detach()
+        if self.replaces_nonfinite and not bool(torch.isfinite(loss)):
+            return torch.full_like(loss, self._last_loss)
         return loss
 
     def _can_be_smaller(self, inputs: dict[str, Any]) -> bool:
@@ -165,6 +178,7 @@ class FtlevelTrainer(Trainer):
         self.fast.plan = replace(plan, tokens=collator.halve())
         step, tokens = self.state.global_step + 1, self.fast.plan.tokens // plan.workers
         self.halved.append({"step": step, "tokens_per_micro_batch": tokens})
+        self.note(self.halved[-1])
         self.warn(
             f"out of memory at step {step}: micro-batches have {tokens:,} tokens from now on, half "
             "as many as before; the rows of a step are the same."
@@ -175,7 +189,27 @@ class FtlevelTrainer(Trainer):
     def take_step_loss(self) -> torch.Tensor:
         """Return the loss of the optimizer step so far (a scalar), and begin with the next one."""
         loss, self._step_loss = self._step_loss, None
-        return torch.zeros(()) if loss is None else loss
+        if loss is None:
+            return torch.zeros(())
+        if self.replaces_nonfinite and bool(torch.isfinite(loss)):
+            self._last_loss = float(loss) / self.args.gradient_accumulation_steps
+        return loss
+
+    def drop_gradient(self) -> None:
+        """Let the optimizer's next step change nothing: it passes over what has no gradient."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take weights and the optimizer's state, but not its rates, from `checkpoint`."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._load_from_checkpoint(str(checkpoint))
+        path = checkpoint / "optimizer.pt"
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        self.optimizer.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _batch_loss(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,16 +11,23 @@ import pytest
 import torch
 from torch import nn
 
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import RunError
 from ftlevel.events import Silence
 from ftlevel.training.callbacks.gradient_proof import GradientProof
+from ftlevel.training.callbacks.recovery import Recovery
+from ftlevel.training.processes import Processes
 
 NONE: Any = None
 
 
 def prepared(loss: float = 1.0) -> tuple[GradientProof, nn.Linear, dict[str, Any]]:
     """Return the proof, and a model with finite gradients that it has seen for two steps."""
-    proof, model = GradientProof(Silence(), lambda: torch.tensor(loss)), nn.Linear(4, 4)
+    trainer: Any = SimpleNamespace(step_rows=[])
+    run = RunDirectory(Path("nothing"))
+    recovery = Recovery(trainer, TrainerConfig(), run, Processes(), Silence(), None)
+    proof, model = GradientProof(Silence(), lambda: torch.tensor(loss), recovery), nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model(torch.ones(2, 4)).square().sum().backward()
     return proof, model, {"model": model, "optimizer": optimizer}
