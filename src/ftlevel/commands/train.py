@@ -256,7 +256,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     trainer = build_trainer(config, plan, adapted, run, going_on, processes)
     checkpoint = going_on.checkpoint
     watch = add_callbacks(trainer, config, plan, run, listener, processes, checkpoint)
-    go_on(watch, run, going_on, processes)
+    go_on(trainer, watch, run, going_on, processes)
     for callback in job.callbacks:
         trainer.add_callback(callback)
     if processes.is_first:
@@ -267,6 +267,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
 
     listener.stage("train")
     with watch.interrupt, explain_disk_errors(run):
+        if checkpoint is None and not plan.data.stream:
+            trainer.smaller.try_longest(plan.data.train, plan.model.dtype)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.interrupt.has_stopped:
         raise Interrupted(describe_stop(run, trainer.state), watch.interrupt.exit_code)

@@ -269,6 +269,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.train_sampling_strategy", "", HOW,
          also=(Spelling("--group-by-length", value="group_by_length"),)),
     Flag("train.num_processes", "", HOW, also=("--nproc-per-node",)),
+    Flag("train.max_restarts", "", HOW),
     Flag("train.gradient_checkpointing", "", HOW, words={"unsloth": "true"},
          also=("--use-gradient-checkpointing", "--activation-checkpointing",
                Spelling("--disable-gradient-checkpointing", value="false"))),

@@ -100,6 +100,11 @@ class TrainerConfig(Decoding):
         description="Processes that train together, each on a device of its own, and each with "
         "per_device_train_batch_size rows; the default is one, or as torchrun started them.",
     )
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
+        0,
+        description="How often the processes are started again, from the newest whole checkpoint, "
+        "when one of several fails or is killed.",
+    )
     train_sampling_strategy: Literal["random", "group_by_length"] = Field(
         "random",
         description="Order of the rows in an epoch; group_by_length puts rows of like length into "

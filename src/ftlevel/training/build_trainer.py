@@ -117,14 +117,21 @@ class Watch:
     best: KeepBest | None
 
 
-def go_on(watch: Watch, run: RunDirectory, going_on: GoingOn, processes: Processes) -> None:
-    """Let `watch` (mutated) know what was logged until the checkpoint, and forget the rest."""
+def go_on(
+    trainer: FtlevelTrainer,
+    watch: Watch,
+    run: RunDirectory,
+    going_on: GoingOn,
+    processes: Processes,
+) -> None:
+    """Let `trainer` and `watch` (mutated) know what was until the checkpoint; forget the rest."""
     if going_on.checkpoint is None:
         return
     step = step_of(going_on.checkpoint)
     if processes.is_first:
         watch.report.records += run.rewind_log(step)
         run.rewind_notes(step)
+    trainer.smaller.go_on([note for note in run.read_notes() if note["step"] <= step])
     if watch.best is not None:
         watch.best.go_on(step, going_on.past, has_new_length=going_on.has_new_length)
 

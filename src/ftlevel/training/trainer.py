@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,11 @@ from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.prefixes.shared_prefix import SharedPrefix
 from ftlevel.fast.step import FastStep
-from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Objective, TrainingLoss
 from ftlevel.training.processes import Processes
+from ftlevel.training.smaller_steps import SmallerSteps
 
 
 class FtlevelTrainer(Trainer):
@@ -47,7 +45,7 @@ class FtlevelTrainer(Trainer):
         loss: what the loss of training has beside that of evaluation.
         head_rate: modules that learn at a rate of their own, and that rate; None for none.
         processes: those of the run.
-        halved: where the memory was too small, the step and the tokens of a micro-batch since.
+        smaller: makes steps that do not fit into memory smaller.
         warn: is told of it.
         note: writes it down.
         step_rows: of the optimizer step so far, by their index among the training rows.
@@ -78,7 +76,7 @@ class FtlevelTrainer(Trainer):
         self.order = order
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
-        self.halved: list[dict[str, int]] = []
+        self.smaller = SmallerSteps(self)
         self.warn: Callable[[str], None] = lambda _: None
         self.note: Callable[[dict[str, Any]], None] = lambda _: None
         self.step_rows: list[int] = []
@@ -144,9 +142,9 @@ class FtlevelTrainer(Trainer):
                 loss = self._batch_loss(model, inputs, num_items_in_batch)
                 break
             except Exception as error:
-                if not (is_out_of_memory(error) and self._can_be_smaller(inputs)):
+                if not (is_out_of_memory(error) and self.smaller.can(inputs)):
                     raise
-            inputs = self._in_smaller_parts(model, rows)
+            inputs = self.smaller.make(model, rows, inputs)
         for part in inputs.get("micro_batches", [inputs]):
             if not self._is_nothing:
                 self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
@@ -156,35 +154,6 @@ class FtlevelTrainer(Trainer):
         if self.replaces_nonfinite and not bool(torch.isfinite(loss)):
             return torch.full_like(loss, self._last_loss)
         return loss
-
-    def _can_be_smaller(self, inputs: dict[str, Any]) -> bool:
-        """Whether the step has micro-batches of several rows; alone, as others are not asked."""
-        parts = inputs.get("micro_batches", ())
-        return self.args.world_size == 1 and any(len(part["labels"]) > 1 for part in parts)
-
-    def _in_smaller_parts(self, model: Any, rows: Sequence[Any]) -> dict[str, Any]:
-        """Return `rows` of a step that did not fit in micro-batches of half as many tokens.
-
-        What the step has added to the gradient is undone, and its rows are counted once. The loss
-        and the gradient are the same but for the order of sums, and for other random numbers.
-        """
-        model.zero_grad()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        collator, plan = self.data_collator, self.fast.plan if self.fast else None
-        if not isinstance(collator, StepCollator) or plan is None or self.fast is None:
-            raise TypeError("only a fast step has micro-batches")
-        self.fast.plan = replace(plan, tokens=collator.halve())
-        step, tokens = self.state.global_step + 1, self.fast.plan.tokens // plan.workers
-        self.halved.append({"step": step, "tokens_per_micro_batch": tokens})
-        self.note(self.halved[-1])
-        self.warn(
-            f"out of memory at step {step}: micro-batches have {tokens:,} tokens from now on, half "
-            "as many as before; the rows of a step are the same."
-        )
-        inputs: dict[str, Any] = _to_device(collator(rows), self.args.device)
-        return inputs
 
     def take_step_loss(self) -> torch.Tensor:
         """Return the loss of the optimizer step so far (a scalar), and begin with the next one."""
@@ -325,6 +294,20 @@ class FtlevelTrainer(Trainer):
         finally:
             self._compute_dtype, self._in_training = "", False
             self.tokens_seen, self.tokens_computed = seen, computed
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether steps are computed before training, by `computing_alone`."""
+        return bool(self._compute_dtype)
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return what the collator gave, on the device."""
+        moved: dict[str, Any] = _to_device(batch, self.args.device)
+        return moved
+
+    def compute_batch(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the loss of a batch as `training_step` does, and add to the gradient."""
+        return self._batch_loss(model, inputs, None)
 
     @property
     def loss_scale(self) -> float:

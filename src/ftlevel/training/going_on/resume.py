@@ -47,7 +47,7 @@ _FREE = {"logging_steps", "eval_steps", "save_steps", "save_minutes", "save_tota
          "eval_on_start", "predict_with_generate", "max_generate_samples", "max_new_tokens",
          "metrics", "num_beams", "temperature", "top_p",
          "per_device_eval_batch_size", "eval_strategy", "save_strategy", "on_nonfinite",
-         "spike_factor"}  # fmt: skip
+         "spike_factor", "max_restarts"}  # fmt: skip
 _EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}
 """Where the schedule waits for evaluations, these decide what is computed."""
 
