@@ -3,8 +3,8 @@
     python benchmarks/launchers.py
 
 Each starts the same run in two processes; then something happens to it. Printed are the exit code,
-the lines of stderr, the ranks that still run ten seconds later, and whether a checkpoint was
-certified. It takes about three minutes on two quiet cores. On Linux, with psutil.
+the lines of stderr, the ranks that still run ten seconds later, how many checkpoints there are,
+and the seconds until it trained. It takes about three minutes on two quiet cores. On Linux, with psutil.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def try_out(launcher: str, event: str, folder: Path) -> str:
 
 def main() -> None:
     """Print the table."""
-    print("| what happens | launcher | exit code | lines | ranks alive | checkpoints | began after, s |")
+    print(
+        "| what happens | launcher | exit code | lines | ranks alive | checkpoints | began after, s |"
+    )
     print("|---|---|--:|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as root:
         for event in EVENTS:

@@ -9,8 +9,7 @@ import struct
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,10 +18,8 @@ import hypothesis
 from hypothesis import strategies as st
 
 from ftlevel.errors import FtlevelError
+from torture_rows.fuzz_readers import Read, Reader, as_json, encoded
 from torture_rows.lab import BAD, GOOD, HANG, TOO_LONG, Case, Lab
-
-Read = Callable[[Any], object]
-"""Reads one thing; raises FtlevelError where it is refused."""
 
 _SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=12),
@@ -30,9 +27,37 @@ _SCALARS = st.one_of(
 )  # fmt: skip
 _VALUES = st.recursive(
     _SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=6,
+)
+_PATHS = st.sampled_from(
+    ["train.seed", "train.learning_rate", "method.r", "method", "method.kind", "data.dataset",
+     "data.mix", "model.name_or_path", "quant.kind", "output.dir", "task", "train",
+     "train.lr_scheduler_kwargs", "method.rank_pattern", "speed.verify", "data.gate", "a.b.c", ""]
 )  # fmt: skip
+_RECIPE = """\
+# a recipe
+task: text-generation
+model: {name_or_path: "builtin:tiny-llama", dtype: auto}
+data:
+  dataset: rows.jsonl
+  also: [one.csv, 'two.parquet']
+  max_length: 256
+method: &lora
+  kind: lora
+  r: 8
+  rank_pattern: {q_proj: 4}
+  target_modules: all-linear
+train:
+  learning_rate: 2.0e-4
+  num_train_epochs: 3
+  optim_args: {}
+output:
+  dir: runs/x
+"""
+_SIGNS = [*"{}[]:,'\"\\\n\t#&*!|>-?%@`0", "!!", "<<", "{{", "}}", "{%", "%}", "\x00", "é"]
 
 
 def _changed(whole: Any) -> st.SearchStrategy[Any]:
@@ -66,7 +91,6 @@ def _changed(whole: Any) -> st.SearchStrategy[Any]:
 
 def _texts(whole: str) -> st.SearchStrategy[str]:
     """Return `whole` cut, doubled, or with a piece replaced."""
-    pieces = st.sampled_from(list("{}[]:,'\"\\\n\t#&*!|>-?%@`0") + ["!!", "<<", "{{", "}}", "{%", "%}", "\x00", "é"])  # fmt: skip
 
     @st.composite
     def changed(draw: Any) -> str:
@@ -74,7 +98,8 @@ def _texts(whole: str) -> st.SearchStrategy[str]:
         for _ in range(draw(st.integers(1, 4))):
             at = draw(st.integers(0, len(text)))
             to = min(len(text), at + draw(st.integers(0, 12)))
-            text = text[:at] + draw(st.one_of(pieces, st.text(max_size=6))) + text[to:]
+            piece = draw(st.sampled_from(_SIGNS) | st.text(max_size=6))
+            text = text[:at] + piece + text[to:]
         return text[: draw(st.integers(0, len(text)))] if draw(st.integers(0, 5)) == 0 else text
 
     return changed()
@@ -95,138 +120,40 @@ def _bytes_of(whole: bytes, first: int) -> st.SearchStrategy[bytes]:
     return changed()
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")
-
-
 def _targets(lab: Lab) -> dict[str, tuple[float, st.SearchStrategy[Any], Read]]:
     """Return name → (share of the tries, what is read, how)."""
-    from ftlevel.artifacts.cards import read_card
-    from ftlevel.artifacts.checkpoints import find_damage
-    from ftlevel.artifacts.ownership import is_run
-    from ftlevel.artifacts.run_directory import RunDirectory
-    from ftlevel.config import DataConfig
-    from ftlevel.config.layers import build_config, read_recipe, read_settings
-    from ftlevel.data.encoding.chat import render_chat
-    from ftlevel.data.prepare.loading import load_examples
-    from ftlevel.models.loading import load_config, load_tokenizer
-    from ftlevel.models.sources import resolve_source
-    from ftlevel.tasks import TASKS
-    from ftlevel.trained.plain_peft import read_plain_adapter
-    from ftlevel.training.going_on.resume import read_origin
-    from ftlevel.weights.tensor_files import read_header
-
-    run = lab.root / "run"
-    lab.run(lab.training(run))
-    folder = lab.root / "fuzzed"
-    folder.mkdir()
-    source = resolve_source(str(lab.base))
-    tokenizer = load_tokenizer(source)
-    config = json.loads((lab.base / "config.json").read_text())
-    card = json.loads((run / "adapter" / "ftlevel.json").read_text())
-    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    newest = max(run.glob("checkpoints/checkpoint-*"))
-    manifest = json.loads((newest / "manifest.json").read_text())
-    header = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    parts = json.loads(header[8 : 8 + struct.unpack("<Q", header[:8])[0]])
-    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    recipe = (run / "config.yaml").read_text()
-    few = "".join(lab.rows.read_text().splitlines(keepends=True)[:4])
-    origin = json.loads((run / "checkpoints" / "origin.json").read_text())
-    task = TASKS["text-generation"]
-    paths = st.sampled_from([
-        "train.seed", "train.learning_rate", "method.r", "method", "method.kind", "data.dataset",
-        "data.mix", "model.name_or_path", "quant.kind", "output.dir", "task", "train",
-        "train.lr_scheduler_kwargs", "method.rank_pattern", "speed.verify", "data.gate", "a.b.c", "",
-    ])  # fmt: skip
-
-    def at(name: str, content: bytes) -> Path:
-        path = folder / name
-        path.write_bytes(content)
-        return path
-
-    def config_of(value: Any) -> object:
-        at("config.json", value if isinstance(value, bytes) else _json(value))
-        return load_config(resolve_source(str(folder)))
-
-    def template_of(text: str) -> object:
-        tokenizer.chat_template = text
-        return render_chat(tokenizer, turns)
-
-    def rows_of(suffix: str) -> Callable[[bytes], object]:
-        def read(content: bytes) -> object:
-            path = at(f"rows{suffix}", content)
-            return load_examples(DataConfig(dataset=str(path)), task, 0)
-
-        return read
-
-    def manifest_of(value: Any) -> object:
-        checkpoint = folder / "checkpoint"
-        if not checkpoint.exists():
-            checkpoint.symlink_to(newest)
-        (folder / "one").mkdir(exist_ok=True)
-        (folder / "one" / "x").write_text("x")
-        (folder / "one" / "manifest.json").write_bytes(_json(value))
-        found = find_damage(folder / "one")
-        if not isinstance(found, str):
-            raise AssertionError("a manifest that is another is taken for whole")
-        return found
-
-    def origin_of(value: Any) -> object:
-        (folder / "r" / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "r" / "checkpoints" / "origin.json").write_bytes(_json(value))
-        (folder / "r" / ".ftlevel.json").write_bytes(_json(value))
-        (folder / "r" / "summary.json").write_bytes(_json(value))
-        (folder / "r" / "metrics.jsonl").write_bytes(_json(value) + b"\n" + _json(value)[:-1])
-        opened = RunDirectory(folder / "r")
-        is_run(folder / "r")
-        opened.read_summary()
-        opened.read_log(3)
-        return read_origin(opened, origin)
-
-    def header_of(value: Any) -> object:
-        if isinstance(value, bytes):
-            return read_header(at("x.safetensors", value))
-        text = _json(value)
-        return read_header(at("x.safetensors", struct.pack("<Q", len(text)) + text + b"\0" * 64))
-
-    def gguf_of(value: bytes) -> object:
-        path = at("x.gguf", value)
-        found = resolve_source(str(path))
-        return load_tokenizer(found) and load_config(found)
-
-    base = replace(source)
-    shutil_copy = (lab.base / "tokenizer.json").read_bytes()
-    at("tokenizer.json", shutil_copy)
-    (folder / "model.safetensors").symlink_to(lab.base / "model.safetensors")
-    (folder / "adapter_model.safetensors").write_bytes(header)
+    reader = Reader(lab)
+    lines = lab.rows.read_text().splitlines(keepends=True)[:4]
+    tables = st.lists(_changed(json.loads(lines[0])), min_size=1, max_size=4)
+    rows = _texts("".join(lines)).map(encoded) | tables.map(
+        lambda found: b"\n".join(map(as_json, found))
+    )
     csv = b"prompt,completion\n" + b"one two,three\n" * 4
+    header = reader.adapter
+    parts = json.loads(header[8 : 8 + struct.unpack("<Q", header[:8])[0]])
+    manifest = json.loads((reader.newest / "manifest.json").read_text())
+    config = json.loads((lab.base / "config.json").read_text())
+    settings = st.tuples(_PATHS, st.text(max_size=20) | _VALUES.map(json.dumps)).map("=".join)
+    adapter = _changed(reader.json("adapter/adapter_config.json"))
+    headers = _changed(parts) | _VALUES | _bytes_of(header, 2000)
+    templates = _texts(reader.tokenizer.chat_template) | st.text(max_size=30)
     targets: dict[str, tuple[float, st.SearchStrategy[Any], Read]] = {
-        "recipes": (0.06, _texts(recipe) | _VALUES.map(lambda v: json.dumps(v)),
-                    lambda t: build_config([read_recipe(at("r.yaml", t.encode(errors="surrogatepass")))])),
-        "--set": (0.25, st.tuples(paths, st.one_of(st.text(max_size=20), _VALUES.map(json.dumps))).map("=".join),
-                  lambda text: build_config([read_settings([text])])),
-        "rows, JSON lines": (0.10, _texts(few).map(lambda t: t.encode(errors="surrogatepass")) | st.lists(_changed(json.loads(few.splitlines()[0])), min_size=1, max_size=4).map(
-            lambda rows: b"\n".join(map(_json, rows))), rows_of(".jsonl")),
-        "rows, CSV": (0.05, _bytes_of(csv, len(csv)), rows_of(".csv")),
-        "adapter configs": (0.13, _changed(adapter) | _VALUES,
-                            lambda v: (at("adapter_config.json", _json(v)), read_plain_adapter(folder, base_source=base))[1]),
-        "cards": (0.14, _changed(card) | _VALUES, lambda v: (at("ftlevel.json", _json(v)), read_card(folder))[1]),
-        "manifests": (0.06, _changed(manifest) | _VALUES, manifest_of),
-        "files of a run": (0.04, _VALUES, origin_of),
-        "safetensors headers": (0.08, _changed(parts) | _VALUES | _bytes_of(header, 2000), header_of),
-        "base configs": (0.04, _changed(config) | _VALUES, config_of),
-        "templates": (0.05, _texts(tokenizer.chat_template) | st.text(max_size=30), template_of),
-    }  # fmt: skip
-    if (gguf := _gguf(lab)) is not None:
-        targets["GGUF headers"] = (0.01, _bytes_of(gguf, 20_000), gguf_of)
-    return targets
-
-
-def _gguf(lab: Lab) -> bytes | None:
+        "recipes": (0.06, _texts(_RECIPE) | _VALUES.map(json.dumps), reader.recipe),
+        "--set": (0.24, settings, reader.setting),
+        "rows, JSON lines": (0.10, rows, reader.rows(".jsonl")),
+        "rows, CSV": (0.05, _bytes_of(csv, len(csv)), reader.rows(".csv")),
+        "adapter configs": (0.13, adapter | _VALUES, reader.adapter_config),
+        "cards": (0.14, _changed(reader.json("adapter/ftlevel.json")) | _VALUES, reader.card),
+        "manifests": (0.06, _changed(manifest) | _VALUES, reader.manifest),
+        "files of a run": (0.04, _VALUES | _changed(reader.origin), reader.state),
+        "safetensors headers": (0.08, headers, reader.header),
+        "base configs": (0.04, _changed(config) | _VALUES, reader.config),
+        "templates": (0.05, templates, reader.template),
+    }
     out = lab.root / "whole.gguf"
-    ended = lab.run(["export", str(lab.base), "--out", str(out), "--quiet"])
-    return out.read_bytes() if ended.code == 0 else None
+    if lab.run(["export", str(lab.base), "--out", str(out), "--quiet"]).code == 0:
+        targets["GGUF headers"] = (0.01, _bytes_of(out.read_bytes(), 20_000), reader.gguf)
+    return targets
 
 
 class _Hang(BaseException):
@@ -245,7 +172,8 @@ def fuzz_everything(lab: Lab, count: int) -> Iterator[Case]:
         began = time.monotonic()
         found = _fuzz(strategy, read, tries, lab.random.randrange(2**32))
         bad = sum(n for (verdict, _), n in found.items() if verdict != GOOD)
-        print(f"fuzz: {name}: {tries:,} in {time.monotonic() - began:,.0f} s, {bad:,} bad", flush=True)
+        seconds = time.monotonic() - began
+        print(f"fuzz: {name}: {tries:,} in {seconds:,.0f} s, {bad:,} bad", flush=True)
         for (verdict, why), times in found.items():
             yield Case(verdict, name, why, name, times)
 
@@ -253,7 +181,9 @@ def fuzz_everything(lab: Lab, count: int) -> Iterator[Case]:
 def _fuzz(
     strategy: st.SearchStrategy[Any], read: Read, tries: int, seed: int
 ) -> Counter[tuple[str, str]]:
+    """Return what became of the tries, and why; of like errors one stands for all."""
     found: Counter[tuple[str, str]] = Counter()
+    seen: dict[str, str] = {}
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -267,22 +197,19 @@ def _fuzz(
             read(value)
             found[GOOD, ""] += 1
         except FtlevelError as error:
-            is_line = str(error).strip() != ""
-            found[GOOD if is_line else BAD, "" if is_line else "no message"] += 1
+            is_line = bool(str(error).strip())
+            found[(GOOD, "") if is_line else (BAD, "no message")] += 1
         except _Hang:
             found[HANG, repr(value)[:500]] += 1
         except Exception as error:  # noqa: BLE001 - each is a finding
-            where = [f for f in traceback.extract_tb(error.__traceback__) if "ftlevel" in f.filename]
-            last = where[-1] if where else None
-            place = f"{Path(last.filename).name}:{last.lineno}" if last else "?"
-            found[BAD, f"{type(error).__name__} at {place}: {str(error)[:100]!r} of {repr(value)[:150]}"
-                  if (BAD, place + type(error).__name__) not in seen else seen[BAD, place + type(error).__name__]] += 1  # fmt: skip
-            if (key := (BAD, place + type(error).__name__)) not in seen:
-                seen[key] = next(reversed(found))[1]
+            frames = traceback.extract_tb(error.__traceback__)
+            ours = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "src" in f.filename]
+            key = f"{type(error).__name__} at {ours[-1] if ours else '?'}"
+            seen.setdefault(key, f"{key}: {str(error)[:100]!r} of {repr(value)[:150]}")
+            found[BAD, seen[key]] += 1
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
-    seen: dict[tuple[str, str], str] = {}
     with contextlib.suppress(hypothesis.errors.Unsatisfiable):
         one()
     return found

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torture_rows.lab import BAD, GOOD, HANG, SILENT, STEPS, Case, Ended, Lab
+
 from torture_rows.lab import certified, digest, leftovers  # isort: skip
 from torture_rows.moments import Course, counting, killing, read_course
 

@@ -33,7 +33,23 @@ GOOD, BAD, SILENT, EXECUTED, HANG, OUTSIDE = (
 )  # fmt: skip
 VERDICTS = (GOOD, BAD, SILENT, EXECUTED, HANG, OUTSIDE)
 
-_WORDS = "alpha beta gamma delta one two three four red blue green small large old new".split()
+_WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "one",
+    "two",
+    "three",
+    "four",
+    "red",
+    "blue",
+    "green",
+    "small",
+    "large",
+    "old",
+    "new",
+]
 
 
 @dataclass(frozen=True)

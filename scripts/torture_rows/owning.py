@@ -148,7 +148,8 @@ def look_for_secrets(lab: Lab, count: int) -> Iterator[Case]:
         texts += [ended.out.encode(), ended.err.encode()]
         told = any(_SECRET.encode() in text for text in texts)
         modes = {stat.S_IMODE(p.stat().st_mode) & 0o077 for p in run.rglob("*")}
-        good = not told and modes <= {0} and ended.code == (1 if fails else 0) | fails
+        ends = (1, 99) if fails else (0,)  # 99 is our own traceback, as the interpreter shows it
+        good = not told and modes <= {0} and ended.code in ends
         why = f"told: {told}, modes: {modes}, exit {ended.code}: {ended.err[-300:]}"
         yield Case(GOOD if good else BAD, name, why, "a failing run" if fails else "a whole run")
         shutil.rmtree(run, ignore_errors=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torture_rows.kills import Whole, judge
 from torture_rows.lab import BAD, GOOD, HANG, STEPS, Case, Child, Ended, Lab, certified
+
 from torture_rows.lab import warm_up  # isort: skip
 from torture_rows.moments import counting, read_course, signalling
 

@@ -147,7 +147,7 @@ def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> No
         if not directory.is_dir():
             raise ConfigError(f"--output-dir {directory} is a file. Name a directory.")
         check_unclaimed(directory)
-        if any(directory.iterdir()):
+        if not ownership.is_free(directory):
             _check_kind(directory, overwrite, resume)
     elif directory is not None and directory.is_symlink():
         raise ConfigError(
@@ -196,7 +196,7 @@ def open_run(
         path = directory or _next_free(Path("runs"), name)
         path.mkdir(parents=True, exist_ok=True)
         with claimed(path):
-            if overwrite and any(path.iterdir()):
+            if overwrite and not ownership.is_free(path):
                 ownership.check_replaceable(path)
                 kept = ownership.set_aside(path)
             elif ownership.is_run(path) and not resume:

@@ -239,3 +239,14 @@ def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, text: str) -> Non
     assert checkpoints.find_damage(tmp_path) is None
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
     assert checkpoints.find_damage(tmp_path)
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}, {}])
+def test_a_marker_that_a_kill_has_cut_short_is_begun_over(
+    tmp_path: Path, how: dict[str, bool]
+) -> None:
+    (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')
+    given = {"resume": False, "overwrite": False, **how}
+    check_output(tmp_path, **given)
+    open_run(tmp_path, "x", **given)
+    assert ownership.is_run(tmp_path)
