@@ -3,8 +3,9 @@
     python benchmarks/launchers.py
 
 Each starts the same run in two processes; then something happens to it. Printed are the exit code,
-the lines of stderr, the ranks that still run ten seconds later, how many checkpoints there are,
-and the seconds until it trained. It takes about three minutes on two quiet cores. On Linux, with psutil.
+the lines of stderr, the ranks that still run ten seconds later, how many checkpoints there are, and
+the seconds until it trained. It takes about three minutes on two quiet cores. On Linux, with
+psutil.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def try_out(launcher: str, event: str, folder: Path) -> str:
         left.kill()
     lines = len(err.strip().splitlines())
     return (
-        f"| {event} | {launcher} | {'goes on' if code is None else code} | {lines} | {len(alive)} | "
-        f"{whole} | {seconds:.0f} |"
+        f"| {event} | {launcher} | {'goes on' if code is None else code} | {lines} | "
+        f"{len(alive)} | {whole} | {seconds:.0f} |"
     )
 
 

@@ -1,4 +1,4 @@
-"""kill -9 at any moment, once or twice, and `--resume`: the run is the one that nobody broke off."""
+"""kill -9 at any moment, once or twice, and `--resume`: the run is the one that was not broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is deleted and who may write: strangers' files under --overwrite, two runs at once, tokens."""
+"""What is deleted, and who may write: files of others, two runs at once, tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def _tree(folder: Path) -> dict[str, str]:
 def _project(folder: Path, lab: Lab) -> Path:
     """A stranger's project with files that are called as a run's."""
     folder.mkdir()
-    for name in ("config.yaml", "summary.json", "README.md", "checkpoints/checkpoint-1/manifest.json",
+    for name in ("config.yaml", "summary.json", "checkpoints/checkpoint-1/manifest.json",
+                 "README.md",
                  "adapter/mine.txt", "src/main.py"):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"mine {lab.random.random()}")

@@ -26,7 +26,8 @@ def commands(lab: Lab, run: Path) -> dict[str, Command]:
     return {
         "train": lambda out: lab.training(out),
         "evaluate": lambda _: ["evaluate", str(run), *rows, "--quiet"],
-        "predict": lambda out: ["predict", str(run), "--dataset", str(few), "--output", f"{out}.jsonl"],
+        "predict": lambda out: ["predict", str(run), "--dataset", str(few), "--output",
+                                f"{out}.jsonl"],
         "generate": lambda out: ["generate", str(run), "--prompts", str(few), "--out",
                                  f"{out}.jsonl", "--max-new-tokens", "4"],
         "merge": lambda out: ["merge", str(run), "--out", str(out), "--quiet"],

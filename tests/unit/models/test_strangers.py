@@ -86,7 +86,8 @@ def test_a_card_of_another_shape_is_named(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_hidden_layers", 0), ("vocab_size", -1), ("num_hidden_layers", 10**9), ("hidden_size", 2**31), ("vocab_size", 10**12),
+    [("num_hidden_layers", 0), ("vocab_size", -1),
+     ("num_hidden_layers", 10**9), ("hidden_size", 2**31), ("vocab_size", 10**12),
      ("num_hidden_layers", 1e300)],
 )  # fmt: skip
 def test_absurd_sizes_are_refused_before_anything_is_built(
