@@ -2,6 +2,7 @@
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
 # make suite   run PEFT's own tests on our tuners and on the fused LoRA layers (an hour)
+# make torture kill, damage, fill, fuzz: every row of docs/reliability.md at its full count (two hours)
 # make lint    the linters and type checks alone
 # make clean   remove environments and caches; models, data and runs stay
 #
@@ -10,6 +11,7 @@
 #   make demo DEMO_FLAGS='--max-steps 10'
 #   make matrix MATRIX_FLAGS='--families gpt2,t5 --quants none'
 #   make suite SUITE_FLAGS='prefix prompt'
+#   make torture TORTURE_FLAGS='--only kill disk --share 0.1 --seed 7 --jobs 2'
 #   make test PIP_FLAGS='--no-cache-dir'
 
 PYTHON ?= python3
@@ -18,6 +20,7 @@ PYTEST_FLAGS ?= -n 2 --dist worksteal
 DEMO_FLAGS ?=
 MATRIX_FLAGS ?=
 SUITE_FLAGS ?=
+TORTURE_FLAGS ?=
 MODELS ?= .models
 TEST_DIR ?= .test
 DEMO_DIR ?= .demo
@@ -33,7 +36,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test demo lint matrix suite clean
+.PHONY: help test demo lint matrix suite torture clean
 .DELETE_ON_ERROR:
 
 help:
@@ -69,6 +72,10 @@ matrix: $(TEST_DIR)/installed
 suite: export OMP_NUM_THREADS ?= 1
 suite: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/peft_suite.py $(SUITE_FLAGS)
+
+torture: export OMP_NUM_THREADS ?= 1
+torture: $(TEST_DIR)/installed
+	$(TEST_BIN)/python scripts/torture.py $(TORTURE_FLAGS)
 
 demo: $(DEMO_DIR)/installed
 	$(DEMO_BIN)/python scripts/fetch_models.py smollm2 --dir $(MODELS)

@@ -67,9 +67,8 @@ def try_out(launcher: str, event: str, folder: Path) -> str:
 
 def main() -> None:
     """Print the table."""
-    print(
-        "| what happens | launcher | exit code | lines | ranks alive | checkpoints | began after, s |"
-    )
+    heads = ("what happens", "launcher", "exit code", "lines", "ranks alive", "checkpoints", "s")
+    print(f"| {' | '.join(heads)} |")
     print("|---|---|--:|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as root:
         for event in EVENTS:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.hub import find_repository
-from ftlevel.artifacts.ownership import replacing
+from ftlevel.artifacts.ownership import mark_end_once, replacing
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
@@ -238,20 +238,14 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     origin = origin_of(config, plan, describe_taken(plan, job.taken))
     going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
     if (summary := going_on.finished) is not None:
-        listener.end({**summary, "nothing_left": describe_end(config, summary)})
-        return TrainResult(summary, config.output.dir, None, plan.model.tokenizer)
+        return _end_finished(job, summary)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
     verified = verify_step(config, plan, adapted, listener)
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
     plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
     if processes.is_first:
-        held.enter_context(claimed(run.path))
-        held.enter_context(replacing(run.path))
-        if going_on.checkpoint is None:
-            digest = BaseDigest(plan.model.source.path)
-            digest.keep(run.checkpoints)
-            held.callback(digest.wait)
+        _hold(run, plan, held, begins=going_on.checkpoint is None)
     held.enter_context(telling_what_is_kept(run))
     trainer = build_trainer(config, plan, adapted, run, going_on, processes)
     checkpoint = going_on.checkpoint
@@ -297,6 +291,25 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     )
     summary = _tell(config, plan, outcome, run, listener)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
+
+
+def _end_finished(job: _Job, summary: Mapping[str, Any]) -> TrainResult:
+    """Say that a run that was to go on is at its end, and return what it gave."""
+    config, where = job.taken.config, job.taken.config.output.dir
+    if job.processes.is_first and where is not None:
+        mark_end_once(where)
+    job.listener.end({**summary, "nothing_left": describe_end(config, summary)})
+    return TrainResult(summary, where, None, job.plan.model.tokenizer)
+
+
+def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack, *, begins: bool) -> None:
+    """Claim the run's directory until `held` ends, and read the base's bytes where it begins."""
+    held.enter_context(claimed(run.path))
+    held.enter_context(replacing(run.path))
+    if begins:
+        digest = BaseDigest(plan.model.source.path)
+        digest.keep(run.checkpoints)
+        held.callback(digest.wait)
 
 
 def _tell(
