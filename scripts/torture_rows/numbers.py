@@ -26,7 +26,8 @@ def injecting(way: str, step: int, value: float, times: int = 1) -> Callable[[],
         create = FtlevelTrainer.create_optimizer
 
         def is_time(trainer: FtlevelTrainer) -> bool:
-            return trainer.state.global_step == step and left[0] > 0
+            is_step = trainer.state.global_step == step and not trainer.is_alone
+            return is_step and left[0] > 0
 
         def compute_loss(self, model, inputs, *more, **settings):  # type: ignore[no-untyped-def]
             loss = compute(self, model, inputs, *more, **settings)

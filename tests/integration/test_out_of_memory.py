@@ -100,7 +100,7 @@ def test_a_row_alone_is_tried_with_checkpointing(
     compute = FtlevelTrainer.compute_loss
 
     def computed(self: Any, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
-        if model.training and not model.get_base_model().is_gradient_checkpointing:
+        if model.training and not model.get_base_model().is_activation_checkpointing:
             raise RuntimeError(FULL)
         return compute(self, model, inputs, *args, **settings)
 

@@ -33,8 +33,8 @@ from ftlevel.config.reading.words import METHOD_WORDS
 
 _ROWS = ("train", "preview")
 _EVERY = ("train", "preview", "evaluate", "predict", "generate", "merge", "quantize",
-          "export", "list-targets", "list-methods")  # fmt: skip
-_QUIET = ("train", "merge", "quantize", "export")
+          "export", "check-served", "list-targets", "list-methods")  # fmt: skip
+_QUIET = ("train", "merge", "quantize", "export", "check-served")
 _TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
 
 _PRECISIONS = {
@@ -120,7 +120,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("name", "RUN|ADAPTER|MODEL", on=("generate",)),
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, type=list[str]),
     Flag("model", "MODEL", on=("quantize",), required=True),
-    Flag("model", "RUN|MODEL", on=("export",), required=True),
+    Flag("model", "RUN|ADAPTER|MODEL", on=("export",), required=True),
+    Flag("out", "OUT", on=("check-served",), required=True),
     Flag(names="ACTION", on=("recipes",), dest="action", required=True,
          help="What to do: list, show or convert."),
     Flag(names="[FILE]", on=("recipes",), dest="file", type=Path,
@@ -270,9 +271,11 @@ FLAGS: tuple[Flag, ...] = (
          also=(Spelling("--group-by-length", value="group_by_length"),)),
     Flag("train.num_processes", "", HOW, also=("--nproc-per-node",)),
     Flag("train.max_restarts", "", HOW),
-    Flag("train.gradient_checkpointing", "", HOW, words={"unsloth": "true"},
+    Flag("train.gradient_checkpointing", "", HOW, words={"unsloth": "true", "auto": "auto"},
          also=("--use-gradient-checkpointing", "--activation-checkpointing",
                Spelling("--disable-gradient-checkpointing", value="false"))),
+    Flag("train.offload_activations", "", HOW),
+    Flag("train.tf32", "", HOW),
     Flag("speed.fast", "", HOW),
     Flag("speed.liger_kernel", "--liger-kernel/--no-liger-kernel", HOW,
          also=("--use-liger-kernel", "--enable-liger-kernel")),

@@ -64,6 +64,7 @@ def build_trainer(
     arguments.eval_on_start |= _owes_evaluation(going_on, config, plan, arguments)
     rows, order = rows_and_order(config, plan, arguments)
     fast, pad_id = adapted.fast, plan.model.pad_id
+    whole_steps = StepCollator(pad_id, fast.plan, plan.objective) if fast else None
     trainer = FtlevelTrainer(
         objective=plan.objective,
         loss=plan.loss,
@@ -74,7 +75,7 @@ def build_trainer(
         penalty=METHODS[config.method.kind].penalty,
         train_dataset=rows,
         eval_dataset=plan.data.validation or None,
-        data_collator=StepCollator(pad_id, fast.plan) if fast else CollatorWithRows(pad_id),
+        data_collator=whole_steps or CollatorWithRows(pad_id),
         fast=fast,
         order=order,
         head_rate=resolve_head_rate(plan),
@@ -165,8 +166,14 @@ def add_callbacks(
     if is_first:
         trainer.note = run.note
     recovery = Recovery(trainer, config.train, run, processes, listener, checkpoint)
-    gradients = GradientProof(listener, trainer.take_step_loss, recovery)
-    watch = Watch(report, gradients, Interrupt(processes, plan.model.device), best)
+    gradients = GradientProof(
+        listener,
+        trainer.take_step_loss,
+        recovery,
+        scales=trainer.accelerator.scaler is not None,
+        defers=plan.model.device == "cuda" and recovery.only_stops,
+    )
+    watch = Watch(report, gradients, Interrupt(processes), best)
     streamed = isinstance(rows, StreamedRows)
     minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0
     for callback in (
@@ -178,7 +185,7 @@ def add_callbacks(
         SetEpoch(plan.data.train, trainer.order),
         *own,
         *([best] if best else []),
-        *([SaveByClock(minutes, processes, plan.model.device)] if minutes else []),
+        *([SaveByClock(minutes, processes)] if minutes else []),
         *([SaveStreamState(rows, run.checkpoints)] if streamed else []),
         WriteManifest(run.checkpoints, config.train.save_total_limit, processes),  # of all files
     ):

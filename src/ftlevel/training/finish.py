@@ -34,7 +34,7 @@ from ftlevel.training.trainer import FtlevelTrainer
 
 
 def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[str, Any]]) -> Plan:
-    """Leave the fast step, evaluate, and return `plan` with what was read of a stream.
+    """Leave fast step and optimizer, evaluate, and return `plan` with what was read of a stream.
 
     Args:
         trainer: after its last step (mutated).
@@ -43,6 +43,7 @@ def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[
     """
     if trainer.fast:
         trainer.fast.remove()
+    trainer.forget_optimizer()
     if isinstance(trainer.train_dataset, StreamedRows):
         plan = with_what_was_read(plan, trainer.train_dataset)
     last = trainer.state.global_step
@@ -115,9 +116,9 @@ def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
 
 def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> None:
     """Write summary.json and the model card, which is the adapter's too."""
-    run.write_summary(summary)
     run.write_card(write_readme(summary, needs_import(config.method)))
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
+    run.write_summary(summary)  # by which the run is done
     mark_end(run.path)
 
 

@@ -21,8 +21,8 @@ from ftlevel.fast.step import FastStep
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Objective, TrainingLoss
+from ftlevel.training.memory.smaller_steps import SmallerSteps
 from ftlevel.training.processes import Processes
-from ftlevel.training.smaller_steps import SmallerSteps
 
 
 class FtlevelTrainer(Trainer):
@@ -97,6 +97,15 @@ class FtlevelTrainer(Trainer):
         if self.head_rate is not None:
             set_head_rate(optimizer, self.model, self.head_rate)
         return optimizer
+
+    def forget_optimizer(self) -> None:
+        """Let gradients and the optimizer's memory go after the last step: three times the adapter.
+
+        What comes then has the device to itself: the last evaluation and the proof.
+        """
+        self.model.zero_grad(set_to_none=True)
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the order that was given, or Trainer's."""

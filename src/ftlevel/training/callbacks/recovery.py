@@ -70,9 +70,14 @@ class Recovery(TrainerCallback):
         """Whether a step that is not finite ends the run."""
         return self._how == "stop"
 
+    @property
+    def only_stops(self) -> bool:
+        """Whether nothing is ever left out, so that it may be found some steps later."""
+        return self.stops and self._factor is None
+
     def agree(self, is_wrong: bool) -> bool:
         """Return whether the step is wrong in one of the processes."""
-        return self._processes.any(is_wrong, self._trainer.args.device.type)
+        return self._processes.any(is_wrong)
 
     def decide(self, step: int, what: str, advice: str, *, in_weights: bool = False) -> None:
         """Leave out what went wrong, so that the optimizer's step changes nothing, or stop.
@@ -102,7 +107,7 @@ class Recovery(TrainerCallback):
         """
         if self._factor is None:
             return
-        loss = self._processes.mean(loss, self._trainer.args.device.type)
+        loss = self._processes.mean(loss)
         usual = statistics.median(self._losses) if len(self._losses) >= _KNOWN else None
         if usual is None or loss <= self._factor * usual:
             self._losses.append(loss)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +19,23 @@ import torch
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import lengths_of
 from ftlevel.errors import is_out_of_memory
+from ftlevel.fast.head.loss import base_model
 from ftlevel.fast.step_collator import StepCollator
-
-if TYPE_CHECKING:
-    from ftlevel.training.trainer import FtlevelTrainer
+from ftlevel.models.module_tree import find_blocks
 
 
 class SmallerSteps:
     """Make the steps of a trainer smaller from the one on that does not fit.
 
     Args:
-        trainer: of the run.
+        trainer: the `FtlevelTrainer` of the run, which has this.
 
     Attributes:
         done: what was done: the step, 0 for before the first, and the tokens of a micro-batch
             since, or that gradients are checkpointed.
     """
 
-    def __init__(self, trainer: FtlevelTrainer) -> None:
+    def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self.done: list[dict[str, Any]] = []
 
@@ -148,13 +147,15 @@ class SmallerSteps:
         return trainer.fast.plan.tokens // plan.workers
 
     def _can_checkpoint(self) -> bool:
-        model: Any = self._trainer.model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base: Any = base_model(self._trainer.model)
         supports = getattr(base, "supports_gradient_checkpointing", False)
         fast = self._trainer.fast
         # Parallel workers with dropout draw by a generator that a recomputation does not have.
         is_random = fast is not None and fast.plan.workers > 1 and fast.plan.is_random
-        return supports and not base.is_gradient_checkpointing and not is_random
+        are_all = all(
+            getattr(block, "gradient_checkpointing", False) for block in find_blocks(base)
+        )
+        return supports and not are_all and not is_random
 
     def _checkpoint(self) -> None:
         trainer = self._trainer
@@ -163,8 +164,8 @@ class SmallerSteps:
         # A recomputation would find the prefix's layout gone, as `plan_fast` says.
         trainer.fast.plan = replace(trainer.fast.plan, shared_prefix=False)
         trainer.data_collator.share_no_prefix()
-        model: Any = trainer.model
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base: Any = base_model(trainer.model)
+        base.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _has_parts(inputs: Mapping[str, Any]) -> bool:
