@@ -17,10 +17,9 @@ from ftlevel.artifacts.run_directory import RunDirectory, check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener
-from ftlevel.models.hardware import uses_tf32, using_tf32
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.notebook import default_listener
-from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on
+from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on, products_of
 from ftlevel.training.callbacks.recovery import describe_left_out
 from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.disk import explain_disk_errors
@@ -261,8 +260,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         )
 
     listener.stage("train")
-    fast_float32 = uses_tf32(config.train.tf32, plan.model.device, plan.model.dtype)
-    with watch.interrupt, explain_disk_errors(run), using_tf32(fast_float32):
+    with watch.interrupt, explain_disk_errors(run), products_of(config, plan):
         if checkpoint is None and not plan.data.stream:
             trainer.smaller.try_longest(plan.data.train, plan.model.dtype)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -272,7 +270,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     if not processes.is_first:
         return TrainResult({}, run.path, adapted.model, plan.model.tokenizer)
     trained_at = time.perf_counter()
-    with using_tf32(fast_float32):
+    with products_of(config, plan):
         plan = end_training(trainer, plan, watch.report.records)
 
     listener.stage("save and check")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
+from ftlevel.models.hardware import uses_tf32, using_tf32
 from ftlevel.training.arguments import build_arguments, build_evaluator
 from ftlevel.training.callbacks.follow_settings import FollowSettings
 from ftlevel.training.callbacks.gradient_proof import GradientProof
@@ -98,6 +100,11 @@ def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
     """Return the method's own optimizer, if it has one; None leaves the choice to Trainer."""
     build = METHODS[config.method.kind].optimizer
     return build(config.method, model, arguments) if build else None
+
+
+def products_of(config: TrainConfig, plan: Plan) -> AbstractContextManager[None]:
+    """Return the context in which a run multiplies: in TF32, where it may and the GPU has it."""
+    return using_tf32(uses_tf32(config.train.tf32, plan.model.device, plan.model.dtype))
 
 
 def resolve_head_rate(plan: Plan) -> HeadRate | None:
