@@ -39,7 +39,7 @@ import transformers  # noqa: E402
 
 from ftlevel.commands.export import export  # noqa: E402
 from ftlevel.config import ExportConfig  # noqa: E402
-from ftlevel.config.servers import SERVERS  # noqa: E402
+from ftlevel.config.commands.servers import SERVERS  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
 from ftlevel.merging.serving.answers import Answer, ask  # noqa: E402
 from ftlevel.merging.serving.client import Heard  # noqa: E402

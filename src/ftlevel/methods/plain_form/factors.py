@@ -97,7 +97,7 @@ class PlainForm:
 
 ASKED = PlainForm()
 """Of a method whose loaded layers are asked."""
-FULL_RANK = "changes every weight by a matrix of full rank, which no small A and B hold"
+FULL_RANK = "changes every weight by a matrix of full rank, which no small A and B hold. Merge it"
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
