@@ -94,6 +94,9 @@ def measure(base: Path, folder: Path, name: str, kind: str, settings: dict[str, 
     except FtlevelError as error:
         reason = str(error).removeprefix(f"{place.name} cannot be written as peft: ")
         return [name, kind, "refused", "", "", "", "", merges, reason]
+    except Exception as error:  # noqa: BLE001 - PEFT's own layers fail where they are asked
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return [name, kind, "not loaded", "", "", "", "", merges, reason]
     ids = some_ids()
     wanted, got = peft_logits(base, place, ids), peft_logits(base, config.out, ids)
     effect = float((wanted - peft_logits(base, None, ids)).abs().max())

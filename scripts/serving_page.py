@@ -168,8 +168,9 @@ def _refused_rows() -> list[list[str]]:
 
 _HOW = """\
 SmolLM2-135M cut to 4 layers, real weights and vocabulary; six prompts by token ids, 12 greedy
-tokens each, float32. `right`: texts are PEFT's and logprobs within 0.02 (llama.cpp) or 1e-3 (the others;
-the largest difference is named). `ours` are short runs of ftlevel's, the others plain PEFT's.
+tokens each, float32. `right`: texts are PEFT's and logprobs within 0.02 (llama.cpp) or 1e-3 (the
+others; the largest difference is named). `ours` are short runs of ftlevel's, the others plain
+PEFT's.
 
     make servers served
 """

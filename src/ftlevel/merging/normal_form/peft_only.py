@@ -50,7 +50,7 @@ _OTHERS = {
     **dict.fromkeys(
         (
             "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING",
-            "P_TUNING", "PREFIX_TUNING",
+            "P_TUNING", "PREFIX_TUNING", "SHADOW",
         ),
         PlainForm(never=NO_WEIGHTS),
     ),
