@@ -2,6 +2,7 @@
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
 # make suite   run PEFT's own tests on our tuners and on the fused LoRA layers (an hour)
+# make gpu-sim simulate steps on a card that is not there, and print figures beside their bounds
 # make servers install vLLM, mlx-lm and OpenVINO GenAI, each in an environment of its own (4 GB)
 # make served  hold them and llama.cpp to what was trained, and write the table of docs/serving.md
 # make lint    the linters and type checks alone
@@ -19,6 +20,7 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 DEMO_FLAGS ?=
 MATRIX_FLAGS ?=
+GPU_SIM_FLAGS ?=
 SUITE_FLAGS ?=
 SERVED_FLAGS ?=
 MODELS ?= .models
@@ -37,7 +39,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test demo lint matrix suite servers served clean
+.PHONY: help test demo lint matrix suite gpu-sim servers served clean
 .DELETE_ON_ERROR:
 
 help:
@@ -73,6 +75,11 @@ matrix: $(TEST_DIR)/installed
 suite: export OMP_NUM_THREADS ?= 1
 suite: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/peft_suite.py $(SUITE_FLAGS)
+
+gpu-sim: export OMP_NUM_THREADS ?= 1
+gpu-sim: export PYTHONPATH := src:tests:scripts
+gpu-sim: $(TEST_DIR)/installed
+	$(TEST_BIN)/python -m gpu_sim $(GPU_SIM_FLAGS)
 
 # Each pins its own torch or has none, so none of them goes with ftlevel into one environment.
 $(SERVERS)/vllm/installed:

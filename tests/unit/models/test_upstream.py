@@ -507,3 +507,12 @@ class _Backwards(transformers.Trainer):  # type: ignore[misc]  # transformers is
         self.steps.append(self.current_gradient_accumulation_steps)
         targets = 7 if num_items_in_batch is None else num_items_in_batch
         return model(**inputs).logits.sum() * 0 + 7 / targets
+
+
+@CANARIES.of("TrainingArguments._n_gpu")
+def _(request: Any) -> None:
+    folder = request.getfixturevalue("tmp_path")
+    given = transformers.TrainingArguments(output_dir=str(folder), use_cpu=True)
+    assert given.n_gpu == 0
+    given._n_gpu = 3
+    assert given.train_batch_size == 3 * given.per_device_train_batch_size
