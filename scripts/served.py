@@ -67,7 +67,7 @@ OURS: dict[str, list[str]] = {
                       "--set", 'method.alpha_pattern={"k_proj": 3}'],
     "ours pissa": ["--init", "pissa"],
     "ours adalora": ["--method", "adalora", "--learning-rate", "0.05"],
-    "ours vera": ["--method", "vera", "--learning-rate", "0.05"],
+    "ours vera": ["--method", "vera", "--set", "method.r=32", "--learning-rate", "0.05"],
 }  # fmt: skip
 
 
@@ -215,12 +215,12 @@ def made(base: Path, folder: Path, name: str) -> Path:
 
 
 def write_rows(rows: list[list[str]]) -> None:
-    """Write the table: rows of servers that were not asked stay as they were."""
+    """Write the table: rows of what was not asked stay as they were."""
     kept: list[list[str]] = []
     if CSV.is_file():
         with CSV.open(encoding="utf-8", newline="") as file:
-            asked = {row[1] for row in rows}
-            kept = [row for row in list(csv.reader(file))[1:] if row[1] not in asked]
+            asked = {(row[0], row[1]) for row in rows}
+            kept = [r for r in list(csv.reader(file))[1:] if (r[0], r[1]) not in asked]
     today = date.today().isoformat()
     with CSV.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
