@@ -113,7 +113,7 @@ def serving_page() -> str:
         INTRODUCTION,
         *_table(_HEAD, [_server_row(server) for server in SERVERS.values()]),
         "",
-        *(f"- {server.title}: {server.note}." for server in SERVERS.values() if server.note),
+        *(f"- {server.note}." for server in SERVERS.values() if server.note),
         _MORE,
         *_served_lines(),
         _MEASURED,
