@@ -53,11 +53,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Write a model in 4 or 8 bits, and measure what that costs.",
     ),
     "export": (
-        "ftlevel.cli.export:export",
+        "ftlevel.cli.serving.export:export",
         "Write a run, an adapter or a model for a server, and check what was written.",
     ),
     "check-served": (
-        "ftlevel.cli.check_served:check_served",
+        "ftlevel.cli.serving.check_served:check_served",
         "Ask a server the recorded prompts, and say whose answers it gives.",
     ),
     "recipes": (
