@@ -34,6 +34,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.preview:preview",
         "Show rows as the model will see them, and what is wrong with the data.",
     ),
+    "plan": (
+        "ftlevel.cli.plan:plan",
+        "Say what a run needs before it begins: memory by part, what fits, time, disk.",
+    ),
     "evaluate": (
         "ftlevel.cli.evaluate:evaluate",
         "Score a run, an adapter or a model with its task's metrics.",
