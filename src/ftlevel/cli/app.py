@@ -50,6 +50,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.generate:generate",
         "Let a trained run, an adapter or a model answer a prompt.",
     ),
+    "report": (
+        "ftlevel.cli.report:report",
+        "Write one HTML page about a run, or several side by side.",
+    ),
     "merge": ("ftlevel.cli.merge:merge", "Merge an adapter into its base and write a plain model."),
     "quantize": (
         "ftlevel.cli.quantize:quantize",
@@ -70,6 +74,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list-methods": (
         "ftlevel.cli.list_methods:list_methods",
         "Show which methods there are, and what works with what.",
+    ),
+    "doctor": (
+        "ftlevel.cli.doctor:doctor",
+        "Say what this machine can do, and what to install.",
     ),
 }
 """Command → (where it is written, first line of its help; a test holds the two together)."""

@@ -35,8 +35,8 @@ _ROWS = ("train", "preview")
 _LIKE_TRAIN = ("train", "preview", "plan")
 AS_TRAIN = ("plan",)
 """Commands that take the flags of train."""
-_EVERY = ("train", "preview", "plan", "evaluate", "predict", "generate", "merge", "quantize",
-          "export", "list-targets", "list-methods")  # fmt: skip
+_EVERY = ("train", "preview", "plan", "report", "doctor", "evaluate", "predict", "generate",
+          "merge", "quantize", "export", "list-targets", "list-methods")  # fmt: skip
 _QUIET = ("train", "merge", "quantize", "export")
 _TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
 
@@ -122,6 +122,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("name", "RUN|ADAPTER|MODEL", on=("evaluate", "predict"), required=True),
     Flag("name", "RUN|ADAPTER|MODEL", on=("generate",)),
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, type=list[str]),
+    Flag(names="RUN...", on=("report",), dest="runs", required=True, type=list[Path],
+         help="Directories of runs that are done."),
     Flag("model", "MODEL", on=("quantize",), required=True),
     Flag("model", "RUN|MODEL", on=("export",), required=True),
     Flag(names="ACTION", on=("recipes",), dest="action", required=True,

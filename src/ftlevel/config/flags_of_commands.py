@@ -21,6 +21,11 @@ OF_COMMANDS: tuple[Flag, ...] = (
          help="Of the machine; says what the run costs."),
     Flag(names="--brief", panel=DAILY, on=("plan",), type=bool,
          help="Leave out the table of what else fits, which takes most of the time."),
+    # report
+    Flag(names="--out -o", panel=WRITE, on=("report",), type=Path, metavar="FILE",
+         help="Where the page goes; the default is report.html in the only run."),
+    Flag(names="--predictions", panel=DATA, on=("report",), type=list[Path], metavar="FILE",
+         help="Rows that ftlevel evaluate --predictions wrote (.jsonl); one file a run."),
     # predict
     Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
     Flag("input_format", "", DATA, ("predict", "evaluate")),

@@ -197,7 +197,7 @@ def _check_reachable(name: str, revision: str | None, words: str) -> bool:
     )
     if constants.HF_HUB_OFFLINE:
         why = "HF_HUB_OFFLINE is set"
-    elif not _answers(constants.ENDPOINT):
+    elif not answers(constants.ENDPOINT):
         why = f"{urlparse(constants.ENDPOINT).hostname} does not answer"
     else:
         return False
@@ -211,7 +211,7 @@ def _check_reachable(name: str, revision: str | None, words: str) -> bool:
     )
 
 
-def _answers(endpoint: str) -> bool:
+def answers(endpoint: str) -> bool:
     """Return whether the host takes a connection within seconds; a proxy is believed."""
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True

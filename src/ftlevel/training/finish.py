@@ -15,6 +15,8 @@ from ftlevel.artifacts.cards import generate_command, write_readme
 from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.ownership import mark_end
 from ftlevel.artifacts.places import relative_place
+from ftlevel.artifacts.report.gather import RunFacts
+from ftlevel.artifacts.report.page import write_page
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import IN_MEMORY, OutputConfig, TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
@@ -114,8 +116,12 @@ def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
 
 
 def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> None:
-    """Write summary.json and the model card, which is the adapter's too."""
+    """Write summary.json, the page, and the model card, which is the adapter's too."""
     run.write_summary(summary)
+    write_page(
+        [RunFacts(run.path.resolve().name, run.path, summary, run.read_log(summary["steps"]))],
+        run.report,
+    )
     run.write_card(write_readme(summary, needs_import(config.method)))
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
     mark_end(run.path)

@@ -37,17 +37,17 @@ class FakeTensor(torch.Tensor):
         """Return the fake of a tensor on the meta device."""
         fake: FakeTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape_only.size(), strides=shape_only.stride(), dtype=shape_only.dtype,
-            storage_offset=shape_only.storage_offset(), device="cpu",
+            storage_offset=shape_only.storage_offset(), device=torch.device("cpu"),
         )  # fmt: skip
         fake.shape_only = shape_only
         return fake
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: ARG002 - as torch's
         """Say what it would be."""
         return f"FakeTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares what it is without one
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Compute the shapes that `func` gives."""
@@ -81,8 +81,14 @@ def storage_of(tensor: torch.Tensor) -> Any:
     return own.untyped_storage()
 
 
-class OperationWatch(TorchDispatchMode):
+class OperationWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Is told of every tensor that an operation makes inside the block, in this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # type: ignore[no-untyped-call]
 
     def made(self, tensor: torch.Tensor) -> None:
         """Look at a result of an operation: new, a view, or what was written to."""

@@ -52,7 +52,7 @@ def build_fake_model(config: TrainConfig, plan: Plan, depth: int | None = None) 
     """
     planned, method = plan.model, METHODS[config.method.kind]
     compute = DTYPES[planned.dtype]
-    cut = planned.config if depth is None else with_depth(planned.config, depth)
+    cut = with_depth(planned.config, depth)
     meta = build_task_model(cut, planned.auto_class)
     meta.to(DTYPES["float32"] if method.build is None else compute)
     meta.tie_weights()
@@ -73,9 +73,11 @@ def build_fake_model(config: TrainConfig, plan: Plan, depth: int | None = None) 
     return FakeModel(model, fast, packed)
 
 
-def with_depth(config: Any, depth: int) -> Any:
-    """Return a copy of a model's `config` with `depth` blocks in each stack."""
-    config = copy.deepcopy(config)
+def with_depth(config: Any, depth: int | None) -> Any:
+    """Return a copy of a model's `config` with `depth` blocks in each stack; None for all."""
+    config = copy.deepcopy(config)  # the fast step writes its attention into it
+    if depth is None:
+        return config
     text = config.get_text_config()
     for owner in {id(part): part for part in (config, text)}.values():
         for name in _DEPTHS:

@@ -71,7 +71,7 @@ def list_fits(config: TrainConfig, limits: Limits) -> list[Fit]:
     found = [_try(config, way, ckpt, rows, None, limits)
              for way, ckpt in itertools.product(ways, (False, True))]  # fmt: skip
     length = config.data.max_length
-    if length is not None:
+    if isinstance(length, int):
         for other in (length // 2, length * 2):
             found.append(
                 _try(config, own, config.train.gradient_checkpointing, rows, other, limits)
@@ -92,7 +92,7 @@ def find_cheapest(config: TrainConfig, limits: Limits) -> Fit | None:
     ways: list[tuple[tuple[str, str], bool, int, int | None]] = []
     for quant, checkpointing in ((own, ckpt), (own, True), (four, ckpt), (four, True)):
         ways += [(quant, checkpointing, some, None) for some in (rows, max(1, rows // 2), 1)]
-    if length is not None:
+    if isinstance(length, int):
         ways += [(four, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64]
     for way, checkpointing, some, other in dict.fromkeys(ways):
         fit = _try(config, way, checkpointing, some, other, limits)

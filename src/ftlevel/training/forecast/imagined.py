@@ -34,7 +34,8 @@ def imagine_rows(config: TrainConfig, count: int) -> Callable[[BaseTask, str, An
 
     def make(task: BaseTask, kind: str, model_config: Any) -> Prepared:  # noqa: ARG001
         positions = max_positions(model_config) or LONGEST
-        length = config.data.max_length or min(LONGEST, positions)
+        asked = config.data.max_length
+        length = asked if isinstance(asked, int) else min(LONGEST, positions)
         words, draw = model_config.get_text_config().vocab_size, random.Random(0)
         rows = [
             task.imagine_row([draw.randrange(3, words) for _ in range(length)], row)
