@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Show rows as the model will see them, and what is wrong with the data.",
     ),
     "plan": (
-        "ftlevel.cli.plan:plan",
+        "ftlevel.cli.insight.plan:plan",
         "Say what a run needs before it begins: memory by part, what fits, time, disk.",
     ),
     "evaluate": (
@@ -51,7 +51,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Let a trained run, an adapter or a model answer a prompt.",
     ),
     "report": (
-        "ftlevel.cli.report:report",
+        "ftlevel.cli.insight.report:report",
         "Write one HTML page about a run, or several side by side.",
     ),
     "merge": ("ftlevel.cli.merge:merge", "Merge an adapter into its base and write a plain model."),
@@ -76,7 +76,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Show which methods there are, and what works with what.",
     ),
     "doctor": (
-        "ftlevel.cli.doctor:doctor",
+        "ftlevel.cli.insight.doctor:doctor",
         "Say what this machine can do, and what to install.",
     ),
 }

@@ -42,7 +42,7 @@ class FakeTensor(torch.Tensor):
         fake.shape_only = shape_only
         return fake
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: ARG002 - as torch's
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         """Say what it would be."""
         return f"FakeTensor({tuple(self.shape)}, {self.dtype})"
 
