@@ -61,7 +61,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "export": (
         "ftlevel.cli.export:export",
-        "Write a run or a model as one file for llama.cpp and Ollama.",
+        "Write a run, an adapter or a model for a server, and check what was written.",
+    ),
+    "check-served": (
+        "ftlevel.cli.check_served:check_served",
+        "Ask a server the recorded prompts, and say whose answers it gives.",
     ),
     "recipes": (
         "ftlevel.cli.recipes:recipes",

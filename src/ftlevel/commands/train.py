@@ -17,6 +17,7 @@ from ftlevel.artifacts.run_directory import RunDirectory, check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener
+from ftlevel.models.hardware import uses_tf32, using_tf32
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on
@@ -43,7 +44,7 @@ from ftlevel.training.going_on.resume import (
     open_or_go_on,
     origin_of,
 )
-from ftlevel.training.memory import explain_out_of_memory
+from ftlevel.training.memory.explain import explain_out_of_memory
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.adapter import take_adapter
 from ftlevel.training.plan.adapter_form import find_adapter_warnings
@@ -265,7 +266,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         )
 
     listener.stage("train")
-    with watch.interrupt, explain_disk_errors(run):
+    fast_float32 = uses_tf32(config.train.tf32, plan.model.device, plan.model.dtype)
+    with watch.interrupt, explain_disk_errors(run), using_tf32(fast_float32):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.interrupt.has_stopped:
         raise Interrupted(describe_stop(run, trainer.state), watch.interrupt.exit_code)
@@ -273,7 +275,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     if not processes.is_first:
         return TrainResult({}, run.path, adapted.model, plan.model.tokenizer)
     trained_at = time.perf_counter()
-    plan = end_training(trainer, plan, watch.report.records)
+    with using_tf32(fast_float32):
+        plan = end_training(trainer, plan, watch.report.records)
 
     listener.stage("save and check")
     with explain_disk_errors(run):
@@ -284,7 +287,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         base=base,
         model=adapted.model,
         records=watch.report.records,
-        proof=prove(adapted.model, config, plan, run, watch.gradients),
+        proof=prove(adapted, config, plan, run, watch.gradients),
         timings=measure_times(watch.report, job.start, trained_at, int(trainer.tokens_seen)),
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
         speed=describe_speed(trainer, asdict(verified) if verified else None),

@@ -36,8 +36,8 @@ _LIKE_TRAIN = ("train", "preview", "plan")
 AS_TRAIN = ("plan",)
 """Commands that take the flags of train."""
 _EVERY = ("train", "preview", "plan", "report", "doctor", "evaluate", "predict", "generate",
-          "merge", "quantize", "export", "list-targets", "list-methods")  # fmt: skip
-_QUIET = ("train", "merge", "quantize", "export")
+          "merge", "quantize", "export", "check-served", "list-targets", "list-methods")  # fmt: skip
+_QUIET = ("train", "merge", "quantize", "export", "check-served")
 _TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
 
 _PRECISIONS = {
@@ -125,7 +125,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names="RUN...", on=("report",), dest="runs", required=True, type=list[Path],
          help="Directories of runs that are done."),
     Flag("model", "MODEL", on=("quantize",), required=True),
-    Flag("model", "RUN|MODEL", on=("export",), required=True),
+    Flag("model", "RUN|ADAPTER|MODEL", on=("export",), required=True),
+    Flag("out", "OUT", on=("check-served",), required=True),
     Flag(names="ACTION", on=("recipes",), dest="action", required=True,
          help="What to do: list, show or convert."),
     Flag(names="[FILE]", on=("recipes",), dest="file", type=Path,
@@ -272,9 +273,11 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.train_sampling_strategy", "", HOW,
          also=(Spelling("--group-by-length", value="group_by_length"),)),
     Flag("train.num_processes", "", HOW, also=("--nproc-per-node",)),
-    Flag("train.gradient_checkpointing", "", HOW, words={"unsloth": "true"},
+    Flag("train.gradient_checkpointing", "", HOW, words={"unsloth": "true", "auto": "auto"},
          also=("--use-gradient-checkpointing", "--activation-checkpointing",
                Spelling("--disable-gradient-checkpointing", value="false"))),
+    Flag("train.offload_activations", "", HOW),
+    Flag("train.tf32", "", HOW),
     Flag("speed.fast", "", HOW),
     Flag("speed.liger_kernel", "--liger-kernel/--no-liger-kernel", HOW,
          also=("--use-liger-kernel", "--enable-liger-kernel")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ftlevel.config.options.decoding import Decoding
 from ftlevel.config.options.optimizer import Optimizer, Schedule
@@ -13,6 +13,11 @@ from ftlevel.config.section import Positive, Share
 
 Steps = Positive | Annotated[float, Field(gt=0.0, lt=1.0)]
 """A number of steps, or below 1 their share of the run, as in transformers."""
+
+
+def _none_for_auto(value: object) -> object:
+    """Return None for the word that stands for the default."""
+    return None if value == "auto" else value
 
 
 class TrainerConfig(Decoding):
@@ -94,8 +99,20 @@ class TrainerConfig(Decoding):
         description="Order of the rows in an epoch; group_by_length puts rows of like length into "
         "a step, which saves padding where rows cannot be packed.",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, more time."
+    gradient_checkpointing: Annotated[bool | None, BeforeValidator(_none_for_auto)] = Field(
+        None,
+        description="Recompute activations in the backward pass: less memory, more time; the "
+        "default, auto, recomputes as many blocks as a GPU's memory asks for, and on a CPU none.",
+    )
+    offload_activations: bool = Field(
+        False,
+        description="Hold what the recomputed blocks begin with in the host's memory: for long "
+        "rows on a GPU. It recomputes all blocks.",
+    )
+    tf32: bool | None = Field(
+        None,
+        description="Multiply float32 in TF32 while training on a GPU that has it (Ampere or "
+        "later): eight times as fast, with 10 bits of mantissa; the default is to do so.",
     )
     seed: int = Field(
         42, ge=0, lt=2**32, description="Seed of the weights, the dropout and the data order."
@@ -177,3 +194,12 @@ class TrainerConfig(Decoding):
     def order_seed(self) -> int:
         """The seed of the order of the rows."""
         return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether all blocks are recomputed, whatever fits."""
+        return self.gradient_checkpointing is True or self.offload_activations
+
+    def may_recompute(self, device: str) -> bool:
+        """Whether blocks are recomputed on `device`, or may turn out to be."""
+        return self.recomputes or (self.gradient_checkpointing is None and device == "cuda")

@@ -22,6 +22,7 @@ from ftlevel.fast.packing.micro_batches import (
 from ftlevel.fast.parallel_workers import duration
 from ftlevel.fast.plan.fast_plan import WORTH_SHARING, FastPlan
 from ftlevel.fast.prefixes.tree import MIN_PREFIX, build_prefix_tree, sort_by_prefix
+from ftlevel.task import Objective, TokenObjective
 
 OVERHEAD_TOKENS = 250
 """What a shared prefix's own micro-batch costs beside its tokens. With 342 tokens and 1,776 after
@@ -37,16 +38,21 @@ class StepCollator:
     Args:
         pad_id: as of `Collator`.
         plan: the parts in use.
+        objective: what the model is trained on; None leaves it to the loss to find its targets.
     """
 
-    def __init__(self, pad_id: int, plan: FastPlan) -> None:
+    def __init__(self, pad_id: int, plan: FastPlan, objective: Objective | None = None) -> None:
         self._collate = Collator(pad_id)
         self._plan = plan
+        # Found here: on a GPU the loss would wait for how many there are.
+        is_located = plan.chunked_cross_entropy and isinstance(objective, TokenObjective)
+        self._objective = objective if is_located else None
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Return `rows`, their `micro_batches`, whether `in_parallel`, and the `shared_prefix`.
 
-        A micro-batch is what `Collator` returns and its `layout` (None where rows are padded). A
+        A micro-batch is what `Collator` returns, its `layout` (None where rows are padded), and
+        for a language head where its targets are `located`, with the targets. A
         shared prefix, if there is one, is the batch of what all rows begin with, and its layout:
         the micro-batches go on from it.
         """
@@ -100,6 +106,8 @@ class StepCollator:
             layout = PackedLayout.from_mask(batch["attention_mask"])
         if layout is not None and self._plan.needed_tokens is not None:
             layout = layout.needing(self._plan.needed_tokens(batch))
+        if isinstance(self._objective, TokenObjective):
+            batch["located"] = self._objective.locate(batch["labels"])
         return {**batch, "layout": layout}
 
 

@@ -204,10 +204,11 @@ def load_model(
         arguments["quantization_config"] = keep_heads(quantization, config, auto_class)
     if stored is None:
         check_stored_dtypes(_stored_dtypes(source), source.words)
-    if stored is not None or quantization is not None:
-        arguments["device_map"] = {
-            "": f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-        }
+    is_packed = stored is not None or quantization is not None
+    if is_packed or (device == "cuda" and not source.gguf_file):
+        # Shard by shard: a host with many GPUs need not hold the model for each of them.
+        place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        arguments["device_map"] = {"": place}
     with _naming_damage(source), quiet_libraries():
         model, info = getattr(transformers, auto_class).from_pretrained(
             source.location,
@@ -225,7 +226,7 @@ def load_model(
         forget_renaming(model, mapping)
     if source.gguf_file:
         forget_gguf(model)
-    if stored is None and quantization is None:
+    if not is_packed:
         model.to(device)
     keep_trainable_layout(model)
     return model, sorted({*info["missing_keys"], *redrawn})

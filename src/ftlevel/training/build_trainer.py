@@ -72,7 +72,7 @@ def build_trainer(
         penalty=METHODS[config.method.kind].penalty,
         train_dataset=rows,
         eval_dataset=plan.data.validation or None,
-        data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
+        data_collator=StepCollator(pad_id, fast.plan, plan.objective) if fast else Collator(pad_id),
         fast=fast,
         order=order,
         head_rate=resolve_head_rate(plan),
@@ -150,8 +150,13 @@ def add_callbacks(
     if plan.best is not None:
         best = KeepBest(plan.best, run.checkpoints, processes, states, listener)
     trainer.warn = listener.warn
-    gradients = GradientProof(listener, trainer.take_step_loss)
-    watch = Watch(report, gradients, Interrupt(processes, plan.model.device), best)
+    gradients = GradientProof(
+        listener,
+        trainer.take_step_loss,
+        scales=trainer.accelerator.scaler is not None,
+        defers=plan.model.device == "cuda",
+    )
+    watch = Watch(report, gradients, Interrupt(processes), best)
     streamed = isinstance(rows, StreamedRows)
     minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0
     for callback in (
@@ -162,7 +167,7 @@ def add_callbacks(
         SetEpoch(plan.data.train, trainer.order),
         *own,
         *([best] if best else []),
-        *([SaveByClock(minutes, processes, plan.model.device)] if minutes else []),
+        *([SaveByClock(minutes, processes)] if minutes else []),
         *([SaveStreamState(rows, run.checkpoints)] if streamed else []),
         WriteManifest(run.checkpoints, config.train.save_total_limit, processes),  # of all files
     ):

@@ -36,7 +36,7 @@ from ftlevel.training.trainer import FtlevelTrainer
 
 
 def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[str, Any]]) -> Plan:
-    """Leave the fast step, evaluate, and return `plan` with what was read of a stream.
+    """Leave fast step and optimizer, evaluate, and return `plan` with what was read of a stream.
 
     Args:
         trainer: after its last step (mutated).
@@ -45,6 +45,7 @@ def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[
     """
     if trainer.fast:
         trainer.fast.remove()
+    trainer.forget_optimizer()
     if isinstance(trainer.train_dataset, StreamedRows):
         plan = with_what_was_read(plan, trainer.train_dataset)
     last = trainer.state.global_step

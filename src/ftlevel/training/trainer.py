@@ -92,6 +92,15 @@ class FtlevelTrainer(Trainer):
             set_head_rate(optimizer, self.model, self.head_rate)
         return optimizer
 
+    def forget_optimizer(self) -> None:
+        """Let gradients and the optimizer's memory go after the last step: three times the adapter.
+
+        What comes then has the device to itself: the last evaluation and the proof.
+        """
+        self.model.zero_grad(set_to_none=True)
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the order that was given, or Trainer's."""
         return self.order or super()._get_train_sampler(train_dataset)

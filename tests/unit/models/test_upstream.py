@@ -551,3 +551,12 @@ def _(_: Any) -> None:
         assert linear.weight.shape == packed.shape
         whole = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
         assert whole.shape == (128, 64)
+
+
+@CANARIES.of("TrainingArguments._n_gpu")
+def _(request: Any) -> None:
+    folder = request.getfixturevalue("tmp_path")
+    given = transformers.TrainingArguments(output_dir=str(folder), use_cpu=True)
+    assert given.n_gpu == 0
+    given._n_gpu = 3
+    assert given.train_batch_size == 3 * given.per_device_train_batch_size

@@ -30,8 +30,8 @@ def plan(
 
     with open_screen(as_json=as_json, quiet=True) as screen:
         with heavy_imports():
-            from ftlevel.commands.plan import Wishes
-            from ftlevel.commands.plan import plan as look
+            from ftlevel.commands.insight.plan import Wishes
+            from ftlevel.commands.insight.plan import plan as look
 
         found = look(config, Wishes(gpu, probe, price_per_hour, alternatives=not brief))
         if as_json:

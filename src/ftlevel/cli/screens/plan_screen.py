@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ftlevel.commands.plan import RunPlan
+    from ftlevel.commands.insight.plan import RunPlan
     from ftlevel.training.forecast.fits import Fit
 
 _BAR = 30  # letters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def supervised_loss(
     head: ChunkedCrossEntropy,
     model: Any,
     objective: Objective,
-    batch: dict[str, torch.Tensor],
+    batch: Mapping[str, Any],
     observe: Observe | None = None,
     smoothing: float = 0.0,
 ) -> torch.Tensor:
@@ -31,18 +32,18 @@ def supervised_loss(
         head: the head of `model`.
         model: what is called.
         objective: what it is trained on.
-        batch: inputs and labels.
+        batch: inputs and labels, and where the targets are `located` if that is known.
         observe: is given scores and targets.
         smoothing: share of a target's probability that is spread over the vocabulary.
     """
     if not isinstance(objective, TokenObjective):
         raise TypeError("a language head predicts tokens")
-    inputs = dict(batch)
+    inputs: dict[str, Any] = dict(batch)
     labels = inputs.pop("labels")
     if objective.feeds_labels:
         base = base_model(getattr(model, "module", model))  # DDP's wrapper has no such method
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
-    at, targets = objective.locate(labels)
+    at, targets = inputs.pop("located", None) or objective.locate(labels)
     return head.loss_sum(lambda: model(**inputs), at, targets, observe, smoothing)
 
 

@@ -89,6 +89,8 @@ FACTS = {
         "flatten_tensor_state_dict": "what save_pretrained stores of a packed weight"},
     "transformers/utils/quantization_config.py": {
         "TorchAoConfig.get_apply_tensor_subclass": "what torchao packs a weight by"},
+    "transformers/training_args.py": {
+        "TrainingArguments._n_gpu": "on how many GPUs a process trains"},
     "transformers/trainer.py": {  # overridden in training/trainer.py
         "Trainer._get_train_sampler": "the order of rows, when it is not Trainer's",
         "Trainer._run_epoch": "at least one step, also of a run that had made all of them",

@@ -23,7 +23,7 @@ from ftlevel.fast.plan.fast_plan import plan_fast
 from ftlevel.fast.plan.fused_lora import fused_lora_choices
 from ftlevel.fast.plan.liger import kernel_choices
 from ftlevel.methods.rates import RunFacts
-from ftlevel.models.hardware import choose_device
+from ftlevel.models.hardware import choose_device, choose_tf32
 from ftlevel.models.kinds import model_kind, width_of
 from ftlevel.models.loading import (
     build_task_model,
@@ -129,7 +129,7 @@ def resolve(
     model_config = _task_config(bare.source, data.facts, bare.tokenizer)
     layers = _keep_every_layer(model_config)
     meta = build_task_model(model_config, bare.auto_class)
-    _check_checkpointing(config, meta)
+    _check_checkpointing(config, meta, bare.device.value)
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
     if adapter is not None:
         model = replace(model, new_heads=[])  # they are the adapter's
@@ -166,6 +166,7 @@ def resolve(
             bare.device,
             *threads,
             bare.dtype,
+            *choose_tf32(config.train.tf32, device, bare.dtype.value),
             *_method_choices(config, bare),
             *targets.choices(getattr(config.method, "target_modules", None)),
             *head_choices(task, model.heads),
@@ -287,13 +288,18 @@ def _keep_every_layer(model_config: Any) -> list[Choice]:
     return [Choice("layers", "none is skipped", f"the model has {was}")] if shares else []
 
 
-def _check_checkpointing(config: TrainConfig, model: Any) -> None:
+def _check_checkpointing(config: TrainConfig, model: Any, device: str) -> None:
     """Refuse --gradient-checkpointing where transformers has none for the model.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: it cannot be had, or what is recomputed from cannot be anywhere else.
     """
-    if config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+    if config.train.offload_activations and device != "cuda":
+        raise ConfigError(
+            f"--offload-activations holds a GPU's activations in the host's memory, and the device "
+            f"is {device}. Use --gradient-checkpointing."
+        )
+    if config.train.recomputes and not model.supports_gradient_checkpointing:
         raise ConfigError(
             f"--gradient-checkpointing cannot be used with {model.config.model_type}: transformers "
             "has none for it. Drop it; a smaller --per-device-train-batch-size with "
