@@ -33,6 +33,7 @@ def big(tmp_path: Path) -> Path:
 
 def test_a_config_alone_is_enough(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ("--max-length", 1024, "--per-device-train-batch-size", 4)
+    rows = (*rows, "--no-gradient-checkpointing")
     found = json.loads(plan(capsys, "--model", big, "--gpu", "24GB", *rows, "--brief", "--json"))
     assert found["peak_bytes"] == sum(found["parts"].values())
     assert found["memory_bytes"] == 24 * 2**30

@@ -36,7 +36,8 @@ _LIKE_TRAIN = ("train", "preview", "plan")
 AS_TRAIN = ("plan",)
 """Commands that take the flags of train."""
 _EVERY = ("train", "preview", "plan", "report", "doctor", "evaluate", "predict", "generate",
-          "merge", "quantize", "export", "check-served", "list-targets", "list-methods")  # fmt: skip
+          "merge", "quantize", "export", "check-served", "list-targets",
+          "list-methods")  # fmt: skip
 _QUIET = ("train", "merge", "quantize", "export", "check-served")
 _TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
 

@@ -86,6 +86,8 @@ class RunPlan:
         cheapest: the mildest change that makes the run fit; None where it fits, or nothing does.
         several: cards → kind → bytes on each.
         choices: lines for the screen.
+        recomputed_peak: of a run that will recompute blocks until it fits, with all of them; None
+            of another, and of one that fits as it is.
     """
 
     peak: int
@@ -103,16 +105,20 @@ class RunPlan:
     cheapest: Fit | None
     several: dict[int, dict[str, int]]
     choices: list[Choice] = field(default_factory=list)
+    recomputed_peak: int | None = None
 
     @property
     def does_fit(self) -> bool:
-        """Whether there is as much memory."""
-        return self.peak <= self.memory
+        """Whether there is as much memory, with blocks recomputed where the run does so itself."""
+        return min(self.peak, self.recomputed_peak or self.peak) <= self.memory
 
     def verdict(self) -> str:
         """Return the plan in a line."""
         peak, memory = (f"{size / 2**30:,.2f} GiB" for size in (self.peak, self.memory))
         word = "fits" if self.does_fit else "does not fit"
+        if self.recomputed_peak is not None:
+            least = f"{self.recomputed_peak / 2**30:,.2f} GiB"
+            word += f" with blocks recomputed, as auto does ({least} with all of them)"
         return f"peak {peak} of {memory} ({self.device}), at the {self.at}: {word}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,6 +130,7 @@ class RunPlan:
             "at": self.at,
             "memory_bytes": self.memory,
             "fits_in_memory": self.does_fit,
+            "recomputed_peak_bytes": self.recomputed_peak,
             "device": self.device,
             "imagined_rows": self.imagined,
             "fits": [
@@ -184,6 +191,11 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
     reserve = _reserve(device)
     parts = _with_reserve(forecast, device)
     peak = sum(parts.values())
+    least = peak
+    if peak > memory and train.gradient_checkpointing is None and device == "cuda":
+        recomputed = train.model_copy(update={"gradient_checkpointing": True})
+        with_all = config.model_copy(update={"train": recomputed})
+        least = reserve(_forecast(with_all, resolved))
     limits = Limits(memory, card.name if card else None, device != "cpu", source, reserve)
     time = _time(config, resolved, card, wishes.probe, is_imagined)
     return RunPlan(
@@ -199,9 +211,10 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
         time=time,
         cost=_cost(config, time, wishes.price_per_hour),
         fits=list_fits(config, limits) if wishes.alternatives else [],
-        cheapest=find_cheapest(config, limits) if peak > memory else None,
+        cheapest=find_cheapest(config, limits) if least > memory else None,
         several=_several(parts, resolved) if device == "cuda" else {},
         choices=resolved.choices,
+        recomputed_peak=least if least < peak else None,
     )
 
 

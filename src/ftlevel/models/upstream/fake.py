@@ -42,7 +42,7 @@ class FakeTensor(torch.Tensor):
         fake.shape_only = shape_only
         return fake
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's
         """Say what it would be."""
         return f"FakeTensor({tuple(self.shape)}, {self.dtype})"
 

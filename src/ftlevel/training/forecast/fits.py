@@ -73,9 +73,7 @@ def list_fits(config: TrainConfig, limits: Limits) -> list[Fit]:
     length = config.data.max_length
     if isinstance(length, int):
         for other in (length // 2, length * 2):
-            found.append(
-                _try(config, own, config.train.gradient_checkpointing, rows, other, limits)
-            )
+            found.append(_try(config, own, config.train.recomputes, rows, other, limits))
     return [fit for fit in found if fit is not None]
 
 
@@ -86,7 +84,7 @@ def find_cheapest(config: TrainConfig, limits: Limits) -> Fit | None:
     speed; 4 bits cost precision; shorter rows cost data.
     """
     train, own = config.train, (config.method.kind, config.quant.kind)
-    rows, ckpt = train.per_device_train_batch_size, train.gradient_checkpointing
+    rows, ckpt = train.per_device_train_batch_size, train.recomputes
     four = ("qlora" if own[0] == "lora" else own[0], "4bit")
     length = config.data.max_length
     ways: list[tuple[tuple[str, str], bool, int, int | None]] = []

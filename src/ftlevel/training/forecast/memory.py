@@ -49,6 +49,7 @@ from ftlevel.training.forecast.live import (
 )
 from ftlevel.training.forecast.pruning import Pruning, find_pruning
 from ftlevel.training.going_on.resume import GoingOn
+from ftlevel.training.memory.checkpointing import set_checkpointing
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
@@ -188,7 +189,7 @@ def _watch(
     if fake.fast is not None:
         pruning.put_on(fake.fast, fake.model)
     with tempfile.TemporaryDirectory() as nowhere:
-        adapted, run = Adapted(fake.model, {}, fake.fast), RunDirectory(Path(nowhere))
+        adapted, run = Adapted(fake.model, {}, fake.fast, {}), RunDirectory(Path(nowhere))
         trainer = build_trainer(config, here, adapted, run, GoingOn(), Processes())
     split_queries.cache_clear()  # what is cached from the last depth would be missed in this one
     batch_sequences.cache_clear()
@@ -196,9 +197,7 @@ def _watch(
     _hold_weights(live, fake, whole=METHODS[config.method.kind].build is None)
     hooks = _follow(live, trainer)
     fake.model.train()
-    if config.train.gradient_checkpointing:  # as Trainer.train does
-        kwargs = trainer.args.activation_checkpointing_kwargs
-        fake.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    set_checkpointing(fake.model, config, here)  # what auto recomputes, a GPU's memory says later
     try:
         with trainer.computing_alone(plan.model.dtype), live:
             _make_states(live, trainer, has_gradients=batch.several)

@@ -50,7 +50,7 @@ def by_roofline(config: TrainConfig, plan: Plan, card: Card) -> TimeForecast | N
     tokens = plan.data.facts["tokens"]
     products = _weights(plan)
     passes = 2 + METHODS[config.method.kind].trains_base(config.method)
-    passes += config.train.gradient_checkpointing
+    passes += config.train.recomputes
     operations = 2 * products * passes * tokens
     seconds = operations / (SHARE * card.tflops * 1e12)
     how = f"a roofline: {SHARE:.0%} of {card.tflops:,g} TFLOP/s, not measured"
