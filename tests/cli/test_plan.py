@@ -80,6 +80,23 @@ def test_a_probe_runs_steps(
     assert found["time"]["how"] == "4 steps here"
 
 
+@pytest.mark.slow
+@pytest.mark.weights
+@pytest.mark.parametrize(
+    ("name", "task", "weights"),
+    [("smollm2", "text-generation", 134_515_008), ("minilm", "text-classification", 22_713_216)],
+)
+def test_real_models(
+    name: str, task: str, weights: int, request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = request.getfixturevalue(name)
+    asked = ("--model", model, "--task", task, "--max-length", 64, "--dtype", "float32")
+    found = json.loads(plan(capsys, *asked, "--brief", "--json"))
+    assert found["parts"]["weights"] == pytest.approx(4 * weights, rel=0.01)
+    assert found["fits_in_memory"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -21,6 +21,9 @@ OF_COMMANDS: tuple[Flag, ...] = (
          help="Of the machine; says what the run costs."),
     Flag(names="--brief", panel=DAILY, on=("plan",), type=bool,
          help="Leave out the table of what else fits, which takes most of the time."),
+    # doctor
+    Flag(names="--quiet -q", panel=GENERAL, on=("doctor",), type=bool,
+         help="Print only what something can be done about."),
     # report
     Flag(names="--out -o", panel=WRITE, on=("report",), type=Path, metavar="FILE",
          help="Where the page goes; the default is report.html in the only run."),

@@ -11,8 +11,8 @@ from ftlevel.cli.startup.heavy_imports import heavy_imports
 _SIGNS = {"good": "ok", "note": "--", "bad": "!!"}
 
 
-def doctor(*, as_json: bool) -> None:
-    """Say what this machine and this installation can do, and what to do about the rest.
+def doctor(*, as_json: bool, quiet: bool) -> None:
+    """Say what this machine can do, and what to install.
 
     Exit code 1 if something would stop a run. Paste its output into a bug report.
     """
@@ -29,6 +29,8 @@ def doctor(*, as_json: bool) -> None:
     else:
         width = max(len(finding.name) for finding in found)
         for finding in found:
+            if quiet and finding.verdict == "good":
+                continue
             sign = _SIGNS[finding.verdict]
             typer.echo(f"{sign} {finding.name.ljust(width)}  {finding.value}")
             if finding.advice:

@@ -172,6 +172,8 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
         raise ConfigError("--probe runs steps here, and --gpu plans for another card. Drop one.")
     config, adapter, _ = take_adapter(config)
     is_imagined = _names_no_data(config)
+    if is_imagined and wishes.probe:
+        raise ConfigError("--probe runs steps on real rows. Name them: --dataset FILE.")
     config, why = (config, "") if is_imagined else choose_task(config)
     if card and config.model.dtype == "auto":
         config = _with_dtype(config, "float16" if card.name == "T4" else "bfloat16")
@@ -274,8 +276,6 @@ def _time(
     config: TrainConfig, resolved: Plan, card: Card | None, probe: bool, is_imagined: bool
 ) -> TimeForecast | None:
     if probe:
-        if is_imagined:
-            raise ConfigError("--probe runs steps on real rows. Name them: --dataset FILE.")
         return by_probe(config, resolved)
     return by_roofline(config, resolved, card) if card and not is_imagined else None
 
