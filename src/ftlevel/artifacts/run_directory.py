@@ -14,7 +14,7 @@ from typing import Any
 from ftlevel.artifacts import ownership
 from ftlevel.artifacts.claim import check_unclaimed, claimed
 from ftlevel.artifacts.files import write_json, write_text
-from ftlevel.artifacts.ownership import ADAPTER, CARD, CHECKPOINTS, METRICS, SUMMARY
+from ftlevel.artifacts.ownership import ADAPTER, CARD, CHECKPOINTS, METRICS, REPORT, SUMMARY
 from ftlevel.artifacts.ownership import CONFIG as CONFIG
 from ftlevel.errors import ConfigError
 
@@ -31,6 +31,7 @@ class RunDirectory:
         adapter: where the adapter, or the model of `--method full`, is saved.
         checkpoints: where checkpoint-N directories are.
         summary: the file that a run which is done has.
+        report: the page about it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,6 +39,7 @@ class RunDirectory:
         self.adapter = path / ADAPTER
         self.checkpoints = path / CHECKPOINTS
         self.summary = path / SUMMARY
+        self.report = path / REPORT
 
     def write_config(self, text: str) -> None:
         """Write config.yaml."""

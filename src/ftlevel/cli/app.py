@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.preview:preview",
         "Show rows as the model will see them, and what is wrong with the data.",
     ),
+    "plan": (
+        "ftlevel.cli.insight.plan:plan",
+        "Say what a run needs before it begins: memory by part, what fits, time, disk.",
+    ),
     "evaluate": (
         "ftlevel.cli.evaluate:evaluate",
         "Score a run, an adapter or a model with its task's metrics.",
@@ -46,6 +50,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": (
         "ftlevel.cli.generate:generate",
         "Let a trained run, an adapter or a model answer a prompt.",
+    ),
+    "report": (
+        "ftlevel.cli.insight.report:report",
+        "Write one HTML page about a run, or several side by side.",
     ),
     "merge": ("ftlevel.cli.merge:merge", "Merge an adapter into its base and write a plain model."),
     "quantize": (
@@ -71,6 +79,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list-methods": (
         "ftlevel.cli.list_methods:list_methods",
         "Show which methods there are, and what works with what.",
+    ),
+    "doctor": (
+        "ftlevel.cli.insight.doctor:doctor",
+        "Say what this machine can do, and what to install.",
     ),
 }
 """Command → (where it is written, first line of its help; a test holds the two together)."""

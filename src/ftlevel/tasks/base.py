@@ -134,6 +134,7 @@ class BaseTask(Task):
         writes_text: whether the model writes text.
         finds_ends_by_padding: whether the model finds the end of a row by its padding token.
         wants_context: whether a question is asked about a text of its own.
+        imagined_labels: names of classes or tags where there is no data to know them from.
     """
 
     name: str
@@ -154,6 +155,7 @@ class BaseTask(Task):
     writes_text: ClassVar[bool] = False
     finds_ends_by_padding: ClassVar[bool] = False
     wants_context: ClassVar[bool] = False
+    imagined_labels: ClassVar[tuple[str, ...]] = ()
 
     # ---- the model
 
@@ -207,6 +209,10 @@ class BaseTask(Task):
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return `prompt`, `labels` and `options` of a card for a model that has none."""
         return {}
+
+    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+        """Return a row of the tokens `ids` as a forecast takes it: it computes the most it can."""
+        return Encoded(ids, list(ids), row)
 
     def describe_head(self, labels: Sequence[str]) -> str:
         """Return what tells the head apart from one that answers otherwise."""
