@@ -42,6 +42,17 @@ def mark_end(directory: Path) -> None:
     write_json(directory / MARKER, {**marker, "files": sorted(_files(directory))})
 
 
+def mark_end_once(directory: Path) -> None:
+    """Note the files of a run that is done, and that a kill has kept from noting them."""
+    if "files" not in (_read_marker(directory) or {}):
+        mark_end(directory)
+
+
+def is_free(directory: Path) -> bool:
+    """Whether nothing is in `directory` but a marker that a kill has cut short."""
+    return all(path.name == f".{MARKER}.partial" for path in directory.iterdir())
+
+
 def is_run(directory: Path) -> bool:
     """Whether a run has begun in `directory`."""
     return _read_marker(directory) is not None

@@ -74,6 +74,10 @@ class StepCollator:
         self._plan = replace(self._plan, tokens=max(1, self._plan.tokens // 2))
         return self._plan.tokens
 
+    def share_no_prefix(self) -> None:
+        """Compute what all rows of a step begin with in their micro-batches from now on."""
+        self._plan = replace(self._plan, shared_prefix=False)
+
     def _choose_schedule(self, rows: Sequence[Encoded]) -> _Schedule:
         """Return the fastest way to compute the step, the first of equals."""
         plan, partition = self._plan, _Partition(rows, self._plan)

@@ -117,14 +117,14 @@ def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
 
 
 def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> None:
-    """Write summary.json, the page, and the model card, which is the adapter's too."""
-    run.write_summary(summary)
+    """Write the page, the model card, which is the adapter's too, and summary.json."""
     write_page(
         [RunFacts(run.path.resolve().name, run.path, summary, run.read_log(summary["steps"]))],
         run.report,
     )
     run.write_card(write_readme(summary, needs_import(config.method)))
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
+    run.write_summary(summary)  # by which the run is done
     mark_end(run.path)
 
 

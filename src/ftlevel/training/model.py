@@ -24,6 +24,7 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.trained.adapt import apply_method, begin_from, copy_start, train_in_float32
 from ftlevel.training.digest import Digest, digest_tensors
 from ftlevel.training.fast_step import speed_up
+from ftlevel.training.memory.allocator import use_expandable_segments
 from ftlevel.training.memory.checkpointing import set_checkpointing
 from ftlevel.training.plan.plan import Plan, PlannedModel
 
@@ -47,6 +48,7 @@ class Adapted:
 
 def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted:
     """Load the base, put the method onto it and the fast step onto both."""
+    use_expandable_segments(plan.model.device)
     fused = uses_fused_layers(config, plan.model.device)
     base = load_base(config, plan.model)
     is_whole = METHODS[config.method.kind].build is None  # its own weights are what is trained

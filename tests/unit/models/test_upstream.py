@@ -452,12 +452,15 @@ def _(request: pytest.FixtureRequest) -> None:
 @CANARIES.of(
     "Trainer._get_train_sampler",
     "Trainer._run_epoch",
+    "Trainer._load_from_checkpoint",
     "Trainer._get_num_items_in_batch",
     "Trainer.model_accepts_loss_kwargs",
     "Trainer.current_gradient_accumulation_steps",
 )
 def _(request: pytest.FixtureRequest) -> None:
     assert arguments(transformers.Trainer._get_train_sampler) == ["self", "train_dataset"]
+    loaded = ["self", "resume_from_checkpoint", "model"]
+    assert arguments(transformers.Trainer._load_from_checkpoint) == loaded
     counted = ["self", "batch_samples", "device"]
     assert arguments(transformers.Trainer._get_num_items_in_batch) == counted
     trainer = _Backwards(

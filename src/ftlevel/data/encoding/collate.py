@@ -40,6 +40,14 @@ class Collator:
         return batch
 
 
+class CollatorWithRows(Collator):
+    """Pad rows into a batch, and give them with it as `rows`, so that one that fails is named."""
+
+    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
+        """Return what `Collator` does, and `rows`."""
+        return {**super().__call__(rows), "rows": list(rows)}
+
+
 def pad(rows: Sequence[list[int]], value: int, *, left: bool = False) -> torch.Tensor:
     """Stack rows into `(batch, longest)`, filled with `value` on the right, or on the left."""
     longest = max(len(row) for row in rows)

@@ -94,6 +94,7 @@ FACTS = {
     "transformers/trainer.py": {  # overridden in training/trainer.py
         "Trainer._get_train_sampler": "the order of rows, when it is not Trainer's",
         "Trainer._run_epoch": "at least one step, also of a run that had made all of them",
+        "Trainer._load_from_checkpoint": "the weights that a run goes back to, as one goes on",
         "Trainer._get_num_items_in_batch": "the targets that a step's loss is divided by",
         "Trainer.model_accepts_loss_kwargs": "tells Trainer that our loss divides by them",
         "Trainer.current_gradient_accumulation_steps": "how many parts a step's loss comes in"},
