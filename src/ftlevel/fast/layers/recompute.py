@@ -19,7 +19,7 @@ _NAME = "_ftlevel_recomputation"
 class Recomputation:
     """How a tensor is recomputed, held by the autograd functions that use it.
 
-    It holds no tensor between the passes: what it is recomputed from is saved by its users, through
+    It holds no tensor between forward and backward: what it is recomputed from is saved by its users, through
     autograd, so that checkpointing and offloading see it as they see all that is saved.
 
     Args:
