@@ -55,6 +55,7 @@ from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
+from ftlevel.training.reference import fill_reference
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
@@ -241,6 +242,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         return TrainResult(summary, config.output.dir, None, plan.model.tokenizer)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
+    plan, reference = fill_reference(config, plan, adapted, listener)
     verified = verify_step(config, plan, adapted, listener)
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
     plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)

@@ -155,6 +155,10 @@ class BaseTask(Task):
     finds_ends_by_padding: ClassVar[bool] = False
     wants_context: ClassVar[bool] = False
 
+    def configured(self, options: Mapping[str, Any]) -> BaseTask:
+        """Return the task as a configuration or a card has it, by what `card_options` holds."""
+        return self
+
     # ---- the model
 
     def auto_class(self, kind: str, model_type: str) -> str:

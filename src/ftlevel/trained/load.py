@@ -204,7 +204,7 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
         InputError: it is damaged, or has no head for the task.
     """
     card, source, directory = found.card, found.source, found.directory
-    task = TASKS[card.task]
+    task = TASKS[card.task].configured(card.options)
     config = load_config(source, **card_overrides(card))
     if (stored := stored_quantization(config)) is not None:
         check_loadable(stored, source.words, device)

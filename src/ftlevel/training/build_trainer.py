@@ -9,7 +9,7 @@ from typing import Any
 from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainConfig
-from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.collate import BatchCollator
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.events import Listener
 from ftlevel.fast.step_collator import StepCollator
@@ -72,7 +72,7 @@ def build_trainer(
         penalty=METHODS[config.method.kind].penalty,
         train_dataset=rows,
         eval_dataset=plan.data.validation or None,
-        data_collator=StepCollator(pad_id, fast.plan) if fast else Collator(pad_id),
+        data_collator=StepCollator(pad_id, fast.plan) if fast else BatchCollator(pad_id),
         fast=fast,
         order=order,
         head_rate=resolve_head_rate(plan),

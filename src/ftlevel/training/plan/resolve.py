@@ -99,7 +99,7 @@ def resolve(
     Raises:
         ConfigError: with the first problem found; nothing was loaded or written.
     """
-    task = TASKS[config.task]
+    task = TASKS[config.task].configured(task_options(config))
     config, bare = _read_model(config, task)
     data = _prepare(config, task, bare, lenient, progress)
     model_config = _task_config(bare.source, data.facts, bare.tokenizer)
@@ -156,6 +156,12 @@ def resolve(
     if adapter is not None:
         check_form(adapter, config, plan)
     return plan
+
+
+def task_options(config: TrainConfig) -> dict[str, Any]:
+    """Return what `BaseTask.configured` takes of a configuration."""
+    smoothing = config.train.label_smoothing_factor
+    return {"preference": {**config.preference.model_dump(), "smoothing": smoothing}}
 
 
 def _read_model(config: TrainConfig, task: BaseTask) -> tuple[TrainConfig, _Bare]:

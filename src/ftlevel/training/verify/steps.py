@@ -12,8 +12,10 @@ import torch
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.scoring import batches
+from ftlevel.fast.head.likelihoods import plain_loss, sum_of_ratios, with_baseline
 from ftlevel.fast.layers.norm_glu import FusedGlu, FusedNorm
 from ftlevel.models.hardware import autocast
+from ftlevel.task import LikelihoodObjective
 from ftlevel.training.trainer import FtlevelTrainer
 
 
@@ -59,18 +61,41 @@ class Steps:
         options = self.trainer.loss
         _evaluate(self.model)
         self.model.zero_grad()
-        collate, loss, count = Collator(self.pad_id), 0.0, 0.0
-        for part in batches(rows, batch_size):
-            batch = {name: value.to(device) for name, value in collate(part).items()}
-            inputs, labels = objective.split(batch)
+        collate, loss = Collator(self.pad_id), 0.0
+        baseline = self._baseline(rows, batch_size, dtype)
+        parts = [
+            {name: value.to(device) for name, value in collate(part).items()}
+            for part in batches(rows, batch_size)
+        ]
+        counts = [objective.training_count(batch["labels"], options) for batch in parts]
+        count = torch.stack(counts).sum(0)
+        for batch in parts:
+            if baseline is not None:
+                batch["verdicts"] = with_baseline(batch["verdicts"], baseline.to(device))
             with autocast(device.type, dtype):
-                logits = objective.logits(self.model(**inputs))
-                summed = objective.training_sum(logits, labels, batch["attention_mask"], options)
-            torch.autograd.backward(summed)
-            loss += summed.item()
-            count += float(objective.training_count(labels, options))
-        gradients = {name: g.div_(count) for name, g in self._take_gradients().items()}
-        return Computed(loss / count, gradients)
+                mask = batch["attention_mask"]
+                summed, _, _ = plain_loss(self.model, objective, batch, mask, options)
+            share = (summed / count).sum()
+            torch.autograd.backward(share)
+            loss += share.item()
+        return Computed(loss, self._take_gradients())
+
+    def _baseline(
+        self, rows: Sequence[Encoded], batch_size: int, dtype: str
+    ) -> torch.Tensor | None:
+        """Return what is taken off the rewards of a step (a scalar), where something is."""
+        objective, device = self.trainer.objective, self.trainer.args.device
+        contrasts = [other for row in rows for other in row.contrasts]
+        if not (isinstance(objective, LikelihoodObjective) and contrasts):
+            return None
+        collate = Collator(self.pad_id)
+        parts = [
+            {name: value.to(device) for name, value in collate(part).items()}
+            for part in batches(contrasts, batch_size)
+        ]
+        with autocast(device.type, dtype):
+            total = sum_of_ratios(None, self.model, objective, parts)
+        return (total[0] / total[1]).clamp(min=0)
 
     def fast(self, rows: Sequence[Encoded], dtype: str) -> Computed:
         """Return the step as the Trainer computes it, fused layers as in training, no dropout."""
@@ -97,6 +122,7 @@ class Steps:
         try:
             with trainer.computing_alone(dtype):
                 batch = trainer.data_collator(list(rows))
+                trainer.prepare_step([batch], device)
                 count = trainer.count_targets([batch], device) * trainer.args.world_size
                 loss = trainer.training_step(self.model, batch, count)
         finally:

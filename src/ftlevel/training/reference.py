@@ -1,0 +1,211 @@
+"""What the model says of the answers as it begins: the reference that preferences are held against.
+
+It is the model at step 0, with whatever adapter it begins with, and nothing dropped: where a method
+rewrites the base (PiSSA, OLoRA, LoftQ) the base without its adapter is another model, and where the
+run goes on from an adapter that is what must not be left. It is computed once, by the packed rows
+of the fast step, and kept under a digest of all that decides it; so no second model is ever loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftlevel.artifacts.fingerprint import file_fingerprint
+from ftlevel.config import TrainConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.prepare.cache import cache_root, is_writable
+from ftlevel.evaluation.likelihoods import measure_likelihoods
+from ftlevel.events import Listener
+from ftlevel.fast.head.likelihoods import measure_answers
+from ftlevel.fast.packing.layout import using_layout
+from ftlevel.fast.step import FastStep
+from ftlevel.fast.step_collator import StepCollator
+from ftlevel.models.hardware import autocast
+from ftlevel.models.upstream.tensors import inner_tensors
+from ftlevel.task import LikelihoodObjective
+from ftlevel.training.arguments import build_evaluator
+from ftlevel.training.model import Adapted
+from ftlevel.training.plan.plan import Plan
+
+AT_ONCE = 64
+"""Rows that are cut into micro-batches together."""
+
+
+def fill_reference(
+    config: TrainConfig, plan: Plan, adapted: Adapted, listener: Listener
+) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan with rows that know their reference, and what summary.json says of it.
+
+    Args:
+        config: the whole configuration.
+        plan: of the run.
+        adapted: its model, as it begins, with the fast step on it.
+        listener: told of it.
+    """
+    objective = plan.objective
+    if not (isinstance(objective, LikelihoodObjective) and objective.needs_reference):
+        return plan, {}
+    listener.stage("compute the reference")
+    task: Any = plan.task
+    start = _digest_start(config, plan, adapted)
+    train, cached = _kept(config, start, plan.data.train, lambda into: _fill(plan, adapted, into))
+    data = replace(plan.data, train=task.with_reference(plan.data.train, train))
+    if plan.data.validation:
+        evaluator = build_evaluator(config, plan)
+        if evaluator is None:
+            raise TypeError("validation rows are evaluated")
+        key = f"{start} padded by {evaluator.batch_size}"
+
+        def score(into: np.ndarray) -> None:
+            into[:] = measure_likelihoods(evaluator, adapted.model)
+
+        held_out, _ = _kept(config, key, plan.data.validation, score)
+        data = replace(data, validation=task.with_reference(plan.data.validation, held_out))
+    how = "computed before and kept" if cached else "computed before step 1"
+    rows = len(plan.data.train) + len(plan.data.validation)
+    listener.choices(
+        "reference", [Choice("reference", "the model as it begins", f"{how}, {rows:,} rows")]
+    )
+    return replace(plan, data=data), {"is": "the model as it begins", "rows": rows, "cached": cached}
+
+
+def _fill(plan: Plan, adapted: Adapted, into: np.ndarray) -> None:
+    """Write what is missing of `into` (rows, 2; mutated), some rows at a time."""
+    rows, model = plan.data.train, adapted.model
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(plan.model.device, plan.model.dtype):
+            for begin in range(0, len(rows), AT_ONCE):
+                part = slice(begin, begin + AT_ONCE)
+                if not np.isnan(into[part]).any():
+                    continue
+                own = [rows[i] for i in range(*part.indices(len(rows)))]
+                into[part] = _measure(plan, adapted, own)
+                if isinstance(into, np.memmap):
+                    into.flush()
+    finally:
+        model.train(training)
+
+
+def _measure(plan: Plan, adapted: Adapted, rows: Sequence[Encoded]) -> np.ndarray:
+    """Return (rows, 2): of a pair its two answers, else the answer and what it contrasts with."""
+    found = np.full((len(rows), 2), np.nan, dtype=np.float32)
+    contrasts = [other for row in rows for other in row.contrasts]
+    for column, some in ((0, rows), (1, contrasts)):
+        for chosen, answers in _score(plan, adapted, some):
+            sums = answers[:, 0].float().cpu().numpy().reshape(len(chosen), -1)
+            found[chosen, column : column + sums.shape[1]] = sums
+    return found
+
+
+def _score(
+    plan: Plan, adapted: Adapted, rows: Sequence[Encoded]
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield indices of rows and how likely their answers are, by the path of the training step."""
+    objective, device = plan.objective, plan.model.device
+    if not rows or not isinstance(objective, LikelihoodObjective):
+        return
+    head = adapted.fast.cross_entropy if adapted.fast is not None else None
+    for chosen, batch in _micro_batches(adapted.fast, rows, plan.model.pad_id):
+        layout = batch.pop("layout", None)
+        moved = {name: value.to(device) for name, value in batch.items()}
+        with using_layout(layout.to(device) if layout is not None else None):
+            yield chosen, measure_answers(head, adapted.model, objective, moved)
+
+
+def _micro_batches(
+    fast: FastStep | None, rows: Sequence[Encoded], pad_id: int
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    if fast is not None:
+        yield from StepCollator(pad_id, fast.plan).split(rows)
+        return
+    collate = Collator(pad_id)
+    for index, row in enumerate(rows):
+        yield [index], collate([row])
+
+
+def _kept(
+    config: TrainConfig, start: str, rows: Sequence[Encoded], fill: Any
+) -> tuple[np.ndarray, bool]:
+    """Return (rows, 2) as `fill` writes it, and whether all of it was kept from before.
+
+    A file that a run was killed in is gone on with. Of several processes one computes.
+    """
+    from filelock import FileLock
+
+    shape, path = (len(rows), 2), _path(config, start, rows)
+    if path is None:
+        into = np.full(shape, np.nan, dtype=np.float32)
+        fill(into)
+        return into, False
+    with FileLock(path.with_suffix(".lock")):
+        into = _open(path, shape)
+        missing = bool(np.isnan(into).any())
+        if missing:
+            fill(into)
+            into.flush()
+        return np.array(into), not missing
+
+
+def _path(config: TrainConfig, start: str, rows: Sequence[Encoded]) -> Path | None:
+    """Return the file of these rows and this start; None where nothing may be kept."""
+    if not config.data.cache or not is_writable():
+        return None
+    digest = hashlib.sha256(start.encode())
+    for row in rows:
+        for part in (*row.branches, *row.contrasts):
+            digest.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
+            digest.update(np.array(part.labels, np.int32).tobytes() + b";")
+    return cache_root() / f"reference-{digest.hexdigest()[:40]}.npy"
+
+
+def _open(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Map the file at `path`, or a new one without numbers."""
+    if path.exists():
+        with contextlib.suppress(ValueError, OSError):
+            known = np.lib.format.open_memmap(path, mode="r+")
+            if known.shape == shape and known.dtype == np.float32:
+                path.touch()
+                return known
+    fresh = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    fresh[:] = np.nan
+    fresh.flush()
+    return fresh
+
+
+def _digest_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> str:
+    """Return a digest of all that decides what the model says of a row as it begins."""
+    model, fast = plan.model, adapted.fast.plan if adapted.fast is not None else plan.fast
+    place = model.source.path
+    files = [] if place is None else [place] if place.is_file() else place.glob("*.safetensors")
+    digest = hashlib.sha256()
+    for name, tensor in sorted(adapted.model.named_parameters()):
+        if tensor.requires_grad or place is None:
+            digest.update(name.encode())
+            for part in inner_tensors(tensor) or (tensor,):
+                digest.update(part.detach().float().cpu().numpy().tobytes())
+    decides = {
+        "base": [(file.name, file_fingerprint(file)) for file in sorted(files)],
+        "name": [model.source.name, model.auto_class],
+        "start": digest.hexdigest(),
+        "method": config.method.model_dump(mode="json"),
+        "quant": model.quant.model_dump(mode="json"),
+        "precision": [model.device, model.dtype, config.model.attn_implementation],
+        "path": [fast.enabled, fast.packs, fast.chunked_cross_entropy, fast.prefix_tree, fast.tokens],
+        "weighting": [config.preference.loss, config.preference.ld_alpha]
+        if config.preference.loss == "ld-dpo" else [],
+        "versions": torch.__version__,
+    }  # fmt: skip
+    return json.dumps(decides, sort_keys=True, default=str)
