@@ -279,7 +279,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
 
     listener.stage("save and check")
     with explain_disk_errors(run):
-        save(adapted, config, plan, run, base)
+        save(adapted, config, plan, run, base, reference.start if reference else None)
     outcome = Outcome(
         run=run.path,
         recipe=job.recipe,

@@ -151,7 +151,9 @@ def find_preference_problems(
         if not given:
             return []
         names = listing(map(_flag, given))
-        return [f"{names}: of --task preference, and --task is {task}. Drop it, or change the task."]
+        return [
+            f"{names}: of --task preference, and --task is {task}. Drop it, or change the task."
+        ]
     loss, problems = settings.loss or DEFAULT_LOSS, []
     for name in given:
         if name not in ("loss", *settings.facts.reads):
@@ -165,7 +167,7 @@ def find_preference_problems(
             f"--label-smoothing {smoothing:g}: --loss {loss} does not read it; cdpo and "
             "robust do. Drop it."
         )
-    if loss == "robust" and smoothing >= 0.5:  # noqa: PLR2004 - half are swapped
+    if loss == "robust" and smoothing >= 0.5:
         problems.append(
             f"--label-smoothing {smoothing:g}: --loss robust divides by 1 - 2 times it. Give less "
             "than 0.5."

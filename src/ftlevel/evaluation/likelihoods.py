@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,13 +14,42 @@ from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.head.likelihoods import measure_answers, sum_of_ratios, with_baseline
 from ftlevel.fast.step import chunked_cross_entropy
 from ftlevel.models.hardware import autocast
-from ftlevel.task import LikelihoodObjective
-
-if TYPE_CHECKING:
-    from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.task import LikelihoodObjective, Objective
 
 Measured = tuple[list[int], dict[str, torch.Tensor], torch.Tensor]
 """Indices of rows, their batch, and how likely its answers are."""
+
+
+class Scorer(Protocol):
+    """What scoring needs beside the model: an `Evaluator` is one."""
+
+    @property
+    def rows(self) -> Sequence[Encoded]:
+        """Encoded rows."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Pads."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the model is trained on."""
+
+    @property
+    def device(self) -> str:
+        """Torch device type."""
+
+    @property
+    def dtype(self) -> str:
+        """Compute precision's name."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows a forward pass."""
+
+    @property
+    def chunked_cross_entropy(self) -> bool:
+        """Whether a language head is computed on supervised tokens only."""
 
 
 class AnswerRecord(Protocol):
@@ -32,9 +61,7 @@ class AnswerRecord(Protocol):
         """A batch was scored: its rows, and as of `LikelihoodObjective.judge`."""
 
 
-def score_answers(
-    evaluator: Evaluator, model: Any, record: AnswerRecord | None
-) -> dict[str, float]:
+def score_answers(evaluator: Scorer, model: Any, record: AnswerRecord | None) -> dict[str, float]:
     """Return the loss and the metrics of `model` on the evaluator's rows."""
     objective = _objective_of(evaluator)
     meter, total, count, rows = objective.meter(), 0.0, 0, evaluator.rows
@@ -54,7 +81,7 @@ def score_answers(
     return {"loss": loss, **meter.compute(loss)}
 
 
-def measure_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
+def measure_likelihoods(evaluator: Scorer, model: Any) -> np.ndarray:
     """Return the log-likelihoods of the two sequences of each row (rows, 2), in float32.
 
     By the batches in which rows are scored afterwards, so that a model that has not changed gives
@@ -80,13 +107,13 @@ def measure_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
     return found
 
 
-def _objective_of(evaluator: Evaluator) -> LikelihoodObjective:
+def _objective_of(evaluator: Scorer) -> LikelihoodObjective:
     if not isinstance(evaluator.objective, LikelihoodObjective):
         raise TypeError("only answers have a log-likelihood")
     return evaluator.objective
 
 
-def _head(evaluator: Evaluator, model: Any) -> Any:
+def _head(evaluator: Scorer, model: Any) -> Any:
     wanted = evaluator.objective if evaluator.chunked_cross_entropy else None
     pad_id = evaluator.tokenizer.pad_token_id or 0
     longest = sorted(evaluator.rows, key=lambda row: -row.length)[:2]
@@ -100,7 +127,7 @@ def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def _measure_baseline(
-    evaluator: Evaluator, model: Any, head: ChunkedCrossEntropy | None
+    evaluator: Scorer, model: Any, head: ChunkedCrossEntropy | None
 ) -> torch.Tensor | None:
     """Return the mean reward of what the rows contrast with, over all of them (a scalar)."""
     objective = _objective_of(evaluator)
@@ -113,7 +140,7 @@ def _measure_baseline(
 
 
 def _measure(
-    evaluator: Evaluator, model: Any, rows: Sequence[Encoded], head: ChunkedCrossEntropy | None
+    evaluator: Scorer, model: Any, rows: Sequence[Encoded], head: ChunkedCrossEntropy | None
 ) -> Iterator[Measured]:
     objective = _objective_of(evaluator)
     for chosen, batch in _batches(evaluator, rows):
@@ -121,7 +148,7 @@ def _measure(
 
 
 def _batches(
-    evaluator: Evaluator, rows: Sequence[Encoded]
+    evaluator: Scorer, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yield rows of like length, padded, the longest first."""
     collate = Collator(evaluator.tokenizer.pad_token_id or 0)

@@ -31,7 +31,7 @@ from ftlevel.models.quantized import (
 )
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
-from ftlevel.task import Objective
+from ftlevel.task import LikelihoodObjective, Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.adapterhub import hub_task, is_adapterhub, read_hub_adapter, with_head
@@ -238,6 +238,9 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
         model = load_adapter(model, directory, name)
     prompt = PromptFormat(**card.prompt) if card.prompt else None
     objective = task.build_objective(kind, {"labels": card.labels, **card.options})
+    if isinstance(objective, LikelihoodObjective) and card.merge:
+        objective = replace(objective, needs_reference=False)
+        notes.append("what it was merged from is its reference no more: rewards are not scored")
     return Trained(
         model.eval(), tokenizer, task, kind, device, dtype, objective, card.max_length,
         prompt, card.labels, card.options, notes, card.method,

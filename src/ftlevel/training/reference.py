@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from ftlevel.fast.head.likelihoods import measure_answers
 from ftlevel.fast.packing.layout import using_layout
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
+from ftlevel.methods import METHODS
 from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.task import LikelihoodObjective
+from ftlevel.trained.adapt import save_adapter
 from ftlevel.training.arguments import build_evaluator
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
@@ -42,10 +45,23 @@ AT_ONCE = 64
 """Rows that are cut into micro-batches together."""
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What is known of the reference.
+
+    Attributes:
+        facts: what summary.json says of it.
+        start: a temporary directory with the adapter as it began; None where that was nothing.
+    """
+
+    facts: Mapping[str, Any]
+    start: Any = None
+
+
 def fill_reference(
     config: TrainConfig, plan: Plan, adapted: Adapted, listener: Listener
-) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan with rows that know their reference, and what summary.json says of it.
+) -> tuple[Plan, Reference | None]:
+    """Return the plan with rows that know their reference, and what is known of that.
 
     Args:
         config: the whole configuration.
@@ -55,7 +71,7 @@ def fill_reference(
     """
     objective = plan.objective
     if not (isinstance(objective, LikelihoodObjective) and objective.needs_reference):
-        return plan, {}
+        return plan, None
     listener.stage("compute the reference")
     task: Any = plan.task
     start = _digest_start(config, plan, adapted)
@@ -77,7 +93,42 @@ def fill_reference(
     listener.choices(
         "reference", [Choice("reference", "the model as it begins", f"{how}, {rows:,} rows")]
     )
-    return replace(plan, data=data), {"is": "the model as it begins", "rows": rows, "cached": cached}
+    facts = {"is": "the model as it begins", "rows": rows, "cached": cached}
+    return replace(plan, data=data), Reference(facts, _keep_start(config, plan, adapted))
+
+
+def _keep_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> Any:
+    """Return a temporary directory with the adapter as it begins; None where that is nothing.
+
+    An adapter that takes its start out of the base is saved for the untouched base, and nothing
+    there as well.
+    """
+    model = adapted.model
+    rewrites = METHODS[config.method.kind].rewrites_base(config.method)
+    if not hasattr(model, "peft_config") or (plan.adapter is None and rewrites):
+        return None
+    on, off = (_switched(plan, adapted, off=off) for off in (False, True))
+    if plan.adapter is None and np.array_equal(on, off):
+        return None
+    kept = tempfile.TemporaryDirectory(prefix="ftlevel-start-")
+    save_adapter(model, config.method, Path(kept.name), adapted.start)
+    return kept
+
+
+def _switched(plan: Plan, adapted: Adapted, *, off: bool) -> np.ndarray:
+    """Return what the model says of a row, with its adapter or without."""
+    row, model = plan.data.train[0], adapted.model
+    training = model.training
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            autocast(plan.model.device, plan.model.dtype),
+            model.disable_adapter() if off else contextlib.nullcontext(),
+        ):
+            return _measure(plan, adapted, [row])
+    finally:
+        model.train(training)
 
 
 def _fill(plan: Plan, adapted: Adapted, into: np.ndarray) -> None:
@@ -171,7 +222,7 @@ def _path(config: TrainConfig, start: str, rows: Sequence[Encoded]) -> Path | No
     return cache_root() / f"reference-{digest.hexdigest()[:40]}.npy"
 
 
-def _open(path: Path, shape: tuple[int, int]) -> np.ndarray:
+def _open(path: Path, shape: tuple[int, int]) -> np.memmap:
     """Map the file at `path`, or a new one without numbers."""
     if path.exists():
         with contextlib.suppress(ValueError, OSError):
@@ -203,7 +254,8 @@ def _digest_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> str:
         "method": config.method.model_dump(mode="json"),
         "quant": model.quant.model_dump(mode="json"),
         "precision": [model.device, model.dtype, config.model.attn_implementation],
-        "path": [fast.enabled, fast.packs, fast.chunked_cross_entropy, fast.prefix_tree, fast.tokens],
+        "path": [fast.enabled, fast.packs, fast.chunked_cross_entropy, fast.prefix_tree,
+                 fast.tokens],
         "weighting": [config.preference.loss, config.preference.ld_alpha]
         if config.preference.loss == "ld-dpo" else [],
         "versions": torch.__version__,

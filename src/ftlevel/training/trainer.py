@@ -328,8 +328,12 @@ class FtlevelTrainer(Trainer):
         """
         if not (isinstance(self.objective, LikelihoodObjective) and self.objective.needs_baseline):
             return
-        contrasts = [_to_device(part, device) for batch in batches
-                     for part in batch.pop("contrasts", ()) if not batch.get("is_nothing")]  # fmt: skip
+        contrasts = [
+            _to_device(part, device)
+            for batch in batches
+            for part in batch.pop("contrasts")
+            if not batch.get("is_nothing")
+        ]
         head = self.fast.cross_entropy if self.fast is not None else None
         with self.compute_loss_context_manager():
             total = sum_of_ratios(head, self.model, self.objective, contrasts)

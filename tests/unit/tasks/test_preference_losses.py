@@ -8,31 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import log_softmax
 
 from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.head.likelihoods import measure_answers, sum_of_ratios, with_baseline
 from ftlevel.fast.packing.layout import using_layout
 from ftlevel.fast.plan.fast_plan import FastPlan
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.task import TrainingLoss
-from ftlevel.tasks.preferences.losses import log_odds
 from ftlevel.tasks.preferences.objective import Preferences, build_preferences
-from ftlevel.tasks.preferences.reward import Rewards
 from ftlevel.tasks.preferences.rows import ContrastedRows, ReferencedRows
 from preference_figures import (
     BASELINE,
-    EOS,
-    LENGTHS,
     PAD,
-    PAIRS,
-    POLICY,
-    REFERENCE,
-    REWARDS,
-    SCORES,
     TABLE,
     build_model,
     judged_rows,
@@ -97,9 +86,7 @@ def _step(
         step = StepCollator(PAD, fast.plan)(rows)
         parts, others = step["micro_batches"], step.get("contrasts", [])
     try:
-        count = torch.stack(
-            [objective.training_count(p["labels"], loss) for p in parts]
-        ).sum(0)
+        count = torch.stack([objective.training_count(p["labels"], loss) for p in parts]).sum(0)
         if others:
             total = sum_of_ratios(head, model, objective, others)
             assert float(total[0] / total[1]) == pytest.approx(BASELINE, abs=2e-5)

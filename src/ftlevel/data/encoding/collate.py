@@ -24,8 +24,8 @@ class Collator:
         """Return `input_ids` and `attention_mask` `(batch, seq)`, and `labels`.
 
         A batch has the branches of all rows, those of a row side by side, and `verdicts`
-        `(batch, 3)` where rows have them. Labels are `(batch,)` for a number a row, `(batch, n)` for n numbers a row, and
-        `(batch, target)` filled with -100 for tokens.
+        `(batch, 3)` where rows have them. Labels are `(batch,)` for a number a row, `(batch, n)`
+        for n numbers a row, and `(batch, target)` filled with -100 for tokens.
         """
         verdicts = [verdict for row in rows for verdict in row.verdicts]
         rows = [branch for row in rows for branch in row.branches]

@@ -110,7 +110,9 @@ class ChunkedCrossEntropy:
             NotServedError: the model never asked its head.
         """
         if torch.is_grad_enabled():
-            return self._compute(forward, at, lambda states: self._summed(states, targets, smoothing))
+            return self._compute(
+                forward, at, lambda states: self._summed(states, targets, smoothing)
+            )
         return self._compute(forward, at, lambda states: self._observe(states, targets, observe))
 
     def likelihoods(

@@ -76,13 +76,15 @@ def _length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
         return []
     way = "longer" if share >= BIASED else "shorter"
     count = longer if share >= BIASED else len(pairs) - longer
-    told = f"a judge of length alone, for the {way} one, would be right in {max(share, 1 - share):.0%}"
+    told = (
+        f"a judge of length alone, for the {way} one, would be right in {max(share, 1 - share):.0%}"
+    )
     return [("length_bias", count, told)]
 
 
 def _repeats(pair: PairExample) -> bool:
     """Whether an answer begins with all that the last turn asked, three words or more."""
     asked = pair.prompt[-1].content.strip()
-    return len(asked.split()) > 2 and any(  # noqa: PLR2004 - as `answer_is_prompt` counts
+    return len(asked.split()) > 2 and any(
         say(answer).strip().startswith(asked) for answer in (pair.chosen, pair.rejected)
     )

@@ -1,4 +1,4 @@
-"""From judged examples to rows: one template for both answers, whose prompt must be the same tokens."""
+"""From judged examples to rows: one template for both answers, and one prompt, token by token."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class JudgedEncoder:
                 )
             one, two = (_answer_alone(row, at) for row, at in zip((one, two), starts, strict=True))
         row = pair_up(one, two, prompt, example.margin, scored=self.scored)
-        return replace(row, reference=self._reference)  # type: ignore[call-arg]
+        return replace(row, reference=self._reference)
 
     def _judge(self, row: Encoded, example: Any, desirable: bool) -> Encoded:
         prompt = 0

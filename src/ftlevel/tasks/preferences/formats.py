@@ -234,7 +234,7 @@ def _same(one: Turns, other: Turns) -> bool:
 
 def _two(roles: Roles) -> tuple[object, object]:
     value = roles.get("output")
-    if not isinstance(value, list) or len(value) != 2:  # noqa: PLR2004 - a pair
+    if not isinstance(value, list) or len(value) != 2:
         raise Unusable(f"{roles.columns['output']!r} is {kind_of(value)}, where two answers are "
                        "expected: the preferred one and the other")  # fmt: skip
     return value[0], value[1]
@@ -254,7 +254,7 @@ def _best_and_worst(roles: Roles) -> tuple[object, object, tuple[float, ...]]:
         if text is None or not isinstance(number, int | float) or not math.isfinite(number):
             raise Unusable(f"{column!r} has an answer without a text, or without rank and score")
         graded.append((float(number), text))
-    if len({number for number, _ in graded}) < 2:  # noqa: PLR2004 - one is better
+    if len({number for number, _ in graded}) < 2:
         raise Unusable(f"{column!r} has no two answers of which one is better")
     best, worst = max(graded, key=lambda g: g[0]), min(graded, key=lambda g: g[0])
     return best[1], worst[1], (best[0], worst[0])
@@ -280,13 +280,15 @@ PAIR_SHAPES = (
           {"instruction": ("instruction",), "chosen": _CHOSEN, "rejected": _REJECTED},
           {"input": ("input", "context"), **_GRADES}),
     Shape("messages + chosen + rejected", build_pair,
-          {"messages": _MESSAGES, "chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES, False, _TURNS),
+          {"messages": _MESSAGES, "chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES, False,
+          _TURNS),
     Shape("chosen + rejected", build_pair, {"chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES,
           False, _TURNS),
     Shape("messages + rejected", build_pair, {"messages": _MESSAGES, "rejected": _REJECTED},
           _GRADES, False, _TURNS),
     Shape("prompt + answers", build_pair,
-          {"prompt": (*_PROMPTS, "instruction"), "ranked": ("answers", "completions")}, _MORE, False),
+          {"prompt": (*_PROMPTS, "instruction"), "ranked": ("answers", "completions")}, _MORE,
+          False),
     Shape("instruction + output", build_pair,
           {"instruction": ("instruction",), "output": ("output",)},
           {"input": ("input",), **_MORE}, False),

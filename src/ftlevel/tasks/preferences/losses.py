@@ -1,7 +1,7 @@
 """The losses of preferences, each a function of how likely the answers are.
 
-With x a prompt, y+ and y- the preferred and the rejected answer, n their tokens with EOS, lp the sum
-of their log-probabilities, r = lp - lp of the reference, and h = r+ - r-:
+With x a prompt, y+ and y- the preferred and the rejected answer, n their tokens with EOS, lp the
+sum of their log-probabilities, r = lp - lp of the reference, and h = r+ - r-:
 
     dpo       -log σ(βh)                                             Rafailov et al., 2305.18290
     cdpo      -(1 - ε) log σ(βh) - ε log σ(-βh)                      Mitchell, 2023
@@ -53,6 +53,11 @@ class Answered:
     def ratios(self) -> torch.Tensor:
         """Log of the policy's likelihood over the reference's."""
         return self.sums - self.reference
+
+    def every_other(self, first: int) -> Answered:
+        """Return every second answer, from the one at `first` on."""
+        own = slice(first, None, 2)
+        return Answered(self.sums[own], self.counts[own], self.reference[own])
 
     @property
     def means(self) -> torch.Tensor:

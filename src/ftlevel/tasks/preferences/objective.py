@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -81,16 +80,15 @@ class Preferences(LikelihoodObjective):
             weights = settings.desirable_weight, settings.undesirable_weight
             good = verdicts[:, 0] > 0
             return kto(answered, good, verdicts[:, 2], settings.strength, weights).sum()
-        good, bad = (Answered(answered.sums[i::2], answered.counts[i::2], answered.reference[i::2])
-                     for i in (0, 1))  # fmt: skip
+        preferred, rejected = answered.every_other(0), answered.every_other(1)
         loss = PAIR_LOSSES[settings.loss or "dpo"]
-        of_pairs = loss(good, bad, Strengths.of(settings, self.smoothing)).sum()
+        of_pairs = loss(preferred, rejected, Strengths.of(settings, self.smoothing)).sum()
         if settings.loss not in WITH_SFT:
             return of_pairs
         weight = 1.0 if settings.loss == "orpo" else settings.sft_weight
         if training and settings.nll_mean == "token":
-            return torch.stack([of_pairs, -weight * good.sums.sum()])
-        return of_pairs - weight * good.means.sum()
+            return torch.stack([of_pairs, -weight * preferred.sums.sum()])
+        return of_pairs - weight * preferred.means.sum()
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the number of pairs or judged answers (a scalar)."""
@@ -140,9 +138,7 @@ class Preferences(LikelihoodObjective):
         return self.settings.strength * (ratios / answered.counts if by_token else ratios)
 
 
-def build_preferences(
-    settings: PreferenceConfig, smoothing: float, kind: str
-) -> Preferences:
+def build_preferences(settings: PreferenceConfig, smoothing: float, kind: str) -> Preferences:
     """Return the objective of a model of `kind`."""
     headline = "reward_accuracy" if settings.is_referenced else "logp_mean_accuracy"
     if not settings.facts.paired:
@@ -156,5 +152,3 @@ def build_preferences(
         smoothing=smoothing,
         shifted=kind == "decoder",
     )
-
-

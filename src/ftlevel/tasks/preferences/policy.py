@@ -141,6 +141,11 @@ class JudgedTask(BaseTask):
 class PreferenceTask(JudgedTask, TextTask):
     """A policy: it writes, and learns which of its answers are better."""
 
+    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+        """Return a prompt as `train` would lay it out, and a loss without a reference."""
+        alone = {"preference": {"loss": "dpo", "reference": "none"}}
+        return {**super().stand_in(model_config, tokenizer, kind), "options": alone}
+
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the loss that `facts` name."""
         task = self.configured(facts)
@@ -154,11 +159,12 @@ class PreferenceTask(JudgedTask, TextTask):
         """Return `prepared` with rows that know what they contrast with, where the loss asks."""
         if self.settings.loss != "kto":
             return prepared
-        most = prepared.max_length
-        parts = {"train": ContrastedRows(prepared.train, most)}
-        if prepared.validation:
-            parts["validation"] = ContrastedRows(prepared.validation, most)
-        return replace(prepared, **parts)
+        most, held_out = prepared.max_length, prepared.validation
+        return replace(
+            prepared,
+            train=ContrastedRows(prepared.train, most),
+            validation=ContrastedRows(held_out, most) if len(held_out) else held_out,
+        )
 
     def fix(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext

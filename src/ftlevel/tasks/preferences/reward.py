@@ -60,8 +60,8 @@ class RewardTask(JudgedTask):
         """Return a prompt as `train` would lay it out, and that the head has one score."""
         if model_config.num_labels != 1:
             raise InputError(
-                f"a reward model has one score, and this one has {model_config.num_labels} classes. "
-                "Name another, or --task text-classification."
+                f"a reward model has one score, and this one has {model_config.num_labels} "
+                "classes. Name another, or --task text-classification."
             )
         form = self.prompt_format(Format(self.name, "", build_scored, {}), kind, tokenizer)
         return {
@@ -97,7 +97,7 @@ class RewardTask(JudgedTask):
             for row in encode([question])
         ]
 
-        def read(row: Encoded, logits: torch.Tensor) -> Reply:
+        def read(_: Encoded, logits: torch.Tensor) -> Reply:
             score = float(logits.float().reshape(-1)[0])
             return Reply(f"{score:.4g}", {"score": score}, columns={"": score})
 

@@ -232,7 +232,9 @@ def _labels(row: Encoded) -> list[int]:
     return row.labels
 
 
-def pair_up(first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool) -> Encoded:
+def pair_up(
+    first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool
+) -> PairRow:
     """Return the row of two encoded answers that share their first `prompt` tokens.
 
     Args:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
@@ -49,18 +51,23 @@ class Steps:
         """What is trained."""
         return self.trainer.model
 
-    def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Computed:
+    def plain(
+        self, rows: Sequence[Encoded], batch_size: int, dtype: str, *, apart: bool = False
+    ) -> Computed:
         """Return the step as transformers and PEFT compute it: padded batches, no dropout.
 
         Args:
             rows: of the step.
             batch_size: rows of a batch; the gradients of all are summed.
             dtype: compute precision's name.
+            apart: whether the answers of a row go through the model one by one. What they have in
+                common cancels in the gradient, and is rounded otherwise in each only then.
         """
         objective, device = self.trainer.objective, self.trainer.args.device
         options = self.trainer.loss
         _evaluate(self.model)
         self.model.zero_grad()
+        model = _OneByOne(self.model) if apart and len(rows[0].branches) > 1 else self.model
         collate, loss = Collator(self.pad_id), 0.0
         baseline = self._baseline(rows, batch_size, dtype)
         parts = [
@@ -74,7 +81,7 @@ class Steps:
                 batch["verdicts"] = with_baseline(batch["verdicts"], baseline.to(device))
             with autocast(device.type, dtype):
                 mask = batch["attention_mask"]
-                summed, _, _ = plain_loss(self.model, objective, batch, mask, options)
+                summed, _, _ = plain_loss(model, objective, batch, mask, options)
             share = (summed / count).sum()
             torch.autograd.backward(share)
             loss += share.item()
@@ -139,6 +146,33 @@ class Steps:
         }
         self.model.zero_grad()
         return found
+
+
+class _OneByOne:
+    """Calls a model on each row of a batch by itself, without its padding.
+
+    Args:
+        model: with scores of tokens, or of rows.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.get_base_model = getattr(model, "get_base_model", None)
+
+    def __call__(self, attention_mask: torch.Tensor, **batch: torch.Tensor) -> Any:
+        """Return outputs with the scores of all rows."""
+        width, found = attention_mask.shape[1], []
+        for index, mask in enumerate(attention_mask):
+            length = int(mask.sum())
+            own = {
+                name: value[index : index + 1, : None if name.startswith("decoder") else length]
+                for name, value in batch.items()
+            }
+            scores = self._model(attention_mask=mask[None, :length], **own).logits
+            if scores.dim() > 2 and scores.shape[1] == length:
+                scores = functional.pad(scores, (0, 0, 0, width - length))
+            found.append(scores)
+        return SimpleNamespace(logits=torch.cat(found))
 
 
 def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
