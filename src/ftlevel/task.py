@@ -288,6 +288,15 @@ class Objective(ABC):
     def meter(self) -> Meter:
         """Return a new meter; it is updated with what `targets` returns."""
 
+    @property
+    def first_loss(self) -> float | None:
+        """What the loss of the first step has to be, where that is known."""
+        return None
+
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return what has to be said of metrics that look better than they are."""
+        return []
+
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
         """Return the mean loss of guessing without reading, by how often `rows` have each answer.
 

@@ -104,6 +104,8 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         listener.stage("score")
         record = PerRow(trained.objective)
         metrics = evaluator(trained.model, record)
+        for remark in trained.objective.remarks(metrics):
+            listener.warn(remark)
         base, base_record = {}, None
         if config.base and _has_comparable_base(found, trained):
             listener.stage("score the base")

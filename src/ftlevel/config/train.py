@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.options.optimizer import find_problems
 from ftlevel.config.options.output import OutputConfig
-from ftlevel.config.preference import (
+from ftlevel.config.options.preference import (
     PreferenceConfig,
     find_preference_problems,
     with_loss,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
+from ftlevel.config.options.preference import LOSSES, SMOOTHING, PreferenceConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.fast.head.likelihoods import measure_answers, sum_of_ratios, with_baseline
 from ftlevel.fast.packing.layout import using_layout

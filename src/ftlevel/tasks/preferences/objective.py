@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ftlevel.config.preference import PreferenceConfig
+from ftlevel.config.options.preference import PreferenceConfig
 from ftlevel.task import IGNORED, LikelihoodObjective, Meter, TokenObjective, TrainingLoss
 from ftlevel.tasks.preferences.losses import PAIR_LOSSES, Answered, Strengths, kto
 from ftlevel.tasks.preferences.meter import JudgedMeter, metric_names
@@ -123,6 +125,42 @@ class Preferences(LikelihoodObjective):
     def metrics(self) -> tuple[str, ...]:
         """What its meter computes."""
         return metric_names(paired=self.is_paired, referenced=self.needs_reference)
+
+    @property
+    def first_loss(self) -> float | None:
+        """The loss of a policy that is the reference: h = 0, whatever the answers are."""
+        if not self.needs_reference:
+            return None
+        known = {
+            "hinge": 1.0,
+            "ipo": 1 / (4 * self.settings.strength**2),
+            **dict.fromkeys(("dpo", "cdpo", "robust", "dpo-norm", "ld-dpo"), math.log(2)),
+        }
+        return known.get(self.settings.loss or "dpo")
+
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return what rewards do not say: that good answers became less likely too, or longer."""
+        found = []
+        names = ("chosen", "rejected") if self.is_paired else ("desirable", "undesirable")
+        fell = [
+            metrics.get(f"logp_{name}", 0.0) - metrics.get(f"ref_logp_{name}", 0.0)
+            for name in names
+        ]
+        if fell[0] < 0:
+            both = "both kinds of answers" if fell[1] < 0 else f"the {names[0]} answers"
+            found.append(
+                f"{both} are less likely than before training ({names[0]} {fell[0]:+.2f} nats, "
+                f"{names[1]} {fell[1]:+.2f}): what the model writes may be neither (likelihood "
+                "displacement). Look at samples; a lower rate, a higher --beta or --loss rpo "
+                "hold it back."
+            )
+        right, length = metrics.get("reward_accuracy"), metrics.get("length_accuracy", 0.0)
+        if right is not None and 0.5 < right <= length:
+            found.append(
+                f"reward_accuracy {right:.2f} is no better than preferring the longer answer "
+                f"({length:.2f})."
+            )
+        return found
 
     def meter(self) -> Meter:
         """Return a `JudgedMeter`."""

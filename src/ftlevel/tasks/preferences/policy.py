@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
-from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
+from ftlevel.config.options.preference import LOSSES, SMOOTHING, PreferenceConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.prompts import PromptFormat, choose_format
 from ftlevel.data.formats.detect import Format, fits

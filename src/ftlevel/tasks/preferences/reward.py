@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ftlevel.config.preference import PreferenceConfig
+from ftlevel.config.options.preference import PreferenceConfig
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.sources.table import Table

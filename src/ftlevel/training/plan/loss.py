@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.config.preference import PREFERENCE_TASKS
+from ftlevel.config.options.preference import PREFERENCE_TASKS
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import ConfigError, did_you_mean, listing
 from ftlevel.task import Objective, TrainingLoss

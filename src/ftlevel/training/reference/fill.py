@@ -9,8 +9,6 @@ of the fast step, and kept under a digest of all that decides it; so no second m
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftlevel.artifacts.fingerprint import file_fingerprint
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.prepare.cache import cache_root, is_writable
 from ftlevel.evaluation.likelihoods import measure_likelihoods
 from ftlevel.events import Listener
 from ftlevel.fast.head.likelihoods import measure_answers
@@ -34,12 +30,12 @@ from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import autocast
-from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.task import LikelihoodObjective
 from ftlevel.trained.adapt import save_adapter
 from ftlevel.training.arguments import build_evaluator
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
+from ftlevel.training.reference.kept import digest_start, read_or_fill
 
 AT_ONCE = 64
 """Rows that are cut into micro-batches together."""
@@ -74,8 +70,10 @@ def fill_reference(
         return plan, None
     listener.stage("compute the reference")
     task: Any = plan.task
-    start = _digest_start(config, plan, adapted)
-    train, cached = _kept(config, start, plan.data.train, lambda into: _fill(plan, adapted, into))
+    start = digest_start(config, plan, adapted)
+    train, cached = read_or_fill(
+        config, start, plan.data.train, lambda into: _fill(plan, adapted, into)
+    )
     data = replace(plan.data, train=task.with_reference(plan.data.train, train))
     if plan.data.validation:
         evaluator = build_evaluator(config, plan)
@@ -86,7 +84,7 @@ def fill_reference(
         def score(into: np.ndarray) -> None:
             into[:] = measure_likelihoods(evaluator, adapted.model)
 
-        held_out, _ = _kept(config, key, plan.data.validation, score)
+        held_out, _ = read_or_fill(config, key, plan.data.validation, score)
         data = replace(data, validation=task.with_reference(plan.data.validation, held_out))
     how = "computed before and kept" if cached else "computed before step 1"
     rows = len(plan.data.train) + len(plan.data.validation)
@@ -95,6 +93,37 @@ def fill_reference(
     )
     facts = {"is": "the model as it begins", "rows": rows, "cached": cached}
     return replace(plan, data=data), Reference(facts, _keep_start(config, plan, adapted))
+
+
+FIRST_LOSS = 1e-6
+"""How far the first loss may be from what it has to be, relative, without a word about it."""
+
+
+def describe_first_loss(
+    reference: Reference, config: TrainConfig, plan: Plan, records: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what summary.json says of the reference, and why the first loss is another.
+
+    Args:
+        reference: of the run.
+        config: the whole configuration.
+        plan: of the run.
+        records: what was logged.
+    """
+    expected, facts = plan.objective.first_loss, dict(reference.facts)
+    first = next((r["loss"] for r in records if r["step"] == 1 and "loss" in r), None)
+    if expected is None or first is None:
+        return facts, []
+    facts |= {"first_loss": first, "first_loss_expected": expected}
+    if abs(first - expected) <= FIRST_LOSS * expected:
+        return facts, []
+    dropped = getattr(config.method, "lora_dropout", 0.0)
+    why = (
+        f"dropout of {dropped:g} is on in the policy and off in the reference"
+        if dropped
+        else f"in {plan.model.dtype} the same rows, packed otherwise, are rounded otherwise"
+    )
+    return facts, [f"the first loss is {first:.7f}, and {expected:.7f} at the reference: {why}."]
 
 
 def _keep_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> Any:
@@ -185,79 +214,3 @@ def _micro_batches(
     collate = Collator(pad_id)
     for index, row in enumerate(rows):
         yield [index], collate([row])
-
-
-def _kept(
-    config: TrainConfig, start: str, rows: Sequence[Encoded], fill: Any
-) -> tuple[np.ndarray, bool]:
-    """Return (rows, 2) as `fill` writes it, and whether all of it was kept from before.
-
-    A file that a run was killed in is gone on with. Of several processes one computes.
-    """
-    from filelock import FileLock
-
-    shape, path = (len(rows), 2), _path(config, start, rows)
-    if path is None:
-        into = np.full(shape, np.nan, dtype=np.float32)
-        fill(into)
-        return into, False
-    with FileLock(path.with_suffix(".lock")):
-        into = _open(path, shape)
-        missing = bool(np.isnan(into).any())
-        if missing:
-            fill(into)
-            into.flush()
-        return np.array(into), not missing
-
-
-def _path(config: TrainConfig, start: str, rows: Sequence[Encoded]) -> Path | None:
-    """Return the file of these rows and this start; None where nothing may be kept."""
-    if not config.data.cache or not is_writable():
-        return None
-    digest = hashlib.sha256(start.encode())
-    for row in rows:
-        for part in (*row.branches, *row.contrasts):
-            digest.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
-            digest.update(np.array(part.labels, np.int32).tobytes() + b";")
-    return cache_root() / f"reference-{digest.hexdigest()[:40]}.npy"
-
-
-def _open(path: Path, shape: tuple[int, int]) -> np.memmap:
-    """Map the file at `path`, or a new one without numbers."""
-    if path.exists():
-        with contextlib.suppress(ValueError, OSError):
-            known = np.lib.format.open_memmap(path, mode="r+")
-            if known.shape == shape and known.dtype == np.float32:
-                path.touch()
-                return known
-    fresh = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    fresh[:] = np.nan
-    fresh.flush()
-    return fresh
-
-
-def _digest_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> str:
-    """Return a digest of all that decides what the model says of a row as it begins."""
-    model, fast = plan.model, adapted.fast.plan if adapted.fast is not None else plan.fast
-    place = model.source.path
-    files = [] if place is None else [place] if place.is_file() else place.glob("*.safetensors")
-    digest = hashlib.sha256()
-    for name, tensor in sorted(adapted.model.named_parameters()):
-        if tensor.requires_grad or place is None:
-            digest.update(name.encode())
-            for part in inner_tensors(tensor) or (tensor,):
-                digest.update(part.detach().float().cpu().numpy().tobytes())
-    decides = {
-        "base": [(file.name, file_fingerprint(file)) for file in sorted(files)],
-        "name": [model.source.name, model.auto_class],
-        "start": digest.hexdigest(),
-        "method": config.method.model_dump(mode="json"),
-        "quant": model.quant.model_dump(mode="json"),
-        "precision": [model.device, model.dtype, config.model.attn_implementation],
-        "path": [fast.enabled, fast.packs, fast.chunked_cross_entropy, fast.prefix_tree,
-                 fast.tokens],
-        "weighting": [config.preference.loss, config.preference.ld_alpha]
-        if config.preference.loss == "ld-dpo" else [],
-        "versions": torch.__version__,
-    }  # fmt: skip
-    return json.dumps(decides, sort_keys=True, default=str)
