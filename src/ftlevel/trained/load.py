@@ -10,7 +10,7 @@ from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.data.encoding.pad_token import choose_pad_token
+from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import DTYPES
@@ -210,7 +210,11 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
         check_loadable(stored, source.words, device)
     tokenizer = load_own_tokenizer(source, directory)
     choose_pad_token(tokenizer)
-    if getattr(config, "pad_token_id", None) is None:  # CodeGen's has no such field at all
+    if task.pads_apart:
+        pad_apart_from_eos(tokenizer)
+    if (
+        task.pads_apart or getattr(config, "pad_token_id", None) is None
+    ):  # CodeGen's has no such field at all
         config.pad_token_id = tokenizer.pad_token_id
     kind = model_kind(config)
     dtype, notes = card.dtype, list(found.notes)

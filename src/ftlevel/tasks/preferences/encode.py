@@ -30,7 +30,8 @@ class JudgedEncoder:
     Attributes:
         tokenizer: the model's.
         prompt_format: how prompts are laid out.
-        seq2seq: whether answers are apart from what they answer.
+        kind: of the model: the answers of an encoder-decoder are apart from what they answer, and
+            an encoder reads both as one text.
         judged: whether pairs become two judged answers.
         scored: whether answers get a score each.
         referenced: whether the reference's log-likelihoods will be known.
@@ -38,7 +39,7 @@ class JudgedEncoder:
 
     tokenizer: Any
     prompt_format: PromptFormat
-    seq2seq: bool
+    kind: str
     judged: bool
     scored: bool
     referenced: bool
@@ -66,7 +67,18 @@ class JudgedEncoder:
                 rows.append(self._pair(one, two, example))
         return rows
 
+    def answers(self, examples: Sequence[JudgedExample]) -> list[Encoded]:
+        """Return each prompt with its answer, as it is scored."""
+        return self._encode([_answered(example) for example in examples])
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether answers are apart from what they answer."""
+        return self.kind == "encoder-decoder"
+
     def _encode(self, talks: Sequence[Conversation]) -> list[Encoded]:
+        if self.kind == "encoder":
+            return [_as_one_text(self.tokenizer, talk) for talk in talks]
         encode = encode_seq2seq if self.seq2seq else encode_causal
         return encode(self.tokenizer, talks, self.prompt_format)
 
@@ -77,7 +89,8 @@ class JudgedEncoder:
     def _pair(self, one: Encoded, two: Encoded, example: PairExample) -> Encoded:
         prompt = 0
         if not self.seq2seq:
-            starts = [find_answer(row, example.prompt) for row in (one, two)]
+            encoder = self.kind == "encoder"
+            starts = [find_answer(row, example.prompt, encoder=encoder) for row in (one, two)]
             prompt = count_common(one, two, min(starts))
             if prompt < min(starts) - _JOINED:
                 raise RowError(
@@ -100,6 +113,15 @@ class JudgedEncoder:
         )
 
 
+def _as_one_text(tokenizer: Any, talk: Conversation) -> Encoded:
+    """Return what was said before the last turn, and that turn, each ended by SEP."""
+    *before, last = talk.messages
+    start = list(tokenizer("\n\n".join(turn.content for turn in before))["input_ids"])
+    end = list(tokenizer(last.content, add_special_tokens=False)["input_ids"])
+    end.append(tokenizer.sep_token_id)
+    return Encoded(start + end, [IGNORED] * len(start) + end, talk.row)
+
+
 def _answered(example: PairExample | JudgedExample) -> Conversation:
     answer = example.chosen if isinstance(example, PairExample) else example.answer
     return Conversation((*example.prompt, *answer), example.row, example.tools)
@@ -109,7 +131,7 @@ def _rejecting(example: PairExample) -> Conversation:
     return Conversation((*example.prompt, *example.rejected), example.row, example.tools)
 
 
-def find_answer(row: Encoded, prompt: Sequence[Message]) -> int:
+def find_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
     """Return the place of the first token of the answer behind the turns of `prompt`.
 
     Each turn of the assistant is a run of tokens with a label; those of the prompt come first.
@@ -118,6 +140,8 @@ def find_answer(row: Encoded, prompt: Sequence[Message]) -> int:
         RowError: the answer has no token of its own.
     """
     labels = row.labels if isinstance(row.labels, list) else []
+    if encoder:
+        return next(at for at, label in enumerate(labels) if label != IGNORED)
     before = sum(turn.role == "assistant" for turn in prompt)
     starts = [
         at

@@ -98,7 +98,7 @@ class JudgedTask(BaseTask):
             raise TypeError("judged answers have a prompt format")
         settings, seq2seq = self.settings, encoder.kind == "encoder-decoder"
         encode = JudgedEncoder(
-            encoder.tokenizer, encoder.prompt_format, seq2seq, settings.loss == "kto", scored,
+            encoder.tokenizer, encoder.prompt_format, encoder.kind, settings.loss == "kto", scored,
             settings.is_referenced,
         )  # fmt: skip
         fitted = encoder.fit(encoder.collect(encode, examples), table)

@@ -38,6 +38,7 @@ class RewardTask(JudgedTask):
 
     has_new_head: ClassVar[bool] = True
     finds_ends_by_padding: ClassVar[bool] = True
+    pads_apart: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(ends=True)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
@@ -89,12 +90,11 @@ class RewardTask(JudgedTask):
         """Return the score of each answer."""
         if model.prompt_format is None:
             raise TypeError("answers have a prompt format")
-        seq2seq = model.kind == "encoder-decoder"
-        encode = JudgedEncoder(model.tokenizer, model.prompt_format, seq2seq, True, True, False)
+        encode = JudgedEncoder(model.tokenizer, model.prompt_format, model.kind, True, True, False)
         rows = [
             Encoded(row.input_ids, 0, index)
             for index, question in enumerate(questions)
-            for row in encode([question])
+            for row in encode.answers([question])
         ]
 
         def read(_: Encoded, logits: torch.Tensor) -> Reply:

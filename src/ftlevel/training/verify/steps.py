@@ -159,6 +159,10 @@ class _OneByOne:
         self._model = model
         self.get_base_model = getattr(model, "get_base_model", None)
 
+    def __getattr__(self, name: str) -> Any:
+        """Be the model in everything else."""
+        return getattr(self._model, name)
+
     def __call__(self, attention_mask: torch.Tensor, **batch: torch.Tensor) -> Any:
         """Return outputs with the scores of all rows."""
         width, found = attention_mask.shape[1], []
