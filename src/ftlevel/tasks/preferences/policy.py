@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from ftlevel.data.prepare.loading import Loaded
 
 
+_UNTOLD = ("loss", "reference")
+"""What the line of the loss leaves out."""
+
+
 @dataclass(frozen=True)
 class JudgedTask(BaseTask):
     """What both tasks of judged answers have in common.
@@ -116,6 +120,20 @@ class JudgedTask(BaseTask):
         """Return the loss and what it is told."""
         return {"preference": self.options}
 
+    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+        """Return how much there is to learn, and by which loss."""
+        told = {name: value for name, value in self.options.items() if name not in _UNTOLD}
+        if "beta" in told:
+            told["beta"] = self.settings.strength
+        if "simpo_gamma" in told:
+            told["simpo_gamma"] = self.settings.margin
+        shown = ", ".join(
+            f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float | int)
+            else f"{name.replace('_', ' ')} {value}"
+            for name, value in told.items()
+        )  # fmt: skip
+        return [Choice("loss", self.settings.loss, shown), *super().describe_rows(loaded, facts)]
+
     @property
     def options(self) -> dict[str, Any]:
         """The loss and what it reads, as a card holds it."""
@@ -181,14 +199,15 @@ class PreferenceTask(JudgedTask, TextTask):
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
     ) -> list[str | None]:
-        """Return what is learned at each token: that of the rejected answer is marked."""
+        """Return what is learned at each token; the first one of each answer says which it is."""
         shown = super().show_targets(row, names, kind, speller)
         if not isinstance(row, PairRow) or row.is_apart:
             return shown
-        first = row.prompt + row.chosen
-        return [
-            label if label is None or at < first else "rejected" for at, label in enumerate(shown)
-        ]
+        for begin, name in ((row.prompt, "preferred"), (row.prompt + row.chosen, "rejected")):
+            first = next((at for at in range(begin, len(shown)) if shown[at] is not None), None)
+            if first is not None:
+                shown[first] = name
+        return shown
 
 
 _TEXT = next(task for task in TEXT_TASKS if task.name == "text-generation")
