@@ -133,6 +133,7 @@ class BaseTask(Task):
         has_new_head: whether the head is new on a pretrained model, and so trained in full.
         writes_text: whether the model writes text.
         finds_ends_by_padding: whether the model finds the end of a row by its padding token.
+        head_like: the task whose head it has, where that is not a kind of its own.
         pads_apart: whether padding has to be another token than EOS, which ends its rows.
         wants_context: whether a question is asked about a text of its own.
     """
@@ -154,6 +155,7 @@ class BaseTask(Task):
     has_new_head: ClassVar[bool] = False
     writes_text: ClassVar[bool] = False
     finds_ends_by_padding: ClassVar[bool] = False
+    head_like: ClassVar[str] = ""
     pads_apart: ClassVar[bool] = False
     wants_context: ClassVar[bool] = False
 

@@ -29,6 +29,9 @@ class LossFacts:
         referenced: whether it compares with the model as it began.
         paired: whether it needs two answers to one prompt.
         smoothed: whether it reads `train.label_smoothing_factor`.
+        rate: what the method's learning rate is multiplied by where the user gives none: the
+            papers' rates are a tenth of those for answers alone and less, but for orpo, which
+            learns these too.
     """
 
     beta: float | None
@@ -36,6 +39,7 @@ class LossFacts:
     referenced: bool = True
     paired: bool = True
     smoothed: bool = False
+    rate: float = 0.1
 
 
 LOSSES: dict[str, LossFacts] = {
@@ -49,11 +53,11 @@ LOSSES: dict[str, LossFacts] = {
     "rpo": LossFacts(0.1, ("beta", "reference", "sft_weight", "nll_mean")),
     "simpo": LossFacts(2.0, ("beta", "simpo_gamma"), referenced=False),
     "cpo": LossFacts(0.1, ("beta", "sft_weight", "nll_mean"), referenced=False),
-    "orpo": LossFacts(0.1, ("beta",), referenced=False),
+    "orpo": LossFacts(0.1, ("beta",), referenced=False, rate=1.0),
     "kto": LossFacts(
         0.1, ("beta", "reference", "desirable_weight", "undesirable_weight"), paired=False
     ),
-    "reward": LossFacts(None, ("center",), referenced=False),
+    "reward": LossFacts(None, ("center",), referenced=False, rate=1.0),
 }
 DEFAULT_LOSS = "dpo"
 SMOOTHING = 0.1

@@ -38,6 +38,7 @@ class RewardTask(JudgedTask):
 
     has_new_head: ClassVar[bool] = True
     finds_ends_by_padding: ClassVar[bool] = True
+    head_like: ClassVar[str] = "text-classification"
     pads_apart: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(ends=True)
 
