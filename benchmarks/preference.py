@@ -1,6 +1,7 @@
 """DPO steps of ftlevel beside TRL's, on the same model, pairs, precision and batch, by turns.
 
-    python benchmarks/preference.py --model .models/SmolLM2-135M-Instruct --data data/docstring-pairs
+    python benchmarks/preference.py --model .models/SmolLM2-135M-Instruct \
+        --data data/docstring-pairs --peer FOLDER
 
 Each side runs in a process of its own: ftlevel; TRL with the reference in the step, as it is
 shipped; and TRL with the reference computed before (`precompute_ref_log_probs`). TRL is taken from
@@ -41,7 +42,7 @@ def main() -> None:
     told = parser.parse_args()
     if told.side:
         measure = _ftlevel if told.side == "ftlevel" else _trl
-        print(json.dumps(measure(told)))  # noqa: T201 - what a benchmark is for
+        print(json.dumps(measure(told)))
         return
     found: dict[str, list[dict[str, float]]] = {side: [] for side in told.sides.split(",")}
     for _ in range(told.rounds):
@@ -65,14 +66,14 @@ def _run(side: str, peer: str) -> dict[str, float]:
 def _print(found: dict[str, list[dict[str, float]]], told: argparse.Namespace) -> None:
     per_pair = {side: [run["cpu_s"] for run in runs] for side, runs in found.items()}
     ours = statistics.median(per_pair["ftlevel"]) if "ftlevel" in per_pair else None
-    print(f"{told.dtype}, batch {told.batch}, {told.steps - 1} steps, {told.rounds} rounds")  # noqa: T201
+    print(f"{told.dtype}, batch {told.batch}, {told.steps - 1} steps, {told.rounds} rounds")
     for side, runs in found.items():
         middle = statistics.median(per_pair[side])
         ratio = f"{middle / ours:5.2f} x ftlevel" if ours else ""
         memory = statistics.median(run["peak_mib"] for run in runs)
         fill = statistics.median(run["reference_cpu_s"] for run in runs)
         spread = ", ".join(f"{value:.2f}" for value in per_pair[side])
-        print(  # noqa: T201
+        print(
             f"{side:16} {middle:6.2f} cpu s/pair ({spread}) {ratio}; reference before the first "
             f"step {fill:5.2f} cpu s/pair; peak {memory:,.0f} MiB; first loss "
             f"{runs[0]['loss']:.4f}"
