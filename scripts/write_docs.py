@@ -3,6 +3,7 @@
 python scripts/write_docs.py methods          write docs/methods.md
 python scripts/write_docs.py cli              write docs/cli.md
 python scripts/write_docs.py coming-from      write docs/coming-from.md
+python scripts/write_docs.py serving          write docs/serving.md, of what was measured
 python scripts/write_docs.py --check          exit with 1 where a page is not up to date
 """
 
@@ -24,6 +25,7 @@ from ftlevel.methods.rates.rule import LONG, NARROW, SHORT, WIDE
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.families.facts import Family
 from ftlevel.tasks import TASKS
+from serving_page import serving_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _LETTERS = {"none": "f", "4bit": "4", "8bit": "8"}
@@ -210,6 +212,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "methods": methods_page,
     "cli": cli_page,
     "coming-from": coming_from_page,
+    "serving": serving_page,
 }
 
 

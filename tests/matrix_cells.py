@@ -32,9 +32,10 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_start, finish_method, save_adapter
+from ftlevel.training.digest import digest_tensors
 from ftlevel.training.model import ShuffledBatches
 from ftlevel.training.plan.method_targets import find_method_targets
-from ftlevel.training.proof import Probe, check_saved
+from ftlevel.training.proof import Origin, Probe, check_saved
 
 QUANTS = ("none", "4bit", "8bit")
 STEPS = 4
@@ -193,7 +194,9 @@ def run_cell(cell: TinyCell) -> float:
     torch.manual_seed(0)
     spec = build_spec(cell.row)
     base = describe_base(cell, spec)
-    model = apply_method(copy_base(cell), spec, base)
+    whole = copy_base(cell)
+    digests = digest_tensors(whole.named_parameters())
+    model = apply_method(whole, spec, base)
     batch = tiny_models.build_batch(cell.family, cell.head)
     method = METHODS[spec.kind]
     if method.start is not None:
@@ -218,7 +221,7 @@ def run_cell(cell: TinyCell) -> float:
             model.save_pretrained(directory)
         objective = TASKS[cell.tasks[0]].build_objective(FAMILIES[cell.family].kind, {})
         _, _, effect = check_saved(
-            model, directory, lambda: fresh(cell),
+            model, directory, Origin(digests, lambda: fresh(cell)),
             Probe(_probe(batch), objective, "cpu", cell.dtype),
             rewritten=method.rewrites_base(spec),
         )  # fmt: skip

@@ -340,7 +340,6 @@ SPELLINGS: list[Spelled] = [
     *_answers(
         AXOLOTL, "llama-3/lora-1b.yml",
         ("--evals-per-epoch 4", "1/(4 × E)"),
-        ("--tf32 true", "matrix products are in --dtype"),
     ),
     *_sets(
         LLAMA_FACTORY, "train_lora/qwen3_lora_sft.sh",

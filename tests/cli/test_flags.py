@@ -218,7 +218,7 @@ def test_words_are_translated_for_their_flag_alone() -> None:
         (["evaluate", ""], "RUN|ADAPTER|MODEL: '' cannot be used for name"),
         (["quantize", "x", "--quant", "4bit"], "--out is missing: Directory to write"),
         (["evaluate", "x", "--map", "text"], "--map text: expected NAME=COLUMN, as in summary="),
-        (["merge", "x"], "Missing option '--out'."),
+        (["merge", "x"], "Missing option '--out' / '-o'."),
     ],
 )
 def test_errors_name_what_was_typed(

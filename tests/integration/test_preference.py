@@ -263,7 +263,7 @@ def test_sft_then_dpo_then_merge_with_one_adapter(tiny_model_dir: ModelDir, tmp_
 
 @pytest.mark.slow
 def test_dropout_is_on_in_the_policy_and_off_in_the_reference(
-    tiny_model_dir: ModelDir, tmp_path: Path
+    tiny_model_dir: ModelDir, tmp_path: Path, own_cache: Path
 ) -> None:
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
     columns = {"prompt": "prompt", "completion": "chosen"}
@@ -274,6 +274,9 @@ def test_dropout_is_on_in_the_policy_and_off_in_the_reference(
                   method={"kind": "lora", "lora_dropout": 0.5})  # fmt: skip
     references = [result.summary["metrics"]["ref_logp_chosen"] for result in (plain, dropped)]
     assert references[0] == references[1]
+    kept = [np.load(file) for file in own_cache.glob("reference-*.npy")]
+    one, other = (rows for rows in kept if len(rows) == 16)
+    assert one == pytest.approx(other, abs=1e-3)  # packed otherwise
     first = dropped.summary["reference"]
     assert abs(first["first_loss"] - first["first_loss_expected"]) > 1e-4
 

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ftlevel.artifacts.cards import CARD
 from ftlevel.artifacts.files import (
     check_absent,
     check_file_free,
     placed_directory,
     placed_files,
 )
+from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.commands.merge import merge
 from ftlevel.config import ExportConfig, MergeConfig
 from ftlevel.config.commands.export import FORMATS
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError, listing
 from ftlevel.events import Listener, Silence
 from ftlevel.merging.formats.base import plan_export
-from ftlevel.merging.merge_input import find_adapter
+from ftlevel.merging.merge_input import card_of_peft, find_adapter, is_known_task
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.sources import check_revision, resolve_source
+from ftlevel.trained.adapter_set import find_adapters
+from ftlevel.trained.adapterhub import is_adapterhub
 from ftlevel.trained.load import Found, find_trained
+from ftlevel.trained.plain_peft import ADAPTER_CONFIG
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ def export(
     with quiet_libraries():
         listener.stage("find the model")
         device = choose_device(config.device)
-        found = _find(config, device.value)
-        planned = plan_export(config, found)
+        named = _find_several(config, device.value)
+        found = next(iter(named.values())) if named else _find(config, device.value)
+        planned = plan_export(config, named or found)
         listener.choices("export", list(planned.choices(device)))
         for note in planned.notes:
             listener.warn(note + ".")
@@ -81,13 +87,34 @@ def export(
     return ExportResult(summary, config.out, tuple(planned.describe(summary)))
 
 
+def _find_several(config: ExportConfig, device: str) -> dict[str, Found]:
+    """Return the adapters in a directory of adapters, by name; none where one thing is named.
+
+    Raises:
+        ConfigError: the format is of one model.
+    """
+    path = Path(config.model).expanduser()
+    if not path.is_dir() or any(
+        (path / name).exists() for name in ("config.json", "adapter_config.json", "adapter", CONFIG)
+    ):
+        return {}
+    places = find_adapters(path)
+    if places and not FORMATS[config.format].several:
+        several = listing(name for name, one in FORMATS.items() if one.several)
+        raise ConfigError(
+            f"{config.model} is a directory of {len(places)} adapters ({listing(places, 4)}), and "
+            f"--format {config.format} is of one. Name one of them, or use {several}."
+        )
+    return {name: _find_one(config, str(place), device) for name, place in places.items()}
+
+
 def _find(config: ExportConfig, device: str) -> Found:
     """Find what is to be exported.
 
     Raises:
         InputError: an adapter that cannot be merged, or a revision of one.
     """
-    found = find_trained(config.model, device, place=config.base_model)
+    found = _find_one(config, config.model, device)
     if found.directory is not None:
         if FORMATS[config.format].merges:
             find_adapter(config.model)  # refuses what cannot be merged
@@ -100,6 +127,18 @@ def _find(config: ExportConfig, device: str) -> Found:
         check_revision(found.source, config.revision)
         found = Found(resolve_source(config.model, config.revision), None, found.card)
     return found
+
+
+def _find_one(config: ExportConfig, name: str, device: str) -> Found:
+    """Find one; of an adapter that plain PEFT wrote, its config says what it is for."""
+    path = Path(name).expanduser()
+    is_plain = (path / ADAPTER_CONFIG).is_file() and not (path / CARD).is_file()
+    if not is_plain or is_adapterhub(path) or not is_known_task(path):
+        return find_trained(name, device, place=config.base_model)
+    card = card_of_peft(path)
+    found = find_trained(name, device, card.task, place=config.base_model)
+    labels = card.labels or found.card.labels
+    return replace(found, card=replace(found.card, labels=labels))
 
 
 def _merge(config: ExportConfig, found: Found, directory: Path) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.hub import find_repository
-from ftlevel.artifacts.ownership import replacing
+from ftlevel.artifacts.ownership import mark_end_once, replacing
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
@@ -19,7 +19,8 @@ from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.notebook import default_listener
-from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on
+from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on, products_of
+from ftlevel.training.callbacks.recovery import describe_left_out
 from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
@@ -43,7 +44,7 @@ from ftlevel.training.going_on.resume import (
     open_or_go_on,
     origin_of,
 )
-from ftlevel.training.memory import explain_out_of_memory
+from ftlevel.training.memory.explain import explain_out_of_memory
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.adapter import take_adapter
 from ftlevel.training.plan.adapter_form import find_adapter_warnings
@@ -238,8 +239,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     origin = origin_of(config, plan, describe_taken(plan, job.taken))
     going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
     if (summary := going_on.finished) is not None:
-        listener.end({**summary, "nothing_left": describe_end(config, summary)})
-        return TrainResult(summary, config.output.dir, None, plan.model.tokenizer)
+        return _end_finished(job, summary)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
     plan, reference = fill_reference(config, plan, adapted, listener)
@@ -247,19 +247,14 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
     plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
     if processes.is_first:
-        held.enter_context(claimed(run.path))
-        held.enter_context(replacing(run.path))
-        if going_on.checkpoint is None:
-            digest = BaseDigest(plan.model.source.path)
-            digest.keep(run.checkpoints)
-            held.callback(digest.wait)
+        _hold(run, plan, held, begins=going_on.checkpoint is None)
     held.enter_context(telling_what_is_kept(run))
     trainer = build_trainer(config, plan, adapted, run, going_on, processes)
-    watch = add_callbacks(trainer, config, plan, run, listener, processes)
-    go_on(watch, run, going_on, processes)
+    checkpoint = going_on.checkpoint
+    watch = add_callbacks(trainer, config, plan, run, listener, processes, checkpoint)
+    go_on(trainer, watch, run, going_on, processes)
     for callback in job.callbacks:
         trainer.add_callback(callback)
-    checkpoint = going_on.checkpoint
     if processes.is_first:
         told = describe_run(config.output, resolved_config(config, plan), run, going_on.past)
         watch.report.writers += held.enter_context(
@@ -267,7 +262,9 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         )
 
     listener.stage("train")
-    with watch.interrupt, explain_disk_errors(run):
+    with watch.interrupt, explain_disk_errors(run), products_of(config, plan):
+        if checkpoint is None and not plan.data.stream:
+            trainer.smaller.try_longest(plan.data.train, plan.model.dtype)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.interrupt.has_stopped:
         raise Interrupted(describe_stop(run, trainer.state), watch.interrupt.exit_code)
@@ -275,7 +272,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     if not processes.is_first:
         return TrainResult({}, run.path, adapted.model, plan.model.tokenizer)
     trained_at = time.perf_counter()
-    plan = end_training(trainer, plan, watch.report.records)
+    with products_of(config, plan):
+        plan = end_training(trainer, plan, watch.report.records)
 
     listener.stage("save and check")
     with explain_disk_errors(run):
@@ -286,12 +284,13 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         base=base,
         model=adapted.model,
         records=watch.report.records,
-        proof=prove(adapted.model, config, plan, run, watch.gradients),
+        proof=prove(adapted, config, plan, run, watch.gradients),
         timings=measure_times(watch.report, job.start, trained_at, int(trainer.tokens_seen)),
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
         speed=describe_speed(trainer, asdict(verified) if verified else None),
         kept=kept,
         changes=run.read_changes(),
+        left_out=describe_left_out(run.read_notes()),
     )
     of_reference: dict[str, Any] = {}
     if reference is not None:
@@ -301,6 +300,25 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
             listener.warn(note)
     summary = _tell(config, plan, outcome, run, listener, of_reference)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
+
+
+def _end_finished(job: _Job, summary: Mapping[str, Any]) -> TrainResult:
+    """Say that a run that was to go on is at its end, and return what it gave."""
+    config, where = job.taken.config, job.taken.config.output.dir
+    if job.processes.is_first and where is not None:
+        mark_end_once(where)
+    job.listener.end({**summary, "nothing_left": describe_end(config, summary)})
+    return TrainResult(summary, where, None, job.plan.model.tokenizer)
+
+
+def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack, *, begins: bool) -> None:
+    """Claim the run's directory until `held` ends, and read the base's bytes where it begins."""
+    held.enter_context(claimed(run.path))
+    held.enter_context(replacing(run.path))
+    if begins:
+        digest = BaseDigest(plan.model.source.path)
+        digest.keep(run.checkpoints)
+        held.callback(digest.wait)
 
 
 def _tell(

@@ -3,6 +3,7 @@
 Importing this package never imports torch.
 """
 
+from ftlevel.config.commands.check_served import CheckServedConfig
 from ftlevel.config.commands.evaluate import EvaluateConfig
 from ftlevel.config.commands.export import ExportConfig
 from ftlevel.config.commands.generate import GenerateConfig
@@ -41,6 +42,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "SPECS",
     "TASKS",
+    "CheckServedConfig",
     "DataConfig",
     "EvaluateConfig",
     "ExportConfig",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftlevel.config.commands.check_served import CheckServedConfig
 from ftlevel.config.commands.evaluate import EvaluateConfig
 from ftlevel.config.commands.export import ExportConfig
 from ftlevel.config.commands.generate import GenerateConfig
@@ -19,12 +20,14 @@ from ftlevel.config.train import TrainConfig
 CONFIGS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "preview": TrainConfig,
+    "plan": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "generate": GenerateConfig,
     "merge": MergeConfig,
     "quantize": QuantizeConfig,
     "export": ExportConfig,
+    "check-served": CheckServedConfig,
 }
 """Command → the configuration that its flags set."""
 

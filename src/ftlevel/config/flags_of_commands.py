@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ftlevel.config.flag import ANSWER, COMPARE, DATA, GENERAL, MODEL, WRITE, Flag
+from ftlevel.config.flag import ANSWER, COMPARE, DAILY, DATA, GENERAL, MODEL, WRITE, Flag
 
 OF_COMMANDS: tuple[Flag, ...] = (
     # preview
@@ -12,6 +12,23 @@ OF_COMMANDS: tuple[Flag, ...] = (
          help="Show row N, from 1; repeatable."),
     Flag(names="--html", panel=WRITE, on=("preview",), type=Path, metavar="FILE",
          help="Write one page that needs nothing else."),
+    # plan
+    Flag(names="--gpu", panel=DAILY, on=("plan",), metavar="NAME|SIZE",
+         help="Plan for this card: h100, a100, l4, rtx4090, …, or its memory, as 24GB."),
+    Flag(names="--probe", panel=DAILY, on=("plan",), type=bool,
+         help="Load the model and run a few real steps, for the time."),
+    Flag(names="--price-per-hour", panel=DAILY, on=("plan",), type=float, metavar="N",
+         help="Of the machine; says what the run costs."),
+    Flag(names="--brief", panel=DAILY, on=("plan",), type=bool,
+         help="Leave out the table of what else fits, which takes most of the time."),
+    # doctor
+    Flag(names="--quiet -q", panel=GENERAL, on=("doctor",), type=bool,
+         help="Print only what something can be done about."),
+    # report
+    Flag(names="--out -o", panel=WRITE, on=("report",), type=Path, metavar="FILE",
+         help="Where the page goes; the default is report.html in the only run."),
+    Flag(names="--predictions", panel=DATA, on=("report",), type=list[Path], metavar="FILE",
+         help="Rows that ftlevel evaluate --predictions wrote (.jsonl); one file a run."),
     # predict
     Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
     Flag("input_format", "", DATA, ("predict", "evaluate")),
@@ -19,7 +36,7 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("limit", "", DATA, ("predict",)),
     Flag("on_bad_row", "", DATA, ("predict",)),
     Flag("overlong", "", DATA, ("predict",)),
-    Flag("output", "--output -o", WRITE, ("predict",), metavar="FILE"),
+    Flag("output", "--output -o", WRITE, ("predict",), metavar="FILE", also=("--out",)),
     Flag("column", "", WRITE, ("predict",)),
     Flag("probabilities", "--probabilities", WRITE, ("predict",)),
     Flag("top_k", "", WRITE, ("predict",)),
@@ -33,7 +50,7 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag(names="--chat", panel=ANSWER, on=("generate",), type=bool,
          help="Talk in the terminal; /help shows its commands."),
     Flag("context", "", ANSWER, ("generate",)),
-    Flag(names="--out", panel=ANSWER, on=("generate",), type=Path,
+    Flag(names="--out -o", panel=ANSWER, on=("generate",), type=Path, metavar="FILE",
          help="Write the answers to this JSONL file; must not exist."),
     Flag(names="--adapter", panel=MODEL, on=("generate",), type=list[str], metavar="NAME[=DIR]",
          help="An adapter of the same base, or one of --adapters-dir; repeatable."),
@@ -63,7 +80,8 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("batch_size", "", ANSWER, ("evaluate", "predict", "generate")),
     Flag("predictions", "", WRITE, ("evaluate",)),
     # merge
-    Flag("output_dir", "--out", WRITE, ("merge",), metavar="DIR", required=True),
+    Flag("output_dir", "--out -o", WRITE, ("merge",), metavar="DIR", required=True,
+         also=("--output", "--output-dir")),
     Flag("onto", "", WRITE, ("merge",)),
     Flag("weights", "", "Mixture", ("merge",)),
     Flag("strategy", "", "Mixture", ("merge",)),
@@ -72,9 +90,11 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("quant", "", WRITE, ("quantize",)),
     Flag("quant_type", "", WRITE, ("quantize",)),
     Flag("double_quant", "--double-quant", WRITE, ("quantize",)),
+    Flag("server", "--for", WRITE, ("export",), dest="server"),
     Flag("format", "", WRITE, ("export",)),
+    Flag("max_rank", "", WRITE, ("export",)),
     Flag("outtype", "", WRITE, ("export",)),
-    Flag("out", "--out -o", WRITE, ("quantize", "export")),
+    Flag("out", "--out -o", WRITE, ("quantize", "export"), metavar="PATH"),
     Flag("overwrite", "--overwrite", WRITE, ("export",)),
     Flag("dtype", "", WRITE, ("merge", "quantize")),
     Flag("revision", "", WRITE, ("quantize", "export")),
@@ -88,6 +108,13 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("verify_tokens", "", COMPARE, ("export",)),
     Flag("eval_text", "", COMPARE, ("evaluate", "quantize")),
     Flag("eval_tokens", "", COMPARE, ("evaluate", "quantize")),
+    # check-served
+    Flag("url", "", ANSWER, ("check-served",), metavar="URL"),
+    Flag("model", "", ANSWER, ("check-served",), metavar="NAME"),
+    Flag("inside", "--in", ANSWER, ("check-served",), dest="inside"),
+    Flag("python", "", ANSWER, ("check-served",), metavar="PATH"),
+    Flag("timeout", "", ANSWER, ("check-served",)),
+    Flag("tolerance", "", COMPARE, ("check-served",)),
     Flag("device", "", GENERAL, ("evaluate", "predict", "generate", "merge", "quantize", "export")),
 )  # fmt: skip
 """In the order in which `--help` shows them."""

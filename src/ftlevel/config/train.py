@@ -133,6 +133,18 @@ def _other_problems(config: TrainConfig) -> list[str]:
         problems.append("--resume keeps a run and --overwrite replaces it. Give one of them.")
     if config.output.resume and config.output.dir is None:
         problems.append("--resume needs the run to go on with. Add --output-dir RUN.")
+    if config.train.max_restarts and (config.train.num_processes or 1) == 1:
+        problems.append(
+            "--max-restarts is for several processes (--num-processes N). Of one, the command that "
+            "it prints when it ends goes on: --resume."
+        )
+    elif config.train.max_restarts and config.output.dir is None:
+        problems.append("--max-restarts needs the run to go on with. Add --output-dir RUN.")
+    if config.train.on_nonfinite == "rollback" and config.train.save_strategy == "no":
+        problems.append(
+            "--on-nonfinite rollback goes back to a checkpoint, and --save-strategy no writes "
+            "none. Use --save-steps N, or --on-nonfinite skip."
+        )
     problems += find_problems(config.train)
     if config.train.focal_gamma and config.train.label_smoothing_factor:
         problems.append(

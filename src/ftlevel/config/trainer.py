@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ftlevel.config.options.decoding import Decoding
 from ftlevel.config.options.optimizer import Optimizer, Schedule
@@ -13,6 +13,11 @@ from ftlevel.config.section import Positive, Share
 
 Steps = Positive | Annotated[float, Field(gt=0.0, lt=1.0)]
 """A number of steps, or below 1 their share of the run, as in transformers."""
+
+
+def _none_for_auto(value: object) -> object:
+    """Return None for the word that stands for the default."""
+    return None if value == "auto" else value
 
 
 class TrainerConfig(Decoding):
@@ -54,6 +59,17 @@ class TrainerConfig(Decoding):
         1e-8, description="What AdamW adds to the root of that mean."
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm; 0 is off.")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="What becomes of a step whose loss or gradient is NaN or infinite: stop, leave "
+        "it out (skip), or go back to the newest checkpoint's weights and leave out what came "
+        "since (rollback).",
+    )
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        None,
+        description="Go back to the newest checkpoint's weights where a step's loss is above so "
+        "many times the median of the last 20 steps, and leave the step out; the default is never.",
+    )
     label_smoothing_factor: Share = Field(
         0.0,
         description="Share of each target's probability that is spread over all others, in "
@@ -89,13 +105,30 @@ class TrainerConfig(Decoding):
         description="Processes that train together, each on a device of its own, and each with "
         "per_device_train_batch_size rows; the default is one, or as torchrun started them.",
     )
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
+        0,
+        description="How often the processes are started again, from the newest whole checkpoint, "
+        "when one of several fails or is killed.",
+    )
     train_sampling_strategy: Literal["random", "group_by_length"] = Field(
         "random",
         description="Order of the rows in an epoch; group_by_length puts rows of like length into "
         "a step, which saves padding where rows cannot be packed.",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, more time."
+    gradient_checkpointing: Annotated[bool | None, BeforeValidator(_none_for_auto)] = Field(
+        None,
+        description="Recompute activations in the backward pass: less memory, more time; the "
+        "default, auto, recomputes as many blocks as a GPU's memory asks for, and on a CPU none.",
+    )
+    offload_activations: bool = Field(
+        False,
+        description="Hold what the recomputed blocks begin with in the host's memory: for long "
+        "rows on a GPU. It recomputes all blocks.",
+    )
+    tf32: bool | None = Field(
+        None,
+        description="Multiply float32 in TF32 while training on a GPU that has it (Ampere or "
+        "later): eight times as fast, with 10 bits of mantissa; the default is to do so.",
     )
     seed: int = Field(
         42, ge=0, lt=2**32, description="Seed of the weights, the dropout and the data order."
@@ -177,3 +210,12 @@ class TrainerConfig(Decoding):
     def order_seed(self) -> int:
         """The seed of the order of the rows."""
         return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether all blocks are recomputed, whatever fits."""
+        return self.gradient_checkpointing is True or self.offload_activations
+
+    def may_recompute(self, device: str) -> bool:
+        """Whether blocks are recomputed on `device`, or may turn out to be."""
+        return self.recomputes or (self.gradient_checkpointing is None and device == "cuda")

@@ -28,6 +28,7 @@ from ftlevel.fast.prefixes.tree import (
     count_common,
     sort_by_prefix,
 )
+from ftlevel.task import Objective, TokenObjective
 
 OVERHEAD_TOKENS = 250
 """What a shared prefix's own micro-batch costs beside its tokens. With 342 tokens and 1,776 after
@@ -43,18 +44,25 @@ class StepCollator:
     Args:
         pad_id: as of `Collator`.
         plan: the parts in use.
+        objective: what the model is trained on; None leaves it to the loss to find its targets.
     """
 
-    def __init__(self, pad_id: int, plan: FastPlan) -> None:
+    def __init__(self, pad_id: int, plan: FastPlan, objective: Objective | None = None) -> None:
         self._collate = Collator(pad_id)
         self._plan = plan
+        # Found here: on a GPU the loss would wait for how many there are.
+        is_located = plan.chunked_cross_entropy and isinstance(objective, TokenObjective)
+        self._objective = objective if is_located else None
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Return `rows`, their `micro_batches`, whether `in_parallel`, and the `shared_prefix`.
 
+        `has_parts` says whether a micro-batch has several rows, and so could be smaller.
+
         `contrasts` are the micro-batches of what rows contrast with, where there are some.
 
-        A micro-batch is what `Collator` returns and its `layout` (None where rows are padded). A
+        A micro-batch is what `Collator` returns, its `layout` (None where rows are padded), and
+        for a language head where its targets are `located`, with the targets. A
         shared prefix, if there is one, is the batch of what all rows begin with, and its layout:
         the micro-batches go on from it.
         """
@@ -66,6 +74,7 @@ class StepCollator:
                 self._micro_batch(rows, part, partition) for part in schedule.micro_batches
             ],
             "in_parallel": schedule.workers > 1,
+            "has_parts": any(len(part) > 1 for part in schedule.micro_batches),
         }
         if partition.prefix:
             step["shared_prefix"] = self._shared_prefix(rows[0].input_ids[: partition.prefix])
@@ -85,6 +94,10 @@ class StepCollator:
         """Give micro-batches half as many tokens from now on, and return how many that is."""
         self._plan = replace(self._plan, tokens=max(1, self._plan.tokens // 2))
         return self._plan.tokens
+
+    def share_no_prefix(self) -> None:
+        """Compute what all rows of a step begin with in their micro-batches from now on."""
+        self._plan = replace(self._plan, shared_prefix=False)
 
     def _choose_schedule(self, rows: Sequence[Encoded]) -> _Schedule:
         """Return the fastest way to compute the step, the first of equals."""
@@ -119,6 +132,8 @@ class StepCollator:
             layout = PackedLayout.from_mask(batch["attention_mask"])
         if layout is not None and self._plan.needed_tokens is not None:
             layout = layout.needing(self._plan.needed_tokens(batch))
+        if isinstance(self._objective, TokenObjective):
+            batch["located"] = self._objective.locate(batch["labels"])
         return {**batch, "layout": layout}
 
 

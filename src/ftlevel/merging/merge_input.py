@@ -137,7 +137,7 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
     directory, run = find_adapter(config.adapters[0])
     device = choose_device(config.device).value
     known = (directory / CARD).is_file()
-    card = read_card(directory) if known else _card_of_peft(directory)
+    card = read_card(directory) if known else card_of_peft(directory)
     source = find_base(card, directory, config.base_model)
     check_cached_base(source, card, directory)
     task = TASKS[card.task]
@@ -168,7 +168,12 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
     )  # fmt: skip
 
 
-def _card_of_peft(directory: Path) -> AdapterCard:
+def is_known_task(directory: Path) -> bool:
+    """Whether an adapter that PEFT alone wrote says what it is for."""
+    return read_peft_config(directory).get("task_type") in _PEFT_TASKS
+
+
+def card_of_peft(directory: Path) -> AdapterCard:
     """Return a card for an adapter that PEFT alone wrote.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from ftlevel.config.choices import Choice
 from ftlevel.methods.facts import MethodFacts, Rule
+from ftlevel.methods.plain_form.factors import ASKED, PlainForm
 from ftlevel.methods.rates import Rates
 
 
@@ -114,6 +115,7 @@ class Merging:
         prepare: the adapter's `PeftConfig`, mutated before it is put onto the base: what only
             training needs goes.
         restore: the adapter on its base, and its config; mutated: what the file does not hold.
+        plain_form: how it becomes plain LoRA on the untouched base, as servers read it.
     """
 
     peft_types: tuple[str, ...] = ()
@@ -121,6 +123,7 @@ class Merging:
     why_not: Callable[[Mapping[str, Any]], str | None] = lambda _: None
     prepare: Callable[[Any], None] = lambda _: None
     restore: Callable[[Any, Any], None] = lambda *_: None
+    plain_form: PlainForm = ASKED
 
 
 @dataclass(frozen=True)

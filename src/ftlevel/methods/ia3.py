@@ -9,6 +9,7 @@ from ftlevel.config.methods.ia3 import Ia3Spec
 from ftlevel.config.sections import Section
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
+from ftlevel.methods.plain_form.factors import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
 
 # Ends of names, over all families. Keys and values, or one linear of query, key and value:
@@ -62,6 +63,6 @@ _METHOD = Method(
     rate=Rates(narrow=3e-2, wide=3e-3, source="T-Few"),
     build=build,
     find_targets=find_targets,
-    merging=Merging(("IA3",)),
+    merging=Merging(("IA3",), plain_form=PlainForm(never=FULL_RANK)),
 )  # fmt: skip
 METHODS = {"ia3": _METHOD}

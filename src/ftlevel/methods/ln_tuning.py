@@ -7,6 +7,7 @@ from typing import Any
 from ftlevel.config.methods.ln_tuning import LnTuningSpec
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
+from ftlevel.methods.plain_form.factors import PlainForm
 from ftlevel.methods.rates import Rates
 
 
@@ -40,6 +41,8 @@ _METHOD = Method(
     ),
     build=build,
     find_targets=find_targets,
-    merging=Merging(("LN_TUNING",)),
+    merging=Merging(
+        ("LN_TUNING",), plain_form=PlainForm(never="trains norms, which are no matrices. Merge it")
+    ),
 )  # fmt: skip
 METHODS = {"ln-tuning": _METHOD}

@@ -7,6 +7,7 @@ from typing import Any
 from ftlevel.config.methods.lycoris import LohaSpec, LokrSpec
 from ftlevel.methods.base import Base, Merging, Method, whole
 from ftlevel.methods.facts import CONV1D, MERGES, MethodFacts, Rule, rows
+from ftlevel.methods.plain_form.factors import AdapterFile, Factors, PlainForm, by_pattern
 from ftlevel.methods.rates import Rates
 
 
@@ -41,6 +42,56 @@ def build_lokr(spec: LokrSpec, base: Base) -> Any:
     )
 
 
+def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
+    """Return s · (B₁A₁) ∘ (B₂A₂) of every module as one product, of rank r²: each pair of ranks."""
+    found = {}
+    for name in file.names("hada_w1_a"):
+        parts = file.take(name, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        b1, a1, b2, a2 = parts
+        a = (a1.unsqueeze(1) * a2.unsqueeze(0)).reshape(-1, a1.shape[1])
+        b = (b1.unsqueeze(2) * b2.unsqueeze(1)).reshape(len(b1), -1)
+        found[name] = Factors(a, b * _scale(file, name, len(a1)))
+    file.said.append("LoHa's product of two updates multiplied out: rank r²")
+    return found
+
+
+def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
+    """Return s · W₁ ⊗ W₂ of every module: the Kronecker products of both sides' factors."""
+    import torch
+
+    names = {key.rpartition(".lokr_")[0] for key in file.tensors if ".lokr_w" in key}
+    found = {}
+    for name in sorted(names):
+        (b1, a1), (b2, a2) = (_sides(file, name, f"lokr_w{number}") for number in (1, 2))
+        scale = _scale(file, name, by_pattern(file.config.get("rank_pattern"), name,
+                                              file.config["r"]))  # fmt: skip
+        found[name] = Factors(torch.kron(a1, a2), torch.kron(b1, b2) * scale)
+    file.said.append("LoKr's Kronecker products multiplied out")
+    return found
+
+
+def _sides(file: AdapterFile, name: str, which: str) -> tuple[Any, Any]:
+    """Return B and A of one side of a Kronecker product, one of them the identity if it is whole.
+
+    Raises:
+        InputError: it is of a convolution.
+    """
+    import torch
+
+    if f"{name}.{which}" not in file.tensors:
+        b, a = file.take(name, f"{which}_a", f"{which}_b")
+        return b, a
+    (whole_side,) = file.take(name, which)
+    rows, columns = whole_side.shape
+    if rows <= columns:
+        return torch.eye(rows, dtype=torch.float64), whole_side
+    return whole_side, torch.eye(columns, dtype=torch.float64)
+
+
+def _scale(file: AdapterFile, name: str, rank: int) -> float:
+    return by_pattern(file.config.get("alpha_pattern"), name, file.config["alpha"]) / rank
+
+
 _RULES = (
     Rule(
         rows("loha", "lokr"), "its linears are Conv1D, which PEFT does not take here",
@@ -61,7 +112,7 @@ _LOHA = Method(
     rate=Rates(narrow=1e-2, wide=1e-3, source="not measured"),
     build=build_loha,
     rules=_RULES,
-    merging=Merging(("LOHA",)),
+    merging=Merging(("LOHA",), plain_form=PlainForm(loha_as_lora)),
 )  # fmt: skip
 _LOKR = Method(
     (
@@ -73,6 +124,6 @@ _LOKR = Method(
     rate=Rates(narrow=1e-2, wide=1e-3, source="not measured"),
     build=build_lokr,
     rules=_RULES,
-    merging=Merging(("LOKR",)),
+    merging=Merging(("LOKR",), plain_form=PlainForm(lokr_as_lora)),
 )  # fmt: skip
 METHODS = {"loha": _LOHA, "lokr": _LOKR}

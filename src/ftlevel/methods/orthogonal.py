@@ -10,6 +10,7 @@ from ftlevel.config.methods.orthogonal import BoftSpec, OftSpec
 from ftlevel.errors import ConfigError, listing
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import CONV1D, MERGES, MethodFacts, Rule, rows
+from ftlevel.methods.plain_form.factors import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
 
 
@@ -91,7 +92,7 @@ _OFT = Method(
     build=build_oft,
     rules=_RULES,
     check=check_oft,
-    merging=Merging(("OFT",)),
+    merging=Merging(("OFT",), plain_form=PlainForm(never=FULL_RANK)),
 )  # fmt: skip
 _BOFT = Method(
     (
@@ -104,6 +105,6 @@ _BOFT = Method(
     build=build_boft,
     rules=_RULES,
     check=check_boft,
-    merging=Merging(("BOFT",)),
+    merging=Merging(("BOFT",), plain_form=PlainForm(never=FULL_RANK)),
 )  # fmt: skip
 METHODS = {"oft": _OFT, "boft": _BOFT}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ftlevel.config.methods.vera import VeraSpec
+from ftlevel.errors import InputError
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
+from ftlevel.methods.plain_form.factors import AdapterFile, Factors, PlainForm
 from ftlevel.methods.rates import Rates
 
 
@@ -27,6 +29,29 @@ def build(spec: VeraSpec, base: Base) -> Any:
     )
 
 
+def as_lora(file: AdapterFile) -> dict[str, Factors]:
+    """Return diag(b) · B · diag(d) · A of every module, of the shared A and B in the file.
+
+    Raises:
+        InputError: the file holds no shared matrices.
+    """
+    if not {"base_model.vera_A", "base_model.vera_B"} <= set(file.tensors):
+        raise InputError(
+            "its shared matrices are not in its file (save_projection was off). Load it with PEFT "
+            "and save it with save_projection=True"
+        )
+    shared_a, shared_b = (file.tensors.pop(f"base_model.vera_{x}").double() for x in "AB")
+    found = {}
+    for name in file.names("vera_lambda_b"):
+        d, b = file.take(name, "vera_lambda_d", "vera_lambda_b")
+        base = file.read_base(f"{name}.weight").shape
+        width = base[1] if base[0] == len(b) else base[0]  # a Conv1D is (in, out)
+        a = d.unsqueeze(-1) * shared_a[:, :width]
+        found[name] = Factors(a, b.unsqueeze(-1) * shared_b[: len(b)])
+    file.said.append("VeRA's vectors multiplied into its shared matrices")
+    return found
+
+
 _METHOD = Method(
     (
         MethodFacts(
@@ -36,6 +61,6 @@ _METHOD = Method(
     ),
     rate=Rates(narrow=3e-2, wide=4e-3, source="within the paper's range on GLUE"),
     build=build,
-    merging=Merging(("VERA",)),
+    merging=Merging(("VERA",), plain_form=PlainForm(as_lora)),
 )  # fmt: skip
 METHODS = {"vera": _METHOD}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,7 +40,10 @@ def choose_device(wish: str) -> Choice:
 def describe_device(device: str) -> str:
     """Say what the device is in a few words."""
     if device == "cuda":
-        return str(torch.cuda.get_device_name())
+        name, count = str(torch.cuda.get_device_name()), torch.cuda.device_count()
+        if count == 1 or "WORLD_SIZE" in os.environ:
+            return name
+        return f"{name}, one of {count}; --num-processes {count} trains on all of them"
     if device == "mps":
         return "Apple GPU"
     return "no GPU here"
@@ -75,6 +80,12 @@ def choose_dtype(wish: str, device: str, method: str, model_type: str) -> Choice
         return Choice("dtype", wish, _held(method, wish))
     fast, why = _has_fast_bfloat16(device)
     name = "bfloat16" if fast else "float32"
+    if device == "cuda" and not fast:
+        overflows = "t5" in model_type
+        name = "float32" if overflows else "float16"
+        why += (
+            f", and {model_type} overflows float16" if overflows else ": its fast type is float16"
+        )
     held = _held(method, name)
     return Choice("dtype", name, f"auto: {why}" + (f"; {held}" if held else ""))
 
@@ -103,6 +114,53 @@ def autocast(device: str, dtype: str) -> torch.autocast:
     see the same numbers.
     """
     return torch.autocast(device, dtype=DTYPES[dtype], enabled=dtype != "float32")
+
+
+def uses_tf32(wish: bool | None, device: str, dtype: str) -> bool:
+    """Whether float32 is multiplied in TF32: 8 bits of exponent and 10 of mantissa."""
+    if wish is False or dtype != "float32" or device != "cuda":
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def choose_tf32(wish: bool | None, device: str, dtype: str) -> list[Choice]:
+    """Return the line of the screen; none where nothing was asked for and nothing is done.
+
+    Raises:
+        ConfigError: it is wished for on a device that has no such products.
+    """
+    if uses_tf32(wish, device, dtype):
+        why = "auto: an Ampere GPU or later; --no-tf32 is exact" if wish is None else ""
+        return [Choice("float32 products", "in TF32 while training", why)]
+    if wish and dtype != "float32":
+        return [Choice("float32 products", "in TF32", f"but there are none: dtype is {dtype}")]
+    if wish:
+        raise ConfigError(
+            f"--tf32: {describe_device(device)}. TF32 needs an NVIDIA GPU, Ampere or later. Drop "
+            "--tf32."
+        )
+    return []
+
+
+@contextlib.contextmanager
+def using_tf32(enabled: bool) -> Iterator[None]:
+    """Multiply float32 in TF32 inside the block, if `enabled`; it changes nothing on a CPU."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or enabled
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `tensor`, made on the CPU, on `device`; a GPU's queue is not waited for.
+
+    A copy out of memory that is not pinned would wait until the GPU has done all before it.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def peak_memory_bytes(device: str) -> int:

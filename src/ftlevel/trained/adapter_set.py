@@ -122,7 +122,7 @@ def _find_all(config: GenerateConfig, device: str) -> tuple[Found | None, dict[s
     """Return the plain model that was named, and every adapter by its name."""
     base, places = None, dict(config.adapters)
     if config.adapters_dir is not None:
-        for name, place in _adapters_in(config.adapters_dir).items():
+        for name, place in adapters_in(config.adapters_dir).items():
             if name in places:
                 raise ConfigError(f"two adapters are called {name!r}. Name one otherwise.")
             places[name] = place
@@ -149,20 +149,29 @@ def _find_all(config: GenerateConfig, device: str) -> tuple[Found | None, dict[s
     return base, named
 
 
-def _adapters_in(directory: Path) -> dict[str, Path]:
-    """Return the adapters and runs in `directory` by the names of their folders."""
+def adapters_in(directory: Path) -> dict[str, Path]:
+    """Return the adapters and runs in `directory` by the names of their folders.
+
+    Raises:
+        InputError: it is no directory, or holds none.
+    """
     if not directory.is_dir():
         raise InputError(f"--adapters-dir {directory} is no directory.")
-    found = {
-        path.name: path
-        for path in sorted(directory.iterdir())
-        if (path / ADAPTER_CONFIG).is_file() or (path / "adapter" / ADAPTER_CONFIG).is_file()
-    }
+    found = find_adapters(directory)
     if not found:
         raise InputError(
             f"--adapters-dir {directory} holds no adapter: no folder in it has {ADAPTER_CONFIG}."
         )
     return found
+
+
+def find_adapters(directory: Path) -> dict[str, Path]:
+    """Return the adapters and runs in `directory` by the names of their folders, if any."""
+    return {
+        path.name: path
+        for path in sorted(directory.iterdir())
+        if (path / ADAPTER_CONFIG).is_file() or (path / "adapter" / ADAPTER_CONFIG).is_file()
+    }
 
 
 def _onto(base: Found, found: Found) -> Found:

@@ -10,6 +10,7 @@ from ftlevel.config.trainer import TrainerConfig
 from ftlevel.evaluation.metrics import generates_texts, wants_texts
 from ftlevel.evaluation.scoring import Evaluator, Writing
 from ftlevel.fast.plan.liger import kernel_arguments
+from ftlevel.models.upstream.trainer import use_one_gpu
 from ftlevel.training.plan.plan import Plan
 
 _LOGS_A_RUN = 20
@@ -29,7 +30,7 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
     rows, accumulated = train.per_device_train_batch_size, train.gradient_accumulation_steps
     if plan.fast.enabled:  # a batch is a whole step, which our trainer splits into micro-batches
         rows, accumulated = rows * accumulated, 1
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=train.num_train_epochs,
         max_steps=train.max_steps or -1,
@@ -48,10 +49,6 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         optim_args=",".join(f"{name}={value}" for name, value in train.optim_args.items()) or None,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulated,
-        activation_checkpointing=train.gradient_checkpointing,
-        activation_checkpointing_kwargs=(
-            {"use_reentrant": False} if train.gradient_checkpointing else None
-        ),
         seed=train.seed,
         data_seed=train.order_seed,
         **_watching(train, plan),
@@ -68,9 +65,13 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         ddp_find_unused_parameters=False,
         report_to="none",  # trackers are told by us: `training/callbacks/trackers.py`
         disable_tqdm=True,
+        # What a GPU reads is copied while it computes what came before.
         dataloader_pin_memory=plan.model.device == "cuda",
+        accelerator_config={"non_blocking": plan.model.device == "cuda"},
         **kernel_arguments(config, plan.model.device, plan.model.family),
     )
+    use_one_gpu(arguments)
+    return arguments
 
 
 def _save_strategy(train: TrainerConfig) -> str:

@@ -15,6 +15,8 @@ from ftlevel.artifacts.cards import generate_command, write_readme
 from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.ownership import mark_end
 from ftlevel.artifacts.places import relative_place
+from ftlevel.artifacts.report.gather import RunFacts
+from ftlevel.artifacts.report.page import write_page
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import IN_MEMORY, OutputConfig, TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
@@ -35,7 +37,7 @@ from ftlevel.training.trainer import FtlevelTrainer
 
 
 def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[str, Any]]) -> Plan:
-    """Leave the fast step, evaluate, and return `plan` with what was read of a stream.
+    """Leave fast step and optimizer, evaluate, and return `plan` with what was read of a stream.
 
     Args:
         trainer: after its last step (mutated).
@@ -44,6 +46,7 @@ def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[
     """
     if trainer.fast:
         trainer.fast.remove()
+    trainer.forget_optimizer()
     if isinstance(trainer.train_dataset, StreamedRows):
         plan = with_what_was_read(plan, trainer.train_dataset)
     last = trainer.state.global_step
@@ -123,10 +126,14 @@ def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
 
 
 def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> None:
-    """Write summary.json and the model card, which is the adapter's too."""
-    run.write_summary(summary)
+    """Write the page, the model card, which is the adapter's too, and summary.json."""
+    write_page(
+        [RunFacts(run.path.resolve().name, run.path, summary, run.read_log(summary["steps"]))],
+        run.report,
+    )
     run.write_card(write_readme(summary, needs_import(config.method)))
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
+    run.write_summary(summary)  # by which the run is done
     mark_end(run.path)
 
 

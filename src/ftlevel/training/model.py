@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,10 @@ from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.trained.adapt import apply_method, begin_from, copy_start, train_in_float32
+from ftlevel.training.digest import Digest, digest_tensors
 from ftlevel.training.fast_step import speed_up
+from ftlevel.training.memory.allocator import use_expandable_segments
+from ftlevel.training.memory.checkpointing import set_checkpointing
 from ftlevel.training.plan.plan import Plan, PlannedModel
 
 
@@ -34,24 +37,33 @@ class Adapted:
         model: the base with the method on it.
         start: how it began, where that is lost in training.
         fast: the fast step that is on it, if any.
+        digests: of the base's tensors as they were loaded, by their names in it.
     """
 
     model: Any
     start: dict[str, Any]
     fast: FastStep | None
+    digests: Mapping[str, Digest]
 
 
 def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted:
     """Load the base, put the method onto it and the fast step onto both."""
+    use_expandable_segments(plan.model.device)
     fused = uses_fused_layers(config, plan.model.device)
     base = load_base(config, plan.model)
+    is_whole = METHODS[config.method.kind].build is None  # its own weights are what is trained
+    digests = {} if is_whole else digest_tensors(base.named_parameters())
     model = apply_method(base, config.method, plan.base, fused=fused)
+    if is_whole:
+        digests = digest_tensors((n, p) for n, p in model.named_parameters() if not p.requires_grad)
     if plan.adapter is None:
         prepare_start(model, config, plan)
     else:
         begin_from(model, plan.adapter.directory)
     fast = speed_up(model, plan, listener)
-    return Adapted(model, copy_start(model, config.method), fast)
+    if choices := set_checkpointing(model, config, plan):
+        listener.choices("train", choices)
+    return Adapted(model, copy_start(model, config.method), fast, digests)
 
 
 def load_base(config: TrainConfig, planned: PlannedModel) -> Any:

@@ -64,7 +64,8 @@ class Processes:
                     f"process needs its own. Use --num-processes {there}."
                 )
             torch.cuda.set_device(self.local_rank)
-        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        # What the processes ask of one another goes by the CPU: a GPU would be waited for.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
 
     def wait(self) -> None:
         """Go on when all processes have come here."""
@@ -87,15 +88,23 @@ class Processes:
         made: T = box[0]
         return made
 
-    def any(self, flag: bool, device: str) -> bool:
+    def any(self, flag: bool) -> bool:
         """Whether `flag` is set in one of them: what all must do at the same step."""
-        return bool(self.most(int(flag), device))
+        return bool(self.most(int(flag)))
 
-    def most(self, wish: int, device: str) -> int:
+    def mean(self, value: float) -> float:
+        """Return the mean of `value` over all of them."""
+        if self.count == 1:
+            return value
+        box = torch.tensor(value, dtype=torch.float64)
+        distributed.all_reduce(box)
+        return float(box) / self.count
+
+    def most(self, wish: int) -> int:
         """Return the largest `wish` of all: what they must do at the same step."""
         if self.count == 1:
             return wish
-        box = torch.tensor(wish, device=device)
+        box = torch.tensor(wish)
         distributed.all_reduce(box, distributed.ReduceOp.MAX)
         return int(box)
 

@@ -1,10 +1,16 @@
-"""Proof that what was saved is what was trained: reload it into a fresh base and compare."""
+"""Proof that what was saved is what was trained: reload it onto the same base and compare.
+
+The base is not loaded a second time beside the model that was trained, which a device that just
+held the training could not hold. Its frozen tensors are shown to be those that were loaded, by
+their digests; the saved adapter is put onto it beside the trained one. Where the base is not itself
+any more (a start was taken out of it, or it was trained), a fresh one takes the model's place on
+the device.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +21,14 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.errors import RunError, listing
+from ftlevel.errors import InputError, RunError, listing
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import autocast
-from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.task import Objective, TokenObjective
-from ftlevel.trained.adapt import load_adapter
+from ftlevel.trained.adapt import add_adapter, load_adapter
 from ftlevel.training.callbacks.gradient_proof import GradientProof
-from ftlevel.training.model import load_base
+from ftlevel.training.digest import Digest, digest, digest_tensors
+from ftlevel.training.model import Adapted, load_base
 from ftlevel.training.plan.plan import Plan
 
 PROBE_ROWS = 4
@@ -38,10 +44,11 @@ class Proof:
     Attributes:
         gradient_tensors: how many tensors had a gradient at the first step.
         idle_tensors: how many had a zero gradient in the first two steps.
-        frozen_tensors: how many frozen tensors are bit for bit those of a fresh base.
+        frozen_tensors: how many frozen tensors are bit for bit those that were loaded.
         reload_difference: largest |logit| difference between the trained and the reloaded model.
         adapter_effect: largest |logit| difference that the training made.
         probe_rows: how many rows were compared.
+        skipped_steps: how many steps float16 skipped because they overflowed.
     """
 
     gradient_tensors: int
@@ -50,12 +57,26 @@ class Proof:
     reload_difference: float
     adapter_effect: float
     probe_rows: int
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base before anything was done to it.
+
+    Attributes:
+        digests: of its tensors, by their names in it.
+        load: loads it anew.
+    """
+
+    digests: Mapping[str, Digest]
+    load: Callable[[], Any]
 
 
 def prove(
-    model: Any, config: TrainConfig, plan: Plan, run: RunDirectory, gradients: GradientProof
+    adapted: Adapted, config: TrainConfig, plan: Plan, run: RunDirectory, gradients: GradientProof
 ) -> Proof:
-    """Compare what `run` has saved with `model`, as it was trained.
+    """Compare what `run` has saved with the model of `adapted`, as it was trained.
 
     Raises:
         RunError: it is not what was trained, or nothing was.
@@ -63,15 +84,15 @@ def prove(
     planned, rows = plan.model, plan.data.validation or plan.data.train
     batch = probe_batch(rows, planned.pad_id, planned.device, plan.objective, planned.vocabulary)
     frozen, difference, effect = check_saved(
-        model,
+        adapted.model,
         run.adapter,
-        lambda: load_base(config, planned),
+        Origin(adapted.digests, lambda: load_base(config, planned)),
         Probe(batch, plan.objective, planned.device, planned.dtype),
         rewritten=METHODS[config.method.kind].rewrites_base(config.method),
     )
     return Proof(
         gradients.checked, len(gradients.idle), frozen, difference, effect,
-        len(batch["input_ids"]),
+        len(batch["input_ids"]), gradients.skipped,
     )  # fmt: skip
 
 
@@ -134,43 +155,15 @@ class Probe:
             model.train(training)
 
 
-def digest_frozen(model: Any) -> dict[str, str]:
-    """Return the SHA-256 of each frozen tensor of `model`, by its name in the base."""
-    return {
-        _base_name(name): _digest(tensor)
-        for name, tensor in model.named_parameters()
-        if not tensor.requires_grad
-    }
-
-
-def _base_name(name: str) -> str:
-    """Undo what PEFT adds to a parameter's name."""
-    name = name.removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    data = tensor.detach()
-    if parts := inner_tensors(data):  # torchao's: several tensors under one name
-        return hashlib.sha256(" ".join(map(_digest, parts)).encode()).hexdigest()
-    plain = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy().data).hexdigest()
-
-
 def check_saved(
-    trained: Any,
-    directory: Path,
-    load_base: Callable[[], Any],
-    probe: Probe,
-    *,
-    rewritten: bool = False,
+    trained: Any, directory: Path, origin: Origin, probe: Probe, *, rewritten: bool = False
 ) -> tuple[int, float, float]:
-    """Load what was saved in `directory` into a fresh base and compare it with `trained`.
+    """Load what was saved in `directory` onto the base and compare it with `trained`.
 
     Args:
-        trained: the model as it was trained.
+        trained: the model as it was trained; left as it is.
         directory: the saved adapter, or the whole model of `--method full`.
-        load_base: loads the base anew.
+        origin: the base that it was put onto.
         probe: what to compare logits on.
         rewritten: whether the method took its start out of the weights under its updates.
 
@@ -180,19 +173,15 @@ def check_saved(
     Raises:
         RunError: frozen weights changed, the reloaded model differs, or training changed nothing.
     """
+    frozen = compare_frozen(trained, origin.digests, rewritten=rewritten)
     after = probe.logits(trained)
-    fresh = load_base()
-    frozen = _compare_frozen(trained, fresh, rewritten=rewritten)
-    if hasattr(trained, "peft_config"):
-        reloaded = load_adapter(fresh, directory)
-        with disabled_adapter(reloaded):
-            before = probe.logits(reloaded)
-    else:
-        before = probe.logits(fresh)
-        reloaded = type(trained).from_pretrained(
-            directory, dtype=torch.float32, use_safetensors=True
-        ).to(probe.device)  # fmt: skip
-    difference = (probe.logits(reloaded) - after).abs().max().item()
+    found = None
+    if hasattr(trained, "peft_config") and not rewritten:
+        found = _on_the_same_base(trained, directory, probe)
+    if found is None:
+        found = _on_a_fresh_base(trained, directory, origin.load, probe)
+    before, again = found
+    difference = (again - after).abs().max().item()
     effect = (after - before).abs().max().item()
     bound = after.abs().max().item() * (1e-5 if probe.dtype == "float32" else 1e-2)
     if not difference <= bound:
@@ -209,13 +198,79 @@ def check_saved(
     return frozen, difference, effect
 
 
-def _compare_frozen(trained: Any, fresh: Any, *, rewritten: bool = False) -> int:
-    """Return how many frozen tensors of `trained` equal those of `fresh`; raise if one does not."""
-    expected = {name: _digest(tensor) for name, tensor in fresh.named_parameters()}
-    found = digest_frozen(trained)
-    changed = [n for n, digest in found.items() if n in expected and expected[n] != digest]
-    if changed:  # a forward pass may cast a weight, as Switch Transformers does its router
-        changed = sorted(set(changed) - _only_cast(trained, fresh))
+Compared = tuple[torch.Tensor, torch.Tensor]
+"""Logits of the base without what was trained, and with what was saved."""
+
+_SAVED = "saved"
+
+
+def _on_the_same_base(trained: Any, directory: Path, probe: Probe) -> Compared | None:
+    """Put the saved adapter beside the trained one; None where they cannot stand together."""
+    name, flags = trained.active_adapter, [p.requires_grad for p in trained.parameters()]
+    with disabled_adapter(trained):
+        before = probe.logits(trained)
+    try:
+        add_adapter(trained, directory, _SAVED)
+        trained.set_adapter(_SAVED)
+        return before, probe.logits(trained)
+    except InputError:  # of its kind a model has one; or it is damaged, which a fresh base tells
+        return None
+    finally:
+        trained.set_adapter(name)
+        if _SAVED in trained.peft_config:
+            trained.delete_adapter(_SAVED)
+        for parameter, flag in zip(trained.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def _on_a_fresh_base(
+    trained: Any, directory: Path, load_base: Callable[[], Any], probe: Probe
+) -> Compared:
+    """Load the base anew, with `trained` out of the device's memory meanwhile."""
+    with _on_the_cpu(trained, probe.device):
+        fresh = load_base()
+        if hasattr(trained, "peft_config"):
+            reloaded = load_adapter(fresh, directory)
+            with disabled_adapter(reloaded):
+                before = probe.logits(reloaded)
+        else:
+            before = probe.logits(fresh)
+            del fresh
+            reloaded = type(trained).from_pretrained(
+                directory, dtype=torch.float32, use_safetensors=True
+            ).to(probe.device)  # fmt: skip
+        return before, probe.logits(reloaded)
+
+
+@contextlib.contextmanager
+def _on_the_cpu(model: Any, device: str) -> Iterator[None]:
+    """Hold `model` (mutated) in the host's memory inside the block, if it is not there anyway."""
+    place = next(model.parameters()).device
+    if device != "cpu":
+        model.to("cpu")
+    try:
+        yield
+    finally:
+        if device != "cpu":
+            model.to(place)
+
+
+def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: bool = False) -> int:
+    """Return how many frozen tensors of `trained` are those of the base, by its digests.
+
+    Raises:
+        RunError: one is not.
+    """
+    frozen = [
+        (_base_name(name), p) for name, p in trained.named_parameters() if not p.requires_grad
+    ]
+    known = [(name, tensor) for name, tensor in frozen if name in expected]
+    found = digest_tensors(known)
+    changed = [
+        name
+        for name, tensor in known
+        if found[name] != expected[name] and not _is_only_cast(tensor, expected[name])
+    ]
     # A head's frozen original is random where the checkpoint has no head; it is never used.
     changed = [name for name in changed if not _is_replaced(trained, name)]
     if rewritten:  # the weights under its updates are those without the start
@@ -225,23 +280,24 @@ def _compare_frozen(trained: Any, fresh: Any, *, rewritten: bool = False) -> int
             f"{len(changed):,} frozen tensors changed while training: {listing(changed, 3)}. "
             "The run cannot be trusted; please report it with the command."
         )
-    return sum(name in expected for name in found)
+    return len(known)
 
 
-def _only_cast(trained: Any, fresh: Any) -> set[str]:
-    """Return the frozen tensors whose numbers are equal and whose precision is another."""
-    before = dict(fresh.named_parameters())
-    pairs = (
-        (name, before.get(name), tensor.detach())
-        for full, tensor in trained.named_parameters()
-        if not tensor.requires_grad and (name := _base_name(full))
-    )
-    return {
-        name
-        for name, old, new in pairs
-        if old is not None and old.dtype != new.dtype and old.is_floating_point()
-        and new.is_floating_point() and torch.equal(old.double(), new.double())
-    }  # fmt: skip
+def _base_name(name: str) -> str:
+    """Undo what PEFT adds to a parameter's name."""
+    name = name.removeprefix("base_model.model.")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _is_only_cast(tensor: torch.Tensor, expected: Digest) -> bool:
+    """Whether the numbers are equal and the precision is another.
+
+    A forward pass may cast a weight, as Switch Transformers does its router.
+    """
+    if tensor.dtype == expected.dtype or not tensor.is_floating_point():
+        return False
+    former = tensor.detach().to(expected.dtype)
+    return digest(former) == expected and torch.equal(former.to(tensor.dtype), tensor.detach())
 
 
 def _is_replaced(trained: Any, name: str) -> bool:

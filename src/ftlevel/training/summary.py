@@ -29,6 +29,7 @@ from ftlevel.training.proof import Proof
 _ROWS = 10_000  # of which answers are counted
 _WINDOW = 3  # logged losses of which the mean must be taken for it to say something
 _MARGIN = 0.02  # share of a guess's loss within which a model has learned how often answers are
+_FAR = 2  # times the default rate beyond which it is the rate that is too high
 
 
 def dump_config(config: TrainConfig, plan: Plan) -> str:
@@ -143,6 +144,7 @@ class Outcome:
         speed: how the steps were computed.
         kept: which model it is; None where evaluations were not compared.
         changes: what became another when the run went on.
+        left_out: steps that were.
     """
 
     run: Path
@@ -156,6 +158,7 @@ class Outcome:
     speed: Mapping[str, Any]
     kept: Kept | None
     changes: Sequence[Mapping[str, Any]]
+    left_out: Sequence[Mapping[str, Any]] = ()
 
 
 def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str, Any]:
@@ -194,6 +197,7 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
                     for c in plan.choices],
         "versions": library_versions(),
         "changed_on_resume": list(outcome.changes),
+        "left_out": list(outcome.left_out),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 
@@ -269,9 +273,11 @@ def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
         if guess is None
         else f"and guessing by how often each answer is given, without reading, gives {guess:.3f}"
     )
-    rate = plan.schedule.learning_rate
-    advice = "a lower" if last > first + (summary["loss_first_spread"] or 0) else "a higher"
+    rate, default = plan.schedule.learning_rate, plan.schedule.default_learning_rate
+    is_worse = last > first + (summary["loss_first_spread"] or 0)
+    advice = "a lower" if is_worse or rate > _FAR * default else "a higher"
+    usual = f" ({default:g} is the default here)" if rate != default else ""
     return [
-        f"{ended}, {than}: nothing was learned. Try {advice} --learning-rate than {rate:g}, or "
-        "train longer (--num-train-epochs, --max-steps)."
+        f"{ended}, {than}: nothing was learned. Try {advice} --learning-rate than {rate:g}{usual}, "
+        "or train longer (--num-train-epochs, --max-steps)."
     ]

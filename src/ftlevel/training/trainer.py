@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.prefixes.shared_prefix import SharedPrefix
 from ftlevel.fast.step import FastStep
-from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.task import LikelihoodObjective, Objective, TrainingLoss
+from ftlevel.training.memory.smaller_steps import SmallerSteps
 from ftlevel.training.processes import Processes
 
 
@@ -47,8 +46,11 @@ class FtlevelTrainer(Trainer):
         loss: what the loss of training has beside that of evaluation.
         head_rate: modules that learn at a rate of their own, and that rate; None for none.
         processes: those of the run.
-        halved: where the memory was too small, the step and the tokens of a micro-batch since.
+        smaller: makes steps that do not fit into memory smaller.
         warn: is told of it.
+        note: writes it down.
+        step_rows: of the optimizer step so far, by their index among the training rows.
+        replaces_nonfinite: log the loss of the step before in place of one that is not finite.
     """
 
     def __init__(
@@ -75,9 +77,13 @@ class FtlevelTrainer(Trainer):
         self.order = order
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
-        self.halved: list[dict[str, int]] = []
+        self.smaller = SmallerSteps(self)
         self.warn: Callable[[str], None] = lambda _: None
+        self.note: Callable[[dict[str, Any]], None] = lambda _: None
+        self.step_rows: list[int] = []
+        self.replaces_nonfinite = False
         self._is_nothing = False
+        self._last_loss = 0.0
         self._step_loss: torch.Tensor | None = None
         # Going through the modules of a model takes longer than some of its layers.
         self._trained: list[torch.Tensor] = []
@@ -93,6 +99,15 @@ class FtlevelTrainer(Trainer):
         if self.head_rate is not None:
             set_head_rate(optimizer, self.model, self.head_rate)
         return optimizer
+
+    def forget_optimizer(self) -> None:
+        """Let gradients and the optimizer's memory go after the last step: three times the adapter.
+
+        What comes then has the device to itself: the last evaluation and the proof.
+        """
+        self.model.zero_grad(set_to_none=True)
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the order that was given, or Trainer's."""
@@ -130,54 +145,51 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Return the loss of the batch, whose micro-batches have added to the gradient in turn."""
+        if self._step_loss is None:
+            self.step_rows = []
         while True:
             rows = inputs.pop("rows", ())
             try:
                 loss = self._batch_loss(model, inputs, num_items_in_batch)
                 break
             except Exception as error:
-                if not (is_out_of_memory(error) and self._can_be_smaller(inputs, len(rows))):
+                if not (is_out_of_memory(error) and self.smaller.can(inputs)):
                     raise
-            inputs = self._in_smaller_parts(model, rows)
+            inputs = self.smaller.make(model, rows, inputs)
         for part in inputs.get("micro_batches", [inputs]):
             if not self._is_nothing:
                 self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
+        self.step_rows += [row.row for row in rows if row.row >= 0]
         before = self._step_loss
         self._step_loss = loss.detach() if before is None else before + loss.detach()
+        if self.replaces_nonfinite and not bool(torch.isfinite(loss)):
+            return torch.full_like(loss, self._last_loss)
         return loss
-
-    def _can_be_smaller(self, inputs: dict[str, Any], rows: int) -> bool:
-        """Whether the step has micro-batches of several rows; alone, as others are not asked."""
-        parts = inputs.get("micro_batches", ())
-        return self.args.world_size == 1 and 0 < len(parts) < rows
-
-    def _in_smaller_parts(self, model: Any, rows: Sequence[Any]) -> dict[str, Any]:
-        """Return `rows` of a step that did not fit in micro-batches of half as many tokens.
-
-        What the step has added to the gradient is undone, and its rows are counted once. The loss
-        and the gradient are the same but for the order of sums, and for other random numbers.
-        """
-        model.zero_grad()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        collator, plan = self.data_collator, self.fast.plan if self.fast else None
-        if not isinstance(collator, StepCollator) or plan is None or self.fast is None:
-            raise TypeError("only a fast step has micro-batches")
-        self.fast.plan = replace(plan, tokens=collator.halve())
-        step, tokens = self.state.global_step + 1, self.fast.plan.tokens // plan.workers
-        self.halved.append({"step": step, "tokens_per_micro_batch": tokens})
-        self.warn(
-            f"out of memory at step {step}: micro-batches have {tokens:,} tokens from now on, half "
-            "as many as before; the rows of a step are the same."
-        )
-        inputs: dict[str, Any] = _to_device(collator(rows), self.args.device)
-        return inputs
 
     def take_step_loss(self) -> torch.Tensor:
         """Return the loss of the optimizer step so far (a scalar), and begin with the next one."""
         loss, self._step_loss = self._step_loss, None
-        return torch.zeros(()) if loss is None else loss
+        if loss is None:
+            return torch.zeros(())
+        if self.replaces_nonfinite and bool(torch.isfinite(loss)):
+            self._last_loss = float(loss) / self.args.gradient_accumulation_steps
+        return loss
+
+    def drop_gradient(self) -> None:
+        """Let the optimizer's next step change nothing: it passes over what has no gradient."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take weights and the optimizer's state, but not its rates, from `checkpoint`."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._load_from_checkpoint(str(checkpoint))
+        path = checkpoint / "optimizer.pt"
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        self.optimizer.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _batch_loss(
         self,
@@ -292,6 +304,20 @@ class FtlevelTrainer(Trainer):
         finally:
             self._compute_dtype, self._in_training = "", False
             self.tokens_seen, self.tokens_computed = seen, computed
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether steps are computed before training, by `computing_alone`."""
+        return bool(self._compute_dtype)
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return what the collator gave, on the device."""
+        moved: dict[str, Any] = _to_device(batch, self.args.device)
+        return moved
+
+    def compute_batch(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the loss of a batch as `training_step` does, and add to the gradient."""
+        return self._batch_loss(model, inputs, None)
 
     @property
     def loss_scale(self) -> float:

@@ -16,12 +16,14 @@ CLASSES = [Encoded([1, 2], label, 0) for label in (0, 1)] * 4  # guessing gives 
 TEXT = [Encoded([1, 2], [1, 2], 0)] * 8
 
 
-def said(task: str, kind: str, rows: list[Encoded], losses: list[float]) -> list[str]:
+def said(
+    task: str, kind: str, rows: list[Encoded], losses: list[float], rate: float = 2e-4
+) -> list[str]:
     plan: Any = SimpleNamespace(
         objective=TASKS[task].build_objective(kind, {}),
         loss=TrainingLoss(),
         data=SimpleNamespace(train=rows),
-        schedule=SimpleNamespace(learning_rate=2e-4),
+        schedule=SimpleNamespace(learning_rate=rate, default_learning_rate=2e-4),
     )
     return find_nothing_learned(describe_losses(losses), plan)
 
@@ -45,6 +47,11 @@ def test_classes_are_compared_with_guessing(losses: list[float], expected: list[
             "was learned. "
         )
         assert end in line
+
+
+def test_a_rate_far_above_the_default_is_what_is_wrong() -> None:
+    (line,) = said("text-generation", "decoder", TEXT, [3.0, 3.1, 3.0] * 2, 2e-2)
+    assert "Try a lower --learning-rate than 0.02 (0.0002 is the default here), or" in line
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ftlevel.models.loading import quiet_libraries
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.trainer import FtlevelTrainer
+from ftlevel.training.verify.bounds import Rounding
 from ftlevel.training.verify.compare import Apart, compare_gradients, kind_of
 from ftlevel.training.verify.few_rows import FEW_TOKENS, choose_few, shorten
 from ftlevel.training.verify.float32 import whole_in_float32
@@ -125,6 +126,20 @@ def test_a_fault_under_dropout_is_seen_when_asked(monkeypatch: pytest.MonkeyPatc
     assert verify_step(config, plan, adapted, Silence()) is not None, "nothing is dropped in it"
     with pytest.raises(RunError, match="gradients with dropout"):
         verify_step(asking(config, True), plan, adapted, Silence())
+
+
+def apart(difference: float, norm: float) -> Apart:
+    return Apart(difference=difference**2, reference=norm**2, along=norm**2)
+
+
+def test_a_tensor_without_a_gradient_is_rounded_like_its_neighbours() -> None:
+    """The keys of a saturated attention: nothing but rounding is left of their gradient."""
+    queries = {f"layers.{i}.q_proj.lora_A.default.weight": apart(4e-3, 1.0) for i in range(8)}
+    key = "layers.0.k_proj.lora_A.default.weight"
+    plain = {**queries, key: apart(4e-6, 1e-8)}
+    Rounding(plain, {**queries, key: apart(1.7e-5, 1e-8)}).check()
+    with pytest.raises(RunError, match="k_proj"):
+        Rounding(plain, {**queries, key: apart(1e-3, 1e-8)}).check()
 
 
 def test_distance_and_length() -> None:

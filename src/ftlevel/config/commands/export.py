@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from ftlevel.config.commands.servers import SERVERS
 from ftlevel.config.sections import Positive, Section
 
 
@@ -20,12 +21,14 @@ class ExportFormat:
         suffix: of the file; empty for a format that is a directory.
         beside: suffixes of the files that come beside it.
         merges: whether an adapter is merged into its base first.
+        several: whether a directory of adapters of one base is written at once.
     """
 
     module: str
     suffix: str
     beside: tuple[str, ...] = ()
     merges: bool = True
+    several: bool = False
 
     @property
     def is_directory(self) -> bool:
@@ -36,13 +39,19 @@ class ExportFormat:
 FORMATS: dict[str, ExportFormat] = {
     "gguf": ExportFormat("ftlevel.merging.formats.gguf", ".gguf", (".Modelfile",)),
     "adapterhub": ExportFormat("ftlevel.merging.formats.adapterhub", "", merges=False),
+    "peft": ExportFormat("ftlevel.merging.formats.peft", "", merges=False, several=True),
+    "gguf-lora": ExportFormat("ftlevel.merging.formats.gguf_lora", "", merges=False, several=True),
+    "mlx": ExportFormat("ftlevel.merging.formats.mlx", "", merges=False),
+    "merged": ExportFormat("ftlevel.merging.formats.merged", ""),
 }
 """Every format: a new one is its module and a line here."""
 
 if TYPE_CHECKING:
     FormatName: TypeAlias = str
+    ServerName: TypeAlias = str
 else:
-    FormatName = Literal[tuple(FORMATS)]
+    FormatName = Literal[tuple(("auto " + " ".join(FORMATS)).split())]
+    ServerName = Literal[tuple(SERVERS)]
 
 
 class ExportConfig(Section):
@@ -54,10 +63,18 @@ class ExportConfig(Section):
         "adapter is merged into its base first, where the format is one of models.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    server: ServerName | None = Field(
+        None,
+        description="The program that will serve it: chooses the format and checks what that "
+        "program can load.",
+    )
     format: FormatName = Field(
-        "gguf",
-        description="gguf, the format of llama.cpp, Ollama and LM Studio; adapterhub, a bottleneck "
-        "adapter as AdapterHub's adapters loads it.",
+        "auto",
+        validate_default=True,
+        description="peft, gguf-lora and mlx keep the adapter beside its base, as plain LoRA that "
+        "every reader reads alike; merged is a plain model; gguf one file for llama.cpp, Ollama "
+        "and LM Studio; adapterhub a bottleneck adapter for AdapterHub's adapters. auto is what "
+        "--for needs, or gguf.",
     )
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = Field(
         "auto",
@@ -65,13 +82,17 @@ class ExportConfig(Section):
         "own. Vectors and norms stay in float32.",
     )
     out: Path = Field(
-        description="File to write, FILE.gguf, with FILE.Modelfile beside it; for adapterhub a new "
-        "directory."
+        description="File to write, FILE.gguf, with FILE.Modelfile beside it; for the other "
+        "formats a new directory."
+    )
+    max_rank: Positive = Field(
+        64, description="Highest rank of plain LoRA that may be written; past it, merging is named."
     )
     overwrite: bool = Field(False, description="Replace these files where they exist.")
     verify: bool = Field(
         True,
-        description="Read the file back and compare its logits and its tokens with the model's.",
+        description="Read what was written back and compare it with the model; record its answers "
+        "for ftlevel check-served.",
     )
     verify_tokens: Positive = Field(512, description="How many tokens of text are compared.")
     base_model: str | None = Field(
@@ -83,6 +104,19 @@ class ExportConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Where the models are compared."
     )
+
+    @field_validator("format")
+    @classmethod
+    def _is_served(cls, value: str, info: ValidationInfo) -> str:
+        server = SERVERS.get(info.data.get("server") or "")
+        if value == "auto":
+            return server.formats[0] if server else "gguf"
+        if server and value not in server.formats:
+            raise ValueError(
+                f"{server.title} does not load {value}. It loads {' and '.join(server.formats)}; "
+                f"drop --format, and it is {server.formats[0]}"
+            )
+        return value
 
     @field_validator("out")
     @classmethod
@@ -96,7 +130,13 @@ class ExportConfig(Section):
         return value
 
     @property
+    def recorded(self) -> bool:
+        """Whether a served.json stands beside the file."""
+        return bool(self.server and self.verify and FORMATS[self.format].suffix)
+
+    @property
     def outputs(self) -> tuple[Path, ...]:
         """The files that are written, `out` first."""
-        beside = FORMATS[self.format].beside
+        format_ = FORMATS[self.format]
+        beside = format_.beside + ((".served.json",) if self.recorded else ())
         return (self.out, *(self.out.with_suffix(suffix) for suffix in beside))

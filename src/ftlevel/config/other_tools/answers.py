@@ -217,7 +217,6 @@ ANSWERS: tuple[Flag, ...] = (
                           Agrees("activations are recomputed without reentrant autograd"))),
     *_flags("--torch-compile --torch-compile-backend --torch-compile-mode",
             "compiled steps are not offered; the fast step is on. Drop it."),
-    *_flags("--tf32", "matrix products are in --dtype. Drop it."),
     *_flags("--auto-find-batch-size",
             "the fast step bounds the memory by tokens: --set speed.tokens_per_micro_batch=N."),
     *_flags("--full-determinism", "the same --seed gives the same adapter on a CPU. Drop it."),

@@ -45,13 +45,16 @@ class Collator:
         return batch
 
 
-class BatchCollator(Collator):
-    """Pad rows into a batch, and what they contrast with into another."""
+class CollatorWithRows(Collator):
+    """Pad rows into a batch, and give them with it as `rows`, so that one that fails is named.
+
+    What rows contrast with is a batch of its own.
+    """
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Return what `Collator` does, and the batch of all `contrasts` where there are some."""
+        """Return what `Collator` does, `rows`, and where there are some the `contrasts`."""
         contrasts = [other for row in rows for other in row.contrasts]
-        batch: dict[str, Any] = super().__call__(rows)
+        batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
         return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch
 
 

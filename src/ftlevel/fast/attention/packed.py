@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries, visible
+from ftlevel.fast.attention.padded import attend_padded
 from ftlevel.fast.attention.short import ShortAttention, are_short, batch_sequences
 from ftlevel.fast.attention.varlen import attend_varlen, can_serve
 from ftlevel.fast.layers.dropout import worker_generator
@@ -111,21 +112,22 @@ def _by_sequence(
     dropout: float,
 ) -> torch.Tensor:
     """Return (tokens, heads, head_dim): on a GPU by one kernel, on a CPU by blocks or by SDPA."""
-    if can_serve(states[0], dropout):
+    if can_serve(states[0], dropout, window, scale):
         return attend_varlen(states, layout.segments, causal, window, scale)
-    on_cpu = states[0].device.type == "cpu"
+    if states[0].device.type != "cpu":
+        return attend_padded(states, layout.segments, causal, window, scale, dropout)
     is_short = all(s.stop - s.start <= MAX_BLOCKED for s in layout.segments)
     is_tree = any(segment.past for segment in layout.segments)
     # SDPA would draw from the generator of the process.
     draws_itself = dropout > 0 and worker_generator() is not None
-    if on_cpu and are_short(layout.segments):
+    if are_short(layout.segments):
         batches = batch_sequences(layout.segments, causal, window)
         with torch.autocast("cpu", enabled=False):
             short: torch.Tensor = ShortAttention.apply(  # type: ignore[no-untyped-call]
                 *states, batches, scale, dropout
             )
             return short
-    if on_cpu and (is_short or is_tree or draws_itself):
+    if is_short or is_tree or draws_itself:
         blocks = split_queries(layout.segments, causal, window)
         with torch.autocast("cpu", enabled=False):
             attended: torch.Tensor = BlockedAttention.apply(  # type: ignore[no-untyped-call]
@@ -144,21 +146,11 @@ def _by_sdpa(
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
-    """Return (heads, tokens of the segment, head_dim)."""
-    query = states[0][:, segment.start : segment.stop]
-    ranges = (*segment.past, (segment.start, segment.stop))
-    key, value = (
-        torch.cat([part[:, a:b] for a, b in ranges], dim=1)
-        if segment.past
-        else part[:, segment.start : segment.stop]
-        for part in states[1:]
-    )
+    """Return (heads, tokens of the segment, head_dim), for a sequence of its own."""
+    query, key, value = (part[:, segment.start : segment.stop] for part in states)
     length = key.shape[1]
-    plain = not segment.past and (window is None or window > length)
-    mask = None
-    if not plain:
-        mask = visible(segment.position, query.shape[1], 0, length, causal, window)
-        mask = None if mask is None else mask.to(query.device)
+    plain = window is None or window > length
+    mask = None if plain else visible(0, length, 0, length, causal, window)
     output = functional.scaled_dot_product_attention(
         query[None], key[None], value[None],
         attn_mask=mask, dropout_p=dropout, is_causal=causal and plain, scale=scale,

@@ -8,16 +8,71 @@ segment whose past comes first wants it; so trees of prefixes need no kernel of 
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from ftlevel.fast.packing.layout import Segment
+from ftlevel.models.hardware import send
 
 WIDEST_HEAD = 256
 """Elements of a head at most, in flash attention."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What torch's `varlen_attn` takes, by its signature.
+
+    torch 2.8 and 2.9 have none. 2.10 takes `is_causal` and nothing of the three below, 2.11 all but
+    `enable_gqa`, 2.12 and 2.13 all. (torch/nn/attention/varlen.py of each.)
+
+    Attributes:
+        windows: whether it is told of a window; else of causality alone.
+        scales: whether it is told of a scale; else it is 1 / sqrt(head_dim).
+        groups: whether a key head may serve several query heads; else keys are expanded.
+    """
+
+    windows: bool
+    scales: bool
+    groups: bool
+
+    @classmethod
+    def read(cls, function: Callable[..., Any]) -> Kernel:
+        """Return what `function` takes."""
+        names = inspect.signature(function).parameters
+        return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
+
+    def computes(self, window: int | None, scale: float, head_dim: int) -> bool:
+        """Whether it can be told of `window` and `scale`, for heads of `head_dim` elements."""
+        return (self.windows or window is None) and (
+            self.scales or math.isclose(scale, head_dim**-0.5, rel_tol=1e-6)
+        )
+
+    def settings(
+        self, causal: bool, window: int | None, scale: float, *, grouped: bool
+    ) -> dict[str, Any]:
+        """Return the keywords of a call that it `computes`."""
+        told: dict[str, Any] = {"scale": scale} if self.scales else {}
+        if self.groups:
+            told["enable_gqa"] = grouped
+        if self.windows:
+            return {**told, "window_size": window_of(causal, window)}
+        return {**told, "is_causal": causal}
+
+
+@lru_cache(maxsize=1)
+def installed_kernel() -> Kernel | None:
+    """Return what the kernel of the installed torch takes; None where there is none."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    return Kernel.read(varlen_attn)
 
 
 @dataclass(frozen=True)
@@ -46,8 +101,8 @@ def measure(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
     source = None
     if any(segment.past for segment in segments):
         ranges = [r for s in segments for r in (*s.past, (s.start, s.stop))]
-        source = torch.cat([torch.arange(start, stop) for start, stop in ranges]).to(device)
-    ends = [torch.tensor([0, *part]).cumsum(0).to(device, torch.int32) for part in (own, seen)]
+        source = send(torch.cat([torch.arange(start, stop) for start, stop in ranges]), device)
+    ends = [send(torch.tensor([0, *part]).cumsum(0).int(), device) for part in (own, seen)]
     return Lengths(ends[0], ends[1], max(own), max(seen), source)
 
 
@@ -62,15 +117,16 @@ def window_of(causal: bool, window: int | None) -> tuple[int, int]:
     return reach, 0 if causal else reach
 
 
-def can_serve(query: torch.Tensor, dropout: float) -> bool:
+def can_serve(query: torch.Tensor, dropout: float, window: int | None, scale: float) -> bool:
     """Whether the kernel computes `query` (heads, tokens, head_dim) here."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or dropout:
+        return False
+    head_dim, kernel = query.shape[-1], installed_kernel()
     return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and dropout == 0.0
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= WIDEST_HEAD
-        and importlib.util.find_spec("torch.nn.attention.varlen") is not None  # torch 2.10
+        kernel is not None
+        and kernel.computes(window, scale, head_dim)
+        and head_dim % 8 == 0
+        and head_dim <= WIDEST_HEAD
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
@@ -82,7 +138,7 @@ def attend_varlen(
     window: int | None,
     scale: float,
 ) -> torch.Tensor:
-    """Return (tokens, heads, head_dim).
+    """Return (tokens, heads, head_dim), where `can_serve` says that it can.
 
     Args:
         states: queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
@@ -93,13 +149,16 @@ def attend_varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    kernel = Kernel.read(varlen_attn)
     query, key, value = (part.transpose(0, 1) for part in states)
-    lengths = measure(segments, query.device)
+    lengths, groups = measure(segments, query.device), query.shape[1] // key.shape[1]
     if lengths.source is not None:
         key, value = (part.index_select(0, lengths.source) for part in (key, value))
+    if groups > 1 and not kernel.groups:
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     attended = varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(), lengths.queries, lengths.keys,
-        lengths.most_queries, lengths.most_keys, scale=scale, window_size=window_of(causal, window),
-        enable_gqa=query.shape[1] != key.shape[1],
+        lengths.most_queries, lengths.most_keys,
+        **kernel.settings(causal, window, scale, grouped=groups > 1),
     )  # fmt: skip
     return cast("torch.Tensor", attended)  # the pair is returned to those who ask for it

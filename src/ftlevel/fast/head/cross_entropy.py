@@ -21,12 +21,32 @@ from torch import nn
 from torch.nn import functional
 
 from ftlevel.fast.packing.layout import NotServedError
+from ftlevel.models.hardware import free_memory_bytes
 
 CHUNK_SCORES = 4_000_000
 """Scores of a chunk: 24 MB in float32 and bfloat16, which a CPU's last cache still holds."""
 
 FEWEST = 64
 """Targets of a chunk at least: fewer would read the head's weights for too little work."""
+
+GPU_TARGETS = 4096
+"""Targets of a chunk at most, on a GPU, which has no cache that scores could stay in: with more the
+products are no faster."""
+
+GPU_SHARE = 16
+"""The part of the free memory, one of so many, that a chunk's scores may take there."""
+
+SCORE_BYTES = 14
+"""Of a score: in half precision, in float32, its probability, and the gradient in both."""
+
+
+def targets_a_chunk(device: torch.device, vocabulary: int) -> int:
+    """Return how many targets are scored at once, over a `vocabulary`."""
+    if device.type != "cuda":
+        return max(FEWEST, CHUNK_SCORES // vocabulary)
+    fitting = free_memory_bytes("cuda") // GPU_SHARE // (SCORE_BYTES * vocabulary)
+    return max(FEWEST, min(GPU_TARGETS, fitting))
+
 
 Observe = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -80,7 +100,7 @@ class ChunkedCrossEntropy:
         self._head = head
         self._finish = finish_scores(model)
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        self._chunk = max(FEWEST, CHUNK_SCORES // vocabulary)
+        self._chunk = targets_a_chunk(next(head.parameters()).device, vocabulary)
         self._call = _Call()
         self._hook = head.register_forward_pre_hook(self._take, prepend=True)
 

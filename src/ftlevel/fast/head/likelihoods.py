@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def measure_answers(
     head: ChunkedCrossEntropy | None,
     model: Any,
     objective: LikelihoodObjective,
-    batch: dict[str, torch.Tensor],
+    batch: Mapping[str, Any],
 ) -> torch.Tensor:
     """Return how likely the answers of a batch are, as `LikelihoodObjective.answers` gives it.
 
@@ -33,7 +33,7 @@ def measure_answers(
         batch: inputs and labels.
     """
     inputs, labels = as_called(model, objective, batch)
-    at, targets = objective.locate(labels)
+    at, targets = batch.get("located") or objective.locate(labels)
     if head is not None:
         each = head.likelihoods(lambda: model(**inputs), at, targets)
     else:
@@ -97,11 +97,12 @@ def sum_of_ratios(
 
 
 def as_called(
-    model: Any, objective: TokenObjective, batch: dict[str, torch.Tensor]
+    model: Any, objective: TokenObjective, batch: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Return what `model` is called with for its scores, and the labels."""
-    inputs = dict(batch)
-    inputs.pop("verdicts", None)
+    inputs: dict[str, Any] = dict(batch)
+    for name in ("verdicts", "located"):
+        inputs.pop(name, None)
     labels = inputs.pop("labels")
     if objective.feeds_labels:
         base = base_model(getattr(model, "module", model))  # DDP's wrapper has no such method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def supervised_loss(
     head: ChunkedCrossEntropy,
     model: Any,
     objective: Objective,
-    batch: dict[str, torch.Tensor],
+    batch: Mapping[str, Any],
     observe: Observe | None = None,
     smoothing: float = 0.0,
 ) -> torch.Tensor:
@@ -28,7 +29,7 @@ def supervised_loss(
         head: the head of `model`.
         model: what is called.
         objective: what it is trained on.
-        batch: inputs and labels.
+        batch: inputs and labels, and where the targets are `located` if that is known.
         observe: is given scores and targets.
         smoothing: share of a target's probability that is spread over the vocabulary.
     """
@@ -38,7 +39,7 @@ def supervised_loss(
     if not isinstance(objective, TokenObjective):
         raise TypeError("a language head predicts tokens")
     inputs, labels = as_called(model, objective, batch)
-    at, targets = objective.locate(labels)
+    at, targets = batch.get("located") or objective.locate(labels)
     return head.loss_sum(lambda: model(**inputs), at, targets, observe, smoothing)
 
 

@@ -95,6 +95,11 @@ class PackedLayout:
             needed = needed.to(device, non_blocking=non_blocking)
         return replace(self, source=source, restore=restore, needed=needed)
 
+    def pin_memory(self) -> PackedLayout:
+        """Return the layout with its indices where a copy onto a GPU need not be waited for."""
+        pinned = {name: getattr(self, name) for name in ("source", "restore", "needed")}
+        return replace(self, **{n: t.pin_memory() for n, t in pinned.items() if t is not None})
+
     def needing(self, at: torch.Tensor) -> PackedLayout:
         """Return the layout of which the places `at` of the flattened batch are needed."""
         needed = torch.unique(self.restore.index_select(0, at))

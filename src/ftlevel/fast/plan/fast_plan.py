@@ -134,7 +134,7 @@ def plan_fast(
         shared_prefix=shares
         and chunked
         and not workers.random
-        and not config.train.gradient_checkpointing,
+        and not config.train.may_recompute(device),
     )
 
 

@@ -57,9 +57,7 @@ def plan_workers(config: TrainConfig, meta: Any, device: str, packs: bool) -> Wo
 def _uses_global_generator(config: TrainConfig, meta: Any, random: str, packs: bool) -> str:
     """Return what is drawn from the process's generator; empty if nothing."""
     if not random or (
-        packs
-        and not config.train.gradient_checkpointing
-        and meta.config.model_type not in FUNCTIONAL_DROPOUT
+        packs and not config.train.recomputes and meta.config.model_type not in FUNCTIONAL_DROPOUT
     ):
         return ""
     return f"{random} is drawn at random, in order"

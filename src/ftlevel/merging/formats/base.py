@@ -46,13 +46,17 @@ class Export(Protocol):
         """Return what came out, a line each."""
 
 
-def plan_export(config: ExportConfig, found: Found) -> Export:
+def plan_export(config: ExportConfig, found: Found | Mapping[str, Found]) -> Export:
     """Return what will be written in the format that `config` names.
+
+    Args:
+        config: what was asked for.
+        found: a run, an adapter or a model; or adapters by name, for a format with `several`.
 
     Raises:
         InputError: the format cannot hold the model.
     """
-    planned: Export = importlib.import_module(FORMATS[config.format].module).plan_export(
-        config, found
-    )
+    module = importlib.import_module(FORMATS[config.format].module)
+    several = isinstance(found, Mapping)
+    planned: Export = (module.plan_several if several else module.plan_export)(config, found)
     return planned

@@ -15,6 +15,7 @@ from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter
 from ftlevel.merging.formats.gguf_check import Checked, Original, check_file
 from ftlevel.merging.formats.ollama import Prompting, find_prompting, modelfile
+from ftlevel.merging.serving.whole import record_whole, start_of
 from ftlevel.models.kinds import checkpoint_class
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer, rename_prefix
 from ftlevel.models.quantized import quantization_name, stored_quantization
@@ -146,6 +147,10 @@ class GgufExport:
             checked = check_file(path, outtype, tensors, vocabulary, original)
         text = modelfile(config.out.name, self.prompting)
         (place / _modelfile(config).name).write_text(text, encoding="utf-8")
+        if config.recorded:
+            listener.stage("record its answers")
+            record_whole(place / config.outputs[2].name, config, self.found, source, outtype,
+                         device)  # fmt: skip
         return self._summary(outtype, tensors) | {
             "size_bytes": path.stat().st_size,
             "merged": merged and {key: merged[key] for key in ("onto", "verified", "agreement")},
@@ -167,6 +172,7 @@ class GgufExport:
                           "tokens": len(vocabulary.tokens), "notes": vocabulary.notes},
             "template": self.prompting.kind,
             "stops": self.prompting.stops,
+            "start": start_of(config),
             "out": str(config.out),
             "modelfile": str(_modelfile(config)),
             "versions": library_versions(),
@@ -191,6 +197,9 @@ class GgufExport:
         else:
             yield from _check_lines(check, summary)
         yield f"saved {summary['out']} and {summary['modelfile']}  ({summary['seconds']:.1f} s)"
+        if summary["start"]:
+            yield "serve it:"
+            yield from (f"  {command}" for command in summary["start"])
 
 
 def _modelfile(config: ExportConfig) -> Path:

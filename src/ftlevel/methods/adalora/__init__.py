@@ -11,9 +11,11 @@ from typing import Any
 
 from ftlevel.config.methods.adalora import AdaloraSpec
 from ftlevel.errors import ConfigError
+from ftlevel.methods.adalora.plain_form import as_lora
 from ftlevel.methods.base import Base, Merging, Method, whole
 from ftlevel.methods.facts import MERGES, MethodFacts
 from ftlevel.methods.lora import why_not_mergeable
+from ftlevel.methods.plain_form.factors import PlainForm
 from ftlevel.methods.rates import Rates
 from ftlevel.methods.upstream import freeze_ranks, restore_ranks
 
@@ -115,7 +117,8 @@ _METHOD = Method(
     why_not_continued="its ranks are pruned by a schedule over all steps of the run",
     finish=finish,
     merging=Merging(
-        ("ADALORA",), why_not=why_not_mergeable, prepare=forget_ranks, restore=restore_ranks
+        ("ADALORA",), why_not=why_not_mergeable, prepare=forget_ranks, restore=restore_ranks,
+        plain_form=PlainForm(as_lora),
     ),
 )  # fmt: skip
 METHODS = {"adalora": _METHOD}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ftlevel.config.methods.lora import LoraSpec
+from ftlevel.config.methods.lora import INSIDE_BASE, LoraSpec
 from ftlevel.errors import ConfigError, listing
 from ftlevel.methods.base import (
     Base,
@@ -19,8 +19,10 @@ from ftlevel.methods.base import (
     whole,
 )
 from ftlevel.methods.lora.facts import FACTS, RULES
+from ftlevel.methods.lora.plain_form import as_lora
 from ftlevel.methods.lora.plus import build_optimizer
 from ftlevel.methods.lora.start import START
+from ftlevel.methods.plain_form.factors import PlainForm
 from ftlevel.methods.rates import Rates
 from ftlevel.models.strangers.time_limit import ending_in
 
@@ -163,6 +165,13 @@ def against_embeddings(spec: LoraSpec) -> str:
 
 def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
     """Return why an adapter of `config` cannot be merged and what to do, or None if it can."""
+    start = str(config.get("init_lora_weights"))
+    if start.startswith(INSIDE_BASE):  # as PEFT alone saves it; ours are saved as plain LoRA
+        return (
+            f"init_lora_weights is {start}: its start was taken out of the base's weights, and the "
+            "file holds none of it. Write it as plain LoRA first, and merge that: ftlevel export "
+            "ADAPTER --format peft --out DIR."
+        )
     for key, reason in _UNMERGEABLE.items():
         if config.get(key):
             return f"{key} is set: {reason}, and no plain weight can hold that. Keep the adapter."
@@ -205,6 +214,11 @@ _METHOD = Method(
         fusing=lambda spec: spec.use_dora * "DoRA scales by a norm of the whole weight",
         workers=against_workers,
     ),
-    merging=Merging(("LORA",), why_not=why_not_mergeable, prepare=forget_start),
+    merging=Merging(
+        ("LORA",),
+        why_not=why_not_mergeable,
+        prepare=forget_start,
+        plain_form=PlainForm(as_lora),
+    ),
 )
 METHODS = {"lora": _METHOD, "qlora": _METHOD}

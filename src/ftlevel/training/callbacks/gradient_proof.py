@@ -11,14 +11,26 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ftlevel.errors import RunError, listing
 from ftlevel.events import Listener
+from ftlevel.training.callbacks.recovery import Recovery
 
 _STOPPED = "Training stopped before the weights took it."
+
+MOST_SKIPPED = 20
+"""Steps in a row that float16 may skip: from its first scale, 65,536, that is down to a 16th."""
+
+LATEST = 16
+"""Steps after which a GPU is asked at the latest whether what it computed is finite."""
 
 
 class GradientProof(TrainerCallback):
     """Stop when a tensor that should learn gets no gradient, or something is not finite any more.
 
-    Looked at in every step: its loss, the gradients, and the weights that the optimizer left.
+    Looked at in every step: its loss, the gradients, and the weights that the optimizer left. A GPU
+    is not waited for in every step: there the flags of some steps are read at once, before anything
+    is logged, evaluated or certified.
+
+    With float16 a gradient that overflows is no fault: the scaler skips the step and halves its
+    scale. Many in a row are one.
 
     LoRA's A has an exactly zero gradient at first because B is zero; what is still zero after a
     step at a learning rate above zero (warm-up begins at zero) is reported as not learning.
@@ -26,14 +38,36 @@ class GradientProof(TrainerCallback):
     Attributes:
         checked: how many tensors had a gradient at the first step.
         idle: tensors whose gradient was zero at first and after the first real step.
+        skipped: how many steps the scaler of float16 skipped.
     """
 
-    def __init__(self, listener: Listener, step_loss: Callable[[], torch.Tensor]) -> None:
-        """Remember whom to tell, and how the loss of the step so far is asked for."""
+    def __init__(
+        self,
+        listener: Listener,
+        step_loss: Callable[[], torch.Tensor],
+        recovery: Recovery,
+        *,
+        scales: bool = False,
+        defers: bool = False,
+    ) -> None:
+        """Remember whom to tell, how the loss of the step so far is asked for, and who decides.
+
+        Args:
+            listener: is told what does not learn.
+            step_loss: gives that loss, on the device.
+            recovery: decides what becomes of a step that is not finite.
+            scales: whether losses are scaled, and steps that overflow skipped.
+            defers: whether flags may be read some steps later.
+        """
         self.listener = listener
+        self.recovery = recovery
         self.step_loss = step_loss
         self.checked = 0
         self.idle: list[str] = []
+        self.skipped = 0
+        self._in_a_row = 0
+        self._scales, self._defers = scales, defers and not scales
+        self._unread: list[tuple[int, str, torch.Tensor]] = []
         self._trainable: list[tuple[str, Any]] = []
         self._zero_first: set[str] | None = None
         self._has_moved = False
@@ -52,23 +86,39 @@ class GradientProof(TrainerCallback):
         if not self.checked:  # the first step of this process: a resumed run proves itself too
             self._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             self._check_all_have_one(self._trainable)
-        trainable = self._trainable
+        trainable, step = self._trainable, state.global_step + 1
+        if self._is_checked and self._defers:
+            self._note(state, "loss", self.step_loss())
+            self._note(state, "gradient", _largest(p.grad for _, p in trainable))
+            return
         loss = float(self.step_loss())
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} at step {state.global_step + 1}. {_STOPPED} A row "
-                "of it gives that. Lower --learning-rate, or use --dtype float32."
+        is_wrong = not math.isfinite(loss)
+        if is_wrong or (not self.recovery.stops and self.recovery.agree(is_wrong)):
+            self.recovery.decide(
+                step,
+                f"the loss is {loss} at step {step}",
+                f"{_STOPPED} Lower --learning-rate, or use --dtype float32.",
             )
+            return
         if self._is_checked and _are_finite(p.grad for _, p in trainable):
+            self._in_a_row = 0
+            self.recovery.look_for_spike(step, loss)
             return
         sums = torch.stack([_absolute_sum(p.grad) for _, p in trainable])
         if not bool(torch.isfinite(sums).all()):
+            if self._scales:
+                self._skip(state.global_step + 1)
+                return
             bad = [n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)]
-            raise RunError(
-                f"the gradient is not finite at step {state.global_step + 1} ({len(bad):,} of "
-                f"{len(trainable):,} tensors, such as {bad[0]}). {_STOPPED} Lower "
-                "--learning-rate, or use --dtype float32."
+            self.recovery.decide(
+                step,
+                f"the gradient is not finite at step {step} ({len(bad):,} of {len(trainable):,} "
+                f"tensors, such as {bad[0]})",
+                f"{_STOPPED} Lower --learning-rate, or use --dtype float32.",
             )
+            return
+        self._in_a_row = 0
+        self.recovery.look_for_spike(step, loss)
         if not self._is_checked:
             zero = {n for (n, _), s in zip(trainable, sums, strict=True) if s == 0}
             self._look_for_idle(zero, len(trainable), optimizer)
@@ -81,14 +131,79 @@ class GradientProof(TrainerCallback):
         **_: Any,
     ) -> None:
         """Look at every weight that the optimizer has just changed."""
+        if self._is_checked and self._defers:
+            self._note(state, "weights", _largest(p for _, p in self._trainable))
+            return
         if _are_finite(p for _, p in self._trainable):
             return
         bad = [name for name, p in self._trainable if not bool(torch.isfinite(p).all())]
         if bad:  # a norm may overflow by itself
-            raise RunError(
+            step = state.global_step + 1
+            self.recovery.decide(
+                step,
                 f"{len(bad):,} of {len(self._trainable):,} trained tensors are not finite after "
-                f"step {state.global_step + 1}, such as {bad[0]}. They are not saved. Lower "
-                "--learning-rate, or use another --optim."
+                f"step {step}, such as {bad[0]}",
+                "They are not saved. Lower --learning-rate, or use another --optim.",
+                in_weights=True,
+            )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Read the flags where the device is waited for anyway, or after some steps."""
+        waits = control.should_log or control.should_evaluate or control.should_save
+        if waits or control.should_training_stop or state.global_step % LATEST == 0:
+            self._read(state)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Read the flags before a checkpoint is certified."""
+        self._read(state)
+
+    def _note(self, state: TrainerState, what: str, value: torch.Tensor) -> None:
+        self._unread.append((state.global_step + 1, what, value.detach().float()))
+
+    def _read(self, state: TrainerState) -> None:
+        """Wait for the device, and stop where something was not finite."""
+        if not self._unread:
+            return
+        finite = torch.isfinite(torch.stack([value for _, _, value in self._unread])).tolist()
+        bad = [
+            noted for noted, is_finite in zip(self._unread, finite, strict=True) if not is_finite
+        ]
+        self._unread = []
+        if bad:
+            step, what, _ = bad[0]
+            verb = "are" if what == "weights" else "is"
+            raise RunError(
+                f"the {what} {verb} not finite at step {step}, which a GPU is asked for every "
+                f"{LATEST} steps: this is step {state.global_step}. Nothing since is saved. Lower "
+                "--learning-rate, or use --dtype float32."
+            )
+
+    def _skip(self, step: int) -> None:
+        """Count a step that the scaler skips, and stop where there is no end of them."""
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= MOST_SKIPPED:
+            raise RunError(
+                f"float16 overflows: the last {MOST_SKIPPED} steps up to step {step} were skipped, "
+                "each with half the scale of the one before. Lower --learning-rate, or use --dtype "
+                "bfloat16 or float32."
+            )
+        if self.skipped == 1:
+            self.listener.warn(
+                f"float16 overflowed at step {step}, which is skipped, and its scale is halved: "
+                "usual at first. summary.json counts them as proof.skipped_steps."
             )
 
     def _look_for_idle(self, zero: set[str], count: int, optimizer: Any) -> None:
@@ -121,6 +236,12 @@ def _are_finite(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether the norm of all is, which one operation a group of tensors tells."""
     there = [tensor.detach() for tensor in tensors if tensor is not None]
     return bool(torch.isfinite(torch.nn.utils.get_total_norm(there)))
+
+
+def _largest(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """Return the largest absolute value of all (a scalar), not finite where one is not."""
+    there = [tensor.detach() for tensor in tensors if tensor is not None]
+    return torch.nn.utils.get_total_norm(there, norm_type=math.inf)
 
 
 def _absolute_sum(gradient: torch.Tensor | None) -> torch.Tensor:

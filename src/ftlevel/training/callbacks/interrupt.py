@@ -20,7 +20,6 @@ class Interrupt(TrainerCallback):
 
     Args:
         processes: those of the run, which stop after the same step.
-        device: torch device type.
 
     Attributes:
         received: the signal's name, or empty.
@@ -30,13 +29,12 @@ class Interrupt(TrainerCallback):
 
     _SAVE, _STOP = 1, 2
 
-    def __init__(self, processes: Processes, device: str) -> None:
+    def __init__(self, processes: Processes) -> None:
         self.received = ""
         self.exit_code = 128 + signal.SIGINT
         self._wish = 0
         self.has_stopped = False
         self._processes = processes
-        self._device = device
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -77,7 +75,7 @@ class Interrupt(TrainerCallback):
     ) -> TrainerControl:
         """Save, and stop, if a signal has come and the run is not over anyway."""
         # What was agreed on counts, not what has come since: all stop after the same step.
-        wish = self._processes.most(self._wish, self._device)
+        wish = self._processes.most(self._wish)
         if wish and state.global_step < state.max_steps:
             control.should_save = True
             self._wish = 0

@@ -18,13 +18,11 @@ class SaveByClock(TrainerCallback):
     Args:
         minutes: since the last checkpoint, or the beginning.
         processes: those of the run.
-        device: torch device type.
     """
 
-    def __init__(self, minutes: float, processes: Processes, device: str) -> None:
+    def __init__(self, minutes: float, processes: Processes) -> None:
         self._seconds = minutes * 60
         self._processes = processes
-        self._device = device
         self._since = 0.0
         self._was_time = False
 
@@ -48,7 +46,7 @@ class SaveByClock(TrainerCallback):
         """Save, if it is time, or the end of a run for which it was time before."""
         is_time = self._processes.is_first and time.monotonic() - self._since >= self._seconds
         is_end = self._was_time and state.global_step >= state.max_steps
-        is_time = self._processes.any(is_time, self._device)
+        is_time = self._processes.any(is_time)
         self._was_time |= is_time
         control.should_save |= is_time or is_end
 

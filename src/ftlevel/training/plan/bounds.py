@@ -33,7 +33,7 @@ def find_bounds(config: TrainConfig, model_config: Any, device: str, dtype: str)
         weight=4.0 if trained else _STORED.get(config.quant.kind, float(value)),
         value=value,
         trained=trained,
-        checkpointing=config.train.gradient_checkpointing,
+        checkpointing=config.train.may_recompute(device),
     )
     memory = longest_in_memory(model_config, holding, device_memory(device))
     return Bounds(text_positions(config, model_config), memory)

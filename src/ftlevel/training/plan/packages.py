@@ -6,15 +6,16 @@ from importlib.util import find_spec
 
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
+from ftlevel.models.upstream.versions import find_old_libraries
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Refuse a tracker or an attention kernel whose package is not installed.
+    """Refuse libraries that are too old, and what needs a package that is not installed.
 
     Raises:
         ConfigError: naming the package.
     """
-    problems = []
+    problems = find_old_libraries()
     for wish in config.output.report_to:
         if not find_spec(wish):
             problems.append(

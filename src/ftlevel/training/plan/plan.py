@@ -73,11 +73,13 @@ class Schedule:
     Attributes:
         steps: optimizer steps.
         learning_rate: the peak: the user's or the method's.
+        default_learning_rate: the method's, for such a run.
         head_learning_rate: that of new heads; None where there are none.
     """
 
     steps: int
     learning_rate: float
+    default_learning_rate: float
     head_learning_rate: float | None
 
 

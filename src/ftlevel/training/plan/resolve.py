@@ -5,7 +5,7 @@ Everything that can be wrong before weights are read is found here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from ftlevel.fast.plan.fast_plan import plan_fast
 from ftlevel.fast.plan.fused_lora import fused_lora_choices
 from ftlevel.fast.plan.liger import kernel_choices
 from ftlevel.methods.rates import RunFacts
-from ftlevel.models.hardware import choose_device
+from ftlevel.models.hardware import choose_device, choose_tf32
 from ftlevel.models.kinds import model_kind, width_of
 from ftlevel.models.loading import (
     build_task_model,
@@ -79,6 +79,24 @@ class _Bare:
     spelling: list[Choice]
 
 
+@dataclass(frozen=True)
+class Imagined:
+    """What a forecast puts in the place of things that are not here.
+
+    Attributes:
+        source: the model, whose weights may not be there; None for the one that is asked for.
+        device: another than this machine's, which nothing will be loaded on; None for none.
+        tokenizer: with an `eos_token_id`, a `pad_token_id` and a `chat_template`; None for the
+            model's.
+        rows: gives rows for a task, a kind of model and its config; None for those of the data.
+    """
+
+    source: ModelSource | None = None
+    device: Choice | None = None
+    tokenizer: Any = None
+    rows: Callable[[BaseTask, str, Any], Prepared] | None = None
+
+
 def resolve(
     config: TrainConfig,
     *,
@@ -86,6 +104,7 @@ def resolve(
     progress: Progress = be_silent,
     why_task: str = "",
     adapter: StartingAdapter | None = None,
+    imagined: Imagined | None = None,
 ) -> Plan:
     """Resolve `config`.
 
@@ -95,17 +114,22 @@ def resolve(
         progress: told how many examples are encoded.
         why_task: the reason for the task, where the user named none.
         adapter: what the run goes on from, by which `config` was made.
+        imagined: what a forecast puts in the place of things that are not here.
 
     Raises:
         ConfigError: with the first problem found; nothing was loaded or written.
     """
     task = TASKS[config.task].configured(task_options(config))
-    config, bare = _read_model(config, task)
-    data = _prepare(config, task, bare, lenient, progress)
+    config, bare = _read_model(config, task, imagined or Imagined())
+    if imagined is not None and imagined.rows is not None:
+        data = imagined.rows(task, bare.kind, bare.config)
+    else:
+        here = "cpu" if imagined is not None and imagined.device else bare.device.value
+        data = _prepare(config, task, bare, here, lenient, progress)
     model_config = _task_config(bare.source, data.facts, bare.tokenizer, task)
     layers = _keep_every_layer(model_config)
     meta = build_task_model(model_config, bare.auto_class)
-    _check_checkpointing(config, meta)
+    _check_checkpointing(config, meta, bare.device.value)
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
     if adapter is not None:
         model = replace(model, new_heads=[])  # they are the adapter's
@@ -142,6 +166,7 @@ def resolve(
             bare.device,
             *threads,
             bare.dtype,
+            *choose_tf32(config.train.tf32, device, bare.dtype.value),
             *_method_choices(config, bare),
             *targets.choices(getattr(config.method, "target_modules", None)),
             *head_choices(task, model.heads),
@@ -164,18 +189,23 @@ def task_options(config: TrainConfig) -> dict[str, Any]:
     return {"preference": {**config.preference.model_dump(), "smoothing": smoothing}}
 
 
-def _read_model(config: TrainConfig, task: BaseTask) -> tuple[TrainConfig, _Bare]:
+def _read_model(
+    config: TrainConfig, task: BaseTask, imagined: Imagined
+) -> tuple[TrainConfig, _Bare]:
     """Return what is known of the base, and `config` with the quantization that it has."""
     wish = config.model
-    source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
+    source = imagined.source or resolve_source(
+        wish.name_or_path, wish.revision, wish.trust_remote_code
+    )
     check_revision(source, wish.revision)
     bare = load_config(source)
-    kind, device = model_kind(bare), choose_device(wish.device)
+    kind = model_kind(bare)
+    device = imagined.device or choose_device(wish.device)
     config = resolve_quantization(config, bare, source, device.value)
     check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
     dtype = choose_precision(config, device.value, bare.model_type)
-    tokenizer = load_tokenizer(source)
+    tokenizer = imagined.tokenizer or load_tokenizer(source)
     template = choose_chat_template(tokenizer, config.data.chat_template)
     padding = choose_pad_token(tokenizer)
     padding = (pad_apart_from_eos(tokenizer) if task.pads_apart else None) or padding
@@ -232,10 +262,10 @@ def _best_model(
 
 
 def _prepare(
-    config: TrainConfig, task: BaseTask, bare: _Bare, lenient: bool, progress: Progress
+    config: TrainConfig, task: BaseTask, bare: _Bare, device: str, lenient: bool, progress: Progress
 ) -> Prepared:
-    """Return the rows, encoded for the base."""
-    bounds = find_bounds(config, bare.config, bare.device.value, bare.dtype.value)
+    """Return the rows, encoded for the base, as long as the memory of `device` may hold."""
+    bounds = find_bounds(config, bare.config, device, bare.dtype.value)
     vocabulary, seed = bare.config.get_text_config().vocab_size, config.train.seed
     tokenizer = bare.tokenizer
     context = EncodingContext(task, bare.kind, tokenizer, vocabulary, bounds, seed, lenient)
@@ -266,13 +296,18 @@ def _keep_every_layer(model_config: Any) -> list[Choice]:
     return [Choice("layers", "none is skipped", f"the model has {was}")] if shares else []
 
 
-def _check_checkpointing(config: TrainConfig, model: Any) -> None:
+def _check_checkpointing(config: TrainConfig, model: Any, device: str) -> None:
     """Refuse --gradient-checkpointing where transformers has none for the model.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: it cannot be had, or what is recomputed from cannot be anywhere else.
     """
-    if config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+    if config.train.offload_activations and device != "cuda":
+        raise ConfigError(
+            f"--offload-activations holds a GPU's activations in the host's memory, and the device "
+            f"is {device}. Use --gradient-checkpointing."
+        )
+    if config.train.recomputes and not model.supports_gradient_checkpointing:
         raise ConfigError(
             f"--gradient-checkpointing cannot be used with {model.config.model_type}: transformers "
             "has none for it. Drop it; a smaller --per-device-train-batch-size with "

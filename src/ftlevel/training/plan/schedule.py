@@ -33,10 +33,12 @@ class Rates:
 
     Attributes:
         base: of all that is trained but new heads.
+        default: what `base` is where the user gives none.
         head: of new heads; None where there are none.
     """
 
     base: Choice
+    default: float
     head: Choice | None
 
     @property
@@ -47,8 +49,12 @@ class Rates:
 
     def schedule(self, steps: int) -> Schedule:
         """Return how far and how fast a run of so many optimizer steps goes."""
-        head = self.head.value if self.head else None
-        return Schedule(steps=steps, learning_rate=self.base.value, head_learning_rate=head)
+        return Schedule(
+            steps=steps,
+            learning_rate=self.base.value,
+            default_learning_rate=self.default,
+            head_learning_rate=self.head.value if self.head else None,
+        )
 
 
 def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
@@ -65,13 +71,13 @@ def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
     elif base is not None:
         head = Choice("head learning rate", base.value)
     rates = method.rates(config.method)
-    if base is None:
-        base = rates.choose(config.method.kind, known)
-        if config.task in PREFERENCE_TASKS and (share := config.preference.facts.rate) != 1:
-            reason = f"{share:g} of that for answers alone: {base.reason}"
-            base = replace(base, value=float(f"{base.value * share:.0e}"), reason=reason)
+    default = rates.choose(config.method.kind, known)
+    if config.task in PREFERENCE_TASKS and (share := config.preference.facts.rate) != 1:
+        reason = f"{share:g} of that for answers alone: {default.reason}"
+        default = replace(default, value=float(f"{default.value * share:.0e}"), reason=reason)
+    base = base or default
     head = head or (base if rates.is_heads else choose_head_rate(known))
-    return Rates(base, head if known.new_head else None)
+    return Rates(base, default.value, head if known.new_head else None)
 
 
 def find_stand_in(config: TrainConfig) -> list[str]:

@@ -71,15 +71,9 @@ class Bounds:
             RunError: one is too far.
         """
         least = LEAST.get(self.dtype, LEAST_NARROW)[1]
-        kinds, whole = by_kind(found), total(found.values())
-        counts: dict[str, int] = {}
-        for name in found:
-            counts[kind_of(name)] = counts.get(kind_of(name), 0) + 1
+        whole, norms = total(found.values()), norms_of(found)
         for name, apart in sorted(found.items(), key=lambda item: -item[1].difference):
-            # A tensor with next to no gradient is rounded like its neighbours that have one, and
-            # like all: the bias of a span's logits has none, and sums what rounding left of it.
-            alike = kinds[kind_of(name)].reference / counts[kind_of(name)]
-            own = max(apart.reference, 1e-4 * alike, 1e-4 * whole.reference) ** 0.5
+            own = norms[name]
             bound = least * own + ORDER * self.noise[name].difference ** 0.5
             if not apart.difference**0.5 <= bound:
                 raise wrong(f"{what} of {name} differ by {apart.distance:.2g}, their length by "
@@ -123,16 +117,38 @@ class Rounding:
                 raise wrong(f"gradients of {kind} are {apart.distance:.2g} from float32 and "
                              f"{longer:+.2%} longer, the plain step's {rounding:.2g}",
                              "the run's precision")  # fmt: skip
+        norms = norms_of(self.fast)
         for name, apart in self.fast.items():
-            rounding = max(self.plain[name].distance, plain[kind_of(name)].distance)
-            if not apart.distance <= LEAST_NARROW[1] + ROUNDING_OF_ONE * rounding:
-                raise wrong(f"gradients of {name} are {apart.distance:.2g} from float32, the "
-                             f"plain step's {rounding:.2g}", "the run's precision")  # fmt: skip
+            alike = plain[kind_of(name)].distance * apart.reference**0.5
+            rounding = max(self.plain[name].difference ** 0.5, alike)
+            bound = LEAST_NARROW[1] * norms[name] + ROUNDING_OF_ONE * rounding
+            if not apart.difference**0.5 <= bound:
+                raise wrong(f"gradients of {name} are {apart.distance:.2g} from float32, the plain "
+                             f"step's {self.plain[name].distance:.2g}",
+                             "the run's precision")  # fmt: skip
         worst = {way: max(losses) for way, losses in self.losses.items()}
         if worst and not worst["fast"] <= LEAST_NARROW[0] + ROUNDING_OF_ONE * worst["plain"]:
             raise wrong(f"losses are {worst['fast']:.2g} from float32, the plain step's "
                          f"{worst['plain']:.2g}", "the run's precision")  # fmt: skip
         return {kind: (plain[kind].distance, fast[kind].distance) for kind in fast}
+
+
+def norms_of(found: Mapping[str, Apart]) -> dict[str, float]:
+    """Return of each tensor the norm of its reference that a rounding error is measured by.
+
+    A tensor with next to no gradient is rounded like its neighbours that have one, and like all:
+    the bias of a span's logits has none, and sums what rounding left of it; nor have the keys of
+    an attention that is saturated.
+    """
+    counts: dict[str, int] = {}
+    for name in found:
+        counts[kind_of(name)] = counts.get(kind_of(name), 0) + 1
+    kinds, whole = by_kind(found), total(found.values()).reference
+    return {
+        name: max(apart.reference, 1e-4 * kinds[kind].reference / counts[kind], 1e-4 * whole) ** 0.5
+        for name, apart in found.items()
+        for kind in (kind_of(name),)
+    }
 
 
 def wrong(what: str, dtype: str) -> RunError:

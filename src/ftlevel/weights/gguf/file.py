@@ -82,7 +82,7 @@ def plan_tensors(checkpoint: Checkpoint, config: Any, outtype: str) -> list[Tens
     Raises:
         InputError: the model has one that the architecture has no place for, or lacks one.
     """
-    names = get_tensor_name_map(_architecture(config), config.num_hidden_layers)
+    names = name_map(config)
     planned, lost, missing = [], [], []
     for source in dict.fromkeys(name for name, _ in checkpoint.model.named_parameters()):
         if source in checkpoint.ties:
@@ -124,6 +124,11 @@ def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: 
         return convert(config, name, checkpoint.read(source), is_conv1d=transposed)
 
     return Tensor(name, source, shape, outtype, transposed, read)
+
+
+def name_map(config: Any) -> Any:
+    """Return what gives the name in the file of a tensor of a model of `config`."""
+    return get_tensor_name_map(_architecture(config), config.num_hidden_layers)
 
 
 def _architecture(config: Any) -> Any:

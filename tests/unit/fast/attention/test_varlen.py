@@ -5,11 +5,24 @@ The kernel's own meaning is written out here: causal from the end, a window to e
 
 from __future__ import annotations
 
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
-from ftlevel.fast.attention.varlen import Lengths, attend_varlen, can_serve, measure, window_of
+from ftlevel.fast.attention.varlen import (
+    Kernel,
+    Lengths,
+    attend_varlen,
+    can_serve,
+    installed_kernel,
+    measure,
+    window_of,
+)
 from ftlevel.fast.packing.layout import Segment
 
 ROWS = (Segment(0, 5), Segment(5, 60), Segment(60, 61), Segment(61, 200))
@@ -37,7 +50,8 @@ def as_documented(
     query, key, value = (part.transpose(0, 1) for part in parts)
     if lengths.source is not None:
         key, value = key[lengths.source], value[lengths.source]
-    key, value = (part.repeat_interleave(2, dim=1) for part in (key, value))
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     outputs = []
     spans = [torch.stack([ends[:-1], ends[1:]], 1).tolist()
              for ends in (lengths.queries, lengths.keys)]  # fmt: skip
@@ -67,7 +81,91 @@ def test_the_kernel_is_told_the_attention_of_sequences(
 
 
 def test_a_cpu_is_not_served() -> None:
-    assert not can_serve(states(8, torch.bfloat16)[0], 0.0)
+    assert not can_serve(states(8, torch.bfloat16)[0], 0.0, None, 0.25)
+
+
+def as_in_2_10(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
+):  # fmt: skip
+    return _computed(locals(), (-1, 0) if is_causal else (-1, -1), query.shape[-1] ** -0.5)
+
+
+def as_in_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1),
+):  # fmt: skip
+    return _computed(locals(), window_size, scale)
+
+
+def as_in_2_12(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    return _computed(locals(), window_size, scale, expects_groups=enable_gqa)
+
+
+def _computed(
+    told: dict[str, Any], window: tuple[int, int], scale: float, expects_groups: bool = False
+) -> torch.Tensor:
+    query, key, value = told["query"], told["key"], told["value"]
+    assert expects_groups or query.shape[1] == key.shape[1] == value.shape[1]
+    lengths = Lengths(told["cu_seq_q"], told["cu_seq_k"], told["max_q"], told["max_k"], None)
+    parts = [part.transpose(0, 1) for part in (query, key, value)]
+    return as_documented(parts, lengths, window, scale)
+
+
+SIGNATURES = {
+    "2.10": (as_in_2_10, Kernel(windows=False, scales=False, groups=False)),
+    "2.11": (as_in_2_11, Kernel(windows=True, scales=True, groups=False)),
+    "2.12": (as_in_2_12, Kernel(windows=True, scales=True, groups=True)),
+    "2.13": (as_in_2_12, Kernel(windows=True, scales=True, groups=True)),
+}
+"""torch → the signature of its `varlen_attn`, and what is read off it; 2.8 and 2.9 have none."""
+
+
+@pytest.mark.parametrize("version", SIGNATURES)
+@pytest.mark.parametrize(("segments", "causal", "window"), CASES)
+def test_each_torch_is_told_what_its_kernel_takes(
+    segments: tuple[Segment, ...],
+    causal: bool,
+    window: int | None,
+    version: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    function, expected = SIGNATURES[version]
+    stand_in(monkeypatch, function)
+    assert Kernel.read(function) == installed_kernel() == expected
+    parts = states(segments[-1].stop, torch.float64)
+    scale = 0.25 if version == "2.10" else 0.3  # 16 elements of a head: its own scale
+    if not expected.computes(window, scale, 16):
+        assert (version, window) == ("2.10", 9)
+        return
+    found = attend_varlen(parts, segments, causal, window, scale)
+    blocks = split_queries(segments, causal, window)
+    torch.testing.assert_close(found, BlockedAttention.apply(*parts, blocks, scale, 0.0))
+
+
+def test_the_kernel_of_2_10_has_a_scale_of_its_own() -> None:
+    kernel = SIGNATURES["2.10"][1]
+    assert kernel.computes(None, 0.125, 64)
+    assert not kernel.computes(None, 0.3, 64)
+    assert not kernel.computes(9, 0.125, 64)
+
+
+def test_a_torch_without_the_kernel_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    installed_kernel.cache_clear()
+    assert installed_kernel() is None
+    installed_kernel.cache_clear()
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
+    """Let `function` be the `varlen_attn` of the installed torch."""
+    module = types.ModuleType("torch.nn.attention.varlen")
+    monkeypatch.setattr(module, "varlen_attn", function, raising=False)
+    monkeypatch.setattr(module, "__spec__", types.SimpleNamespace(), raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    installed_kernel.cache_clear()
 
 
 @pytest.mark.gpu
@@ -76,7 +174,7 @@ def test_the_kernel_computes_it(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> None:
     parts = states(segments[-1].stop, torch.bfloat16, "cuda")
-    assert can_serve(parts[0], 0.0)
+    assert can_serve(parts[0], 0.0, window, 0.3)
     found = attend_varlen(parts, segments, causal, window, 0.3)
     exact = [part.detach().double().cpu().requires_grad_() for part in parts]
     expected = BlockedAttention.apply(*exact, split_queries(segments, causal, window), 0.3, 0.0)

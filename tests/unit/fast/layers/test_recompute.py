@@ -12,6 +12,7 @@ import tiny_models
 from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
 from ftlevel.fast.layers.recompute import Recomputation, recomputation_of, with_recomputation
+from live_tensors import LiveTensors
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:
@@ -39,13 +40,14 @@ def test_a_tensor_is_made_once_for_all_that_ask() -> None:
         made.append(kept * 2)
         return made[-1]
 
-    recomputation = Recomputation(make, torch.ones(3))
-    saved = [recomputation.enter() for _ in range(3)]
-    results = [recomputation.make(*kept) for kept in saved]
+    recomputation, saved = Recomputation(make), torch.ones(3)
+    for _ in range(3):
+        recomputation.enter()
+    results = [recomputation.make(saved) for _ in range(3)]
     assert len(made) == 1
     assert all(result is made[0] for result in results)
     assert recomputation._made is None  # the last one lets it go
-    assert torch.equal(recomputation.make(*saved[0]), made[0])  # a second backward pass
+    assert torch.equal(recomputation.make(saved), made[0])  # a second backward pass
     assert len(made) == 2
 
 
@@ -102,3 +104,22 @@ def test_a_layer_in_training_mode_computes_where_nothing_is_kept(without: Any) -
         with without():
             torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits)
         fused.remove()
+
+
+def test_checkpointing_keeps_what_blocks_begin_with_and_no_more() -> None:
+    """What a recomputation starts from is saved through autograd, where checkpointing sees it."""
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
+    register_fused_layers(config)
+    model = get_peft_model(tiny_models.build("llama"), config).train()
+    model.enable_input_require_grads()
+    FusedNormGlu(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = {name: part.repeat(1, 32) for name, part in tiny_models.build_batch("llama").items()}
+    tokens, size = batch["input_ids"].numel(), model.config.hidden_size
+    with LiveTensors() as live:
+        states = model.get_base_model().model(**batch, use_cache=False).last_hidden_state
+    # What each block begins with and the last one gives, and the last norm's float32 and output;
+    # beside them masks and angles, which are no more than one state.
+    assert live.count_bytes() < (model.config.num_hidden_layers + 4) * tokens * size * 4
+    states.square().mean().backward()

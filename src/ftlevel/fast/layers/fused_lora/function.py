@@ -35,7 +35,7 @@ class FusedLoraFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         weight: Callable[[], torch.Tensor],
         scaling: float,
-        recomputation: Recomputation | None = None,
+        recomputation: tuple[Recomputation, tuple[torch.Tensor, ...]] | None = None,
     ) -> torch.Tensor:
         """Return y, (…, out), in x's dtype.
 
@@ -49,7 +49,7 @@ class FusedLoraFunction(torch.autograd.Function):
             weight: gives W, (out, in), in x's dtype; asked once here and once in backward, so that
                 a dequantized weight is not held between them.
             scaling: s.
-            recomputation: how x is recomputed, so that it need not be kept; or None.
+            recomputation: how x is recomputed and from what, so that it need not be kept; or None.
         """
         rows = x.reshape(-1, x.shape[-1])
         source = rows if dropped is None else dropped.reshape(rows.shape)
@@ -57,8 +57,11 @@ class FusedLoraFunction(torch.autograd.Function):
         inner = down @ source.t()
         y = functional.linear(rows, weight(), None if bias is None else bias.to(x.dtype))
         y.addmm_(inner.t(), up.t())
-        ctx.recomputation = recomputation if dropped is None else None
-        kept = (source,) if ctx.recomputation is None else ctx.recomputation.enter()
+        kept: tuple[torch.Tensor, ...] = (source,)
+        ctx.recomputation = None
+        if recomputation is not None and dropped is None:
+            ctx.recomputation, kept = recomputation
+            ctx.recomputation.enter()
         ctx.save_for_backward(inner, down, up, *kept)
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
         ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)

@@ -1,4 +1,4 @@
-"""`ftlevel export`: a run or a model as one file for llama.cpp and Ollama."""
+"""`ftlevel export`: a run, an adapter or a model as what a server loads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from ftlevel.config import ExportConfig
 
 
 def export(given: Given, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    """Write a run or a model as one file for llama.cpp and Ollama.
+    """Write a run, an adapter or a model for a server, and check what was written.
 
-    A run's adapter is merged into its base first. One tensor is in memory at a time. What was
-    written is read back through transformers and compared with the model before it is put in
-    place.
+    --for SERVER chooses the format and refuses what that server would load otherwise than it was
+    trained. What was written is read back and compared with the model before it is put in place.
     """
     nowhere = {"out": "model.gguf", "overwrite": True} if dry_run and out is None else {}
     config = given.section(ExportConfig, **nowhere)

@@ -36,7 +36,7 @@ def _advice(config: TrainConfig, plan: Plan) -> str:
             f"--per-device-train-batch-size {rows // 2} --gradient-accumulation-steps {more} "
             "(the same steps)"
         )
-    if not train.gradient_checkpointing:
+    if not train.recomputes:
         ways.append("--gradient-checkpointing")
     if config.quant.kind == "none" and not config.method.quant_problems(
         config.quant.model_copy(update={"kind": "4bit"})

@@ -1,0 +1,246 @@
+"""Check a server: read what it must answer → ask it → say whose answers they are."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.commands.export import export
+from ftlevel.config import CheckServedConfig, ExportConfig
+from ftlevel.config.commands.servers import SERVERS
+from ftlevel.errors import InputError, RunError, listing
+from ftlevel.events import Listener, Silence
+from ftlevel.merging.serving.client import Client, Heard, Refused
+from ftlevel.merging.serving.inside.process import ask_inside
+from ftlevel.merging.serving.recorded import Recorded, Served, read_served
+from ftlevel.merging.serving.start import rank_limit
+from ftlevel.merging.serving.verdict import (
+    BASE,
+    EITHER,
+    ELSE,
+    TRAINED,
+    Verdict,
+    judge,
+    tolerance_of,
+)
+
+_SERVER_OF = {"vllm": "vllm", "llama.cpp": "llama.cpp", "mlx": "mlx"}
+_FORMATS = {
+    "vllm": ("peft", "merged"),
+    "llama.cpp": ("gguf-lora", "gguf"),
+    "mlx": ("mlx", "merged"),
+}
+_SLOWER = 10
+
+
+@dataclass(frozen=True)
+class CheckServedResult:
+    """What a check gave.
+
+    Attributes:
+        summary: what `--json` prints.
+        lines: what is said of it.
+    """
+
+    summary: dict[str, Any]
+    lines: tuple[str, ...]
+
+
+def check_served(
+    config: CheckServedConfig, *, listener: Listener | None = None
+) -> CheckServedResult:
+    """Hold a server to what was recorded when its files were written.
+
+    Raises:
+        InputError: there is nothing to hold it to, or it cannot be asked.
+        RunError: it answers otherwise than the model as trained.
+    """
+    listener = listener or Silence()
+    began = time.perf_counter()
+    served = read_served(config.out)
+    tolerance = config.tolerance or tolerance_of(
+        "float32" if config.inside else str(served.facts.get("dtype"))
+    )
+    listener.stage(f"ask {config.inside or config.url}")
+    rows = _ask_inside(config, served) if config.inside else _ask_url(config, served)
+    adapters = [
+        _judge(adapter, rows[adapter.name], tolerance)
+        for adapter in served.adapters
+        if adapter.prompts
+    ]
+    summary = {
+        "out": str(config.out),
+        "asked": config.inside or config.url,
+        "tolerance": tolerance,
+        "adapters": adapters,
+        "verdict": _overall(adapters),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+    lines = tuple(_lines(summary))
+    if summary["verdict"] != TRAINED:
+        raise RunError("\n".join([*lines, _advice(summary, served)]))
+    return CheckServedResult(summary, lines)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What was heard for one adapter: by token ids (or text), and by chat where it was asked."""
+
+    plain: list[Heard]
+    chat: list[Heard | None]
+    how: str
+    no_chat: str = ""
+
+
+def _ask_url(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
+    client = Client(config.url or "", float(config.timeout))
+    listed = client.models()
+    found = {}
+    for number, adapter in enumerate(served.adapters):
+        name = config.model or _name_of(adapter, served, listed)
+        several = served.facts.get("server") == "llama.cpp" and len(served.adapters) > 1
+        more = {"lora": [{"id": number, "scale": 1.0}]} if several else {}
+        found[adapter.name] = _ask_one(client, name, adapter, more, listed)
+    return found
+
+
+def _name_of(adapter: Recorded, served: Served, listed: list[str]) -> str:
+    """Return what the server calls an adapter, as far as it says."""
+    if adapter.name in listed or (len(listed) != 1 and served.facts.get("server") != "mlx"):
+        return adapter.name
+    # mlx-lm takes any other name for a model that it should load.
+    return "default_model" if served.facts.get("server") == "mlx" else listed[0]
+
+
+def _ask_one(
+    client: Client, name: str, adapter: Recorded, more: Mapping[str, Any], listed: list[str]
+) -> _Rows:
+    try:
+        plain = [client.complete(name, prompt, more) for prompt in adapter.prompts]
+    except Refused as refused:
+        known = f" It lists {listing(listed, 4)}: name one by --model." if listed else ""
+        raise InputError(f"--url {client.url}: {refused}.{known}") from None
+    chat: list[Heard | None] = []
+    reason = ""
+    for prompt in adapter.prompts:
+        if not prompt["messages"]:
+            reason = "it was trained without a chat template"
+        try:
+            asks = prompt["messages"] and not reason
+            chat.append(client.chat(name, prompt["messages"], more) if asks else None)
+        except Refused as refused:
+            reason = str(refused)
+            chat.append(None)
+    return _Rows(plain, chat, "text" if client.by_text else "token ids", reason)
+
+
+def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
+    library = str(config.inside)
+    format_ = served.facts.get("file_format")
+    if format_ not in _FORMATS[library]:
+        raise InputError(
+            f"--in {library}: {config.out} is written as {format_}, and {library} loads "
+            f"{' or '.join(_FORMATS[library])}. Export it --for {_SERVER_OF[library]}."
+        )
+    place = config.out if config.out.is_dir() else config.out.parent
+    server = SERVERS[_SERVER_OF[library]]
+    adapters = [
+        {
+            "name": adapter.name,
+            "place": str((place / adapter.place).resolve()) if adapter.rank else "",
+            "rank_limit": rank_limit(server, adapter.rank or 0),
+            "prompts": [prompt["ids"] for prompt in adapter.prompts],
+        }
+        for adapter in served.adapters
+    ]
+    with tempfile.TemporaryDirectory(prefix="ftlevel-base-") as folder:
+        base = str(served.facts.get("base") or config.out.resolve())
+        if library == "llama.cpp" and not base.endswith(".gguf"):
+            file = Path(folder, "base.gguf")
+            export(ExportConfig(model=base, out=file, outtype="f32", verify=False))
+            base = str(file)
+        seconds = float(config.timeout * _SLOWER)
+        found = ask_inside(library, config.python, base, adapters, seconds)
+    nothing = "chat is of servers; this is the library"
+    rows = {}
+    for name, heard in found.items():
+        if isinstance(heard, str):
+            raise InputError(f"--in {library} does not load {name}: {' '.join(heard.split())}")
+        rows[name] = _Rows(heard, [None] * len(heard), "token ids", nothing)
+    return rows
+
+
+def _judge(adapter: Recorded, rows: _Rows, tolerance: float) -> dict[str, Any]:
+    def verdicts(heard: list[Heard | None]) -> list[Verdict]:
+        return [
+            judge(one, prompt["trained"], prompt.get("base"), tolerance)
+            for one, prompt in zip(heard, adapter.prompts, strict=True)
+            if one is not None
+        ]
+
+    found = {"weights": verdicts(list(rows.plain)), "chat": verdicts(rows.chat)}
+    return {
+        "name": adapter.name,
+        "by": rows.how,
+        "no_chat": rows.no_chat,
+        **{
+            what: {
+                "answers": [verdict.word for verdict in said],
+                "difference": max((v.difference for v in said if v.difference is not None),
+                                  default=None),
+                "tokens": sum(verdict.tokens for verdict in said),
+            }
+            for what, said in found.items()
+        },
+    }  # fmt: skip
+
+
+def _overall(adapters: list[dict[str, Any]]) -> str:
+    """Return one word for all: the worst, and as trained only where the base says otherwise."""
+    words = [word for a in adapters for what in ("weights", "chat") for word in a[what]["answers"]]
+    for bad in (ELSE, BASE):
+        if bad in words:
+            return bad
+    told = all(TRAINED in adapter["weights"]["answers"] for adapter in adapters)
+    return TRAINED if told else EITHER
+
+
+def _lines(summary: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for adapter in summary["adapters"]:
+        for what, by in (("weights", adapter["by"]), ("chat", "messages")):
+            words = adapter[what]["answers"]
+            if not words:
+                lines.append(f"{adapter['name']}, chat: not asked ({adapter['no_chat']})")
+                continue
+            counts = [f"{words.count(w)} {w}" for w in (TRAINED, EITHER, BASE, ELSE) if w in words]
+            far = adapter[what]["difference"]
+            how = (
+                "no logprobs were given, texts compared" if far is None
+                else f"logprobs within {far:.2g} over {adapter[what]['tokens']} tokens"
+            )  # fmt: skip
+            lines.append(f"{adapter['name']}, {what} by {by}: {', '.join(counts)} ({how})")
+    return lines
+
+
+def _advice(summary: Mapping[str, Any], served: Served) -> str:
+    verdict, place = summary["verdict"], summary["asked"]
+    if verdict == BASE:
+        return (
+            f"{place} answers as the base: the adapter is not applied. Ask it by the adapter's "
+            "name (--model), and start it as export said: "
+            + " && ".join(served.facts.get("start") or ["see its README.md"])
+        )
+    if verdict == EITHER:
+        return (
+            "the adapter answers these prompts as its base does, so it cannot be told whether it "
+            "is applied. Ask the server something that it was trained for."
+        )
+    return (
+        f"{place} answers neither as trained nor as the base. Is its base the same model, its "
+        f"precision within {summary['tolerance']:g} (--tolerance), and does it set no sampling?"
+    )

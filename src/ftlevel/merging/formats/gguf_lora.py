@@ -1,0 +1,117 @@
+"""Plain LoRA as llama.cpp loads it, beside a base of any quantization: one .gguf file.
+
+`general.type` is `adapter`; each module has `NAME.weight.lora_a` (r, in) and `.lora_b` (out, r),
+NAME being llama.cpp's. The scale is `adapter.lora.alpha` over the rows of `lora_a`, so 1. Where the
+base's rows are interleaved (Llama's queries and keys), the rows of B are (convert_lora_to_gguf.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, GGUFWriter
+
+from ftlevel.config import ExportConfig
+from ftlevel.errors import InputError, listing
+from ftlevel.merging.normal_form.form import NormalForm
+from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
+from ftlevel.merging.serving.entry import Entry, adapter_name
+from ftlevel.methods.plain_form.factors import Factors
+from ftlevel.trained.load import Found
+from ftlevel.weights.gguf.families import FAMILIES, convert, find_problems
+from ftlevel.weights.gguf.file import name_map
+
+_FILE = "adapter.gguf"
+
+
+def plan_export(config: ExportConfig, found: Found) -> AdaptersExport:
+    """Return what will be written of one adapter.
+
+    Raises:
+        InputError: it is no plain LoRA, or none that is served as it was trained.
+    """
+    return plan_several(config, {adapter_name(found): found})
+
+
+def plan_several(config: ExportConfig, found: Mapping[str, Found]) -> AdaptersExport:
+    """Return what will be written of the adapters `found`, by name.
+
+    Raises:
+        InputError: one of them is refused, or they do not go together.
+    """
+    return plan_adapters(config.model_copy(update={"server": "llama.cpp"}), found, GgufWriter())
+
+
+class GgufWriter:
+    """Writes one file; its name says nothing, the metadata says that it is an adapter."""
+
+    file: str = _FILE
+
+    def check(self, entry: Entry) -> None:
+        """Refuse a base that llama.cpp computes otherwise than transformers."""
+        if problems := find_problems(entry.model_config):
+            raise InputError(f"for llama.cpp, {problems[0]}")
+
+    def write(self, place: Path, form: NormalForm, entry: Entry) -> None:
+        """Write the adapter into the directory `place`."""
+        config = entry.model_config
+        names = _names(form, config)
+        writer = GGUFWriter(str(place / _FILE), FAMILIES[config.model_type].architecture)
+        writer.add_string("general.type", "adapter")
+        writer.add_string("general.name", entry.name)
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(form.rank))
+        for name, own in form.factors.items():
+            # Rows of B are those of the base's matrix, and stand in the order of its file.
+            b = convert(config, names[name], own.b, is_conv1d=False)
+            writer.add_tensor(f"{names[name]}.lora_a", _array(own.a))
+            writer.add_tensor(f"{names[name]}.lora_b", _array(b))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def read(self, place: Path, form: NormalForm, _entry: Entry) -> NormalForm:
+        """Read the file back, as llama.cpp reads it."""
+        reader = GGUFReader(str(place / _FILE))
+        tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+        alpha = reader.get_field("adapter.lora.alpha").contents()
+        own_names = {wanted: name for name, wanted in _names(form, _entry.model_config).items()}
+        factors = {}
+        for key in [key for key in tensors if key.endswith(".lora_a")]:
+            wanted = key.removesuffix(".lora_a")
+            a, b = tensors[key], tensors[f"{wanted}.lora_b"] * (alpha / len(tensors[key]))
+            factors[own_names[wanted]] = Factors(a, _in_order(_entry.model_config, wanted, b))
+        return replace(form, factors=factors)
+
+
+def _names(form: NormalForm, config: Any) -> dict[str, str]:
+    """Return module → the name of its weight in llama.cpp.
+
+    Raises:
+        InputError: llama.cpp has no place for one.
+    """
+    names = name_map(config)
+    found = {name: names.get_name(f"{name}.weight", try_suffixes=(".weight",))
+             for name in form.factors}  # fmt: skip
+    if lost := [name for name, wanted in found.items() if wanted is None]:
+        raise InputError(f"llama.cpp has no place for {listing(lost, 3)}. Merge it")
+    return {name: str(wanted) for name, wanted in found.items()}
+
+
+def _in_order(config: Any, name: str, b: torch.Tensor) -> torch.Tensor:
+    """Return the rows of `b` in the order of transformers: found by where numbered rows went."""
+    numbered = torch.arange(b.shape[0], dtype=torch.float32).unsqueeze(-1)
+    went = convert(config, name, numbered, is_conv1d=False).squeeze(-1).long()
+    back = torch.empty_like(b)
+    back[went] = b
+    return back
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    return tensor.float().contiguous().numpy()

@@ -1,0 +1,108 @@
+"""The adapter merged into its base: a plain model for whoever loads transformers' files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.cards import library_versions
+from ftlevel.config import ExportConfig
+from ftlevel.config.choices import Choice
+from ftlevel.errors import InputError
+from ftlevel.events import Listener
+from ftlevel.merging.formats.base import MergeAdapter
+from ftlevel.merging.serving.card import serving_lines
+from ftlevel.merging.serving.recorded import FILE
+from ftlevel.merging.serving.whole import record_whole, start_of
+from ftlevel.models.sources import ModelSource
+from ftlevel.tasks import TASKS
+from ftlevel.trained.load import Found
+
+
+def plan_export(config: ExportConfig, found: Found) -> MergedExport:
+    """Return what will be written.
+
+    Raises:
+        InputError: it is a whole model already.
+    """
+    if found.directory is None:
+        raise InputError(
+            f"{config.model} is a whole model already, and is served as it is. Drop the export."
+        )
+    return MergedExport(config, found)
+
+
+@dataclass(frozen=True)
+class MergedExport:
+    """What is written, before any weights are read.
+
+    Attributes:
+        config: what was asked for.
+        found: the run or adapter.
+        notes: none.
+    """
+
+    config: ExportConfig
+    found: Found
+    notes: tuple[str, ...] = ()
+
+    def choices(self, device: Choice) -> Iterator[Choice]:
+        """Yield the lines for the screen."""
+        yield Choice("adapter", self.config.model, f"{self.found.card.method}, merged")
+        yield Choice("base", self.found.source.name)
+        yield Choice("out", self.config.out)
+        yield device
+
+    def dry_run(self) -> dict[str, Any]:
+        """Return the summary of what would be written."""
+        return self._summary(None)
+
+    def write(
+        self, place: Path, device: str, listener: Listener, merge: MergeAdapter
+    ) -> dict[str, Any]:
+        """Write the merged model into `place`; return the summary."""
+        listener.stage("merge the adapter")
+        inside = place / "merged"
+        merged = merge(inside)
+        for path in sorted(inside.iterdir()):
+            path.rename(place / path.name)
+        inside.rmdir()
+        summary = self._summary(merged)
+        if self.config.server and self.config.verify and TASKS[self.found.card.task].writes_text:
+            listener.stage("record its answers")
+            source = ModelSource(str(place), "directory", str(place), local_files_only=True)
+            dtype = merged["written"]["dtype"]
+            record_whole(place / FILE, self.config, self.found, source, dtype, device)
+        if self.config.server:
+            card = place / "README.md"
+            text = card.read_text(encoding="utf-8") + "\n" + "\n".join(serving_lines(summary))
+            card.write_text(text, encoding="utf-8")
+        return summary
+
+    def _summary(self, merged: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {
+            "model": self.config.model,
+            "method": self.found.card.method,
+            "format": self.config.format,
+            "server": self.config.server,
+            "merged": merged and {key: merged[key] for key in ("onto", "verified", "agreement")},
+            "verified": bool(merged and merged["verified"]),
+            "start": start_of(self.config),
+            "out": str(self.config.out),
+            "versions": library_versions(),
+        }
+
+    @staticmethod
+    def describe(summary: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what came out, a line each."""
+        if summary.get("dry_run"):
+            yield "dry run: everything was checked, nothing was written."
+        else:
+            how = "checked as ftlevel merge does" if summary["verified"] else "not checked"
+            yield f"merged onto the {summary['merged']['onto']} weights, {how}"
+            yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
+        if summary["start"]:
+            yield "serve it:"
+            yield from (f"  {command}" for command in summary["start"])

@@ -1,0 +1,95 @@
+"""Plain LoRA as mlx-lm loads it: matrices transposed, the scale 1, modules by names in a layer.
+
+mlx-lm puts LoRA on the modules `keys` of the last `num_layers` layers, and on modules outside the
+layers that `keys` name in full (`mlx_lm.tuner.utils.linear_to_lora_layers`, 0.32.2). What it does
+not find in the file stays as it was made, without a word, so every layer gets the same modules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ftlevel.artifacts.files import write_json
+from ftlevel.config import ExportConfig
+from ftlevel.config.commands.servers import SERVERS
+from ftlevel.errors import InputError, listing
+from ftlevel.merging.normal_form.form import NormalForm
+from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
+from ftlevel.merging.serving.entry import Entry, adapter_name
+from ftlevel.methods.plain_form.factors import Factors
+from ftlevel.trained.load import Found
+
+_LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
+_WEIGHTS = "adapters.safetensors"
+
+
+def plan_export(config: ExportConfig, found: Found) -> AdaptersExport:
+    """Return what will be written of one adapter.
+
+    Raises:
+        InputError: it is no plain LoRA, or none that is served as it was trained.
+    """
+    return plan_several(config, {adapter_name(found): found})
+
+
+def plan_several(config: ExportConfig, found: Mapping[str, Found]) -> AdaptersExport:
+    """Return what will be written of the adapters `found`, by name.
+
+    Raises:
+        InputError: one of them is refused, or they do not go together.
+    """
+    return plan_adapters(config.model_copy(update={"server": "mlx"}), found, MlxWriter())
+
+
+class MlxWriter:
+    """Writes mlx-lm's adapters.safetensors and its own adapter_config.json."""
+
+    file: str = ""
+
+    def check(self, entry: Entry) -> None:
+        """Refuse a base that mlx-lm may name otherwise."""
+        known, family = SERVERS["mlx"].families, entry.model_config.model_type
+        if family not in known:
+            raise InputError(
+                f"mlx-lm is not known here to name the modules of {family} as transformers does "
+                f"(known: {listing(known)}). Merge it"
+            )
+
+    def write(self, place: Path, form: NormalForm, entry: Entry) -> None:
+        """Write the adapter into the directory `place`."""
+        from safetensors.torch import save_file
+
+        form = form.on_every_layer(entry.base.model)
+        tensors = {}
+        for name, own in form.factors.items():
+            tensors[f"{name}.lora_a"] = own.a.T.float().contiguous()
+            tensors[f"{name}.lora_b"] = own.b.T.float().contiguous()
+        save_file(tensors, str(place / _WEIGHTS), {"format": "mlx"})
+        inside = (match[1] for name in form.factors if (match := _LAYER.fullmatch(name)))
+        config = {
+            "fine_tune_type": "lora",
+            "model": entry.base_name,
+            "num_layers": entry.model_config.num_hidden_layers,
+            "lora_parameters": {
+                "rank": form.rank,
+                "scale": 1.0,
+                "dropout": 0.0,
+                "keys": sorted(set(inside)),
+            },
+        }
+        write_json(place / "adapter_config.json", config)
+
+    def read(self, place: Path, form: NormalForm, _entry: Entry) -> NormalForm:
+        """Read the file back."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(str(place / _WEIGHTS))
+        factors = {
+            name.removesuffix(".lora_a"): Factors(tensor.T, tensors[name.removesuffix("a") + "b"].T)
+            for name, tensor in tensors.items()
+            if name.endswith(".lora_a")
+        }
+        return replace(form, factors=factors)

@@ -1,0 +1,54 @@
+"""Plain LoRA as PEFT saves it: for vLLM, SGLang, TGI, OpenVINO GenAI, and PEFT itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from ftlevel.config import ExportConfig
+from ftlevel.merging.normal_form.files import read_normal, write_normal
+from ftlevel.merging.normal_form.form import NormalForm
+from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
+from ftlevel.merging.serving.entry import Entry, adapter_name
+from ftlevel.trained.load import Found
+from ftlevel.weights.checkpoint import TOKENIZER_FILES
+
+
+def plan_export(config: ExportConfig, found: Found) -> AdaptersExport:
+    """Return what will be written of one adapter.
+
+    Raises:
+        InputError: it is no plain LoRA, or none that is served as it was trained.
+    """
+    return plan_several(config, {adapter_name(found): found})
+
+
+def plan_several(config: ExportConfig, found: Mapping[str, Found]) -> AdaptersExport:
+    """Return what will be written of the adapters `found`, by name.
+
+    Raises:
+        InputError: one of them is refused, or they do not go together.
+    """
+    return plan_adapters(config, found, PeftWriter())
+
+
+class PeftWriter:
+    """Writes PEFT's files, and the tokenizer that the adapter was trained with."""
+
+    file: str = ""
+
+    def check(self, entry: Entry) -> None:
+        """Refuse nothing: PEFT puts LoRA on any model."""
+
+    def write(self, place: Path, form: NormalForm, entry: Entry) -> None:
+        """Write the adapter into the directory `place`."""
+        write_normal(place, form, entry)
+        for pattern in TOKENIZER_FILES:
+            for path in sorted(entry.directory.glob(pattern)):
+                (place / path.relative_to(entry.directory)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, place / path.relative_to(entry.directory))
+
+    def read(self, place: Path, form: NormalForm, _entry: Entry) -> NormalForm:
+        """Read the files back."""
+        return read_normal(place, form)

@@ -1,0 +1,378 @@
+"""Adapters written beside their base: normal form → a format's files → read back → asked."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ftlevel.artifacts.cards import library_versions
+from ftlevel.config import ExportConfig
+from ftlevel.config.choices import Choice
+from ftlevel.config.commands.servers import SERVERS, Server
+from ftlevel.errors import ConfigError, InputError, RunError, listing
+from ftlevel.events import Listener
+from ftlevel.merging.normal_form.files import write_normal
+from ftlevel.merging.normal_form.form import NormalForm, form_from_file, plain_form_of
+from ftlevel.merging.normal_form.probe import form_by_probe
+from ftlevel.merging.serving import answers
+from ftlevel.merging.serving.answers import BOUND, Spoken, ask
+from ftlevel.merging.serving.card import write_card
+from ftlevel.merging.serving.entry import (
+    Entry,
+    Prompt,
+    check_for,
+    checked_form,
+    open_entry,
+    whole_format,
+)
+from ftlevel.merging.serving.recorded import FILE, Recorded, record, write_served
+from ftlevel.merging.serving.start import Part, start_adapters
+from ftlevel.methods.merging import BY_PEFT_TYPE, why_not_mergeable
+from ftlevel.models.loading import load_model
+from ftlevel.trained.load import Found, load_found
+
+_MERGE = "Merge it"
+TEMPLATE = "chat_template.jinja"
+
+
+class Writer(Protocol):
+    """What a format does with a normal form.
+
+    Attributes:
+        file: what a server is pointed to, from the adapter's directory; empty for the directory.
+    """
+
+    file: str
+
+    def check(self, entry: Entry) -> None:
+        """Refuse what the format cannot hold, by the base's config alone."""
+
+    def write(self, place: Path, form: NormalForm, entry: Entry) -> None:
+        """Write the adapter into the directory `place`."""
+
+    def read(self, place: Path, form: NormalForm, _entry: Entry) -> NormalForm:
+        """Read the written file back, without looking at `form` but for what it cannot hold."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was measured of one adapter that was written.
+
+    Attributes:
+        difference: the largest, of a logit, between it and the run.
+        scale: the largest logit.
+        effect: how far the adapter moves a logit at most.
+        quantized: KL of it from the run on its quantized base; None where that is the same base.
+    """
+
+    difference: float
+    scale: float
+    effect: float
+    quantized: float | None
+
+
+def plan_adapters(
+    config: ExportConfig, found: Mapping[str, Found], writer: Writer
+) -> AdaptersExport:
+    """Return what will be written of the adapters `found`, by name.
+
+    Raises:
+        InputError: one of them cannot be, with the reason.
+    """
+    server = SERVERS.get(config.server or "")
+    entries = [open_entry(name, one) for name, one in found.items()]
+    notes: list[str] = []
+    forms: dict[str, NormalForm | None] = {}
+    for entry in entries:
+        try:
+            plain_form_of(entry.peft_config)
+            writer.check(entry)
+            notes += check_for(entry, server)
+            form = form_from_file(entry.directory, entry.peft_config, entry.base, config.max_rank)
+            form = form and checked_form(form, entry, server)
+        except InputError as error:
+            raise InputError(_refusal(entry, config, str(error))) from None
+        forms[entry.name] = form
+    _check_together(entries, server)
+    return AdaptersExport(config, server, entries, forms, list(dict.fromkeys(notes)), writer)
+
+
+def _refusal(entry: Entry, config: ExportConfig, reason: str) -> str:
+    """Return a refusal that names the adapter, and merging by its command where that is the way."""
+    peft_config = entry.peft_config
+    reason = f"{entry.name} cannot be written as {config.format}: {reason.rstrip('.')}"
+    if reason.endswith(_MERGE):
+        reason = reason.removesuffix(_MERGE)
+        kind = str(peft_config.get("peft_type"))
+        if why_not_mergeable(peft_config) is None:
+            server = SERVERS.get(config.server or "")
+            reason += f"Merge it: --format {whole_format(server)}"
+        elif kind in BY_PEFT_TYPE:
+            reason += "It cannot be merged either: keep it with PEFT or ftlevel"
+        else:
+            reason += "Merge it by merge_and_unload of PEFT, and serve the model"
+    return reason + "."
+
+
+def _check_together(entries: Sequence[Entry], server: Server | None) -> None:
+    """Refuse adapters that one server cannot hold together."""
+    if len(entries) == 1:
+        return
+    if server is not None and not server.several:
+        raise ConfigError(
+            f"--for {server.name} serves one adapter, and here are {len(entries)}: "
+            f"{listing(entry.name for entry in entries)}. Name one of them."
+        )
+    first = entries[0]
+    for entry in entries[1:]:
+        cards = (first.found.card.base, entry.found.card.base)
+        marks = [card.get("fingerprint") for card in cards]
+        if entry.base_name != first.base_name or (all(marks) and marks[0] != marks[1]):
+            raise InputError(
+                f"{first.name} and {entry.name} have not the same base ({first.base_name} and "
+                f"{entry.base_name}), and a server holds one. Export them one by one."
+            )
+    templates = {entry.own_chat_template for entry in entries}
+    if server is not None and len(templates) > 1:
+        raise InputError(
+            f"{listing(entry.name for entry in entries)} were trained with different chat "
+            "templates, and a server has one for all. Export them one by one."
+        )
+
+
+@dataclass(frozen=True)
+class AdaptersExport:
+    """What is written, before weights of the base are loaded.
+
+    Attributes:
+        config: what was asked for.
+        server: that it is for; None for whoever reads the format.
+        entries: the adapters.
+        forms: name → normal form; None where the loaded layers must be asked.
+        notes: what the user should know, as sentences without a full stop.
+        writer: of the format.
+    """
+
+    config: ExportConfig
+    server: Server | None
+    entries: list[Entry]
+    forms: dict[str, NormalForm | None]
+    notes: list[str]
+    writer: Writer
+
+    def choices(self, device: Choice) -> Iterator[Choice]:
+        """Yield the lines for the screen."""
+        for entry in self.entries:
+            form = self.forms[entry.name]
+            reason = "known when its layers are asked" if form is None else f"rank {form.rank}"
+            yield Choice(entry.name, entry.found.card.method, reason)
+        yield Choice("base", self.entries[0].base_name)
+        why = f"what {self.server.title} loads" if self.server else "--format"
+        yield Choice("format", self.config.format, why)
+        yield Choice("out", self.config.out)
+        if self.config.verify:
+            yield device
+
+    def dry_run(self) -> dict[str, Any]:
+        """Return the summary of what would be written."""
+        return self._summary(self.forms, {}, verified=False)
+
+    def write(self, place: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
+        """Write every adapter into `place`, and compare; return the summary."""
+        forms: dict[str, NormalForm | None] = {}
+        checks: dict[str, Checked] = {}
+        records: list[Recorded] = []
+        for entry in self.entries:
+            own = place if len(self.entries) == 1 else place / entry.name
+            own.mkdir(exist_ok=True)
+            form, check, recorded = self._write_one(entry, own, device, listener)
+            forms[entry.name] = form
+            if check is not None:
+                checks[entry.name] = check
+                records.append(recorded)
+        summary = self._summary(forms, checks, verified=self.config.verify)
+        if records:
+            facts = {key: summary[key] for key in ("model", "server", "base", "start")}
+            facts |= {"file_format": self.config.format, "dtype": _stored_dtype(self.entries[0])}
+            write_served(place / FILE, facts, records)
+        write_card(place, summary)
+        return summary
+
+    def _write_one(
+        self, entry: Entry, own: Path, device: str, listener: Listener
+    ) -> tuple[NormalForm, Checked | None, Recorded]:
+        form, prompts = self.forms[entry.name], entry.prompts()
+        base: Spoken | None = None
+        trained: Spoken | None = None
+        if form is None or self.config.verify:
+            listener.stage(f"ask {entry.name} as trained")
+            base, trained, form = self._ask_trained(entry, prompts, form, device)
+        listener.stage(f"write {entry.name}")
+        self.writer.write(own, form, entry)
+        if (template := entry.own_chat_template) is not None:
+            (own / TEMPLATE).write_text(template, encoding="utf-8")
+        check = None
+        if self.config.verify and trained is not None:
+            listener.stage(f"read {entry.name} back and compare")
+            found = self.writer.read(own, form, entry)
+            check = self._compare(entry, found, prompts, trained, base, device)
+            if check.effect <= BOUND * check.scale:
+                listener.warn(f"{entry.name} changes nothing: its logits are the base's.")
+        place = str(own.relative_to(own.parent) / self.writer.file) if len(self.entries) > 1 else (
+            self.writer.file or "."
+        )  # fmt: skip
+        spoken = {"trained": trained, "base": base}
+        return form, check, record(entry.name, place, form.rank, prompts, spoken)
+
+    def _ask_trained(
+        self, entry: Entry, prompts: list[Prompt], form: NormalForm | None, device: str
+    ) -> tuple[Spoken | None, Spoken, NormalForm]:
+        """Return what the base and the run say, and the normal form, of the layers if need be."""
+        base = None
+        if entry.answers:
+            alone = load_found(entry.in_float32(with_adapter=False), device).model
+            base = ask(alone, entry, prompts)
+            del alone
+        tuned = load_found(entry.in_float32(), device).model
+        trained = ask(tuned, entry, prompts)
+        if form is None:
+            try:
+                form = form_by_probe(
+                    tuned.cpu(), entry.directory, entry.peft_config, entry.base,
+                    self.config.max_rank,
+                )  # fmt: skip
+                form = checked_form(form, entry, self.server)
+            except InputError as error:
+                raise InputError(_refusal(entry, self.config, str(error))) from None
+        if base is None:
+            with tuned.disable_adapter():
+                base = ask(tuned, entry, prompts)
+        del tuned
+        gc.collect()
+        return base, trained, form
+
+    def _compare(
+        self, entry: Entry, form: NormalForm, prompts: list[Prompt], trained: Spoken,
+        base: Spoken | None, device: str,
+    ) -> Checked:  # fmt: skip
+        """Put what was read back onto a fresh base by plain PEFT, and compare its logits.
+
+        Raises:
+            RunError: it is not the run.
+        """
+        from peft import PeftModel
+
+        fresh, _ = load_model(
+            entry.found.source, entry.model_config, entry.auto_class,
+            dtype=torch.float32, device=device,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="ftlevel-normal-") as folder:
+            write_normal(Path(folder), form, entry)
+            plain = PeftModel.from_pretrained(fresh, folder).eval()
+        found = ask(plain, entry, prompts)
+        del plain, fresh
+        gc.collect()
+        difference, scale = answers.largest_difference(trained, found), answers.scale(trained)
+        if not difference <= BOUND * scale:
+            raise RunError(
+                f"what was written is not {entry.name}: read back and put onto its base by PEFT, "
+                f"its logits differ by up to {difference:.3g} (the largest is {scale:.3g}). "
+                "Nothing is kept. Merge it: --format merged. Please report this with the command."
+            )
+        effect = answers.largest_difference(trained, base) if base is not None else 0.0
+        kind = entry.found.card.quantization.get("kind", "none")
+        quantized = None
+        if kind != "none" and not entry.found.is_stored_quantized:
+            as_trained = load_found(entry.found, device).model
+            quantized = answers.divergence(ask(as_trained, entry, prompts), found)
+        return Checked(difference, scale, effect, quantized)
+
+    def _summary(
+        self, forms: Mapping[str, NormalForm | None], checks: Mapping[str, Checked], *,
+        verified: bool,
+    ) -> dict[str, Any]:  # fmt: skip
+        config, several = self.config, len(self.entries) > 1
+        adapters, parts = [], []
+        for entry in self.entries:
+            form, check = forms[entry.name], checks.get(entry.name)
+            own = config.out / entry.name if several else config.out
+            template = own / TEMPLATE if entry.own_chat_template is not None else None
+            parts.append(Part(entry.name, own / self.writer.file, form.rank if form else 0,
+                              template))  # fmt: skip
+            adapters.append({
+                "name": entry.name,
+                "method": entry.found.card.method,
+                "rank": form and form.rank,
+                "modules": form and len(form.factors),
+                "whole_modules": form and form.whole_modules,
+                "way": form and form.way,
+                "changes": form.said if form else [],
+                "chat_template": template and str(template),
+                "check": check and {
+                    "max_difference": check.difference, "largest_logit": check.scale,
+                    "effect": check.effect, "kl_from_quantized": check.quantized,
+                },
+            })  # fmt: skip
+        known = self.server is not None and all(forms.values())
+        start = start_adapters(self.server, self.entries[0].base_name, parts) if (
+            known and self.server
+        ) else []  # fmt: skip
+        return {
+            "model": config.model,
+            "format": config.format,
+            "server": self.server and self.server.name,
+            "base": self.entries[0].base_name,
+            "adapters": adapters,
+            "notes": self.notes,
+            "start": start,
+            "out": str(config.out),
+            "verified": verified,
+            "versions": library_versions(),
+        }
+
+    def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what came out, a line each."""
+        for adapter in summary["adapters"]:
+            rank = adapter["rank"]
+            size = f"rank {rank}, {adapter['modules']:,} modules" if rank else "rank not known yet"
+            yield f"{adapter['name']}: plain LoRA, {size}"
+            for change in adapter["changes"]:
+                yield f"  {change}"
+            if adapter["chat_template"]:
+                yield f"  its chat template is not the base's: {adapter['chat_template']}"
+            if (check := adapter["check"]) is not None:
+                yield from _check_lines(check)
+        if summary.get("dry_run"):
+            yield "dry run: everything but the numbers was checked, nothing was written."
+        else:
+            if not summary["verified"]:
+                yield "not verified (--no-verify); there are no answers for ftlevel check-served"
+            yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
+        if summary["start"]:
+            yield "serve it:"
+            yield from (f"  {command}" for command in summary["start"])
+            if summary["verified"]:
+                yield f"then: ftlevel check-served {summary['out']} --url http://127.0.0.1:PORT"
+
+
+def _check_lines(check: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"  read back by PEFT: logits differ from the run's by {check['max_difference']:.2g} at "
+        f"most (largest {check['largest_logit']:.3g}; the adapter moves them by "
+        f"{check['effect']:.2g})"
+    )
+    if check["kl_from_quantized"] is not None:
+        yield (
+            f"  on the base that is not quantized it is KL {check['kl_from_quantized']:.2g} from "
+            "the run on its quantized base"
+        )
+
+
+def _stored_dtype(entry: Entry) -> str:
+    return str(getattr(entry.model_config, "dtype", None) or "float32").removeprefix("torch.")

@@ -1,0 +1,48 @@
+"""llama.cpp, by xllamacpp: python llama_cpp_script.py ASKED.json ANSWERED.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Answer every prompt by every adapter; the cache is in float32, as the base's file may be."""
+    import xllamacpp
+
+    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    answered = {}
+    for adapter in asked["adapters"]:
+        params = xllamacpp.CommonParams()
+        params.model.path = asked["base"]
+        params.n_ctx, params.n_parallel, params.warmup = asked["length"], 1, False
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
+        if adapter["place"]:
+            own = xllamacpp.CommonAdapterLoraInfo()
+            own.path, own.scale = adapter["place"], 1.0
+            params.lora_adapters = [own]
+        server = xllamacpp.Server(params)
+        answered[adapter["name"]] = [
+            _answer(server, ids, asked["tokens"]) for ids in adapter["prompts"]
+        ]
+        del server
+    Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
+
+
+def _answer(server: Any, ids: list[int], tokens: int) -> dict[str, Any]:
+    body = {"prompt": ids, "max_tokens": tokens, "temperature": 0, "logprobs": 1,
+            "cache_prompt": False}  # fmt: skip
+    choice = server.handle_completions(body)["choices"][0]
+    rows = choice["logprobs"]["content"]
+    return {
+        "text": choice["text"],
+        "ids": [row["id"] for row in rows],
+        "logprobs": [row["logprob"] for row in rows],
+    }
+
+
+if __name__ == "__main__":
+    main()

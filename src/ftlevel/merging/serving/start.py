@@ -1,0 +1,98 @@
+"""The command that starts a server with what was written for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import join
+
+from ftlevel.config.commands.servers import Server
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of those that are served.
+
+    Attributes:
+        name: what the server calls it.
+        place: its file or directory.
+        rank: of its normal form.
+        template: the file of its chat template, where that is not the base's.
+    """
+
+    name: str
+    place: Path
+    rank: int
+    template: Path | None = None
+
+
+def rank_limit(server: Server, rank: int) -> int:
+    """Return the smallest limit of ranks that `server` may have and that `rank` is within."""
+    return next((limit for limit in server.ranks if limit >= rank), rank)
+
+
+def start_adapters(server: Server, base: str, parts: Sequence[Part]) -> list[str]:
+    """Return the commands, in their order, that serve `parts` beside `base`."""
+    rank = rank_limit(server, max(part.rank for part in parts))
+    named = [f"{part.name}={part.place}" for part in parts]
+    template = next((part.template for part in parts if part.template is not None), None)
+    several = len(parts) > 1
+    if server.name == "vllm":
+        command = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
+        command += ["--max-loras", str(len(parts))] * several + ["--lora-modules", *named]
+        return [join(command + (["--chat-template", str(template)] if template else []))]
+    if server.name == "sglang":
+        command = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
+        command += ["--max-lora-rank", str(rank), "--lora-paths", *named]
+        return [join(command + (["--chat-template", str(template)] if template else []))]
+    if server.name == "tgi":
+        return [join(["text-generation-launcher", "--model-id", base,
+                      "--lora-adapters", ",".join(named)])]  # fmt: skip
+    if server.name == "mlx":
+        return [join(["mlx_lm.server", "--model", base, "--adapter-path", str(parts[0].place)])]
+    if server.name == "llama.cpp":
+        return _llama(base, parts, template)
+    return [_openvino(parts[0].place)]
+
+
+def _llama(base: str, parts: Sequence[Part], template: Path | None) -> list[str]:
+    file = base if base.endswith(".gguf") else f"{Path(base).name}.gguf"
+    first = [] if base.endswith(".gguf") else [join(["ftlevel", "export", base, "--out", file])]
+    command = ["llama-server", "-m", file]
+    for part in parts:
+        command += ["--lora", str(part.place)]
+    if len(parts) > 1:
+        # Each request names those it wants, {"lora": [{"id": 0, "scale": 1.0}]}. What the server
+        # keeps of a prompt in memory it gives to other adapters too (xllamacpp 2026.10.11549).
+        command += ["--lora-init-without-apply", "--cache-ram", "0"]
+    if template:
+        command += ["--jinja", "--chat-template-file", str(template)]
+    return [*first, join(command)]
+
+
+def _openvino(place: Path) -> str:
+    file = place / "adapter_model.safetensors"
+    script = (
+        "import openvino_genai as ov; "
+        f"adapters = ov.AdapterConfig(); adapters.add(ov.Adapter({str(file)!r}), 1.0); "
+        'print(ov.LLMPipeline("BASE_IN_OPENVINO_FORMAT", "CPU", adapters=adapters)'
+        '.generate("Hello", max_new_tokens=8))'
+    )
+    return join(["python", "-c", script])
+
+
+def start_model(server: Server, place: Path, name: str) -> list[str]:
+    """Return the commands that serve the whole model at `place`."""
+    path = str(place)
+    commands = {
+        "vllm": ["vllm", "serve", path],
+        "sglang": ["python", "-m", "sglang.launch_server", "--model-path", path],
+        "tgi": ["text-generation-launcher", "--model-id", path],
+        "llama.cpp": ["llama-server", "-m", path],
+        "ollama": ["ollama", "create", name, "-f", str(place.with_suffix(".Modelfile"))],
+        "mlx": ["mlx_lm.server", "--model", path],
+        "openvino": ["optimum-cli", "export", "openvino", "--model", path, f"{name}-openvino"],
+    }
+    more = [["ollama", "run", name]] if server.name == "ollama" else []
+    return [join(command) for command in [commands[server.name], *more]]

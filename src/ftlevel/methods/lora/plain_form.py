@@ -1,0 +1,194 @@
+"""LoRA's update as plain LoRA on the untouched base: s · B · A, whatever s is made of.
+
+The scale s is alpha / r, or alpha / √r with rsLoRA (Kalajdzievski, 2023), each by the patterns of a
+module. A start inside the base (PiSSA, OLoRA) leaves W − s · B₀A₀ behind, so the update of W itself
+is s · (BA − B₀A₀), of rank 2r. A trained row of an embedding is a one in A at its token, and the
+row's change in B; an output layer that shares the weight changes by the same, transposed.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from ftlevel.config.methods.lora import INSIDE_BASE
+from ftlevel.errors import InputError, listing
+from ftlevel.methods.plain_form.factors import (
+    OUTPUT_LAYERS,
+    AdapterFile,
+    Factors,
+    by_pattern,
+    spread,
+)
+
+_NOT_PLAIN = {
+    "use_dora": "DoRA scales each row of the merged weight by a norm of it",
+    "lora_bias": "B has a bias",
+    "use_qalora": "QA-LoRA pools its input",
+    "use_bdlora": "its matrices are in blocks for several devices",
+    "kasa_config": "KaSA takes singular values out of the base",
+    "monteclora_config": "its weights are drawn at random",
+    "arrow_config": "it routes each token among adapters",
+    "alora_invocation_tokens": "it acts only after its invocation tokens",
+    "layer_replication": "it repeats layers",
+    "target_parameters": "it adapts tensors of experts, for which plain LoRA has no names",
+    "megatron_config": "it is laid out for Megatron",
+}
+_LOST_STARTS = {
+    "corda": "statistics of activations",
+    "lora_ga": "gradients of the base",
+}
+_LOFTQ = (
+    "it began by LoftQ, whose base is the 4-bit rounding of the original, and their difference has "
+    "full rank: serve that base, or merge into it"
+)
+_TOKENS = "token_adapter.trainable_tokens_delta"
+
+
+def as_lora(file: AdapterFile) -> dict[str, Factors]:
+    """Return the update of every module that LoRA adapts.
+
+    Raises:
+        InputError: it is of a form that plain LoRA has not.
+    """
+    _check_form(file)
+    found = {name: _fold(file, name, "lora_A.weight", "lora_B.weight")
+             for name in file.names("lora_A.weight")}  # fmt: skip
+    found |= {
+        name: _fold(file, name, "lora_embedding_A", "lora_embedding_B")
+        for name in file.names("lora_embedding_A")
+    }
+    _say_scale(file, found)
+    start = str(file.config.get("init_lora_weights")).lower()
+    if start.startswith(INSIDE_BASE):
+        found = {name: _with_start(file, name, own) for name, own in found.items()}
+        word = "OLoRA" if start == "olora" else "PiSSA"
+        file.said.append(f"base moved by {word}: rank {_ranks(found)} on the original")
+    return found | token_rows(file, _TOKENS, file.config.get("trainable_token_indices"))
+
+
+def _check_form(file: AdapterFile) -> None:
+    config = file.config
+    odd = [f"{key} is set: {why}" for key, why in _NOT_PLAIN.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        odd.append("bias is set: biases of the base were trained")
+    if odd:
+        raise InputError(f"{odd[0]}. Merge it")
+    start = str(config.get("init_lora_weights")).lower()
+    if start == "loftq":
+        raise InputError(_LOFTQ)
+    if start in _LOST_STARTS:
+        raise InputError(
+            f"it began by {start} inside the base, from {_LOST_STARTS[start]} that its file does "
+            "not hold, so PEFT cannot load it either. Save it again with "
+            "path_initial_model_for_weight_conversion of save_pretrained"
+        )
+    tied_names = [name for name in file.names("lora_embedding_A") if file.tied.get(name)]
+    if tied_names and config.get("ensure_weight_tying"):
+        raise InputError(
+            f"{tied_names[0]} was adapted together with the output layer that shares its weight. "
+            "Merge it"
+        )
+
+
+def _fold(file: AdapterFile, name: str, first: str, second: str) -> Factors:
+    a, b = file.take(name, first, second)
+    if a.dim() != 2:
+        raise InputError(f"{name} is a convolution. Merge it")
+    return Factors(a, b * _scale(file, name, len(a)), first == "lora_embedding_A")
+
+
+def _scale(file: AdapterFile, name: str, rank: int) -> float:
+    alpha = by_pattern(file.config.get("alpha_pattern"), name, file.config["lora_alpha"])
+    return float(alpha) / (math.sqrt(rank) if file.config.get("use_rslora") else rank)
+
+
+def _say_scale(file: AdapterFile, found: dict[str, Factors]) -> None:
+    scales = {_scale(file, name, own.rank) for name, own in found.items()}
+    why = [word for word, key in (("rsLoRA", "use_rslora"), ("alpha_pattern", "alpha_pattern"),
+                                  ("rank_pattern", "rank_pattern"))
+           if file.config.get(key)]  # fmt: skip
+    if scales and scales != {1.0}:
+        reason = " and ".join(why) or "lora_alpha / r"
+        file.said.append(f"scale {spread(scales)} ({reason}) folded into B")
+
+
+def _ranks(found: dict[str, Factors]) -> str:
+    return listing(map(str, sorted({own.rank for own in found.values()})), 4)
+
+
+def _with_start(file: AdapterFile, name: str, own: Factors) -> Factors:
+    """Return the update of the untouched weight: the start, which PEFT took out of it, subtracted.
+
+    PEFT makes the start anew of the weight whenever it loads such an adapter; so it is made here.
+    """
+    import torch
+
+    weight = file.read_base(f"{name}.weight").float()
+    if own.b.shape[0] != weight.shape[0]:  # a Conv1D, (in, out)
+        weight = weight.T
+    first = _start_of(weight, file.config, own.rank, _scale(file, name, own.rank))
+    return Factors(torch.cat([own.a, first.a]), torch.cat([own.b, -first.b], 1), own.is_embedding)
+
+
+def _start_of(weight: Any, config: Any, rank: int, scale: float) -> Factors:
+    """Return what PEFT takes out of `weight` (out, in) at the start of such a LoRA."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,
+        target_modules=["linear"],
+        init_lora_weights=config["init_lora_weights"],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(torch.nn.ModuleDict({"linear": linear}), settings)
+    layer = model.base_model.model["linear"]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return Factors(a.detach().double(), b.detach().double() * scale)
+
+
+def token_rows(file: AdapterFile, end: str, indices: Any) -> dict[str, Factors]:
+    """Return trained rows of embeddings, called `end`, as an update of rank one a token.
+
+    Args:
+        file: the adapter.
+        end: what its file calls them.
+        indices: the tokens, or module → tokens.
+
+    Raises:
+        InputError: a token is named twice.
+    """
+    import torch
+
+    found: dict[str, Factors] = {}
+    shared = {head for heads in file.tied.values() for head in heads}
+    for name in file.names(end):
+        short = indices if isinstance(indices, list) else by_pattern(indices, name, None)
+        if not short or len(set(short)) < len(short):
+            raise InputError(f"its config names the trained tokens of {name} twice or not at all")
+        which = torch.tensor(short)
+        (rows,) = file.take(name, end)
+        if name in shared:  # said with the embedding whose weight it has
+            continue
+        old = file.read_base(f"{name}.weight")
+        if int(which.max()) >= len(old):
+            raise InputError(f"it has rows of {name} for tokens that its base has not. Merge it")
+        one_each = torch.zeros(len(which), len(old), dtype=torch.float64)
+        one_each[torch.arange(len(which)), which] = 1
+        change = rows - old[which].double()
+        heads = [name] if name.endswith(OUTPUT_LAYERS) else file.tied.get(name, [])
+        if name not in heads:
+            found[name] = Factors(one_each, change.T.contiguous(), is_embedding=True)
+        for head in heads:
+            found[head] = Factors(change, one_each.T.contiguous())
+        also = (
+            f", on {listing(heads)} too, which shares them" if name not in heads and heads else ""
+        )
+        file.said.append(f"{len(which)} trained rows of {name} written as rank {len(which)}{also}")
+    return found

@@ -1,0 +1,144 @@
+"""What is put onto the simulated card: every method on every kind of model, and Llama-3-8B."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+import matrix_cells
+from ftlevel.config import QuantConfig, SpeedConfig, TrainConfig, TrainerConfig
+from ftlevel.config.methods import LoraSpec
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.fast.layers import norm_glu
+from ftlevel.fast.layers.fused_lora import register_fused_layers
+from ftlevel.fast.plan.fast_plan import plan_fast
+from ftlevel.fast.plan.fused_lora import uses_fused_layers
+from ftlevel.fast.step import FastStep
+from ftlevel.models.families import FAMILIES
+from ftlevel.tasks import TASKS
+from ftlevel.tasks.tokens import Tokens
+from ftlevel.trained.adapt import apply_method, train_in_float32
+from gpu_sim.simulate import Found, run_step, to_card
+from matrix_cells import TinyCell, build_spec, copy_base, describe_base, expected_refusal, heads_of
+
+KINDS = {"llama": "causal", "bert": "seqcls", "t5": "seq2seq"}
+"""A family of each kind of model, with the head that it is mostly trained with."""
+
+LENGTHS = (5, 30, 12, 12, 3, 21, 8, 17)
+
+LLAMA_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 8192,
+}  # fmt: skip
+"""Of Llama-3-8B."""
+
+
+def build_cells() -> list[TinyCell]:
+    """Return every method on a model of each kind, in floating point and in 4 bits."""
+    rows = [facts.name for facts in matrix_cells.FACTS.values() if facts.kind in matrix_cells.SPECS]
+    cells = [
+        TinyCell(row, family, head, heads_of(family)[head], quant, "bfloat16")
+        for family, head in KINDS.items()
+        for quant in ("none", "4bit")
+        for row in rows
+    ]
+    return [cell for cell in cells if expected_refusal(cell) is None]
+
+
+def run_cell(cell: TinyCell) -> Found:
+    """Return what a step of `cell` asks of the card; raises where tensors are not together."""
+    torch.manual_seed(0)
+    spec = build_spec(cell.row)
+    kind, task = FAMILIES[cell.family].kind, TASKS[cell.tasks[0]]
+    config = TrainConfig(task=task.name, method=spec, quant=QuantConfig(kind=cell.quant))
+    fused = uses_fused_layers(config, "cuda")
+    model = apply_method(copy_base(cell), spec, describe_base(cell, spec), fused=fused)
+    train_in_float32(model)
+    objective = task.build_objective(kind, {})
+    rows = _rows(cell.head)
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    plan = plan_fast(config, base, kind, objective, "cuda", rows, max(LENGTHS))
+    fast = FastStep(model.train(), plan)
+    fast.check_cross_entropy(objective, rows, 0, "cpu", "bfloat16")
+    fast.prune_last_layer(objective, rows, 0, "cpu", "bfloat16")
+    to_card(model)
+    return run_step(model, config, objective, fast, rows, cell.family)
+
+
+def _rows(head: str) -> list[Encoded]:
+    """Return rows with labels as `head` takes them."""
+    generator, rows = torch.Generator().manual_seed(1), []
+    for number, length in enumerate(LENGTHS):
+        ids = torch.randint(10, 490, (length,), generator=generator).tolist()
+        labels: Any = {
+            "seqcls": number % matrix_cells.tiny_models.LABELS,
+            "seq2seq": ids[::2],
+        }.get(head, [IGNORED if i < length // 2 else token for i, token in enumerate(ids)])
+        rows.append(Encoded(ids, labels, number))
+    return rows
+
+
+@dataclass(frozen=True)
+class Large:
+    """A step of Llama-3-8B, LoRA r 16 on all linears, in bfloat16.
+
+    Attributes:
+        layers: how many of its 32.
+        sequences: rows of the step.
+        length: tokens of each.
+        supervised: share of them that are targets.
+        train: settings of `TrainerConfig`.
+        speed: settings of `SpeedConfig`.
+    """
+
+    layers: int = 32
+    sequences: int = 4
+    length: int = 2048
+    supervised: float = 0.5
+    train: tuple[tuple[str, Any], ...] = ()
+    speed: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of the step, which is one micro-batch."""
+        return self.sequences * self.length
+
+
+def run_large(case: Large) -> Found:
+    """Return what the step asks of the card."""
+    from peft import LoraConfig, get_peft_model
+
+    shape = transformers.LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": case.layers})
+    with torch.device("meta"):
+        base = transformers.AutoModelForCausalLM.from_config(
+            shape, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
+    register_fused_layers(lora)
+    model = get_peft_model(base, lora, low_cpu_mem_usage=True).train()
+    train_in_float32(model)
+    config = TrainConfig(
+        method=LoraSpec(),
+        train=TrainerConfig(per_device_train_batch_size=case.sequences, **dict(case.train)),
+        speed=SpeedConfig(**dict(case.speed)),
+    )
+    objective = Tokens("perplexity", shifted=True)
+    ids = list(range(5, 5 + case.length))
+    prompt = int(case.length * (1 - case.supervised))
+    rows = [
+        Encoded([number, *ids[1:]], [IGNORED] * prompt + ids[prompt:], number)
+        for number in range(case.sequences)
+    ]
+    # Asked of weights, which are not there: what is found for a Llama.
+    norm_glu._find_norm = lambda _: (0.0, False)
+    norm_glu._find_glu = lambda _: "silu"
+    plan = plan_fast(config, base, "decoder", objective, "cuda", rows, case.length)
+    to_card(model)
+    fast = FastStep(model, plan)
+    if config.train.recomputes:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    return run_step(model, config, objective, fast, rows, "llama")

@@ -1,0 +1,184 @@
+"""`export --for`: the format of a server, the commands that start it, what it would not serve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from export_cases import ModelDir, exportable
+from ftlevel.cli.app import run
+from ftlevel.config.commands.servers import SERVERS
+from served_cases import CASES, make_adapter
+from tiny_models import save_tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base"), "llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def adapter(base: Path, name: str) -> str:
+    return str(make_adapter(base, Path(name).absolute(), CASES[name].settings))
+
+
+def dry(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    assert run(["export", *arguments, "--dry-run", "--json"]) == 0
+    told: dict[str, object] = json.loads(capsys.readouterr().out)
+    assert not Path("out").exists()
+    return told
+
+
+@pytest.mark.parametrize(
+    ("server", "format_", "start"),
+    [
+        ("vllm", "peft", "vllm serve {base} --enable-lora --max-lora-rank 16 --lora-modules "
+                         "patterns=out"),
+        ("sglang", "peft", "python -m sglang.launch_server --model-path {base} --enable-lora "
+                           "--max-lora-rank 12 --lora-paths patterns=out"),
+        ("tgi", "peft", "text-generation-launcher --model-id {base} --lora-adapters patterns=out"),
+        ("mlx", "mlx", "mlx_lm.server --model {base} --adapter-path out"),
+        ("llama.cpp", "gguf-lora", "llama-server -m base0.gguf --lora out/adapter.gguf"),
+    ],
+)  # fmt: skip
+def test_the_server_chooses_the_format_and_is_started_by_its_command(
+    base: Path, capsys: pytest.CaptureFixture[str], server: str, format_: str, start: str
+) -> None:
+    told = dry(capsys, adapter(base, "patterns"), "--for", server, "--out", "out")
+    assert told["format"] == format_
+    assert told["start"][-1] == start.format(base=base.resolve())  # type: ignore[index]
+    assert told["adapters"][0]["rank"] == 12  # type: ignore[index]
+
+
+REFUSED = [
+    ("norms", "vllm", "input_layernorm, model.layers.0.post_attention_layernorm and 3 more. Merge "
+                      "it: --format merged."),
+    ("tokens", "llama.cpp", "llama.cpp does not serve LoRA on lm_head, model.embed_tokens as it "
+                            "was trained. Merge it: --format gguf."),
+    ("embedding", "mlx", "mlx-lm does not serve LoRA on model.embed_tokens as it was trained"),
+    ("dora", "vllm", "DoRA scales each row of the merged weight by a norm of it. Merge it"),
+    ("lora", "ollama", "out does not end in .gguf"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "server", "error"), REFUSED)
+def test_what_a_server_would_not_serve_as_trained_is_refused(
+    base: Path, capsys: pytest.CaptureFixture[str], name: str, server: str, error: str
+) -> None:
+    assert run(["export", adapter(base, name), "--for", server, "--out", "out"]) == 2
+    assert error in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--for", "vllm", "--format", "mlx"], "vLLM does not load mlx. It loads peft and merged"),
+        (["--for", "vllm", "--max-rank", "4"], "needs rank 8, above --max-rank 4"),
+        (["--for", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_wrong_wish_is_a_line(
+    base: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], error: str
+) -> None:
+    assert run(["export", adapter(base, "lora"), *arguments, "--out", "out"]) == 2
+    assert error in capsys.readouterr().err
+
+
+def test_layers_that_were_not_adapted_get_zeros_where_a_server_wants_all(base: Path) -> None:
+    name = adapter(base, "layers")  # of layer 1 alone
+    for server in ("tgi", "vllm"):
+        assert run(["export", name, "--for", server, "--out", server, "--no-verify", "-q"]) == 0
+    whole, own = (load_file(Path(s, "adapter_model.safetensors")) for s in ("tgi", "vllm"))
+    assert len(whole) == 2 * len(own)
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, own[key]) if key in own else not tensor.any()
+
+
+def test_mlx_gets_transposed_matrices_and_the_scale_1(base: Path) -> None:
+    assert run(["export", adapter(base, "rslora"), "--for", "mlx", "--out", "out", "-q"]) == 0
+    found, was = (
+        load_file("out/adapters.safetensors"),
+        load_file("rslora/adapter_model.safetensors"),
+    )
+    key = "model.layers.1.mlp.up_proj"
+    a, b = (was[f"base_model.model.{key}.lora_{x}.weight"] for x in "AB")
+    torch.testing.assert_close(found[f"{key}.lora_a"], a.T)
+    torch.testing.assert_close(found[f"{key}.lora_b"], b.T * 16 / 8**0.5)
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    assert config["num_layers"] == 2
+    assert config["lora_parameters"]["scale"] == 1.0
+    assert config["lora_parameters"]["keys"] == sorted(
+        [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    )
+
+
+def test_a_server_of_one_adapter_gets_one(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("lora", "rslora"):
+        make_adapter(base, Path("all", name), CASES[name].settings)
+    assert run(["export", "all", "--for", "mlx", "--out", "out"]) == 2
+    assert "is a directory of 2 adapters (lora, rslora), and --format mlx is of one" in (
+        capsys.readouterr().err
+    )
+    assert run(["export", "all", "--for", "vllm", "--out", "out", "--no-verify", "-q"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["README.md", "lora", "rslora"]
+    assert "--max-loras 2 --lora-modules lora=out/lora rslora=out/rslora" in (
+        Path("out/README.md").read_text()
+    )
+
+
+def test_adapters_of_two_bases_are_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_tiny(tmp_path / "other", "llama", seed=1)
+    make_adapter(base, tmp_path / "all" / "one", CASES["lora"].settings)
+    make_adapter(other, tmp_path / "all" / "two", CASES["lora"].settings)
+    assert run(["export", "all", "--for", "vllm", "--out", "out"]) == 2
+    assert "one and two have not the same base" in capsys.readouterr().err
+
+
+def test_ollama_gets_a_merged_file_with_the_answers_it_must_give(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    place = exportable(tiny_model_dir, tmp_path, "llama")
+    name = adapter(place, "rslora")
+    assert run(["export", name, "--for", "ollama", "--out", "mine.gguf", "-q"]) == 0
+    assert "ADAPTER" not in Path("mine.Modelfile").read_text()
+    served = json.loads(Path("mine.served.json").read_text())
+    assert served["start"] == ["ollama create mine -f mine.Modelfile", "ollama run mine"]
+    prompt = served["adapters"][0]["prompts"][0]
+    assert prompt["trained"]["logprobs"] != prompt["base"]["logprobs"]
+    assert run(["check-served", "mine.gguf", "--in", "llama.cpp", "-q"]) == 0
+
+
+def test_merged_is_a_model_with_its_start_command(base: Path) -> None:
+    name = adapter(base, "rslora")
+    command = ["export", name, "--for", "vllm", "--format", "merged", "--out", "out", "-q"]
+    assert run(command) == 0
+    assert "vllm serve out" in Path("out/README.md").read_text()
+    assert json.loads(Path("out/served.json").read_text())["adapters"][0]["rank"] is None
+    assert {"config.json", "model.safetensors"} <= {path.name for path in Path("out").iterdir()}
+
+
+def test_a_start_inside_the_base_is_merged_by_its_plain_form(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = adapter(base, "pissa")
+    assert run(["merge", name, "--out", "merged"]) == 2
+    assert "its start was taken out of the base's weights" in capsys.readouterr().err
+    assert run(["export", name, "--format", "peft", "--out", "plain", "-q"]) == 0
+    assert run(["merge", "plain", "--out", "merged", "-q"]) == 0
+
+
+def test_every_server_loads_a_format_that_there_is() -> None:
+    from ftlevel.config.commands.export import FORMATS
+
+    assert {name for server in SERVERS.values() for name in server.formats} <= set(FORMATS)

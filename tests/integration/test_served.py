@@ -1,0 +1,269 @@
+"""What export writes is served as trained: by llama.cpp itself, asked over HTTP by check-served."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xllamacpp
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+
+from export_cases import ModelDir, exportable
+from ftlevel.cli.app import run
+from ftlevel.commands.check_served import check_served
+from ftlevel.commands.export import export
+from ftlevel.config import CheckServedConfig, ExportConfig
+from ftlevel.errors import InputError, RunError
+from served_cases import CASES, make_adapter
+from tiny_models import save_tiny
+
+NAMES = ("rslora", "patterns", "pissa", "adalora", "vera")
+LOUD = {"adalora": 400.0, "vera": 20.0}
+"""By how much the last factor of an adapter is made larger, so that it is told from its base."""
+_LAST = ("lora_E", "vera_lambda_b")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that never answers with half a character, five adapters of it, and their export."""
+    folder = tmp_path_factory.mktemp("served")
+    tiny = functools.partial(save_tiny, folder / "tiny")
+    base = exportable(tiny, folder, "llama")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"][:270] = 0  # special tokens and bytes
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for name in NAMES:
+        place = make_adapter(base, folder / "adapters" / name, CASES[name].settings)
+        tensors = load_file(place / "adapter_model.safetensors")
+        for key in [key for key in tensors if key.endswith(_LAST)]:
+            tensors[key] = tensors[key] * LOUD.get(name, 1.0)
+        save_file(tensors, place / "adapter_model.safetensors", {"format": "pt"})
+    out = folder / "out"
+    export(ExportConfig(model=str(folder / "adapters"), out=out, server="llama.cpp"))
+    export(ExportConfig(model=str(base), out=folder / "base.gguf", outtype="f32", verify=False))
+    return folder
+
+
+@contextlib.contextmanager
+def llama_server(
+    base: Path, adapters: list[Path], *, scale: float = 1.0, apply: bool = False, ram: int = 0
+) -> Iterator[str]:
+    """Give the address of llama.cpp's own server on loopback."""
+    params = xllamacpp.CommonParams()
+    params.model.path, params.port = str(base), 0
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, 0
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    rows = []
+    for path in adapters:
+        row = xllamacpp.CommonAdapterLoraInfo()
+        row.path, row.scale = str(path), scale
+        rows.append(row)
+    params.lora_adapters, params.lora_init_without_apply = rows, not apply
+    params.cache_ram_mib = ram
+    server = xllamacpp.Server(params)
+    yield server.listening_address
+    del server
+
+
+def files_of(out: Path) -> list[Path]:
+    served = json.loads((out / "served.json").read_text())
+    return [out / adapter["place"] for adapter in served["adapters"]]
+
+
+def test_llama_cpp_answers_as_trained_by_every_adapter(folder: Path) -> None:
+    out = folder / "out"
+    with llama_server(folder / "base.gguf", files_of(out)) as url:
+        summary = check_served(CheckServedConfig(out=out, url=url)).summary
+    assert [adapter["name"] for adapter in summary["adapters"]] == sorted(NAMES)
+    for adapter in summary["adapters"]:
+        assert set(adapter["weights"]["answers"]) <= {
+            "as trained", "as trained, and as the base"
+        }, adapter  # fmt: skip
+        assert "as trained" in adapter["weights"]["answers"]
+        assert adapter["weights"]["difference"] < 0.005
+        assert adapter["by"] == "token ids"
+
+
+def test_what_the_server_keeps_of_a_prompt_it_gives_to_other_adapters(folder: Path) -> None:
+    """The canary of `--cache-ram 0`: where this passes no more, the start command may drop it."""
+    out = folder / "out"
+    with (
+        llama_server(folder / "base.gguf", files_of(out), ram=512) as url,
+        pytest.raises(RunError, match=r"answers neither as trained nor as the base|answers as the"),
+    ):
+        check_served(CheckServedConfig(out=out, url=url))
+
+
+def test_an_adapter_that_is_not_applied_or_at_another_scale_is_found(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export(ExportConfig(model=str(folder / "adapters" / "rslora"), out=out, server="llama.cpp"))
+    with (
+        llama_server(folder / "base.gguf", []) as url,
+        pytest.raises(RunError, match="answers as the base: the adapter is not applied"),
+    ):
+        check_served(CheckServedConfig(out=out, url=url))
+    # 2 / 5.66: what alpha / r makes of rsLoRA's alpha / √r.
+    with (
+        llama_server(folder / "base.gguf", [out / "adapter.gguf"], scale=0.354, apply=True) as url,
+        pytest.raises(RunError, match="answers neither as trained nor as the base"),
+    ):
+        check_served(CheckServedConfig(out=out, url=url))
+    with llama_server(folder / "base.gguf", [out / "adapter.gguf"], apply=True) as url:
+        assert check_served(CheckServedConfig(out=out, url=url)).summary["verdict"] == "as trained"
+
+
+@pytest.mark.slow
+def test_a_run_of_ours_is_served_as_trained_as_typed(
+    tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = exportable(tiny_model_dir, tmp_path, "llama")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"][:270] = 0
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"say {n}", "completion": "a b c"}) + "\n" for n in range(8))
+    )
+    train = ["train", "--model", str(base), "--dataset", "rows.jsonl", "--output-dir", "run",
+             "--rslora", "--lora-r", "4", "--learning-rate", "0.05", "--max-steps", "4",
+             "--set", 'method.rank_pattern={"q_proj": 2}', "--quiet"]  # fmt: skip
+    assert run(train) == 0
+    assert run(["export", "run", "--for", "llama.cpp", "--out", "out", "--quiet"]) == 0
+    assert run(["check-served", "out", "--in", "llama.cpp", "--quiet"]) == 0
+
+
+def test_llama_cpp_finds_the_rows_of_queries_where_it_wants_them(folder: Path) -> None:
+    """Rows of B of Llama's queries are interleaved, those of values are not, and A is as it is."""
+    reader = GGUFReader(str(folder / "out" / "rslora" / "adapter.gguf"))
+    found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    peft_file = load_file(folder / "adapters" / "rslora" / "adapter_model.safetensors")
+    own = "base_model.model.model.layers.0.self_attn"
+    scale = 16 / 8**0.5
+    values = peft_file[f"{own}.v_proj.lora_B.weight"] * scale
+    torch.testing.assert_close(found["blk.0.attn_v.weight.lora_b"], values)
+    queries = peft_file[f"{own}.q_proj.lora_B.weight"] * scale
+    heads = queries.reshape(
+        4, 2, 8, -1
+    )  # 4 heads of 16: row 2i of a head is i, row 2i + 1 is 8 + i
+    rows = [heads[h, half, i] for h in range(4) for i in range(8) for half in range(2)]
+    torch.testing.assert_close(found["blk.0.attn_q.weight.lora_b"], torch.stack(rows))
+    torch.testing.assert_close(
+        found["blk.0.attn_q.weight.lora_a"], peft_file[f"{own}.q_proj.lora_A.weight"]
+    )
+    assert reader.get_field("adapter.lora.alpha").contents() == 8.0
+    assert reader.get_field("general.type").contents() == "adapter"
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """A server that answers what the test says."""
+
+    answer: dict[str, Any] = {}  # noqa: RUF012 - one per subclass
+    status = 200
+    seen: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self._send(200, {"data": [{"id": "only"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append(body)
+        self._send(self.status, self.answer)
+
+    def _send(self, status: int, answer: dict[str, Any]) -> None:
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "http://127.0.0.1:9/")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def scripted(status: int, answer: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    handler = type("Handler", (Scripted,), {"status": status, "answer": answer, "seen": []})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", handler.seen
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "error"),
+    [
+        (404, {"error": "no such model"}, "gave 404 .*no such model.*It lists only"),
+        (302, {}, "gave 302"),  # a redirect leads to who was not named
+        (200, {"choices": []}, "an answer in another form"),
+    ],
+)
+def test_a_server_that_cannot_be_asked_is_said(
+    folder: Path, status: int, answer: dict[str, Any], error: str
+) -> None:
+    with scripted(status, answer) as (url, _), pytest.raises(InputError, match=error):
+        check_served(CheckServedConfig(out=folder / "out", url=url))
+
+
+def test_nobody_there_is_said_with_what_to_do(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"refused.* Start the server"):
+        check_served(CheckServedConfig(out=folder / "out", url="http://127.0.0.1:9"))
+
+
+def test_texts_alone_are_compared_where_nothing_else_is_given(folder: Path, tmp_path: Path) -> None:
+    """A server that knows no logprobs and no tokens; it is asked by the only name it lists."""
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out" / "rslora", out)
+    served = json.loads((folder / "out" / "served.json").read_text())
+    row = next(adapter for adapter in served["adapters"] if adapter["name"] == "rslora")
+    row |= {"place": "adapter.gguf", "prompts": row["prompts"][:1]}
+    (out / "served.json").write_text(json.dumps({**served, "adapters": [row]}))
+    for who, verdict in (("trained", "as trained"), ("base", "as the base")):
+        answer = {"choices": [{"text": row["prompts"][0][who]["text"]}]}
+        with scripted(200, answer) as (url, seen):
+            if who == "trained":
+                summary = check_served(CheckServedConfig(out=out, url=url)).summary
+                assert (summary["verdict"], summary["adapters"][0]["weights"]["difference"]) == (
+                    verdict, None
+                )  # fmt: skip
+            else:
+                with pytest.raises(RunError, match=verdict):
+                    check_served(CheckServedConfig(out=out, url=url))
+        assert {body["model"] for body in seen} == {"only"}
+        assert seen[0]["prompt"] == row["prompts"][0]["ids"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["out"], "--url or --in: give one of them"),
+        (["out", "--url", "ftp://x"], "is no address"),
+        (["nothing", "--url", "http://127.0.0.1:9"], "nothing has no nothing.served.json"),
+        (["out", "--url", "http://127.0.0.1:9", "--python", "x"], "--python is of --in"),
+        (["out", "--in", "vllm"], "is written as gguf-lora, and vllm loads peft or merged"),
+        (["out", "--in", "llama.cpp", "--python", "/no/python"], "/no/python cannot be run"),
+    ],
+)
+def test_a_wrong_question_is_a_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: list[str], error: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(folder)
+    assert run(["check-served", *arguments]) == 2
+    assert error in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""Adapters by plain PEFT, and what becomes of each when it is exported."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter.
+
+    Attributes:
+        settings: of its PEFT config; `cls` names the class, LoraConfig by default.
+        rank: of its normal form; None where it is refused.
+        refused: words of the refusal.
+        bare: whether the adapter of a server that reads lora_alpha / r alone is another one.
+    """
+
+    settings: dict[str, Any]
+    rank: int | None = None
+    refused: str = ""
+    bare: bool = field(default=False)
+
+
+def _lora(**settings: Any) -> dict[str, Any]:
+    return {"r": 8, "lora_alpha": 16, "target_modules": LINEARS, **settings}
+
+
+def _of(cls: str, **settings: Any) -> dict[str, Any]:
+    return {"cls": cls, "target_modules": LINEARS, **settings}
+
+
+CASES: dict[str, Case] = {
+    "lora": Case(_lora(), 8),
+    "rslora": Case(_lora(use_rslora=True), 8, bare=True),
+    "patterns": Case(
+        _lora(rank_pattern={"q_proj": 4, "layers.1.mlp.up_proj": 12}, alpha_pattern={"k_proj": 3}),
+        12,
+        bare=True,
+    ),
+    "both": Case(
+        _lora(use_rslora=True, rank_pattern={"o_proj": 12}, alpha_pattern={"down_proj": 5}),
+        12,
+        bare=True,
+    ),
+    "layers": Case(_lora(layers_to_transform=[1]), 8),
+    "pissa": Case(_lora(init_lora_weights="pissa"), 16, bare=True),
+    "olora": Case(_lora(init_lora_weights="olora"), 16, bare=True),
+    "tokens": Case(_lora(trainable_token_indices=[5, 9, 40]), 8),
+    "embedding": Case(_lora(target_modules=["q_proj", "embed_tokens"]), 8),
+    "norms": Case(_lora(modules_to_save=["norm"]), 8),
+    "adalora": Case(
+        _of("AdaLoraConfig", init_r=8, target_r=4, total_step=10, tinit=1, tfinal=1), 8
+    ),
+    "vera": Case(_of("VeraConfig", r=16, target_modules=["q_proj", "o_proj"]), 16),
+    "loha": Case(_of("LoHaConfig", r=4), 16),
+    "lokr": Case(_of("LoKrConfig", r=4), 64),
+    "miss": Case(_of("MissConfig", r=8), 8),
+    "trainable tokens": Case(
+        {
+            "cls": "TrainableTokensConfig",
+            "token_indices": [5, 9],
+            "target_modules": ["embed_tokens"],
+        },
+        2,
+    ),
+    "delora": Case(_of("DeloraConfig", r=8), 8),  # no algebra: its layers are asked
+    "dora": Case(_lora(use_dora=True), refused="DoRA scales each row"),
+    "lora bias": Case(_lora(lora_bias=True), refused="B has a bias"),
+    "bias": Case(_lora(bias="lora_only"), refused="biases of the base were trained"),
+    "loha r 12": Case(_of("LoHaConfig", r=12), refused="needs rank 144, above --max-rank 64"),
+    "ia3": Case(
+        _of("IA3Config", feedforward_modules=["down_proj"], target_modules=["k_proj", "down_proj"]),
+        refused="full rank",
+    ),
+    "hira": Case(_of("HiraConfig", r=8), refused="full rank"),
+    "lily": Case(_of("LilyConfig"), refused="router that looks at the input"),
+    "prompt": Case(
+        {"cls": "PromptTuningConfig", "num_virtual_tokens": 4}, refused="no change of weights"
+    ),
+}  # fmt: skip
+
+
+def make_adapter(base: Path, place: Path, settings: dict[str, Any], seed: int = 0) -> Path:
+    """Write an adapter of plain PEFT whose every trained number was moved at random."""
+    settings = dict(settings)
+    config_class = getattr(peft, settings.pop("cls", "LoraConfig"))
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        tuned = peft.get_peft_model(model, config_class(task_type="CAUSAL_LM", **settings))
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                if parameter.requires_grad:
+                    spread = max(float(parameter.std()) if parameter.numel() > 1 else 0.0, 0.02)
+                    parameter.add_(torch.randn_like(parameter) * spread * 0.7)
+        tuned.save_pretrained(place)
+    return place
+
+
+def peft_logits(base: Path, adapter: Path | None, ids: torch.Tensor) -> torch.Tensor:
+    """Return what plain PEFT computes of the adapter on its base, in float32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if adapter is not None:
+            model = peft.PeftModel.from_pretrained(model, str(adapter))
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(ids).logits[0]
+    return logits

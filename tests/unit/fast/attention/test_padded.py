@@ -1,0 +1,73 @@
+"""Padded calls of SDPA are the attention of sequences, with few calls, whatever their lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
+from ftlevel.fast.attention.padded import attend_padded, pad_segments
+from ftlevel.fast.packing.layout import Segment
+
+ROWS = tuple(
+    Segment(start, stop)
+    for start, stop in ((0, 5), (5, 60), (60, 61), (61, 200), (200, 207), (207, 330))
+)
+TREE = (
+    Segment(0, 10),
+    Segment(10, 50, ((0, 10),)),
+    Segment(50, 60, ((0, 10), (10, 50))),
+    Segment(60, 100, ((0, 10), (10, 50), (50, 60))),
+    Segment(100, 120, ((0, 10), (10, 50))),
+)
+
+CASES = [(ROWS, True, None), (ROWS, False, None), (ROWS, True, 9), (ROWS, False, 9),
+         (TREE, True, None), (TREE, True, 9)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("segments", "causal", "window"), CASES)
+def test_it_is_the_attention_of_sequences(
+    segments: tuple[Segment, ...], causal: bool, window: int | None
+) -> None:
+    torch.manual_seed(0)
+    parts = [
+        torch.randn(heads, segments[-1].stop, 8, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    found = attend_padded(parts, segments, causal, window, 0.3, 0.0)
+    expected = BlockedAttention.apply(*parts, split_queries(segments, causal, window), 0.3, 0.0)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = torch.autograd.grad(found, parts, weights)
+    for one, other in zip(gradients, torch.autograd.grad(expected, parts, weights), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_calls_do_not_grow_with_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    whole = functional.scaled_dot_product_attention
+
+    def count(*parts: torch.Tensor, **settings: Any) -> torch.Tensor:
+        calls.append(settings)
+        return whole(*parts, **settings)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", count)
+    segments = tuple(Segment(start, start + 128) for start in range(0, 64 * 128, 128))
+    parts = [torch.randn(heads, 64 * 128, 8) for heads in (4, 2, 2)]
+    attend_padded(parts, segments, True, None, 0.3, 0.0)
+    assert len(calls) == 1
+    assert calls[0]["attn_mask"] is None
+    assert calls[0]["is_causal"]
+
+
+def test_places_are_at_most_twice_the_tokens() -> None:
+    generator, stop, segments = torch.Generator().manual_seed(0), 0, []
+    for length in torch.randint(1, 700, (60,), generator=generator).tolist():
+        segments.append(Segment(stop, stop + length))
+        stop += length
+    batches, _ = pad_segments(tuple(segments), True, None, torch.device("cpu"))
+    assert sum(batch.queries.numel() for batch in batches) < 2 * stop
+    assert len(batches) <= 10

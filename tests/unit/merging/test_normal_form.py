@@ -1,0 +1,179 @@
+"""The normal form is the adapter, also to PEFT and to whoever ignores its config."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ftlevel.merging.serving.adapters as adapters_module
+from export_cases import some_ids
+from ftlevel.commands.export import export
+from ftlevel.config import ExportConfig
+from ftlevel.errors import InputError, RunError
+from ftlevel.merging.normal_form.peft_only import PLAIN_FORMS
+from ftlevel.methods.plain_form.factors import PlainForm
+from served_cases import CASES, make_adapter, peft_logits
+from tiny_models import save_tiny
+
+KEPT = [name for name, case in CASES.items() if case.rank is not None]
+REFUSED = [name for name, case in CASES.items() if case.rank is None]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base"), "llama", tie_word_embeddings=True)
+
+
+def write(model: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    return export(ExportConfig(model=str(model), out=out, **settings)).summary["adapters"][0]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_plain_peft_computes_the_same(base: Path, tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    adapter = make_adapter(base, tmp_path / "adapter", case.settings)
+    wanted, ids = peft_logits(base, adapter, some_ids()), some_ids()
+    found = write(adapter, tmp_path / "out", format="peft", verify=False)
+    assert found["rank"] == case.rank
+    assert found["way"] == ("the probe" if name == "delora" else "its file")
+    got = peft_logits(base, tmp_path / "out", ids)
+    effect = float((wanted - peft_logits(base, None, ids)).abs().max())
+    assert float((got - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+    assert effect > 100 * float((got - wanted).abs().max())
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (case.rank, case.rank)
+    assert not {"rank_pattern", "alpha_pattern"} & {key for key, value in config.items() if value}
+
+
+@pytest.mark.parametrize("name", [name for name in KEPT if CASES[name].bare])
+def test_a_reader_that_knows_only_alpha_and_r_is_right(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    """W + alpha / r · B · A by hand, of the file's tensors, beside what PEFT says of the run."""
+    adapter = make_adapter(base, tmp_path / "adapter", CASES[name].settings)
+    write(adapter, tmp_path / "out", format="peft", verify=False)
+    wanted = peft_logits(base, adapter, some_ids())
+    off = {}
+    for place in (adapter, tmp_path / "out"):
+        off[place.name] = float((_read_naively(base, place) - wanted).abs().max())
+    bound = 1e-4 * float(wanted.abs().max())
+    assert off["out"] <= bound
+    assert off["adapter"] > 10 * bound  # as PEFT saves it, such a reader is wrong
+
+
+def _read_naively(base: Path, adapter: Path) -> torch.Tensor:
+    import transformers
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    with torch.no_grad():
+        for key in [key for key in tensors if key.endswith("lora_A.weight")]:
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+            model.get_submodule(name).weight += config["lora_alpha"] / len(a) * b @ a
+        logits: torch.Tensor = model.eval()(some_ids()).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_none_is_refused_before_anything_is_written(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", CASES[name].settings)
+    with pytest.raises(InputError, match=CASES[name].refused):
+        write(adapter, tmp_path / "out", format="peft")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_every_type_of_peft_is_in_the_table_or_asked() -> None:
+    unknown = set(PLAIN_FORMS) - {member.value for member in peft.PeftType}
+    assert unknown <= {"BOTTLENECK", "PREFIX_KV", "SOFT_PROMPT"}  # ours
+
+
+def test_a_wrong_file_is_found_and_not_kept(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", CASES["rslora"].settings)
+    right = adapters_module.write_normal
+
+    def wrong(place: Path, *arguments: Any) -> None:
+        right(place, *arguments)
+        file = place / "adapter_model.safetensors"
+        tensors = load_file(file)
+        first = min(tensors)
+        save_file({**tensors, first: tensors[first] * 1.01}, file, {"format": "pt"})
+
+    monkeypatch.setattr(adapters_module, "write_normal", wrong)
+    with pytest.raises(RunError, match="what was written is not adapter: read back"):
+        write(adapter, tmp_path / "out", format="peft")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resized_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "embed_tokens"])
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
+    config.write_text(json.dumps(said))
+    with pytest.raises(InputError, match="trained with 712 tokens and its base has 704"):
+        write(tmp_path / "adapter", tmp_path / "out", format="peft")
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "settings", "task"),
+    [
+        ("gpt2", "causal", {"target_modules": ["c_attn", "c_fc"], "use_rslora": True,
+                            "fan_in_fan_out": True}, "CAUSAL_LM"),
+        ("bert", "seqcls", {"target_modules": ["query", "value"], "use_rslora": True}, "SEQ_CLS"),
+        ("t5", "seq2seq", {"target_modules": ["q", "v", "wo"], "use_rslora": True},
+         "SEQ_2_SEQ_LM"),
+    ],
+)  # fmt: skip
+def test_other_kinds_of_models_have_it_too(
+    tmp_path: Path, family: str, head: str, settings: dict[str, Any], task: str
+) -> None:
+    import transformers
+
+    from tiny_models import AUTO_CLASSES
+
+    place = save_tiny(tmp_path / "base", family, head)
+    model = getattr(transformers, AUTO_CLASSES[head]).from_pretrained(place)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type=task, **settings))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    tuned.save_pretrained(tmp_path / "adapter")
+    found = write(tmp_path / "adapter", tmp_path / "out", format="peft")
+    check = found["check"]
+    assert check["max_difference"] <= 1e-5 * check["largest_logit"] + 1e-6
+    assert check["effect"] > 1e-3
+
+
+def test_the_page_has_a_row_for_every_method_of_peft() -> None:
+    """docs/normal_forms.csv, which scripts/normal_forms.py measures, knows each by name."""
+    table = Path(__file__).parents[3] / "docs" / "normal_forms.csv"
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    ours = {"BOTTLENECK", "PREFIX_KV", "SOFT_PROMPT"}
+    assert {row["peft_type"] for row in rows} == {
+        str(getattr(kind, "value", kind)) for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING
+    } - ours
+    for row in rows:
+        assert bool(row["rank"]) != bool(row["why"]), row
+        if row["rank"]:
+            assert float(row["difference"]) <= 1e-4 * float(row["largest"]), row
+        if PLAIN_FORMS.get(row["peft_type"], PlainForm()).never:
+            assert row["way"] == "refused", row

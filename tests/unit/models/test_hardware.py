@@ -1,0 +1,148 @@
+"""What is chosen on a card, without one: torch is told what its owner would see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from ftlevel.errors import ConfigError
+from ftlevel.models import loading
+from ftlevel.models.hardware import (
+    choose_device,
+    choose_dtype,
+    choose_tf32,
+    uses_tf32,
+    using_tf32,
+)
+from ftlevel.models.sources import resolve_source
+from ftlevel.models.upstream import versions
+from ftlevel.models.upstream.trainer import use_one_gpu
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let torch find cards of a compute capability."""
+
+    def put_in(capability: tuple[int, int], count: int = 1) -> None:
+        for name, answer in {
+            "is_available": True,
+            "is_bf16_supported": capability >= (8, 0),
+            "get_device_capability": capability,
+            "get_device_name": "a card",
+            "device_count": count,
+            "current_device": 0,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+
+    return put_in
+
+
+def test_a_card_without_bfloat16_computes_in_float16(card: Callable[..., None]) -> None:
+    card((7, 5))
+    found = choose_dtype("auto", "cuda", "lora", "llama")
+    assert (found.value, found.reason) == (
+        "float16", "auto: the GPU has no bfloat16: its fast type is float16"
+    )  # fmt: skip
+    assert choose_dtype("auto", "cuda", "full", "llama").reason.endswith("; weights in float32")
+    for family in ("t5", "mt5"):
+        found = choose_dtype("auto", "cuda", "lora", family)
+        assert found.value == "float32"
+        assert f"and {family} overflows float16" in found.reason
+
+
+def test_a_card_with_bfloat16_computes_in_it(card: Callable[..., None]) -> None:
+    card((8, 0))
+    assert choose_dtype("auto", "cuda", "lora", "llama").value == "bfloat16"
+
+
+def test_tf32_is_for_float32_on_ampere_and_says_so(card: Callable[..., None]) -> None:
+    card((8, 6))
+    (choice,) = choose_tf32(None, "cuda", "float32")
+    assert "Ampere" in choice.reason
+    assert uses_tf32(None, "cuda", "float32")
+    assert not uses_tf32(False, "cuda", "float32")
+    assert not choose_tf32(False, "cuda", "float32")
+    assert not choose_tf32(None, "cuda", "bfloat16")
+    assert not uses_tf32(True, "cuda", "bfloat16")
+    card((7, 5))
+    assert not choose_tf32(None, "cuda", "float32")
+    with pytest.raises(ConfigError, match=r"--tf32: a card\. TF32 needs .* Ampere"):
+        choose_tf32(True, "cuda", "float32")
+
+
+def test_tf32_ends_with_the_training() -> None:
+    with using_tf32(True):
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with using_tf32(False):
+        assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_of_several_cards_one_is_used_and_the_others_are_named(
+    card: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    card((8, 0), count=4)
+    found = choose_device("auto")
+    assert found.reason == "auto: a card, one of 4; --num-processes 4 trains on all of them"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert choose_device("auto").reason == "auto: a card"
+
+
+def test_trainer_wraps_no_model_for_several_cards(tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8
+    )
+    assert arguments.device.type == "cpu"
+    arguments._n_gpu = 2  # as on a machine with two
+    assert arguments.train_batch_size == 16
+    use_one_gpu(arguments)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", {"": "cuda:0"}), ("cpu", None)])
+def test_weights_go_to_a_card_shard_by_shard(
+    device: str,
+    expected: Any,
+    card: Callable[..., None],
+    tiny_model_dir: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = resolve_source(str(tiny_model_dir("llama")), None, False)
+    config = loading.load_config(source)
+    card((8, 0))
+    told: dict[str, Any] = {}
+
+    def stop(_: str, **arguments: Any) -> None:
+        told.update(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stop)
+    with pytest.raises(KeyboardInterrupt):
+        loading.load_model(
+            source, config, "AutoModelForCausalLM", dtype=torch.bfloat16, device=device
+        )
+    assert told.get("device_map") == expected
+
+
+def test_the_lowest_releases_are_those_that_pip_asks_for() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    asked = dict(re.findall(r'^  "([a-z-]+)>=([\d.]+)"', text, re.MULTILINE))
+    assert {name: asked[name] for name in versions.LOWEST} == versions.LOWEST
+
+
+def test_a_library_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert versions.find_old_libraries() == []
+    monkeypatch.setattr(versions, "version", lambda name: {"transformers": "5.17.0"}.get(name, "9"))
+    assert versions.find_old_libraries() == [
+        "transformers 5.17.0 is installed, and ftlevel needs transformers 5.24 or later. "
+        'pip install --upgrade "transformers>=5.24".'
+    ]

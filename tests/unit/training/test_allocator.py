@@ -1,0 +1,43 @@
+"""A GPU's allocator is told once, by the name that each torch reads, and never against the user."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from ftlevel.training.memory.allocator import NAME, OLD_NAME, SETTING, use_expandable_segments
+
+
+@pytest.fixture(autouse=True)
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (NAME, OLD_NAME):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [("2.8.0+cu128", OLD_NAME), ("2.9.1", OLD_NAME), ("2.10.0", OLD_NAME), ("2.11.0", NAME),
+     ("2.13.0+cu130", NAME)],
+)  # fmt: skip
+def test_the_name_is_the_one_that_torch_reads(
+    version: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    use_expandable_segments("cuda")
+    assert {n: os.environ[n] for n in (NAME, OLD_NAME) if n in os.environ} == {name: SETTING}
+
+
+def test_what_the_user_said_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OLD_NAME, "max_split_size_mb:128")
+    use_expandable_segments("cuda")
+    assert os.environ[OLD_NAME] == "max_split_size_mb:128"
+    assert NAME not in os.environ
+
+
+def test_a_cpu_has_no_such_allocator() -> None:
+    use_expandable_segments("cpu")
+    assert NAME not in os.environ
+    assert OLD_NAME not in os.environ

@@ -1,0 +1,132 @@
+"""As many blocks are recomputed as the memory asks for, and the step is the same."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import tiny_models
+from ftlevel.config import TrainConfig
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.fast.layers.fused_lora import register_fused_layers
+from ftlevel.fast.layers.norm_glu import FusedNormGlu
+from ftlevel.models.module_tree import find_blocks
+from ftlevel.training.memory import checkpointing
+from ftlevel.training.memory.checkpointing import Activations, count_activations, set_checkpointing
+from live_tensors import LiveTensors
+
+BLOCKS = 6
+
+
+def adapted() -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
+    register_fused_layers(config)
+    model = get_peft_model(tiny_models.build("llama", num_hidden_layers=BLOCKS), config).train()
+    FusedNormGlu(model)
+    return model
+
+
+def plan_of(tokens: int, device: str = "cpu") -> Any:
+    rows = [Encoded(list(range(5, 69)), [1] * 64, 0)]
+    return SimpleNamespace(
+        data=SimpleNamespace(train=rows, max_length=64),
+        model=SimpleNamespace(device=device, dtype="float32", pad_id=0),
+        fast=SimpleNamespace(enabled=True, tokens=tokens),
+    )
+
+
+def config_of(**train: Any) -> TrainConfig:
+    return TrainConfig(train=train)  # type: ignore[arg-type]
+
+
+def held_by(model: Any, tokens: int) -> int:
+    """Return the bytes that are alive after the blocks of a forward pass."""
+    ids = torch.arange(tokens)[None] % 500 + 5
+    with LiveTensors() as live:
+        states = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+        found = live.count_bytes()
+    del states
+    return found
+
+
+def test_what_is_counted_is_what_is_held() -> None:
+    model = adapted()
+    found = count_activations(model, find_blocks(model.get_base_model()), plan_of(64))
+    more = (held_by(model, 256) - held_by(model, 128)) / 128  # per token, embeddings and norm too
+    assert found.blocks == BLOCKS
+    assert found.states == model.config.hidden_size * 4
+    assert found.block * BLOCKS == pytest.approx(more, rel=0.1)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.1, 0), (0.8, 2), (0.2, BLOCKS)])
+def test_blocks_are_recomputed_until_the_rest_fits(
+    share: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan = adapted(), plan_of(256)
+    blocks = find_blocks(model.get_base_model())
+    found = count_activations(model, blocks, plan)
+    memory = int(share * 256 * BLOCKS * found.block)
+    monkeypatch.setattr(
+        checkpointing, "free_memory_bytes", lambda _: memory / checkpointing.FREE_SHARE
+    )
+    monkeypatch.setattr(type(config_of().train), "may_recompute", lambda *_: True)
+    choices = set_checkpointing(model, config_of(), plan)
+    recomputed = [block.gradient_checkpointing for block in blocks]
+    assert recomputed == [True] * expected + [False] * (BLOCKS - expected)
+    assert [choice.value for choice in choices] == ([f"{expected} of {BLOCKS}"] if expected else [])
+    overhead = 8 * 256 * found.states  # the embedding, angles, masks and the last norm
+    if expected < BLOCKS:
+        assert held_by(model, 256) < memory + overhead
+
+
+def test_a_step_is_the_same_however_many_are_recomputed() -> None:
+    model, losses = adapted(), []
+    ids = torch.arange(40)[None] + 5
+    for count in (0, 2, BLOCKS):
+        blocks = find_blocks(model.get_base_model())
+        if count:
+            set_checkpointing(model, config_of(gradient_checkpointing=True), plan_of(64))
+            checkpointing.recompute_first(blocks, count)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        losses.append((loss.detach(), gradients))
+    for loss, gradients in losses[1:]:
+        assert torch.equal(loss, losses[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(gradients, losses[0][1], strict=True))
+
+
+def test_auto_is_for_gpus() -> None:
+    train = config_of(gradient_checkpointing="auto").train
+    assert train.gradient_checkpointing is None
+    assert train.may_recompute("cuda")
+    assert not train.may_recompute("cpu")
+    assert set_checkpointing(adapted(), config_of(), plan_of(64)) == []
+    off = config_of(gradient_checkpointing=False).train
+    assert not off.may_recompute("cuda")
+
+
+def test_offloading_recomputes_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, told = adapted(), {}
+    base = type(model.get_base_model())
+    monkeypatch.setattr(base, "activation_checkpointing_enable",
+                        lambda _, settings, **more: told.update(settings, **more))  # fmt: skip
+    (choice,) = set_checkpointing(model, config_of(offload_activations=True), plan_of(64))
+    assert (choice.value, choice.reason) == (
+        "all", "as asked; what they begin with is in the host's memory"
+    )  # fmt: skip
+    assert told == {"use_reentrant": False, "offload": True}
+
+
+def test_the_formula() -> None:
+    found = Activations(block=100.0, states=10.0, blocks=8)
+    assert found.count_recomputed(10, 8000) == 0
+    assert found.count_recomputed(10, 7999) == 1
+    assert found.count_recomputed(10, 8000 - 900 * 3) == 3
+    assert found.count_recomputed(10, 0) == 8
