@@ -56,6 +56,7 @@ from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
+from ftlevel.training.reference.fill import describe_first_loss, fill_reference
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
@@ -241,6 +242,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         return _end_finished(job, summary)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
+    plan, reference = fill_reference(config, plan, adapted, listener)
     verified = verify_step(config, plan, adapted, listener)
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
     plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
@@ -275,7 +277,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
 
     listener.stage("save and check")
     with explain_disk_errors(run):
-        save(adapted, config, plan, run, base)
+        save(adapted, config, plan, run, base, reference.start if reference else None)
     outcome = Outcome(
         run=run.path,
         recipe=job.recipe,
@@ -290,7 +292,13 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         changes=run.read_changes(),
         left_out=describe_left_out(run.read_notes()),
     )
-    summary = _tell(config, plan, outcome, run, listener)
+    of_reference: dict[str, Any] = {}
+    if reference is not None:
+        about, notes = describe_first_loss(reference, config, plan, outcome.records)
+        of_reference = {"reference": about}
+        for note in notes:
+            listener.warn(note)
+    summary = _tell(config, plan, outcome, run, listener, of_reference)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
 
 
@@ -314,13 +322,25 @@ def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack, *, begins: 
 
 
 def _tell(
-    config: TrainConfig, plan: Plan, outcome: Outcome, run: RunDirectory, listener: Listener
+    config: TrainConfig,
+    plan: Plan,
+    outcome: Outcome,
+    run: RunDirectory,
+    listener: Listener,
+    of_reference: Mapping[str, Any],
 ) -> Mapping[str, Any]:
     """Write what the run gave, say it, upload it if that is wanted, and return it."""
-    summary = build_summary(config, plan, outcome) | {"next": next_commands(plan, run)}
+    summary = {
+        **build_summary(config, plan, outcome),
+        **of_reference,
+        "next": next_commands(plan, run),
+    }
     with explain_disk_errors(run):
         write_results(run, config, summary)
-    for warning in [*find_nothing_learned(summary, plan), *find_worse_than_before(summary)]:
+    remarks = plan.objective.remarks(summary["metrics"])
+    for warning in [
+        *find_nothing_learned(summary, plan), *find_worse_than_before(summary), *remarks
+    ]:  # fmt: skip
         listener.warn(warning)
     end_run(config.output, run, summary, listener)
     return summary

@@ -74,6 +74,14 @@ _OPTIMIZERS = {
     "paged_lion": "paged_lion_32bit",
     "lion": "lion_32bit",
 }
+_LOSSES = {
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo-norm",
+    "dpo_norm": "dpo-norm",
+    "ld_dpo": "ld-dpo",
+    "slic": "hinge",
+    "rm": "reward",
+}
 _METHODS: Words = {
     spelling: f"--method {word}"
     for word in (*SPECS, *METHOD_WORDS)
@@ -270,6 +278,14 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.class_weights", "", HOW, metavar="balanced|NAME=W,…", also=("--class-weight",)),
     Flag("train.focal_gamma", "", HOW),
     Flag("train.neftune_noise_alpha", "", HOW),
+    Flag("preference.loss", "", HOW, words=_LOSSES,
+         also=("--pref-loss", "--loss-type")),
+    Flag("preference.beta", "", HOW, also=("--pref-beta", "--dpo-beta", "--kto-beta")),
+    Flag("preference.reference", "", HOW),
+    Flag("preference.simpo_gamma", "", HOW),
+    Flag("preference.sft_weight", "", HOW, also=("--rpo-alpha", "--cpo-alpha", "--pref-ftx")),
+    Flag("preference.desirable_weight", "", HOW, also=("--kto-chosen-weight",)),
+    Flag("preference.undesirable_weight", "", HOW, also=("--kto-rejected-weight",)),
     Flag("train.gradient_accumulation_steps", "", HOW, _ROWS),
     Flag("train.per_device_eval_batch_size", "", HOW,
          also=("--eval-batch-size", "--per-gpu-eval-batch-size")),

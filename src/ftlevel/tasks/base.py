@@ -133,6 +133,8 @@ class BaseTask(Task):
         has_new_head: whether the head is new on a pretrained model, and so trained in full.
         writes_text: whether the model writes text.
         finds_ends_by_padding: whether the model finds the end of a row by its padding token.
+        head_like: the task whose head it has, where that is not a kind of its own.
+        pads_apart: whether padding has to be another token than EOS, which ends its rows.
         wants_context: whether a question is asked about a text of its own.
         imagined_labels: names of classes or tags where there is no data to know them from.
     """
@@ -154,8 +156,14 @@ class BaseTask(Task):
     has_new_head: ClassVar[bool] = False
     writes_text: ClassVar[bool] = False
     finds_ends_by_padding: ClassVar[bool] = False
+    head_like: ClassVar[str] = ""
+    pads_apart: ClassVar[bool] = False
     wants_context: ClassVar[bool] = False
     imagined_labels: ClassVar[tuple[str, ...]] = ()
+
+    def configured(self, options: Mapping[str, Any]) -> BaseTask:
+        """Return the task as a configuration or a card has it, by what `card_options` holds."""
+        return self
 
     # ---- the model
 

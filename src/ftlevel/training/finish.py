@@ -21,6 +21,7 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import IN_MEMORY, OutputConfig, TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.errors import RunError
+from ftlevel.evaluation.reference import KEPT
 from ftlevel.events import Listener
 from ftlevel.methods import needs_import
 from ftlevel.models.quantized import stored_quantization
@@ -62,7 +63,12 @@ def keep_best(trainer: FtlevelTrainer, best: KeepBest | None) -> Kept | None:
 
 
 def save(
-    adapted: Adapted, config: TrainConfig, plan: Plan, run: RunDirectory, base: Mapping[str, Any]
+    adapted: Adapted,
+    config: TrainConfig,
+    plan: Plan,
+    run: RunDirectory,
+    base: Mapping[str, Any],
+    start: Any = None,
 ) -> None:
     """Write the adapter, or the whole model, with tokenizer and card; absent or whole.
 
@@ -72,6 +78,7 @@ def save(
         plan: its plan.
         run: where to.
         base: what `describe_base` says of it.
+        start: temporary directory with the adapter as it began, where it is to be kept.
     """
     model, partial = adapted.model, run.adapter.with_name(".adapter.partial")
     finish_method(model, config.method)
@@ -83,6 +90,8 @@ def save(
     else:
         model.save_pretrained(str(partial))
         write_former_rope(partial)
+    if start is not None:
+        shutil.copytree(start.name, partial / KEPT)
     plan.model.tokenizer.save_pretrained(str(partial))
     is_local = base["kind"] in ("directory", "gguf")
     path = relative_place(Path(base["name"]), run.adapter) if is_local else ""

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from ftlevel.data.prepare.sampling import RowsAndNothing, ShareOfSteps
 from ftlevel.errors import is_out_of_memory
+from ftlevel.fast.head.likelihoods import plain_loss, sum_of_ratios, with_baseline
 from ftlevel.fast.head.loss import compute_shared_prefix, supervised_loss
 from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.fast.parallel_workers import ParallelWorkers
@@ -20,7 +21,7 @@ from ftlevel.fast.prefixes.shared_prefix import SharedPrefix
 from ftlevel.fast.step import FastStep
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
-from ftlevel.task import Objective, TrainingLoss
+from ftlevel.task import LikelihoodObjective, Objective, TrainingLoss
 from ftlevel.training.memory.smaller_steps import SmallerSteps
 from ftlevel.training.processes import Processes
 
@@ -88,6 +89,7 @@ class FtlevelTrainer(Trainer):
         self._trained: list[torch.Tensor] = []
         self._operations_per_token = 0
         self._in_training = False
+        self._baseline: torch.Tensor | None = None
         self._compute_dtype = ""  # accelerate's, once it has prepared the model
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
@@ -261,6 +263,8 @@ class FtlevelTrainer(Trainer):
     ) -> Any:
         """Return the micro-batch's share of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
+        if self._baseline is not None:
+            inputs = {**inputs, "verdicts": with_baseline(inputs["verdicts"], self._baseline)}
         outputs = None
         if self.fast is not None and self.fast.cross_entropy is not None and not return_outputs:
             total = supervised_loss(
@@ -268,14 +272,11 @@ class FtlevelTrainer(Trainer):
                 smoothing=self.loss.smoothing,
             )  # fmt: skip
         else:
-            fed, labels = self.objective.split(inputs)
-            outputs = model(**fed)
-            logits = self.objective.logits(outputs)
-            total = self.objective.training_sum(logits, labels, mask, self.loss)
+            total, labels, outputs = plain_loss(model, self.objective, inputs, mask, self.loss)
         count = num_items_in_batch
         if count is None:
             count = self.objective.training_count(labels, self.loss)
-        loss = total * 0 if self._is_nothing else total / count
+        loss = (total * 0 if self._is_nothing else total / count).sum()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         if self.penalty is not None and model.training:
@@ -334,11 +335,39 @@ class FtlevelTrainer(Trainer):
         """
         if not batch_samples:
             return None
+        self.prepare_step(batch_samples, device)
         counted = [batch for batch in batch_samples if not batch.get("is_nothing")]
         total = self.count_targets(counted, device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
-            total = self.accelerator.gather(total).sum()
+            total = self._sum_over_processes(total)
         return total
+
+    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        gathered: torch.Tensor = self.accelerator.gather(value.reshape(1, -1))
+        return gathered.sum(0).reshape(value.shape)
+
+    def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
+        """Compute what a step of `batches` (mutated) has to know before its micro-batches.
+
+        That is the mean reward of what its rows contrast with, over all processes, which is then
+        the same however the step is cut.
+        """
+        if not (isinstance(self.objective, LikelihoodObjective) and self.objective.needs_baseline):
+            return
+        contrasts = [
+            _to_device(part, device)
+            for batch in batches
+            for part in batch.pop("contrasts")
+            if not batch.get("is_nothing")
+        ]
+        head = self.fast.cross_entropy if self.fast is not None else None
+        with self.compute_loss_context_manager():
+            total = sum_of_ratios(head, self.model, self.objective, contrasts)
+        total = total.to(device)
+        if self.args.world_size > 1:
+            total = self._sum_over_processes(total)
+        self._baseline = (total[0] / total[1]).clamp(min=0)
+        self._in_training = False
 
     def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """Return the number of targets of `batches` in this process, or their weight (a scalar)."""
@@ -347,7 +376,7 @@ class FtlevelTrainer(Trainer):
         if not counts:  # of the type that other processes count in
             weighed = bool(self.loss.class_weights)
             return torch.zeros((), dtype=torch.float32 if weighed else torch.long, device=device)
-        return torch.stack([count.to(device) for count in counts]).sum()
+        return torch.stack([count.to(device) for count in counts]).sum(0)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the sum over the micro-batches of Trainer's estimate."""

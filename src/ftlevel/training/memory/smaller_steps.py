@@ -170,4 +170,4 @@ class SmallerSteps:
 
 def _has_parts(inputs: Mapping[str, Any]) -> bool:
     """Whether a micro-batch of the step has several rows."""
-    return any(len(part["labels"]) > 1 for part in inputs.get("micro_batches", ()))
+    return bool(inputs.get("has_parts"))

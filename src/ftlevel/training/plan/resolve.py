@@ -12,7 +12,7 @@ from typing import Any
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.chat_templates import choose_chat_template
-from ftlevel.data.encoding.pad_token import choose_pad_token
+from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
 from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.parallel import Progress, be_silent
@@ -119,14 +119,14 @@ def resolve(
     Raises:
         ConfigError: with the first problem found; nothing was loaded or written.
     """
-    task = TASKS[config.task]
+    task = TASKS[config.task].configured(task_options(config))
     config, bare = _read_model(config, task, imagined or Imagined())
     if imagined is not None and imagined.rows is not None:
         data = imagined.rows(task, bare.kind, bare.config)
     else:
         here = "cpu" if imagined is not None and imagined.device else bare.device.value
         data = _prepare(config, task, bare, here, lenient, progress)
-    model_config = _task_config(bare.source, data.facts, bare.tokenizer)
+    model_config = _task_config(bare.source, data.facts, bare.tokenizer, task)
     layers = _keep_every_layer(model_config)
     meta = build_task_model(model_config, bare.auto_class)
     _check_checkpointing(config, meta, bare.device.value)
@@ -183,6 +183,12 @@ def resolve(
     return plan
 
 
+def task_options(config: TrainConfig) -> dict[str, Any]:
+    """Return what `BaseTask.configured` takes of a configuration."""
+    smoothing = config.train.label_smoothing_factor
+    return {"preference": {**config.preference.model_dump(), "smoothing": smoothing}}
+
+
 def _read_model(
     config: TrainConfig, task: BaseTask, imagined: Imagined
 ) -> tuple[TrainConfig, _Bare]:
@@ -201,7 +207,9 @@ def _read_model(
     dtype = choose_precision(config, device.value, bare.model_type)
     tokenizer = imagined.tokenizer or load_tokenizer(source)
     template = choose_chat_template(tokenizer, config.data.chat_template)
-    spelling = [choice for choice in (template, choose_pad_token(tokenizer)) if choice]
+    padding = choose_pad_token(tokenizer)
+    padding = (pad_apart_from_eos(tokenizer) if task.pads_apart else None) or padding
+    spelling = [choice for choice in (template, padding) if choice]
     return config, _Bare(source, bare, kind, auto_class, device, dtype, tokenizer, spelling)
 
 
@@ -307,14 +315,18 @@ def _check_checkpointing(config: TrainConfig, model: Any, device: str) -> None:
         )
 
 
-def _task_config(source: ModelSource, facts: Mapping[str, Any], tokenizer: Any) -> Any:
+def _task_config(
+    source: ModelSource, facts: Mapping[str, Any], tokenizer: Any, task: BaseTask
+) -> Any:
     overrides: dict[str, Any] = {}
     if facts["problem_type"]:
         overrides |= {"problem_type": facts["problem_type"], "num_labels": 1}  # of a quantity
     if facts["labels"]:
         overrides |= label_overrides(facts["labels"])
     config = load_config(source, **overrides)
-    if getattr(config, "pad_token_id", None) is None:  # CodeGen's has no such field at all
+    if (
+        task.pads_apart or getattr(config, "pad_token_id", None) is None
+    ):  # CodeGen's has no such field at all
         config.pad_token_id = tokenizer.pad_token_id
     return config
 
