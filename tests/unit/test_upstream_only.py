@@ -94,9 +94,12 @@ def find_uses(code: str) -> Iterator[tuple[int, str]]:
             if whose in ("self", "cls", "super()"):
                 if node.attr in INHERITED - STATED and node.attr not in own:
                     yield node.lineno, f"{whose}.{node.attr}"
-            elif (is_private(node.attr) and node.attr not in own) or whose == "torch.ops":
-                if (used := f"{whose}.{node.attr}") not in PUBLIC:
-                    yield node.lineno, used
+            elif whose == "torch.ops" or (
+                is_private(node.attr)
+                and node.attr not in own
+                and f"{whose}.{node.attr}" not in PUBLIC
+            ):
+                yield node.lineno, f"{whose}.{node.attr}"
         elif isinstance(node, ast.Call) and len(node.args) > 1:
             name = node.args[1]
             if (
