@@ -2,6 +2,7 @@
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
 # make suite   run PEFT's own tests on our tuners and on the fused LoRA layers (an hour)
+# make torture kill, damage, fill, fuzz: every row of docs/reliability.md at its full count (two hours)
 # make gpu-sim simulate steps on a card that is not there, and print figures beside their bounds
 # make servers install vLLM, mlx-lm and OpenVINO GenAI, each in an environment of its own (4 GB)
 # make served  hold them and llama.cpp to what was trained, and write the table of docs/serving.md
@@ -13,6 +14,7 @@
 #   make demo DEMO_FLAGS='--max-steps 10'
 #   make matrix MATRIX_FLAGS='--families gpt2,t5 --quants none'
 #   make suite SUITE_FLAGS='prefix prompt'
+#   make torture TORTURE_FLAGS='--only kill disk --share 0.1 --seed 7 --jobs 2'
 #   make test PIP_FLAGS='--no-cache-dir'
 
 PYTHON ?= python3
@@ -22,6 +24,7 @@ DEMO_FLAGS ?=
 MATRIX_FLAGS ?=
 GPU_SIM_FLAGS ?=
 SUITE_FLAGS ?=
+TORTURE_FLAGS ?=
 SERVED_FLAGS ?=
 MODELS ?= .models
 TEST_DIR ?= .test
@@ -39,7 +42,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test demo lint matrix suite gpu-sim servers served clean
+.PHONY: help test demo lint matrix suite torture gpu-sim servers served clean
 .DELETE_ON_ERROR:
 
 help:
@@ -75,6 +78,10 @@ matrix: $(TEST_DIR)/installed
 suite: export OMP_NUM_THREADS ?= 1
 suite: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/peft_suite.py $(SUITE_FLAGS)
+
+torture: export OMP_NUM_THREADS ?= 1
+torture: $(TEST_DIR)/installed
+	$(TEST_BIN)/python scripts/torture.py $(TORTURE_FLAGS)
 
 gpu-sim: export OMP_NUM_THREADS ?= 1
 gpu-sim: export PYTHONPATH := src:tests:scripts

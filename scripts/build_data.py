@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_sets import bible, chat, cldr, docstrings, factbook, wordnet
+from data_sets import bible, chat, cldr, docstrings, factbook, pairs, wordnet
 from data_sets.sources import Sources, deb_licence_text, licence_text
 from data_sets.splits import NAMES, Splits, write_splits
 from wheels import FetchError, Package, put_in_place
@@ -65,6 +65,14 @@ DATA_SETS = (
         licence="BSD-3-Clause",
         build=docstrings.build_summaries,
         reference="c1d413133cfdcff9ee376501338f071a69f0619789463dcf93d2b38751d82a83",
+        packages=docstrings.LIBRARIES,
+    ),
+    DataSet(
+        name="docstring-pairs",
+        task="preference: the authors' first line, and a copied sentence",
+        licence="BSD-3-Clause",
+        build=pairs.build_pairs,
+        reference="67cad2ba0d675ad4ef0cc1bc76e5f99c2f6a0ffe26fd5cdc42f8e9d70c51d11e",
         packages=docstrings.LIBRARIES,
     ),
     DataSet(

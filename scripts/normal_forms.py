@@ -1,7 +1,7 @@
 """Write docs/normal_forms.csv: each PEFT method's normal form on a tiny model, exact or refused.
 
-    python scripts/normal_forms.py            every method, half a minute
-    python scripts/normal_forms.py HIRA MISS  some, shown and not written
+    python scripts/normal_forms.py            every method, a minute of processor time
+    python scripts/normal_forms.py HIRA MISS  some; the others' rows stay as they are
 
 Each adapter is made by plain PEFT and moved at random, so that every tensor counts; ftlevel writes
 it as plain LoRA, and plain PEFT says how far apart the two are. docs/serving.md is made of the
@@ -48,6 +48,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "OFT": {"oft_block_size": 16},
     "PSOFT": {"r": 8},
     "RANDLORA": {"r": 8},
+    "ROAD": {"group_size": 16},
     "SHIRA": {"r": 4},
     "TINYLORA": {"r": 2},
     "VBLORA": {"r": 2, "num_vectors": 16, "vector_length": 16, "topk": 2},
@@ -94,6 +95,9 @@ def measure(base: Path, folder: Path, name: str, kind: str, settings: dict[str, 
     except FtlevelError as error:
         reason = str(error).removeprefix(f"{place.name} cannot be written as peft: ")
         return [name, kind, "refused", "", "", "", "", merges, reason]
+    except Exception as error:  # noqa: BLE001 - PEFT's own layers fail where they are asked
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return [name, kind, "not loaded", "", "", "", "", merges, reason]
     ids = some_ids()
     wanted, got = peft_logits(base, place, ids), peft_logits(base, config.out, ids)
     effect = float((wanted - peft_logits(base, None, ids)).abs().max())
@@ -103,7 +107,7 @@ def measure(base: Path, folder: Path, name: str, kind: str, settings: dict[str, 
 
 
 def main(wanted: list[str]) -> int:
-    """Measure, and write the table where all are measured."""
+    """Measure, and write the table."""
     warnings.simplefilter("ignore")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -114,11 +118,22 @@ def main(wanted: list[str]) -> int:
                 continue
             rows.append(measure(base, folder, name, kind, settings))
             print(" | ".join(rows[-1]).replace(str(folder), ""), flush=True)
-    if not wanted:
-        with CSV.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([COLUMNS, *rows])
+    write(rows)
     return 0
+
+
+def write(rows: list[list[str]]) -> None:
+    """Write the table: rows of methods that were not measured stay as they were."""
+    old: list[list[str]] = []
+    if CSV.is_file():
+        with CSV.open(encoding="utf-8", newline="") as file:
+            old = list(csv.reader(file))[1:]
+    new = {row[0]: row for row in rows}
+    order = [row[0] for row in old] + [row[0] for row in rows]
+    every = {row[0]: row for row in old} | new
+    with CSV.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([COLUMNS, *(every[name] for name in dict.fromkeys(order))])
 
 
 if __name__ == "__main__":

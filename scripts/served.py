@@ -39,7 +39,7 @@ import transformers  # noqa: E402
 
 from ftlevel.commands.export import export  # noqa: E402
 from ftlevel.config import ExportConfig  # noqa: E402
-from ftlevel.config.servers import SERVERS  # noqa: E402
+from ftlevel.config.commands.servers import SERVERS  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
 from ftlevel.merging.serving.answers import Answer, ask  # noqa: E402
 from ftlevel.merging.serving.client import Heard  # noqa: E402
@@ -61,13 +61,15 @@ METHODS = (
     "lora", "rslora", "patterns", "both", "layers", "pissa", "olora", "adalora", "vera", "miss",
     "loha", "delora", "tokens", "embedding", "norms", "dora", "ia3",
 )  # fmt: skip
+SLOW = {"mlx": ["rslora", "patterns", "pissa"]}
+"""What is asked by default of a server that takes seconds a token on a CPU."""
 OURS: dict[str, list[str]] = {
     "ours rslora": ["--rslora"],
     "ours patterns": ["--set", 'method.rank_pattern={"q_proj": 4}',
                       "--set", 'method.alpha_pattern={"k_proj": 3}'],
     "ours pissa": ["--init", "pissa"],
     "ours adalora": ["--method", "adalora", "--learning-rate", "0.05"],
-    "ours vera": ["--method", "vera", "--learning-rate", "0.05"],
+    "ours vera": ["--method", "vera", "--set", "method.r=32", "--learning-rate", "0.05"],
 }  # fmt: skip
 
 
@@ -132,22 +134,22 @@ def cell_of(
 
 
 def answers_of(
-    server: str, python: Path, base: str, places: dict[str, tuple[Path, int]],
+    server: str, python: Path, base: str, places: dict[tuple[str, str], tuple[Path, int]],
     known: dict[str, Known],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what a server answers by each adapter, or why it does not load it.
+    """Return what a server answers by each adapter in each form, or why it does not load it.
 
     vLLM and mlx-lm get all at once, as starting costs the most; llama.cpp one by one, as it ends
     with one that it cannot load.
     """
     rows: list[dict[str, Any]] = [
         {
-            "name": name,
+            "name": f"{name}, {form}",
             "place": str(place),
             "rank_limit": rank_limit(SERVERS[server], rank),
             "prompts": [prompt.ids for prompt in known[name].prompts],
         }
-        for name, (place, rank) in places.items()
+        for (name, form), (place, rank) in places.items()
     ]
     found: dict[str, Any] = {}
     for batch in [[row] for row in rows] if server == "llama.cpp" else [rows]:
@@ -191,17 +193,40 @@ def rows_of(
             continue
         file = out / "adapter.gguf" if server == "llama.cpp" else out
         forms["normal form"][name] = (file, rank)
-    for form, places in forms.items():
-        found = answers_of(server, python, loaded, places, known)
-        for name in places:
-            if isinstance(found[name], str):
-                reason = " ".join(found[name].split())[:200]
-                yield [name, server, version, form, "refused", "", reason]
-                continue
-            own = known[name]
-            cell = cell_of(found[name], own.trained, own.base, BOUNDS[server])
+    every = {
+        (name, form): place for form, places in forms.items() for name, place in places.items()
+    }
+    found = answers_of(server, python, loaded, every, known)
+    for name, form in every:
+        heard, own = found[f"{name}, {form}"], known[name]
+        if isinstance(heard, str):
+            yield [name, server, version, form, "refused", "", " ".join(heard.split())[:200]]
+        else:
+            cell = cell_of(heard, own.trained, own.base, BOUNDS[server])
             yield [name, server, version, form, *cell, ""]
     shutil.rmtree(folder)
+
+
+def made(base: Path, folder: Path, name: str) -> Path:
+    """Return the directory of an adapter, made if it is not there."""
+    place = folder / name.replace(" ", "-")
+    if name in OURS:
+        done = place / "adapter"
+        return done if done.is_dir() else make_ours(base, place, OURS[name])
+    return place if place.is_dir() else make_adapter(base, place, CASES[name].settings)
+
+
+def write_rows(rows: list[list[str]]) -> None:
+    """Write the table: rows of what was not asked stay as they were."""
+    kept: list[list[str]] = []
+    if CSV.is_file():
+        with CSV.open(encoding="utf-8", newline="") as file:
+            asked = {(row[0], row[1]) for row in rows}
+            kept = [r for r in list(csv.reader(file))[1:] if (r[0], r[1]) not in asked]
+    today = date.today().isoformat()
+    with CSV.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([COLUMNS, *kept, *([*row, today] for row in rows)])
 
 
 def main() -> int:
@@ -211,6 +236,7 @@ def main() -> int:
     parser.add_argument("--methods", default=",".join((*METHODS, *OURS)))
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--environments", type=Path, default=ROOT / ".servers")
+    parser.add_argument("--folder", type=Path, help="of base and adapters, kept and used again")
     parser.add_argument("--write", action="store_true", help="write docs/served.csv")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -220,27 +246,30 @@ def main() -> int:
         else arguments.environments / server / "bin" / "python"
         for server in arguments.servers.split(",")
     }  # fmt: skip
-    folder = Path(tempfile.mkdtemp(prefix="served-adapters-"))
-    base = make_base(arguments.model, folder / "base")
-    adapters = {name: make_adapter(base, folder / name, CASES[name].settings)
-                for name in METHODS if name in wanted}  # fmt: skip
-    adapters |= {name: make_ours(base, folder / name.replace(" ", "-"), flags)
-                 for name, flags in OURS.items() if name in wanted}  # fmt: skip
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="served-adapters-"))
+    base = folder / "base"
+    if not base.is_dir():
+        make_base(arguments.model, base)
+    adapters = {name: made(base, folder, name) for name in (*METHODS, *OURS) if name in wanted}
     spoken: dict[str, list[Answer]] = {}
     known = {name: expected(adapter, base, spoken) for name, adapter in adapters.items()}
     rows = []
     for server, python in pythons.items():
         began = time.perf_counter()
-        for row in rows_of(server, python, base, adapters, known):
+        few = (
+            SLOW.get(server, wanted)
+            if arguments.methods == parser.get_default("methods")
+            else wanted
+        )
+        own = {name: adapter for name, adapter in adapters.items() if name in few}
+        for row in rows_of(server, python, base, own, known):
             rows.append(row)
             print(" | ".join(row), flush=True)
         print(f"{server}: {time.perf_counter() - began:.0f} s", flush=True)
     if arguments.write:
-        with CSV.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(
-                [COLUMNS, *([*row, date.today().isoformat()] for row in rows)]
-            )
-    shutil.rmtree(folder)
+        write_rows(rows)
+    if arguments.folder is None:
+        shutil.rmtree(folder)
     silently = [row for row in rows if row[3] == "normal form" and row[4] in ("WRONG", "base")]
     print(f"{len(rows)} cells, {len(silently)} silently wrong after export")
     return 1 if silently else 0

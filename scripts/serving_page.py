@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ftlevel.config.servers import SERVERS, Server
+from ftlevel.config.commands.servers import SERVERS, Server
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _FORMS = ("as PEFT saves it", "normal form")
@@ -113,7 +113,7 @@ def serving_page() -> str:
         INTRODUCTION,
         *_table(_HEAD, [_server_row(server) for server in SERVERS.values()]),
         "",
-        *(f"- {server.title}: {server.note}." for server in SERVERS.values() if server.note),
+        *(f"- {server.note}." for server in SERVERS.values() if server.note),
         _MORE,
         *_served_lines(),
         _MEASURED,
@@ -168,8 +168,9 @@ def _refused_rows() -> list[list[str]]:
 
 _HOW = """\
 SmolLM2-135M cut to 4 layers, real weights and vocabulary; six prompts by token ids, 12 greedy
-tokens each, float32. `right`: texts are PEFT's and logprobs within 0.02 (llama.cpp) or 1e-3 (the others;
-the largest difference is named). `ours` are short runs of ftlevel's, the others plain PEFT's.
+tokens each, float32. `right`: texts are PEFT's and logprobs within 0.02 (llama.cpp) or 1e-3 (the
+others; the largest difference is named). `ours` are short runs of ftlevel's, the others plain
+PEFT's.
 
     make servers served
 """

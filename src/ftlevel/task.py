@@ -101,6 +101,11 @@ class Task(ABC):
     checks: ClassVar[Checks] = Checks()
     split_words: ClassVar[str] = "split into several"
 
+    @property
+    def decides(self) -> Mapping[str, Any]:
+        """What of the configuration decides the rows, beside the data section."""
+        return {}
+
     @abstractmethod
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
@@ -219,6 +224,7 @@ class Objective(ABC):
     def split(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
         """Return what the model is called with, and the labels."""
         inputs = dict(batch)
+        inputs.pop("verdicts", None)
         labels = inputs["labels"] if self.feeds_labels else inputs.pop("labels")
         return inputs, labels
 
@@ -282,6 +288,15 @@ class Objective(ABC):
     def meter(self) -> Meter:
         """Return a new meter; it is updated with what `targets` returns."""
 
+    @property
+    def first_loss(self) -> float | None:
+        """What the loss of the first step has to be, where that is known."""
+        return None
+
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return what has to be said of metrics that look better than they are."""
+        return []
+
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
         """Return the mean loss of guessing without reading, by how often `rows` have each answer.
 
@@ -298,3 +313,46 @@ class TokenObjective(Objective):
     @abstractmethod
     def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where targets are predicted in the flattened (batch, seq), and the targets."""
+
+    @property
+    def of_tokens(self) -> TokenObjective:
+        """What it is where each token has a loss of its own."""
+        return self
+
+
+@dataclass(frozen=True)
+class LikelihoodObjective(TokenObjective):
+    """What depends on how likely whole answers are, and not on each of their tokens by itself.
+
+    A batch has `verdicts` (answers, 3), as of `Encoded.verdicts`. A row may have several answers,
+    which stand side by side in one batch.
+
+    Attributes:
+        needs_reference: whether it compares with the model as it began.
+        needs_baseline: whether the mean reward of the rows' contrasts is taken off the rewards,
+            which has to be known before the step.
+    """
+
+    needs_reference: bool = False
+    needs_baseline: bool = False
+
+    @abstractmethod
+    def answers(self, each: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return (answers, 2): the log-likelihood of each answer, and its number of tokens.
+
+        Args:
+            each: (targets,) log-likelihoods in the order of `locate`, float32.
+            labels: (answers, seq).
+        """
+
+    @abstractmethod
+    def judge(
+        self, answers: torch.Tensor, verdicts: torch.Tensor, *, training: bool
+    ) -> torch.Tensor:
+        """Return the loss summed over what it is the mean of (a scalar, or several terms).
+
+        Args:
+            answers: as `answers` gave them.
+            verdicts: (answers, 3).
+            training: as `training_count` counts; otherwise as `count` does, a scalar.
+        """

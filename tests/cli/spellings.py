@@ -312,7 +312,7 @@ SPELLINGS: list[Spelled] = [
         ("--eos_token '<|im_end|>'", "the tokenizer and its tokens are the model's own"),
         ("--config sft_config.yaml", "ftlevel recipes convert"),
         ("--dataset_test_split test", "--validation-file names others"),
-        ("--beta 0.1", "not from preferences or rewards"),
+        ("--reward_funcs accuracy", "writes none while it learns"),
     ),
     *_sets(
         AXOLOTL, "llama-3/qlora.yml",
@@ -387,7 +387,7 @@ SPELLINGS: list[Spelled] = [
     *_answers(
         LLAMA_FACTORY, "train_lora",
         ("--template qwen3_nothink", "the chat template is the model's own"),
-        ("--stage dpo", "not from preferences or rewards"),
+        ("--stage ppo", "writes none while it learns"),
         ("--ddp_timeout 180000000", "--num-processes N"),
         ("--use_galore", "ftlevel list-methods"),
         ("--dataset_dir data", "--dataset FILE"),
@@ -428,7 +428,7 @@ SPELLINGS: list[Spelled] = [
         ("--model_author swift", "a run makes no rows about itself"),
         ("--num_labels 2", "the classes are counted in the data"),
         ("--init_weights lora-ga", "'lora-ga' is not known"),
-        ("--rlhf_type dpo", "not from preferences or rewards"),
+        ("--rlhf_type grpo", "writes none while it learns"),
     ),
     *_sets(
         TRL, "trl sft",

@@ -184,12 +184,12 @@ DPO = [{"prompt": f"q{i}", "chosen": fact(i), "rejected": fact(i + 50)} for i in
 @pytest.mark.parametrize(
     ("rows", "message", "way"),
     [
-        (KTO, "rows.jsonl:1: 'label' is false in 4 of 12 rows: bad answers, as for preference "
-         "training (KTO), which --task text-generation would learn as good ones. Remove these "
-         "rows, or pass --format prompt-completion if 'label' says something else.",
+        (KTO, "rows.jsonl:1: 'label' is false in 4 of 12 rows: bad answers, as for --task "
+         "preference --loss kto, which --task text-generation would learn as good ones. Remove "
+         "these rows, or pass --format prompt-completion if 'label' says something else.",
          ["--format", "prompt-completion"]),
         (DPO, "columns 'chosen' and 'rejected' are for preference training, which --task "
-         "text-generation does not do. To learn from the chosen answers "
+         "text-generation does not do: --task preference does. To learn from the chosen answers "
          "alone, as if there were no others: --map prompt=prompt --map completion=chosen.",
          ["--map", "prompt=prompt", "--map", "completion=chosen"]),
     ],

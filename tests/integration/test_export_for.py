@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from export_cases import ModelDir, exportable
 from ftlevel.cli.app import run
-from ftlevel.config.servers import SERVERS
+from ftlevel.config.commands.servers import SERVERS
 from served_cases import CASES, make_adapter
 from tiny_models import save_tiny
 

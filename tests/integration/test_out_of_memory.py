@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,79 @@ def test_the_steps_are_the_same_in_smaller_parts(
     assert "out of memory" not in capsys.readouterr().err
     small_memory(300)
     assert run([*ROWS, *more, "--output-dir", "parts"]) == 0
-    assert "out of memory at step 1: micro-batches have" in capsys.readouterr().err
+    assert "out of memory before the first step: micro-batches have" in capsys.readouterr().err
     assert losses("parts") == pytest.approx(losses("whole"), rel=1e-4)
     summaries = [json.loads(Path(n, "summary.json").read_text()) for n in ("whole", "parts")]
-    assert summaries[0]["speed"]["halved_for_memory"] == []
-    halved = summaries[1]["speed"]["halved_for_memory"]
-    assert halved[0]["step"] == 1
+    assert summaries[0]["speed"]["made_smaller_for_memory"] == []
+    halved = summaries[1]["speed"]["made_smaller_for_memory"]
+    assert {entry["step"] for entry in halved} == {0}, "the longest rows are tried first"
     assert halved[-1]["tokens_per_micro_batch"] == summaries[1]["speed"]["tokens_per_micro_batch"]
     assert summaries[0]["timings"].keys() == summaries[1]["timings"].keys()
     tokens = [summary["speed"]["tokens_in_rows"] for summary in summaries]
     assert tokens[0] == tokens[1], "a row is counted once"
+
+
+def test_what_was_made_smaller_stays_so_when_the_run_goes_on(
+    small_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_memory(300)
+    saving = [*ROWS, "--save-steps", "1"]
+    assert run([*saving, "--output-dir", "whole"]) == 0
+    shutil.copytree("whole", "broken")
+    for name in ("adapter", "checkpoints/checkpoint-3"):
+        shutil.rmtree(Path("broken", name))
+    Path("broken/summary.json").unlink()
+    capsys.readouterr()
+    assert run([*saving, "--output-dir", "broken", "--resume"]) == 0
+    assert "out of memory" not in capsys.readouterr().err, "it does not fail again"
+    whole, broken = (Path(n, "adapter/adapter_model.safetensors") for n in ("whole", "broken"))
+    assert whole.read_bytes() == broken.read_bytes()
+    summaries = [json.loads(Path(n, "summary.json").read_text()) for n in ("whole", "broken")]
+    done = [summary["speed"]["made_smaller_for_memory"] for summary in summaries]
+    assert done[0] == done[1] != []
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_row_alone_is_tried_with_checkpointing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    more = ["--set", f"speed.parallel_workers={workers}", "--dtype", "float32"]
+    assert run([*ROWS, *more, "--output-dir", "whole"]) == 0
+    compute = FtlevelTrainer.compute_loss
+
+    def computed(self: Any, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
+        if model.training and not model.get_base_model().is_activation_checkpointing:
+            raise RuntimeError(FULL)
+        return compute(self, model, inputs, *args, **settings)
+
+    monkeypatch.setattr(FtlevelTrainer, "compute_loss", computed)
+    capsys.readouterr()
+    assert run([*ROWS, *more, "--output-dir", "parts"]) == 0
+    assert "with a row alone: activations are recomputed from now on" in capsys.readouterr().err
+    assert losses("parts") == pytest.approx(losses("whole"), rel=1e-4)
+    summary = json.loads(Path("parts/summary.json").read_text())
+    done = summary["speed"]["made_smaller_for_memory"]
+    assert done[-1] == {"step": 0, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("where", [1, 2])
+def test_memory_that_fails_later_is_met_in_that_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: int
+) -> None:
+    more = ["--dtype", "float32", "--gradient-checkpointing"]
+    assert run([*ROWS, *more, "--output-dir", "whole"]) == 0
+    compute, failed = FtlevelTrainer.compute_loss, []
+
+    def computed(self: Any, model: Any, *args: Any, **settings: Any) -> Any:
+        if model.training and self.state.global_step == where and not failed:
+            failed.append(where)
+            raise RuntimeError(FULL)
+        return compute(self, model, *args, **settings)
+
+    monkeypatch.setattr(FtlevelTrainer, "compute_loss", computed)
+    assert run([*ROWS, *more, "--output-dir", "parts"]) == 0
+    assert f"out of memory at step {where + 1}: micro-batches have" in capsys.readouterr().err
+    assert losses("parts") == pytest.approx(losses("whole"), rel=1e-4)
 
 
 @pytest.mark.parametrize("fast", ["--fast", "--no-fast"])

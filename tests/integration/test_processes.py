@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ftlevel import TrainConfig, train
+from ftlevel.cli.startup import launch
 from ftlevel.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -198,3 +199,41 @@ def test_no_process_outlives_its_launcher(
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)
     assert list((tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json"))
+
+
+def test_a_run_whose_process_was_killed_is_started_again(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    more = ("--max-steps", "60", "--num-processes", "2", "--logging-steps", "1", "--save-steps",
+            "2", "--lora-dropout", "0.1")  # fmt: skip
+    model, out = tiny_model_dir("llama"), tmp_path / "run"
+    subprocess.run(command(model, rows, tmp_path / "whole", *more), check=True, capture_output=True)
+    launcher = subprocess.Popen(
+        command(model, rows, out, *more, "--max-restarts", "1", "--overwrite"),
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    started(launcher, out / "metrics.jsonl")[1].kill()
+    _, error = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, error
+    assert "it is started again with --resume; 0 restarts are left" in error
+    name = "adapter/adapter_model.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "starts"),
+    [([1, 1, 0], 0, 3), ([1, 1, 1, 1], 1, 3), ([2], 2, 1), ([143], 143, 1), ([0], 0, 1)],
+)
+def test_only_a_run_that_failed_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, given: list[int], code: int, starts: int
+) -> None:
+    lines = []
+
+    def once(arguments: Sequence[str], count: int, told: list[int]) -> int:
+        lines.append(list(arguments))
+        return given[len(lines) - 1]
+
+    monkeypatch.setattr(launch, "_launch_once", once)
+    assert launch.launch(["train", "--output-dir", "x", "--overwrite"], 2, restarts=2) == code
+    assert len(lines) == starts
+    assert all(line == ["train", "--output-dir", "x", "--resume"] for line in lines[1:])

@@ -67,7 +67,7 @@ def test_a_run_proves_itself(arguments: list[str], frozen: int) -> None:
     assert summary["metrics"]["perplexity"] > 1
     files = {p.name for p in Path("run").iterdir()}
     assert files == {".ftlevel.json", "README.md", "adapter", "checkpoints", "config.yaml",
-                     "metrics.jsonl", "places.json", "summary.json"}  # fmt: skip
+                     "metrics.jsonl", "places.json", "report.html", "summary.json"}  # fmt: skip
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
     assert card["base"]["name"] == "builtin:tiny-llama"
     assert card["prompt"]["kind"] == "chat-template"

@@ -198,6 +198,9 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         lines += [f"Its {len(names):,} labels: {shown}{more}.", ""]
     if summary["loss_window"]:
         lines += [f"Training loss {loss_words(summary)}.", ""]
+    if left_out := summary.get("left_out"):
+        lines += [f"Steps left out, because the loss was not finite or leapt: {len(left_out):,}."]
+        lines += [""]
     lines += ["## Use", "", "```sh", generate_command(summary["run"], summary["task"]), "```", ""]
     if names and summary["method"] != "full" and summary["model"].get("kind") != "builtin":
         lines += _named_labels(summary, needs_import)

@@ -11,7 +11,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.errors import ConfigError, InputError, listing
+
+_in_place: list[Path] = []
+"""What this process has put in place, whole."""
+
+
+def describe_interrupt() -> str:
+    """Say of a command that was interrupted what there is of its output: all of it, or nothing."""
+    whole = [path for path in _in_place if path.exists()]
+    if not whole:
+        return "interrupted; nothing was kept."
+    return f"interrupted; {listing(map(str, whole))} was written before that, and is whole."
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,15 +101,16 @@ def placed_directory(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     if partial.exists():  # of a process that was killed
         shutil.rmtree(partial)
-    _make(partial)
     try:
+        _make(partial)
         yield partial
         for file in sorted(p for p in partial.rglob("*") if p.is_file()):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         partial.rename(path)
+        _in_place.append(path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
 
 
 def check_file_free(flag: str, path: Path, *, overwrite: bool) -> None:
@@ -128,13 +140,23 @@ def placed_files(*paths: Path) -> Iterator[Path]:
     partial = parent / f".{paths[0].name}.partial"
     if partial.exists():  # of a process that was killed
         shutil.rmtree(partial)
-    _make(partial)
     try:
+        _make(partial)
         yield partial
         for path in paths:
             with (partial / path.name).open("rb") as opened:
                 os.fsync(opened.fileno())
         for path in paths:
             (partial / path.name).replace(path)
+            _in_place.append(path)
     finally:
+        _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    """Delete `partial`, though a signal comes meanwhile."""
+    try:
         shutil.rmtree(partial, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -7,7 +7,9 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from ftlevel.errors import InputError
 
 _SAMPLE = 4096
 
@@ -44,8 +46,7 @@ def base_digest(path: Path) -> str:
 
 def _sample_safetensors(path: Path, digest: Any) -> None:
     with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
+        size, header = _read_header(file, path)
         for name in sorted(key for key in header if key != "__metadata__"):
             entry = header[name]
             begin, end = entry["data_offsets"]
@@ -53,6 +54,31 @@ def _sample_safetensors(path: Path, digest: Any) -> None:
             for offset in {begin, (begin + end) // 2, max(begin, end - _SAMPLE)}:
                 file.seek(8 + size + offset)
                 digest.update(file.read(min(_SAMPLE, end - offset)))
+
+
+def _read_header(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
+    """Return the length of a safetensors header and what it says.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > path.stat().st_size:
+            raise ValueError("its header would be longer than the file")
+        header = json.loads(file.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                if not 0 <= begin <= end <= path.stat().st_size:
+                    raise ValueError(f"it has no {name[:80]!r}")
+                entry["dtype"], entry["shape"]
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError) as error:  # fmt: skip
+        raise InputError(
+            f"{path} is not a safetensors file ({error}). Was a copy cut short?"
+        ) from None
+    return size, header
 
 
 def _sample_file(path: Path, digest: Any) -> None:

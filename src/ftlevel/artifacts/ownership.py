@@ -22,8 +22,9 @@ from ftlevel.errors import ConfigError
 
 MARKER = ".ftlevel.json"
 CONFIG, SUMMARY, METRICS, CARD = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
+REPORT = "report.html"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
-OWN = (CONFIG, SUMMARY, METRICS, CARD, ADAPTER, CHECKPOINTS, "places.json", "base",
+OWN = (CONFIG, SUMMARY, METRICS, CARD, REPORT, ADAPTER, CHECKPOINTS, "places.json", "base",
        "tensorboard", "wandb", "mlflow", "trackio")  # fmt: skip
 """Names of all that a run writes into its directory, the marker aside."""
 
@@ -39,6 +40,17 @@ def mark_end(directory: Path) -> None:
     """Note the files of a run that is done: what is found among them later is not its own."""
     marker = _read_marker(directory) or {"run": uuid.uuid4().hex}
     write_json(directory / MARKER, {**marker, "files": sorted(_files(directory))})
+
+
+def mark_end_once(directory: Path) -> None:
+    """Note the files of a run that is done, and that a kill has kept from noting them."""
+    if "files" not in (_read_marker(directory) or {}):
+        mark_end(directory)
+
+
+def is_free(directory: Path) -> bool:
+    """Whether nothing is in `directory` but a marker that a kill has cut short."""
+    return all(path.name == f".{MARKER}.partial" for path in directory.iterdir())
 
 
 def is_run(directory: Path) -> bool:

@@ -12,13 +12,17 @@ def describe_recipe(path: Path) -> dict[str, Any]:
     """Return a recipe's path, its SHA-256, and where its directory is under git, its state there.
 
     `commit` is the checkout's; `changed` whether the recipe differs from it. Both are None outside
-    of a repository, where there is no git, and for a recipe that git does not track.
+    of a repository, where there is no git, and for a recipe that no commit has.
+
+    The recipe may lie in a repository that somebody else made. `git status` would run what its
+    settings name (core.fsmonitor, filters); to look up and to hash an object runs nothing.
     """
     path = path.resolve()
-    known = _git(path, "ls-files", "--error-unmatch", path.name) is not None
-    commit = _git(path, "rev-parse", "HEAD") if known else None
-    changed = bool(_git(path, "status", "--porcelain", "--", path.name)) if commit else None
+    kept = _git(path, "rev-parse", "--verify", "--end-of-options", f"HEAD:./{path.name}")
+    commit = _git(path, "rev-parse", "HEAD") if kept else None
+    own = _git(path, "hash-object", "--no-filters", "--", path.name) if commit else None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    changed = None if commit is None else own != kept
     return {"path": str(path), "sha256": digest, "commit": commit, "changed": changed}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,13 +14,13 @@ from typing import Any
 from ftlevel.artifacts import ownership
 from ftlevel.artifacts.claim import check_unclaimed, claimed
 from ftlevel.artifacts.files import write_json, write_text
-from ftlevel.artifacts.ownership import ADAPTER, CARD, CHECKPOINTS, METRICS, SUMMARY
+from ftlevel.artifacts.ownership import ADAPTER, CARD, CHECKPOINTS, METRICS, REPORT, SUMMARY
 from ftlevel.artifacts.ownership import CONFIG as CONFIG
 from ftlevel.errors import ConfigError
 
 ORIGIN = "origin.json"
 """In checkpoints: everything that must be the same when a run goes on."""
-_CHANGES = "changes.jsonl"
+_CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
 
 
 class RunDirectory:
@@ -30,6 +31,7 @@ class RunDirectory:
         adapter: where the adapter, or the model of `--method full`, is saved.
         checkpoints: where checkpoint-N directories are.
         summary: the file that a run which is done has.
+        report: the page about it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,6 +39,7 @@ class RunDirectory:
         self.adapter = path / ADAPTER
         self.checkpoints = path / CHECKPOINTS
         self.summary = path / SUMMARY
+        self.report = path / REPORT
 
     def write_config(self, text: str) -> None:
         """Write config.yaml."""
@@ -70,6 +73,28 @@ class RunDirectory:
         path = self.checkpoints / _CHANGES
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [json.loads(line) for line in lines]
+
+    def note(self, note: Mapping[str, Any]) -> None:
+        """Append what happened at a `step`: memory that was too small, a step that was left out."""
+        with (self.checkpoints / _NOTES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(note, default=str) + "\n")
+
+    def rewind_notes(self, step: int) -> None:
+        """Forget what happened after `step`: it will happen again."""
+        path = self.checkpoints / _NOTES
+        if path.is_file():
+            kept = [json.dumps(note) + "\n" for note in self.read_notes() if note["step"] <= step]
+            write_text(path, "".join(kept))
+
+    def read_notes(self) -> list[dict[str, Any]]:
+        """Return what happened in the course of the run; a line that was cut short is left out."""
+        path, notes = self.checkpoints / _NOTES, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            with contextlib.suppress(ValueError):
+                note = json.loads(line)
+                if isinstance(note, dict) and isinstance(note.get("step"), int):
+                    notes.append(note)
+        return notes
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -124,7 +149,7 @@ def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> No
         if not directory.is_dir():
             raise ConfigError(f"--output-dir {directory} is a file. Name a directory.")
         check_unclaimed(directory)
-        if any(directory.iterdir()):
+        if not ownership.is_free(directory):
             _check_kind(directory, overwrite, resume)
     elif directory is not None and directory.is_symlink():
         raise ConfigError(
@@ -173,7 +198,7 @@ def open_run(
         path = directory or _next_free(Path("runs"), name)
         path.mkdir(parents=True, exist_ok=True)
         with claimed(path):
-            if overwrite and any(path.iterdir()):
+            if overwrite and not ownership.is_free(path):
                 ownership.check_replaceable(path)
                 kept = ownership.set_aside(path)
             elif ownership.is_run(path) and not resume:
@@ -181,7 +206,11 @@ def open_run(
             ownership.mark(path)
             run = RunDirectory(path)
             run.checkpoints.mkdir(exist_ok=resume)
-            for left in (path / METRICS, run.checkpoints / _CHANGES):  # by what was killed
+            for left in (
+                path / METRICS,
+                run.checkpoints / _CHANGES,
+                run.checkpoints / _NOTES,
+            ):  # by what was killed
                 left.unlink(missing_ok=True)
     except FileExistsError:
         raise ConfigError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ftlevel._version import __version__
+from ftlevel.artifacts.files import describe_interrupt
 from ftlevel.cli.screens.lasting import discard
 from ftlevel.cli.startup.heavy_imports import heavy_imports
 from ftlevel.cli.startup.launch import is_follower, is_launched
@@ -34,6 +35,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.preview:preview",
         "Show rows as the model will see them, and what is wrong with the data.",
     ),
+    "plan": (
+        "ftlevel.cli.insight.plan:plan",
+        "Say what a run needs before it begins: memory by part, what fits, time, disk.",
+    ),
     "evaluate": (
         "ftlevel.cli.evaluate:evaluate",
         "Score a run, an adapter or a model with its task's metrics.",
@@ -46,17 +51,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.generate:generate",
         "Let a trained run, an adapter or a model answer a prompt.",
     ),
+    "report": (
+        "ftlevel.cli.insight.report:report",
+        "Write one HTML page about a run, or several side by side.",
+    ),
     "merge": ("ftlevel.cli.merge:merge", "Merge an adapter into its base and write a plain model."),
     "quantize": (
         "ftlevel.cli.quantize:quantize",
         "Write a model in 4 or 8 bits, and measure what that costs.",
     ),
     "export": (
-        "ftlevel.cli.export:export",
+        "ftlevel.cli.serving.export:export",
         "Write a run, an adapter or a model for a server, and check what was written.",
     ),
     "check-served": (
-        "ftlevel.cli.check_served:check_served",
+        "ftlevel.cli.serving.check_served:check_served",
         "Ask a server the recorded prompts, and say whose answers it gives.",
     ),
     "recipes": (
@@ -70,6 +79,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list-methods": (
         "ftlevel.cli.list_methods:list_methods",
         "Show which methods there are, and what works with what.",
+    ),
+    "doctor": (
+        "ftlevel.cli.insight.doctor:doctor",
+        "Say what this machine can do, and what to install.",
     ),
 }
 """Command → (where it is written, first line of its help; a test holds the two together)."""
@@ -135,7 +148,6 @@ _NOISY = ("torchao", "torch.utils._pytree")
 
 _LONGEST_REASON = 300  # characters
 
-_INTERRUPTED = "interrupted; nothing was kept."
 _CTRL_C = 130
 _PEER_IS_GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
@@ -153,13 +165,13 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; every error ends here as a line."""
-    # Libraries draw progress bars through tqdm, which reads this when it is first imported.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    wanted = [a for a in arguments if not a.startswith("-")][:1] or completed_command()
+    wanted = [a for a in arguments if not a.startswith("-")][:1]
     try:
+        # Libraries draw progress bars through tqdm, which reads this when it is first imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
         with heavy_imports():
-            app = build_app(wanted)
-        code = app(args=arguments, prog_name="ftlevel", standalone_mode=False, obj=arguments)
+            app = build_app(wanted or completed_command())
+        code = _call(app, arguments)
     except typer.TyperException as error:  # an unknown flag, a missing argument, a bad number
         message = f"{error.format_message()} See: ftlevel {' '.join([*wanted, '--help'])}"
         _report(message)
@@ -200,17 +212,29 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _call(app: typer.Typer, arguments: list[str]) -> Any:
+    """Run the command and return what it does, or its exit code.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted while flags are read, of which Typer makes a code.
+    """
+    code = app(args=arguments, prog_name="ftlevel", standalone_mode=False, obj=arguments)
+    if code == _CTRL_C and was_told_to_end():
+        raise KeyboardInterrupt
+    return code
+
+
 def _end_interrupted(arguments: list[str]) -> int:
-    code = exit_code()
-    _report(_INTERRUPTED)
-    _report_json(arguments, _INTERRUPTED, code)
+    code, message = exit_code(), describe_interrupt()
+    _report(message)
+    _report_json(arguments, message, code)
     return code
 
 
 def _unforeseen(error: Exception) -> tuple[str, int]:
     """Return what to say of an error that is none of ours, and the exit code."""
     if was_told_to_end() or _is_from_ctrl_c(error):
-        return _INTERRUPTED, exit_code()
+        return describe_interrupt(), exit_code()
     if is_out_of_memory(error):
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return f"out of memory: {reason}. Give it fewer rows at once, or a smaller model.", 1
@@ -232,8 +256,10 @@ def _being_read(error: Exception) -> Path | None:
     found, frame = None, error.__traceback__
     while frame is not None:
         if "ftlevel" in frame.tb_frame.f_code.co_filename:
-            held = [v for v in frame.tb_frame.f_locals.values() if isinstance(v, Path)]
-            found = next((path for path in held if path.exists()), found)
+            held = list(frame.tb_frame.f_locals.values())
+            held += [part for value in held for part in getattr(value, "__dict__", {}).values()]
+            paths = (value for value in held if isinstance(value, Path))
+            found = next((path for path in paths if path.exists()), found)
         frame = frame.tb_next
     return found
 

@@ -43,8 +43,9 @@ def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     data, base = summary["data"], summary["base"]
     count = f"{data['examples']:,} examples"
     yield f"  {count} of {data['name']} ({data['split']})"
+    width = max(18, *(len(name) + 1 for name in summary["metrics"]))
     for name, value in summary["metrics"].items():
-        line = f"  {name:<18}"
+        line = f"  {name:<{width}}"
         if base:
             line += f"{_figure(base.get(name))} → "
         line += _figure(value) + _range(summary.get("intervals", {}).get(name))

@@ -25,7 +25,7 @@ def train(given: Given, *, dry_run: bool, as_json: bool, quiet: bool, schema: bo
     config, origin = read_config(given)
     processes = config.train.num_processes or 1
     if processes > 1 and not dry_run and not is_launched():
-        raise typer.Exit(launch(given.arguments, processes))
+        raise typer.Exit(launch(given.arguments, processes, config.train.max_restarts))
     follows = is_follower()
     from ftlevel.cli.screens.screen import open_screen
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ftlevel.commands.export import export
 from ftlevel.config import CheckServedConfig, ExportConfig
-from ftlevel.config.servers import SERVERS
+from ftlevel.config.commands.servers import SERVERS
 from ftlevel.errors import InputError, RunError, listing
 from ftlevel.events import Listener, Silence
 from ftlevel.merging.serving.client import Client, Heard, Refused
@@ -101,13 +101,19 @@ def _ask_url(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
     listed = client.models()
     found = {}
     for number, adapter in enumerate(served.adapters):
-        name = config.model or (
-            adapter.name if adapter.name in listed or len(listed) != 1 else listed[0]
-        )
+        name = config.model or _name_of(adapter, served, listed)
         several = served.facts.get("server") == "llama.cpp" and len(served.adapters) > 1
         more = {"lora": [{"id": number, "scale": 1.0}]} if several else {}
         found[adapter.name] = _ask_one(client, name, adapter, more, listed)
     return found
+
+
+def _name_of(adapter: Recorded, served: Served, listed: list[str]) -> str:
+    """Return what the server calls an adapter, as far as it says."""
+    if adapter.name in listed or (len(listed) != 1 and served.facts.get("server") != "mlx"):
+        return adapter.name
+    # mlx-lm takes any other name for a model that it should load.
+    return "default_model" if served.facts.get("server") == "mlx" else listed[0]
 
 
 def _ask_one(

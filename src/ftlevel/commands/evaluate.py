@@ -23,6 +23,7 @@ from ftlevel.data.sources.packed import STDIN
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import PerRow, interval
 from ftlevel.evaluation.metrics import check_metrics, generates_texts, keep_wanted, wants_texts
+from ftlevel.evaluation.reference import needs_reference, with_reference
 from ftlevel.evaluation.scoring import Evaluator, Writing
 from ftlevel.evaluation.two_models.pair import (
     ModelAnswers,
@@ -97,9 +98,14 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             left = len(held_out.rows)
             listener.warn(f"{lost} too long and not scored; the numbers are of the other {left:,}.")
         evaluator = _evaluator(config, trained, held_out, settings)
+        if needs_reference(evaluator):
+            listener.stage("ask the reference")
+            evaluator = with_reference(evaluator, trained, found)
         listener.stage("score")
         record = PerRow(trained.objective)
         metrics = evaluator(trained.model, record)
+        for remark in trained.objective.remarks(metrics):
+            listener.warn(remark)
         base, base_record = {}, None
         if config.base and _has_comparable_base(found, trained):
             listener.stage("score the base")

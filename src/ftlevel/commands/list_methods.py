@@ -117,7 +117,7 @@ def task_refusal(family: Family, task: str) -> str | None:
     except ConfigError as error:
         return str(error)
     heads = {head.task for head in family.heads}
-    if TASKS[task].has_new_head and task not in heads:
+    if TASKS[task].has_new_head and (TASKS[task].head_like or task) not in heads:
         return f"transformers has no model of {family.name} for --task {task}."
     return None
 

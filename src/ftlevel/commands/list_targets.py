@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -179,13 +178,13 @@ def describe_model(name: str, r: int = 8) -> TargetReport:
     from huggingface_hub.errors import StrictDataclassError
 
     from ftlevel.models.kinds import model_kind
+    from ftlevel.models.strangers.errors import FROM_READERS
     from ftlevel.models.targets import build_meta_model, inspect_model
 
-    bad_config = (ValueError, KeyError, OSError, TypeError, struct.error, StrictDataclassError)
+    config = _load_config(name)
     try:
-        config = _load_config(name)
         found = inspect_model(build_meta_model(config))
-    except bad_config as error:
+    except (*FROM_READERS, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{name}: transformers cannot build a model from its configuration: {reason} "
@@ -219,17 +218,17 @@ def _check_rank(r: int) -> None:
 
 def _load_config(name: str) -> Any:
     """Read the transformers configuration of a model; weights need not be there."""
-    from transformers import AutoConfig
+    from ftlevel.models.loading import load_config
+    from ftlevel.models.sources import ModelSource, resolve_source
+    from ftlevel.models.strangers.directory import check_directory
 
     directory = Path(name).expanduser()
-    if (directory / "config.json").is_file():
-        location, arguments = str(directory), {"local_files_only": True, "trust_remote_code": False}
-    else:
-        from ftlevel.models.sources import resolve_source
-
-        source = resolve_source(name, said=name)
-        location, arguments = source.location, source.arguments()
-    return AutoConfig.from_pretrained(location, **arguments)
+    if not (directory / "config.json").is_file():
+        return load_config(resolve_source(name, said=name))
+    check_directory(directory, name)
+    return load_config(
+        ModelSource(name, "directory", str(directory), local_files_only=True, said=name)
+    )
 
 
 def split_pattern(pattern: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.hub import find_repository
-from ftlevel.artifacts.ownership import replacing
+from ftlevel.artifacts.ownership import mark_end_once, replacing
 from ftlevel.artifacts.recipe import describe_recipe
 from ftlevel.artifacts.run_directory import RunDirectory, check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
@@ -20,6 +20,7 @@ from ftlevel.events import Listener
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on, products_of
+from ftlevel.training.callbacks.recovery import describe_left_out
 from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
@@ -55,6 +56,7 @@ from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
+from ftlevel.training.reference.fill import describe_first_loss, fill_reference
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
@@ -237,27 +239,22 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     origin = origin_of(config, plan, describe_taken(plan, job.taken))
     going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
     if (summary := going_on.finished) is not None:
-        listener.end({**summary, "nothing_left": describe_end(config, summary)})
-        return TrainResult(summary, config.output.dir, None, plan.model.tokenizer)
+        return _end_finished(job, summary)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
+    plan, reference = fill_reference(config, plan, adapted, listener)
     verified = verify_step(config, plan, adapted, listener)
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
     plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
     if processes.is_first:
-        held.enter_context(claimed(run.path))
-        held.enter_context(replacing(run.path))
-        if going_on.checkpoint is None:
-            digest = BaseDigest(plan.model.source.path)
-            digest.keep(run.checkpoints)
-            held.callback(digest.wait)
+        _hold(run, plan, held, begins=going_on.checkpoint is None)
     held.enter_context(telling_what_is_kept(run))
     trainer = build_trainer(config, plan, adapted, run, going_on, processes)
-    watch = add_callbacks(trainer, config, plan, run, listener, processes)
-    go_on(watch, run, going_on, processes)
+    checkpoint = going_on.checkpoint
+    watch = add_callbacks(trainer, config, plan, run, listener, processes, checkpoint)
+    go_on(trainer, watch, run, going_on, processes)
     for callback in job.callbacks:
         trainer.add_callback(callback)
-    checkpoint = going_on.checkpoint
     if processes.is_first:
         told = describe_run(config.output, resolved_config(config, plan), run, going_on.past)
         watch.report.writers += held.enter_context(
@@ -266,6 +263,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
 
     listener.stage("train")
     with watch.interrupt, explain_disk_errors(run), products_of(config, plan):
+        if checkpoint is None and not plan.data.stream:
+            trainer.smaller.try_longest(plan.data.train, plan.model.dtype)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.interrupt.has_stopped:
         raise Interrupted(describe_stop(run, trainer.state), watch.interrupt.exit_code)
@@ -278,7 +277,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
 
     listener.stage("save and check")
     with explain_disk_errors(run):
-        save(adapted, config, plan, run, base)
+        save(adapted, config, plan, run, base, reference.start if reference else None)
     outcome = Outcome(
         run=run.path,
         recipe=job.recipe,
@@ -291,19 +290,57 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         speed=describe_speed(trainer, asdict(verified) if verified else None),
         kept=kept,
         changes=run.read_changes(),
+        left_out=describe_left_out(run.read_notes()),
     )
-    summary = _tell(config, plan, outcome, run, listener)
+    of_reference: dict[str, Any] = {}
+    if reference is not None:
+        about, notes = describe_first_loss(reference, config, plan, outcome.records)
+        of_reference = {"reference": about}
+        for note in notes:
+            listener.warn(note)
+    summary = _tell(config, plan, outcome, run, listener, of_reference)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
 
 
+def _end_finished(job: _Job, summary: Mapping[str, Any]) -> TrainResult:
+    """Say that a run that was to go on is at its end, and return what it gave."""
+    config, where = job.taken.config, job.taken.config.output.dir
+    if job.processes.is_first and where is not None:
+        mark_end_once(where)
+    job.listener.end({**summary, "nothing_left": describe_end(config, summary)})
+    return TrainResult(summary, where, None, job.plan.model.tokenizer)
+
+
+def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack, *, begins: bool) -> None:
+    """Claim the run's directory until `held` ends, and read the base's bytes where it begins."""
+    held.enter_context(claimed(run.path))
+    held.enter_context(replacing(run.path))
+    if begins:
+        digest = BaseDigest(plan.model.source.path)
+        digest.keep(run.checkpoints)
+        held.callback(digest.wait)
+
+
 def _tell(
-    config: TrainConfig, plan: Plan, outcome: Outcome, run: RunDirectory, listener: Listener
+    config: TrainConfig,
+    plan: Plan,
+    outcome: Outcome,
+    run: RunDirectory,
+    listener: Listener,
+    of_reference: Mapping[str, Any],
 ) -> Mapping[str, Any]:
     """Write what the run gave, say it, upload it if that is wanted, and return it."""
-    summary = build_summary(config, plan, outcome) | {"next": next_commands(plan, run)}
+    summary = {
+        **build_summary(config, plan, outcome),
+        **of_reference,
+        "next": next_commands(plan, run),
+    }
     with explain_disk_errors(run):
         write_results(run, config, summary)
-    for warning in [*find_nothing_learned(summary, plan), *find_worse_than_before(summary)]:
+    remarks = plan.objective.remarks(summary["metrics"])
+    for warning in [
+        *find_nothing_learned(summary, plan), *find_worse_than_before(summary), *remarks
+    ]:  # fmt: skip
         listener.warn(warning)
     end_run(config.output, run, summary, listener)
     return summary

@@ -20,6 +20,7 @@ from ftlevel.config.train import TrainConfig
 CONFIGS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "preview": TrainConfig,
+    "plan": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "generate": GenerateConfig,

@@ -32,8 +32,12 @@ from ftlevel.config.other_tools.values import (
 from ftlevel.config.reading.words import METHOD_WORDS
 
 _ROWS = ("train", "preview")
-_EVERY = ("train", "preview", "evaluate", "predict", "generate", "merge", "quantize",
-          "export", "check-served", "list-targets", "list-methods")  # fmt: skip
+_LIKE_TRAIN = ("train", "preview", "plan")
+AS_TRAIN = ("plan",)
+"""Commands that take the flags of train."""
+_EVERY = ("train", "preview", "plan", "report", "doctor", "evaluate", "predict", "generate",
+          "merge", "quantize", "export", "check-served", "list-targets",
+          "list-methods")  # fmt: skip
 _QUIET = ("train", "merge", "quantize", "export", "check-served")
 _TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
 
@@ -69,6 +73,14 @@ _OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
     "paged_lion": "paged_lion_32bit",
     "lion": "lion_32bit",
+}
+_LOSSES = {
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo-norm",
+    "dpo_norm": "dpo-norm",
+    "ld_dpo": "ld-dpo",
+    "slic": "hinge",
+    "rm": "reward",
 }
 _METHODS: Words = {
     spelling: f"--method {word}"
@@ -112,13 +124,15 @@ _COLUMNS = tuple(
 
 FLAGS: tuple[Flag, ...] = (
     # Arguments.
-    Flag(names="[RECIPE]", dest="recipe_file", type=Path,
+    Flag(names="[RECIPE]", on=("train", *AS_TRAIN), dest="recipe_file", type=Path,
          help="A recipe, or the config.yaml of a run."),
     Flag(names="[RECIPE|RUN]", on=("preview",), dest="recipe_file", type=Path,
          help="A recipe, or the directory of a run."),
     Flag("name", "RUN|ADAPTER|MODEL", on=("evaluate", "predict"), required=True),
     Flag("name", "RUN|ADAPTER|MODEL", on=("generate",)),
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, type=list[str]),
+    Flag(names="RUN...", on=("report",), dest="runs", required=True, type=list[Path],
+         help="Directories of runs that are done."),
     Flag("model", "MODEL", on=("quantize",), required=True),
     Flag("model", "RUN|ADAPTER|MODEL", on=("export",), required=True),
     Flag("out", "OUT", on=("check-served",), required=True),
@@ -258,16 +272,27 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.adam_beta2", "", HOW),
     Flag("train.adam_epsilon", "", HOW),
     Flag("train.max_grad_norm", "", HOW),
+    Flag("train.on_nonfinite", "", HOW),
+    Flag("train.spike_factor", "", HOW),
     Flag("train.label_smoothing_factor", "", HOW, also=("--label-smoothing",)),
     Flag("train.class_weights", "", HOW, metavar="balanced|NAME=W,…", also=("--class-weight",)),
     Flag("train.focal_gamma", "", HOW),
     Flag("train.neftune_noise_alpha", "", HOW),
+    Flag("preference.loss", "", HOW, words=_LOSSES,
+         also=("--pref-loss", "--loss-type")),
+    Flag("preference.beta", "", HOW, also=("--pref-beta", "--dpo-beta", "--kto-beta")),
+    Flag("preference.reference", "", HOW),
+    Flag("preference.simpo_gamma", "", HOW),
+    Flag("preference.sft_weight", "", HOW, also=("--rpo-alpha", "--cpo-alpha", "--pref-ftx")),
+    Flag("preference.desirable_weight", "", HOW, also=("--kto-chosen-weight",)),
+    Flag("preference.undesirable_weight", "", HOW, also=("--kto-rejected-weight",)),
     Flag("train.gradient_accumulation_steps", "", HOW, _ROWS),
     Flag("train.per_device_eval_batch_size", "", HOW,
          also=("--eval-batch-size", "--per-gpu-eval-batch-size")),
     Flag("train.train_sampling_strategy", "", HOW,
          also=(Spelling("--group-by-length", value="group_by_length"),)),
     Flag("train.num_processes", "", HOW, also=("--nproc-per-node",)),
+    Flag("train.max_restarts", "", HOW),
     Flag("train.gradient_checkpointing", "", HOW, words={"unsloth": "true", "auto": "auto"},
          also=("--use-gradient-checkpointing", "--activation-checkpointing",
                Spelling("--disable-gradient-checkpointing", value="false"))),
@@ -299,9 +324,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.temperature", "", HOW),
     Flag("train.top_p", "", HOW),
     # The run.
-    Flag(names="--recipe", panel=RUN, on=_ROWS, type=Path, help="A recipe; flags win over it."),
-    Flag(names="--set", panel=RUN, on=_ROWS, type=list[str], metavar="KEY=VALUE", dest="settings",
-         help="Set any field; repeatable."),
+    Flag(names="--recipe", panel=RUN, on=_LIKE_TRAIN, type=Path,
+         help="A recipe; flags win over it."),
+    Flag(names="--set", panel=RUN, on=_LIKE_TRAIN, type=list[str], metavar="KEY=VALUE",
+         dest="settings", help="Set any field; repeatable."),
     Flag("train.save_strategy", "", RUN,
          also=(Spelling("--saves-per-epoch", read=read_once_an_epoch),)),
     Flag("train.save_steps", "", RUN, also=("--save-step", "--checkpointing-steps")),
@@ -339,7 +365,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names="--quiet -q", panel=GENERAL, on=_QUIET, type=bool, help="Print errors only."),
     Flag(names="--quiet -q", panel=GENERAL, on=("evaluate",), type=bool,
          help="Print the metrics only."),
-    Flag(names="--help-all", panel=GENERAL, on=_ROWS, type=bool, help="Show every flag."),
+    Flag(names="--help-all", panel=GENERAL, on=_LIKE_TRAIN, type=bool, help="Show every flag."),
     Flag(names="--quiet -q", panel=GENERAL, on=("predict",), type=bool,
          help="Print warnings and errors only."),
     Flag(names="--schema", panel=GENERAL, type=bool, help="Print the JSON schema of recipes."),
@@ -351,4 +377,13 @@ FLAGS: tuple[Flag, ...] = (
 
 def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
     """Return the flags that `command` has."""
+    if command in AS_TRAIN:
+        train = [flag for flag in flags if "train" in flag.on and _is_of_the_run(flag)]
+        flags = [flag for flag in flags if flag in train or command in flag.on]
+        return [flag for flag in flags if not flag.answer]
     return [flag for flag in flags if command in flag.on and not flag.answer]
+
+
+def _is_of_the_run(flag: Flag) -> bool:
+    """Whether `flag` says something of a run but where it is written."""
+    return bool(flag.path) and not flag.path.startswith("output.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ftlevel.config.flag import ANSWER, COMPARE, DATA, GENERAL, MODEL, WRITE, Flag
+from ftlevel.config.flag import ANSWER, COMPARE, DAILY, DATA, GENERAL, MODEL, WRITE, Flag
 
 OF_COMMANDS: tuple[Flag, ...] = (
     # preview
@@ -12,6 +12,23 @@ OF_COMMANDS: tuple[Flag, ...] = (
          help="Show row N, from 1; repeatable."),
     Flag(names="--html", panel=WRITE, on=("preview",), type=Path, metavar="FILE",
          help="Write one page that needs nothing else."),
+    # plan
+    Flag(names="--gpu", panel=DAILY, on=("plan",), metavar="NAME|SIZE",
+         help="Plan for this card: h100, a100, l4, rtx4090, …, or its memory, as 24GB."),
+    Flag(names="--probe", panel=DAILY, on=("plan",), type=bool,
+         help="Load the model and run a few real steps, for the time."),
+    Flag(names="--price-per-hour", panel=DAILY, on=("plan",), type=float, metavar="N",
+         help="Of the machine; says what the run costs."),
+    Flag(names="--brief", panel=DAILY, on=("plan",), type=bool,
+         help="Leave out the table of what else fits, which takes most of the time."),
+    # doctor
+    Flag(names="--quiet -q", panel=GENERAL, on=("doctor",), type=bool,
+         help="Print only what something can be done about."),
+    # report
+    Flag(names="--out -o", panel=WRITE, on=("report",), type=Path, metavar="FILE",
+         help="Where the page goes; the default is report.html in the only run."),
+    Flag(names="--predictions", panel=DATA, on=("report",), type=list[Path], metavar="FILE",
+         help="Rows that ftlevel evaluate --predictions wrote (.jsonl); one file a run."),
     # predict
     Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
     Flag("input_format", "", DATA, ("predict", "evaluate")),

@@ -160,6 +160,36 @@ class GateConfig(Section):
     one_class: Annotated[_Whole, Check("one class has nearly all rows", "Balance the rows")] = (
         Field("warn", description="One class has 95 % of the rows or more.")
     )
+    equal_answers: Annotated[
+        _Any, Check("a pair of equal answers", "There is nothing to prefer: remove them")
+    ] = Field("drop", description="A pair whose preferred and rejected answers are equal.")
+    contradicting_pairs: Annotated[
+        _Any, Check("an earlier pair with the answers swapped", "Keep the right one")
+    ] = Field("warn", description="A pair that is an earlier one with the answers swapped.")
+    scores_disagree: Annotated[
+        _Whole,
+        Check(
+            "pairs whose rejected answer has the same score or a better one",
+            "See whether chosen and rejected are swapped",
+        ),
+    ] = Field(
+        "warn", description="Pairs whose own scores say that the rejected answer is no worse."
+    )
+    length_bias: Annotated[
+        _Whole,
+        Check(
+            "the preferred answer can be told by its length",
+            "What is learned may be length: balance the pairs, or use --loss simpo or dpo-norm",
+        ),
+    ] = Field(
+        "warn", description="Pairs that a judge of length alone would get right in 80 % or more."
+    )
+    prompt_in_answer: Annotated[
+        _Whole, Check("answers that begin with their prompt", "See whether the prompt leaked")
+    ] = Field("warn", description="Pairs with an answer that begins with all of the last question.")
+    one_verdict: Annotated[
+        _Whole, Check("all answers have one verdict", "Add answers of the other kind")
+    ] = Field("stop", description="Judged answers that are all good, or all bad.")
     exact_duplicates: Annotated[_Any, Check("the same as an earlier row", "Remove them")] = Field(
         "warn", description="A training row equal to an earlier one but for case and white space."
     )

@@ -12,6 +12,8 @@ TASKS: dict[str, str] = {
     "token-classification": "ftlevel.tasks.tags",
     "question-answering": "ftlevel.tasks.span",
     "masked-lm": "ftlevel.tasks.mask",
+    "preference": "ftlevel.tasks.preferences.policy",
+    "reward": "ftlevel.tasks.preferences.reward",
 }
 
 if TYPE_CHECKING:

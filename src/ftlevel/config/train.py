@@ -10,6 +10,11 @@ from pydantic import BaseModel, Field, model_validator
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.options.optimizer import find_problems
 from ftlevel.config.options.output import OutputConfig
+from ftlevel.config.options.preference import (
+    PreferenceConfig,
+    find_preference_problems,
+    with_loss,
+)
 from ftlevel.config.reading.renamed import with_new_names
 from ftlevel.config.reading.words import in_our_words
 from ftlevel.config.sections import (
@@ -42,6 +47,9 @@ class TrainConfig(Section):
     method: MethodConfig = Field(default_factory=LoraSpec, description="What is trained.")
     data: DataConfig = Field(default_factory=DataConfig, description="The examples.")
     train: TrainerConfig = Field(default_factory=TrainerConfig, description="The optimisation.")
+    preference: PreferenceConfig = Field(
+        default_factory=PreferenceConfig, description="How judged answers are learned."
+    )
     speed: SpeedConfig = Field(default_factory=SpeedConfig, description="How a step is computed.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="What is written.")
 
@@ -88,7 +96,7 @@ class TrainConfig(Section):
         values, _ = in_our_words({key: expand(key, value) for key, value in raw.items()})
         if isinstance(values.get("method"), dict):
             values["method"] = {"kind": "lora", **values["method"]}
-        return values
+        return with_loss(values)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> TrainConfig:
@@ -125,12 +133,30 @@ def _other_problems(config: TrainConfig) -> list[str]:
         problems.append("--resume keeps a run and --overwrite replaces it. Give one of them.")
     if config.output.resume and config.output.dir is None:
         problems.append("--resume needs the run to go on with. Add --output-dir RUN.")
+    if config.train.max_restarts and (config.train.num_processes or 1) == 1:
+        problems.append(
+            "--max-restarts is for several processes (--num-processes N). Of one, the command that "
+            "it prints when it ends goes on: --resume."
+        )
+    elif config.train.max_restarts and config.output.dir is None:
+        problems.append("--max-restarts needs the run to go on with. Add --output-dir RUN.")
+    if config.train.on_nonfinite == "rollback" and config.train.save_strategy == "no":
+        problems.append(
+            "--on-nonfinite rollback goes back to a checkpoint, and --save-strategy no writes "
+            "none. Use --save-steps N, or --on-nonfinite skip."
+        )
     problems += find_problems(config.train)
     if config.train.focal_gamma and config.train.label_smoothing_factor:
         problems.append(
             f"--focal-gamma {config.train.focal_gamma:g} weighs a target by the probability of its "
             "class, and --label-smoothing-factor gives it none of its own. Give one of them."
         )
+    problems += find_preference_problems(
+        config.task,
+        config.preference,
+        config.train.label_smoothing_factor,
+        streaming=config.data.streaming,
+    )
     problems += _timing_problems(config)
     sets, mix = 1 + len(config.data.also), config.data.mix
     if mix is not None and len(mix) != sets:
@@ -223,7 +249,7 @@ def _stream_problems(config: TrainConfig) -> list[str]:
             "--streaming does not know how many rows an epoch has, so it cannot count the steps. "
             "Add --max-steps N."
         )
-    if config.task not in ("text-generation", "summarization", "translation"):
+    if config.task not in _WRITES:
         problems.append(
             f"--streaming cannot be used with --task {config.task}, whose labels, windows or masks "
             "take all rows to know. Drop --streaming: rows are mapped from a file, not held in "
@@ -278,7 +304,7 @@ def _pipe_problems(config: TrainConfig) -> list[str]:
     return problems
 
 
-_WRITES = ("text-generation", "summarization", "translation")
+_WRITES = ("text-generation", "summarization", "translation", "preference")
 _NO_PROMPT = ("token-classification", "question-answering", "masked-lm")
 
 

@@ -59,6 +59,17 @@ class TrainerConfig(Decoding):
         1e-8, description="What AdamW adds to the root of that mean."
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm; 0 is off.")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="What becomes of a step whose loss or gradient is NaN or infinite: stop, leave "
+        "it out (skip), or go back to the newest checkpoint's weights and leave out what came "
+        "since (rollback).",
+    )
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        None,
+        description="Go back to the newest checkpoint's weights where a step's loss is above so "
+        "many times the median of the last 20 steps, and leave the step out; the default is never.",
+    )
     label_smoothing_factor: Share = Field(
         0.0,
         description="Share of each target's probability that is spread over all others, in "
@@ -93,6 +104,11 @@ class TrainerConfig(Decoding):
         None,
         description="Processes that train together, each on a device of its own, and each with "
         "per_device_train_batch_size rows; the default is one, or as torchrun started them.",
+    )
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
+        0,
+        description="How often the processes are started again, from the newest whole checkpoint, "
+        "when one of several fails or is killed.",
     )
     train_sampling_strategy: Literal["random", "group_by_length"] = Field(
         "random",

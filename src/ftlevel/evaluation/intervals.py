@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.task import Meter, Objective, ScoreTexts
+from ftlevel.task import LikelihoodObjective, Meter, Objective, ScoreTexts
 
 PERCENTILES = (2.5, 97.5)
 
@@ -57,9 +57,9 @@ class PerRow:
         mask: torch.Tensor,
     ) -> None:
         """Score every row of a batch by itself."""
-        objective = self.objective
+        objective, width = self.objective, len(logits) // len(rows)
         for index, row in enumerate(rows):
-            own = slice(index, index + 1)
+            own = slice(index * width, (index + 1) * width)
             unit = self.units.setdefault(row.row, Unit(objective.meter()))
             unit.loss += objective.loss_sum(logits[own], labels[own], mask[own]).item()
             unit.targets += int(objective.count(labels[own]))
@@ -80,6 +80,20 @@ class PerRow:
             unit.loss += losses[own].sum().item()
             unit.targets += int(own.sum())
             unit.meter.update(scores[own], targets[own], [row])
+
+    def add_answers(
+        self, rows: Sequence[Encoded], answers: torch.Tensor, verdicts: torch.Tensor
+    ) -> None:
+        """Judge the answers of every row by themselves."""
+        objective, width = self.objective, len(answers) // len(rows)
+        if not isinstance(objective, LikelihoodObjective):
+            raise TypeError("only answers have a log-likelihood")
+        for index, row in enumerate(rows):
+            own = slice(index * width, (index + 1) * width)
+            unit = self.units.setdefault(row.row, Unit(objective.meter()))
+            unit.loss += objective.judge(answers[own], verdicts[own], training=False).item()
+            unit.targets += 1
+            unit.meter.update(answers[own], verdicts[own], [row])
 
     def add_texts(
         self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]

@@ -12,12 +12,13 @@ import torch
 from ftlevel.data.encoding.chat import turn_end
 from ftlevel.data.encoding.collate import Collator, pad
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.evaluation.likelihoods import score_answers
 from ftlevel.evaluation.metrics import keep_wanted
 from ftlevel.fast.head.cross_entropy import Observe
 from ftlevel.fast.head.loss import supervised_loss
 from ftlevel.fast.step import chunked_cross_entropy
 from ftlevel.models.hardware import autocast
-from ftlevel.task import Meter, Objective, ScoreTexts, TokenObjective
+from ftlevel.task import LikelihoodObjective, Meter, Objective, ScoreTexts, TokenObjective
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class Record(Protocol):
         targets: torch.Tensor,
     ) -> None:
         """Tokens of a batch were scored; `owners` are their indices in `rows`."""
+
+    def add_answers(
+        self, rows: Sequence[Encoded], answers: torch.Tensor, verdicts: torch.Tensor
+    ) -> None:
+        """Whole answers of a batch were scored, as of `LikelihoodObjective.judge`."""
 
     def add_texts(
         self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]
@@ -144,6 +150,8 @@ class Evaluator:
 
     def _score(self, model: Any, record: Record | None) -> dict[str, float]:
         objective = self.objective
+        if isinstance(objective, LikelihoodObjective):
+            return score_answers(self, model, record)
         meter, total, count = objective.meter(), 0.0, 0
         pad_id = self.tokenizer.pad_token_id or 0
         collate = Collator(pad_id)
@@ -187,7 +195,7 @@ class Evaluator:
         return observe
 
     def _generated(self) -> Sequence[Encoded]:
-        return self.rows[: self.generated_rows]
+        return [row.branches[0] for row in self.rows[: self.generated_rows]]
 
     def generate(self, model: Any) -> list[str]:
         """Return what `model` writes for the first `generated_rows` rows.

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.attention import packed as attention
@@ -20,6 +21,7 @@ from ftlevel.fast.checks.packing import PackingCheck
 from ftlevel.fast.checks.pruning import PruningCheck
 from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.head.loss import base_model
+from ftlevel.fast.head.needed_tokens import NeededTokens
 from ftlevel.fast.head.pruning import LastLayerPruning
 from ftlevel.fast.layers.dropout import PerWorkerDropout
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
@@ -138,6 +140,10 @@ class FastStep:
             return
         last = find_blocks(self._base)[-1]
         needed, linears = PruningCheck(self._model, last, rows, pad_id, device, dtype)(objective)
+        self.prune(needed, linears)
+
+    def prune(self, needed: NeededTokens | None, linears: Sequence[nn.Module]) -> None:
+        """Have `linears`, if there are some, compute only the tokens that are `needed`."""
         if linears:
             self.plan = replace(self.plan, needed_tokens=needed)
             self._pruning, self.pruned_linears = LastLayerPruning(linears), len(linears)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ from ftlevel.fast.packing.micro_batches import (
 )
 from ftlevel.fast.parallel_workers import duration
 from ftlevel.fast.plan.fast_plan import WORTH_SHARING, FastPlan
-from ftlevel.fast.prefixes.tree import MIN_PREFIX, build_prefix_tree, sort_by_prefix
+from ftlevel.fast.prefixes.tree import (
+    MIN_PREFIX,
+    build_prefix_tree,
+    count_common,
+    sort_by_prefix,
+)
 from ftlevel.task import Objective, TokenObjective
 
 OVERHEAD_TOKENS = 250
@@ -51,6 +57,10 @@ class StepCollator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Return `rows`, their `micro_batches`, whether `in_parallel`, and the `shared_prefix`.
 
+        `has_parts` says whether a micro-batch has several rows, and so could be smaller.
+
+        `contrasts` are the micro-batches of what rows contrast with, where there are some.
+
         A micro-batch is what `Collator` returns, its `layout` (None where rows are padded), and
         for a language head where its targets are `located`, with the targets. A
         shared prefix, if there is one, is the batch of what all rows begin with, and its layout:
@@ -64,15 +74,30 @@ class StepCollator:
                 self._micro_batch(rows, part, partition) for part in schedule.micro_batches
             ],
             "in_parallel": schedule.workers > 1,
+            "has_parts": any(len(part) > 1 for part in schedule.micro_batches),
         }
         if partition.prefix:
             step["shared_prefix"] = self._shared_prefix(rows[0].input_ids[: partition.prefix])
+        if contrasts := [other for row in rows for other in row.contrasts]:
+            step["contrasts"] = [batch for _, batch in self.split(contrasts)]
         return step
+
+    def split(self, rows: Sequence[Encoded]) -> list[tuple[list[int], dict[str, Any]]]:
+        """Return micro-batches of `rows` to be computed one at a time, each with its rows."""
+        partition = _Partition(rows, self._plan)
+        return [
+            (list(part), self._micro_batch(rows, part, partition))
+            for part in partition(self._plan.tokens, 1)
+        ]
 
     def halve(self) -> int:
         """Give micro-batches half as many tokens from now on, and return how many that is."""
         self._plan = replace(self._plan, tokens=max(1, self._plan.tokens // 2))
         return self._plan.tokens
+
+    def share_no_prefix(self) -> None:
+        """Compute what all rows of a step begin with in their micro-batches from now on."""
+        self._plan = replace(self._plan, shared_prefix=False)
 
     def _choose_schedule(self, rows: Sequence[Encoded]) -> _Schedule:
         """Return the fastest way to compute the step, the first of equals."""
@@ -101,7 +126,8 @@ class StepCollator:
         if not self._plan.packs:
             layout = None
         elif partition.is_tree:
-            layout = build_prefix_tree([rows[i].input_ids for i in part], before=partition.prefix)
+            branches = [branch.input_ids for i in part for branch in rows[i].branches]
+            layout = build_prefix_tree(branches, before=partition.prefix)
         else:
             layout = PackedLayout.from_mask(batch["attention_mask"])
         if layout is not None and self._plan.needed_tokens is not None:
@@ -120,13 +146,17 @@ class _Partition:
     """
 
     def __init__(self, rows: Sequence[Encoded], plan: FastPlan) -> None:
-        self._lengths = [len(row.input_ids) for row in rows]
+        self._lengths = [_count_tokens(row, packs=plan.packs) for row in rows]
         self._packs = plan.packs
         self.is_tree = False
         self.prefix = 0
         if plan.packs and plan.prefix_tree:
+            within = [_count_shared(row) for row in rows]
             self._order, self._shared = sort_by_prefix([row.input_ids for row in rows])
-            self.is_tree = sum(self._shared) >= WORTH_SHARING * sum(self._lengths)
+            saved = sum(self._shared) + sum(within)
+            self.is_tree = saved >= WORTH_SHARING * sum(self._lengths)
+            if self.is_tree:
+                self._lengths = [n - own for n, own in zip(self._lengths, within, strict=True)]
 
     def __call__(self, budget: int, multiple: int) -> MicroBatches:
         """Return the rows of each micro-batch of at most `budget` tokens."""
@@ -177,6 +207,19 @@ class _Schedule:
         self.duration = duration(costs, self.workers)
         if partition.prefix:
             self.duration += partition.prefix + OVERHEAD_TOKENS
+
+
+def _count_tokens(row: Encoded, *, packs: bool) -> int:
+    """Return how many tokens the branches of `row` have, or their places in a padded batch."""
+    own = [len(branch.input_ids) for branch in row.branches]
+    return sum(own) if packs else max(own) * len(own)
+
+
+def _count_shared(row: Encoded) -> int:
+    """Return how many tokens of its branches a tree of `row` alone computes once."""
+    branches = row.branches
+    common = [count_common(a.input_ids, b.input_ids) for a, b in pairwise(branches)]
+    return sum(shared for shared in common if shared >= MIN_PREFIX)
 
 
 def _first_needed(row: Encoded) -> int:

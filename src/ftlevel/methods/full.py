@@ -9,7 +9,9 @@ from ftlevel.methods.base import Base, Method, StepSupport
 from ftlevel.methods.facts import QUANTIZED, MethodFacts, Rule, rows
 from ftlevel.methods.rates import Rates
 
-_PRETRAINED_HEAD = frozenset({"text-generation", "summarization", "translation", "masked-lm"})
+_PRETRAINED_HEAD = frozenset(
+    {"text-generation", "summarization", "translation", "masked-lm", "preference"}
+)
 _IS_A_MODEL = "is a model already"
 
 

@@ -42,7 +42,7 @@ _METHOD = Method(
     build=build,
     find_targets=find_targets,
     merging=Merging(
-        ("LN_TUNING",), plain_form=PlainForm(never="trains norms, which are no matrices")
+        ("LN_TUNING",), plain_form=PlainForm(never="trains norms, which are no matrices. Merge it")
     ),
 )  # fmt: skip
 METHODS = {"ln-tuning": _METHOD}

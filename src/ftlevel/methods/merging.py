@@ -38,13 +38,15 @@ def read_peft_config(directory: Path) -> dict[str, Any]:
     """Return adapter_config.json of `directory`.
 
     Raises:
-        InputError: it is missing or not valid.
+        InputError: it is missing, or no configuration of an adapter.
     """
     path = directory / "adapter_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}). Was a copy cut short?") from None
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise InputError(f"{path} is no configuration of an adapter: it names no peft_type.")
     return config
 
 

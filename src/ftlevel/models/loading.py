@@ -32,6 +32,7 @@ from ftlevel.models.module_tree import find_heads, find_unpackable
 from ftlevel.models.quantized import as_quant_config, stored_quantization
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.strangers.directory import check_sizes
+from ftlevel.models.strangers.errors import FROM_READERS
 from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
 from ftlevel.models.upstream.quantizers import keep_trainable_layout
 
@@ -97,7 +98,7 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
             f"{source.words} ends before its header says ({_first_line(error)}). Was the download "
             "cut short?"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (*FROM_READERS, StrictDataclassError) as error:
         raise InputError(f"{source.words}: {_why_not(error)}") from error
     if source.gguf_file:  # of a directory they were looked at before it was built
         check_sizes(config.to_dict(), source.words)
@@ -114,7 +115,7 @@ def _why_not(error: Exception) -> str:
         )
     if "cannot reshape array" in str(error):  # a .gguf whose numbers are not all there
         return f"its tensors are not whole ({_first_line(error)}). Was the download cut short?"
-    if isinstance(error, (StrictDataclassError, TypeError)):
+    if not isinstance(error, (OSError, ValueError)) or isinstance(error, StrictDataclassError):
         return f"its config.json is not one of a model: {' '.join(str(error).split())}"
     return _first_line(error)
 
@@ -136,7 +137,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     try:
         return transformers.AutoTokenizer.from_pretrained(source.location, **source.arguments())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except FROM_READERS as error:
         if source.kind == "directory" and not _holds_tokenizer(Path(source.location)):
             raise InputError(
                 f"{source.words} has no tokenizer. Expected tokenizer.json in {source.location}: "
@@ -154,14 +155,17 @@ def build_task_model(config: Any, auto_class: str) -> Any:
     """Build the model on the meta device: every module with its shape, no weights, no memory.
 
     Raises:
-        InputError: the architecture has no model for the task.
+        InputError: the architecture has no model for the task, or the configuration is of none.
     """
     try:
         with torch.device("meta"), quiet_libraries():
             return getattr(transformers, auto_class).from_config(config)
-    except ValueError as error:
+    except FROM_READERS as error:
         if "Unrecognized configuration class" not in str(error):
-            raise
+            raise InputError(
+                f"a model of type {config.model_type} cannot be built from its config.json "
+                f"({type(error).__name__}: {_first_line(error)}). Check that it is whole."
+            ) from error
         raise InputError(
             f"{config.model_type} has no {auto_class} in transformers {transformers.__version__}."
         ) from None

@@ -76,7 +76,12 @@ class ModelSource:
 
 
 def resolve_source(
-    name: str, revision: str | None = None, trust_remote_code: bool = False, said: str = ""
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    said: str = "",
+    *,
+    needs_weights: bool = True,
 ) -> ModelSource:
     """Find the model called `name`.
 
@@ -85,6 +90,7 @@ def resolve_source(
         revision: branch, tag or commit of a Hub id.
         trust_remote_code: run the model's own Python code.
         said: how errors call it, where the user did not write `--model NAME`.
+        needs_weights: whether a directory must have them; its config is enough for its shape.
 
     Raises:
         InputError: nothing of that name can be reached; the message lists the ways out.
@@ -100,7 +106,7 @@ def resolve_source(
             name, "gguf", str(path.parent), path.name, local_files_only=True, said=said
         )
     if path.is_dir():
-        _check_directory(path, words)
+        _check_directory(path, words, needs_weights)
         return ModelSource(
             name,
             "directory",
@@ -147,7 +153,7 @@ def _check_file(path: Path, words: str) -> None:
         )
 
 
-def _check_directory(path: Path, words: str) -> None:
+def _check_directory(path: Path, words: str, needs_weights: bool) -> None:
     if not (path / "config.json").is_file():
         held = listing(sorted(p.name for p in path.iterdir()), 6) or "nothing"
         if any((path / part / "adapter_config.json").is_file() for part in ("", "adapter")):
@@ -160,7 +166,7 @@ def _check_directory(path: Path, words: str) -> None:
             "Expected a directory that save_pretrained wrote."
         )
     check_directory(path, words)
-    if any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+    if not needs_weights or any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
         return
     old = listing(sorted(p.name for p in path.glob("*.bin")), 3)
     found = f"only pickled weights ({old}), which can run code when read" if old else "no weights"
@@ -191,7 +197,7 @@ def _check_reachable(name: str, revision: str | None, words: str) -> bool:
     )
     if constants.HF_HUB_OFFLINE:
         why = "HF_HUB_OFFLINE is set"
-    elif not _answers(constants.ENDPOINT):
+    elif not answers(constants.ENDPOINT):
         why = f"{urlparse(constants.ENDPOINT).hostname} does not answer"
     else:
         return False
@@ -205,7 +211,7 @@ def _check_reachable(name: str, revision: str | None, words: str) -> bool:
     )
 
 
-def _answers(endpoint: str) -> bool:
+def answers(endpoint: str) -> bool:
     """Return whether the host takes a connection within seconds; a proxy is believed."""
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True

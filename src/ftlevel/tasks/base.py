@@ -133,7 +133,10 @@ class BaseTask(Task):
         has_new_head: whether the head is new on a pretrained model, and so trained in full.
         writes_text: whether the model writes text.
         finds_ends_by_padding: whether the model finds the end of a row by its padding token.
+        head_like: the task whose head it has, where that is not a kind of its own.
+        pads_apart: whether padding has to be another token than EOS, which ends its rows.
         wants_context: whether a question is asked about a text of its own.
+        imagined_labels: names of classes or tags where there is no data to know them from.
     """
 
     name: str
@@ -153,7 +156,14 @@ class BaseTask(Task):
     has_new_head: ClassVar[bool] = False
     writes_text: ClassVar[bool] = False
     finds_ends_by_padding: ClassVar[bool] = False
+    head_like: ClassVar[str] = ""
+    pads_apart: ClassVar[bool] = False
     wants_context: ClassVar[bool] = False
+    imagined_labels: ClassVar[tuple[str, ...]] = ()
+
+    def configured(self, options: Mapping[str, Any]) -> BaseTask:
+        """Return the task as a configuration or a card has it, by what `card_options` holds."""
+        return self
 
     # ---- the model
 
@@ -207,6 +217,10 @@ class BaseTask(Task):
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return `prompt`, `labels` and `options` of a card for a model that has none."""
         return {}
+
+    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+        """Return a row of the tokens `ids` as a forecast takes it: it computes the most it can."""
+        return Encoded(ids, list(ids), row)
 
     def describe_head(self, labels: Sequence[str]) -> str:
         """Return what tells the head apart from one that answers otherwise."""

@@ -67,7 +67,12 @@ class ClassTask(BaseTask):
     """A task whose target is said of a whole row."""
 
     has_new_head: ClassVar[bool] = True
+    imagined_labels: ClassVar[tuple[str, ...]] = ("0", "1")
     finds_ends_by_padding: ClassVar[bool] = True
+
+    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+        """Return a row of the tokens `ids` as a forecast takes it."""
+        return Encoded(ids, row % len(self.imagined_labels), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return what the problem type asks for."""

@@ -45,6 +45,11 @@ class MaskTask(BaseTask):
     needs_offsets: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(supervised=False)  # labels are drawn later, one at least
 
+    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+        """Return a row of the tokens `ids` as a forecast takes it: a sixth of them hidden."""
+        labels = [token if at % 6 == 0 else IGNORED for at, token in enumerate(ids)]
+        return Encoded(ids, labels, row)
+
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the cross entropy of the hidden tokens."""
         return Tokens(self.headline, perplexity="pseudo_perplexity", accuracy="masked_accuracy")

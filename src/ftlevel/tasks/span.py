@@ -53,6 +53,10 @@ class SpanTask(BaseTask):
     checks: ClassVar[Checks] = Checks(near_duplicates=False)
     split_words: ClassVar[str] = "more windows than questions"
 
+    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+        """Return a row of the tokens `ids` as a forecast takes it."""
+        return Encoded(ids, (0, min(1, len(ids) - 1)), row)
+
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the cross entropy of the first and the last token."""
         return Spans(self.headline, unanswerable=facts.get("unanswerable", False))

@@ -46,7 +46,12 @@ class TagTask(BaseTask):
     """A task whose target is a tag for each word."""
 
     has_new_head: ClassVar[bool] = True
+    imagined_labels: ClassVar[tuple[str, ...]] = ("O", "B-X", "I-X")
     needs_offsets: ClassVar[bool] = True
+
+    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+        """Return a row of the tokens `ids` as a forecast takes it."""
+        return Encoded(ids, [0] * len(ids), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the cross entropy of the words' tags."""

@@ -114,8 +114,8 @@ class TextTask(BaseTask):
             flags = write_flags(chosen_roles(names, rows[0].get(chosen) if rows else None))
             raise InputError(
                 f"columns {chosen!r} and {names['rejected']!r} are for preference training, which "
-                f"--task {self.name} does not do. To learn from the chosen answers alone, as if "
-                f"there were no others: {flags}."
+                f"--task {self.name} does not do: --task preference does. To learn from the chosen "
+                f"answers alone, as if there were no others: {flags}."
             )
         return super().find_format(columns, config, rows)
 
@@ -131,7 +131,7 @@ class TextTask(BaseTask):
         if bad and set(verdicts) <= {"true", "false", "1", "0"}:
             raise InputError(
                 f"{table.where(bad[0])}: {column!r} is false in {len(bad):,} of {len(table):,} "
-                f"rows: bad answers, as for preference training (KTO), which --task {self.name} "
+                f"rows: bad answers, as for --task preference --loss kto, which --task {self.name} "
                 f"would learn as good ones. Remove these rows, or pass --format "
                 f"{format_.name.replace(' + ', '-')} if {column!r} says something else."
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +14,10 @@ import torch
 from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.methods import METHODS, Base, ensure_registered
+from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.integrity import check_finite
+from ftlevel.models.strangers.errors import FROM_READERS
+from ftlevel.models.strangers.patterns import check_patterns
 from ftlevel.trained.adapterhub import convert, is_adapterhub, read_hub_adapter
 from ftlevel.trained.vocabulary import check_new_rows, fit_vocabulary, why_other_vocabulary
 
@@ -172,6 +174,7 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
     weights = _read_whole(directory)
     if (put_on := _plain_loader(directory)) is not None:
         return put_on(base, directory, name)
+    check_patterns(directory, read_peft_config(directory), base)
     had = fit_vocabulary(base, directory)
     # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
     try:
@@ -179,7 +182,7 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
             adapted = PeftModel.from_pretrained(
                 base, str(directory), adapter_name=name, is_trainable=True
             )
-    except (ValueError, TypeError, RuntimeError) as error:  # other modules, or other shapes
+    except (*FROM_READERS, RuntimeError) as error:  # other modules, or other shapes
         reason = " ".join(str(error).split())
         raise InputError(
             f"{directory} does not fit its base model, {base.config.model_type} "
@@ -251,6 +254,7 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
         config, weights = convert(read_hub_adapter(directory), adapted.get_base_model())
     else:
         weights = _read_whole(directory)
+        check_patterns(directory, read_peft_config(directory), adapted.get_base_model())
         other = why_other_vocabulary(adapted.get_base_model(), directory)
         if other is None and _plain_loader(directory) is not None:
             other = "a prompt that plain PEFT trained is read alone"
@@ -264,7 +268,7 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
                 adapted.add_adapter(name, config)
             else:
                 adapted.load_adapter(str(directory), adapter_name=name, is_trainable=True)
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except FROM_READERS as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{directory} cannot stand beside the others: {reason}") from None
     _fill_adapter(adapted, weights, directory, name)
@@ -272,8 +276,7 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
 
 
 def _kind_of(directory: Path) -> Any:
-    settings = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    return settings["peft_type"]
+    return read_peft_config(directory)["peft_type"]
 
 
 def _read_whole(directory: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def is_adapterhub(directory: Path) -> bool:
     """Whether the adapter in `directory` is in AdapterHub's form and not in PEFT's."""
     try:
         settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(settings, dict) and "peft_type" not in settings and "config" in settings
 

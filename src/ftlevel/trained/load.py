@@ -10,7 +10,7 @@ from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.data.encoding.pad_token import choose_pad_token
+from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import DTYPES
@@ -31,7 +31,7 @@ from ftlevel.models.quantized import (
 )
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
-from ftlevel.task import Objective
+from ftlevel.task import LikelihoodObjective, Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.adapterhub import hub_task, is_adapterhub, read_hub_adapter, with_head
@@ -204,13 +204,17 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
         InputError: it is damaged, or has no head for the task.
     """
     card, source, directory = found.card, found.source, found.directory
-    task = TASKS[card.task]
+    task = TASKS[card.task].configured(card.options)
     config = load_config(source, **card_overrides(card))
     if (stored := stored_quantization(config)) is not None:
         check_loadable(stored, source.words, device)
     tokenizer = load_own_tokenizer(source, directory)
     choose_pad_token(tokenizer)
-    if getattr(config, "pad_token_id", None) is None:  # CodeGen's has no such field at all
+    if task.pads_apart:
+        pad_apart_from_eos(tokenizer)
+    if (
+        task.pads_apart or getattr(config, "pad_token_id", None) is None
+    ):  # CodeGen's has no such field at all
         config.pad_token_id = tokenizer.pad_token_id
     kind = model_kind(config)
     dtype, notes = card.dtype, list(found.notes)
@@ -238,6 +242,9 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
         model = load_adapter(model, directory, name)
     prompt = PromptFormat(**card.prompt) if card.prompt else None
     objective = task.build_objective(kind, {"labels": card.labels, **card.options})
+    if isinstance(objective, LikelihoodObjective) and card.merge:
+        objective = replace(objective, needs_reference=False)
+        notes.append("what it was merged from is its reference no more: rewards are not scored")
     return Trained(
         model.eval(), tokenizer, task, kind, device, dtype, objective, card.max_length,
         prompt, card.labels, card.options, notes, card.method,

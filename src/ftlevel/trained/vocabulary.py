@@ -8,12 +8,12 @@ give would be random, and are refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ftlevel.errors import InputError
+from ftlevel.methods.merging import read_peft_config
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -122,7 +122,7 @@ def _rows_of(name: str, shape: list[int]) -> int | None:
 
 
 def _trained_indices(directory: Path) -> Iterator[int]:
-    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_peft_config(directory)
     for key in ("trainable_token_indices", "token_indices"):
         found = config.get(key) or []
         for indices in found.values() if isinstance(found, Mapping) else [found]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainConfig
-from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.events import Listener
 from ftlevel.fast.step_collator import StepCollator
@@ -23,6 +24,7 @@ from ftlevel.training.callbacks.follow_settings import FollowSettings
 from ftlevel.training.callbacks.gradient_proof import GradientProof
 from ftlevel.training.callbacks.interrupt import Interrupt
 from ftlevel.training.callbacks.keep_best import KeepBest
+from ftlevel.training.callbacks.recovery import Recovery
 from ftlevel.training.callbacks.report import Report
 from ftlevel.training.callbacks.save_by_clock import SaveByClock
 from ftlevel.training.callbacks.save_stream_state import SaveStreamState
@@ -64,6 +66,7 @@ def build_trainer(
     arguments.eval_on_start |= _owes_evaluation(going_on, config, plan, arguments)
     rows, order = rows_and_order(config, plan, arguments)
     fast, pad_id = adapted.fast, plan.model.pad_id
+    whole_steps = StepCollator(pad_id, fast.plan, plan.objective) if fast else None
     trainer = FtlevelTrainer(
         objective=plan.objective,
         loss=plan.loss,
@@ -74,7 +77,7 @@ def build_trainer(
         penalty=METHODS[config.method.kind].penalty,
         train_dataset=rows,
         eval_dataset=plan.data.validation or None,
-        data_collator=StepCollator(pad_id, fast.plan, plan.objective) if fast else Collator(pad_id),
+        data_collator=whole_steps or CollatorWithRows(pad_id),
         fast=fast,
         order=order,
         head_rate=resolve_head_rate(plan),
@@ -122,13 +125,21 @@ class Watch:
     best: KeepBest | None
 
 
-def go_on(watch: Watch, run: RunDirectory, going_on: GoingOn, processes: Processes) -> None:
-    """Let `watch` (mutated) know what was logged until the checkpoint, and forget the rest."""
+def go_on(
+    trainer: FtlevelTrainer,
+    watch: Watch,
+    run: RunDirectory,
+    going_on: GoingOn,
+    processes: Processes,
+) -> None:
+    """Let `trainer` and `watch` (mutated) know what was until the checkpoint; forget the rest."""
     if going_on.checkpoint is None:
         return
     step = step_of(going_on.checkpoint)
     if processes.is_first:
         watch.report.records += run.rewind_log(step)
+        run.rewind_notes(step)
+    trainer.smaller.go_on([note for note in run.read_notes() if note["step"] <= step])
     if watch.best is not None:
         watch.best.go_on(step, going_on.past, has_new_length=going_on.has_new_length)
 
@@ -140,6 +151,7 @@ def add_callbacks(
     run: RunDirectory,
     listener: Listener,
     processes: Processes,
+    checkpoint: Path | None,
 ) -> Watch:
     """Let everything of ours that goes with the steps of `trainer` (mutated) go with them."""
 
@@ -157,11 +169,16 @@ def add_callbacks(
     if plan.best is not None:
         best = KeepBest(plan.best, run.checkpoints, processes, states, listener)
     trainer.warn = listener.warn
+    trainer.replaces_nonfinite = config.train.on_nonfinite != "stop"
+    if is_first:
+        trainer.note = run.note
+    recovery = Recovery(trainer, config.train, run, processes, listener, checkpoint)
     gradients = GradientProof(
         listener,
         trainer.take_step_loss,
+        recovery,
         scales=trainer.accelerator.scaler is not None,
-        defers=plan.model.device == "cuda",
+        defers=plan.model.device == "cuda" and recovery.only_stops,
     )
     watch = Watch(report, gradients, Interrupt(processes), best)
     streamed = isinstance(rows, StreamedRows)
@@ -169,6 +186,7 @@ def add_callbacks(
     for callback in (
         watch.report,
         watch.gradients,
+        recovery,
         watch.interrupt,
         FollowSettings(),
         SetEpoch(plan.data.train, trainer.order),

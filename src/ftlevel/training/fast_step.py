@@ -41,7 +41,7 @@ def describe_speed(trainer: FtlevelTrainer, verified: Mapping[str, Any] | None) 
         "pruned_linears": trainer.fast.pruned_linears,
         "parallel_workers": plan.workers,
         "tokens_per_micro_batch": plan.tokens // plan.workers,
-        "halved_for_memory": trainer.halved,
+        "made_smaller_for_memory": trainer.smaller.done,
         "tokens_computed": trainer.tokens_computed,
         "tokens_in_rows": int(trainer.tokens_seen),
         "verified": verified,

@@ -15,10 +15,13 @@ from ftlevel.artifacts.cards import generate_command, write_readme
 from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.ownership import mark_end
 from ftlevel.artifacts.places import relative_place
+from ftlevel.artifacts.report.gather import RunFacts
+from ftlevel.artifacts.report.page import write_page
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import IN_MEMORY, OutputConfig, TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.errors import RunError
+from ftlevel.evaluation.reference import KEPT
 from ftlevel.events import Listener
 from ftlevel.methods import needs_import
 from ftlevel.models.quantized import stored_quantization
@@ -60,7 +63,12 @@ def keep_best(trainer: FtlevelTrainer, best: KeepBest | None) -> Kept | None:
 
 
 def save(
-    adapted: Adapted, config: TrainConfig, plan: Plan, run: RunDirectory, base: Mapping[str, Any]
+    adapted: Adapted,
+    config: TrainConfig,
+    plan: Plan,
+    run: RunDirectory,
+    base: Mapping[str, Any],
+    start: Any = None,
 ) -> None:
     """Write the adapter, or the whole model, with tokenizer and card; absent or whole.
 
@@ -70,6 +78,7 @@ def save(
         plan: its plan.
         run: where to.
         base: what `describe_base` says of it.
+        start: temporary directory with the adapter as it began, where it is to be kept.
     """
     model, partial = adapted.model, run.adapter.with_name(".adapter.partial")
     finish_method(model, config.method)
@@ -81,6 +90,8 @@ def save(
     else:
         model.save_pretrained(str(partial))
         write_former_rope(partial)
+    if start is not None:
+        shutil.copytree(start.name, partial / KEPT)
     plan.model.tokenizer.save_pretrained(str(partial))
     is_local = base["kind"] in ("directory", "gguf")
     path = relative_place(Path(base["name"]), run.adapter) if is_local else ""
@@ -115,10 +126,14 @@ def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
 
 
 def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> None:
-    """Write summary.json and the model card, which is the adapter's too."""
-    run.write_summary(summary)
+    """Write the page, the model card, which is the adapter's too, and summary.json."""
+    write_page(
+        [RunFacts(run.path.resolve().name, run.path, summary, run.read_log(summary["steps"]))],
+        run.report,
+    )
     run.write_card(write_readme(summary, needs_import(config.method)))
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
+    run.write_summary(summary)  # by which the run is done
     mark_end(run.path)
 
 

@@ -92,6 +92,14 @@ class Processes:
         """Whether `flag` is set in one of them: what all must do at the same step."""
         return bool(self.most(int(flag)))
 
+    def mean(self, value: float) -> float:
+        """Return the mean of `value` over all of them."""
+        if self.count == 1:
+            return value
+        box = torch.tensor(value, dtype=torch.float64)
+        distributed.all_reduce(box)
+        return float(box) / self.count
+
     def most(self, wish: int) -> int:
         """Return the largest `wish` of all: what they must do at the same step."""
         if self.count == 1:

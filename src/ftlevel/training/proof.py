@@ -108,7 +108,8 @@ def probe_batch(
         objective: what is trained for; what scores a vocabulary gets the beginnings of rows.
         vocabulary: how many tokens a language head scores.
     """
-    chosen = sorted(rows, key=lambda row: len(row.input_ids))
+    branches = (branch for row in rows for branch in row.branches)
+    chosen = sorted(branches, key=lambda branch: len(branch.input_ids))
     middle = len(chosen) // 2
     picked = chosen[max(0, middle - PROBE_ROWS // 2) :][:PROBE_ROWS]
     if isinstance(objective, TokenObjective):

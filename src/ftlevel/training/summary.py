@@ -144,6 +144,7 @@ class Outcome:
         speed: how the steps were computed.
         kept: which model it is; None where evaluations were not compared.
         changes: what became another when the run went on.
+        left_out: steps that were.
     """
 
     run: Path
@@ -157,6 +158,7 @@ class Outcome:
     speed: Mapping[str, Any]
     kept: Kept | None
     changes: Sequence[Mapping[str, Any]]
+    left_out: Sequence[Mapping[str, Any]] = ()
 
 
 def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str, Any]:
@@ -195,6 +197,7 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
                     for c in plan.choices],
         "versions": library_versions(),
         "changed_on_resume": list(outcome.changes),
+        "left_out": list(outcome.left_out),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +13,16 @@ from transformers import Trainer
 
 from ftlevel.data.prepare.sampling import RowsAndNothing, ShareOfSteps
 from ftlevel.errors import is_out_of_memory
+from ftlevel.fast.head.likelihoods import plain_loss, sum_of_ratios, with_baseline
 from ftlevel.fast.head.loss import compute_shared_prefix, supervised_loss
 from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.prefixes.shared_prefix import SharedPrefix
 from ftlevel.fast.step import FastStep
-from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
-from ftlevel.task import Objective, TrainingLoss
+from ftlevel.task import LikelihoodObjective, Objective, TrainingLoss
+from ftlevel.training.memory.smaller_steps import SmallerSteps
 from ftlevel.training.processes import Processes
 
 
@@ -46,8 +46,11 @@ class FtlevelTrainer(Trainer):
         loss: what the loss of training has beside that of evaluation.
         head_rate: modules that learn at a rate of their own, and that rate; None for none.
         processes: those of the run.
-        halved: where the memory was too small, the step and the tokens of a micro-batch since.
+        smaller: makes steps that do not fit into memory smaller.
         warn: is told of it.
+        note: writes it down.
+        step_rows: of the optimizer step so far, by their index among the training rows.
+        replaces_nonfinite: log the loss of the step before in place of one that is not finite.
     """
 
     def __init__(
@@ -74,14 +77,19 @@ class FtlevelTrainer(Trainer):
         self.order = order
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
-        self.halved: list[dict[str, int]] = []
+        self.smaller = SmallerSteps(self)
         self.warn: Callable[[str], None] = lambda _: None
+        self.note: Callable[[dict[str, Any]], None] = lambda _: None
+        self.step_rows: list[int] = []
+        self.replaces_nonfinite = False
         self._is_nothing = False
+        self._last_loss = 0.0
         self._step_loss: torch.Tensor | None = None
         # Going through the modules of a model takes longer than some of its layers.
         self._trained: list[torch.Tensor] = []
         self._operations_per_token = 0
         self._in_training = False
+        self._baseline: torch.Tensor | None = None
         self._compute_dtype = ""  # accelerate's, once it has prepared the model
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
@@ -137,54 +145,51 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Return the loss of the batch, whose micro-batches have added to the gradient in turn."""
+        if self._step_loss is None:
+            self.step_rows = []
         while True:
             rows = inputs.pop("rows", ())
             try:
                 loss = self._batch_loss(model, inputs, num_items_in_batch)
                 break
             except Exception as error:
-                if not (is_out_of_memory(error) and self._can_be_smaller(inputs)):
+                if not (is_out_of_memory(error) and self.smaller.can(inputs)):
                     raise
-            inputs = self._in_smaller_parts(model, rows)
+            inputs = self.smaller.make(model, rows, inputs)
         for part in inputs.get("micro_batches", [inputs]):
             if not self._is_nothing:
                 self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
+        self.step_rows += [row.row for row in rows if row.row >= 0]
         before = self._step_loss
         self._step_loss = loss.detach() if before is None else before + loss.detach()
+        if self.replaces_nonfinite and not bool(torch.isfinite(loss)):
+            return torch.full_like(loss, self._last_loss)
         return loss
-
-    def _can_be_smaller(self, inputs: dict[str, Any]) -> bool:
-        """Whether the step has micro-batches of several rows; alone, as others are not asked."""
-        parts = inputs.get("micro_batches", ())
-        return self.args.world_size == 1 and any(len(part["labels"]) > 1 for part in parts)
-
-    def _in_smaller_parts(self, model: Any, rows: Sequence[Any]) -> dict[str, Any]:
-        """Return `rows` of a step that did not fit in micro-batches of half as many tokens.
-
-        What the step has added to the gradient is undone, and its rows are counted once. The loss
-        and the gradient are the same but for the order of sums, and for other random numbers.
-        """
-        model.zero_grad()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        collator, plan = self.data_collator, self.fast.plan if self.fast else None
-        if not isinstance(collator, StepCollator) or plan is None or self.fast is None:
-            raise TypeError("only a fast step has micro-batches")
-        self.fast.plan = replace(plan, tokens=collator.halve())
-        step, tokens = self.state.global_step + 1, self.fast.plan.tokens // plan.workers
-        self.halved.append({"step": step, "tokens_per_micro_batch": tokens})
-        self.warn(
-            f"out of memory at step {step}: micro-batches have {tokens:,} tokens from now on, half "
-            "as many as before; the rows of a step are the same."
-        )
-        inputs: dict[str, Any] = _to_device(collator(rows), self.args.device)
-        return inputs
 
     def take_step_loss(self) -> torch.Tensor:
         """Return the loss of the optimizer step so far (a scalar), and begin with the next one."""
         loss, self._step_loss = self._step_loss, None
-        return torch.zeros(()) if loss is None else loss
+        if loss is None:
+            return torch.zeros(())
+        if self.replaces_nonfinite and bool(torch.isfinite(loss)):
+            self._last_loss = float(loss) / self.args.gradient_accumulation_steps
+        return loss
+
+    def drop_gradient(self) -> None:
+        """Let the optimizer's next step change nothing: it leaves out what has no gradient."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take weights and the optimizer's state, but not its rates, from `checkpoint`."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._load_from_checkpoint(str(checkpoint))
+        path = checkpoint / "optimizer.pt"
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        self.optimizer.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _batch_loss(
         self,
@@ -258,6 +263,8 @@ class FtlevelTrainer(Trainer):
     ) -> Any:
         """Return the micro-batch's share of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
+        if self._baseline is not None:
+            inputs = {**inputs, "verdicts": with_baseline(inputs["verdicts"], self._baseline)}
         outputs = None
         if self.fast is not None and self.fast.cross_entropy is not None and not return_outputs:
             total = supervised_loss(
@@ -265,14 +272,11 @@ class FtlevelTrainer(Trainer):
                 smoothing=self.loss.smoothing,
             )  # fmt: skip
         else:
-            fed, labels = self.objective.split(inputs)
-            outputs = model(**fed)
-            logits = self.objective.logits(outputs)
-            total = self.objective.training_sum(logits, labels, mask, self.loss)
+            total, labels, outputs = plain_loss(model, self.objective, inputs, mask, self.loss)
         count = num_items_in_batch
         if count is None:
             count = self.objective.training_count(labels, self.loss)
-        loss = total * 0 if self._is_nothing else total / count
+        loss = (total * 0 if self._is_nothing else total / count).sum()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         if self.penalty is not None and model.training:
@@ -302,6 +306,20 @@ class FtlevelTrainer(Trainer):
             self.tokens_seen, self.tokens_computed = seen, computed
 
     @property
+    def is_alone(self) -> bool:
+        """Whether steps are computed before training, by `computing_alone`."""
+        return bool(self._compute_dtype)
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return what the collator gave, on the device."""
+        moved: dict[str, Any] = _to_device(batch, self.args.device)
+        return moved
+
+    def compute_batch(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the loss of a batch as `training_step` does, and add to the gradient."""
+        return self._batch_loss(model, inputs, None)
+
+    @property
     def loss_scale(self) -> float:
         """What a loss is multiplied by before its backward pass, so that float16 holds it."""
         scaler = self.accelerator.scaler
@@ -317,11 +335,39 @@ class FtlevelTrainer(Trainer):
         """
         if not batch_samples:
             return None
+        self.prepare_step(batch_samples, device)
         counted = [batch for batch in batch_samples if not batch.get("is_nothing")]
         total = self.count_targets(counted, device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
-            total = self.accelerator.gather(total).sum()
+            total = self._sum_over_processes(total)
         return total
+
+    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        gathered: torch.Tensor = self.accelerator.gather(value.reshape(1, -1))
+        return gathered.sum(0).reshape(value.shape)
+
+    def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
+        """Compute what a step of `batches` (mutated) has to know before its micro-batches.
+
+        That is the mean reward of what its rows contrast with, over all processes, which is then
+        the same however the step is cut.
+        """
+        if not (isinstance(self.objective, LikelihoodObjective) and self.objective.needs_baseline):
+            return
+        contrasts = [
+            _to_device(part, device)
+            for batch in batches
+            for part in batch.pop("contrasts")
+            if not batch.get("is_nothing")
+        ]
+        head = self.fast.cross_entropy if self.fast is not None else None
+        with self.compute_loss_context_manager():
+            total = sum_of_ratios(head, self.model, self.objective, contrasts)
+        total = total.to(device)
+        if self.args.world_size > 1:
+            total = self._sum_over_processes(total)
+        self._baseline = (total[0] / total[1]).clamp(min=0)
+        self._in_training = False
 
     def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """Return the number of targets of `batches` in this process, or their weight (a scalar)."""
@@ -330,7 +376,7 @@ class FtlevelTrainer(Trainer):
         if not counts:  # of the type that other processes count in
             weighed = bool(self.loss.class_weights)
             return torch.zeros((), dtype=torch.float32 if weighed else torch.long, device=device)
-        return torch.stack([count.to(device) for count in counts]).sum()
+        return torch.stack([count.to(device) for count in counts]).sum(0)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the sum over the micro-batches of Trainer's estimate."""

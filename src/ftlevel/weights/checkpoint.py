@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ftlevel.errors import InputError
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream import conversions
 from ftlevel.models.upstream.architectures import tied_names
@@ -66,25 +67,39 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """Return the model's tensor `name`, in memory of its own and as precise as it is stored."""
-        group = self.groups[self.ties.get(name, name)]
+        group = self._group(name)
         return self._convert(name, group, {key: self._tensor(key) for key in group.keys})
 
     def spec(self, name: str) -> Spec:
         """Return what `read` would give, without reading it."""
-        group = self.groups[self.ties.get(name, name)]
+        group = self._group(name)
         specs = {key: self._spec(key).meta() for key in group.keys}
         return spec_of(self._convert(name, group, specs))
 
     def plain(self, name: str) -> Stored | None:
         """Return the stored tensor that is the model's tensor `name` as it is, if there is one."""
-        group = self.groups[self.ties.get(name, name)]
+        group = self._group(name)
         found = self.stored[group.keys[0]]
         return found if group.converter is None and isinstance(found, Stored) else None
 
     def file(self, name: str) -> str | None:
         """Return the name of the file that the model's tensor `name` begins in; None in memory."""
-        found = self.stored[self.groups[self.ties.get(name, name)].keys[0]]
+        found = self.stored[self._group(name).keys[0]]
         return found.path.name if isinstance(found, Stored) else None
+
+    def _group(self, name: str) -> Group:
+        """Return what the model's tensor `name` is made of.
+
+        Raises:
+            InputError: it is not there.
+        """
+        group = self.groups.get(self.ties.get(name, name))
+        if group is None:
+            raise InputError(
+                f"the weights have no {name}, which the model needs. Was a copy cut short, or is "
+                "its config.json of another model?"
+            )
+        return group
 
     def _tensor(self, key: str) -> torch.Tensor:
         found = self.stored[key]

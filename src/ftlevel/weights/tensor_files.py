@@ -108,8 +108,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             (size,) = struct.unpack("<Q", file.read(8))
             if size > path.stat().st_size:
                 raise ValueError("its header would be longer than the file")
-            header: dict[str, Any] = json.loads(file.read(size))
-    except (struct.error, ValueError, OSError) as error:
+            header = _entries(json.loads(file.read(size)))
+    except (struct.error, ValueError, TypeError, RecursionError, OSError) as error:
         raise InputError(
             f"{path} is not a safetensors file ({error}). Was a copy cut short?"
         ) from None
@@ -127,6 +127,35 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     if path.stat().st_size < max(ends, default=0):
         raise InputError(f"{path} is shorter than its header says. Was a copy cut short?")
     return stored, metadata
+
+
+def _entries(header: Any) -> dict[str, Any]:
+    """Return `header` if it has the shape of one.
+
+    Raises:
+        TypeError: it has not.
+    """
+
+    def is_size(value: Any) -> bool:
+        return isinstance(value, int) and 0 <= value < 1 << 63
+
+    def is_entry(entry: Any) -> bool:
+        return (
+            isinstance(entry, dict)
+            and isinstance(entry.get("dtype"), str)
+            and isinstance(shape := entry.get("shape"), list)
+            and all(map(is_size, shape))
+            and isinstance(place := entry.get("data_offsets"), list)
+            and all(map(is_size, place))
+            and len(place) == 2
+        )
+
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise TypeError("its header is no table of tensors")
+    wrong = [n for n, entry in header.items() if n != "__metadata__" and not is_entry(entry)]
+    if wrong:
+        raise TypeError(f"its header has no type, shape and place of {wrong[0][:80]!r}")
+    return header
 
 
 @dataclass(frozen=True)

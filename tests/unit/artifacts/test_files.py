@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.files import check_absent, placed_directory, placed_files
+from ftlevel.artifacts.files import (
+    check_absent,
+    describe_interrupt,
+    placed_directory,
+    placed_files,
+)
 from ftlevel.errors import ConfigError
 
 
@@ -71,3 +77,23 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path: Path) -> None:
         broken()
     assert (first.read_text(), second.read_text()) == ("1", "2")
     assert sorted(path.name for path in first.parent.iterdir()) == ["a", "b"]
+
+
+def test_a_signal_while_it_is_tidied_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, came = shutil.rmtree, []
+
+    def interrupted(path: Path, **settings: bool) -> None:
+        if not came:
+            came.append(path)
+            raise KeyboardInterrupt
+        remove(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), placed_files(tmp_path / "a") as partial:
+        (partial / "a").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    assert describe_interrupt().startswith("interrupted; ")
+    assert f"{tmp_path / 'a'} was written before that, and is whole" in describe_interrupt()

@@ -239,3 +239,27 @@ def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, text: str) -> Non
     assert checkpoints.find_damage(tmp_path) is None
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
     assert checkpoints.find_damage(tmp_path)
+
+
+def test_a_run_that_was_killed_at_its_very_end_knows_its_files_later(tmp_path: Path) -> None:
+    run, _ = open_run(tmp_path, "x", overwrite=False)
+    run.write_summary({"of": "old"})
+    (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')  # a kill in `mark_end`
+    ownership.mark_end_once(tmp_path)
+    assert names(tmp_path) == [".ftlevel.json", "checkpoints", "summary.json"]
+    (run.checkpoints / "notes.txt").write_text("mine")
+    ownership.mark_end_once(tmp_path)
+    begin_again(tmp_path)
+    ownership.delete_replaced(tmp_path)
+    assert (tmp_path / "kept/checkpoints/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}, {}])
+def test_a_marker_that_a_kill_has_cut_short_is_begun_over(
+    tmp_path: Path, how: dict[str, bool]
+) -> None:
+    (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')
+    given = {"resume": False, "overwrite": False, **how}
+    check_output(tmp_path, **given)
+    open_run(tmp_path, "x", **given)
+    assert ownership.is_run(tmp_path)

@@ -40,3 +40,19 @@ def test_outside_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "commit": None,
         "changed": None,
     }
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_nothing_runs_that_a_strangers_repository_names(tmp_path: Path) -> None:
+    """`git status` runs core.fsmonitor and the filters of .gitattributes."""
+    recipe, canary = tmp_path / "recipe.yaml", tmp_path / "canary"
+    recipe.write_text("task: summarization\n")
+    git(tmp_path, "init")
+    git(tmp_path, "add", "recipe.yaml")
+    git(tmp_path, "commit", "-m", "A recipe")
+    git(tmp_path, "config", "core.fsmonitor", f"touch {canary}; false")
+    git(tmp_path, "config", "filter.x.clean", f"touch {canary}; cat")
+    (tmp_path / ".gitattributes").write_text("* filter=x\n")
+    recipe.write_text("task: translation\n")
+    assert describe_recipe(recipe)["changed"] is True
+    assert not canary.exists()

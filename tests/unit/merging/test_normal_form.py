@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ftlevel.commands.export import export
 from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, RunError
 from ftlevel.merging.normal_form.peft_only import PLAIN_FORMS
+from ftlevel.methods.plain_form.factors import PlainForm
 from served_cases import CASES, make_adapter, peft_logits
 from tiny_models import save_tiny
 
@@ -158,3 +160,20 @@ def test_other_kinds_of_models_have_it_too(
     check = found["check"]
     assert check["max_difference"] <= 1e-5 * check["largest_logit"] + 1e-6
     assert check["effect"] > 1e-3
+
+
+def test_the_page_has_a_row_for_every_method_of_peft() -> None:
+    """docs/normal_forms.csv, which scripts/normal_forms.py measures, knows each by name."""
+    table = Path(__file__).parents[3] / "docs" / "normal_forms.csv"
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    ours = {"BOTTLENECK", "PREFIX_KV", "SOFT_PROMPT"}
+    assert {row["peft_type"] for row in rows} == {
+        str(getattr(kind, "value", kind)) for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING
+    } - ours
+    for row in rows:
+        assert bool(row["rank"]) != bool(row["why"]), row
+        if row["rank"]:
+            assert float(row["difference"]) <= 1e-4 * float(row["largest"]), row
+        if PLAIN_FORMS.get(row["peft_type"], PlainForm()).never:
+            assert row["way"] == "refused", row

@@ -15,13 +15,16 @@ import pytest
 from ftlevel.artifacts.cards import read_card
 from ftlevel.data.encoding.chat import render
 from ftlevel.errors import InputError
-from ftlevel.models.loading import load_config
+from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
 from ftlevel.models.sources import resolve_source
-from ftlevel.models.strangers import time_limit
+from ftlevel.models.strangers import patterns, time_limit
+from ftlevel.models.strangers.memory_limit import taking_at_most
 from ftlevel.models.strangers.time_limit import ending_in
 from ftlevel.models.upstream import data
+from tiny_models import build
 
 ModelDir = Callable[..., Path]
+CAUSAL = "AutoModelForCausalLM"
 
 
 def changed(directory: Path, **fields: Any) -> Path:
@@ -83,7 +86,8 @@ def test_a_card_of_another_shape_is_named(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_hidden_layers", 10**9), ("hidden_size", 2**31), ("vocab_size", 10**12),
+    [("num_hidden_layers", 0), ("vocab_size", -1),
+     ("num_hidden_layers", 10**9), ("hidden_size", 2**31), ("vocab_size", 10**12),
      ("num_hidden_layers", 1e300)],
 )  # fmt: skip
 def test_absurd_sizes_are_refused_before_anything_is_built(
@@ -107,6 +111,8 @@ def test_no_kernel_is_fetched_because_a_config_says_so(model: Path, field: str) 
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
          "more than"),
         ("{{ 1/0 }}", "division by zero"),
+        ("{{ 'a' * 10 ** 11 }}", "MemoryError"),
+        ("{{ [1] * 10 ** 10 }}", "MemoryError"),
         ("{{ messages.nothing.at_all }}", "nothing"),
         ("{{ messages[99]['role'] }}", ""),
     ],
@@ -137,3 +143,48 @@ def test_a_limit_inside_another_leaves_it_running() -> None:
             time.sleep(5)
     assert time.monotonic() - began < 3
     assert time_limit.signal.getitimer(time_limit.signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_limit_of_memory_ends_with_its_block() -> None:
+    with pytest.raises(MemoryError), taking_at_most(1 << 26):
+        bytearray(1 << 28)
+    assert len(bytearray(1 << 28)) == 1 << 28
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [({"target_modules": r"(\w+\.?)+x"}, "target_modules"),
+     ({"rank_pattern": {r"(\w+\.?)+x": 4}}, "rank_pattern"),
+     ({"alpha_pattern": {"(": 4}}, "alpha_pattern"),
+     ({"exclude_modules": "*"}, "exclude_modules")],
+)  # fmt: skip
+def test_an_adapters_regular_expressions_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], field: str
+) -> None:
+    monkeypatch.setattr(patterns, "_SECONDS", 0.2)
+    with pytest.raises(InputError, match=rf"adapter_config\.json: {field} has "):
+        patterns.check_patterns(tmp_path, settings, build("llama"))
+    patterns.check_patterns(tmp_path, {"target_modules": ["(", "q_proj"]}, build("llama"))
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "3", "[]", "[" * 100_000, '{"model": null}', '{"added_tokens": [7]}']
+)
+def test_a_tokenizer_of_another_shape_is_named(model: Path, text: str) -> None:
+    (model / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError, match="has no usable tokenizer"):
+        load_tokenizer(resolve_source(str(model)))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"dtype": []}, {"dtype": "float7"}, {"layer_types": 3}, {"rope_parameters": "x"}]
+)
+def test_a_config_of_another_shape_is_named(model: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        build_task_model(load_config(resolve_source(str(changed(model, **fields)))), CAUSAL)
+
+
+def test_a_config_that_no_model_can_be_built_of_is_named(model: Path) -> None:
+    config = load_config(resolve_source(str(changed(model, pad_token_id=10**6))))
+    with pytest.raises(InputError, match=r"cannot be built from its config\.json"):
+        build_task_model(config, CAUSAL)

@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from export_cases import export_to, exportable
 from ftlevel.models.torchao_format import build_torchao_config
-from ftlevel.models.upstream import FACTS, architectures, conversions, data, quantizers
+from ftlevel.models.upstream import FACTS, architectures, conversions, data, fake, quantizers
 from ftlevel.models.upstream import tensors as upstream
 from tiny_models import build
 from upstream_facts import Canaries, Fact, arguments, check_fact, facts
@@ -452,12 +452,15 @@ def _(request: pytest.FixtureRequest) -> None:
 @CANARIES.of(
     "Trainer._get_train_sampler",
     "Trainer._run_epoch",
+    "Trainer._load_from_checkpoint",
     "Trainer._get_num_items_in_batch",
     "Trainer.model_accepts_loss_kwargs",
     "Trainer.current_gradient_accumulation_steps",
 )
 def _(request: pytest.FixtureRequest) -> None:
     assert arguments(transformers.Trainer._get_train_sampler) == ["self", "train_dataset"]
+    loaded = ["self", "resume_from_checkpoint", "model"]
+    assert arguments(transformers.Trainer._load_from_checkpoint) == loaded
     counted = ["self", "batch_samples", "device"]
     assert arguments(transformers.Trainer._get_num_items_in_batch) == counted
     trainer = _Backwards(
@@ -507,6 +510,50 @@ class _Backwards(transformers.Trainer):  # type: ignore[misc]  # transformers is
         self.steps.append(self.current_gradient_accumulation_steps)
         targets = 7 if num_items_in_batch is None else num_items_in_batch
         return model(**inputs).logits.sum() * 0 + 7 / targets
+
+
+@CANARIES.of(
+    "Tensor._make_wrapper_subclass", "Tensor.__torch_dispatch__",
+    "TorchDispatchMode.__torch_dispatch__", "tree_leaves", "tree_map",
+)  # fmt: skip
+def _(_: Any) -> None:
+    class Watch(fake.OperationWatch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[torch.Tensor] = []
+
+        def made(self, tensor: torch.Tensor) -> None:
+            self.seen.append(tensor)
+
+    weight = nn.Parameter(fake.new_fake((3, 2), torch.float32))
+    with Watch() as watch, torch.autocast("cpu", torch.bfloat16):
+        y = functional.linear(torch.zeros(4, 2), weight)
+        torch.split(y, 2)
+    assert (y.shape, y.dtype, y.device.type) == ((4, 3), torch.bfloat16, "cpu")
+    assert [tuple(t.shape) for t in watch.seen][-2:] == [(2, 3), (2, 3)]
+    (gradient,) = torch.autograd.grad(y.float().sum(), weight)
+    assert isinstance(gradient, fake.FakeTensor)
+    assert gradient.shape == weight.shape
+
+
+@CANARIES.of("functional.QuantState")
+def _(_: Any) -> None:
+    for double in (False, True):
+        packed, state = bnb.functional.quantize_4bit(torch.randn(128, 64), quant_type="nf4",
+                                                     compress_statistics=double)  # fmt: skip
+        linear = bnb.nn.Linear4bit(64, 128, bias=False, quant_type="nf4",
+                                   compress_statistics=double, device="meta")  # fmt: skip
+        fake.pack_fake(nn.Sequential(linear), torch.float32)
+        mine = linear.weight.quant_state
+        while state is not None:
+            for name in ("absmax", "code"):
+                real, made = getattr(state, name), getattr(mine, name)
+                assert (made.shape, made.dtype) == (real.shape, real.dtype)
+            assert (state.blocksize, state.quant_type) == (mine.blocksize, mine.quant_type)
+            state, mine = state.state2, mine.state2
+        assert linear.weight.shape == packed.shape
+        whole = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        assert whole.shape == (128, 64)
 
 
 @CANARIES.of("TrainingArguments._n_gpu")

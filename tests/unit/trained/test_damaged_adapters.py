@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_models
 from ftlevel.errors import InputError
+from ftlevel.models.strangers import patterns
 from ftlevel.trained.adapt import add_adapter, load_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -64,3 +65,19 @@ def test_an_adapter_of_another_base(adapter: Path, family: str, overrides: dict[
     base = tiny_models.build(family, **overrides)
     with pytest.raises(InputError, match=f"does not fit its base model, {family}"):
         load_adapter(base, adapter)
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "3", "[]", "{}", "[" * 100_000, '{"peft_type": ["LORA"]}']
+)
+def test_a_configuration_of_another_shape(adapter: Path, text: str) -> None:
+    (adapter / CONFIG).write_text(text)
+    with pytest.raises(InputError, match=r"adapter_config\.json"):
+        load_adapter(tiny_models.build("llama"), adapter)
+
+
+def test_an_expression_that_never_ends(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_SECONDS", 0.2)
+    edit_config(adapter, target_modules=r"(\w+\.?)+x")
+    with pytest.raises(InputError, match="goes back and forth without end"):
+        load_adapter(tiny_models.build("llama"), adapter)

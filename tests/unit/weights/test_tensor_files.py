@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.errors import InputError
 from ftlevel.weights.tensor_files import (
     DTYPES,
@@ -94,3 +96,30 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
         stored.read()
     with pytest.raises(InputError, match="ends before its header says"):
         write_file(tmp_path / "b.safetensors", [Part({"x": stored.spec}, stored)])
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, 7, [], ["a"], {"a": None}, {"a": {**ENTRY, "dtype": 3}}, {"a": {**ENTRY, "shape": [-1]}},
+     {"a": {**ENTRY, "shape": "x"}}, {"a": {**ENTRY, "data_offsets": [0]}}, {"__metadata__": []},
+     {"a": {**ENTRY, "data_offsets": ["0", 8]}}, {"a": {"dtype": "F32", "shape": [2]}}],
+)  # fmt: skip
+def test_a_header_of_another_shape_is_refused(header: object, tmp_path: Path) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+    with pytest.raises(InputError, match="is not a safetensors file"):
+        read_header(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "header", [None, 7, [], ["a"], {"a": None}, {"a": {"dtype": "F32", "shape": [2]}},
+               {"a": {**ENTRY, "data_offsets": [8, 2**40]}}],
+)  # fmt: skip
+def test_a_header_of_another_shape_has_no_fingerprint(header: object, tmp_path: Path) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+    with pytest.raises(InputError, match="is not a safetensors file"):
+        base_fingerprint(tmp_path)

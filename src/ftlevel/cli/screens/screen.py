@@ -35,6 +35,7 @@ _HELD = (
     ("metrics.jsonl", "every log"),
     ("summary.json", "all figures"),
     ("README.md", "its card"),
+    ("report.html", "a page to read"),
 )
 """What a run directory holds, with what it is for."""
 

@@ -1,8 +1,9 @@
 """Run a command once for each process of a run, and end them together.
 
-The processes meet as torchrun's do, by the same environment variables. torchrun itself tears them
-down at Ctrl-C before a checkpoint is written, loses their exit code and ends in tracebacks of its
-own; `accelerate launch --cpu` starts one process whatever number it is given.
+The processes meet as torchrun's do, by the same environment variables, and torchrun can start them
+too. What is better here is measured by `benchmarks/launchers.py` (docs/reliability.md): the exit
+code and the words of a failure, SIGUSR1, a launcher that is killed, and the time until it begins.
+`accelerate launch --cpu` starts one process whatever number it is given.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has not all of them
 _PR_SET_PDEATHSIG = 1
+_FAILED = 1
+_RESUME, _REPLACES = "--resume", ("--overwrite", "--overwrite-output-dir")
 
 
 def is_launched() -> bool:
@@ -33,12 +36,38 @@ def is_follower() -> bool:
     return is_launched() and os.environ.get("RANK", "0") != "0"
 
 
-def launch(arguments: Sequence[str], count: int) -> int:
+def launch(arguments: Sequence[str], count: int, restarts: int = 0) -> int:
     """Run `ftlevel` with these `arguments` in `count` processes and return the exit code.
 
     It is the first process's, or that of the first one that failed; the others are then stopped,
     and one that was killed is named. They end with this process, too, as by SIGTERM (on Linux).
+
+    Args:
+        arguments: of the command line.
+        count: of processes.
+        restarts: how often a run that failed (exit code 1) goes on with `--resume`; one that was
+            ended by a signal to this process, or was given wrong (2), does not.
     """
+    told: list[int] = []
+    while True:
+        code = _launch_once(arguments, count, told)
+        if code != _FAILED or told or not restarts:
+            return code
+        restarts -= 1
+        arguments = _going_on(arguments)
+        sys.stderr.write(
+            f"ftlevel: it is started again with --resume; {restarts:,} restarts are left.\n"
+        )
+
+
+def _going_on(arguments: Sequence[str]) -> list[str]:
+    """Return the command line that goes on with the run that `arguments` began."""
+    kept = [a for a in arguments if a.replace("_", "-") not in _REPLACES]
+    return kept if _RESUME in kept else [*kept, _RESUME]
+
+
+def _launch_once(arguments: Sequence[str], count: int, told: list[int]) -> int:
+    """Run the processes to their end; signals that were passed on are added to `told`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,6 +91,7 @@ def launch(arguments: Sequence[str], count: int) -> int:
     ]
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        told.append(number)
         for process in running:
             process.send_signal(number)
 
@@ -87,7 +117,7 @@ def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
                     "memory; the others are stopped. --resume goes on from the newest whole "
                     "checkpoint.\n"
                 )
-                return 1
+                return _FAILED
             first = running[0].returncode
             return _exit_code(first if first and first > 0 else code)
         time.sleep(_POLL_SECONDS)

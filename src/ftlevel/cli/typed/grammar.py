@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import typer
 from typer.core import TyperCommand
 
+from ftlevel.artifacts.files import describe_interrupt
 from ftlevel.cli.typed.spelling import Reading, rewrite
 from ftlevel.config.flags import DAILY, GENERAL
 from ftlevel.config.layers import find_setting
@@ -75,12 +76,12 @@ class Command(TyperCommand):
         """Run the command; Ctrl-C is said, which Typer would turn into a bare exit code.
 
         Raises:
-            Interrupted: the user pressed Ctrl-C, and the command had nothing to keep.
+            Interrupted: the user pressed Ctrl-C, and the command did not catch it.
         """
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted; nothing was kept.") from None
+            raise Interrupted(describe_interrupt()) from None
 
 
 def _daily(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:

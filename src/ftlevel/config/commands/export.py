@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from ftlevel.config.commands.servers import SERVERS
 from ftlevel.config.sections import Positive, Section
-from ftlevel.config.servers import SERVERS
 
 
 @dataclass(frozen=True)

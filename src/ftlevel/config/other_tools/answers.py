@@ -29,10 +29,17 @@ _ANSWERS_ONLY = Agrees(
 _NO_WORKERS = Agrees(
     "rows are encoded before the run, and batches are made of them as they are needed"
 )
-_NO_PREFERENCE = (
-    "ftlevel learns from answers, not from preferences or rewards. Drop it to train on the chosen "
-    "answers."
+_NO_REWARDS = (
+    "ftlevel learns from judged answers that are there (--task preference), and writes none while "
+    "it learns. Drop it."
 )
+_STAGES = {
+    stage: f"--task preference --loss {loss}"
+    for stage, loss in (
+        *((name, name) for name in ("dpo", "kto", "orpo", "simpo", "cpo")),
+        ("rm", "reward"),
+    )
+}
 _TRACKER = "the tracker reads it from its environment variable. Set that, and drop the flag."
 _HUB = (
     "--push-to-hub NAME uploads what was trained, once, when the run is done. Use that, or "
@@ -74,8 +81,9 @@ ANSWERS: tuple[Flag, ...] = (
     Flag(names="--do-sample", on=("generate", "evaluate", "predict"),
          answer="expected true or false.",
          words={"true": _drawn("temperature"), "false": _taken("temperature")}),
-    *_flags("--stage --rlhf-type", _NO_PREFERENCE,
-            {"sft": Agrees("that is what ftlevel train does"),
+    *_flags("--stage --rlhf-type", _NO_REWARDS,
+            {**_STAGES,
+             "sft": Agrees("that is what ftlevel train does"),
              "pt": Agrees("rows with a text alone are learned as a whole", "task",
                           ("text-generation",))}),
     *_flags("--packing --sample-packing --neat-packing --padding-free", "expected true or false.",
@@ -222,10 +230,12 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--bnb-4bit-quant-storage --bnb-4bit-quant-storage-dtype",
             "it serves to split a model over GPUs, which is not done. Drop it.",
             {"uint8": Agrees("4-bit weights are stored as bytes")}),
-    *_flags("--loss-type --use-dft-loss --enable-dft-loss --use-eaft-loss",
+    *_flags("--use-dft-loss --enable-dft-loss --use-eaft-loss",
             "the loss is cross-entropy over the answers' tokens. Drop it."),
-    *_flags("--beta --pref-beta --pref-loss --ref-model --reward-model --reward-funcs "
-            "--num-generations --max-completion-length --max-prompt-length", _NO_PREFERENCE),
+    *_flags("--reward-model --reward-funcs --num-generations --max-completion-length", _NO_REWARDS),
+    *_flags("--ref-model", "the reference is the model as it begins, or none (--reference). Drop "
+            "it."),
+    *_flags("--max-prompt-length", "--max-length is that of a prompt with its answer. Use that."),
     *_flags("--truncation-mode --truncation-side",
             "--overlong says what becomes of a row that is too long. Use that."),
     *_flags("--mix-strategy", "--mix gives the share of each data set. Use that."),

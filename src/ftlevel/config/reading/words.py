@@ -16,6 +16,8 @@ TASK_WORDS = {
     "squad": "question-answering", "fill-mask": "masked-lm", "mlm": "masked-lm",
     "summarisation": "summarization", "summary": "summarization", "translate": "translation",
     "mt": "translation",
+    "preferences": "preference", "dpo": "preference", "rlhf": "preference",
+    "reward-model": "reward", "reward-modeling": "reward",
 }  # fmt: skip
 """Another word for a task, in small letters and with dashes → ours."""
 

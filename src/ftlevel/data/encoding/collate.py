@@ -23,9 +23,12 @@ class Collator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Return `input_ids` and `attention_mask` `(batch, seq)`, and `labels`.
 
-        Labels are `(batch,)` for a number a row, `(batch, n)` for n numbers a row, and
-        `(batch, target)` filled with -100 for tokens.
+        A batch has the branches of all rows, those of a row side by side, and `verdicts`
+        `(batch, 3)` where rows have them. Labels are `(batch,)` for a number a row, `(batch, n)`
+        for n numbers a row, and `(batch, target)` filled with -100 for tokens.
         """
+        verdicts = [verdict for row in rows for verdict in row.verdicts]
+        rows = [branch for row in rows for branch in row.branches]
         batch = {
             "input_ids": pad([r.input_ids for r in rows], self.pad_id),
             "attention_mask": pad([[1] * len(r.input_ids) for r in rows], 0),
@@ -37,7 +40,22 @@ class Collator:
             batch["labels"] = pad(labels, IGNORED)
         else:
             batch["labels"] = torch.tensor(labels)
+        if verdicts:
+            batch["verdicts"] = torch.tensor(verdicts)
         return batch
+
+
+class CollatorWithRows(Collator):
+    """Pad rows into a batch, and give them with it as `rows`, so that one that fails is named.
+
+    What rows contrast with is a batch of its own.
+    """
+
+    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
+        """Return what `Collator` does, `rows`, and where there are some the `contrasts`."""
+        contrasts = [other for row in rows for other in row.contrasts]
+        batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
+        return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch
 
 
 def pad(rows: Sequence[list[int]], value: int, *, left: bool = False) -> torch.Tensor:

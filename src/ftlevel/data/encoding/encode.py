@@ -67,6 +67,41 @@ class Encoded:
             return 1
         return sum(label != IGNORED for label in self.labels)
 
+    @property
+    def branches(self) -> Sequence[Encoded]:
+        """The sequences that go through the model for it: itself, or the answers to one prompt."""
+        return (self,)
+
+    @property
+    def verdicts(self) -> Sequence[tuple[float, float, float]]:
+        """What is known of each branch beside its labels; none where nothing is.
+
+        Whether it is preferred (1 or 0), its log-probability by the reference, and what is taken
+        off the reward or the difference that is made of it.
+        """
+        return ()
+
+    @property
+    def contrasts(self) -> Sequence[Encoded]:
+        """Sequences that are scored before the step, and not learned."""
+        return ()
+
+    @property
+    def length(self) -> int:
+        """Tokens of its longest branch."""
+        return len(self.input_ids)
+
+    def without(self, count: int) -> Encoded:
+        """Return the row without `count` tokens of its prompt, which stand behind the first one."""
+        ids, labels = self.input_ids, self.labels
+        if not isinstance(labels, list):
+            raise TypeError("a row without a label for each token has no prompt")
+        return replace(
+            self,
+            input_ids=ids[:1] + ids[1 + count :],
+            labels=labels[:1] + labels[1 + count :],
+        )
+
 
 ROW_TYPES[Encoded.__name__] = Encoded
 

@@ -161,7 +161,7 @@ def _changed(
 
     def change(row: Encoded) -> list[Encoded]:
         nonlocal changed
-        if len(row.input_ids) <= limit:
+        if row.length <= limit:
             return [row]
         pieces = cut(row, limit)
         lost.extend([] if pieces else [row.row])
@@ -211,21 +211,14 @@ def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
     The first token stays, which may be BOS. A row without a prompt of its own (a text with a
     class) loses tokens before its last one instead, which may be SEP or EOS.
     """
-    surplus = len(row.input_ids) - limit
+    surplus = row.length - limit
     prompt = prompt_length(row)
     if prompt is None or not isinstance(row.labels, list):
         extras = {name: _middle_cut(v, limit) for name, v in row.extras.items()}
         return [replace(row, input_ids=_middle_cut(row.input_ids, limit), extras=extras)]
     if surplus > prompt - 1:
         return []
-    ids, labels = row.input_ids, row.labels
-    return [
-        replace(
-            row,
-            input_ids=ids[:1] + ids[1 + surplus :],
-            labels=labels[:1] + labels[1 + surplus :],
-        )
-    ]
+    return [row.without(surplus)]
 
 
 def prompt_length(row: Encoded) -> int | None:
@@ -283,4 +276,4 @@ def fit_targets(
 
 
 def _target_length(row: Encoded) -> int:
-    return len(row.labels) if isinstance(row.labels, list) else 0
+    return max(len(b.labels) if isinstance(b.labels, list) else 0 for b in row.branches)

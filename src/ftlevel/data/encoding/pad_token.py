@@ -10,6 +10,19 @@ _RESERVED = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endofp
              "<|reserved_special_token_0|>", "<|fim_pad|>", "<unk>")  # fmt: skip
 
 
+def pad_apart_from_eos(tokenizer: Any) -> Choice | None:
+    """Give `tokenizer` another padding token than EOS (mutated), where these are one.
+
+    What finds the end of a row by its padding would not read an EOS there.
+    """
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return None
+    vocabulary = tokenizer.get_vocab()
+    known = (*_RESERVED, tokenizer.bos_token, *sorted(vocabulary, key=vocabulary.__getitem__)[:2])
+    tokenizer.pad_token = next(t for t in known if t in vocabulary and t != tokenizer.eos_token)
+    return Choice("pad token", tokenizer.pad_token, "EOS is read as the end of an answer")
+
+
 def choose_pad_token(tokenizer: Any) -> Choice | None:
     """Give `tokenizer` a padding token (mutated) if it has none.
 

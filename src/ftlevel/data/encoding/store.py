@@ -198,7 +198,9 @@ class RowStore(Sequence[Encoded]):
         return self._kind == "tokens"
 
     def lengths(self) -> Any:
-        """Return the number of `input_ids` of each row, as a NumPy array."""
+        """Return the number of tokens of each row's longest branch, as a NumPy array."""
+        if ROW_TYPES[self._type].length is not Encoded.length:
+            return _count_lengths(self)
         every = np.empty(int(self._starts[-1]), dtype=np.int32)
         for begin, batch in zip(self._starts, self._batches, strict=False):
             lengths = np.diff(batch.column("input_ids").offsets.to_numpy())
@@ -274,7 +276,11 @@ def lengths_of(rows: Sequence[Encoded]) -> Any:
     """Return the number of tokens of each row, as a NumPy array; quick for a `RowStore`."""
     if isinstance(rows, RowStore):
         return rows.lengths()
-    return np.fromiter((len(row.input_ids) for row in rows), dtype=np.int64, count=len(rows))
+    return _count_lengths(rows)
+
+
+def _count_lengths(rows: Sequence[Encoded]) -> Any:
+    return np.fromiter((row.length for row in rows), dtype=np.int64, count=len(rows))
 
 
 def take_rows(rows: Sequence[Encoded], indices: Any) -> Sequence[Encoded]:

@@ -10,7 +10,7 @@ from ftlevel.config.gate import CHECKS, Action, GateConfig
 from ftlevel.errors import listing
 
 MOST_SHOWN = 3
-_OF_ALL_ROWS = ("one_class", "one_answer")
+_OF_ALL_ROWS = ("one_class", "one_answer", "length_bias", "one_verdict")
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,12 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
     decides = {
         "data": config.model_dump(mode="json", exclude=set(_LIGHT)),
         "files": [[str(file), file_digest(file)] for file in files],
-        "task": [context.task.name, context.task.instruction, context.task.answer_cue],
+        "task": [
+            context.task.name,
+            context.task.instruction,
+            context.task.answer_cue,
+            context.task.decides,
+        ],
         "model": [context.kind, context.vocabulary, asdict(bounds)],
         "seed": context.seed,
         "lenient": context.lenient,

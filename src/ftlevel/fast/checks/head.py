@@ -50,6 +50,7 @@ def find_cross_entropy_error(
         device: torch device type.
         dtype: compute precision's name.
     """
+    objective = objective.of_tokens
     batch = {k: v.to(device) for k, v in Collator(pad_id)(_pair(rows, objective)).items()}
     inputs, labels = objective.split(batch)
     seen: list[torch.Tensor] = []
@@ -72,7 +73,8 @@ def find_cross_entropy_error(
 def _pair(rows: Sequence[Encoded], objective: TokenObjective) -> list[Encoded]:
     """Return the beginnings of two rows, every token of which is a target."""
     pair = []
-    for row, length in zip((rows[0], rows[min(1, len(rows) - 1)]), LENGTHS, strict=True):
+    first = rows[0].branches[0], rows[min(1, len(rows) - 1)].branches[0]
+    for row, length in zip(first, LENGTHS, strict=True):
         ids = row.input_ids[:length]
         labels = list(row.labels[:length]) if isinstance(row.labels, list | tuple) else []
         extras = {name: values[:length] for name, values in row.extras.items()}

@@ -167,7 +167,8 @@ class PackingCheck:
 
 def shortened_pair(rows: Sequence[Encoded]) -> list[Encoded]:
     """Return the beginning of a row of `rows` and a shorter one, the longer one first."""
-    longest = max(rows[:100], key=lambda row: len(row.input_ids))
+    branches = (branch for row in rows[:100] for branch in row.branches)
+    longest = max(branches, key=lambda branch: len(branch.input_ids))
     return [_shorten(longest, length) for length in LENGTHS]
 
 

@@ -2,6 +2,9 @@
 
     L = Σᵢ −log softmax(f(zᵢ))[yᵢ],  z = head(h)    ∂L/∂f(zᵢ) = softmax(f(zᵢ)) − onehot(yᵢ)
 
+What depends on how likely each token is (`likelihoods`) gets these one by one, and gives each a
+gradient of its own.
+
 A language model scores every token of its vocabulary at every position, and most positions are
 prompt or padding. Here the head's input is taken at the positions that predict a target, a chunk at
 a time, so memory does not grow with the vocabulary times the sequence.
@@ -73,8 +76,8 @@ def finish_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 class _Call(threading.local):
     """What a forward pass asks for and gets; several may be computed in parallel."""
 
-    asked: tuple[torch.Tensor, torch.Tensor, Observe | None, float] | None = None
-    total: torch.Tensor | None = None
+    asked: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
+    found: torch.Tensor | None = None
 
 
 class ChunkedCrossEntropy:
@@ -126,32 +129,72 @@ class ChunkedCrossEntropy:
         Raises:
             NotServedError: the model never asked its head.
         """
-        self._call.asked, self._call.total = (at, targets, observe, smoothing), None
+        if torch.is_grad_enabled():
+            return self._compute(
+                forward, at, lambda states: self._summed(states, targets, smoothing)
+            )
+        return self._compute(forward, at, lambda states: self._observe(states, targets, observe))
+
+    def likelihoods(
+        self, forward: Callable[[], Any], at: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the log-likelihood of each of `targets` in nats (targets,), in float32.
+
+        Args:
+            forward: calls the model on a batch.
+            at: (targets,) positions that predict them, in the flattened (batch, seq).
+            targets: (targets,) token ids.
+
+        Raises:
+            NotServedError: the model never asked its head.
+        """
+
+        def compute(states: torch.Tensor) -> torch.Tensor:
+            each: torch.Tensor = _Likelihoods.apply(  # type: ignore[no-untyped-call]
+                states, targets, self._scores, self._chunk, *self._trained()
+            )
+            return each
+
+        return self._compute(forward, at, compute)
+
+    def _compute(
+        self,
+        forward: Callable[[], Any],
+        at: torch.Tensor,
+        compute: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Return what `compute` makes of the head's input (targets, hidden) at the places `at`."""
+        self._call.asked, self._call.found = (at, compute), None
         try:
             forward()
         finally:
             self._call.asked = None
-        if self._call.total is None:
+        if self._call.found is None:
             raise NotServedError("the model does not go through its language head")
-        total, self._call.total = self._call.total, None
-        return total
+        found, self._call.found = self._call.found, None
+        return found
 
-    def _take(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+    def _take(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:  # noqa: ARG002 - a hook
         """Compute what is asked for from the head's input (batch, seq, hidden)."""
         if self._call.asked is None:
             return None
-        at, targets, observe, smoothing = self._call.asked
+        at, compute = self._call.asked
         self._call.asked = None  # the head is called again below
         states = args[0]
-        chosen = states.flatten(0, -2).index_select(0, at)
-        if torch.is_grad_enabled():
-            parameters = [p for p in head.parameters() if p.requires_grad]
-            self._call.total = _SummedLoss.apply(  # type: ignore[no-untyped-call]
-                chosen, targets, self._scores, self._chunk, smoothing, *parameters
-            )
-        else:
-            self._call.total = self._observe(chosen, targets, observe)
+        self._call.found = compute(states.flatten(0, -2).index_select(0, at))
         return (states[:1, :1],)
+
+    def _trained(self) -> list[torch.Tensor]:
+        return [p for p in self._head.parameters() if p.requires_grad]
+
+    def _summed(
+        self, states: torch.Tensor, targets: torch.Tensor, smoothing: float
+    ) -> torch.Tensor:
+        """Return the loss of all chunks, with its gradient."""
+        total: torch.Tensor = _SummedLoss.apply(  # type: ignore[no-untyped-call]
+            states, targets, self._scores, self._chunk, smoothing, *self._trained()
+        )
+        return total
 
     def _scores(self, states: torch.Tensor) -> torch.Tensor:
         """Return (targets, vocabulary)."""
@@ -181,7 +224,7 @@ def _chunks(
 def _loss_and_gradient(
     scores: torch.Tensor, targets: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed loss of `scores` (targets, vocabulary), and its gradient, in float32.
+    """Return the losses of `scores` (targets, vocabulary), and their gradient, in float32.
 
     With labels smoothed by ε the loss is log Σⱼ exp sⱼ − (1 − ε) s_y − ε mean s, and its gradient
     softmax(s) − (1 − ε) onehot(y) − ε / vocabulary.
@@ -197,7 +240,7 @@ def _loss_and_gradient(
     if smoothing:
         chosen = (1 - smoothing) * chosen + smoothing * exact.mean(-1)
         probabilities -= smoothing / exact.shape[-1]
-    return (normalizer - chosen).sum(), probabilities.scatter_add_(-1, targets[:, None], ones)
+    return normalizer - chosen, probabilities.scatter_add_(-1, targets[:, None], ones)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -224,7 +267,7 @@ class _SummedLoss(torch.autograd.Function):
                 scores = scores_of(leaf)
             with torch.no_grad():
                 loss, gradient = _loss_and_gradient(scores, wanted, smoothing)
-                total += loss
+                total += loss.sum()
             of_chunk, *of_head = torch.autograd.grad(
                 scores, [leaf, *parameters], gradient.to(scores.dtype)
             )
@@ -247,3 +290,66 @@ class _SummedLoss(torch.autograd.Function):
             None,
             *(part * upstream.to(part.dtype) for part in of_parameters),
         )
+
+
+class _Likelihoods(torch.autograd.Function):
+    """The log-likelihood of each target.
+
+    The gradient of each with respect to its state is made while the scores are there. That of a
+    head that is trained depends on what comes after, and so its scores are computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        scores_of: Callable[[torch.Tensor], torch.Tensor],
+        size: int,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return (targets,), float32."""
+        each = torch.empty(len(targets), device=states.device)
+        wanted = states.requires_grad and not parameters
+        of_states = torch.empty_like(states) if wanted else states
+        begin = 0
+        for chunk, own in _chunks(states, targets, size):
+            here = slice(begin, begin + len(own))
+            with torch.set_grad_enabled(wanted):
+                leaf = chunk.detach().requires_grad_(wanted)
+                scores = scores_of(leaf)
+            with torch.no_grad():
+                loss, gradient = _loss_and_gradient(scores, own, 0.0)
+                each[here] = -loss
+            if wanted:
+                (of_states[here],) = torch.autograd.grad(scores, leaf, -gradient.to(scores.dtype))
+            begin += len(own)
+        ctx.save_for_backward(of_states, targets, *parameters)
+        kind = states.device.type
+        ctx.scores_of, ctx.size, ctx.has_gradient = scores_of, size, wanted
+        ctx.precision = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        return each
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of the states and of the head's parameters."""
+        states, targets, *parameters = ctx.saved_tensors
+        if ctx.has_gradient:
+            return states * upstream[:, None].to(states.dtype), None, None, None
+        of_states = torch.empty_like(states)
+        of_parameters = [torch.zeros_like(p) for p in parameters]
+        begin = 0
+        for chunk, own in _chunks(states, targets, ctx.size):
+            here = slice(begin, begin + len(own))
+            with torch.enable_grad(), torch.autocast(*ctx.precision):
+                leaf = chunk.detach().requires_grad_()
+                scores = ctx.scores_of(leaf)
+            _, gradient = _loss_and_gradient(scores.detach(), own, 0.0)
+            gradient *= -upstream[here, None]
+            of_states[here], *of_head = torch.autograd.grad(
+                scores, [leaf, *parameters], gradient.to(scores.dtype)
+            )
+            for total, part in zip(of_parameters, of_head, strict=True):
+                total += part
+            begin += len(own)
+        return of_states, None, None, None, *of_parameters

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 
 from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy, Observe
+from ftlevel.fast.head.likelihoods import as_called, measure_answers
+from ftlevel.fast.head.likelihoods import base_model as base_model
 from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.fast.prefixes.shared_prefix import SharedPrefix, using_prefix
-from ftlevel.task import Objective, TokenObjective
-
-
-def base_model(model: Any) -> Any:
-    """Return the transformers model under an adapter."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+from ftlevel.task import LikelihoodObjective, Objective, TokenObjective
 
 
 def supervised_loss(
@@ -36,14 +33,13 @@ def supervised_loss(
         observe: is given scores and targets.
         smoothing: share of a target's probability that is spread over the vocabulary.
     """
+    if isinstance(objective, LikelihoodObjective):
+        answers = measure_answers(head, model, objective, batch)
+        return objective.judge(answers, batch["verdicts"], training=True)
     if not isinstance(objective, TokenObjective):
         raise TypeError("a language head predicts tokens")
-    inputs: dict[str, Any] = dict(batch)
-    labels = inputs.pop("labels")
-    if objective.feeds_labels:
-        base = base_model(getattr(model, "module", model))  # DDP's wrapper has no such method
-        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
-    at, targets = inputs.pop("located", None) or objective.locate(labels)
+    inputs, labels = as_called(model, objective, batch)
+    at, targets = batch.get("located") or objective.locate(labels)
     return head.loss_sum(lambda: model(**inputs), at, targets, observe, smoothing)
 
 

@@ -187,7 +187,10 @@ def _estimate_shared(config: TrainConfig, rows: Sequence[Encoded]) -> float:
     size = min(train.per_device_train_batch_size * train.gradient_accumulation_steps, len(rows))
     draw = random.Random(train.seed)
     steps = [draw.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]
-    shares = [shared_fraction([rows[i].input_ids for i in step]) for step in steps]
+    shares = [
+        shared_fraction([branch.input_ids for i in step for branch in rows[i].branches])
+        for step in steps
+    ]
     return sum(shares) / len(shares)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ftlevel.artifacts.files import write_json
 from ftlevel.config import ExportConfig
-from ftlevel.config.servers import SERVERS
+from ftlevel.config.commands.servers import SERVERS
 from ftlevel.errors import InputError, listing
 from ftlevel.merging.normal_form.form import NormalForm
 from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters

@@ -210,8 +210,8 @@ def assemble(factors: dict[str, Factors], file: AdapterFile, limit: int, way: st
     if rank > limit:
         name = max(ranks, key=lambda key: ranks[key])
         raise InputError(
-            f"the update of {name} needs rank {rank:,}, above --max-rank {limit}. Raise it as far "
-            "as the server goes, or merge it"
+            f"the update of {name} needs rank {rank:,}, above --max-rank {limit}, which may "
+            "be as high as the server goes. Merge it"
         )
     said = list(file.said)
     if len(set(ranks.values())) > 1:

@@ -7,7 +7,9 @@ from ftlevel.methods import METHODS
 from ftlevel.methods.lora.plain_form import token_rows
 from ftlevel.methods.plain_form.factors import FULL_RANK, AdapterFile, Factors, PlainForm
 
-NO_WEIGHTS = "is no change of weights: what it adds is computed beside them"
+NO_WEIGHTS = (
+    "is no change of weights: what it adds is computed beside them, which PEFT and ftlevel do"
+)
 
 
 def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
@@ -20,7 +22,7 @@ def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
     start = file.config.get("init_weights")
     if start == "bat":
-        raise InputError(f"its update depends on the base's weight (init_weights bat): {_MERGE}")
+        raise InputError("its update depends on the base's weight (init_weights bat). Merge it")
     found = {}
     for name in file.names("miss_block"):
         (block,) = file.take(name, "miss_block")
@@ -40,21 +42,20 @@ def tokens_as_lora(file: AdapterFile) -> dict[str, Factors]:
     return token_rows(file, "trainable_tokens_delta", file.config["token_indices"])
 
 
-_MERGE = "merge it"
 _OTHERS = {
     "MISS": PlainForm(miss_as_lora),
     "TRAINABLE_TOKENS": PlainForm(tokens_as_lora),
-    "OSF": PlainForm(never="trains the weights themselves"),
+    "OSF": PlainForm(never="trains the weights themselves. Merge it"),
     **dict.fromkeys(("C3A", "HIRA", "HRA", "SHIRA"), PlainForm(never=FULL_RANK)),
     **dict.fromkeys(
         (
             "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING",
-            "P_TUNING", "PREFIX_TUNING",
+            "P_TUNING", "PREFIX_TUNING", "SHADOW",
         ),
         PlainForm(never=NO_WEIGHTS),
     ),
     **dict.fromkeys(("POLY", "XLORA", "LILY"), PlainForm(
-        never="mixes its matrices by a router that looks at the input, which no matrix does")),
+        never="mixes its matrices by a router that looks at the input, which PEFT alone does")),
 }  # fmt: skip
 
 PLAIN_FORMS: dict[str, PlainForm] = _OTHERS | {

@@ -17,6 +17,8 @@ from ftlevel.merging.normal_form.form import BaseWeights, NormalForm, assemble, 
 from ftlevel.methods.plain_form.factors import Factors
 
 _ROWS = 8
+_NOT_ALONE = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
+"""What a layer raises that wants more than rows."""
 _AT_ZERO, _LINEAR = 1e-9, 1e-5
 _NOISE, _SMALLEST = 2e-7, 1e-6
 """Singular values below this share of the weight's norm, or of the largest one, are rounding."""
@@ -70,9 +72,9 @@ def _change(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, flo
             zero, whole, given = (
                 alone(rows) - (rows @ weight.T + bias) for rows in (some[:1] * 0, one_each, some)
             )
-    except RuntimeError as error:  # it has tensors that stay in float32, or wants whole sequences
+    except _NOT_ALONE as error:  # it has tensors that stay in float32, or wants whole sequences
         raise InputError(
-            f"{name} cannot be asked by itself ({' '.join(str(error).split())[:80]})"
+            f"{name} cannot be asked by itself ({' '.join(str(error).split())[:80]}). Merge it"
         ) from None
     apart = (given - some @ whole).norm()
     if zero.abs().max() > _AT_ZERO or apart > _LINEAR * max(float(given.norm()), 1e-12):

@@ -14,7 +14,7 @@ import torch
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.config import ExportConfig
 from ftlevel.config.choices import Choice
-from ftlevel.config.servers import SERVERS, Server
+from ftlevel.config.commands.servers import SERVERS, Server
 from ftlevel.errors import ConfigError, InputError, RunError, listing
 from ftlevel.events import Listener
 from ftlevel.merging.normal_form.files import write_normal
@@ -33,9 +33,11 @@ from ftlevel.merging.serving.entry import (
 )
 from ftlevel.merging.serving.recorded import FILE, Recorded, record, write_served
 from ftlevel.merging.serving.start import Part, start_adapters
+from ftlevel.methods.merging import BY_PEFT_TYPE, why_not_mergeable
 from ftlevel.models.loading import load_model
 from ftlevel.trained.load import Found, load_found
 
+_MERGE = "Merge it"
 TEMPLATE = "chat_template.jinja"
 
 
@@ -95,18 +97,26 @@ def plan_adapters(
             form = form_from_file(entry.directory, entry.peft_config, entry.base, config.max_rank)
             form = form and checked_form(form, entry, server)
         except InputError as error:
-            raise InputError(_refusal(entry.name, config, str(error))) from None
+            raise InputError(_refusal(entry, config, str(error))) from None
         forms[entry.name] = form
     _check_together(entries, server)
     return AdaptersExport(config, server, entries, forms, list(dict.fromkeys(notes)), writer)
 
 
-def _refusal(name: str, config: ExportConfig, reason: str) -> str:
+def _refusal(entry: Entry, config: ExportConfig, reason: str) -> str:
     """Return a refusal that names the adapter, and merging by its command where that is the way."""
-    reason = f"{name} cannot be written as {config.format}: {reason.rstrip('.')}"
-    if reason.lower().endswith("merge it"):
-        server = SERVERS.get(config.server or "")
-        reason += f": --format {whole_format(server)}"
+    peft_config = entry.peft_config
+    reason = f"{entry.name} cannot be written as {config.format}: {reason.rstrip('.')}"
+    if reason.endswith(_MERGE):
+        reason = reason.removesuffix(_MERGE)
+        kind = str(peft_config.get("peft_type"))
+        if why_not_mergeable(peft_config) is None:
+            server = SERVERS.get(config.server or "")
+            reason += f"Merge it: --format {whole_format(server)}"
+        elif kind in BY_PEFT_TYPE:
+            reason += "It cannot be merged either: keep it with PEFT or ftlevel"
+        else:
+            reason += "Merge it by merge_and_unload of PEFT, and serve the model"
     return reason + "."
 
 
@@ -239,7 +249,7 @@ class AdaptersExport:
                 )  # fmt: skip
                 form = checked_form(form, entry, self.server)
             except InputError as error:
-                raise InputError(_refusal(entry.name, self.config, str(error))) from None
+                raise InputError(_refusal(entry, self.config, str(error))) from None
         if base is None:
             with tuned.disable_adapter():
                 base = ask(tuned, entry, prompts)

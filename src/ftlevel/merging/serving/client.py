@@ -75,17 +75,17 @@ class Client:
             Refused: it understands none of the ways of asking.
         """
         ways = list(_ways(prompt))
-        first = ""
+        reason = ""
         for number in range(self.how, len(ways)):
             body = {"model": model, "max_tokens": TOKENS, "temperature": 0, **ways[number], **more}
             try:
                 heard = _hear(self._ask("/completions", body))
             except Refused as refused:
-                first = first or str(refused)
+                reason = str(refused)
                 continue
             self.how = number
             return heard
-        raise Refused(first)
+        raise Refused(reason)
 
     @property
     def by_text(self) -> bool:

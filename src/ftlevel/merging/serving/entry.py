@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ftlevel.config.servers import Server
+from ftlevel.config.commands.servers import Server
 from ftlevel.data.encoding.prompts import PromptFormat, prompt_ids
 from ftlevel.errors import InputError, listing
 from ftlevel.merging.normal_form.form import BaseWeights, open_base

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import join
 
-from ftlevel.config.servers import Server
+from ftlevel.config.commands.servers import Server
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.config import ExportConfig
-from ftlevel.config.servers import SERVERS
+from ftlevel.config.commands.servers import SERVERS
 from ftlevel.merging.serving.answers import ask
 from ftlevel.merging.serving.entry import Entry
 from ftlevel.merging.serving.recorded import record, write_served

@@ -36,10 +36,12 @@ class Factors:
 
     def padded(self, rank: int) -> Factors:
         """Return the same update with `rank` columns, the new ones zero."""
-        from torch.nn.functional import pad
+        import torch
 
         more = rank - self.rank
-        return Factors(pad(self.a, (0, 0, 0, more)), pad(self.b, (0, more)), self.is_embedding)
+        a = torch.cat([self.a, self.a.new_zeros(more, self.a.shape[1])])
+        b = torch.cat([self.b, self.b.new_zeros(self.b.shape[0], more)], dim=1)
+        return Factors(a, b, self.is_embedding)
 
 
 @dataclass
@@ -97,7 +99,7 @@ class PlainForm:
 
 ASKED = PlainForm()
 """Of a method whose loaded layers are asked."""
-FULL_RANK = "changes every weight by a matrix of full rank, which no small A and B hold"
+FULL_RANK = "changes every weight by a matrix of full rank, which no small A and B hold. Merge it"
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:

@@ -26,6 +26,9 @@ _MOST = {
 }  # fmt: skip
 """Field of a config → more than any model has, by orders of magnitude."""
 
+_AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "hidden_size",
+                 "n_embd", "d_model", "vocab_size")  # fmt: skip
+
 
 def check_directory(path: Path, words: str) -> None:
     """Refuse a directory whose files are no files, whose index leaves it, or of absurd sizes.
@@ -65,6 +68,8 @@ def check_sizes(config: Mapping[str, Any], words: str) -> None:
                 f"{words}: {name} in its config is {value:,}; no model has more than "
                 f"{_MOST[name]:,}. The file is damaged, or made to do harm."
             )
+        elif name in _AT_LEAST_ONE and isinstance(value, (int, float)) and value < 1:
+            raise InputError(f"{words}: {name} in its config is {value:,}; the least is 1.")
 
 
 def _check_index(index: Path, words: str) -> None:

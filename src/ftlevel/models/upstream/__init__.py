@@ -21,9 +21,16 @@ FACTS = {
         "aten._softmax_backward_data": "where the probabilities are at hand: one kernel, no graph",
         "aten.silu_backward, aten.gelu_backward": "the gradient of an activation from its input",
         "aten._unsafe_view": "a shape that autograd takes for a new tensor, to be written to"},
-    "torch/_C/__init__.pyi": {"Tensor._version": "whether a tensor was written to since"},
+    "torch/_C/__init__.pyi": {
+        "Tensor._version": "whether a tensor was written to since",
+        "Tensor._make_wrapper_subclass": "a tensor that says it is on the CPU and holds nothing"},
     "torch/utils/_python_dispatch.py": {
-        "Tensor.__tensor_flatten__": "the plain tensors that torchao's consist of"},
+        "Tensor.__tensor_flatten__": "the plain tensors that torchao's consist of",
+        "TorchDispatchMode.__torch_dispatch__": "every operation passes: what is alive is counted"},
+    "torch/_tensor.py": {
+        "Tensor.__torch_dispatch__": "a tensor that has a shape and no numbers computes shapes"},
+    "torch/utils/_pytree.py": {
+        "tree_leaves, tree_map": "the tensors among an operation's arguments and results"},
     "torch/nn/modules/module.py": {
         "Module._parameters, Module._buffers": "a module's own tensors, or None; can be replaced",
         "Module._modules": "a shallow copy whose children can be replaced",
@@ -76,6 +83,7 @@ FACTS = {
     "bitsandbytes/functional.py": {
         "QuantState.packing_format_for_cpu": "whether a weight was repacked",
         "QuantState.state2": "the scales of a 4-bit weight",
+        "functional.QuantState": "a 4-bit weight without numbers",
         "functional.get_4bit_type": "the 16 values of a 4-bit type"},
     "torchao/prototype/safetensors/safetensors_support.py": {
         "flatten_tensor_state_dict": "what save_pretrained stores of a packed weight"},
@@ -86,6 +94,7 @@ FACTS = {
     "transformers/trainer.py": {  # overridden in training/trainer.py
         "Trainer._get_train_sampler": "the order of rows, when it is not Trainer's",
         "Trainer._run_epoch": "at least one step, also of a run that had made all of them",
+        "Trainer._load_from_checkpoint": "the weights that a run goes back to, as one goes on",
         "Trainer._get_num_items_in_batch": "the targets that a step's loss is divided by",
         "Trainer.model_accepts_loss_kwargs": "tells Trainer that our loss divides by them",
         "Trainer.current_gradient_accumulation_steps": "how many parts a step's loss comes in"},

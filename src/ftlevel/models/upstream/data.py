@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ftlevel.models.strangers.memory_limit import taking_at_most
 from ftlevel.models.strangers.time_limit import ending_in
 
 _SECONDS = 10.0  # a template takes some microseconds
+_BYTES = 1 << 30
 
 
 def apply_template(
@@ -19,10 +21,11 @@ def apply_template(
     Raises:
         jinja2.TemplateError, ValueError, TypeError: the template refuses the turns.
         TimeoutError: it took more than ten seconds.
+        MemoryError: it asked for more than a gigabyte (on Linux).
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with ending_in(_SECONDS):
+    with ending_in(_SECONDS), taking_at_most(_BYTES):
         texts, spans = render_jinja_template([list(turns)], chat_template=template, **settings)
     return texts[0], [tuple(span) for span in spans[0]] if spans else []
 

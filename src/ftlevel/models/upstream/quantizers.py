@@ -41,6 +41,13 @@ def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> d
     }
 
 
+def quantize_shape(model: Any, quantization: Any) -> None:
+    """Make of `model`, on the meta device, what loading it quantized gives (mutated): no codes."""
+    quantizer = _prepare(model, quantization, pre_quantized=False)
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
+
+
 def torchao_linears(model: Any, quantization: Any) -> list[str]:
     """Return the linears of `model` (mutated) that transformers would give to torchao."""
     quantizer = _prepare(model, quantization, pre_quantized=False)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ftlevel.errors import RunError, listing
 from ftlevel.events import Listener
+from ftlevel.training.callbacks.recovery import Recovery
 
 _STOPPED = "Training stopped before the weights took it."
 
@@ -44,19 +45,22 @@ class GradientProof(TrainerCallback):
         self,
         listener: Listener,
         step_loss: Callable[[], torch.Tensor],
+        recovery: Recovery,
         *,
         scales: bool = False,
         defers: bool = False,
     ) -> None:
-        """Remember whom to tell, and how the loss of the step so far is asked for.
+        """Remember whom to tell, how the loss of the step so far is asked for, and who decides.
 
         Args:
             listener: is told what does not learn.
             step_loss: gives that loss, on the device.
+            recovery: decides what becomes of a step that is not finite.
             scales: whether losses are scaled, and steps that overflow skipped.
             defers: whether flags may be read some steps later.
         """
         self.listener = listener
+        self.recovery = recovery
         self.step_loss = step_loss
         self.checked = 0
         self.idle: list[str] = []
@@ -82,19 +86,23 @@ class GradientProof(TrainerCallback):
         if not self.checked:  # the first step of this process: a resumed run proves itself too
             self._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             self._check_all_have_one(self._trainable)
-        trainable = self._trainable
+        trainable, step = self._trainable, state.global_step + 1
         if self._is_checked and self._defers:
             self._note(state, "loss", self.step_loss())
             self._note(state, "gradient", _largest(p.grad for _, p in trainable))
             return
         loss = float(self.step_loss())
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} at step {state.global_step + 1}. {_STOPPED} A row "
-                "of it gives that. Lower --learning-rate, or use --dtype float32."
+        is_wrong = not math.isfinite(loss)
+        if is_wrong or (not self.recovery.stops and self.recovery.agree(is_wrong)):
+            self.recovery.decide(
+                step,
+                f"the loss is {loss} at step {step}",
+                f"{_STOPPED} Lower --learning-rate, or use --dtype float32.",
             )
+            return
         if self._is_checked and _are_finite(p.grad for _, p in trainable):
             self._in_a_row = 0
+            self.recovery.look_for_spike(step, loss)
             return
         sums = torch.stack([_absolute_sum(p.grad) for _, p in trainable])
         if not bool(torch.isfinite(sums).all()):
@@ -102,12 +110,15 @@ class GradientProof(TrainerCallback):
                 self._skip(state.global_step + 1)
                 return
             bad = [n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)]
-            raise RunError(
-                f"the gradient is not finite at step {state.global_step + 1} ({len(bad):,} of "
-                f"{len(trainable):,} tensors, such as {bad[0]}). {_STOPPED} Lower "
-                "--learning-rate, or use --dtype float32."
+            self.recovery.decide(
+                step,
+                f"the gradient is not finite at step {step} ({len(bad):,} of {len(trainable):,} "
+                f"tensors, such as {bad[0]})",
+                f"{_STOPPED} Lower --learning-rate, or use --dtype float32.",
             )
+            return
         self._in_a_row = 0
+        self.recovery.look_for_spike(step, loss)
         if not self._is_checked:
             zero = {n for (n, _), s in zip(trainable, sums, strict=True) if s == 0}
             self._look_for_idle(zero, len(trainable), optimizer)
@@ -127,10 +138,13 @@ class GradientProof(TrainerCallback):
             return
         bad = [name for name, p in self._trainable if not bool(torch.isfinite(p).all())]
         if bad:  # a norm may overflow by itself
-            raise RunError(
+            step = state.global_step + 1
+            self.recovery.decide(
+                step,
                 f"{len(bad):,} of {len(self._trainable):,} trained tensors are not finite after "
-                f"step {state.global_step + 1}, such as {bad[0]}. They are not saved. Lower "
-                "--learning-rate, or use another --optim."
+                f"step {step}, such as {bad[0]}",
+                "They are not saved. Lower --learning-rate, or use another --optim.",
+                in_weights=True,
             )
 
     def on_step_end(

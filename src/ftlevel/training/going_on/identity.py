@@ -7,6 +7,7 @@ the first step of a run that goes on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -32,11 +33,16 @@ def describe_model(model: PlannedModel) -> dict[str, Any]:
     flat = dict(
         _flatten(CONFIG.rstrip("."), json.loads(model.config.to_json_string(use_diff=False)))
     )
-    tokenizer = model.tokenizer
+    return flat | describe_tokenizer(model.tokenizer)
+
+
+def describe_tokenizer(tokenizer: Any) -> dict[str, str]:
+    """Return digests of a tokenizer and of its chat template."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    flat[TOKENIZER] = _digest([backend, tokenizer.special_tokens_map])
-    flat[TEMPLATE] = _digest(getattr(tokenizer, "chat_template", None))
-    return flat
+    return {
+        TOKENIZER: _digest([backend, tokenizer.special_tokens_map]),
+        TEMPLATE: _digest(getattr(tokenizer, "chat_template", None)),
+    }
 
 
 class BaseDigest:
@@ -49,22 +55,23 @@ class BaseDigest:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._found: dict[str, str] = {}
-        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread: threading.Thread | None = None
 
     def keep(self, checkpoints: Path) -> None:
         """Write it into `checkpoints` once it is there, while the run begins."""
 
         def read_and_write() -> None:
-            self._read()
-            if self._found and checkpoints.is_dir():
-                write_json(checkpoints / _FILE, self._found)
+            with contextlib.suppress(MemoryError, OSError):  # said where the run itself meets it
+                self._read()
+                if self._found and checkpoints.is_dir():
+                    write_json(checkpoints / _FILE, self._found)
 
         self._thread = threading.Thread(target=read_and_write, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
         """Wait until it is written."""
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
     def changes(self, checkpoints: Path) -> list[str]:

@@ -21,9 +21,12 @@ from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
 from ftlevel.config import TrainConfig
 from ftlevel.config.options.optimizer import PLATEAU
 from ftlevel.config.reading.renamed import RENAMED
+from ftlevel.data.encoding.chat_templates import choose_chat_template
+from ftlevel.data.encoding.pad_token import choose_pad_token
 from ftlevel.errors import ConfigError, did_you_mean, listing
 from ftlevel.events import Listener
 from ftlevel.methods import METHODS
+from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.given import Taken
 from ftlevel.training.going_on.identity import (
@@ -32,6 +35,7 @@ from ftlevel.training.going_on.identity import (
     TOKENIZER,
     BaseDigest,
     describe_model,
+    describe_tokenizer,
 )
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
@@ -42,7 +46,8 @@ from ftlevel.training.summary import describe_base, dump_config, resolved_config
 _FREE = {"logging_steps", "eval_steps", "save_steps", "save_minutes", "save_total_limit",
          "eval_on_start", "predict_with_generate", "max_generate_samples", "max_new_tokens",
          "metrics", "num_beams", "temperature", "top_p",
-         "per_device_eval_batch_size", "eval_strategy", "save_strategy"}  # fmt: skip
+         "per_device_eval_batch_size", "eval_strategy", "save_strategy", "on_nonfinite",
+         "spike_factor", "max_restarts"}  # fmt: skip
 _EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}
 """Where the schedule waits for evaluations, these decide what is computed."""
 
@@ -69,6 +74,14 @@ def check_base_stays(config: TrainConfig) -> None:
             f"{expected[:12]}…, and {source.words} has other weights ({found[:12]}…). Name the "
             "base that it was begun on, or start anew in another --output-dir."
         )
+    if "model.adapter_fingerprint" not in before:  # which has a tokenizer of its own
+        tokenizer = load_tokenizer(source)
+        choose_chat_template(tokenizer, config.data.chat_template)
+        choose_pad_token(tokenizer)
+        now = describe_tokenizer(tokenizer)
+        known = {key: before[key] for key in now if key in before}
+        now = {key: now[key] for key in known if key not in config.output.allow_change}
+        check_same_run(RunDirectory(run), {key: known[key] for key in now}, now)
 
 
 def check_base_outlives(config: TrainConfig, plan: Plan) -> None:
@@ -345,10 +358,12 @@ def _check_base(run: RunDirectory, plan: Plan) -> None:
 def _read_origin(run: RunDirectory) -> dict[str, Any]:
     path = run.checkpoints / ORIGIN
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("it is no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
-    return {RENAMED.get(key, key): value for key, value in found.items()}
+    return {RENAMED.get(key) or key: value for key, value in found.items()}
 
 
 _CONTENT = {

@@ -23,6 +23,7 @@ from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import load_config
 from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.tasks import TASKS
 from ftlevel.trained.adapterhub import is_adapterhub
 from ftlevel.trained.base import find_base
 from ftlevel.trained.load import card_directory
@@ -268,7 +269,8 @@ def _differences(
             yield flags.get(f"method.{name}", f"method.{name}"), wish, shown
     if card is None:
         return
-    if "task" in config.model_fields_set and config.task != card.task:
+    prefers = config.task == "preference" and TASKS[card.task].writes_text  # with the same head
+    if "task" in config.model_fields_set and config.task != card.task and not prefers:
         yield "--task", config.task, f"the task {card.task}"
     if config.data.labels and list(config.data.labels) != card.labels:
         yield "data.labels", ", ".join(config.data.labels), ", ".join(card.labels)

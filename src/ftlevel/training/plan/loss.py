@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
+from ftlevel.config.options.preference import PREFERENCE_TASKS
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import ConfigError, did_you_mean, listing
 from ftlevel.task import Objective, TrainingLoss
@@ -44,7 +45,8 @@ def choose_loss(
     if weights:
         shown.append(Choice("class weights", _describe(dict(zip(names, weights, strict=True))),
                             reason))  # fmt: skip
-    return TrainingLoss(train.label_smoothing_factor, weights, train.focal_gamma), shown
+    smoothing = 0.0 if config.task in PREFERENCE_TASKS else train.label_smoothing_factor
+    return TrainingLoss(smoothing, weights, train.focal_gamma), shown
 
 
 def _check(config: TrainConfig, objective: Objective) -> None:
@@ -54,7 +56,8 @@ def _check(config: TrainConfig, objective: Objective) -> None:
         ConfigError: labels that cannot be smoothed, or that are of no class.
     """
     train, problems = config.train, []
-    if train.label_smoothing_factor and not objective.one_of_many:
+    is_judged = config.task in PREFERENCE_TASKS  # whose losses have a smoothing of their own
+    if train.label_smoothing_factor and not (objective.one_of_many or is_judged):
         problems.append(
             f"--label-smoothing-factor {train.label_smoothing_factor:g} spreads a target "
             "over tokens, tags or classes, of which one is right, and here the labels are of "

@@ -61,6 +61,12 @@ def check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
     reason = refuse(config.method, model_config, kind, config.task, quant) if refuse else None
     if reason is not None:
         raise ConfigError(f"--method {config.method.kind}: {reason}")
+    goes_back = config.train.on_nonfinite == "rollback" or config.train.spike_factor is not None
+    if goes_back and METHODS[config.method.kind].callbacks is not None:
+        raise ConfigError(
+            f"--method {config.method.kind} changes its shape in the course of a run, so that it "
+            "cannot go back to a checkpoint: use --on-nonfinite skip, and no --spike-factor."
+        )
 
 
 def choose_precision(config: TrainConfig, device: str, model_type: str) -> Choice:

@@ -5,14 +5,14 @@ Everything that can be wrong before weights are read is found here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.chat_templates import choose_chat_template
-from ftlevel.data.encoding.pad_token import choose_pad_token
+from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
 from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.parallel import Progress, be_silent
@@ -79,6 +79,24 @@ class _Bare:
     spelling: list[Choice]
 
 
+@dataclass(frozen=True)
+class Imagined:
+    """What a forecast puts in the place of things that are not here.
+
+    Attributes:
+        source: the model, whose weights may not be there; None for the one that is asked for.
+        device: another than this machine's, which nothing will be loaded on; None for none.
+        tokenizer: with an `eos_token_id`, a `pad_token_id` and a `chat_template`; None for the
+            model's.
+        rows: gives rows for a task, a kind of model and its config; None for those of the data.
+    """
+
+    source: ModelSource | None = None
+    device: Choice | None = None
+    tokenizer: Any = None
+    rows: Callable[[BaseTask, str, Any], Prepared] | None = None
+
+
 def resolve(
     config: TrainConfig,
     *,
@@ -86,6 +104,7 @@ def resolve(
     progress: Progress = be_silent,
     why_task: str = "",
     adapter: StartingAdapter | None = None,
+    imagined: Imagined | None = None,
 ) -> Plan:
     """Resolve `config`.
 
@@ -95,14 +114,19 @@ def resolve(
         progress: told how many examples are encoded.
         why_task: the reason for the task, where the user named none.
         adapter: what the run goes on from, by which `config` was made.
+        imagined: what a forecast puts in the place of things that are not here.
 
     Raises:
         ConfigError: with the first problem found; nothing was loaded or written.
     """
-    task = TASKS[config.task]
-    config, bare = _read_model(config, task)
-    data = _prepare(config, task, bare, lenient, progress)
-    model_config = _task_config(bare.source, data.facts, bare.tokenizer)
+    task = TASKS[config.task].configured(task_options(config))
+    config, bare = _read_model(config, task, imagined or Imagined())
+    if imagined is not None and imagined.rows is not None:
+        data = imagined.rows(task, bare.kind, bare.config)
+    else:
+        here = "cpu" if imagined is not None and imagined.device else bare.device.value
+        data = _prepare(config, task, bare, here, lenient, progress)
+    model_config = _task_config(bare.source, data.facts, bare.tokenizer, task)
     layers = _keep_every_layer(model_config)
     meta = build_task_model(model_config, bare.auto_class)
     _check_checkpointing(config, meta, bare.device.value)
@@ -159,20 +183,33 @@ def resolve(
     return plan
 
 
-def _read_model(config: TrainConfig, task: BaseTask) -> tuple[TrainConfig, _Bare]:
+def task_options(config: TrainConfig) -> dict[str, Any]:
+    """Return what `BaseTask.configured` takes of a configuration."""
+    smoothing = config.train.label_smoothing_factor
+    return {"preference": {**config.preference.model_dump(), "smoothing": smoothing}}
+
+
+def _read_model(
+    config: TrainConfig, task: BaseTask, imagined: Imagined
+) -> tuple[TrainConfig, _Bare]:
     """Return what is known of the base, and `config` with the quantization that it has."""
     wish = config.model
-    source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
+    source = imagined.source or resolve_source(
+        wish.name_or_path, wish.revision, wish.trust_remote_code
+    )
     check_revision(source, wish.revision)
     bare = load_config(source)
-    kind, device = model_kind(bare), choose_device(wish.device)
+    kind = model_kind(bare)
+    device = imagined.device or choose_device(wish.device)
     config = resolve_quantization(config, bare, source, device.value)
     check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
     dtype = choose_precision(config, device.value, bare.model_type)
-    tokenizer = load_tokenizer(source)
+    tokenizer = imagined.tokenizer or load_tokenizer(source)
     template = choose_chat_template(tokenizer, config.data.chat_template)
-    spelling = [choice for choice in (template, choose_pad_token(tokenizer)) if choice]
+    padding = choose_pad_token(tokenizer)
+    padding = (pad_apart_from_eos(tokenizer) if task.pads_apart else None) or padding
+    spelling = [choice for choice in (template, padding) if choice]
     return config, _Bare(source, bare, kind, auto_class, device, dtype, tokenizer, spelling)
 
 
@@ -225,10 +262,10 @@ def _best_model(
 
 
 def _prepare(
-    config: TrainConfig, task: BaseTask, bare: _Bare, lenient: bool, progress: Progress
+    config: TrainConfig, task: BaseTask, bare: _Bare, device: str, lenient: bool, progress: Progress
 ) -> Prepared:
-    """Return the rows, encoded for the base."""
-    bounds = find_bounds(config, bare.config, bare.device.value, bare.dtype.value)
+    """Return the rows, encoded for the base, as long as the memory of `device` may hold."""
+    bounds = find_bounds(config, bare.config, device, bare.dtype.value)
     vocabulary, seed = bare.config.get_text_config().vocab_size, config.train.seed
     tokenizer = bare.tokenizer
     context = EncodingContext(task, bare.kind, tokenizer, vocabulary, bounds, seed, lenient)
@@ -278,14 +315,18 @@ def _check_checkpointing(config: TrainConfig, model: Any, device: str) -> None:
         )
 
 
-def _task_config(source: ModelSource, facts: Mapping[str, Any], tokenizer: Any) -> Any:
+def _task_config(
+    source: ModelSource, facts: Mapping[str, Any], tokenizer: Any, task: BaseTask
+) -> Any:
     overrides: dict[str, Any] = {}
     if facts["problem_type"]:
         overrides |= {"problem_type": facts["problem_type"], "num_labels": 1}  # of a quantity
     if facts["labels"]:
         overrides |= label_overrides(facts["labels"])
     config = load_config(source, **overrides)
-    if getattr(config, "pad_token_id", None) is None:  # CodeGen's has no such field at all
+    if (
+        task.pads_apart or getattr(config, "pad_token_id", None) is None
+    ):  # CodeGen's has no such field at all
         config.pad_token_id = tokenizer.pad_token_id
     return config
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftlevel.config import DEFAULT_MODEL, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.options.optimizer import ANOTHER_RATE, PLATEAU
+from ftlevel.config.options.preference import PREFERENCE_TASKS
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
@@ -71,6 +72,9 @@ def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
         head = Choice("head learning rate", base.value)
     rates = method.rates(config.method)
     default = rates.choose(config.method.kind, known)
+    if config.task in PREFERENCE_TASKS and (share := config.preference.facts.rate) != 1:
+        reason = f"{share:g} of that for answers alone: {default.reason}"
+        default = replace(default, value=float(f"{default.value * share:.0e}"), reason=reason)
     base = base or default
     head = head or (base if rates.is_heads else choose_head_rate(known))
     return Rates(base, default.value, head if known.new_head else None)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.fit import prompt_length
 
 FEW_TOKENS = 256
 """Two short rows, or a few: what costs less than one step of most runs."""
@@ -38,6 +39,9 @@ def shorten(row: Encoded, size: int) -> Encoded | None:
     if length <= size:
         return row
     labels = row.labels
+    if len(row.branches) > 1:  # answers stay whole, and so does what tells them apart
+        surplus = min(length - size, (prompt_length(row) or 1) - 1)
+        return row.without(surplus) if surplus > 0 and length - surplus <= LONGEST else None
     if isinstance(labels, list) and len(labels) == length:
         end = max((at + 1 for at, label in enumerate(labels) if label != IGNORED), default=length)
         kept = slice(max(0, end - size), max(end, size))

@@ -144,7 +144,7 @@ class _Verifier:
         plain = steps.plain(rows, self.batch_size, dtype)
         if not math.isfinite(plain.loss):
             raise _NotFiniteError
-        other = steps.plain(rows[::-1], 1, dtype)
+        other = steps.plain(rows[::-1], 1, dtype, apart=True)
         noise = compare_gradients(other.gradients, plain.gradients)
         noise_of_loss = abs(other.loss - plain.loss)
         del other

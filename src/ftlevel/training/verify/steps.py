@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.scoring import batches
+from ftlevel.fast.head.likelihoods import plain_loss, sum_of_ratios, with_baseline
 from ftlevel.fast.layers.norm_glu import FusedGlu, FusedNorm
 from ftlevel.models.hardware import autocast
+from ftlevel.task import LikelihoodObjective
 from ftlevel.training.trainer import FtlevelTrainer
 
 
@@ -47,30 +51,58 @@ class Steps:
         """What is trained."""
         return self.trainer.model
 
-    def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Computed:
+    def plain(
+        self, rows: Sequence[Encoded], batch_size: int, dtype: str, *, apart: bool = False
+    ) -> Computed:
         """Return the step as transformers and PEFT compute it: padded batches, no dropout.
 
         Args:
             rows: of the step.
             batch_size: rows of a batch; the gradients of all are summed.
             dtype: compute precision's name.
+            apart: whether the answers of a row go through the model one by one. What they have in
+                common cancels in the gradient, and is rounded otherwise in each only then.
         """
         objective, device = self.trainer.objective, self.trainer.args.device
         options = self.trainer.loss
         _evaluate(self.model)
         self.model.zero_grad()
-        collate, loss, count = Collator(self.pad_id), 0.0, 0.0
-        for part in batches(rows, batch_size):
-            batch = {name: value.to(device) for name, value in collate(part).items()}
-            inputs, labels = objective.split(batch)
+        model = _OneByOne(self.model) if apart and len(rows[0].branches) > 1 else self.model
+        collate, loss = Collator(self.pad_id), 0.0
+        baseline = self._baseline(rows, batch_size, dtype)
+        parts = [
+            {name: value.to(device) for name, value in collate(part).items()}
+            for part in batches(rows, batch_size)
+        ]
+        counts = [objective.training_count(batch["labels"], options) for batch in parts]
+        count = torch.stack(counts).sum(0)
+        for batch in parts:
+            if baseline is not None:
+                batch["verdicts"] = with_baseline(batch["verdicts"], baseline.to(device))
             with autocast(device.type, dtype):
-                logits = objective.logits(self.model(**inputs))
-                summed = objective.training_sum(logits, labels, batch["attention_mask"], options)
-            torch.autograd.backward(summed)
-            loss += summed.item()
-            count += float(objective.training_count(labels, options))
-        gradients = {name: g.div_(count) for name, g in self._take_gradients().items()}
-        return Computed(loss / count, gradients)
+                mask = batch["attention_mask"]
+                summed, _, _ = plain_loss(model, objective, batch, mask, options)
+            share = (summed / count).sum()
+            torch.autograd.backward(share)
+            loss += share.item()
+        return Computed(loss, self._take_gradients())
+
+    def _baseline(
+        self, rows: Sequence[Encoded], batch_size: int, dtype: str
+    ) -> torch.Tensor | None:
+        """Return what is taken off the rewards of a step (a scalar), where something is."""
+        objective, device = self.trainer.objective, self.trainer.args.device
+        contrasts = [other for row in rows for other in row.contrasts]
+        if not (isinstance(objective, LikelihoodObjective) and contrasts):
+            return None
+        collate = Collator(self.pad_id)
+        parts = [
+            {name: value.to(device) for name, value in collate(part).items()}
+            for part in batches(contrasts, batch_size)
+        ]
+        with autocast(device.type, dtype):
+            total = sum_of_ratios(None, self.model, objective, parts)
+        return (total[0] / total[1]).clamp(min=0)
 
     def fast(self, rows: Sequence[Encoded], dtype: str) -> Computed:
         """Return the step as the Trainer computes it, fused layers as in training, no dropout."""
@@ -97,6 +129,7 @@ class Steps:
         try:
             with trainer.computing_alone(dtype):
                 batch = trainer.data_collator(list(rows))
+                trainer.prepare_step([batch], device)
                 count = trainer.count_targets([batch], device) * trainer.args.world_size
                 loss = trainer.training_step(self.model, batch, count)
         finally:
@@ -113,6 +146,37 @@ class Steps:
         }
         self.model.zero_grad()
         return found
+
+
+class _OneByOne:
+    """Calls a model on each row of a batch by itself, without its padding.
+
+    Args:
+        model: with scores of tokens, or of rows.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.get_base_model = getattr(model, "get_base_model", None)
+
+    def __getattr__(self, name: str) -> Any:
+        """Be the model in everything else."""
+        return getattr(self._model, name)
+
+    def __call__(self, attention_mask: torch.Tensor, **batch: torch.Tensor) -> Any:
+        """Return outputs with the scores of all rows."""
+        width, found = attention_mask.shape[1], []
+        for index, mask in enumerate(attention_mask):
+            length = int(mask.sum())
+            own = {
+                name: value[index : index + 1, : None if name.startswith("decoder") else length]
+                for name, value in batch.items()
+            }
+            scores = self._model(attention_mask=mask[None, :length], **own).logits
+            if scores.dim() > 2 and scores.shape[1] == length:
+                scores = functional.pad(scores, (0, 0, 0, width - length))
+            found.append(scores)
+        return SimpleNamespace(logits=torch.cat(found))
 
 
 def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -1,0 +1,170 @@
+"""Do to ftlevel what power cuts, full disks, strangers and fuzzers do, and print one table.
+
+    make torture                                  every row at its full count
+    python scripts/torture.py --only kill disk    some rows
+    python scripts/torture.py --share 0.05        a twentieth of each count
+    python scripts/torture.py --seed 7 --jobs 2   other moments; two rows at a time
+
+Every row draws from the seed that is printed, so that the same command does the same again, but
+for moments that are told by a clock. A row is good if nothing is bad (a traceback, a wrong exit
+code, a run that cannot go on), silent (a wrong result at exit 0), executed (code of a stranger's
+file ran), a hang (20 seconds beyond a run's own time), or outside (a file written outside of the
+run). Exit code 1 where one is not. What is found is written to --log, a line a case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # tiny models
+
+Row = Callable[..., Iterator[object]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table.
+
+    Attributes:
+        name: for --only.
+        title: what it does.
+        count: its full count.
+        place: module:function.
+    """
+
+    name: str
+    title: str
+    count: int
+    place: str
+
+
+ENTRIES = (
+    Entry("kill", "kill -9 at any moment, then --resume", 200, "kills:kill_at_any_moment"),
+    Entry("late", "kill -9 after the last checkpoint", 50, "kills:kill_late"),
+    Entry("plateau", "kill -9 with reduce_lr_on_plateau", 10, "kills:kill_with_plateau"),
+    Entry("signals", "SIGINT, SIGTERM, SIGHUP in every command", 80, "signals:signal_commands"),
+    Entry("damage", "a damaged file of the newest checkpoint, or of all", 110,
+          "damage:damage_checkpoints"),
+    Entry("state", "a damaged file of the run beside its checkpoints", 40, "damage:damage_state"),
+    Entry("cache", "damaged prepared rows", 100, "damage:damage_cache"),
+    Entry("disk", "a full disk", 60, "disk:fill_disk"),
+    Entry("changed", "something changed before --resume", 25, "changed:change_something"),
+    Entry("numbers", "NaN and infinity", 30, "numbers:break_numbers"),
+    Entry("memory", "out of memory", 20, "memory:run_out_of_memory"),
+    Entry("hostile", "strangers' files", 300, "hostile:read_hostile"),
+    Entry("overwrite", "--overwrite of what is not ours, or is in use", 30, "owning:overwrite"),
+    Entry("secrets", "tokens in the environment", 6, "owning:look_for_secrets"),
+    Entry("fuzz", "fuzzed files and settings", 250_000, "fuzz:fuzz_everything"),
+    Entry("processes", "faults of two processes", 20, "processes:break_processes"),
+)  # fmt: skip
+
+
+def main() -> int:
+    """Run the rows and print their table; return 1 where one is not good."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", default=[], choices=[e.name for e in ENTRIES])
+    parser.add_argument("--share", type=float, default=1.0, help="of each count")
+    parser.add_argument("--seed", type=int, default=None, help="the default is drawn, and printed")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
+    parser.add_argument("--log", type=Path, help="write every case to this file")
+    parser.add_argument("--patience", type=float, default=120.0,
+                        help="seconds a run may take (on a quiet machine it takes 2)")  # fmt: skip
+    asked = parser.parse_args()
+    seed = asked.seed if asked.seed is not None else int.from_bytes(os.urandom(4), "big")
+    entries = [e for e in ENTRIES if not asked.only or e.name in asked.only]
+    print(f"seed {seed}", flush=True)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="torture-") as root:
+        cases = _run_all(entries, asked, seed, Path(root))
+    if asked.log:
+        lines = [json.dumps({"row": name, **case}) + "\n" for name in cases for case in cases[name]]
+        asked.log.write_text("".join(lines))
+    return _print_table(entries, cases, time.monotonic() - began)
+
+
+def _run_all(
+    entries: list[Entry], asked: argparse.Namespace, seed: int, root: Path
+) -> dict[str, list[dict[str, str]]]:
+    """Return the cases of each row, each run in a process of its own, several at a time."""
+    running: dict[int, Entry] = {}
+    waiting, cases = list(entries), {}
+    while waiting or running:
+        while waiting and len(running) < asked.jobs:
+            entry = waiting.pop(0)
+            pid = os.fork()
+            if pid == 0:
+                os._exit(_run_row(entry, asked, seed, root))
+            running[pid] = entry
+        pid, _ = os.wait()
+        entry = running.pop(pid)
+        text = (root / f"{entry.name}.jsonl").read_text()
+        cases[entry.name] = [json.loads(line) for line in text.splitlines()]
+    return cases
+
+
+def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path) -> int:
+    """Run one row and write its cases; an error of the row itself is a bad case."""
+    import importlib
+    import traceback
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    from torture_rows.lab import BAD, Case, new_lab
+
+    module, _, function = entry.place.partition(":")
+    row = getattr(importlib.import_module(f"torture_rows.{module}"), function)
+    count = max(1, round(entry.count * asked.share))
+    began = time.monotonic()
+    with (root / f"{entry.name}.jsonl").open("w") as file:
+
+        def note(case: Case) -> None:
+            file.write(json.dumps(asdict(case)) + "\n")
+            file.flush()
+            if case.verdict != "good":
+                print(f"{entry.name}: {case.verdict}: {case.name}: {case.why}", flush=True)
+
+        try:
+            with new_lab(root / entry.name, seed) as lab:
+                lab.patience = asked.patience
+                for case in row(lab, count):
+                    note(case)
+        except Exception:  # noqa: BLE001 - it is shown
+            note(Case(BAD, "the row itself", traceback.format_exc()[-2000:]))
+    print(f"{entry.name}: done in {time.monotonic() - began:,.0f} s", flush=True)
+    return 0
+
+
+def _print_table(
+    entries: list[Entry], cases: dict[str, list[dict[str, str]]], seconds: float
+) -> int:
+    from torture_rows.lab import VERDICTS
+
+    print("\n| row | of | " + " | ".join(VERDICTS) + " | of the good |")
+    print("|---|--:|" + "--:|" * len(VERDICTS) + "---|")
+    is_good = True
+    for entry in entries:
+        found = cases.get(entry.name, [])
+        counts = Counter(case["verdict"] for case in found)
+        sums: Counter[str] = Counter()
+        for case in found:
+            sums[case["verdict"]] += int(case.get("times", 1))
+        kinds = Counter(case["kind"] for case in found if case["verdict"] == "good")
+        told = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()) if kind)
+        shown = " | ".join(f"{sums[verdict]:,}" for verdict in VERDICTS)
+        print(f"| {entry.title} | {sum(sums.values()):,} of {entry.count:,} | {shown} | {told} |")
+        is_good &= set(counts) <= {"good"}
+    print(f"\n{seconds / 60:,.1f} minutes")
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Commands about runs and machines that train nothing: plan, report, doctor."""

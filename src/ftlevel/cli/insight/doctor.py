@@ -1,0 +1,39 @@
+"""`ftlevel doctor`: what this machine can do, and what to install."""
+
+from __future__ import annotations
+
+import json as json_module
+
+import typer
+
+from ftlevel.cli.startup.heavy_imports import heavy_imports
+
+_SIGNS = {"good": "ok", "note": "--", "bad": "!!"}
+
+
+def doctor(*, as_json: bool, quiet: bool) -> None:
+    """Say what this machine can do, and what to install.
+
+    Exit code 1 if something would stop a run. Paste its output into a bug report.
+    """
+    with heavy_imports():
+        from ftlevel.commands.insight.doctor import doctor as look
+        from ftlevel.commands.insight.doctor import to_dict
+        from ftlevel.models.loading import quiet_libraries
+
+    with quiet_libraries():
+        found = look()
+    told = to_dict(found)
+    if as_json:
+        typer.echo(json_module.dumps(told))
+    else:
+        width = max(len(finding.name) for finding in found)
+        for finding in found:
+            if quiet and finding.verdict == "good":
+                continue
+            sign = _SIGNS[finding.verdict]
+            typer.echo(f"{sign} {finding.name.ljust(width)}  {finding.value}")
+            if finding.advice:
+                typer.echo(f"   {' ' * width}  → {finding.advice}")
+    if not told["ok"]:
+        raise typer.Exit(1)

@@ -1,0 +1,73 @@
+"""A plan in a terminal or a pipe: the verdict, memory by part, what fits, time, disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ftlevel.commands.insight.plan import RunPlan
+    from ftlevel.training.forecast.fits import Fit
+
+_BAR = 30  # letters
+_LEAST = 2**16  # bytes of a part that is shown
+
+
+def show(plan: RunPlan, console: Console) -> None:
+    """Print `plan`, the verdict first."""
+    for line in plan_lines(plan):
+        console.print(line, highlight=False, markup=False)
+    if plan.fits:
+        console.print("what fits (rows as long as --max-length, all tokens learned):", markup=False)
+        console.print(_table(plan.fits), highlight=False)
+
+
+def plan_lines(plan: RunPlan) -> Iterator[str]:
+    """Yield the lines of `plan` but for the table."""
+    yield plan.verdict()
+    if plan.cheapest is not None:
+        yield f"to make it fit, the mildest change: {plan.cheapest.flags}"
+    elif not plan.does_fit:
+        yield "no change of rows, checkpointing or quantization makes it fit: a smaller --model."
+    width = max(map(len, plan.parts))
+    for part, size in plan.parts.items():
+        if size < _LEAST:
+            continue
+        bar = "█" * round(_BAR * size / plan.peak)
+        yield f"  {part.ljust(width)} {_mib(size):>12}  {bar}"
+    if plan.imagined:
+        yield "  rows are imagined, all as long as they may be: name a --dataset for your own"
+    for cards, kinds in plan.several.items():
+        sizes = ", ".join(f"{kind.upper()} {_mib(size)}" for kind, size in kinds.items())
+        yield f"  on each of {cards} cards: {sizes} (computed, not measured)"
+    if not plan.imagined:
+        yield f"an epoch: {plan.steps:,} steps, {plan.tokens:,} tokens{_time(plan)}"
+    first, kept = plan.checkpoint_bytes
+    yield f"disk: {_mib(first)} a checkpoint, {_mib(kept)} for those kept"
+
+
+def _time(plan: RunPlan) -> str:
+    if plan.time is None:
+        return " (--probe measures its time here)"
+    seconds = plan.time.seconds_per_epoch
+    shown = f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
+    cost = f"; the run costs {plan.cost:,.2f}" if plan.cost is not None else ""
+    return f", about {shown} at {plan.time.tokens_per_s:,.0f} tokens/s ({plan.time.how}){cost}"
+
+
+def _table(fits: list[Fit]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 2))
+    table.add_column("flags", overflow="fold")
+    for name in ("peak", "fits", "most rows"):
+        table.add_column(name, justify="right")
+    for fit in fits:
+        most = "any" if fit.most_rows is None else f"{fit.most_rows:,}"
+        table.add_row(fit.flags, _mib(fit.peak), "yes" if fit.fits else "no", most)
+    return table
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"

@@ -1,0 +1,1 @@
+"""The commands that take a model to a server: export and check-served."""

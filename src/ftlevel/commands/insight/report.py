@@ -1,0 +1,46 @@
+"""Report: read what runs wrote → one page that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ftlevel.artifacts.files import check_absent
+from ftlevel.artifacts.ownership import REPORT
+from ftlevel.artifacts.report.gather import read_run_facts
+from ftlevel.artifacts.report.page import write_page
+from ftlevel.errors import ConfigError
+
+
+def report(
+    runs: Sequence[Path], *, out: Path | None = None, predictions: Sequence[Path] = ()
+) -> Path:
+    """Write the page about `runs`, and return where it is.
+
+    Args:
+        runs: directories of runs that are done.
+        out: file to write, which must not exist; None for `report.html` of the only run, which is
+            written anew.
+        predictions: of each run, in their order, what `ftlevel evaluate --predictions` wrote.
+
+    Raises:
+        ConfigError: the page has no place, or the predictions are not one a run.
+        InputError: a run cannot be read.
+    """
+    if predictions and len(predictions) != len(runs):
+        raise ConfigError(
+            f"{len(predictions)} --predictions for {len(runs)} runs. Give one for each run, in "
+            "their order."
+        )
+    if out is None and len(runs) > 1:
+        raise ConfigError(
+            f"{len(runs)} runs share no directory. Say where the page goes: --out report.html"
+        )
+    if out is not None:
+        check_absent("--out", out)
+    answers: list[Path | None] = [*predictions] or [None for _ in runs]
+    found = [read_run_facts(run, rows) for run, rows in zip(runs, answers, strict=True)]
+    place = out or runs[0] / REPORT
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_page(found, place)
+    return place

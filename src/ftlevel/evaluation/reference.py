@@ -1,0 +1,56 @@
+"""The reference of a trained policy, when other rows are scored: the model as its run began.
+
+That is its base with the adapter switched off where the adapter began as nothing, and otherwise
+what the run kept of its beginning. It is asked before the policy is, and never held beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ftlevel.evaluation.likelihoods import measure_likelihoods
+from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.task import LikelihoodObjective
+from ftlevel.trained.base import find_base
+from ftlevel.trained.load import Found, Trained, card_directory, load_found
+
+KEPT = "reference"
+"""The folder beside an adapter with the adapter that it began as."""
+
+
+def needs_reference(evaluator: Evaluator) -> bool:
+    """Whether rows are scored against a reference."""
+    objective = evaluator.objective
+    return isinstance(objective, LikelihoodObjective) and objective.needs_reference
+
+
+def with_reference(evaluator: Evaluator, trained: Trained, found: Found) -> Evaluator:
+    """Return `evaluator` with rows that know their reference, where the objective needs one.
+
+    Args:
+        evaluator: of the policy.
+        trained: the policy.
+        found: what it was loaded from.
+    """
+    if not needs_reference(evaluator):
+        return evaluator
+    task: Any = trained.task
+    reference = _measure(evaluator, trained, found)
+    return replace(evaluator, rows=task.with_reference(evaluator.rows, reference))
+
+
+def _measure(evaluator: Evaluator, trained: Trained, found: Found) -> Any:
+    kept = found.directory / KEPT if found.directory is not None else None
+    if kept is not None and kept.is_dir():
+        return _of_another(evaluator, replace(found, directory=kept))
+    if trained.has_adapter:
+        with trained.model.disable_adapter():
+            return measure_likelihoods(evaluator, trained.model)
+    directory = card_directory(Path(found.source.location)) or Path(found.source.location)
+    return _of_another(evaluator, replace(found, source=find_base(found.card, directory)))
+
+
+def _of_another(evaluator: Evaluator, found: Found) -> Any:
+    return measure_likelihoods(evaluator, load_found(found, evaluator.device).model)

@@ -1,0 +1,219 @@
+"""Tensors without numbers, and the place where every operation on tensors passes.
+
+torch has such tensors (`FakeTensorMode`), for compilers: what they check takes ten times as long,
+and a step is ten thousand operations. These say that they are on the CPU, so that autocast, SDPA's
+choice of a kernel and whoever asks for a device do what they do there, and compute with torch's
+tensors on the meta device. An operation on ordinary tensors alone is computed: layouts, masks and
+labels have their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+_AT_INDEX = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
+
+
+class FakeTensor(torch.Tensor):
+    """A tensor on the CPU that has everything but numbers.
+
+    Attributes:
+        shape_only: the tensor on the meta device that it computes with; views share its storage.
+    """
+
+    shape_only: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, shape_only: torch.Tensor) -> FakeTensor:
+        """Return the fake of a tensor on the meta device."""
+        fake: FakeTensor = torch.Tensor._make_wrapper_subclass(
+            cls, shape_only.size(), strides=shape_only.stride(), dtype=shape_only.dtype,
+            storage_offset=shape_only.storage_offset(), device=torch.device("cpu"),
+        )  # fmt: skip
+        fake.shape_only = shape_only
+        return fake
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's
+        """Say what it would be."""
+        return f"FakeTensor({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares what it is without one
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute the shapes that `func` gives."""
+        known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # held, or ids would be others'
+
+        def enter(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            inner = value.shape_only if isinstance(value, FakeTensor) else _shape_of(value)
+            known[id(inner)] = (inner, value)
+            return inner
+
+        named = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
+        made = func(*tree_map(enter, args), **tree_map(enter, named))
+
+        def leave(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return known[id(value)][1] if id(value) in known else FakeTensor(value)
+
+        return tree_map(leave, made)
+
+
+def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def storage_of(tensor: torch.Tensor) -> Any:
+    """Return the storage that `tensor` shares with its views, of as many bytes as it would have."""
+    own = tensor.shape_only if isinstance(tensor, FakeTensor) else tensor
+    return own.untyped_storage()
+
+
+class OperationWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Is told of every tensor that an operation makes inside the block, in this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # type: ignore[no-untyped-call]
+
+    def made(self, tensor: torch.Tensor) -> None:
+        """Look at a result of an operation: new, a view, or what was written to."""
+        raise NotImplementedError
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute `func`, and tell of its results."""
+        if func in _AT_INDEX:
+            args = (args[0], list(_places(args[1])), *args[2:])
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.made(leaf)
+        return result
+
+
+def _places(indices: Any) -> Iterator[torch.Tensor | None]:
+    """Yield indices in which a mask has become the places that it marks.
+
+    A mask has numbers also where what it indexes is fake, and fake tensors would not look at them.
+    """
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            yield from index.nonzero(as_tuple=True)
+        else:
+            yield index
+
+
+def fake_parameters(model: torch.nn.Module) -> None:
+    """Give `model` fake parameters and buffers on the CPU in place of its own (mutated).
+
+    What is shared stays shared.
+    """
+    made: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:  # held, or its id would be another's
+                    made[id(tensor)] = (tensor, _fake(tensor))
+                own[name] = made[id(tensor)][1]
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, FakeTensor):
+        return tensor
+    fake = new_fake(tensor.shape, tensor.dtype)
+    if not isinstance(tensor, torch.nn.Parameter):
+        return fake
+    return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+
+
+def new_fake(shape: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return a fake tensor on the CPU."""
+    return FakeTensor(torch.empty(tuple(shape), dtype=dtype, device="meta"))
+
+
+def pack_fake(model: torch.nn.Module, dtype: torch.dtype) -> set[str]:
+    """Give the linears of bitsandbytes in `model` (mutated) fake packed weights.
+
+    Args:
+        model: whose linears are bitsandbytes', with weights of any kind.
+        dtype: what packed weights are dequantized to.
+
+    Returns:
+        Their names.
+    """
+    import bitsandbytes as bnb
+
+    packed = set()
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            _pack_4bit(module, dtype)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            _pack_8bit(module)
+        else:
+            continue
+        packed.add(name)
+    return packed
+
+
+def _pack_4bit(module: Any, dtype: torch.dtype) -> None:
+    """Two codes a byte, a scale a block of 64; with double quantization that is a code as well."""
+    from bitsandbytes.functional import QuantState
+
+    shape, kind = (module.out_features, module.in_features), module.weight.quant_type
+    blocks = -(-shape[0] * shape[1] // 64)
+
+    state2 = offset = None
+    if module.weight.compress_statistics:
+        offset = new_fake((), torch.float32)
+        scales = new_fake((-(-blocks // 256),), torch.float32)
+        code = new_fake((256,), torch.float32)
+        state2 = QuantState(scales, code=code, blocksize=256, dtype=torch.float32)
+    absmax = new_fake((blocks,), torch.float32 if state2 is None else torch.uint8)
+    codes = new_fake((16,), torch.float32)
+    state = QuantState(absmax, torch.Size(shape), codes, 64, kind, dtype, offset, state2)
+    weight = torch.nn.Parameter(
+        new_fake((-(-shape[0] * shape[1] // 2), 1), torch.uint8), requires_grad=False
+    )
+    weight.quant_state = state  # type: ignore[attr-defined]
+    module._parameters["weight"], module.quant_state = weight, state
+    module.compute_dtype, module.compute_type_is_set = dtype, True
+    module.support_avx512bf16_for_cpu = False
+
+
+def _pack_8bit(module: Any) -> None:
+    """A byte a weight, a scale a row."""
+    shape = (module.out_features, module.in_features)
+    weight = torch.nn.Parameter(new_fake(shape, torch.int8), requires_grad=False)
+    weight.CB = weight.SCB = None  # type: ignore[attr-defined]
+    module._parameters["weight"] = weight
+    module.state.CB, module.state.has_fp16_weights = weight.data, False
+    module.state.SCB = new_fake(shape[:1], torch.float32)
+
+
+def packed_tensors(module: Any) -> Iterator[torch.Tensor]:
+    """Yield all that a linear with a fake packed weight holds of it."""
+    yield module.weight
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        yield module.state.SCB
+    while state is not None:
+        yield from (part for part in (state.absmax, state.code, state.offset) if part is not None)
+        state = state.state2

@@ -1,0 +1,303 @@
+"""Which columns hold judged answers, and what is made of them: a prompt, and answers to it.
+
+A prompt may stand by itself, or at the beginning of both answers. It is split off turn by turn, or
+at the last "Assistant:" of HH-RLHF's texts, and never by common characters, which would cut words.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ftlevel.data.formats.detect import Shape
+from ftlevel.data.formats.parts import Parts
+from ftlevel.data.formats.roles import Roles
+from ftlevel.data.formats.turns import Message, Unusable, check_text, parse_tools, parse_turns
+from ftlevel.data.sources.uniform import kind_of
+
+Turns = tuple[Message, ...]
+_HH = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """Two answers to one prompt; `row` is the index into the table.
+
+    Attributes:
+        prompt: the turns before the answers.
+        chosen: the preferred answer: one turn, or several where the conversations part earlier.
+        rejected: the other one.
+        row: index of the table's row.
+        tools: that the assistant may call.
+        margin: by how much the first is better; 0 where nobody says.
+        scores: what the data says of the two; none where it says nothing.
+    """
+
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+    row: int
+    tools: tuple[dict[str, Any], ...] = ()
+    margin: float = 0.0
+    scores: tuple[float, ...] = ()
+
+    @property
+    def key_text(self) -> str:
+        """The text by which the gate tells examples apart."""
+        return "\0".join(map(say, (self.prompt, self.chosen, self.rejected)))
+
+    @property
+    def parts(self) -> Parts:
+        """What is asked, and the preferred answer; a pair is the same only with both answers."""
+        asked = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
+        before = "\0".join((say(self.prompt), say(self.rejected), str(self.tools or "")))
+        good = say(self.chosen)
+        return Parts(asked, good, before, good, written=True)
+
+
+@dataclass(frozen=True)
+class JudgedExample:
+    """An answer that somebody found good or bad; `row` is the index into the table."""
+
+    prompt: Turns
+    answer: Turns
+    desirable: bool
+    row: int
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def key_text(self) -> str:
+        """The text by which the gate tells examples apart."""
+        return "\0".join((say(self.prompt), say(self.answer), str(self.desirable)))
+
+    @property
+    def parts(self) -> Parts:
+        """What is asked with the answer, and the verdict."""
+        asked = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
+        before = "\0".join((say(self.prompt), say(self.answer), str(self.tools or "")))
+        return Parts(asked, say(self.answer), before, str(self.desirable), written=True)
+
+
+def say(turns: Sequence[Message]) -> str:
+    """Return `turns` as one text; that of a single one as it stands."""
+    if len(turns) == 1:
+        return turns[0].content
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+
+
+def build_pair(roles: Roles) -> PairExample:
+    """Return two answers to a prompt, in any of the shapes."""
+    if "ranked" in roles:
+        good, bad, scores = _best_and_worst(roles)
+    elif "output" in roles:
+        (good, bad), scores = _two(roles), ()
+    else:
+        good, bad = roles.get("chosen"), roles.get("rejected")
+        scores = tuple(
+            _number(roles, role) for role in ("score_chosen", "score_rejected") if role in roles
+        )
+    prompt = _prompt(roles)
+    if "chosen" not in roles and "rejected" in roles:  # the last turn is the preferred one
+        if not prompt or prompt[-1].role != "assistant":
+            raise Unusable("does not end with an answer of the assistant", "unsupervised")
+        prompt, chosen = prompt[:-1], prompt[-1:]
+        return _pair(roles, prompt, chosen, _answer(roles, "rejected", bad), scores)
+    chosen, rejected = _answer(roles, "chosen", good), _answer(roles, "rejected", bad)
+    common = 0
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+        common += 1
+    if common:
+        own = tuple(chosen[:common])
+        repeats = own[-len(prompt) :] == prompt or _same(own, prompt)
+        prompt = max(prompt, own, key=len) if repeats else (*prompt, *own)
+    chosen, rejected = chosen[common:], rejected[common:]
+    return _pair(roles, prompt, chosen, rejected, scores)
+
+
+def _pair(
+    roles: Roles, prompt: Turns, chosen: Turns, rejected: Turns, scores: tuple[float, ...]
+) -> PairExample:
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer or answer[-1].role != "assistant":
+            raise Unusable(f"{name}: does not end with an answer of the assistant", "turn_order")
+    if not prompt:
+        raise Unusable("has no prompt: the two conversations have no turn in common")
+    margin = _number(roles, "margin") if "margin" in roles else 0.0
+    prompt = _with_system(roles, prompt)
+    return PairExample(prompt, chosen, rejected, roles.index, _tools(roles), margin, scores)
+
+
+def build_judged(roles: Roles) -> JudgedExample:
+    """Return an answer with its verdict."""
+    return _judged(roles, _verdict(roles.get("label"), roles.columns["label"]))
+
+
+def build_scored(roles: Roles) -> JudgedExample:
+    """Return an answer that nobody has judged yet."""
+    return _judged(roles, True)
+
+
+def _judged(roles: Roles, desirable: bool) -> JudgedExample:
+    if "completion" in roles:
+        prompt = _prompt(roles)
+        answer = _answer(roles, "completion", roles.get("completion"))
+    else:
+        prompt = _prompt(roles)
+        prompt, answer = prompt[:-1], prompt[-1:]
+    if not answer or answer[-1].role != "assistant":
+        raise Unusable("does not end with an answer of the assistant", "turn_order")
+    if not prompt:
+        raise Unusable("has no prompt")
+    prompt = _with_system(roles, prompt)
+    return JudgedExample(prompt, answer, desirable, roles.index, _tools(roles))
+
+
+def _verdict(value: object, column: str) -> bool:
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    found = known.get(str(value).strip().lower())
+    if found is None:
+        raise Unusable(f"{column!r} is {value!r}, where true or false is expected")
+    return found
+
+
+def _number(roles: Roles, role: str) -> float:
+    value = roles.get(role)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise Unusable(f"{roles.columns[role]!r} is {value!r}, where a number is expected")
+    return float(value)
+
+
+def _tools(roles: Roles) -> tuple[dict[str, Any], ...]:
+    return parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
+
+
+def _with_system(roles: Roles, prompt: Turns) -> Turns:
+    system = roles.text_or_empty("system") if "system" in roles else ""
+    return (Message("system", system), *prompt) if system and prompt[0].role != "system" else prompt
+
+
+def _prompt(roles: Roles) -> Turns:
+    """Return the turns before the answers; none where they stand in the answers."""
+    for role in ("messages", "prompt", "question"):
+        if role in roles:
+            value = roles.get(role)
+            if isinstance(value, list):
+                column = roles.columns[role]
+                return tuple(parse_turns(value, column, answered=False, names=roles.inner))
+            text = check_text(value, repr(roles.columns[role]))
+            return tuple(_hh_turns(text)) or (Message("user", text),)
+    if "instruction" in roles:
+        ask, more = roles.text("instruction"), roles.text_or_empty("input")
+        return (Message("user", f"{ask}\n\n{more}" if more else ask),)
+    return ()
+
+
+def _answer(roles: Roles, role: str, value: object) -> Turns:
+    """Return the turns of an answer: a text, a turn or several, or a whole conversation."""
+    name = roles.columns.get(role, role)
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list):
+        return tuple(parse_turns(value, name, names=roles.inner))
+    text = check_text(value, repr(name))
+    turns = _hh_turns(text)
+    if turns and "prompt" not in roles and "messages" not in roles:
+        return tuple(turns)
+    return (Message("assistant", text),)
+
+
+def _hh_turns(text: str) -> list[Message]:
+    """Return the turns of a text as HH-RLHF writes it; none of any other text."""
+    if not text.startswith("\n\nHuman:"):
+        return []
+    pieces = _HH.split(text)[1:]
+    names = {"Human": "user", "Assistant": "assistant"}
+    turns = [
+        Message(names[who], said.strip())
+        for who, said in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+    if turns[-1].role == "assistant" and not turns[-1].content:  # "\n\nAssistant:" asks for one
+        turns.pop()
+    if empty := next((turn.role for turn in turns if not turn.content), None):
+        raise Unusable(f"has an empty turn of the {empty}", "empty_text")
+    return turns
+
+
+def _same(one: Turns, other: Turns) -> bool:
+    """Whether two prompts say the same, but for a system turn."""
+    plain = [[t.content for t in turns if t.role != "system"] for turns in (one, other)]
+    return plain[0] == plain[1]
+
+
+def _two(roles: Roles) -> tuple[object, object]:
+    value = roles.get("output")
+    if not isinstance(value, list) or len(value) != 2:
+        raise Unusable(f"{roles.columns['output']!r} is {kind_of(value)}, where two answers are "
+                       "expected: the preferred one and the other")  # fmt: skip
+    return value[0], value[1]
+
+
+def _best_and_worst(roles: Roles) -> tuple[object, object, tuple[float, ...]]:
+    """Return the best and the worst of several answers with a rank or a score, and its scores."""
+    value, column = roles.get("ranked"), roles.columns["ranked"]
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise Unusable(f"{column!r} is {kind_of(value)}, where a list of answers is expected")
+    graded = []
+    for item in value:
+        text = next((item[k] for k in ("answer", "response", "text", "content") if k in item), None)
+        number = next((item[k] for k in ("score", "overall_score", "rating") if k in item), None)
+        if number is None and "rank" in item:
+            number = -item["rank"]
+        if text is None or not isinstance(number, int | float) or not math.isfinite(number):
+            raise Unusable(f"{column!r} has an answer without a text, or without rank and score")
+        graded.append((float(number), text))
+    if len({number for number, _ in graded}) < 2:
+        raise Unusable(f"{column!r} has no two answers of which one is better")
+    best, worst = max(graded, key=lambda g: g[0]), min(graded, key=lambda g: g[0])
+    return best[1], worst[1], (best[0], worst[0])
+
+
+_PROMPTS = ("prompt", "question", "query")
+_CHOSEN = ("chosen", "chosen_response", "preferred", "chosen_answer")
+_REJECTED = ("rejected", "rejected_response", "dispreferred", "rejected_answer")
+_MESSAGES = ("messages", "conversations")
+_MORE = {"system": ("system", "system_prompt"), "tools": ("tools",)}
+_GRADES = {
+    "score_chosen": ("score_chosen", "chosen_score", "chosen-rating"),
+    "score_rejected": ("score_rejected", "rejected_score", "rejected-rating"),
+    "margin": ("margin",),
+    **_MORE,
+}
+_TURNS = ("role", "content", "user", "assistant")
+
+PAIR_SHAPES = (
+    Shape("prompt + chosen + rejected", build_pair,
+          {"prompt": _PROMPTS, "chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES, True, _TURNS),
+    Shape("instruction + chosen + rejected", build_pair,
+          {"instruction": ("instruction",), "chosen": _CHOSEN, "rejected": _REJECTED},
+          {"input": ("input", "context"), **_GRADES}),
+    Shape("messages + chosen + rejected", build_pair,
+          {"messages": _MESSAGES, "chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES, False,
+          _TURNS),
+    Shape("chosen + rejected", build_pair, {"chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES,
+          False, _TURNS),
+    Shape("messages + rejected", build_pair, {"messages": _MESSAGES, "rejected": _REJECTED},
+          _GRADES, False, _TURNS),
+    Shape("prompt + answers", build_pair,
+          {"prompt": (*_PROMPTS, "instruction"), "ranked": ("answers", "completions")}, _MORE,
+          False),
+    Shape("instruction + output", build_pair,
+          {"instruction": ("instruction",), "output": ("output",)},
+          {"input": ("input",), **_MORE}, False),
+)  # fmt: skip
+_LABEL = ("label", "kto_tag", "desirable")
+JUDGED_SHAPES = (
+    Shape("prompt + completion + label", build_judged,
+          {"prompt": _PROMPTS, "completion": ("completion", "response", "answer"), "label": _LABEL},
+          _MORE, True, _TURNS),
+    Shape("messages + label", build_judged, {"messages": _MESSAGES, "label": _LABEL}, _MORE, False,
+          _TURNS),
+)  # fmt: skip

@@ -1,0 +1,192 @@
+"""What a model learns from judged answers: the log-likelihoods of a batch, and the loss of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ftlevel.config.options.preference import PreferenceConfig
+from ftlevel.task import IGNORED, LikelihoodObjective, Meter, TokenObjective, TrainingLoss
+from ftlevel.tasks.preferences.losses import PAIR_LOSSES, Answered, Strengths, kto
+from ftlevel.tasks.preferences.meter import JudgedMeter, metric_names
+from ftlevel.tasks.tokens import Tokens
+
+if TYPE_CHECKING:
+    import torch
+
+WITH_SFT = ("rpo", "cpo", "orpo")
+"""Losses with the preferred answer's own negative log-likelihood."""
+
+
+@dataclass(frozen=True)
+class Preferences(LikelihoodObjective):
+    """A loss of pairs, answers side by side, the preferred one first; or of judged answers.
+
+    Attributes:
+        settings: which loss, and what it is told.
+        smoothing: ε of the losses that reckon with swapped pairs.
+        shifted: whether the label of position i is predicted at position i - 1 (causal models).
+    """
+
+    settings: PreferenceConfig = field(default_factory=PreferenceConfig)
+    smoothing: float = 0.0
+    shifted: bool = True
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether answers come in pairs."""
+        return self.settings.facts.paired
+
+    @property
+    def of_tokens(self) -> TokenObjective:
+        """The cross entropy of the answers' tokens."""
+        return Tokens("perplexity", self.feeds_labels, self.shifted)
+
+    def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where targets are predicted in the flattened (batch, seq), and the targets."""
+        return self.of_tokens.locate(labels)
+
+    def answers(self, each: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return (answers, 2): the log-likelihood of each answer, and its number of tokens.
+
+        With ld-dpo the tokens by which an answer is the longer of its pair count for less.
+        """
+        import torch
+
+        at, _ = self.locate(labels)
+        owners = at // labels.shape[1]
+        zeros = torch.zeros(len(labels), device=each.device)
+        counts = zeros.index_add(0, owners, torch.ones_like(each))
+        if self.settings.loss == "ld-dpo" and len(labels) > 1:
+            starts = counts.cumsum(0) - counts
+            place = torch.arange(len(owners), device=each.device) - starts[owners]
+            shorter = counts.view(-1, 2).amin(1).repeat_interleave(2)
+            each = torch.where(place < shorter[owners], each, self.settings.ld_alpha * each)
+        return torch.stack([zeros.index_add(0, owners, each), counts], dim=1)
+
+    def judge(
+        self, answers: torch.Tensor, verdicts: torch.Tensor, *, training: bool
+    ) -> torch.Tensor:
+        """Return the loss summed over pairs or judged answers (a scalar).
+
+        In training with `nll_mean: token` it is (2,): the pairs' loss, and that of the preferred
+        answers' tokens, each the mean over a number of its own.
+        """
+        import torch
+
+        settings = self.settings
+        answered = Answered(answers[:, 0], answers[:, 1], verdicts[:, 1])
+        if not self.is_paired:
+            weights = settings.desirable_weight, settings.undesirable_weight
+            good = verdicts[:, 0] > 0
+            return kto(answered, good, verdicts[:, 2], settings.strength, weights).sum()
+        preferred, rejected = answered.every_other(0), answered.every_other(1)
+        loss = PAIR_LOSSES[settings.loss or "dpo"]
+        of_pairs = loss(preferred, rejected, Strengths.of(settings, self.smoothing)).sum()
+        if settings.loss not in WITH_SFT:
+            return of_pairs
+        weight = 1.0 if settings.loss == "orpo" else settings.sft_weight
+        if training and settings.nll_mean == "token":
+            return torch.stack([of_pairs, -weight * preferred.sums.sum()])
+        return of_pairs - weight * preferred.means.sum()
+
+    def count(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the number of pairs or judged answers (a scalar)."""
+        import torch
+
+        rows = labels.shape[0] // 2 if self.is_paired else labels.shape[0]
+        return torch.tensor(rows, device=labels.device)
+
+    def training_count(self, labels: torch.Tensor, loss: TrainingLoss) -> torch.Tensor:
+        """Return the number of pairs; with `nll_mean: token` that of preferred tokens too (2,)."""
+        import torch
+
+        count = self.count(labels)
+        if self.settings.loss not in WITH_SFT or self.settings.nll_mean == "answer":
+            return count
+        preferred = labels[::2, 1:] if self.shifted else labels[::2]
+        return torch.stack([count, preferred.ne(IGNORED).sum()])
+
+    def targets(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores and labels of the answers' tokens."""
+        return self.of_tokens.targets(logits, labels)
+
+    def loss_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the summed negative log-likelihood: without verdicts that is all there is."""
+        return self.of_tokens.loss_sum(logits, labels, mask)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What its meter computes."""
+        return metric_names(paired=self.is_paired, referenced=self.needs_reference)
+
+    @property
+    def first_loss(self) -> float | None:
+        """The loss of a policy that is the reference: h = 0, whatever the answers are."""
+        if not self.needs_reference:
+            return None
+        known = {
+            "hinge": 1.0,
+            "ipo": 1 / (4 * self.settings.strength**2),
+            **dict.fromkeys(("dpo", "cdpo", "robust", "dpo-norm", "ld-dpo"), math.log(2)),
+        }
+        return known.get(self.settings.loss or "dpo")
+
+    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return what rewards do not say: that good answers became less likely too, or longer."""
+        found = []
+        names = ("chosen", "rejected") if self.is_paired else ("desirable", "undesirable")
+        fell = [
+            metrics.get(f"logp_{name}", 0.0) - metrics.get(f"ref_logp_{name}", 0.0)
+            for name in names
+        ]
+        if fell[0] < 0:
+            both = "both kinds of answers" if fell[1] < 0 else f"the {names[0]} answers"
+            found.append(
+                f"{both} are less likely than before training ({names[0]} {fell[0]:+.2f} nats, "
+                f"{names[1]} {fell[1]:+.2f}): what the model writes may be neither (likelihood "
+                "displacement). Look at samples; a lower rate, a higher --beta or --loss rpo "
+                "hold it back."
+            )
+        right, length = metrics.get("reward_accuracy"), metrics.get("length_accuracy", 0.0)
+        if right is not None and 0.5 < right <= length:
+            found.append(
+                f"reward_accuracy {right:.2f} is no better than preferring the longer answer "
+                f"({length:.2f})."
+            )
+        return found
+
+    def meter(self) -> Meter:
+        """Return a `JudgedMeter`."""
+        return JudgedMeter(self)
+
+    def rewards(self, answers: torch.Tensor, verdicts: torch.Tensor) -> torch.Tensor:
+        """Return what the loss holds against one another, of each answer (answers,)."""
+        answered = Answered(answers[:, 0], answers[:, 1], verdicts[:, 1])
+        by_token = self.settings.loss in ("simpo", "orpo", "dpo-norm") or (
+            self.settings.loss == "ipo" and self.settings.ipo_ratios == "mean"
+        )
+        ratios = answered.ratios
+        return self.settings.strength * (ratios / answered.counts if by_token else ratios)
+
+
+def build_preferences(settings: PreferenceConfig, smoothing: float, kind: str) -> Preferences:
+    """Return the objective of a model of `kind`."""
+    headline = "reward_accuracy" if settings.is_referenced else "logp_mean_accuracy"
+    if not settings.facts.paired:
+        headline = "reward_margin" if settings.is_referenced else "logp_desirable"
+    return Preferences(
+        headline,
+        kind == "encoder-decoder",
+        needs_reference=settings.is_referenced,
+        needs_baseline=settings.loss == "kto",
+        settings=settings,
+        smoothing=smoothing,
+        shifted=kind == "decoder",
+    )

@@ -1,0 +1,220 @@
+"""Preference training: a model that writes learns from pairs of answers, or from judged ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from ftlevel.config import DataConfig
+from ftlevel.config.choices import Choice
+from ftlevel.config.options.preference import LOSSES, SMOOTHING, PreferenceConfig
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.prompts import PromptFormat, choose_format
+from ftlevel.data.formats.detect import Format, fits
+from ftlevel.data.sources.table import Row, Table
+from ftlevel.errors import InputError
+from ftlevel.task import Objective
+from ftlevel.tasks.base import BaseTask, Speller
+from ftlevel.tasks.preferences.checks import judge_answers, look_at_pairs
+from ftlevel.tasks.preferences.encode import JudgedEncoder
+from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES
+from ftlevel.tasks.preferences.objective import build_preferences
+from ftlevel.tasks.preferences.rows import ContrastedRows, JudgedRow, PairRow, ReferencedRows
+from ftlevel.tasks.text import TASKS as TEXT_TASKS
+from ftlevel.tasks.text import TextTask
+
+if TYPE_CHECKING:
+    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.gate.flat import Mask
+    from ftlevel.data.prepare.context import EncodingContext, Prepared
+    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.loading import Loaded
+
+
+_UNTOLD = ("loss", "reference")
+"""What the line of the loss leaves out."""
+
+
+@dataclass(frozen=True)
+class JudgedTask(BaseTask):
+    """What both tasks of judged answers have in common.
+
+    Attributes:
+        settings: which loss, and what it is told.
+        smoothing: ε of the losses that reckon with swapped pairs.
+    """
+
+    settings: PreferenceConfig = field(default_factory=PreferenceConfig)
+    smoothing: float = 0.0
+
+    def configured(self, options: Mapping[str, Any]) -> JudgedTask:
+        """Return the task with the loss of a run, as its configuration or its card says it."""
+        known = dict(options.get("preference", {}))
+        smoothing = known.pop("smoothing", 0.0)
+        settings = PreferenceConfig(**known)
+        if settings.facts.smoothed and not smoothing:
+            smoothing = SMOOTHING
+        return replace(self, settings=settings, smoothing=smoothing)
+
+    @property
+    def decides(self) -> Mapping[str, Any]:
+        """What of the configuration decides the rows, beside the data section."""
+        return {"loss": self.settings.loss, "referenced": self.settings.is_referenced}
+
+    def find_format(
+        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    ) -> Format:
+        """Return what `columns` are used for; say which loss judged answers are for."""
+        loss, told = self.settings.loss, config.columns or config.format
+        if self.settings.facts.paired and not told and not fits(columns, PAIR_SHAPES):
+            if fits(columns, JUDGED_SHAPES):
+                raise InputError(
+                    f"--loss {loss} learns from pairs of answers, and these rows have one answer "
+                    "each, good or bad. Use --loss kto."
+                )
+            half = {"chosen", "rejected"} & {column.lower() for column in columns}
+            if len(half) == 1:
+                there, missing = half.copy().pop(), ({"chosen", "rejected"} - half).pop()
+                raise InputError(
+                    f"there is a column {there!r}, and no {missing!r}: --task {self.name} learns "
+                    f"from pairs of answers. Name it: --map {missing}=COLUMN."
+                )
+        task = self if self.settings.facts.paired else replace(
+            self, shapes=(*JUDGED_SHAPES, *PAIR_SHAPES)
+        )  # fmt: skip
+        return BaseTask.find_format(task, columns, config, rows)
+
+    def read_columns(
+        self, format_: Format, table: Table, config: DataConfig
+    ) -> tuple[Format, list[Choice]]:
+        """Return the format as it is."""
+        return format_, []
+
+    def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
+        """Return how prompts are laid out for a model of `kind`."""
+        return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
+
+    def encode_as(self, encoder: Encoder, examples: Sequence[Any], table: Table, *, scored: bool
+                  ) -> Fitted:  # fmt: skip
+        """Return the rows of pairs, or of judged answers."""
+        if encoder.prompt_format is None:
+            raise TypeError("judged answers have a prompt format")
+        settings, seq2seq = self.settings, encoder.kind == "encoder-decoder"
+        encode = JudgedEncoder(
+            encoder.tokenizer, encoder.prompt_format, encoder.kind, settings.loss == "kto", scored,
+            settings.is_referenced,
+        )  # fmt: skip
+        fitted = encoder.fit(encoder.collect(encode, examples), table)
+        return encoder.fit_targets(fitted, table) if seq2seq else fitted
+
+    def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
+        """Return the pairs of equal answers, and those that contradict an earlier one."""
+        return look_at_pairs(rows)
+
+    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        """Return what is odd about the verdicts as a whole."""
+        return judge_answers(examples, self.settings.loss or "dpo")
+
+    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+        """Return the loss and what it is told."""
+        return {"preference": self.options}
+
+    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+        """Return how much there is to learn, and by which loss."""
+        told = {name: value for name, value in self.options.items() if name not in _UNTOLD}
+        if "beta" in told:
+            told["beta"] = self.settings.strength
+        if "simpo_gamma" in told:
+            told["simpo_gamma"] = self.settings.margin
+        shown = ", ".join(
+            f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float | int)
+            else f"{name.replace('_', ' ')} {value}"
+            for name, value in told.items()
+        )  # fmt: skip
+        return [Choice("loss", self.settings.loss, shown), *super().describe_rows(loaded, facts)]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The loss and what it reads, as a card holds it."""
+        read = ("loss", *LOSSES[self.settings.loss or "dpo"].reads)
+        told = {name: getattr(self.settings, name) for name in read}
+        return told | ({"smoothing": self.smoothing} if self.settings.facts.smoothed else {})
+
+    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the loss and what it is told."""
+        return {"preference": facts["preference"]}
+
+    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+        """Return which tokens are of which answer."""
+        if isinstance(row, PairRow):
+            first = row.prompt + row.chosen
+            return (f"prompt: tokens 1-{row.prompt}, preferred: {row.prompt + 1}-{first}, "
+                    f"rejected: {first + 1}-{len(row.input_ids)}")  # fmt: skip
+        return ("desirable" if row.desirable else "undesirable") if isinstance(
+            row, JudgedRow) else ""  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PreferenceTask(JudgedTask, TextTask):
+    """A policy: it writes, and learns which of its answers are better."""
+
+    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+        """Return a prompt as `train` would lay it out, and a loss without a reference."""
+        alone = {"preference": {"loss": "dpo", "reference": "none"}}
+        return {**super().stand_in(model_config, tokenizer, kind), "options": alone}
+
+    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
+        """Return the loss that `facts` name."""
+        task = self.configured(facts)
+        return build_preferences(task.settings, task.smoothing, kind)
+
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+        """Return prompts with two answers, or with one that is good or bad."""
+        return self.encode_as(encoder, examples, table, scored=False)
+
+    def finish(self, prepared: Prepared, config: DataConfig, context: EncodingContext) -> Prepared:
+        """Return `prepared` with rows that know what they contrast with, where the loss asks."""
+        if self.settings.loss != "kto":
+            return prepared
+        most, held_out = prepared.max_length, prepared.validation
+        return replace(
+            prepared,
+            train=ContrastedRows(prepared.train, most),
+            validation=ContrastedRows(held_out, most) if len(held_out) else held_out,
+        )
+
+    def fix(
+        self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
+    ) -> Sequence[Encoded]:
+        """Return rows that know what they contrast with, where the loss asks."""
+        if self.settings.loss != "kto":
+            return rows
+        return ContrastedRows(rows, max(row.length for row in rows))
+
+    def with_reference(self, rows: Sequence[Encoded], reference: Any) -> Sequence[Encoded]:
+        """Return `rows` with what the reference says of them, (rows, 2); None for no reference."""
+        return ReferencedRows(rows, reference)
+
+    def show_targets(
+        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
+    ) -> list[str | None]:
+        """Return what is learned at each token; the first one of each answer says which it is."""
+        shown = super().show_targets(row, names, kind, speller)
+        if not isinstance(row, PairRow) or row.is_apart:
+            return shown
+        for begin, name in ((row.prompt, "preferred"), (row.prompt + row.chosen, "rejected")):
+            first = next((at for at in range(begin, len(shown)) if shown[at] is not None), None)
+            if first is not None:
+                shown[first] = name
+        return shown
+
+
+_TEXT = next(task for task in TEXT_TASKS if task.name == "text-generation")
+_SHARED = {f.name: getattr(_TEXT, f.name) for f in fields(TextTask)}
+
+TASKS = (
+    PreferenceTask(
+        **_SHARED | {"name": "preference", "shapes": PAIR_SHAPES, "headline": "reward_accuracy"}
+    ),
+)

@@ -1,0 +1,328 @@
+"""How much memory a step needs at its peak, by part and moment.
+
+The step runs on fake tensors (`fake_model`): one micro-batch, the fullest there is, after another,
+and the optimizer's update. Blocks that are alike add alike, so two depths give any other:
+
+    peak(L) = peak(a) + (L − a) · (peak(b) − peak(a)) / (b − a)
+
+for each moment by itself, since which of them is the highest may change with the depth. Workers
+that compute micro-batches in parallel are taken to reach their peaks at once, which is the most.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.config import TrainConfig
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.fast.attention.blocked import split_queries
+from ftlevel.fast.attention.short import batch_sequences
+from ftlevel.fast.step_collator import StepCollator
+from ftlevel.methods import METHODS
+from ftlevel.models.loading import build_task_model
+from ftlevel.models.module_tree import ModuleTree
+from ftlevel.models.upstream.fake import packed_tensors
+from ftlevel.training.build_trainer import build_trainer
+from ftlevel.training.forecast.fake_model import FakeModel, build_fake_model, describe_blocks
+from ftlevel.training.forecast.live import (
+    ACTIVATIONS,
+    ADAPTER,
+    BACKWARD,
+    FIRST_BLOCK,
+    FORWARD,
+    GRADIENTS,
+    LOGITS,
+    QUANTIZED,
+    UPDATE,
+    WEIGHTS,
+    WORKSPACE,
+    LiveBytes,
+)
+from ftlevel.training.forecast.pruning import Pruning, find_pruning
+from ftlevel.training.going_on.resume import GoingOn
+from ftlevel.training.memory.checkpointing import set_checkpointing
+from ftlevel.training.model import Adapted
+from ftlevel.training.plan.plan import Plan
+from ftlevel.training.processes import Processes
+
+_OF_WORKERS = (ACTIVATIONS, LOGITS, WORKSPACE)
+"""What each of several workers has of its own."""
+
+_SAMPLED_STEPS = 16
+_MOST_ROWS = 20_000  # of which lengths are read
+
+Peaks = Mapping[str, Mapping[str, float]]
+"""Moment → part → bytes when most were alive in it."""
+
+
+@dataclass(frozen=True)
+class MemoryForecast:
+    """The memory of a run.
+
+    Attributes:
+        parts: part → bytes at the peak.
+        at: the moment of the peak.
+        tokens: places of the fullest micro-batch.
+    """
+
+    parts: dict[str, int]
+    at: str
+    tokens: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+
+def forecast_memory(config: TrainConfig, plan: Plan) -> MemoryForecast:
+    """Return the peak of the bytes of live tensors of the run that `plan` is.
+
+    Args:
+        config: the whole configuration.
+        plan: its plan, whose rows are those that a step is made of.
+    """
+    layers = _Layers.of(plan)
+    pruning = find_pruning(config, plan)
+    batch = _fullest(config, plan, pruning)
+    watched = [_watch(config, plan, pruning, batch, depth) for depth in layers.depths]
+    peaks = layers.extend(watched)
+    for parts in peaks.values():
+        for part in _OF_WORKERS:
+            parts[part] = parts.get(part, 0) * batch.at_once
+    at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
+    sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
+    in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))
+    return MemoryForecast(in_order, at, batch.tokens)
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """At which depths a model is tried, and how the whole of it follows.
+
+    Attributes:
+        depths: one or two; None for the whole model.
+        whole: blocks of the deepest stack.
+    """
+
+    depths: tuple[int | None, ...]
+    whole: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Layers:
+        """Return the depths for the model of `plan`: the whole of it where blocks differ."""
+        meta = build_task_model(plan.model.config, plan.model.auto_class)
+        stacks = describe_blocks(meta, plan.model.config)
+        lengths = {len(stack) for stack in stacks}
+        if len(lengths) != 1:
+            return cls((None,), 0)
+        (whole,) = lengths
+        for first in range(3):  # those of Deepseek begin with dense ones
+            for period in range(1, 7):
+                alike = all(
+                    stack[at] == stack[at + period]
+                    for stack in stacks
+                    for at in range(first, whole - period)
+                )
+                low = first + period + 1
+                if alike and low + period < whole:
+                    return cls((low, low + period), whole)
+        return cls((None,), whole)
+
+    def extend(self, watched: Sequence[Peaks]) -> dict[str, dict[str, float]]:
+        """Return the peaks of the whole model from those at `depths`."""
+        if len(watched) == 1:
+            return {moment: dict(parts) for moment, parts in watched[0].items()}
+        (low, high), (a, b) = self.depths, watched
+        if low is None or high is None:
+            raise TypeError("two depths are two numbers")
+        times = (self.whole - low) / (high - low)
+        return {
+            moment: {
+                part: a[moment].get(part, 0)
+                + times * (b[moment].get(part, 0) - a[moment].get(part, 0))
+                for part in {**a[moment], **b[moment]}
+            }
+            for moment in a
+            if moment in b
+        }
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What one call of the training step is given.
+
+    Attributes:
+        inputs: as the collator gives them, with one micro-batch.
+        tokens: places that it computes.
+        several: whether others have added to the gradient before.
+        at_once: how many like it are computed in parallel.
+    """
+
+    inputs: dict[str, Any]
+    tokens: int
+    several: bool
+    at_once: int
+
+    def fresh(self) -> dict[str, Any]:
+        """Return the inputs for a step that takes from them what it has used."""
+        parts = self.inputs.get("micro_batches")
+        copied = {} if parts is None else {"micro_batches": [dict(part) for part in parts]}
+        return {**self.inputs, **copied}
+
+
+def _watch(
+    config: TrainConfig, plan: Plan, pruning: Pruning, batch: _Batch, depth: int | None
+) -> Peaks:
+    """Return the peaks of a step at `depth`."""
+    here = replace(plan, model=replace(plan.model, device="cpu"))
+    fake = build_fake_model(config, plan, depth)
+    if fake.fast is not None:
+        pruning.put_on(fake.fast, fake.model)
+    with tempfile.TemporaryDirectory() as nowhere:
+        adapted, run = Adapted(fake.model, {}, fake.fast, {}), RunDirectory(Path(nowhere))
+        trainer = build_trainer(config, here, adapted, run, GoingOn(), Processes())
+    split_queries.cache_clear()  # what is cached from the last depth would be missed in this one
+    batch_sequences.cache_clear()
+    live = LiveBytes(plan.model.vocabulary)
+    _hold_weights(live, fake, whole=METHODS[config.method.kind].build is None)
+    hooks = _follow(live, trainer)
+    fake.model.train()
+    set_checkpointing(fake.model, config, here)  # what auto recomputes, a GPU's memory says later
+    try:
+        with trainer.computing_alone(plan.model.dtype), live:
+            _make_states(live, trainer, has_gradients=batch.several)
+            live.moment = FORWARD
+            trainer.training_step(fake.model, batch.fresh(), 1)  # any count of targets
+            live.moment = UPDATE
+            trainer.optimizer.step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return live.peaks
+
+
+def _hold_weights(live: LiveBytes, fake: FakeModel, *, whole: bool) -> None:
+    """Count what is there before the first step."""
+    for module in (fake.model.get_submodule(name) for name in fake.packed):
+        for tensor in packed_tensors(module):
+            live.hold(tensor, QUANTIZED)
+    for tensor in (*fake.model.parameters(), *fake.model.buffers()):
+        if not live.knows(tensor):
+            live.hold(tensor, ADAPTER if tensor.requires_grad and not whole else WEIGHTS)
+
+
+def _follow(live: LiveBytes, trainer: Any) -> list[Any]:
+    """Tell `live` what is a gradient, and when the backward pass begins and nears its end.
+
+    Returns:
+        Hooks to remove.
+    """
+    model, backward = trainer.model, trainer.accelerator.backward
+
+    def begin(*args: Any, **kwargs: Any) -> None:
+        live.moment = BACKWARD
+        backward(*args, **kwargs)
+
+    def near_end(_: Any, __: Any, output: Any) -> None:
+        states = output if isinstance(output, torch.Tensor) else output[0]
+        if live.moment == FORWARD and states.requires_grad:
+            states.register_hook(lambda _: setattr(live, "moment", FIRST_BLOCK))
+
+    def hold(parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            live.hold(parameter.grad, GRADIENTS)
+
+    trainer.accelerator.backward = begin
+    tree = ModuleTree(model)
+    stacks = [list(tree.modules[stack].children()) for stack in tree.blocks]
+    return [
+        *(stack[0].register_forward_hook(near_end) for stack in stacks[:1]),
+        *(
+            p.register_post_accumulate_grad_hook(hold)
+            for p in model.parameters()
+            if p.requires_grad
+        ),
+    ]
+
+
+def _make_states(live: LiveBytes, trainer: Any, *, has_gradients: bool) -> None:
+    """Let the optimizer make what it keeps between steps: it is there from the second one on.
+
+    Args:
+        live: is not asked for peaks meanwhile.
+        trainer: of the step.
+        has_gradients: leave those that micro-batches before this one have made.
+    """
+    live.begun, live.moment = False, UPDATE
+    optimizer = trainer.create_optimizer()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+            live.hold(parameter.grad, GRADIENTS)
+    optimizer.step()
+    if not has_gradients:
+        optimizer.zero_grad()
+    live.begun = True
+
+
+def _fullest(config: TrainConfig, plan: Plan, pruning: Pruning) -> _Batch:
+    """Return the micro-batch that computes the most tokens at once, of steps that may come.
+
+    The longest rows are one of these steps, others are drawn at random.
+    """
+    train, fast = config.train, plan.fast
+    rows, size = plan.data.train, train.per_device_train_batch_size
+    if not fast.enabled:
+        longest = sorted(_some(rows), key=lambda row: -len(row.input_ids))[:size]
+        inputs = Collator(plan.model.pad_id)(longest)
+        several = train.gradient_accumulation_steps > 1
+        return _Batch(inputs, inputs["input_ids"].numel(), several, 1)
+    needed = pruning.needed if pruning.linears else None
+    collate = StepCollator(
+        plan.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed)
+    )
+    found: list[_Batch] = []
+    for step in _steps(rows, size * train.gradient_accumulation_steps, train.seed):
+        batch = collate(step)
+        at_once = fast.workers if batch["in_parallel"] else 1
+        parts = batch["micro_batches"]
+        costs = [_places(part) for part in parts]
+        fullest = parts[costs.index(max(costs))]
+        one = {"rows": step, "micro_batches": [fullest], "in_parallel": False}
+        found.append(_Batch(one, max(costs), len(parts) > at_once, at_once))
+    return max(found, key=lambda batch: (batch.tokens * batch.at_once, batch.several))
+
+
+def _places(part: Mapping[str, Any]) -> int:
+    layout = part.get("layout")
+    return int(layout.tokens if layout else part["input_ids"].numel())
+
+
+def _steps(rows: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]:
+    """Return the rows of some steps."""
+    size = min(size, len(rows))
+    draw, some = random.Random(seed), _some(rows)
+    some.sort(key=lambda row: -len(row.input_ids))
+    longest = some[:size]
+    if len(longest[0].input_ids) == len(some[-1].input_ids):
+        return [longest]
+    drawn = (draw.sample(range(len(rows)), size) for _ in range(_SAMPLED_STEPS))
+    return [longest, *([rows[at] for at in step] for step in drawn)]
+
+
+def _some(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Return the rows, or so many of a large set as their lengths are soon read of."""
+    if len(rows) <= _MOST_ROWS:
+        return list(rows)
+    apart = len(rows) / _MOST_ROWS
+    return [rows[int(at * apart)] for at in range(_MOST_ROWS)]

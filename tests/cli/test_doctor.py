@@ -1,0 +1,48 @@
+"""`doctor` judges what is here, and says what to do about what is not."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+
+import pytest
+
+from ftlevel.cli.app import run
+from ftlevel.commands.insight import doctor as command
+
+
+def test_each_thing_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(["doctor", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert code == (0 if found["ok"] else 1)
+    names = {finding["name"] for finding in found["findings"]}
+    assert {"ftlevel", "precision", "4 bits", "threads", "memory", "disk here", "Hub"} <= names
+    four_bits = next(f for f in found["findings"] if f["name"] == "4 bits")
+    assert four_bits["verdict"] == "good"
+
+
+def test_an_old_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+    monkeypatch.setattr(command.metadata, "version", lambda n: "0.1" if n == "peft" else real(n))
+    (finding,) = [f for f in command._versions() if f.name == "peft"]
+    assert finding.verdict == "bad"
+    assert finding.value.startswith("0.1; needs")
+    assert finding.advice.startswith("pip install 'peft>=")
+
+
+def test_a_broken_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ImportError("libcuda.so is missing")
+
+    (finding,) = command._judged(fail)  # type: ignore[arg-type]
+    assert finding.verdict == "bad"
+    assert "libcuda.so" in finding.value
+
+
+def test_its_lines_end_in_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = command.Finding("peft", "bad", "0.1", "pip install peft")
+    monkeypatch.setattr(command, "doctor", lambda: [bad])
+    assert run(["doctor"]) == 1
+    assert capsys.readouterr().out == "!! peft  0.1\n         → pip install peft\n"

@@ -1,0 +1,111 @@
+"""`plan`: from a config alone, for a card, with what fits; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ftlevel.cli.app import run
+
+ModelDir = Callable[..., Path]
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    assert run(["plan", *map(str, arguments)]) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    return tmp_path
+
+
+def test_a_config_alone_is_enough(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ("--max-length", 1024, "--per-device-train-batch-size", 4)
+    rows = (*rows, "--no-gradient-checkpointing")
+    found = json.loads(plan(capsys, "--model", big, "--gpu", "24GB", *rows, "--brief", "--json"))
+    assert found["peak_bytes"] == sum(found["parts"].values())
+    assert found["memory_bytes"] == 24 * 2**30
+    weights = 2 * (8_030_261_248)  # bfloat16
+    assert found["parts"]["weights"] == pytest.approx(weights, rel=1e-3)
+    assert not found["fits_in_memory"]
+    assert found["imagined_rows"]
+    assert found["seconds_per_epoch"] is None
+    assert "--per-device-train-batch-size" in found["cheapest_change"]
+    flags = found["cheapest_change"].split()
+    less = plan(capsys, "--model", big, "--gpu", "24GB", *rows[:2], *flags, "--brief", "--json")
+    assert json.loads(less)["fits_in_memory"]
+
+
+def test_rows_of_the_data_and_what_else_fits(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join('{"text": "the value of an object"}\n' for _ in range(12)))
+    asked = ("--model", tiny_model_dir("llama"), "--dataset", data, "--gpu", "h100",
+             "--price-per-hour", 2, "--on-bad-row", "skip")  # fmt: skip
+    found = json.loads(plan(capsys, *asked, "--json"))
+    assert found["fits_in_memory"]
+    assert found["seconds_per_epoch"] > 0
+    assert found["cost"] > 0
+    flags = [fit["flags"] for fit in found["fits"]]
+    for method in ("lora", "qlora", "full"):
+        for checkpointing in ("--gradient-checkpointing", "--no-gradient-checkpointing"):
+            assert any(f"--method {method} {checkpointing}" in line for line in flags)
+    out = plan(capsys, *asked, "--brief")
+    assert out.splitlines()[0].startswith("peak ")
+    assert "H100" in out
+    assert "a roofline" in out
+
+
+def test_a_probe_runs_steps(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"text": "the value of object {at}"}}\n' for at in range(12)))
+    asked = ("--model", tiny_model_dir("llama"), "--dataset", data, "--probe", "--brief", "--json")
+    found = json.loads(plan(capsys, *asked))
+    assert found["seconds_per_epoch"] > 0
+    assert found["time"]["how"] == "4 steps here"
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+@pytest.mark.parametrize(
+    ("name", "task", "weights"),
+    [("smollm2", "text-generation", 134_515_008), ("minilm", "text-classification", 22_713_216)],
+)
+def test_real_models(
+    name: str, task: str, weights: int, request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = request.getfixturevalue(name)
+    asked = ("--model", model, "--task", task, "--max-length", 64, "--dtype", "float32")
+    found = json.loads(plan(capsys, *asked, "--brief", "--json"))
+    assert found["parts"]["weights"] == pytest.approx(4 * weights, rel=0.01)
+    assert found["fits_in_memory"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--gpu", "h1000"), "--gpu h1000: no such card is known. Did you mean 'h100'?"),
+        (("--gpu", "h100", "--probe"), "--probe runs steps here, and --gpu plans for another"),
+        (("--model", "builtin:tiny-llama", "--probe"), "--probe runs steps on real rows."),
+    ],
+)
+def test_what_is_refused(
+    arguments: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert text in plan(capsys, *arguments, code=2)

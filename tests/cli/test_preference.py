@@ -1,0 +1,137 @@
+"""What `train --task preference` refuses before weights load, and what the gate says of pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.cli.app import run
+
+Say = Callable[..., tuple[int, str]]
+NOUNS = ("parser", "reader", "buffer", "cursor", "socket", "thread", "signal", "window")
+
+
+def pair(i: int, **more: Any) -> dict[str, Any]:
+    noun, other = NOUNS[i % 8], NOUNS[(i * 3 + 1) % 8]
+    good, bad = f"The {noun} keeps {i} {other}s.", f"No {other} has {i} {noun}s."
+    bad += " And why should it?" * (i % 2)
+    return {"prompt": f"What does the {noun} {i} keep?", "chosen": good, "rejected": bad, **more}
+
+
+PAIRS = [pair(i) for i in range(24)]
+JUDGED = [
+    {"prompt": row["prompt"], "completion": row[("chosen", "rejected")[i % 2]], "label": i % 2 == 0}
+    for i, row in enumerate(PAIRS)
+]
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Say:
+    """Return what runs `ftlevel train --dry-run` on rows, and gives its exit code and its words."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, rows: list[Any] = PAIRS) -> tuple[int, str]:
+        lines = "\n".join(json.dumps(row) for row in rows)
+        Path("rows.jsonl").write_text(lines, encoding="utf-8")
+        command = ["train", "--task", "preference", "--dataset", "rows.jsonl", "--dry-run"]
+        code = run([*command, *arguments])
+        told = capfd.readouterr()
+        return code, told.out + told.err
+
+    return call
+
+
+REFUSED = [
+    (["--beta", "0"], "--beta: 0.0 is out of range"),
+    (["--beta", "-1"], "--beta: -1.0 is out of range"),
+    (["--loss", "orpo", "--reference", "none"], "--reference: --loss orpo does not read it"),
+    (["--simpo-gamma", "1"], "--simpo-gamma: --loss dpo does not read it; simpo does. Drop it."),
+    (["--loss", "simpo", "--sft-weight", "2"], "--sft-weight: --loss simpo does not read it"),
+    (["--desirable-weight", "2"], "--desirable-weight: --loss dpo does not read it; kto does."),
+    (["--label-smoothing", "0.1"], "--label-smoothing 0.1: --loss dpo does not read it; cdpo and"),
+    (["--loss", "robust", "--label-smoothing", "0.6"], "Give less than 0.5."),
+    (["--loss", "dp"], "Did you mean 'dpo'"),
+    (["--task", "text-generation", "--loss", "dpo"], "--loss: of --task preference, and --task is"),
+    (["--streaming", "--max-steps", "2"], "--streaming: --loss dpo needs the log-probabilities"),
+    (["--loss", "reward", "--beta", "1"], "--beta: --loss reward does not read it"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED)
+def test_what_a_loss_does_not_read_is_refused(arguments: list[str], words: str, say: Say) -> None:
+    code, out = say(*arguments)
+    assert code == 2
+    assert words in out
+    assert len(out.strip().splitlines()) == 1
+
+
+def without(name: str) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != name} for row in PAIRS]
+
+
+ROWS = [
+    (without("rejected"), [], "there is a column 'chosen', and no 'rejected'"),
+    ([{"text": "a b c"}] * 4, [], "--task preference: the columns do not say what to learn"),
+    ([{**row, "rejected": row["chosen"]} for row in PAIRS], [], "a pair of equal answers: 24 of"),
+    ([{**row, "rejected": " "} for row in PAIRS], [], "is empty"),
+    (JUDGED, [], "--loss dpo learns from pairs of answers"),
+    ([{**row, "label": True} for row in JUDGED], ["--loss", "kto"], "all answers have one verdict"),
+]
+
+
+@pytest.mark.parametrize(("rows", "arguments", "words"), ROWS)
+def test_a_set_without_preferences_is_refused(
+    rows: list[Any], arguments: list[str], words: str, say: Say
+) -> None:
+    code, out = say(*arguments, rows=rows)
+    assert code == 2
+    assert words in out
+    assert "load the model" not in out
+
+
+GATE = [
+    ([pair(i, chosen=f"It keeps {'very ' * 9}many {NOUNS[i % 8]}s, {i}.") for i in range(24)],
+     "a judge of length alone, for the longer one, would be right in 100%"),
+    ([*PAIRS, {**PAIRS[0], "chosen": PAIRS[0]["rejected"], "rejected": PAIRS[0]["chosen"]}],
+     "an earlier pair with the answers swapped: 1 of 25"),
+    ([pair(i, score_chosen=1, score_rejected=5) for i in range(24)],
+     "pairs whose rejected answer has the same score or a better one: 24 of 24"),
+    ([*PAIRS, {**PAIRS[0], "prompt": "Again?", "rejected": PAIRS[0]["chosen"]}],
+     "a pair of equal answers: 1 of 25 train rows"),
+    ([*PAIRS, PAIRS[3]], "the same as an earlier row: 1 of 25"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "words"), GATE)
+def test_the_gate_sees_what_pairs_can_have(rows: list[Any], words: str, say: Say) -> None:
+    code, out = say(rows=rows)
+    assert code == 0, out
+    assert words in out
+
+
+def test_good_pairs_are_shown_with_their_loss(say: Say) -> None:
+    code, out = say("--loss", "cdpo")
+    assert code == 0, out
+    assert "data check" not in out
+    assert "loss: cdpo" in out
+
+
+def test_preview_shows_the_prompt_once_and_both_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps(PAIRS[1]))
+    assert run(["preview", "--task", "preference", "--dataset", "rows.jsonl", "--row", "1"]) == 0
+    out = capfd.readouterr().out
+    assert out.count("What does the parser") == 1
+    assert "=preferred]" in out
+    assert "=rejected]" in out
+
+
+def test_another_tools_words_are_understood(say: Say) -> None:
+    assert say("--pref-loss", "sigmoid", "--pref-beta", "0.2")[0] == 0
+    assert say("--loss-type", "ipo")[0] == 0

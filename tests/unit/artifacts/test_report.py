@@ -1,0 +1,194 @@
+"""The page about runs: whole, alone, escaped, small, and right in a browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.artifacts.report.curves import MOST_POINTS, draw_charts, thin
+from ftlevel.artifacts.report.gather import RunFacts, read_run_facts, sum_up
+from ftlevel.artifacts.report.page import render_page
+from ftlevel.cli.app import run
+from ftlevel.errors import InputError
+
+EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
+SUMMARY: dict[str, Any] = {
+    "task": "text-classification", "method": "lora", "model": {"name": EVIL}, "steps": 40,
+    "trainable_parameters": 10, "total_parameters": 1000, "loss_first": 2.0, "loss_last": 1.0,
+    "loss_first_spread": 0.1, "loss_last_spread": 0.1, "loss_window": 5, "headline": "accuracy",
+    "metrics_before": {"accuracy": 0.5}, "metrics": {"accuracy": 0.9},
+    "data": {"name": "rows.csv", "train_rows": 9, "validation_rows": 3, "tokens": 99,
+             "gate": [{"title": "HTML in a text", "count": 2, "total": 9, "split": "train",
+                       "places": ["rows.csv:4"], "action": "warn"}]},
+    "proof": {"gradient_tensors": 3, "frozen_tensors": 4, "probe_rows": 4,
+              "reload_difference": 0.0, "adapter_effect": 1.5},
+    "timings": {"total_s": 12.0, "tokens_per_s": 100.0}, "memory": {"peak_bytes": 2**30},
+    "choices": [{"name": "task", "value": EVIL, "reason": EVIL}], "versions": {"torch": "2"},
+    "finished": "today",
+}  # fmt: skip
+
+
+def records(count: int) -> list[dict[str, Any]]:
+    return [
+        {"step": at, "loss": 9.75 if at == count // 2 else 1 / (at + 1), "learning_rate": 1e-3,
+         "grad_norm": 0.5, "tokens": at * 10, "elapsed_s": at * 0.1}
+        for at in range(count)
+    ]  # fmt: skip
+
+
+def facts(name: str = "run", count: int = 40, answers: Any = None) -> RunFacts:
+    return RunFacts(name, Path("runs") / name, SUMMARY, records(count), answers)
+
+
+ROWS = [
+    {"row": 0, "where": "rows.csv:1", "loss": 0.1, "predicted": "a", "true": "a"},
+    {"row": 1, "where": "rows.csv:2", "loss": 3.0, "predicted": "b", "true": "a"},
+    {"row": 2, "where": "rows.csv:3", "loss": 0.2, "predicted": EVIL, "true": EVIL,
+     "base_predicted": "before"},
+]  # fmt: skip
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+
+def tags(page: str) -> list[tuple[str, dict[str, str | None]]]:
+    parser = Tags()
+    parser.feed(page)
+    return parser.seen
+
+
+def test_what_users_wrote_is_text() -> None:
+    page = render_page([facts(EVIL, answers=sum_up(iter(ROWS)))])
+    found = tags(page)
+    assert [tag for tag, _ in found].count("script") == 1
+    assert "img" not in [tag for tag, _ in found]
+    assert not any(name.startswith("on") for _, attrs in found for name in attrs)
+    assert page.count("&lt;script&gt;alert") >= 4
+
+
+def test_nothing_is_fetched() -> None:
+    page = render_page([facts()])
+    for _, attrs in tags(page):
+        assert not attrs.get("src")
+        assert (attrs.get("href") or "#").startswith("#")
+    assert "http" not in page.replace("http-equiv", "")
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+def test_runs_stand_side_by_side() -> None:
+    page = render_page([facts("one"), facts("two")])
+    charts = list(draw_charts([facts("one"), facts("two")]))
+    assert [line.run for line in charts[0].lines] == ["one", "two"]
+    assert page.count("<polyline") == 2 * len(charts)
+    assert "0.5000 → 0.9000" in page
+    for chart in charts:  # a text for who does not see it
+        assert f"{chart.title} by step. one: from" in chart.words
+
+
+def test_a_long_log_makes_a_small_page_with_its_peak() -> None:
+    page = render_page([facts(count=100_000)])
+    assert len(page.encode()) < 3_000_000
+    loss = next(chart for chart in draw_charts([facts(count=100_000)]) if chart.name == "loss")
+    assert len(loss.lines[0].points) <= MOST_POINTS + 1
+    assert max(y for _, y in loss.lines[0].points) == 9.75
+    assert loss.lines[0].points[0][0] == 0
+    assert loss.lines[0].points[-1][0] == 99_999
+
+
+def test_few_points_are_all_there() -> None:
+    points = [(float(x), float(x % 7)) for x in range(MOST_POINTS)]
+    assert thin(points) == points
+
+
+def test_answers_are_counted() -> None:
+    rows = [*ROWS, {**ROWS[1], "true": "b"}]
+    answers = sum_up(iter(rows))
+    assert answers.total == 4
+    assert answers.counts["a"] == {"a": 1, "b": 1}
+    name, precision, recall, f1, count = next(one for one in answers.per_class if one[0] == "b")
+    assert (name, precision, recall, count) == ("b", 0.5, 1.0, 1)
+    assert f1 == pytest.approx(2 / 3)
+    assert answers.worst[0]["loss"] == 3.0
+    assert answers.best[0]["loss"] == 0.1
+
+
+def test_texts_have_no_matrix() -> None:
+    rows = ({"predicted": f"text {at}", "true": "t", "loss": float(at)} for at in range(25_000))
+    answers = sum_up(rows)
+    assert answers.classes == []
+    assert [row["loss"] for row in answers.worst[:2]] == [24_999.0, 24_998.0]
+    assert answers.best[0]["loss"] == 0.0
+
+
+def test_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="no such directory"):
+        read_run_facts(tmp_path / "none")
+    assert run(["report", str(tmp_path)]) == 2
+    assert "is not a run that is done: it has no summary.json" in capsys.readouterr().err
+
+
+def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(SUMMARY))
+        lines = "".join(json.dumps(record) + "\n" for record in records(9))
+        (tmp_path / name / "metrics.jsonl").write_text(lines + '{"step": 9, "lo')  # a kill
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert run(["report", one, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["page"] == f"{one}/report.html"
+    assert run(["report", one, two]) == 2
+    assert "--out report.html" in capsys.readouterr().err
+    assert run(["report", one, two, "--out", str(tmp_path / "both.html")]) == 0
+    assert "<polyline" in (tmp_path / "both.html").read_text()
+
+
+_ASK = """<script>
+const svg = document.querySelector("svg"), r = svg.getBoundingClientRect();
+svg.dispatchEvent(new PointerEvent("pointermove", {clientX: r.left + r.width / 2, clientY: r.top}));
+document.title = JSON.stringify({wide: document.documentElement.scrollWidth, view: innerWidth,
+  hover: document.querySelector("output").textContent});
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt install chromium")
+@pytest.mark.parametrize("width", [360, 768, 1440])
+def test_in_a_browser(tmp_path: Path, width: int) -> None:
+    page = render_page([facts("one", answers=sum_up(iter(ROWS))), facts("two")])
+    # The narrowest window of a browser is wider than a phone: the page is in a frame.
+    (tmp_path / "page.html").write_text(page.replace("</body>", _ASK))
+    frame = (
+        f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe><script>'
+        "onload = () => document.title = document.querySelector('iframe').contentDocument.title"
+        "</script>"
+    )
+    (tmp_path / "frame.html").write_text(frame)
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         "--allow-file-access-from-files", "--window-size=1600,1000",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+         f"file://{tmp_path / 'frame.html'}"],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None, done.stderr[-500:]
+    found = json.loads(title[1])
+    assert found["view"] == width
+    assert found["wide"] <= width
+    assert found["hover"].startswith("step ")
+    assert "one " in found["hover"]
+    assert "CONSOLE" not in done.stderr

@@ -1,0 +1,283 @@
+"""Losses of preferences by the fast and the plain step, against figures of plain torch and TRL."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from ftlevel.config.options.preference import LOSSES, SMOOTHING, PreferenceConfig
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.head.likelihoods import measure_answers, sum_of_ratios, with_baseline
+from ftlevel.fast.packing.layout import using_layout
+from ftlevel.fast.plan.fast_plan import FastPlan
+from ftlevel.fast.step import FastStep
+from ftlevel.fast.step_collator import StepCollator
+from ftlevel.task import TrainingLoss
+from ftlevel.tasks.preferences.losses import log_odds
+from ftlevel.tasks.preferences.objective import Preferences, build_preferences
+from ftlevel.tasks.preferences.reward import Rewards
+from ftlevel.tasks.preferences.rows import ContrastedRows, ReferencedRows
+from preference_figures import (
+    BASELINE,
+    LENGTHS,
+    PAD,
+    PAIRS,
+    POLICY,
+    REFERENCE,
+    REWARDS,
+    SCORES,
+    TABLE,
+    build_model,
+    judged_rows,
+    norms,
+    pair_rows,
+)
+
+PACKED = FastPlan(True, True, True, 4096, prefix_tree=True, prunes_last_layer=True)
+PADDED = FastPlan(True, False, True, 4096)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build_model()
+
+
+def _objective(name: str, beta: float) -> Preferences:
+    told = {"loss": name, **TABLE[name][0]} if name in TABLE else {"loss": name}
+    settings = PreferenceConfig(**told, beta=beta)
+    smoothing = SMOOTHING if LOSSES[settings.loss or ""].smoothed else 0.0
+    return build_preferences(settings, smoothing, "decoder")
+
+
+def _measure(model: Any, objective: Preferences, rows: Any, plan: FastPlan | None) -> np.ndarray:
+    """Return the sums (rows, answers) of `model` as it is now, without a gradient."""
+    with torch.no_grad():
+        batch = Collator(PAD)(rows)
+        answers = measure_answers(None, model, objective, batch)
+    return answers[:, 0].numpy().reshape(len(rows), -1)
+
+
+def _rows(model: Any, objective: Preferences) -> Any:
+    """Return the rows of the objective, with the reference that the model has without adapter."""
+    rows: Any = pair_rows() if objective.is_paired else ContrastedRows(judged_rows(), 512)
+    if not objective.needs_reference:
+        return list(ReferencedRows(rows, None))
+    with model.disable_adapter():
+        own = _measure(model, objective, list(rows), None)
+        contrasts = [other for row in rows for other in row.contrasts]
+        if contrasts:
+            own = np.hstack([own, _measure(model, objective, contrasts, None)])
+    return list(ReferencedRows(rows, own.astype(np.float32)))
+
+
+def _step(
+    model: Any, objective: Any, rows: Any, plan: FastPlan | None, tokens: int = 4096
+) -> tuple[float, float, float]:
+    """Return loss and norms of a step over `rows`, by `plan` in micro-batches of `tokens`."""
+    model.zero_grad()
+    loss = TrainingLoss()
+    if plan is None:
+        parts: list[dict[str, Any]] = [Collator(PAD)(rows)]
+        others = [Collator(PAD)([o for row in rows for o in row.contrasts])] if (
+            rows[0].contrasts) else []  # fmt: skip
+        head = fast = None
+    else:
+        fast = FastStep(model, replace(plan, tokens=tokens))
+        fast.check(rows, PAD, "cpu", "float32")
+        assert not fast.check_cross_entropy(objective, rows, PAD, "cpu", "float32")
+        fast.prune_last_layer(objective, rows, PAD, "cpu", "float32")
+        head = fast.cross_entropy
+        step = StepCollator(PAD, fast.plan)(rows)
+        parts, others = step["micro_batches"], step.get("contrasts", [])
+    try:
+        count = torch.stack([objective.training_count(p["labels"], loss) for p in parts]).sum(0)
+        if others:
+            total = sum_of_ratios(head, model, objective, others)
+            assert float(total[0] / total[1]) == pytest.approx(BASELINE, abs=2e-5)
+        found = 0.0
+        for part in parts:
+            own = dict(part)
+            layout = own.pop("layout", None)
+            if others:
+                baseline = (total[0] / total[1]).clamp(min=0)
+                own["verdicts"] = with_baseline(own["verdicts"], baseline)
+            with using_layout(layout):
+                answers = measure_answers(head, model, objective, own)
+                share = (objective.judge(answers, own["verdicts"], training=True) / count).sum()
+                share.backward()
+            found += share.item()
+    finally:
+        if fast is not None:
+            fast.remove()
+    return found, *norms(model)
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("at", [0, 1], ids=["beta 0.1", "beta 0.5"])
+@pytest.mark.parametrize("plan", [None, PADDED, PACKED], ids=["plain", "padded", "packed"])
+def test_loss_and_gradients_are_those_of_plain_torch_and_of_trl(
+    model: Any, name: str, at: int, plan: FastPlan | None
+) -> None:
+    objective = _objective(name, (0.1, 0.5)[at])
+    found = _step(model, objective, _rows(model, objective), plan)
+    assert found == pytest.approx(TABLE[name][1 + at], rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_step_is_the_same_however_it_is_cut(model: Any, name: str) -> None:
+    objective = _objective(name, 0.1)
+    rows = _rows(model, objective)
+    whole = _step(model, objective, rows, PACKED)
+    cut = _step(model, objective, rows[::-1] if objective.is_paired else rows, PACKED, tokens=1)
+    assert cut == pytest.approx(whole, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("plan", [None, PACKED], ids=["plain", "packed"])
+def test_scores_and_their_loss_are_those_of_plain_torch_and_of_trl(
+    name: str, plan: FastPlan | None
+) -> None:
+    center, has_margins, expected = REWARDS[name]
+    model = build_model(scores=True)
+    settings = PreferenceConfig(loss="reward", center=center)
+    objective, rows = Rewards("accuracy", settings=settings), pair_rows(
+        scored=True, margins=has_margins)  # fmt: skip
+    fast = FastStep(model, replace(plan, chunked_cross_entropy=False)) if plan else None
+    parts = StepCollator(PAD, fast.plan)(rows)["micro_batches"] if fast else [Collator(PAD)(rows)]
+    [part] = parts
+    layout = part.pop("layout", None)
+    try:
+        with using_layout(layout):
+            inputs, verdicts = objective.split(part)
+            logits = objective.logits(model(**inputs))
+            loss = objective.loss_sum(logits, verdicts, part["attention_mask"]) / len(PAIRS)
+            loss.backward()
+    finally:
+        if fast:
+            fast.remove()
+    scores = sorted(logits.detach().reshape(-1, 2).tolist())  # a tree has an order of its own
+    assert np.array(scores) == pytest.approx(np.array(sorted(SCORES.tolist())), abs=2e-5)
+    assert (loss.item(), *norms(model)) == pytest.approx(expected, rel=2e-5, abs=2e-5)
+
+
+def _known_answers() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the answers of the four pairs as the model gives them, and their verdicts."""
+    sums, counts = (torch.tensor(part, dtype=torch.float32).flatten() for part in (POLICY, LENGTHS))
+    reference = torch.tensor(REFERENCE, dtype=torch.float32).flatten()
+    sides = torch.tensor([1.0, 0.0] * len(PAIRS))
+    return torch.stack([sums, counts], 1), torch.stack([sides, reference, sides * 0], 1)
+
+
+def test_metrics_are_what_one_would_compute_by_hand() -> None:
+    objective = _objective("dpo", 0.1)
+    answers, verdicts = _known_answers()
+    meters = [objective.meter() for _ in range(2)]
+    for at, meter in enumerate(meters):
+        own = slice(4 * at, 4 * at + 4)
+        meter.update(answers[own], verdicts[own], [])
+    found = meters[0].pool(meters).compute(0.0)
+    ratios = POLICY - REFERENCE
+    assert found["reward_accuracy"] == np.mean(ratios[:, 0] > ratios[:, 1])
+    assert found["reward_margin"] == pytest.approx(
+        0.1 * (ratios[:, 0] - ratios[:, 1]).mean(), rel=1e-3
+    )
+    assert found["reward_chosen"] == pytest.approx(0.1 * ratios[:, 0].mean(), rel=1e-4)
+    assert found["logp_rejected"] == pytest.approx(POLICY[:, 1].mean())
+    assert found["ref_logp_chosen"] == pytest.approx(REFERENCE[:, 0].mean())
+    assert found["length_accuracy"] == 0.375  # one longer, one tie
+    assert found["logp_mean_accuracy"] == np.mean(
+        POLICY[:, 0] / LENGTHS[:, 0] > POLICY[:, 1] / LENGTHS[:, 1]
+    )
+    assert set(found) == set(objective.metrics)
+
+
+def test_answers_that_change_places_change_the_sign_of_the_reward() -> None:
+    objective = _objective("dpo", 0.1)
+    answers, verdicts = _known_answers()
+    turned = torch.arange(8).view(4, 2).flip(1).flatten()
+    swapped = torch.cat([verdicts[:, :1], verdicts[turned, 1:]], 1)
+    margins = []
+    for a, v in ((answers, verdicts), (answers[turned], swapped)):
+        meter = objective.meter()
+        meter.update(a, v, [])
+        margins.append(meter.compute(0.0)["reward_margin"])
+    assert margins[0] == -margins[1]
+
+
+def test_a_tie_is_no_success_and_is_ln_2() -> None:
+    objective = _objective("dpo", 0.1)
+    answers, verdicts = _known_answers()
+    verdicts[:, 1] = answers[:, 0]
+    meter = objective.meter()
+    meter.update(answers, verdicts, [])
+    assert meter.compute(0.0)["reward_accuracy"] == 0
+    loss = objective.judge(answers, verdicts, training=True) / len(PAIRS)
+    assert loss.item() == pytest.approx(objective.first_loss or 0, abs=1e-7)
+
+
+def test_displacement_and_a_judge_of_length_are_said() -> None:
+    objective = _objective("dpo", 0.1)
+    fell = {"logp_chosen": -12.0, "ref_logp_chosen": -10.0, "logp_rejected": -40.0,
+            "ref_logp_rejected": -11.0, "reward_accuracy": 0.7,
+            "length_accuracy": 0.75}  # fmt: skip
+    said = objective.remarks(fell)
+    assert "both kinds of answers are less likely" in said[0]
+    assert "no better than preferring the longer answer" in said[1]
+    assert objective.remarks({**fell, "logp_chosen": -9.0, "reward_accuracy": 0.9}) == []
+
+
+def test_odds_are_finite_where_an_answer_is_all_but_certain() -> None:
+    mean = torch.tensor([-1e-9, -1e-4, -0.5, -20.0], requires_grad=True)
+    found = log_odds(mean)
+    found.sum().backward()
+    exact = [-x for x in (-1e-7, -1e-4)]
+    assert found[1].item() == pytest.approx(float(np.log(1 / np.expm1(exact[1]))), rel=1e-3)
+    assert torch.isfinite(found).all()
+    assert mean.grad is not None
+    assert torch.isfinite(mean.grad).all()
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_likelihoods_and_their_gradients_are_those_of_all_scores(trained: bool) -> None:
+    model = build_model().get_base_model()
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(trained)
+    embedding = model.get_input_embeddings().weight.requires_grad_(True)
+    torch.manual_seed(0)
+    ids = torch.randint(2, 250, (3, 9))
+    at, targets = torch.tensor([1, 4, 7, 12, 20, 26]), torch.randint(2, 250, (6,))
+    weights = torch.randn(6)
+    head = ChunkedCrossEntropy(model)
+    head._chunk = 4  # of six targets
+    grads = []
+    for way in ("all", "some"):
+        model.zero_grad()
+        if way == "some":
+            each = head.likelihoods(lambda: model(ids), at, targets)
+        else:
+            scores = log_softmax(model(ids).logits.flatten(0, 1)[at], -1)
+            each = scores.gather(-1, targets[:, None])[:, 0]
+        (each * weights).sum().backward()
+        parts = [embedding.grad, model.lm_head.weight.grad] if trained else [embedding.grad]
+        grads.append([each.detach(), *(part.clone() for part in parts)])
+    head.remove()
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo"])
+def test_bfloat16_is_as_near_as_its_rounding(model: Any, name: str) -> None:
+    """The trunk moves a log-probability by some tenths of a nat; β h by a tenth of that."""
+    objective = _objective(name, 0.1)
+    rows = _rows(model, objective)
+    batch = Collator(PAD)(rows)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        answers = measure_answers(None, model, objective, batch)
+    loss = objective.judge(answers, batch["verdicts"], training=True).item() / len(PAIRS)
+    assert loss == pytest.approx(TABLE[name][1][0], rel=0.05)

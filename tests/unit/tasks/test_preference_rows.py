@@ -1,0 +1,266 @@
+"""Judged answers from their columns to rows: every published shape, one prompt, the right end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ftlevel.config import DataConfig
+from ftlevel.config.options.preference import PreferenceConfig
+from ftlevel.data.encoding.encode import IGNORED, Encoded, RowError
+from ftlevel.data.encoding.fit import Bounds, fit_rows
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.store import rows_to_batches, write_store
+from ftlevel.data.formats.convert import convert_rows
+from ftlevel.data.sources.table import Table
+from ftlevel.errors import InputError
+from ftlevel.tasks import TASKS
+from ftlevel.tasks.preferences.checks import judge_answers, look_at_pairs
+from ftlevel.tasks.preferences.encode import JudgedEncoder
+from ftlevel.tasks.preferences.formats import JudgedExample, PairExample
+from ftlevel.tasks.preferences.rows import ContrastedRows, JudgedRow, PairRow, pair_up
+
+ModelDir = Callable[..., Path]
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+_TALK = [_user("Hi"), _said("Hello"), _user("2 + 2?")]
+_HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2 + 2?\n\nAssistant:"
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "explicit": {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+    "names of others": {"question": "2 + 2?", "chosen_response": "4", "rejected_response": "5"},
+    "alpaca": {"instruction": "2 + 2?", "input": "", "chosen": "4", "rejected": "5"},
+    "old alpaca": {"instruction": "2 + 2?", "input": "", "output": ["4", "5"]},
+    "system": {"system": "Be brief.", "prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+    "chat": {"prompt": _TALK, "chosen": [_said("4")], "rejected": [_said("5")]},
+    "one turn each": {"messages": _TALK, "chosen": _said("4"), "rejected": _said("5")},
+    "implicit chat": {"chosen": [*_TALK, _said("4")], "rejected": [*_TALK, _said("5")]},
+    "ultrafeedback": {
+        "prompt": "2 + 2?",
+        "chosen": [_user("2 + 2?"), _said("4")],
+        "rejected": [_user("2 + 2?"), _said("5")],
+        "messages": [_user("2 + 2?"), _said("4")],
+        "score_chosen": 9.0,
+        "score_rejected": 2.0,
+    },
+    "hh": {"chosen": f"{_HH} 4", "rejected": f"{_HH} 5"},
+    "swift": {"messages": [*_TALK, _said("4")], "rejected_response": "5"},
+    "ranked": {"prompt": "2 + 2?", "answers": [{"answer": "5", "rank": 3},
+               {"answer": "4", "rank": 1}, {"answer": "3", "rank": 2}]},
+    "scored": {"instruction": "2 + 2?", "completions": [
+        {"response": "5", "overall_score": 1}, {"response": "4", "overall_score": 8.5}]},
+}  # fmt: skip
+
+
+def _read(row: dict[str, Any], loss: str = "dpo") -> Any:
+    task = TASKS["preference"].configured({"preference": {"loss": loss}})
+    table = Table([row], [1], "rows.jsonl")
+    format_ = task.find_format(list(row), DataConfig(), [row])
+    examples, bad = convert_rows(table, format_)
+    if bad:
+        raise InputError(bad[0].reason)
+    return examples[0]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_gives_the_prompt_and_the_two_answers(name: str) -> None:
+    example = _read(SHAPES[name])
+    assert isinstance(example, PairExample)
+    assert example.prompt[-1].content == "2 + 2?"
+    assert [turn.content for turn in example.chosen] == ["4"]
+    assert [turn.content for turn in example.rejected] == ["5"]
+    turns = [turn.role for turn in example.prompt]
+    long = name in ("chat", "one turn each", "implicit chat", "hh", "swift")
+    start = ["system"] if name == "system" else ["user", "assistant"] if long else []
+    assert turns == [*start, "user"]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [("Hello there", "Hi"), ("The sky is blue", "The sky is blue and vast"), ("Paris ", "London")],
+)
+def test_a_prompt_is_never_cut_inside_of_a_word(good: str, bad: str) -> None:
+    example = _read({"chosen": f"{_HH} {good}", "rejected": f"{_HH} {bad}"})
+    assert example.prompt[-1].content == "2 + 2?"
+    assert [example.chosen[0].content, example.rejected[0].content] == [good.strip(), bad]
+
+
+def test_conversations_that_part_earlier_are_answers_from_there_on() -> None:
+    row = {
+        "chosen": [_user("a"), _said("b"), _user("c"), _said("d")],
+        "rejected": [_user("a"), _said("x"), _user("y"), _said("z")],
+    }
+    example = _read(row)
+    assert [turn.content for turn in example.prompt] == ["a"]
+    assert [turn.content for turn in example.chosen] == ["b", "c", "d"]
+
+
+JUDGED = {
+    "unpaired": {"prompt": "q", "completion": "a", "label": True},
+    "as a number": {"prompt": "q", "completion": "a", "label": 1},
+    "messages": {"messages": [_user("q"), _said("a")], "label": "true"},
+    "llama-factory": {"messages": [_user("q"), _said("a")], "kto_tag": True},
+}
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_judged_answers_are_read(name: str) -> None:
+    example = _read(JUDGED[name], "kto")
+    assert isinstance(example, JudgedExample)
+    assert (example.prompt[0].content, example.answer[0].content) == ("q", "a")
+    assert example.desirable
+
+
+BAD = [
+    ({"prompt": "q", "chosen": "a"}, "dpo", "no 'rejected'"),
+    ({"prompt": "q", "rejected": "a"}, "dpo", "no 'chosen'"),
+    (JUDGED["unpaired"], "dpo", "Use --loss kto"),
+    ({"prompt": "q", "chosen": "a", "rejected": " "}, "dpo", "is empty"),
+    ({"prompt": "q", "chosen": "a", "rejected": None}, "dpo", "is null"),
+    ({"prompt": "q", "completion": "a", "label": 2}, "kto", "true or false"),
+    ({"prompt": "q", "chosen": [_user("a")], "rejected": "b"}, "dpo", "no assistant turn"),
+    ({"chosen": "a", "rejected": "b"}, "dpo", "no prompt"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "x"}, "dpo", "a number"),
+    ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]}, "dpo", "no two answers"),
+]
+
+
+@pytest.mark.parametrize(("row", "loss", "words"), BAD)
+def test_what_cannot_be_read_is_said(row: dict[str, Any], loss: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        _read(row, loss)
+
+
+def _encoder(path: Path, kind: str = "decoder") -> JudgedEncoder:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    form = "chat-template" if tokenizer.chat_template else "plain"
+    return JudgedEncoder(tokenizer, PromptFormat(form), kind, False, False, False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_answers_are_learned_with_one_end_and_without_the_prompt(
+    chat: bool, tiny_model_dir: ModelDir
+) -> None:
+    encoder = _encoder(tiny_model_dir("llama", chat=chat))
+    talk = SHAPES["implicit chat" if chat else "explicit"]
+    [row] = encoder([_read(talk)])
+    assert isinstance(row, PairRow)
+    good, bad = row.branches
+    assert good.input_ids[: row.prompt] == bad.input_ids[: row.prompt]
+    ends = set(encoder.tokenizer.all_special_ids)
+    for branch, said in ((good, "4"), (bad, "5")):
+        labels = [label for label in branch.labels if label != IGNORED]  # type: ignore[union-attr]
+        assert sum(label in ends for label in labels) == 1
+        assert labels[-1] in ends
+        assert encoder.tokenizer.decode(labels[:-1]).strip() == said
+    assert set(_labels(row)[: row.prompt]) == {IGNORED}
+
+
+def _labels(row: Encoded) -> list[int]:
+    assert isinstance(row.labels, list)
+    return row.labels
+
+
+def test_a_template_that_writes_the_prompt_by_the_answer_is_refused(
+    tiny_model_dir: ModelDir,
+) -> None:
+    encoder = _encoder(tiny_model_dir("llama", chat=True))
+    encoder.tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.index0 == 0 %}{{ messages[-1]['content'][:1] }} is the "
+        "first letter. {% endif %}{{ m['role'] }}: {{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises((RowError, InputError), match=r"prompt|answers cannot be told apart"):
+        encoder([_read(SHAPES["explicit"])])
+
+
+def _row(prompt: int, chosen: int, rejected: int) -> PairRow:
+    start = list(range(10, 10 + prompt))
+    rows = [Encoded(start + [c] * n, [IGNORED] * prompt + [c] * n, 0)
+            for c, n in ((3, chosen), (4, rejected))]  # fmt: skip
+    return pair_up(*rows, prompt, 0.5, scored=False)
+
+
+def test_a_pair_that_is_too_long_is_cut_alike_or_dropped() -> None:
+    rows = [_row(8, 3, 6), _row(2, 3, 20), _row(2, 1, 1)]
+    assert [row.length for row in rows] == [14, 22, 3]
+    where = str
+    cut = fit_rows(rows, 10, Bounds(), "truncate-prompt", where)
+    [first, last] = cut.rows
+    assert isinstance(first, PairRow)
+    good, bad = first.branches
+    assert good.input_ids[:4] == bad.input_ids[:4] == [10, 15, 16, 17]
+    assert (len(good.input_ids), len(bad.input_ids)) == (7, 10)
+    assert (last.length, cut.lost) == (3, (0,))
+    assert len(fit_rows(rows, 10, Bounds(), "drop", where).rows) == 1
+    with pytest.raises(InputError, match="longer than 10 tokens"):
+        fit_rows(rows, 10, Bounds(), "error", where)
+
+
+def test_rows_come_back_from_a_file_as_they_were(tmp_path: Path) -> None:
+    pairs = [_row(4, 2, 3), _row(5, 1, 2)]
+    store = write_store(tmp_path / "rows.arrow", rows_to_batches(pairs))
+    assert [repr(row) for row in store] == [repr(row) for row in pairs]  # nan is not itself
+    assert store.lengths().tolist() == [7, 7]
+
+
+def _judged(prompt: int, answer: int) -> JudgedRow:
+    return JudgedRow([prompt] * 3 + [answer], [IGNORED] * 3 + [answer], 0, {}, 3, 1, ())
+
+
+def test_answers_contrast_with_that_of_another_prompt() -> None:
+    rows = ContrastedRows([_judged(1, 11), _judged(1, 12), _judged(2, 21), _judged(2, 22)], 99)
+    found = [row.contrasts[0].input_ids for row in rows]
+    assert found == [[1, 1, 1, 22], [1, 1, 1, 22], [2, 2, 2, 12], [2, 2, 2, 12]]
+
+
+def test_equal_and_contradicting_pairs_are_seen() -> None:
+    swapped = _row(4, 2, 3)
+    ids, labels = swapped.input_ids, _labels(swapped)
+    turned = PairRow(
+        ids[:4] + ids[6:] + ids[4:6], labels[:4] + labels[6:] + labels[4:6], 1, {}, 4, 3
+    )
+    same = PairRow([1, 2, 3, 3], [IGNORED, IGNORED, 3, 3], 2, {}, 2, 1)
+    found = look_at_pairs([swapped, turned, same])
+    assert found["equal_answers"].tolist() == [False, False, True]
+    assert found["contradicting_pairs"].tolist() == [False, True, False]
+
+
+def _examples(count: int, chosen: str, rejected: str, **more: Any) -> list[PairExample]:
+    row = {"prompt": "what is this here", "chosen": chosen, "rejected": rejected, **more}
+    return [_read(row)] * count
+
+
+@pytest.mark.parametrize(
+    ("examples", "check"),
+    [
+        (_examples(30, "long and longer still", "short"), "length_bias"),
+        (_examples(30, "short", "long and longer still"), "length_bias"),
+        (_examples(3, "good", "evil", score_chosen=1, score_rejected=2), "scores_disagree"),
+        (_examples(3, "what is this here? it is", "evil"), "prompt_in_answer"),
+        ([_read(JUDGED["unpaired"], "kto")] * 3, "one_verdict"),
+    ],
+)
+def test_what_is_odd_about_a_set_is_found(examples: Any, check: str) -> None:
+    assert [found[0] for found in judge_answers(examples, "kto")] == [check]
+
+
+def test_nothing_is_odd_about_a_good_set() -> None:
+    both = _examples(15, "good one", "bad") + _examples(15, "fine", "much worse")
+    assert judge_answers(both, "dpo") == []
+    assert PreferenceConfig(loss="kto").facts.paired is False
+    assert np.isnan(PairRow([1], [1], 0).reference).all()

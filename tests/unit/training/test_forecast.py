@@ -1,0 +1,161 @@
+"""A forecast of memory against what torch's allocator gives out in the run itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from ftlevel.config import TrainConfig
+from ftlevel.models.upstream.fake import FakeTensor, OperationWatch, new_fake, storage_of
+from ftlevel.training.forecast import memory
+from ftlevel.training.forecast.live import LiveBytes
+from ftlevel.training.forecast.memory import forecast_memory
+from ftlevel.training.plan.resolve import resolve
+
+ModelDir = Callable[..., Path]
+BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "plan.py"
+
+
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("plan_benchmark", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_rows(path: Path, classes: bool) -> Path:
+    words = ["the", "value", "of", "an", "object", "file", "argument"]
+    draw = random.Random(0)  # alike and no two the same, so that every step is as full
+    rows = [
+        {"text": " ".join(draw.choices(words, k=60))} | ({"label": "ab"[at % 2]} if classes else {})
+        for at in range(16)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def configure(tmp_path: Path, model: Path, method: str, classes: bool, **train: Any) -> TrainConfig:
+    return TrainConfig.model_validate({
+        "model": {"name_or_path": str(model), "dtype": "float32"},
+        "task": "text-classification" if classes else "text-generation",
+        "method": {"kind": method},
+        "data": {"dataset": str(write_rows(tmp_path / "rows.jsonl", classes)), "cache": False,
+                 "validation_split": 0},
+        "train": {"max_steps": 2, "per_device_train_batch_size": 8, "save_strategy": "no", **train},
+        "speed": {"verify": False},
+        "output": {"dir": str(tmp_path / "run")},
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "train"),
+    [
+        ("llama", "lora", {}),
+        ("llama", "qlora", {}),
+        ("llama", "full", {"gradient_accumulation_steps": 2}),
+        ("bert", "adapter", {"gradient_checkpointing": True}),
+    ],
+)
+def test_it_is_the_peak_of_the_run(
+    tmp_path: Path, tiny_model_dir: ModelDir, family: str, method: str, train: dict[str, Any]
+) -> None:
+    config = configure(tmp_path, tiny_model_dir(family), method, family == "bert", **train)
+    found = forecast_memory(config, resolve(config))
+    measured = benchmark().measured(config)["peak"]
+    assert found.peak == pytest.approx(measured, rel=0.05)
+    assert found.parts["quantized weights" if method == "qlora" else "weights"] > 0
+
+
+def test_two_depths_give_the_whole(
+    tmp_path: Path, tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model_dir("llama", num_hidden_layers=7)
+    config = configure(tmp_path, model, "lora", classes=False)
+    plan = resolve(config)
+    assert memory._Layers.of(plan).depths == (2, 3)
+    extended = forecast_memory(config, plan)
+    monkeypatch.setattr(memory._Layers, "of", lambda _: memory._Layers((None,), 7))
+    assert extended.peak == pytest.approx(forecast_memory(config, plan).peak, rel=0.002)
+
+
+def test_workers_hold_what_each_of_them_holds(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
+    config = configure(tmp_path, tiny_model_dir("llama"), "lora", classes=False)
+    plan = resolve(config)
+    one = forecast_memory(config, plan)
+    two = forecast_memory(config, replace(plan, fast=replace(plan.fast, workers=2)))
+    assert two.parts["weights"] == one.parts["weights"]
+    assert two.tokens < one.tokens  # half of the budget is each one's
+    assert two.parts["activations"] == pytest.approx(one.parts["activations"], rel=0.3)
+
+
+class TestFakeTensor:
+    def test_shapes_and_types_are_those_of_numbers(self) -> None:
+        def compute(x: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = functional.linear(x, w)
+            z = y.float().view(2, 2, 2, 4).transpose(1, 2)
+            seen = functional.scaled_dot_product_attention(z, z, z, is_causal=True)
+            return [y, z, seen, seen.softmax(-1)[..., :1]]
+
+        real = compute(torch.randn(2, 2, 3), torch.randn(8, 3))
+        fake = compute(new_fake((2, 2, 3), torch.float32), new_fake((8, 3), torch.float32))
+        for made, expected in zip(fake, real, strict=True):
+            assert isinstance(made, FakeTensor)
+            assert made.device.type == "cpu"
+            assert (made.shape, made.dtype, made.stride()) == (
+                expected.shape, expected.dtype, expected.stride()
+            )  # fmt: skip
+
+    def test_a_mask_with_numbers_chooses(self) -> None:
+        class Watch(OperationWatch):
+            def made(self, tensor: torch.Tensor) -> None:
+                pass
+
+        with Watch():
+            chosen = new_fake((4, 3), torch.float32)[torch.tensor([True, False, True, True])]
+        assert chosen.shape == (3, 3)
+
+    def test_views_share_their_storage(self) -> None:
+        x = new_fake((4, 3), torch.float32)
+        assert storage_of(x[1:].t()) is storage_of(x) or (
+            storage_of(x[1:].t())._cdata == storage_of(x)._cdata
+        )
+
+    def test_what_is_written_to_is_returned(self) -> None:
+        total = torch.zeros(3)
+        kept = total
+        total += new_fake((3,), torch.float32)
+        assert total is kept
+
+
+class TestLiveBytes:
+    def test_a_tensor_counts_until_it_goes(self) -> None:
+        with LiveBytes() as live:
+            x = torch.zeros(1000)
+            y = x * 2
+            view = y[:10]
+            del y
+            assert live.total == 8000
+            del view
+            assert live.total == 4000
+            assert live.peaks["forward"]["activations"] == 8000
+        del x
+
+    def test_what_is_held_as_something_else_counts_once(self) -> None:
+        live = LiveBytes()
+        x = torch.zeros(1000)
+        live.hold(x, "weights")
+        live.hold(x, "adapter")
+        assert live.total == 4000
+        assert live.peaks["forward"] == {"weights": 4000} or live.peaks["forward"]["adapter"]
