@@ -56,7 +56,7 @@ from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
-from ftlevel.training.reference.fill import describe_first_loss, fill_reference
+from ftlevel.training.reference.fill import Reference, describe_first_loss, fill_reference
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
@@ -292,14 +292,19 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         changes=run.read_changes(),
         left_out=describe_left_out(run.read_notes()),
     )
-    of_reference: dict[str, Any] = {}
-    if reference is not None:
-        about, notes = describe_first_loss(reference, config, plan, outcome.records)
-        of_reference = {"reference": about}
-        for note in notes:
-            listener.warn(note)
-    summary = _tell(config, plan, outcome, run, listener, of_reference)
+    about = _tell_reference(reference, job, outcome)
+    summary = _tell(config, plan, outcome, run, listener, about)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
+
+
+def _tell_reference(reference: Reference | None, job: _Job, outcome: Outcome) -> dict[str, Any]:
+    """Return what summary.json says of the reference of preferences, and warn of its first loss."""
+    if reference is None:
+        return {}
+    facts, notes = describe_first_loss(reference, job.taken.config, job.plan, outcome.records)
+    for note in notes:
+        job.listener.warn(note)
+    return {"reference": facts}
 
 
 def _end_finished(job: _Job, summary: Mapping[str, Any]) -> TrainResult:
