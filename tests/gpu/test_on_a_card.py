@@ -51,6 +51,21 @@ def test_the_fast_step_gives_the_losses_of_the_plain_one(tmp_path: Path, dtype: 
     assert fast["losses"] == pytest.approx(plain["losses"], rel=bound)
 
 
+def test_float16_learns_and_counts_what_it_skips(tmp_path: Path) -> None:
+    found = train(tmp_path, "--device", "cuda", "--dtype", "float16", "--output-dir", "run")
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["proof"]["skipped_steps"] < 4
+    assert found["proof"]["adapter_effect"] > 0
+
+
+@pytest.mark.parametrize("checkpointing", ["--gradient-checkpointing", "--offload-activations"])
+def test_recomputed_blocks_give_the_same_losses(tmp_path: Path, checkpointing: str) -> None:
+    common = ("--device", "cuda", "--lora-dropout", "0", "--output-dir")
+    held = train(tmp_path, *common, "held", "--no-gradient-checkpointing")
+    again = train(tmp_path, *common, "again", checkpointing)
+    assert again["losses"] == pytest.approx(held["losses"], rel=1e-3)
+
+
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])
 def test_a_quantized_base_learns_and_is_left_as_it_is(tmp_path: Path, quant: str) -> None:
     method = "qlora" if quant == "4bit" else "lora"

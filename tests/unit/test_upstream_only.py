@@ -48,6 +48,8 @@ INHERITED = {
 STATED = {
     fact.name.rpartition(".")[2] for table in (OF_METHODS, OF_MODELS) for fact in facts(table)
 }
+PUBLIC = {"os._exit"}
+"""What Python's documentation has, in spite of its name."""
 PROTOCOLS = {"__tensor_flatten__", "__tensor_unflatten__", "__torch_dispatch__"}
 
 
@@ -92,7 +94,11 @@ def find_uses(code: str) -> Iterator[tuple[int, str]]:
             if whose in ("self", "cls", "super()"):
                 if node.attr in INHERITED - STATED and node.attr not in own:
                     yield node.lineno, f"{whose}.{node.attr}"
-            elif (is_private(node.attr) and node.attr not in own) or whose == "torch.ops":
+            elif whose == "torch.ops" or (
+                is_private(node.attr)
+                and node.attr not in own
+                and f"{whose}.{node.attr}" not in PUBLIC
+            ):
                 yield node.lineno, f"{whose}.{node.attr}"
         elif isinstance(node, ast.Call) and len(node.args) > 1:
             name = node.args[1]
@@ -145,6 +151,7 @@ def test_a_private_name_is_found(code: str, what: str) -> None:
         "class A:\n    def f(self):\n        self._own = 1\n        other._own",
         "class A(Trainer):\n    def _get_train_sampler(self): ...",
         "name.__class__.__name__",
+        "os._exit(1)",
     ],
 )
 def test_what_is_documented_or_our_own_is_not(code: str) -> None:

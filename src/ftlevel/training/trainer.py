@@ -176,7 +176,7 @@ class FtlevelTrainer(Trainer):
         return loss
 
     def drop_gradient(self) -> None:
-        """Let the optimizer's next step change nothing: it passes over what has no gradient."""
+        """Let the optimizer's next step change nothing: it leaves out what has no gradient."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None

@@ -273,7 +273,7 @@ def test_likelihoods_and_their_gradients_are_those_of_all_scores(trained: bool) 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo"])
 def test_bfloat16_is_as_near_as_its_rounding(model: Any, name: str) -> None:
-    """The model moves a log-probability by some tenths of a nat; β h by a tenth of that."""
+    """bfloat16 moves a log-probability by some tenths of a nat; β h by a tenth of that."""
     objective = _objective(name, 0.1)
     rows = _rows(model, objective)
     batch = Collator(PAD)(rows)

@@ -71,6 +71,8 @@ def _count(node: Any, counted: dict[int, int], inside: set[int]) -> int:
     line = node.start_mark.line + 1
     if id(node) in inside:
         raise YamlError("an alias names what it is in", line)
+    if isinstance(node.value, str) and any("\ud800" <= letter <= "\udfff" for letter in node.value):
+        raise YamlError("half of a character (\\ud800 to \\udfff) is none", line)
     inside.add(id(node))
     parts = node.value if isinstance(node.value, list) else []
     total = 1 + sum(

@@ -19,8 +19,9 @@ _NAME = "_ftlevel_recomputation"
 class Recomputation:
     """How a tensor is recomputed, held by the autograd functions that use it.
 
-    It holds no tensor between the passes: what it is recomputed from is saved by its users, through
-    autograd, so that checkpointing and offloading see it as they see all that is saved.
+    It holds no tensor between forward and backward: what it is recomputed from is saved by its
+    users, through autograd, so that checkpointing and offloading see it as they see all that is
+    saved.
 
     Args:
         make: what was saved → the tensor, bit for bit.

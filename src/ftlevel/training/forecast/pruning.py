@@ -99,11 +99,13 @@ def _with_numbers(model: Any) -> Any:
     with torch.no_grad():
         for tensor in model.parameters():
             tensor.normal_(0.5 if tensor.dim() < 2 else 0.0, 0.05, generator=generator)
-        for tensor in model.buffers():
+        for name, tensor in model.named_buffers():
             if tensor.is_floating_point():
                 tensor.uniform_(0.1, 1.0, generator=generator)
-            else:
+            elif name.endswith("position_ids"):
                 tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
+            else:
+                tensor.zero_()  # kinds of tokens
     return model
 
 

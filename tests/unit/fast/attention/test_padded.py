@@ -28,22 +28,26 @@ CASES = [(ROWS, True, None), (ROWS, False, None), (ROWS, True, 9), (ROWS, False,
          (TREE, True, None), (TREE, True, 9)]  # fmt: skip
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("segments", "causal", "window"), CASES)
 def test_it_is_the_attention_of_sequences(
-    segments: tuple[Segment, ...], causal: bool, window: int | None
+    segments: tuple[Segment, ...], causal: bool, window: int | None, device: str
 ) -> None:
     torch.manual_seed(0)
     parts = [
-        torch.randn(heads, segments[-1].stop, 8, dtype=torch.float64, requires_grad=True)
+        torch.randn(
+            heads, segments[-1].stop, 8, dtype=torch.float64, device=device, requires_grad=True
+        )
         for heads in (4, 2, 2)
     ]
     found = attend_padded(parts, segments, causal, window, 0.3, 0.0)
-    expected = BlockedAttention.apply(*parts, split_queries(segments, causal, window), 0.3, 0.0)
-    torch.testing.assert_close(found, expected)
+    exact = [part.detach().cpu().requires_grad_() for part in parts]
+    expected = BlockedAttention.apply(*exact, split_queries(segments, causal, window), 0.3, 0.0)
+    torch.testing.assert_close(found.cpu(), expected)
     weights = torch.randn_like(expected)
-    gradients = torch.autograd.grad(found, parts, weights)
-    for one, other in zip(gradients, torch.autograd.grad(expected, parts, weights), strict=True):
-        torch.testing.assert_close(one, other)
+    gradients = torch.autograd.grad(found, parts, weights.to(device))
+    for one, other in zip(gradients, torch.autograd.grad(expected, exact, weights), strict=True):
+        torch.testing.assert_close(one.cpu(), other)
 
 
 def test_calls_do_not_grow_with_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
