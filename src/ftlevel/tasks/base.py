@@ -136,6 +136,7 @@ class BaseTask(Task):
         head_like: the task whose head it has, where that is not a kind of its own.
         pads_apart: whether padding has to be another token than EOS, which ends its rows.
         wants_context: whether a question is asked about a text of its own.
+        imagined_facts: what the data would say of itself, where that is not usual.
         imagined_labels: names of classes or tags where there is no data to know them from.
     """
 
@@ -160,6 +161,7 @@ class BaseTask(Task):
     pads_apart: ClassVar[bool] = False
     wants_context: ClassVar[bool] = False
     imagined_labels: ClassVar[tuple[str, ...]] = ()
+    imagined_facts: ClassVar[Mapping[str, Any]] = {}
 
     def configured(self, options: Mapping[str, Any]) -> BaseTask:
         """Return the task as a configuration or a card has it, by what `card_options` holds."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.options.preference import LOSSES, SMOOTHING, PreferenceConfig
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.prompts import PromptFormat, choose_format
 from ftlevel.data.formats.detect import Format, fits
 from ftlevel.data.sources.table import Row, Table
@@ -20,7 +20,13 @@ from ftlevel.tasks.preferences.checks import judge_answers, look_at_pairs
 from ftlevel.tasks.preferences.encode import JudgedEncoder
 from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES
 from ftlevel.tasks.preferences.objective import build_preferences
-from ftlevel.tasks.preferences.rows import ContrastedRows, JudgedRow, PairRow, ReferencedRows
+from ftlevel.tasks.preferences.rows import (
+    ContrastedRows,
+    JudgedRow,
+    PairRow,
+    ReferencedRows,
+    pair_up,
+)
 from ftlevel.tasks.text import TASKS as TEXT_TASKS
 from ftlevel.tasks.text import TextTask
 
@@ -43,10 +49,13 @@ class JudgedTask(BaseTask):
     Attributes:
         settings: which loss, and what it is told.
         smoothing: ε of the losses that reckon with swapped pairs.
+        scored: whether answers get a score each.
     """
 
     settings: PreferenceConfig = field(default_factory=PreferenceConfig)
     smoothing: float = 0.0
+
+    scored: ClassVar[bool] = False
 
     def configured(self, options: Mapping[str, Any]) -> JudgedTask:
         """Return the task with the loss of a run, as its configuration or its card says it."""
@@ -145,6 +154,17 @@ class JudgedTask(BaseTask):
         """Return the loss and what it is told."""
         return {"preference": facts["preference"]}
 
+    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+        """Return a prompt of three quarters of `ids`, and answers of the others."""
+        prompt, reference = len(ids) - max(1, len(ids) // 4), () if self.scored else (0.0, 0.0)
+        own, other = ([IGNORED] * prompt + ids[prompt:]), ids[: len(ids) - prompt]
+        if not self.settings.facts.paired:
+            return JudgedRow(ids, own, row, {}, prompt, row % 2, reference)
+        one = Encoded(ids, own, row)
+        two = Encoded(ids[:prompt] + other, own[:prompt] + other, row)
+        pair = pair_up(one, two, prompt, 0.0, scored=self.scored)
+        return replace(pair, reference=reference)
+
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
         """Return which tokens are of which answer."""
         if isinstance(row, PairRow):
@@ -166,7 +186,7 @@ class PreferenceTask(JudgedTask, TextTask):
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the loss that `facts` name."""
-        task = self.configured(facts)
+        task = self.configured(facts) if "preference" in facts else self
         return build_preferences(task.settings, task.smoothing, kind)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:

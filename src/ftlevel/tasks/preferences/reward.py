@@ -38,13 +38,18 @@ class RewardTask(JudgedTask):
 
     has_new_head: ClassVar[bool] = True
     finds_ends_by_padding: ClassVar[bool] = True
+    scored: ClassVar[bool] = True
+    imagined_facts: ClassVar[Mapping[str, Any]] = {"problem_type": "regression"}
     head_like: ClassVar[str] = "text-classification"
     pads_apart: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(ends=True)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the logistic loss of the difference between the scores of a pair."""
-        return Rewards("accuracy", settings=self.configured(facts).settings)
+        return Rewards("accuracy", settings=self._told(facts))
+
+    def _told(self, facts: Mapping[str, Any]) -> PreferenceConfig:
+        return self.configured(facts).settings if "preference" in facts else self.settings
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
         """Return prompts with two answers."""

@@ -46,7 +46,7 @@ def imagine_rows(config: TrainConfig, count: int) -> Callable[[BaseTask, str, An
             "name": "imagined rows", "train_rows": count, "labels": list(task.imagined_labels),
             "problem_type": None, "overlong": config.data.overlong, "fingerprint": "",
             "target_language": None, "tokens": tokens,
-            "supervised": sum(row.supervised for row in rows),
+            "supervised": sum(row.supervised for row in rows), **task.imagined_facts,
         }  # fmt: skip
         table = Table(rows=[], lines=[], source="imagined rows", unit="row")
         reason = "no --dataset: all as long as --max-length"
