@@ -6,7 +6,6 @@ import contextlib
 import errno
 import importlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -18,6 +17,7 @@ import typer
 from ftlevel._version import __version__
 from ftlevel.artifacts.files import describe_interrupt
 from ftlevel.cli.screens.lasting import discard
+from ftlevel.cli.startup.apart import hush
 from ftlevel.cli.startup.heavy_imports import heavy_imports
 from ftlevel.cli.startup.launch import is_follower, is_launched
 from ftlevel.cli.startup.signals import end_on_signals, exit_code, was_told_to_end
@@ -38,6 +38,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": (
         "ftlevel.cli.insight.plan:plan",
         "Say what a run needs before it begins: memory by part, what fits, time, disk.",
+    ),
+    "compare": (
+        "ftlevel.cli.insight.compare:compare",
+        "Train several methods alike, and say which is best and by how much.",
     ),
     "evaluate": (
         "ftlevel.cli.evaluate:evaluate",
@@ -142,10 +146,6 @@ def _root(
     pass
 
 
-_NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that tell at import which GPU kernels this machine lacks, and what torch deprecates."""
-
-
 _LONGEST_REASON = 300  # characters
 
 _CTRL_C = 130
@@ -157,8 +157,7 @@ def main() -> None:
 
     SIGTERM gives 143, SIGHUP 129.
     """
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush()
     end_on_signals(lambda: _end_interrupted(sys.argv[1:]))
     raise SystemExit(run(sys.argv[1:]))
 

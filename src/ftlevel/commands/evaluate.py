@@ -51,11 +51,13 @@ class Evaluation:
         metrics: of what was asked for.
         base: of its base; empty where it was not asked.
         summary: all of it, as `--json` prints it.
+        draws: metric → its values over the bootstrap draws of the rows.
     """
 
     metrics: Mapping[str, float]
     base: Mapping[str, float]
     summary: Mapping[str, Any]
+    draws: Mapping[str, np.ndarray]
 
 
 def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Evaluation:
@@ -121,7 +123,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             against = _hold_against(config, reference, questions, told, evaluator)
         if config.resamples:
             listener.stage("resample the rows")
-        intervals = _intervals(config, evaluator, record, base_record)
+        draws, intervals = _intervals(config, evaluator, record, base_record)
     summary = {
         "name": config.name,
         "task": trained.task.name,
@@ -144,8 +146,9 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         **intervals,
     }
     if config.predictions is not None:
-        _write_predictions(config.predictions, trained, held_out, record, base_record)
-    return Evaluation(metrics, base, summary)
+        answers = _prediction_lines(trained, held_out, record, base_record)
+        write_rows(config.predictions, list(answers))
+    return Evaluation(metrics, base, summary, draws)
 
 
 def _hold_against(
@@ -348,10 +351,10 @@ def _choices(
 
 def _intervals(
     config: EvaluateConfig, evaluator: Evaluator, record: PerRow, base: PerRow | None
-) -> dict[str, Any]:
-    """Return the 95 % intervals of the metrics, and of their differences from the base's."""
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the draws, and the 95 % intervals of the metrics and of their gains on the base's."""
     if not config.resamples:
-        return {}
+        return {}, {}
     if len(record.units) < 2:
         raise InputError("one example has no interval. Score more rows, or pass --resamples 0.")
     settings = (config.resamples, config.seed, evaluator.score_texts, evaluator.language)
@@ -367,19 +370,13 @@ def _intervals(
         found["difference_intervals"] = {
             name: interval(np.subtract(tuned[name], other[name])) for name in both
         }
-    return found
-
-
-def _write_predictions(
-    path: Path, trained: Trained, held_out: HeldOut, record: PerRow, base: PerRow | None
-) -> None:
-    """Write a row an example: where it is from, what was said, what is true."""
-    write_rows(path, list(_prediction_lines(trained, held_out, record, base)))
+    return tuned, found
 
 
 def _prediction_lines(
     trained: Trained, held_out: HeldOut, record: PerRow, base: PerRow | None
 ) -> Iterator[dict[str, Any]]:
+    """Yield a row an example: where it is from, what was said, what is true."""
     written = {item.row: item for item in record.written}
     base_written = {item.row: item for item in base.written} if base else {}
     for row in sorted(record.units):

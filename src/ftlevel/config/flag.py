@@ -21,6 +21,7 @@ CONFIGS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "preview": TrainConfig,
     "plan": TrainConfig,
+    "compare": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "generate": GenerateConfig,

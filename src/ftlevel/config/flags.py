@@ -32,13 +32,13 @@ from ftlevel.config.other_tools.values import (
 from ftlevel.config.reading.words import METHOD_WORDS
 
 _ROWS = ("train", "preview")
-_LIKE_TRAIN = ("train", "preview", "plan")
-AS_TRAIN = ("plan",)
+_LIKE_TRAIN = ("train", "preview", "plan", "compare")
+AS_TRAIN = ("plan", "compare")
 """Commands that take the flags of train."""
-_EVERY = ("train", "preview", "plan", "report", "doctor", "evaluate", "predict", "generate",
-          "merge", "quantize", "export", "check-served", "list-targets",
+_EVERY = ("train", "preview", "plan", "compare", "report", "doctor", "evaluate", "predict",
+          "generate", "merge", "quantize", "export", "check-served", "list-targets",
           "list-methods")  # fmt: skip
-_QUIET = ("train", "merge", "quantize", "export", "check-served")
+_QUIET = ("train", "compare", "merge", "quantize", "export", "check-served")
 _TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
 
 _PRECISIONS = {
@@ -167,7 +167,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.per_device_train_batch_size", "", DAILY, _ROWS,
          also=("--train-batch-size", "--batch-size", "--micro-batch-size",
                "--per-gpu-train-batch-size")),
-    Flag("output.dir", "--output-dir", DAILY, also=("--save-dir",)),
+    Flag("output.dir", "--output-dir", DAILY, ("train", "compare"), also=("--save-dir",)),
     # What is trained.
     Flag("model.adapter", "--adapter", MODEL, metavar="RUN|ADAPTER", words=_METHODS,
          also=("--adapter-name-or-path", "--adapters", "--lora-model-dir",
@@ -334,7 +334,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.save_minutes", "", RUN),
     Flag("train.save_total_limit", "", RUN),
     Flag("output.overwrite", "", RUN, also=("--overwrite-output-dir",)),
-    Flag("output.resume", "", RUN,
+    Flag("output.resume", "", RUN, ("train", "compare"),
          also=(Spelling("--resume-from-checkpoint", read=refuse_checkpoint), "--auto-resume")),
     Flag("output.allow_change", "", RUN, type=list[str], several=True, metavar="FIELD"),
     Flag("output.run_name", "", RUN,
@@ -379,6 +379,8 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
     """Return the flags that `command` has."""
     if command in AS_TRAIN:
         train = [flag for flag in flags if "train" in flag.on and _is_of_the_run(flag)]
+        if command == "compare":  # which has --methods
+            train = [flag for flag in train if flag.path != "method.kind"]
         flags = [flag for flag in flags if flag in train or command in flag.on]
         return [flag for flag in flags if not flag.answer]
     return [flag for flag in flags if command in flag.on and not flag.answer]

@@ -13,7 +13,7 @@ from ftlevel.evaluation.metrics import generates_texts, keep_wanted, wants_texts
 from ftlevel.task import Objective
 from ftlevel.tasks import BaseTask
 
-_LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
+LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
 """Ends of the names of metrics of which the lowest is the best."""
 
 
@@ -89,7 +89,7 @@ def resolve_best_model(
         return None
     greater = train.greater_is_better
     if greater is None:
-        greater = not metric.endswith(_LOWER_IS_BETTER)
+        greater = not metric.endswith(LOWER_IS_BETTER)
     return BestModel(
         metric=metric,
         greater_is_better=greater,

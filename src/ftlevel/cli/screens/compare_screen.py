@@ -1,0 +1,62 @@
+"""A comparison in a terminal or a pipe: the table, what was left out, the winner's command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+
+_COLUMNS = ("method", "95 % over rows", "± seeds", "to the best", "more than noise", "trained",
+            "adapter", "peak", "tokens/s", "time")  # fmt: skip
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """Print what `compare` found."""
+    for line in (*table_lines(found), *closing_lines(found)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def table_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table; names stand left, figures right."""
+    first, *others = _COLUMNS
+    table = [(first, found["headline"], *others), *(tuple(_cells(r, found)) for r in found["rows"])]
+    name, *figures = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (text.rjust(width) for text, width in zip(row[1:], figures, strict=True))
+        yield "  ".join((row[0].ljust(name), *cells))
+
+
+def _cells(row: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    is_first = row is found["rows"][0]
+    yield row["method"]
+    yield f"{row['metric']:.4f}"
+    yield "–" if row["interval"] is None else "{:.4f} – {:.4f}".format(*row["interval"])
+    yield "?" if row["spread"] is None else f"{row['spread']:.4f}"
+    yield "" if is_first else f"{row['difference']:+.4f}"
+    said = {None: "?", True: "no", False: "yes"}[row["is_noise"]]
+    yield "" if is_first else said
+    yield f"{row['trained']:,}"
+    yield _mib(row["adapter_bytes"])
+    yield _mib(row["peak_bytes"])
+    yield f"{row['tokens_per_s']:,.0f}"
+    yield f"{row['seconds']:,.1f} s"
+
+
+def closing_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what follows the table."""
+    for line in found["notes"]:
+        yield f"note: {line}"
+    for left in found["left_out"]:
+        yield f"not compared: {left['method']}: {left['reason']}"
+    yield "versions: " + ", ".join(f"{name} {value}" for name, value in found["versions"].items())
+    yield f"saved: {found['path']}: compare.json, report.html, and a run directory for each"
+    if found["best"] is None:
+        yield "no method is within the limits that were given."
+    else:
+        yield f"best: {found['best']}. Train it on everything:"
+        yield f"  {found['command']}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"

@@ -1,0 +1,303 @@
+"""Compare: check every method → train each alike, with each seed → tell chance from difference."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.claim import check_unclaimed
+from ftlevel.artifacts.files import check_absent, write_json, write_text
+from ftlevel.artifacts.ownership import CONFIG, SUMMARY
+from ftlevel.artifacts.places import absolute_places
+from ftlevel.commands.insight.comparison import (
+    SCORES,
+    Comparison,
+    Wishes,
+    sum_up,
+    write_page_of_all,
+)
+from ftlevel.commands.insight.one_run import describe_run, seconds_per_step, train_and_score
+from ftlevel.commands.insight.own_process import do_apart
+from ftlevel.config import Layer, TrainConfig, build_config
+from ftlevel.config.methods import SPECS
+from ftlevel.config.reading.words import METHOD_WORDS, in_our_words
+from ftlevel.errors import ConfigError, InputError, Interrupted, RunError, did_you_mean, listing
+from ftlevel.events import Listener
+
+RESULT = "compare.json"
+_NEVER = ("overwrite", "allow_change", "push_to_hub", "hub_private", "run_name")
+_CTRL_C = 130
+
+
+def compare(
+    config: TrainConfig,
+    wishes: Wishes,
+    *,
+    listener: Listener,
+    prepare: Callable[[], Any] = int,
+) -> dict[str, Any]:
+    """Train each method of `wishes` as `config` says, and return what `--json` prints.
+
+    Args:
+        config: the run; its own method gives settings to those that have them.
+        wishes: what is compared, for how long.
+        listener: told which run is trained.
+        prepare: called first in the process of each run.
+
+    Raises:
+        ConfigError: no method can be trained, or the directory is not free.
+        RunError: no run came to its end.
+        Interrupted: a signal came; what is done stays.
+    """
+    _check(config, wishes)
+    path = config.output.dir
+    if path is None:
+        raise ConfigError("compare writes a directory of runs. Name it: --output-dir RUNS")
+    wishes, asked = _begin_or_go_on(config, wishes, path)
+    found = Comparison(path, wishes)
+    listener.stage("check the methods and read the rows")
+    _check_methods(config, found, listener)
+    (path / SCORES).mkdir(parents=True, exist_ok=True)
+    write_json(path / RESULT, asked)
+    write_text(path / CONFIG, _recipe(config))
+    try:
+        _set_budget(found, asked, listener, prepare)
+        _train_all(found, listener, prepare)
+    except (KeyboardInterrupt, Interrupted) as error:
+        code = error.exit_code if isinstance(error, Interrupted) else _CTRL_C
+        raise Interrupted(
+            f"interrupted; the runs that are done are kept. Go on: ftlevel compare --output-dir "
+            f"{shlex.quote(str(path))} --resume", code,
+        ) from None  # fmt: skip
+    result = sum_up(found, asked)
+    write_json(path / RESULT, result)
+    write_page_of_all(found)
+    return result
+
+
+def _check(config: TrainConfig, wishes: Wishes) -> None:
+    """Refuse what cannot be compared.
+
+    Raises:
+        ConfigError: with all problems found.
+    """
+    problems = []
+    if wishes.steps is not None and wishes.minutes is not None:
+        problems.append("--budget-steps and --budget-minutes are two budgets. Give one of them.")
+    if wishes.steps is not None and config.train.max_steps is not None:
+        problems.append("--budget-steps and --max-steps say the same. Give one of them.")
+    for flag, value in (("--budget-minutes", wishes.minutes), ("--max-memory", wishes.max_memory),
+                        ("--max-minutes", wishes.max_minutes)):  # fmt: skip
+        if value is not None and not 0 < value < math.inf:
+            problems.append(f"{flag} {value:g}: expected a number above 0.")
+    if wishes.minutes is not None and config.train.max_steps is not None:
+        problems.append("--budget-minutes and --max-steps are two budgets. Give one of them.")
+    if config.model.adapter is not None:
+        problems.append(
+            "--adapter is of one method, and compare begins each of several anew. Drop it."
+        )
+    if "-" in (config.data.dataset, *config.data.also):
+        problems.append("--dataset -: every run reads the rows anew. Save them to a file.")
+    if (config.train.num_processes or 1) > 1:
+        problems.append("--num-processes: compare trains each run in one process. Drop it.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _recipe(config: TrainConfig) -> str:
+    """Return what all runs share, as a recipe with absolute paths."""
+    import yaml
+
+    told = "# What the runs of this comparison share. Go on: ftlevel compare --resume --output-dir"
+    return f"{told} THIS_DIRECTORY\n{yaml.safe_dump(_plain(config), sort_keys=False)}"
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """Return what was given of `config`, as plain values, but for where it is written."""
+    values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
+    if "method" in values:
+        values["method"]["kind"] = config.method.kind
+    trackers = {"report_to": list(config.output.report_to),
+                "tracker_project": config.output.tracker_project}  # fmt: skip
+    if config.output.report_to:
+        values["output"] = trackers
+    return absolute_places(values)
+
+
+def _begin_or_go_on(
+    config: TrainConfig, wishes: Wishes, path: Path
+) -> tuple[Wishes, dict[str, Any]]:
+    """Return what is asked, with what was asked before where the comparison goes on.
+
+    Raises:
+        ConfigError: the directory is not free, or not that of this comparison.
+    """
+    budget = {"steps": wishes.steps, "minutes": wishes.minutes}
+    now = _plain(config)
+    asked: dict[str, Any] = {"config": now, "budget": budget, "planned_steps": {},
+             "methods": list(dict.fromkeys(wishes.methods)), "seeds": wishes.seeds}  # fmt: skip
+    before = path / RESULT
+    if not config.output.resume or not before.is_file():
+        check_absent("--output-dir", path)
+        if not wishes.methods:
+            raise ConfigError("--methods is missing. Name some: --methods lora,ia3,full")
+        return wishes, {"asked": asked}
+    try:
+        old = json.loads(before.read_text(encoding="utf-8"))["asked"]
+        was, kept = old["config"], old["budget"]
+        methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
+    if now != was:
+        differ_in = [key for key in {**was, **now}
+                     if was.get(key) != now.get(key)]  # fmt: skip
+        raise ConfigError(
+            f"--resume {path}: not the same comparison: {listing(differ_in)} was given otherwise. "
+            "Give --resume and --output-dir alone, or start anew in another directory."
+        )
+    if budget not in (kept, {"steps": None, "minutes": None}):
+        raise ConfigError(
+            f"--resume {path}: the budget was {kept} and is {budget}. Drop it, or start anew in "
+            "another --output-dir."
+        )
+    for run in path.glob("*-seed*"):
+        check_unclaimed(run)
+    asked |= {"budget": kept, "planned_steps": steps, "seeds": max(wishes.seeds, seeds),
+              "methods": list(dict.fromkeys([*methods, *wishes.methods]))}  # fmt: skip
+    wishes = Wishes(tuple(asked["methods"]), kept["steps"], kept["minutes"],
+                    asked["seeds"], wishes.max_memory, wishes.max_minutes)  # fmt: skip
+    return wishes, {"asked": asked}
+
+
+def _check_methods(config: TrainConfig, found: Comparison, listener: Listener) -> None:
+    """Resolve the run of each method as train does, which prepares the rows for all of them.
+
+    Raises:
+        ConfigError: a name is not known, no method can be trained, or there are no rows to score.
+    """
+    given = set(_plain(config).get("method", {})) - {"kind"}
+    for word in dict.fromkeys(found.wishes.methods):
+        fields = _method_fields(word)
+        own = set(SPECS[str(fields["kind"])].model_fields)
+        given -= own
+        try:
+            ready = _with_method(config, fields, found.wishes)
+            facts = describe_run(ready)
+        except InputError:
+            raise
+        except ConfigError as error:
+            found.left_out[word] = " ".join(error.problems)
+            listener.warn(f"{word} cannot be compared: {found.left_out[word]}")
+            continue
+        found.configs[word], found.facts = ready, facts["data"]
+    if not found.configs:
+        raise ConfigError([f"{name}: {why}" for name, why in found.left_out.items()])
+    if given:
+        raise ConfigError(f"method.{sorted(given)[0]} is of none of the compared methods. Drop it.")
+    if not found.facts.get("validation_rows"):
+        raise ConfigError(
+            "compare scores every method on held-out rows, and there are none. Add "
+            "--validation-file FILE, or --validation-split 0.1."
+        )
+
+
+def _method_fields(word: str) -> dict[str, Any]:
+    """Return the fields of the method section that `word` stands for.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    fields: dict[str, Any] = in_our_words({"method": {"kind": word}})[0]["method"]
+    if fields["kind"] not in SPECS:
+        names = (*SPECS, *METHOD_WORDS)
+        raise ConfigError(
+            f"--methods: {word!r} is no method. Expected some of {listing(SPECS, 30)}."
+            f"{did_you_mean(word, names)}"
+        )
+    return fields
+
+
+def _with_method(config: TrainConfig, fields: Mapping[str, Any], wishes: Wishes) -> TrainConfig:
+    """Return `config` with another method, which takes those settings that it has too.
+
+    Raises:
+        ConfigError: the sections do not agree.
+    """
+    values = _plain(config)
+    settings, known = values.get("method", {}), SPECS[str(fields["kind"])].model_fields
+    if (
+        "none" != config.method.wants_quant == config.quant.kind
+    ):  # of a recipe's method, not of the run
+        values.pop("quant", None)
+    values["method"] = {k: v for k, v in settings.items() if k in known} | dict(fields)
+    if wishes.steps is not None:
+        values.setdefault("train", {})["max_steps"] = wishes.steps
+    return build_config([Layer(values)])
+
+
+def _set_budget(
+    found: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
+) -> None:
+    """Turn minutes into steps, method by method, once: the rate falls to its end within them."""
+    minutes, steps = found.wishes.minutes, asked["asked"]["planned_steps"]
+    if minutes is None:
+        return
+    for method, config in list(found.configs.items()):
+        if method not in steps:
+            listener.stage(f"time a step of {method}")
+            try:
+                seconds = do_apart(prepare, seconds_per_step, config)
+            except RunError as error:
+                found.left_out[method] = str(error)
+                del found.configs[method]
+                continue
+            steps[method] = max(1, int(60 * minutes / seconds))
+            write_json(found.path / RESULT, asked)
+        train = config.train.model_copy(update={"max_steps": steps[method]})
+        found.configs[method] = config.with_sections(train=train)
+
+
+def _train_all(found: Comparison, listener: Listener, prepare: Callable[[], Any]) -> None:
+    """Train and score what is not done yet, seed by seed.
+
+    Raises:
+        RunError: nothing came to its end.
+    """
+    first = next(iter(found.configs.values()), None)
+    if first is None:
+        raise RunError("\n".join(f"{name}: {why}" for name, why in found.left_out.items()))
+    seeds = range(first.train.seed, first.train.seed + found.wishes.seeds)
+    jobs = [(method, seed) for seed in seeds for method in found.configs]
+    for number, (method, seed) in enumerate(jobs, 1):
+        if method in found.left_out:
+            continue
+        name = f"{method}-seed{seed}"
+        run, place = found.path / name, found.path / SCORES / f"{name}.json"
+        if not (place.is_file() and (run / SUMMARY).is_file()):
+            listener.stage(f"{method}, seed {seed} ({number} of {len(jobs)})")
+            try:
+                job = _of_run(found.configs[method], run, seed)
+                do_apart(prepare, train_and_score, job, place)
+            except RunError as error:
+                found.left_out[method] = f"seed {seed}: {error}"
+                listener.warn(f"{method} is left out: {error}")
+                found.scored.pop(method, None)
+                continue
+        summary, scores = (json.loads(path.read_text(encoding="utf-8"))
+                           for path in (run / SUMMARY, place))  # fmt: skip
+        found.scored.setdefault(method, []).append(
+            {"run": run, "seed": seed, "summary": summary, **scores}
+        )
+    if not found.scored:
+        raise RunError("\n".join(f"{name}: {why}" for name, why in found.left_out.items()))
+
+
+def _of_run(config: TrainConfig, run: Path, seed: int) -> TrainConfig:
+    """Return the configuration of one run, which goes on where its directory has begun."""
+    has_begun = run.is_dir() and any(run.iterdir())
+    output = config.output.model_copy(update={"dir": run, "resume": has_begun})
+    return config.with_sections(output=output, train=config.train.model_copy(update={"seed": seed}))

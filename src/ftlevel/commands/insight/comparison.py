@@ -1,0 +1,163 @@
+"""What a comparison found: a row a method, the best first, and the command of the winner."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftlevel.artifacts.cards import library_versions
+from ftlevel.artifacts.ownership import ADAPTER, CONFIG, REPORT
+from ftlevel.commands.insight.report import report
+from ftlevel.config import TrainConfig
+from ftlevel.evaluation.differences import Scores, differ
+from ftlevel.training.plan.best_model import LOWER_IS_BETTER
+
+SCORES = "scores"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked of a comparison beside the run.
+
+    Attributes:
+        methods: to compare, by their names or words; none to go on with those of before.
+        steps: of each run; None for the epochs of the run.
+        minutes: that the steps of each run take; None for no such limit.
+        seeds: runs of each method.
+        max_memory: GiB that the winner may need.
+        max_minutes: that a run of the winner may take.
+    """
+
+    methods: tuple[str, ...]
+    steps: int | None = None
+    minutes: float | None = None
+    seeds: int = 1
+    max_memory: float | None = None
+    max_minutes: float | None = None
+
+
+@dataclass
+class Comparison:
+    """A comparison on its way.
+
+    Attributes:
+        path: its directory.
+        wishes: what is asked.
+        configs: method → its configuration without a directory.
+        left_out: method → why it is not compared.
+        scored: method → what its runs wrote, by seed.
+        facts: what a dry run says of the data.
+    """
+
+    path: Path
+    wishes: Wishes
+    configs: dict[str, TrainConfig] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    scored: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def sum_up(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `--json` prints: the best first."""
+    first = next(iter(found.scored.values()))[0]
+    greater = next(iter(found.configs.values())).train.greater_is_better
+    is_lower_better = (
+        not greater if greater is not None else (first["name"].endswith(LOWER_IS_BETTER))
+    )
+    scores = {
+        method: Scores([run["metric"] for run in runs], np.array([run["draws"] for run in runs]))
+        for method, runs in found.scored.items()
+    }
+    order = sorted(scores, key=lambda m: scores[m].mean, reverse=not is_lower_better)
+    rows = []
+    for method in order:
+        apart = differ(scores[method], scores[order[0]], len(order) - 1)
+        rows.append({
+            **_row(method, found.scored[method], scores[method]),
+            "difference": apart.value,
+            "difference_interval": apart.interval,
+            "difference_error": apart.error,
+            "is_noise": apart.is_noise if method != order[0] else None,
+        })  # fmt: skip
+    best = next((row for row in rows if _is_within(row, found.wishes)), None)
+    return {
+        "rows": rows,
+        "best": best and best["method"],
+        "command": best and _command(best, found),
+        "headline": first["name"],
+        "left_out": [{"method": m, "reason": why} for m, why in found.left_out.items()],
+        "notes": _notes(found),
+        "versions": library_versions(),
+        "path": str(found.path),
+        **asked,
+    }
+
+
+def _row(method: str, runs: list[dict[str, Any]], scores: Scores) -> dict[str, Any]:
+    """Return the figures of a method: means over its seeds, of memory the most."""
+    summaries = [run["summary"] for run in runs]
+    times = [summary["timings"] for summary in summaries]
+    adapter = runs[0]["run"] / ADAPTER
+    return {
+        "method": method,
+        "metric": scores.mean,
+        "interval": scores.interval,
+        "spread": scores.spread,
+        "trained": summaries[0]["trainable_parameters"],
+        "adapter_bytes": sum(f.stat().st_size for f in adapter.glob("*.safetensors")),
+        "peak_bytes": max(summary["memory"]["peak_bytes"] for summary in summaries),
+        "tokens_per_s": statistics.fmean(time["tokens_per_s"] for time in times),
+        "seconds": statistics.fmean(time["total_s"] for time in times),
+        "steps": summaries[0]["steps"],
+        "run": str(runs[0]["run"]),
+        "seeds": [{"seed": run["seed"], "metric": run["metric"], "run": str(run["run"])}
+                  for run in runs],
+    }  # fmt: skip
+
+
+def _is_within(row: Mapping[str, Any], wishes: Wishes) -> bool:
+    """Whether a method keeps to the limits that were given."""
+    memory, minutes = wishes.max_memory, wishes.max_minutes
+    is_small = memory is None or row["peak_bytes"] <= memory * 2**30
+    return is_small and (minutes is None or row["seconds"] <= 60 * minutes)
+
+
+def _command(row: Mapping[str, Any], found: Comparison) -> str:
+    """Return the command that trains the winner on all rows, for as long as the run says."""
+    words = ["ftlevel", "train", f"{row['run']}/{CONFIG}"]
+    config = found.configs[row["method"]]
+    if found.wishes.steps is not None or found.wishes.minutes is not None:
+        words += ["--set", "train.max_steps=null"]
+    if config.data.max_samples is not None:
+        words += ["--set", "data.max_samples=null"]
+    return shlex.join(words)
+
+
+def _notes(found: Comparison) -> list[str]:
+    """Return what the reader of the table has to know."""
+    notes, runs = [], next(iter(found.scored.values()))
+    if len(runs) == 1:
+        notes.append("one seed: how far another would move these is not known (--seeds 3)")
+    elif len({run["summary"]["data"]["validation_fingerprint"] for run in runs}) > 1:
+        notes.append(
+            "each seed holds out rows of its own, the same for all methods; a --validation-file is "
+            "the same for all seeds"
+        )
+    examples = runs[0]["rows"]["examples"]
+    notes.append(f"scored on {examples:,} held-out examples; differences are paired row by row")
+    return notes
+
+
+def write_page_of_all(found: Comparison) -> None:
+    """Write one page about all runs, anew."""
+    page = found.path / REPORT
+    page.unlink(missing_ok=True)
+    runs = [run for all_runs in found.scored.values() for run in all_runs]
+    answers = [found.path / SCORES / f"{run['run'].name}.jsonl" for run in runs]
+    report([run["run"] for run in runs], out=page, predictions=answers)

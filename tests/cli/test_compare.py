@@ -1,0 +1,181 @@
+"""`compare`: methods side by side, killed and gone on with; what cannot work; what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.cli.app import run
+
+METHODS = ("lora", "ia3")
+WAIT = 240  # seconds, on a busy machine
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A comparison that was killed in its second run, and gone on with."""
+
+    path: Path
+    kept: float
+    found: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    for name, these in (("train", range(24)), ("validation", range(100, 116))):
+        lines = [{"text": f"what holds of item {at} is {at % 7} of {at % 5}"} for at in these]
+        path.joinpath(f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def flags(rows: Path, out: Path, *others: str) -> list[str]:
+    return ["compare", "--dataset", str(rows), "--task", "text-generation", "--map", "text=text",
+            "--max-length", "32", "--output-dir", str(out), *others]  # fmt: skip
+
+
+def wait_for(done: Any, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + WAIT
+    while not done():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def killed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killed]:
+    path = tmp_path_factory.mktemp("compared") / "runs"
+    asked = flags(rows, path, "--methods", ",".join(METHODS), "--budget-steps", "3",
+                  "--seeds", "2", "--seed", "1", "--quiet")  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "ftlevel", *asked])
+    first = path / "scores" / "lora-seed1.json"
+    wait_for(lambda: first.is_file() and (path / "ia3-seed1").is_dir(), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = (path / "lora-seed1" / "summary.json").stat().st_mtime
+    wait_for_free(path / "ia3-seed1")
+    assert run(["compare", "--resume", "--output-dir", str(path), "--quiet"]) == 0
+    return Killed(path, kept, json.loads((path / "compare.json").read_text()))
+
+
+def wait_for_free(directory: Path) -> None:
+    """Wait until the run of the killed comparison, whose parent is gone, has let go."""
+    from ftlevel.artifacts.claim import check_unclaimed
+    from ftlevel.errors import ConfigError
+
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
+        try:
+            check_unclaimed(directory)
+        except ConfigError:
+            time.sleep(0.1)
+        else:
+            return
+    raise AssertionError(f"{directory} is still written into")
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on(killed: Killed) -> None:
+    assert (killed.path / "lora-seed1" / "summary.json").stat().st_mtime == killed.kept
+    for method in METHODS:
+        for seed in (1, 2):
+            summary = json.loads(
+                (killed.path / f"{method}-seed{seed}" / "summary.json").read_text()
+            )
+            assert summary["method"] == method
+            assert summary["steps"] == 3
+
+
+@pytest.mark.slow
+def test_the_table_is_of_the_runs(killed: Killed, capsys: pytest.CaptureFixture[str]) -> None:
+    found = killed.found
+    assert {row["method"] for row in found["rows"]} == set(METHODS)
+    assert found["headline"] == "perplexity"
+    metrics = [row["metric"] for row in found["rows"]]
+    assert metrics == sorted(metrics)
+    assert found["best"] == found["rows"][0]["method"]
+    for row in found["rows"]:
+        of_seeds = [
+            json.loads((killed.path / f"{row['method']}-seed{seed}" / "summary.json").read_text())
+            for seed in (1, 2)
+        ]
+        scores = [summary["metrics"]["perplexity"] for summary in of_seeds]
+        assert row["metric"] == pytest.approx(statistics.fmean(scores), rel=1e-5)
+        assert row["spread"] == pytest.approx(statistics.stdev(scores), rel=1e-3, abs=1e-6)
+        assert row["trained"] == of_seeds[0]["trainable_parameters"]
+        low, high = row["interval"]
+        assert low < row["metric"] < high
+        assert row["adapter_bytes"] > 4 * row["trained"] * 0.9
+        assert row["seconds"] > 0
+    assert found["left_out"] == []
+    assert "torch" in found["versions"]
+    page = (killed.path / "report.html").read_text()
+    assert all(f"{method}-seed{seed}" in page for method in METHODS for seed in (1, 2))
+
+    command = found["command"].split()
+    assert command[:2] == ["ftlevel", "train"]
+    assert run([*command[1:], "--dry-run", "--json"]) == 0
+    dry = json.loads(capsys.readouterr().out)
+    assert dry["config"]["train"]["max_steps"] is None
+    assert dry["config"]["method"]["kind"] == found["best"]
+
+
+@pytest.mark.slow
+def test_what_was_asked_stays(
+    killed: Killed, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = flags(rows, killed.path, "--methods", "lora", "--lora-r", "4", "--resume")
+    assert run(other) == 2
+    assert "not the same comparison: " in capsys.readouterr().err
+    assert (
+        run(["compare", "--resume", "--output-dir", str(killed.path), "--budget-steps", "4"]) == 2
+    )
+    assert "the budget was" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_method_that_cannot_work_is_left_out(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = flags(rows, tmp_path / "runs", "--methods", "qlora,ln-tuning", "--quant", "none",
+                  "--budget-steps", "2", "--json")  # fmt: skip
+    assert run(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in found["rows"]] == ["ln-tuning"]
+    (left,) = found["left_out"]
+    assert left["method"] == "qlora"
+    assert "--quant" in left["reason"]
+    assert found["rows"][0]["spread"] is None
+    assert any("one seed" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((), "--methods is missing"),
+        (("--methods", "lora,lorra"), "'lorra' is no method."),
+        (("--methods", "lora", "--budget-steps", "2", "--budget-minutes", "1"), "two budgets"),
+        (("--methods", "lora", "--budget-steps", "2", "--max-steps", "3"), "say the same"),
+        (("--methods", "lora", "--max-memory", "0"), "--max-memory 0: expected a number above 0"),
+        (("--methods", "ia3", "--lora-r", "4"), "method.r is of none of the compared methods"),
+        (("--methods", "qlora", "--quant", "none"), "qlora: "),
+    ],
+)
+def test_what_is_refused(
+    arguments: tuple[str, ...], text: str, rows: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(flags(rows, tmp_path / "runs", *arguments)) == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
