@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -96,4 +97,5 @@ def _child(
     except Exception as error:  # noqa: BLE001 - whatever it is, the other runs go on, and it is shown
         kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
         reply = ("failed", f"{kind}: {' '.join(str(error).split())[:_LONGEST_REASON]}")
-    sender.send(reply)
+    with contextlib.suppress(BrokenPipeError):  # a second signal has ended who asked
+        sender.send(reply)
