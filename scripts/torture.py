@@ -3,6 +3,7 @@
     make torture                                  every row at its full count
     python scripts/torture.py --only kill disk    some rows
     python scripts/torture.py --share 0.05        a twentieth of each count
+    python scripts/torture.py --minutes 5         what can be begun in five minutes a row
     python scripts/torture.py --seed 7 --jobs 2   other moments; two rows at a time
 
 Every row draws from the seed that is printed, so that the same command does the same again, but
@@ -76,6 +77,8 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of each count")
     parser.add_argument("--seed", type=int, default=None, help="the default is drawn, and printed")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
+    parser.add_argument("--minutes", type=float, default=float("inf"),
+                        help="begin no further case of a row after so many")  # fmt: skip
     parser.add_argument("--log", type=Path, help="write every case to this file")
     parser.add_argument("--patience", type=float, default=120.0,
                         help="seconds a run may take (on a quiet machine it takes 2)")  # fmt: skip
@@ -137,6 +140,8 @@ def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path) -> 
                 lab.patience = asked.patience
                 for case in row(lab, count):
                     note(case)
+                    if time.monotonic() - began > 60 * asked.minutes:
+                        break
         except Exception:  # noqa: BLE001 - it is shown
             note(Case(BAD, "the row itself", traceback.format_exc()[-2000:]))
     print(f"{entry.name}: done in {time.monotonic() - began:,.0f} s", flush=True)
