@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from torture_rows.kills import Whole, judge
-from torture_rows.lab import BAD, GOOD, HANG, SILENT, STEPS, Case, Lab, digest, leftovers
-from torture_rows.lab import replace_methods  # isort: skip
+from torture_rows.lab import BAD, GOOD, HANG, SILENT, STEPS, Case, Lab, digest, replace_methods
+
+from torture_rows.lab import leftovers  # isort: skip
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "MemoryError": MemoryError,
