@@ -3,7 +3,7 @@
     make torture                                  every row at its full count
     python scripts/torture.py --only kill disk    some rows
     python scripts/torture.py --share 0.05        a twentieth of each count
-    python scripts/torture.py --sample            a few cases of each, as the tests do
+    python scripts/torture.py --sample            a few cases, as the tests do
     python scripts/torture.py --minutes 5         what can be begun in five minutes a row
     python scripts/torture.py --seed 7 --jobs 2   other moments; two rows at a time
 
@@ -55,17 +55,17 @@ class Entry:
 
 ENTRIES = (
     Entry("kill", "kill -9 at any moment, then --resume", 200, 1, "kills:kill_at_any_moment"),
-    Entry("late", "kill -9 after the last checkpoint", 50, 1, "kills:kill_late"),
+    Entry("late", "kill -9 after the last checkpoint", 50, 0, "kills:kill_late"),
     Entry("plateau", "kill -9 with reduce_lr_on_plateau", 10, 0, "kills:kill_with_plateau"),
-    Entry("signals", "SIGINT, SIGTERM, SIGHUP in every command", 80, 2, "signals:signal_commands"),
-    Entry("damage", "a damaged file of the newest checkpoint, or of all", 110, 2,
+    Entry("signals", "SIGINT, SIGTERM, SIGHUP in every command", 80, 0, "signals:signal_commands"),
+    Entry("damage", "a damaged file of the newest checkpoint, or of all", 110, 0,
           "damage:damage_checkpoints"),
     Entry("state", "a damaged file of the run beside its checkpoints", 40, 1,
           "damage:damage_state"),
-    Entry("cache", "damaged prepared rows", 100, 1, "damage:damage_cache"),
+    Entry("cache", "damaged prepared rows", 100, 0, "damage:damage_cache"),
     Entry("disk", "a full disk", 60, 1, "disk:fill_disk"),
     Entry("changed", "something changed before --resume", 25, 2, "changed:change_something"),
-    Entry("numbers", "NaN and infinity", 30, 2, "numbers:break_numbers"),
+    Entry("numbers", "NaN and infinity", 30, 0, "numbers:break_numbers"),
     Entry("memory", "out of memory", 20, 1, "memory:run_out_of_memory"),
     Entry("hostile", "strangers' files", 300, 5, "hostile:read_hostile"),
     Entry("overwrite", "--overwrite of what is not ours, or is in use", 30, 2, "owning:overwrite"),

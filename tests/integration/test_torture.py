@@ -1,4 +1,4 @@
-"""A fixed sample of `make torture`: a little of every row, with a seed of its own."""
+"""A fixed sample of `make torture`: a little of each row that no other test does."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ pytestmark = [
 ]
 
 
-def test_a_sample_of_every_row_is_good() -> None:
+def test_a_sample_of_the_rows_is_good() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts/torture.py"), "--sample", "--seed", "16"],
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ") and " of " in line]
-    assert len(rows) == 1 + 14, "the head of the table and its rows"
+    assert len(rows) == 1 + 9, "the head of the table and its rows"
