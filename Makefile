@@ -2,7 +2,7 @@
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
 # make suite   run PEFT's own tests on our tuners and on the fused LoRA layers (an hour)
-# make torture kill, damage, fill, fuzz: every row of docs/reliability.md at its full count (two hours)
+# make torture kill, damage, fill, fuzz: every row of docs/reliability.md at its full count (hours)
 # make gpu-sim simulate steps on a card that is not there, and print figures beside their bounds
 # make servers install vLLM, mlx-lm and OpenVINO GenAI, each in an environment of its own (4 GB)
 # make served  hold them and llama.cpp to what was trained, and write the table of docs/serving.md

@@ -3,6 +3,8 @@
     make torture                                  every row at its full count
     python scripts/torture.py --only kill disk    some rows
     python scripts/torture.py --share 0.05        a twentieth of each count
+    python scripts/torture.py --sample            a few cases, as the tests do
+    python scripts/torture.py --minutes 5         what can be begun in five minutes a row
     python scripts/torture.py --seed 7 --jobs 2   other moments; two rows at a time
 
 Every row draws from the seed that is printed, so that the same command does the same again, but
@@ -15,6 +17,7 @@ run). Exit code 1 where one is not. What is found is written to --log, a line a 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -39,33 +42,36 @@ class Entry:
         name: for --only.
         title: what it does.
         count: its full count.
+        sample: its count in the fixed part that every test run has; 0 where other tests do it.
         place: module:function.
     """
 
     name: str
     title: str
     count: int
+    sample: int
     place: str
 
 
 ENTRIES = (
-    Entry("kill", "kill -9 at any moment, then --resume", 200, "kills:kill_at_any_moment"),
-    Entry("late", "kill -9 after the last checkpoint", 50, "kills:kill_late"),
-    Entry("plateau", "kill -9 with reduce_lr_on_plateau", 10, "kills:kill_with_plateau"),
-    Entry("signals", "SIGINT, SIGTERM, SIGHUP in every command", 80, "signals:signal_commands"),
-    Entry("damage", "a damaged file of the newest checkpoint, or of all", 110,
+    Entry("kill", "kill -9 at any moment, then --resume", 200, 1, "kills:kill_at_any_moment"),
+    Entry("late", "kill -9 after the last checkpoint", 50, 0, "kills:kill_late"),
+    Entry("plateau", "kill -9 with reduce_lr_on_plateau", 10, 0, "kills:kill_with_plateau"),
+    Entry("signals", "SIGINT, SIGTERM, SIGHUP in every command", 80, 0, "signals:signal_commands"),
+    Entry("damage", "a damaged file of the newest checkpoint, or of all", 110, 0,
           "damage:damage_checkpoints"),
-    Entry("state", "a damaged file of the run beside its checkpoints", 40, "damage:damage_state"),
-    Entry("cache", "damaged prepared rows", 100, "damage:damage_cache"),
-    Entry("disk", "a full disk", 60, "disk:fill_disk"),
-    Entry("changed", "something changed before --resume", 25, "changed:change_something"),
-    Entry("numbers", "NaN and infinity", 30, "numbers:break_numbers"),
-    Entry("memory", "out of memory", 20, "memory:run_out_of_memory"),
-    Entry("hostile", "strangers' files", 300, "hostile:read_hostile"),
-    Entry("overwrite", "--overwrite of what is not ours, or is in use", 30, "owning:overwrite"),
-    Entry("secrets", "tokens in the environment", 6, "owning:look_for_secrets"),
-    Entry("fuzz", "fuzzed files and settings", 250_000, "fuzz:fuzz_everything"),
-    Entry("processes", "faults of two processes", 20, "processes:break_processes"),
+    Entry("state", "a damaged file of the run beside its checkpoints", 40, 1,
+          "damage:damage_state"),
+    Entry("cache", "damaged prepared rows", 100, 0, "damage:damage_cache"),
+    Entry("disk", "a full disk", 60, 1, "disk:fill_disk"),
+    Entry("changed", "something changed before --resume", 25, 2, "changed:change_something"),
+    Entry("numbers", "NaN and infinity", 30, 0, "numbers:break_numbers"),
+    Entry("memory", "out of memory", 20, 1, "memory:run_out_of_memory"),
+    Entry("hostile", "strangers' files", 300, 5, "hostile:read_hostile"),
+    Entry("overwrite", "--overwrite of what is not ours, or is in use", 30, 2, "owning:overwrite"),
+    Entry("secrets", "tokens in the environment", 6, 1, "owning:look_for_secrets"),
+    Entry("fuzz", "fuzzed files and settings", 250_000, 150, "fuzz:fuzz_everything"),
+    Entry("processes", "faults of two processes", 20, 0, "processes:break_processes"),
 )  # fmt: skip
 
 
@@ -74,14 +80,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[], choices=[e.name for e in ENTRIES])
     parser.add_argument("--share", type=float, default=1.0, help="of each count")
+    parser.add_argument("--sample", action="store_true", help="the fixed part of the tests")
     parser.add_argument("--seed", type=int, default=None, help="the default is drawn, and printed")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
+    parser.add_argument("--minutes", type=float, default=float("inf"),
+                        help="begin no further case of a row after so many")  # fmt: skip
     parser.add_argument("--log", type=Path, help="write every case to this file")
     parser.add_argument("--patience", type=float, default=120.0,
                         help="seconds a run may take (on a quiet machine it takes 2)")  # fmt: skip
     asked = parser.parse_args()
     seed = asked.seed if asked.seed is not None else int.from_bytes(os.urandom(4), "big")
     entries = [e for e in ENTRIES if not asked.only or e.name in asked.only]
+    if asked.sample:
+        entries = [e for e in entries if e.sample]
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    for name in ("tiny_models", "ftlevel.training.trainer"):  # once for all rows
+        importlib.import_module(name)
     print(f"seed {seed}", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torture-") as root:
@@ -114,15 +128,13 @@ def _run_all(
 
 def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path) -> int:
     """Run one row and write its cases; an error of the row itself is a bad case."""
-    import importlib
     import traceback
 
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     from torture_rows.lab import BAD, Case, new_lab
 
     module, _, function = entry.place.partition(":")
     row = getattr(importlib.import_module(f"torture_rows.{module}"), function)
-    count = max(1, round(entry.count * asked.share))
+    count = entry.sample if asked.sample else max(1, round(entry.count * asked.share))
     began = time.monotonic()
     with (root / f"{entry.name}.jsonl").open("w") as file:
 
@@ -137,6 +149,8 @@ def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path) -> 
                 lab.patience = asked.patience
                 for case in row(lab, count):
                     note(case)
+                    if time.monotonic() - began > 60 * asked.minutes:
+                        break
         except Exception:  # noqa: BLE001 - it is shown
             note(Case(BAD, "the row itself", traceback.format_exc()[-2000:]))
     print(f"{entry.name}: done in {time.monotonic() - began:,.0f} s", flush=True)

@@ -252,7 +252,8 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 @pytest.mark.parametrize(
     "text",
     [BOMB, "a: &a [*a]", "task: !!int x", "task: !!bool x", "task: !!timestamp x", "a: !!float x",
-     f"task: {'9' * 6000}", "[" * 5_000, "a: " + "{b: " * 3_000, "? [a]\n: 1", "!!binary x: 1"],
+     f"task: {'9' * 6000}", "[" * 5_000, "a: " + "{b: " * 3_000, "? [a]\n: 1", "!!binary x: 1",
+     r'task: "\ud800"'],
 )  # fmt: skip
 def test_yaml_that_does_harm_is_refused_in_a_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -149,6 +150,29 @@ def test_a_limit_of_memory_ends_with_its_block() -> None:
     with pytest.raises(MemoryError), taking_at_most(1 << 26):
         bytearray(1 << 28)
     assert len(bytearray(1 << 28)) == 1 << 28
+
+
+def test_a_limit_of_memory_counts_from_what_the_process_has_now() -> None:
+    held = []
+    for _ in range(3):  # more in all than one block may take
+        with taking_at_most(1 << 28):
+            held.append(bytearray(3 << 26))
+    assert sum(map(len, held)) > 2 << 28
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_a_forked_process_is_measured_itself() -> None:
+    with taking_at_most(1 << 26):
+        pass
+    child = os.fork()
+    if child == 0:
+        code = 1
+        held = bytearray(1 << 29)  # its parent's size and the limit are less than what it has
+        with contextlib.suppress(MemoryError), taking_at_most(1 << 27):
+            bytearray(1 << 26)
+            code = 0
+        os._exit(code + (not held))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize(

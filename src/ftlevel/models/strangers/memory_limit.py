@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,12 @@ except ImportError:  # Windows, where nothing is limited
 _SIZES = Path("/proc/self/statm")  # in pages; the sixth is data and stack
 
 
+@functools.lru_cache(maxsize=1)
+def _sizes_of(_process: int) -> io.FileIO | None:
+    """Return the file of this process's sizes, which stays open: it is read once for each row."""
+    return io.FileIO(_SIZES) if _SIZES.exists() else None
+
+
 @contextmanager
 def taking_at_most(size: int) -> Iterator[None]:
     """Let the process take at most `size` more bytes inside the block; on Linux alone.
@@ -21,12 +30,13 @@ def taking_at_most(size: int) -> Iterator[None]:
     Raises:
         MemoryError: in the block, where it asks for more.
     """
-    if resource is None or not _SIZES.exists():
+    sizes = _sizes_of(os.getpid())
+    if resource is None or sizes is None:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    now = int(_SIZES.read_text().split()[5]) * resource.getpagesize()
-    wish = now + size
+    pages = os.pread(sizes.fileno(), 256, 0).split()[5]
+    wish = int(pages) * resource.getpagesize() + size
     if before[0] != resource.RLIM_INFINITY:
         wish = min(wish, before[0])
     resource.setrlimit(resource.RLIMIT_DATA, (wish, before[1]))
