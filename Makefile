@@ -4,6 +4,7 @@
 # make suite   run PEFT's own tests on our tuners and on the fused LoRA layers (an hour)
 # make torture kill, damage, fill, fuzz: every row of docs/reliability.md at its full count (hours)
 # make gpu-sim simulate steps on a card that is not there, and print figures beside their bounds
+# make gpu-kit pack the folder to carry to a GPU without a network, and print what to run there
 # make servers install vLLM, mlx-lm and OpenVINO GenAI, each in an environment of its own (4 GB)
 # make served  hold them and llama.cpp to what was trained, and write the table of docs/serving.md
 # make lint    the linters and type checks alone
@@ -23,6 +24,7 @@ PYTEST_FLAGS ?= -n 2 --dist worksteal
 DEMO_FLAGS ?=
 MATRIX_FLAGS ?=
 GPU_SIM_FLAGS ?=
+GPU_KIT_FLAGS ?=
 SUITE_FLAGS ?=
 TORTURE_FLAGS ?=
 SERVED_FLAGS ?=
@@ -30,6 +32,7 @@ MODELS ?= .models
 TEST_DIR ?= .test
 DEMO_DIR ?= .demo
 SERVERS ?= .servers
+GPU_KIT ?= .gpu-kit
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
@@ -42,7 +45,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test demo lint matrix suite torture gpu-sim servers served clean
+.PHONY: help test demo lint matrix suite torture gpu-sim gpu-kit servers served clean
 .DELETE_ON_ERROR:
 
 help:
@@ -88,6 +91,9 @@ gpu-sim: export PYTHONPATH := src:tests:scripts
 gpu-sim: $(TEST_DIR)/installed
 	$(TEST_BIN)/python -m gpu_sim $(GPU_SIM_FLAGS)
 
+gpu-kit: $(TEST_DIR)/installed
+	$(TEST_BIN)/python benchmarks/gpu/pack.py $(GPU_KIT) $(GPU_KIT_FLAGS)
+
 # Each pins its own torch or has none, so none of them goes with ftlevel into one environment.
 $(SERVERS)/vllm/installed:
 	$(PYTHON) -m venv --clear $(SERVERS)/vllm
@@ -121,5 +127,5 @@ demo: $(DEMO_DIR)/installed
 		--prompt $(PROMPT_1) --prompt $(PROMPT_2)
 
 clean:
-	rm -rf $(TEST_DIR) $(DEMO_DIR) $(SERVERS) .peft-suite build dist
+	rm -rf $(TEST_DIR) $(DEMO_DIR) $(SERVERS) $(GPU_KIT) .peft-suite build dist
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

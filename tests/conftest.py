@@ -51,9 +51,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none; mark what uses real weights."""
+    """Skip what needs a GPU where there is none; mark what uses real weights.
+
+    FTLEVEL_GPU_TESTS=cpu runs the bodies of tests/gpu on the CPU, to try them.
+    """
     for item in items:
-        if item.get_closest_marker("gpu") and not _has_gpu():
+        on_cpu = os.environ.get("FTLEVEL_GPU_TESTS") == "cpu"
+        if item.get_closest_marker("gpu") and not (on_cpu or _has_gpu()):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if {"smollm2", "smollm2_gguf", "minilm"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("weights")

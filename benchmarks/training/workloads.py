@@ -148,7 +148,7 @@ def _fitting(letter: str, work: Work) -> Iterator[tuple[dict[str, Any], int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work.model)
-    for row in _rows(letter):
+    for row in read_rows(letter):
         if "text" in row:
             length = len(tokenizer(row["text"])["input_ids"])
         else:
@@ -158,7 +158,8 @@ def _fitting(letter: str, work: Work) -> Iterator[tuple[dict[str, Any], int]]:
             yield row, length
 
 
-def _rows(letter: str) -> Iterator[dict[str, Any]]:
+def read_rows(letter: str) -> Iterator[dict[str, Any]]:
+    """Give the rows of a workload's texts, whatever their length."""
     if letter == "c":
         return _chats()
     if letter == "d":

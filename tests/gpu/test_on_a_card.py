@@ -1,6 +1,7 @@
 """On a card: a run ends as on the CPU, the fast step gives the plain step's losses, 4 bits train.
 
-Skipped without a CUDA device; `pytest tests/gpu -m gpu` runs it where there is one.
+Skipped without a CUDA device; `pytest tests/gpu -m gpu` runs it where there is one, and
+`FTLEVEL_GPU_TESTS=cpu pytest tests/gpu -m gpu` runs the same bodies on a CPU, to try them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pytest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
+DEVICE = os.environ.get("FTLEVEL_GPU_TESTS", "cuda")
 STEPS = ("--max-steps", "4", "--logging-steps", "1", "--max-samples", "64", "--seed", "3")
 
 
@@ -36,7 +38,7 @@ def train(folder: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize("method", ["lora", "adapter", "prefix", "ia3", "full"])
 def test_float32_gives_the_losses_of_the_cpu(tmp_path: Path, method: str) -> None:
     common = ("--method", method, "--dtype", "float32", "--output-dir")
-    card = train(tmp_path, *common, "card", "--device", "cuda")
+    card = train(tmp_path, *common, "card", "--device", DEVICE)
     cpu = train(tmp_path, *common, "cpu", "--device", "cpu")
     assert card["losses"] == pytest.approx(cpu["losses"], rel=1e-3)
     assert card["proof"]["reload_difference"] <= 1e-3
@@ -44,7 +46,7 @@ def test_float32_gives_the_losses_of_the_cpu(tmp_path: Path, method: str) -> Non
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_fast_step_gives_the_losses_of_the_plain_one(tmp_path: Path, dtype: str) -> None:
-    common = ("--device", "cuda", "--dtype", dtype, "--lora-dropout", "0", "--output-dir")
+    common = ("--device", DEVICE, "--dtype", dtype, "--lora-dropout", "0", "--output-dir")
     fast = train(tmp_path, *common, "fast")
     plain = train(tmp_path, *common, "plain", "--no-fast")
     bound = 1e-4 if dtype == "float32" else 2e-2
@@ -52,7 +54,7 @@ def test_the_fast_step_gives_the_losses_of_the_plain_one(tmp_path: Path, dtype: 
 
 
 def test_float16_learns_and_counts_what_it_skips(tmp_path: Path) -> None:
-    found = train(tmp_path, "--device", "cuda", "--dtype", "float16", "--output-dir", "run")
+    found = train(tmp_path, "--device", DEVICE, "--dtype", "float16", "--output-dir", "run")
     assert found["losses"][-1] < found["losses"][0]
     assert found["proof"]["skipped_steps"] < 4
     assert found["proof"]["adapter_effect"] > 0
@@ -60,7 +62,7 @@ def test_float16_learns_and_counts_what_it_skips(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpointing", ["--gradient-checkpointing", "--offload-activations"])
 def test_recomputed_blocks_give_the_same_losses(tmp_path: Path, checkpointing: str) -> None:
-    common = ("--device", "cuda", "--lora-dropout", "0", "--output-dir")
+    common = ("--device", DEVICE, "--lora-dropout", "0", "--output-dir")
     held = train(tmp_path, *common, "held", "--no-gradient-checkpointing")
     again = train(tmp_path, *common, "again", checkpointing)
     assert again["losses"] == pytest.approx(held["losses"], rel=1e-3)
@@ -69,7 +71,7 @@ def test_recomputed_blocks_give_the_same_losses(tmp_path: Path, checkpointing: s
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])
 def test_a_quantized_base_learns_and_is_left_as_it_is(tmp_path: Path, quant: str) -> None:
     method = "qlora" if quant == "4bit" else "lora"
-    found = train(tmp_path, "--method", method, "--quant", quant, "--device", "cuda",
+    found = train(tmp_path, "--method", method, "--quant", quant, "--device", DEVICE,
                   "--output-dir", "run")  # fmt: skip
     assert found["losses"][-1] < found["losses"][0]
     assert found["proof"]["frozen_tensors"] > 0
@@ -77,7 +79,7 @@ def test_a_quantized_base_learns_and_is_left_as_it_is(tmp_path: Path, quant: str
 
 
 def test_a_run_that_was_stopped_ends_as_an_unbroken_one(tmp_path: Path) -> None:
-    common = ("--device", "cuda", "--save-steps", "2")
+    common = ("--device", DEVICE, "--save-steps", "2")
     whole = train(tmp_path, *common, "--output-dir", "whole")
     train(tmp_path, *common, "--output-dir", "broken")
     for name in ("checkpoint-4", "adapter", "summary.json"):
@@ -88,7 +90,7 @@ def test_a_run_that_was_stopped_ends_as_an_unbroken_one(tmp_path: Path) -> None:
 
 
 def test_what_was_trained_on_a_card_merges(tmp_path: Path) -> None:
-    train(tmp_path, "--device", "cuda", "--output-dir", "run")
+    train(tmp_path, "--device", DEVICE, "--output-dir", "run")
     command = [sys.executable, "-m", "ftlevel", "merge", "run", "--out", "merged"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
+from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.events import Silence
 from ftlevel.fast.attention import padded, varlen
@@ -27,6 +28,8 @@ from ftlevel.models.hardware import send
 from ftlevel.task import Objective
 from ftlevel.training.arguments import build_arguments
 from ftlevel.training.callbacks.gradient_proof import GradientProof
+from ftlevel.training.callbacks.recovery import Recovery
+from ftlevel.training.processes import Processes
 from ftlevel.training.trainer import FtlevelTrainer
 from gpu_sim.recorder import Recorder
 
@@ -213,7 +216,11 @@ def run_step(
         with MODE, recorder:
             for tensor in (*model.parameters(), *model.buffers()):
                 recorder.track(tensor)
-            proof = GradientProof(Silence(), trainer.take_step_loss, defers=True)
+            run = RunDirectory(Path(folder))
+            recovery = Recovery(trainer, config.train, run, Processes(), Silence(), None)
+            proof = GradientProof(
+                Silence(), trainer.take_step_loss, recovery, defers=recovery.only_stops
+            )
             proof.checked, proof._is_checked = 1, True
             proof._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             optimizer = trainer.create_optimizer() if optimize else None

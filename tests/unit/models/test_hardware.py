@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 from ftlevel.models import loading
 from ftlevel.models.hardware import (
@@ -23,6 +25,8 @@ from ftlevel.models.hardware import (
 from ftlevel.models.sources import resolve_source
 from ftlevel.models.upstream import versions
 from ftlevel.models.upstream.trainer import use_one_gpu
+from ftlevel.training.arguments import build_arguments
+from ftlevel.training.plan.packages import check_packages
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -108,6 +112,21 @@ def test_trainer_wraps_no_model_for_several_cards(tmp_path: Path) -> None:
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
 
 
+def test_the_arguments_of_a_run_are_for_one_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr("ftlevel.training.arguments.use_one_gpu", told.append)
+    plan: Any = SimpleNamespace(
+        fast=SimpleNamespace(enabled=True),
+        schedule=SimpleNamespace(learning_rate=1e-4, steps=100),
+        data=SimpleNamespace(validation=[]),
+        model=SimpleNamespace(dtype="float32", device="cpu", family="llama"),
+    )
+    arguments = build_arguments(TrainConfig(), plan, tmp_path)
+    assert told == [arguments]
+
+
 @pytest.mark.parametrize(("device", "expected"), [("cuda", {"": "cuda:0"}), ("cpu", None)])
 def test_weights_go_to_a_card_shard_by_shard(
     device: str,
@@ -146,3 +165,10 @@ def test_a_library_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         "transformers 5.17.0 is installed, and ftlevel needs transformers 5.24 or later. "
         'pip install --upgrade "transformers>=5.24".'
     ]
+
+
+def test_a_run_begins_with_no_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_packages(TrainConfig())
+    monkeypatch.setattr(versions, "version", lambda name: {"transformers": "5.17.0"}.get(name, "9"))
+    with pytest.raises(ConfigError, match=r"transformers 5\.17\.0 is installed"):
+        check_packages(TrainConfig())
