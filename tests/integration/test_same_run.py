@@ -15,6 +15,20 @@ from ftlevel.cli.app import run
 ROWS = [{"prompt": f"the value {i}", "completion": f"it is {i} {i * i}"} for i in range(24)]
 
 
+def store_truncation() -> None:
+    """Store the tokenizer with truncation and padding, as that of all-MiniLM-L6-v2 is."""
+    path = Path("model/tokenizer.json")
+    content = json.loads(path.read_text())
+    content["truncation"] = {
+        "direction": "Right", "max_length": 128, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    content["padding"] = {
+        "strategy": {"Fixed": 128}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": content["added_tokens"][0]["content"],
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
+
+
 @pytest.fixture
 def begun(
     tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -22,6 +36,7 @@ def begun(
     """Return the folder of a run of four steps with a checkpoint at its second and fourth."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model_dir("llama", chat=True), "model")
+    store_truncation()
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     assert run([
         "train", "--quiet", "--model", "model", "--dataset", "rows.jsonl", "--batch-size", "4",
