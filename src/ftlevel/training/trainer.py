@@ -53,6 +53,8 @@ class FtlevelTrainer(Trainer):
         replaces_nonfinite: log the loss of the step before in place of one that is not finite.
     """
 
+    _baseline: torch.Tensor | None = None  # z of KTO, of the optimizer step
+
     def __init__(
         self,
         *,
@@ -89,7 +91,6 @@ class FtlevelTrainer(Trainer):
         self._trained: list[torch.Tensor] = []
         self._operations_per_token = 0
         self._in_training = False
-        self._baseline: torch.Tensor | None = None
         self._compute_dtype = ""  # accelerate's, once it has prepared the model
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 

@@ -37,8 +37,16 @@ def describe_model(model: PlannedModel) -> dict[str, Any]:
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, str]:
-    """Return digests of a tokenizer and of its chat template."""
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    """Return digests of a tokenizer and of its chat template.
+
+    Truncation and padding are left out: some tokenizers are stored with them, as MiniLM's, each
+    call sets them anew, and rows are encoded without.
+    """
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        del backend["truncation"], backend["padding"]
+    else:
+        backend = tokenizer.get_vocab()
     return {
         TOKENIZER: _digest([backend, tokenizer.special_tokens_map]),
         TEMPLATE: _digest(getattr(tokenizer, "chat_template", None)),

@@ -78,9 +78,6 @@ def check_base_stays(config: TrainConfig) -> None:
         tokenizer = load_tokenizer(source)
         choose_chat_template(tokenizer, config.data.chat_template)
         choose_pad_token(tokenizer)
-        if tokenizer.is_fast:  # as MiniLM's, stored with both; rows are encoded without
-            tokenizer.backend_tokenizer.no_truncation()
-            tokenizer.backend_tokenizer.no_padding()
         now = describe_tokenizer(tokenizer)
         known = {key: before[key] for key in now if key in before}
         now = {key: now[key] for key in known if key not in config.output.allow_change}
