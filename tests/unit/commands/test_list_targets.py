@@ -166,7 +166,7 @@ def test_rank_below_one_is_refused(describe: Any) -> None:
     [
         ('{"model_type": "no-such-type"}', "no-such-type"),
         ("{}", "model_type"),
-        ("{not json", "not a valid JSON"),
+        ("{not json", r"it cannot be read \(config\.json: Expecting property name"),
         ('{"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}', "hidden"),
     ],
 )
@@ -174,7 +174,7 @@ def test_configurations_that_cannot_be_used(tmp_path: Path, text: str, problem: 
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=problem) as caught:
         describe_model(str(tmp_path))
-    assert str(caught.value).startswith(f"{tmp_path}: transformers cannot build a model")
+    assert str(caught.value).startswith(f"{tmp_path}: ")  # in the words that `train` has for it
     assert "\n" not in str(caught.value)
 
 
