@@ -191,8 +191,9 @@ def build_items(data: Path | None) -> Iterator[tuple[str, list[str]]]:
 
 
 _VARIES = re.compile(r"^(timings|memory|versions|finished|peft_version|seconds)$|_s$|^peak_")
+_TEMPORARY = "tmp"
 _NOISE = (
-    (re.compile(r"<work>/own/[\w-]+/tmp/[\w.-]+"), "<temporary>"),
+    (re.compile(rf"<work>/own/[\w-]+/{_TEMPORARY}/[\w.-]+"), "<temporary>"),
     (re.compile(r"\b\d[\d,]*(\.\d+)?( ?s| ms| tok/s| tokens/s| rows/s| [GM]iB)\b"), "<n>\\2"),
 )
 
@@ -252,11 +253,12 @@ class Recorder:
         own = {"rm": ["rm"], "tests": [sys.executable, __file__, "tests"]}.get(words[0])
         program = [*own, *words[1:]] if own else [sys.executable, "-m", "ftlevel", *words]
         home, threads = self.work / "own" / folder.name, 1 + ("threads" in folder.name)
-        (home / "tmp").mkdir(parents=True, exist_ok=True)
+        (home / _TEMPORARY).mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ, "HOME": f"{home}", "XDG_CACHE_HOME": f"{home}", "HF_HOME": f"{home}",
-            "TMPDIR": f"{home}/tmp", "PYTHONPATH": f"{ROOT}/src", "OMP_NUM_THREADS": f"{threads}",
-            "COLUMNS": "100", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+            "TMPDIR": f"{home}/{_TEMPORARY}", "PYTHONPATH": f"{ROOT}/src",
+            "OMP_NUM_THREADS": f"{threads}", "COLUMNS": "100", "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
         done = subprocess.run(program, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, check=False)  # fmt: skip

@@ -119,18 +119,6 @@ def names(folder: Path) -> tuple[str, list[str], str, str]:
     return "names.conll", told, "drop bad rows with --on-bad-row skip", "new.jsonl"
 
 
-def names_in_conll(folder: Path) -> tuple[str, list[str], str, str]:
-    """Write the same sentences as a word and its tag a line, but for the one that is wrong."""
-    data, told, refused, new = names(folder)
-    rows = [json.loads(line) for line in (folder / data).read_text(encoding="utf-8").splitlines()]
-    sentences = [
-        "".join(f"{word}\t{tag}\n" for word, tag in zip(row["tokens"], row["tags"], strict=False))
-        for row in rows
-    ]
-    (folder / "names.conll").write_text("\n".join(sentences), encoding="utf-8")
-    return "names.conll", told, refused, new
-
-
 def replies(folder: Path) -> tuple[str, list[str], str, str]:
     """Write questions and answers under names of the user's own."""
     rows = [
@@ -225,12 +213,9 @@ STEPS: tuple[Callable[[Day], None], ...] = (
     [
         (tickets, "minilm"),
         (names, "minilm"),
-        pytest.param(
-            names_in_conll, "minilm", marks=pytest.mark.skip(reason="no reader of CoNLL yet")
-        ),
         (replies, "smollm2"),
     ],
-    ids=["classes", "tags", "conll", "texts"],
+    ids=["classes", "tags in CoNLL", "texts"],
 )
 @pytest.mark.weights
 def test_a_day(

@@ -46,7 +46,7 @@ def dry(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object
                            "--max-lora-rank 12 --lora-paths patterns=out"),
         ("tgi", "peft", "text-generation-launcher --model-id {base} --lora-adapters patterns=out"),
         ("mlx", "mlx", "mlx_lm.server --model {base} --adapter-path out"),
-        ("llama.cpp", "gguf-lora", "llama-server -m base0.gguf --lora out/adapter.gguf"),
+        ("llama.cpp", "gguf-lora", "llama-server -m {name}.gguf --lora out/adapter.gguf"),
     ],
 )  # fmt: skip
 def test_the_server_chooses_the_format_and_is_started_by_its_command(
@@ -54,7 +54,7 @@ def test_the_server_chooses_the_format_and_is_started_by_its_command(
 ) -> None:
     told = dry(capsys, adapter(base, "patterns"), "--for", server, "--out", "out")
     assert told["format"] == format_
-    assert told["start"][-1] == start.format(base=base.resolve())  # type: ignore[index]
+    assert told["start"][-1] == start.format(base=base.resolve(), name=base.name)  # type: ignore[index]
     assert told["adapters"][0]["rank"] == 12  # type: ignore[index]
 
 

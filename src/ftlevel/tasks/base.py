@@ -297,6 +297,7 @@ class BaseTask(Task):
         refuse_wishes(wanted, f"--task {self.name}", "")
         return {"": "text"}
 
+    @abstractmethod
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
         """Return the question that a `prompt` is, as a row of `questions` would be.
 
@@ -305,8 +306,8 @@ class BaseTask(Task):
             context: where answers are looked for; given where the task wants one.
             number: of the question, from 0.
         """
-        raise NotImplementedError(f"{self.name} poses no questions")
 
+    @abstractmethod
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
@@ -320,7 +321,6 @@ class BaseTask(Task):
         Raises:
             UnansweredError: questions that nothing can be said to.
         """
-        raise NotImplementedError(f"{self.name} answers no rows")
 
     def answer(
         self, model: PromptedModel, prompts: Sequence[str], context: str | None

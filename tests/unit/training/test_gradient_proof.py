@@ -72,6 +72,7 @@ def test_weights_whose_norm_alone_overflows_go_on() -> None:
     proof.on_pre_optimizer_step(NONE, STATE, NONE, **given)
     with torch.no_grad():
         model.weight.fill_(1e30)
+    assert not torch.isfinite(model.weight.norm())
     proof.on_optimizer_step(NONE, STATE, NONE)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.examples import PlainText
+from ftlevel.data.sources.computed import Computed
 from ftlevel.errors import InputError
 
 _BATCH = 1_000
@@ -22,7 +23,7 @@ _MASKED, _RANDOM = 0.8, 0.1
 _FIXED = 0  # the epoch of the validation rows; those of training count from 1
 
 
-class MaskedRows(Sequence[Encoded]):
+class MaskedRows(Computed[Encoded]):
     """Rows whose masks are drawn anew each epoch, when a row is taken.
 
     Args:
@@ -47,16 +48,8 @@ class MaskedRows(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
-        """Return a row with the masks of this epoch, or several."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        return self._draw(position, self.epoch + 1)
+    def _item(self, at: int) -> Encoded:
+        return self._draw(at, self.epoch + 1)
 
     def fixed(self) -> list[Encoded]:
         """Return every row with masks that no epoch changes, for evaluation."""

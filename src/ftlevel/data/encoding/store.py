@@ -11,12 +11,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ftlevel.data.encoding.encode import ROW_TYPES, Encoded
+from ftlevel.data.sources.computed import Computed
 
 _BATCH = 1_000  # rows
 _INTS = pa.list_(pa.int32())
@@ -137,7 +138,7 @@ def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
         yield to_batch(pending)
 
 
-class RowStore(Sequence[Encoded]):
+class RowStore(Computed[Encoded]):
     """Rows in a file that `write_store` wrote.
 
     Args:
@@ -164,15 +165,7 @@ class RowStore(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.indices) if self.indices is not None else int(self._starts[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
-        """Return a row, or several as a list."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = range(len(self))[index]
+    def _item(self, at: int) -> Encoded:
         return self._build(int(self.indices[at]) if self.indices is not None else at)
 
     def take(self, indices: Any) -> RowStore:

@@ -12,8 +12,9 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
+from ftlevel.data.sources.computed import Computed
 from ftlevel.errors import InputError
 
 Row = dict[str, Any]
@@ -34,7 +35,7 @@ def as_row(value: Any) -> Any:
     return value
 
 
-class LineNumbers(Sequence[int]):
+class LineNumbers(Computed[int]):
     """The lines of a file that are rows, by what is missing: memory does not grow with the rows."""
 
     def __init__(self) -> None:
@@ -58,19 +59,11 @@ class LineNumbers(Sequence[int]):
             begin = gap
         yield from range(begin + len(self._gaps), self._last + 1)
 
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        """Return the line of a row, or of several as a list."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        number = range(1, len(self) + 1)[index]
-        return number + bisect_right(self._gaps, number)
+    def _item(self, at: int) -> int:
+        return at + 1 + bisect_right(self._gaps, at + 1)
 
 
-class LineRows(Sequence[Row]):
+class LineRows(Computed[Row]):
     """Rows by the number of their lines; the lines were found to be good before.
 
     Args:
@@ -90,15 +83,8 @@ class LineRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.lines)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        """Decode a row, or several as a list."""
-        if isinstance(index, slice):
-            return [self._read(self.lines[i]) for i in range(*index.indices(len(self)))]
-        return self._read(self.lines[index])
+    def _item(self, at: int) -> Row:
+        return self._read(self.lines[at])
 
     def __iter__(self) -> Iterator[Row]:
         """Decode one row after another."""

@@ -57,6 +57,5 @@ def plan_export(config: ExportConfig, found: Found | Mapping[str, Found]) -> Exp
         InputError: the format cannot hold the model.
     """
     module = importlib.import_module(FORMATS[config.format].module)
-    several = isinstance(found, Mapping)
-    planned: Export = (module.plan_several if several else module.plan_export)(config, found)
+    planned: Export = module.plan_export(config, found)
     return planned

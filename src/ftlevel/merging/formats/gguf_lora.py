@@ -20,7 +20,7 @@ from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, listing
 from ftlevel.merging.normal_form.form import NormalForm
 from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
-from ftlevel.merging.serving.entry import Entry, adapter_name
+from ftlevel.merging.serving.entry import Entry
 from ftlevel.methods.plain_form.factors import Factors
 from ftlevel.trained.load import Found
 from ftlevel.weights.gguf.families import FAMILIES, convert, find_problems
@@ -29,20 +29,12 @@ from ftlevel.weights.gguf.file import name_map
 _FILE = "adapter.gguf"
 
 
-def plan_export(config: ExportConfig, found: Found) -> AdaptersExport:
-    """Return what will be written of one adapter.
+def plan_export(config: ExportConfig, found: Found | Mapping[str, Found]) -> AdaptersExport:
+    """Return what will be written of an adapter, or of several by name.
 
     Raises:
-        InputError: it is no plain LoRA, or none that is served as it was trained.
-    """
-    return plan_several(config, {adapter_name(found): found})
-
-
-def plan_several(config: ExportConfig, found: Mapping[str, Found]) -> AdaptersExport:
-    """Return what will be written of the adapters `found`, by name.
-
-    Raises:
-        InputError: one of them is refused, or they do not go together.
+        InputError: one of them is no plain LoRA, or none that is served as it was trained; or they
+            do not go together.
     """
     return plan_adapters(config.model_copy(update={"server": "llama.cpp"}), found, GgufWriter())
 
@@ -76,17 +68,17 @@ class GgufWriter:
         writer.write_tensors_to_file()
         writer.close()
 
-    def read(self, place: Path, form: NormalForm, _entry: Entry) -> NormalForm:
+    def read(self, place: Path, form: NormalForm, entry: Entry) -> NormalForm:
         """Read the file back, as llama.cpp reads it."""
         reader = GGUFReader(str(place / _FILE))
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
         alpha = reader.get_field("adapter.lora.alpha").contents()
-        own_names = {wanted: name for name, wanted in _names(form, _entry.model_config).items()}
+        own_names = {wanted: name for name, wanted in _names(form, entry.model_config).items()}
         factors = {}
         for key in [key for key in tensors if key.endswith(".lora_a")]:
             wanted = key.removesuffix(".lora_a")
             a, b = tensors[key], tensors[f"{wanted}.lora_b"] * (alpha / len(tensors[key]))
-            factors[own_names[wanted]] = Factors(a, _in_order(_entry.model_config, wanted, b))
+            factors[own_names[wanted]] = Factors(a, _in_order(entry.model_config, wanted, b))
         return replace(form, factors=factors)
 
 

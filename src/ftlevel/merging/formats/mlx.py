@@ -18,7 +18,7 @@ from ftlevel.config.commands.servers import SERVERS
 from ftlevel.errors import InputError, listing
 from ftlevel.merging.normal_form.form import NormalForm
 from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
-from ftlevel.merging.serving.entry import Entry, adapter_name
+from ftlevel.merging.serving.entry import Entry
 from ftlevel.methods.plain_form.factors import Factors
 from ftlevel.trained.load import Found
 
@@ -26,20 +26,12 @@ _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 _WEIGHTS = "adapters.safetensors"
 
 
-def plan_export(config: ExportConfig, found: Found) -> AdaptersExport:
-    """Return what will be written of one adapter.
+def plan_export(config: ExportConfig, found: Found | Mapping[str, Found]) -> AdaptersExport:
+    """Return what will be written of an adapter, or of several by name.
 
     Raises:
-        InputError: it is no plain LoRA, or none that is served as it was trained.
-    """
-    return plan_several(config, {adapter_name(found): found})
-
-
-def plan_several(config: ExportConfig, found: Mapping[str, Found]) -> AdaptersExport:
-    """Return what will be written of the adapters `found`, by name.
-
-    Raises:
-        InputError: one of them is refused, or they do not go together.
+        InputError: one of them is no plain LoRA, or none that is served as it was trained; or they
+            do not go together.
     """
     return plan_adapters(config.model_copy(update={"server": "mlx"}), found, MlxWriter())
 

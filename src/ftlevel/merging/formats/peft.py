@@ -10,25 +10,17 @@ from ftlevel.config import ExportConfig
 from ftlevel.merging.normal_form.files import read_normal, write_normal
 from ftlevel.merging.normal_form.form import NormalForm
 from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
-from ftlevel.merging.serving.entry import Entry, adapter_name
+from ftlevel.merging.serving.entry import Entry
 from ftlevel.trained.load import Found
 from ftlevel.weights.checkpoint import TOKENIZER_FILES
 
 
-def plan_export(config: ExportConfig, found: Found) -> AdaptersExport:
-    """Return what will be written of one adapter.
+def plan_export(config: ExportConfig, found: Found | Mapping[str, Found]) -> AdaptersExport:
+    """Return what will be written of an adapter, or of several by name.
 
     Raises:
-        InputError: it is no plain LoRA, or none that is served as it was trained.
-    """
-    return plan_several(config, {adapter_name(found): found})
-
-
-def plan_several(config: ExportConfig, found: Mapping[str, Found]) -> AdaptersExport:
-    """Return what will be written of the adapters `found`, by name.
-
-    Raises:
-        InputError: one of them is refused, or they do not go together.
+        InputError: one of them is no plain LoRA, or none that is served as it was trained; or they
+            do not go together.
     """
     return plan_adapters(config, found, PeftWriter())
 

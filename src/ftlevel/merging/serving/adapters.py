@@ -26,6 +26,7 @@ from ftlevel.merging.serving.card import write_card
 from ftlevel.merging.serving.entry import (
     Entry,
     Prompt,
+    adapter_name,
     check_for,
     checked_form,
     open_entry,
@@ -78,15 +79,16 @@ class Checked:
 
 
 def plan_adapters(
-    config: ExportConfig, found: Mapping[str, Found], writer: Writer
+    config: ExportConfig, found: Found | Mapping[str, Found], writer: Writer
 ) -> AdaptersExport:
-    """Return what will be written of the adapters `found`, by name.
+    """Return what will be written of the adapter `found`, or of several by name.
 
     Raises:
         InputError: one of them cannot be, with the reason.
     """
     server = SERVERS.get(config.server or "")
-    entries = [open_entry(name, one) for name, one in found.items()]
+    named = found if isinstance(found, Mapping) else {adapter_name(found): found}
+    entries = [open_entry(name, one) for name, one in named.items()]
     notes: list[str] = []
     forms: dict[str, NormalForm | None] = {}
     for entry in entries:

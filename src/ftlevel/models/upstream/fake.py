@@ -9,6 +9,7 @@ labels have their numbers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,7 +82,7 @@ def storage_of(tensor: torch.Tensor) -> Any:
     return own.untyped_storage()
 
 
-class OperationWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  # torch's
     """Is told of every tensor that an operation makes inside the block, in this thread."""
 
     def __init__(self) -> None:
@@ -90,9 +91,9 @@ class OperationWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()  # type: ignore[no-untyped-call]
 
+    @abstractmethod
     def made(self, tensor: torch.Tensor) -> None:
         """Look at a result of an operation: new, a view, or what was written to."""
-        raise NotImplementedError
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

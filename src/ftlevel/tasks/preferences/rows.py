@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.sources.computed import Computed
 
 Verdict = tuple[float, float, float]
 UNKNOWN = float("nan")
@@ -153,7 +154,7 @@ class ContrastRow(Encoded):
         return ((0.0, self.reference, 0.0),)
 
 
-class ContrastedRows(Sequence[Encoded]):
+class ContrastedRows(Computed[Encoded]):
     """Judged answers, each with the answer of the row before it that has another prompt.
 
     Args:
@@ -175,15 +176,7 @@ class ContrastedRows(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
-        """Return a row with its contrast, or several."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = range(len(self))[index]
+    def _item(self, at: int) -> Encoded:
         row, partner = self.rows[at], self.rows[int(self._partner[at])]
         if not isinstance(row, JudgedRow) or not isinstance(partner, JudgedRow):
             raise TypeError("judged answers contrast with judged answers")
@@ -192,7 +185,7 @@ class ContrastedRows(Sequence[Encoded]):
         return replace(row, other=(*ids, *labels))
 
 
-class ReferencedRows(Sequence[Encoded]):
+class ReferencedRows(Computed[Encoded]):
     """Rows with what the reference says of them.
 
     Args:
@@ -207,16 +200,9 @@ class ReferencedRows(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
-        """Return a row with its reference, or several."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        row: Any = self.rows[index]
-        known = () if self.reference is None else tuple(self.reference[index].tolist())
+    def _item(self, at: int) -> Encoded:
+        row: Any = self.rows[at]
+        known = () if self.reference is None else tuple(self.reference[at].tolist())
         return replace(row, reference=known)
 
 
