@@ -185,6 +185,14 @@ def test_a_loss_that_leaps_is_gone_back_from_also_after_a_resume(
     assert [note["step"] for note in summary()["left_out"]] == [10]
 
 
+def test_a_run_that_began_without_a_guard_goes_on_with_one(command: list[str]) -> None:
+    assert run([*command, "--save-steps", "4"]) == 0
+    Path("run/summary.json").unlink()
+    Path("run/checkpoints/checkpoint-12").rename("other-12")
+    assert run([*command, "--save-steps", "4", "--spike-factor", "3", "--resume"]) == 0
+    assert summary()["left_out"] == []
+
+
 def test_without_an_end_it_stops(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

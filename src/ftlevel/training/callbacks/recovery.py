@@ -61,9 +61,10 @@ class Recovery(TrainerCallback):
         self._listener = listener
         self._losses: deque[float] = deque(maxlen=_MEMORY)
         self._in_a_row, self._last = 0, 0
-        if self._factor is not None and checkpoint is not None:
-            text = (checkpoint / _LOSSES).read_text(encoding="utf-8")
-            self._losses.extend(json.loads(text))
+        known = checkpoint / _LOSSES if checkpoint is not None else None
+        # A run that began without a factor has none, and learns from here on what is usual.
+        if self._factor is not None and known is not None and known.exists():
+            self._losses.extend(json.loads(known.read_text(encoding="utf-8")))
 
     @property
     def stops(self) -> bool:
