@@ -58,6 +58,9 @@ from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
 from ftlevel.training.reference.fill import Reference, describe_first_loss, fill_reference
+from ftlevel.training.sharding.fit import check_can_shard
+from ftlevel.training.sharding.proof import probe_untrained, prove_sharded
+from ftlevel.training.sharding.trainer import save_sharded
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
@@ -216,6 +219,8 @@ def _resolve_together(
     def resolve_here() -> _Job:
         job = _resolve(resolved, command_line, listener, callbacks, processes, try_method=dry_run)
         processes.take_device(job.plan.model.device)
+        if not dry_run:
+            check_can_shard(job.taken.config, job.plan, processes.count)
         return job
 
     return processes.in_all(resolve_here)
@@ -275,6 +280,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     if processes.is_first:
         _hold(run, plan, held, begins=going_on.checkpoint is None)
     held.enter_context(telling_what_is_kept(run))
+    shards = config.train.shard != "none"
+    untrained = probe_untrained(adapted, plan) if shards else None
     trainer = build_trainer(config, plan, adapted, run, going_on, processes)
     checkpoint = going_on.checkpoint
     watch = add_callbacks(trainer, config, plan, run, listener, processes, checkpoint)
@@ -295,22 +302,35 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     if watch.interrupt.has_stopped:
         raise Interrupted(describe_stop(run, trainer.state), watch.interrupt.exit_code)
     kept = keep_best(trainer, watch.best)
-    if not processes.is_first:
-        return TrainResult({}, run.path, adapted.model, plan.model.tokenizer)
+    elsewhere = TrainResult({}, run.path, adapted.model, plan.model.tokenizer)
+    if not processes.is_first and not shards:
+        return elsewhere
     trained_at = time.perf_counter()
     with products_of(config, plan):
-        plan = end_training(trainer, plan, watch.report.records)
+        records = watch.report.records
+        records = processes.from_first(lambda: records) if shards else records
+        plan = end_training(trainer, plan, records)
 
     listener.stage("save and check")
+    start = reference.start if reference else None
     with explain_disk_errors(run):
-        save(adapted, config, plan, run, base, reference.start if reference else None)
+        if shards:
+            save_sharded(
+                adapted, processes, lambda t: save(adapted, config, plan, run, base, start, t)
+            )
+            proof = prove_sharded(adapted, plan, run, watch.gradients, processes, untrained)
+        else:
+            save(adapted, config, plan, run, base, start)
+            proof = prove(adapted, config, plan, run, watch.gradients)
+    if not processes.is_first:
+        return elsewhere
     outcome = Outcome(
         run=run.path,
         recipe=job.recipe,
         base=base,
         model=adapted.model,
         records=watch.report.records,
-        proof=prove(adapted, config, plan, run, watch.gradients),
+        proof=proof,
         timings=measure_times(watch.report, job.start, trained_at, int(trainer.tokens_seen)),
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
         speed=describe_speed(trainer, asdict(verified) if verified else None),

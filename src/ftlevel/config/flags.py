@@ -292,6 +292,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.train_sampling_strategy", "", HOW,
          also=(Spelling("--group-by-length", value="group_by_length"),)),
     Flag("train.num_processes", "", HOW, also=("--nproc-per-node",)),
+    Flag("train.shard", "", HOW),
     Flag("train.max_restarts", "", HOW),
     Flag("train.gradient_checkpointing", "", HOW, words={"unsloth": "true", "auto": "auto"},
          also=("--use-gradient-checkpointing", "--activation-checkpointing",
