@@ -316,7 +316,10 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     with explain_disk_errors(run):
         if shards:
             save_sharded(
-                adapted, processes, lambda t: save(adapted, config, plan, run, base, start, t)
+                adapted,
+                config.method,
+                processes,
+                lambda weights: save(adapted, config, plan, run, base, start, weights),
             )
             proof = prove_sharded(adapted, plan, run, watch.gradients, processes, untrained)
         else:

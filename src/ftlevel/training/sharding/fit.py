@@ -34,6 +34,11 @@ def check_can_shard(config: TrainConfig, plan: Plan, count: int) -> None:
             f"{asked} cannot be used with a start that is taken out of the base's weights, which "
             "no process has whole when the adapter is saved. Use the default start."
         )
+    if kind.why_not_continued:
+        problems.append(
+            f"{asked} cannot be used with --method {method.kind} yet: what it saves has other "
+            "shapes than what it trains, and is proven on a whole base. Use --method lora."
+        )
     if plan.model.quant.kind not in ("none", "4bit"):
         problems.append(
             f"{asked} cannot be used with --quant {plan.model.quant.kind}, whose weights cannot be "
@@ -62,6 +67,11 @@ def _problems_of_full(config: TrainConfig, plan: Plan, asked: str) -> list[str]:
         problems.append(
             f"{asked} cannot keep the best model of --method full. Drop --metric-for-best-model, "
             "or use --shard none."
+        )
+    if config.speed.verify:
+        problems.append(
+            f"{asked} cannot compare the fast step of --method full with the plain one, whose "
+            "gradients no process has whole. Drop --verify-fast, or use --shard none."
         )
     if config.train.on_nonfinite == "rollback":
         problems.append(

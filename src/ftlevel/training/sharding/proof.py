@@ -71,7 +71,7 @@ def prove_sharded(
     if untrained is None:
         with disabled_adapter(model):
             untrained = probe.logits(model)
-        difference = float((_reloaded(model, run.adapter, probe) - after).abs().max())
+        difference = float((_reloaded(model, run.adapter, probe, processes) - after).abs().max())
     else:
         difference = processes.in_all(lambda: compare_weights(model, run.adapter))
     effect = float((after - untrained).abs().max())
@@ -80,7 +80,7 @@ def prove_sharded(
     return describe_proof((frozen, difference, effect), probe, gradients)
 
 
-def _reloaded(model: Any, directory: Path, probe: Probe) -> torch.Tensor:
+def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -> torch.Tensor:
     """Return the logits of `model` with what was saved in place of what was trained.
 
     A second adapter beside the trained one would be made from a base that is not whole.
@@ -90,7 +90,7 @@ def _reloaded(model: Any, directory: Path, probe: Probe) -> torch.Tensor:
         for name, parameter in model.named_parameters():
             if name in trained:
                 parameter.zero_()
-        begin_from(model, directory)
+        processes.in_all(lambda: begin_from(model, directory))
         try:
             return probe.logits(model)
         finally:

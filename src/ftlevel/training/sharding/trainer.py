@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
+from ftlevel.config.methods import MethodConfig
 from ftlevel.models.upstream.shards import as_part, own_part, part_of, whole
 from ftlevel.models.upstream.trainer import leave_sharded
+from ftlevel.trained.adapt import finish_method
 from ftlevel.training.memory.shards import gather, trained
 from ftlevel.training.model import Adapted
 from ftlevel.training.processes import Processes
@@ -56,6 +60,10 @@ class ShardedTrainer(FtlevelTrainer):
         del model
         for parameter in self._whole:
             distributed.broadcast(parameter.data, src=0)
+
+    def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
+        """Have FSDP2 reduce in every micro-step: a whole gradient is as large as a model."""
+        return contextlib.nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor | None:
         """Return the norm of the whole gradient, which is made no longer than it may be."""
@@ -116,13 +124,15 @@ class ShardedTrainer(FtlevelTrainer):
 
 def save_sharded(
     adapted: Adapted,
+    method: MethodConfig,
     processes: Processes,
     save: Callable[[Mapping[str, torch.Tensor] | None], None],
 ) -> None:
     """Have the first process save what is trained, which all of them gather if it is the model.
 
     Args:
-        adapted: the model, sharded.
+        adapted: the model, sharded; what only training needs is taken from it.
+        method: the method's spec.
         processes: those of the run.
         save: writes it; is given the weights of a whole model, and None where an adapter is saved.
 
@@ -132,7 +142,11 @@ def save_sharded(
     weights = None
     if not hasattr(adapted.model, "peft_config"):
         weights = dict(gather(adapted.model, keep=processes.is_first))
-    processes.in_all(lambda: save(weights) if processes.is_first else None)
+    write, finish = (
+        functools.partial(save, weights),
+        functools.partial(finish_method, adapted.model),
+    )
+    processes.in_all(write if processes.is_first else functools.partial(finish, method))
 
 
 def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
