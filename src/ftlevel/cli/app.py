@@ -84,6 +84,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.list_methods:list_methods",
         "Show which methods there are, and what works with what.",
     ),
+    "launch": (
+        "ftlevel.cli.launch:launch",
+        "Write the file by which a cluster starts a run on several machines; submit it if told.",
+    ),
     "doctor": (
         "ftlevel.cli.insight.doctor:doctor",
         "Say what this machine can do, and what to install.",
