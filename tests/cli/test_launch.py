@@ -112,7 +112,7 @@ def test_the_body_of_a_job_is_requeued_with_a_checkpoint_and_goes_on(
                             for n in range(8)))  # fmt: skip
     assert run(["launch", "--on", "slurm", "--nodes", "2", "--job-file", str(place), "--model",
                 str(tiny_model_dir("llama")), "--dataset", str(rows), "--max-steps", "3000",
-                "--logging-steps", "1", "--set", "data.gate.near_duplicates=ignore", "--quiet",
+                "--logging-steps", "1", "--set", "data.gate.near_duplicates=ignore",
                 "--output-dir", str(out)]) == 0  # fmt: skip
     programs = tmp_path / "bin"
     programs.mkdir()

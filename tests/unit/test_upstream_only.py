@@ -31,7 +31,8 @@ LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchao
 DOCUMENTED = {
     "bitsandbytes", "bitsandbytes.functional", "datasets", "peft", "peft.optimizers",
     "peft.tuners", "peft.tuners.lora", "peft.tuners.tuners_utils", "peft.utils", "torch",
-    "torch.autograd.function", "torch.nn", "torch.nn.attention.varlen", "torch.utils.data",
+    "torch.autograd.function", "torch.distributed.device_mesh", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "torch.nn", "torch.nn.attention.varlen", "torch.utils.data",
     "torch.utils.tensorboard",
     "torchao.quantization", "transformers", "transformers.activations",
     "transformers.cache_utils", "transformers.integrations.sdpa_attention",

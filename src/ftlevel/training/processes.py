@@ -10,20 +10,16 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed
-from torch.distributed.rendezvous import rendezvous
 
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError, RunError, listing
 from ftlevel.world import World, read_world
 
 T = TypeVar("T")
-
-_MEETING = timedelta(minutes=10)  # machines of a job do not begin at the same time
 
 
 @dataclass(frozen=True)
@@ -57,11 +53,9 @@ class Processes:
         self.world.publish()
         where = f"{self.world.address}:{self.world.port}"
         try:
-            store, rank, count = next(rendezvous("env://", timeout=_MEETING))
             distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                store=store, rank=rank, world_size=count,
-            )  # fmt: skip
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            )
         except (distributed.DistError, RuntimeError) as error:
             reason = " ".join(str(error).split("\n")[0].split())
             raise RunError(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -14,6 +17,11 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return all of `tensor`, which all processes must ask for at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_on_host(state: Any) -> Any:
+    """Return nested `state` with its tensors whole and in the host's memory, as of `whole`."""
+    return tree_map(lambda v: whole(v).cpu() if isinstance(v, torch.Tensor) else v, state)
 
 
 def part_of(all_of_it: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

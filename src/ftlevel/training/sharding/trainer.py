@@ -12,10 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import distributed
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
 
 from ftlevel.config.methods import MethodConfig
-from ftlevel.models.upstream.shards import as_part, own_part, part_of, whole
+from ftlevel.models.upstream.shards import as_part, own_part, part_of, whole, whole_on_host
 from ftlevel.models.upstream.trainer import leave_sharded
 from ftlevel.trained.adapt import finish_method
 from ftlevel.training.memory.shards import gather, trained
@@ -86,7 +85,7 @@ class ShardedTrainer(FtlevelTrainer):
         if self._whole:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = tree_map(_to_host, self.optimizer.state_dict())
+        state = whole_on_host(self.optimizer.state_dict())
         if self.processes.is_first:
             torch.save(state, Path(output_dir) / _OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
@@ -168,8 +167,3 @@ def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
         end = start + gradient.numel()
         gradient.copy_(together[start:end].view_as(gradient))
         start = end
-
-
-def _to_host(value: Any) -> Any:
-    """Return a tensor of the optimizer's state whole, in the host's memory; else the value."""
-    return whole(value).cpu() if isinstance(value, torch.Tensor) else value
