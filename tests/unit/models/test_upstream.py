@@ -22,6 +22,7 @@ from export_cases import export_to, exportable
 from ftlevel.models.torchao_format import build_torchao_config
 from ftlevel.models.upstream import FACTS, architectures, conversions, data, fake, quantizers
 from ftlevel.models.upstream import tensors as upstream
+from ftlevel.models.upstream.trainer import leave_sharded
 from tiny_models import build
 from upstream_facts import Canaries, Fact, arguments, check_fact, facts
 
