@@ -46,7 +46,7 @@ def start(
     return ranks
 
 
-def end(ranks: Sequence[BaseProcess], seconds: float = 120) -> list[int | None]:
+def end(ranks: Sequence[BaseProcess], seconds: float = 400) -> list[int | None]:
     """Return the exit codes of `ranks`, of which none is left running."""
     for rank in ranks:
         rank.join(seconds)

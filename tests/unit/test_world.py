@@ -63,8 +63,12 @@ def test_what_does_not_fit_is_named(environment: dict[str, str], message: str) -
 
 
 def test_what_accelerate_says_by_default_is_no_misfit() -> None:
-    default = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO",
-               "ACCELERATE_USE_CPU": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}  # fmt: skip
+    default = {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    }
     assert read_world({**TORCHRUN, **default}).size == 4
 
 

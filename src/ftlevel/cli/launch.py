@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -15,19 +14,7 @@ _SCHEDULERS = ("slurm", "k8s")
 
 
 def launch(
-    given: Given,
-    *,
-    on: str,
-    nodes: int,
-    gpus_per_node: int,
-    processes_per_node: int | None,
-    image: str | None,
-    claim: str | None,
-    job_option: Sequence[str] | None,
-    job_file: Path | None,
-    submit: bool,
-    dry_run: bool,
-    as_json: bool,
+    given: Given, *, on: str, job_file: Path | None, submit: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Write the file by which a cluster starts a run on several machines; submit it if told.
 
@@ -42,8 +29,9 @@ def launch(
 
     if on not in _SCHEDULERS:
         raise ConfigError(f"--on {on}: expected one of {', '.join(_SCHEDULERS)}.")
-    cluster = Cluster(on, nodes, gpus_per_node, processes_per_node, image or "", claim or "",
-                      job_option or ())  # fmt: skip
+    own = given.values
+    cluster = Cluster(on, own["nodes"], own["gpus_per_node"], own["processes_per_node"],
+                      own["image"] or "", own["claim"] or "", own["job_option"] or ())  # fmt: skip
     job = build_job(config, given.arguments, cluster)
     if dry_run:
         if as_json:

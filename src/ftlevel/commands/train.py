@@ -312,19 +312,18 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         plan = end_training(trainer, plan, records)
 
     listener.stage("save and check")
-    start = reference.start if reference else None
+    start, gradients = reference.start if reference else None, watch.gradients
+
+    def write(weights: Mapping[str, Any] | None = None) -> None:
+        save(adapted, config, plan, run, base, start, weights)
+
     with explain_disk_errors(run):
         if shards:
-            save_sharded(
-                adapted,
-                config.method,
-                processes,
-                lambda weights: save(adapted, config, plan, run, base, start, weights),
-            )
-            proof = prove_sharded(adapted, plan, run, watch.gradients, processes, untrained)
+            save_sharded(adapted, config.method, processes, write)
+            proof = prove_sharded(adapted, plan, run, gradients, processes, untrained)
         else:
-            save(adapted, config, plan, run, base, start)
-            proof = prove(adapted, config, plan, run, watch.gradients)
+            write()
+            proof = prove(adapted, config, plan, run, gradients)
     if not processes.is_first:
         return elsewhere
     outcome = Outcome(

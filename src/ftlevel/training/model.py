@@ -52,12 +52,13 @@ def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted
     use_expandable_segments(plan.model.device)
     fused = uses_fused_layers(config, plan.model.device)
     shards = config.train.shard != "none"
-    base = load_base(config, held_by_host(plan.model) if shards else plan.model)
+    here = replace(plan, model=held_by_host(plan.model)) if shards else plan
+    base = load_base(config, here.model)
     is_whole = METHODS[config.method.kind].build is None  # its own weights are what is trained
     digests = {} if is_whole or shards else digest_tensors(base.named_parameters())
     model = apply_method(base, config.method, plan.base, fused=fused)
     if plan.adapter is None:
-        prepare_start(model, config, plan)
+        prepare_start(model, config, here)
     else:
         begin_from(model, plan.adapter.directory)
     if shards:

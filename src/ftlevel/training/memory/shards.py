@@ -42,6 +42,8 @@ def shard(model: Any, device: str, *, holds: bool) -> None:
     carry_quant_states(model, blocks)
     # Embeddings, head and last norm are those of the model itself: gathered once a pass.
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=own)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(mesh.device_type)
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")
 
