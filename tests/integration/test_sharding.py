@@ -77,6 +77,24 @@ def test_the_adapter_of_a_shared_model_loads_in_plain_peft(prepared: Path) -> No
     assert (logits[0] - logits[1]).abs().max() < 1e-4
 
 
+def in_half_precision(folder: Path, out: Path, shard: str) -> None:
+    from distributed import settings
+
+    values = settings(folder, "decoder", "lora", out)
+    values["model"]["dtype"] = "bfloat16"
+    values["train"] |= {"shard": shard, "gradient_accumulation_steps": 2 - (shard != "none")}
+    train(TrainConfig.model_validate(values))
+
+
+def test_a_shared_model_computes_in_half_precision(prepared: Path, tmp_path: Path) -> None:
+    from distributed import difference
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    in_half_precision(prepared, one, "none")
+    assert ranks.end(ranks.start(in_half_precision, [(prepared, two, "full")] * 2)) == [0, 0]
+    assert difference(one, two) < 2e-3  # of bfloat16's 8 bits
+
+
 def go_on(folder: Path, method: str, steps: int, out: Path, resume: bool) -> None:
     from distributed import settings
 
@@ -122,7 +140,8 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"data": {"dataset": "encoder.jsonl"}}, "rank 1 (HOST): "),
+        ({"data": {"dataset": "encoder.jsonl"}}, "rank 1 (HOST) is not of the same run as rank 0 "
+         "(HOST): data.dataset is"),
         ({"data": {"dataset": "nowhere.jsonl"}}, "rank 1 (HOST): "),
         ({"train": {"save_steps": 3}}, "rank 1 (HOST) is not of the same run as rank 0 (HOST): "
          "train.save_steps is 3 and None there"),

@@ -138,7 +138,10 @@ def test_private_names_are_used_in_two_places_only() -> None:
         ("hasattr(module, '_hf_hook')", "_hf_hook"),
         ("tensor.__tensor_flatten__()", "__tensor_flatten__"),
         ("class A(Trainer):\n    def _inner_training_loop(self): ...", "_inner_training_loop"),
-        ("class A(Trainer):\n    def train(self):\n        super()._save(1)", "super()._save"),
+        (
+            "class A(Trainer):\n    def train(self):\n        super()._save_rng_state(1)",
+            "super()._save_rng_state",
+        ),
     ],
 )
 def test_a_private_name_is_found(code: str, what: str) -> None:
