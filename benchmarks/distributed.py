@@ -17,13 +17,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
 BOUND = 1e-6
 STEPS, ROWS, BATCH = 4, 18, 4
+LONG = 40  # steps of the run that is killed
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": {"kind": "lora"}},
     "dora": {"method": {"kind": "lora", "use_dora": True}},
@@ -108,10 +112,10 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-def difference(one: Path, other: Path) -> float:
+def difference(one: Path, other: Path, steps: int = STEPS) -> float:
     """Return the largest relative difference of a step's loss."""
     pairs = list(zip(losses(one), losses(other), strict=True))
-    assert len(pairs) == STEPS
+    assert len(pairs) == steps
     return max(abs(a - b) / abs(a) for a, b in pairs)
 
 
@@ -126,11 +130,8 @@ def run(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
     Raises:
         RuntimeError: one fails.
     """
-    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    own |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), own.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1"}  # fmt: skip
     running = [
-        subprocess.Popen([sys.executable, *command], env={**own, **more}, text=True,
+        subprocess.Popen([sys.executable, *command], env=environment(more), text=True,
                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         for command, more in commands
     ]  # fmt: skip
@@ -138,6 +139,13 @@ def run(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
     for process, error in zip(running, said, strict=True):
         if process.returncode:
             raise RuntimeError(f"{process.args}: {error[-3000:]}")
+
+
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a process, `more` among them, and none of a launcher's."""
+    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    source = os.pathsep.join([str(ROOT / "src"), own.get("PYTHONPATH", "")])
+    return {**own, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **more}
 
 
 def free_port() -> int:
@@ -189,6 +197,33 @@ def by_flags(folder: Path, method: str, out: Path) -> list[str]:
             "--output-dir", str(out), "--overwrite", "--quiet"]  # fmt: skip
 
 
+def killed_and_resumed(folder: Path) -> float:
+    """Return how far a run of two nodes that was killed and resumed is from that of one process.
+
+    Each node is an agent of torchrun; when there is a checkpoint, all of one is killed.
+    """
+    out, one = folder / "killed", folder / "not-killed"
+    command = ["-m", "ftlevel", "train", "--method", "lora", "--model", str(folder / "decoder"),
+               "--dataset", str(folder / "decoder.jsonl"), "--dtype", "float32",
+               "--per-device-train-batch-size", str(BATCH), "--max-steps", str(LONG),
+               "--save-steps", "2", "--logging-steps", "1", "--quiet", "--output-dir"]  # fmt: skip
+    nodes = [
+        subprocess.Popen([sys.executable, *arguments], env=environment(more),
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for arguments, more in started_by("torchrun, two nodes", [*command, str(out)])
+    ]  # fmt: skip
+    while not list(out.glob("checkpoints/*/manifest.json")):
+        assert all(node.poll() is None for node in nodes)
+        time.sleep(0.05)
+    for part in (*psutil.Process(nodes[1].pid).children(recursive=True), nodes[1]):
+        part.kill()
+    assert all(node.wait() != 0 for node in nodes)
+    assert not (out / "summary.json").exists()
+    run(started_by("torchrun, two nodes", [*command, str(out), "--resume"]))
+    run([([*command, str(one), "--gradient-accumulation-steps", "2"], {})])
+    return difference(one, out, LONG)
+
+
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table of Markdown."""
     print(f"| {' | '.join(heads)} |\n|---|{'--:|' * (len(heads) - 1)}", flush=True)
@@ -220,6 +255,8 @@ def compare_all(folder: Path) -> int:
         run([(by_flags(folder, method, folder / "ours" / method), {})])
         ours.append(cell(f"decoder/{method}", folder / "ours" / method))
     print_table(["launcher", *LAUNCHED], [*rows, ours])
+    found.append(killed_and_resumed(folder))
+    print(f"torchrun, two nodes, one killed, both resumed: {found[-1]:.1e}\n", flush=True)
 
     out = folder / "sharded"
     run(started_by("torchrun, two processes", worker(folder, cases, out, "full")))

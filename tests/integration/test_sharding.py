@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -95,44 +94,33 @@ def test_a_shared_model_computes_in_half_precision(prepared: Path, tmp_path: Pat
     assert difference(one, two) < 2e-3  # of bfloat16's 8 bits
 
 
-def go_on(folder: Path, method: str, steps: int, out: Path, resume: bool) -> None:
+def go_on(folder: Path, out: Path, resume: bool) -> None:
     from distributed import settings
 
-    values = settings(folder, "decoder", method, out)
-    values["train"] |= {"gradient_accumulation_steps": 1, "shard": "full", "max_steps": steps,
+    values = settings(folder, "decoder", "full", out)
+    values["train"] |= {"gradient_accumulation_steps": 1, "shard": "full", "max_steps": 30,
                         "save_steps": 2}  # fmt: skip
     values["output"] = {"dir": str(out), "resume": resume, "overwrite": not resume}
     train(TrainConfig.model_validate(values))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
-    prepared: Path, tmp_path: Path, method: str
+    prepared: Path, tmp_path: Path
 ) -> None:
-    whole, run, name = (
-        tmp_path / "whole",
-        tmp_path / "run",
-        f"{'adapter_' * (method == 'lora')}model",
-    )
-    each = (prepared, method, 6, whole, False)
-    assert ranks.end(ranks.start(go_on, [each, each])) == [0, 0]
-    broken = ranks.start(go_on, [(prepared, method, 6, run, False)] * 2)
-    deadline = time.monotonic() + 100
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert ranks.end(ranks.start(go_on, [(prepared, whole, False)] * 2)) == [0, 0]
+    broken = ranks.start(go_on, [(prepared, run, False)] * 2)
+    deadline = time.monotonic() + 300
     while not list(run.glob("checkpoints/checkpoint-2/manifest.json")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     broken[1].kill()
     began = time.monotonic()
-    assert ranks.end(broken)[0] != 0 or (run / "adapter").exists()
+    assert 0 not in ranks.end(broken)
     assert time.monotonic() - began < 30
-    for later in ("checkpoint-4", "checkpoint-6"):
-        shutil.rmtree(run / "checkpoints" / later, ignore_errors=True)
-    for ended in ("adapter", "summary.json"):
-        path = run / ended
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    each = (prepared, method, 6, run, True)
-    assert ranks.end(ranks.start(go_on, [each, each])) == [0, 0]
-    saved = [load_file(path / f"adapter/{name}.safetensors") for path in (whole, run)]
+    assert not (run / "summary.json").exists()
+    assert ranks.end(ranks.start(go_on, [(prepared, run, True)] * 2)) == [0, 0]
+    saved = [load_file(path / "adapter/model.safetensors") for path in (whole, run)]
     assert saved[0].keys() == saved[1].keys()
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
 
