@@ -148,6 +148,24 @@ def test_a_process_with_something_else_is_named_by_all(
     assert message.replace("HOST", socket.gethostname()) in line
 
 
+def fail_in_the_first() -> None:
+    from ftlevel.training.processes import started_processes
+
+    processes = started_processes()
+    processes.join()
+
+    def fail() -> None:
+        raise ConfigError("it cannot be.")
+
+    processes.from_first(fail)
+
+
+def test_what_the_first_process_finds_wrong_it_says_once(tmp_path: Path) -> None:
+    says = tmp_path / "errors"
+    assert ranks.end(ranks.start(fail_in_the_first, [(), ()], says)) == [2, 2]
+    assert says.read_text() == "ftlevel: it cannot be.\n"
+
+
 def differ(folder: Path, out: Path, other: dict[str, Any]) -> None:
     from distributed import settings
 

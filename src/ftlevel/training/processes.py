@@ -104,7 +104,7 @@ class Processes:
                 box[1] = error
         distributed.broadcast_object_list(box, src=0)
         if box[1] is not None:
-            box[1].is_told = True  # by the first
+            box[1].is_told = not self.is_first
             raise box[1]
         made: T = box[0]
         return made

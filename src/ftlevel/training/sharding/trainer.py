@@ -141,11 +141,9 @@ def save_sharded(
     weights = None
     if not hasattr(adapted.model, "peft_config"):
         weights = dict(gather(adapted.model, keep=processes.is_first))
-    write, finish = (
-        functools.partial(save, weights),
-        functools.partial(finish_method, adapted.model),
-    )
-    processes.in_all(write if processes.is_first else functools.partial(finish, method))
+    write = functools.partial(save, weights)
+    finish = functools.partial(finish_method, adapted.model, method)
+    processes.in_all(write if processes.is_first else finish)
 
 
 def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
