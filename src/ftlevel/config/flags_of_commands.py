@@ -35,6 +35,9 @@ OF_COMMANDS: tuple[Flag, ...] = (
          help="The winner needs no more memory than this, in GiB."),
     Flag(names="--max-minutes", panel=DAILY, on=("compare",), type=float, metavar="M",
          help="A run of the winner takes no longer than this."),
+    # init
+    Flag(names="--yes -y", panel=GENERAL, on=("init",), type=bool,
+         help="Ask nothing: take what is proposed."),
     # doctor
     Flag(names="--quiet -q", panel=GENERAL, on=("doctor",), type=bool,
          help="Print only what something can be done about."),
