@@ -21,8 +21,10 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -105,11 +107,11 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def make_place(place: Path, models: Path, data: Path) -> None:
-    """Make the directory that a page's commands run in."""
-    place.mkdir(parents=True, exist_ok=True)
+    """Make the directory that a page's commands run in, without what an earlier run left there."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
     for name, target in ((".models", models), ("data", data), ("recipes", ROOT / "recipes")):
-        if not (place / name).is_symlink():
-            (place / name).symlink_to(target.resolve())
+        (place / name).symlink_to(target.resolve())
 
 
 def run_block(block: Block, place: Path) -> tuple[str, float]:
@@ -136,7 +138,14 @@ def shorten(text: str) -> str:
     lines = [line for line in lines if not _PASSING.match(line)]
     if len(lines) > _MOST:
         lines = [*lines[: _MOST - _LAST], "…", *lines[-_LAST:]]
-    return "\n".join(line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…" for line in lines)
+    return "\n".join(map(_fitted, lines))
+
+
+def _fitted(line: str) -> str:
+    """Return a line that fits: what is said to the user is wrapped, anything else loses its end."""
+    if line.startswith(("ftlevel: ", "warning: ", "note: ")):
+        return textwrap.fill(line, _WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+    return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"
 
 
 def with_output(text: str, block: Block, output: str) -> str:
@@ -161,8 +170,8 @@ def main() -> int:
     failed = 0
     for page in [path.resolve() for path in wish.pages] or PAGES:
         place = wish.place / page.relative_to(ROOT).with_suffix("")
+        make_place(place, wish.models, wish.data)
         for block in (b for b in blocks_of(page) if b.mark.startswith("run")):
-            make_place(place, wish.models, wish.data)
             try:
                 output, seconds = run_block(block, place)
             except RuntimeError as error:

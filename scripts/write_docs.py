@@ -2,6 +2,7 @@
 
 python scripts/write_docs.py methods          write docs/methods.md
 python scripts/write_docs.py cli              write docs/cli.md and docs/commands
+python scripts/write_docs.py which-method     write docs/which-method.md, of what compare gave
 python scripts/write_docs.py guide            write docs/guide, a page a method
 python scripts/write_docs.py coming-from      write docs/coming-from.md
 python scripts/write_docs.py serving          write docs/serving.md, of what was measured
@@ -28,6 +29,7 @@ from ftlevel.models.families.facts import Family
 from ftlevel.tasks import TASKS
 from guide_pages import guide_pages
 from serving_page import serving_page
+from which_method_page import which_method_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _LETTERS = {"none": "f", "4bit": "4", "8bit": "8"}
@@ -215,6 +217,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli": cli_page,
     "coming-from": coming_from_page,
     "serving": serving_page,
+    "which-method": which_method_page,
     **command_pages(),
     **guide_pages(),
 }
