@@ -75,7 +75,7 @@ lint: $(TEST_DIR)/installed
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/draw_methods.py --check
-	$(TEST_BIN)/mkdocs build --quiet --site-dir site
+	$(TEST_BIN)/mkdocs build --site-dir site  # never --quiet: it counts no warnings then
 
 docs-commands: export OMP_NUM_THREADS ?= 1
 docs-commands: $(TEST_DIR)/installed

@@ -35,8 +35,9 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 _MARK = re.compile(r"<!-- (run in CI|run, fails|run|not run: .+) -->")
 _MOST, _LAST = 34, 12  # lines of an output that are shown: all, or the first and so many last
 _WIDTH = 116
-_PASSING = re.compile(r"\s*(\S*\d+%\||· |rows: (kept|prepared))")
-"""Lines of a terminal's course, and of this machine's cache."""
+_PASSING = re.compile(r"\s*(\S*\d+%\||· |rows: (kept|prepared)|speed \d)")
+_SPEED = re.compile(r"  [\d,]+ tok/s$")
+"""Lines of a terminal's course, of this machine's cache, and of its speed, which is shared."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def run_block(block: Block, place: Path) -> tuple[str, float]:
 def shorten(text: str) -> str:
     """Return an output as a page shows it: lines that fit, the middle of a long one left out."""
     lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    lines = [line for line in lines if not _PASSING.match(line)]
+    lines = [_SPEED.sub("", line) for line in lines if not _PASSING.match(line)]
     if len(lines) > _MOST:
         lines = [*lines[: _MOST - _LAST], "…", *lines[-_LAST:]]
     return "\n".join(map(_fitted, lines))
@@ -180,6 +181,8 @@ def main() -> int:
                 break  # what follows needs it
             print(f"{block.where}: {seconds:.0f} s", flush=True)
             if wish.write:
+                for name in (".models", "data"):
+                    output = output.replace(str((place / name).resolve()), name)
                 text = page.read_text(encoding="utf-8")
                 page.write_text(with_output(text, block, output), encoding="utf-8")
     return int(failed > 0)

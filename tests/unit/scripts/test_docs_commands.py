@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from docs_commands import PAGES, Block, blocks_of, run_block, shorten, with_output
+from docs_commands import PAGES, ROOT, Block, blocks_of, run_block, shorten, with_output
 from ftlevel.cli.app import COMMANDS, build_app
 from ftlevel.errors import ConfigError
 
@@ -41,6 +42,13 @@ def test_the_flags_of_every_command_are_known() -> None:
         except typer.Exit:
             continue  # --help, --help-all
     assert wrong == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_pages_that_are_not_on_the_site(page: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert len(links) > 3
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 @pytest.mark.parametrize("words", [["train", "--metod", "lora"], ["trian"], ["merge"]])
