@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 _MARK = re.compile(r"<!-- (run in CI|run, fails|run|not run: .+) -->")
 _MOST, _LAST = 34, 12  # lines of an output that are shown: all, or the first and so many last
-_WIDTH = 116
+_WIDTH = 130
 _PASSING = re.compile(r"\s*(\S*\d+%\||· |rows: (kept|prepared)|speed \d)")
 _SPEED = re.compile(r"  [\d,]+ tok/s$")
 """Lines of a terminal's course, of this machine's cache, and of its speed, which is shared."""

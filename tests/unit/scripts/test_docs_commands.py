@@ -47,7 +47,7 @@ def test_the_flags_of_every_command_are_known() -> None:
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_links_of_pages_that_are_not_on_the_site(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8"))
-    assert len(links) > 3
+    assert len(links) > 1
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
