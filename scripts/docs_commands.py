@@ -183,6 +183,7 @@ def main() -> int:
             if wish.write:
                 for name in (".models", "data"):
                     output = output.replace(str((place / name).resolve()), name)
+                output = output.replace(f"{place.resolve()}/", "")
                 text = page.read_text(encoding="utf-8")
                 page.write_text(with_output(text, block, output), encoding="utf-8")
     return int(failed > 0)
