@@ -111,6 +111,25 @@ def test_the_built_in_examples_where_there_are_no_rows(
     assert config["model"]["name_or_path"] == "builtin:tiny-llama"
 
 
+def test_a_model_that_comes_with_ftlevel_where_there_is_no_network(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = {one["name"]: one for one in init(capsys)["proposed"]}
+    assert said["model"]["value"] == "builtin:tiny-llama"
+    assert "all-MiniLM-L6-v2 cannot be had from here" in said["model"]["reason"]
+
+
+def test_four_bits_where_the_weights_would_fill_the_memory(
+    tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ftlevel.commands.init.device_memory", lambda device: 400_000)
+    found = init(capsys, "--model", tiny_model_dir("bert"))
+    assert found["config"]["method"]["kind"] == "qlora"
+    assert found["config"]["quant"]["kind"] == "4bit"
+    lines = Path("recipe.yaml").read_text().splitlines()
+    assert "  kind: 4bit  # 4-bit nf4" in lines
+
+
 def test_nothing_is_written_over_or_half(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import InputError, listing
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.kinds import model_kind
-from ftlevel.models.loading import load_config, quiet_libraries
+from ftlevel.models.loading import build_task_model, load_config, quiet_libraries
 from ftlevel.models.memory import device_memory
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
@@ -38,6 +38,7 @@ _EPOCHS = 3
 _HELD_OUT = 0.1
 _ENOUGH = 50  # rows from which on some are held out
 _ORDER = "task model quant method data train"
+_BYTES = 2  # of a weight in 16 bits
 _HALF = 0.5  # of the memory; more for weights alone leaves too little for a step
 
 
@@ -190,10 +191,9 @@ def _propose_model(config: TrainConfig) -> Choice:
 
 def _propose_method(config: TrainConfig) -> Choice:
     """Return `lora`, or `qlora` where the weights alone would fill the memory."""
-    shape = load_config(_source(config)).get_text_config()
-    hidden, layers = getattr(shape, "hidden_size", 0), getattr(shape, "num_hidden_layers", 0)
-    inner = getattr(shape, "intermediate_size", None) or 4 * hidden
-    weights = 2 * (layers * hidden * (4 * hidden + 3 * inner) + shape.vocab_size * hidden)
+    base = load_config(_source(config))
+    shape = build_task_model(base, _auto_class(config, base))
+    weights = _BYTES * sum(parameter.numel() for parameter in shape.parameters())
     memory = device_memory(choose_device(config.model.device).value)
     if weights > _HALF * memory:
         return Choice(
@@ -233,8 +233,12 @@ def _check_task(config: TrainConfig) -> None:
 
 
 def _check_model(config: TrainConfig) -> None:
-    base = load_config(_source(config))
-    TASKS[config.task].auto_class(model_kind(base), base.model_type)
+    _auto_class(config, load_config(_source(config)))
+
+
+def _auto_class(config: TrainConfig, base: Any) -> str:
+    """Return transformers' class for the task; raise ConfigError where the model has none."""
+    return TASKS[config.task].auto_class(model_kind(base), base.model_type)
 
 
 QUESTIONS = (
