@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 HELP = "Fine-tune transformers efficiently: one grammar for every family, task and PEFT method."
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "init": ("ftlevel.cli.init:init", "Ask five questions, and write a recipe with comments."),
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
     "preview": (
         "ftlevel.cli.preview:preview",
@@ -74,7 +75,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "recipes": (
         "ftlevel.cli.recipes:recipes",
-        "List and show recipes, and convert those of other tools.",
+        "List, show and copy recipes, and convert those of other tools.",
     ),
     "list-targets": (
         "ftlevel.cli.list_targets:list_targets",
