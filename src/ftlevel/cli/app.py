@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 HELP = "Fine-tune transformers efficiently: one grammar for every family, task and PEFT method."
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "init": ("ftlevel.cli.init:init", "Ask five questions, and write a recipe with comments."),
+    "init": (
+        "ftlevel.cli.setup.init:init",
+        "Ask five questions, and write a recipe with comments.",
+    ),
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
     "preview": (
         "ftlevel.cli.preview:preview",
@@ -74,7 +77,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Ask a server the recorded prompts, and say whose answers it gives.",
     ),
     "recipes": (
-        "ftlevel.cli.recipes:recipes",
+        "ftlevel.cli.setup.recipes:recipes",
         "List, show and copy recipes, and convert those of other tools.",
     ),
     "list-targets": (
@@ -86,7 +89,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Show which methods there are, and what works with what.",
     ),
     "launch": (
-        "ftlevel.cli.launch:launch",
+        "ftlevel.cli.setup.launch:launch",
         "Write the file by which a cluster starts a run on several machines; submit it if told.",
     ),
     "doctor": (
