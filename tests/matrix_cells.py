@@ -41,7 +41,7 @@ QUANTS = ("none", "4bit", "8bit")
 STEPS = 4
 _SMALL = {
     "r": 4, "init_r": 4, "target_r": 2, "oft_block_size": 8, "alpha": 4.0, "lora_alpha": 8.0,
-    "num_virtual_tokens": 4, "bottleneck_dim": 8,
+    "num_virtual_tokens": 4, "bottleneck_dim": 8, "block_size": 8,
 }  # fmt: skip
 _HEAD_OF_CLASS = {name: head for head, name in tiny_models.AUTO_CLASSES.items()}
 
