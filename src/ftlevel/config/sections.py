@@ -62,13 +62,19 @@ class QuantConfig(Section):
     double_quant: bool = Field(
         False, description="Quantize the 4-bit scales too: saves about 0.4 bit a weight."
     )
+    experts: bool | None = Field(
+        None,
+        description="Quantize the experts of a mixture too, in 4 bits; the default does where "
+        "there are some and no adapter goes on them.",
+    )
 
     @property
     def form(self) -> str:
         """The quantized form in a few words."""
         if self.kind != "4bit":
             return "8-bit LLM.int8()" if self.kind == "8bit" else "not quantized"
-        return f"4-bit {self.quant_type}" + (", double quantization" if self.double_quant else "")
+        double = ", double quantization" if self.double_quant else ""
+        return f"4-bit {self.quant_type}{double}" + (", experts too" if self.experts else "")
 
 
 INPUT_FORMAT = (

@@ -10,8 +10,8 @@ from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
 from ftlevel.methods.plain_form.factors import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
-from ftlevel.methods.upstream import copy_base_outputs
 from ftlevel.methods.updates.fit import LINEARS_ONLY, check_divides
+from ftlevel.methods.upstream import copy_base_outputs
 
 
 def build(spec: C3aSpec, base: Base) -> Any:

@@ -1,0 +1,32 @@
+"""Which experts can be packed in 4 bits; imports no bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+BLOCK = 64
+"""Weights that share a scale."""
+NAMES = ("gate_up_proj", "down_proj")
+"""The tensors of a module of experts, (experts, out, in)."""
+
+
+def can_pack(module: Any) -> bool:
+    """Whether `module` holds experts that `forward` multiplies: gated, without biases.
+
+    Each expert's weights must fill blocks of their own, which share a scale.
+    """
+    own = [getattr(module, "_parameters", {}).get(name) for name in NAMES]
+    if any(tensor is None or tensor.dim() != 3 for tensor in own):
+        return False
+    plain = module.has_gate and not (
+        module.has_bias or module.is_transposed or module.has_post_expert_norm
+    )
+    return plain and all(tensor[0].numel() % BLOCK == 0 for tensor in own)
+
+
+def packable_experts(model: Any) -> Iterator[str]:
+    """Yield the names of the experts' tensors of `model` that are packed in 4 bits."""
+    for owner, module in model.named_modules():
+        if can_pack(module):
+            yield from (f"{owner}.{name}" for name in NAMES)
