@@ -104,6 +104,20 @@ def indices_beside(module: Any) -> dict[str, Any]:
     return getattr(module, "shira_indices", {})
 
 
+def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
+    """Return PEFT's mask of the weights that SHiRA trains, as (out, in).
+
+    For a linear on the meta device as many places are named, which no mask could be drawn for:
+    they come with the file, or nobody asks for them.
+    """
+    import torch
+    from peft.tuners.shira.mask_functions import random_mask
+
+    if base_layer.weight.is_meta:
+        return torch.ones(1, r * (base_layer.in_features + base_layer.out_features))
+    return random_mask(base_layer, r, **settings)
+
+
 def copy_base_outputs(model: Any) -> None:
     """Have the layers of GraLoRA and C³A (mutated) add to a copy of their linear's output.
 

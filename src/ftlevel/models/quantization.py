@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ftlevel.config.sections import QuantConfig
-from ftlevel.models.experts.which import packable_experts
+from ftlevel.models.upstream.experts.which import packable_experts
 from ftlevel.models.upstream.quantizers import replaced_linears
 
 
@@ -29,7 +29,7 @@ def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: lis
     if quant.kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     if quant.experts:
-        from ftlevel.models.experts.quantizer import ExpertsConfig
+        from ftlevel.models.upstream.experts.quantizer import ExpertsConfig
 
     return (ExpertsConfig if quant.experts else BitsAndBytesConfig)(
         load_in_4bit=True,

@@ -11,6 +11,7 @@ from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
 from ftlevel.methods.plain_form.factors import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
+from ftlevel.methods.upstream import draw_shira_mask
 from ftlevel.methods.updates.fit import LINEARS_ONLY
 
 
@@ -31,21 +32,7 @@ def build(spec: ShiraSpec, base: Base) -> Any:
 
 def forget_mask(config: Any) -> None:
     """Have `config` (mutated) draw no places for linears without weights."""
-    config.mask_fn = draw_mask
-
-
-def draw_mask(base_layer: Any, r: int, **settings: Any) -> Any:
-    """Return PEFT's mask of the weights that are trained, as (out, in).
-
-    For a linear on the meta device as many places are named, which no mask could be drawn for:
-    they come with the file, or nobody asks for them.
-    """
-    import torch
-    from peft.tuners.shira.mask_functions import random_mask
-
-    if base_layer.weight.is_meta:
-        return torch.ones(1, r * (base_layer.in_features + base_layer.out_features))
-    return random_mask(base_layer, r, **settings)
+    config.mask_fn = draw_shira_mask
 
 
 def check(spec: ShiraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:

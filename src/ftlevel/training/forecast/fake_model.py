@@ -12,11 +12,11 @@ from ftlevel.config import TrainConfig
 from ftlevel.fast.plan.fused_lora import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
-from ftlevel.models.experts.which import can_pack
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import build_task_model, keep_heads
 from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantization import build_quantization_config, packs_experts
+from ftlevel.models.upstream.experts.which import can_pack
 from ftlevel.models.upstream.fake import fake_parameters, pack_fake
 from ftlevel.models.upstream.quantizers import quantize_shape
 from ftlevel.models.upstream.tensors import own_tensors
@@ -85,7 +85,7 @@ def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
         packed = pack_fake(model, compute, experts)
     if compute == torch.float32:
         for module in filter(can_pack, model.modules()):
-            from ftlevel.models.experts.forward import use_even_shares
+            from ftlevel.models.upstream.experts.forward import use_even_shares
 
             use_even_shares(module.config)
     return packed

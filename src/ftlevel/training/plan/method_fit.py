@@ -11,7 +11,6 @@ from ftlevel.methods import METHODS
 from ftlevel.methods.base import QuantizedCheckpoint
 from ftlevel.methods.facts import Cell
 from ftlevel.methods.matrix import check_supported
-from ftlevel.models.experts.which import packable_experts
 from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import model_kind
@@ -22,6 +21,7 @@ from ftlevel.models.quantized import (
     stored_quantization,
 )
 from ftlevel.models.sources import ModelSource
+from ftlevel.models.upstream.experts.which import packable_experts
 
 
 def resolve_quantization(

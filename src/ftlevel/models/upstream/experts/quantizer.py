@@ -17,8 +17,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
-from ftlevel.models.experts.forward import IMPLEMENTATION, state_of
-from ftlevel.models.experts.which import BLOCK, NAMES, can_pack
+from ftlevel.models.upstream.experts.forward import IMPLEMENTATION, state_of
+from ftlevel.models.upstream.experts.which import BLOCK, NAMES, can_pack
 
 METHOD = "bitsandbytes_with_experts"
 

@@ -16,8 +16,9 @@ def can_pack(module: Any) -> bool:
 
     Each expert's weights must fill blocks of their own, which share a scale.
     """
-    own = [getattr(module, "_parameters", {}).get(name) for name in NAMES]
-    if any(tensor is None or tensor.dim() != 3 for tensor in own):
+    held: dict[str, Any] = getattr(module, "_parameters", {})
+    own = [held[name] for name in NAMES if held.get(name) is not None]
+    if [tensor.dim() for tensor in own] != [3, 3]:
         return False
     plain = module.has_gate and not (
         module.has_bias or module.is_transposed or module.has_post_expert_norm

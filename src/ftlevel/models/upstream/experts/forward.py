@@ -15,7 +15,7 @@ from bitsandbytes import functional as bnb
 from bitsandbytes import matmul_4bit
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ftlevel.models.experts.which import NAMES
+from ftlevel.models.upstream.experts.which import NAMES
 
 IMPLEMENTATION = "ftlevel_packed"
 """What `config._experts_implementation` is then."""
@@ -110,7 +110,7 @@ def _one_by_one(module: Any, name: str) -> Iterator[tuple[torch.Tensor, Any]]:
 
 def use_even_shares(config: Any) -> None:
     """Have the experts of a model with `config` (mutated), which has no numbers, share the rows."""
-    config._experts_implementation_internal = _EVEN
+    config._experts_implementation = _EVEN
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
