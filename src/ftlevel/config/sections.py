@@ -7,7 +7,7 @@ its choice with the reason.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -67,6 +67,13 @@ class QuantConfig(Section):
         description="Quantize the experts of a mixture too, in 4 bits; the default does where "
         "there are some and no adapter goes on them.",
     )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a card says of it; that experts are quantized only where they are."""
+        if self.kind != "4bit":
+            return {"kind": self.kind}
+        return self.model_dump(exclude=None if self.experts else {"experts"})
 
     @property
     def form(self) -> str:

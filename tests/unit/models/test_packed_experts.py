@@ -125,6 +125,20 @@ def test_it_is_a_third_of_the_bytes_and_autograd_holds_no_weights(
     assert len(tree_leaves(held)) > 0
 
 
+def test_transformers_does_not_save_what_it_could_not_read(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    model = load_packed(tiny_model_dir("mixtral"), "mixtral", torch.bfloat16)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_card_speaks_of_experts_only_where_they_are_packed() -> None:
+    assert "experts" not in QuantConfig(kind="4bit", experts=False).facts
+    assert QuantConfig(kind="4bit", experts=True).facts["experts"] is True
+    assert QuantConfig(kind="8bit").facts == {"kind": "8bit"}
+
+
 def test_what_cannot_be_packed_stays() -> None:
     model = tiny_models.build("mixtral")
     experts = model.model.layers[0].mlp.experts

@@ -45,12 +45,13 @@ def as_lora(file: AdapterFile) -> dict[str, Factors]:
 
     k, r = int(file.config["gralora_k"]), int(file.config["r"])
     scale = file.config["alpha"] / (r + file.config["hybrid_r"])
+    diagonal: Any = torch.block_diag  # has no types
     found = {}
     for name in file.names("gralora_A"):
         down, up = file.take(name, "gralora_A", "gralora_B")
         blocks_in = [block.T.reshape(k, r // k, -1) for block in down]  # (output, r / k, in / k)
-        a = torch.cat([torch.block_diag(*(block[j] for block in blocks_in)) for j in range(k)])
-        b = torch.block_diag(*(block.T for block in up))
+        a = torch.cat([diagonal(*(block[j] for block in blocks_in)) for j in range(k)])
+        b = diagonal(*(block.T for block in up))
         if file.config["hybrid_r"]:
             more = file.take(name, "gralora_A_general.weight", "gralora_B_general.weight")
             a, b = torch.cat([a, more[0]]), torch.cat([b, more[1]], dim=1)

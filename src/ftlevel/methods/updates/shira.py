@@ -11,8 +11,8 @@ from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
 from ftlevel.methods.plain_form.factors import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
-from ftlevel.methods.upstream import draw_shira_mask
 from ftlevel.methods.updates.fit import LINEARS_ONLY
+from ftlevel.methods.upstream import draw_shira_mask
 
 
 def build(spec: ShiraSpec, base: Base) -> Any:

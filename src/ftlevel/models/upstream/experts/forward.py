@@ -79,13 +79,15 @@ def _multiply(module: Any, name: str, rows: torch.Tensor, counts: list[int]) -> 
         weights = getattr(module, name)
         made = [
             torch.nn.functional.linear(part, own)
-            for part, own in zip(rows.split(counts), weights, strict=True)
+            for part, own in zip(torch.split(rows, counts), weights, strict=True)
         ]
         return torch.cat(made)
     rows = rows.to(state_of(module, name).dtype)
     made = [
         matmul_4bit(part, packed.t(), quant_state=own)
-        for part, (packed, own) in zip(rows.split(counts), _one_by_one(module, name), strict=True)
+        for part, (packed, own) in zip(
+            torch.split(rows, counts), _one_by_one(module, name), strict=True
+        )
         if len(part)
     ]
     return torch.cat(made)

@@ -24,7 +24,7 @@ METHOD = "bitsandbytes_with_experts"
 
 
 @register_quantization_config(METHOD)
-class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
+class ExpertsConfig(BitsAndBytesConfig):
     """4 bits for linears and for experts."""
 
     def __init__(self, **settings: Any) -> None:
@@ -34,7 +34,7 @@ class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+class ExpertsQuantizer(Bnb4BitHfQuantizer):
     """Packs what `Bnb4BitHfQuantizer` packs, and experts.
 
     Attributes:
@@ -54,6 +54,10 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             return param_name in self.states or can_pack(module)
         needs: bool = super().param_needs_quantization(model, param_name, **settings)
         return needs
+
+    def is_serializable(self) -> bool:
+        """Whether transformers may save the model: nothing reads packed experts back."""
+        return False
 
     def get_quantize_ops(self) -> Any:
         """Return what packs a tensor."""
@@ -75,7 +79,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return super()._process_model_after_weight_loading(model, **settings)
 
 
-class _Pack(ConversionOps):  # type: ignore[misc]
+class _Pack(ConversionOps):
     """Packs one tensor: experts here, a linear's by transformers."""
 
     def __init__(self, quantizer: ExpertsQuantizer, linears: Any) -> None:
@@ -83,7 +87,8 @@ class _Pack(ConversionOps):  # type: ignore[misc]
 
     def convert(self, input_dict: dict[str, Any], **settings: Any) -> dict[str, torch.Tensor]:
         """Return the packed tensors by their names."""
-        config, made = self.quantizer.quantization_config, {}
+        config = self.quantizer.quantization_config
+        made: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
             if name.rpartition(".")[2] not in NAMES:
                 made |= self.linears.convert({name: value}, **settings)
