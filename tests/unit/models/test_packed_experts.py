@@ -145,4 +145,6 @@ def test_what_cannot_be_packed_stays() -> None:
     assert can_pack(experts)
     experts.has_bias = True
     assert not can_pack(experts)
+    del experts.has_bias  # a class that does not ask transformers for its forward
+    assert not can_pack(experts)
     assert not can_pack(tiny_models.build("llama").model.layers[0].mlp)

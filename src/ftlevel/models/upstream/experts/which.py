@@ -10,6 +10,8 @@ BLOCK = 64
 NAMES = ("gate_up_proj", "down_proj")
 """The tensors of a module of experts, (experts, out, in)."""
 
+_KIND = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+
 
 def can_pack(module: Any) -> bool:
     """Whether `module` holds experts that `forward` multiplies: gated, without biases.
@@ -20,9 +22,8 @@ def can_pack(module: Any) -> bool:
     own = [held[name] for name in NAMES if held.get(name) is not None]
     if [tensor.dim() for tensor in own] != [3, 3]:
         return False
-    plain = module.has_gate and not (
-        module.has_bias or module.is_transposed or module.has_post_expert_norm
-    )
+    kind = [getattr(module, name, None) for name in _KIND]  # None where its forward is its own
+    plain = kind == [True, False, False, False]
     return plain and all(tensor[0].numel() % BLOCK == 0 for tensor in own)
 
 
