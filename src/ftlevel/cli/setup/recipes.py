@@ -57,7 +57,7 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
 
 def shipped() -> list[Path]:
     """Return the recipes that come with ftlevel: in the package, or beside src in a checkout."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     places = (package / "recipes", package.parents[1] / "recipes")
     return sorted(next((p for p in places if p.is_dir()), package).glob("*.yaml"))
 
@@ -81,7 +81,17 @@ def _about(path: Path) -> str:
 
 
 def _known() -> list[Path]:
-    return sorted(path for where in (".", "recipes") for path in Path(where).glob("*.y*ml"))
+    """Return the recipes of this directory, and of `recipes` in it."""
+    files = [path for where in (".", "recipes") for path in Path(where).glob("*.y*ml")]
+    return sorted(filter(_is_recipe, files))
+
+
+def _is_recipe(path: Path) -> bool:
+    """Whether `path` holds a section of ours, as other YAML files do not."""
+    try:
+        return not TrainConfig.model_fields.keys().isdisjoint(read_yaml(path)[0])
+    except (ConfigError, OSError):
+        return False
 
 
 def _find(file: Path) -> Path:
