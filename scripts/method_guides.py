@@ -115,6 +115,47 @@ GUIDES: dict[str, Guide] = {
         "`method.decompose_factor` (-1: as square as can be), `method.r`.",
         beside=LINEARS, mark="C⊗AB",
     ),
+    "miss": Guide(
+        "The inputs of every linear are summed in shards to r numbers, and one trained matrix maps "
+        "these to the outputs. There is no second matrix to hold or to multiply by.",
+        "Where LoRA suits, and half of its trained matrices are to be spared at the same rank. It "
+        "goes to servers as plain LoRA.",
+        "`method.r` (64) must divide the inputs of every linear; then the rate, which is near its edge: "
+        "of eight classes MiniLM had 0.89 at 3e-4 and 0.24 at 1e-3.",
+        beside=LINEARS, mark="D",
+    ),
+    "shira": Guide(
+        "A few weights of every linear, drawn at random by a seed, are trained themselves; as many as "
+        "LoRA of rank r would have.",
+        "When several adapters are to be merged into one base: few of their weights meet. Merging is "
+        "exact. No server loads it but merged.",
+        "`method.r` (32) sets how many weights, `random_seed` which.",
+        beside=LINEARS, mark="S",
+    ),
+    "hira": Guide(
+        "Every weight is multiplied, entry by entry, by 1 + B A: a low-rank factor, whose update has "
+        "the rank of the weight.",
+        "When an update of high rank is wanted at LoRA's number of parameters. A step holds a whole "
+        "weight more for each linear, and no server loads it but merged.",
+        "`--learning-rate` first: it wants ten times that of LoRA. Then `method.r` (32).",
+        beside=LINEARS, mark="W∘BA",
+    ),
+    "gralora": Guide(
+        "Every weight is cut into k by k blocks, and each gets a LoRA of rank r / k of its own.",
+        "Where LoRA of a high rank does no better than of a low one: a block that goes astray does not "
+        "take the others with it. It goes to servers as plain LoRA of rank k r.",
+        "`method.gralora_k` (2) must divide the rank and both sides of every linear; `method.r` (32).",
+        beside=LINEARS, mark="k² A B",
+    ),
+    "c3a": Guide(
+        "The update of every linear is made of circulant blocks, each of one trained row, and is "
+        "computed by Fourier transforms.",
+        "When an update of high rank is wanted from few parameters. Merging builds a whole matrix, and no "
+        "server loads it but merged.",
+        "`block_size` (64) must divide both sides of every linear: smaller blocks have more parameters. Its "
+        "rate is 0.3, three hundred times LoRA's.",
+        beside=LINEARS, mark="⟳",
+    ),
     "adapter": Guide(
         "A small network (down to a few features, a non-linearity, up again) inside every block: "
         "after attention and after the feed-forward (`houlsby`), after the feed-forward alone "
