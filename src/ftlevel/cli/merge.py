@@ -61,3 +61,5 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         )
         yield f"training had moved it by KL {summary['effect']['kl']:.2g}"
     yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
+    if "hub" in summary:
+        yield f"uploaded {summary['hub']}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.files import check_absent, placed_directory
+from ftlevel.artifacts.hub import plan_upload
 from ftlevel.artifacts.merge_card import write_merge_readme
 from ftlevel.config import MergeConfig
 from ftlevel.config.choices import Choice
@@ -56,6 +57,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
     listener = listener or Silence()
     began = time.perf_counter()
     check_absent("--out", config.output_dir)
+    upload = plan_upload(config)
     with quiet_libraries(), contextlib.ExitStack() as stack:
         listener.stage("find the adapter and its base")
         inputs = resolve_merge_input(config)
@@ -73,6 +75,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
         place = stack.enter_context(placed_directory(config.output_dir))
         summary = _merge(config, inputs, ways, probe, place, listener)
     summary["seconds"] = round(time.perf_counter() - began, 2)
+    upload.send([config.output_dir], summary)
     return MergeResult(summary, config.output_dir)
 
 

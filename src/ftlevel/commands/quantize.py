@@ -24,6 +24,7 @@ from ftlevel.artifacts.cards import (
 )
 from ftlevel.artifacts.files import check_absent, placed_directory, write_json
 from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import QuantizeConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError, InputError, RunError
@@ -105,6 +106,7 @@ def quantize(
     """
     listener = listener or Silence()
     check_absent("--out", config.out)
+    upload = plan_upload(config)
     with quiet_libraries():
         plan = _resolve(config)
         listener.choices("quantize", plan.choices)
@@ -128,6 +130,7 @@ def quantize(
                     summary["fidelity"] = _measure(config, plan, directory, partial, plan.text)
             write_json(partial / SUMMARY, summary)
             _write_cards(partial, config, plan, summary)
+    upload.send([config.out], summary)
     return QuantizeResult(summary, config.out)
 
 

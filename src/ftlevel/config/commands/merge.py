@@ -7,14 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ftlevel.config.sections import Positive, Section
+from ftlevel.config.options.hub import HubSection
+from ftlevel.config.sections import Positive
 
 Strategy = Literal["cat", "svd", "linear", "ties", "dare-ties", "dare-linear", "magnitude-prune"]
 _PRUNING = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
 _QUANTIZED = ("4bit", "8bit", "quantized", "nf4", "fp4")
 
 
-class MergeConfig(Section):
+class MergeConfig(HubSection):
     """Everything that decides a merge."""
 
     adapters: list[str] = Field(
