@@ -52,7 +52,7 @@ def merge_as_peft_does(inputs: MergeInput, out: Path) -> None:
 
 
 def ways(
-    run: str, rows: int, calibration: int, place: Path
+    run: str, rows: int, calibration: int, place: Path, *, only_chosen: bool
 ) -> Iterator[tuple[str, Agreement, float]]:
     """Yield what is served, how far it is from the run, and the processor time of writing it."""
     config = MergeConfig(adapters=[run], output_dir=place / "out", quant="4bit")
@@ -62,16 +62,20 @@ def ways(
     probe = Probe(chosen.compared, inputs.objective, pad_id, inputs.device)
     trained, effect = ask_trained(inputs, probe)
     yield "4-bit base without the adapter", effect, 0.0
-    began = time.process_time()
-    merge_as_peft_does(inputs, place / "peft")
-    spent = time.process_time() - began
-    found = probe.score(load_merged(place / "peft", inputs), inputs.dtype)
-    yield "merged as PEFT does", compare_rows(trained, found), spent
+    if not only_chosen:
+        began = time.process_time()
+        merge_as_peft_does(inputs, place / "peft")
+        spent = time.process_time() - began
+        found = probe.score(load_merged(place / "peft", inputs), inputs.dtype)
+        yield "merged as PEFT does", compare_rows(trained, found), spent
     whole = write_onto(config, inputs, "dequantized", place / "whole")
     kept = place / "kept"
     shutil.copytree(whole.directory, kept)
     on = Probe(chosen.calibration, inputs.objective, pad_id, inputs.device)
-    for name, some in (("original + change, rounded", None), ("the same, codes chosen", on)):
+    written_ways = [("original + change, rounded", None), ("the same, codes chosen", on)]
+    if not chosen.calibration:
+        written_ways = written_ways[:1]
+    for name, some in written_ways[-1:] if only_chosen else written_ways:
         if not whole.directory.is_dir():
             shutil.copytree(kept, whole.directory)
         began = time.process_time()
@@ -87,6 +91,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--rows", type=int, default=48, help="validation rows to compare on")
     parser.add_argument("--calibration-rows", type=int, default=128)
+    parser.add_argument("--only-chosen", action="store_true", help="leave the others out")
     arguments = parser.parse_args()
     print("| run | what is served | KL | same first choice | loss | as trained | targets | "
           "processor s |")  # fmt: skip
@@ -94,7 +99,10 @@ def main() -> None:
     for run in arguments.runs:
         with tempfile.TemporaryDirectory(prefix="ftlevel-merge-") as folder, quiet_libraries():
             place = Path(folder)
-            for name, found, spent in ways(run, arguments.rows, arguments.calibration_rows, place):
+            for name, found, spent in ways(
+                run, arguments.rows, arguments.calibration_rows, place,
+                only_chosen=arguments.only_chosen,
+            ):  # fmt: skip
                 print(f"| {Path(run).name} | {name} | {found.kl:.4f} | {found.top1:.1%} | "
                       f"{found.loss:.4f} | {found.loss_reference:.4f} | {found.targets} | "
                       f"{spent:.0f} |", flush=True)  # fmt: skip

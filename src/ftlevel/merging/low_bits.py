@@ -29,11 +29,10 @@ from ftlevel.models.loading import load_config
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.quantizers import dequantized
-from ftlevel.weights.codes import Grid, improve_codes
+from ftlevel.weights.codes import Grid, choose_codes
 from ftlevel.weights.quantize_layout import Layout, build_layout
 from ftlevel.weights.quantize_shards import bitsandbytes_grid, write_quantized
 
-SWEEPS = 3
 _TOLERANCE = 1e-4
 
 
@@ -80,7 +79,7 @@ class CodeChooser:
         """Return codes and scales of a linear; None where its blocks are not whole."""
         if not self.grid.fits(written.shape):
             return None
-        origin = self._weight(self.origin, linear)
+        origin = self._turn(self.origin.unrounded(f"{linear}.weight"), linear)
         if not self.target.adapts(f"{linear}.weight"):
             origin = origin.to(self.dtype).float()  # as it was quantized for training
         scales = self.grid.scales_of(origin)
@@ -88,14 +87,14 @@ class CodeChooser:
         codes = self.grid.nearest(origin, scales)
         moment = self.moments.of(linear) if self.moments else None
         if moment is not None:
-            weight = self._weight(self.target, linear)
-            for _ in range(SWEEPS):
-                codes = improve_codes(weight, codes, stored, moment, self.grid)
+            weight = self._turn(self.target.unrounded(f"{linear}.weight"), linear)
+            change = weight - self._turn(self.target.base(f"{linear}.weight"), linear)
+            codes = choose_codes(weight, change, codes, stored, moment, self.grid)
         self.sums[linear] = self.grid.value(codes, stored) @ _signs(codes.shape[1])
         return codes, scales
 
-    def _weight(self, merger: TensorMerger, linear: str) -> torch.Tensor:
-        weight = merger.unrounded(f"{linear}.weight")
+    def _turn(self, weight: torch.Tensor | None, linear: str) -> torch.Tensor:
+        """Return `weight` as (out, in) in float32."""
         if weight is None:
             raise ValueError(f"{linear} is a linear of the model that was merged")
         return (weight.T if self.turned[linear] else weight).float().contiguous()

@@ -97,6 +97,10 @@ class TensorMerger:
         """Return the merged tensor `name` before it is rounded; None where the model has none."""
         return self._merged(name) if name in self.shapes else None
 
+    def base(self, name: str) -> torch.Tensor:
+        """Return the tensor `name` before merging, as it was in training."""
+        return self._read(name)
+
     def loses_in(self, dtype: torch.dtype) -> bool:
         """Whether numbers of the base are lost where it is loaded in `dtype`."""
         stored = {self.checkpoint.spec(name).dtype for name in self.checkpoint.groups}

@@ -6,7 +6,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from ftlevel.weights.codes import DAMPING, Grid, improve_codes
+from ftlevel.weights.codes import DAMPING, Grid, choose_codes, find_directions, improve_codes
 from ftlevel.weights.four_bit import four_bit_grid, pack_4bit, quantize_4bit
 from ftlevel.weights.quantize_shards import bitsandbytes_grid
 
@@ -107,3 +107,39 @@ def test_a_weight_on_the_grid_stays() -> None:
     weight = grid.value(codes, grid.stored(scales))
     found = improve_codes(weight, codes, grid.stored(scales), moment_of(128), grid)
     assert torch.equal(found, codes)
+
+
+def test_the_change_arrives_in_the_directions_that_it_writes_to() -> None:
+    """Sweeps alone trade it for less noise elsewhere: inputs here hardly depend on each other."""
+    grid, moment = four_bit_grid("nf4", False), 0.1 * moment_of(256) + torch.eye(256)
+    origin = matrix(192, 256)
+    scales = grid.scales_of(origin)
+    base = grid.value(grid.nearest(origin, scales), scales)
+    change = 0.03 * matrix(192, 4, 5) @ matrix(4, 256, 6)
+    start = grid.nearest(origin + change, scales)
+    sides = torch.linalg.svd(change).U[:, :4].T  # what a change of rank 4 can write to
+
+    def lost(codes: torch.Tensor) -> float:
+        missing, whole = sides @ (base + change - grid.value(codes, scales)), sides @ change
+        of = [float(error(one, 0 * one, moment).sum()) for one in (missing, whole)]
+        return of[0] / of[1]
+
+    alone = start
+    for _ in range(3):
+        alone = improve_codes(base + change, alone, scales, moment, grid)
+    found = choose_codes(base + change, change, start, scales, moment, grid)
+    assert lost(found) < 0.5 * lost(alone)
+    assert lost(found) < 0.8 * lost(start)
+    noise = [
+        float(error(base + change, grid.value(codes, scales), moment).sum())
+        for codes in (found, start)
+    ]
+    assert noise[0] < 0.5 * noise[1]
+
+
+def test_directions_are_the_first_of_what_a_change_does() -> None:
+    change, moment = matrix(60, 3) @ matrix(3, 40, 1), moment_of(40)
+    found = find_directions(change, moment)
+    kept = found @ (found.T @ change)
+    torch.testing.assert_close(kept, change, rtol=1e-3, atol=1e-3)
+    assert find_directions(0 * change, moment).abs().sum() == 0
