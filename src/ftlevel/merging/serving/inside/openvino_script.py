@@ -25,10 +25,10 @@ def main() -> None:
             base = _convert(base, folder)
         for adapter in asked["adapters"]:
             more: dict[str, Any] = {}
-            if adapter["place"]:
-                file = str(Path(adapter["place"]) / "adapter_model.safetensors")
-                more["adapters"] = genai.AdapterConfig(genai.Adapter(file), 1.0)
             try:
+                if adapter["place"]:
+                    file = str(Path(adapter["place"]) / "adapter_model.safetensors")
+                    more["adapters"] = genai.AdapterConfig(genai.Adapter(file), 1.0)
                 pipe = genai.ContinuousBatchingPipeline(
                     base, genai.SchedulerConfig(), "CPU", {**PRECISE, **more}
                 )
@@ -50,13 +50,17 @@ def _convert(base: str, folder: str) -> str:
     return folder
 
 
-def _answer(pipe: Any, tokenizer: Any, ids: list[int], count: int) -> dict[str, Any]:
+def _answer(
+    pipe: Any, tokenizer: Any, ids: list[int], count: int, more: dict[str, Any]
+) -> dict[str, Any]:
     import numpy as np
     import openvino
     import openvino_genai as genai
 
     greedy = genai.GenerationConfig()
     greedy.max_new_tokens, greedy.do_sample, greedy.logprobs = count, False, 1
+    if "adapters" in more:  # a request that names none is answered by the base
+        greedy.adapters = more["adapters"]
     if tokenizer.eos_token_id is not None:
         greedy.eos_token_id = tokenizer.eos_token_id
     asked = openvino.Tensor(np.array([ids], dtype=np.int64))
