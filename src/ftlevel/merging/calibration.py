@@ -50,7 +50,8 @@ class InputMoments:
 
     def _group(self, first: str) -> list[str]:
         """Return `first` and what follows it, as many as memory is for."""
-        names, size, group = list(self.sizes), 0, []
+        names, size = list(self.sizes), 0
+        group: list[str] = []
         for name in names[names.index(first) :]:
             size += 4 * self.sizes[name] ** 2
             if group and size > MOST_BYTES:
@@ -109,7 +110,8 @@ class _Sums:
         mask = self.mask
         fits = mask is not None and given.shape[:2] == mask.shape
         rows = (given[mask] if fits else given.reshape(-1, given.shape[-1])).float()
-        total = (rows.T @ rows).cpu()
+        with torch.autocast(rows.device.type, enabled=False):  # which would round the sums
+            total = (rows.T @ rows).cpu()
         self.means[name] = self.means[name].add_(total) if name in self.means else total
         self._counts[name] = self._counts.get(name, 0) + len(rows)
 

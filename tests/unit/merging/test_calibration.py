@@ -25,10 +25,10 @@ def model(tiny_model_dir: Callable[..., Path]) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama")).eval()
 
 
-def ask(model: Any, sizes: dict[str, int]) -> InputMoments:
+def ask(model: Any, sizes: dict[str, int], dtype: str = "float32") -> InputMoments:
     objective = TASKS["text-generation"].build_objective("decoder", {})
     rows = [Encoded(ids, ids, index) for index, ids in enumerate(ROWS)]
-    return InputMoments(model, Probe(rows, objective, 0, "cpu"), "float32", sizes)
+    return InputMoments(model, Probe(rows, objective, 0, "cpu"), dtype, sizes)
 
 
 def sizes_of(model: Any) -> dict[str, int]:
@@ -58,6 +58,14 @@ def test_moments_are_those_of_the_inputs_without_padding(
     for name in sizes:
         torch.testing.assert_close(found.of(name), moment(model, name), rtol=1e-4, atol=1e-6)
     assert (found.passes == 1) == (most == 1 << 30)
+
+
+def test_sums_are_not_rounded_where_the_model_computes_in_bfloat16(model: Any) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    found = ask(model, {name: 64}, "bfloat16").of(name)
+    assert found is not None
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, found.bfloat16().float())
 
 
 def test_a_linear_that_no_row_reaches_has_none(model: Any) -> None:

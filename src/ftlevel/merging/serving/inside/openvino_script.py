@@ -33,7 +33,8 @@ def main() -> None:
                     base, genai.SchedulerConfig(), "CPU", {**PRECISE, **more}
                 )
                 answered[adapter["name"]] = [
-                    _answer(pipe, tokenizer, ids, asked["tokens"]) for ids in adapter["prompts"]
+                    _answer(pipe, tokenizer, ids, asked["tokens"], more)
+                    for ids in adapter["prompts"]
                 ]
             except Exception as error:  # noqa: BLE001 - whatever it refuses an adapter by
                 answered[adapter["name"]] = f"{type(error).__name__}: {error}"
