@@ -173,7 +173,7 @@ SmolLM2-135M cut to 4 layers, real weights and vocabulary; six prompts by token 
 tokens each, float32. `right`: texts are PEFT's and logprobs within 0.02 (llama.cpp) or 1e-3 (the
 others; the largest difference is named). `ours` are short runs of ftlevel's, the others plain
 PEFT's. What llama.cpp makes of PEFT's files is by its own converter, of the sources of
-llama-cpp-python 0.3.36, whose place `scripts/served.py --converter` takes; it reads alpha / r alone.
+llama-cpp-python 0.3.36, whose place `scripts/served.py --converter` takes.
 
     make servers served
 """
