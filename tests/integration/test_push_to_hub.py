@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
+from export_cases import exportable
 from ftlevel.artifacts.hub import find_repository
 from ftlevel.cli.app import run
 from ftlevel.errors import ConfigError
@@ -68,11 +70,38 @@ def test_an_upload_that_fails_leaves_the_run_whole(
     answer(monkeypatch, "upload_folder", OSError("no route to host\nmore"), heard)
     assert run(["train", *SHORT, "--push-to-hub", "us/mine"]) == 1
     said = capsys.readouterr().err
-    assert "the upload failed (no route to host). The run is whole in run." in said
+    assert "the upload failed (no route to host). What was made is whole on this disk." in said
     assert "Upload it: hf upload us/mine run/adapter" in said
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["proof"]["reload_difference"] == 0.0
     assert "hub" not in summary
+
+
+@pytest.mark.slow
+def test_what_other_commands_write_is_uploaded(
+    heard: list[Any], tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`quantize` uploads a directory, `export` its own files alone."""
+    model = str(exportable(tiny_model_dir, tmp_path, "llama"))
+    pushed = ["--push-to-hub", "mine", "--quiet"]
+    assert run(["quantize", model, "--quant", "8bit", "--no-measure", "--out", "q", *pushed]) == 0
+    assert heard[2][1]["folder_path"] == Path("q")
+    assert heard[2][1]["allow_patterns"] is None
+    Path("beside").write_text("not ours", encoding="utf-8")
+    assert run(["export", model, "--no-verify", "--out", "m.gguf", *pushed]) == 0
+    assert heard[5][1]["folder_path"] == Path()
+    assert heard[5][1]["allow_patterns"] == ["m.gguf", "m.Modelfile"]
+    assert [call[0] for call in heard] == ["whoami", "create_repo", "upload_folder"] * 2
+
+
+@pytest.mark.parametrize("command", ["merge", "quantize", "export"])
+def test_other_commands_ask_the_hub_before_they_work(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(monkeypatch, "whoami", LocalTokenNotFoundError("x"), [])
+    quant = ["--quant", "4bit"] if command == "quantize" else []
+    assert run([command, "absent", *quant, "--out", "absent.gguf", "--push-to-hub", "mine"]) == 2
+    assert "nobody is logged in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

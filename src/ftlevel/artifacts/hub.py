@@ -1,4 +1,4 @@
-"""What was trained, on the Hugging Face Hub: checked before the run, uploaded after its proof.
+"""What was made, on the Hugging Face Hub: checked before the work, uploaded after its proof.
 
 The token is the one of `hf auth login` or of HF_TOKEN, which huggingface_hub reads by itself; it is
 never written, and never an argument.
@@ -6,9 +6,12 @@ never written, and never an argument.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftlevel.config.options.hub import HubSection
 from ftlevel.errors import ConfigError, RunError
 
 
@@ -37,8 +40,8 @@ def find_repository(name: str) -> str:
     # Its base is that of the HTTP library below, which changed its name between releases.
     except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
         raise ConfigError(
-            f"{flag}: the Hub does not answer ({_first_line(error)}). Nothing was trained. Drop "
-            "it, and upload the run afterwards with hf upload."
+            f"{flag}: the Hub does not answer ({_first_line(error)}). Nothing was done. Drop it, "
+            "and upload the result afterwards with hf upload."
         ) from None
     return _with_owner(name, user, flag)
 
@@ -59,13 +62,50 @@ def _with_owner(name: str, user: dict[str, Any], flag: str) -> str:
     return name
 
 
-def push(folder: Path, name: str, *, private: bool) -> str:
+@dataclass(frozen=True)
+class Upload:
+    """Where a command's result goes once it is whole; nowhere without a name.
+
+    Attributes:
+        name: of the repository, with its owner.
+        private: whether a repository that is made is hidden from others.
+    """
+
+    name: str | None
+    private: bool
+
+    def send(self, paths: Sequence[Path], summary: dict[str, Any]) -> None:
+        """Upload a directory, or files of one, and note in `summary` where it is (mutated).
+
+        Raises:
+            RunError: the Hub refused it; what is on disk is whole.
+        """
+        if self.name is None:
+            return
+        is_one = len(paths) == 1 and paths[0].is_dir()
+        folder = paths[0] if is_one else paths[0].parent
+        files = [] if is_one else [path.name for path in paths]
+        summary["hub"] = push(folder, self.name, private=self.private, files=files)
+
+
+def plan_upload(config: HubSection) -> Upload:
+    """Return where the result of `config` goes.
+
+    Raises:
+        ConfigError: as of `find_repository`.
+    """
+    name = config.push_to_hub
+    return Upload(None if name is None else find_repository(name), config.hub_private)
+
+
+def push(folder: Path, name: str, *, private: bool, files: Sequence[str] = ()) -> str:
     """Upload `folder`, card and all, and return where it is.
 
     Args:
         folder: what was saved.
         name: whole, as `find_repository` gave it.
         private: whether a repository that is made is hidden from others.
+        files: names of what is uploaded of it, if not all.
 
     Raises:
         RunError: the Hub refused it; what is on disk is whole.
@@ -74,15 +114,17 @@ def push(folder: Path, name: str, *, private: bool) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
+    include = "".join(f" --include {file}" for file in files)
     try:
         made = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=made.repo_id, folder_path=folder, commit_message="Upload by ftlevel"
-        )
+            repo_id=made.repo_id, folder_path=folder, commit_message="Upload by ftlevel",
+            allow_patterns=list(files) or None,
+        )  # fmt: skip
     except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
         raise RunError(
-            f"--push-to-hub {name}: the upload failed ({_first_line(error)}). The run is whole in "
-            f"{folder.parent}. Upload it: hf upload {name} {folder}"
+            f"--push-to-hub {name}: the upload failed ({_first_line(error)}). What was made is "
+            f"whole on this disk. Upload it: hf upload {name} {folder}{include}"
         ) from None
     return str(made)
 

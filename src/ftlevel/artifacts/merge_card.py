@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftlevel.artifacts.cards import generate_command, pipeline_tag
+from ftlevel.config import QuantConfig
 
 
 def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
@@ -35,6 +36,9 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
         lines += ["The adapter was trained on a quantized base; it is merged into the weights that "
                   "quantizing and dequantizing gives, which are those that it was trained on.",
                   ""]  # fmt: skip
+    if summary.get("quantization"):
+        lines += [*_low_bits_lines(QuantConfig(**summary["quantization"]).form,
+                                   summary["served"]), ""]  # fmt: skip
     if summary["reason"]:
         lines += [f"These weights were taken because they are {summary['reason']}.", ""]
     if summary["written"]["untied"]:
@@ -43,6 +47,18 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
     lines += _check_lines(summary.get("agreement"))
     lines += ["## Use", "", "```sh", generate_command(summary["out"], task), "```", ""]
     return "\n".join(lines)
+
+
+def _low_bits_lines(form: str, served: Mapping[str, Any] | None) -> list[str]:
+    lines = [f"Its linears are stored in {form}, which transformers loads with bitsandbytes."]
+    if served is not None:
+        lines.append(
+            f"Loaded so, it is at KL {served['kl']:.2g} from the model as trained, with the same "
+            f"first choice at {served['top1']:.1%} of {served['targets']:,} targets and a loss of "
+            f"{served['loss']:.4f} (as trained {served['loss_reference']:.4f}). The table below is "
+            "of the same weights before they were rounded."
+        )
+    return lines
 
 
 def _check_lines(agreement: Mapping[str, Any] | None) -> list[str]:

@@ -10,7 +10,7 @@ import typer
 
 from ftlevel.cli.flags import Given
 from ftlevel.cli.startup.heavy_imports import heavy_imports
-from ftlevel.config import MergeConfig
+from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.errors import listing
 
 
@@ -60,4 +60,11 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
             f"(before {found['loss_reference']:.4f})"
         )
         yield f"training had moved it by KL {summary['effect']['kl']:.2g}"
+    if (served := summary["served"]) is not None:
+        yield (
+            f"in {QuantConfig(**summary['quantization']).form}: KL {served['kl']:.2g} to the run "
+            f"as trained, top-1 {served['top1']:.1%}, loss {served['loss']:.4f}"
+        )
     yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
+    if "hub" in summary:
+        yield f"uploaded {summary['hub']}"

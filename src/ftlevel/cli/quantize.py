@@ -36,6 +36,8 @@ def quantize(given: Given, *, out: str | None, dry_run: bool, as_json: bool, qui
             typer.echo(f"  {line}")
         if result.path is not None:
             typer.echo(f"  saved {result.path}")
+            if "hub" in result.summary:
+                typer.echo(f"  uploaded {result.summary['hub']}")
             typer.echo(f"  train on it: ftlevel train --method lora --model {result.path}")
 
 

@@ -16,6 +16,7 @@ from ftlevel.artifacts.files import (
     placed_directory,
     placed_files,
 )
+from ftlevel.artifacts.hub import plan_upload
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.commands.merge import merge
 from ftlevel.config import ExportConfig, MergeConfig
@@ -67,6 +68,7 @@ def export(
         kind = path.suffix.removeprefix(".")
         flag = "--out" if path == config.out else f"--out, for its {kind}:"
         check_file_free(flag, path, overwrite=config.overwrite)
+    upload = plan_upload(config)
     with quiet_libraries():
         listener.stage("find the model")
         device = choose_device(config.device)
@@ -84,6 +86,7 @@ def export(
             merge_adapter = partial(_merge, config, found)
             summary = planned.write(place, device.value, listener, merge_adapter)
     summary["seconds"] = round(time.perf_counter() - began, 2)
+    upload.send(config.outputs, summary)
     return ExportResult(summary, config.out, tuple(planned.describe(summary)))
 
 

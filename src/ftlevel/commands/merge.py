@@ -12,13 +12,15 @@ from typing import Any
 
 from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.files import check_absent, placed_directory
+from ftlevel.artifacts.hub import plan_upload
 from ftlevel.artifacts.merge_card import write_merge_readme
-from ftlevel.config import MergeConfig
+from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
 from ftlevel.evaluation.two_models.on_rows import Probe, Scores
 from ftlevel.events import Listener, Silence
+from ftlevel.merging.low_bits import measure_low_bits, resolve_low_bits, write_low_bits
 from ftlevel.merging.merge_input import (
     MergeInput,
     choose_rows,
@@ -31,6 +33,27 @@ from ftlevel.merging.verify import Candidate, check, measure
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import keep_heads, quiet_libraries
 from ftlevel.models.quantization import build_quantization_config, build_rounding
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What will be done.
+
+    Attributes:
+        config: what was asked for.
+        inputs: the adapter and its base.
+        ways: the weights to merge onto.
+        low: the bits that the result is written in; None for floating point.
+        probe: rows to compare models on; None leaves comparing out.
+        calibration: rows on which codes are chosen; None rounds each weight by itself.
+    """
+
+    config: MergeConfig
+    inputs: MergeInput
+    ways: list[str]
+    low: QuantConfig | None
+    probe: Probe | None
+    calibration: Probe | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +79,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
     listener = listener or Silence()
     began = time.perf_counter()
     check_absent("--out", config.output_dir)
+    upload = plan_upload(config)
     with quiet_libraries(), contextlib.ExitStack() as stack:
         listener.stage("find the adapter and its base")
         inputs = resolve_merge_input(config)
@@ -63,36 +87,38 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
             inputs = replace(inputs, dtype="float32")
         ways = _ways(config, inputs)
         inputs, choices = mix(config, inputs, stack)
-        probe = None
-        if config.verify:
-            rows, compared = choose_rows(inputs, config.rows)
-            probe = Probe(rows, inputs.objective, inputs.tokenizer.pad_token_id or 0,
-                          inputs.device)  # fmt: skip
-            choices.append(compared)
-        listener.choices("merge", [*_describe(config, inputs, ways), *choices])
+        low = resolve_low_bits(config, inputs)
+        count = config.rows if config.verify else 0
+        calibrated = config.calibration_rows if low else 0
+        probe = calibration = None
+        if count or calibrated:
+            rows = choose_rows(inputs, count, calibrated)
+            pad_id = inputs.tokenizer.pad_token_id or 0
+            probe, calibration = (
+                Probe(part, inputs.objective, pad_id, inputs.device) if part else None
+                for part in (rows.compared, rows.calibration)
+            )
+            choices += rows.choices
+        job = _Job(config, inputs, ways, low, probe, calibration)
+        listener.choices("merge", [*_describe(job), *choices])
         place = stack.enter_context(placed_directory(config.output_dir))
-        summary = _merge(config, inputs, ways, probe, place, listener)
+        summary = _merge(job, place, listener)
     summary["seconds"] = round(time.perf_counter() - began, 2)
+    upload.send([config.output_dir], summary)
     return MergeResult(summary, config.output_dir)
 
 
-def _merge(
-    config: MergeConfig,
-    inputs: MergeInput,
-    ways: list[str],
-    probe: Probe | None,
-    place: Path,
-    listener: Listener,
-) -> dict[str, Any]:
+def _merge(job: _Job, place: Path, listener: Listener) -> dict[str, Any]:
     """Write what was asked for into `place`, measured, with its card."""
+    config, inputs, probe = job.config, job.inputs, job.probe
     trained = effect = None
     if probe is not None:
         listener.stage("ask the model as trained")
-        trained, effect = _ask_trained(inputs, probe)
+        trained, effect = ask_trained(inputs, probe)
     candidates = []
-    for onto in ways:
+    for onto in job.ways:
         listener.stage(f"merge onto the {onto} weights")
-        candidate = _write(config, inputs, onto, place / f".{onto}")
+        candidate = write_onto(config, inputs, onto, place / f".{onto}")
         if probe is not None and trained is not None:
             candidate = measure(candidate, inputs, probe, trained)
         candidates.append(candidate)
@@ -106,6 +132,15 @@ def _merge(
     for candidate in candidates:
         if candidate is not chosen:
             shutil.rmtree(candidate.directory)
+    served = None
+    if job.low is not None:
+        listener.stage(f"choose the codes of {job.low.form}")
+        chosen, written = write_low_bits(chosen, inputs, job.low, job.calibration, listener)
+        if probe is not None and trained is not None:
+            listener.stage("read it back and measure")
+            served = measure_low_bits(chosen, written, inputs, probe, trained)
+    if served and effect:
+        _warn_of_low_bits(served, effect, listener)
     for path in sorted(chosen.directory.iterdir()):
         path.rename(place / path.name)
     chosen.directory.rmdir()
@@ -120,6 +155,8 @@ def _merge(
         "verified": checked is not None,
         **(asdict(checked) if checked else {"agreement": None}),
         "effect": effect and asdict(effect),
+        "quantization": job.low and job.low.model_dump(),
+        "served": served and asdict(served),
         "candidates": {c.onto: c.trained and asdict(c.trained) for c in candidates},
         "versions": library_versions(),
     }  # fmt: skip
@@ -136,7 +173,16 @@ def _warn_of_loss(found: Agreement, effect: Agreement, dtype: str, listener: Lis
         )
 
 
-def _ask_trained(inputs: MergeInput, probe: Probe) -> tuple[Scores, Agreement]:
+def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) -> None:
+    if served.kl > effect.kl / 2:
+        listener.warn(
+            f"training moved the model by KL {effect.kl:.2g}, and these bits by {served.kl:.2g}: "
+            "much of what was trained is lost in them. Serve the adapter beside its base, or "
+            "merge without --quant."
+        )
+
+
+def ask_trained(inputs: MergeInput, probe: Probe) -> tuple[Scores, Agreement]:
     """Return what the model as trained says, and how far from it its base is by itself."""
     model = load_trained_model(inputs, inputs.quant)
     trained = probe.score(model, inputs.dtype)
@@ -159,6 +205,8 @@ def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
         return ["original"]
     if config.onto != "auto":
         return [config.onto]
+    if config.quant != "none":  # what was trained, as exactly as can be, before it is rounded
+        return ["dequantized"]
     if not config.verify:
         raise ConfigError(
             "--onto auto measures both ways on a quantized run, and --no-verify leaves measuring "
@@ -167,7 +215,8 @@ def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
     return ["dequantized", "original"]
 
 
-def _write(config: MergeConfig, inputs: MergeInput, onto: str, directory: Path) -> Candidate:
+def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, directory: Path) -> Candidate:
+    """Write the adapter merged onto the `original` or the `dequantized` weights."""
     directory.mkdir()
     dtype: str | None = None if config.dtype == "auto" else config.dtype
     if inputs.source.kind == "gguf":  # its numbers have no type of their own
@@ -203,7 +252,8 @@ def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
     return first, reason
 
 
-def _describe(config: MergeConfig, inputs: MergeInput, ways: list[str]) -> Iterator[Choice]:
+def _describe(job: _Job) -> Iterator[Choice]:
+    config, inputs, ways = job.config, job.inputs, job.ways
     yield Choice("adapter", str(inputs.directory), f"{inputs.card.method}, {inputs.task.name}")
     fingerprint = inputs.card.base.get("fingerprint")
     proof = "the weights it was trained on" if fingerprint else "no fingerprint to check it by"
@@ -211,6 +261,10 @@ def _describe(config: MergeConfig, inputs: MergeInput, ways: list[str]) -> Itera
     if inputs.quant.kind != "none":
         reason = "auto: both are measured" if len(ways) > 1 else f"--onto {config.onto}"
         yield Choice("onto", " and ".join(ways), reason)
+    if job.low is not None:
+        rows = job.calibration
+        by = f"by what layers give on {len(rows.rows)} rows" if rows else "the nearest"
+        yield Choice("written in", job.low.form, f"codes chosen {by}")
     yield Choice("out", config.output_dir)
 
 
@@ -221,10 +275,12 @@ def _write_cards(
     facts = {key: summary[key] for key in ("adapters", "onto", "reason", "verified", "agreement")}
     if len(config.adapters) > 1:
         facts |= {"weights": config.weights, "strategy": config.strategy}
+    if summary["served"]:
+        facts["served"] = summary["served"]
     card: AdapterCard = replace(
         inputs.card,
         method="full",
-        quantization={"kind": "none"},
+        quantization=summary["quantization"] or {"kind": "none"},
         dtype=dtype if config.dtype != "auto" else inputs.card.dtype,
         needs_import="",
         versions=library_versions(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from ftlevel.artifacts.cards import (
 )
 from ftlevel.artifacts.files import check_absent, placed_directory, write_json
 from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import QuantizeConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError, InputError, RunError
@@ -42,7 +42,6 @@ from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.quantized import quantization_facts, quantization_name, stored_quantization
-from ftlevel.models.rope import write_former_rope
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source, snapshot
 from ftlevel.models.torchao_format import build_torchao_config
 from ftlevel.weights.quantize_layout import (
@@ -51,17 +50,10 @@ from ftlevel.weights.quantize_layout import (
     build_layout,
     kept_modules,
     predict_bytes,
-    resolve_layout,
 )
-from ftlevel.weights.quantize_shards import Written, quantize_shards
-from ftlevel.weights.tensor_files import read_header, weight_files
+from ftlevel.weights.quantize_shards import COPIED, write_quantized
 
 SUMMARY = "quantization.json"
-_COPIED = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "vocab.*", "merges.txt", "*.model", "preprocessor_config.json",
-    "processor_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,6 +97,7 @@ def quantize(
     """
     listener = listener or Silence()
     check_absent("--out", config.out)
+    upload = plan_upload(config)
     with quiet_libraries():
         plan = _resolve(config)
         listener.choices("quantize", plan.choices)
@@ -115,7 +108,8 @@ def quantize(
         with placed_directory(config.out) as partial:
             with _source_files(plan) as directory:
                 listener.stage("quantize")
-                layout, written = _write(plan, directory, partial, listener)
+                listener.begin(0)
+                layout, written = write_quantized(directory, partial, plan.layout, listener.step)
                 parts = {name: list(sizes) for name, sizes in written.parts.items()}
                 summary = _summary(config, plan, parts, written.quantized)
                 summary["bytes_on_disk"] = written.bytes
@@ -128,6 +122,7 @@ def quantize(
                     summary["fidelity"] = _measure(config, plan, directory, partial, plan.text)
             write_json(partial / SUMMARY, summary)
             _write_cards(partial, config, plan, summary)
+    upload.send([config.out], summary)
     return QuantizeResult(summary, config.out)
 
 
@@ -201,7 +196,7 @@ def _kept_reason(layout: Layout, experts: int) -> str:
 def _source_files(plan: _Plan) -> Iterator[Path]:
     """Give the directory with the source's .safetensors, made for the moment from a .gguf."""
     if plan.source.kind != "gguf":
-        yield snapshot(plan.source, _COPIED)
+        yield snapshot(plan.source, COPIED)
         return
     with tempfile.TemporaryDirectory(prefix="ftlevel-gguf-") as temporary:
         model, _ = load_model(
@@ -211,25 +206,6 @@ def _source_files(plan: _Plan) -> Iterator[Path]:
         load_tokenizer(plan.source).save_pretrained(temporary)
         del model
         yield Path(temporary)
-
-
-def _write(plan: _Plan, directory: Path, out: Path, listener: Listener) -> tuple[Layout, Written]:
-    """Write weights, config.json and what belongs to the tokenizer."""
-    shards = weight_files(directory)
-    layout = resolve_layout(plan.layout, (key for shard in shards for key in read_header(shard)[0]))
-    listener.begin(0)
-    written = quantize_shards(shards, out, layout, lambda done, _: listener.step(done))
-    stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    stored["quantization_config"] = layout.config.to_dict()
-    stored["dtype"] = str(layout.dtype).removeprefix("torch.")
-    stored.pop("torch_dtype", None)
-    write_json(out / "config.json", stored)
-    write_former_rope(out)
-    for pattern in _COPIED:
-        for file in directory.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
-    return layout, written
 
 
 def _write_cards(

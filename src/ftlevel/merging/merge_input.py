@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -22,6 +23,7 @@ from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.parallel import be_silent
 from ftlevel.errors import ConfigError, InputError, listing
+from ftlevel.evaluation.two_models.on_text import cut_windows, read_eval_text
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import max_positions, model_kind
@@ -234,22 +236,41 @@ def load_trained_model(inputs: MergeInput, quant: QuantConfig, *, dequantized: b
     return load_adapter(model.dequantize() if dequantized else model, inputs.directory)
 
 
-def choose_rows(inputs: MergeInput, count: int) -> tuple[list[Encoded], Choice]:
-    """Return at most `count` rows to compare models on: the run's held-out ones if it has any."""
+@dataclass(frozen=True)
+class Rows:
+    """Rows that a merge needs.
+
+    Attributes:
+        compared: to compare models on; the run's held-out ones if it has any.
+        calibration: to choose codes on; never compared ones where there are others.
+        choices: lines for the screen.
+    """
+
+    compared: list[Encoded]
+    calibration: list[Encoded]
+    choices: list[Choice]
+
+
+def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> Rows:
+    """Return at most `count` rows to compare models on, and `calibration` to choose codes on."""
     if inputs.run is None:
-        return _made_up(inputs, count, "there is no run beside the adapter")
+        return _made_up(inputs, count, calibration, "there is no run beside the adapter")
     try:
         own = build_config([read_run(inputs.run)])
         check_places(inputs.run, own.model_dump(mode="json"), DATA_PLACES)
         data = _prepare_rows(inputs, own)
     except ConfigError as error:
         reason = str(error).split("\n")[0]
-        return _made_up(inputs, count, f"the run's data cannot be read: {reason}")
-    rows = list(data.validation[:count]) or [
-        data.train[i] for i in range(min(count, len(data.train)))
-    ]
+        return _made_up(inputs, count, calibration, f"the run's data cannot be read: {reason}")
+    train = [data.train[i] for i in range(min(count + calibration, len(data.train)))]
+    rows = list(data.validation[:count]) or train[:count]
     kind = "validation" if data.validation else "training"
-    return rows, Choice("compared on", f"{len(rows)} {kind} rows", data.facts["name"])
+    others = train if data.validation else train[len(rows) :] or train
+    chosen, name = others[:calibration], data.facts["name"]
+    choices = [Choice("compared on", f"{len(rows)} {kind} rows", name)] if rows else []
+    if chosen:
+        choices.append(Choice("codes chosen on", f"{len(chosen)} training rows", name))
+    return Rows(rows, chosen, choices)
 
 
 def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> Prepared:
@@ -265,13 +286,31 @@ def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> Prepared:
     return prepare_data(config.data, context, be_silent)
 
 
-def _made_up(inputs: MergeInput, count: int, reason: str) -> tuple[list[Encoded], Choice]:
-    """Return rows of random tokens: what two equal models must agree on as well."""
+def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> Rows:
+    """Return rows of random tokens: what two equal models must agree on as well.
+
+    Codes are chosen on text, and compared on other text: no random tokens tell what layers are
+    given.
+    """
+    if calibration:
+        tokens = (count + calibration) * _MADE_UP_LENGTH
+        text = read_eval_text(None, tokens)
+        windows = cut_windows(inputs.tokenizer, text.content, tokens, _MADE_UP_LENGTH)
+        made = _rows_of(inputs, windows)
+        part = len(made) * count // max(count + calibration, 1)
+        words = f"{part} and {len(made) - part} rows of {text.name}"
+        return Rows(made[:part], made[part:], [Choice("compared, and codes chosen, on", words,
+                                                      reason)])  # fmt: skip
     rng = random.Random(0)
     size = min(len(inputs.tokenizer), inputs.config.get_text_config().vocab_size)
-    rows = []
-    for index in range(count):
-        ids = [rng.randrange(size) for _ in range(_MADE_UP_LENGTH)]
-        labels = inputs.task.probe_labels(ids, inputs.card.labels, inputs.card.options)
-        rows.append(Encoded(ids, labels, index))
-    return rows, Choice("compared on", f"{count} rows of random tokens", reason)
+    drawn = [[rng.randrange(size) for _ in range(_MADE_UP_LENGTH)] for _ in range(count)]
+    choice = Choice("compared on", f"{count} rows of random tokens", reason)
+    return Rows(_rows_of(inputs, drawn), [], [choice])
+
+
+def _rows_of(inputs: MergeInput, rows: Sequence[list[int]]) -> list[Encoded]:
+    card = inputs.card
+    return [
+        Encoded(ids, inputs.task.probe_labels(ids, card.labels, card.options), index)
+        for index, ids in enumerate(rows)
+    ]

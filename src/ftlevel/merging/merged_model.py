@@ -66,6 +66,7 @@ class TensorMerger:
         checkpoint: the base's weights.
         skeleton: the adapter.
         shapes: name of a tensor of the model → its shape; in the model's order.
+        ties: name of a tensor of the model → name of the one that it shares.
         dtype: wished type of the weights; None keeps the base's.
         rounding: quantizes and dequantizes as the base was in training; None leaves it as it is.
         unchanged: tensors that merging did not change, as far as they were merged.
@@ -74,6 +75,7 @@ class TensorMerger:
     checkpoint: Checkpoint
     skeleton: Skeleton
     shapes: Mapping[str, tuple[int, ...]]
+    ties: Mapping[str, str]
     dtype: torch.dtype | None
     rounding: Rounding | None
     unchanged: set[str] = field(default_factory=set)
@@ -94,6 +96,10 @@ class TensorMerger:
     def unrounded(self, name: str) -> torch.Tensor | None:
         """Return the merged tensor `name` before it is rounded; None where the model has none."""
         return self._merged(name) if name in self.shapes else None
+
+    def base(self, name: str) -> torch.Tensor:
+        """Return the tensor `name` before merging, as it was in training."""
+        return self._read(name)
 
     def loses_in(self, dtype: torch.dtype) -> bool:
         """Whether numbers of the base are lost where it is loaded in `dtype`."""
@@ -210,6 +216,29 @@ class TensorMerger:
         return counts.most_common(1)[0][0]
 
 
+def open_merger(
+    inputs: MergeInput, dtype: str | None, rounding: Callable[[Any], Rounding] | None
+) -> TensorMerger:
+    """Return what makes the tensors of the merged model; as of `write_merged`.
+
+    Raises:
+        InputError: a tensor of the adapter or of the base cannot be placed.
+    """
+    model = build_task_model(inputs.config, inputs.auto_class)
+    fit_vocabulary(model, inputs.directory)
+    rounds = rounding(build_task_model(inputs.config, inputs.auto_class)) if rounding else None
+    checkpoint = _open(inputs, model)
+    ties = tied_names(model)
+    ignored = set(unsaved_names(model) or ()) - set(ties)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
+    heads = find_heads(model) if inputs.card.heads else []
+    skeleton = build_skeleton(model, inputs.directory)
+    wished = DTYPES[dtype] if dtype else None
+    merger = TensorMerger(checkpoint, skeleton, shapes, ties, wished, rounds)
+    merger.check_whole(heads, inputs.source.name)
+    return merger
+
+
 def write_merged(
     directory: Path,
     inputs: MergeInput,
@@ -232,17 +261,9 @@ def write_merged(
         InputError: a tensor of the adapter or of the base cannot be placed.
         RunError: the merge changed nothing.
     """
-    model = build_task_model(inputs.config, inputs.auto_class)
-    fit_vocabulary(model, inputs.directory)
-    rounds = rounding(build_task_model(inputs.config, inputs.auto_class)) if rounding else None
-    checkpoint = _open(inputs, model)
-    ties = tied_names(model)
-    ignored = set(unsaved_names(model) or ()) - set(ties)
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
-    heads = find_heads(model) if inputs.card.heads else []
-    skeleton = build_skeleton(model, inputs.directory)
-    merger = TensorMerger(checkpoint, skeleton, shapes, DTYPES[dtype] if dtype else None, rounds)
-    merger.check_whole(heads, inputs.source.name)
+    merger = open_merger(inputs, dtype, rounding)
+    checkpoint, model = merger.checkpoint, merger.checkpoint.model
+    ties, shapes = merger.ties, merger.shapes
     untied = _are_untied(merger, ties)
     names = [n for n in shapes if n not in ties or untied or n in checkpoint.groups]
     shards = _plan_files(merger, names)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ftlevel.models.upstream.quantizers import four_bit_values
+from ftlevel.weights.codes import Grid
 
 BLOCK = 64
 _PIECE = 1 << 16
@@ -38,15 +39,58 @@ def quantize_4bit(
         )
     code = four_bit_values(quant_type)
     packed, scales = _pack(weight.reshape(-1), code)
+    return packed.unsqueeze(1), _state(scales, weight, code, quant_type, double_quant)
+
+
+def four_bit_grid(quant_type: str, double_quant: bool) -> Grid:
+    """Return what bitsandbytes stores in 4 bits."""
+
+    def stored(scales: torch.Tensor) -> torch.Tensor:
+        import bitsandbytes.functional as bnb
+
+        if not double_quant:
+            return scales
+        offset = scales.mean()
+        codes, state = bnb.quantize_blockwise(scales - offset, blocksize=256)
+        read: torch.Tensor = bnb.dequantize_blockwise(codes, state) + offset
+        return read
+
+    return Grid(four_bit_values(quant_type).sort().values, BLOCK, stored)
+
+
+def pack_4bit(
+    codes: torch.Tensor, scales: torch.Tensor, like: torch.Tensor, quant_type: str,
+    double_quant: bool,
+) -> tuple[torch.Tensor, Any]:  # fmt: skip
+    """Return the bytes of chosen `codes` and their `QuantState`.
+
+    Args:
+        codes: (out, in), of `four_bit_grid`.
+        scales: of the blocks, not yet as they are stored.
+        like: a tensor of the shape and type that the weight is read in.
+        quant_type: nf4 or fp4.
+        double_quant: quantize the scales too.
+    """
+    code = four_bit_values(quant_type)
+    own = code.argsort()[codes.reshape(-1)].to(torch.uint8)
+    packed = (own[::2] << 4) | own[1::2]
+    return packed.unsqueeze(1), _state(scales, like, code, quant_type, double_quant)
+
+
+def _state(
+    scales: torch.Tensor, like: torch.Tensor, code: torch.Tensor, quant_type: str,
+    double_quant: bool,
+) -> Any:  # fmt: skip
+    import bitsandbytes.functional as bnb
+
     more = {}
     if double_quant:
         more["offset"] = scales.mean()
         scales, more["state2"] = bnb.quantize_blockwise(scales - more["offset"], blocksize=256)
-    state = bnb.QuantState(
-        absmax=scales, shape=weight.shape, dtype=weight.dtype, blocksize=BLOCK, code=code,
+    return bnb.QuantState(
+        absmax=scales, shape=like.shape, dtype=like.dtype, blocksize=BLOCK, code=code,
         quant_type=quant_type, **more,
     )  # fmt: skip
-    return packed.unsqueeze(1), state
 
 
 def _pack(weight: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

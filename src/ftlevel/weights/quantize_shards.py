@@ -7,6 +7,7 @@ has quantized and that never ran: the layout that every device reads.
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,15 +16,24 @@ from typing import Any
 
 import torch
 
+from ftlevel.artifacts.files import write_json
 from ftlevel.errors import InputError
+from ftlevel.models.rope import write_former_rope
 from ftlevel.models.torchao_format import PLAIN_NOTE, is_torchao
 from ftlevel.models.upstream.quantizers import pack_torchao
-from ftlevel.weights.four_bit import quantize_4bit
-from ftlevel.weights.quantize_layout import QUANTIZED, Layout
+from ftlevel.weights.codes import Grid
+from ftlevel.weights.four_bit import four_bit_grid, pack_4bit, quantize_4bit
+from ftlevel.weights.quantize_layout import QUANTIZED, Layout, resolve_layout
 from ftlevel.weights.safetensors_stream import ShardWriter, header_bound
-from ftlevel.weights.tensor_files import Stored, read_header
+from ftlevel.weights.tensor_files import Stored, read_header, weight_files
 
 INDEX = "model.safetensors.index.json"
+COPIED = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "vocab.*", "merges.txt", "*.model", "preprocessor_config.json",
+    "processor_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Files that a checkpoint has beside its weights, as they are copied."""
 _MOST_PIECES = 7  # a double-quantized weight: packed, scales, their scales, two maps, settings
 
 
@@ -42,8 +52,45 @@ class Written:
     bytes: int = 0
 
 
+Choose = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
+"""Name of a linear and its weight (out, in) → the codes and scales to store, of the grid that
+`bitsandbytes_grid` gives; None for the nearest codes."""
+
+
+def write_quantized(
+    directory: Path,
+    out: Path,
+    layout: Layout,
+    step: Callable[[int], None],
+    choose: Choose | None = None,
+) -> tuple[Layout, Written]:
+    """Write the model in `directory` quantized to `out`, with config.json and what lies beside it.
+
+    Returns:
+        The layout of what was written, whose config names what was kept; and the sizes.
+    """
+    shards = weight_files(directory)
+    layout = resolve_layout(layout, (key for shard in shards for key in read_header(shard)[0]))
+    written = quantize_shards(shards, out, layout, lambda done, _: step(done), choose)
+    stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    stored["quantization_config"] = layout.config.to_dict()
+    stored["dtype"] = str(layout.dtype).removeprefix("torch.")
+    stored.pop("torch_dtype", None)
+    write_json(out / "config.json", stored)
+    write_former_rope(out)
+    for pattern in COPIED:
+        for file in directory.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
+    return layout, written
+
+
 def quantize_shards(
-    shards: list[Path], out: Path, layout: Layout, progress: Callable[[int, int], None]
+    shards: list[Path],
+    out: Path,
+    layout: Layout,
+    progress: Callable[[int, int], None],
+    choose: Choose | None = None,
 ) -> Written:
     """Write the shards of a model quantized to `out`, under their own names.
 
@@ -52,6 +99,7 @@ def quantize_shards(
         out: an existing directory.
         layout: what is quantized, resolved for this checkpoint.
         progress: told the number of tensors done and of all.
+        choose: gives the codes that are stored; of bitsandbytes' forms alone.
 
     Raises:
         InputError: a file is damaged, or a weight is of a type that cannot be quantized.
@@ -71,7 +119,7 @@ def quantize_shards(
         writer = ShardWriter(out / shard.name, header_bound(pieces) + 2 * noted * len(all_names))
         said: dict[str, str] = {}
         for key, stored in sorted(entries.items(), key=lambda item: item[1].offset):
-            tensors, notes = _convert(key, names[key], stored.read(), layout)
+            tensors, notes = _convert(key, names[key], stored.read(), layout, choose)
             said |= notes
             for piece, value in tensors.items():
                 writer.add(piece, value)
@@ -102,7 +150,7 @@ def _index(weight_map: Mapping[str, str], written: Written) -> dict[str, Any]:
 
 
 def _convert(
-    key: str, name: str, tensor: torch.Tensor, layout: Layout
+    key: str, name: str, tensor: torch.Tensor, layout: Layout, choose: Choose | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return what is stored for one tensor of the checkpoint, and what the metadata says of it."""
     noted = is_torchao(layout.config)
@@ -114,26 +162,44 @@ def _convert(
             f"{key} is stored as {tensor.dtype}: the model is quantized already. Give its original."
         )
     weight = tensor.to(layout.dtype)
-    if layout.linears[name.removesuffix(".weight")]:
+    linear = name.removesuffix(".weight")
+    if layout.linears[linear]:
         weight = weight.T.contiguous()
     if noted:
         return pack_torchao(key, weight, layout.config)
     pack = _pack_8bit if layout.config.load_in_8bit else _pack_4bit
-    return pack(key, weight, layout.config), {}
+    return pack(key, weight, layout.config, choose and choose(linear, weight)), {}
 
 
-def _pack_4bit(key: str, weight: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
-    packed, state = quantize_4bit(
-        weight, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant
-    )
+def bitsandbytes_grid(config: Any) -> Grid:
+    """Return what a `BitsAndBytesConfig` stores; in 8 bits, -127 to 127 with a scale a row."""
+    if config.load_in_8bit:
+        return Grid(torch.arange(-127.0, 128.0) / 127, 0, lambda scales: scales)
+    return four_bit_grid(config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+
+
+def _pack_4bit(
+    key: str, weight: torch.Tensor, config: Any, chosen: tuple[torch.Tensor, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    form = config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant
+    packed, state = pack_4bit(*chosen, weight, *form) if chosen else quantize_4bit(weight, *form)
     stats = {f"{key}.{name}": value for name, value in state.as_dict(packed=True).items()}
     return {key: packed, **stats}
 
 
-def _pack_8bit(key: str, weight: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:  # noqa: ARG001 - as _pack_4bit
+def _pack_8bit(
+    key: str,
+    weight: torch.Tensor,
+    config: Any,  # noqa: ARG001 - as _pack_4bit
+    chosen: tuple[torch.Tensor, torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
     from bitsandbytes.functional import int8_vectorwise_quant
 
-    packed, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+    if chosen is None:
+        packed, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+    else:
+        codes, scales = chosen
+        packed = (codes - 127).to(torch.int8)
     module = key.removesuffix("weight")
     row_major = torch.tensor(0, dtype=torch.uint8)
     return {key: packed, f"{module}SCB": scales, f"{module}weight_format": row_major}

@@ -29,3 +29,5 @@ def export(given: Given, *, out: str | None, dry_run: bool, as_json: bool, quiet
     elif not quiet:
         for line in result.lines:
             typer.echo(f"  {line}")
+        if "hub" in result.summary:
+            typer.echo(f"  uploaded {result.summary['hub']}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from pydantic import Field, ValidationInfo, field_validator
 
 from ftlevel.config.commands.servers import SERVERS
-from ftlevel.config.sections import Positive, Section
+from ftlevel.config.options.hub import HubSection
+from ftlevel.config.sections import Positive
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ else:
     ServerName = Literal[tuple(SERVERS)]
 
 
-class ExportConfig(Section):
+class ExportConfig(HubSection):
     """Everything that decides an export."""
 
     model: str = Field(

@@ -7,14 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ftlevel.config.sections import Positive, Section
+from ftlevel.config.options.hub import HubSection
+from ftlevel.config.sections import Positive
 
 Strategy = Literal["cat", "svd", "linear", "ties", "dare-ties", "dare-linear", "magnitude-prune"]
 _PRUNING = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
 _QUANTIZED = ("4bit", "8bit", "quantized", "nf4", "fp4")
 
 
-class MergeConfig(Section):
+class MergeConfig(HubSection):
     """Everything that decides a merge."""
 
     adapters: list[str] = Field(
@@ -35,6 +36,22 @@ class MergeConfig(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the merged weights; auto keeps the base's."
+    )
+    quant: Literal["none", "4bit", "8bit"] = Field(
+        "none",
+        description="Write the merged model in the bits that it is served in. The codes are chosen "
+        "so that its layers give what was trained; rounding alone would erase it.",
+    )
+    quant_type: Literal["nf4", "fp4"] | None = Field(
+        None, description="4-bit data type; the default is the run's, or nf4."
+    )
+    double_quant: bool | None = Field(
+        None, description="Quantize the 4-bit scales too; the default is as the run did."
+    )
+    calibration_rows: Annotated[int, Field(ge=0)] = Field(
+        128,
+        description="Rows of the run's training data on which the layers' outputs count where "
+        "codes are chosen; 0 rounds each weight by itself.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Where the models are compared; merging itself is done on the CPU."
@@ -66,8 +83,8 @@ class MergeConfig(Section):
         if value in _QUANTIZED:
             raise ValueError(
                 "weights of 4 or 8 bits cannot hold the update: rounding it to their grid erases "
-                "most of what was trained. Merge with --onto auto, and quantize the result or "
-                "keep the adapter on the quantized base"
+                "most of what was trained. Use --quant 4bit, which chooses the codes by what was "
+                "trained, or merge with --onto auto"
             )
         return value
 
@@ -89,6 +106,17 @@ class MergeConfig(Section):
         if count == 1 and self.strategy != "cat":
             problems.append(
                 f"--strategy {self.strategy} mixes adapters, and there is one. Drop it."
+            )
+        given = {"--quant-type": self.quant_type, "--double-quant": self.double_quant}
+        low = [flag for flag, value in given.items() if value is not None]
+        if low and self.quant != "4bit":
+            problems.append(
+                f"{low[0]} belongs to --quant 4bit, and --quant is {self.quant}. Drop it."
+            )
+        if self.quant != "none" and self.onto == "original":
+            problems.append(
+                f"--onto original is another model than the one trained, and --quant {self.quant} "
+                "comes as near to that as it can. Drop --onto."
             )
         if self.density is not None and self.strategy not in _PRUNING:
             problems.append(

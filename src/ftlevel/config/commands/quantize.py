@@ -7,10 +7,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.sections import Positive, QuantConfig, Section
+from ftlevel.config.options.hub import HubSection
+from ftlevel.config.sections import Positive, QuantConfig
 
 
-class QuantizeConfig(Section):
+class QuantizeConfig(HubSection):
     """Everything that decides a quantized checkpoint."""
 
     model: str = Field(

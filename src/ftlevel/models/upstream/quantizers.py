@@ -5,6 +5,7 @@ bitsandbytes takes a second to import, so nothing here imports it where it is no
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -146,6 +147,18 @@ def dequantize_8bit(linear: Any, dtype: torch.dtype) -> torch.Tensor:
     """Return W as (out, in), as bitsandbytes makes it; only after `can_train_8bit`."""
     state = linear.state
     return state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+
+
+def dequantized(linear: Any) -> torch.Tensor:
+    """Return W of a linear of bitsandbytes' as (out, in) in float32; only before it ran."""
+    import bitsandbytes.functional as bnb
+
+    if (state := getattr(linear.weight, "quant_state", None)) is not None:
+        wide = copy.copy(state)
+        wide.dtype = torch.float32
+        found: torch.Tensor = bnb.dequantize_4bit(linear.weight.data, wide)
+        return found
+    return linear.weight.data.float() * linear.weight.SCB.unsqueeze(1) / 127
 
 
 def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module]) -> None:

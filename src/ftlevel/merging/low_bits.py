@@ -1,0 +1,211 @@
+"""A merged model in the 4 or 8 bits that are served.
+
+The weights that a quantized run was trained on lie on the grid of its codes, and what was trained
+is far smaller than half a step of it: rounding them again gives the base without the adapter. The
+weights before quantization lie anywhere between two codes, so that the same change, added to them,
+takes a fair share of them to the next code, and its mean survives. From there the codes are moved
+until the layers give on rows what they give as trained (`weights.codes`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ftlevel.config import MergeConfig, QuantConfig
+from ftlevel.errors import InputError, RunError
+from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
+from ftlevel.evaluation.two_models.on_rows import Probe, Scores
+from ftlevel.events import Listener
+from ftlevel.merging.calibration import InputMoments
+from ftlevel.merging.merge_input import MergeInput
+from ftlevel.merging.merged_model import TensorMerger, open_merger
+from ftlevel.merging.verify import Candidate, load_merged
+from ftlevel.models.hardware import DTYPES
+from ftlevel.models.loading import load_config
+from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.sources import ModelSource
+from ftlevel.models.upstream.quantizers import dequantized
+from ftlevel.weights.codes import Grid, choose_codes
+from ftlevel.weights.quantize_layout import Layout, build_layout
+from ftlevel.weights.quantize_shards import bitsandbytes_grid, write_quantized
+
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class LowBits:
+    """A merged model that was written in few bits.
+
+    Attributes:
+        linears: how many weights are packed.
+        layout: what was quantized.
+        sums: linear → its weights, as they must be read back, times signs: (out,).
+    """
+
+    linears: int
+    layout: Layout
+    sums: dict[str, torch.Tensor]
+
+
+@dataclass
+class CodeChooser:
+    """Chooses the codes of each linear.
+
+    Attributes:
+        target: makes the weights as trained.
+        origin: makes the weights before quantization with what was trained.
+        grid: what is stored.
+        turned: linear → whether its weight is (in, out), as Conv1D has it.
+        dtype: in which the weights are loaded before they are quantized.
+        moments: of the linears' inputs; None rounds without looking at them.
+        sums: as of `LowBits` (mutated).
+    """
+
+    target: TensorMerger
+    origin: TensorMerger
+    grid: Grid
+    turned: dict[str, bool]
+    dtype: torch.dtype
+    moments: InputMoments | None
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(
+        self, linear: str, written: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return codes and scales of a linear; None where its blocks are not whole."""
+        if not self.grid.fits(written.shape):
+            return None
+        origin = self._turn(self.origin.unrounded(f"{linear}.weight"), linear)
+        if not self.target.adapts(f"{linear}.weight"):
+            origin = origin.to(self.dtype).float()  # as it was quantized for training
+        scales = self.grid.scales_of(origin)
+        stored = self.grid.stored(scales)
+        codes = self.grid.nearest(origin, scales)
+        moment = self.moments.of(linear) if self.moments else None
+        if moment is not None:
+            weight = self._turn(self.target.unrounded(f"{linear}.weight"), linear)
+            change = weight - self._turn(self.target.base(f"{linear}.weight"), linear)
+            codes = choose_codes(weight, change, codes, stored, moment, self.grid)
+        self.sums[linear] = self.grid.value(codes, stored) @ _signs(codes.shape[1])
+        return codes, scales
+
+    def _turn(self, weight: torch.Tensor | None, linear: str) -> torch.Tensor:
+        """Return `weight` as (out, in) in float32."""
+        if weight is None:
+            raise ValueError(f"{linear} is a linear of the model that was merged")
+        return (weight.T if self.turned[linear] else weight).float().contiguous()
+
+
+def resolve_low_bits(config: MergeConfig, inputs: MergeInput) -> QuantConfig | None:
+    """Return the quantization of what is written; None for floating point.
+
+    Raises:
+        InputError: the model has nothing that can be quantized.
+    """
+    if config.quant == "none":
+        return None
+    own = inputs.quant if inputs.quant.kind == config.quant else QuantConfig(kind=config.quant)
+    given = {"quant_type": config.quant_type, "double_quant": config.double_quant}
+    low = own.model_copy(update={name: v for name, v in given.items() if v is not None})
+    _plan_layout(inputs, inputs.config, low, DTYPES[inputs.dtype])
+    return low
+
+
+def _plan_layout(inputs: MergeInput, config: Any, quant: QuantConfig, dtype: torch.dtype) -> Layout:
+    wish = build_quantization_config(quant, dtype, [])
+    layout = build_layout(config, inputs.auto_class, wish, dtype)
+    if not layout.linears:
+        raise InputError(
+            f"--quant {quant.kind}: {config.model_type} has no linear layer that bitsandbytes can "
+            "quantize. Drop it."
+        )
+    return layout
+
+
+def write_low_bits(
+    merged: Candidate,
+    inputs: MergeInput,
+    quant: QuantConfig,
+    rows: Probe | None,
+    listener: Listener,
+) -> tuple[Candidate, LowBits]:
+    """Put the merged model in few bits into its own place, and return both.
+
+    Args:
+        merged: in floating point, onto the weights that the run was trained on; its directory is
+            taken away.
+        inputs: the adapter and its base.
+        quant: how it is quantized.
+        rows: on which the layers' outputs count; None rounds each weight by itself.
+        listener: told the number of tensors done.
+
+    Raises:
+        RunError: nothing could be quantized.
+    """
+    directory = merged.directory.with_name(".low-bits")
+    directory.mkdir()
+    listener.begin(0)
+    place = str(merged.directory)
+    config = load_config(ModelSource(place, "directory", place, local_files_only=True))
+    dtype = DTYPES[merged.written.dtype]
+    layout = _plan_layout(inputs, config, quant, dtype)
+    own = merged.onto == "original"
+    origin = merged.merger if own else open_merger(inputs, None, None)
+    moments = None
+    if rows is not None:
+        sizes = {
+            name: layout.parameters[f"{name}.weight"].shape[0 if turned else 1]
+            for name, turned in layout.linears.items()
+        }
+        moments = InputMoments(load_merged(merged.directory, inputs), rows, inputs.dtype, sizes)
+    grid = bitsandbytes_grid(layout.config)
+    chooser = CodeChooser(
+        merged.merger, origin, grid, layout.linears, DTYPES[inputs.dtype], moments
+    )
+    layout, written = write_quantized(merged.directory, directory, layout, listener.step, chooser)
+    if not written.quantized:
+        raise RunError(f"no linear of the merged {config.model_type} could be quantized.")
+    for path in merged.directory.iterdir():
+        if ".safetensors" not in path.name and not (directory / path.name).exists():
+            shutil.move(path, directory / path.name)
+    shutil.rmtree(merged.directory)
+    rounded = replace(
+        merged,
+        directory=directory,
+        written=replace(merged.written, size_bytes=written.bytes),
+    )
+    return rounded, LowBits(written.quantized, layout, chooser.sums)
+
+
+def measure_low_bits(
+    rounded: Candidate, low: LowBits, inputs: MergeInput, probe: Probe, trained: Scores
+) -> Agreement:
+    """Return how far what was written, loaded afresh, is from the model as trained.
+
+    Raises:
+        RunError: bitsandbytes reads other weights than were chosen.
+    """
+    model = load_merged(rounded.directory, inputs)
+    _check_read_back(model, low)
+    return compare_rows(trained, probe.score(model, inputs.dtype))
+
+
+def _check_read_back(model: Any, low: LowBits) -> None:
+    for name, expected in low.sums.items():
+        weight = dequantized(model.get_submodule(name)).cpu()
+        found = weight @ _signs(weight.shape[1])
+        if not (found - expected).abs().max() <= _TOLERANCE * expected.abs().max():
+            raise RunError(
+                f"the files are not what was chosen: {name}, loaded afresh, has other weights. "
+                "Nothing was kept. Please report this with the command."
+            )
+
+
+def _signs(count: int) -> torch.Tensor:
+    """Return `count` fixed signs, by which a matrix is known without keeping it."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 2, (count,), generator=generator).float() * 2 - 1

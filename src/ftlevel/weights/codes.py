@@ -1,0 +1,156 @@
+"""Choose the codes of a quantized weight by what its layer gives, not by each weight alone.
+
+A weight w of a layer is stored as q = s · v, with s the scale of its block and v one of a few
+values. Rounding each w to the nearest q is blind to a small update: a weight that lies on the grid
+stays where it is. What counts is the output, whose mean square error over inputs x is
+
+    e H eᵀ,  e = w - q (a row),  H = E[x xᵀ]
+
+(GPTQ, https://arxiv.org/abs/2210.17323, section 3). Here codes that exist are improved one column
+after another: with all others held, the error is least at q_j + (e H)_j / H_jj, and the nearest
+value to that is taken (coordinate descent, QuantEase, https://arxiv.org/abs/2309.01885).
+
+That error has no eye for its direction, and what was trained is a small part of it: a sweep trades
+a tenth of the change for less noise elsewhere, which the model feels far more. So after each sweep
+what is missing in the directions that the change writes to is added to what the next one aims at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+DAMPING = 0.01
+"""Share of the mean of H's diagonal that is added to it: directions that no row had still count."""
+SWEEPS = 3
+DIRECTIONS = 16
+"""Outputs' directions in which the change must arrive whole."""
+_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a format can store.
+
+    Attributes:
+        values: that a code stands for, ascending, for a scale of 1.
+        block: how many weights, in the order of rows, share a scale; 0 for a whole row.
+        stored: scales → the same as they are read back.
+    """
+
+    values: torch.Tensor
+    block: int
+    stored: Callable[[torch.Tensor], torch.Tensor]
+
+    def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the scale of each block of `weight`: its largest is the largest value."""
+        return self._blocks(weight).abs().amax(-1) / self.values.abs().max()
+
+    def nearest(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Return for each weight the code that is nearest to it."""
+        scaled = self._blocks(weight) / scales.clamp(min=1e-38).unsqueeze(-1)
+        return torch.bucketize(scaled, self._midpoints()).view(weight.shape)
+
+    def value(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Return what `codes` with `scales` stand for."""
+        return self.values[codes] * self.spread(scales, codes.shape)
+
+    def spread(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Return the scale of each weight of a matrix of `shape`."""
+        return scales.repeat_interleave(self.block or shape[1]).view(shape)
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether a matrix of `shape` consists of whole blocks."""
+        return shape.numel() % (self.block or shape[1]) == 0
+
+    def _blocks(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.reshape(-1, self.block or weight.shape[1])
+
+    def _midpoints(self) -> torch.Tensor:
+        return (self.values[1:] + self.values[:-1]) / 2
+
+    def choose(self, column: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Return the codes nearest to the weights of `column`, each with a scale of its own."""
+        return torch.bucketize(column / scales, self._midpoints())
+
+
+def choose_codes(
+    weight: torch.Tensor,
+    change: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    moment: torch.Tensor,
+    grid: Grid,
+) -> torch.Tensor:
+    """Return codes with which the layer gives what it gives with `weight`, above all of `change`.
+
+    Args:
+        weight: (out, in), float32: what the layer should have.
+        change: (out, in): the part of it that was trained.
+        codes: (out, in): where to begin.
+        scales: of the blocks, as they are read back.
+        moment: (in, in): H.
+        grid: what the codes stand for.
+    """
+    written, goal = find_directions(change, moment), weight
+    for _ in range(SWEEPS):
+        codes = improve_codes(goal, codes, scales, moment, grid)
+        missing = weight - grid.value(codes, scales)
+        goal = goal + written @ (written.T @ missing)
+    return codes
+
+
+def find_directions(change: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """Return the `DIRECTIONS` of the outputs that `change` moves most, (out, k), orthonormal.
+
+    They are the first eigenvectors of change H changeᵀ, by subspace iteration.
+    """
+    count = min(DIRECTIONS, *change.shape)
+    found = torch.randn(len(change), count, generator=torch.Generator().manual_seed(0))
+    if not change.any():
+        return torch.zeros_like(found)
+    for _ in range(3):
+        found = torch.linalg.qr(change @ (moment @ (change.T @ found))).Q
+    return found
+
+
+def improve_codes(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    moment: torch.Tensor,
+    grid: Grid,
+) -> torch.Tensor:
+    """Return codes with which the layer gives less error than with `codes`, after one sweep.
+
+    Args:
+        weight: (out, in), float32: what the layer should have.
+        codes: (out, in): where to begin.
+        scales: of the blocks, as they are read back.
+        moment: (in, in): H.
+        grid: what the codes stand for.
+    """
+    spread = grid.spread(scales, weight.shape).clamp(min=1e-38)
+    values, codes = grid.values[codes] * spread, codes.clone()
+    moment = damped(moment)
+    pull = (weight - values) @ moment
+    for begin in range(0, weight.shape[1], _COLUMNS):
+        here = slice(begin, begin + _COLUMNS)
+        own, near = pull[:, here].T.contiguous(), moment[here, here]
+        value, scale = values[:, here].T.contiguous(), spread[:, here].T.contiguous()
+        moved = torch.zeros_like(value)
+        for j in range(len(value)):
+            chosen = grid.choose(value[j] + own[j] / near[j, j], scale[j])
+            moved[j] = value[j] - grid.values[chosen] * scale[j]
+            codes[:, begin + j] = chosen
+            own[j + 1 :].addr_(near[j, j + 1 :], moved[j])
+        pull.addmm_(moved.T, moment[here])
+    return codes
+
+
+def damped(moment: torch.Tensor) -> torch.Tensor:
+    """Return H with a share of its mean diagonal added, so that it has an inverse."""
+    share = DAMPING * moment.diagonal().mean().clamp(min=1e-30)
+    return moment + share * torch.eye(len(moment))
