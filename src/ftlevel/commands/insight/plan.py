@@ -11,7 +11,6 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.models.loading import quiet_libraries
-from ftlevel.models.quantized import as_quant_config, quantization_name, stored_quantization
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.forecast.cards import Card, read_card
 from ftlevel.training.forecast.fits import Fit, Limits, find_cheapest, list_fits
@@ -146,7 +145,6 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
     rows = a_step * _IMAGINED_STEPS if is_imagined else 0
     imagined = imagine(config, source, card.name if card else None, rows)
     resolved = resolve(config, why_task=why, adapter=adapter, imagined=imagined)
-    _check_quantization(resolved)
     need = find_need(config, resolved, Device.of(resolved.model.device, card))
     limits = Limits(need.device, card.name if card else None, source)
     time = _time(config, resolved, card, wishes.probe, is_imagined)
@@ -174,17 +172,6 @@ def _names_no_data(config: TrainConfig) -> bool:
 def _with_dtype(config: TrainConfig, dtype: str) -> TrainConfig:
     model = config.model.model_copy(update={"dtype": dtype})
     return config.model_copy(update={"model": model})
-
-
-def _check_quantization(resolved: Plan) -> None:
-    """Refuse a checkpoint that another library than bitsandbytes quantized."""
-    stored = stored_quantization(resolved.model.config)
-    if stored is not None and as_quant_config(stored) is None:
-        raise ConfigError(
-            f"--model {resolved.model.source.name} is quantized by {quantization_name(stored)}, "
-            "whose memory cannot be planned: it is known of plain models and of bitsandbytes'. "
-            "Plan for the model it was made from, with --quant."
-        )
 
 
 def _time(

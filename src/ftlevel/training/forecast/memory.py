@@ -113,13 +113,19 @@ def forecast_memory(config: TrainConfig, plan: Plan, memory: int) -> MemoryForec
     return MemoryForecast(in_order, at, batch.tokens)
 
 
+def blocks_to_watch(plan: Plan) -> int:
+    """Return how many blocks are computed to know the memory of `plan`."""
+    layers = _Layers.of(plan)
+    return sum(layers.whole if depth is None else depth for depth in layers.depths)
+
+
 @dataclass(frozen=True)
 class _Layers:
     """At which depths a model is tried, and how the whole of it follows.
 
     Attributes:
         depths: one or two; None for the whole model.
-        whole: blocks of the deepest stack.
+        whole: blocks of a stack; of all stacks where these differ in depth.
     """
 
     depths: tuple[int | None, ...]
@@ -132,7 +138,7 @@ class _Layers:
         stacks = describe_blocks(meta, plan.model.config)
         lengths = {len(stack) for stack in stacks}
         if len(lengths) != 1:
-            return cls((None,), 0)
+            return cls((None,), sum(map(len, stacks)))
         (whole,) = lengths
         for first in range(3):  # those of Deepseek begin with dense ones
             for period in range(1, 7):

@@ -8,6 +8,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.models.hardware import describe_device
 from ftlevel.models.memory import device_memory
+from ftlevel.models.quantized import as_quant_config, quantization_name, stored_quantization
 from ftlevel.training.forecast.cards import Card
 from ftlevel.training.forecast.live import ACTIVATIONS, GRADIENTS, LOGITS, WORKSPACE
 from ftlevel.training.forecast.memory import MemoryForecast, forecast_memory
@@ -109,8 +110,10 @@ def find_need(config: TrainConfig, plan: Plan, device: Device) -> Need:
     """Return what the run that `plan` is needs of `device`.
 
     Raises:
-        ConfigError: as `Device.forecast` does.
+        ConfigError: as `Device.forecast` does; a base that another library than bitsandbytes
+            quantized.
     """
+    _check_quantization(plan)
     found = device.forecast(config, plan)
     need = Need(found.parts, found.at, device)
     chooses = config.train.gradient_checkpointing is None and device.kind == "cuda"
@@ -119,3 +122,14 @@ def find_need(config: TrainConfig, plan: Plan, device: Device) -> Need:
     recomputing = config.train.model_copy(update={"gradient_checkpointing": True})
     least = device.forecast(config.model_copy(update={"train": recomputing}), plan).peak
     return Need(need.parts, need.at, device, least if least < need.peak else None)
+
+
+def _check_quantization(plan: Plan) -> None:
+    """Refuse a checkpoint that another library than bitsandbytes quantized."""
+    stored = stored_quantization(plan.model.config)
+    if stored is not None and as_quant_config(stored) is None:
+        raise ConfigError(
+            f"--model {plan.model.source.name} is quantized by {quantization_name(stored)}, "
+            "whose memory cannot be planned: it is known of plain models and of bitsandbytes'. "
+            "Plan for the model it was made from, with --quant."
+        )
