@@ -192,6 +192,7 @@ def train(
         if dry_run:
             plan, taken = job.plan, job.taken
             summary = {"dry_run": True, "steps": plan.schedule.steps, "data": plan.data.facts,
+                       "headline": plan.objective.headline,
                        "targets": plan.targets.modules,
                        "config": resolved_config(taken.config, plan)}  # fmt: skip
             listener.end(summary)
