@@ -78,9 +78,10 @@ def compare(
             f"{shlex.quote(str(path))} --resume", code,
         ) from None  # fmt: skip
     result = sum_up(found, asked)
-    result["pictures"] = draw_pictures(found, result)
     write_json(path / RESULT, result)
     write_page_of_all(found)
+    result["pictures"] = draw_pictures(found, result)
+    write_json(path / RESULT, result)
     return result
 
 

@@ -104,6 +104,7 @@ def sum_up(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
         "notes": _notes(found),
         "versions": library_versions(),
         "path": str(found.path),
+        "pictures": [],
         **asked,
     }
 
