@@ -190,7 +190,7 @@ def test_two_searches_share_a_study_and_the_winner_has_what_they_found(
     optuna = pytest.importorskip("optuna")
     pytest.importorskip("matplotlib")
     url = f"sqlite:///{tmp_path / 'shared.db'}"
-    asked = ("--methods", "lora", "--budget-steps", "3", "--search", "lr,r", "--trials", "4",
+    asked = ("--methods", "lora", "--budget-steps", "3", "--search", "lr,r", "--trials", "3",
              "--study", url, "--json")  # fmt: skip
     other = flags(rows, tmp_path / "theirs", *asked)
     process = subprocess.Popen([sys.executable, "-m", "ftlevel", *other], stdout=subprocess.PIPE)
@@ -203,7 +203,7 @@ def test_two_searches_share_a_study_and_the_winner_has_what_they_found(
 
     study = optuna.load_study(study_name=searched["name"], storage=url)
     ended = [trial for trial in study.trials if trial.state.is_finished()]
-    assert 4 <= len(ended) <= 5  # both may begin the last one at once
+    assert 3 <= len(ended) <= 4  # both may begin the last one at once
     best = min(trial.value for trial in ended if trial.state.name == "COMPLETE")
     assert searched["best"] == best
     assert searched["trials"] == len(ended)

@@ -159,7 +159,8 @@ def _begin_or_go_on(
         old = json.loads(before.read_text(encoding="utf-8"))["asked"]
         was, kept = old["config"], old["budget"]
         methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
-        searched = {name: old[name] for name in ("search", "trials", "study", "searched")}
+        searched = {name: old.get(name, asked[name])  # of before there were searches
+                    for name in ("search", "trials", "study", "searched")}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
     if now != was:
@@ -174,7 +175,7 @@ def _begin_or_go_on(
             f"--resume {path}: the budget was {kept} and is {budget}. Drop it, or start anew in "
             "another --output-dir."
         )
-    if wishes.search and asked["search"] != searched["search"]:
+    if wishes.search and list(wishes.search) != searched["search"]:
         raise ConfigError(
             f"--resume {path}: --search was {listing(searched['search']) or 'not given'}. Drop it, "
             "or start anew in another --output-dir."

@@ -38,6 +38,7 @@ EVALUATIONS = 9  # of a trial: Hyperband with a factor of 3 looks after 1, 3 and
 _WAIT_FOR_LOCK = 100  # seconds, of SQLite
 _ALIVE, _GIVEN_UP = 20, 120  # seconds between signs of life, and after which a trial is failed
 _MOST_FAILED = 3
+_REASON = "reason"
 
 _RATE = "lr"
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -193,6 +194,9 @@ def _fail_the_silent(found: optuna.Study) -> None:
 def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
     """Return what a study found, and its trials in their order."""
     trials = [t for t in found.get_trials(deepcopy=False) if t.state.is_finished()]
+    if not any(t.state.name == "COMPLETE" for t in trials):
+        reasons = [t.user_attrs[_REASON] for t in trials if _REASON in t.user_attrs]
+        raise RunError(f"no trial of its search came to its end. {' '.join(reasons[-1:])}".strip())
     seconds = [t.duration.total_seconds() for t in trials if t.duration is not None]
     best = found.best_trial
     return {
@@ -219,24 +223,28 @@ def _try_one(study: Study, config: TrainConfig, path: Path) -> None:
 
 def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Path) -> float:
     """Return the metric of a run with settings that `trial` draws."""
+    import optuna
+
     values: dict[str, Any] = {}
     for name, field in study.fields.items():
         values[field] = _draw(trial, name, study.rate)
     run = path / "search" / f"{study.name}-{trial.number}"
     config = with_values(config, values)
-    train_section = config.train.model_copy(
-        update={"eval_on_start": False, "save_strategy": "no", "load_best_model_at_end": False}
-    )
     output = config.output.model_copy(update={"dir": run, "resume": False, "report_to": ()})
-    config = config.with_sections(train=train_section, output=output)
+    config = config.with_sections(output=output)
     try:
         callbacks = [StopWithParent(), _Look(trial, study.metric)]
         result = train(config, callbacks=callbacks, listener=Silence())
+    except RunError as error:  # a rate so high that the loss is not finite, a rank beyond memory
+        trial.set_user_attr(_REASON, str(error))
+        raise optuna.TrialPruned from error
     finally:
         shutil.rmtree(run, ignore_errors=True)
     metrics = result.summary["metrics"]
     if study.metric not in metrics:
         raise ConfigError(f"it has no {study.metric}: {', '.join(metrics)}")
+    if not math.isfinite(metrics[study.metric]):
+        raise RunError(f"its {study.metric} is {metrics[study.metric]}")
     return float(metrics[study.metric])
 
 
