@@ -145,7 +145,8 @@ def memory_words(summary: Mapping[str, Any]) -> str:
         return ""
     planned, measured = plan["peak_bytes"], plan["measured_bytes"]
     shown = f"{planned / 2**30:,.2f} GiB planned, {measured / 2**30:,.2f} GiB measured"
-    return f"{shown} ({measured / planned - 1:+.0%}; {plan['measured']})"
+    off = f"{plan['off']:+.1%}; " if plan["off"] is not None else ""
+    return f"{shown} ({off}{plan['measured']})"
 
 
 def kept_words(best: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from ftlevel.training.plan.plan import Plan
 MOST_BLOCKS = 16
 """That are computed for a verdict: each takes about a twentieth of a second."""
 
-LEAST_PARAMETERS = 2_000_000
+LEAST_PARAMETERS = 4_000_000
 """Of a model whose memory is worth a word: weights, gradients and states of fewer are less than a
 tenth of what Python takes with its libraries."""
 
@@ -68,6 +68,9 @@ class Foresight:
             "verdict": need.verdict(),
             "measured_bytes": measured,
             "measured": _HOW.get(kind, _HOW["mps"]),
+            "off": planned / max(1, measured) - 1
+            if kind == "cuda"
+            else None,  # elsewhere more is counted
         }
 
 
