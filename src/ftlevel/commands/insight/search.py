@@ -188,7 +188,9 @@ def _fail_the_silent(found: optuna.Study) -> None:
     """Give up trials whose process has given no sign of life."""
     import optuna
 
-    optuna.storages.fail_stale_trials(found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(found)
 
 
 def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
