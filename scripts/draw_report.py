@@ -1,8 +1,8 @@
-"""Write a picture of a report by headless Chromium, as the README has it.
+"""Take the picture of a run's page that README shows, in headless Chromium.
 
-    python scripts/draw_report.py RUN/report.html docs/report.png
+python scripts/draw_report.py RUN         writes docs/report.png
 
-The page is drawn 1,280 pixels wide, as far down as its first screen.
+RUN is what docs/start.md trains: `ftlevel train --method lora --output-dir runs/first`.
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ import argparse
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-SIZE = "1280,900"
+PICTURE = Path(__file__).resolve().parents[1] / "docs/report.png"
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+_SIZE = "1000,960"
 
 
-def main() -> None:
-    """Draw the page that is named."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("page", type=Path)
-    parser.add_argument("picture", type=Path)
-    asked = parser.parse_args()
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        sys.exit("chromium is not installed: apt install chromium")
-    with tempfile.TemporaryDirectory() as profile:
-        subprocess.run(
-            [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-             f"--window-size={SIZE}", f"--user-data-dir={profile}",
-             f"--screenshot={asked.picture.resolve()}", asked.page.resolve().as_uri()],
-            check=True, capture_output=True,
-        )  # fmt: skip
+def main() -> int:
+    """Write the picture; exit 1 where there is no page or no browser."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("run", type=Path, help="directory of a run")
+    page = (parser.parse_args().run / "report.html").resolve()
+    browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if browser is None or not page.is_file():
+        print(f"{page} is needed, and one of {', '.join(_BROWSERS)}")
+        return 1
+    subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+         f"--window-size={_SIZE}", f"--screenshot={PICTURE}", page.as_uri()],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    print(f"wrote {PICTURE}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,10 +19,10 @@ from ftlevel.artifacts.files import describe_interrupt
 from ftlevel.cli.screens.lasting import discard
 from ftlevel.cli.startup.apart import hush
 from ftlevel.cli.startup.heavy_imports import heavy_imports
-from ftlevel.cli.startup.launch import is_follower, is_launched
 from ftlevel.cli.startup.signals import end_on_signals, exit_code, was_told_to_end
 from ftlevel.cli.typed.completion import completed_command
 from ftlevel.errors import FtlevelError, Interrupted, is_out_of_memory
+from ftlevel.world import is_launched, speaks
 
 if TYPE_CHECKING:
     from ftlevel.config.flag import Flag
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 HELP = "Fine-tune transformers efficiently: one grammar for every family, task and PEFT method."
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "init": (
+        "ftlevel.cli.setup.init:init",
+        "Ask five questions, and write a recipe with comments.",
+    ),
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
     "preview": (
         "ftlevel.cli.preview:preview",
@@ -73,8 +77,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Ask a server the recorded prompts, and say whose answers it gives.",
     ),
     "recipes": (
-        "ftlevel.cli.recipes:recipes",
-        "List and show recipes, and convert those of other tools.",
+        "ftlevel.cli.setup.recipes:recipes",
+        "List, show and copy recipes, and convert those of other tools.",
     ),
     "list-targets": (
         "ftlevel.cli.list_targets:list_targets",
@@ -83,6 +87,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list-methods": (
         "ftlevel.cli.list_methods:list_methods",
         "Show which methods there are, and what works with what.",
+    ),
+    "launch": (
+        "ftlevel.cli.setup.launch:launch",
+        "Write the file by which a cluster starts a run on several machines; submit it if told.",
     ),
     "doctor": (
         "ftlevel.cli.insight.doctor:doctor",
@@ -182,7 +190,8 @@ def run(arguments: list[str]) -> int:
         if "--traceback" in arguments and not isinstance(error, Interrupted):
             raise
         code = exit_code() if error.exit_code == _CTRL_C else error.exit_code
-        if error.exit_code == 1 or not is_follower():  # what the user wrote, all processes see
+        # What the user wrote, all processes of a machine see.
+        if not error.is_told and (error.exit_code == 1 or speaks()):
             _report(str(error))
             _report_json(arguments, str(error), code)
         return code

@@ -22,6 +22,8 @@ CONFIGS: dict[str, type[Section]] = {
     "preview": TrainConfig,
     "plan": TrainConfig,
     "compare": TrainConfig,
+    "launch": TrainConfig,
+    "init": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "generate": GenerateConfig,
