@@ -89,11 +89,11 @@ def build_config(models: Path, model: str, wish: dict[str, Any], folder: Path) -
 def planned(config: Any) -> dict[str, Any]:
     """Return what the plan says."""
     from ftlevel.models.loading import quiet_libraries
-    from ftlevel.training.forecast.memory import forecast_memory
+    from ftlevel.training.forecast.need import Device, find_need
     from ftlevel.training.plan.resolve import resolve
 
     with quiet_libraries():
-        found = forecast_memory(config, resolve(config))
+        found = find_need(config, resolve(config), Device.of("cpu"))
     return {"peak": found.peak, "at": found.at, "parts": found.parts}
 
 

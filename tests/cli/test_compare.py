@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ftlevel.cli.app import run
 
@@ -170,6 +171,7 @@ def test_a_method_that_cannot_work_is_left_out(
         (("--methods", "lora", "--max-memory", "0"), "--max-memory 0: expected a number above 0"),
         (("--methods", "ia3", "--lora-r", "4"), "method.r is of none of the compared methods"),
         (("--methods", "qlora", "--quant", "none"), "qlora: "),
+        (("--methods", "lora", "--search", "lr", "--study", "x.db"), "expected a database URL"),
     ],
 )
 def test_what_is_refused(
@@ -179,3 +181,56 @@ def test_what_is_refused(
     assert run(flags(rows, tmp_path / "runs", *arguments)) == 2
     assert text in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_two_searches_share_a_study_and_the_winner_has_what_they_found(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optuna = pytest.importorskip("optuna")
+    pytest.importorskip("matplotlib")
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    asked = ("--methods", "lora", "--budget-steps", "3", "--search", "lr,r", "--trials", "3",
+             "--study", url, "--json")  # fmt: skip
+    other = flags(rows, tmp_path / "theirs", *asked)
+    process = subprocess.Popen([sys.executable, "-m", "ftlevel", *other], stdout=subprocess.PIPE)
+    assert run(flags(rows, tmp_path / "ours", *asked)) == 0
+    ours = json.loads(capsys.readouterr().out)
+    theirs = json.loads(process.communicate(timeout=WAIT)[0])
+    (row,) = ours["rows"]
+    searched = row["search"]
+    assert theirs["rows"][0]["search"]["values"] == searched["values"]
+
+    study = optuna.load_study(study_name=searched["name"], storage=url)
+    ended = [trial for trial in study.trials if trial.state.is_finished()]
+    assert 3 <= len(ended) <= 4  # both may begin the last one at once
+    best = min(trial.value for trial in ended if trial.state.name == "COMPLETE")
+    assert searched["best"] == best
+    assert searched["trials"] == len(ended)
+    assert searched["seconds"] > 0
+    assert row["metric"] == pytest.approx(best, rel=1e-4)  # the same run, made again
+    values = searched["values"]
+    run_config = yaml.safe_load((Path(row["run"]) / "config.yaml").read_text())
+    assert run_config["train"]["learning_rate"] == values["train.learning_rate"]
+    assert run_config["method"]["r"] == values["method.r"]
+    assert f"--set method.r={values['method.r']}" in ours["command"]
+    assert not list((tmp_path / "ours" / "search").iterdir())  # of a trial its figures stay
+
+    pictures = {Path(place).name for place in ours["pictures"]}
+    names = ("metric-against-memory", "metric-against-time", "loss", "search")
+    assert pictures == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    for place in map(Path, ours["pictures"]):
+        assert place.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
+
+
+def test_what_a_search_needs_is_named(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("ftlevel.commands.insight.search.find_spec", lambda _: None)
+    asked = flags(rows, tmp_path / "runs", "--methods", "lora", "--search", "lr,rr")
+    assert run(asked) == 2
+    said = capsys.readouterr().err
+    assert "--search: 'rr' is no setting that is searched." in said
+    assert "optuna, which is not installed." in said
+    assert 'pip install "ftlevel[search]"' in said

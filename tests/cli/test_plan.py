@@ -69,6 +69,38 @@ def test_rows_of_the_data_and_what_else_fits(
     assert "a roofline" in out
 
 
+def test_a_run_begins_with_the_verdict_and_ends_beside_it(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"text": "the value of object {n}"}}\n' for n in range(12)))
+    asked = ["--model", str(tiny_model_dir("llama")), "--dataset", str(data), "--max-steps", "2"]
+    small, planned = tmp_path / "small", tmp_path / "planned"
+    assert run(["train", *asked, "--output-dir", str(small)]) == 0
+    said = capsys.readouterr().out
+    assert "memory: not planned (a small model: Python and its libraries take more)" in said
+    assert json.loads((small / "summary.json").read_text())["plan"]["peak_bytes"] is None
+
+    monkeypatch.setattr("ftlevel.training.forecast.foresight.LEAST_PARAMETERS", 0)
+    assert run(["train", *asked, "--output-dir", str(planned)]) == 0
+    first, *_, last = [line for line in capsys.readouterr().out.splitlines() if " planned" in line
+                       or "memory: " in line]  # fmt: skip
+    verdict, expected = first.split("memory: ")[1], json.loads(plan(capsys, *asked, "--json"))
+    assert verdict.startswith("peak 0.00 GiB of ")
+    assert "fits" in verdict
+    found = json.loads((planned / "summary.json").read_text())["plan"]
+    for name in ("peak_bytes", "parts", "at", "memory_bytes", "fits_in_memory"):
+        assert found[name] == expected[name]
+    assert 0 < found["measured_bytes"] < 2**31
+    assert "GiB measured" in last
+    for page in ("report.html", "README.md"):
+        assert "GiB planned, " in (planned / page).read_text()
+        assert "GiB planned, " not in (small / page).read_text()
+    weights = "adapter/adapter_model.safetensors"
+    assert (planned / weights).read_bytes() == (small / weights).read_bytes()  # nothing was drawn
+
+
 def test_a_probe_runs_steps(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,6 +138,17 @@ def loss_words(summary: Mapping[str, Any]) -> str:
     )
 
 
+def memory_words(summary: Mapping[str, Any]) -> str:
+    """Return the memory that was planned beside what was measured; empty where none was planned."""
+    plan = summary.get("plan", {})
+    if not plan.get("peak_bytes"):
+        return ""
+    planned, measured = plan["peak_bytes"], plan["measured_bytes"]
+    shown = f"{planned / 2**30:,.2f} GiB planned, {measured / 2**30:,.2f} GiB measured"
+    off = f"{plan['off']:+.1%}; " if plan["off"] is not None else ""
+    return f"{shown} ({off}{plan['measured']})"
+
+
 def kept_words(best: Mapping[str, Any]) -> str:
     """Return which model a run has kept and why, as in summary.json's `best`."""
     name, ends = best["metric"], best["last_step"]
@@ -201,6 +212,8 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
     if left_out := summary.get("left_out"):
         lines += [f"Steps left out, because the loss was not finite or leapt: {len(left_out):,}."]
         lines += [""]
+    if memory := memory_words(summary):
+        lines += [f"Memory: {memory}.", ""]
     lines += ["## Use", "", "```sh", generate_command(summary["run"], summary["task"]), "```", ""]
     if names and summary["method"] != "full" and summary["model"].get("kind") != "builtin":
         lines += _named_labels(summary, needs_import)

@@ -17,6 +17,7 @@ from ftlevel.artifacts.run_directory import RunDirectory, check_output
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener
+from ftlevel.models.hardware import resident_bytes
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on, products_of
@@ -34,6 +35,7 @@ from ftlevel.training.finish import (
     save,
     write_results,
 )
+from ftlevel.training.forecast.foresight import Foresight, foresee
 from ftlevel.training.given import Given, Taken, describe_taken, keep_base, take
 from ftlevel.training.going_on.identity import BaseDigest
 from ftlevel.training.going_on.interrupted import describe_end, describe_stop, telling_what_is_kept
@@ -130,6 +132,7 @@ class _Job:
         recipe: where the settings were read from, and the state of git there.
         processes: that train together.
         start: when the user began to wait.
+        foresight: what it was said to need.
     """
 
     taken: Taken
@@ -139,6 +142,7 @@ class _Job:
     recipe: Mapping[str, Any] | None
     processes: Processes
     start: Start
+    foresight: Foresight
 
 
 def train(
@@ -192,6 +196,7 @@ def train(
         if dry_run:
             plan, taken = job.plan, job.taken
             summary = {"dry_run": True, "steps": plan.schedule.steps, "data": plan.data.facts,
+                       "headline": plan.objective.headline,
                        "targets": plan.targets.modules,
                        "config": resolved_config(taken.config, plan)}  # fmt: skip
             listener.end(summary)
@@ -253,14 +258,17 @@ def _resolve(
     check_base_outlives(config, plan)
     taken = replace(taken, config=config)
     sized = size_choices(config, plan, try_method=try_method)
-    listener.choices("train", [*plan.choices, *sized])
+    foresight = foresee(config, plan, processes.count)
+    listener.choices("train", [foresight.choice(), *plan.choices, *sized])
     notes += find_adapter_warnings(adapter, config, plan) if adapter else []
     data = plan.data
     sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
     warnings = find_warnings(config.train, *sizes, new_head=new_head)
     for warning in [*notes, *find_stand_in(config), *warnings]:
         listener.warn(warning)
-    return _Job(taken, plan, listener, callbacks, origin, processes, command_line.start)
+    return _Job(
+        taken, plan, listener, callbacks, origin, processes, command_line.start, foresight
+    )  # fmt: skip
 
 
 def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
@@ -271,6 +279,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     if (summary := going_on.finished) is not None:
         return _end_finished(job, summary)
     listener.stage("load the model")
+    before = resident_bytes()
     adapted = load_adapted(config, plan, listener)
     plan, reference = fill_reference(config, plan, adapted, listener)
     verified = verify_step(config, plan, adapted, listener)
@@ -339,6 +348,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         kept=kept,
         changes=run.read_changes(),
         left_out=describe_left_out(run.read_notes()),
+        plan=job.foresight.compare(before),
     )
     about = _tell_reference(reference, job, outcome)
     summary = _tell(config, plan, outcome, run, listener, about)

@@ -35,6 +35,14 @@ OF_COMMANDS: tuple[Flag, ...] = (
          help="The winner needs no more memory than this, in GiB."),
     Flag(names="--max-minutes", panel=DAILY, on=("compare",), type=float, metavar="M",
          help="A run of the winner takes no longer than this."),
+    Flag(names="--search", panel=DAILY, on=("compare",), type=list[str], several=True,
+         metavar="NAME,…",
+         help="Search these settings for each method first: lr, r, alpha, dropout, weight-decay."),
+    Flag(names="--trials", panel=DAILY, on=("compare",), type=int, metavar="N", minimum=1,
+         help="Runs of each search; the default is 10."),
+    Flag(names="--study", panel=DAILY, on=("compare",), metavar="URL",
+         help="Database of the searches, which several machines may share; the default is a "
+         "file in the directory."),
     # launch
     Flag(names="--on", panel=DAILY, on=("launch",), required=True, metavar="slurm|k8s",
          help="The scheduler that the file is for."),

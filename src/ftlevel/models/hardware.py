@@ -175,6 +175,18 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reserved_memory_bytes() -> int:
+    """Return the most memory of the GPU that torch's allocator has held so far."""
+    return int(torch.cuda.max_memory_reserved())
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process has resident now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def free_memory_bytes(device: str) -> int:
     """Return how much memory is free: of the GPU, or of the machine, caches not counted."""
     if device == "cuda":

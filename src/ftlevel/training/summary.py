@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,7 @@ class Outcome:
         kept: which model it is; None where evaluations were not compared.
         changes: what became another when the run went on.
         left_out: steps that were.
+        plan: of the memory, beside what was measured.
     """
 
     run: Path
@@ -158,6 +159,7 @@ class Outcome:
     kept: Kept | None
     changes: Sequence[Mapping[str, Any]]
     left_out: Sequence[Mapping[str, Any]] = ()
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str, Any]:
@@ -192,6 +194,7 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "timings": dict(outcome.timings),
         "speed": dict(outcome.speed),
         "memory": {"peak_bytes": peak_memory_bytes(plan.model.device)},
+        "plan": dict(outcome.plan),
         "choices": [{"name": c.name, "value": str(c.value), "reason": c.reason}
                     for c in plan.choices],
         "versions": library_versions(),

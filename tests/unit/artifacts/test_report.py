@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from ftlevel.artifacts.report.answers import sum_up
 from ftlevel.artifacts.report.curves import MOST_POINTS, draw_charts, thin
-from ftlevel.artifacts.report.gather import RunFacts, read_run_facts, sum_up
+from ftlevel.artifacts.report.gather import RunFacts, read_run_facts
 from ftlevel.artifacts.report.page import render_page
 from ftlevel.cli.app import run
 from ftlevel.errors import InputError
@@ -132,6 +133,46 @@ def test_texts_have_no_matrix() -> None:
     assert answers.classes == []
     assert [row["loss"] for row in answers.worst[:2]] == [24_999.0, 24_998.0]
     assert answers.best[0]["loss"] == 0.0
+
+
+def test_tags_are_counted_word_by_word() -> None:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    true = [["B-A", "O", "O"], ["B-A", "O"], ["O", "B-C"]]
+    predicted = [["B-A", "O", "B-A"], ["O", "O"], ["O", "B-C"]]
+    rows = [{"true": t, "predicted": p, "loss": 1.0}
+            for t, p in zip(true, predicted, strict=True)]  # fmt: skip
+    answers = sum_up(iter(rows))
+    assert answers.unit == "words"
+    assert answers.total == 3
+    words = [[tag for tags in said for tag in tags] for said in (true, predicted)]
+    expected = precision_recall_fscore_support(*words, labels=answers.classes)
+    for at, (name, *scores) in enumerate(answers.per_class):
+        assert name == answers.classes[at]
+        assert scores == pytest.approx([figures[at] for figures in expected])
+    page = render_page([facts(answers=answers)])
+    assert "Words by what is true" in page
+    assert '<th scope="col">tag</th>' in page
+
+
+def test_texts_have_their_loss_by_length() -> None:
+    rows = [{"predicted": "x", "true": "w " * (1 + at % 50), "loss": float(at % 50)}
+            for at in range(1_000)]  # fmt: skip
+    answers = sum_up(iter(rows))
+    assert len(answers.lengths) == 10
+    assert answers.lengths[0] == (1, 5, 100, 2.0)
+    assert answers.lengths[-1] == (46, 50, 100, 47.0)
+    page = render_page([facts(answers=answers)])
+    assert "Loss by the length of the true answer" in page
+    assert "<meter" in page
+
+
+def test_many_rows_and_a_long_log_make_a_small_page() -> None:
+    rows = ({"where": f"rows.csv:{at}", "true": f"{EVIL} {at}" * 20, "predicted": "p " * 2_000,
+             "loss": float(at)} for at in range(10_000))  # fmt: skip
+    page = render_page([facts(count=100_000, answers=sum_up(rows))])
+    assert len(page.encode()) < 3_000_000
+    assert "<img" not in page
 
 
 def test_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

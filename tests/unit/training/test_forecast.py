@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from ftlevel.config import TrainConfig
+from ftlevel.fast.head.cross_entropy import FEWEST, targets_a_chunk
 from ftlevel.models.upstream.fake import FakeTensor, OperationWatch, new_fake, storage_of
 from ftlevel.training.forecast import memory
 from ftlevel.training.forecast.live import LiveBytes
@@ -22,6 +23,7 @@ from ftlevel.training.forecast.memory import forecast_memory
 from ftlevel.training.plan.resolve import resolve
 
 ModelDir = Callable[..., Path]
+MEMORY = 2**33
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "plan.py"
 
 
@@ -71,7 +73,7 @@ def test_it_is_the_peak_of_the_run(
     tmp_path: Path, tiny_model_dir: ModelDir, family: str, method: str, train: dict[str, Any]
 ) -> None:
     config = configure(tmp_path, tiny_model_dir(family), method, family == "bert", **train)
-    found = forecast_memory(config, resolve(config))
+    found = forecast_memory(config, resolve(config), MEMORY)
     measured = benchmark().measured(config)["peak"]
     assert found.peak == pytest.approx(measured, rel=0.05)
     assert found.parts["quantized weights" if method == "qlora" else "weights"] > 0
@@ -84,19 +86,31 @@ def test_two_depths_give_the_whole(
     config = configure(tmp_path, model, "lora", classes=False)
     plan = resolve(config)
     assert memory._Layers.of(plan).depths == (2, 3)
-    extended = forecast_memory(config, plan)
+    extended = forecast_memory(config, plan, MEMORY)
     monkeypatch.setattr(memory._Layers, "of", lambda _: memory._Layers((None,), 7))
-    assert extended.peak == pytest.approx(forecast_memory(config, plan).peak, rel=0.002)
+    assert extended.peak == pytest.approx(forecast_memory(config, plan, MEMORY).peak, rel=0.002)
 
 
 def test_workers_hold_what_each_of_them_holds(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
     config = configure(tmp_path, tiny_model_dir("llama"), "lora", classes=False)
     plan = resolve(config)
-    one = forecast_memory(config, plan)
-    two = forecast_memory(config, replace(plan, fast=replace(plan.fast, workers=2)))
+    one = forecast_memory(config, plan, MEMORY)
+    two = forecast_memory(config, replace(plan, fast=replace(plan.fast, workers=2)), MEMORY)
     assert two.parts["weights"] == one.parts["weights"]
     assert two.tokens < one.tokens  # half of the budget is each one's
     assert two.parts["activations"] == pytest.approx(one.parts["activations"], rel=0.3)
+
+
+def test_chunks_of_scores_take_their_share_of_a_gpu(
+    tmp_path: Path, tiny_model_dir: ModelDir
+) -> None:
+    config = configure(tmp_path, tiny_model_dir("llama"), "lora", classes=False)
+    plan = resolve(config)
+    on_gpu = replace(plan, model=replace(plan.model, device="cuda"))
+    logits = [forecast_memory(config, on_gpu, size).parts["logits"] for size in (2**33, 2**22)]
+    targets = [targets_a_chunk(size, plan.model.vocabulary) for size in (2**33, 2**22)]
+    assert targets[0] > 2 * targets[1] >= 2 * FEWEST  # the step has 8 · 60 of them at most
+    assert logits[0] > logits[1]
 
 
 class TestFakeTensor:
@@ -131,6 +145,31 @@ class TestFakeTensor:
         assert storage_of(x[1:].t()) is storage_of(x) or (
             storage_of(x[1:].t())._cdata == storage_of(x)._cdata
         )
+
+    def test_what_is_known_of_an_operation_is_what_it_gives(self) -> None:
+        def compute(x: torch.Tensor, row: torch.Tensor) -> list[torch.Tensor]:
+            wide = x[1:3].t()
+            scaled = wide * 2.0 + row
+            scaled[0] += 1
+            first, second = scaled.split(2, 0)
+            return [wide, scaled, first, second, scaled.view(torch.int32), x.expand(2, 4, 3)]
+
+        real = compute(torch.randn(4, 3), torch.randn(2))
+        for _ in range(2):  # the second time every operation is known
+            x = new_fake((4, 3), torch.float32)
+            made = compute(x, new_fake((2,), torch.float32))
+            for fake, expected in zip(made, real, strict=True):
+                assert (fake.shape, fake.dtype, fake.stride(), fake.storage_offset()) == (
+                    expected.shape, expected.dtype, expected.stride(), expected.storage_offset()
+                )  # fmt: skip
+                assert storage_of(fake).nbytes() == expected.untyped_storage().nbytes()
+            cdata = [storage_of(fake)._cdata for fake in (x, *made)]
+            assert [cdata.index(one) for one in cdata] == [0, 0, 2, 2, 2, 2, 0]
+
+    def test_a_known_operation_tells_numbers_and_types_apart(self) -> None:
+        x = new_fake((4,), torch.int64)
+        assert [(x * by).dtype for by in (1, 1.0, 1)] == [torch.int64, torch.float32, torch.int64]
+        assert [x.sum(0, keepdim=kept).dim() for kept in (False, True, False)] == [0, 1, 0]
 
     def test_what_is_written_to_is_returned(self) -> None:
         total = torch.zeros(3)

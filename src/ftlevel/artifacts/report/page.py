@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import loss_words
+from ftlevel.artifacts.cards import loss_words, memory_words
 from ftlevel.artifacts.files import write_text
 from ftlevel.artifacts.report.curves import (
     BOTTOM,
@@ -92,6 +92,8 @@ def _table(runs: Sequence[RunFacts]) -> Iterator[tuple[str, list[str]]]:
     yield row("seconds", lambda s: f"{s.get('timings', {}).get('total_s', 0):,.1f}")
     yield row("tokens a second", lambda s: f"{s.get('timings', {}).get('tokens_per_s', 0):,.0f}")
     yield row("peak memory", lambda s: _gib(s.get("memory", {}).get("peak_bytes")))
+    if any(map(memory_words, summaries)):
+        yield row("plan of the memory", memory_words)
     yield row("finished", lambda s: str(s.get("finished", "")))
 
 

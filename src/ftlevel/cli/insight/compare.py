@@ -34,6 +34,9 @@ def compare(given: Given, *, as_json: bool, quiet: bool) -> None:
             own["seeds"],
             own["max_memory"],
             own["max_minutes"],
+            tuple(own["search"] or ()),
+            own["trials"],
+            own["study"],
         )
         found = run(config, wishes, listener=screen, prepare=prepare)
         if as_json:

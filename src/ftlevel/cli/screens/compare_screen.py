@@ -49,13 +49,28 @@ def closing_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"note: {line}"
     for left in found["left_out"]:
         yield f"not compared: {left['method']}: {left['reason']}"
+    for row in found["rows"]:
+        if searched := row["search"]:
+            yield f"searched for {row['method']}: {_search_words(searched)}"
     yield "versions: " + ", ".join(f"{name} {value}" for name, value in found["versions"].items())
-    yield f"saved: {found['path']}: compare.json, report.html, and a run directory for each"
+    if not found["pictures"]:
+        yield 'pictures need matplotlib: pip install "ftlevel[plots]"'
+    held = "compare.json, report.html, " + "pictures, " * bool(found["pictures"])
+    yield f"saved: {found['path']}: {held}and a run directory for each"
     if found["best"] is None:
         yield "no method is within the limits that were given."
     else:
         yield f"best: {found['best']}. Train it on everything:"
         yield f"  {found['command']}"
+
+
+def _search_words(searched: Mapping[str, Any]) -> str:
+    """Return what a search found, and what it took."""
+    values = ", ".join(f"{name} {value:.4g}" for name, value in searched["values"].items())
+    return (
+        f"{values} ({searched['trials']} trials, {searched['pruned']} of them ended early, "
+        f"{searched['seconds']:,.1f} s)"
+    )
 
 
 def _mib(size: int) -> str:

@@ -27,16 +27,16 @@ def show(plan: RunPlan, console: Console) -> None:
 
 def plan_lines(plan: RunPlan) -> Iterator[str]:
     """Yield the lines of `plan` but for the table."""
-    yield plan.verdict()
+    yield plan.need.verdict()
     if plan.cheapest is not None:
         yield f"to make it fit, the mildest change: {plan.cheapest.flags}"
-    elif not plan.does_fit:
+    elif not plan.need.does_fit:
         yield "no change of rows, checkpointing or quantization makes it fit: a smaller --model."
-    width = max(map(len, plan.parts))
-    for part, size in plan.parts.items():
+    width = max(map(len, plan.need.parts))
+    for part, size in plan.need.parts.items():
         if size < _LEAST:
             continue
-        bar = "█" * round(_BAR * size / plan.peak)
+        bar = "█" * round(_BAR * size / plan.need.peak)
         yield f"  {part.ljust(width)} {_mib(size):>12}  {bar}"
     if plan.imagined:
         yield "  rows are imagined, all as long as they may be: name a --dataset for your own"

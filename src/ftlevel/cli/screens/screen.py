@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import kept_words, loss_words
+from ftlevel.artifacts.cards import kept_words, loss_words, memory_words
 from ftlevel.cli.screens.lasting import Lasting
 from ftlevel.config.choices import Choice
 
@@ -237,6 +237,8 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{timings['total_s']:.1f} s in all, {timings['to_first_step_s']:.1f} s to the first step; "
         f"peak memory {summary['memory']['peak_bytes'] / 2**30:.2f} GiB"
     )
+    if memory := memory_words(summary):
+        yield f"  [bold]plan[/bold] {memory}"
     run = Path(summary["run"])
     held = [f"{name} ({what})" for name, what in _HELD if _is_held(run / name)]
     yield f"  [bold]saved[/bold] {_plain(summary['run'])}: {_plain(', '.join(held))}"

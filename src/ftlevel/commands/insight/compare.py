@@ -22,6 +22,8 @@ from ftlevel.commands.insight.comparison import (
 )
 from ftlevel.commands.insight.one_run import describe_run, seconds_per_step, train_and_score
 from ftlevel.commands.insight.own_process import do_apart
+from ftlevel.commands.insight.pictures import draw_pictures
+from ftlevel.commands.insight.search import check_search, plan_study, search, with_values
 from ftlevel.config import Layer, TrainConfig, build_config
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading.words import METHOD_WORDS, in_our_words
@@ -29,6 +31,7 @@ from ftlevel.errors import ConfigError, InputError, Interrupted, RunError, did_y
 from ftlevel.events import Listener
 
 RESULT = "compare.json"
+_TRIALS = 10
 _NEVER = ("overwrite", "allow_change", "push_to_hub", "hub_private", "run_name")
 _CTRL_C = 130
 
@@ -66,6 +69,7 @@ def compare(
     write_text(path / CONFIG, _recipe(config))
     try:
         _set_budget(found, asked, listener, prepare)
+        _search_all(found, asked, listener, prepare)
         _train_all(found, listener, prepare)
     except (KeyboardInterrupt, Interrupted) as error:
         code = error.exit_code if isinstance(error, Interrupted) else _CTRL_C
@@ -76,6 +80,8 @@ def compare(
     result = sum_up(found, asked)
     write_json(path / RESULT, result)
     write_page_of_all(found)
+    result["pictures"] = draw_pictures(found, result)
+    write_json(path / RESULT, result)
     return result
 
 
@@ -96,6 +102,7 @@ def _check(config: TrainConfig, wishes: Wishes) -> None:
             problems.append(f"{flag} {value:g}: expected a number above 0.")
     if wishes.minutes is not None and config.train.max_steps is not None:
         problems.append("--budget-minutes and --max-steps are two budgets. Give one of them.")
+    problems += check_search(wishes.search, wishes.study)
     if config.model.adapter is not None:
         problems.append(
             "--adapter is of one method, and compare begins each of several anew. Drop it."
@@ -141,7 +148,9 @@ def _begin_or_go_on(
     budget = {"steps": wishes.steps, "minutes": wishes.minutes}
     now = _plain(config)
     asked: dict[str, Any] = {"config": now, "budget": budget, "planned_steps": {},
-             "methods": list(dict.fromkeys(wishes.methods)), "seeds": wishes.seeds}  # fmt: skip
+             "methods": list(dict.fromkeys(wishes.methods)), "seeds": wishes.seeds,
+             "search": list(dict.fromkeys(wishes.search)), "trials": wishes.trials or _TRIALS,
+             "study": wishes.study, "searched": {}}  # fmt: skip
     before = path / RESULT
     if not config.output.resume or not before.is_file():
         check_absent("--output-dir", path)
@@ -152,6 +161,8 @@ def _begin_or_go_on(
         old = json.loads(before.read_text(encoding="utf-8"))["asked"]
         was, kept = old["config"], old["budget"]
         methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
+        searched = {name: old.get(name, asked[name])  # of before there were searches
+                    for name in ("search", "trials", "study", "searched")}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
     if now != was:
@@ -166,12 +177,20 @@ def _begin_or_go_on(
             f"--resume {path}: the budget was {kept} and is {budget}. Drop it, or start anew in "
             "another --output-dir."
         )
+    if wishes.search and list(wishes.search) != searched["search"]:
+        raise ConfigError(
+            f"--resume {path}: --search was {listing(searched['search']) or 'not given'}. Drop it, "
+            "or start anew in another --output-dir."
+        )
+    if wishes.trials is not None and not searched["searched"]:
+        searched["trials"] = wishes.trials
     for run in path.glob("*-seed*"):
         check_unclaimed(run)
-    asked |= {"budget": kept, "planned_steps": steps, "seeds": max(wishes.seeds, seeds),
+    asked |= {**searched, "budget": kept, "planned_steps": steps, "seeds": max(wishes.seeds, seeds),
               "methods": list(dict.fromkeys([*methods, *wishes.methods]))}  # fmt: skip
     wishes = Wishes(tuple(asked["methods"]), kept["steps"], kept["minutes"],
-                    asked["seeds"], wishes.max_memory, wishes.max_minutes)  # fmt: skip
+                    asked["seeds"], wishes.max_memory, wishes.max_minutes,
+                    tuple(asked["search"]), asked["trials"], asked["study"])  # fmt: skip
     return wishes, {"asked": asked}
 
 
@@ -195,12 +214,12 @@ def _check_methods(config: TrainConfig, found: Comparison, listener: Listener) -
             found.left_out[word] = " ".join(error.problems)
             listener.warn(f"{word} cannot be compared: {found.left_out[word]}")
             continue
-        found.configs[word], found.facts = ready, facts["data"]
+        found.configs[word], found.dry[word] = ready, facts
     if not found.configs:
         raise ConfigError([f"{name}: {why}" for name, why in found.left_out.items()])
     if given:
         raise ConfigError(f"method.{sorted(given)[0]} is of none of the compared methods. Drop it.")
-    if not found.facts.get("validation_rows"):
+    if not next(iter(found.dry.values()))["data"].get("validation_rows"):
         raise ConfigError(
             "compare scores every method on held-out rows, and there are none. Add "
             "--validation-file FILE, or --validation-split 0.1."
@@ -261,6 +280,28 @@ def _set_budget(
             write_json(found.path / RESULT, asked)
         train = config.train.model_copy(update={"max_steps": steps[method]})
         found.configs[method] = config.with_sections(train=train)
+
+
+def _search_all(
+    found: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
+) -> None:
+    """Give each method the settings that score best, where a search is asked for, once."""
+    done = asked["asked"]["searched"]
+    for method, config in list(found.configs.items()):
+        if method not in done:
+            study = plan_study(method, config, asked["asked"], found.dry[method], found.path)
+            if study is None:
+                continue
+            listener.stage(f"search {listing(study.fields)} of {method}: {study.trials} trials")
+            try:
+                done[method] = search(study, config, found.path, prepare)
+            except RunError as error:
+                found.left_out[method] = str(error)
+                del found.configs[method]
+                continue
+            write_json(found.path / RESULT, asked)
+        found.searched[method] = done[method]
+        found.configs[method] = with_values(config, done[method]["values"])
 
 
 def _train_all(found: Comparison, listener: Listener, prepare: Callable[[], Any]) -> None:

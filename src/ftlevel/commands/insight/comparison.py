@@ -32,6 +32,9 @@ class Wishes:
         seeds: runs of each method.
         max_memory: GiB that the winner may need.
         max_minutes: that a run of the winner may take.
+        search: settings that are searched for each method before it is compared.
+        trials: of each search; None for ten.
+        study: URL of the database of the searches; None for a file in the directory.
     """
 
     methods: tuple[str, ...]
@@ -40,6 +43,9 @@ class Wishes:
     seeds: int = 1
     max_memory: float | None = None
     max_minutes: float | None = None
+    search: tuple[str, ...] = ()
+    trials: int | None = None
+    study: str | None = None
 
 
 @dataclass
@@ -52,7 +58,8 @@ class Comparison:
         configs: method → its configuration without a directory.
         left_out: method → why it is not compared.
         scored: method → what its runs wrote, by seed.
-        facts: what a dry run says of the data.
+        dry: method → what a dry run says of it.
+        searched: method → what its search found; none without one.
     """
 
     path: Path
@@ -60,7 +67,8 @@ class Comparison:
     configs: dict[str, TrainConfig] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     scored: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    dry: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    searched: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def sum_up(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +92,7 @@ def sum_up(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
             "difference_interval": apart.interval,
             "difference_error": apart.error,
             "is_noise": apart.is_noise if method != order[0] else None,
+            "search": found.searched.get(method),
         })  # fmt: skip
     best = next((row for row in rows if _is_within(row, found.wishes)), None)
     return {
@@ -95,6 +104,7 @@ def sum_up(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
         "notes": _notes(found),
         "versions": library_versions(),
         "path": str(found.path),
+        "pictures": [],
         **asked,
     }
 
@@ -136,6 +146,8 @@ def _command(row: Mapping[str, Any], found: Comparison) -> str:
         words += ["--set", "train.max_steps=null"]
     if config.data.max_samples is not None:
         words += ["--set", "data.max_samples=null"]
+    for name, value in found.searched.get(row["method"], {}).get("values", {}).items():
+        words += ["--set", f"{name}={value}"]
     return shlex.join(words)
 
 
@@ -148,6 +160,11 @@ def _notes(found: Comparison) -> list[str]:
         notes.append(
             "each seed holds out rows of its own, the same for all methods; a --validation-file is "
             "the same for all seeds"
+        )
+    if found.searched:
+        notes.append(
+            "settings were searched on the rows that score them, which flatters all that were: a "
+            "test file of other rows tells (ftlevel evaluate)"
         )
     examples = runs[0]["rows"]["examples"]
     notes.append(f"scored on {examples:,} held-out examples; differences are paired row by row")

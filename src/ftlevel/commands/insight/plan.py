@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.errors import ConfigError, FtlevelError
-from ftlevel.models.hardware import describe_device
+from ftlevel.errors import ConfigError
 from ftlevel.models.loading import quiet_libraries
-from ftlevel.models.memory import device_memory
-from ftlevel.models.quantized import as_quant_config, quantization_name, stored_quantization
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.forecast.cards import Card, read_card
 from ftlevel.training.forecast.fits import Fit, Limits, find_cheapest, list_fits
 from ftlevel.training.forecast.imagined import imagine
-from ftlevel.training.forecast.live import (
-    ACTIVATIONS,
-    ADAPTER,
-    GRADIENTS,
-    LOGITS,
-    OPTIMIZER,
-    WORKSPACE,
-)
-from ftlevel.training.forecast.memory import MemoryForecast, forecast_memory
+from ftlevel.training.forecast.live import ADAPTER, GRADIENTS, OPTIMIZER
+from ftlevel.training.forecast.need import ALLOCATOR, COMES_AND_GOES, Device, Need, find_need
 from ftlevel.training.forecast.seconds import (
     TimeForecast,
     by_probe,
@@ -39,13 +29,6 @@ from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import count_trainable
 
-ALLOCATOR = "allocator and context"
-
-CONTEXT_BYTES, SLACK = 600 * 2**20, 0.05
-"""What a CUDA context takes, and the share of what comes and goes that torch's allocator has to
-spare: an allowance, since no card was at hand to measure either."""
-
-_COMES_AND_GOES = (ACTIVATIONS, LOGITS, WORKSPACE, GRADIENTS)
 _IMAGINED_STEPS = 2
 
 
@@ -71,11 +54,7 @@ class RunPlan:
     """What a run needs.
 
     Attributes:
-        peak: bytes of memory at the peak.
-        parts: part → bytes at the peak.
-        at: the moment of the peak.
-        memory: bytes that there are.
-        device: what is planned for, in words.
+        need: memory by part, and what there is of it.
         steps: optimizer steps of an epoch; of the run where rows are streamed.
         tokens: of an epoch; 0 where rows are imagined.
         imagined: whether the rows are.
@@ -86,15 +65,9 @@ class RunPlan:
         cheapest: the mildest change that makes the run fit; None where it fits, or nothing does.
         several: cards → kind → bytes on each.
         choices: lines for the screen.
-        recomputed_peak: of a run that will recompute blocks until it fits, with all of them; None
-            of another, and of one that fits as it is.
     """
 
-    peak: int
-    parts: dict[str, int]
-    at: str
-    memory: int
-    device: str
+    need: Need
     steps: int
     tokens: int
     imagined: bool
@@ -105,33 +78,19 @@ class RunPlan:
     cheapest: Fit | None
     several: dict[int, dict[str, int]]
     choices: list[Choice] = field(default_factory=list)
-    recomputed_peak: int | None = None
-
-    @property
-    def does_fit(self) -> bool:
-        """Whether there is as much memory, with blocks recomputed where the run does so itself."""
-        return min(self.peak, self.recomputed_peak or self.peak) <= self.memory
-
-    def verdict(self) -> str:
-        """Return the plan in a line."""
-        peak, memory = (f"{size / 2**30:,.2f} GiB" for size in (self.peak, self.memory))
-        word = "fits" if self.does_fit else "does not fit"
-        if self.recomputed_peak is not None:
-            least = f"{self.recomputed_peak / 2**30:,.2f} GiB"
-            word += f" with blocks recomputed, as auto does ({least} with all of them)"
-        return f"peak {peak} of {memory} ({self.device}), at the {self.at}: {word}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         first, kept = self.checkpoint_bytes
+        need = self.need
         return {
-            "peak_bytes": self.peak,
-            "parts": self.parts,
-            "at": self.at,
-            "memory_bytes": self.memory,
-            "fits_in_memory": self.does_fit,
-            "recomputed_peak_bytes": self.recomputed_peak,
-            "device": self.device,
+            "peak_bytes": need.peak,
+            "parts": need.parts,
+            "at": need.at,
+            "memory_bytes": need.device.memory,
+            "fits_in_memory": need.does_fit,
+            "recomputed_peak_bytes": need.recomputed_peak,
+            "device": need.device.name,
             "imagined_rows": self.imagined,
             "fits": [
                 {"flags": fit.flags, "peak_bytes": fit.peak, "fits": fit.fits,
@@ -191,37 +150,21 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
     rows = a_step * _IMAGINED_STEPS if is_imagined else 0
     imagined = imagine(config, source, card.name if card else None, rows)
     resolved = resolve(config, why_task=why, adapter=adapter, imagined=imagined)
-    _check_quantization(resolved)
-    device = resolved.model.device
-    memory = card.memory if card else device_memory(device)
-    forecast = _forecast(config, resolved)
-    reserve = _reserve(device)
-    parts = _with_reserve(forecast, device)
-    peak = sum(parts.values())
-    least = peak
-    if peak > memory and train.gradient_checkpointing is None and device == "cuda":
-        recomputed = train.model_copy(update={"gradient_checkpointing": True})
-        with_all = config.model_copy(update={"train": recomputed})
-        least = reserve(_forecast(with_all, resolved))
-    limits = Limits(memory, card.name if card else None, device != "cpu", source, reserve)
+    need = find_need(config, resolved, Device.of(resolved.model.device, card))
+    limits = Limits(need.device, card.name if card else None, source)
     time = _time(config, resolved, card, wishes.probe, is_imagined)
     return RunPlan(
-        peak=peak,
-        parts=parts,
-        at=forecast.at,
-        memory=memory,
-        device=card.name if card else _describe(device),
+        need=need,
         steps=steps_per_epoch(config, resolved),
         tokens=0 if is_imagined else int(resolved.data.facts["tokens"]),
         imagined=is_imagined,
-        checkpoint_bytes=_checkpoints(config, resolved, parts),
+        checkpoint_bytes=_checkpoints(config, resolved, need.parts),
         time=time,
         cost=_cost(config, time, wishes.price_per_hour),
         fits=list_fits(config, limits) if wishes.alternatives else [],
-        cheapest=find_cheapest(config, limits) if least > memory else None,
-        several=_several(parts, resolved) if device == "cuda" else {},
+        cheapest=find_cheapest(config, limits) if not need.does_fit else None,
+        several=_several(need.parts, resolved) if need.device.kind == "cuda" else {},
         choices=resolved.choices,
-        recomputed_peak=least if least < peak else None,
     )
 
 
@@ -234,47 +177,6 @@ def _names_no_data(config: TrainConfig) -> bool:
 def _with_dtype(config: TrainConfig, dtype: str) -> TrainConfig:
     model = config.model.model_copy(update={"dtype": dtype})
     return config.model_copy(update={"model": model})
-
-
-def _check_quantization(resolved: Plan) -> None:
-    """Refuse a checkpoint that another library than bitsandbytes quantized."""
-    stored = stored_quantization(resolved.model.config)
-    if stored is not None and as_quant_config(stored) is None:
-        raise ConfigError(
-            f"--model {resolved.model.source.name} is quantized by {quantization_name(stored)}, "
-            "whose memory cannot be planned: it is known of plain models and of bitsandbytes'. "
-            "Plan for the model it was made from, with --quant."
-        )
-
-
-def _forecast(config: TrainConfig, resolved: Plan) -> MemoryForecast:
-    try:
-        return forecast_memory(config, resolved)
-    except FtlevelError:
-        raise
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(
-            f"the step of {resolved.model.family} with --method {config.method.kind} cannot be "
-            f"computed without its weights ({reason}), so its memory is not known. Train with "
-            "--max-steps 2: summary.json has the peak."
-        ) from error
-
-
-def _describe(device: str) -> str:
-    return "the memory of this machine" if device == "cpu" else describe_device(device)
-
-
-def _reserve(device: str) -> Callable[[MemoryForecast], int]:
-    return lambda forecast: sum(_with_reserve(forecast, device).values())
-
-
-def _with_reserve(forecast: MemoryForecast, device: str) -> dict[str, int]:
-    """Return the parts, on a GPU with what its context and its allocator take."""
-    if device != "cuda":
-        return forecast.parts
-    moving = sum(forecast.parts.get(part, 0) for part in _COMES_AND_GOES)
-    return {**forecast.parts, ALLOCATOR: CONTEXT_BYTES + int(SLACK * moving)}
 
 
 def _time(
@@ -308,7 +210,7 @@ def _several(parts: Mapping[str, int], resolved: Plan) -> dict[int, dict[str, in
     """
     blocks = getattr(resolved.model.config.get_text_config(), "num_hidden_layers", 1) or 1
     gradients = parts.get(GRADIENTS, 0) or parts.get(ADAPTER, 0)
-    shared = sum(size for part, size in parts.items() if part not in (*_COMES_AND_GOES, ALLOCATOR))
+    shared = sum(size for part, size in parts.items() if part not in (*COMES_AND_GOES, ALLOCATOR))
     shared += gradients
     rest = sum(parts.values()) - shared
     return {

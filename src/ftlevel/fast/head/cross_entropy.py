@@ -40,12 +40,16 @@ SCORE_BYTES = 14
 """Of a score: in half precision, in float32, its probability, and the gradient in both."""
 
 
-def targets_a_chunk(device: torch.device, vocabulary: int) -> int:
-    """Return how many targets are scored at once, over a `vocabulary`."""
-    if device.type != "cuda":
+def targets_a_chunk(free: int | None, vocabulary: int) -> int:
+    """Return how many targets are scored at once, over a `vocabulary`.
+
+    Args:
+        free: bytes of a GPU once the model is on it; None on a CPU.
+        vocabulary: scores of a target.
+    """
+    if free is None:
         return max(FEWEST, CHUNK_SCORES // vocabulary)
-    fitting = free_memory_bytes("cuda") // GPU_SHARE // (SCORE_BYTES * vocabulary)
-    return max(FEWEST, min(GPU_TARGETS, fitting))
+    return max(FEWEST, min(GPU_TARGETS, free // GPU_SHARE // (SCORE_BYTES * vocabulary)))
 
 
 Observe = Callable[[torch.Tensor, torch.Tensor], None]
@@ -100,9 +104,15 @@ class ChunkedCrossEntropy:
         self._head = head
         self._finish = finish_scores(model)
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        self._chunk = targets_a_chunk(next(head.parameters()).device, vocabulary)
+        self._vocabulary = vocabulary
+        is_gpu = next(head.parameters()).device.type == "cuda"
+        self.fit_chunks(free_memory_bytes("cuda") if is_gpu else None)
         self._call = _Call()
         self._hook = head.register_forward_pre_hook(self._take, prepend=True)
+
+    def fit_chunks(self, free: int | None) -> None:
+        """Have chunks be as large as `free` bytes of a GPU allow; None for those of a CPU."""
+        self._chunk = targets_a_chunk(free, self._vocabulary)
 
     def remove(self) -> None:
         """Take the hook off."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,25 +54,83 @@ class FakeTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares what it is without one
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Compute the shapes that `func` gives."""
-        known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # held, or ids would be others'
+        """Compute the shapes that `func` gives, or know them of an operation that was alike."""
+        named = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
+        given: list[torch.Tensor] = []
+        key: Any = None
+        try:
+            key = (func, _signature(args, given), _signature(tuple(named.items()), given))
+            known = _KNOWN.get(key)
+        except TypeError:  # an argument that is no number, name or tensor
+            known = key = None
+        if known is not None:
+            return known(given)
+        inner = [_inner(value) for value in given]
+        entered = iter(inner)
 
         def enter(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            inner = value.shape_only if isinstance(value, FakeTensor) else _shape_of(value)
-            known[id(inner)] = (inner, value)
-            return inner
+            return next(entered) if isinstance(value, torch.Tensor) else value
 
-        named = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
         made = func(*tree_map(enter, args), **tree_map(enter, named))
+        if isinstance(made, torch.Tensor):
+            how = _how_made(made, inner)
+            if key is not None and how is not None and func not in _CHANGES_SHAPE:
+                _KNOWN[key] = how
 
         def leave(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
-            return known[id(value)][1] if id(value) in known else FakeTensor(value)
+            at = _find(value, inner)
+            return FakeTensor(value) if at is None else given[at]
 
         return tree_map(leave, made)
+
+
+_How = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+_KNOWN: dict[Any, _How] = {}
+"""An operation, with shapes and types of its tensors and all else it is given → how to make what it
+gives. A step is thousands of operations, most of them alike: chunk by chunk, block by block."""
+
+_CHANGES_SHAPE = {torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Tensor}
+
+
+def _signature(value: Any, given: list[torch.Tensor]) -> Any:
+    """Return what an argument's part in a result depends on, and add its tensors to `given`."""
+    if isinstance(value, torch.Tensor):
+        given.append(value)
+        same = next(at for at, one in enumerate(given) if one is value)
+        return (same, value.dtype, value.shape, value.stride(), value.storage_offset(),
+                isinstance(value, FakeTensor))  # fmt: skip
+    if isinstance(value, list | tuple):
+        return tuple(_signature(part, given) for part in value)
+    return type(value), value  # 1, 1.0 and True are equal, and not alike
+
+
+def _inner(value: torch.Tensor) -> torch.Tensor:
+    return value.shape_only if isinstance(value, FakeTensor) else _shape_of(value)
+
+
+def _find(value: torch.Tensor, among: Sequence[torch.Tensor]) -> int | None:
+    return next((at for at, one in enumerate(among) if one is value), None)
+
+
+def _how_made(made: torch.Tensor, inner: Sequence[torch.Tensor]) -> _How | None:
+    """Return how `made` comes of `inner`, all on the meta device; None if that is not plain."""
+    at = _find(made, inner)
+    if at is not None:  # written to
+        return lambda given: given[at]
+    size, stride, offset = made.size(), made.stride(), made.storage_offset()
+    storages = [one.untyped_storage()._cdata for one in inner]
+    if made.untyped_storage()._cdata in storages:
+        source = storages.index(made.untyped_storage()._cdata)
+        if made.dtype != inner[source].dtype or storages.count(storages[source]) > 1:
+            return None
+        return lambda given: FakeTensor(_inner(given[source]).as_strided(size, stride, offset))
+    dtype = made.dtype
+    new = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+    if offset or new.untyped_storage().nbytes() != made.untyped_storage().nbytes():
+        return None
+    return lambda _: FakeTensor(torch.empty_strided(size, stride, dtype=dtype, device="meta"))
 
 
 def _shape_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ for its tokens grows with the rows of a micro-batch, so the largest number that 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,16 @@ from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.models.sources import ModelSource
 from ftlevel.training.forecast.imagined import imagine
-from ftlevel.training.forecast.live import ACTIVATIONS, WORKSPACE
-from ftlevel.training.forecast.memory import MemoryForecast, forecast_memory
+from ftlevel.training.forecast.live import (
+    ACTIVATIONS,
+    ADAPTER,
+    OPTIMIZER,
+    QUANTIZED,
+    WEIGHTS,
+    WORKSPACE,
+)
+from ftlevel.training.forecast.memory import MemoryForecast
+from ftlevel.training.forecast.need import Device
 from ftlevel.training.plan.resolve import resolve
 
 _MOST_ROWS = 4096
@@ -34,12 +42,14 @@ class Fit:
         peak: bytes with the rows of a micro-batch that the flags say.
         fits: whether that is within the memory.
         most_rows: of a micro-batch that fit; 0 for none, None where their number changes nothing.
+        least: bytes that stay whatever the rows and their length are.
     """
 
     flags: str
     peak: int
     fits: bool
     most_rows: int | None
+    least: int
 
 
 @dataclass(frozen=True)
@@ -47,26 +57,23 @@ class Limits:
     """What there is.
 
     Attributes:
-        memory: bytes that a run may use.
+        device: that a run may use.
         card: name of a GPU that is planned for, or None.
-        by_rows: whether rows of a batch are computed at once, as a GPU does.
         source: the model.
-        reserve: forecast → bytes with what the device takes beside it.
         known: what was tried (mutated).
     """
 
-    memory: int
+    device: Device
     card: str | None
-    by_rows: bool
     source: ModelSource
-    reserve: Callable[[MemoryForecast], int]
     known: dict[Any, Fit | None] = field(default_factory=dict)
 
 
 def list_fits(config: TrainConfig, limits: Limits) -> list[Fit]:
     """Return the table: the run's own method and the usual ones, with and without checkpointing."""
     own = config.method.kind, config.quant.kind
-    ways = dict.fromkeys([own, *_METHODS])
+    others = (way for way in _METHODS if way != _alike(own))
+    ways = [own, *others]
     rows = config.train.per_device_train_batch_size
     found = [_try(config, way, ckpt, rows, None, limits)
              for way, ckpt in itertools.product(ways, (False, True))]  # fmt: skip
@@ -77,6 +84,11 @@ def list_fits(config: TrainConfig, limits: Limits) -> list[Fit]:
     return [fit for fit in found if fit is not None]
 
 
+def _alike(way: tuple[str, str]) -> tuple[str, str]:
+    """Return the name of the table for `way`: QLoRA is LoRA on 4 bits."""
+    return ("qlora", "4bit") if way == ("lora", "4bit") else way
+
+
 def find_cheapest(config: TrainConfig, limits: Limits) -> Fit | None:
     """Return the mildest change that makes a run fit that does not; None where none does.
 
@@ -85,17 +97,22 @@ def find_cheapest(config: TrainConfig, limits: Limits) -> Fit | None:
     """
     train, own = config.train, (config.method.kind, config.quant.kind)
     rows, ckpt = train.per_device_train_batch_size, train.recomputes
-    four = ("qlora" if own[0] == "lora" else own[0], "4bit")
+    four = own if own[1] == "4bit" else _alike((own[0], "4bit"))
     length = config.data.max_length
     ways: list[tuple[tuple[str, str], bool, int, int | None]] = []
     for quant, checkpointing in ((own, ckpt), (own, True), (four, ckpt), (four, True)):
         ways += [(quant, checkpointing, some, None) for some in (rows, max(1, rows // 2), 1)]
     if isinstance(length, int):
         ways += [(four, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64]
+    too_large = set()
     for way, checkpointing, some, other in dict.fromkeys(ways):
+        if way in too_large:
+            continue
         fit = _try(config, way, checkpointing, some, other, limits)
         if fit is not None and fit.fits:
             return fit
+        if fit is not None and fit.least > limits.device.memory:
+            too_large.add(way)
     return None
 
 
@@ -129,12 +146,14 @@ def _compute(
         forecast = _forecast(changed, rows, limits)
     except FtlevelError:  # the method is not for this model, or the row is longer than it takes
         return None
-    peak, most = limits.reserve(forecast), None
-    if limits.by_rows:  # a CPU takes them one micro-batch of a fixed size after another
-        a_row = sum(forecast.parts.get(part, 0) for part in (ACTIVATIONS, WORKSPACE)) / rows
-        most = min(max(0, rows + int((limits.memory - peak) // a_row)), _MOST_ROWS)
+    memory, most = limits.device.memory, None
+    moving = sum(forecast.parts.get(part, 0) for part in (ACTIVATIONS, WORKSPACE))
+    if limits.device.kind != "cpu":  # which takes one micro-batch of a fixed size after another
+        free = memory - forecast.peak
+        most = min(max(0, rows + int(free // (moving / rows))), _MOST_ROWS)
+    least = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
     flags = " ".join(_flags(config, way, checkpointing, rows, length))
-    return Fit(flags, peak, peak <= limits.memory, most)
+    return Fit(flags, forecast.peak, forecast.peak <= memory, most, least)
 
 
 def _forecast(config: TrainConfig, rows: int, limits: Limits) -> MemoryForecast:
@@ -142,7 +161,7 @@ def _forecast(config: TrainConfig, rows: int, limits: Limits) -> MemoryForecast:
     config = _with(config, {"train": {"per_device_train_batch_size": rows,
                                       "gradient_accumulation_steps": accumulated}})  # fmt: skip
     imagined = imagine(config, limits.source, limits.card, rows * accumulated)
-    return forecast_memory(config, resolve(config, imagined=imagined))
+    return limits.device.forecast(config, resolve(config, imagined=imagined))
 
 
 def _changed(

@@ -84,18 +84,26 @@ class MemoryForecast:
         return sum(self.parts.values())
 
 
-def forecast_memory(config: TrainConfig, plan: Plan) -> MemoryForecast:
+def forecast_memory(config: TrainConfig, plan: Plan, memory: int) -> MemoryForecast:
     """Return the peak of the bytes of live tensors of the run that `plan` is.
 
     Args:
         config: the whole configuration.
         plan: its plan, whose rows are those that a step is made of.
+        memory: bytes that tensors may take: chunks of scores on a GPU take a share of what is free.
     """
     layers = _Layers.of(plan)
     pruning = find_pruning(config, plan)
     batch = _fullest(config, plan, pruning)
-    watched = [_watch(config, plan, pruning, batch, depth) for depth in layers.depths]
-    peaks = layers.extend(watched)
+    fakes = [build_fake_model(config, plan, depth) for depth in layers.depths]
+    whole = METHODS[config.method.kind].build is None
+    held = [_hold_weights(LiveBytes(plan.model.vocabulary), fake, whole=whole) for fake in fakes]
+    there = layers.extend([live.peaks for live in held])[FORWARD]
+    free = memory - int(sum(there.values())) if plan.model.device == "cuda" else None
+    peaks = layers.extend([
+        _watch(config, plan, live, fake, batch, pruning=pruning, free=free)
+        for fake, live in zip(fakes, held, strict=True)
+    ])  # fmt: skip
     for parts in peaks.values():
         for part in _OF_WORKERS:
             parts[part] = parts.get(part, 0) * batch.at_once
@@ -105,13 +113,19 @@ def forecast_memory(config: TrainConfig, plan: Plan) -> MemoryForecast:
     return MemoryForecast(in_order, at, batch.tokens)
 
 
+def blocks_to_watch(plan: Plan) -> int:
+    """Return how many blocks are computed to know the memory of `plan`."""
+    layers = _Layers.of(plan)
+    return sum(layers.whole if depth is None else depth for depth in layers.depths)
+
+
 @dataclass(frozen=True)
 class _Layers:
     """At which depths a model is tried, and how the whole of it follows.
 
     Attributes:
         depths: one or two; None for the whole model.
-        whole: blocks of the deepest stack.
+        whole: blocks of a stack; of all stacks where these differ in depth.
     """
 
     depths: tuple[int | None, ...]
@@ -124,7 +138,7 @@ class _Layers:
         stacks = describe_blocks(meta, plan.model.config)
         lengths = {len(stack) for stack in stacks}
         if len(lengths) != 1:
-            return cls((None,), 0)
+            return cls((None,), sum(map(len, stacks)))
         (whole,) = lengths
         for first in range(3):  # those of Deepseek begin with dense ones
             for period in range(1, 7):
@@ -181,20 +195,26 @@ class _Batch:
 
 
 def _watch(
-    config: TrainConfig, plan: Plan, pruning: Pruning, batch: _Batch, depth: int | None
+    config: TrainConfig,
+    plan: Plan,
+    live: LiveBytes,
+    fake: FakeModel,
+    batch: _Batch,
+    *,
+    pruning: Pruning,
+    free: int | None,
 ) -> Peaks:
-    """Return the peaks of a step at `depth`."""
+    """Return the peaks of a step of `fake`, whose weights `live` holds."""
     here = replace(plan, model=replace(plan.model, device="cpu"))
-    fake = build_fake_model(config, plan, depth)
     if fake.fast is not None:
         pruning.put_on(fake.fast, fake.model)
+        if fake.fast.cross_entropy is not None:
+            fake.fast.cross_entropy.fit_chunks(free)
     with tempfile.TemporaryDirectory() as nowhere:
         adapted, run = Adapted(fake.model, {}, fake.fast, {}), RunDirectory(Path(nowhere))
         trainer = build_trainer(config, here, adapted, run, GoingOn(), Processes())
     split_queries.cache_clear()  # what is cached from the last depth would be missed in this one
     batch_sequences.cache_clear()
-    live = LiveBytes(plan.model.vocabulary)
-    _hold_weights(live, fake, whole=METHODS[config.method.kind].build is None)
     hooks = _follow(live, trainer)
     fake.model.train()
     set_checkpointing(fake.model, config, here)  # what auto recomputes, a GPU's memory says later
@@ -211,14 +231,15 @@ def _watch(
     return live.peaks
 
 
-def _hold_weights(live: LiveBytes, fake: FakeModel, *, whole: bool) -> None:
-    """Count what is there before the first step."""
+def _hold_weights(live: LiveBytes, fake: FakeModel, *, whole: bool) -> LiveBytes:
+    """Count what is there before the first step, and return `live`."""
     for module in (fake.model.get_submodule(name) for name in fake.packed):
         for tensor in packed_tensors(module):
             live.hold(tensor, QUANTIZED)
     for tensor in (*fake.model.parameters(), *fake.model.buffers()):
         if not live.knows(tensor):
             live.hold(tensor, ADAPTER if tensor.requires_grad and not whole else WEIGHTS)
+    return live
 
 
 def _follow(live: LiveBytes, trainer: Any) -> list[Any]:

@@ -1,0 +1,310 @@
+"""Search: settings of a method that score best on the held-out rows, by optuna, within the budget.
+
+Every trial is a run as `train` makes it, in a process of its own, with settings that TPE draws. It
+is evaluated nine times on its way, and Hyperband ends the ones that fall behind. A study lies in a
+database: a kill loses the trial that is on its way, and several processes, of several machines
+too, work on one study.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ftlevel.commands.insight.own_process import StopWithParent, do_apart
+from ftlevel.commands.train import train
+from ftlevel.config import TrainConfig
+from ftlevel.config.methods import SPECS
+from ftlevel.errors import ConfigError, RunError, did_you_mean, listing
+from ftlevel.events import Silence
+from ftlevel.training.plan.best_model import LOWER_IS_BETTER
+
+if TYPE_CHECKING:
+    import optuna
+
+DATABASE = "search.db"
+EVALUATIONS = 9  # of a trial: Hyperband with a factor of 3 looks after 1, 3 and 9
+_WAIT_FOR_LOCK = 100  # seconds, of SQLite
+_ALIVE, _GIVEN_UP = 20, 120  # seconds between signs of life, and after which a trial is failed
+_MOST_FAILED = 3
+_REASON = "reason"
+
+_RATE = "lr"
+SETTINGS: dict[str, tuple[str, ...]] = {
+    _RATE: ("train.learning_rate",),
+    "r": ("method.r",),
+    "alpha": ("method.lora_alpha",),
+    "dropout": ("method.lora_dropout", "method.adapter_dropout"),
+    "weight-decay": ("train.weight_decay",),
+}
+"""Name → the fields that it is, of which a method has one or none."""
+
+_RANKS, _ALPHAS = (2, 4, 8, 16, 32, 64), (4.0, 8.0, 16.0, 32.0, 64.0)
+_RATE_FACTOR = 10.0  # up and down from the rate that the run would have
+_MOST = {"dropout": 0.2, "weight-decay": 0.1}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A search for the settings of one method.
+
+    Attributes:
+        name: of the study, the same for the same question.
+        storage: URL of its database.
+        fields: setting → the field that it is.
+        rate: learning rate that the run would have without a search.
+        metric: that is made best.
+        direction: minimize or maximize.
+        trials: how many there are to be.
+    """
+
+    name: str
+    storage: str
+    fields: Mapping[str, str]
+    rate: float
+    metric: str
+    direction: Literal["minimize", "maximize"]
+    trials: int
+
+    def load(self) -> optuna.Study:
+        """Return the study in its database, begun if there is none."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        is_file = self.storage.startswith("sqlite")
+        waits = {"connect_args": {"timeout": _WAIT_FOR_LOCK}} if is_file else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = optuna.storages.RDBStorage(
+                self.storage, engine_kwargs=waits, heartbeat_interval=_ALIVE,
+                grace_period=_GIVEN_UP,
+            )  # fmt: skip
+        return optuna.create_study(
+            storage=storage, study_name=self.name, direction=self.direction, load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(),  # of a seed, two processes would draw the same
+            pruner=optuna.pruners.HyperbandPruner(1, EVALUATIONS, 3),
+        )  # fmt: skip
+
+
+def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
+    """Return what is wrong with the settings to search and where, problem by problem."""
+    problems = [
+        f"--search: {name!r} is no setting that is searched. Expected some of {listing(SETTINGS)}."
+        f"{did_you_mean(name, SETTINGS)}"
+        for name in names if name not in SETTINGS
+    ]  # fmt: skip
+    if names and not find_spec("optuna"):
+        problems.append(
+            "--search needs the package optuna, which is not installed. "
+            'pip install "ftlevel[search]", or drop it.'
+        )
+    elif storage is not None and "://" not in storage:
+        problems.append(
+            f"--study {storage}: expected a database URL, as sqlite:///search.db or "
+            "postgresql://user@host/name."
+        )
+    return problems
+
+
+def plan_study(
+    word: str, config: TrainConfig, asked: Mapping[str, Any], facts: Mapping[str, Any], path: Path
+) -> Study | None:
+    """Return the study of a method; None where it has none of the settings.
+
+    Args:
+        word: what the method is called.
+        config: its run, with the budget.
+        asked: what a comparison was asked: `config`, `budget`, `search`, `trials`, `study`.
+        facts: what a dry run of it says.
+        path: of the comparison.
+    """
+    own = SPECS[config.method.kind].model_fields
+    fields = {
+        name: field
+        for name in asked["search"]
+        for field in SETTINGS[name]
+        if field.startswith("train.") or field.removeprefix("method.") in own
+    }
+    if not fields:
+        return None
+    question = json.dumps([word, asked["config"], asked["budget"], asked["search"]], sort_keys=True)
+    metric = (config.train.metric_for_best_model or facts["headline"]).removeprefix("eval_")
+    greater = config.train.greater_is_better
+    if greater is None:
+        greater = not metric.endswith(LOWER_IS_BETTER)
+    return Study(
+        f"ftlevel-{word}-{hashlib.sha256(question.encode()).hexdigest()[:12]}",
+        asked["study"] or f"sqlite:///{(path / DATABASE).resolve()}", fields,
+        facts["config"]["train"]["learning_rate"], metric,
+        "maximize" if greater else "minimize", asked["trials"],
+    )  # fmt: skip
+
+
+def search(
+    study: Study, config: TrainConfig, path: Path, prepare: Callable[[], Any]
+) -> dict[str, Any]:
+    """Return the best settings, once the study has its trials, and what they took.
+
+    Args:
+        study: whose trials of before count.
+        config: of the run.
+        path: of the comparison; a trial's files are there while it runs.
+        prepare: called first in the process of each trial.
+
+    Raises:
+        RunError: no trial came to its end.
+    """
+    found, failed = study.load(), 0
+    while True:
+        states = [trial.state.name for trial in found.get_trials(deepcopy=False)]
+        running = states.count("RUNNING")
+        if states.count("COMPLETE") + states.count("PRUNED") + running < study.trials:
+            try:
+                do_apart(prepare, _try_one, study, config, path)
+            except RunError as error:
+                failed += 1
+                if failed == _MOST_FAILED:
+                    raise RunError(f"{failed} trials failed, the last so: {error}") from error
+        elif running:  # of another process
+            time.sleep(1)
+            _fail_the_silent(found)
+        else:
+            break
+    return _describe(found, study)
+
+
+def _fail_the_silent(found: optuna.Study) -> None:
+    """Give up trials whose process has given no sign of life."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(found)
+
+
+def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
+    """Return what a study found, and its trials in their order."""
+    trials = [t for t in found.get_trials(deepcopy=False) if t.state.is_finished()]
+    if not any(t.state.name == "COMPLETE" for t in trials):
+        reasons = [t.user_attrs[_REASON] for t in trials if _REASON in t.user_attrs]
+        raise RunError(f"no trial of its search came to its end. {' '.join(reasons[-1:])}".strip())
+    seconds = [t.duration.total_seconds() for t in trials if t.duration is not None]
+    best = found.best_trial
+    return {
+        "values": {study.fields[name]: value for name, value in best.params.items()},
+        "metric": study.metric,
+        "best": best.value,
+        "trials": len(trials),
+        "pruned": sum(t.state.name == "PRUNED" for t in trials),
+        "seconds": sum(seconds),
+        "study": study.storage,
+        "name": study.name,
+        "history": [
+            {"number": t.number, "value": t.value, "state": t.state.name.lower(),
+             "params": dict(t.params)}
+            for t in trials
+        ],
+    }  # fmt: skip
+
+
+def _try_one(study: Study, config: TrainConfig, path: Path) -> None:
+    """Run one trial of `study`, in a process of its own."""
+    study.load().optimize(lambda trial: _objective(trial, study, config, path), n_trials=1)
+
+
+def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Path) -> float:
+    """Return the metric of a run with settings that `trial` draws."""
+    import optuna
+
+    values: dict[str, Any] = {}
+    for name, field in study.fields.items():
+        values[field] = _draw(trial, name, study.rate)
+    run = path / "search" / f"{study.name}-{trial.number}"
+    config = with_values(config, values)
+    output = config.output.model_copy(update={"dir": run, "resume": False, "report_to": ()})
+    config = config.with_sections(output=output)
+    try:
+        callbacks = [StopWithParent(), _Look(trial, study.metric)]
+        result = train(config, callbacks=callbacks, listener=Silence())
+    except RunError as error:  # a rate so high that the loss is not finite, a rank beyond memory
+        trial.set_user_attr(_REASON, str(error))
+        raise optuna.TrialPruned from error
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+    metrics = result.summary["metrics"]
+    if study.metric not in metrics:
+        raise ConfigError(f"it has no {study.metric}: {', '.join(metrics)}")
+    if not math.isfinite(metrics[study.metric]):
+        raise RunError(f"its {study.metric} is {metrics[study.metric]}")
+    return float(metrics[study.metric])
+
+
+def _draw(trial: optuna.Trial, name: str, rate: float) -> float:
+    """Return a value of the setting `name`; a learning rate is drawn around `rate`."""
+    if name == _RATE:
+        low, high = rate / _RATE_FACTOR, rate * _RATE_FACTOR
+        return trial.suggest_float(name, low, high, log=True)
+    if name in _MOST:
+        return trial.suggest_float(name, 0.0, _MOST[name], step=_MOST[name] / 4)
+    choices = _RANKS if name == "r" else _ALPHAS
+    return trial.suggest_categorical(name, choices)
+
+
+def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """Return `config` with other `values` of its fields, as `train.learning_rate`."""
+    sections: dict[str, Any] = {}
+    for field, value in values.items():
+        section, name = field.split(".")
+        before = sections.get(section, getattr(config, section))
+        sections[section] = before.model_copy(update={name: value})
+    return config.with_sections(**sections)
+
+
+class _Look(TrainerCallback):
+    """Evaluate nine times, tell the study, and end a trial that falls behind."""
+
+    def __init__(self, trial: optuna.Trial, metric: str) -> None:
+        self._trial = trial
+        self._metric = f"eval_{metric}"
+        self._seen = 0
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - transformers calls it so
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Ask for an evaluation after each ninth of the steps."""
+        every = max(1, math.ceil(state.max_steps / EVALUATIONS))
+        if state.global_step % every == 0 and state.global_step < state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        metrics: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Tell the study, which may end the trial."""
+        import optuna
+
+        if metrics is None or self._metric not in metrics:
+            return
+        self._seen += 1
+        self._trial.report(metrics[self._metric], self._seen)
+        if self._trial.should_prune():
+            raise optuna.TrialPruned

@@ -1,0 +1,135 @@
+"""What a run needs of a device, and whether there is as much: the verdict in a line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftlevel.config import TrainConfig
+from ftlevel.errors import ConfigError, FtlevelError
+from ftlevel.models.hardware import describe_device
+from ftlevel.models.memory import device_memory
+from ftlevel.models.quantized import as_quant_config, quantization_name, stored_quantization
+from ftlevel.training.forecast.cards import Card
+from ftlevel.training.forecast.live import ACTIVATIONS, GRADIENTS, LOGITS, WORKSPACE
+from ftlevel.training.forecast.memory import MemoryForecast, forecast_memory
+from ftlevel.training.plan.plan import Plan
+
+ALLOCATOR = "allocator and context"
+
+CONTEXT_BYTES, SLACK = 600 * 2**20, 0.05
+"""What a CUDA context takes, and the share of what comes and goes that torch's allocator has to
+spare: an allowance, since no card was at hand to measure either."""
+
+COMES_AND_GOES = (ACTIVATIONS, LOGITS, WORKSPACE, GRADIENTS)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run is planned.
+
+    Attributes:
+        kind: torch device type.
+        name: in words.
+        memory: its bytes.
+    """
+
+    kind: str
+    name: str
+    memory: int
+
+    @classmethod
+    def of(cls, kind: str, card: Card | None = None) -> Device:
+        """Return `card`, or the device of this machine of that torch type."""
+        if card is not None:
+            return cls(kind, card.name, card.memory)
+        name = "the memory of this machine" if kind == "cpu" else describe_device(kind)
+        return cls(kind, name, device_memory(kind))
+
+    def forecast(self, config: TrainConfig, plan: Plan) -> MemoryForecast:
+        """Return what the run takes, on a GPU with what its context and its allocator take.
+
+        Raises:
+            ConfigError: the step cannot be computed without its numbers.
+        """
+        context = CONTEXT_BYTES if self.kind == "cuda" else 0
+        try:
+            found = forecast_memory(config, plan, self.memory - context)
+        except FtlevelError:
+            raise
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ConfigError(
+                f"the step of {plan.model.family} with --method {config.method.kind} cannot be "
+                f"computed without its weights ({reason}), so its memory is not known. Train with "
+                "--max-steps 2: summary.json has the peak."
+            ) from error
+        if context:
+            moving = sum(found.parts.get(part, 0) for part in COMES_AND_GOES)
+            found.parts[ALLOCATOR] = context + int(SLACK * moving)
+        return found
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run needs.
+
+    Attributes:
+        parts: part → bytes at the peak.
+        at: the moment of the peak.
+        device: what is planned for.
+        recomputed_peak: of a run that will recompute blocks until it fits, with all of them; None
+            of another, and of one that fits as it is.
+    """
+
+    parts: dict[str, int]
+    at: str
+    device: Device
+    recomputed_peak: int | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+    @property
+    def does_fit(self) -> bool:
+        """Whether there is as much memory, with blocks recomputed where the run does so itself."""
+        return min(self.peak, self.recomputed_peak or self.peak) <= self.device.memory
+
+    def verdict(self) -> str:
+        """Return it in a line."""
+        peak, memory = (f"{size / 2**30:,.2f} GiB" for size in (self.peak, self.device.memory))
+        word = "fits" if self.does_fit else "does not fit"
+        if self.recomputed_peak is not None:
+            least = f"{self.recomputed_peak / 2**30:,.2f} GiB"
+            word += f" with blocks recomputed, as auto does ({least} with all of them)"
+        return f"peak {peak} of {memory} ({self.device.name}), at the {self.at}: {word}"
+
+
+def find_need(config: TrainConfig, plan: Plan, device: Device) -> Need:
+    """Return what the run that `plan` is needs of `device`.
+
+    Raises:
+        ConfigError: as `Device.forecast` does; a base that another library than bitsandbytes
+            quantized.
+    """
+    _check_quantization(plan)
+    found = device.forecast(config, plan)
+    need = Need(found.parts, found.at, device)
+    chooses = config.train.gradient_checkpointing is None and device.kind == "cuda"
+    if need.does_fit or not chooses:
+        return need
+    recomputing = config.train.model_copy(update={"gradient_checkpointing": True})
+    least = device.forecast(config.model_copy(update={"train": recomputing}), plan).peak
+    return Need(need.parts, need.at, device, least if least < need.peak else None)
+
+
+def _check_quantization(plan: Plan) -> None:
+    """Refuse a checkpoint that another library than bitsandbytes quantized."""
+    stored = stored_quantization(plan.model.config)
+    if stored is not None and as_quant_config(stored) is None:
+        raise ConfigError(
+            f"--model {plan.model.source.name} is quantized by {quantization_name(stored)}, "
+            "whose memory cannot be planned: it is known of plain models and of bitsandbytes'. "
+            "Plan for the model it was made from, with --quant."
+        )
