@@ -18,6 +18,7 @@ from ftlevel.fast.layers.norm_glu import FusedNormGlu
 from ftlevel.models.module_tree import find_blocks, find_stacks
 from ftlevel.training.memory import checkpointing
 from ftlevel.training.memory.checkpointing import Activations, count_activations, set_checkpointing
+from ftlevel.training.memory.smaller_steps import SmallerSteps
 from live_tensors import LiveTensors
 
 BLOCKS = 6
@@ -196,3 +197,13 @@ def test_auto_recomputes_blocks_of_an_encoder_decoder(
     recomputed = [block.gradient_checkpointing for block in blocks]
     assert recomputed == [True] * count + [False] * (len(blocks) - count)
     assert all(torch.equal(a, b) for a, b in zip(gradients(), before, strict=True))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_that_is_out_of_memory_can_recompute(family: str) -> None:
+    model, plan = answered(family)
+    fast = SimpleNamespace(plan=SimpleNamespace(workers=1, is_random=True))
+    smaller = SmallerSteps(SimpleNamespace(model=model, fast=fast))
+    assert smaller._can_checkpoint()
+    set_checkpointing(model, config_of(gradient_checkpointing=True), plan)
+    assert not smaller._can_checkpoint()

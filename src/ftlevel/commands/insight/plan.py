@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
-from ftlevel.errors import ConfigError, FtlevelError
+from ftlevel.errors import ConfigError
 from ftlevel.models.hardware import describe_device
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.memory import device_memory
@@ -18,15 +19,15 @@ from ftlevel.models.sources import resolve_source
 from ftlevel.training.forecast.cards import Card, read_card
 from ftlevel.training.forecast.fits import Fit, Limits, find_cheapest, list_fits
 from ftlevel.training.forecast.imagined import imagine
-from ftlevel.training.forecast.live import (
-    ACTIVATIONS,
-    ADAPTER,
-    GRADIENTS,
-    LOGITS,
-    OPTIMIZER,
-    WORKSPACE,
+from ftlevel.training.forecast.live import ADAPTER, GRADIENTS, OPTIMIZER
+from ftlevel.training.forecast.micro_batch import fit_micro_batch
+from ftlevel.training.forecast.on_device import (
+    ALLOCATOR,
+    COMES_AND_GOES,
+    bytes_on,
+    forecast_step,
+    with_reserve,
 )
-from ftlevel.training.forecast.memory import MemoryForecast, forecast_memory
 from ftlevel.training.forecast.seconds import (
     TimeForecast,
     by_probe,
@@ -39,13 +40,6 @@ from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import count_trainable
 
-ALLOCATOR = "allocator and context"
-
-CONTEXT_BYTES, SLACK = 600 * 2**20, 0.05
-"""What a CUDA context takes, and the share of what comes and goes that torch's allocator has to
-spare: an allowance, since no card was at hand to measure either."""
-
-_COMES_AND_GOES = (ACTIVATIONS, LOGITS, WORKSPACE, GRADIENTS)
 _IMAGINED_STEPS = 2
 
 
@@ -189,15 +183,19 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
     _check_quantization(resolved)
     device = resolved.model.device
     memory = card.memory if card else device_memory(device)
-    forecast = _forecast(config, resolved)
-    reserve = _reserve(device)
-    parts = _with_reserve(forecast, device)
+    if config.speed.memory_gib is not None:
+        memory = min(memory, int(config.speed.memory_gib * 2**30))
+    if config.speed.tokens_per_micro_batch == "memory":
+        _, resolved = fit_micro_batch(config, resolved, memory)
+    forecast = forecast_step(config, resolved)
+    reserve = partial(bytes_on, device=device)
+    parts = with_reserve(forecast, device)
     peak = sum(parts.values())
     least = peak
     if peak > memory and train.gradient_checkpointing is None and device == "cuda":
         recomputed = train.model_copy(update={"gradient_checkpointing": True})
         with_all = config.model_copy(update={"train": recomputed})
-        least = reserve(_forecast(with_all, resolved))
+        least = reserve(forecast_step(with_all, resolved))
     limits = Limits(memory, card.name if card else None, device != "cpu", source, reserve)
     time = _time(config, resolved, card, wishes.probe, is_imagined)
     return RunPlan(
@@ -242,34 +240,8 @@ def _check_quantization(resolved: Plan) -> None:
         )
 
 
-def _forecast(config: TrainConfig, resolved: Plan) -> MemoryForecast:
-    try:
-        return forecast_memory(config, resolved)
-    except FtlevelError:
-        raise
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(
-            f"the step of {resolved.model.family} with --method {config.method.kind} cannot be "
-            f"computed without its weights ({reason}), so its memory is not known. Train with "
-            "--max-steps 2: summary.json has the peak."
-        ) from error
-
-
 def _describe(device: str) -> str:
     return "the memory of this machine" if device == "cpu" else describe_device(device)
-
-
-def _reserve(device: str) -> Callable[[MemoryForecast], int]:
-    return lambda forecast: sum(_with_reserve(forecast, device).values())
-
-
-def _with_reserve(forecast: MemoryForecast, device: str) -> dict[str, int]:
-    """Return the parts, on a GPU with what its context and its allocator take."""
-    if device != "cuda":
-        return forecast.parts
-    moving = sum(forecast.parts.get(part, 0) for part in _COMES_AND_GOES)
-    return {**forecast.parts, ALLOCATOR: CONTEXT_BYTES + int(SLACK * moving)}
 
 
 def _time(
@@ -303,7 +275,7 @@ def _several(parts: Mapping[str, int], resolved: Plan) -> dict[int, dict[str, in
     """
     blocks = getattr(resolved.model.config.get_text_config(), "num_hidden_layers", 1) or 1
     gradients = parts.get(GRADIENTS, 0) or parts.get(ADAPTER, 0)
-    shared = sum(size for part, size in parts.items() if part not in (*_COMES_AND_GOES, ALLOCATOR))
+    shared = sum(size for part, size in parts.items() if part not in (*COMES_AND_GOES, ALLOCATOR))
     shared += gradients
     rest = sum(parts.values()) - shared
     return {

@@ -153,7 +153,8 @@ def _trial(plan: Plan) -> dict[str, Any]:
     rows = plan.data.train[:_SAMPLED_ROWS]
     row = max(rows, key=lambda row: len(row.input_ids))
     if plan.model.kind == "encoder-decoder" and isinstance(row.labels, list):
-        share = sum(len(r.labels) for r in rows) / sum(len(r.input_ids) for r in rows)
+        answered = sum(len(r.labels) for r in rows if isinstance(r.labels, list))
+        share = answered / sum(len(r.input_ids) for r in rows)
         answer = max(1, round(share * len(row.input_ids)))
         labels = (row.labels * answer)[:answer]  # any that are there: their number counts
         return Collator(plan.model.pad_id)([replace(row, labels=labels)])
