@@ -38,12 +38,12 @@ from ftlevel.training.forecast.micro_batch import choose_micro_batch
 from ftlevel.training.given import Given, Taken, describe_taken, keep_base, take
 from ftlevel.training.going_on.identity import BaseDigest
 from ftlevel.training.going_on.interrupted import describe_end, describe_stop, telling_what_is_kept
+from ftlevel.training.going_on.origin import origin_of
 from ftlevel.training.going_on.resume import (
     check_base_outlives,
     check_base_stays,
     find_going_on,
     open_or_go_on,
-    origin_of,
     tokens_begun_with,
 )
 from ftlevel.training.memory.explain import explain_out_of_memory
