@@ -113,6 +113,11 @@ def test_a_plain_step_has_no_micro_batches() -> None:
         fit_micro_batch(config_of(), plan_of(enabled=False), 10**9)
 
 
+def test_a_base_that_is_shared_out_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--shard parts it.*--tokens-per-micro-batch N"):
+        fit_micro_batch(config_of(shard="full"), plan_of(), 10**9)
+
+
 def test_a_run_that_goes_on_keeps_its_tokens(tried: list[int]) -> None:
     config, plan = choose_micro_batch(config_of(), plan_of(), Processes(), 700)
     assert (plan.fast.tokens, config.speed.tokens_per_micro_batch) == (700, 700)

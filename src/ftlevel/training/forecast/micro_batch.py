@@ -89,6 +89,11 @@ def fit_micro_batch(config: TrainConfig, plan: Plan, memory: int) -> tuple[Train
     Raises:
         ConfigError: the step has no micro-batches, or one of a single row does not fit.
     """
+    if config.train.shard != "none":
+        raise ConfigError(
+            "--auto-micro-batch fits a micro-batch beside the whole base, and --shard parts it. "
+            "Drop one of them, or name the tokens: --tokens-per-micro-batch N."
+        )
     if not plan.fast.enabled:
         raise ConfigError(
             "--auto-micro-batch chooses the tokens of a micro-batch, and the plain step has none: "
