@@ -24,6 +24,7 @@ from ftlevel.training.forecast.live import ACTIVATIONS, WEIGHTS
 from ftlevel.training.forecast.memory import MemoryForecast
 from ftlevel.training.forecast.micro_batch import choose_micro_batch, fit_micro_batch
 from ftlevel.training.processes import Processes
+from ftlevel.world import World
 
 ROW = 100
 FIXED, OF_A_TOKEN, RECOMPUTED = 10_000, 100, 20
@@ -136,7 +137,10 @@ def test_what_the_run_holds_already_is_not_free(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda _: 8 * 2**30)
     beside = micro_batch.CPU_BESIDE
     assert micro_batch.find_memory(wish, "cpu", Processes()) == 8 * 2**30 - beside
-    assert micro_batch.find_memory(config_of(), "cpu", Processes(2)) == 4 * 2**30 - beside
+    assert (
+        micro_batch.find_memory(config_of(), "cpu", Processes(World(size=4, local_size=2)))
+        == 4 * 2**30 - beside
+    )
     monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda _: 128 * 2**30)
     assert micro_batch.find_memory(wish, "cpu", Processes()) < 64 * 2**30 - beside
     assert micro_batch.find_memory(wish, "cuda", Processes()) == 64 * 2**30

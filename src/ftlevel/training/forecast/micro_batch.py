@@ -76,7 +76,7 @@ def find_memory(config: TrainConfig, device: str, processes: Processes) -> int:
     if wish is not None:
         free = min(free, int(wish * 2**30) - psutil.Process().memory_info().rss)
     else:
-        free //= processes.count
+        free //= processes.world.local_size
     return free - CPU_BESIDE
 
 
