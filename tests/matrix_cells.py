@@ -41,7 +41,7 @@ QUANTS = ("none", "4bit", "8bit")
 STEPS = 4
 _SMALL = {
     "r": 4, "init_r": 4, "target_r": 2, "oft_block_size": 8, "alpha": 4.0, "lora_alpha": 8.0,
-    "num_virtual_tokens": 4, "bottleneck_dim": 8,
+    "num_virtual_tokens": 4, "bottleneck_dim": 8, "block_size": 8,
 }  # fmt: skip
 _HEAD_OF_CLASS = {name: head for head, name in tiny_models.AUTO_CLASSES.items()}
 
@@ -121,8 +121,8 @@ def expected_refusal(cell: TinyCell) -> str | None:
 
 
 @cache
-def pristine(family: str, head: str, quant: str) -> Any:
-    """Return the base of a cell; never changed, only copied."""
+def pristine(family: str, head: str, quant: str, packs: bool = False) -> Any:
+    """Return the base of a cell, its experts packed or not; never changed, only copied."""
     if quant == "none":
         return tiny_models.build(family, head)
     directory = Path(tempfile.mkdtemp(prefix="ftlevel-matrix-"))
@@ -136,7 +136,9 @@ def pristine(family: str, head: str, quant: str) -> Any:
             dtype=torch.float32,
             device="cpu",
             quantization=build_quantization_config(
-                QuantConfig(kind=quant), torch.float32, find_heads(built) if _headed(head) else []
+                QuantConfig(kind=quant, experts=packs),
+                torch.float32,
+                find_heads(built) if _headed(head) else [],
             ),
         )[0]
     finally:
@@ -149,7 +151,9 @@ def _headed(head: str) -> bool:
 
 def copy_base(cell: TinyCell) -> Any:
     """Return a copy of the base of `cell`."""
-    model = copy.deepcopy(pristine(cell.family, cell.head, cell.quant))
+    has_experts = bool(FAMILIES[cell.family].target_parameters)
+    packs = has_experts and cell.quant == "4bit" and cell.row != "experts"  # as the engine does
+    model = copy.deepcopy(pristine(cell.family, cell.head, cell.quant, packs))
     whole = cell.quant != "none" or cell.row in ("full", "linear-probe")  # as the engine loads it
     return model if whole else model.to(DTYPES[cell.dtype])
 

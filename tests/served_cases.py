@@ -73,6 +73,7 @@ CASES: dict[str, Case] = {
         },
         2,
     ),
+    "gralora": Case(_of("GraloraConfig", r=8, gralora_k=2, hybrid_r=2), 18),
     "delora": Case(_of("DeloraConfig", r=8), 8),  # no algebra: its layers are asked
     "dora": Case(_lora(use_dora=True), refused="DoRA scales each row"),
     "lora bias": Case(_lora(lora_bias=True), refused="B has a bias"),
@@ -83,6 +84,8 @@ CASES: dict[str, Case] = {
         refused="full rank",
     ),
     "hira": Case(_of("HiraConfig", r=8), refused="full rank"),
+    "shira": Case(_of("ShiraConfig", r=4), refused="full rank"),
+    "c3a": Case(_of("C3AConfig", block_size=16), refused="full rank"),
     "lily": Case(_of("LilyConfig"), refused="router that looks at the input"),
     "prompt": Case(
         {"cls": "PromptTuningConfig", "num_virtual_tokens": 4}, refused="no change of weights"

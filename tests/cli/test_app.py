@@ -26,6 +26,12 @@ def test_the_summary_of_a_command_is_the_first_line_of_its_help(name: str) -> No
     assert (function.__doc__ or "").strip().splitlines()[0] == summary
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"Usage: ftlevel {name} ")
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["train", "--help"], ["list-targets", "llama"], ["train", "--schema"]]
 )

@@ -7,7 +7,7 @@ its choice with the reason.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -62,13 +62,26 @@ class QuantConfig(Section):
     double_quant: bool = Field(
         False, description="Quantize the 4-bit scales too: saves about 0.4 bit a weight."
     )
+    experts: bool | None = Field(
+        None,
+        description="Quantize the experts of a mixture too, in 4 bits; the default does where "
+        "there are some and no adapter goes on them.",
+    )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a card says of it; that experts are quantized only where they are."""
+        if self.kind != "4bit":
+            return {"kind": self.kind}
+        return self.model_dump(exclude=None if self.experts else {"experts"})
 
     @property
     def form(self) -> str:
         """The quantized form in a few words."""
         if self.kind != "4bit":
             return "8-bit LLM.int8()" if self.kind == "8bit" else "not quantized"
-        return f"4-bit {self.quant_type}" + (", double quantization" if self.double_quant else "")
+        double = ", double quantization" if self.double_quant else ""
+        return f"4-bit {self.quant_type}{double}" + (", experts too" if self.experts else "")
 
 
 INPUT_FORMAT = (

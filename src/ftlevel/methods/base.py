@@ -178,7 +178,7 @@ class Method:
         register: makes PEFT know a tuner of our own; a second call does nothing. Imports peft.
         find_targets: spec and meta model → full names of the modules it adapts, sorted; None where
             the spec's `target_modules` are linears that the user names.
-        check: spec and the input width of each linear that it adapts → nothing; raises ConfigError
+        check: spec and (in, out) of each linear that it adapts → nothing; raises ConfigError
             where they do not fit.
         count: spec and (in, out) of each linear that it adapts → how many parameters it trains;
             None where only PEFT can say.
@@ -215,7 +215,7 @@ class Method:
     trains_base: Callable[[Any], bool] = lambda _: False
     register: Callable[[], None] | None = None
     find_targets: Callable[[Any, Any], list[str]] | None = None
-    check: Callable[[Any, Mapping[str, int]], None] | None = None
+    check: Callable[[Any, Mapping[str, tuple[int, int]]], None] | None = None
     count: Callable[[Any, Mapping[str, tuple[int, int]]], int | None] | None = None
     describe: Callable[[Any], str] | None = None
     refuse: Callable[[Any, Any, str, str, str], str | None] | None = None

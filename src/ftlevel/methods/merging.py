@@ -19,7 +19,7 @@ from typing import Any
 from ftlevel.errors import InputError, listing
 from ftlevel.methods import METHODS, ensure_registered
 from ftlevel.methods.base import Merging
-from ftlevel.methods.upstream import merge_layer
+from ftlevel.methods.upstream import indices_beside, merge_layer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -151,7 +151,7 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
 
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in adapted.modules():
-        for box in own_tensors(module):
+        for box in (*own_tensors(module), indices_beside(module)):
             for name, tensor in box.items():
                 places.setdefault(id(tensor), []).append((box, name))
     promised = _promised(adapted, with_embeddings=False)

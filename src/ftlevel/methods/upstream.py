@@ -26,6 +26,14 @@ FACTS = {
         "LoraLayer.lora_variant": "whether it is DoRA or another form of LoRA",
         "LoraLayer.lora_bias": "whether B has a bias"},
     "peft/tuners/lora/bnb.py": {"lora.Linear4bit, lora.Linear8bitLt": "LoRA of a quantized linear"},
+    "peft/tuners/gralora/layer.py": {
+        "GraloraLayer.get_base_layer": "its output is added to in place"},
+    "peft/tuners/c3a/layer.py": {
+        "C3ALayer.get_base_layer": "its output is added to in place"},
+    "peft/tuners/shira/layer.py": {
+        "ShiraLayer.shira_indices": "the trained places, in a dict that no module knows of"},
+    "peft/tuners/shira/mask_functions.py": {
+        "random_mask": "draws the places, and cannot on the meta device"},
     "peft/tuners/tuners_utils.py": {  # overridden or inherited by our tuners
         "BaseTuner._prepare_adapter_config": "which modules a tuner adapts",
         "BaseTuner._create_and_replace": "puts a layer of ours on a module",
@@ -89,6 +97,40 @@ def merge_layer(layer: Any) -> Any:
         )
     layer.merge()
     return layer.get_base_layer()
+
+
+def indices_beside(module: Any) -> dict[str, Any]:
+    """Return the places that SHiRA trains, by adapter, which are saved and are no buffers."""
+    return getattr(module, "shira_indices", {})
+
+
+def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
+    """Return PEFT's mask of the weights that SHiRA trains, as (out, in).
+
+    For a linear on the meta device as many places are named, which no mask could be drawn for:
+    they come with the file, or nobody asks for them.
+    """
+    import torch
+    from peft.tuners.shira.mask_functions import random_mask
+
+    if base_layer.weight.is_meta:
+        return torch.ones(1, r * (base_layer.in_features + base_layer.out_features))
+    return random_mask(base_layer, r, **settings)
+
+
+def copy_base_outputs(model: Any) -> None:
+    """Have the layers of GraLoRA and C³A (mutated) add to a copy of their linear's output.
+
+    PEFT 0.21 adds in place, and autograd does not let it do so to what a quantized linear with a
+    bias returns.
+    """
+    for module in model.modules():
+        if hasattr(module, "gralora_A") or hasattr(module, "c3a_kernel"):
+            module.get_base_layer().register_forward_hook(_copied)
+
+
+def _copied(_module: Any, _inputs: Any, output: Any) -> Any:
+    return output.clone()
 
 
 def freeze_ranks(model: Any) -> None:

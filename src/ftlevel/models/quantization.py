@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ftlevel.config.sections import QuantConfig
+from ftlevel.models.upstream.experts.which import packable_experts
 from ftlevel.models.upstream.quantizers import replaced_linears
 
 
@@ -27,13 +28,21 @@ def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: lis
     keep = sorted({*heads, "lm_head"})
     if quant.kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
-    return BitsAndBytesConfig(
+    if quant.experts:
+        from ftlevel.models.upstream.experts.quantizer import ExpertsConfig
+
+    return (ExpertsConfig if quant.experts else BitsAndBytesConfig)(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant.quant_type,
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=keep,
     )
+
+
+def packs_experts(quantization: Any) -> bool:
+    """Whether a quantization config packs the experts of a mixture too."""
+    return type(quantization).__name__ == "ExpertsConfig"  # which may not be imported
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,11 @@ def build_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> Roundin
         dtype: precision in which the weights are loaded.
     """
     found = replaced_linears(model, quantization, pre_quantized=False)
+    experts: frozenset[str] = frozenset()
+    if packs_experts(quantization):
+        experts = frozenset(packable_experts(model))
     return Rounding(
-        frozenset(f"{name}.weight" for name in found),
+        experts | {f"{name}.weight" for name in found},
         frozenset(f"{name}.weight" for name, turned in found.items() if turned),
         quantization,
         dtype,

@@ -49,7 +49,7 @@ def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
     own = as_quant_config(stored)
     if own is None:
         return {"kind": quantization_name(stored)}
-    return own.model_dump() if own.kind == "4bit" else {"kind": own.kind}
+    return own.facts
 
 
 def read_quantization(facts: Mapping[str, Any]) -> QuantConfig:

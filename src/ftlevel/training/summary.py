@@ -105,13 +105,12 @@ def with_what_was_read(plan: Plan, rows: StreamedRows) -> Plan:
 
 def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> AdapterCard:
     """Return the card that is written beside the adapter."""
-    quant, stored = plan.model.quant, stored_quantization(plan.model.config)
-    facts = quant.model_dump() if quant.kind == "4bit" else {"kind": quant.kind}
+    stored = stored_quantization(plan.model.config)
     return AdapterCard(
         method=config.method.kind,
         task=plan.task.name,
         base=base,
-        quantization=facts if stored is None else quantization_facts(stored),
+        quantization=plan.model.quant.facts if stored is None else quantization_facts(stored),
         dtype=plan.model.dtype,
         max_length=plan.data.max_length,
         prompt=plan.data.prompt_format.to_dict() if plan.data.prompt_format else {},

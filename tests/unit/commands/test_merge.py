@@ -117,6 +117,12 @@ FORMS: dict[str, Callable[[], Any]] = {
     "loha": lambda: peft.LoHaConfig(target_modules=["q_proj", "up_proj"]),
     "lokr": lambda: peft.LoKrConfig(target_modules=["q_proj", "up_proj"]),
     "adalora": lambda: peft.AdaLoraConfig(target_modules=["q_proj", "v_proj"], total_step=100),
+    "miss": lambda: peft.MissConfig(target_modules=["q_proj", "up_proj"], r=12),
+    "miss-bat": lambda: peft.MissConfig(target_modules=["q_proj"], r=16, init_weights="bat"),
+    "shira": lambda: peft.ShiraConfig(target_modules=["q_proj", "up_proj"], r=4),
+    "hira": lambda: peft.HiraConfig(target_modules=["q_proj", "up_proj"], r=4),
+    "gralora": lambda: peft.GraloraConfig(target_modules=["q_proj", "up_proj"], r=4, hybrid_r=2),
+    "c3a": lambda: peft.C3AConfig(target_modules=["q_proj", "up_proj"], block_size=16),
     "ln-tuning": lambda: peft.LNTuningConfig(target_modules=["norm", "input_layernorm"]),
 }
 

@@ -211,6 +211,8 @@ def test_micro_batches_in_parallel_of_experts(family: str, tmp_path: Path) -> No
     ("kind", "fields"),
     [("lora", {"use_dora": True}), ("lora", {"use_rslora": True}), ("adalora", {}), ("ia3", {}),
      ("vera", {}), ("oft", {}), ("boft", {}), ("loha", {}), ("lokr", {}), ("ln-tuning", {}),
+     ("miss", {"r": 8}), ("shira", {"r": 4}), ("hira", {}), ("gralora", {}),
+     ("c3a", {"block_size": 8}),
      ("adapter", {"placement": "houlsby"}), ("adapter", {"placement": "pfeiffer"})],
 )  # fmt: skip
 def test_micro_batches_in_parallel_of_every_method(

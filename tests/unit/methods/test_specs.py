@@ -50,6 +50,12 @@ def test_heads_are_saved_and_the_task_is_said(kind):
         ("boft", {}, {"boft_block_size": 4, "boft_n_butterfly_factor": 1}),
         ("loha", {"r": 2}, {"r": 2, "alpha": 8}),
         ("lokr", {"decompose_factor": 4}, {"decompose_factor": 4}),
+        ("miss", {"miss_dropout": 0.1}, {"r": 64, "miss_dropout": 0.1, "init_weights": True}),
+        ("shira", {"random_seed": 3}, {"r": 32, "mask_type": "random", "random_seed": 3}),
+        ("hira", {"hira_dropout": 0.1}, {"r": 32, "hira_dropout": 0.1, "init_weights": True}),
+        ("gralora", {"gralora_k": 4},
+         {"r": 32, "alpha": 64, "gralora_k": 4, "hybrid_r": 0, "gralora_dropout": 0.0}),
+        ("c3a", {"block_size": 8}, {"block_size": 8, "init_weights": True}),
     ],
 )  # fmt: skip
 def test_config(kind, fields, expected):
@@ -66,6 +72,9 @@ def test_config(kind, fields, expected):
         (["method.init_lora_weights=loftq", "method.use_dora=true"],
          "method: use_dora cannot be used with init_lora_weights loftq: DoRA takes its magnitudes "
          "from the weights before that start is set. Drop one of them."),
+        (["method.kind=gralora", "method.gralora_k=3"],
+         "method: method.gralora_k 3 does not divide method.r 32, which its blocks share. Set "
+         "method.r to a multiple of 3."),
         (["method.target_parameters=experts", "method.lora_dropout=0.1"],
          "method: target_parameters cannot be used with lora_dropout: PEFT's LoRA of a bare "
          "tensor does not have it. Drop one of them."),
@@ -109,6 +118,20 @@ def targets(family: str, kind: str, task: str = "", variant: int = 0, **fields: 
          "method.boft_block_size 5 does not divide the inputs of 12 of 14 linears, such as "
          "model.layers.0.mlp.gate_proj (64 wide). "
          "Set method.boft_block_size to one of 2, 4, 8, 16, 32."),
+        ("miss", {"r": 100},
+         "method.r 100 is more than the inputs of 12 of 14 linears, such as "
+         "model.layers.0.mlp.gate_proj (64 wide). Set method.r to 64 or less."),
+        ("shira", {},
+         "method.r 32 asks for more weights than 4 of 14 linears have, such as "
+         "model.layers.0.self_attn.k_proj. Set method.r to 21 or less."),
+        ("gralora", {"r": 9, "gralora_k": 3},
+         "method.gralora_k 3 does not divide the inputs or outputs of 14 of 14 linears, such as "
+         "model.layers.0.mlp.down_proj (64 wide). "
+         "Set method.gralora_k to one of 2, 4, 8, 16, 32."),
+        ("c3a", {},
+         "method.block_size 64 does not divide the inputs or outputs of 10 of 14 linears, such as "
+         "model.layers.0.mlp.down_proj (160 wide). "
+         "Set method.block_size to one of 2, 4, 8, 16, 32."),
         ("lora", {"rank_pattern": {"q_porj": 4}},
          "method.rank_pattern: 'q_porj' matches none of the 14 adapted modules (down_proj, "
          "gate_proj, up_proj, k_proj, o_proj, q_proj, v_proj) and would be ignored. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from collections import OrderedDict
 from typing import Any
 
 import bitsandbytes as bnb
@@ -74,6 +75,36 @@ def _() -> None:
     own = ["self", "merge", "safe_merge", "adapter_names"]
     compound = lora.layer.MultiheadAttention.unload_and_optionally_merge_module
     assert arguments(compound) == own
+
+
+@CANARIES.of("random_mask", "ShiraLayer.shira_indices")
+def _() -> None:
+    config = peft.ShiraConfig(r=4, target_modules=["q_proj"])
+    model = peft.get_peft_model(build("llama"), config)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    places = upstream.indices_beside(layer)["default"]
+    assert places.shape == (2, layer.shira_weight["default"].numel())
+    assert not any("indices" in name for name, _ in [*layer.named_buffers()])
+    saved = peft.get_peft_model_state_dict(model)
+    assert any(tensor is places for tensor in saved.values())
+    with pytest.raises(NotImplementedError, match="meta"):  # else ours need not be drawn
+        peft.get_peft_model(build("llama").to("meta"), config, low_cpu_mem_usage=True)
+
+
+@CANARIES.of("GraloraLayer.get_base_layer", "C3ALayer.get_base_layer")
+def _() -> None:
+    configs = (peft.GraloraConfig(target_modules=["proj"]),
+               peft.C3AConfig(block_size=8, target_modules=["proj"]))  # fmt: skip
+    for config in configs:
+        linear = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32).to("cpu")
+        linear.support_avx512bf16_for_cpu = False
+        model = peft.get_peft_model(nn.Sequential(OrderedDict(proj=linear)), config)
+        inputs = torch.randn(1, 3, 64, requires_grad=True)
+        with pytest.raises(RuntimeError, match="modified inplace"):  # else no copy is needed
+            model(inputs)
+        upstream.copy_base_outputs(model)
+        model(inputs).sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 @CANARIES.of(

@@ -17,13 +17,16 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from torch.nn import functional
 from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.integrations import moe
 
 from export_cases import export_to, exportable
+from ftlevel.config import QuantConfig
+from ftlevel.models.sources import ModelSource
 from ftlevel.models.torchao_format import build_torchao_config
 from ftlevel.models.upstream import FACTS, architectures, conversions, data, fake, quantizers
 from ftlevel.models.upstream import tensors as upstream
 from ftlevel.models.upstream.trainer import leave_sharded
-from tiny_models import build
+from tiny_models import build, build_batch
 from upstream_facts import Canaries, Fact, arguments, check_fact, facts
 
 CANARIES = Canaries()
@@ -329,6 +332,54 @@ def _(request: pytest.FixtureRequest) -> None:
     assert set(saved) == {expert.format(index) for index in range(len(model.get_parameter(name)))}
     conversions.forget_conversions(model)
     assert list(conversions.revert(model, {name: model.get_parameter(name)})) == [name]
+
+
+@CANARIES.of("PreTrainedConfig._experts_implementation", "ALL_EXPERTS_FUNCTIONS")
+def _(_: Any) -> None:
+    model = build("mixtral")
+    for name in ("eager", "grouped_mm"):
+        model.set_experts_implementation(name)
+        assert model.config._experts_implementation == name
+        assert model.model.layers[0].mlp.experts.config is model.config
+    model.config._experts_implementation = "none of its"
+    with pytest.raises(KeyError, match="not a valid experts implementation"):
+        model(**build_batch("mixtral"))
+    import ftlevel.models.upstream.experts.forward  # noqa: F401 - registers ours
+
+    assert "ftlevel_packed" in moe.ALL_EXPERTS_FUNCTIONS
+
+
+@CANARIES.of(
+    "experts_class._apply_gate", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm"
+)
+def _(_: Any) -> None:
+    experts = build("qwen3_moe").model.layers[0].mlp.experts
+    made = experts._apply_gate(torch.ones(3, 8))
+    assert torch.allclose(made, torch.nn.functional.silu(torch.ones(3, 4)))
+    plain = (experts.has_gate, experts.has_bias, experts.is_transposed)
+    assert (*plain, experts.has_post_expert_norm) == (True, False, False, False)
+
+
+@CANARIES.of(
+    "replace_parameter_4bit_prequantized", "Bnb4bitParametrization.quant_state",
+    "Bnb4BitHfQuantizer.param_needs_quantization", "Bnb4BitHfQuantizer.get_quantize_ops",
+    "Bnb4BitHfQuantizer._process_model_after_weight_loading",
+)  # fmt: skip
+def _(request: pytest.FixtureRequest) -> None:
+    from ftlevel.models.loading import load_model
+    from ftlevel.models.quantization import build_quantization_config
+
+    place = request.getfixturevalue("tiny_model_dir")("mixtral")
+    wish = build_quantization_config(QuantConfig(kind="4bit", experts=True), torch.float32, [])
+    config = transformers.AutoConfig.from_pretrained(place)
+    model, _ = load_model(
+        ModelSource("mixtral", "directory", str(place)), config, "AutoModelForCausalLM",
+        dtype=torch.float32, device="cpu", quantization=wish,
+    )  # fmt: skip
+    experts = model.model.layers[0].mlp.experts
+    state = experts.parametrizations.down_proj[0].quant_state
+    assert state.shape == experts.down_proj.shape == (4, 64, 128)
+    assert "model.layers.0.mlp.experts.down_proj.absmax" in model.state_dict()
 
 
 @CANARIES.of("AutoHfQuantizer", "Linear4bit.source_cls")

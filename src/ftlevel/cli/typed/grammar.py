@@ -86,7 +86,7 @@ class Command(TyperCommand):
 
 def _daily(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Return the panels that `--help` shows: the flags of every day, and the way to the others."""
-    shown = {title: panels[title] for title in ("Arguments", DAILY)}
+    shown = {title: panels[title] for title in ("Arguments", DAILY) if title in panels}
     others = [title for title in panels if title not in shown and title != GENERAL]
     ways = ("--help-all", "-h", "--recipe", "--set", "--dry-run")
     few = [record for records in panels.values() for record in records

@@ -87,27 +87,27 @@ def _token_ids(spec: LoraSpec, base: Base) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
-def check(spec: LoraSpec, widths: Mapping[str, int]) -> None:
+def check(spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
     """Check that every pattern names a linear that is adapted.
 
     Raises:
         ConfigError: a key of `rank_pattern` or `alpha_pattern` would be ignored.
     """
-    names = listing(dict.fromkeys(name.rpartition(".")[2] for name in widths), 8)
+    names = listing(dict.fromkeys(name.rpartition(".")[2] for name in sizes), 8)
     try:
         with ending_in(_SECONDS):
             ignored = [
                 (field, pattern)
                 for field in ("rank_pattern", "alpha_pattern")
                 for pattern in getattr(spec, field)
-                if not any(re.match(rf"(.*\.)?({pattern})$", n) for n in widths)  # as PEFT does
+                if not any(re.match(rf"(.*\.)?({pattern})$", n) for n in sizes)  # as PEFT does
             ]
     except (re.error, TimeoutError) as error:
         raise ConfigError(
             f"method.rank_pattern or alpha_pattern has no usable regular expression: {error}."
         ) from None
     problems = [
-        f"method.{field}: {pattern!r} matches none of the {len(widths):,} adapted modules "
+        f"method.{field}: {pattern!r} matches none of the {len(sizes):,} adapted modules "
         f"({names}) and would be ignored. Give the end of a module's name or a "
         "regular expression."
         for field, pattern in ignored

@@ -59,7 +59,8 @@ FACTS = {
     "transformers/models/llama/modeling_llama.py": {
         "eager_attention_forward": "in such a module: attention that returns its weights"},
     "transformers/configuration_utils.py": {
-        "PreTrainedConfig._attn_implementation": "what set_attn_implementation chose"},
+        "PreTrainedConfig._attn_implementation": "what set_attn_implementation chose",
+        "PreTrainedConfig._experts_implementation": "which forward of experts is used"},
     "transformers/modeling_rope_utils.py": {
         "ROPE_INIT_FUNCTIONS": "the stretched rotary frequencies that a .gguf file holds"},
     "transformers/utils/chat_template_utils.py": {
@@ -71,6 +72,17 @@ FACTS = {
         "dot_natural_key": "the order in which a converter takes them",
         "revert_weight_conversion": "how a model's tensors are saved, one by one",
         "PreTrainedModel._weight_conversions": "the translation that saving undoes"},
+    "transformers/quantizers/quantizer_bnb_4bit.py": {  # overridden in upstream/experts
+        "Bnb4BitHfQuantizer.param_needs_quantization": "packs the experts of a mixture too",
+        "Bnb4BitHfQuantizer._process_model_after_weight_loading": "and has them multiplied packed",
+        "Bnb4BitHfQuantizer.get_quantize_ops": "what packs a tensor as it is loaded"},
+    "transformers/integrations/moe.py": {
+        "ALL_EXPERTS_FUNCTIONS": "transformers' door for a forward of experts",
+        "experts_class._apply_gate": "activation and gate of an expert",
+        "has_gate, has_bias, is_transposed, has_post_expert_norm": "what a class of experts is"},
+    "bitsandbytes/nn/parametrize.py": {
+        "replace_parameter_4bit_prequantized": "holds a packed tensor of any shape",
+        "Bnb4bitParametrization.quant_state": "by which its codes are read"},
     "transformers/quantizers/auto.py": {
         "AutoHfQuantizer": "which linears are replaced, and whether they can be loaded here"},
     "transformers/integrations/bitsandbytes.py": {

@@ -9,6 +9,7 @@ labels have their numbers.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from ftlevel.models.upstream.experts.which import NAMES, can_pack
 
 _AT_INDEX = (
     torch.ops.aten.index.Tensor,
@@ -150,22 +153,32 @@ def new_fake(shape: Any, dtype: torch.dtype) -> torch.Tensor:
     return FakeTensor(torch.empty(tuple(shape), dtype=dtype, device="meta"))
 
 
-def pack_fake(model: torch.nn.Module, dtype: torch.dtype) -> set[str]:
+def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -> set[str]:
     """Give the linears of bitsandbytes in `model` (mutated) fake packed weights.
 
     Args:
         model: whose linears are bitsandbytes', with weights of any kind.
         dtype: what packed weights are dequantized to.
+        experts: the `ExpertsConfig` by which experts are packed too; None where they are not.
 
     Returns:
-        Their names.
+        The names of the modules.
     """
     import bitsandbytes as bnb
 
     packed = set()
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            _pack_4bit(module, dtype)
+    for name, module in list(model.named_modules()):
+        if experts is not None and can_pack(module):
+            _pack_experts(module, dtype, experts)
+        elif isinstance(module, bnb.nn.Linear4bit):
+            weight = module.weight
+            state = _fake_state(
+                (module.out_features, module.in_features), weight.quant_type,
+                weight.compress_statistics, dtype,
+            )  # fmt: skip
+            module._parameters["weight"], module.quant_state = _fake_codes(state), state
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            module.support_avx512bf16_for_cpu = False
         elif isinstance(module, bnb.nn.Linear8bitLt):
             _pack_8bit(module)
         else:
@@ -174,29 +187,45 @@ def pack_fake(model: torch.nn.Module, dtype: torch.dtype) -> set[str]:
     return packed
 
 
-def _pack_4bit(module: Any, dtype: torch.dtype) -> None:
-    """Two codes a byte, a scale a block of 64; with double quantization that is a code as well."""
+def _fake_state(shape: tuple[int, ...], kind: str, double: bool, dtype: torch.dtype) -> Any:
+    """A scale a block of 64; with double quantization that is a code as well."""
     from bitsandbytes.functional import QuantState
 
-    shape, kind = (module.out_features, module.in_features), module.weight.quant_type
-    blocks = -(-shape[0] * shape[1] // 64)
-
+    blocks = -(-math.prod(shape) // 64)
     state2 = offset = None
-    if module.weight.compress_statistics:
+    if double:
         offset = new_fake((), torch.float32)
         scales = new_fake((-(-blocks // 256),), torch.float32)
         code = new_fake((256,), torch.float32)
         state2 = QuantState(scales, code=code, blocksize=256, dtype=torch.float32)
     absmax = new_fake((blocks,), torch.float32 if state2 is None else torch.uint8)
     codes = new_fake((16,), torch.float32)
-    state = QuantState(absmax, torch.Size(shape), codes, 64, kind, dtype, offset, state2)
-    weight = torch.nn.Parameter(
-        new_fake((-(-shape[0] * shape[1] // 2), 1), torch.uint8), requires_grad=False
-    )
+    return QuantState(absmax, torch.Size(shape), codes, 64, kind, dtype, offset, state2)
+
+
+def _fake_codes(state: Any) -> torch.nn.Parameter:
+    """Two codes a byte."""
+    codes = new_fake((-(-math.prod(state.shape) // 2), 1), torch.uint8)
+    weight = torch.nn.Parameter(codes, requires_grad=False)
     weight.quant_state = state  # type: ignore[attr-defined]
-    module._parameters["weight"], module.quant_state = weight, state
-    module.compute_dtype, module.compute_type_is_set = dtype, True
-    module.support_avx512bf16_for_cpu = False
+    return weight
+
+
+def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
+    """Pack both tensors; each expert is given as many rows as any other."""
+    from bitsandbytes.nn.parametrize import Bnb4bitParametrization
+    from torch.nn.utils.parametrize import register_parametrization
+
+    from ftlevel.models.upstream.experts.forward import use_even_shares
+
+    for name in NAMES:
+        state = _fake_state(
+            tuple(module._parameters[name].shape), config.bnb_4bit_quant_type,
+            config.bnb_4bit_use_double_quant, dtype,
+        )  # fmt: skip
+        module._parameters[name] = _fake_codes(state)
+        register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
+    use_even_shares(module.config)
 
 
 def _pack_8bit(module: Any) -> None:
@@ -210,11 +239,17 @@ def _pack_8bit(module: Any) -> None:
 
 
 def packed_tensors(module: Any) -> Iterator[torch.Tensor]:
-    """Yield all that a linear with a fake packed weight holds of it."""
-    yield module.weight
-    state = getattr(module.weight, "quant_state", None)
-    if state is None:
-        yield module.state.SCB
-    while state is not None:
-        yield from (part for part in (state.absmax, state.code, state.offset) if part is not None)
-        state = state.state2
+    """Yield all that a module with fake packed weights holds of them."""
+    if hasattr(module, "parametrizations"):
+        weights = [module.parametrizations[name].original for name in NAMES]
+    else:
+        weights = [module.weight]
+    for weight in weights:
+        yield weight
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            yield module.state.SCB
+        while state is not None:
+            parts = (state.absmax, state.code, state.offset)
+            yield from (part for part in parts if part is not None)
+            state = state.state2

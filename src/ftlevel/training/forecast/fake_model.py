@@ -15,7 +15,8 @@ from ftlevel.methods import METHODS
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import build_task_model, keep_heads
 from ftlevel.models.module_tree import ModuleTree
-from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.quantization import build_quantization_config, packs_experts
+from ftlevel.models.upstream.experts.which import can_pack
 from ftlevel.models.upstream.fake import fake_parameters, pack_fake
 from ftlevel.models.upstream.quantizers import quantize_shape
 from ftlevel.models.upstream.tensors import own_tensors
@@ -67,10 +68,27 @@ def build_fake_model(config: TrainConfig, plan: Plan, depth: int | None = None) 
     _fill_vectors(model)
     # Workers have a share each; one of them is watched, and the others are like it.
     fast = FastStep(model, replace(plan.fast, workers=1)) if plan.fast.enabled else None
-    packed = pack_fake(model, compute) if quantization is not None else set()
+    packed = _pack(model, compute, quantization)
     fake_parameters(model)
     model.to = lambda *_, **__: model  # there is nothing to move
     return FakeModel(model, fast, packed)
+
+
+def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
+    """Pack what `quantization` says (`model` is mutated), and return its names.
+
+    torch multiplies grouped experts without numbers in bfloat16 alone.
+    """
+    packed: set[str] = set()
+    if quantization is not None:
+        experts = quantization if packs_experts(quantization) else None
+        packed = pack_fake(model, compute, experts)
+    if compute == torch.float32:
+        for module in filter(can_pack, model.modules()):
+            from ftlevel.models.upstream.experts.forward import use_even_shares
+
+            use_even_shares(module.config)
+    return packed
 
 
 def with_depth(config: Any, depth: int | None) -> Any:

@@ -84,6 +84,8 @@ def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
     before = read_origin_file(run)
     if "threads" in origin:  # a run that was begun before they were kept does not say
         before.setdefault("threads", origin["threads"])
+    none = before.get("quant.kind", "none") == "none"
+    before.setdefault("quant.experts", None if none else False)  # runs of then packed none
     knows_model = TOKENIZER in before
     for key, value in origin.items():  # a field that is younger than the run, as it always was
         of_model = key.startswith((TOKENIZER, TEMPLATE, CONFIG)) and not knows_model

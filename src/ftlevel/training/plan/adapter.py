@@ -109,6 +109,8 @@ def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | No
             values["data"] = {**values.get("data", {}), "labels": card.labels}
         if stored_quantization(load_config(source)) is None:
             values["quant"] = dict(card.quantization)
+            if card.quantization.get("kind") == "4bit":  # experts were packed if the card says so
+                values["quant"].setdefault("experts", False)
         in_half = card.dtype == "float16" and choose_device(config.model.device).value == "cpu"
         if config.model.dtype == "auto" and not in_half:
             values["model"]["dtype"] = card.dtype

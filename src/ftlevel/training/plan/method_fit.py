@@ -14,12 +14,14 @@ from ftlevel.methods.matrix import check_supported
 from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import model_kind
+from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantized import (
     match_quantization,
     quantization_name,
     stored_quantization,
 )
 from ftlevel.models.sources import ModelSource
+from ftlevel.models.upstream.experts.which import packable_experts
 
 
 def resolve_quantization(
@@ -53,6 +55,36 @@ def resolve_quantization(
         already = f"--model {source.name} is quantized already ({form})."
         raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
     return resolved
+
+
+def resolve_experts(config: TrainConfig, meta: Any, stored: bool) -> tuple[TrainConfig, str]:
+    """Return `config` that says whether the experts are quantized too, and why they are not.
+
+    Args:
+        config: with the quantization that the base has.
+        meta: the base on the meta device.
+        stored: whether the base is quantized in its checkpoint.
+
+    Raises:
+        ConfigError: --set quant.experts=true, and they cannot be.
+    """
+    why = ""
+    if not next(ModuleTree(meta).experts(), None):
+        why = "the model has no experts in one tensor"
+    elif config.quant.kind != "4bit":
+        why = "bitsandbytes has 8 bits for linears alone"
+    elif stored:
+        why = "they are what the checkpoint holds"
+    elif getattr(config.method, "target_parameters", None):
+        why = "adapters go on them, which PEFT puts onto floating point"
+    elif not next(packable_experts(meta), None):
+        why = "they have biases, or lie otherwise than can be packed"
+    elif config.quant.experts is False:
+        why = "--set quant.experts=false"
+    if config.quant.experts and why:
+        raise ConfigError(f"quant.experts: experts cannot be quantized here: {why}. Drop it.")
+    quant = config.quant.model_copy(update={"experts": not why})
+    return config.model_copy(update={"quant": quant}), why
 
 
 def check_method(config: TrainConfig, model_config: Any, kind: str) -> None:

@@ -62,13 +62,13 @@ def find_method_targets(
     if layers:
         modules = _in_layers(modules, tree, layers)
     sizes = {name: size for name in modules if (size := linear_size(tree.modules[name]))}
-    if method.check is not None:
-        method.check(spec, {name: fan_in for name, (_, fan_in, _) in sizes.items()})
     # Quantization turns Conv1D into linears with the weight of a linear.
     conv1d = quant == "none" and {kind for kind, _, _ in sizes.values()} == {"Conv1D"}
     wish = getattr(spec, "target_parameters", None)
     parameters = _parameters(wish, tree, model_name) if wish else []
     widths = {name: (fan_in, fan_out) for name, (_, fan_in, fan_out) in sizes.items()}
+    if method.check is not None:
+        method.check(spec, widths)
     widths |= {name: tuple(tree.modules[name].weight.shape) for name in modules
                if isinstance(tree.modules[name], nn.Embedding)}  # fmt: skip
     in_full = _in_full(getattr(spec, "modules_to_save", ()), tree, model_name, quant)

@@ -32,6 +32,7 @@ from ftlevel.models.loading import (
     load_config,
     load_tokenizer,
 )
+from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.threads import choose_threads
@@ -43,7 +44,12 @@ from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_mod
 from ftlevel.training.plan.bounds import find_bounds
 from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
 from ftlevel.training.plan.loss import choose_loss
-from ftlevel.training.plan.method_fit import check_method, choose_precision, resolve_quantization
+from ftlevel.training.plan.method_fit import (
+    check_method,
+    choose_precision,
+    resolve_experts,
+    resolve_quantization,
+)
 from ftlevel.training.plan.method_targets import find_method_targets
 from ftlevel.training.plan.plan import Plan, PlannedModel
 from ftlevel.training.plan.schedule import (
@@ -204,13 +210,28 @@ def _read_model(
     config = resolve_quantization(config, bare, source, device.value)
     check_method(config, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
+    config, experts = _resolve_experts(config, bare, auto_class)
     dtype = choose_precision(config, device.value, bare.model_type)
     tokenizer = imagined.tokenizer or load_tokenizer(source)
     template = choose_chat_template(tokenizer, config.data.chat_template)
     padding = choose_pad_token(tokenizer)
     padding = (pad_apart_from_eos(tokenizer) if task.pads_apart else None) or padding
-    spelling = [choice for choice in (template, padding) if choice]
+    spelling = [choice for choice in (experts, template, padding) if choice]
     return config, _Bare(source, bare, kind, auto_class, device, dtype, tokenizer, spelling)
+
+
+def _resolve_experts(
+    config: TrainConfig, bare: Any, auto_class: str
+) -> tuple[TrainConfig, Choice | None]:
+    """Return `config` that says whether experts are quantized, and the line of that."""
+    if config.quant.kind == "none" and not config.quant.experts:
+        return config, None
+    meta = build_task_model(bare, auto_class)
+    config, why = resolve_experts(config, meta, stored_quantization(bare) is not None)
+    if not config.quant.experts and next(ModuleTree(meta).experts(), None) is None:
+        return config, None
+    form = "4 bits, as the linears" if config.quant.experts else "in floating point"
+    return config, Choice("experts", form, why)
 
 
 def _plan_model(

@@ -62,4 +62,5 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 def _count(parameter: Any) -> int:
     """Return how many numbers `parameter` stands for; 4-bit weights hold two a byte."""
-    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+    packed = type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
+    return parameter.numel() * (2 if packed else 1)

@@ -66,10 +66,11 @@ def _narrow_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def _dtypes_of_4_bits(model: torch.nn.Module) -> list[tuple[Any, str]]:
-    """Return whose attribute says what bitsandbytes' 4-bit linears dequantize to and compute in."""
+    """Return whose attribute says what 4-bit linears and experts dequantize to and compute in."""
     found: list[tuple[Any, str]] = []
     for module in model.modules():
-        state = getattr(own_tensors(module)[0].get("weight"), "quant_state", None)
-        if state is not None:
-            found += [(module, "compute_dtype"), (state, "dtype")]
+        for tensor in own_tensors(module)[0].values():
+            if (state := getattr(tensor, "quant_state", None)) is not None:
+                found.append((state, "dtype"))
+                found += [(module, "compute_dtype")] * hasattr(module, "compute_dtype")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftlevel.config.methods.lycoris import LohaSpec, LokrSpec
+from ftlevel.config.methods.updates.lycoris import LohaSpec, LokrSpec
 from ftlevel.methods.base import Base, Merging, Method, whole
 from ftlevel.methods.facts import CONV1D, MERGES, MethodFacts, Rule, rows
 from ftlevel.methods.plain_form.factors import AdapterFile, Factors, PlainForm, by_pattern

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from ftlevel.config.methods.orthogonal import BoftSpec, OftSpec
-from ftlevel.errors import ConfigError, listing
+from ftlevel.config.methods.updates.orthogonal import BoftSpec, OftSpec
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import CONV1D, MERGES, MethodFacts, Rule, rows
 from ftlevel.methods.plain_form.factors import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
+from ftlevel.methods.updates.fit import check_divides
 
 
 def build_oft(spec: OftSpec, base: Base) -> Any:
@@ -46,32 +45,14 @@ def build_boft(spec: BoftSpec, base: Base) -> Any:
     )
 
 
-def check_oft(spec: OftSpec, widths: Mapping[str, int]) -> None:
+def check_oft(spec: OftSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
     """Check that blocks fill every linear; PEFT would change their size with a warning."""
-    _check_blocks("oft_block_size", spec.oft_block_size, widths)
+    check_divides("oft_block_size", spec.oft_block_size, sizes)
 
 
-def check_boft(spec: BoftSpec, widths: Mapping[str, int]) -> None:
+def check_boft(spec: BoftSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
     """Check that blocks fill every linear."""
-    _check_blocks("boft_block_size", spec.boft_block_size, widths)
-
-
-def _check_blocks(field: str, size: int, widths: Mapping[str, int]) -> None:
-    odd = {name: width for name, width in widths.items() if width % size}
-    if not odd:
-        return
-    name, width = next(iter(odd.items()))
-    common = math.gcd(*widths.values())
-    fits = [n for n in range(2, min(common, 64) + 1) if common % n == 0]
-    way = (
-        f"Set method.{field} to one of {listing(map(str, fits), 8)}."
-        if fits
-        else "Leave out these modules with --target-modules."
-    )
-    raise ConfigError(
-        f"method.{field} {size} does not divide the inputs of {len(odd):,} of {len(widths):,} "
-        f"linears, such as {name} ({width:,} wide). {way}"
-    )
+    check_divides("boft_block_size", spec.boft_block_size, sizes)
 
 
 _RULES = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftlevel.config.methods.vera import VeraSpec
+from ftlevel.config.methods.updates.vera import VeraSpec
 from ftlevel.errors import InputError
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts

@@ -1,0 +1,1 @@
+"""Specs of methods that change every linear by a matrix, other than LoRA and AdaLoRA."""

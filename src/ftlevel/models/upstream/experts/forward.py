@@ -1,0 +1,119 @@
+"""Multiply tokens with packed experts: each is dequantized by itself, and again going backward.
+
+Left to the parametrization, all experts of a block would be dequantized together, and autograd
+would hold them until the backward pass: the 16 bits that packing saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes import matmul_4bit
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ftlevel.models.upstream.experts.which import NAMES
+
+IMPLEMENTATION = "ftlevel_packed"
+"""What `config._experts_implementation` is then."""
+_EVEN = "ftlevel_packed_even"
+
+Count = Callable[[torch.Tensor, int], list[int]]
+"""Expert of each row, and the number of experts → rows of each."""
+
+
+def count_rows(experts: torch.Tensor, number: int) -> list[int]:
+    """Return how many of the rows go to each of `number` experts; waits for the device."""
+    found: list[int] = torch.bincount(experts, minlength=number).tolist()
+    return found
+
+
+def share_evenly(experts: torch.Tensor, number: int) -> list[int]:
+    """Return what `count_rows` would if all had as many rows: for tensors without numbers."""
+    return [len(experts) * (i + 1) // number - len(experts) * i // number for i in range(number)]
+
+
+def state_of(module: Any, name: str) -> Any:
+    """Return bitsandbytes' `QuantState` of one tensor of packed experts."""
+    return module.parametrizations[name][0].quant_state
+
+
+def forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    count: Count = count_rows,
+) -> torch.Tensor:
+    """Return what a block's packed experts make of its tokens, as transformers' own forward does.
+
+    Args:
+        self: the module of the experts.
+        hidden_states: (tokens, hidden).
+        top_k_index: (tokens, k), the experts of each token.
+        top_k_weights: (tokens, k), how much each of them counts.
+        count: how many rows each expert has.
+
+    Returns:
+        (tokens, hidden).
+    """
+    tokens, k = top_k_index.shape
+    experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    counts = count(experts, self.num_experts)
+    rows = hidden_states[order // k]
+    up = _multiply(self, NAMES[0], rows, counts)
+    down = _multiply(self, NAMES[1], self._apply_gate(up), counts)
+    weighted = down * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    summed = weighted[back].view(tokens, k, -1).sum(dim=1)
+    return summed.to(hidden_states.dtype)
+
+
+def _multiply(module: Any, name: str, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Return the product of `rows`, sorted by their experts, with the tensor `name` of each."""
+    if not hasattr(module, "parametrizations"):  # tensors without numbers, in floating point
+        weights = getattr(module, name)
+        made = [
+            torch.nn.functional.linear(part, own)
+            for part, own in zip(torch.split(rows, counts), weights, strict=True)
+        ]
+        return torch.cat(made)
+    rows = rows.to(state_of(module, name).dtype)
+    made = [
+        matmul_4bit(part, packed.t(), quant_state=own)
+        for part, (packed, own) in zip(
+            torch.split(rows, counts), _one_by_one(module, name), strict=True
+        )
+        if len(part)
+    ]
+    return torch.cat(made)
+
+
+def _one_by_one(module: Any, name: str) -> Iterator[tuple[torch.Tensor, Any]]:
+    """Yield the packed weight (out · in / 2, 1) of each expert, and its state."""
+    state = state_of(module, name)
+    number, *shape = state.shape
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
+    packed = module.parametrizations[name].original.view(number, -1, 1)
+    for index, own in enumerate(scales.float().view(number, -1)):
+        yield (
+            packed[index],
+            bnb.QuantState(
+                own, torch.Size(shape), state.code, state.blocksize, state.quant_type, state.dtype
+            ),
+        )
+
+
+def use_even_shares(config: Any) -> None:
+    """Have the experts of a model with `config` (mutated), which has no numbers, share the rows."""
+    config._experts_implementation = _EVEN
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+ALL_EXPERTS_FUNCTIONS.register(_EVEN, partial(forward, count=share_evenly))

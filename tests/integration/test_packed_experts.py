@@ -1,0 +1,85 @@
+"""A run on a mixture whose experts are packed: said, proven, resumed, merged, and none silently."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.cli.app import run
+
+ModelDir = Callable[..., Path]
+SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-size", "4",
+         "--dtype", "float32", "--overlong", "drop", "--lr-scheduler", "constant",
+         "--save-strategy", "epoch"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def train(*arguments: str, out: str = "run") -> dict[str, Any]:
+    assert run(["train", "--output-dir", out, *arguments]) == 0
+    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
+    return summary
+
+
+def weights(out: str) -> bytes:
+    return Path(out, "adapter/adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_trained_resumed_merged_and_evaluated(
+    family: str, tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--model", str(tiny_model_dir(family, chat=True)), *SHORT, "--method", "qlora",
+           "--double-quant", "--rslora"]  # fmt: skip
+    whole = train(*own, "--epochs", "2", "--verify-fast", out="whole")
+    shown = capfd.readouterr()
+    assert "experts: 4 bits, as the linears" in shown.out + shown.err
+    assert "verify-fast" in shown.out + shown.err
+    card = json.loads(Path("whole/adapter/ftlevel.json").read_text())
+    assert card["quantization"]["experts"] is True
+    train(*own, "--epochs", "1")
+    train("--resume", "--num-train-epochs", "2")
+    capfd.readouterr()
+    assert weights("run") == weights("whole")
+    assert run(["evaluate", "whole", "--json"]) == 0
+    metrics = json.loads(capfd.readouterr().out)["metrics"]
+    assert metrics["loss"] == pytest.approx(whole["metrics"]["loss"], rel=1e-5)
+    assert run(["merge", "whole", "--out", "merged", "--onto", "dequantized", "--json"]) == 0
+    merged = json.loads(capfd.readouterr().out)
+    assert merged["candidates"]["dequantized"]["kl"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--quant", "8bit"], "experts: in floating point (bitsandbytes has 8 bits for linears"),
+        (["--quant", "4bit", "--target-parameters", "experts"],
+         "experts: in floating point (adapters go on them"),
+        (["--quant", "4bit", "--set", "quant.experts=false"],
+         "experts: in floating point (--set quant.experts=false)"),
+    ],
+)  # fmt: skip
+def test_why_they_are_not_packed(
+    more: list[str], text: str, tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--model", str(tiny_model_dir("mixtral", chat=True)), *SHORT]
+    assert run(["train", "--output-dir", "run", *own, *more, "--max-steps", "1", "--dry-run"]) == 0
+    shown = capfd.readouterr()
+    assert text in " ".join((shown.out + shown.err).split())
+
+
+def test_it_is_refused_where_it_cannot_be(
+    tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wish = ["--quant", "4bit", "--set", "quant.experts=true", "--max-steps", "1", "--dry-run"]
+    llama = str(tiny_model_dir("llama", chat=True))
+    assert run(["train", "--output-dir", "run", "--model", llama, *SHORT, *wish]) == 2
+    assert "the model has no experts in one tensor" in " ".join(capfd.readouterr().err.split())
