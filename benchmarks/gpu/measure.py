@@ -67,7 +67,8 @@ class Measurements:
 
     Attributes:
         path: of the JSON; the table stands beside it.
-        found: its content: `machine`, and by shape what `workload_table` takes.
+        found: its content: `machine`, the `peak_flops` of its products, and by shape what
+            `workload_table` takes.
     """
 
     def __init__(self, path: Path, earlier: Path | None) -> None:
@@ -78,12 +79,19 @@ class Measurements:
         self.found: dict[str, Any] = json.loads(texts[0]) if texts else {"shapes": {}}
         self.found["machine"] = describe_card()
 
+    def has(self, name: str, tool: tools.Tool) -> bool:
+        """Return whether `tool` has run, or was refused, on a shape."""
+        result = self.found["shapes"].get(name, {"readings": {}, "refused": {}})
+        return tool.name in result["readings"] or tool.name in result["refused"]
+
     def shape(self, name: str, work: Work) -> dict[str, Any]:
-        """Return what is known of a shape; the peak and the weights are found once."""
+        """Return what is known of a shape; the machine's peak is measured once."""
         shapes = self.found["shapes"]
         if name not in shapes:
+            if "peak_flops" not in self.found:
+                self.found["peak_flops"] = measure_peak(work)
             shapes[name] = {
-                "work": asdict(work), "rounds": 1, "peak_flops": measure_peak(work),
+                "work": asdict(work), "rounds": 1, "peak_flops": self.found["peak_flops"],
                 "weights": count_weights(Path(work.model), has_head=True), "tools": {},
                 "readings": {}, "refused": {},
             }  # fmt: skip
@@ -126,13 +134,13 @@ def measure_tool(tool: tools.Tool, work: Work, folder: Path, seconds: float) -> 
 
 def measure_shape(name: str, work: Work, kept: Measurements, folder: Path, until: float) -> bool:
     """Run the tools that `kept` has no reading of; return whether none is left."""
-    result = kept.shape(name, work)
     for tool in TOOLS:
-        if tool.name in result["readings"] or tool.name in result["refused"]:
+        if kept.has(name, tool):
             continue
         left = until - time.time() - SPARE_SECONDS
         if left <= 0:
             return False
+        result = kept.shape(name, work)
         place = folder / f"{name}-{tool.name.replace(' ', '-').replace(',', '')}"
         try:
             reading = measure_tool(tool, work, place, left)

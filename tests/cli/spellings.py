@@ -218,7 +218,7 @@ SPELLINGS: list[Spelled] = [
         ("--deepspeed ds.json", "--num-processes N"),
         ("--fsdp full_shard", "--num-processes N"),
         ("--torch_compile", "compiled steps are not offered"),
-        ("--auto_find_batch_size", "speed.tokens_per_micro_batch"),
+        ("--auto_find_batch_size", "--auto-micro-batch keeps them"),
     ),
     *_sets(
         PEFT, "sft/run_peft.sh",

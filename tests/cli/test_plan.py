@@ -48,6 +48,22 @@ def test_a_config_alone_is_enough(big: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads(less)["fits_in_memory"]
 
 
+@pytest.mark.slow
+def test_the_micro_batch_is_the_largest_that_fits(
+    big: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--model", big, "--gpu", "24GB", "--max-length", 1024, "--batch-size", 8,
+             "--no-gradient-checkpointing", "--brief", "--json")  # fmt: skip
+    assert not json.loads(plan(capsys, *asked))["fits_in_memory"]
+    found = json.loads(plan(capsys, *asked, "--auto-micro-batch"))
+    assert found["fits_in_memory"]
+    (choice,) = (c for c in found["choices"] if c["name"] == "micro-batch")
+    tokens = int(choice["value"].split()[0].replace(",", ""))
+    assert 1024 <= tokens < 8 * 1024
+    more = ("--tokens-per-micro-batch", tokens + 1024)
+    assert not json.loads(plan(capsys, *asked, *more))["fits_in_memory"]
+
+
 def test_rows_of_the_data_and_what_else_fits(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

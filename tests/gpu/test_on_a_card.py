@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from ftlevel.fast.layers import kernels
+from ftlevel.fast.layers.formulas import ACTIVATIONS, TORCH
+from ftlevel.fast.layers.kernels.operators import TritonFormulas
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -54,6 +59,8 @@ def test_the_fast_step_gives_the_losses_of_the_plain_one(tmp_path: Path, dtype: 
 
 
 def test_float16_learns_and_counts_what_it_skips(tmp_path: Path) -> None:
+    if DEVICE == "cpu":
+        pytest.skip("float16 is refused on a CPU")
     found = train(tmp_path, "--device", DEVICE, "--dtype", "float16", "--output-dir", "run")
     assert found["losses"][-1] < found["losses"][0]
     assert found["proof"]["skipped_steps"] < 4
@@ -62,6 +69,8 @@ def test_float16_learns_and_counts_what_it_skips(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpointing", ["--gradient-checkpointing", "--offload-activations"])
 def test_recomputed_blocks_give_the_same_losses(tmp_path: Path, checkpointing: str) -> None:
+    if DEVICE == "cpu" and checkpointing == "--offload-activations":
+        pytest.skip("there is nothing to offload from on a CPU")
     common = ("--device", DEVICE, "--lora-dropout", "0", "--output-dir")
     held = train(tmp_path, *common, "held", "--no-gradient-checkpointing")
     again = train(tmp_path, *common, "again", checkpointing)
@@ -95,3 +104,25 @@ def test_what_was_trained_on_a_card_merges(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "merged/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_our_kernels_give_the_numbers_of_torchs_operations(dtype: str) -> None:
+    if DEVICE != "cuda":
+        pytest.skip("kernels need a card; tests/unit/fast/layers asks Triton's interpreter")
+    precision = getattr(torch, dtype)
+    x, gradient, gate = (torch.randn(64, 4096, device=DEVICE).to(precision) for _ in range(3))
+    weight, ours = torch.randn(4096, device=DEVICE), TritonFormulas()
+    for w in (weight, weight.to(precision)):
+        found, expected = ours.norm(x, w, 1e-6), TORCH.norm(x, w, 1e-6)
+        assert all(map(kernels.agree, expected, found))
+        assert torch.equal(ours.renorm(x, w, found[1]), found[0])
+        scale = expected[1]
+        assert kernels.agree(
+            TORCH.norm_backward(gradient, x, w, scale), ours.norm_backward(gradient, x, w, scale)
+        )
+    for kind in ACTIVATIONS:
+        assert kernels.agree(TORCH.glu(kind, gate, x), ours.glu(kind, gate, x))
+        pairs = zip(TORCH.glu_backward(kind, gradient, gate, x),
+                    ours.glu_backward(kind, gradient, gate, x), strict=True)  # fmt: skip
+        assert all(kernels.agree(a, b) for a, b in pairs)

@@ -92,5 +92,7 @@ def _answer_for_the_driver() -> None:
         "_is_in_bad_fork": False, "manual_seed_all": None, "_lazy_init": None,
     }.items():  # fmt: skip
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch.cuda.get_rng_state = lambda *_: torch.empty(0, dtype=torch.uint8)
+    torch.cuda.set_rng_state = lambda *_: None
     # Pinning is a driver's business; that it was asked for is what counts.
     torch.Tensor.pin_memory = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,16 +13,20 @@ import matrix_cells
 from ftlevel.config import QuantConfig, SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.methods import LoraSpec
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.fast.layers import norm_glu
+from ftlevel.fast.layers import kernels, norm_glu
+from ftlevel.fast.layers.formulas import TORCH
 from ftlevel.fast.layers.fused_lora import register_fused_layers
+from ftlevel.fast.layers.kernels.operators import TritonFormulas
 from ftlevel.fast.plan.fast_plan import plan_fast
 from ftlevel.fast.plan.fused_lora import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.models.families import FAMILIES
+from ftlevel.models.module_tree import find_stacks
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.tokens import Tokens
 from ftlevel.trained.adapt import apply_method, train_in_float32
-from gpu_sim.simulate import Found, run_step, to_card
+from ftlevel.training.memory.checkpointing import set_checkpointing
+from gpu_sim.simulate import MODE, Found, run_step, to_card, without_a_cache
 from matrix_cells import TinyCell, build_spec, copy_base, describe_base, expected_refusal, heads_of
 
 KINDS = {"llama": "causal", "bert": "seqcls", "t5": "seq2seq"}
@@ -93,6 +98,7 @@ class Large:
         supervised: share of them that are targets.
         train: settings of `TrainerConfig`.
         speed: settings of `SpeedConfig`.
+        kernels: whether norms and GLUs are Triton kernels, as where they prove themselves.
     """
 
     layers: int = 32
@@ -101,6 +107,7 @@ class Large:
     supervised: float = 0.5
     train: tuple[tuple[str, Any], ...] = ()
     speed: tuple[tuple[str, Any], ...] = ()
+    kernels: bool = False
 
     @property
     def tokens(self) -> int:
@@ -110,17 +117,14 @@ class Large:
 
 def run_large(case: Large) -> Found:
     """Return what the step asks of the card."""
-    from peft import LoraConfig, get_peft_model
-
+    formulas = TritonFormulas() if case.kernels else TORCH
+    kernels.choose_norm = kernels.choose_glu = lambda *_: formulas  # type: ignore[assignment]
     shape = transformers.LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": case.layers})
     with torch.device("meta"):
         base = transformers.AutoModelForCausalLM.from_config(
             shape, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
-    register_fused_layers(lora)
-    model = get_peft_model(base, lora, low_cpu_mem_usage=True).train()
-    train_in_float32(model)
+    model = _with_lora(base)
     config = TrainConfig(
         method=LoraSpec(),
         train=TrainerConfig(per_device_train_batch_size=case.sequences, **dict(case.train)),
@@ -133,12 +137,86 @@ def run_large(case: Large) -> Found:
         Encoded([number, *ids[1:]], [IGNORED] * prompt + ids[prompt:], number)
         for number in range(case.sequences)
     ]
-    # Asked of weights, which are not there: what is found for a Llama.
-    norm_glu._find_norm = lambda _: (0.0, False)
-    norm_glu._find_glu = lambda _: "silu"
     plan = plan_fast(config, base, "decoder", objective, "cuda", rows, case.length)
     to_card(model)
     fast = FastStep(model, plan)
     if config.train.recomputes:
         base.activation_checkpointing_enable({"use_reentrant": False})
     return run_step(model, config, objective, fast, rows, "llama")
+
+
+def _with_lora(base: Any) -> Any:
+    """Return `base`, which has no numbers, with LoRA on all linears."""
+    from peft import LoraConfig, get_peft_model
+
+    # Asked of weights, which are not there: what is found for a Llama, and T5's norm.
+    norm_glu._find_norm = lambda _: (0.0, False)
+    norm_glu._find_glu = lambda _: "silu"
+
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
+    register_fused_layers(lora)
+    model = get_peft_model(base, lora, low_cpu_mem_usage=True).train()
+    train_in_float32(model)
+    return model
+
+
+TWO_STACKS: dict[str, dict[str, Any]] = {
+    "t5": {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 12,
+           "num_decoder_layers": 12, "vocab_size": 32_128, "decoder_start_token_id": 0},
+    "bart": {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072,
+             "decoder_ffn_dim": 3072, "encoder_attention_heads": 12,
+             "decoder_attention_heads": 12, "vocab_size": 50_265},
+}  # fmt: skip
+"""Sizes of T5-base and BART-base."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A step whose blocks are recomputed as its memory asks.
+
+    Attributes:
+        kept: bytes held after the forward pass.
+        recomputed: blocks that are recomputed.
+        blocks: all of them.
+    """
+
+    kept: int
+    recomputed: int
+    blocks: int
+
+
+def run_fitted(family: str, free: int, rows: int = 16, length: int = 512) -> Fitted:
+    """Return the step of a family of `TWO_STACKS` on a card with `free` bytes.
+
+    Args:
+        family: its `model_type`.
+        free: bytes that the card says are free.
+        rows: of the step, which is one micro-batch.
+        length: tokens of each; their answers have half as many.
+    """
+    shape = transformers.AutoConfig.for_model(family, **TWO_STACKS[family])
+    with torch.device("meta"):
+        base = transformers.AutoModelForSeq2SeqLM.from_config(shape, dtype=torch.bfloat16)
+    model = _with_lora(base)
+    config = TrainConfig(
+        task="summarization",
+        method=LoraSpec(),
+        train=TrainerConfig(per_device_train_batch_size=rows),
+    )
+    objective = TASKS["summarization"].build_objective("encoder-decoder", {})
+    ids = list(range(5, 5 + length))
+    batch = [Encoded([number, *ids[1:]], ids[: length // 2], number) for number in range(rows)]
+    plan = plan_fast(config, base, "encoder-decoder", objective, "cuda", batch, length)
+    to_card(model)
+    fast = FastStep(model, plan)
+    torch.cuda.mem_get_info = lambda *_: (free, free)
+    planned: Any = SimpleNamespace(
+        data=SimpleNamespace(train=batch, max_length=length), fast=plan,
+        model=SimpleNamespace(device="cuda", dtype="bfloat16", pad_id=0, kind="encoder-decoder"),
+    )  # fmt: skip
+    with MODE, without_a_cache(model):
+        set_checkpointing(model, config, planned)
+    blocks = [block for stack in find_stacks(base) for block in stack]
+    recomputed = sum(bool(getattr(block, "gradient_checkpointing", False)) for block in blocks)
+    found = run_step(model, config, objective, fast, batch, family)
+    return Fitted(found.kept, recomputed, len(blocks))

@@ -7,11 +7,12 @@ torch: they tell when it becomes worse, not how fast a card is.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_sim.cases import LLAMA_8B, Large, run_large
+from gpu_sim.cases import LLAMA_8B, TWO_STACKS, Large, run_fitted, run_large
 from gpu_sim.simulate import Found
 
 WHOLE = 32
@@ -66,6 +67,35 @@ def of_large(layers: int) -> list[Row]:
         Row("GB at the peak beside weights, the same",
             round(_extrapolate(again.peak, layers, states) / 1e9, 2), 8.0),
         Row("tokens a second by the roofline", round(_speed(whole, fewer, plain)), 11_000, True),
+        *_with_kernels(layers // 2),
+        *itertools.chain(*map(_fitted, TWO_STACKS)),
+    ]  # fmt: skip
+
+
+def _with_kernels(layers: int) -> list[Row]:
+    """Return the figures of a step whose norms and GLUs are Triton kernels."""
+    case = Large(layers=layers, kernels=True)
+    fewer, whole = run_large(dataclasses.replace(case, layers=layers // 2)), run_large(case)
+    a_layer = (whole.launches - fewer.launches) / (layers - layers // 2)
+    return [
+        Row("launches a layer, with Triton kernels", round(a_layer, 1), 180),
+        Row("tokens a second by the roofline, the same",
+            round(_speed(whole, fewer, case)), 15_000, True),
+    ]  # fmt: skip
+
+
+FREE_FOR = {"t5": 6 * 10**9, "bart": 4 * 10**9}
+"""Bytes on the card for a step of two stacks: too few for all that it would hold."""
+
+
+def _fitted(family: str) -> list[Row]:
+    """Return the figures of an encoder–decoder whose blocks are recomputed by auto."""
+    found = run_fitted(family, FREE_FOR[family])
+    return [
+        Row(f"{family}: blocks of {found.blocks} recomputed by auto", found.recomputed,
+            found.blocks - 1),
+        Row(f"{family}: GB held, of those that are free", round(found.kept / 1e9, 2),
+            FREE_FOR[family] / 1e9),
     ]  # fmt: skip
 
 

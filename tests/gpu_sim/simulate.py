@@ -166,7 +166,7 @@ def _told_of_the_forward(trainer: Any, recorder: Recorder) -> Iterator[list[int]
 
 
 @contextlib.contextmanager
-def _without_a_cache(model: Any) -> Iterator[None]:
+def without_a_cache(model: Any) -> Iterator[None]:
     """Have `model` keep no keys for generation, as Trainer does once it trains."""
     configs = [
         m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")
@@ -227,7 +227,7 @@ def run_step(
             weights = recorder.live
             recorder.reset()
             alone = trainer.computing_alone("bfloat16")
-            with _told_of_the_forward(trainer, recorder) as kept, alone, _without_a_cache(model):
+            with _told_of_the_forward(trainer, recorder) as kept, alone, without_a_cache(model):
                 launches = _step(trainer, batch, proof, optimizer, recorder)
         return Found(
             dict(recorder.waits), launches, weights, kept[-1] - weights,

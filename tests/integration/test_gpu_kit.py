@@ -95,6 +95,25 @@ def test_a_run_that_the_clock_ended_is_no_result(
     assert kept.found["shapes"]["2k"]["refused"] == {}
 
 
+def test_nothing_begins_when_the_time_is_over_and_the_peak_is_measured_once(
+    kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu import measure
+
+    peaks: list[Any] = []
+    monkeypatch.setattr(measure, "measure_peak", lambda work: peaks.append(work) or 1e9)
+    monkeypatch.setattr(measure, "measure_tool", lambda *_: reading())
+    made = {shape: work(tmp_path, shape) for shape in ("2k", "prefix")}
+    kept.path.parent.mkdir()
+    for shape, its_work in made.items():
+        assert not measure.measure_shape(shape, its_work, kept, tmp_path, time.time())
+    assert kept.found["shapes"] == {}
+    assert not peaks
+    for shape, its_work in made.items():
+        assert measure.measure_shape(shape, its_work, kept, tmp_path, time.time() + 60)
+    assert len(peaks) == 1
+
+
 def test_rows_are_of_their_shape(tmp_path: Path) -> None:
     from gpu.rows import TINY_LENGTH, TINY_STEPS
 

@@ -209,6 +209,9 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         lines += [f"Its {len(names):,} labels: {shown}{more}.", ""]
     if summary["loss_window"]:
         lines += [f"Training loss {loss_words(summary)}.", ""]
+    if memory := summary.get("speed", {}).get("chosen_for_bytes"):
+        tokens = summary["speed"]["tokens_per_micro_batch"]
+        lines += [f"Micro-batches of up to {tokens:,} tokens, for {memory / 2**30:.2f} GiB.", ""]
     if left_out := summary.get("left_out"):
         lines += [f"Steps left out, because the loss was not finite or leapt: {len(left_out):,}."]
         lines += [""]

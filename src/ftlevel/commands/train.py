@@ -36,6 +36,7 @@ from ftlevel.training.finish import (
     write_results,
 )
 from ftlevel.training.forecast.foresight import Foresight, foresee
+from ftlevel.training.forecast.micro_batch import choose_micro_batch
 from ftlevel.training.given import Given, Taken, describe_taken, keep_base, take
 from ftlevel.training.going_on.identity import BaseDigest
 from ftlevel.training.going_on.interrupted import describe_end, describe_stop, telling_what_is_kept
@@ -46,6 +47,7 @@ from ftlevel.training.going_on.resume import (
     check_shared,
     find_going_on,
     open_or_go_on,
+    tokens_begun_with,
 )
 from ftlevel.training.memory.explain import explain_out_of_memory
 from ftlevel.training.model import load_adapted
@@ -194,6 +196,7 @@ def train(
         taken = take(config, Given(dataset, eval_dataset, model, tokenizer, callbacks), held)
         job = _resolve_together(taken, command_line, listener, callbacks, dry_run=dry_run)
         if dry_run:
+            job = _choose_micro_batch(job)
             plan, taken = job.plan, job.taken
             summary = {"dry_run": True, "steps": plan.schedule.steps, "data": plan.data.facts,
                        "headline": plan.objective.headline,
@@ -271,7 +274,18 @@ def _resolve(
     )  # fmt: skip
 
 
+def _choose_micro_batch(job: _Job) -> _Job:
+    """Let the memory choose the tokens of a micro-batch, where that is asked for, and say it."""
+    config, plan = job.taken.config, job.plan
+    begun_with = tokens_begun_with(config)
+    config, chosen = choose_micro_batch(config, plan, job.processes, begun_with)
+    if more := chosen.choices[len(plan.choices) :]:
+        job.listener.choices("train", more)
+    return replace(job, taken=replace(job.taken, config=config), plan=chosen)
+
+
 def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
+    job = _choose_micro_batch(job)
     config, plan, listener, processes = job.taken.config, job.plan, job.listener, job.processes
     origin = origin_of(config, plan, describe_taken(plan, job.taken))
     processes.check_same(everything_of(config, origin))

@@ -305,6 +305,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.offload_activations", "", HOW),
     Flag("train.tf32", "", HOW),
     Flag("speed.fast", "", HOW),
+    Flag("speed.tokens_per_micro_batch", "", HOW, metavar="N|auto|memory",
+         also=(Spelling("--auto-micro-batch", value="memory"),)),
     Flag("speed.liger_kernel", "--liger-kernel/--no-liger-kernel", HOW,
          also=("--use-liger-kernel", "--enable-liger-kernel")),
     Flag("speed.verify", "--verify-fast/--no-verify-fast", HOW),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -49,11 +49,17 @@ class SpeedConfig(Section):
         description="On a CUDA GPU, use liger-kernel's norms, rotary embedding and activation "
         "where the package is installed and has them for the model. Off until it is measured.",
     )
-    tokens_per_micro_batch: Positive | Literal["auto"] = Field(
+    tokens_per_micro_batch: Positive | Literal["auto", "memory"] = Field(
         "auto",
         description="Most tokens in the micro-batches that are computed at once, which bounds the "
         "memory; auto is what per_device_train_batch_size rows of max_length would have, on a CPU "
-        "2,048 at most, an eighth more where prefixes are shared.",
+        "2,048 at most, an eighth more where prefixes are shared; memory is as many as the plan's "
+        "forecast fits into the memory that is free (--auto-micro-batch). The rows of a step stay.",
+    )
+    memory_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="GiB that the run may use at its peak, for tokens_per_micro_batch=memory; the "
+        "default is what is free.",
     )
     parallel_workers: Positive | Literal["auto"] = Field(
         "auto",

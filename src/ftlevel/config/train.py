@@ -145,6 +145,11 @@ def _other_problems(config: TrainConfig) -> list[str]:
             "--on-nonfinite rollback goes back to a checkpoint, and --save-strategy no writes "
             "none. Use --save-steps N, or --on-nonfinite skip."
         )
+    if config.speed.memory_gib is not None and config.speed.tokens_per_micro_batch != "memory":
+        problems.append(
+            f"speed.memory_gib={config.speed.memory_gib:g} is what --auto-micro-batch fits a "
+            "micro-batch into, which is not asked for. Add it, or drop speed.memory_gib."
+        )
     problems += find_problems(config.train)
     if config.train.focal_gamma and config.train.label_smoothing_factor:
         problems.append(

@@ -11,6 +11,8 @@ import torch
 
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError
+from ftlevel.models.memory import read_free
+from ftlevel.models.threads import control_groups
 from ftlevel.models.upstream.tensors import cpu_has
 from ftlevel.world import is_launched
 
@@ -188,7 +190,7 @@ def resident_bytes() -> int:
 
 
 def free_memory_bytes(device: str) -> int:
-    """Return how much memory is free: of the GPU, or of the machine, caches not counted."""
+    """Return how much memory is free: of the GPU, or of what this process may use."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:
@@ -196,4 +198,4 @@ def free_memory_bytes(device: str) -> int:
     except OSError:  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
-    return int(available) * 1024
+    return min([int(available) * 1024, *read_free(control_groups(controller="memory"))])

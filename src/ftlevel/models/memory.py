@@ -85,3 +85,19 @@ def read_limits(groups: Iterable[Path]) -> Iterator[int]:
                 yield int((group / name).read_text())
             except (OSError, ValueError):  # "max" is no number
                 continue
+
+
+def read_free(groups: Iterable[Path]) -> Iterator[int]:
+    """Yield the bytes that control groups of version 2 or 1 leave; cached files count as free."""
+    for group in groups:
+        for limit, used, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            try:
+                most, taken = (int((group / name).read_text()) for name in (limit, used))
+                lines = (group / "memory.stat").read_text().splitlines()
+            except (OSError, ValueError):  # "max" is no number
+                continue
+            files = next((int(n) for name, n in map(str.split, lines) if name == cached), 0)
+            yield max(0, most - (taken - files))

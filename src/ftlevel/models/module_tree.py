@@ -228,10 +228,16 @@ class ModuleTree:
                 yield self.pattern(name), kind, module.num_embeddings, module.embedding_dim
 
 
+def find_stacks(model: nn.Module) -> list[list[nn.Module]]:
+    """Return the blocks of each stack of a model, an encoder's before a decoder's."""
+    tree = ModuleTree(model)
+    return [list(tree.modules[name].children()) for name in tree.blocks]
+
+
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model of one stack, in their order; several stacks have none."""
-    tree = ModuleTree(model)
-    return list(tree.modules[tree.blocks[0]].children()) if len(tree.blocks) == 1 else []
+    stacks = find_stacks(model)
+    return stacks[0] if len(stacks) == 1 else []
 
 
 def find_unpackable(model: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftlevel.events import Listener
+from ftlevel.fast.layers.kernels import describe_choices
 from ftlevel.fast.step import FastStep
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.trainer import FtlevelTrainer
@@ -38,9 +39,11 @@ def describe_speed(trainer: FtlevelTrainer, verified: Mapping[str, Any] | None) 
         "chunked_cross_entropy": plan.chunked_cross_entropy,
         "prefixes_shared": plan.prefix_tree,
         "fused_norms_and_glus": trainer.fast.norm_glu.count if trainer.fast.norm_glu else 0,
+        "triton_kernels": describe_choices(),
         "pruned_linears": trainer.fast.pruned_linears,
         "parallel_workers": plan.workers,
         "tokens_per_micro_batch": plan.tokens // plan.workers,
+        "chosen_for_bytes": plan.memory or None,
         "made_smaller_for_memory": trainer.smaller.done,
         "tokens_computed": trainer.tokens_computed,
         "tokens_in_rows": int(trainer.tokens_seen),

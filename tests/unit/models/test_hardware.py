@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 from ftlevel.models import loading
@@ -172,3 +173,17 @@ def test_a_run_begins_with_no_library_that_is_too_old(monkeypatch: pytest.Monkey
     monkeypatch.setattr(versions, "version", lambda name: {"transformers": "5.17.0"}.get(name, "9"))
     with pytest.raises(ConfigError, match=r"transformers 5\.17\.0 is installed"):
         check_packages(TrainConfig())
+
+
+@pytest.mark.parametrize("quant", ["4bit", "8bit"])
+def test_a_quantized_base_is_refused_on_an_apple_gpu(
+    quant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = ["train", "--device", "mps", "--quant", quant, "--dry-run"]
+    assert run(asked) == 2
+    assert f"--device mps: a base in {quant} is not trained on Apple's GPU" in (
+        capsys.readouterr().err
+    )
+    assert run([*asked[:3], "--dry-run"]) == 0

@@ -11,12 +11,14 @@ from peft import LoraConfig, get_peft_model
 
 import tiny_models
 from ftlevel.config import TrainConfig
+from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
-from ftlevel.models.module_tree import find_blocks
+from ftlevel.models.module_tree import find_blocks, find_stacks
 from ftlevel.training.memory import checkpointing
 from ftlevel.training.memory.checkpointing import Activations, count_activations, set_checkpointing
+from ftlevel.training.memory.smaller_steps import SmallerSteps
 from live_tensors import LiveTensors
 
 BLOCKS = 6
@@ -35,7 +37,7 @@ def plan_of(tokens: int, device: str = "cpu") -> Any:
     rows = [Encoded(list(range(5, 69)), [1] * 64, 0)]
     return SimpleNamespace(
         data=SimpleNamespace(train=rows, max_length=64),
-        model=SimpleNamespace(device=device, dtype="float32", pad_id=0),
+        model=SimpleNamespace(device=device, dtype="float32", pad_id=0, kind="decoder"),
         fast=SimpleNamespace(enabled=True, tokens=tokens),
     )
 
@@ -58,9 +60,9 @@ def test_what_is_counted_is_what_is_held() -> None:
     model = adapted()
     found = count_activations(model, find_blocks(model.get_base_model()), plan_of(64))
     more = (held_by(model, 256) - held_by(model, 128)) / 128  # per token, embeddings and norm too
-    assert found.blocks == BLOCKS
-    assert found.states == model.config.hidden_size * 4
-    assert found.block * BLOCKS == pytest.approx(more, rel=0.1)
+    assert len(found.held) == BLOCKS
+    assert found.states == (model.config.hidden_size * 4,) * BLOCKS
+    assert sum(found.held) == pytest.approx(more, rel=0.1)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(1.1, 0), (0.8, 2), (0.2, BLOCKS)])
@@ -70,7 +72,7 @@ def test_blocks_are_recomputed_until_the_rest_fits(
     model, plan = adapted(), plan_of(256)
     blocks = find_blocks(model.get_base_model())
     found = count_activations(model, blocks, plan)
-    memory = int(share * 256 * BLOCKS * found.block)
+    memory = int(share * 256 * sum(found.held))
     monkeypatch.setattr(
         checkpointing, "free_memory_bytes", lambda _: memory / checkpointing.FREE_SHARE
     )
@@ -79,7 +81,7 @@ def test_blocks_are_recomputed_until_the_rest_fits(
     recomputed = [block.gradient_checkpointing for block in blocks]
     assert recomputed == [True] * expected + [False] * (BLOCKS - expected)
     assert [choice.value for choice in choices] == ([f"{expected} of {BLOCKS}"] if expected else [])
-    overhead = 8 * 256 * found.states  # the embedding, angles, masks and the last norm
+    overhead = 8 * 256 * found.states[0]  # the embedding, angles, masks and the last norm
     if expected < BLOCKS:
         assert held_by(model, 256) < memory + overhead
 
@@ -125,8 +127,83 @@ def test_offloading_recomputes_all_blocks(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_formula() -> None:
-    found = Activations(block=100.0, states=10.0, blocks=8)
+    found = Activations(held=(100.0,) * 8, states=(10.0,) * 8)
     assert found.count_recomputed(10, 8000) == 0
     assert found.count_recomputed(10, 7999) == 1
     assert found.count_recomputed(10, 8000 - 900 * 3) == 3
     assert found.count_recomputed(10, 0) == 8
+    uneven = Activations(held=(100.0, 100.0, 20.0), states=(10.0, 10.0, 2.0))
+    assert [uneven.count_recomputed(1, memory) for memory in (220, 219, 130, 129)] == [0, 1, 1, 2]
+
+
+def answered(family: str) -> tuple[Any, Any]:
+    """Return an encoder–decoder with LoRA, and a plan whose rows have half as long answers."""
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
+    register_fused_layers(config)
+    plan = plan_of(8 * 64)
+    plan.model.kind = "encoder-decoder"
+    plan.data.train = [Encoded(list(range(5, 69)), list(range(5, 37)), 0)]
+    return get_peft_model(tiny_models.build(family), config).train(), plan
+
+
+def batch_of(plan: Any, rows: int) -> dict[str, Any]:
+    return Collator(0)(plan.data.train * rows)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_both_stacks_of_an_encoder_decoder_are_counted(family: str) -> None:
+    model, plan = answered(family)
+    stacks = find_stacks(model.get_base_model())
+    found = count_activations(model, [block for stack in stacks for block in stack], plan)
+
+    def held(rows: int) -> int:
+        with LiveTensors() as live:
+            outputs = model(**batch_of(plan, rows))
+            kept = live.count_bytes()
+        del outputs
+        return kept
+
+    more = (held(4) - held(2)) / (2 * 64)
+    scores = model.config.vocab_size * 4 * 32 / 64  # held once or twice beside the blocks
+    assert more - 3 * scores < sum(found.held) < more
+    assert all(part > 0 for part in found.held)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_auto_recomputes_blocks_of_an_encoder_decoder(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan = answered(family)
+    blocks = [block for stack in find_stacks(model.get_base_model()) for block in stack]
+    found = count_activations(model, blocks, plan)
+    free = 0.5 * plan.fast.tokens * sum(found.held)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(**batch_of(plan, 8)).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    before = gradients()
+    monkeypatch.setattr(
+        checkpointing, "free_memory_bytes", lambda _: free / checkpointing.FREE_SHARE
+    )
+    monkeypatch.setattr(type(config_of().train), "may_recompute", lambda *_: True)
+    (choice,) = set_checkpointing(model, config_of(), plan)
+    count = found.count_recomputed(plan.fast.tokens, int(free))
+    assert 0 < count < len(blocks)
+    assert choice.value == f"{count} of {len(blocks)}"
+    recomputed = [block.gradient_checkpointing for block in blocks]
+    assert recomputed == [True] * count + [False] * (len(blocks) - count)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), before, strict=True))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_that_is_out_of_memory_can_recompute(family: str) -> None:
+    model, plan = answered(family)
+    fast = SimpleNamespace(plan=SimpleNamespace(workers=1, is_random=True))
+    smaller = SmallerSteps(SimpleNamespace(model=model, fast=fast))
+    assert smaller._can_checkpoint()
+    set_checkpointing(model, config_of(gradient_checkpointing=True), plan)
+    assert not smaller._can_checkpoint()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ftlevel.config import TrainConfig
@@ -16,6 +16,7 @@ from ftlevel.training.forecast.cards import Card, read_card
 from ftlevel.training.forecast.fits import Fit, Limits, find_cheapest, list_fits
 from ftlevel.training.forecast.imagined import imagine
 from ftlevel.training.forecast.live import ADAPTER, GRADIENTS, OPTIMIZER
+from ftlevel.training.forecast.micro_batch import fit_micro_batch
 from ftlevel.training.forecast.need import ALLOCATOR, COMES_AND_GOES, Device, Need, find_need
 from ftlevel.training.forecast.seconds import (
     TimeForecast,
@@ -150,7 +151,13 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
     rows = a_step * _IMAGINED_STEPS if is_imagined else 0
     imagined = imagine(config, source, card.name if card else None, rows)
     resolved = resolve(config, why_task=why, adapter=adapter, imagined=imagined)
-    need = find_need(config, resolved, Device.of(resolved.model.device, card))
+    device = Device.of(resolved.model.device, card)
+    if config.speed.memory_gib is not None:
+        least = min(device.memory, int(config.speed.memory_gib * 2**30))
+        device = replace(device, memory=least)
+    if config.speed.tokens_per_micro_batch == "memory":
+        _, resolved = fit_micro_batch(config, resolved, device.memory)
+    need = find_need(config, resolved, device)
     limits = Limits(need.device, card.name if card else None, source)
     time = _time(config, resolved, card, wishes.probe, is_imagined)
     return RunPlan(

@@ -219,7 +219,7 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--torch-compile --torch-compile-backend --torch-compile-mode",
             "compiled steps are not offered; the fast step is on. Drop it."),
     *_flags("--auto-find-batch-size",
-            "the fast step bounds the memory by tokens: --set speed.tokens_per_micro_batch=N."),
+            "it begins anew with fewer rows a step. --auto-micro-batch keeps them. Use that."),
     *_flags("--full-determinism", "the same --seed gives the same adapter on a CPU. Drop it."),
     *_flags("--log-level --verbosity", "--quiet prints errors only. Use that.",
             {**dict.fromkeys(("passive", "info", "warning"),

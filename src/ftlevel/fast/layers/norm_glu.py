@@ -1,43 +1,38 @@
 """RMS norms and gated linear units (GLU) of frozen weights, each as a fused autograd function.
 
-    norm    y = w ∘ x̂,  x̂ = x · ρ,  ρ = (mean x² + ε)^−½
-            ∂L/∂x = ρ · (d − x̂ · mean(d ∘ x̂)),  d = w ∘ ∂L/∂y
-    GLU     y = a(g) ∘ u
-            ∂L/∂g = a′(g) ∘ u ∘ ∂L/∂y,  ∂L/∂u = a(g) ∘ ∂L/∂y
+`layers.formulas` has what they compute; on an NVIDIA GPU `layers.kernels` may compute it.
 
 Written out in torch's operations, a norm keeps its input twice in float32 and once more in the
 model's precision for the backward pass, and a GLU keeps a(g) beside g and u. The fused functions
 keep x and ρ, and g and u, which the linears around them keep anyway, and say how their output is
 recomputed (`layers.recompute`), so that LoRA's linears keep none of it.
 
-A module is recognized by what it computes, not by its name: what gives other numbers than these
+A module is recognized by what it computes, not by its name: what gives other numbers than the
 formulas on random input is left alone.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
+from ftlevel.fast.layers import kernels
+from ftlevel.fast.layers.formulas import ACTIVATIONS, Formulas
 from ftlevel.fast.layers.recompute import with_recomputation
-from ftlevel.models.upstream.tensors import copy_module, gelu_backward, is_watched, silu_backward
-
-Backward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from ftlevel.models.upstream.tensors import copy_module, is_watched
 
 
 class _Norm(torch.autograd.Function):
-    """The norm of a frozen weight. See the module for the formulas."""
+    """The norm of a frozen weight."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, formulas: Formulas
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return y, of x's shape (…, hidden) and dtype, and ρ (…, 1), which has no gradient.
 
@@ -47,12 +42,13 @@ class _Norm(torch.autograd.Function):
             weight: (hidden,), what the normalized input is multiplied by, in float32 if that
                 product is made in float32, else in x's dtype.
             eps: ε.
+            formulas: what computes it.
         """
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normed, scale = formulas.norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
-        return _normalize(exact, weight, scale, x.dtype), scale
+        ctx.formulas = formulas
+        return normed, scale
 
     @staticmethod
     @once_differentiable
@@ -62,25 +58,7 @@ class _Norm(torch.autograd.Function):
         of_scale: torch.Tensor,  # noqa: ARG004 - zeros
     ) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of x."""
-        x, weight, scale = ctx.saved_tensors
-        normed = x.to(scale.dtype) * scale
-        of_normed = gradient.to(scale.dtype) * weight.to(scale.dtype)
-        along = (of_normed * normed).mean(-1, keepdim=True)
-        return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), None, None
-
-
-def _normalize(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return w ∘ x · ρ in `dtype`, of x in float32; w's own dtype says where it multiplies."""
-    normed = x * scale
-    if weight.dtype == scale.dtype:
-        return normed.mul_(weight).to(dtype)
-    return normed.to(dtype).mul_(weight)
-
-
-def _recompute_norm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return _normalize(x.to(scale.dtype), weight, scale, x.dtype)
+        return ctx.formulas.norm_backward(gradient, *ctx.saved_tensors), None, None, None
 
 
 class FusedNorm(nn.Module):
@@ -111,41 +89,29 @@ class FusedNorm(nn.Module):
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self._shift:
             weight = weight + self._shift
-        normed, scale = _Norm.apply(x, weight, self._eps)  # type: ignore[no-untyped-call]
-        return with_recomputation(normed, _recompute_norm, x, weight, scale)
+        formulas = kernels.choose_norm(x.shape[-1], weight.dtype, x.dtype, x.device.type)
+        normed, scale = _Norm.apply(x, weight, self._eps, formulas)  # type: ignore[no-untyped-call]
+        return with_recomputation(normed, formulas.renorm, x, weight, scale)
 
 
 class _Glu(torch.autograd.Function):
-    """An activation of one linear times another one. See the module for the formulas."""
+    """An activation of one linear times another one."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, kind: str, formulas: Formulas
+    ) -> torch.Tensor:
         """Return a(gate) ∘ up; all are (…, intermediate)."""
         ctx.save_for_backward(gate, up)
-        ctx.kind = kind
-        return _recompute_glu(kind, gate, up)
+        ctx.kind, ctx.formulas = kind, formulas
+        return formulas.glu(kind, gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of gate and up."""
-        gate, up = ctx.saved_tensors
-        activate, of_gate = ACTIVATIONS[ctx.kind]
-        return of_gate(gradient * up, gate), activate(gate).mul_(gradient), None
-
-
-def _recompute_glu(kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return ACTIVATIONS[kind][0](gate).mul_(up)
-
-
-ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Backward]] = {
-    "silu": (functional.silu, silu_backward),
-    "gelu": (functional.gelu, gelu_backward),
-    "gelu_tanh": (
-        lambda x: functional.gelu(x, approximate="tanh"),
-        lambda g, x: gelu_backward(g, x, approximate="tanh"),
-    ),
-}
+        parts = ctx.formulas.glu_backward(ctx.kind, gradient, *ctx.saved_tensors)
+        return *parts, None, None
 
 
 class FusedGlu(nn.Module):
@@ -169,8 +135,10 @@ class FusedGlu(nn.Module):
             plain: torch.Tensor = self._plain[0](x)
             return plain
         gate, up = self.get_submodule("gate_proj")(x), self.get_submodule("up_proj")(x)
-        gated = _Glu.apply(gate, up, self._kind)  # type: ignore[no-untyped-call]
-        gated = with_recomputation(gated, partial(_recompute_glu, self._kind), gate, up)
+        kind, width = self._kind, gate.shape[-1]
+        formulas = kernels.choose_glu(kind, width, gate.dtype, gate.device.type)
+        gated = _Glu.apply(gate, up, kind, formulas)  # type: ignore[no-untyped-call]
+        gated = with_recomputation(gated, partial(formulas.glu, kind), gate, up)
         down: torch.Tensor = self.get_submodule("down_proj")(gated)
         return down
 

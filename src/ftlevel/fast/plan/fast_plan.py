@@ -58,6 +58,7 @@ class FastPlan:
         needed_tokens: which those are; None before the model has been asked, or where all are.
         shared_prefix: whether what all rows of a step begin with may be computed before
             micro-batches that are in parallel, and not in each of them.
+        memory: bytes that `tokens` were chosen for; 0 where they were not.
     """
 
     enabled: bool = False
@@ -72,6 +73,7 @@ class FastPlan:
     prunes_last_layer: bool = False
     needed_tokens: NeededTokens | None = None
     shared_prefix: bool = False
+    memory: int = 0
 
 
 def plan_fast(
@@ -109,13 +111,15 @@ def plan_fast(
     shares, more = False, list[Choice]()
     if not why_padded and kind == "decoder" and speed.share_prefixes != "never":
         shares, more = _plan_sharing(config, meta, rows)
-    if shares and speed.tokens_per_micro_batch == "auto":
+    if shares and not isinstance(speed.tokens_per_micro_batch, int):
         tokens += tokens // SHARED_MORE
     at_once = (
         f"{workers.count} parallel workers" if workers.count > 1 else "one micro-batch at a time"
     )
     at_once += f": {workers.reason}" if workers.reason else ""
     bound = f"up to {tokens // workers.count:,} tokens a micro-batch"
+    if speed.tokens_per_micro_batch == "memory":
+        bound = "as many tokens a micro-batch as fit"
     choices = [Choice("step", ", ".join(parts), f"{bound}, {at_once}"), *more]
     return FastPlan(
         True,
@@ -195,7 +199,7 @@ def _estimate_shared(config: TrainConfig, rows: Sequence[Encoded]) -> float:
 
 
 def _tokens_per_micro_batch(config: TrainConfig, device: str, max_length: int) -> int:
-    if config.speed.tokens_per_micro_batch != "auto":
+    if isinstance(config.speed.tokens_per_micro_batch, int):
         return config.speed.tokens_per_micro_batch
     tokens = max(config.train.per_device_train_batch_size * max_length, FEWEST_TOKENS)
     return min(tokens, max(MOST_CPU_TOKENS, max_length)) if device == "cpu" else tokens

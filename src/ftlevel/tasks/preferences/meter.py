@@ -53,7 +53,7 @@ class JudgedMeter:
 
         rewards = self._objective.rewards(logits, labels)
         columns = [labels[:, 0], logits[:, 0], logits[:, 1], labels[:, 1], rewards, labels[:, 2]]
-        self._seen.append(torch.stack(columns, dim=1).double().cpu().numpy())
+        self._seen.append(torch.stack(columns, dim=1).cpu().double().numpy())
 
     def pool(self, meters: Sequence[JudgedMeter]) -> JudgedMeter:
         """Return a meter of all their answers."""

@@ -177,7 +177,7 @@ class RewardMeter:
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add the scores (2 · pairs, 1) of `rows`, which are pairs."""
-        scores = logits.double().flatten().cpu().numpy().reshape(-1, 2)
+        scores = logits.cpu().double().flatten().numpy().reshape(-1, 2)
         lengths = [[len(branch.input_ids) for branch in row.branches] for row in rows]
         self._seen.append(np.concatenate([scores, np.array(lengths, dtype=float)], axis=1))
 

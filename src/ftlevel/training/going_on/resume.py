@@ -42,11 +42,9 @@ def check_base_stays(config: TrainConfig) -> None:
         ConfigError: naming both.
     """
     wish, run = config.model, config.output.dir
-    if not config.output.resume or run is None:
+    before = _begun_as(config)
+    if before is None or run is None:
         return
-    if not (RunDirectory(run).checkpoints / ORIGIN).exists():  # it begins anew
-        return
-    before = read_origin_file(RunDirectory(run))
     source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
     expected, found = before.get("model.fingerprint"), describe_base(source)["fingerprint"]
     if expected is not None and found is not None and found != expected:
@@ -63,6 +61,22 @@ def check_base_stays(config: TrainConfig) -> None:
         known = {key: before[key] for key in now if key in before}
         now = {key: now[key] for key in known if key not in config.output.allow_change}
         check_same_run(RunDirectory(run), {key: known[key] for key in now}, now)
+
+
+def tokens_begun_with(config: TrainConfig) -> int | None:
+    """Return the tokens of a micro-batch of the run that goes on; None where none were chosen."""
+    known = (_begun_as(config) or {}).get("speed.tokens_per_micro_batch")
+    return known if isinstance(known, int) else None
+
+
+def _begun_as(config: TrainConfig) -> dict[str, Any] | None:
+    """Return the origin of the run that goes on; None where a run begins."""
+    run = config.output.dir
+    if not config.output.resume or run is None:
+        return None
+    if not (RunDirectory(run).checkpoints / ORIGIN).exists():  # it begins anew
+        return None
+    return read_origin_file(RunDirectory(run))
 
 
 def check_shared(run: RunDirectory, processes: Processes) -> None:

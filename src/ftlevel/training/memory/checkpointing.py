@@ -1,18 +1,20 @@
 """Which blocks are recomputed in the backward pass, and where what they begin with is held.
 
-    k = ⌈(T · L · a − M) / (T · (a − s))⌉   of L blocks
+    k = min {k : T · (Σ_i a_i − Σ_{i < k} (a_i − s_i)) ≤ M}   of all blocks
 
-for T tokens of a micro-batch, a bytes that the autograd graph of a block holds of each, of which s
-are its input, and M bytes of memory that are free for them. Nothing of this is guessed from a
-config: a is counted as the model computes a few tokens, with the method and the fast step on it.
-The first blocks are recomputed, whose activations would be held the longest.
+for T tokens of a micro-batch, a_i bytes that the autograd graph of block i holds of each, of which
+s_i are its input, and M bytes of memory that are free for them. Nothing of this is guessed from a
+config: a_i is counted as the model computes a row, with the method and the fast step on it. The
+first blocks are recomputed, whose activations would be held the longest; of two stacks those of
+the encoder, whose tokens are the ones that are counted.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -23,11 +25,15 @@ from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.fast.head.loss import base_model
 from ftlevel.models.hardware import autocast, free_memory_bytes
-from ftlevel.models.module_tree import find_blocks
+from ftlevel.models.module_tree import find_stacks
+from ftlevel.models.upstream.fake import storage_of
 from ftlevel.training.plan.plan import Plan
 
 TRIED_TOKENS = 64
-"""Tokens of the row that a block's activations are counted on."""
+"""Tokens of the row that a block's activations are counted on; where attention holds its scores, as
+that of two stacks does, they grow with the square of a row, and the whole longest row is tried."""
+
+_SAMPLED_ROWS = 100
 
 FREE_SHARE = 0.8
 """Of the free memory, what activations may take: the rest is for the head's scores, gradients, the
@@ -36,23 +42,22 @@ block that is computed, and what the allocator loses to fragments."""
 
 @dataclass(frozen=True)
 class Activations:
-    """What the autograd graph holds of each token.
+    """What the autograd graph holds of each token, block by block.
 
     Attributes:
-        block: bytes of a block, the mean over all.
-        states: bytes of what a block begins with, which is held of one that is recomputed.
-        blocks: how many there are.
+        held: bytes of each block.
+        states: bytes of what each begins with, which are held of one that is recomputed.
     """
 
-    block: float
-    states: float
-    blocks: int
+    held: tuple[float, ...]
+    states: tuple[float, ...]
 
     def count_recomputed(self, tokens: int, memory: int) -> int:
         """Return how many blocks are to be recomputed for `tokens` to fit into `memory` bytes."""
-        over = tokens * self.blocks * self.block - memory
-        saved = tokens * (self.block - self.states)
-        return 0 if over <= 0 else min(self.blocks, math.ceil(over / saved))
+        saved = [held - states for held, states in zip(self.held, self.states, strict=True)]
+        left = accumulate(saved, lambda rest, more: rest - more, initial=sum(self.held))
+        fits = (count for count, rest in enumerate(left) if tokens * rest <= memory)
+        return next(fits, len(self.held))
 
 
 def set_checkpointing(model: Any, config: TrainConfig, plan: Plan) -> list[Choice]:
@@ -71,7 +76,7 @@ def set_checkpointing(model: Any, config: TrainConfig, plan: Plan) -> list[Choic
         _enable(base, offload=train.offload_activations)
         where = "; what they begin with is in the host's memory" * train.offload_activations
         return [Choice("recomputed blocks", "all", f"as asked{where}")]
-    blocks = find_blocks(base)
+    blocks = list(chain(*find_stacks(base)))
     if not train.may_recompute(plan.model.device) or not _has_single_switches(base, blocks):
         return []
     found = count_activations(model, blocks, plan)
@@ -85,7 +90,7 @@ def set_checkpointing(model: Any, config: TrainConfig, plan: Plan) -> list[Choic
     _enable(base)
     recompute_first(blocks, count)
     why = (
-        f"auto: {tokens:,} tokens hold {tokens * found.blocks * found.block / 1e9:.1f} GB, and "
+        f"auto: {tokens:,} tokens hold {tokens * sum(found.held) / 1e9:.1f} GB, and "
         f"{memory / 1e9:.1f} GB are free for them"
     )
     return [Choice("recomputed blocks", f"{count} of {len(blocks)}", why)]
@@ -111,45 +116,88 @@ def recompute_first(blocks: Sequence[nn.Module], count: int) -> None:
 
 
 def count_activations(model: Any, blocks: Sequence[nn.Module], plan: Plan) -> Activations:
-    """Return what a token takes, counted as `model` computes the beginning of a row."""
-    longest = max(plan.data.train[:100], key=lambda row: len(row.input_ids))
-    extras = {name: values[:TRIED_TOKENS] for name, values in longest.extras.items()}
-    row = replace(longest, input_ids=longest.input_ids[:TRIED_TOKENS], labels=0, extras=extras)
-    batch = Collator(plan.model.pad_id)([row])
-    del batch["labels"]
-    tokens, device = batch["input_ids"].numel(), plan.model.device
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, int] = {}
-    states: list[int] = []
-    inside = [False]
-
-    def enter(block: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001 - a hook
-        inside[0] = True
-        states.append((args[0] if args else kwargs["hidden_states"]).nbytes)
-
-    def leave(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
-        inside[0] = False
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if inside[0] and storage.data_ptr() not in weights and tensor.numel() >= tokens:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
-    hooks.append(blocks[-1].register_forward_hook(leave))
+    """Return what a token takes, counted as `model` computes a row, or the beginning of one."""
+    batch, device = _trial(plan), plan.model.device
+    tokens = batch["input_ids"].numel()
+    weights = {storage_of(p) for p in model.parameters()}
+    held: dict[Any, tuple[int, int]] = {}
     training = model.training
     model.train()
     try:
-        with (
-            torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []),
-            autocast(device, plan.model.dtype),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            outputs = model(**{name: value.to(device) for name, value in batch.items()})
-            del outputs  # only now does the graph let go of what was counted
+        with _told_of_blocks(blocks) as told:
+
+            def keep(tensor: torch.Tensor) -> torch.Tensor:
+                storage = storage_of(tensor)
+                if told.at is not None and storage not in weights and tensor.numel() >= told.least:
+                    held.setdefault(storage, (told.at, tensor.untyped_storage().nbytes()))
+                return tensor
+
+            with (
+                torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []),
+                autocast(device, plan.model.dtype),
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            ):
+                outputs = model(**{name: value.to(device) for name, value in batch.items()})
+                del outputs  # only now does the graph let go of what was counted
     finally:
         model.train(training)
+    sums = [0] * len(blocks)
+    for block, size in held.values():
+        sums[block] += size
+    return Activations(tuple(size / tokens for size in sums),
+                       tuple(told.states[at] / tokens for at in range(len(blocks))))  # fmt: skip
+
+
+def _trial(plan: Plan) -> dict[str, Any]:
+    """Return the batch of one row that is tried: of one stack a piece, of two with its answer."""
+    rows = plan.data.train[:_SAMPLED_ROWS]
+    row = max(rows, key=lambda row: len(row.input_ids))
+    if plan.model.kind == "encoder-decoder" and isinstance(row.labels, list):
+        answered = sum(len(r.labels) for r in rows if isinstance(r.labels, list))
+        share = answered / sum(len(r.input_ids) for r in rows)
+        answer = max(1, round(share * len(row.input_ids)))
+        labels = (row.labels * answer)[:answer]  # any that are there: their number counts
+        return Collator(plan.model.pad_id)([replace(row, labels=labels)])
+    extras = {name: values[:TRIED_TOKENS] for name, values in row.extras.items()}
+    row = replace(row, input_ids=row.input_ids[:TRIED_TOKENS], labels=0, extras=extras)
+    batch = Collator(plan.model.pad_id)([row])
+    del batch["labels"]
+    return batch
+
+
+class _Told:
+    """Where a forward pass is.
+
+    Attributes:
+        at: the block that is computed; None between two stacks.
+        least: numbers of a tensor that has some of each token.
+        states: block → bytes that it began with.
+    """
+
+    def __init__(self) -> None:
+        self.at: int | None = None
+        self.least = 0
+        self.states: dict[int, int] = {}
+
+
+@contextlib.contextmanager
+def _told_of_blocks(blocks: Sequence[nn.Module]) -> Iterator[_Told]:
+    """Give what knows, inside the block, which of `blocks` is computed."""
+    told = _Told()
+    places = {block: at for at, block in enumerate(blocks)}
+
+    def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        told.at, told.least = places[block], states.shape[:-1].numel()
+        told.states[places[block]] = states.nbytes
+
+    def leave(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
+        told.at = None
+
+    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        yield told
+    finally:
         for hook in hooks:
             hook.remove()
-    return Activations(sum(held.values()) / len(blocks) / tokens, states[0] / tokens, len(blocks))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ftlevel.data.encoding.store import lengths_of
 from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.head.loss import base_model
 from ftlevel.fast.step_collator import StepCollator
-from ftlevel.models.module_tree import find_blocks
+from ftlevel.models.module_tree import find_stacks
 
 
 class SmallerSteps:
@@ -152,9 +153,8 @@ class SmallerSteps:
         fast = self._trainer.fast
         # Parallel workers with dropout draw by a generator that a recomputation does not have.
         is_random = fast is not None and fast.plan.workers > 1 and fast.plan.is_random
-        are_all = all(
-            getattr(block, "gradient_checkpointing", False) for block in find_blocks(base)
-        )
+        blocks = chain(*find_stacks(base))
+        are_all = all(getattr(block, "gradient_checkpointing", False) for block in blocks)
         return supports and not are_all and not is_random
 
     def _checkpoint(self) -> None:

@@ -30,13 +30,21 @@ def resolve_quantization(
     """Return `config` with the quantization that the base has, whoever made it.
 
     Raises:
-        ConfigError: the checkpoint is quantized, and the method or --quant does not go with that.
+        ConfigError: the checkpoint is quantized, and the method or --quant does not go with that;
+            or the device trains on no such base.
     """
     stored = stored_quantization(bare)
+    form = config.quant.kind if stored is None else quantization_name(stored)
+    if device == "mps" and form != "none":
+        raise ConfigError(
+            f"--device mps: a base in {form} is not trained on Apple's GPU: its kernels were never "
+            "tried with ftlevel there, and on macOS 26 bitsandbytes fetches them from the Hub. Use "
+            "--device cpu, or a model in floating point without --quant."
+        )
     if stored is None:
         return config
     quant = match_quantization(stored, config.quant, source.words, device)
-    method, form = config.method, quantization_name(stored)
+    method = config.method
     base = QuantizedCheckpoint(source.name, form, quant.kind)
     if reason := METHODS[method.kind].refuse_quantized(method, base):
         raise ConfigError(reason)

@@ -55,7 +55,7 @@ def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, A
         if like is None:
             raise KeyError(name)
         zeros = torch.zeros_like(like)
-        g, r = gradients.get(name, zeros).double(), reference.get(name, zeros).double()
+        g, r = (of.get(name, zeros).cpu().double() for of in (gradients, reference))  # not on MPS
         found[name] = Apart(
             float((g - r).square().sum()), float(r.square().sum()), float((g * r).sum())
         )

@@ -1,0 +1,109 @@
+"""The arithmetic of fused norms and GLUs, as torch's operations compute it.
+
+    norm    y = w ∘ x̂,  x̂ = x · ρ,  ρ = (mean x² + ε)^−½
+            ∂L/∂x = ρ · (d − x̂ · mean(d ∘ x̂)),  d = w ∘ ∂L/∂y
+    GLU     y = a(g) ∘ u
+            ∂L/∂g = a′(g) ∘ u ∘ ∂L/∂y,  ∂L/∂u = a(g) ∘ ∂L/∂y
+
+`layers.kernels` computes the same in a kernel each. x and y are (…, hidden), g and u
+(…, intermediate), ρ is (…, 1) in float32; w says by its dtype where it multiplies, in float32 or in
+x's precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from ftlevel.models.upstream.tensors import gelu_backward, silu_backward
+
+Backward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Backward]] = {
+    "silu": (functional.silu, silu_backward),
+    "gelu": (functional.gelu, gelu_backward),
+    "gelu_tanh": (
+        lambda x: functional.gelu(x, approximate="tanh"),
+        lambda g, x: gelu_backward(g, x, approximate="tanh"),
+    ),
+}
+"""Kind → a, and (∂L/∂a, g) → ∂L/∂g."""
+
+
+class Formulas(Protocol):
+    """What computes them."""
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
+        """Return y and ρ."""
+        ...
+
+    def renorm(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return y again, bit for bit, from ρ."""
+        ...
+
+    def norm_backward(
+        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Return ∂L/∂x."""
+        ...
+
+    def glu(self, kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return y; `kind` is of `ACTIVATIONS`."""
+        ...
+
+    def glu_backward(
+        self, kind: str, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+    ) -> Pair:
+        """Return ∂L/∂g and ∂L/∂u."""
+        ...
+
+
+class TorchFormulas:
+    """By torch's operations, on any device."""
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
+        """Return y and ρ."""
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return _normalize(exact, weight, scale, x.dtype), scale
+
+    def renorm(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return y again, bit for bit, from ρ."""
+        return _normalize(x.to(scale.dtype), weight, scale, x.dtype)
+
+    def norm_backward(
+        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Return ∂L/∂x."""
+        normed = x.to(scale.dtype) * scale
+        of_normed = gradient.to(scale.dtype) * weight.to(scale.dtype)
+        along = (of_normed * normed).mean(-1, keepdim=True)
+        return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
+
+    def glu(self, kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return y."""
+        return ACTIVATIONS[kind][0](gate).mul_(up)
+
+    def glu_backward(
+        self, kind: str, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+    ) -> Pair:
+        """Return ∂L/∂g and ∂L/∂u."""
+        activate, of_gate = ACTIVATIONS[kind]
+        return of_gate(gradient * up, gate), activate(gate).mul_(gradient)
+
+
+def _normalize(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return w ∘ x · ρ in `dtype`, of x in float32; w's own dtype says where it multiplies."""
+    normed = x * scale
+    if weight.dtype == scale.dtype:
+        return normed.mul_(weight).to(dtype)
+    return normed.to(dtype).mul_(weight)
+
+
+TORCH = TorchFormulas()

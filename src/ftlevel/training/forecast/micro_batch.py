@@ -1,0 +1,177 @@
+"""Tokens of a micro-batch for the memory that there is: as many as the forecast fits into it.
+
+    T' = ⌊T · (M − fixed) / moving⌋
+
+for micro-batches of T tokens whose step holds `moving` bytes that grow with T (activations, scores,
+workspace) beside `fixed` ones, and M bytes of memory. Attention makes it more than linear, so what
+is found is forecast anew, until it fits. The rows of a step stay, and so its loss and its gradient
+but for the order of sums: nothing but the speed depends on what is chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import psutil
+
+from ftlevel.config import TrainConfig
+from ftlevel.config.choices import Choice
+from ftlevel.data.encoding.store import lengths_of
+from ftlevel.errors import ConfigError
+from ftlevel.fast.plan.fast_plan import FEWEST_TOKENS
+from ftlevel.models.hardware import free_memory_bytes
+from ftlevel.training.forecast.live import ACTIVATIONS, LOGITS, WORKSPACE
+from ftlevel.training.forecast.memory import MemoryForecast
+from ftlevel.training.forecast.need import Device
+from ftlevel.training.plan.plan import Plan
+from ftlevel.training.processes import Processes
+
+_GROWS = (ACTIVATIONS, LOGITS, WORKSPACE)
+
+CPU_BESIDE = 600 * 2**20
+"""What the resident memory of a run on a CPU has beside tensors and what was there before: code of
+kernels, heaps with holes, libraries. 350 to 500 MiB of the runs of docs/plan.md."""
+
+_SLACK = 0.98
+"""Of what the line says, so that the next forecast is below the memory and not at it."""
+
+_ATTEMPTS = 6
+
+
+def choose_micro_batch(
+    config: TrainConfig, plan: Plan, processes: Processes, begun_with: int | None
+) -> tuple[TrainConfig, Plan]:
+    """Return the run with as many tokens in a micro-batch as fit, where that is asked for.
+
+    Args:
+        config: the whole configuration.
+        plan: of the run.
+        processes: of the run, which all compute with what the first one chooses.
+        begun_with: tokens that the run was begun with, if it goes on: they stay.
+
+    Raises:
+        ConfigError: nothing is to be chosen, or a row alone does not fit.
+    """
+    if config.speed.tokens_per_micro_batch != "memory":
+        return config, plan
+    if begun_with is not None:
+        said = Choice("micro-batch", f"{begun_with:,} tokens", "as the run was begun")
+        return _with_tokens(config, plan, begun_with, 0, said)
+
+    def choose() -> tuple[int, int, Choice]:
+        fitted = fit_micro_batch(config, plan, find_memory(config, plan.model.device, processes))
+        fast = fitted[1].fast
+        return fast.tokens, fast.memory, fast.choices[-1]
+
+    return _with_tokens(config, plan, *processes.from_first(choose))
+
+
+def find_memory(config: TrainConfig, device: str, processes: Processes) -> int:
+    """Return the bytes that a process may hold in tensors beside what it holds now."""
+    wish = config.speed.memory_gib
+    free = free_memory_bytes(device)
+    if device != "cpu":
+        return free if wish is None else min(free, int(wish * 2**30))
+    if wish is not None:
+        free = min(free, int(wish * 2**30) - psutil.Process().memory_info().rss)
+    else:
+        free //= processes.world.local_size
+    return free - CPU_BESIDE
+
+
+def fit_micro_batch(config: TrainConfig, plan: Plan, memory: int) -> tuple[TrainConfig, Plan]:
+    """Return the run with as many tokens in a micro-batch as fit into `memory` bytes.
+
+    Blocks are recomputed for more tokens to fit where that is asked for, or on a GPU where it may
+    be (`--gradient-checkpointing auto`) and micro-batches were too small to be fast without it.
+
+    Raises:
+        ConfigError: the step has no micro-batches, or one of a single row does not fit.
+    """
+    if config.train.shard != "none":
+        raise ConfigError(
+            "--auto-micro-batch fits a micro-batch beside the whole base, and --shard parts it. "
+            "Drop one of them, or name the tokens: --tokens-per-micro-batch N."
+        )
+    if not plan.fast.enabled:
+        raise ConfigError(
+            "--auto-micro-batch chooses the tokens of a micro-batch, and the plain step has none: "
+            "its rows are padded together. Drop it, or what makes the step plain (--no-fast, "
+            "--neftune-noise-alpha)."
+        )
+    found, least = _find(config, plan, memory), plan.fast.tokens
+    is_small = found.tokens < min(FEWEST_TOKENS, least)
+    train, device = config.train, plan.model.device
+    if is_small and not train.recomputes and train.may_recompute(device):
+        recomputing = train.model_copy(update={"gradient_checkpointing": True})
+        again = _find(config.model_copy(update={"train": recomputing}), plan, memory)
+        found = again if again.tokens > found.tokens else found
+    if not found.tokens:
+        raise ConfigError(_too_large(config, plan, found.peak, memory))
+    peak, there = (f"{size / 2**30:.2f} GiB" for size in (found.peak, memory))
+    why = f"--auto-micro-batch: {peak} at the peak of a step, of {there}"
+    said = Choice("micro-batch", f"{found.tokens:,} tokens", why)
+    return _with_tokens(config, plan, found.tokens, memory, said)
+
+
+class _Found(NamedTuple):
+    """The most tokens that fit, 0 for none, and the bytes at the peak of what was tried last."""
+
+    tokens: int
+    peak: int
+
+
+def _find(config: TrainConfig, plan: Plan, memory: int) -> _Found:
+    tokens, longest = _most_tokens(config, plan), int(lengths_of(plan.data.train).max())
+    device = Device(plan.model.device, plan.model.device, memory)
+    for _ in range(_ATTEMPTS):
+        forecast = device.forecast(*_with_tokens(config, plan, tokens, memory))
+        peak = forecast.peak
+        if peak <= memory:
+            return _Found(tokens, peak)
+        if forecast.tokens <= longest:  # a row alone
+            break
+        tokens = _fewer(forecast, min(tokens, forecast.tokens * plan.fast.workers), peak, memory)
+        if tokens < 1:
+            break
+    return _Found(0, peak)
+
+
+def _fewer(forecast: MemoryForecast, tokens: int, peak: int, memory: int) -> int:
+    """Return how many tokens the formula gives; 0 where what does not grow is too much."""
+    moving = sum(forecast.parts.get(part, 0) for part in _GROWS)
+    left = memory - (peak - moving)
+    return min(tokens - 1, int(_SLACK * tokens * left / moving)) if left > 0 and moving else 0
+
+
+def _most_tokens(config: TrainConfig, plan: Plan) -> int:
+    """Return the most that is worth trying: on a CPU what is chosen anyhow, else a whole step."""
+    if plan.model.device == "cpu":
+        return plan.fast.tokens
+    train = config.train
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return max(plan.fast.tokens, rows * plan.data.max_length)
+
+
+def _too_large(config: TrainConfig, plan: Plan, peak: int, memory: int) -> str:
+    ways = [] if config.train.recomputes else ["--gradient-checkpointing"]
+    ways += ["a smaller --max-length", "--set speed.parallel_workers=1"][: plan.fast.workers]
+    ways += [] if config.quant.kind != "none" else ["--quant 4bit"]
+    return (
+        f"--auto-micro-batch: micro-batches of one row need {peak / 2**30:.2f} GiB, and "
+        f"{max(0, memory) / 2**30:.2f} GiB of the device {plan.model.device} are left for tensors. "
+        f"Try {', '.join(ways)}; ftlevel plan says what fits."
+    )
+
+
+def _with_tokens(
+    config: TrainConfig, plan: Plan, tokens: int, memory: int, said: Choice | None = None
+) -> tuple[TrainConfig, Plan]:
+    """Return the run with `tokens` in a micro-batch, which its configuration then says."""
+    speed = config.speed.model_copy(update={"tokens_per_micro_batch": tokens, "memory_gib": None})
+    more = [] if said is None else [said]
+    fast = replace(plan.fast, tokens=tokens, memory=memory, choices=[*plan.fast.choices, *more])
+    return config.model_copy(update={"speed": speed}), replace(
+        plan, fast=fast, choices=[*plan.choices, *more]
+    )
