@@ -56,6 +56,8 @@ from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
+from ftlevel.training.reference.another import ask_reference
+from ftlevel.training.reference.beside import find_beside
 from ftlevel.training.reference.fill import Reference, describe_first_loss, fill_reference
 from ftlevel.training.summary import (
     Outcome,
@@ -221,6 +223,7 @@ def _resolve(
     plan = resolve(config, progress=listener.progress, why_task=why, adapter=adapter)
     plan = replace(plan, choices=[*taken.choices, *plan.choices])
     check_base_outlives(config, plan)
+    plan = replace(plan, beside=find_beside(config, plan.model))
     taken = replace(taken, config=config)
     sized = size_choices(config, plan, try_method=dry_run)
     listener.choices("train", [*plan.choices, *sized])
@@ -240,9 +243,11 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
     if (summary := going_on.finished) is not None:
         return _end_finished(job, summary)
+    plan, reference = ask_reference(config, plan, listener)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
-    plan, reference = fill_reference(config, plan, adapted, listener)
+    if reference is None:
+        plan, reference = fill_reference(config, plan, adapted, listener)
     verified = verify_step(config, plan, adapted, listener)
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
     plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)

@@ -281,7 +281,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("preference.loss", "", HOW, words=_LOSSES,
          also=("--pref-loss", "--loss-type")),
     Flag("preference.beta", "", HOW, also=("--pref-beta", "--dpo-beta", "--kto-beta")),
-    Flag("preference.reference", "", HOW),
+    Flag("preference.reference", "", HOW, metavar="start|none|RUN", also=("--ref-model",)),
     Flag("preference.simpo_gamma", "", HOW),
     Flag("preference.sft_weight", "", HOW, also=("--rpo-alpha", "--cpo-alpha", "--pref-ftx")),
     Flag("preference.desirable_weight", "", HOW, also=("--kto-chosen-weight",)),
