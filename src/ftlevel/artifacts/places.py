@@ -29,6 +29,7 @@ _FIELDS = {
     "data.validation_file": "--validation-file",
     "data.chat_template": "--chat-template",
     "preference.reference": "--reference",
+    "distillation.teacher": "--teacher",
 }
 """Dotted field that may be a path here → the flag that sets it."""
 

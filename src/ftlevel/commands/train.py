@@ -59,6 +59,7 @@ from ftlevel.training.proof import prove
 from ftlevel.training.reference.another import ask_reference
 from ftlevel.training.reference.beside import find_beside
 from ftlevel.training.reference.fill import Reference, describe_first_loss, fill_reference
+from ftlevel.training.reference.teacher import ask_teacher
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
@@ -244,10 +245,12 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     if (summary := going_on.finished) is not None:
         return _end_finished(job, summary)
     plan, reference = ask_reference(config, plan, listener)
+    lesson = ask_teacher(config, plan, listener)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
     if reference is None:
         plan, reference = fill_reference(config, plan, adapted, listener)
+    plan = lesson.put_into(plan) if lesson is not None else plan
     verified = verify_step(config, plan, adapted, listener)
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
     plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
@@ -298,6 +301,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         left_out=describe_left_out(run.read_notes()),
     )
     about = _tell_reference(reference, job, outcome)
+    if lesson is not None:
+        about["distillation"] = dict(lesson.facts)
     summary = _tell(config, plan, outcome, run, listener, about)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
 

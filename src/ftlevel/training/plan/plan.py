@@ -91,13 +91,16 @@ class Beside:
 
     Attributes:
         reference: which preferences are held against; None where it is not another model.
+        teacher: whose predictions are learned; None where there is none.
     """
 
     reference: Another | None = None
+    teacher: Another | None = None
 
     def fingerprints(self) -> Mapping[tuple[str, str], str]:
         """Return section and field of each model → its fingerprint."""
-        found = {("preference", "reference"): self.reference}
+        found = {("preference", "reference"): self.reference,
+                 ("distillation", "teacher"): self.teacher}  # fmt: skip
         return {field: model.fingerprint for field, model in found.items() if model is not None}
 
 

@@ -17,7 +17,10 @@ def find_beside(config: TrainConfig, model: PlannedModel) -> Beside:
         ConfigError: one is what the run would write over.
         InputError: one is not there, or cannot be asked about the rows.
     """
-    return Beside(reference=_find(config, model, "--reference", config.preference.other_reference))
+    return Beside(
+        reference=_find(config, model, "--reference", config.preference.other_reference),
+        teacher=_find(config, model, "--teacher", config.distillation.teacher),
+    )
 
 
 def _find(config: TrainConfig, model: PlannedModel, flag: str, name: str | None) -> Another | None:

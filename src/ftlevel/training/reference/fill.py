@@ -221,16 +221,17 @@ def _score(
     if not rows or not isinstance(objective, LikelihoodObjective):
         return
     head = adapted.fast.cross_entropy if adapted.fast is not None else None
-    for chosen, batch in _micro_batches(adapted.fast, rows, plan.model.pad_id):
+    for chosen, batch in micro_batches(adapted.fast, rows, plan.model.pad_id):
         layout = batch.pop("layout", None)
         moved = {name: value.to(device) for name, value in batch.items()}
         with using_layout(layout.to(device) if layout is not None else None):
             yield chosen, measure_answers(head, adapted.model, objective, moved)
 
 
-def _micro_batches(
+def micro_batches(
     fast: FastStep | None, rows: Sequence[Encoded], pad_id: int
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Yield indices of rows and their batch, as the training step would cut them."""
     if fast is not None:
         yield from StepCollator(pad_id, fast.plan).split(rows)
         return
