@@ -74,18 +74,30 @@ _CONFIG = {
 }
 
 
-def build_model(*, scores: bool = False) -> Any:
-    """Return the Llama with a LoRA on q_proj and v_proj, of which neither matrix is zero."""
+def build_base(*, scores: bool = False) -> Any:
+    """Return the Llama."""
     config = LlamaConfig(**_CONFIG, **({"num_labels": 1} if scores else {}))
     base = (LlamaForSequenceClassification if scores else LlamaForCausalLM)(config).eval()
     _fill(sorted(base.named_parameters()), 0)
-    model = get_peft_model(
-        base,
-        LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"],
-                   task_type="SEQ_CLS" if scores else "CAUSAL_LM"),
-    )  # fmt: skip
+    return base
+
+
+def adapter_config(*, scores: bool = False) -> LoraConfig:
+    """Return the LoRA on q_proj and v_proj."""
+    return LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"],
+                      task_type="SEQ_CLS" if scores else "CAUSAL_LM")  # fmt: skip
+
+
+def fill_adapter(model: Any) -> None:
+    """Give the LoRA of `model` its weights, of which neither matrix is zero."""
     lora = {n.replace(".", "/"): p for n, p in model.named_parameters() if "lora_" in n}
     _fill(sorted(lora.items()), 1)
+
+
+def build_model(*, scores: bool = False) -> Any:
+    """Return the Llama with its LoRA."""
+    model = get_peft_model(build_base(scores=scores), adapter_config(scores=scores))
+    fill_adapter(model)
     return model.eval()
 
 

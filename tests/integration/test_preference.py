@@ -204,7 +204,8 @@ def test_sft_then_dpo_then_merge_with_one_adapter(tiny_model_dir: ModelDir, tmp_
     assert again.base["ref_logp_chosen"] == again.metrics["ref_logp_chosen"]
     assert again.base["logp_chosen"] != pytest.approx(again.base["ref_logp_chosen"], abs=1e-2)
     merged = tmp_path / "merged"
-    merge(MergeConfig(adapters=[str(tmp_path / "dpo")], output_dir=merged))
+    told = merge(MergeConfig(adapters=[str(tmp_path / "dpo")], output_dir=merged)).summary
+    assert told["agreement"]["loss"] < math.log(1000)  # a token's, of some 700
     alone = evaluate(EvaluateConfig(name=str(merged), dataset=str(data / "validation.jsonl"),
                                     resamples=0, device="cpu"))  # fmt: skip
     assert alone.metrics["logp_chosen"] == pytest.approx(again.metrics["logp_chosen"], abs=1e-3)
