@@ -210,6 +210,7 @@ def test_sft_then_dpo_then_merge_with_one_adapter(tiny_model_dir: ModelDir, tmp_
                                     resamples=0, device="cpu"))  # fmt: skip
     assert alone.metrics["logp_chosen"] == pytest.approx(again.metrics["logp_chosen"], abs=1e-3)
     assert "reward_accuracy" not in alone.metrics
+    assert math.isfinite(alone.metrics["loss"])
 
 
 @pytest.mark.slow

@@ -157,7 +157,9 @@ def kept_words(best: Mapping[str, Any]) -> str:
             f"{best['best']:.4f}"
         )
     if best["stopped_early"]:
-        words += f"; stopped early, after {best['patience']:,} evaluations without a better one"
+        count = best["patience"]
+        without = f"{count:,} evaluation{'s' * (count != 1)} without a better one"
+        words += f"; stopped early, after {without}"
     return words
 
 

@@ -43,7 +43,8 @@ def ask_reference(
     listener.stage("ask the reference")
     preference = config.preference
     weighting = preference.ld_alpha if preference.loss == "ld-dpo" else None
-    key = json.dumps([describe_asking(another, plan), weighting])
+    cut = [plan.fast.prefix_tree, plan.fast.tokens]  # as the policy's rows, rounded alike
+    key = json.dumps([describe_asking(another, plan), cut, weighting])
     with contextlib.ExitStack() as held:
         ask = functools.cache(lambda: held.enter_context(loaded(another, plan, listener)))
         plan, facts = fill_rows(config, plan, another.name, key, ask, listener)
@@ -59,7 +60,7 @@ def describe_asking(another: Another, plan: Plan) -> dict[str, object]:
     return {
         "model": another.fingerprint,
         "precision": [plan.model.device, plan.model.dtype],
-        "path": [fast.enabled, fast.packs, fast.prefix_tree, fast.tokens],
+        "packs": fast.enabled and fast.packs,
         "versions": torch.__version__,
     }
 
