@@ -84,7 +84,6 @@ _HEAD = (
     "formats, the first by default",
     "several at once",
     "LoRA on embeddings and heads",
-    "whole modules",
     "known of",
     "how",
 )
@@ -142,7 +141,6 @@ def _server_row(server: Server) -> list[str]:
         ", ".join(f"`{name}`" for name in server.formats),
         "yes" if server.several else "no",
         "as trained" if server.vocabulary else "refused",
-        ", ".join(server.heads) or "refused",
         f"{server.title} {server.version}",
         server.source,
     ]

@@ -80,10 +80,10 @@ def _threads() -> None:
 
 def _versions() -> None:
     from ftlevel.artifacts.cards import library_versions
-    from ftlevel.training.going_on import resume
+    from ftlevel.training.going_on import origin
 
     now = {**library_versions(), "torch": "2.7.0"}
-    setattr(resume, "library_versions", lambda: now)  # noqa: B010 - it is no name of that module
+    setattr(origin, "library_versions", lambda: now)  # noqa: B010 - it is no name of that module
 
 
 CHANGES: dict[str, _Changed] = {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ftlevel.artifacts.ownership import mark
 from ftlevel.cli.app import COMMANDS, run
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.config.flags import CONFIGS
@@ -59,7 +60,11 @@ def test_the_version_in_one_letter(capsys: pytest.CaptureFixture[str]) -> None:
         ("ftlevel train --task text-", ["text-classification", "text-generation"]),
         ("ftlevel list-targets distil", ["distilbert"]),
         ("ftlevel train recipes/mi", ["recipes/mine.yaml"]),
-        ("ftlevel train --dataset mi", []),  # the shell completes files
+        ("ftlevel evaluate ru", ["runs/tickets"]),
+        ("ftlevel report runs/", ["runs/tickets"]),
+        ("ftlevel train --adapter runs/t", ["runs/tickets"]),
+        ("ftlevel evaluate mi", []),  # the shell completes files
+        ("ftlevel train --dataset mi", []),
         ("ftlevel train --label-smoo", ["--label-smoothing-factor"]),
     ],
 )
@@ -72,6 +77,9 @@ def test_what_a_shell_is_offered(
 ) -> None:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/mine.yaml").write_text("method: lora\n")
+    (tmp_path / "runs/notes").mkdir(parents=True)
+    (tmp_path / "runs/tickets").mkdir()
+    mark(tmp_path / "runs/tickets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("_FTLEVEL_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", typed)

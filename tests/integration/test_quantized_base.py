@@ -90,6 +90,25 @@ def test_a_new_head_stays_in_float(
     assert result.summary["proof"]["adapter_effect"] > 1e-3
 
 
+@pytest.mark.parametrize(("family", "quant"), [("bert", "4bit"), ("bert", "8bit"), ("t5", "4bit")])
+def test_one_stored_in_float32_computes_in_bfloat16(
+    family: str, quant: str, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """What is not quantized is as after quantizing while loading, and not of two precisions."""
+    source = tiny_model_dir(family, "mlm" if family == "bert" else None)
+    base = make(source, tmp_path / "base", quant=quant, dtype="float32")
+    data = task_data.write(tmp_path / "data", "class")
+    types = []
+    for model, more in ((base, {}), (source, {"quant": {"kind": quant}})):
+        out = tmp_path / f"run-{len(types)}"
+        config = configure(model, data, out, "text-classification", **more)
+        bfloat16 = config.model.model_copy(update={"dtype": "bfloat16"})
+        result = train(config.model_copy(update={"model": bfloat16}))
+        assert result.summary["proof"]["reload_difference"] <= 1e-4
+        types.append({name: p.dtype for name, p in result.model.named_parameters()})
+    assert types[0] == types[1]
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [

@@ -37,12 +37,12 @@ from ftlevel.training.finish import (
 from ftlevel.training.given import Given, Taken, describe_taken, keep_base, take
 from ftlevel.training.going_on.identity import BaseDigest
 from ftlevel.training.going_on.interrupted import describe_end, describe_stop, telling_what_is_kept
+from ftlevel.training.going_on.origin import origin_of
 from ftlevel.training.going_on.resume import (
     check_base_outlives,
     check_base_stays,
     find_going_on,
     open_or_go_on,
-    origin_of,
 )
 from ftlevel.training.memory.explain import explain_out_of_memory
 from ftlevel.training.model import load_adapted

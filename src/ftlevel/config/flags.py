@@ -167,7 +167,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.per_device_train_batch_size", "", DAILY, _ROWS,
          also=("--train-batch-size", "--batch-size", "--micro-batch-size",
                "--per-gpu-train-batch-size")),
-    Flag("output.dir", "--output-dir", DAILY, ("train", "compare"), also=("--save-dir",)),
+    Flag("output.dir", "--output-dir -o", DAILY, ("train", "compare"),
+         also=("--save-dir", "--out", "--output")),
     # What is trained.
     Flag("model.adapter", "--adapter", MODEL, metavar="RUN|ADAPTER", words=_METHODS,
          also=("--adapter-name-or-path", "--adapters", "--lora-model-dir",

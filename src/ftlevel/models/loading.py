@@ -34,7 +34,7 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.strangers.directory import check_sizes
 from ftlevel.models.strangers.errors import FROM_READERS
 from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
-from ftlevel.models.upstream.quantizers import keep_trainable_layout
+from ftlevel.models.upstream.quantizers import cast_unquantized, keep_trainable_layout
 
 _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 """What reading a damaged file raises: a safetensors file, an index of shards, a .gguf."""
@@ -226,6 +226,8 @@ def load_model(
     redrawn = check_shapes(model, info["mismatched_keys"], source.words)
     check_unexpected(model, info["unexpected_keys"], source.words)
     check_finite(model.named_parameters(), source.words)
+    if stored is not None and as_quant_config(stored) is not None:
+        cast_unquantized(model, dtype)
     if mapping:
         forget_renaming(model, mapping)
     if source.gguf_file:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,10 +27,12 @@ from ftlevel.training.verify.proof import verify_step
 from ftlevel.training.verify.steps import moved_from_start
 
 
-def build(dtype: str, **method: Any) -> Any:
+def build(dtype: str, *, data: Path | None = None, task: str | None = None, **method: Any) -> Any:
     """Return a small run's configuration, plan and model with the fast step on it."""
     config = TrainConfig.model_validate({
-        "model": {"dtype": dtype}, "data": {"max_samples": 24},
+        "task": task or "text-generation",
+        "model": {"name_or_path": "builtin:tiny-llama", "dtype": dtype},
+        "data": {"dataset": str(data or "builtin:docstrings"), "max_samples": 24},
         "method": {"kind": "lora", **method},
         "train": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     })  # fmt: skip
@@ -126,6 +130,24 @@ def test_a_fault_under_dropout_is_seen_when_asked(monkeypatch: pytest.MonkeyPatc
     assert verify_step(config, plan, adapted, Silence()) is not None, "nothing is dropped in it"
     with pytest.raises(RunError, match="gradients with dropout"):
         verify_step(asking(config, True), plan, adapted, Silence())
+
+
+def test_pairs_of_one_length_are_rounded(tmp_path: Path) -> None:
+    """What two answers have in common cancels, and what is left is rounded far more coarsely.
+
+    The fast step is nearer to float64 than the plain one here, and 1.5e-3 from it, where rows in
+    another order are 1e-5 from it.
+    """
+    rows = [
+        {"prompt": f"What is {a}+{b}?", "chosen": f"It is {a + b}.", "rejected": f"It is {a + 1}."}
+        for a in range(2, 5) for b in range(2, 5)
+    ]  # fmt: skip
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    config, plan, adapted = build("float32", data=data, task="reward")
+    verified = verify_step(config, plan, adapted, Silence())
+    assert verified is not None
+    assert verified.gradient > 5e-5  # more than another order explains
 
 
 def apart(difference: float, norm: float) -> Apart:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what --help of the program does not need takes longer than 
     from ftlevel.config.flag import Flag
 
 _RECIPES = ("*.yaml", "*.yml", "recipes/*.yaml", "recipes/*.yml")
+_RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # what marks a directory as a run's
 
 
 def completed_command() -> list[str]:
@@ -44,6 +45,8 @@ def _values(row: Flag, facts: FieldFacts | None) -> list[str]:
         from ftlevel.config.tasks import TASKS
 
         return list(TASKS)
+    if "RUN" in (row.metavar or row.names).split(".")[0].split("|"):
+        return [str(path.parent) for pattern in _RUNS for path in Path().glob(pattern)]
     if "FAMILY" in row.shown or "FAMILY" in (row.metavar or ""):
         from ftlevel.models.families import FAMILIES
 

@@ -23,7 +23,6 @@ class Server:
         version: in which the rest was found.
         source: how.
         ranks: values that its limit of ranks may have; empty for any.
-        heads: modules that it loads where they were trained as a whole.
         vocabulary: whether it serves LoRA on embeddings and output layers as trained.
         every_layer: whether a kind of linear must be adapted in all layers or in none.
         families: those it is known to name as transformers does; empty for any.
@@ -38,7 +37,6 @@ class Server:
     version: str
     source: str
     ranks: tuple[int, ...] = ()
-    heads: tuple[str, ...] = ()
     vocabulary: bool = False
     every_layer: bool = False
     families: tuple[str, ...] = ()
@@ -52,7 +50,7 @@ SERVERS: dict[str, Server] = {
     for row in (
         Server(
             "vllm", "vLLM", ("peft", "merged"), "0.32.0", "run, and PEFTHelper read",
-            ranks=_RANKS_OF_VLLM, heads=("classifier", "score"), vocabulary=True,
+            ranks=_RANKS_OF_VLLM, vocabulary=True,
         ),
         Server(
             "sglang", "SGLang", ("peft", "merged"), "November 2026", "read; not run",

@@ -228,8 +228,12 @@ def _resolve_mapping(
         if column is None:
             lost = [part for part in wish.split("+") if resolve_column(part, columns) is None]
             name = lost[0].strip() if lost else wish
+            meant = wish.replace(",", "+")
+            hint = did_you_mean(name, columns)
+            if meant != wish and resolve_column(meant, columns) is not None:
+                hint = f" Columns are joined by a plus: --map {role}={meant}."
             problems.append(
-                f"--map {role}={wish}: no column {name!r}.{did_you_mean(name, columns)} "
+                f"--map {role}={wish}: no column {name!r}.{hint} "
                 f"Columns: {listing(repr(name) for name in columns)}."
             )
         elif role in WHOLE and len(parts_of(column, columns)) > 1:

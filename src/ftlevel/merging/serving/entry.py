@@ -211,10 +211,11 @@ def check_for(entry: Entry, server: Server | None) -> list[str]:
             f"({listing(map(repr, added), 3)}), and {server.title} reads the tokenizer of the base "
             f"only. Merge it"
         )
-    if not entry.answers and server.name != "vllm":
+    if not entry.answers:
         raise InputError(
-            f"it was trained for {entry.found.card.task} on an {entry.kind}, and "
-            f"{server.title} is asked for text here. Write it with --format peft alone."
+            f"it was trained for {entry.found.card.task} on a model of the kind {entry.kind}, and "
+            f"adapters of {server.title} write text by a decoder here. Write it with --format peft "
+            f"alone, or merge it: ftlevel merge {entry.found.run or entry.directory} --out DIR"
         )
     return notes + [server.note] * bool(server.note)
 
@@ -233,11 +234,10 @@ def checked_form(form: Any, entry: Entry, server: Server | None) -> Any:
     """
     if server is None:
         return form
-    lost = [name for name in form.whole_modules if name.rpartition(".")[2] not in server.heads]
-    if lost:
+    if form.whole_modules:
         raise InputError(
             f"{server.title} does not load modules that were trained as a whole, here "
-            f"{listing(lost, 2)}. Merge it"
+            f"{listing(form.whole_modules, 2)}. Merge it"
         )
     if not server.vocabulary and (words := form.in_vocabulary):
         raise InputError(

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ftlevel.models.upstream.architectures import modules_in_float32
+
 
 def check_environment(stored: Mapping[str, Any], place: str) -> None:
     """Let transformers raise whatever forbids to load weights quantized as `stored` at `place`."""
@@ -88,6 +90,22 @@ def keep_trainable_layout(model: torch.nn.Module) -> int:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
+
+
+def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
+    """Bring what a bitsandbytes checkpoint has in floating point to `dtype` (`model` is mutated).
+
+    transformers 5.24 loads its weights in the type in which they are stored, and its biases in
+    `dtype`: BERT's float32 norms then refuse a bfloat16 input, and Llama's turn it into float32.
+    What has to stay in float32 does.
+    """
+    kept = modules_in_float32(model, dtype)
+    packed = sys.modules["bitsandbytes"].nn.Params4bit  # its storage may be a floating type
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, packed) or not parameter.is_floating_point():
+            continue
+        if not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def four_bit_values(quant_type: str) -> torch.Tensor:

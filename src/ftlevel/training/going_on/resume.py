@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.best_models import forget_later
-from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.places import write_places
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
 from ftlevel.config import TrainConfig
-from ftlevel.config.options.optimizer import PLATEAU
-from ftlevel.config.reading.renamed import RENAMED
 from ftlevel.data.encoding.chat_templates import choose_chat_template
 from ftlevel.data.encoding.pad_token import choose_pad_token
 from ftlevel.errors import ConfigError, did_you_mean, listing
@@ -29,27 +23,12 @@ from ftlevel.methods import METHODS
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.given import Taken
-from ftlevel.training.going_on.identity import (
-    CONFIG,
-    TEMPLATE,
-    TOKENIZER,
-    BaseDigest,
-    describe_model,
-    describe_tokenizer,
-)
+from ftlevel.training.going_on.identity import BaseDigest, describe_tokenizer
+from ftlevel.training.going_on.origin import check_same_run, read_origin, read_origin_file
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
 from ftlevel.training.plan.schedule import count_steps
 from ftlevel.training.summary import describe_base, dump_config, resolved_config
-
-# These say how a run is watched, not what it computes.
-_FREE = {"logging_steps", "eval_steps", "save_steps", "save_minutes", "save_total_limit",
-         "eval_on_start", "predict_with_generate", "max_generate_samples", "max_new_tokens",
-         "metrics", "num_beams", "temperature", "top_p",
-         "per_device_eval_batch_size", "eval_strategy", "save_strategy", "on_nonfinite",
-         "spike_factor", "max_restarts"}  # fmt: skip
-_EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}
-"""Where the schedule waits for evaluations, these decide what is computed."""
 
 
 def check_base_stays(config: TrainConfig) -> None:
@@ -65,7 +44,7 @@ def check_base_stays(config: TrainConfig) -> None:
         return
     if not (RunDirectory(run).checkpoints / ORIGIN).exists():  # it begins anew
         return
-    before = _read_origin(RunDirectory(run))
+    before = read_origin_file(RunDirectory(run))
     source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
     expected, found = before.get("model.fingerprint"), describe_base(source)["fingerprint"]
     if expected is not None and found is not None and found != expected:
@@ -244,81 +223,6 @@ def open_or_go_on(
     return run
 
 
-def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that must be the same when the run goes on, by dotted name."""
-    values: dict[str, Any] = config.model_dump(mode="json", exclude={"output"})
-    free = _FREE if config.train.lr_scheduler_type != PLATEAU else _FREE - _EVALUATION
-    values["train"] = {k: v for k, v in values["train"].items() if k not in free}
-    values["data"] = {k: v for k, v in values["data"].items() if k not in ("num_proc", "cache")}
-    values["speed"].pop("verify")
-    values["train"]["learning_rate"] = plan.schedule.learning_rate
-    values["train"]["head_learning_rate"] = plan.schedule.head_learning_rate
-    values["model"] |= {"dtype": plan.model.dtype, "device": plan.model.device}
-    values["data"]["max_length"] = plan.data.max_length
-    values["data"]["overlong"] = plan.data.facts["overlong"]
-    values["data"]["fingerprint"] = plan.data.facts["fingerprint"]
-    values["model"]["fingerprint"] = base["fingerprint"]
-    if plan.adapter is not None:
-        values["model"]["adapter_fingerprint"] = plan.adapter.fingerprint
-    for (section, name), fingerprint in plan.beside.fingerprints().items():
-        values[section][name] = fingerprint  # wherever it lies
-    values["model"]["digest"] = base.get("digest")
-    values["data"]["validation_fingerprint"] = plan.data.facts.get("validation_fingerprint")
-    if template := values["data"]["chat_template"]:
-        values["data"]["chat_template"] = Path(template).name
-    values["versions"] = library_versions()
-    flat = {"task": values.pop("task"), **describe_model(plan.model)}
-    if plan.model.device == "cpu":  # sums are made in as many parts
-        flat["threads"] = torch.get_num_threads()
-    flat |= {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
-    plain: dict[str, Any] = json.loads(json.dumps(flat, default=str))  # as it will be read
-    return plain
-
-
-def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the origin of `run`, under today's names; what it did not keep is as in `origin`.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    before = _read_origin(run)
-    if "threads" in origin:  # a run that was begun before they were kept does not say
-        before.setdefault("threads", origin["threads"])
-    knows_model = TOKENIZER in before
-    for key, value in origin.items():  # a field that is younger than the run, as it always was
-        of_model = key.startswith((TOKENIZER, TEMPLATE, CONFIG)) and not knows_model
-        if of_model or value == _default_of(key):
-            before.setdefault(key, value)
-    before.setdefault("data.validation_fingerprint", origin.get("data.validation_fingerprint"))
-    if None in (before.get("model.digest"), origin.get("model.digest")):  # it is now in a file
-        before["model.digest"] = origin["model.digest"]
-    return before
-
-
-def check_same_run(run: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
-    """Refuse to resume `run` with another configuration, base model or data.
-
-    Args:
-        run: its directory.
-        before: what `read_origin` says of it.
-        origin: what it would be now.
-
-    Raises:
-        ConfigError: naming every field that differs, with both values.
-    """
-    changed = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
-    if changed:
-        shown = listing(
-            f"{key} was {before.get(key)!r} and is {origin.get(key)!r}" for key in sorted(changed)
-        )
-        how = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in changed else ""
-        raise ConfigError(
-            f"--resume {run.path}: not the same run: {shown}. "
-            f"Give it as it was{how}, start anew in another --output-dir, or let it change: "
-            f"--allow-change {shlex.quote(sorted(changed)[0])}"
-        )
-
-
 def _allowed_changes(
     config: TrainConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -357,17 +261,6 @@ def _check_base(run: RunDirectory, plan: Plan) -> None:
         )
 
 
-def _read_origin(run: RunDirectory) -> dict[str, Any]:
-    path = run.checkpoints / ORIGIN
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError("it is no object")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
-    return {RENAMED.get(key) or key: value for key, value in found.items()}
-
-
 _CONTENT = {
     "model.name_or_path": "model.fingerprint",
     "data.dataset": "data.fingerprint",
@@ -381,15 +274,6 @@ def _is_known_by_content(key: str, before: Mapping[str, Any], now: Mapping[str, 
     """Whether `key` is the name of something that is the same, wherever it is now."""
     content = _CONTENT.get(key, "")
     return now.get(content) is not None and before.get(content) == now[content]
-
-
-def _default_of(key: str) -> Any:
-    """Return the default of a dotted field of a section; None where there is no such."""
-    section, _, name = key.partition(".")
-    fields = getattr(TrainConfig.model_fields.get(section), "annotation", None)
-    field = getattr(fields, "model_fields", {}).get(name)
-    default = None if field is None else field.get_default(call_default_factory=True)
-    return json.loads(json.dumps(default, default=str))  # as it is kept
 
 
 def find_checkpoint(run: RunDirectory, listener: Listener) -> Path | None:

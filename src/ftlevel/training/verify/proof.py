@@ -2,7 +2,7 @@
 
 In float32 the two differ by the order of their sums and nothing else, so a fault of a thousandth
 is seen where bfloat16 would hide one of twenty. How much an order does is measured: the plain step
-with a row a batch against the plain step with its own batches. In the run's precision a step that
+with other rounding errors against the plain step. In the run's precision a step that
 is right is no farther from float32 than the plain step is, which is measured too.
 """
 
@@ -144,7 +144,7 @@ class _Verifier:
         plain = steps.plain(rows, self.batch_size, dtype)
         if not math.isfinite(plain.loss):
             raise _NotFiniteError
-        other = steps.plain(rows[::-1], 1, dtype, apart=True)
+        other = steps.rounded_otherwise(rows, dtype)
         noise = compare_gradients(other.gradients, plain.gradients)
         noise_of_loss = abs(other.loss - plain.loss)
         del other

@@ -14,9 +14,10 @@ from torch.nn import functional
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.scoring import batches
-from ftlevel.fast.head.likelihoods import plain_loss, sum_of_ratios, with_baseline
+from ftlevel.fast.head.likelihoods import base_model, plain_loss, sum_of_ratios, with_baseline
 from ftlevel.fast.layers.norm_glu import FusedGlu, FusedNorm
 from ftlevel.models.hardware import autocast
+from ftlevel.models.module_tree import find_blocks
 from ftlevel.task import LikelihoodObjective
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -51,23 +52,37 @@ class Steps:
         """What is trained."""
         return self.trainer.model
 
-    def plain(
-        self, rows: Sequence[Encoded], batch_size: int, dtype: str, *, apart: bool = False
-    ) -> Computed:
+    def rounded_otherwise(self, rows: Sequence[Encoded], dtype: str) -> Computed:
+        """Return the plain step with other rounding errors, by which it may be told from itself.
+
+        Rows, and the answers of one, go through the model one by one, the last row first; and what
+        each block begins with is a rounding error away from what it was. Rows of one length are
+        rounded alike in any order: what two answers have in common would cancel in the gradient
+        without a trace of how far it was rounded.
+
+        Args:
+            rows: of the step.
+            dtype: compute precision's name.
+        """
+        model = _OneByOne(self.model) if len(rows[0].branches) > 1 else self.model
+        with _rounding_errors(self.model):
+            return self._plain(model, rows[::-1], 1, dtype)
+
+    def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Computed:
         """Return the step as transformers and PEFT compute it: padded batches, no dropout.
 
         Args:
             rows: of the step.
             batch_size: rows of a batch; the gradients of all are summed.
             dtype: compute precision's name.
-            apart: whether the answers of a row go through the model one by one. What they have in
-                common cancels in the gradient, and is rounded otherwise in each only then.
         """
+        return self._plain(self.model, rows, batch_size, dtype)
+
+    def _plain(self, model: Any, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Computed:
         objective, device = self.trainer.objective, self.trainer.args.device
         options = self.trainer.loss
         _evaluate(self.model)
         self.model.zero_grad()
-        model = _OneByOne(self.model) if apart and len(rows[0].branches) > 1 else self.model
         collate, loss = Collator(self.pad_id), 0.0
         baseline = self._baseline(rows, batch_size, dtype)
         parts = [
@@ -177,6 +192,27 @@ class _OneByOne:
                 scores = functional.pad(scores, (0, 0, 0, width - length))
             found.append(scores)
         return SimpleNamespace(logits=torch.cat(found))
+
+
+@contextlib.contextmanager
+def _rounding_errors(model: Any) -> Iterator[None]:
+    """Move what each block of `model` begins with by up to a unit in its last place."""
+    generator = torch.Generator().manual_seed(0)
+
+    def move(_: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        states = args[0] if args else kwargs["hidden_states"]
+        errors = 2 * torch.rand(states.shape, generator=generator) - 1
+        errors *= torch.finfo(states.dtype).eps
+        moved = states + states.detach() * errors.to(states)
+        return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
+
+    blocks = find_blocks(base_model(model))
+    hooks = [block.register_forward_pre_hook(move, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -337,6 +337,8 @@ def test_what_cannot_be_joined_is_said() -> None:
         detect(columns, "text-classification", {"label": "a+b"})
     with pytest.raises(InputError, match=r"--map text=a\+c: no column 'c'"):
         detect(columns, "text-classification", {"text": "a+c"})
+    with pytest.raises(InputError, match=r"no column 'a,b'\. .*by a plus: --map text=a\+b\."):
+        detect(columns, "text-classification", {"text": "a,b"})
 
 
 LANGUAGES = [{"translation": {"en": "a", "es": "b"}}]
