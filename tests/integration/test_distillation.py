@@ -156,7 +156,7 @@ def test_a_run_with_a_teacher_is_evaluated_merged_and_gone_on_with_as_any(
     again = evaluate(EvaluateConfig(name=str(whole), resamples=0, device="cpu"))
     assert again.metrics == pytest.approx(summary["metrics"], abs=1e-4)
     merged = merge(MergeConfig(adapters=[str(whole)], output_dir=tmp_path / "merged"))
-    assert merged
+    assert merged.summary["verified"]
 
 
 @pytest.mark.slow
