@@ -281,7 +281,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.neftune_noise_alpha", "", HOW),
     Flag("distillation.teacher", "", HOW, also=("--teacher-model", "--teacher-model-name-or-path")),
     Flag("distillation.divergence", "", HOW),
-    Flag("distillation.kd_ratio", "", HOW,),
+    Flag("distillation.kd_ratio", "", HOW),
     Flag("distillation.kd_temperature", "", HOW),
     Flag("distillation.kd_top_k", "", HOW),
     Flag("preference.loss", "", HOW, words=_LOSSES,
