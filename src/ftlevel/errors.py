@@ -12,9 +12,14 @@ from collections.abc import Iterable, Sequence
 
 
 class FtlevelError(Exception):
-    """An error whose message is meant for the user; `exit_code` is what the command returns."""
+    """An error whose message is meant for the user; `exit_code` is what the command returns.
+
+    Attributes:
+        is_told: another process of the run says it.
+    """
 
     exit_code = 1
+    is_told = False
 
 
 class ConfigError(FtlevelError):

@@ -237,7 +237,7 @@ def test_the_panels_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(panels)[1:] == ["Arguments:", *headings]
     assert panels[f"{DAILY}:"] == [
         "--model", "--dataset", "--task", "--method", "--quant", "--lora-r", "--num-train-epochs",
-        "--learning-rate", "--per-device-train-batch-size", "--output-dir",
+        "--learning-rate", "--per-device-train-batch-size", "-o,",
     ]  # fmt: skip
     assert panels[f"{GENERAL}:"] == [
         "--json", "-q,", "--help-all", "--schema", "--traceback", "-h,",

@@ -31,7 +31,8 @@ LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchao
 DOCUMENTED = {
     "bitsandbytes", "bitsandbytes.functional", "datasets", "peft", "peft.optimizers",
     "peft.tuners", "peft.tuners.lora", "peft.tuners.tuners_utils", "peft.utils", "torch",
-    "torch.autograd.function", "torch.nn", "torch.nn.attention.varlen", "torch.utils.data",
+    "torch.autograd.function", "torch.distributed.device_mesh", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "torch.nn", "torch.nn.attention.varlen", "torch.utils.data",
     "torch.utils.tensorboard",
     "torchao.quantization", "transformers", "transformers.activations",
     "transformers.cache_utils", "transformers.integrations.sdpa_attention",
@@ -137,7 +138,10 @@ def test_private_names_are_used_in_two_places_only() -> None:
         ("hasattr(module, '_hf_hook')", "_hf_hook"),
         ("tensor.__tensor_flatten__()", "__tensor_flatten__"),
         ("class A(Trainer):\n    def _inner_training_loop(self): ...", "_inner_training_loop"),
-        ("class A(Trainer):\n    def train(self):\n        super()._save(1)", "super()._save"),
+        (
+            "class A(Trainer):\n    def train(self):\n        super()._save_rng_state(1)",
+            "super()._save_rng_state",
+        ),
     ],
 )
 def test_a_private_name_is_found(code: str, what: str) -> None:

@@ -19,10 +19,10 @@ from ftlevel.artifacts.files import describe_interrupt
 from ftlevel.cli.screens.lasting import discard
 from ftlevel.cli.startup.apart import hush
 from ftlevel.cli.startup.heavy_imports import heavy_imports
-from ftlevel.cli.startup.launch import is_follower, is_launched
 from ftlevel.cli.startup.signals import end_on_signals, exit_code, was_told_to_end
 from ftlevel.cli.typed.completion import completed_command
 from ftlevel.errors import FtlevelError, Interrupted, is_out_of_memory
+from ftlevel.world import is_launched, speaks
 
 if TYPE_CHECKING:
     from ftlevel.config.flag import Flag
@@ -83,6 +83,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list-methods": (
         "ftlevel.cli.list_methods:list_methods",
         "Show which methods there are, and what works with what.",
+    ),
+    "launch": (
+        "ftlevel.cli.launch:launch",
+        "Write the file by which a cluster starts a run on several machines; submit it if told.",
     ),
     "doctor": (
         "ftlevel.cli.insight.doctor:doctor",
@@ -182,7 +186,8 @@ def run(arguments: list[str]) -> int:
         if "--traceback" in arguments and not isinstance(error, Interrupted):
             raise
         code = exit_code() if error.exit_code == _CTRL_C else error.exit_code
-        if error.exit_code == 1 or not is_follower():  # what the user wrote, all processes see
+        # What the user wrote, all processes of a machine see.
+        if not error.is_told and (error.exit_code == 1 or speaks()):
             _report(str(error))
             _report_json(arguments, str(error), code)
         return code

@@ -12,7 +12,6 @@ import typer
 
 from ftlevel.artifacts.places import PLACES, check_places, read_run
 from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.cli.startup.launch import is_launched
 from ftlevel.cli.typed.completion import completer
 from ftlevel.cli.typed.grammar import Command
 from ftlevel.cli.typed.recipe_file import check_recipe
@@ -31,6 +30,7 @@ from ftlevel.config.flag import Flag
 from ftlevel.config.flags import flags_of
 from ftlevel.config.section import Section
 from ftlevel.errors import ConfigError
+from ftlevel.world import is_launched
 
 S = TypeVar("S", bound=Section)
 _WIDEST_CHOICES = 20  # letters that stand for a value in help

@@ -9,8 +9,9 @@ import typer
 from ftlevel.cli.flags import Given, read_config
 from ftlevel.cli.startup.heap import share_heaps
 from ftlevel.cli.startup.heavy_imports import heavy_imports
-from ftlevel.cli.startup.launch import is_follower, is_launched, launch
+from ftlevel.cli.startup.launch import launch
 from ftlevel.config import TrainConfig
+from ftlevel.world import is_follower, is_launched
 
 
 def train(given: Given, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:

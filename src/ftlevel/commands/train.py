@@ -37,10 +37,11 @@ from ftlevel.training.finish import (
 from ftlevel.training.given import Given, Taken, describe_taken, keep_base, take
 from ftlevel.training.going_on.identity import BaseDigest
 from ftlevel.training.going_on.interrupted import describe_end, describe_stop, telling_what_is_kept
-from ftlevel.training.going_on.origin import origin_of
+from ftlevel.training.going_on.origin import everything_of, origin_of
 from ftlevel.training.going_on.resume import (
     check_base_outlives,
     check_base_stays,
+    check_shared,
     find_going_on,
     open_or_go_on,
 )
@@ -60,6 +61,9 @@ from ftlevel.training.reference.another import ask_reference
 from ftlevel.training.reference.beside import find_beside
 from ftlevel.training.reference.fill import Reference, describe_first_loss, fill_reference
 from ftlevel.training.reference.teacher import ask_teacher
+from ftlevel.training.sharding.fit import check_can_shard
+from ftlevel.training.sharding.proof import probe_untrained, prove_sharded
+from ftlevel.training.sharding.trainer import save_sharded
 from ftlevel.training.summary import (
     Outcome,
     build_summary,
@@ -187,7 +191,7 @@ def train(
     with contextlib.ExitStack() as held:
         held.enter_context(quiet_libraries())
         taken = take(config, Given(dataset, eval_dataset, model, tokenizer, callbacks), held)
-        job = _resolve(taken, command_line, listener, callbacks, dry_run=dry_run)
+        job = _resolve_together(taken, command_line, listener, callbacks, dry_run=dry_run)
         if dry_run:
             plan, taken = job.plan, job.taken
             summary = {"dry_run": True, "steps": plan.schedule.steps, "data": plan.data.facts,
@@ -199,7 +203,7 @@ def train(
         return _train(job, held)
 
 
-def _resolve(
+def _resolve_together(
     taken: Taken,
     command_line: CommandLine,
     listener: Listener,
@@ -207,9 +211,35 @@ def _resolve(
     *,
     dry_run: bool,
 ) -> _Job:
-    """Turn the configuration into a plan, and show it; everything is checked that can be known."""
+    """Resolve in every process of the run: all of them find the same, or none goes on."""
     processes = started_processes()
     config = resolve_processes(taken.config, processes, rows_only=dry_run)
+    if dry_run:  # one process speaks for all
+        processes = Processes()
+    processes.join()
+    resolved = replace(taken, config=config)
+
+    def resolve_here() -> _Job:
+        job = _resolve(resolved, command_line, listener, callbacks, processes, try_method=dry_run)
+        processes.take_device(job.plan.model.device)
+        if not dry_run:
+            check_can_shard(job.taken.config, job.plan, processes.count)
+        return job
+
+    return processes.in_all(resolve_here)
+
+
+def _resolve(
+    taken: Taken,
+    command_line: CommandLine,
+    listener: Listener,
+    callbacks: Sequence[TrainerCallback],
+    processes: Processes,
+    *,
+    try_method: bool,
+) -> _Job:
+    """Turn the configuration into a plan, and show it; everything is checked that can be known."""
+    config = taken.config
     output, recipe = config.output, command_line.recipe
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
     check_packages(config)
@@ -226,7 +256,7 @@ def _resolve(
     check_base_outlives(config, plan)
     plan = replace(plan, beside=find_beside(config, plan.model))
     taken = replace(taken, config=config)
-    sized = size_choices(config, plan, try_method=dry_run)
+    sized = size_choices(config, plan, try_method=try_method)
     listener.choices("train", [*plan.choices, *sized])
     notes += find_adapter_warnings(adapter, config, plan) if adapter else []
     data = plan.data
@@ -239,8 +269,8 @@ def _resolve(
 
 def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     config, plan, listener, processes = job.taken.config, job.plan, job.listener, job.processes
-    processes.join(plan.model.device)
     origin = origin_of(config, plan, describe_taken(plan, job.taken))
+    processes.check_same(everything_of(config, origin))
     going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
     if (summary := going_on.finished) is not None:
         return _end_finished(job, summary)
@@ -253,10 +283,13 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     plan = lesson.put_into(plan) if lesson is not None else plan
     verified = verify_step(config, plan, adapted, listener)
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
+    check_shared(run, processes)
     plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
     if processes.is_first:
         _hold(run, plan, held, begins=going_on.checkpoint is None)
     held.enter_context(telling_what_is_kept(run))
+    shards = config.train.shard != "none"
+    untrained = probe_untrained(adapted, plan) if shards else None
     trainer = build_trainer(config, plan, adapted, run, going_on, processes)
     checkpoint = going_on.checkpoint
     watch = add_callbacks(trainer, config, plan, run, listener, processes, checkpoint)
@@ -277,22 +310,37 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     if watch.interrupt.has_stopped:
         raise Interrupted(describe_stop(run, trainer.state), watch.interrupt.exit_code)
     kept = keep_best(trainer, watch.best)
-    if not processes.is_first:
-        return TrainResult({}, run.path, adapted.model, plan.model.tokenizer)
+    elsewhere = TrainResult({}, run.path, adapted.model, plan.model.tokenizer)
+    if not processes.is_first and not shards:
+        return elsewhere
     trained_at = time.perf_counter()
     with products_of(config, plan):
-        plan = end_training(trainer, plan, watch.report.records)
+        records = watch.report.records
+        records = processes.from_first(lambda: records) if shards else records
+        plan = end_training(trainer, plan, records)
 
     listener.stage("save and check")
+    start, gradients = reference.start if reference else None, watch.gradients
+
+    def write(weights: Mapping[str, Any] | None = None) -> None:
+        save(adapted, config, plan, run, base, start, weights)
+
     with explain_disk_errors(run):
-        save(adapted, config, plan, run, base, reference.start if reference else None)
+        if shards:
+            save_sharded(adapted, config.method, processes, write)
+            proof = prove_sharded(adapted, plan, run, gradients, processes, untrained)
+        else:
+            write()
+            proof = prove(adapted, config, plan, run, gradients)
+    if not processes.is_first:
+        return elsewhere
     outcome = Outcome(
         run=run.path,
         recipe=job.recipe,
         base=base,
         model=adapted.model,
         records=watch.report.records,
-        proof=prove(adapted, config, plan, run, watch.gradients),
+        proof=proof,
         timings=measure_times(watch.report, job.start, trained_at, int(trainer.tokens_seen)),
         generated_rows=trainer.evaluator.generated_rows if trainer.evaluator else 0,
         speed=describe_speed(trainer, asdict(verified) if verified else None),

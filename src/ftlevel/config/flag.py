@@ -22,6 +22,7 @@ CONFIGS: dict[str, type[Section]] = {
     "preview": TrainConfig,
     "plan": TrainConfig,
     "compare": TrainConfig,
+    "launch": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "generate": GenerateConfig,

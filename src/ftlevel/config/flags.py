@@ -32,11 +32,11 @@ from ftlevel.config.other_tools.values import (
 from ftlevel.config.reading.words import METHOD_WORDS
 
 _ROWS = ("train", "preview")
-_LIKE_TRAIN = ("train", "preview", "plan", "compare")
-AS_TRAIN = ("plan", "compare")
+_LIKE_TRAIN = ("train", "preview", "plan", "compare", "launch")
+AS_TRAIN = ("plan", "compare", "launch")
 """Commands that take the flags of train."""
-_EVERY = ("train", "preview", "plan", "compare", "report", "doctor", "evaluate", "predict",
-          "generate", "merge", "quantize", "export", "check-served", "list-targets",
+_EVERY = ("train", "preview", "plan", "compare", "launch", "report", "doctor", "evaluate",
+          "predict", "generate", "merge", "quantize", "export", "check-served", "list-targets",
           "list-methods")  # fmt: skip
 _QUIET = ("train", "compare", "merge", "quantize", "export", "check-served")
 _TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
@@ -298,6 +298,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.train_sampling_strategy", "", HOW,
          also=(Spelling("--group-by-length", value="group_by_length"),)),
     Flag("train.num_processes", "", HOW, also=("--nproc-per-node",)),
+    Flag("train.shard", "", HOW),
     Flag("train.max_restarts", "", HOW),
     Flag("train.gradient_checkpointing", "", HOW, words={"unsloth": "true", "auto": "auto"},
          also=("--use-gradient-checkpointing", "--activation-checkpointing",
@@ -385,6 +386,8 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
     """Return the flags that `command` has."""
     if command in AS_TRAIN:
         train = [flag for flag in flags if "train" in flag.on and _is_of_the_run(flag)]
+        if command == "launch":  # a job says where it writes
+            train = [flag for flag in flags if "train" in flag.on and flag.path]
         if command == "compare":  # which has --methods
             train = [flag for flag in train if flag.path != "method.kind"]
         flags = [flag for flag in flags if flag in train or command in flag.on]

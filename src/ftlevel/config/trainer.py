@@ -105,6 +105,12 @@ class TrainerConfig(Decoding):
         description="Processes that train together, each on a device of its own, and each with "
         "per_device_train_batch_size rows; the default is one, or as torchrun started them.",
     )
+    shard: Literal["none", "grads", "full"] = Field(
+        "none",
+        description="Share the model out over the processes by FSDP2, for one that a device does "
+        "not hold: full gathers each block as it is computed, forward and backward; grads holds it "
+        "from one to the other.",
+    )
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
         0,
         description="How often the processes are started again, from the newest whole checkpoint, "

@@ -12,6 +12,7 @@ import torch
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.models.upstream.tensors import cpu_has
+from ftlevel.world import is_launched
 
 DTYPES = {
     "float32": torch.float32,
@@ -41,7 +42,7 @@ def describe_device(device: str) -> str:
     """Say what the device is in a few words."""
     if device == "cuda":
         name, count = str(torch.cuda.get_device_name()), torch.cuda.device_count()
-        if count == 1 or "WORLD_SIZE" in os.environ:
+        if count == 1 or is_launched():
             return name
         return f"{name}, one of {count}; --num-processes {count} trains on all of them"
     if device == "mps":

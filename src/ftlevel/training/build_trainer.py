@@ -31,11 +31,13 @@ from ftlevel.training.callbacks.save_stream_state import SaveStreamState
 from ftlevel.training.callbacks.set_epoch import SetEpoch
 from ftlevel.training.callbacks.write_manifest import WriteManifest
 from ftlevel.training.going_on.resume import GoingOn
+from ftlevel.training.memory.shards import is_sharded
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.schedule import steps_an_epoch
 from ftlevel.training.processes import Processes
 from ftlevel.training.row_order import rows_and_order
+from ftlevel.training.sharding.trainer import ShardedTrainer
 from ftlevel.training.trainer import FtlevelTrainer
 
 
@@ -67,7 +69,8 @@ def build_trainer(
     rows, order = rows_and_order(config, plan, arguments)
     fast, pad_id = adapted.fast, plan.model.pad_id
     whole_steps = StepCollator(pad_id, fast.plan, plan.objective) if fast else None
-    trainer = FtlevelTrainer(
+    kind = ShardedTrainer if is_sharded(adapted.model) and processes.count > 1 else FtlevelTrainer
+    trainer = kind(
         objective=plan.objective,
         loss=plan.loss,
         evaluator=build_evaluator(config, plan),

@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import torch
 
+from ftlevel.models.upstream.shards import own_part
 from ftlevel.models.upstream.tensors import inner_tensors
 
 _PHI = 0x9E3779B97F4A7C15 - 2**64
@@ -45,8 +46,12 @@ class Digest:
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, Digest]:
-    """Return the digest of each tensor by its name; a device is waited for once."""
-    parts = [(name, tensor.detach(), _sum(tensor.detach())) for name, tensor in tensors]
+    """Return the digest of each tensor by its name; a device is waited for once.
+
+    Of one that is shared out among processes it is that of this process's part.
+    """
+    held = [(name, own_part(tensor.detach())) for name, tensor in tensors]
+    parts = [(name, tensor, _sum(tensor)) for name, tensor in held]
     if not parts:
         return {}
     values = torch.stack([value.cpu() for _, _, value in parts]).tolist()
@@ -54,6 +59,12 @@ def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, 
         name: Digest(tensor.dtype, tuple(tensor.shape), value)
         for (name, tensor, _), value in zip(parts, values, strict=True)
     }
+
+
+def base_name(name: str) -> str:
+    """Return a parameter's name without what PEFT adds to it."""
+    name = name.removeprefix("base_model.model.")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def digest(tensor: torch.Tensor) -> Digest:

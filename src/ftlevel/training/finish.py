@@ -69,6 +69,7 @@ def save(
     run: RunDirectory,
     base: Mapping[str, Any],
     start: Any = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapter, or the whole model, with tokenizer and card; absent or whole.
 
@@ -78,6 +79,7 @@ def save(
         plan: its plan.
         run: where to.
         base: what `describe_base` says of it.
+        weights: of the whole model, where they are not the model's own to give.
         start: temporary directory with the adapter as it began, where it is to be kept.
     """
     model, partial = adapted.model, run.adapter.with_name(".adapter.partial")
@@ -88,7 +90,7 @@ def save(
         model.peft_config["default"].base_model_name_or_path = base["name"]
         save_adapter(model, config.method, partial, adapted.start)
     else:
-        model.save_pretrained(str(partial))
+        model.save_pretrained(str(partial), state_dict=weights)
         write_former_rope(partial)
     if start is not None:
         shutil.copytree(start.name, partial / KEPT)

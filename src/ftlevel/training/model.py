@@ -22,10 +22,11 @@ from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_missing, load_model
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.trained.adapt import apply_method, begin_from, copy_start, train_in_float32
-from ftlevel.training.digest import Digest, digest_tensors
+from ftlevel.training.digest import Digest, base_name, digest_tensors
 from ftlevel.training.fast_step import speed_up
 from ftlevel.training.memory.allocator import use_expandable_segments
 from ftlevel.training.memory.checkpointing import set_checkpointing
+from ftlevel.training.memory.shards import shard
 from ftlevel.training.plan.plan import Plan, PlannedModel
 
 
@@ -50,20 +51,31 @@ def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted
     """Load the base, put the method onto it and the fast step onto both."""
     use_expandable_segments(plan.model.device)
     fused = uses_fused_layers(config, plan.model.device)
-    base = load_base(config, plan.model)
+    shards = config.train.shard != "none"
+    here = replace(plan, model=held_by_host(plan.model)) if shards else plan
+    base = load_base(config, here.model)
     is_whole = METHODS[config.method.kind].build is None  # its own weights are what is trained
-    digests = {} if is_whole else digest_tensors(base.named_parameters())
+    digests = {} if is_whole or shards else digest_tensors(base.named_parameters())
     model = apply_method(base, config.method, plan.base, fused=fused)
-    if is_whole:
-        digests = digest_tensors((n, p) for n, p in model.named_parameters() if not p.requires_grad)
     if plan.adapter is None:
-        prepare_start(model, config, plan)
+        prepare_start(model, config, here)
     else:
         begin_from(model, plan.adapter.directory)
+    if shards:
+        shard(model, plan.model.device, holds=config.train.shard == "grads")
+    if is_whole or shards:  # of what this process holds
+        digests = digest_tensors(
+            (base_name(n), p) for n, p in model.named_parameters() if not p.requires_grad
+        )
     fast = speed_up(model, plan, listener)
     if choices := set_checkpointing(model, config, plan):
         listener.choices("train", choices)
     return Adapted(model, copy_start(model, config.method), fast, digests)
+
+
+def held_by_host(planned: PlannedModel) -> PlannedModel:
+    """Return where the base is loaded to be shared out: what is quantized is so on its device."""
+    return planned if planned.quant.kind != "none" else replace(planned, device="cpu")
 
 
 def load_base(config: TrainConfig, planned: PlannedModel) -> Any:

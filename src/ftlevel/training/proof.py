@@ -24,10 +24,11 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError, RunError, listing
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import autocast
+from ftlevel.models.upstream.shards import own_part
 from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import add_adapter, load_adapter
 from ftlevel.training.callbacks.gradient_proof import GradientProof
-from ftlevel.training.digest import Digest, digest, digest_tensors
+from ftlevel.training.digest import Digest, base_name, digest, digest_tensors
 from ftlevel.training.model import Adapted, load_base
 from ftlevel.training.plan.plan import Plan
 
@@ -81,19 +82,30 @@ def prove(
     Raises:
         RunError: it is not what was trained, or nothing was.
     """
-    planned, rows = plan.model, plan.data.validation or plan.data.train
-    batch = probe_batch(rows, planned.pad_id, planned.device, plan.objective, planned.vocabulary)
-    frozen, difference, effect = check_saved(
+    probe = build_probe(plan)
+    found = check_saved(
         adapted.model,
         run.adapter,
-        Origin(adapted.digests, lambda: load_base(config, planned)),
-        Probe(batch, plan.objective, planned.device, planned.dtype),
+        Origin(adapted.digests, lambda: load_base(config, plan.model)),
+        probe,
         rewritten=METHODS[config.method.kind].rewrites_base(config.method),
     )
+    return describe_proof(found, probe, gradients)
+
+
+def describe_proof(found: Found, probe: Probe, gradients: GradientProof) -> Proof:
+    """Return what is told of a saved run that was compared with what was trained."""
     return Proof(
-        gradients.checked, len(gradients.idle), frozen, difference, effect,
-        len(batch["input_ids"]), gradients.skipped,
+        gradients.checked, len(gradients.idle), *found, len(probe.batch["input_ids"]),
+        gradients.skipped,
     )  # fmt: skip
+
+
+def build_probe(plan: Plan) -> Probe:
+    """Return what the models of a run are compared on."""
+    planned, rows = plan.model, plan.data.validation or plan.data.train
+    batch = probe_batch(rows, planned.pad_id, planned.device, plan.objective, planned.vocabulary)
+    return Probe(batch, plan.objective, planned.device, planned.dtype)
 
 
 def probe_batch(
@@ -155,9 +167,13 @@ class Probe:
             model.train(training)
 
 
+Found = tuple[int, float, float]
+"""Frozen tensors compared, largest difference after reloading, largest effect of training."""
+
+
 def check_saved(
     trained: Any, directory: Path, origin: Origin, probe: Probe, *, rewritten: bool = False
-) -> tuple[int, float, float]:
+) -> Found:
     """Load what was saved in `directory` onto the base and compare it with `trained`.
 
     Args:
@@ -166,9 +182,6 @@ def check_saved(
         origin: the base that it was put onto.
         probe: what to compare logits on.
         rewritten: whether the method took its start out of the weights under its updates.
-
-    Returns:
-        Frozen tensors compared, largest difference after reloading, largest effect of training.
 
     Raises:
         RunError: frozen weights changed, the reloaded model differs, or training changed nothing.
@@ -183,7 +196,27 @@ def check_saved(
     before, again = found
     difference = (again - after).abs().max().item()
     effect = (after - before).abs().max().item()
-    bound = after.abs().max().item() * (1e-5 if probe.dtype == "float32" else 1e-2)
+    check_differences(directory, difference, effect, bound_of(after, probe))
+    return frozen, difference, effect
+
+
+def bound_of(logits: torch.Tensor, probe: Probe) -> float:
+    """Return how far the logits of a model that was saved may be from those of the trained one."""
+    return logits.abs().max().item() * (1e-5 if probe.dtype == "float32" else 1e-2)
+
+
+def check_differences(directory: Path, difference: float, effect: float, bound: float) -> None:
+    """Refuse what was saved in `directory` where it is not what was trained.
+
+    Args:
+        directory: the saved adapter or model.
+        difference: of its logits from those of the trained one.
+        effect: of training on the logits.
+        bound: of the difference.
+
+    Raises:
+        RunError: it is not, or training changed nothing.
+    """
     if not difference <= bound:
         raise RunError(
             f"the adapter saved in {directory} is not the one that was trained: its logits differ "
@@ -195,7 +228,6 @@ def check_saved(
             f"training changed nothing: with and without what was trained the logits are equal. "
             f"{directory} is of no use. Train longer, or raise --learning-rate."
         )
-    return frozen, difference, effect
 
 
 Compared = tuple[torch.Tensor, torch.Tensor]
@@ -261,9 +293,7 @@ def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: b
     Raises:
         RunError: one is not.
     """
-    frozen = [
-        (_base_name(name), p) for name, p in trained.named_parameters() if not p.requires_grad
-    ]
+    frozen = [(base_name(name), p) for name, p in trained.named_parameters() if not p.requires_grad]
     known = [(name, tensor) for name, tensor in frozen if name in expected]
     found = digest_tensors(known)
     changed = [
@@ -283,12 +313,6 @@ def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: b
     return len(known)
 
 
-def _base_name(name: str) -> str:
-    """Undo what PEFT adds to a parameter's name."""
-    name = name.removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
 def _is_only_cast(tensor: torch.Tensor, expected: Digest) -> bool:
     """Whether the numbers are equal and the precision is another.
 
@@ -296,8 +320,9 @@ def _is_only_cast(tensor: torch.Tensor, expected: Digest) -> bool:
     """
     if tensor.dtype == expected.dtype or not tensor.is_floating_point():
         return False
-    former = tensor.detach().to(expected.dtype)
-    return digest(former) == expected and torch.equal(former.to(tensor.dtype), tensor.detach())
+    tensor = own_part(tensor.detach())
+    former = tensor.to(expected.dtype)
+    return digest(former) == expected and torch.equal(former.to(tensor.dtype), tensor)
 
 
 def _is_replaced(trained: Any, name: str) -> bool:

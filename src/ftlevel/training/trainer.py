@@ -202,7 +202,8 @@ class FtlevelTrainer(Trainer):
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         micro_batches = [(part.pop("layout"), part) for part in inputs["micro_batches"]]
-        self.current_gradient_accumulation_steps = len(micro_batches)
+        passes = self.passes(len(micro_batches))
+        self.current_gradient_accumulation_steps = passes
         for layout, part in micro_batches:
             self.tokens_computed += layout.tokens if layout else part["input_ids"].numel()
         if inputs["in_parallel"] and self.fast is not None and self.fast.workers is not None:
@@ -211,12 +212,21 @@ class FtlevelTrainer(Trainer):
                 self.fast.workers, model, micro_batches, prefix, num_items_in_batch
             )
         losses = []
-        for layout, part in micro_batches:
-            is_last = part is micro_batches[-1][1]
+        for number in range(passes):
+            layout, part = micro_batches[number % len(micro_batches)]
+            self._is_nothing |= number >= len(micro_batches)
+            is_last = number == passes - 1
             once = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
             with once, using_layout(layout):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+                losses.append(super().training_step(model, dict(part), num_items_in_batch))
         return torch.stack(losses).sum()
+
+    def passes(self, own: int) -> int:
+        """Return how often the model is called in a step of `own` micro-batches.
+
+        What is beyond them does not count, and is computed so that all processes call it as often.
+        """
+        return own
 
     def _in_parallel(
         self,

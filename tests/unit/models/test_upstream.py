@@ -22,6 +22,7 @@ from export_cases import export_to, exportable
 from ftlevel.models.torchao_format import build_torchao_config
 from ftlevel.models.upstream import FACTS, architectures, conversions, data, fake, quantizers
 from ftlevel.models.upstream import tensors as upstream
+from ftlevel.models.upstream.trainer import leave_sharded
 from tiny_models import build
 from upstream_facts import Canaries, Fact, arguments, check_fact, facts
 
@@ -554,6 +555,61 @@ def _(_: Any) -> None:
         assert linear.weight.shape == packed.shape
         whole = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
         assert whole.shape == (128, 64)
+
+
+@CANARIES.of(
+    "Trainer._save",
+    "Trainer._save_optimizer_and_scheduler",
+    "Trainer._load_optimizer_and_scheduler",
+    "Trainer._clip_grad_norm",
+    "Trainer._get_grad_norm",
+    "Trainer._defer_fsdp_gradient_reduction",
+    "Trainer._sync_replicated_trainable_parameters",
+    "Trainer.is_distributed_loading_by_transformers",
+)
+def _(request: pytest.FixtureRequest) -> None:
+    kind = transformers.Trainer
+    assert arguments(kind._save) == ["self", "output_dir", "state_dict"]
+    assert arguments(kind._save_optimizer_and_scheduler) == ["self", "output_dir"]
+    assert arguments(kind._load_optimizer_and_scheduler) == ["self", "checkpoint"]
+    assert arguments(kind._clip_grad_norm) == ["self", "model"]
+    assert arguments(kind._get_grad_norm) == ["self", "model", "grad_norm"]
+    assert arguments(kind._defer_fsdp_gradient_reduction) == ["self"]
+    trainer = _InParts(
+        model=build("llama"),
+        args=transformers.TrainingArguments(
+            str(request.getfixturevalue("tmp_path")), max_steps=1, per_device_train_batch_size=1,
+            report_to=[], use_cpu=True, learning_rate=0.0, save_strategy="steps", save_steps=1,
+        ),
+        train_dataset=[{"input_ids": torch.tensor([3, 4]), "labels": torch.tensor([3, 4])}],
+    )  # fmt: skip
+    assert trainer.is_distributed_loading_by_transformers is False
+    leave_sharded(trainer)
+    trainer.train()
+    assert trainer.called == ["sync", "clip", "norm", "save", "save optimizer"]
+
+
+class _InParts(transformers.Trainer):
+    def __init__(self, **settings: Any):
+        self.called: list[str] = []
+        super().__init__(**settings)
+
+    def _sync_replicated_trainable_parameters(self, model: Any) -> None:
+        self.called.append("sync")
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self.called.append("clip")
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self.called.append("norm")
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        self.called.append("save")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.called.append("save optimizer")
 
 
 @CANARIES.of("TrainingArguments._n_gpu")

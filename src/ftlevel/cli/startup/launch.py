@@ -1,9 +1,9 @@
 """Run a command once for each process of a run, and end them together.
 
-The processes meet as torchrun's do, by the same environment variables, and torchrun can start them
-too. What is better here is measured by `benchmarks/launchers.py` (docs/reliability.md): the exit
-code and the words of a failure, SIGUSR1, a launcher that is killed, and the time until it begins.
-`accelerate launch --cpu` starts one process whatever number it is given.
+The processes meet as torchrun's do, by the same environment variables; other launchers can start
+them too (`ftlevel.world`). What is better here is measured by `benchmarks/launchers.py`
+(docs/reliability.md): the exit code and the words of a failure, SIGUSR1, a launcher that is killed,
+and the time until it begins. `accelerate launch --cpu` starts one process, whatever it is given.
 """
 
 from __future__ import annotations
@@ -24,16 +24,6 @@ _PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has not all o
 _PR_SET_PDEATHSIG = 1
 _FAILED = 1
 _RESUME, _REPLACES = "--resume", ("--overwrite", "--overwrite-output-dir")
-
-
-def is_launched() -> bool:
-    """Whether a launcher has started this process, ours or torchrun."""
-    return "LOCAL_RANK" in os.environ
-
-
-def is_follower() -> bool:
-    """Whether another process of the run speaks for this one."""
-    return is_launched() and os.environ.get("RANK", "0") != "0"
 
 
 def launch(arguments: Sequence[str], count: int, restarts: int = 0) -> int:

@@ -104,6 +104,8 @@ def _check(config: TrainConfig, wishes: Wishes) -> None:
         problems.append("--dataset -: every run reads the rows anew. Save them to a file.")
     if (config.train.num_processes or 1) > 1:
         problems.append("--num-processes: compare trains each run in one process. Drop it.")
+    if config.train.shard != "none":
+        problems.append("--shard: compare trains each run in one process. Drop it.")
     if problems:
         raise ConfigError(problems)
 

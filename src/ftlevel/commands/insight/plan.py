@@ -170,6 +170,11 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
     card = read_card(wishes.gpu) if wishes.gpu else None
     if card and wishes.probe:
         raise ConfigError("--probe runs steps here, and --gpu plans for another card. Drop one.")
+    if config.train.shard != "none":
+        raise ConfigError(
+            f"--shard {config.train.shard}: plan counts what a process with the whole base needs, "
+            "and not yet what one with a part of it does. Drop it."
+        )
     config, adapter, _ = take_adapter(config)
     is_imagined = _names_no_data(config)
     if is_imagined and wishes.probe:

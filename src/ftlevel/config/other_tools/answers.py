@@ -47,8 +47,8 @@ _HUB = (
 )
 _TOKEN = "the token is the one of `hf auth login`. Log in, and drop the flag."
 _LAUNCH = (
-    "several GPUs train as copies of the model, each with rows of its own: --num-processes N. A "
-    "model is not split over them. Drop it."
+    "several GPUs train together by --num-processes N, each on rows of its own; a model that none "
+    "of them holds is shared out by --shard full. Drop it."
 )
 _TOKENIZER = "the tokenizer and its tokens are the model's own, and stay so. Drop it."
 _OTHER_METHOD = "there is no such method here. ftlevel list-methods shows what there is. Drop it."

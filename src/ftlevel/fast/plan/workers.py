@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.fast.parallel_workers import MAX_WORKERS
 from ftlevel.methods import METHODS
 from ftlevel.models.families import lookup_family
+from ftlevel.world import has_peers
 
 FUNCTIONAL_DROPOUT = ("opt",)
 """Families that drop by a function, which has the process's generator, and not by a module."""
@@ -44,7 +44,7 @@ def plan_workers(config: TrainConfig, meta: Any, device: str, packs: bool) -> Wo
     asked, threads = config.speed.parallel_workers, torch.get_num_threads()
     if device != "cpu" or threads == 1 or asked == 1:
         return WorkerPlan()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if has_peers():
         return WorkerPlan(reason="each process has its own")
     random = find_randomness(config, meta, with_head=True)
     if reason := _writes_to_itself(config, meta) or _uses_global_generator(

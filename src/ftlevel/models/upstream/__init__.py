@@ -96,6 +96,13 @@ FACTS = {
         "Trainer._run_epoch": "at least one step, also of a run that had made all of them",
         "Trainer._load_from_checkpoint": "the weights that a run goes back to, as one goes on",
         "Trainer._get_num_items_in_batch": "the targets that a step's loss is divided by",
+        "Trainer._save": "a model that no process has whole is gathered first",
+        "Trainer._save_optimizer_and_scheduler, Trainer._load_optimizer_and_scheduler":
+            "likewise its optimizer's state, and back",
+        "Trainer._clip_grad_norm, Trainer._get_grad_norm": "the norm of a whole gradient",
+        "Trainer._defer_fsdp_gradient_reduction": "what is sharded is reduced in every micro-step",
+        "Trainer._sync_replicated_trainable_parameters": "what is not is averaged by us",
+        "Trainer.is_distributed_loading_by_transformers": "no DDP around a model in parts",
         "Trainer.model_accepts_loss_kwargs": "tells Trainer that our loss divides by them",
         "Trainer.current_gradient_accumulation_steps": "how many parts a step's loss comes in"},
 }  # fmt: skip

@@ -6,7 +6,7 @@ bitsandbytes takes a second to import, so nothing here imports it where it is no
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,3 +146,35 @@ def dequantize_8bit(linear: Any, dtype: torch.dtype) -> torch.Tensor:
     """Return W as (out, in), as bitsandbytes makes it; only after `can_train_8bit`."""
     state = linear.state
     return state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+
+
+def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module]) -> None:
+    """Let the 4-bit linears of `module` (mutated) be cut into parts and gathered again.
+
+    FSDP2 gathers a weight as a plain parameter, and bitsandbytes 0.50 looks for the scales on the
+    weight itself. They stay with the linear here, and are hung onto whatever its weight is when
+    `module` is called.
+
+    Args:
+        module: what is called as a whole.
+        inside: modules in it that are called as wholes of their own.
+    """
+    bnb = sys.modules.get("bitsandbytes")
+    if bnb is None:
+        return
+    others = {part for other in inside for part in other.modules()}
+    linears = [
+        part
+        for part in module.modules()
+        if isinstance(part, bnb.nn.Linear4bit) and part not in others
+    ]
+    states = [linear.weight.quant_state for linear in linears]
+    for linear in linears:
+        linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
+
+    def hang(*_: Any) -> None:
+        for linear, state in zip(linears, states, strict=True):
+            linear.weight.quant_state = state
+
+    if linears:
+        module.register_forward_pre_hook(hang)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ftlevel.errors import RunError, listing
 from ftlevel.events import Listener
+from ftlevel.models.upstream.shards import whole
 from ftlevel.training.callbacks.recovery import Recovery
 
 _STOPPED = "Training stopped before the weights took it."
@@ -136,7 +137,7 @@ class GradientProof(TrainerCallback):
             return
         if _are_finite(p for _, p in self._trainable):
             return
-        bad = [name for name, p in self._trainable if not bool(torch.isfinite(p).all())]
+        bad = [name for name, p in self._trainable if not bool(torch.isfinite(whole(p)).all())]
         if bad:  # a norm may overflow by itself
             step = state.global_step + 1
             self.recovery.decide(
@@ -235,14 +236,14 @@ class GradientProof(TrainerCallback):
 def _are_finite(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether the norm of all is, which one operation a group of tensors tells."""
     there = [tensor.detach() for tensor in tensors if tensor is not None]
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(there)))
+    return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(there))))
 
 
 def _largest(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
     """Return the largest absolute value of all (a scalar), not finite where one is not."""
     there = [tensor.detach() for tensor in tensors if tensor is not None]
-    return torch.nn.utils.get_total_norm(there, norm_type=math.inf)
+    return whole(torch.nn.utils.get_total_norm(there, norm_type=math.inf))
 
 
 def _absolute_sum(gradient: torch.Tensor | None) -> torch.Tensor:
-    return torch.zeros(()) if gradient is None else gradient.detach().abs().sum().float()
+    return torch.zeros(()) if gradient is None else whole(gradient.detach().abs().sum()).float()

@@ -60,6 +60,23 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     return plain
 
 
+def everything_of(config: TrainConfig, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be the same in all processes of a run, by dotted name.
+
+    More than what must be the same when it goes on, such as when it is saved; but not the threads,
+    of which machines may have more or fewer.
+
+    Args:
+        config: the whole configuration.
+        origin: what `origin_of` gives.
+    """
+    values = config.model_dump(mode="json")
+    values["output"].pop("allow_change")
+    flat = {"task": values.pop("task")}
+    flat |= {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
+    return {**flat, **{key: value for key, value in origin.items() if key != "threads"}}
+
+
 def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return the origin of `run`, under today's names; what it did not keep is as in `origin`.
 

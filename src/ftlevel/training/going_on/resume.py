@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from ftlevel.training.going_on.origin import check_same_run, read_origin, read_o
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
 from ftlevel.training.plan.schedule import count_steps
+from ftlevel.training.processes import Processes
 from ftlevel.training.summary import describe_base, dump_config, resolved_config
 
 
@@ -61,6 +63,31 @@ def check_base_stays(config: TrainConfig) -> None:
         known = {key: before[key] for key in now if key in before}
         now = {key: now[key] for key in known if key not in config.output.allow_change}
         check_same_run(RunDirectory(run), {key: known[key] for key in now}, now)
+
+
+def check_shared(run: RunDirectory, processes: Processes) -> None:
+    """Refuse a run directory that not all processes see.
+
+    Raises:
+        ConfigError: naming the first that does not.
+    """
+    if processes.count == 1:
+        return
+
+    def mark() -> str:
+        return Path(tempfile.mkstemp(prefix=".seen-", dir=run.checkpoints)[1]).name
+
+    def look() -> None:
+        if not (run.checkpoints / name).exists():
+            raise ConfigError(
+                f"--output-dir {run.path}: what rank 0 writes there is not to be seen here. Name a "
+                "directory that all machines of the run share."
+            )
+
+    name = processes.from_first(mark)
+    processes.in_all(look)
+    if processes.is_first:
+        (run.checkpoints / name).unlink()
 
 
 def check_base_outlives(config: TrainConfig, plan: Plan) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.tensors import inner_tensors, own_tensors
+from ftlevel.training.memory.shards import is_sharded
 
 NARROW = (torch.bfloat16, torch.float16)
 COPIES = 4
@@ -42,7 +43,12 @@ def whole_in_float32(model: torch.nn.Module) -> Iterator[None]:
 
 
 def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
-    """Whether `model`, and what comparing its gradients takes, can be held in float32 beside it."""
+    """Whether `model`, and what comparing its gradients takes, can be held in float32 beside it.
+
+    One that is shared out over processes cannot: FSDP2 gathers the parts that it was given.
+    """
+    if is_sharded(model):
+        return False
     wide = sum(4 * tensor.numel() for tensor in _narrow_tensors(model))
     trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     return wide + COPIES * trained < free_memory_bytes(device) // 2

@@ -24,8 +24,10 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.scoring import batches
 from ftlevel.events import Listener
 from ftlevel.fast.plan.workers import find_randomness
+from ftlevel.methods import METHODS
 from ftlevel.training.build_trainer import build_trainer
 from ftlevel.training.going_on.resume import GoingOn
+from ftlevel.training.memory.shards import is_sharded
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
@@ -63,6 +65,10 @@ def verify_step(
     """
     asked, rows = config.speed.verify, plan.data.train
     if adapted.fast is None or asked is False:
+        return None
+    if is_sharded(adapted.model) and METHODS[config.method.kind].build is None:
+        why = "the trained weights are shared out over the processes"
+        listener.choices("verify-fast", [Choice("fast step", "not compared with the plain", why)])
         return None
     a_batch = config.train.per_device_train_batch_size
     a_step = a_batch * config.train.gradient_accumulation_steps

@@ -1,0 +1,290 @@
+"""Show that a run is the same run however it is started, and however its model is shared out.
+
+    make distributed
+
+prints two tables for docs/distributed.md: launcher × method, and `--shard full` × method × kind of
+model. Everything is trained on this machine's CPU by gloo: by two processes, and by one with twice
+the accumulation, in float32 on tiny models without dropout. The figure is the largest relative
+difference of a step's loss. mpirun and srun are not started: their variables are set by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+BOUND = 1e-6
+STEPS, ROWS, BATCH = 4, 18, 4
+LONG = 40  # steps of the run that is killed
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"method": {"kind": "lora"}},
+    "dora": {"method": {"kind": "lora", "use_dora": True}},
+    "adapter": {"method": {"kind": "adapter"}},
+    "prefix": {"method": {"kind": "prefix"}},
+    "qlora": {"method": {"kind": "qlora"}, "quant": {"kind": "4bit"}},
+    "full": {"method": {"kind": "full"}},
+}
+KINDS = {
+    "decoder": ("llama", "text-generation", {}),
+    "encoder": ("bert", "text-classification",
+                {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "encoder-decoder": ("t5", "translation", {"dropout_rate": 0.0}),
+}  # fmt: skip
+LAUNCHED = ("lora", "adapter", "prefix", "full")
+WORDS = ["a", "dog", "sees", "the", "old", "house", "and", "the", "cat", "sits", "there"]
+
+
+def prepare(folder: Path) -> None:
+    """Write a tiny model and rows of each kind into `folder`."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from tiny_models import save_tiny
+
+    for kind, (family, _, options) in KINDS.items():
+        place = folder / kind
+        place.mkdir(parents=True)
+        save_tiny(place, family, None, **options)
+        rows = [_row(kind, number) for number in range(ROWS)]
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _row(kind: str, number: int) -> dict[str, str]:
+    first, second = WORDS[: 2 + number % 5], WORDS[number % 6 : 8]
+    if kind == "encoder":
+        return {"text": " ".join(first), "label": "xy"[number % 2]}
+    names = ("prompt", "completion") if kind == "decoder" else ("source", "target")
+    return dict(zip(names, (" ".join(first), " ".join(second)), strict=True))
+
+
+def settings(folder: Path, kind: str, method: str, out: Path) -> dict[str, Any]:
+    """Return the configuration of a run by one process, as nested values."""
+    _, task, _ = KINDS[kind]
+    return {
+        **METHODS[method],
+        "task": task,
+        "model": {"name_or_path": str(folder / kind), "dtype": "float32"},
+        "data": {"dataset": str(folder / f"{kind}.jsonl")},
+        "train": {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 2,
+                  "max_steps": STEPS, "logging_steps": 1},
+        "speed": {"tokens_per_micro_batch": 48},  # the two processes have not equally many
+        "output": {"dir": str(out), "overwrite": True},
+    }  # fmt: skip
+
+
+def work(folder: Path, cases: Sequence[str], out: Path, shard: str) -> None:
+    """Train each of `cases` (`kind/method`) as one of the processes that were started."""
+    from ftlevel import TrainConfig, train
+    from ftlevel.models.upstream.shards import own_part
+    from ftlevel.training.processes import started_processes
+
+    processes = started_processes()
+    for case in cases:
+        kind, method = case.split("/")
+        values = settings(folder, kind, method, out / case)
+        if processes.count > 1:
+            values["train"] |= {"gradient_accumulation_steps": 1, "shard": shard}
+        model = train(TrainConfig.model_validate(values), listener=_Silence()).model
+        held = sum(own_part(p).numel() for p in model.parameters())
+        share = held / sum(p.numel() for p in model.parameters())
+        if processes.is_first:
+            (out / case / "share.json").write_text(json.dumps(share))
+
+
+class _Silence:
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def losses(run: Path) -> list[float]:
+    """Return the losses of a run's steps."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def difference(one: Path, other: Path, steps: int = STEPS) -> float:
+    """Return the largest relative difference of a step's loss."""
+    pairs = list(zip(losses(one), losses(other), strict=True))
+    assert len(pairs) == steps
+    return max(abs(a - b) / abs(a) for a, b in pairs)
+
+
+def worker(folder: Path, cases: Sequence[str], out: Path, shard: str = "none") -> list[str]:
+    """Return the arguments of Python that let it `work`."""
+    return [str(Path(__file__)), "work", str(folder), str(out), shard, *cases]
+
+
+def run(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
+    """Run `commands`, each with variables of its own, beside one another to their end.
+
+    Raises:
+        RuntimeError: one fails.
+    """
+    running = [
+        subprocess.Popen([sys.executable, *command], env=environment(more), text=True,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for command, more in commands
+    ]  # fmt: skip
+    said = [process.communicate()[1] for process in running]
+    for process, error in zip(running, said, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"{process.args}: {error[-3000:]}")
+
+
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a process, `more` among them, and none of a launcher's."""
+    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    source = os.pathsep.join([str(ROOT / "src"), own.get("PYTHONPATH", "")])
+    return {**own, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **more}
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def started_by(launcher: str, arguments: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
+    """Return the commands by which `launcher` runs Python with `arguments` in two processes."""
+    port = str(free_port())
+    torchrun = ["-m", "torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", port]
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if launcher == "torchrun, two processes":
+        return [([*torchrun, "--nproc-per-node", "2", *arguments], {})]
+    if launcher == "torchrun, two nodes":
+        return [([*torchrun, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node),
+                  *arguments], {}) for node in range(2)]  # fmt: skip
+    if launcher == "accelerate launch":
+        return [(["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                  "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+                  "--main_process_port", port, *arguments], {})]  # fmt: skip
+    if launcher == "srun (its variables)":
+        return [(list(arguments), {
+            "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0",
+            "SLURM_NODEID": str(rank), "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+            "SLURM_STEP_NODELIST": "localhost,other", "MASTER_PORT": port,
+        }) for rank in range(2)]  # fmt: skip
+    if launcher == "mpirun (Open MPI's variables)":
+        return [(list(arguments), {
+            "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_SIZE": "2", **meet,
+        }) for rank in range(2)]  # fmt: skip
+    raise ValueError(launcher)
+
+
+LAUNCHERS = ("torchrun, two processes", "torchrun, two nodes", "accelerate launch",
+             "srun (its variables)", "mpirun (Open MPI's variables)")  # fmt: skip
+
+
+def by_flags(folder: Path, method: str, out: Path) -> list[str]:
+    """Return the command line of a run by `--num-processes 2`."""
+    kind = METHODS[method]["method"]["kind"]
+    return ["-m", "ftlevel", "train", "--num-processes", "2", "--method", kind,
+            "--model", str(folder / "decoder"), "--dataset", str(folder / "decoder.jsonl"),
+            "--dtype", "float32", "--per-device-train-batch-size", str(BATCH), "--max-steps",
+            str(STEPS), "--logging-steps", "1", "--set", "speed.tokens_per_micro_batch=48",
+            "--output-dir", str(out), "--overwrite", "--quiet"]  # fmt: skip
+
+
+def killed_and_resumed(folder: Path) -> float:
+    """Return how far a run of two nodes that was killed and resumed is from that of one process.
+
+    Each node is an agent of torchrun; when there is a checkpoint, all of one is killed.
+    """
+    out, one = folder / "killed", folder / "not-killed"
+    command = ["-m", "ftlevel", "train", "--method", "lora", "--model", str(folder / "decoder"),
+               "--dataset", str(folder / "decoder.jsonl"), "--dtype", "float32",
+               "--per-device-train-batch-size", str(BATCH), "--max-steps", str(LONG),
+               "--save-steps", "2", "--logging-steps", "1", "--quiet", "--output-dir"]  # fmt: skip
+    nodes = [
+        subprocess.Popen([sys.executable, *arguments], env=environment(more),
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for arguments, more in started_by("torchrun, two nodes", [*command, str(out)])
+    ]  # fmt: skip
+    while not list(out.glob("checkpoints/*/manifest.json")):
+        assert all(node.poll() is None for node in nodes)
+        time.sleep(0.05)
+    for part in (*psutil.Process(nodes[1].pid).children(recursive=True), nodes[1]):
+        part.kill()
+    assert all(node.wait() != 0 for node in nodes)
+    assert not (out / "summary.json").exists()
+    run(started_by("torchrun, two nodes", [*command, str(out), "--resume"]))
+    run([([*command, str(one), "--gradient-accumulation-steps", "2"], {})])
+    return difference(one, out, LONG)
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of Markdown."""
+    print(f"| {' | '.join(heads)} |\n|---|{'--:|' * (len(heads) - 1)}", flush=True)
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+    print(flush=True)
+
+
+def compare_all(folder: Path) -> int:
+    """Print both tables and return how many cells are above the bound."""
+    one = folder / "one"
+    cases = [f"{kind}/{method}" for kind in KINDS for method in METHODS]
+    prepare(folder)
+    run([(worker(folder, cases, one), {})])
+    found: list[float] = []
+
+    def cell(case: str, other: Path) -> str:
+        found.append(difference(one / case, other))
+        return f"{found[-1]:.1e}"
+
+    rows = []
+    for launcher in LAUNCHERS:
+        out = folder / launcher.replace(" ", "-")
+        decoders = [f"decoder/{method}" for method in LAUNCHED]
+        run(started_by(launcher, worker(folder, decoders, out)))
+        rows.append([launcher, *(cell(case, out / case) for case in decoders)])
+    ours = ["ftlevel --num-processes 2"]
+    for method in LAUNCHED:
+        run([(by_flags(folder, method, folder / "ours" / method), {})])
+        ours.append(cell(f"decoder/{method}", folder / "ours" / method))
+    print_table(["launcher", *LAUNCHED], [*rows, ours])
+    found.append(killed_and_resumed(folder))
+    print(f"torchrun, two nodes, one killed, both resumed: {found[-1]:.1e}\n", flush=True)
+
+    out = folder / "sharded"
+    run(started_by("torchrun, two processes", worker(folder, cases, out, "full")))
+    rows = []
+    for method in METHODS:
+        own = [f"{kind}/{method}" for kind in KINDS]
+        shares = [json.loads((out / case / "share.json").read_text()) for case in own]
+        rows.append([method, *(cell(case, out / case) for case in own),
+                     f"{max(shares):.0%}"])  # fmt: skip
+    print_table(["--shard full", *KINDS, "of the parameters in a process, at most"], rows)
+    over = sum(not value <= BOUND for value in found)
+    print(f"{len(found)} cells, largest {max(found):.1e}, bound {BOUND:.0e}, above it: {over}")
+    return over
+
+
+def main() -> None:
+    """Compare everything, or work as one process of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mode", nargs="?", default="compare", choices=("compare", "work"))
+    parser.add_argument("rest", nargs="*")
+    given = parser.parse_args()
+    if given.mode == "work":
+        folder, out, shard, *cases = given.rest
+        work(Path(folder), cases, Path(out), shard)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        raise SystemExit(bool(compare_all(Path(folder) / "all")))
+
+
+if __name__ == "__main__":
+    main()

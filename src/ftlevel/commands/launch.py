@@ -1,0 +1,154 @@
+"""Launch: write the file by which a cluster starts a run on several machines, and submit it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftlevel.artifacts.jobs.job import SUBMIT, Job, render
+from ftlevel.config import TrainConfig
+from ftlevel.errors import ConfigError, RunError
+
+_OWN = ("--on", "--nodes", "--gpus-per-node", "--processes-per-node", "--image", "--claim",
+        "--job-option", "--job-file")  # fmt: skip
+_ALONE = ("--submit", "--dry-run", "--json")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is asked of one.
+
+    Attributes:
+        scheduler: `slurm` or `k8s`.
+        nodes: machines.
+        gpus: of each machine.
+        processes: of each machine; None for one a GPU.
+        image: of the container, on Kubernetes.
+        claim: the persistent volume claim for the run directory there.
+        options: NAME=VALUE of more that its scheduler is asked for.
+    """
+
+    scheduler: str
+    nodes: int
+    gpus: int
+    processes: int | None
+    image: str
+    claim: str
+    options: Sequence[str]
+
+
+def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -> Job:
+    """Return the run of `config` as a job.
+
+    Args:
+        config: of the run.
+        arguments: of `ftlevel launch`, which are those of `ftlevel train` and its own.
+        cluster: what is asked of it.
+
+    Raises:
+        ConfigError: naming everything that is missing, or cannot be.
+    """
+    output, problems = config.output, []
+    if output.dir is None:
+        problems.append(
+            "ftlevel launch needs the run to go on with when the job is requeued. Add --output-dir "
+            "DIR, on a file system that all machines share."
+        )
+    if output.overwrite:
+        problems.append(
+            "--overwrite cannot be used with ftlevel launch: a job that is requeued would delete "
+            "what it has trained. Remove the old run, or name another --output-dir."
+        )
+    if config.train.num_processes is not None:
+        problems.append(
+            "--num-processes cannot be used with ftlevel launch, whose scheduler starts the "
+            "processes. Use --nodes and --gpus-per-node, or --processes-per-node."
+        )
+    if cluster.scheduler == "k8s" and not (cluster.image and cluster.claim):
+        problems.append(
+            "--on k8s needs --image IMAGE with ftlevel in it, and --claim NAME of the persistent "
+            "volume claim that holds --output-dir."
+        )
+    if cluster.scheduler == "k8s" and output.dir is not None and not output.dir.is_absolute():
+        problems.append(f"--output-dir {output.dir}: --on k8s needs a path that begins with /.")
+    elif (
+        cluster.scheduler == "k8s"
+        and output.dir is not None
+        and output.dir.parent.parent == output.dir.parent
+    ):
+        problems.append(
+            f"--output-dir {output.dir}: the claim would be mounted as /. Name a directory in one."
+        )
+    options = dict(_option(text, problems) for text in cluster.options)
+    if problems or output.dir is None:
+        raise ConfigError(problems)
+    processes = cluster.processes or max(cluster.gpus, 1)
+    words = re.sub(r"[^a-z0-9]+", "-", output.dir.name.lower()).strip("-")
+    given = train_arguments(arguments)
+    given = given if "--resume" in given else [*given, "--resume"]
+    return Job(cluster.scheduler, cluster.nodes, processes, cluster.gpus, given, output.dir,
+               f"ftlevel-{words}"[:63].rstrip("-"), cluster.image, cluster.claim,
+               options)  # fmt: skip
+
+
+def _option(text: str, problems: list[str]) -> tuple[str, str]:
+    """Return name and value of what a scheduler is asked for; a problem is added to `problems`."""
+    name, _, value = text.partition("=")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z-]*", name) or "\n" in value:
+        problems.append(f"--job-option {text!r}: expected NAME or NAME=VALUE, as partition=gpu.")
+    return name, value
+
+
+def train_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the command line of `ftlevel train` that one of `ftlevel launch` holds."""
+    kept: list[str] = []
+    is_value = False
+    for argument in arguments:
+        name, has_value, _ = argument.partition("=")
+        name = name.replace("_", "-") if name.startswith("--") else name
+        if is_value:
+            is_value = False
+        elif name in _OWN:
+            is_value = not has_value
+        elif name not in _ALONE:
+            kept.append(argument)
+    return ["train", *kept[1:]]
+
+
+def write_job(job: Job, place: Path) -> str:
+    """Write the file of `job` to `place`, which must not be there, and return it.
+
+    Raises:
+        ConfigError: it is there.
+    """
+    text = render(job)
+    try:
+        with place.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(
+            f"--job-file {place} is there already. Remove it, or name another file."
+        ) from None
+    return text
+
+
+def submit(job: Job, place: Path) -> str:
+    """Give the file at `place` to the scheduler of `job`, and return what it says.
+
+    Raises:
+        ConfigError: its program is not here.
+        RunError: it refuses.
+    """
+    command = [*SUBMIT[job.scheduler], str(place)]
+    if shutil.which(command[0]) is None:
+        raise ConfigError(
+            f"--submit: there is no {command[0]} here. Run {' '.join(command)} where there is."
+        )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout.strip()

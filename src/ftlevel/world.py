@@ -1,0 +1,246 @@
+"""Where this process stands among those of its run, as whatever started it says in the environment.
+
+torchrun (and `accelerate launch`, which is torchrun), mpirun and srun each have names of their own
+for the same six facts. They are read here and nowhere else. No torch: the command line asks before
+it imports anything heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from ftlevel.errors import ConfigError
+
+_PORT, _PORTS = 29500, 20000  # torchrun's, and how many above it a job's number chooses from
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What starts several processes, and the variables by which it tells each which it is.
+
+    Attributes:
+        name: as its users call it.
+        rank: of a process, among all.
+        size: how many there are.
+        local_rank: among those of its machine.
+        local_size: how many there are of its machine; empty where the launcher does not say.
+        node: which machine; empty where the launcher does not say.
+    """
+
+    name: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str = ""
+    node: str = ""
+
+
+# Those come first that others start: mpirun starts its daemons by srun, srun a torchrun a machine.
+LAUNCHERS = (
+    Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+    Launcher("mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+             "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    Launcher("mpirun (MVAPICH)", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE",
+             "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    Launcher("mpirun (MPICH)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_NODEID"),
+)  # fmt: skip
+_POD = Launcher("RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "")
+"""A process a machine, as a Kubernetes PyTorchJob starts its pods: nobody says a local rank."""
+
+_OF_ACCELERATE = {
+    "ACCELERATE_USE_FSDP": ("--use_fsdp", "--shard full"),
+    "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", "--shard full"),
+    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "--shard full"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("--use_parallelism_config", "--shard full"),
+    "ACCELERATE_MIXED_PRECISION": ("--mixed_precision", "--dtype"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "--gradient_accumulation_steps", "--gradient-accumulation-steps"
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": ("--dynamo_backend", ""),
+}  # fmt: skip
+"""What `accelerate launch` can have a library do behind the configuration's back."""
+_NOTHING = {"", "no", "false", "0", "1"}  # 1: a micro-step; what is used says "true"
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this one is.
+
+    Attributes:
+        launcher: what started them; empty for a process that stands alone.
+        size: how many there are, of all machines together.
+        rank: from 0.
+        local_rank: on this machine, from 0.
+        local_size: how many there are on this machine.
+        node: which machine this is, from 0.
+        address: of the machine on which they meet; empty where there is one process.
+        port: there.
+    """
+
+    launcher: str = ""
+    size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    local_size: int = 1
+    node: int = 0
+    address: str = ""
+    port: int = 0
+
+    def publish(self, environment: MutableMapping[str, str] = os.environ) -> None:
+        """Say it in torchrun's names, which torch, accelerate and transformers read (mutated)."""
+        environment.update({
+            "RANK": str(self.rank), "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.local_rank), "LOCAL_WORLD_SIZE": str(self.local_size),
+            "MASTER_ADDR": self.address, "MASTER_PORT": str(self.port),
+        })  # fmt: skip
+
+
+def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | None:
+    """Return what has started this process; None for one that stands alone."""
+    for launcher in LAUNCHERS:
+        if all(name in environment for name in (launcher.rank, launcher.size, launcher.local_rank)):
+            return launcher
+    return _POD if _POD.rank in environment or _POD.size in environment else None
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this process."""
+    return find_launcher() is not None
+
+
+def is_follower() -> bool:
+    """Whether another process of the run speaks for this one."""
+    launcher = find_launcher()
+    return launcher is not None and os.environ.get(launcher.rank, "0") != "0"
+
+
+def speaks() -> bool:
+    """Whether this process says what is wrong before it has met the others: one a machine does."""
+    launcher = find_launcher()
+    return launcher is None or os.environ.get(launcher.local_rank, "0") == "0"
+
+
+def has_peers() -> bool:
+    """Whether there are other processes in the run."""
+    launcher = find_launcher()
+    return launcher is not None and os.environ.get(launcher.size, "1") != "1"
+
+
+def read_world(environment: Mapping[str, str] = os.environ) -> World:
+    """Return where this process stands.
+
+    Args:
+        environment: variables and their values.
+
+    Raises:
+        ConfigError: what the launcher says does not fit together, or it asks for what only the
+            configuration may say.
+    """
+    _check_accelerate(environment)
+    launcher = find_launcher(environment)
+    if launcher is None:
+        return World()
+    size = _number(environment, launcher.size, launcher, least=1)
+    rank = _number(environment, launcher.rank, launcher)
+    if rank >= size:
+        raise ConfigError(
+            f"{launcher.rank}={rank} and {launcher.size}={size}: ranks go from 0 to {size - 1}. "
+            f"Start all processes by the same {launcher.name}, or unset both."
+        )
+    local = _number(environment, launcher.local_rank, launcher) if launcher.local_rank else 0
+    node = _number(environment, launcher.node, launcher) if launcher.node in environment else 0
+    local_size = _local_size(environment, launcher, node, 1 if launcher is _POD else size)
+    if local >= local_size:
+        raise ConfigError(
+            f"{launcher.local_rank}={local}, and {local_size} processes of {launcher.name} are on "
+            "this machine. Start all of them by the same launcher."
+        )
+    address, port = _meeting_place(environment, launcher, size, local_size)
+    return World(launcher.name, size, rank, local, local_size, node, address, port)
+
+
+def _number(
+    environment: Mapping[str, str], name: str, launcher: Launcher, *, least: int = 0
+) -> int:
+    text = environment.get(name)
+    if text is not None and text.strip().isdecimal() and int(text) >= least:
+        return int(text)
+    found = "is missing" if text is None else f"is {text!r}, and no number from {least} on"
+    raise ConfigError(
+        f"{name} {found}, beside other variables of {launcher.name}. Start ftlevel by it again, or "
+        f"unset {launcher.rank} and {launcher.size} to run one process."
+    )
+
+
+def _local_size(
+    environment: Mapping[str, str], launcher: Launcher, node: int, otherwise: int
+) -> int:
+    if launcher.local_size in environment:
+        return _number(environment, launcher.local_size, launcher, least=1)
+    if launcher.name != "srun":
+        return otherwise
+    each = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return each[node] if node < len(each) else otherwise
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Return how many tasks SLURM has on each machine: `2(x3),1` is 2, 2, 2, 1."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+
+
+def _meeting_place(
+    environment: Mapping[str, str], launcher: Launcher, size: int, local_size: int
+) -> tuple[str, int]:
+    """Return the address and port at which the processes meet.
+
+    Raises:
+        ConfigError: the launcher says none, and there are several machines.
+    """
+    if size == 1:
+        return "", 0
+    address, port = environment.get("MASTER_ADDR", ""), _PORT
+    if launcher.name == "srun":
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+        address = address or first_node(nodes)
+        # Jobs that share a machine get different ones.
+        port += int(environment.get("SLURM_JOB_ID", "0")) % _PORTS
+    elif launcher.name.startswith("mpirun") and local_size == size:
+        address = address or _LOOPBACK
+    if "MASTER_PORT" in environment:
+        port = _number(environment, "MASTER_PORT", launcher, least=1)
+    if not address:
+        raise ConfigError(
+            f"{launcher.size}={size}, and MASTER_ADDR is missing: the processes cannot meet. Set "
+            "MASTER_ADDR to the first machine's name and MASTER_PORT to a free port there, the "
+            "same for all."
+        )
+    return address, port
+
+
+def first_node(nodes: str) -> str:
+    """Return the first machine of a list as SLURM writes it: `node[07-12,15],big` is node07."""
+    first = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes.strip())
+    return "".join(part or "" for part in first.groups()) if first else ""
+
+
+def _check_accelerate(environment: Mapping[str, str]) -> None:
+    """Refuse what `accelerate launch` would have done to a run that the configuration does not say.
+
+    Raises:
+        ConfigError: naming each.
+    """
+    problems = []
+    for name, (flag, ours) in _OF_ACCELERATE.items():
+        given = environment.get(name, "")
+        if given.lower() not in _NOTHING:
+            instead = f"Say it by ftlevel's {ours}." if ours else "Drop it."
+            problems.append(f"accelerate launch {flag} ({name}={given}): it would change a run "
+                            f"that its config.yaml describes otherwise. {instead}")  # fmt: skip
+    if problems:
+        raise ConfigError(problems)

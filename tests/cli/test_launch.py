@@ -1,0 +1,140 @@
+"""`launch` writes what a scheduler runs; its body trains, is told to end, and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ftlevel.cli.app import run
+
+TRAIN = ["--method", "lora", "--max-steps", "6", "--output-dir"]
+
+# srun as it is documented: a process a task with its variables, SIGTERM passed on to all.
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+words = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
+tasks = [subprocess.Popen([sys.executable, "-m", *words], env={{**os.environ,
+    "SLURM_PROCID": str(n), "SLURM_LOCALID": "0", "SLURM_NODEID": str(n),
+    "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_NODELIST": "localhost,b"}}) for n in range(2)]
+signal.signal(signal.SIGTERM, lambda *_: [task.send_signal(signal.SIGTERM) for task in tasks])
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def test_a_file_for_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, out = tmp_path / "job.sbatch", tmp_path / "My run"
+    given = ["launch", "--on", "slurm", "--nodes", "2", "--gpus-per-node=8", "--job-option",
+             "partition=gpu", "--job-file", str(place), *TRAIN, str(out)]  # fmt: skip
+    assert run(given) == 0
+    assert f"submit it: sbatch {place}" in capsys.readouterr().out
+    text = place.read_text()
+    for line in ("--job-name=ftlevel-my-run", "--nodes=2", "--ntasks-per-node=8",
+                 "--gpus-per-node=8", "--partition=gpu", "--requeue"):  # fmt: skip
+        assert f"\n#SBATCH {line}\n" in text
+    assert f" ftlevel train --method lora --max-steps 6 --output-dir '{out}' --resume &" in text
+    assert subprocess.run(["bash", "-n", place], check=False).returncode == 0
+    assert run(given) == 2  # it is there
+
+
+def test_a_job_for_kubernetes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["launch", "--on", "k8s", "--nodes", "3", "--gpus-per-node", "4", "--image", "a/b:1",
+             "--claim", "c", "--dry-run", *TRAIN, str(tmp_path / "run")]  # fmt: skip
+    assert run(given) == 0
+    assert not list(tmp_path.iterdir())
+    job = yaml.safe_load(capsys.readouterr().out)
+    spec = job["spec"]["pytorchReplicaSpecs"]
+    assert job["spec"]["nprocPerNode"] == "4"
+    assert (spec["Master"]["replicas"], spec["Worker"]["replicas"]) == (1, 2)
+    pod = spec["Worker"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["args"] == ["train", *TRAIN, str(tmp_path / "run"), "--resume"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert container["volumeMounts"] == [{"name": "runs", "mountPath": str(tmp_path)}]
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--on", "slurm"], "Add --output-dir DIR"),
+        (["--on", "pbs", "--output-dir", "x"], "expected one of slurm, k8s"),
+        (["--on", "slurm", "--output-dir", "x", "--overwrite"], "Remove the old run"),
+        (["--on", "slurm", "--output-dir", "x", "--num-processes", "2"], "Use --nodes"),
+        (["--on", "k8s", "--output-dir", "/x/y"], "--image IMAGE"),
+        (["--on", "k8s", "--image", "a", "--claim", "c", "--output-dir", "x"], "begins with /"),
+        (["--on", "k8s", "--image", "a", "--claim", "c", "--output-dir", "/x"], "mounted as /"),
+        (["--on", "slurm", "--output-dir", "x", "--job-option", "=a"], "expected NAME or NAME"),
+        (["--on", "slurm", "--output-dir", "x", "--lora-r", "0"], "method.r must be"),
+    ],
+)
+def test_what_no_job_can_do_is_named(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["launch", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_it_is_submitted_only_when_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/bash\necho "Submitted $1"; echo "$1" >> "$0.log"\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    given = ["launch", "--on", "slurm", *TRAIN, str(tmp_path / "run"), "--job-file"]
+    assert run([*given, str(tmp_path / "a")]) == 0
+    assert not (tmp_path / "sbatch.log").exists()
+    assert run([*given, str(tmp_path / "b"), "--submit", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["submitted"] == f"Submitted {tmp_path / 'b'}"
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert run([*given, str(tmp_path / "c"), "--submit"]) == 2
+    assert "there is no sbatch here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_body_of_a_job_is_requeued_with_a_checkpoint_and_goes_on(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows, out, place = tmp_path / "rows.jsonl", tmp_path / "run", tmp_path / "job"
+    rows.write_text("".join(json.dumps({"prompt": "a dog", "completion": f"sees {n}"}) + "\n"
+                            for n in range(8)))  # fmt: skip
+    assert run(["launch", "--on", "slurm", "--nodes", "2", "--job-file", str(place), "--model",
+                str(tiny_model_dir("llama")), "--dataset", str(rows), "--max-steps", "3000",
+                "--logging-steps", "1", "--set", "data.gate.near_duplicates=ignore",
+                "--output-dir", str(out)]) == 0  # fmt: skip
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN.format(python=sys.executable)),
+                       ("scontrol", '#!/bin/bash\necho "$@" > "$0.log"\n')):  # fmt: skip
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    port = str(20000 + os.getpid() % 20000)
+    job = subprocess.Popen(
+        ["bash", place], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+             "MASTER_PORT": port},
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.2)
+    job.send_signal(signal.SIGUSR1)  # five minutes before the end
+    said = job.communicate(timeout=200)[0]
+    assert job.returncode == 0, said
+    assert (programs / "scontrol.log").read_text() == "requeue 7\n"
+    (kept,) = (out / "checkpoints").glob("checkpoint-*")
+    assert (kept / "manifest.json").exists()
+    assert "interrupted after step" in said
+    assert shutil.which("srun") != str(programs / "srun")

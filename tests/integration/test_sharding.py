@@ -1,0 +1,202 @@
+"""A model that two processes share learns what it learns in one, and is saved and resumed whole."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import ranks
+from ftlevel import TrainConfig, train
+from ftlevel.errors import ConfigError
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+CASES = ("decoder/lora", "encoder/full", "encoder-decoder/prefix")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _benchmarks() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        patch.syspath_prepend(ROOT / "tests")
+        patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}:{ROOT / 'benchmarks'}:{ROOT / 'src'}")
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from distributed import prepare
+
+    folder = tmp_path_factory.mktemp("sharding") / "all"
+    prepare(folder)
+    return folder
+
+
+def work(folder: Path, cases: list[str], out: Path, shard: str) -> None:
+    from distributed import work as train_all
+
+    train_all(folder, cases, out, shard)
+
+
+def test_two_processes_with_half_a_model_each_are_one_with_the_whole(prepared: Path) -> None:
+    from distributed import BOUND, difference
+
+    one, two = prepared / "one", prepared / "two"
+    work(prepared, list(CASES), one, "none")
+    each = (prepared, list(CASES), two, "full")
+    assert ranks.end(ranks.start(work, [each, each])) == [0, 0]
+    for case in CASES:
+        assert difference(one / case, two / case) <= BOUND
+        share = json.loads((two / case / "share.json").read_text())
+        assert share < (0.55 if case.endswith("full") else 0.85)  # a tiny adapter is a third
+        (name,) = (path.name for path in (one / case / "adapter").glob("*model.safetensors"))
+        whole, saved = (load_file(run / case / "adapter" / name) for run in (one, two))
+        assert whole.keys() == saved.keys()
+        for key, tensor in whole.items():  # AdamW's first steps are as large for a small gradient
+            assert (tensor - saved[key]).abs().mean() < 1e-5, key
+
+
+def test_the_adapter_of_a_shared_model_loads_in_plain_peft(prepared: Path) -> None:
+    logits = []
+    for run in ("one", "two"):
+        base = AutoModelForCausalLM.from_pretrained(prepared / "decoder", dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(base, prepared / run / "decoder/lora/adapter").eval()
+        with torch.no_grad():
+            logits.append(adapted(torch.arange(3, 20)[None]).logits)
+            with adapted.disable_adapter():
+                assert (adapted(torch.arange(3, 20)[None]).logits - logits[0]).abs().max() > 1e-3
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+
+
+def in_half_precision(folder: Path, out: Path, shard: str) -> None:
+    from distributed import settings
+
+    values = settings(folder, "decoder", "lora", out)
+    values["model"]["dtype"] = "bfloat16"
+    values["train"] |= {"shard": shard, "gradient_accumulation_steps": 2 - (shard != "none")}
+    train(TrainConfig.model_validate(values))
+
+
+def test_a_shared_model_computes_in_half_precision(prepared: Path, tmp_path: Path) -> None:
+    from distributed import difference
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    in_half_precision(prepared, one, "none")
+    assert ranks.end(ranks.start(in_half_precision, [(prepared, two, "full")] * 2)) == [0, 0]
+    assert difference(one, two) < 2e-3  # of bfloat16's 8 bits
+
+
+def go_on(folder: Path, out: Path, resume: bool) -> None:
+    from distributed import settings
+
+    values = settings(folder, "decoder", "full", out)
+    values["train"] |= {"gradient_accumulation_steps": 1, "shard": "full", "max_steps": 30,
+                        "save_steps": 2}  # fmt: skip
+    values["output"] = {"dir": str(out), "resume": resume, "overwrite": not resume}
+    train(TrainConfig.model_validate(values))
+
+
+def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
+    prepared: Path, tmp_path: Path
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert ranks.end(ranks.start(go_on, [(prepared, whole, False)] * 2)) == [0, 0]
+    broken = ranks.start(go_on, [(prepared, run, False)] * 2)
+    deadline = time.monotonic() + 300
+    while not list(run.glob("checkpoints/checkpoint-2/manifest.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    broken[1].kill()
+    began = time.monotonic()
+    assert 0 not in ranks.end(broken)
+    assert time.monotonic() - began < 30
+    assert not (run / "summary.json").exists()
+    assert ranks.end(ranks.start(go_on, [(prepared, run, True)] * 2)) == [0, 0]
+    saved = [load_file(path / "adapter/model.safetensors") for path in (whole, run)]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"data": {"dataset": "encoder.jsonl"}}, "rank 1 (HOST) is not of the same run as rank 0 "
+         "(HOST): data.dataset is"),
+        ({"data": {"dataset": "nowhere.jsonl"}}, "rank 1 (HOST): "),
+        ({"train": {"save_steps": 3}}, "rank 1 (HOST) is not of the same run as rank 0 (HOST): "
+         "train.save_steps is 3 and None there"),
+    ],
+)  # fmt: skip
+def test_a_process_with_something_else_is_named_by_all(
+    prepared: Path, tmp_path: Path, other: dict[str, Any], message: str
+) -> None:  # fmt: skip
+    import socket
+
+    began, says = time.monotonic(), tmp_path / "errors"
+    each = [(prepared, tmp_path / "run", change) for change in ({}, other)]
+    assert ranks.end(ranks.start(differ, each, says)) == [2, 2]
+    assert time.monotonic() - began < 30
+    (line,) = says.read_text().splitlines()
+    assert message.replace("HOST", socket.gethostname()) in line
+
+
+def fail_in_the_first() -> None:
+    from ftlevel.training.processes import started_processes
+
+    processes = started_processes()
+    processes.join()
+
+    def fail() -> None:
+        raise ConfigError("it cannot be.")
+
+    processes.from_first(fail)
+
+
+def test_what_the_first_process_finds_wrong_it_says_once(tmp_path: Path) -> None:
+    says = tmp_path / "errors"
+    assert ranks.end(ranks.start(fail_in_the_first, [(), ()], says)) == [2, 2]
+    assert says.read_text() == "ftlevel: it cannot be.\n"
+
+
+def differ(folder: Path, out: Path, other: dict[str, Any]) -> None:
+    from distributed import settings
+
+    values = settings(folder, "decoder", "lora", out)
+    for section, fields in other.items():
+        fields = {k: str(folder / v) if k == "dataset" else v for k, v in fields.items()}
+        values[section] |= fields
+    train(TrainConfig.model_validate(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "one process has the whole model"),
+        ({"method": {"kind": "lora", "init_lora_weights": "pissa"}}, "taken out of the base"),
+        ({"method": {"kind": "adalora"}}, "other shapes than what it trains"),
+        ({"quant": {"kind": "8bit"}}, "--quant 8bit"),
+        ({"method": {"kind": "full"}, "speed": {"verify": True}}, "Drop --verify-fast"),
+        ({"method": {"kind": "full"}, "train": {"on_nonfinite": "rollback"}}, "Use skip"),
+    ],
+)
+def test_what_cannot_be_shared_is_named_before_weights_load(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any], message: str,
+) -> None:  # fmt: skip
+    from distributed import settings
+
+    monkeypatch.setattr("ftlevel.commands.train.load_adapted", None)
+    values = settings(prepared, "decoder", "lora", tmp_path)
+    values["train"]["shard"] = "full"
+    for section, fields in change.items():
+        values[section] = {**values.get(section, {}), **fields}
+    with pytest.raises(ConfigError, match=message):
+        train(TrainConfig.model_validate(values))
