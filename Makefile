@@ -8,6 +8,8 @@
 # make gpu-kit pack the folder to carry to a GPU without a network, and print what to run there
 # make servers install vLLM, mlx-lm and OpenVINO GenAI, each in an environment of its own (4 GB)
 # make served  hold them and llama.cpp to what was trained, and write the table of docs/serving.md
+# make docs    write the documentation as a site to site/; a link that leads nowhere fails it
+# make docs-commands  run the commands on the pages of docs/ and the notebook, and write their output there
 # make lint    the linters and type checks alone
 # make clean   remove environments and caches; models, data and runs stay
 #
@@ -29,6 +31,7 @@ GPU_KIT_FLAGS ?=
 SUITE_FLAGS ?=
 TORTURE_FLAGS ?=
 SERVED_FLAGS ?=
+DOCS_FLAGS ?=
 MODELS ?= .models
 TEST_DIR ?= .test
 DEMO_DIR ?= .demo
@@ -46,7 +49,8 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test demo lint matrix suite torture distributed gpu-sim gpu-kit servers served clean
+.PHONY: help test demo lint docs docs-commands matrix suite torture distributed gpu-sim gpu-kit servers served \
+	clean
 .DELETE_ON_ERROR:
 
 help:
@@ -55,7 +59,7 @@ help:
 # A stamp says that an environment is whole; a changed pyproject.toml makes a new one.
 $(TEST_DIR)/installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(TEST_DIR)/venv
-	$(TEST_BIN)/pip install --quiet $(PIP_FLAGS) -e '.[dev]'
+	$(TEST_BIN)/pip install --quiet $(PIP_FLAGS) -e '.[dev,docs]'
 	@touch $@
 
 # The demo installs what a user would get, so it is rebuilt whenever the package changes.
@@ -70,9 +74,21 @@ lint: $(TEST_DIR)/installed
 	$(TEST_BIN)/mypy
 	$(TEST_BIN)/lint-imports
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(TEST_DIR)/installed
+	$(TEST_BIN)/python scripts/draw_methods.py --check
+	$(TEST_BIN)/mkdocs build --site-dir site  # never --quiet: it counts no warnings then
+
+docs-commands: export OMP_NUM_THREADS ?= 1
+docs-commands: $(TEST_DIR)/installed
+	$(TEST_BIN)/python scripts/fetch_models.py --dir $(MODELS)
+	$(TEST_BIN)/python scripts/build_data.py all
+	$(TEST_BIN)/python scripts/docs_commands.py --write --models $(MODELS) $(DOCS_FLAGS)
+	$(TEST_BIN)/python scripts/run_notebook.py
+
 # One thread a test process: two of them with two each would starve one another.
 test: export OMP_NUM_THREADS ?= 1
-test: lint
+test: lint docs
 	$(TEST_BIN)/python scripts/fetch_models.py --dir $(MODELS)
 	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python -m pytest $(PYTEST_FLAGS)
 
@@ -132,4 +148,4 @@ demo: $(DEMO_DIR)/installed
 
 clean:
 	rm -rf $(TEST_DIR) $(DEMO_DIR) $(SERVERS) $(GPU_KIT) .peft-suite build dist
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .docs-run site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

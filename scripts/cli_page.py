@@ -1,14 +1,15 @@
-"""docs/cli.md: every command and every flag, from the table of flags."""
+"""docs/cli.md and docs/commands: every command and every flag, from the table of flags."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from ftlevel.cli.app import COMMANDS
 from ftlevel.config.flag import Agrees, Flag, Spelling, Words
-from ftlevel.config.flags import FLAGS, flags_of
+from ftlevel.config.flags import AS_TRAIN, FLAGS, flags_of
 
 _HEAD = """\
 # The command line
@@ -18,27 +19,50 @@ Written by `python scripts/write_docs.py cli` from the table of flags, \
 
 Underscores are read as dashes. A second name is what another tool calls the flag; it is accepted
 wherever the flag is. A field is set by its flag, by a recipe, or by `--set field=value`, and
-`ftlevel train --schema` has them all: defaults < recipe < `--set` < flags."""
+`ftlevel train --schema` has them all: defaults < recipe < `--set` < flags.
+
+| command | |
+|---|---|"""
 
 
-def cli_page(flags: Sequence[Flag] = FLAGS) -> str:
-    """Return docs/cli.md."""
-    return "\n".join([_HEAD, *(line for name in COMMANDS for line in _command(name, flags))]) + "\n"
+def cli_page() -> str:
+    """Return docs/cli.md: every command in a line."""
+    rows = [f"| [ftlevel {name}](commands/{name}.md) | {COMMANDS[name][1]} |" for name in COMMANDS]
+    return "\n".join([_HEAD, *rows]) + "\n"
+
+
+def command_pages() -> dict[str, Callable[[], str]]:
+    """Return page → what writes it, one a command."""
+    return {f"commands/{name}": partial(command_page, name) for name in COMMANDS}
+
+
+def command_page(name: str, flags: Sequence[Flag] = FLAGS) -> str:
+    """Return docs/commands/NAME.md: what the command does, and every flag that it has."""
+    return "\n".join(_command(name, flags)) + "\n"
 
 
 def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     module, _, attribute = COMMANDS[name][0].partition(":")
     function = getattr(importlib.import_module(module), attribute)
-    yield from ("", f"## ftlevel {name}", "", inspect.getdoc(function) or "")
+    yield from (f"# ftlevel {name}", "", inspect.getdoc(function) or "")
     rows = flags_of(name, flags)
+    if name in AS_TRAIN:
+        of_train = [row for row in rows if row in flags_of("train", flags) and row.path]
+        rows = [row for row in rows if row not in of_train]
+        yield from (
+            "",
+            f"It has {len(of_train)} flags of [ftlevel train](train.md): those that say something "
+            "of a run, but not",
+            "where it is written. Beside them:",
+        )
     for panel in dict.fromkeys(row.panel for row in rows):
-        yield from ("", f"### {panel or 'Arguments'}", "")
+        yield from ("", f"## {panel or 'Arguments'}", "")
         yield "| flag | field | choices | default | second names | |"
         yield "|---|---|---|---|---|---|"
         yield from (_line(row, name, flags) for row in rows if row.panel == panel)
     answers = [row for row in flags if row.answer and name in row.on]
     if answers:
-        yield from ("", "### Not here", "")
+        yield from ("", "## Not here", "")
         yield from (line for row in answers for line in _answer(row))
 
 

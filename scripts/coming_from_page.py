@@ -33,6 +33,8 @@ code 2. [cli.md](cli.md) has every second name beside its flag.
 
 A configuration file of Axolotl, LLaMA-Factory, ms-swift or TRL becomes a recipe by
 
+<!-- not run: tests/cli/test_recipes.py converts files of each tool -->
+
     ftlevel recipes convert FILE > recipe.yaml
 
 which names every key that has no counterpart. Of {count} spellings below, {accepted} are \

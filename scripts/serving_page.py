@@ -17,6 +17,7 @@ INTRODUCTION = """\
 Written by `python scripts/write_docs.py serving`, of the table by which `export` refuses, and of
 what `make served` and `python scripts/normal_forms.py` measured.
 
+<!-- not run: names stand for runs of yours; `make served` runs the like -->
 ```sh
 ftlevel export runs/mine --for vllm --out mine            # plain LoRA beside its base, checked
 ftlevel check-served mine --in vllm --python PYTHON       # in the library, no server needed

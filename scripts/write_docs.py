@@ -1,7 +1,9 @@
 """Write the pages of docs/ that come from the program itself.
 
 python scripts/write_docs.py methods          write docs/methods.md
-python scripts/write_docs.py cli              write docs/cli.md
+python scripts/write_docs.py cli              write docs/cli.md and docs/commands
+python scripts/write_docs.py which-method     write docs/which-method.md, of what compare gave
+python scripts/write_docs.py guide            write docs/guide, a page a method
 python scripts/write_docs.py coming-from      write docs/coming-from.md
 python scripts/write_docs.py serving          write docs/serving.md, of what was measured
 python scripts/write_docs.py --check          exit with 1 where a page is not up to date
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cli_page import cli_page
+from cli_page import cli_page, command_pages
 from coming_from_page import coming_from_page
 from ftlevel.commands.list_methods import QUANTS, task_refusal
 from ftlevel.config import SPECS
@@ -25,7 +27,9 @@ from ftlevel.methods.rates.rule import LONG, NARROW, SHORT, WIDE
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.families.facts import Family
 from ftlevel.tasks import TASKS
+from guide_pages import guide_pages
 from serving_page import serving_page
+from which_method_page import which_method_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _LETTERS = {"none": "f", "4bit": "4", "8bit": "8"}
@@ -213,17 +217,38 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli": cli_page,
     "coming-from": coming_from_page,
     "serving": serving_page,
+    "which-method": which_method_page,
+    **command_pages(),
+    **guide_pages(),
 }
+
+
+def _named(names: list[str]) -> list[str]:
+    """Return the pages that are meant: `cli` is commands/ too, and `guide` is all of guide/.
+
+    Raises:
+        SystemExit: there is no such page.
+    """
+    folders = {"cli": "commands/", "guide": "guide/"}
+    found = [
+        page
+        for name in names
+        for page in PAGES
+        if page == name or (name in folders and page.startswith(folders[name]))
+    ]
+    if unknown := [name for name in names if name not in PAGES and name not in folders]:
+        raise SystemExit(f"no such page: {unknown[0]}. There are {', '.join(PAGES)}")
+    return found or list(PAGES)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the pages that were named, or check all of them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("pages", nargs="*", choices=[*PAGES, []], help="all by default")
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help="all by default; cli is all of it")
     parser.add_argument("--check", action="store_true", help="write nothing")
     wish = parser.parse_args(arguments)
     stale = 0
-    for name in wish.pages or PAGES:
+    for name in _named(wish.pages):
         path, text = DOCS / f"{name}.md", PAGES[name]()
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
@@ -231,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
         if wish.check:
             print(f"{path} is not up to date: python scripts/write_docs.py {name}")
         else:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")
     return int(wish.check and stale > 0)

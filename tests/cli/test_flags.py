@@ -122,12 +122,12 @@ def test_an_added_row_is_a_flag_by_all_its_names(
 
 def test_an_added_row_is_in_help_and_docs(capsys: pytest.CaptureFixture[str]) -> None:
     flags = (*FLAGS, TOY, ANSWERED)
-    said, page = help_of(capsys, "train", flags), cli_page.cli_page(flags)
+    said, page = help_of(capsys, "train", flags), cli_page.command_page("train", flags)
     assert "--validation-rows" in panels_of(said)["Optimisation:"]
     assert "First rows of a streamed set that are held out for evaluation." in squeezed(said)
     (line,) = (
         set(page.splitlines())
-        - set(cli_page.cli_page().splitlines())
+        - set(cli_page.command_page("train").splitlines())
         - {
             "- `--wrapping`: rows are packed by default. Drop it.",
         }

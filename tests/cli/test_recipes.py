@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import yaml
 from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig, build_config, read_recipe
 
+OURS = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 AXOLOTL = """
 base_model: some/model
 load_in_4bit: true
@@ -107,15 +112,54 @@ def test_it_is_refused_until_it_is_converted(
     )
 
 
-def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
     Path("recipes").mkdir()
-    Path("recipes/mine.yaml").write_text("method: lora\n")
+    Path("recipes/mine.yaml").write_text("# What I do.\nmethod: lora\n")
     assert run(["recipes", "list"]) == 0
-    assert capsys.readouterr().out == "recipes/mine.yaml\n"
+    first, *shipped = capsys.readouterr().out.splitlines()
+    assert first.split(maxsplit=1) == ["recipes/mine.yaml", "What I do."]
+    assert [line.split()[0] for line in shipped] == [path.stem for path in OURS]
     assert run(["recipes", "show", "mine"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == {"method": "lora"}
-    assert run(["recipes", "convert", "recipes/mine.yaml"]) == 2
-    assert "ftlevel train recipes/mine.yaml" in capsys.readouterr().err
-    assert run(["recipes", "convrt", "x"]) == 2
-    assert "Did you mean 'convert'?" in capsys.readouterr().err
-    assert run(["recipes", "show"]) == 2
+    assert run(["recipes", "copy", "demo"]) == 0
+    assert capsys.readouterr().out == "wrote demo.yaml. Then: ftlevel train demo.yaml\n"
+    assert Path("demo.yaml").read_bytes() == (OURS[0].parent / "demo.yaml").read_bytes()
+    Path("demo.yaml").write_text("method: ia3\n")
+    assert run(["recipes", "copy", "recipes/mine.yaml", "demo.yaml"]) == 2
+    assert "Name another: ftlevel recipes copy mine demo-2.yaml" in capsys.readouterr().err
+    assert Path("demo.yaml").read_text() == "method: ia3\n"
+    Path("folder").mkdir()
+    assert run(["recipes", "copy", "mine", "folder", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["copied_to"] == "folder/mine.yaml"
+    assert run(["recipes", "list", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["recipes"]
+    assert {"name": "demo.yaml", "path": "demo.yaml", "about": ""} in rows
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("convert recipes/mine.yaml", "ftlevel train recipes/mine.yaml"),
+        ("convrt x", "Expected list, show, copy, convert. Did you mean 'convert'?"),
+        ("show", "there is nothing to show"),
+        ("show dmo", "there is no recipe dmo. Did you mean 'demo'? See: ftlevel recipes list"),
+        ("show demo new.yaml", "only copy writes a file"),
+        ("copy demo no/new.yaml", "no does not exist"),
+    ],
+)
+def test_what_it_refuses(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("recipes").mkdir()
+    Path("recipes/mine.yaml").write_text("method: lora\n")
+    assert run(["recipes", *words.split()]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_recipes(tmp_path: Path) -> None:
+    root = OURS[0].parents[1]
+    build = f"import hatchling.build as b; print(b.build_wheel({str(tmp_path)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=root, capture_output=True, text=True, check=True
+    )
+    names = zipfile.ZipFile(tmp_path / done.stdout.split()[-1]).namelist()
+    assert {f"ftlevel/recipes/{path.name}" for path in OURS} <= set(names)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 HELP = "Fine-tune transformers efficiently: one grammar for every family, task and PEFT method."
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "init": (
+        "ftlevel.cli.setup.init:init",
+        "Ask five questions, and write a recipe with comments.",
+    ),
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
     "preview": (
         "ftlevel.cli.preview:preview",
@@ -73,8 +77,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Ask a server the recorded prompts, and say whose answers it gives.",
     ),
     "recipes": (
-        "ftlevel.cli.recipes:recipes",
-        "List and show recipes, and convert those of other tools.",
+        "ftlevel.cli.setup.recipes:recipes",
+        "List, show and copy recipes, and convert those of other tools.",
     ),
     "list-targets": (
         "ftlevel.cli.list_targets:list_targets",
@@ -85,7 +89,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Show which methods there are, and what works with what.",
     ),
     "launch": (
-        "ftlevel.cli.launch:launch",
+        "ftlevel.cli.setup.launch:launch",
         "Write the file by which a cluster starts a run on several machines; submit it if told.",
     ),
     "doctor": (

@@ -23,6 +23,7 @@ CONFIGS: dict[str, type[Section]] = {
     "plan": TrainConfig,
     "compare": TrainConfig,
     "launch": TrainConfig,
+    "init": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "generate": GenerateConfig,

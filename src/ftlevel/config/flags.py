@@ -33,13 +33,13 @@ from ftlevel.config.reading.words import METHOD_WORDS
 
 _ROWS = ("train", "preview")
 _LIKE_TRAIN = ("train", "preview", "plan", "compare", "launch")
-AS_TRAIN = ("plan", "compare", "launch")
+AS_TRAIN = ("plan", "compare", "launch", "init")
 """Commands that take the flags of train."""
-_EVERY = ("train", "preview", "plan", "compare", "launch", "report", "doctor", "evaluate",
+_EVERY = ("train", "preview", "plan", "compare", "launch", "report", "doctor", "init", "evaluate",
           "predict", "generate", "merge", "quantize", "export", "check-served", "list-targets",
-          "list-methods")  # fmt: skip
+          "list-methods", "recipes")  # fmt: skip
 _QUIET = ("train", "compare", "merge", "quantize", "export", "check-served")
-_TRACED = (*(name for name in _EVERY if name != "preview"), "recipes")
+_TRACED = tuple(name for name in _EVERY if name != "preview")
 
 _PRECISIONS = {
     **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
@@ -124,7 +124,7 @@ _COLUMNS = tuple(
 
 FLAGS: tuple[Flag, ...] = (
     # Arguments.
-    Flag(names="[RECIPE]", on=("train", *AS_TRAIN), dest="recipe_file", type=Path,
+    Flag(names="[RECIPE]", on=("train", "plan", "compare"), dest="recipe_file", type=Path,
          help="A recipe, or the config.yaml of a run."),
     Flag(names="[RECIPE|RUN]", on=("preview",), dest="recipe_file", type=Path,
          help="A recipe, or the directory of a run."),
@@ -137,9 +137,13 @@ FLAGS: tuple[Flag, ...] = (
     Flag("model", "RUN|ADAPTER|MODEL", on=("export",), required=True),
     Flag("out", "OUT", on=("check-served",), required=True),
     Flag(names="ACTION", on=("recipes",), dest="action", required=True,
-         help="What to do: list, show or convert."),
+         help="What to do: list, show, copy or convert."),
     Flag(names="[FILE]", on=("recipes",), dest="file", type=Path,
-         help="A recipe to show, or the file of another tool to convert."),
+         help="A recipe by name or path, or the file of another tool to convert."),
+    Flag(names="[TO]", on=("recipes",), dest="target", type=Path,
+         help="Where copy writes; the default is the recipe's name, here."),
+    Flag(names="[FILE]", on=("init",), dest="file", type=Path, default=Path("recipe.yaml"),
+         help="Where the recipe goes; must not exist."),
     Flag(names="MODEL|FAMILY", on=("list-targets",), dest="model", required=True,
          help="A directory, a .gguf file, a Hub id, builtin:NAME, or a family such as llama."),
     # The ten that nearly every run has.
@@ -333,7 +337,7 @@ FLAGS: tuple[Flag, ...] = (
     # The run.
     Flag(names="--recipe", panel=RUN, on=_LIKE_TRAIN, type=Path,
          help="A recipe; flags win over it."),
-    Flag(names="--set", panel=RUN, on=_LIKE_TRAIN, type=list[str], metavar="KEY=VALUE",
+    Flag(names="--set", panel=RUN, on=(*_LIKE_TRAIN, "init"), type=list[str], metavar="KEY=VALUE",
          dest="settings", help="Set any field; repeatable."),
     Flag("train.save_strategy", "", RUN,
          also=(Spelling("--saves-per-epoch", read=read_once_an_epoch),)),
@@ -372,7 +376,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names="--quiet -q", panel=GENERAL, on=_QUIET, type=bool, help="Print errors only."),
     Flag(names="--quiet -q", panel=GENERAL, on=("evaluate",), type=bool,
          help="Print the metrics only."),
-    Flag(names="--help-all", panel=GENERAL, on=_LIKE_TRAIN, type=bool, help="Show every flag."),
+    Flag(names="--help-all", panel=GENERAL, on=(*_LIKE_TRAIN, "init"), type=bool,
+         help="Show every flag."),
     Flag(names="--quiet -q", panel=GENERAL, on=("predict",), type=bool,
          help="Print warnings and errors only."),
     Flag(names="--schema", panel=GENERAL, type=bool, help="Print the JSON schema of recipes."),

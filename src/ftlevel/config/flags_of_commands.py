@@ -57,6 +57,9 @@ OF_COMMANDS: tuple[Flag, ...] = (
          help="Give the file to the scheduler."),
     Flag(names="--dry-run", panel=DAILY, on=("launch",), type=bool,
          help="Print the file, and write nothing."),
+    # init
+    Flag(names="--yes -y", panel=GENERAL, on=("init",), type=bool,
+         help="Ask nothing: take what is proposed."),
     # doctor
     Flag(names="--quiet -q", panel=GENERAL, on=("doctor",), type=bool,
          help="Print only what something can be done about."),

@@ -1,4 +1,4 @@
-"""What the README shows of `preview` is what the script last drew."""
+"""What the page about proofs shows of `preview` is what the script last drew."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_the_readme_shows_lines_of_the_preview() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    [excerpt] = re.findall(r"```\n([^`]*\[<\|im_end\|>\]⏎)\n```", readme)
+def test_a_page_shows_lines_of_the_preview() -> None:
+    page = (ROOT / "docs/proof.md").read_text(encoding="utf-8")
+    [excerpt] = re.findall(r"```\n([^`]*\[<\|im_end\|>\]⏎)\n```", page)
     assert excerpt in (ROOT / "docs/preview.txt").read_text(encoding="utf-8")

@@ -1,8 +1,9 @@
-"""`ftlevel recipes`: list and show recipes, and convert those of other tools."""
+"""`ftlevel recipes`: list, show and copy recipes, and convert those of other tools."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +16,102 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.layers import read_yaml
 from ftlevel.config.other_tools.recipes import LLAMA_FACTORY, tool_of, typed_keys
-from ftlevel.errors import ConfigError, did_you_mean
+from ftlevel.errors import ConfigError, did_you_mean, listing
 
+_ACTIONS = ("list", "show", "copy", "convert")
 _NO_COUNTERPART = "ftlevel has nothing like it"
 
 
-def recipes(action: str, file: Path | None) -> None:
-    """List and show recipes, and convert those of other tools.
+def recipes(action: str, file: Path | None, target: Path | None, *, as_json: bool) -> None:
+    """List, show and copy recipes, and convert those of other tools.
 
-    ACTION is list, show or convert. `convert FILE` prints a file of Axolotl, LLaMA-Factory,
-    ms-swift or TRL as a recipe, and names every key that has no counterpart.
+    ACTION is list, show, copy or convert. `list` has those of this directory and those that come
+    with ftlevel, each with what it does; `copy NAME [TO]` writes one here, over no file. `convert
+    FILE` prints a file of Axolotl, LLaMA-Factory, ms-swift or TRL as a recipe, and names every key
+    that has no counterpart.
     """
     if action == "list":
-        for path in _known():
-            typer.echo(path)
+        _list(as_json)
         return
-    if action not in ("show", "convert"):
-        hint = did_you_mean(action, ("list", "show", "convert"))
-        raise ConfigError(f"{action!r} is not known. Expected list, show or convert.{hint}")
+    if action not in _ACTIONS:
+        hint = did_you_mean(action, _ACTIONS)
+        raise ConfigError(f"{action!r} is not known. Expected {listing(_ACTIONS)}.{hint}")
     if file is None:
         raise ConfigError(f"there is nothing to {action}. Use: ftlevel recipes {action} FILE")
-    if action == "show":
-        _show(file)
-    else:
+    if target is not None and action != "copy":
+        raise ConfigError(f"{target} is one too many: only copy writes a file.")
+    if action == "convert":
         convert(file)
+        return
+    path = _find(file)
+    text = path.read_text(encoding="utf-8")
+    if action == "copy":
+        target = _copy(path, text, target or Path(path.name))
+        said = {"recipe": str(path), "copied_to": str(target)}
+        typer.echo(json.dumps(said) if as_json else f"wrote {target}. Then: ftlevel train {target}")
+    elif as_json:
+        typer.echo(json.dumps({"recipe": str(path), "text": text}))
+    else:
+        typer.echo(text, nl=False)
+
+
+def shipped() -> list[Path]:
+    """Return the recipes that come with ftlevel: in the package, or beside src in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "recipes", package.parents[1] / "recipes")
+    return sorted(next((p for p in places if p.is_dir()), package).glob("*.yaml"))
+
+
+def _list(as_json: bool) -> None:
+    own, theirs = _known(), [p for p in shipped() if p.resolve() not in map(Path.resolve, _known())]
+    found = [(str(path), path) for path in own] + [(path.stem, path) for path in theirs]
+    if as_json:
+        rows = [{"name": name, "path": str(path), "about": _about(path)} for name, path in found]
+        typer.echo(json.dumps({"recipes": rows}))
+        return
+    width = max((len(name) for name, _ in found), default=0)
+    for name, path in found:
+        typer.echo(f"{name.ljust(width)}  {_about(path)}".rstrip())
+
+
+def _about(path: Path) -> str:
+    """Return the first line of a recipe's header; empty where it has none."""
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    return first[1:].strip() if first.startswith("#") else ""
 
 
 def _known() -> list[Path]:
     return sorted(path for where in (".", "recipes") for path in Path(where).glob("*.y*ml"))
 
 
-def _show(file: Path) -> None:
-    found = [path for path in _known() if file in (path, Path(path.name), Path(path.stem))]
-    read_yaml(path := file if file.is_file() else [*found, file][0])
-    typer.echo(path.read_text(encoding="utf-8"), nl=False)
+def _find(file: Path) -> Path:
+    """Return the recipe that is meant: a file, one of this directory, or one of ftlevel's.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    known = [*_known(), *shipped()]
+    found = [path for path in known if file in (path, Path(path.name), Path(path.stem))]
+    if not file.is_file() and not found:
+        near = did_you_mean(str(file), [path.stem for path in known])
+        raise ConfigError(f"there is no recipe {file}.{near} See: ftlevel recipes list")
+    read_yaml(path := file if file.is_file() else found[0])
+    return path
+
+
+def _copy(path: Path, text: str, target: Path) -> Path:
+    target = target / path.name if target.is_dir() else target
+    try:
+        with target.open("x", encoding="utf-8") as opened:
+            opened.write(text)
+    except FileExistsError:
+        raise ConfigError(
+            f"{target} is there already and stays as it is. Name another: "
+            f"ftlevel recipes copy {path.stem} {target.with_stem(target.stem + '-2')}"
+        ) from None
+    except FileNotFoundError:
+        raise ConfigError(f"{target.parent} does not exist. Make the directory first.") from None
+    return target
 
 
 def convert(file: Path) -> None:

@@ -1,0 +1,108 @@
+"""docs/guide/METHOD.md: one page a method, of its table's facts and of `method_guides.GUIDES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from ftlevel.config import SPECS
+from ftlevel.methods import METHODS
+from ftlevel.methods.matrix import FACTS, RULES
+from method_guides import GUIDES
+
+_HIDDEN = {"kind", "target_modules"}
+
+
+def guide_pages() -> dict[str, Callable[[], str]]:
+    """Return page → what writes it, the index first."""
+    return {
+        "guide/index": _index,
+        **{f"guide/{kind}": partial(_page, kind) for kind in SPECS},
+    }
+
+
+def _index() -> str:
+    lines = [
+        "# Each method",
+        "",
+        "A page a method: what it trains, where it sits, when to take it, what to turn. Measured "
+        "side by side they stand",
+        "in [which-method.md](../which-method.md) and [results.md](../results.md); what works with "
+        "what, in [methods.md](../methods.md).",
+        "",
+        "| method | trains | 7B Llama | merges |",
+        "|---|---|--:|---|",
+    ]
+    for kind in SPECS:
+        row = FACTS[kind]
+        share = _share(row.llama_7b)
+        lines.append(f"| [{kind}]({kind}.md) | {row.trains} | {share} | {row.merges or 'no'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _share(parameters: int) -> str:
+    return f"{parameters / FACTS['full'].llama_7b:.3%}" if parameters else "–"
+
+
+def _page(kind: str) -> str:
+    guide, row = GUIDES.get(kind), FACTS[kind]
+    lines = [f"# {kind}", ""]
+    if guide:
+        lines += [f"![Where {kind} sits in a transformer's block]({kind}.svg)", ""]
+        lines += [guide.idea, "", f"**When.** {guide.take}", ""]
+        lines += [f"**What to turn.** {guide.turn}", ""]
+    lines += [
+        "<!-- not run: tests/integration/test_methods.py trains every method -->",
+        "```sh",
+        f"ftlevel train --method {kind} --model MODEL --dataset ROWS",
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| trains | {row.trains} |",
+        f"| parameters on Llama-2-7B | {row.llama_7b:,} ({_share(row.llama_7b)}) |",
+        f"| merges into the base | {row.merges or 'no'} |",
+        f"| published | {row.paper} |",
+        f"| settings | {_settings(kind)} |",
+        f"| learning rate without `--learning-rate` | {_rates(kind)} |",
+        "",
+        *_forms(kind),
+        *_limits(kind),
+    ]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _settings(kind: str) -> str:
+    fields = SPECS[kind]().model_dump(exclude=_HIDDEN)
+    shown = [f"`{name}` {value}" for name, value in fields.items() if value not in (None, {}, [])]
+    return ", ".join(shown) or "–"
+
+
+def _rates(kind: str) -> str:
+    rates = METHODS[kind].rates(SPECS[kind]())
+    return (
+        f"from {rates.narrow:g} on small models and short runs towards {rates.wide:g} "
+        "([the rule](../defaults.md))"
+    )
+
+
+def _forms(kind: str) -> Iterator[str]:
+    forms = [row for row in FACTS.values() if row.kind == kind and row.name != kind]
+    if not forms:
+        return
+    yield from ("## Forms", "", "| | by | trains | published |", "|---|---|---|---|")
+    for row in forms:
+        yield f"| {row.name} | `{row.flags}` | {row.trains} | {row.paper} |"
+    yield ""
+
+
+def _limits(kind: str) -> Iterator[str]:
+    names = {row.name for row in FACTS.values() if row.kind == kind}
+    found = [rule for rule in RULES if rule.rows & names]
+    if not found:
+        return
+    yield from ("## Refused", "", "| | | because | instead |", "|---|---|---|---|")
+    for rule in found:
+        who = ", ".join(name for name in FACTS if name in rule.rows & names)
+        yield f"| {who} | {rule.where} | {rule.why} | {rule.instead} |"
+    yield ""

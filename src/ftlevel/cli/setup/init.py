@@ -1,0 +1,77 @@
+"""`ftlevel init`: five questions, and a recipe with comments."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ftlevel.cli.flags import Given
+from ftlevel.cli.startup.heavy_imports import heavy_imports
+from ftlevel.config import read_settings
+from ftlevel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ftlevel.commands.init import Question
+    from ftlevel.config.choices import Choice
+
+
+def init(given: Given, *, file: Path, yes: bool, as_json: bool) -> None:
+    """Ask five questions, and write a recipe with comments.
+
+    Takes the flags of train, and asks for what they leave open: the rows, the task, the model, the
+    method and the epochs. Each question has an answer that the data speak for; --yes takes them
+    all. The recipe is checked as train checks it before it is written. No file is written over.
+    """
+    _check_free(file)
+    layers = [read_settings(given.values["settings"] or []), given.layer()]
+    if not (yes or as_json or sys.stdin.isatty()):
+        raise ConfigError(
+            "there is no terminal to ask in. Add --yes to take what is proposed, or flags of train."
+        )
+    with heavy_imports():
+        from ftlevel.commands.init import check_answer, draft
+
+    def ask(question: Question, proposal: Choice) -> str:
+        if yes or as_json:
+            return str(proposal.value)
+        typer.echo(f"{proposal.value}: {proposal.reason}")
+        while True:
+            value: str = typer.prompt(question.words, default=str(proposal.value))
+            try:
+                check_answer(layers, question, value.strip())
+            except ConfigError as error:
+                typer.echo(f"  {error}", err=True)
+            else:
+                return value.strip()
+
+    drafted = draft(layers, file, ask)
+    try:
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(drafted.text)
+    except FileExistsError:
+        _check_free(file)
+    except FileNotFoundError:
+        raise ConfigError(f"{file.parent} does not exist. Make the directory first.") from None
+    if as_json:
+        typer.echo(json_module.dumps({
+            "recipe": str(file),
+            "config": drafted.config.model_dump(mode="json", exclude_unset=True),
+            "proposed": [{"name": c.name, "value": c.value, "reason": c.reason}
+                         for c in drafted.proposed],
+            "steps": drafted.steps,
+            "command": drafted.command,
+        }))  # fmt: skip
+        return
+    for choice in drafted.proposed if yes else ():
+        typer.echo(f"{choice.name}: {choice}")
+    typer.echo(f"wrote {file}. Then: {drafted.command}")
+
+
+def _check_free(file: Path) -> None:
+    if file.exists() or file.is_symlink():
+        raise ConfigError(f"{file} is there already and stays as it is. Name another: "
+                          f"ftlevel init {file.with_stem(file.stem + '-2')}")  # fmt: skip

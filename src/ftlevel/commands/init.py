@@ -1,0 +1,336 @@
+"""Init: five questions, each with an answer that the data speak for, and the recipe that they make.
+
+A recipe holds what was asked and typed. What train chooses by itself stands in it as a comment,
+with the value that it has now and the reason, and is resolved exactly as train resolves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.config import Layer, TrainConfig, build_config, put
+from ftlevel.config.choices import Choice
+from ftlevel.config.sections import DEFAULT_DATASET, DEFAULT_MODEL
+from ftlevel.data.sources.lines import PART
+from ftlevel.data.sources.splits import load_splits
+from ftlevel.errors import InputError, listing
+from ftlevel.models.hardware import choose_device
+from ftlevel.models.kinds import model_kind
+from ftlevel.models.loading import build_task_model, load_config, quiet_libraries
+from ftlevel.models.memory import device_memory
+from ftlevel.models.sources import resolve_source
+from ftlevel.tasks import TASKS
+from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.resolve import default_name, resolve
+
+_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".conll")
+_FOR_ENCODERS = ("text-classification", "token-classification", "question-answering", "masked-lm")
+_GUESSED = (*_FOR_ENCODERS[:3], "preference", "summarization", "text-generation")
+"""Tasks that columns speak for, those that need the most of their own first."""
+_WANTED = {"preference": ("chosen", "rejected"), "summarization": ("summary",)}
+"""Columns without which others that fit speak for another task."""
+_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+_DECODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_EPOCHS = 3
+_HELD_OUT = 0.1
+_ENOUGH = 50  # rows from which on some are held out
+_ORDER = "task model quant method data train"
+_BYTES = 2  # of a weight in 16 bits
+_HALF = 0.5  # of the memory; more for weights alone leaves too little for a step
+
+
+@dataclass(frozen=True)
+class Question:
+    """One of the five.
+
+    Attributes:
+        path: the field that it fills.
+        flag: that fills it too.
+        words: as it is asked.
+        propose: gives an answer with its reason, by what is known so far.
+        check: raises ConfigError where an answer cannot be used.
+    """
+
+    path: str
+    flag: str
+    words: str
+    propose: Callable[[TrainConfig], Choice]
+    check: Callable[[TrainConfig], object]
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """A recipe.
+
+    Attributes:
+        text: what goes into the file.
+        config: what the text says.
+        proposed: what nobody typed, with the reasons.
+        steps: of the run.
+        command: trains it.
+    """
+
+    text: str
+    config: TrainConfig
+    proposed: list[Choice]
+    steps: int
+    command: str
+
+
+def draft(layers: list[Layer], file: Path, answer: Callable[[Question, Choice], str]) -> Drafted:
+    """Return the recipe of what was given and answered; nothing is written.
+
+    Args:
+        layers: what `--set` and flags said; answers are added (mutated).
+        file: where the recipe will be.
+        answer: is asked each question that nothing answered yet; `check_answer` tells it whether
+            its answer can be used.
+
+    Raises:
+        ConfigError: what was given does not go together, or train could not begin with it.
+    """
+    proposed = []
+    with quiet_libraries():
+        for question in QUESTIONS:
+            config = build_config(layers)
+            if not _is_said(config, question.path):
+                proposal = question.propose(config)
+                value = answer(question, proposal)
+                layers.append(_layer(question.path, value, question.flag))
+                if value == proposal.value:
+                    proposed.append(proposal)
+            question.check(build_config(layers))
+        config, plan = _resolve(layers, proposed)
+    command = f"ftlevel train --recipe {file} --output-dir runs/{default_name(config)}"
+    text = "\n".join([*_head(config, command, file), *_render(config, plan, proposed)]) + "\n"
+    return Drafted(text, config, proposed, plan.schedule.steps, command)
+
+
+def check_answer(layers: list[Layer], question: Question, value: str) -> None:
+    """Raise ConfigError where `value` cannot be the answer beside what `layers` say."""
+    with quiet_libraries():
+        question.check(build_config([*layers, _layer(question.path, value, question.flag)]))
+
+
+def _layer(path: str, value: Any, origin: str) -> Layer:
+    layer = Layer()
+    put(layer, tuple(path.split(".")), value, origin)
+    return layer
+
+
+def _is_said(config: TrainConfig, path: str) -> bool:
+    section, _, name = path.partition(".")
+    if section not in config.model_fields_set:
+        return False
+    return not name or name in getattr(config, section).model_fields_set
+
+
+def _resolve(layers: list[Layer], proposed: list[Choice]) -> tuple[TrainConfig, Plan]:
+    """Return what train would make of it; rows are held out where there are none to check with."""
+    config = build_config(layers)
+    plan = resolve(config)
+    few = len(plan.data.train) < _ENOUGH or config.data.streaming
+    if few or plan.data.validation or _is_said(config, "data.validation_split"):
+        return config, plan
+    layers.append(_layer("data.validation_split", _HELD_OUT, "--validation-split"))
+    proposed.append(Choice("validation_split", _HELD_OUT, "the data has no validation rows"))
+    config = build_config(layers)
+    return config, resolve(config)
+
+
+def _propose_dataset(_: TrainConfig) -> Choice:
+    """Return the only file of rows in this directory, or the built-in examples.
+
+    Raises:
+        InputError: there are several.
+    """
+    found = sorted(path.name for path in Path().iterdir() if path.suffix.lower() in _ENDINGS)
+    if len(found) > 1:
+        raise InputError(
+            f"which rows are to be learned? Here are {listing(found, 6)}. Add --dataset {found[0]}"
+        )
+    if found:
+        return Choice("dataset", found[0], "the only file of rows in this directory")
+    return Choice("dataset", DEFAULT_DATASET, "no file of rows in this directory")
+
+
+def _propose_task(config: TrainConfig) -> Choice:
+    data = config.data
+    if data.dataset.startswith("builtin:"):
+        return Choice("task", "summarization", "docstrings have a first line")
+    table = _table(config)
+    columns = {column.lower() for column in table.columns}
+    for name in _GUESSED:
+        try:
+            found = TASKS[name].find_format(table.columns, data, table.rows[:PART])
+        except InputError:
+            continue
+        if columns.issuperset(_WANTED.get(name, ())):
+            return Choice("task", name, f"the columns are {found.name}")
+    raise InputError(
+        f"{data.dataset}: the columns {listing(table.columns)} say no task. Say what they are, as "
+        f"in: ftlevel init --dataset {data.dataset} --task text-generation "
+        f"--map prompt={table.columns[0]} --map completion={table.columns[-1]}"
+    )
+
+
+def _propose_model(config: TrainConfig) -> Choice:
+    name, kind = (_ENCODER, "encoder") if config.task in _FOR_ENCODERS else (_DECODER, "decoder")
+    if config.data.dataset.startswith("builtin:"):
+        return Choice("model", DEFAULT_MODEL, "comes with ftlevel")
+    try:
+        resolve_source(name)
+    except InputError:
+        why = f"comes with ftlevel, to try it; {name} cannot be had from here"
+        return Choice("model", DEFAULT_MODEL, why)
+    return Choice("model", name, f"a small {kind}")
+
+
+def _propose_method(config: TrainConfig) -> Choice:
+    """Return `lora`, or `qlora` where the weights alone would fill the memory."""
+    base = load_config(_source(config))
+    shape = build_task_model(base, _auto_class(config, base))
+    weights = _BYTES * sum(parameter.numel() for parameter in shape.parameters())
+    memory = device_memory(choose_device(config.model.device).value)
+    if weights > _HALF * memory:
+        return Choice(
+            "method", "qlora",
+            f"about {weights / 2**30:,.0f} GiB of weights in 16 bits, {memory / 2**30:,.0f} GiB of "
+            "memory",
+        )  # fmt: skip
+    return Choice("method", "lora", "the one that most others are measured against")
+
+
+def _propose_epochs(_: TrainConfig) -> Choice:
+    return Choice("epochs", str(_EPOCHS), "the best evaluation is kept")
+
+
+def _source(config: TrainConfig) -> Any:
+    wish = config.model
+    return resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
+
+
+def _table(config: TrainConfig) -> Any:
+    data = config.data
+    return load_splits(
+        data.dataset, split=data.split, subset=data.subset, on_bad_row=data.on_bad_row,
+        input_format=data.input_format,
+    ).train  # fmt: skip
+
+
+def _check_dataset(config: TrainConfig) -> None:
+    if not config.data.dataset.startswith("builtin:"):
+        _table(config)
+
+
+def _check_task(config: TrainConfig) -> None:
+    if not config.data.dataset.startswith("builtin:"):
+        table = _table(config)
+        TASKS[config.task].find_format(table.columns, config.data, table.rows[:PART])
+
+
+def _check_model(config: TrainConfig) -> None:
+    _auto_class(config, load_config(_source(config)))
+
+
+def _auto_class(config: TrainConfig, base: Any) -> str:
+    """Return transformers' class for the task; raise ConfigError where the model has none."""
+    return TASKS[config.task].auto_class(model_kind(base), base.model_type)
+
+
+QUESTIONS = (
+    Question("data.dataset", "--dataset", "Rows to learn from: a file, a directory or a Hub id",
+             _propose_dataset, _check_dataset),
+    Question("task", "--task", "What is to be learned", _propose_task, _check_task),
+    Question("model.name_or_path", "--model", "Model: a directory, a .gguf file or a Hub id",
+             _propose_model, _check_model),
+    Question("method.kind", "--method", "Method (ftlevel list-methods)", _propose_method,
+             lambda config: config),
+    Question("train.num_train_epochs", "--num-train-epochs", "Times that the rows are gone through",
+             _propose_epochs, lambda config: config),
+)  # fmt: skip
+
+
+def _head(config: TrainConfig, command: str, file: Path) -> Iterator[str]:
+    yield f"# {config.task}: {config.data.dataset} with {config.model.name_or_path}."
+    yield "#"
+    yield f"# Look first     ftlevel preview {file}     (what the model will see)"
+    yield f"#                ftlevel plan {file}        (memory and time)"
+    yield f"# Command        {command}"
+    yield "#"
+    yield "# A setting behind a # is what ftlevel chooses by itself, as it is now, with the reason;"
+    yield "# without the # it is yours. All there are: ftlevel train --schema."
+
+
+def _notes(plan: Plan, proposed: list[Choice]) -> Mapping[str, str]:
+    """Return what stands beside a setting: path → text."""
+    choices = {choice.name: choice for choice in plan.choices}
+    reasons = {choice.name: choice.reason for choice in proposed}
+    columns = choices.get("columns")
+    return {
+        "task": reasons.get("task", "") or (str(columns) if columns else ""),
+        "model.name_or_path": choices["model"].reason,
+        "method.kind": choices["method"].reason,
+        "data.dataset": choices["data"].reason.partition(";")[0],
+        "data.validation_split": reasons.get("validation_split", ""),
+        "train.num_train_epochs": f"{plan.schedule.steps:,} steps",
+        "quant.kind": str(choices["base"].value) if "base" in choices else "",
+    }
+
+
+def _chosen(config: TrainConfig, plan: Plan) -> Mapping[str, list[tuple[str, Any, str]]]:
+    """Return what train chooses by itself: section → name, value and reason of each."""
+    reasons = {choice.name: choice.reason for choice in plan.choices}
+    train, schedule = config.train, plan.schedule
+    rates = [("learning_rate", schedule.learning_rate, reasons.get("learning rate", ""))]
+    if schedule.head_learning_rate is not None:
+        why = "beside a learning_rate of yours the head has the same without it"
+        rates.append(("head_learning_rate", schedule.head_learning_rate, why))
+    found = {
+        "method": [(name, getattr(config.method, name), "")
+                   for name in ("r", "lora_alpha", "lora_dropout", "target_modules")
+                   if getattr(config.method, name, None) is not None],
+        "data": [("max_length", plan.data.max_length, reasons.get("max length", ""))],
+        "train": [
+            *((name, float(f"{rate:.3g}"), why) for name, rate, why in rates),
+            ("per_device_train_batch_size", train.per_device_train_batch_size, ""),
+            ("gradient_accumulation_steps", train.gradient_accumulation_steps, ""),
+            ("seed", train.seed, ""),
+        ],
+    }  # fmt: skip
+    return {
+        section: [
+            line for line in lines if line[0] not in getattr(config, section).model_fields_set
+        ]
+        for section, lines in found.items()
+    }
+
+
+def _render(config: TrainConfig, plan: Plan, proposed: list[Choice]) -> Iterator[str]:
+    """Yield the lines of a recipe: what is said, and behind # what is chosen."""
+    notes, chosen = _notes(plan, proposed), _chosen(config, plan)
+    values = config.model_dump(mode="json", exclude_unset=True)
+    for section in sorted(values, key=lambda name: (name not in _ORDER, _ORDER.find(name))):
+        held = values[section]
+        if not isinstance(held, dict):
+            yield _line(section, held, notes.get(section, ""))
+            continue
+        yield f"{section}:"
+        for name, value in held.items():
+            yield "  " + _line(name, value, notes.get(f"{section}.{name}", ""))
+        for name, value, reason in chosen.get(section, []):
+            yield "  # " + _line(name, value, reason)
+
+
+def _line(name: str, value: Any, note: str) -> str:
+    import yaml
+
+    plain = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, (dict, list)):
+        text = f"{name}: {yaml.safe_dump(value, default_flow_style=True, width=10_000)}"
+    else:
+        text = yaml.safe_dump({name: plain}, width=10_000, allow_unicode=True)
+    return text.rstrip("\n") + (f"  # {' '.join(note.split())}" if note else "")

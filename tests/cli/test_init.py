@@ -1,0 +1,182 @@
+"""`init`: what it proposes, what it asks in a terminal, and that train runs what it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.cli.app import run
+from ftlevel.config import build_config, read_recipe
+
+ModelDir = Callable[..., Path]
+WORDS = ("the red fox", "a blue whale", "some green frog", "this old oak")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CSV of 80 rows with a text and a label, and nothing else."""
+    lines = [f"{WORDS[i % 4]} number {i},{'tree' if i % 4 == 3 else 'animal'}" for i in range(80)]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def init(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    assert run(["init", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert run(["init", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+def test_it_reads_the_data_and_proposes(
+    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model_dir("bert")
+    found = init(capsys, "--model", model)
+    said = {one["name"]: (one["value"], one["reason"]) for one in found["proposed"]}
+    assert said["dataset"] == ("rows.csv", "the only file of rows in this directory")
+    assert said["task"] == ("text-classification", "the columns are text + label")
+    assert (said["method"][0], said["epochs"][0]) == ("lora", "3")
+    assert said["validation_split"] == (0.1, "the data has no validation rows")
+    config = build_config([read_recipe(Path("recipe.yaml"))])
+    assert config.model_dump(mode="json", exclude_unset=True) == found["config"]
+    assert found["steps"] == 27  # 72 rows, 8 a step, 3 times
+    text = Path("recipe.yaml").read_text()
+    assert "  kind: lora  # r 8, alpha 16, dropout 0\n" in text
+    assert "  # max_length: " in text
+    assert found["command"] in text
+
+
+def test_what_stands_as_a_comment_is_what_train_chooses(
+    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init(capsys, "--model", tiny_model_dir("bert"), "--num-train-epochs", 1)
+    lines = Path("recipe.yaml").read_text().splitlines()
+    plain = [line.replace("  # ", "  ", 1) if line.startswith("  # ") else line for line in lines]
+    Path("fixed.yaml").write_text("\n".join(plain) + "\n")
+    shown = []
+    for name in ("recipe.yaml", "fixed.yaml"):
+        assert run(["train", name, "--dry-run", "--json"]) == 0
+        shown.append(json.loads(capsys.readouterr().out)["config"])
+    assert (
+        "max_length" not in build_config([read_recipe(Path("recipe.yaml"))]).data.model_fields_set
+    )
+    assert "max_length" in build_config([read_recipe(Path("fixed.yaml"))]).data.model_fields_set
+    for name in ("learning_rate", "head_learning_rate"):
+        chosen, given = (config["train"].pop(name) for config in shown)
+        assert given == pytest.approx(chosen, rel=5e-3)
+    assert shown[0] == shown[1]
+
+
+def test_flags_go_into_the_recipe_and_train_runs_it(
+    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (
+        "--method",
+        "ia3",
+        "--max-steps",
+        2,
+        "--set",
+        "train.seed=7",
+        "--validation-split",
+        0.2,
+    )
+    found = init(capsys, "mine.yaml", "--model", tiny_model_dir("bert"), *flags)
+    assert found["config"]["method"]["kind"] == "ia3"
+    assert found["config"]["train"] == {"max_steps": 2, "seed": 7, "num_train_epochs": 3}
+    assert not {"method", "validation_split"} & {one["name"] for one in found["proposed"]}
+    assert run([*found["command"].split()[1:], "--quiet"]) == 0
+    summary = json.loads((Path(found["command"].split()[-1]) / "summary.json").read_text())
+    assert summary["steps"] == 2
+
+
+def test_the_built_in_examples_where_there_are_no_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    config = init(capsys, "--max-samples", 60)["config"]
+    assert (config["data"]["dataset"], config["task"]) == ("builtin:docstrings", "summarization")
+    assert config["model"]["name_or_path"] == "builtin:tiny-llama"
+
+
+def test_a_model_that_comes_with_ftlevel_where_there_is_no_network(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = {one["name"]: one for one in init(capsys)["proposed"]}
+    assert said["model"]["value"] == "builtin:tiny-llama"
+    assert "all-MiniLM-L6-v2 cannot be had from here" in said["model"]["reason"]
+
+
+def test_four_bits_where_the_weights_would_fill_the_memory(
+    tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ftlevel.commands.init.device_memory", lambda device: 400_000)
+    found = init(capsys, "--model", tiny_model_dir("bert"))
+    assert found["config"]["method"]["kind"] == "qlora"
+    assert found["config"]["quant"]["kind"] == "4bit"
+    lines = Path("recipe.yaml").read_text().splitlines()
+    assert "  kind: 4bit  # 4-bit nf4" in lines
+
+
+def test_nothing_is_written_over_or_half(
+    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("recipe.yaml").write_text("method: lora\n")
+    assert "recipe.yaml is there already" in refused(capsys, "--yes")
+    assert Path("recipe.yaml").read_text() == "method: lora\n"
+    assert "there is no terminal to ask in. Add --yes" in refused(capsys, "new.yaml")
+    model = tiny_model_dir("bert")
+    told = refused(capsys, "new.yaml", "--yes", "--model", model, "--task", "question-answering")
+    assert "'text', 'label'" in told
+    told = refused(capsys, "new.yaml", "--yes", "--dataset", "rows2.csv")
+    assert "Did you mean 'rows.csv'?" in told
+    assert "does not exist" in refused(capsys, "no/new.yaml", "--yes", "--model", model)
+    Path("more.csv").write_text("text,label\na,b\n")
+    assert "Here are more.csv, rows.csv. Add --dataset more.csv" in refused(
+        capsys, "new.yaml", "--yes"
+    )
+    Path("names.csv").write_text("en,de\nbank,Bank\n")
+    told = refused(capsys, "new.yaml", "--yes", "--dataset", "names.csv")
+    assert "--task text-generation --map prompt=en --map completion=de" in told
+    assert not Path("new.yaml").exists()
+
+
+@pytest.mark.slow
+def test_five_questions_in_a_terminal(tiny_model_dir: ModelDir) -> None:
+    model = tiny_model_dir("bert")
+    answers = ["nothing.csv", "", "", str(model), "", "2"]  # the first cannot be used
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ftlevel", "init"],
+        stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    os.close(slave)
+    os.write(master, ("\n".join(answers) + "\n").encode())
+    shown = b""
+    while True:
+        try:
+            shown += os.read(master, 4096)
+        except OSError:  # the terminal is closed
+            break
+    os.close(master)
+    text = shown.decode()
+    assert process.wait() == 0, text
+    assert "nothing.csv: no such file" in text
+    assert text.count("Rows to learn from") == 2
+    assert "What is to be learned [text-classification]" in text
+    assert "wrote recipe.yaml. Then: ftlevel train --recipe recipe.yaml" in text
+    config = build_config([read_recipe(Path("recipe.yaml"))])
+    assert (config.data.dataset, config.model.name_or_path) == ("rows.csv", str(model))
+    assert (config.method.kind, config.train.num_train_epochs) == ("lora", 2)

@@ -1,0 +1,45 @@
+"""Pictures of methods: up to date, well formed, for light and dark, each with its own parts lit."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+
+import draw_methods
+from ftlevel.config import SPECS
+from method_guides import GUIDES, LINEARS
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def lit(name: str) -> int:
+    """Return how many parts are drawn as trained, without the legend's."""
+    tree = ElementTree.fromstring(draw_methods.draw(name, GUIDES[name]))
+    return sum(part.get("class") == "on" for part in tree.iter()) - 1
+
+
+def test_the_pictures_are_those_of_the_descriptions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw_methods.main(["--check"]) == 0, capsys.readouterr().out
+    assert set(GUIDES) <= set(SPECS)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("lora", len(LINEARS)), ("ia3", 3), ("adapter", 2), ("prefix", 2), ("prompt", 1),
+     ("ln-tuning", 2), ("full", len(LINEARS) + 4)],
+)  # fmt: skip
+def test_what_is_trained_is_lit(name: str, parts: int) -> None:
+    assert lit(name) == parts
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_picture_says_what_it_shows_and_stays_inside(name: str) -> None:
+    text = draw_methods.draw(name, GUIDES[name])
+    tree = ElementTree.fromstring(text)
+    assert name in (tree.findtext(f"{SVG}title") or "")
+    assert "prefers-color-scheme:dark" in text
+    for box in tree.iter(f"{SVG}rect"):
+        x, y, width, height = (float(box.get(key, 0)) for key in ("x", "y", "width", "height"))
+        assert 0 <= x <= x + width <= 950
+        assert 0 <= y <= y + height <= 330
