@@ -1,15 +1,15 @@
 """Figures of preference losses on a tiny Llama with fixed weights, and that Llama.
 
-The figures were made by a script of plain torch and PEFT without any of this project's code: each
-answer alone through the model, formulas as in the papers, float32 on a CPU, with torch 2.13, PEFT
-0.21.2 and transformers 5.24; TRL 1.16's trainers give the same within 2e-5 for all but `cdpo`,
-`ipo-sum`, `rpo` and `orpo` (it pools their own loss otherwise, or has no such loss). Weights are of
-numpy's `RandomState`, whose stream is frozen. `test_losses.py` computes the same by another route
-again, so that neither stands alone.
+The figures lie in preference_figures.json, which `scripts/make_preference_figures.py` makes: plain
+torch and PEFT without any of this project's code, each answer alone through the model, formulas as in
+the papers, float64 on a CPU. `scripts/against_trl.py` holds TRL's own trainers to them. Weights are
+of numpy's `RandomState`, whose stream is frozen.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,64 +28,35 @@ PAIRS = [
     ("System: be brief.\nUser: hello\nBot:", " Hi!", " Hello! How can I help you today?"),
 ]
 MARGINS = [1.0, 0.0, 0.5, 2.0]
-REFERENCE = np.array(
-    [[-49.0160, -95.0687], [-21.0785, -20.7014], [-176.7871, -34.2921], [-33.9214, -220.0691]]
-)
-"""Log-likelihoods of the preferred and the rejected answers with the adapter off."""
-POLICY = np.array(
-    [[-45.1058, -91.8983], [-24.8654, -20.1510], [-174.7814, -36.0673], [-31.5665, -217.2595]]
-)
-LENGTHS = np.array([[7, 15], [3, 3], [29, 6], [5, 34]])
-BASELINE = 2.61522
+_MADE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+REFERENCE, POLICY = np.array(_MADE["reference"]), np.array(_MADE["policy"])
+"""Log-likelihoods of the preferred and the rejected answers, with the adapter off and on."""
+LENGTHS, BASELINE = np.array(_MADE["lengths"]), float(_MADE["baseline"])
 
 Figures = tuple[float, float, float]
 """The loss, and the norms of its gradient over all A and over all B."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("dpo", "cdpo", "robust", "hinge", "ipo", "dpo-norm", "ld-dpo", "rpo",
+                             "orpo", "kto")},
+    "ipo-sum": {"loss": "ipo", "ipo_ratios": "sum"},
+    "rpo-token": {"loss": "rpo", "nll_mean": "token"},
+    "simpo": {"simpo_gamma": 1.0},
+    "cpo": {"nll_mean": "token"},
+    "kto-weighed": {"loss": "kto", "undesirable_weight": 1.33},
+}  # fmt: skip
+"""Name → what the loss is told beside beta."""
 TABLE: dict[str, tuple[dict[str, Any], Figures, Figures]] = {
-    "dpo": ({}, (0.70705, 0.85446, 1.37995), (0.93901, 3.91568, 6.21520)),
-    "cdpo": ({}, (0.70637, 0.67529, 1.08979), (0.93562, 3.16921, 4.97249)),
-    "robust": ({}, (0.70790, 1.07920, 1.74367), (0.94325, 4.92362, 7.87502)),
-    "hinge": ({}, (1.00678, 1.80808, 2.92326), (1.25654, 6.76004, 11.31116)),
-    "ipo-sum": (
-        {"loss": "ipo", "ipo_ratios": "sum"},
-        (34.14386, 158.91670, 250.77471),
-        (9.60115, 82.92257, 121.58823),
-    ),
-    "ipo": ({}, (26.48662, 25.78441, 37.58774), (1.79630, 8.57596, 12.08119)),
-    "dpo-norm": ({}, (0.69824, 0.11558, 0.17189), (0.73386, 0.66273, 0.96188)),
-    "ld-dpo": ({}, (0.71343, 0.66275, 1.02268), (0.91538, 3.22240, 4.73691)),
-    "rpo": ({}, (7.47515, 2.30770, 3.65657), (7.70711, 5.10463, 8.01321)),
-    "rpo-token": (
-        {"loss": "rpo", "nll_mean": "token"},
-        (6.98703, 2.00421, 3.23324),
-        (7.21899, 4.63993, 7.39290),
-    ),
-    "simpo": (
-        {"simpo_gamma": 1.0},
-        (1.34728, 0.16718, 0.24990),
-        (1.49418, 0.90495, 1.34092),
-    ),
-    "cpo": (
-        {"nll_mean": "token"},
-        (9.98924, 2.39233, 3.84701),
-        (24.23116, 7.30243, 11.57500),
-    ),
-    "orpo": ({}, (6.86765, 1.84543, 2.88672), (7.26586, 2.37025, 3.65912)),
-    "kto": ({}, (0.50044, 0.22453, 0.36292), (0.48357, 1.07618, 1.72892)),
-    "kto-weighed": (
-        {"loss": "kto", "undesirable_weight": 1.33},
-        (0.57713, 0.26035, 0.42317),
-        (0.54363, 1.23880, 2.00813),
-    ),
+    name: (told, *(tuple(figures) for figures in _MADE["losses"][name]))  # type: ignore[misc]
+    for name, told in SETTINGS.items()
 }
 """Name → settings beside beta, the figures at beta 0.1 and at beta 0.5."""
-SCORES = np.array(
-    [[-1.44320, -1.89108], [-1.16063, -0.64603], [-1.42260, -2.37467], [0.29633, -1.16867]]
-)
+SCORES = np.array(_MADE["scores"])
 REWARDS: dict[str, tuple[float, bool, Figures]] = {
-    "plain": (0.0, False, (0.50288, 1.14897, 2.15274)),
-    "margins": (0.0, True, (0.86962, 2.09553, 3.81365)),
-    "centred": (0.01, False, (0.57679, 1.23557, 2.24484)),
-}
+    name: (center, has_margins, tuple(_MADE["rewards"][name]))
+    for name, center, has_margins in (
+        ("plain", 0.0, False), ("margins", 0.0, True), ("centred", 0.01, False)
+    )
+}  # fmt: skip
 """Name → the weight of the centring, whether pairs have margins, the figures."""
 
 _CONFIG = {
@@ -103,18 +74,30 @@ _CONFIG = {
 }
 
 
-def build_model(*, scores: bool = False) -> Any:
-    """Return the Llama with a LoRA on q_proj and v_proj, of which neither matrix is zero."""
+def build_base(*, scores: bool = False) -> Any:
+    """Return the Llama."""
     config = LlamaConfig(**_CONFIG, **({"num_labels": 1} if scores else {}))
     base = (LlamaForSequenceClassification if scores else LlamaForCausalLM)(config).eval()
     _fill(sorted(base.named_parameters()), 0)
-    model = get_peft_model(
-        base,
-        LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"],
-                   task_type="SEQ_CLS" if scores else "CAUSAL_LM"),
-    )  # fmt: skip
+    return base
+
+
+def adapter_config(*, scores: bool = False) -> LoraConfig:
+    """Return the LoRA on q_proj and v_proj."""
+    return LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"],
+                      task_type="SEQ_CLS" if scores else "CAUSAL_LM")  # fmt: skip
+
+
+def fill_adapter(model: Any) -> None:
+    """Give the LoRA of `model` its weights, of which neither matrix is zero."""
     lora = {n.replace(".", "/"): p for n, p in model.named_parameters() if "lora_" in n}
     _fill(sorted(lora.items()), 1)
+
+
+def build_model(*, scores: bool = False) -> Any:
+    """Return the Llama with its LoRA."""
+    model = get_peft_model(build_base(scores=scores), adapter_config(scores=scores))
+    fill_adapter(model)
     return model.eval()
 
 
@@ -139,7 +122,7 @@ def pair_rows(*, scored: bool = False, margins: bool = False) -> list[PairRow]:
         one, two = encode(prompt, good, index), encode(prompt, bad, index)
         margin = MARGINS[index] if margins else 0.0
         rows.append(pair_up(one, two, len(prompt.encode()), margin, scored=scored))
-    return rows  # type: ignore[return-value]
+    return rows
 
 
 def judged_rows() -> list[JudgedRow]:

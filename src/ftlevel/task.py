@@ -224,7 +224,8 @@ class Objective(ABC):
     def split(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
         """Return what the model is called with, and the labels."""
         inputs = dict(batch)
-        inputs.pop("verdicts", None)
+        for name in ("verdicts", "known", "ids"):
+            inputs.pop(name, None)
         labels = inputs["labels"] if self.feeds_labels else inputs.pop("labels")
         return inputs, labels
 
@@ -318,6 +319,31 @@ class TokenObjective(Objective):
     def of_tokens(self) -> TokenObjective:
         """What it is where each token has a loss of its own."""
         return self
+
+
+class TaughtObjective(TokenObjective):
+    """What learns tokens from a teacher too.
+
+    A batch has `known` and `ids`, what the teacher expects at each target in the order of `locate`.
+    One that has not, as in evaluation, is scored without a teacher.
+    """
+
+    @abstractmethod
+    def taught_sum(
+        self,
+        scores: torch.Tensor,
+        targets: torch.Tensor,
+        known: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the loss summed over targets (a scalar).
+
+        Args:
+            scores: (targets, vocabulary) of the model.
+            targets: (targets,) token ids.
+            known: (targets, outcomes) log-probabilities by the teacher, float32.
+            ids: (targets, k) the tokens that these are of.
+        """
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ REFUSED = [
     (["--beta", "0"], "--beta: 0.0 is out of range"),
     (["--beta", "-1"], "--beta: -1.0 is out of range"),
     (["--loss", "orpo", "--reference", "none"], "--reference: --loss orpo does not read it"),
+    (["--loss", "orpo", "--reference", "run"], "--reference: --loss orpo does not read it"),
     (["--simpo-gamma", "1"], "--simpo-gamma: --loss dpo does not read it; simpo does. Drop it."),
     (["--loss", "simpo", "--sft-weight", "2"], "--sft-weight: --loss simpo does not read it"),
     (["--desirable-weight", "2"], "--desirable-weight: --loss dpo does not read it; kto does."),
@@ -74,6 +75,7 @@ def without(name: str) -> list[dict[str, Any]]:
 
 
 ROWS = [
+    (PAIRS, ["--reference", "nowhere"], "--reference nowhere: no such directory here"),
     (without("rejected"), [], "there is a column 'chosen', and no 'rejected'"),
     ([{"text": "a b c"}] * 4, [], "--task preference: the columns do not say what to learn"),
     ([{**row, "rejected": row["chosen"]} for row in PAIRS], [], "a pair of equal answers: 24 of"),

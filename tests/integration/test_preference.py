@@ -15,13 +15,12 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-import task_data
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
 from ftlevel.commands.predict import predict
-from ftlevel.commands.train import TrainResult, train
-from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig, TrainConfig
+from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig
 from ftlevel.training.reference import fill
+from preference_runs import judged, losses, pair, run, write
 
 ModelDir = Callable[..., Path]
 
@@ -31,55 +30,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let no test read what another one kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "ftlevel" / "rows"
-
-
-def _pair(i: int) -> dict[str, str]:
-    words = task_data.WORDS
-    prompt = " ".join(words[(i * k + k) % 8] for k in range(3, 40 + i % 5))
-    return {
-        "prompt": f"Tell me of {i}: {prompt}",
-        "chosen": f"the {words[i % 8]} is good",
-        "rejected": f"a {words[(i + 3) % 8]} of {words[(i + 1) % 8]} it is not"[: 12 + 3 * (i % 7)],
-    }
-
-
-def _judged(i: int) -> dict[str, Any]:
-    pair = _pair(i)
-    return {"prompt": pair["prompt"], "completion": pair[("chosen", "rejected")[i % 2]],
-            "label": i % 2 == 0}  # fmt: skip
-
-
-def write(directory: Path, make: Callable[[int], Any] = _pair, rows: int = 16) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    for split, begin, end in (("train", 0, rows), ("validation", rows, rows + 6)):
-        lines = [json.dumps(make(i)) for i in range(begin, end)]
-        (directory / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return directory
-
-
-def run(
-    base: Path, rows: Path, out: Path, loss: str = "dpo", **sections: dict[str, Any] | str
-) -> TrainResult:
-    """Train a few steps; `sections` go over the usual ones."""
-    values: dict[str, Any] = {
-        "task": "preference",
-        "preference": {"loss": loss},
-        "model": {"name_or_path": str(base), "dtype": "float32", "device": "cpu"},
-        "data": {"dataset": str(rows)},
-        "train": {"max_steps": 3, "learning_rate": 0.01, "logging_steps": 1,
-                  "per_device_train_batch_size": 4},
-        "output": {"dir": str(out)},
-    }  # fmt: skip
-    for name, section in sections.items():
-        own = values.get(name)
-        values[name] = {**own, **section} if isinstance(own, dict) and isinstance(
-            section, dict) else section  # fmt: skip
-    return train(TrainConfig.model_validate(values))
-
-
-def losses(out: Path) -> list[tuple[float, float]]:
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
 
 
 CELLS = [
@@ -147,7 +97,7 @@ def test_the_reference_is_what_plain_transformers_says(
     tokenizer = AutoTokenizer.from_pretrained(path)
     expected = []
     for i in range(8):
-        row = _pair(i)
+        row = pair(i)
         turns = [{"role": "user", "content": row["prompt"]}]
         start = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         for answer in (row["chosen"], row["rejected"]):
@@ -254,11 +204,13 @@ def test_sft_then_dpo_then_merge_with_one_adapter(tiny_model_dir: ModelDir, tmp_
     assert again.base["ref_logp_chosen"] == again.metrics["ref_logp_chosen"]
     assert again.base["logp_chosen"] != pytest.approx(again.base["ref_logp_chosen"], abs=1e-2)
     merged = tmp_path / "merged"
-    merge(MergeConfig(adapters=[str(tmp_path / "dpo")], output_dir=merged))
+    told = merge(MergeConfig(adapters=[str(tmp_path / "dpo")], output_dir=merged)).summary
+    assert told["agreement"]["loss"] < math.log(1000)  # a token's, of some 700
     alone = evaluate(EvaluateConfig(name=str(merged), dataset=str(data / "validation.jsonl"),
                                     resamples=0, device="cpu"))  # fmt: skip
     assert alone.metrics["logp_chosen"] == pytest.approx(again.metrics["logp_chosen"], abs=1e-3)
     assert "reward_accuracy" not in alone.metrics
+    assert math.isfinite(alone.metrics["loss"])
 
 
 @pytest.mark.slow
@@ -282,9 +234,9 @@ def test_dropout_is_on_in_the_policy_and_off_in_the_reference(
 
 
 def test_a_reward_model_scores_answers(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    data = write(tmp_path / "data", lambda i: {**_pair(i), "margin": i % 3})
+    data = write(tmp_path / "data", lambda i: {**pair(i), "margin": i % 3})
     run(tiny_model_dir("llama"), data, tmp_path / "run", "reward", preference={"center": 0.01})
-    rows = [{"prompt": _pair(i)["prompt"], "completion": _pair(i)["chosen"]} for i in range(16, 22)]
+    rows = [{"prompt": pair(i)["prompt"], "completion": pair(i)["chosen"]} for i in range(16, 22)]
     told = predict(PredictConfig(name=str(tmp_path / "run"), device="cpu"), rows).rows or []
     found = evaluate(EvaluateConfig(name=str(tmp_path / "run"), resamples=0, device="cpu"))
     scores = [row["prediction"] for row in told]
@@ -311,7 +263,7 @@ def test_a_reward_model_reads_the_end_of_the_answer_whatever_its_padding_is(
     (own / "config.json").write_text(json.dumps(settings))
     result = run(own, write(tmp_path / "data"), tmp_path / "run", "reward")
     model = result.model.eval()
-    texts = [f"{_pair(0)['prompt']}\n{_pair(0)['chosen']}", _pair(1)["prompt"]]
+    texts = [f"{pair(0)['prompt']}\n{pair(0)['chosen']}", pair(1)["prompt"]]
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     with torch.no_grad():
         alone = [model(torch.tensor([row])).logits.item() for row in ids]
@@ -326,8 +278,8 @@ def test_four_bit_bases_are_their_own_reference(tiny_model_dir: ModelDir, tmp_pa
     assert losses(tmp_path / "run")[0][0] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_judged_answers_need_no_pairs(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    data = write(tmp_path / "data", _judged)
+def testjudged_answers_need_no_pairs(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    data = write(tmp_path / "data", judged)
     summary = run(tiny_model_dir("llama"), data, tmp_path / "run", "kto").summary
     assert {"kl", "reward_margin", "logp_desirable"} <= set(summary["metrics"])
     assert summary["metrics"]["kl"] >= 0

@@ -168,7 +168,9 @@ def kept_words(best: Mapping[str, Any]) -> str:
             f"{best['best']:.4f}"
         )
     if best["stopped_early"]:
-        words += f"; stopped early, after {best['patience']:,} evaluations without a better one"
+        count = best["patience"]
+        without = f"{count:,} evaluation{'s' * (count != 1)} without a better one"
+        words += f"; stopped early, after {without}"
     return words
 
 
@@ -197,6 +199,10 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
     ]
     if summary.get("adapter"):
         lines += [f"Training went on from the adapter `{summary['adapter']['name']}`.", ""]
+    if reference := summary.get("reference"):
+        lines += [f"Answers were held against a reference: {reference['is']}.", ""]
+    if lesson := summary.get("distillation"):
+        lines += [f"Its teacher was `{lesson['teacher']}`.", ""]
     if metrics:
         lines += _metrics_table(summary)
         rows, generated = (summary["data"][key] for key in ("validation_rows", "generated_rows"))

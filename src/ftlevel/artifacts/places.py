@@ -17,6 +17,7 @@ from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG, ORIGIN, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, read_recipe
+from ftlevel.config.options.preference import NO_REFERENCE, START
 from ftlevel.errors import ConfigError, listing
 
 PLACES = "places.json"
@@ -27,6 +28,8 @@ _FIELDS = {
     "data.also": "--dataset",
     "data.validation_file": "--validation-file",
     "data.chat_template": "--chat-template",
+    "preference.reference": "--reference",
+    "distillation.teacher": "--teacher",
 }
 """Dotted field that may be a path here → the flag that sets it."""
 
@@ -162,6 +165,8 @@ def _is_path(field: str, value: str) -> bool:
     path = Path(value).expanduser()
     if field == "data.chat_template" and path.name == value and not path.suffix:
         return False  # a template's name
+    if field == "preference.reference" and value in (START, NO_REFERENCE):
+        return False
     return path.is_absolute() or path.exists()
 
 

@@ -63,8 +63,9 @@ def _against_lines(against: Mapping[str, Any]) -> Iterator[str]:
     """Yield how far the scored model is from the one that it is held against."""
     rows, name = against["rows"], against["name"]
     yield f"  beside {name}"
+    width = max((len(metric) for metric in against["metrics"]), default=0)
     for metric, value in against["metrics"].items():
-        yield f"    {metric:<16}{_figure(value)} of {name}"
+        yield f"    {metric:<{width}} {_figure(value)} of {name}"
     figures = [f"logits differ by {rows['mean_difference']:.3g} on average"]
     if rows["kl"] is not None:
         figures = [f"KL {rows['kl']:.4f} nats", f"same first choice {rows['top1']:.1%}", *figures]

@@ -50,7 +50,6 @@ from ftlevel.training.going_on.resume import (
     tokens_begun_with,
 )
 from ftlevel.training.memory.explain import explain_out_of_memory
-from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.adapter import take_adapter
 from ftlevel.training.plan.adapter_form import find_adapter_warnings
 from ftlevel.training.plan.packages import check_packages
@@ -61,7 +60,8 @@ from ftlevel.training.plan.task_choice import choose_task
 from ftlevel.training.plan.trainable import size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
-from ftlevel.training.reference.fill import Reference, describe_first_loss, fill_reference
+from ftlevel.training.reference.asked import ask_and_load
+from ftlevel.training.reference.beside import find_beside
 from ftlevel.training.sharding.fit import check_can_shard
 from ftlevel.training.sharding.proof import probe_untrained, prove_sharded
 from ftlevel.training.sharding.trainer import save_sharded
@@ -259,6 +259,7 @@ def _resolve(
     plan = resolve(config, progress=listener.progress, why_task=why, adapter=adapter)
     plan = replace(plan, choices=[*taken.choices, *plan.choices])
     check_base_outlives(config, plan)
+    plan = replace(plan, beside=find_beside(config, plan.model))
     taken = replace(taken, config=config)
     sized = size_choices(config, plan, try_method=try_method)
     foresight = foresee(config, plan, processes.count)
@@ -292,10 +293,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
     if (summary := going_on.finished) is not None:
         return _end_finished(job, summary)
-    listener.stage("load the model")
     before = resident_bytes()
-    adapted = load_adapted(config, plan, listener)
-    plan, reference = fill_reference(config, plan, adapted, listener)
+    plan, adapted, asked = ask_and_load(config, plan, listener)
     verified = verify_step(config, plan, adapted, listener)
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
     check_shared(run, processes)
@@ -335,7 +334,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         plan = end_training(trainer, plan, records)
 
     listener.stage("save and check")
-    start, gradients = reference.start if reference else None, watch.gradients
+    start, gradients = asked.start, watch.gradients
 
     def write(weights: Mapping[str, Any] | None = None) -> None:
         save(adapted, config, plan, run, base, start, weights)
@@ -364,19 +363,11 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         left_out=describe_left_out(run.read_notes()),
         plan=job.foresight.compare(before),
     )
-    about = _tell_reference(reference, job, outcome)
+    about, notes = asked.describe(config, plan, outcome.records)
+    for note in notes:
+        listener.warn(note)
     summary = _tell(config, plan, outcome, run, listener, about)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
-
-
-def _tell_reference(reference: Reference | None, job: _Job, outcome: Outcome) -> dict[str, Any]:
-    """Return what summary.json says of the reference of preferences, and warn of its first loss."""
-    if reference is None:
-        return {}
-    facts, notes = describe_first_loss(reference, job.taken.config, job.plan, outcome.records)
-    for note in notes:
-        job.listener.warn(note)
-    return {"reference": facts}
 
 
 def _end_finished(job: _Job, summary: Mapping[str, Any]) -> TrainResult:

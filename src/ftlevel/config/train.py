@@ -8,6 +8,10 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
+from ftlevel.config.options.distillation import (
+    DistillationConfig,
+    find_distillation_problems,
+)
 from ftlevel.config.options.optimizer import find_problems
 from ftlevel.config.options.output import OutputConfig
 from ftlevel.config.options.preference import (
@@ -49,6 +53,9 @@ class TrainConfig(Section):
     train: TrainerConfig = Field(default_factory=TrainerConfig, description="The optimisation.")
     preference: PreferenceConfig = Field(
         default_factory=PreferenceConfig, description="How judged answers are learned."
+    )
+    distillation: DistillationConfig = Field(
+        default_factory=DistillationConfig, description="A teacher whose predictions are learned."
     )
     speed: SpeedConfig = Field(default_factory=SpeedConfig, description="How a step is computed.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="What is written.")
@@ -159,6 +166,12 @@ def _other_problems(config: TrainConfig) -> list[str]:
     problems += find_preference_problems(
         config.task,
         config.preference,
+        config.train.label_smoothing_factor,
+        streaming=config.data.streaming,
+    )
+    problems += find_distillation_problems(
+        config.task,
+        config.distillation,
         config.train.label_smoothing_factor,
         streaming=config.data.streaming,
     )

@@ -1,7 +1,8 @@
 """The reference of a trained policy, when other rows are scored: the model as its run began.
 
 That is its base with the adapter switched off where the adapter began as nothing, and otherwise
-what the run kept of its beginning. It is asked before the policy is, and never held beside it.
+what the run kept of its beginning; or the model that `--reference` named. It is asked before the
+policy is.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any
 from ftlevel.evaluation.likelihoods import measure_likelihoods
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.task import LikelihoodObjective
+from ftlevel.trained.another import NAMED, find_named
 from ftlevel.trained.base import find_base
 from ftlevel.trained.load import Found, Trained, card_directory, load_found
 
 KEPT = "reference"
-"""The folder beside an adapter with the adapter that it began as."""
+"""The folder beside an adapter with the adapter that it began as, or the name of its reference."""
 
 
 def needs_reference(evaluator: Evaluator) -> bool:
@@ -42,13 +44,16 @@ def with_reference(evaluator: Evaluator, trained: Trained, found: Found) -> Eval
 
 
 def _measure(evaluator: Evaluator, trained: Trained, found: Found) -> Any:
-    kept = found.directory / KEPT if found.directory is not None else None
-    if kept is not None and kept.is_dir():
-        return _of_another(evaluator, replace(found, directory=kept))
+    directory = found.directory or Path(found.source.location)
+    if (directory / KEPT / NAMED).is_file():
+        other = find_named(directory / KEPT, directory, evaluator.device)
+        return _of_another(evaluator, other.in_precision(evaluator.dtype).found)
+    if found.directory is not None and (directory / KEPT).is_dir():
+        return _of_another(evaluator, replace(found, directory=directory / KEPT))
     if trained.has_adapter:
         with trained.model.disable_adapter():
             return measure_likelihoods(evaluator, trained.model)
-    directory = card_directory(Path(found.source.location)) or Path(found.source.location)
+    directory = card_directory(directory) or directory
     return _of_another(evaluator, replace(found, source=find_base(found.card, directory)))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.run_directory import CONFIG
+from ftlevel.config.options.preference import NO_REFERENCE
 from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.errors import InputError
@@ -31,7 +32,7 @@ from ftlevel.models.quantized import (
 )
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
-from ftlevel.task import LikelihoodObjective, Objective
+from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.adapterhub import hub_task, is_adapterhub, read_hub_adapter, with_head
@@ -204,7 +205,8 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
         InputError: it is damaged, or has no head for the task.
     """
     card, source, directory = found.card, found.source, found.directory
-    task = TASKS[card.task].configured(card.options)
+    options, about_reference = _own_options(card)
+    task = TASKS[card.task].configured(options)
     config = load_config(source, **card_overrides(card))
     if (stored := stored_quantization(config)) is not None:
         check_loadable(stored, source.words, device)
@@ -217,7 +219,7 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
     ):  # CodeGen's has no such field at all
         config.pad_token_id = tokenizer.pad_token_id
     kind = model_kind(config)
-    dtype, notes = card.dtype, list(found.notes)
+    dtype, notes = card.dtype, [*found.notes, *about_reference]
     if dtype == "float16" and device == "cpu":
         dtype = "float32"
         notes.append("trained in float16; the CPU computes it in float32")
@@ -241,14 +243,24 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
     if directory is not None:
         model = load_adapter(model, directory, name)
     prompt = PromptFormat(**card.prompt) if card.prompt else None
-    objective = task.build_objective(kind, {"labels": card.labels, **card.options})
-    if isinstance(objective, LikelihoodObjective) and card.merge:
-        objective = replace(objective, needs_reference=False)
-        notes.append("what it was merged from is its reference no more: rewards are not scored")
+    objective = task.build_objective(kind, {"labels": card.labels, **options})
     return Trained(
         model.eval(), tokenizer, task, kind, device, dtype, objective, card.max_length,
-        prompt, card.labels, card.options, notes, card.method,
+        prompt, card.labels, options, notes, card.method,
     )  # fmt: skip
+
+
+def _own_options(card: AdapterCard) -> tuple[Mapping[str, Any], list[str]]:
+    """Return the options of the task, and a note where a merge left out the reference of rewards.
+
+    What it was merged from is not there to be asked.
+    """
+    known = card.options.get("preference")
+    if not card.merge or not known or known.get("reference", NO_REFERENCE) == NO_REFERENCE:
+        return card.options, []
+    alone = {**card.options, "preference": {**known, "reference": NO_REFERENCE}}
+    return alone, ["what it was merged from is its reference no more: rewards are not scored, and "
+                   "the loss compares with nothing"]  # fmt: skip
 
 
 def load_own_tokenizer(source: ModelSource, directory: Path | None) -> Any:

@@ -77,9 +77,17 @@ def _rows(model: Any, objective: Preferences) -> Any:
 
 
 def _step(
-    model: Any, objective: Any, rows: Any, plan: FastPlan | None, tokens: int = 4096
+    model: Any,
+    objective: Any,
+    rows: Any,
+    plan: FastPlan | None,
+    tokens: int = 4096,
+    bound: float = 1e-5,
 ) -> tuple[float, float, float]:
-    """Return loss and norms of a step over `rows`, by `plan` in micro-batches of `tokens`."""
+    """Return loss and norms of a step over `rows`, by `plan` in micro-batches of `tokens`.
+
+    The baseline of KTO is as it should be within `bound`, relative.
+    """
     model.zero_grad()
     loss = TrainingLoss()
     if plan is None:
@@ -99,7 +107,7 @@ def _step(
         count = torch.stack([objective.training_count(p["labels"], loss) for p in parts]).sum(0)
         if others:
             total = sum_of_ratios(head, model, objective, others)
-            assert float(total[0] / total[1]) == pytest.approx(BASELINE, abs=2e-5)
+            assert float(total[0] / total[1]) == pytest.approx(BASELINE, rel=bound)
         found = 0.0
         for part in parts:
             own = dict(part)
@@ -126,7 +134,7 @@ def test_loss_and_gradients_are_those_of_plain_torch_and_of_trl(
 ) -> None:
     objective = _objective(name, (0.1, 0.5)[at])
     found = _step(model, objective, _rows(model, objective), plan)
-    assert found == pytest.approx(TABLE[name][1 + at], rel=2e-5, abs=2e-5)
+    assert found == pytest.approx(TABLE[name][1 + at], rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -162,8 +170,8 @@ def test_scores_and_their_loss_are_those_of_plain_torch_and_of_trl(
         if fast:
             fast.remove()
     scores = sorted(logits.detach().reshape(-1, 2).tolist())  # a tree has an order of its own
-    assert np.array(scores) == pytest.approx(np.array(sorted(SCORES.tolist())), abs=2e-5)
-    assert (loss.item(), *norms(model)) == pytest.approx(expected, rel=2e-5, abs=2e-5)
+    assert np.array(scores) == pytest.approx(np.array(sorted(SCORES.tolist())), abs=1e-5)
+    assert (loss.item(), *norms(model)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def _known_answers() -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,13 +279,17 @@ def test_likelihoods_and_their_gradients_are_those_of_all_scores(trained: bool) 
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo"])
-def test_bfloat16_is_as_near_as_its_rounding(model: Any, name: str) -> None:
-    """bfloat16 moves a log-probability by some tenths of a nat; β h by a tenth of that."""
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("plan", [None, PACKED], ids=["plain", "packed"])
+def test_bfloat16_is_as_near_as_its_rounding(model: Any, name: str, plan: FastPlan | None) -> None:
+    """Within 1.5 % of the loss and 2 % of the gradient, the reference by the same path.
+
+    What was seen are 1.1 % (ipo of sums) and 1.5 %; at beta 0.5, where a nat counts five times as
+    much, 1.7 % and 2.3 %.
+    """
     objective = _objective(name, 0.1)
-    rows = _rows(model, objective)
-    batch = Collator(PAD)(rows)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        answers = measure_answers(None, model, objective, batch)
-    loss = objective.judge(answers, batch["verdicts"], training=True).item() / len(PAIRS)
-    assert loss == pytest.approx(TABLE[name][1][0], rel=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, *gradient = _step(model, objective, _rows(model, objective), plan, bound=0.1)
+    expected, *of_expected = TABLE[name][1]
+    assert loss == pytest.approx(expected, rel=0.015)
+    assert gradient == pytest.approx(of_expected, rel=0.02)

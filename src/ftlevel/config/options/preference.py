@@ -16,6 +16,7 @@ LossName = Literal[
     "kto", "reward",
 ]  # fmt: skip
 PREFERENCE_TASKS = ("preference", "reward")
+START, NO_REFERENCE = "start", "none"
 Weight = Annotated[float, Field(gt=0, le=1000)]
 
 
@@ -101,9 +102,10 @@ class PreferenceConfig(Section):
     center: Annotated[float, Field(ge=0, le=100)] = Field(
         0.0, description="Weight of the squared sum of a pair's scores, which keeps them around 0."
     )
-    reference: Literal["start", "none"] = Field(
-        "start",
-        description="What a policy is compared with: the model as it began, or nothing.",
+    reference: Annotated[str, Field(min_length=1)] = Field(
+        START,
+        description="What a policy is compared with: start, the model as it begins; none; or a "
+        "run, adapter or model with the same tokenizer.",
     )
 
     @property
@@ -113,8 +115,14 @@ class PreferenceConfig(Section):
 
     @property
     def is_referenced(self) -> bool:
-        """Whether log-probabilities of the model as it began are needed."""
-        return self.facts.referenced and self.reference == "start"
+        """Whether log-probabilities of a reference are needed."""
+        return self.facts.referenced and self.reference != NO_REFERENCE
+
+    @property
+    def other_reference(self) -> str | None:
+        """The run, adapter or model that is the reference; None where it is not another."""
+        is_other = self.is_referenced and self.reference != START
+        return self.reference if is_other else None
 
     @property
     def strength(self) -> float:

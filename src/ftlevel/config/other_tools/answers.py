@@ -234,8 +234,6 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--use-dft-loss --enable-dft-loss --use-eaft-loss",
             "the loss is cross-entropy over the answers' tokens. Drop it."),
     *_flags("--reward-model --reward-funcs --num-generations --max-completion-length", _NO_REWARDS),
-    *_flags("--ref-model", "the reference is the model as it begins, or none (--reference). Drop "
-            "it."),
     *_flags("--max-prompt-length", "--max-length is that of a prompt with its answer. Use that."),
     *_flags("--truncation-mode --truncation-side",
             "--overlong says what becomes of a row that is too long. Use that."),

@@ -24,10 +24,12 @@ class Collator:
         """Return `input_ids` and `attention_mask` `(batch, seq)`, and `labels`.
 
         A batch has the branches of all rows, those of a row side by side, and `verdicts`
-        `(batch, 3)` where rows have them. Labels are `(batch,)` for a number a row, `(batch, n)`
+        `(batch, 3)` where rows have them; of what a teacher expects `known` and `ids`, one target
+        after the other. Labels are `(batch,)` for a number a row, `(batch, n)`
         for n numbers a row, and `(batch, target)` filled with -100 for tokens.
         """
         verdicts = [verdict for row in rows for verdict in row.verdicts]
+        taught = [row.teacher for row in rows if row.teacher is not None]
         rows = [branch for row in rows for branch in row.branches]
         batch = {
             "input_ids": pad([r.input_ids for r in rows], self.pad_id),
@@ -42,6 +44,10 @@ class Collator:
             batch["labels"] = torch.tensor(labels)
         if verdicts:
             batch["verdicts"] = torch.tensor(verdicts)
+        if taught:
+            for name, kind in (("known", torch.float32), ("ids", torch.long)):
+                parts = [torch.tensor(expected[name], dtype=kind) for expected in taught]
+                batch[name] = torch.cat(parts)
         return batch
 
 

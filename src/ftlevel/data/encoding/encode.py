@@ -82,6 +82,14 @@ class Encoded:
         return ()
 
     @property
+    def teacher(self) -> Any:
+        """What a teacher expects at each of its targets: an array with `known` and `ids`; or None.
+
+        Log-probabilities (targets, outcomes), and the tokens (targets, k) that they are of.
+        """
+        return None
+
+    @property
     def contrasts(self) -> Sequence[Encoded]:
         """Sequences that are scored before the step, and not learned."""
         return ()

@@ -15,7 +15,7 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.scoring import batches
 from ftlevel.models.hardware import autocast
-from ftlevel.task import Objective
+from ftlevel.task import Objective, TokenObjective
 
 MOST_TARGETS = 512
 _BATCH = 4
@@ -62,6 +62,8 @@ class Probe:
         """Return what `model`, in eval mode, says of the rows, computing in `dtype`."""
         kept, count, loss, total = [], 0, 0.0, 0
         collate, objective = Collator(self.pad_id), self.objective
+        if isinstance(objective, TokenObjective):  # of judged answers, what is the same without
+            objective = objective.of_tokens  # a reference
         with torch.no_grad(), autocast(self.device, dtype):
             for rows in batches(self.rows, _BATCH):
                 batch = {name: value.to(self.device) for name, value in collate(rows).items()}

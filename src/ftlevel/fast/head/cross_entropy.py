@@ -53,6 +53,8 @@ def targets_a_chunk(free: int | None, vocabulary: int) -> int:
 
 
 Observe = Callable[[torch.Tensor, torch.Tensor], None]
+LossAndGradient = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+"""Scores (chunk, vocabulary), and which targets → their summed loss, its gradient by scores."""
 
 
 def finish_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -140,10 +142,39 @@ class ChunkedCrossEntropy:
             NotServedError: the model never asked its head.
         """
         if torch.is_grad_enabled():
-            return self._compute(
-                forward, at, lambda states: self._summed(states, targets, smoothing)
-            )
+
+            def compute(scores: torch.Tensor, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
+                losses, gradient = _loss_and_gradient(scores, targets[own], smoothing)
+                return losses.sum(), gradient
+
+            return self._compute(forward, at, lambda states: self._summed(states, compute))
         return self._compute(forward, at, lambda states: self._observe(states, targets, observe))
+
+    def sum_of_losses(
+        self,
+        forward: Callable[[], Any],
+        at: torch.Tensor,
+        loss_of: Callable[[torch.Tensor, slice], torch.Tensor],
+    ) -> torch.Tensor:
+        """Return the sum of what `loss_of` makes of the scores of each chunk (a scalar, float32).
+
+        Args:
+            forward: calls the model on a batch.
+            at: (targets,) positions, in the flattened (batch, seq).
+            loss_of: is given scores (chunk, vocabulary) and which of the targets they are of, and
+                returns a scalar.
+
+        Raises:
+            NotServedError: the model never asked its head.
+        """
+
+        def compute(scores: torch.Tensor, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.enable_grad():
+                leaf = scores.detach().float().requires_grad_()
+                loss = loss_of(leaf, own)
+            return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+        return self._compute(forward, at, lambda states: self._summed(states, compute))
 
     def likelihoods(
         self, forward: Callable[[], Any], at: torch.Tensor, targets: torch.Tensor
@@ -197,12 +228,10 @@ class ChunkedCrossEntropy:
     def _trained(self) -> list[torch.Tensor]:
         return [p for p in self._head.parameters() if p.requires_grad]
 
-    def _summed(
-        self, states: torch.Tensor, targets: torch.Tensor, smoothing: float
-    ) -> torch.Tensor:
+    def _summed(self, states: torch.Tensor, compute: LossAndGradient) -> torch.Tensor:
         """Return the loss of all chunks, with its gradient."""
         total: torch.Tensor = _SummedLoss.apply(  # type: ignore[no-untyped-call]
-            states, targets, self._scores, self._chunk, smoothing, *self._trained()
+            states, compute, self._scores, self._chunk, *self._trained()
         )
         return total
 
@@ -260,10 +289,9 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         states: torch.Tensor,
-        targets: torch.Tensor,
+        compute: LossAndGradient,
         scores_of: Callable[[torch.Tensor], torch.Tensor],
         size: int,
-        smoothing: float,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         """Return the loss, and keep the gradient of `states` and of the head's `parameters`."""
@@ -271,18 +299,19 @@ class _SummedLoss(torch.autograd.Function):
         of_states = torch.empty_like(states)
         of_parameters = [torch.zeros_like(p) for p in parameters]
         begin = 0
-        for chunk, wanted in _chunks(states, targets, size):
+        for chunk in torch.split(states, size):
+            own = slice(begin, begin + len(chunk))
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
                 scores = scores_of(leaf)
             with torch.no_grad():
-                loss, gradient = _loss_and_gradient(scores, wanted, smoothing)
-                total += loss.sum()
+                loss, gradient = compute(scores, own)
+                total += loss
             of_chunk, *of_head = torch.autograd.grad(
                 scores, [leaf, *parameters], gradient.to(scores.dtype)
             )
-            of_states[begin : begin + len(wanted)] = of_chunk
-            begin += len(wanted)
+            of_states[own] = of_chunk
+            begin = own.stop
             for total_gradient, part in zip(of_parameters, of_head, strict=True):
                 total_gradient += part
         ctx.save_for_backward(of_states, *of_parameters)
@@ -294,7 +323,6 @@ class _SummedLoss(torch.autograd.Function):
         of_states, *of_parameters = ctx.saved_tensors
         return (
             of_states * upstream.to(of_states.dtype),
-            None,
             None,
             None,
             None,

@@ -10,7 +10,13 @@ from torch.nn import functional
 
 from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.packing.layout import using_layout
-from ftlevel.task import LikelihoodObjective, Objective, TokenObjective, TrainingLoss
+from ftlevel.task import (
+    LikelihoodObjective,
+    Objective,
+    TaughtObjective,
+    TokenObjective,
+    TrainingLoss,
+)
 
 
 def base_model(model: Any) -> Any:
@@ -55,6 +61,10 @@ def plain_loss(
         total = objective.judge(answers, batch["verdicts"], training=True)
         return total, batch["labels"], None
     fed, labels = objective.split(batch)
+    if isinstance(objective, TaughtObjective) and "known" in batch:
+        scores, targets = objective.targets(objective.logits(model(**fed)), labels)
+        total = objective.taught_sum(scores, targets, batch["known"], batch["ids"])
+        return total, labels, None
     outputs = model(**fed)
     return objective.training_sum(objective.logits(outputs), labels, mask, loss), labels, outputs
 
@@ -101,7 +111,7 @@ def as_called(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Return what `model` is called with for its scores, and the labels."""
     inputs: dict[str, Any] = dict(batch)
-    for name in ("verdicts", "located"):
+    for name in ("verdicts", "located", "known", "ids"):
         inputs.pop(name, None)
     labels = inputs.pop("labels")
     if objective.feeds_labels:

@@ -12,7 +12,7 @@ from ftlevel.fast.head.likelihoods import as_called, measure_answers
 from ftlevel.fast.head.likelihoods import base_model as base_model
 from ftlevel.fast.packing.layout import PackedLayout, using_layout
 from ftlevel.fast.prefixes.shared_prefix import SharedPrefix, using_prefix
-from ftlevel.task import LikelihoodObjective, Objective, TokenObjective
+from ftlevel.task import LikelihoodObjective, Objective, TaughtObjective, TokenObjective
 
 
 def supervised_loss(
@@ -40,6 +40,13 @@ def supervised_loss(
         raise TypeError("a language head predicts tokens")
     inputs, labels = as_called(model, objective, batch)
     at, targets = batch.get("located") or objective.locate(labels)
+    if isinstance(objective, TaughtObjective) and "known" in batch:
+        known, ids, sum_of = batch["known"], batch["ids"], objective.taught_sum
+
+        def compute(scores: torch.Tensor, own: slice) -> torch.Tensor:
+            return sum_of(scores, targets[own], known[own], ids[own])
+
+        return head.sum_of_losses(lambda: model(**inputs), at, compute)
     return head.loss_sum(lambda: model(**inputs), at, targets, observe, smoothing)
 
 

@@ -129,7 +129,7 @@ class Preferences(LikelihoodObjective):
     @property
     def first_loss(self) -> float | None:
         """The loss of a policy that is the reference: h = 0, whatever the answers are."""
-        if not self.needs_reference:
+        if not self.needs_reference or self.settings.other_reference is not None:
             return None
         known = {
             "hinge": 1.0,

@@ -45,6 +45,8 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     values["model"]["fingerprint"] = base["fingerprint"]
     if plan.adapter is not None:
         values["model"]["adapter_fingerprint"] = plan.adapter.fingerprint
+    for (section, name), fingerprint in plan.beside.fingerprints().items():
+        values[section][name] = fingerprint  # wherever it lies
     values["model"]["digest"] = base.get("digest")
     values["data"]["validation_fingerprint"] = plan.data.facts.get("validation_fingerprint")
     if template := values["data"]["chat_template"]:

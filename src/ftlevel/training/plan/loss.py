@@ -45,6 +45,12 @@ def choose_loss(
     if weights:
         shown.append(Choice("class weights", _describe(dict(zip(names, weights, strict=True))),
                             reason))  # fmt: skip
+    taught = config.distillation
+    if taught.teacher is not None:
+        what = f"{taught.kd_ratio:g} {taught.divergence} of {taught.teacher}"
+        if taught.kd_ratio < 1:
+            what = f"{1 - taught.kd_ratio:g} cross entropy + {what}"
+        shown.append(Choice("loss", what, f"temperature {taught.kd_temperature:g}"))
     smoothing = 0.0 if config.task in PREFERENCE_TASKS else train.label_smoothing_factor
     return TrainingLoss(smoothing, weights, train.focal_gamma), shown
 

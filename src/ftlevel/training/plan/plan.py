@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ftlevel.config import QuantConfig
@@ -13,6 +14,7 @@ from ftlevel.methods import Base
 from ftlevel.models.sources import ModelSource
 from ftlevel.task import Objective, TrainingLoss
 from ftlevel.tasks import BaseTask
+from ftlevel.trained.another import Another
 from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.best_model import BestModel
 from ftlevel.training.plan.method_targets import MethodTargets
@@ -83,6 +85,25 @@ class Schedule:
     head_learning_rate: float | None
 
 
+@dataclass(frozen=True)
+class Beside:
+    """The models that a run asks before its first step, and does not train.
+
+    Attributes:
+        reference: which preferences are held against; None where it is not another model.
+        teacher: whose predictions are learned; None where there is none.
+    """
+
+    reference: Another | None = None
+    teacher: Another | None = None
+
+    def fingerprints(self) -> Mapping[tuple[str, str], str]:
+        """Return section and field of each model → its fingerprint."""
+        found = {("preference", "reference"): self.reference,
+                 ("distillation", "teacher"): self.teacher}  # fmt: skip
+        return {field: model.fingerprint for field, model in found.items() if model is not None}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run, before its weights are loaded.
@@ -99,6 +120,7 @@ class Plan:
         best: how the best evaluation is told; None where nobody asks.
         adapter: what the run goes on from; None where the adapter is new.
         choices: lines for the screen, in order.
+        beside: the models that are asked and not trained; found once the run is to begin.
     """
 
     task: BaseTask
@@ -112,6 +134,7 @@ class Plan:
     best: BestModel | None
     adapter: StartingAdapter | None
     choices: list[Choice]
+    beside: Beside = field(default_factory=Beside)
 
     @property
     def base(self) -> Base:

@@ -38,6 +38,8 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.threads import choose_threads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
+from ftlevel.tasks.distillation.objective import build_taught
+from ftlevel.tasks.tokens import Tokens
 from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.adapter_form import check_form
 from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
@@ -140,7 +142,7 @@ def resolve(
     if adapter is not None:
         model = replace(model, new_heads=[])  # they are the adapter's
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
-    objective = task.build_objective(bare.kind, data.facts)
+    objective = _objective(config, task, bare.kind, data)
     generates = generates_texts(config.train.predict_with_generate, task)
     check_metrics(
         config.train.metrics, task, objective, generates=generates, how="--predict-with-generate"
@@ -232,6 +234,14 @@ def _resolve_experts(
         return config, None
     form = "4 bits, as the linears" if config.quant.experts else "in floating point"
     return config, Choice("experts", form, why)
+
+
+def _objective(config: TrainConfig, task: BaseTask, kind: str, data: Prepared) -> Objective:
+    """Return what the model is trained on."""
+    objective = task.build_objective(kind, data.facts)
+    if config.distillation.teacher is None or not isinstance(objective, Tokens):
+        return objective
+    return build_taught(objective, config.distillation)
 
 
 def _plan_model(

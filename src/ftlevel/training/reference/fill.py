@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ class Reference:
 
     Attributes:
         facts: what summary.json says of it.
-        start: a temporary directory with the adapter as it began; None where that was nothing.
+        start: a temporary directory with the adapter as it began, or the name of another model;
+            None where it began as nothing.
     """
 
     facts: Mapping[str, Any]
@@ -65,34 +66,56 @@ def fill_reference(
         adapted: its model, as it begins, with the fast step on it.
         listener: told of it.
     """
-    objective = plan.objective
-    if not (isinstance(objective, LikelihoodObjective) and objective.needs_reference):
+    if not needs_reference(plan):
         return plan, None
     listener.stage("compute the reference")
+    key, name = digest_start(config, plan, adapted), "the model as it begins"
+    plan, facts = fill_rows(config, plan, name, key, lambda: (plan, adapted), listener)
+    return plan, Reference(facts, _keep_start(config, plan, adapted))
+
+
+def needs_reference(plan: Plan) -> bool:
+    """Whether the rows of a run have to know a reference."""
+    objective = plan.objective
+    return isinstance(objective, LikelihoodObjective) and objective.needs_reference
+
+
+def fill_rows(
+    config: TrainConfig,
+    plan: Plan,
+    name: str,
+    key: str,
+    ask: Callable[[], tuple[Plan, Adapted]],
+    listener: Listener,
+) -> tuple[Plan, dict[str, Any]]:
+    """Return `plan` with rows that know their reference, and what summary.json says of that.
+
+    Args:
+        config: the whole configuration.
+        plan: of the run.
+        name: of the reference, for the screen.
+        key: all that decides what the reference says of a row.
+        ask: gives the reference, and the plan by which it computes; not called where all is kept.
+        listener: told of it.
+    """
     task: Any = plan.task
-    start = digest_start(config, plan, adapted)
-    train, cached = read_or_fill(
-        config, start, plan.data.train, lambda into: _fill(plan, adapted, into)
-    )
+    train, cached = read_or_fill(config, key, plan.data.train, lambda into: _fill(*ask(), into))
     data = replace(plan.data, train=task.with_reference(plan.data.train, train))
     if plan.data.validation:
         evaluator = build_evaluator(config, plan)
         if evaluator is None:
             raise TypeError("validation rows are evaluated")
-        key = f"{start} padded by {evaluator.batch_size}"
 
         def score(into: np.ndarray) -> None:
-            into[:] = measure_likelihoods(evaluator, adapted.model)
+            into[:] = measure_likelihoods(evaluator, ask()[1].model)
 
-        held_out, _ = read_or_fill(config, key, plan.data.validation, score)
+        padded = f"{key} padded by {evaluator.batch_size}"
+        held_out, _ = read_or_fill(config, padded, plan.data.validation, score)
         data = replace(data, validation=task.with_reference(plan.data.validation, held_out))
     how = "computed before and kept" if cached else "computed before step 1"
     rows = len(plan.data.train) + len(plan.data.validation)
-    listener.choices(
-        "reference", [Choice("reference", "the model as it begins", f"{how}, {rows:,} rows")]
-    )
-    facts = {"is": "the model as it begins", "rows": rows, "cached": cached}
-    return replace(plan, data=data), Reference(facts, _keep_start(config, plan, adapted))
+    listener.choices("reference", [Choice("reference", name, f"{how}, {rows:,} rows")])
+    return replace(plan, data=data), {"is": name, "rows": rows, "cached": cached}
 
 
 FIRST_LOSS = 1e-6
@@ -198,16 +221,17 @@ def _score(
     if not rows or not isinstance(objective, LikelihoodObjective):
         return
     head = adapted.fast.cross_entropy if adapted.fast is not None else None
-    for chosen, batch in _micro_batches(adapted.fast, rows, plan.model.pad_id):
+    for chosen, batch in micro_batches(adapted.fast, rows, plan.model.pad_id):
         layout = batch.pop("layout", None)
         moved = {name: value.to(device) for name, value in batch.items()}
         with using_layout(layout.to(device) if layout is not None else None):
             yield chosen, measure_answers(head, adapted.model, objective, moved)
 
 
-def _micro_batches(
+def micro_batches(
     fast: FastStep | None, rows: Sequence[Encoded], pad_id: int
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Yield indices of rows and their batch, as the training step would cut them."""
     if fast is not None:
         yield from StepCollator(pad_id, fast.plan).split(rows)
         return

@@ -1,4 +1,4 @@
-"""Log-likelihoods by the reference on disk, under a digest of all that decides them."""
+"""What models say of rows, on disk, under a digest of all that decides it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,24 +28,61 @@ def read_or_fill(
 
     A file that a run was killed in is gone on with. Of several processes one computes.
     """
+    path = place_of(config, "reference", start, rows)
+    array, was_whole = open_or_fill(path, (len(rows), 2), np.dtype(np.float32), fill)
+    return np.array(array), was_whole
+
+
+def open_or_fill(
+    path: Path | None, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]
+) -> tuple[np.ndarray, bool]:
+    """Return the array in the file at `path` as `fill` writes it, and whether it was whole before.
+
+    Args:
+        path: None where nothing may be kept: the array is in memory.
+        shape: of the array.
+        dtype: of an item; a record's first field holds its numbers.
+        fill: writes what is missing of it, of each row the first number last.
+    """
     from filelock import FileLock
 
-    shape, path = (len(rows), 2), _path(config, start, rows)
     if path is None:
-        into = np.full(shape, np.nan, dtype=np.float32)
+        into = np.empty(shape, dtype=dtype)
+        numbers_of(into)[:] = np.nan
         fill(into)
         return into, False
     with FileLock(path.with_suffix(".lock")):
-        into = _open(path, shape)
-        missing = bool(np.isnan(into).any())
+        into = _open(path, shape, dtype)
+        missing = bool(is_missing(into).any())
         if missing:
             fill(into)
             into.flush()
-        return np.array(into), not missing
+        return into, not missing
 
 
-def _path(config: TrainConfig, start: str, rows: Sequence[Encoded]) -> Path | None:
-    """Return the file of these rows and this start; None where nothing may be kept."""
+def numbers_of(array: np.ndarray) -> np.ndarray:
+    """Return what of `array` is NaN until it is filled."""
+    names = array.dtype.names
+    found: np.ndarray = array[names[0]] if names else array
+    return found
+
+
+def is_missing(array: np.ndarray) -> np.ndarray:
+    """Return whether each item of `array`, along its first axis, is still to be filled."""
+    numbers = numbers_of(array)
+    found: np.ndarray = np.isnan(numbers if array.dtype.names is None else numbers[..., 0])
+    return found
+
+
+def place_of(config: TrainConfig, kind: str, start: str, rows: Sequence[Encoded]) -> Path | None:
+    """Return the file of these rows and this start; None where nothing may be kept.
+
+    Args:
+        config: the whole configuration.
+        kind: of what is kept.
+        start: all else that decides it.
+        rows: what it is of.
+    """
     if not config.data.cache or not is_writable():
         return None
     digest = hashlib.sha256(start.encode())
@@ -52,19 +90,19 @@ def _path(config: TrainConfig, start: str, rows: Sequence[Encoded]) -> Path | No
         for part in (*row.branches, *row.contrasts):
             digest.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
             digest.update(np.array(part.labels, np.int32).tobytes() + b";")
-    return cache_root() / f"reference-{digest.hexdigest()[:40]}.npy"
+    return cache_root() / f"{kind}-{digest.hexdigest()[:40]}.npy"
 
 
-def _open(path: Path, shape: tuple[int, int]) -> np.memmap:
+def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
     """Map the file at `path`, or a new one without numbers."""
     if path.exists():
         with contextlib.suppress(ValueError, OSError):
             known = np.lib.format.open_memmap(path, mode="r+")
-            if known.shape == shape and known.dtype == np.float32:
+            if known.shape == shape and known.dtype == dtype:
                 path.touch()
                 return known
-    fresh = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    fresh[:] = np.nan
+    fresh = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    numbers_of(fresh)[:] = np.nan
     fresh.flush()
     return fresh
 

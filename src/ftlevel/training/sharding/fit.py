@@ -49,6 +49,11 @@ def check_can_shard(config: TrainConfig, plan: Plan, count: int) -> None:
             f"{asked} cannot be used with --task preference yet: a reference that one process has "
             "kept and another has not would leave them waiting for one another. Use --shard none."
         )
+    if config.distillation.teacher is not None:
+        problems.append(
+            f"{asked} cannot be used with --teacher yet, which every process would hold whole. Use "
+            "--shard none."
+        )
     if kind.build is None:
         problems += _problems_of_full(config, plan, asked)
     if problems:

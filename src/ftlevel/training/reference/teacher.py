@@ -1,0 +1,188 @@
+"""What a teacher expects of the training rows: asked before the run's weights load, and kept.
+
+Of each target its likeliest tokens are on disk, or all of them; a step reads those of its rows.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftlevel.config import TrainConfig
+from ftlevel.config.choices import Choice
+from ftlevel.config.options.distillation import DistillationConfig
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.errors import InputError
+from ftlevel.events import Listener
+from ftlevel.fast.head.cross_entropy import Observe
+from ftlevel.fast.head.likelihoods import as_called
+from ftlevel.fast.packing.layout import using_layout
+from ftlevel.models.hardware import autocast
+from ftlevel.models.loading import load_config
+from ftlevel.task import TokenObjective
+from ftlevel.tasks.distillation.objective import likeliest, outcome_dtype
+from ftlevel.tasks.distillation.rows import TaughtRows
+from ftlevel.training.model import Adapted
+from ftlevel.training.plan.plan import Plan
+from ftlevel.training.reference.another import describe_asking, loaded
+from ftlevel.training.reference.fill import AT_ONCE, micro_batches
+from ftlevel.training.reference.kept import is_missing, open_or_fill, place_of
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher expects.
+
+    Attributes:
+        rows: of training, with it.
+        facts: what summary.json says of it.
+    """
+
+    rows: Sequence[Encoded]
+    facts: Mapping[str, Any]
+
+    def put_into(self, plan: Plan) -> Plan:
+        """Return `plan` with rows that know it."""
+        return replace(plan, data=replace(plan.data, train=self.rows))
+
+
+def ask_teacher(config: TrainConfig, plan: Plan, listener: Listener) -> Lesson | None:
+    """Return what the teacher expects of the training rows; None where there is none.
+
+    Args:
+        config: the whole configuration.
+        plan: of the run.
+        listener: told of it.
+
+    Raises:
+        InputError: the disk has no room for it.
+    """
+    teacher, settings = plan.beside.teacher, config.distillation
+    if teacher is None or not isinstance(plan.objective, TokenObjective):
+        return None
+    listener.stage("ask the teacher")
+    objective, rows = plan.objective, plan.data.train
+    other = load_config(teacher.found.source).get_text_config().vocab_size
+    dtype = outcome_dtype(settings, min(plan.model.vocabulary, other))
+    begins = np.cumsum([0, *(_count(objective, row) for row in rows)]).tolist()
+    key = json.dumps([describe_asking(teacher, plan), settings.kd_temperature, str(dtype)])
+    place, size = place_of(config, "teacher", key, rows), begins[-1] * dtype.itemsize
+    _check_room(place, size)
+
+    def fill(into: np.ndarray) -> None:
+        with loaded(teacher, plan, listener) as (asking, adapted):
+            _fill(config, asking, adapted, begins, into)
+
+    kept, was_whole = open_or_fill(place, (begins[-1],), dtype, fill)
+    how = "asked before and kept" if was_whole else "asked before step 1"
+    count = dtype["ids"].shape[0]
+    share = float(1 - np.exp(kept["known"][:, -1]).mean()) if count else 1.0
+    what = f"the {count} likeliest tokens" if count else "all tokens"
+    told = f"{what} at {begins[-1]:,} places, {share:.1%} of its probability; {size / 1e6:,.1f} MB"
+    listener.choices("teacher", [Choice("teacher", teacher.name, f"{how}: {told}")])
+    facts = {"teacher": teacher.name, "fingerprint": teacher.fingerprint, "cached": was_whole,
+             "tokens_kept": count or dtype["known"].shape[0], "places": begins[-1],
+             "probability_kept": share, "bytes": size}  # fmt: skip
+    return Lesson(TaughtRows(rows, kept, begins), facts)
+
+
+def _count(objective: TokenObjective, row: Encoded) -> int:
+    """Return how many targets of `row` are predicted."""
+    return int(objective.count(torch.tensor([row.labels])))
+
+
+def _check_room(place: Path | None, size: int) -> None:
+    """Refuse what the disk has no room for.
+
+    Raises:
+        InputError: it is more than is free.
+    """
+    if place is None or place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(place.parent).free
+    if size > free:
+        raise InputError(
+            f"--teacher: its predictions take {size / 1e9:,.1f} GB, and {place.parent} has "
+            f"{free / 1e9:,.1f} GB free. Lower --kd-top-k, or put the cache elsewhere with "
+            "XDG_CACHE_HOME."
+        )
+
+
+def _fill(
+    config: TrainConfig, plan: Plan, adapted: Adapted, begins: Sequence[int], into: np.ndarray
+) -> None:
+    """Write what is missing of `into` (targets,), some rows at a time."""
+    rows, model = plan.data.train, adapted.model
+    model.eval()
+    with torch.no_grad(), autocast(plan.model.device, plan.model.dtype):
+        for begin in range(0, len(rows), AT_ONCE):
+            part = range(begin, min(begin + AT_ONCE, len(rows)))
+            if not is_missing(into[begins[part.start] : begins[part.stop]]).any():
+                continue
+            for chosen, known, ids in _expect(config, plan, adapted, [rows[i] for i in part]):
+                of_rows = [begins[begin + i + 1] - begins[begin + i] for i in chosen]
+                ends = np.cumsum(of_rows)
+                for i, count, end in zip(chosen, of_rows, ends, strict=True):
+                    place, own = slice(begins[begin + i], begins[begin + i + 1]), slice(
+                        end - count, end
+                    )  # fmt: skip
+                    into["ids"][place] = ids[own]
+                    into["known"][place, 1:] = known[own, 1:]
+                    into["known"][place, 0] = known[own, 0]  # by which it is told to be there
+            if isinstance(into, np.memmap):
+                into.flush()
+
+
+def _expect(
+    config: TrainConfig, plan: Plan, adapted: Adapted, rows: Sequence[Encoded]
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Yield indices of rows, and what the teacher expects at their targets: `known` and `ids`."""
+    objective, device, settings = plan.objective, plan.model.device, config.distillation
+    if not isinstance(objective, TokenObjective):
+        return
+    other = adapted.model.config.get_text_config().vocab_size
+    dtype = outcome_dtype(settings, min(plan.model.vocabulary, other))
+    for chosen, batch in micro_batches(adapted.fast, rows, plan.model.pad_id):
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        keep = partial(_keep, parts, plan.model.vocabulary, settings, dtype)
+        layout = batch.pop("layout", None)
+        moved = {name: value.to(device) for name, value in batch.items()}
+        with using_layout(layout.to(device) if layout is not None else None):
+            _show_scores(adapted, objective, moved, keep)
+        known, ids = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
+        yield chosen, known, ids
+
+
+def _keep(
+    parts: list[tuple[torch.Tensor, torch.Tensor]],
+    vocabulary: int,
+    settings: DistillationConfig,
+    dtype: Any,
+    scores: torch.Tensor,
+    _: torch.Tensor,
+) -> None:
+    known, ids = likeliest(scores[:, :vocabulary], settings, dtype)
+    parts.append((known.cpu(), ids.cpu()))
+
+
+def _show_scores(
+    adapted: Adapted, objective: TokenObjective, batch: Mapping[str, torch.Tensor], show: Observe
+) -> None:
+    """Show what the model says of the targets of `batch`, in chunks (targets, vocabulary)."""
+    inputs, labels = as_called(adapted.model, objective, batch)
+    at, targets = objective.locate(labels)
+    if adapted.fast is not None and adapted.fast.cross_entropy is not None:
+        head = adapted.fast.cross_entropy
+        head.loss_sum(lambda: adapted.model(**inputs), at, targets, show)
+        return
+    scores = objective.logits(adapted.model(**inputs)).flatten(0, 1)
+    show(scores.index_select(0, at), targets)

@@ -1,0 +1,61 @@
+"""Runs of preferences on rows that are made by rule, and what they logged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import task_data
+from ftlevel.commands.train import TrainResult, train
+from ftlevel.config import TrainConfig
+
+
+def pair(i: int) -> dict[str, str]:
+    words = task_data.WORDS
+    prompt = " ".join(words[(i * k + k) % 8] for k in range(3, 40 + i % 5))
+    return {
+        "prompt": f"Tell me of {i}: {prompt}",
+        "chosen": f"the {words[i % 8]} is good",
+        "rejected": f"a {words[(i + 3) % 8]} of {words[(i + 1) % 8]} it is not"[: 12 + 3 * (i % 7)],
+    }
+
+
+def judged(i: int) -> dict[str, Any]:
+    both = pair(i)
+    return {"prompt": both["prompt"], "completion": both[("chosen", "rejected")[i % 2]],
+            "label": i % 2 == 0}  # fmt: skip
+
+
+def write(directory: Path, make: Callable[[int], Any] = pair, rows: int = 16) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for split, begin, end in (("train", 0, rows), ("validation", rows, rows + 6)):
+        lines = [json.dumps(make(i)) for i in range(begin, end)]
+        (directory / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return directory
+
+
+def run(
+    base: Path, rows: Path, out: Path, loss: str = "dpo", **sections: dict[str, Any] | str
+) -> TrainResult:
+    """Train a few steps; `sections` go over the usual ones."""
+    values: dict[str, Any] = {
+        "task": "preference",
+        "preference": {"loss": loss},
+        "model": {"name_or_path": str(base), "dtype": "float32", "device": "cpu"},
+        "data": {"dataset": str(rows)},
+        "train": {"max_steps": 3, "learning_rate": 0.01, "logging_steps": 1,
+                  "per_device_train_batch_size": 4},
+        "output": {"dir": str(out)},
+    }  # fmt: skip
+    for name, section in sections.items():
+        own = values.get(name)
+        values[name] = {**own, **section} if isinstance(own, dict) and isinstance(
+            section, dict) else section  # fmt: skip
+    return train(TrainConfig.model_validate(values))
+
+
+def losses(out: Path) -> list[tuple[float, float]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
