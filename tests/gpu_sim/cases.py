@@ -149,7 +149,7 @@ def _with_lora(base: Any) -> Any:
     """Return `base`, which has no numbers, with LoRA on all linears."""
     from peft import LoraConfig, get_peft_model
 
-    # Asked of weights, which are not there: what is found for a Llama, and T5's norm.
+    # OthersSaid of weights, which are not there: what is found for a Llama, and T5's norm.
     norm_glu._find_norm = lambda _: (0.0, False)
     norm_glu._find_glu = lambda _: "silu"
 

@@ -27,6 +27,8 @@ if (found := ftlevel.__file__) is None:
 SOURCE = Path(found).parent
 DOORS = ("models/upstream/", "methods/upstream")
 
+OUR_OPERATORS = "ftlevel"
+"""Of `torch.ops`, which is a place for everybody's."""
 LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchao", "transformers")
 DOCUMENTED = {
     "bitsandbytes", "bitsandbytes.functional", "datasets", "peft", "peft.optimizers",
@@ -95,7 +97,7 @@ def find_uses(code: str) -> Iterator[tuple[int, str]]:
             if whose in ("self", "cls", "super()"):
                 if node.attr in INHERITED - STATED and node.attr not in own:
                     yield node.lineno, f"{whose}.{node.attr}"
-            elif whose == "torch.ops" or (
+            elif (whose == "torch.ops" and node.attr != OUR_OPERATORS) or (
                 is_private(node.attr)
                 and node.attr not in own
                 and f"{whose}.{node.attr}" not in PUBLIC

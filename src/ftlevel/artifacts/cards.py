@@ -201,8 +201,8 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         lines += [f"Training went on from the adapter `{summary['adapter']['name']}`.", ""]
     if reference := summary.get("reference"):
         lines += [f"Answers were held against a reference: {reference['is']}.", ""]
-    if lesson := summary.get("distillation"):
-        lines += [f"Its teacher was `{lesson['teacher']}`.", ""]
+    if expected := summary.get("distillation"):
+        lines += [f"Its teacher was `{expected['teacher']}`.", ""]
     if metrics:
         lines += _metrics_table(summary)
         rows, generated = (summary["data"][key] for key in ("validation_rows", "generated_rows"))

@@ -124,7 +124,7 @@ _COLUMNS = tuple(
 
 FLAGS: tuple[Flag, ...] = (
     # Arguments.
-    Flag(names="[RECIPE]", on=("train", "plan", "compare"), dest="recipe_file", type=Path,
+    Flag(names="[RECIPE]", on=("train", "plan", "compare", "launch"), dest="recipe_file", type=Path,
          help="A recipe, or the config.yaml of a run."),
     Flag(names="[RECIPE|RUN]", on=("preview",), dest="recipe_file", type=Path,
          help="A recipe, or the directory of a run."),

@@ -202,8 +202,8 @@ class FtlevelTrainer(Trainer):
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         micro_batches = [(part.pop("layout"), part) for part in inputs["micro_batches"]]
-        passes = self.passes(len(micro_batches))
-        self.current_gradient_accumulation_steps = passes
+        calls = self.calls_of(len(micro_batches))
+        self.current_gradient_accumulation_steps = calls
         for layout, part in micro_batches:
             self.tokens_computed += layout.tokens if layout else part["input_ids"].numel()
         if inputs["in_parallel"] and self.fast is not None and self.fast.workers is not None:
@@ -212,16 +212,16 @@ class FtlevelTrainer(Trainer):
                 self.fast.workers, model, micro_batches, prefix, num_items_in_batch
             )
         losses = []
-        for number in range(passes):
+        for number in range(calls):
             layout, part = micro_batches[number % len(micro_batches)]
             self._is_nothing |= number >= len(micro_batches)
-            is_last = number == passes - 1
+            is_last = number == calls - 1
             once = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
             with once, using_layout(layout):
                 losses.append(super().training_step(model, dict(part), num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def passes(self, own: int) -> int:
+    def calls_of(self, own: int) -> int:
         """Return how often the model is called in a step of `own` micro-batches.
 
         What is beyond them does not count, and is computed so that all processes call it as often.

@@ -12,20 +12,20 @@ from ftlevel.training.model import Adapted, load_adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.reference.another import ask_reference
 from ftlevel.training.reference.fill import Reference, describe_first_loss, fill_reference
-from ftlevel.training.reference.teacher import Lesson, ask_teacher
+from ftlevel.training.reference.teacher import Expected, ask_teacher
 
 
 @dataclass(frozen=True)
-class Asked:
+class OthersSaid:
     """What was asked.
 
     Attributes:
         reference: what preferences are held against; None where they are not, or nothing is.
-        lesson: what a teacher expects; None where there is none.
+        expected: what a teacher expects; None where there is none.
     """
 
     reference: Reference | None
-    lesson: Lesson | None
+    expected: Expected | None
 
     @property
     def start(self) -> Any:
@@ -45,23 +45,23 @@ class Asked:
         facts, notes = dict[str, Any](), list[str]()
         if self.reference is not None:
             facts["reference"], notes = describe_first_loss(self.reference, config, plan, records)
-        if self.lesson is not None:
-            facts["distillation"] = dict(self.lesson.facts)
+        if self.expected is not None:
+            facts["distillation"] = dict(self.expected.facts)
         return facts, notes
 
 
 def ask_and_load(
     config: TrainConfig, plan: Plan, listener: Listener
-) -> tuple[Plan, Adapted, Asked]:
+) -> tuple[Plan, Adapted, OthersSaid]:
     """Return the plan with rows that know what was asked, the model that is trained, and the facts.
 
     Other models are asked before it loads, and are gone then.
     """
     plan, reference = ask_reference(config, plan, listener)
-    lesson = ask_teacher(config, plan, listener)
+    expected = ask_teacher(config, plan, listener)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
     if reference is None:
         plan, reference = fill_reference(config, plan, adapted, listener)
-    plan = lesson.put_into(plan) if lesson is not None else plan
-    return plan, adapted, Asked(reference, lesson)
+    plan = expected.put_into(plan) if expected is not None else plan
+    return plan, adapted, OthersSaid(reference, expected)

@@ -38,7 +38,7 @@ from ftlevel.training.reference.kept import is_missing, open_or_fill, place_of
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Expected:
     """What a teacher expects.
 
     Attributes:
@@ -54,7 +54,7 @@ class Lesson:
         return replace(plan, data=replace(plan.data, train=self.rows))
 
 
-def ask_teacher(config: TrainConfig, plan: Plan, listener: Listener) -> Lesson | None:
+def ask_teacher(config: TrainConfig, plan: Plan, listener: Listener) -> Expected | None:
     """Return what the teacher expects of the training rows; None where there is none.
 
     Args:
@@ -91,7 +91,7 @@ def ask_teacher(config: TrainConfig, plan: Plan, listener: Listener) -> Lesson |
     facts = {"teacher": teacher.name, "fingerprint": teacher.fingerprint, "cached": was_whole,
              "tokens_kept": count or dtype["known"].shape[0], "places": begins[-1],
              "probability_kept": share, "bytes": size}  # fmt: skip
-    return Lesson(TaughtRows(rows, kept, begins), facts)
+    return Expected(TaughtRows(rows, kept, begins), facts)
 
 
 def _count(objective: TokenObjective, row: Encoded) -> int:

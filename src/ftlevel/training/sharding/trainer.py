@@ -38,7 +38,7 @@ class ShardedTrainer(FtlevelTrainer):
         leave_sharded(self)
         self._whole = [p for p in trained(self.model) if not isinstance(p, DTensor)]
 
-    def passes(self, own: int) -> int:
+    def calls_of(self, own: int) -> int:
         """Return the most micro-batches that a process has."""
         return self.processes.most(own)
 
