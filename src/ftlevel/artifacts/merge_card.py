@@ -49,14 +49,22 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
     return "\n".join(lines)
 
 
+def how_near(found: Mapping[str, Any]) -> str:
+    """Return how near a model is to the one that it is compared with (`Agreement`), in words."""
+    apart = f"{found['mean_difference']:.2g} on average"
+    return apart if found["kl"] is None else (
+        f"{apart}, KL {found['kl']:.2g}, top-1 {found['top1']:.1%}"
+    )  # fmt: skip
+
+
 def _low_bits_lines(form: str, served: Mapping[str, Any] | None) -> list[str]:
     lines = [f"Its linears are stored in {form}, which transformers loads with bitsandbytes."]
     if served is not None:
         lines.append(
-            f"Loaded so, it is at KL {served['kl']:.2g} from the model as trained, with the same "
-            f"first choice at {served['top1']:.1%} of {served['targets']:,} targets and a loss of "
-            f"{served['loss']:.4f} (as trained {served['loss_reference']:.4f}). The table below is "
-            "of the same weights before they were rounded."
+            f"Loaded so, it is this near to the model as trained: {how_near(served)} over "
+            f"{served['targets']:,} targets, loss {served['loss']:.4f} (as trained "
+            f"{served['loss_reference']:.4f}). The table below is of the same weights before they "
+            "were rounded."
         )
     return lines
 
@@ -69,9 +77,9 @@ def _check_lines(agreement: Mapping[str, Any] | None) -> list[str]:
         f"Loaded afresh and compared with the base and the adapter on {agreement['targets']:,} "
         "targets:",
         "",
-        "| KL | same first choice | max logit difference | mean | loss | loss before merging |",
-        "|--:|--:|--:|--:|--:|--:|",
-        f"| {agreement['kl']:.2g} | {agreement['top1']:.1%} | "
+        "| how near | max logit difference | mean | loss | loss before merging |",
+        "|---|--:|--:|--:|--:|",
+        f"| {how_near(agreement)} | "
         f"{agreement['max_difference']:.3g} | {agreement['mean_difference']:.2g} | "
         f"{agreement['loss']:.4f} | {agreement['loss_reference']:.4f} |",
         "",

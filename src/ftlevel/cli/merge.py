@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from ftlevel.artifacts.merge_card import how_near
 from ftlevel.cli.flags import Given
 from ftlevel.cli.startup.heavy_imports import heavy_imports
 from ftlevel.config import MergeConfig, QuantConfig
@@ -55,15 +56,14 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield (
             f"verified on {found['targets']:,} targets: logits differ by "
-            f"{found['max_difference']:.3g} at most and {found['mean_difference']:.2g} on average, "
-            f"KL {found['kl']:.2g}, top-1 {found['top1']:.1%}, loss {found['loss']:.4f} "
+            f"{found['max_difference']:.3g} at most, {how_near(found)}, loss {found['loss']:.4f} "
             f"(before {found['loss_reference']:.4f})"
         )
-        yield f"training had moved it by KL {summary['effect']['kl']:.2g}"
+        yield f"training had moved it: {how_near(summary['effect'])}"
     if (served := summary["served"]) is not None:
         yield (
-            f"in {QuantConfig(**summary['quantization']).form}: KL {served['kl']:.2g} to the run "
-            f"as trained, top-1 {served['top1']:.1%}, loss {served['loss']:.4f}"
+            f"in {QuantConfig(**summary['quantization']).form}, beside the run as trained: "
+            f"{how_near(served)}, loss {served['loss']:.4f}"
         )
     yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
     if "hub" in summary:

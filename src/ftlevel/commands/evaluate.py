@@ -164,7 +164,7 @@ def _hold_against(
     return {
         "name": config.against,
         "metrics": score(other.model),
-        **questions.compare(questions.ask(other), told, other),
+        **questions.compare(questions.ask(other), told),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.files import check_absent, placed_directory
 from ftlevel.artifacts.hub import plan_upload
-from ftlevel.artifacts.merge_card import write_merge_readme
+from ftlevel.artifacts.merge_card import how_near, write_merge_readme
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import ConfigError
@@ -174,11 +174,12 @@ def _warn_of_loss(found: Agreement, effect: Agreement, dtype: str, listener: Lis
 
 
 def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) -> None:
-    if served.kl > effect.kl / 2:
+    if served.distance > effect.distance / 2:
+        what = "KL" if served.kl is not None else "a mean difference of scores of"
         listener.warn(
-            f"training moved the model by KL {effect.kl:.2g}, and these bits by {served.kl:.2g}: "
-            "much of what was trained is lost in them. Serve the adapter beside its base, or "
-            "merge without --quant."
+            f"training moved the model by {what} {effect.distance:.2g}, and these bits by "
+            f"{served.distance:.2g}: much of what was trained is lost in them. Serve the "
+            "adapter beside its base, or merge without --quant."
         )
 
 
@@ -239,14 +240,14 @@ def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
     """Return the candidate nearest to the model as trained, and why."""
     if len(candidates) == 1:
         return candidates[0], ""
-    ranked = sorted(candidates, key=lambda c: c.trained.kl if c.trained else 0.0)
+    ranked = sorted(candidates, key=lambda c: c.trained.distance if c.trained else 0.0)
     first, second = ranked[0], ranked[1]
     one, other = first.trained, second.trained
     if one is None or other is None:
         raise ValueError("candidates are chosen by what was measured of them")
     reason = (
-        f"nearer to the model as trained: KL {one.kl:.2g} and top-1 {one.top1:.1%}, against "
-        f"{other.kl:.2g} and {other.top1:.1%} {second.onto}; loss {one.loss:.4f} (as trained "
+        f"nearer to the model as trained: {how_near(asdict(one))}, against "
+        f"{how_near(asdict(other))} {second.onto}; loss {one.loss:.4f} (as trained "
         f"{one.loss_reference:.4f}), against {other.loss:.4f}"
     )
     return first, reason

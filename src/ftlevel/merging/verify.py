@@ -11,12 +11,13 @@ each tensor must be such a weight, rounded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ftlevel.artifacts.merge_card import how_near
 from ftlevel.config import QuantConfig
 from ftlevel.errors import RunError
 from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
@@ -192,6 +193,6 @@ def _refuse_other_than(exact: Agreement) -> None:
         raise RunError(
             f"the merged model is not the base with the adapter: before rounding its logits differ "
             f"by {exact.mean_difference:.3g} on average, and float32 explains "
-            f"{BOUND * exact.scale:.3g} (KL {exact.kl:.3g}, top-1 {exact.top1:.1%}, "
+            f"{BOUND * exact.scale:.3g} ({how_near(asdict(exact))}, "
             f"{exact.targets:,} targets). Nothing was kept. Please report this with the command."
         )

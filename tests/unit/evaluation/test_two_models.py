@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
+from ftlevel.artifacts.merge_card import how_near
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.two_models.compare import compare_rows
 from ftlevel.evaluation.two_models.float32 import in_float32
@@ -26,6 +29,13 @@ def test_the_figures_are_those_of_their_definitions() -> None:
     assert found.max_difference == 4.0
     assert found.mean_difference == pytest.approx(1.0)
     assert (found.scale, found.loss, found.loss_reference, found.targets) == (4.0, 1.25, 1.5, 2)
+
+
+def test_scores_that_choose_nothing_are_told_apart_by_their_difference() -> None:
+    first, second = torch.tensor([[0.5], [1.0]]), torch.tensor([[0.0], [2.0]])
+    found = compare_rows(Scores([first], 1.0, 2, has_choice=False), Scores([second], 1.0, 2))
+    assert (found.kl, found.top1, found.distance) == (None, None, 0.75)
+    assert how_near(asdict(found)) == "0.75 on average"
 
 
 def test_targets_are_the_supervised_ones() -> None:

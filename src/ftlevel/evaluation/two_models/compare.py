@@ -26,8 +26,9 @@ class Agreement:
         max_difference: largest |logit difference|.
         mean_difference: mean |logit difference|.
         scale: largest |logit| of the reference.
-        kl: mean KL divergence of its choice from the reference's, in nats.
-        top1: share of targets with the same first choice.
+        kl: mean KL divergence of its choice from the reference's, in nats; None of scores, between
+            which nothing is chosen.
+        top1: share of targets with the same first choice; None likewise.
         loss: its loss.
         loss_reference: the reference's loss.
         targets: how many targets were compared.
@@ -36,11 +37,16 @@ class Agreement:
     max_difference: float
     mean_difference: float
     scale: float
-    kl: float
-    top1: float
+    kl: float | None
+    top1: float | None
     loss: float
     loss_reference: float
     targets: int
+
+    @property
+    def distance(self) -> float:
+        """What tells which of several models is nearest: KL, or the mean difference of scores."""
+        return self.mean_difference if self.kl is None else self.kl
 
 
 def compare_rows(reference: Scores, found: Scores) -> Agreement:
@@ -56,9 +62,12 @@ def compare_rows(reference: Scores, found: Scores) -> Agreement:
         p, q = functional.log_softmax(first, -1), functional.log_softmax(second, -1)
         divergence += functional.kl_div(q, p, log_target=True, reduction="sum").item()
         same += _count_same_choice(first, second)
+    targets = max(reference.targets, 1)
     return Agreement(
-        largest, total / max(numbers, 1), scale, divergence / max(reference.targets, 1),
-        same / max(reference.targets, 1), found.loss, reference.loss, reference.targets,
+        largest, total / max(numbers, 1), scale,
+        divergence / targets if reference.has_choice else None,
+        same / targets if reference.has_choice else None,
+        found.loss, reference.loss, reference.targets,
     )  # fmt: skip
 
 

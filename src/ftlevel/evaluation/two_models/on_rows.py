@@ -6,7 +6,7 @@ At most `MOST_TARGETS` are kept, which for a vocabulary of 128,000 is a quarter 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,16 +30,18 @@ class Scores:
         loss: mean over the targets of the rows that were asked, in nats (of a regression, the
             squared error).
         targets: how many targets `logits` has.
+        has_choice: whether a target is one choice of several.
     """
 
     logits: list[torch.Tensor]
     loss: float
     targets: int
+    has_choice: bool = True
 
     def first(self, batches: int) -> Scores:
         """Return the scores of the first batches alone."""
         kept = self.logits[:batches]
-        return Scores(kept, self.loss, sum(map(len, kept)))
+        return replace(self, logits=kept, targets=sum(map(len, kept)))
 
 
 @dataclass(frozen=True)
@@ -77,4 +79,4 @@ class Probe:
                 kept.append(scores)
                 if count == MOST_TARGETS:
                     break
-        return Scores(kept, loss / max(total, 1), count)
+        return Scores(kept, loss / max(total, 1), count, self.objective.has_choice)

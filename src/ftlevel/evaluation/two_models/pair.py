@@ -134,13 +134,9 @@ class Questions:
             ]
         return ModelAnswers(scores, text)
 
-    def compare(
-        self, reference: ModelAnswers, found: ModelAnswers, trained: Trained
-    ) -> dict[str, Any]:
-        """Return how far `found` is from `reference`, both of models like `trained`."""
+    def compare(self, reference: ModelAnswers, found: ModelAnswers) -> dict[str, Any]:
+        """Return how far `found` is from `reference`."""
         rows = asdict(compare_rows(reference.scores, found.scores))
-        if not trained.objective.has_choice:
-            rows |= {"kl": None, "top1": None}
         if not self.windows:
             return {"rows": rows}
         text = compare_text(reference.text, found.text, self.auto_class)
