@@ -76,9 +76,10 @@ SERVERS: dict[str, Server] = {
         ),
         Server(
             "openvino", "OpenVINO GenAI", ("peft", "merged"), "2026.4.1",
-            "read; adapters not run, which need a base in OpenVINO's own format",
+            "run: every answer was the base's",
             every_layer=True, families=_LLAMA_LIKE,
-            note="OpenVINO GenAI applies none to a .gguf base; it needs the base in its own format",
+            note="OpenVINO GenAI needs the base in its own format, and answered as the base where "
+            "it was tried (docs/serving.md): look at what yours answers, or serve --format merged",
         ),
     )
 }  # fmt: skip
