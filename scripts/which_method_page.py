@@ -82,7 +82,7 @@ What it says, and what not:
 Papers, as their authors report them: LoRA is level with full fine-tuning on GLUE and E2E (Hu et al., 2021, arXiv:2106.09685, tables 2 and 3);
 LoRA on all linears of a 4-bit base is level with 16 bits (Dettmers et al., 2023, arXiv:2305.14314, section 4); on code and mathematics with
 many rows full fine-tuning stays ahead of LoRA, and forgets more (Biderman et al., 2024, arXiv:2405.09673); prompt tuning reaches full
-fine-tuning on T5 only at its largest, 11 billion parameters (Lester et al., 2021, arXiv:2104.08691, figure 1). Read, not repeated here.
+fine-tuning on T5 only at its largest, 11 billion parameters (Lester et al., 2021, arXiv:2104.08691, figure 1). Their claims; none was repeated here.
 """
 
 
