@@ -92,7 +92,7 @@ def test_a_run_of_every_task_merges_to_the_model_that_was_trained(
     found = summary_of(capsys, str(source), "--out", "merged")
     agreement = found["agreement"]
     assert agreement["max_difference"] <= 1e-4 * agreement["scale"]
-    assert agreement["top1"] == 1
+    assert agreement["top1"] == (None if data == "regression" else 1)  # a number chooses nothing
     assert agreement["targets"] >= 6
     assert agreement["loss"] == pytest.approx(agreement["loss_reference"], rel=1e-4)
     assert found["written"]["unchanged"] == 0
