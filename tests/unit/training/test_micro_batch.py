@@ -23,6 +23,7 @@ from ftlevel.training.forecast import micro_batch
 from ftlevel.training.forecast.live import ACTIVATIONS, WEIGHTS
 from ftlevel.training.forecast.memory import MemoryForecast
 from ftlevel.training.forecast.micro_batch import choose_micro_batch, fit_micro_batch
+from ftlevel.training.forecast.need import Device
 from ftlevel.training.processes import Processes
 from ftlevel.world import World
 
@@ -60,14 +61,13 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Put a forecast of known numbers in the place of the model's; return what it is asked."""
     asked: list[int] = []
 
-    def forecast(config: TrainConfig, plan: Any) -> MemoryForecast:
+    def forecast(_: Device, config: TrainConfig, plan: Any) -> MemoryForecast:
         asked.append(plan.fast.tokens)
         tokens = max(ROW, plan.fast.tokens // ROW * ROW)  # whole rows
         each = RECOMPUTED if config.train.recomputes else OF_A_TOKEN
         return MemoryForecast({WEIGHTS: FIXED, ACTIVATIONS: tokens * each}, "forward", tokens)
 
-    monkeypatch.setattr(micro_batch, "forecast_step", forecast)
-    monkeypatch.setattr(micro_batch, "bytes_on", lambda forecast, _: forecast.peak)
+    monkeypatch.setattr(Device, "forecast", forecast)
     return asked
 
 
