@@ -93,6 +93,11 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
+def with_article(noun: str) -> str:
+    """Return `noun` behind its indefinite article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def listing(names: Iterable[str], most: int = 12) -> str:
     """Join `names` with commas; past `most` of them, say how many more there are."""
     items = list(names)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from ftlevel.artifacts.jobs.job import SUBMIT, Job, render
 from ftlevel.config import TrainConfig
+from ftlevel.config.flags import FLAGS
 from ftlevel.errors import ConfigError, RunError
 
-_OWN = ("--on", "--nodes", "--gpus-per-node", "--processes-per-node", "--image", "--claim",
-        "--job-option", "--job-file")  # fmt: skip
-_ALONE = ("--submit", "--dry-run", "--json")
+_OURS = {row.shown: row.type is not bool for row in FLAGS if row.on == ("launch",)}
+_OURS["--json"] = False
+"""Flags that `ftlevel train` is not given → whether a value follows."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ def train_arguments(arguments: Sequence[str]) -> list[str]:
         name = name.replace("_", "-") if name.startswith("--") else name
         if is_value:
             is_value = False
-        elif name in _OWN:
-            is_value = not has_value
-        elif name not in _ALONE:
+        elif name in _OURS:
+            is_value = _OURS[name] and not has_value
+        else:
             kept.append(argument)
     return ["train", *kept[1:]]
 

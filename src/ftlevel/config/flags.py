@@ -13,10 +13,9 @@ from pathlib import Path
 
 from ftlevel.config.flag import CONFIGS as CONFIGS
 from ftlevel.config.flag import DAILY as DAILY
-from ftlevel.config.flag import DATA, HOW, MODEL, RUN, Agrees, Flag, Spelling, Words
+from ftlevel.config.flag import DATA, HOW, MODEL, RUN, Flag, Spelling
 from ftlevel.config.flag import GENERAL as GENERAL
 from ftlevel.config.flags_of_commands import OF_COMMANDS
-from ftlevel.config.methods import SPECS
 from ftlevel.config.other_tools.answers import ANSWERS
 from ftlevel.config.other_tools.values import (
     read_glue,
@@ -29,7 +28,21 @@ from ftlevel.config.other_tools.values import (
     read_template,
     refuse_checkpoint,
 )
-from ftlevel.config.reading.words import METHOD_WORDS
+from ftlevel.config.other_tools.words import (
+    ATTENTION,
+    BF16,
+    BITS,
+    COLUMNS,
+    DO_EVAL,
+    LOSSES,
+    METHODS,
+    NO_LIMIT,
+    OPTIMIZERS,
+    OVERLONG,
+    PRECISIONS,
+    PUSH,
+    SHARES,
+)
 
 _ROWS = ("train", "preview")
 _LIKE_TRAIN = ("train", "preview", "plan", "compare", "launch")
@@ -40,87 +53,6 @@ _EVERY = ("train", "preview", "plan", "compare", "launch", "report", "doctor", "
           "list-methods", "recipes")  # fmt: skip
 _QUIET = ("train", "compare", "merge", "quantize", "export", "check-served")
 _TRACED = tuple(name for name in _EVERY if name != "preview")
-
-_PRECISIONS = {
-    **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
-    **dict.fromkeys(("fp16", "half", "torch.float16"), "float16"),
-    **dict.fromkeys(("fp32", "float", "torch.float32", "no"), "float32"),
-    "none": "auto",
-}
-_BF16: Words = {
-    "auto": "auto",
-    "false": Agrees(
-        "another precision is asked for", "model.dtype", ("float32", "float16"),
-        otherwise="Add --dtype float32: auto takes bfloat16 where the device has it",
-    ),
-}  # fmt: skip
-_BITS = {
-    "bf16": "none --dtype bfloat16",
-    "fp16": "none --dtype float16",
-    "fp32": "none --dtype float32",
-    "16": "none",
-    "32": "none --dtype float32",
-}
-_ATTENTION = {
-    **dict.fromkeys(("fa2", "flash", "flash_attn", "flash_attention"), "flash_attention_2"),
-    "disabled": "eager",
-}
-_OVERLONG = {"delete": "drop", "raise": "error"}
-_OPTIMIZERS = {
-    "adamw": "adamw_torch",
-    "adamw_hf": "adamw_torch",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "paged_lion": "paged_lion_32bit",
-    "lion": "lion_32bit",
-}
-_LOSSES = {
-    "sigmoid": "dpo",
-    "sigmoid_norm": "dpo-norm",
-    "dpo_norm": "dpo-norm",
-    "ld_dpo": "ld-dpo",
-    "slic": "hinge",
-    "rm": "reward",
-}
-_METHODS: Words = {
-    spelling: f"--method {word}"
-    for word in (*SPECS, *METHOD_WORDS)
-    for spelling in (word, word.replace("-", "_"))
-}
-"""Axolotl's `adapter: lora` is the method; a path is an adapter."""
-_NO_LIMIT = Agrees("there is no limit but the epochs", "train.max_steps", (None,))
-_DO_EVAL: Words = {
-    "true": Agrees(
-        "validation rows are scored at the end of each epoch where there are some",
-        "train.eval_strategy", (None, "epoch", "steps"),
-    ),
-    "false": "no",
-}  # fmt: skip
-_TO_PUSH = Agrees("", "output.push_to_hub", unless=(None,),
-                  otherwise="Name the repository: --push-to-hub NAME")  # fmt: skip
-_PUSH: Words = {
-    "": _TO_PUSH,
-    "true": _TO_PUSH,
-    "false": Agrees("nothing is uploaded", "output.push_to_hub", (None,)),
-}
-_SHARES = ("--val-size", "--val-set-size", "--split-dataset-ratio", "--test-split-size",
-           "--eval-size")  # fmt: skip
-_COLUMNS = tuple(
-    Spelling(name, read=f"{role}={{}}".format)
-    for role, names in {
-        "text": ("--text-column", "--text-column-name", "--text-column-names", "--content-column",
-                 "--dataset-text-field"),
-        "summary": ("--summary-column",),
-        "label": ("--label-column-name", "--label-column"),
-        "context": ("--context-column",),
-        "question": ("--question-column",),
-        "answers": ("--answer-column",),
-        "prompt": ("--prompt-column", "--query-column"),
-        "completion": ("--response-column", "--completion-column"),
-        "messages": ("--messages-column",),
-    }.items()
-    for name in names
-)  # fmt: skip
 
 FLAGS: tuple[Flag, ...] = (
     # Arguments.
@@ -160,7 +92,7 @@ FLAGS: tuple[Flag, ...] = (
                "--training-type")),
     Flag("quant.kind", "--quant", DAILY, noun="the quantization",
          also=("--quantization-type", "--quantization-bit", "--quant-bits",
-               Spelling("--bits", values=_BITS), Spelling("--load-in-4bit", value="4bit"),
+               Spelling("--bits", values=BITS), Spelling("--load-in-4bit", value="4bit"),
                Spelling("--load-in-8bit", value="8bit"),
                Spelling("--use-4bit-quantization", value="4bit"),
                Spelling("--use-8bit-quantization", value="8bit"),
@@ -174,16 +106,16 @@ FLAGS: tuple[Flag, ...] = (
     Flag("output.dir", "--output-dir -o", DAILY, ("train", "compare"),
          also=("--save-dir", "--out", "--output")),
     # What is trained.
-    Flag("model.adapter", "--adapter", MODEL, metavar="RUN|ADAPTER", words=_METHODS,
+    Flag("model.adapter", "--adapter", MODEL, metavar="RUN|ADAPTER", words=METHODS,
          also=("--adapter-name-or-path", "--adapters", "--lora-model-dir",
                "--resume-from-adapter")),
-    Flag("model.dtype", "", MODEL, noun="the precision", words=_PRECISIONS,
+    Flag("model.dtype", "", MODEL, noun="the precision", words=PRECISIONS,
          also=("--torch-dtype", "--bnb-4bit-compute-dtype", "--mixed-precision",
-               Spelling("--bf16", value="bfloat16", values=_BF16),
+               Spelling("--bf16", value="bfloat16", values=BF16),
                Spelling("--fp16", value="float16"), Spelling("--fp32", value="float32"))),
     Flag("model.device", "", MODEL, also=("--device-map", Spelling("--use-cpu", value="cpu"),
          Spelling("--no-cuda", value="cpu"))),
-    Flag("model.attn_implementation", "", MODEL, words=_ATTENTION,
+    Flag("model.attn_implementation", "", MODEL, words=ATTENTION,
          also=("--attn-impl", "--flash-attn", Spelling("--use-flash-attn", "flash_attention_2"),
                Spelling("--use-flash-attention-2", value="flash_attention_2"),
                Spelling("--flash-attention", value="flash_attention_2"))),
@@ -224,7 +156,7 @@ FLAGS: tuple[Flag, ...] = (
          also=("--dataset-train-split", "--train-split-name", "--dataset-split")),
     Flag("data.format", "", DATA, _ROWS, also=("--format-type",), words={"auto": ""}),
     Flag("data.columns", "--map", DATA, _ROWS, metavar="NAME=COLUMN", example="summary=abstract",
-         also=_COLUMNS),
+         also=COLUMNS),
     Flag("data.chat_template", "", DATA, _ROWS,
          also=("--chat-template-path", Spelling("--template", read=read_template),
                Spelling("--chat-template-format", read=read_template))),
@@ -236,8 +168,8 @@ FLAGS: tuple[Flag, ...] = (
                "--sequence-len", "--block-size", "--max-source-length", "--chunk-size")),
     Flag("data.max_target_length", "", DATA, _ROWS, also=("--val-max-target-length",)),
     Flag("data.overlong", "", DATA, _ROWS,
-         also=(Spelling("--truncation-strategy", values=_OVERLONG),
-               Spelling("--excess-length-strategy", values=_OVERLONG))),
+         also=(Spelling("--truncation-strategy", values=OVERLONG),
+               Spelling("--excess-length-strategy", values=OVERLONG))),
     Flag("data.doc_stride", "", DATA, _ROWS),
     Flag("data.mlm_probability", "", DATA, _ROWS),
     Flag("data.problem_type", "", DATA, _ROWS,
@@ -246,7 +178,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("data.target_language", "", DATA, _ROWS, also=("--target-lang",)),
     Flag("data.validation_split", "", DATA, _ROWS, noun="the validation rows",
          also=(Spelling("--validation-split-percentage", read=read_percent),
-               *(Spelling(name, read=read_share) for name in _SHARES))),
+               *(Spelling(name, read=read_share) for name in SHARES))),
     Flag("data.max_samples", "", DATA, _ROWS, also=("--max-train-samples", "--num-train-samples",
          "--max-train-examples")),
     Flag("data.max_eval_samples", "", DATA, _ROWS, also=("--max-eval-examples",
@@ -260,7 +192,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("data.on_bad_row", "", DATA, _ROWS),
     # How it is trained.
     Flag("train.max_steps", "", HOW, _ROWS, also=("--max-train-steps",),
-         words={"-1": _NO_LIMIT, "0": _NO_LIMIT}),
+         words={"-1": NO_LIMIT, "0": NO_LIMIT}),
     Flag("train.head_learning_rate", "", HOW, also=("--head-lr", "--classifier-learning-rate")),
     Flag("train.lr_scheduler_type", "", HOW,
          also=("--lr-scheduler", Spelling("--cosine-min-lr-ratio", read=read_lowest_share))),
@@ -269,7 +201,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.warmup_steps", "", HOW, noun="the warm-up",
          also=("--num-warmup-steps", "--lr-warmup-steps",
                Spelling("--warmup-ratio", read=read_ratio))),
-    Flag("train.optim", "", HOW, also=("--optimizer", "--optim-type"), words=_OPTIMIZERS),
+    Flag("train.optim", "", HOW, also=("--optimizer", "--optim-type"), words=OPTIMIZERS),
     Flag("train.optim_args", "", HOW, metavar="NAME=VALUE", example="momentum=0.9",
          read=partial(read_pairs, "--optim-args")),
     Flag("train.weight_decay", "", HOW),
@@ -288,7 +220,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("distillation.kd_ratio", "", HOW),
     Flag("distillation.kd_temperature", "", HOW),
     Flag("distillation.kd_top_k", "", HOW),
-    Flag("preference.loss", "", HOW, words=_LOSSES,
+    Flag("preference.loss", "", HOW, words=LOSSES,
          also=("--pref-loss", "--loss-type")),
     Flag("preference.beta", "", HOW, also=("--pref-beta", "--dpo-beta", "--kto-beta")),
     Flag("preference.reference", "", HOW, metavar="start|none|RUN", also=("--ref-model",)),
@@ -319,7 +251,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.data_seed", "", HOW),
     Flag("train.logging_steps", "", HOW),
     Flag("train.eval_strategy", "", HOW,
-         also=("--evaluation-strategy", Spelling("--do-eval", value="", values=_DO_EVAL),
+         also=("--evaluation-strategy", Spelling("--do-eval", value="", values=DO_EVAL),
                Spelling("--evals-per-epoch", read=read_once_an_epoch))),
     Flag("train.eval_steps", "", HOW, also=("--eval-step",)),
     Flag("train.eval_on_start", "", HOW),
@@ -358,7 +290,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("output.tracker_project", "", RUN,
          also=("--wandb-project", "--wandb-project-name", "--project", "--trackio-project-name",
                "--mlflow-experiment-name")),
-    Flag("output.push_to_hub", "", RUN, metavar="NAME", words=_PUSH,
+    Flag("output.push_to_hub", "", RUN, metavar="NAME", words=PUSH,
          also=("--hub-model-id", "--push-model")),
     Flag("output.hub_private", "", RUN, also=("--hub-private-repo",)),
     Flag(names="--dry-run", panel=RUN, type=bool,

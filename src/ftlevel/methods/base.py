@@ -44,6 +44,15 @@ class Base:
     tokenizer: Any = None
     parameters: list[str] = field(default_factory=list)
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What every config of PEFT for a method that adapts modules is given."""
+        return {
+            "task_type": self.task_type,
+            "target_modules": self.targets,
+            "modules_to_save": self.heads or None,
+        }
+
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:

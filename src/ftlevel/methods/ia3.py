@@ -45,10 +45,8 @@ def build(spec: Ia3Spec, base: Base) -> Any:
     from peft import IA3Config
 
     return IA3Config(
-        task_type=base.task_type,
-        target_modules=base.targets,
+        **base.shared,
         feedforward_modules=[name for name in base.targets if is_feed_forward(name)],
-        modules_to_save=base.heads or None,
         fan_in_fan_out=base.fan_in_fan_out,
     )
 

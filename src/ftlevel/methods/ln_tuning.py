@@ -16,9 +16,7 @@ def build(spec: LnTuningSpec, base: Base) -> Any:
     from peft import LNTuningConfig
 
     return LNTuningConfig(
-        task_type=base.task_type,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
+        **base.shared,
     )
 
 

@@ -14,7 +14,7 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.formats.detect import Format, NoFormatError, Shape, Wish, detect_format, fits
 from ftlevel.data.sources.table import Row
-from ftlevel.errors import ConfigError, InputError, listing
+from ftlevel.errors import ConfigError, InputError, listing, with_article
 from ftlevel.task import Objective, ScoreTexts, Task
 
 if TYPE_CHECKING:
@@ -179,8 +179,8 @@ class BaseTask(Task):
             return self.auto_classes[kind]
         wanted = listing(self.auto_classes)
         raise ConfigError(
-            f"--task {self.name} cannot be used with {model_type}, which is {_article(kind)}; it "
-            f"needs {_article(wanted)}. {self.refusals.get(kind, '')}".strip()
+            f"--task {self.name} cannot be used with {model_type}, which is {with_article(kind)}; "
+            f"it needs {with_article(wanted)}. {self.refusals.get(kind, '')}".strip()
         )
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
@@ -401,7 +401,3 @@ def find_task(name: str) -> BaseTask:
     """Return the task called `name`: the one of that name among its module's `TASKS`."""
     tasks: tuple[BaseTask, ...] = importlib.import_module(NAMES[name]).TASKS
     return next(task for task in tasks if task.name == name)
-
-
-def _article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

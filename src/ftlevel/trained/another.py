@@ -15,7 +15,7 @@ from typing import Any
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.fingerprint import base_digest, file_fingerprint
 from ftlevel.artifacts.places import relative_place, resolve_relative
-from ftlevel.errors import InputError
+from ftlevel.errors import InputError, with_article
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.tasks import TASKS
@@ -70,8 +70,10 @@ def find_another(flag: str, name: str, kind: str, tokenizer: Any, device: str) -
         raise InputError(f"{said} was trained for {found.card.task}: it writes no text. Name one "
                          "that does.")  # fmt: skip
     if (own := model_kind(load_config(found.source))) != kind:
-        raise InputError(f"{said} is an {own}, and the model that is trained is an {kind}. Name "
-                         f"an {kind}.".replace("an decoder", "a decoder"))  # fmt: skip
+        raise InputError(
+            f"{said} is {with_article(own)}, and the model that is trained is "
+            f"{with_article(kind)}. Name {with_article(kind)}."
+        )
     if load_own_tokenizer(found.source, found.directory).get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"{said}: its tokenizer is another one than that of the model that is trained, so it "

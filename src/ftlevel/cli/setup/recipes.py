@@ -63,8 +63,9 @@ def shipped() -> list[Path]:
 
 
 def _list(as_json: bool) -> None:
-    own, theirs = _known(), [p for p in shipped() if p.resolve() not in map(Path.resolve, _known())]
-    found = [(str(path), path) for path in own] + [(path.stem, path) for path in theirs]
+    own = {path.resolve(): path for path in _known()}
+    theirs = [path for path in shipped() if path.resolve() not in own]
+    found = [(str(path), path) for path in own.values()] + [(path.stem, path) for path in theirs]
     if as_json:
         rows = [{"name": name, "path": str(path), "about": _about(path)} for name, path in found]
         typer.echo(json.dumps({"recipes": rows}))

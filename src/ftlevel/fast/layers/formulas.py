@@ -39,27 +39,22 @@ class Formulas(Protocol):
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
         """Return y and ρ."""
-        ...
 
     def renorm(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return y again, bit for bit, from ρ."""
-        ...
 
     def norm_backward(
         self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
         """Return ∂L/∂x."""
-        ...
 
     def glu(self, kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Return y; `kind` is of `ACTIVATIONS`."""
-        ...
 
     def glu_backward(
         self, kind: str, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
     ) -> Pair:
         """Return ∂L/∂g and ∂L/∂u."""
-        ...
 
 
 class TorchFormulas:

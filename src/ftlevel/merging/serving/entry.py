@@ -9,7 +9,7 @@ from typing import Any
 
 from ftlevel.config.commands.servers import Server
 from ftlevel.data.encoding.prompts import PromptFormat, prompt_ids
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, listing, with_article
 from ftlevel.merging.normal_form.form import BaseWeights, open_base
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.kinds import model_kind
@@ -213,7 +213,7 @@ def check_for(entry: Entry, server: Server | None) -> list[str]:
         )
     if not entry.answers:
         raise InputError(
-            f"it was trained for {entry.found.card.task} on a model of the kind {entry.kind}, and "
+            f"it was trained for {entry.found.card.task} on {with_article(entry.kind)}, and "
             f"adapters of {server.title} write text by a decoder here. Write it with --format peft "
             f"alone, or merge it: ftlevel merge {entry.found.run or entry.directory} --out DIR"
         )

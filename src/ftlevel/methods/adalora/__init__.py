@@ -39,12 +39,11 @@ def build(spec: AdaloraSpec, base: Base) -> Any:
             f"{steps:,} steps to prune ranks in. Train longer, or lower them."
         )
     return AdaLoraConfig(
-        task_type=base.task_type,
+        **base.shared,
         init_r=spec.init_r,
         target_r=spec.target_r,
         lora_alpha=whole(spec.lora_alpha),
         lora_dropout=spec.lora_dropout,
-        target_modules=base.targets,
         tinit=tinit,
         tfinal=tfinal,
         deltaT=spec.delta_t,
@@ -52,7 +51,6 @@ def build(spec: AdaloraSpec, base: Base) -> Any:
         beta2=spec.beta2,
         orth_reg_weight=spec.orth_reg_weight,
         total_step=steps,
-        modules_to_save=base.heads or None,
         fan_in_fan_out=base.fan_in_fan_out,
     )
 

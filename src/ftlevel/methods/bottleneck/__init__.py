@@ -39,15 +39,13 @@ def build(spec: AdapterSpec, base: Base) -> Any:
     from ftlevel.methods.bottleneck.config import BottleneckConfig
 
     return BottleneckConfig(
-        task_type=base.task_type,
+        **base.shared,
         placement=spec.placement,
         bottleneck_dim=spec.bottleneck_dim,
         reduction_factor=spec.reduction_factor or REDUCTION_FACTOR,
         non_linearity=spec.non_linearity,
         adapter_dropout=spec.adapter_dropout,
         scaling=spec.scaling,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
     )
 
 

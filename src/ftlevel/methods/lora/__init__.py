@@ -45,11 +45,10 @@ def build(spec: LoraSpec, base: Base) -> Any:
     init = spec.init_lora_weights
     ours = init in ("default", "loftq")  # loftq's start is set afterwards
     return LoraConfig(
-        task_type=base.task_type,
+        **base.shared,
         r=spec.r,
         lora_alpha=whole(spec.lora_alpha),
         lora_dropout=spec.lora_dropout,
-        target_modules=base.targets,
         target_parameters=base.parameters or None,
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern={name: whole(alpha) for name, alpha in spec.alpha_pattern.items()},
@@ -58,7 +57,6 @@ def build(spec: LoraSpec, base: Base) -> Any:
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
         bias=spec.bias,
-        modules_to_save=base.heads or None,
         trainable_token_indices=_token_ids(spec, base) or None,
         ensure_weight_tying=spec.ensure_weight_tying,
         fan_in_fan_out=base.fan_in_fan_out,

@@ -40,12 +40,10 @@ def build(spec: PrefixSpec, base: Base) -> Any:
     from ftlevel.methods.prefix.config import PrefixKvConfig
 
     return PrefixKvConfig(
-        task_type=base.task_type,
+        **base.shared,
         num_virtual_tokens=spec.num_virtual_tokens,
         prefix_projection=spec.prefix_projection,
         encoder_hidden_size=spec.encoder_hidden_size or ENCODER_WIDTH,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
     )
 
 

@@ -19,11 +19,9 @@ def build(spec: C3aSpec, base: Base) -> Any:
     from peft import C3AConfig
 
     return C3AConfig(
-        task_type=base.task_type,
+        **base.shared,
         block_size=spec.block_size,
         init_weights=True,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
     )
 
 

@@ -19,13 +19,11 @@ def build(spec: GraloraSpec, base: Base) -> Any:
     from peft import GraloraConfig
 
     return GraloraConfig(
-        task_type=base.task_type,
+        **base.shared,
         r=spec.r,
         alpha=whole(spec.alpha),
         gralora_k=spec.gralora_k,
         gralora_dropout=spec.gralora_dropout,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
         fan_in_fan_out=base.fan_in_fan_out,
     )
 

@@ -16,11 +16,9 @@ def build(spec: HiraSpec, base: Base) -> Any:
     from peft import HiraConfig
 
     return HiraConfig(
-        task_type=base.task_type,
+        **base.shared,
         r=spec.r,
         hira_dropout=spec.hira_dropout,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
         fan_in_fan_out=base.fan_in_fan_out,
     )
 

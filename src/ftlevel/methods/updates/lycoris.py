@@ -16,13 +16,11 @@ def build_loha(spec: LohaSpec, base: Base) -> Any:
     from peft import LoHaConfig
 
     return LoHaConfig(
-        task_type=base.task_type,
+        **base.shared,
         r=spec.r,
         alpha=whole(spec.alpha),
         rank_dropout=spec.rank_dropout,
         module_dropout=spec.module_dropout,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
     )
 
 
@@ -31,14 +29,12 @@ def build_lokr(spec: LokrSpec, base: Base) -> Any:
     from peft import LoKrConfig
 
     return LoKrConfig(
-        task_type=base.task_type,
+        **base.shared,
         r=spec.r,
         alpha=whole(spec.alpha),
         decompose_factor=spec.decompose_factor,
         rank_dropout=spec.rank_dropout,
         module_dropout=spec.module_dropout,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
     )
 
 

@@ -19,11 +19,9 @@ def build(spec: MissSpec, base: Base) -> Any:
     from peft import MissConfig
 
     return MissConfig(
-        task_type=base.task_type,
+        **base.shared,
         r=spec.r,
         miss_dropout=spec.miss_dropout,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
     )
 
 

@@ -18,14 +18,12 @@ def build_oft(spec: OftSpec, base: Base) -> Any:
     from peft import OFTConfig
 
     return OFTConfig(
-        task_type=base.task_type,
+        **base.shared,
         r=0,
         oft_block_size=spec.oft_block_size,
         module_dropout=spec.module_dropout,
         block_share=spec.block_share,
         use_cayley_neumann=spec.use_cayley_neumann,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
         fan_in_fan_out=base.fan_in_fan_out,
     )
 
@@ -35,12 +33,10 @@ def build_boft(spec: BoftSpec, base: Base) -> Any:
     from peft import BOFTConfig
 
     return BOFTConfig(
-        task_type=base.task_type,
+        **base.shared,
         boft_block_size=spec.boft_block_size,
         boft_n_butterfly_factor=1,
         boft_dropout=spec.boft_dropout,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
         fan_in_fan_out=base.fan_in_fan_out,
     )
 

@@ -20,11 +20,9 @@ def build(spec: ShiraSpec, base: Base) -> Any:
     from peft import ShiraConfig
 
     config = ShiraConfig(
-        task_type=base.task_type,
+        **base.shared,
         r=spec.r,
         random_seed=spec.random_seed,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
     )
     forget_mask(config)
     return config

@@ -17,14 +17,12 @@ def build(spec: VeraSpec, base: Base) -> Any:
     from peft import VeraConfig
 
     return VeraConfig(
-        task_type=base.task_type,
+        **base.shared,
         r=spec.r,
         d_initial=spec.d_initial,
         vera_dropout=spec.vera_dropout,
         projection_prng_key=spec.projection_prng_key,
         save_projection=True,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
         fan_in_fan_out=base.fan_in_fan_out,
     )
 

@@ -128,7 +128,8 @@ def _fill(
             part = range(begin, min(begin + AT_ONCE, len(rows)))
             if not is_missing(into[begins[part.start] : begins[part.stop]]).any():
                 continue
-            for chosen, known, ids in _expect(config, plan, adapted, [rows[i] for i in part]):
+            some = [rows[i] for i in part]
+            for chosen, known, ids in _expect(config, plan, adapted, some, into.dtype):
                 of_rows = [begins[begin + i + 1] - begins[begin + i] for i in chosen]
                 ends = np.cumsum(of_rows)
                 for i, count, end in zip(chosen, of_rows, ends, strict=True):
@@ -143,14 +144,12 @@ def _fill(
 
 
 def _expect(
-    config: TrainConfig, plan: Plan, adapted: Adapted, rows: Sequence[Encoded]
+    config: TrainConfig, plan: Plan, adapted: Adapted, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Yield indices of rows, and what the teacher expects at their targets: `known` and `ids`."""
+    """Yield indices of rows, and what the teacher expects at their targets: fields of `dtype`."""
     objective, device, settings = plan.objective, plan.model.device, config.distillation
     if not isinstance(objective, TokenObjective):
         return
-    other = adapted.model.config.get_text_config().vocab_size
-    dtype = outcome_dtype(settings, min(plan.model.vocabulary, other))
     for chosen, batch in micro_batches(adapted.fast, rows, plan.model.pad_id):
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         keep = partial(_keep, parts, plan.model.vocabulary, settings, dtype)

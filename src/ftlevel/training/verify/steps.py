@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ftlevel.evaluation.scoring import batches
 from ftlevel.fast.head.likelihoods import base_model, plain_loss, sum_of_ratios, with_baseline
 from ftlevel.fast.layers.norm_glu import FusedGlu, FusedNorm
 from ftlevel.models.hardware import autocast
-from ftlevel.models.module_tree import find_blocks
+from ftlevel.models.module_tree import find_stacks
 from ftlevel.task import LikelihoodObjective
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -206,7 +207,7 @@ def _rounding_errors(model: Any) -> Iterator[None]:
         moved = states + states.detach() * errors.to(states)
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
-    blocks = find_blocks(base_model(model))
+    blocks = chain(*find_stacks(base_model(model)))
     hooks = [block.register_forward_pre_hook(move, with_kwargs=True) for block in blocks]
     try:
         yield

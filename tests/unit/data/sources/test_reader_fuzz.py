@@ -63,7 +63,7 @@ def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
     return content
 
 
-def try_to_read(path: Path, how: Reading) -> None:
+def assert_read_or_refused(path: Path, how: Reading) -> None:
     for mode in ("error", "skip"):
         try:
             table = read_table(path, mode, how)  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_text_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / f"x{suffix}"
     path.write_bytes(data.draw(spoilt(data.draw(st.sampled_from(SEEDS[suffix])))))
     formats = (None, None, "csv", "tsv", "jsonl", "json", "txt", "conll")
-    try_to_read(path, Reading(data.draw(st.sampled_from(formats))))
+    assert_read_or_refused(path, Reading(data.draw(st.sampled_from(formats))))
 
 
 @QUICK
@@ -97,7 +97,7 @@ def test_what_is_packed_is_read_or_refused(data: st.DataObject, tmp_path: Path) 
     end = data.draw(st.sampled_from(sorted(PACKERS)))
     path = tmp_path / f"x.jsonl{end}"
     path.write_bytes(data.draw(spoilt(PACKERS[end](SEEDS[".jsonl"][0] * 20))))
-    try_to_read(path, Reading())
+    assert_read_or_refused(path, Reading())
 
 
 @functools.cache  # its bytes hold the time
@@ -115,4 +115,4 @@ def workbook() -> bytes:
 def test_a_workbook_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "x.xlsx"
     path.write_bytes(data.draw(spoilt(workbook())))
-    try_to_read(path, Reading())
+    assert_read_or_refused(path, Reading())
