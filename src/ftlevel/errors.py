@@ -8,7 +8,7 @@ This module imports nothing heavy.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class FtlevelError(Exception):
@@ -38,6 +38,18 @@ class ConfigError(FtlevelError):
 
 class InputError(ConfigError):
     """A model, a data file or a directory that the user named cannot be used."""
+
+
+class UnansweredError(InputError):
+    """Some questions cannot be answered; nothing was computed for the others either.
+
+    Attributes:
+        reasons: number of a question → why, without a full stop.
+    """
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__([f"question {row + 1}: {reason}." for row, reason in reasons.items()])
+        self.reasons = dict(reasons)
 
 
 class RunError(FtlevelError):

@@ -31,6 +31,7 @@ OUR_OPERATORS = "ftlevel"
 """Of `torch.ops`, which is a place for everybody's."""
 LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchao", "transformers")
 DOCUMENTED = {
+    "accelerate.utils",
     "bitsandbytes", "bitsandbytes.functional", "datasets", "peft", "peft.optimizers",
     "peft.tuners", "peft.tuners.lora", "peft.tuners.tuners_utils", "peft.utils", "torch",
     "torch.autograd.function", "torch.distributed.device_mesh", "torch.distributed.fsdp",

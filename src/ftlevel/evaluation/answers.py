@@ -10,13 +10,13 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.evaluation.decoding import RowDecoder, open_decoder
 from ftlevel.evaluation.row_scores import RowScorer, shorten
 from ftlevel.evaluation.scoring import Writing, generate_texts
 from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
-from ftlevel.tasks.base import Reply, UnansweredError, Wanted
+from ftlevel.tasks.base import Reply, Wanted
 from ftlevel.trained.load import Trained
 
 T = TypeVar("T")

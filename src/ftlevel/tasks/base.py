@@ -56,18 +56,6 @@ class Wanted:
     top_k: int = 0
 
 
-class UnansweredError(InputError):
-    """Some questions cannot be answered; nothing was computed for the others either.
-
-    Attributes:
-        reasons: number of a question → why, without a full stop.
-    """
-
-    def __init__(self, reasons: Mapping[int, str]) -> None:
-        super().__init__([f"question {row + 1}: {reason}." for row, reason in reasons.items()])
-        self.reasons = dict(reasons)
-
-
 class PromptedModel(Protocol):
     """A model that is asked.
 

@@ -12,7 +12,7 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.examples import PLAIN_TEXT, PlainText
 from ftlevel.data.sources.table import Table
-from ftlevel.errors import InputError
+from ftlevel.errors import InputError, UnansweredError
 from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import (
     BaseTask,
@@ -20,7 +20,6 @@ from ftlevel.tasks.base import (
     PromptedModel,
     Reply,
     Speller,
-    UnansweredError,
     Wanted,
     rank,
     refuse_wishes,

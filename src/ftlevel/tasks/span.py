@@ -17,7 +17,7 @@ from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.formats.examples import Question, build_question
 from ftlevel.data.formats.roles import Roles
 from ftlevel.data.sources.table import Table
-from ftlevel.errors import InputError
+from ftlevel.errors import InputError, UnansweredError
 from ftlevel.task import Checks, Meter, Objective
 from ftlevel.tasks.base import (
     BaseTask,
@@ -25,7 +25,6 @@ from ftlevel.tasks.base import (
     PromptedModel,
     Reply,
     Speller,
-    UnansweredError,
     Wanted,
     refuse_wishes,
 )

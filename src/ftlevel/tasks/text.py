@@ -17,6 +17,7 @@ from ftlevel.data.encoding.chat import render
 from ftlevel.data.encoding.encode import IGNORED, Encoded, encode_causal, encode_seq2seq
 from ftlevel.data.encoding.prompts import PromptFormat, choose_format, prompt_ids
 from ftlevel.data.formats.advice import chosen_roles, write_flags
+from ftlevel.data.formats.asked import build_asked_turns, build_source
 from ftlevel.data.formats.detect import Build, Format, Shape, fits
 from ftlevel.data.formats.examples import (
     PLAIN_TEXT,
@@ -26,12 +27,10 @@ from ftlevel.data.formats.examples import (
     build_pair,
 )
 from ftlevel.data.formats.languages import choose_languages, find_language, language_columns
-from ftlevel.data.formats.roles import Roles
-from ftlevel.data.formats.turns import Message, Unusable, parse_tools, parse_turns
 from ftlevel.data.sources.table import Row, Table
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.task import Checks, Objective
-from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller, UnansweredError, Wanted
+from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller, Wanted
 from ftlevel.tasks.text_scores import (
     ROUGES,
     TRANSLATION_SCORES,
@@ -258,45 +257,6 @@ class TranslationTask(TextTask):
     def facts(self, loaded: Loaded) -> Mapping[str, Any]:
         """Return the ISO 639-1 code of the target; "" if unknown."""
         return {"target_language": loaded.format.options.get("target_language", "")}
-
-
-def build_asked_turns(roles: Roles) -> Conversation:
-    """Return the turns that wait for an answer; an answer that is there already is left out."""
-    for role in ("messages", "conversations"):
-        if role in roles:
-            turns = parse_turns(
-                roles.get(role), roles.columns[role], answered=False, names=roles.inner
-            )
-            while turns and turns[-1].role == "assistant":
-                turns.pop()
-            break
-    else:
-        turns = [Message("user", _asked_text(roles))]
-    if not turns:
-        raise Unusable("holds no turn that could be answered")
-    if (system := roles.text_or_empty("system")) and turns[0].role != "system":
-        turns.insert(0, Message("system", system))
-    tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
-    return Conversation(tuple(turns), roles.index, tools)
-
-
-def _asked_text(roles: Roles) -> str:
-    if "instruction" in roles:
-        ask = roles.text("instruction")
-        more = roles.text_or_empty("input")
-        return f"{ask}\n\n{more}" if more else ask
-    return roles.text("prompt" if "prompt" in roles else "text")
-
-
-def build_source(roles: Roles) -> Pair:
-    """Return a source without a target, as `build_pair` would make it of an answered row."""
-    for role in ("document", "source"):
-        if role in roles:
-            return Pair(roles.text(role), "", roles.index)
-    turns = build_asked_turns(roles).messages
-    if [turn.role for turn in turns if turn.role != "system"] != ["user"]:
-        raise Unusable(f"has {len(turns)} turns, where one question is expected")
-    return Pair("\n\n".join(turn.content for turn in turns), "", roles.index)
 
 
 def _ask(model: PromptedModel, question: Pair | Conversation) -> list[int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ftlevel.config import TrainConfig
-from ftlevel.data.prepare.sampling import LengthGroups
+from ftlevel.data.prepare.sampling import LengthGroups, RowsAndNothing, ShareOfSteps
 from ftlevel.data.prepare.streamed_rows import InOrder, StreamedRows
 from ftlevel.models.upstream.data import shared_order
 from ftlevel.training.plan.plan import Plan
@@ -46,3 +47,25 @@ def row_order(config: TrainConfig, plan: Plan) -> Sampler[int] | None:
     step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     step *= train.num_processes or 1
     return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.order_seed)
+
+
+def shared_loader(
+    rows: Any, order: Sampler[int], arguments: Any, collate: Callable[[list[Any]], dict[str, Any]]
+) -> DataLoader[Any]:
+    """Return the batches of one of several processes, as many as every other one has.
+
+    Args:
+        rows: that are trained on.
+        order: that all processes share.
+        arguments: the `TrainingArguments`.
+        collate: makes a batch of rows; one that no row is left for says `is_nothing`.
+    """
+    share = ShareOfSteps(
+        order, arguments.train_batch_size, arguments.world_size, arguments.process_index
+    )
+
+    def collate_or_nothing(some: list[Any]) -> dict[str, Any]:
+        batch = collate(some)
+        return {**batch, "is_nothing": True} if some[0].row < 0 else batch
+
+    return DataLoader(RowsAndNothing(rows), batch_sampler=share, collate_fn=collate_or_nothing)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from accelerate.utils import send_to_device
+from torch.utils.data import Sampler
 from transformers import Trainer
 
-from ftlevel.data.prepare.sampling import RowsAndNothing, ShareOfSteps
 from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.head.likelihoods import plain_loss, sum_of_ratios, with_baseline
 from ftlevel.fast.head.loss import compute_shared_prefix, supervised_loss
@@ -24,6 +24,7 @@ from ftlevel.models.hardware import autocast
 from ftlevel.task import LikelihoodObjective, Objective, TrainingLoss
 from ftlevel.training.memory.smaller_steps import SmallerSteps
 from ftlevel.training.processes import Processes
+from ftlevel.training.row_order import shared_loader
 
 
 class FtlevelTrainer(Trainer):
@@ -118,19 +119,9 @@ class FtlevelTrainer(Trainer):
         """Return Trainer's batches; of several processes, this one's, as many as every other's."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
-        rows: Any = self.train_dataset
         if self.order is None:
             raise TypeError("several processes need an order that they share")
-        share = ShareOfSteps(
-            self.order, self.args.train_batch_size, self.args.world_size, self.args.process_index
-        )
-        return DataLoader(
-            RowsAndNothing(rows), batch_sampler=share, collate_fn=self._collate_or_nothing
-        )
-
-    def _collate_or_nothing(self, rows: list[Any]) -> dict[str, Any]:
-        batch: dict[str, Any] = self.data_collator(rows)
-        return {**batch, "is_nothing": True} if rows[0].row < 0 else batch
+        return shared_loader(self.train_dataset, self.order, self.args, self.data_collator)
 
     def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
         """Go through an epoch, but for one of a run that was at its end when it was broken off."""
@@ -151,7 +142,7 @@ class FtlevelTrainer(Trainer):
         while True:
             rows = inputs.pop("rows", ())
             try:
-                loss = self._batch_loss(model, inputs, num_items_in_batch)
+                loss = self.compute_batch(model, inputs, num_items_in_batch)
                 break
             except Exception as error:
                 if not (is_out_of_memory(error) and self.smaller.can(inputs)):
@@ -192,12 +183,13 @@ class FtlevelTrainer(Trainer):
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def _batch_loss(
+    def compute_batch(
         self,
         model: Any,
         inputs: dict[str, Any],
-        num_items_in_batch: torch.Tensor | int | None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
+        """Return the loss of a batch as `training_step` does, and add to the gradient."""
         self._is_nothing = bool(inputs.pop("is_nothing", False))
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -323,12 +315,8 @@ class FtlevelTrainer(Trainer):
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return what the collator gave, on the device."""
-        moved: dict[str, Any] = _to_device(batch, self.args.device)
+        moved: dict[str, Any] = send_to_device(batch, self.args.device)
         return moved
-
-    def compute_batch(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Return the loss of a batch as `training_step` does, and add to the gradient."""
-        return self._batch_loss(model, inputs, None)
 
     @property
     def loss_scale(self) -> float:
@@ -366,7 +354,7 @@ class FtlevelTrainer(Trainer):
         if not (isinstance(self.objective, LikelihoodObjective) and self.objective.needs_baseline):
             return
         contrasts = [
-            _to_device(part, device)
+            send_to_device(part, device)
             for batch in batches
             for part in batch.pop("contrasts")
             if not batch.get("is_nothing")
@@ -412,12 +400,3 @@ class FtlevelTrainer(Trainer):
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Return a batch with all of its tensors on `device`."""
-    if isinstance(value, dict):
-        return {name: _to_device(part, device) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_to_device(part, device) for part in value]
-    return value.to(device) if hasattr(value, "to") else value
