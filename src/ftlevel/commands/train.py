@@ -27,13 +27,11 @@ from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
 from ftlevel.training.finish import (
     Start,
-    end_run,
     end_training,
     keep_best,
     measure_times,
-    next_commands,
     save,
-    write_results,
+    tell,
 )
 from ftlevel.training.forecast.foresight import Foresight, foresee
 from ftlevel.training.forecast.micro_batch import choose_micro_batch
@@ -67,9 +65,6 @@ from ftlevel.training.sharding.proof import probe_untrained, prove_sharded
 from ftlevel.training.sharding.trainer import save_sharded
 from ftlevel.training.summary import (
     Outcome,
-    build_summary,
-    find_nothing_learned,
-    find_worse_than_before,
     resolved_config,
 )
 from ftlevel.training.verify.proof import verify_step
@@ -278,10 +273,10 @@ def _resolve(
 def _choose_micro_batch(job: _Job) -> _Job:
     """Let the memory choose the tokens of a micro-batch, where that is asked for, and say it."""
     config, plan = job.taken.config, job.plan
-    begun_with = tokens_begun_with(config)
-    config, chosen = choose_micro_batch(config, plan, job.processes, begun_with)
-    if more := chosen.choices[len(plan.choices) :]:
-        job.listener.choices("train", more)
+    if config.speed.tokens_per_micro_batch != "memory":
+        return job
+    config, chosen = choose_micro_batch(config, plan, job.processes, tokens_begun_with(config))
+    job.listener.choices("train", chosen.choices[len(plan.choices) :])
     return replace(job, taken=replace(job.taken, config=config), plan=chosen)
 
 
@@ -366,7 +361,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     about, notes = asked.describe(config, plan, outcome.records)
     for note in notes:
         listener.warn(note)
-    summary = _tell(config, plan, outcome, run, listener, about)
+    summary = tell(config, plan, outcome, run, listener, about)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
 
 
@@ -387,28 +382,3 @@ def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack, *, begins: 
         digest = BaseDigest(plan.model.source.path)
         digest.keep(run.checkpoints)
         held.callback(digest.wait)
-
-
-def _tell(
-    config: TrainConfig,
-    plan: Plan,
-    outcome: Outcome,
-    run: RunDirectory,
-    listener: Listener,
-    of_reference: Mapping[str, Any],
-) -> Mapping[str, Any]:
-    """Write what the run gave, say it, upload it if that is wanted, and return it."""
-    summary = {
-        **build_summary(config, plan, outcome),
-        **of_reference,
-        "next": next_commands(plan, run),
-    }
-    with explain_disk_errors(run):
-        write_results(run, config, summary)
-    remarks = plan.objective.remarks(summary["metrics"])
-    for warning in [
-        *find_nothing_learned(summary, plan), *find_worse_than_before(summary), *remarks
-    ]:  # fmt: skip
-        listener.warn(warning)
-    end_run(config.output, run, summary, listener)
-    return summary

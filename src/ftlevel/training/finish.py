@@ -30,9 +30,17 @@ from ftlevel.trained.adapt import finish_method, save_adapter
 from ftlevel.training.best import Kept
 from ftlevel.training.callbacks.keep_best import KeepBest
 from ftlevel.training.callbacks.report import Report
+from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.summary import build_card, with_what_was_read
+from ftlevel.training.summary import (
+    Outcome,
+    build_card,
+    build_summary,
+    find_nothing_learned,
+    find_worse_than_before,
+    with_what_was_read,
+)
 from ftlevel.training.trainer import FtlevelTrainer
 
 
@@ -137,6 +145,40 @@ def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, 
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
     run.write_summary(summary)  # by which the run is done
     mark_end(run.path)
+
+
+def tell(
+    config: TrainConfig,
+    plan: Plan,
+    outcome: Outcome,
+    run: RunDirectory,
+    listener: Listener,
+    of_others: Mapping[str, Any],
+) -> Mapping[str, Any]:
+    """Write what the run gave, say it, upload it if that is wanted, and return it.
+
+    Args:
+        config: the whole configuration.
+        plan: of the run.
+        outcome: what came out.
+        run: its directory.
+        listener: told of it.
+        of_others: what summary.json says of models that were asked beside it.
+    """
+    summary = {
+        **build_summary(config, plan, outcome),
+        **of_others,
+        "next": next_commands(plan, run),
+    }
+    with explain_disk_errors(run):
+        write_results(run, config, summary)
+    remarks = plan.objective.remarks(summary["metrics"])
+    for warning in [
+        *find_nothing_learned(summary, plan), *find_worse_than_before(summary), *remarks
+    ]:  # fmt: skip
+        listener.warn(warning)
+    end_run(config.output, run, summary, listener)
+    return summary
 
 
 def end_run(

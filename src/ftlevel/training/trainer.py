@@ -315,8 +315,7 @@ class FtlevelTrainer(Trainer):
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return what the collator gave, on the device."""
-        moved: dict[str, Any] = send_to_device(batch, self.args.device)
-        return moved
+        return dict(send_to_device(batch, self.args.device))
 
     @property
     def loss_scale(self) -> float:
@@ -337,9 +336,8 @@ class FtlevelTrainer(Trainer):
         self.prepare_step(batch_samples, device)
         counted = [batch for batch in batch_samples if not batch.get("is_nothing")]
         total = self.count_targets(counted, device)
-        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
-            total = self._sum_over_processes(total)
-        return total
+        shared = self.args.world_size > 1 and self.args.average_tokens_across_devices
+        return self._sum_over_processes(total) if shared else total
 
     def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
         gathered: torch.Tensor = self.accelerator.gather(value.reshape(1, -1))

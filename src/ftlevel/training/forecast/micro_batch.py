@@ -42,7 +42,7 @@ _ATTEMPTS = 6
 def choose_micro_batch(
     config: TrainConfig, plan: Plan, processes: Processes, begun_with: int | None
 ) -> tuple[TrainConfig, Plan]:
-    """Return the run with as many tokens in a micro-batch as fit, where that is asked for.
+    """Return the run with as many tokens in a micro-batch as fit.
 
     Args:
         config: the whole configuration.
@@ -53,8 +53,6 @@ def choose_micro_batch(
     Raises:
         ConfigError: nothing is to be chosen, or a row alone does not fit.
     """
-    if config.speed.tokens_per_micro_batch != "memory":
-        return config, plan
     if begun_with is not None:
         said = Choice("micro-batch", f"{begun_with:,} tokens", "as the run was begun")
         return _with_tokens(config, plan, begun_with, 0, said)
