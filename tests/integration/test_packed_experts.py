@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from ftlevel.cli.app import run
 
@@ -55,6 +56,13 @@ def test_trained_resumed_merged_and_evaluated(
     assert run(["merge", "whole", "--out", "merged", "--onto", "dequantized", "--json"]) == 0
     merged = json.loads(capfd.readouterr().out)
     assert merged["candidates"]["dequantized"]["kl"] < 1e-6
+    assert run(["merge", "whole", "--out", "served", "--quant", "4bit", "--json"]) == 0
+    served = json.loads(capfd.readouterr().out)
+    assert served["served"]["kl"] < 0.1 * served["effect"]["kl"]
+    # transformers reads it without ftlevel: no checkpoint holds packed experts.
+    stored = json.loads(Path("served/config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "bitsandbytes"
+    AutoModelForCausalLM.from_pretrained("served")
 
 
 @pytest.mark.parametrize(

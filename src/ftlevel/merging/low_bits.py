@@ -110,7 +110,8 @@ def resolve_low_bits(config: MergeConfig, inputs: MergeInput) -> QuantConfig | N
         return None
     own = inputs.quant if inputs.quant.kind == config.quant else QuantConfig(kind=config.quant)
     given = {"quant_type": config.quant_type, "double_quant": config.double_quant}
-    low = own.model_copy(update={name: v for name, v in given.items() if v is not None})
+    told = {name: value for name, value in given.items() if value is not None}
+    low = own.model_copy(update={**told, "experts": None})  # no checkpoint holds packed experts
     _plan_layout(inputs, inputs.config, low, DTYPES[inputs.dtype])
     return low
 
