@@ -202,11 +202,10 @@ def test_two_searches_share_a_study_and_the_winner_has_what_they_found(
     assert theirs["rows"][0]["search"]["values"] == searched["values"]
 
     study = optuna.load_study(study_name=searched["name"], storage=url)
-    ended = [trial for trial in study.trials if trial.state.is_finished()]
-    assert 3 <= len(ended) <= 4  # both may begin the last one at once
+    ended = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
+    assert len(ended) == searched["trials"] == 3  # where both begin the last one, one withdraws
     best = min(trial.value for trial in ended if trial.state.name == "COMPLETE")
     assert searched["best"] == best
-    assert searched["trials"] == len(ended)
     assert searched["seconds"] > 0
     assert row["metric"] == pytest.approx(best, rel=1e-4)  # the same run, made again
     values = searched["values"]

@@ -16,11 +16,15 @@ except ImportError:  # Windows, where nothing is locked
 
 
 @contextlib.contextmanager
-def claimed(directory: Path) -> Iterator[None]:
+def claimed(directory: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold `directory` for this process inside the block.
 
     The directory itself is locked (flock), so that no file is left behind; where its file system
     has no locks, nothing is held.
+
+    Args:
+        directory: of a run.
+        shared: let others hold it so, too.
 
     Raises:
         ConfigError: another process holds it.
@@ -29,7 +33,8 @@ def claimed(directory: Path) -> Iterator[None]:
     try:
         if descriptor is not None and fcntl is not None:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
                     f"--output-dir {directory}: another run is writing into it. Wait for its end, "
@@ -44,12 +49,12 @@ def claimed(directory: Path) -> Iterator[None]:
 
 
 def check_unclaimed(directory: Path) -> None:
-    """Refuse a directory that another run writes into.
+    """Refuse a directory that another run writes into; the processes of one run may look at once.
 
     Raises:
         ConfigError: it does.
     """
-    with claimed(directory):
+    with claimed(directory, shared=True):
         pass
 
 

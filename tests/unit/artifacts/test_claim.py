@@ -65,3 +65,10 @@ def test_what_is_held_is_free_again(tmp_path: Path) -> None:
     with claimed(tmp_path), pytest.raises(ConfigError):
         check_unclaimed(tmp_path)
     check_unclaimed(tmp_path)
+
+
+def test_the_processes_of_a_run_may_look_at_once(tmp_path: Path) -> None:
+    with claimed(tmp_path, shared=True):  # as another of them does
+        check_unclaimed(tmp_path)
+        with pytest.raises(ConfigError, match="another run is writing"), claimed(tmp_path):
+            pass

@@ -38,7 +38,7 @@ EVALUATIONS = 9  # of a trial: Hyperband with a factor of 3 looks after 1, 3 and
 _WAIT_FOR_LOCK = 100  # seconds, of SQLite
 _ALIVE, _GIVEN_UP = 20, 120  # seconds between signs of life, and after which a trial is failed
 _MOST_FAILED = 3
-_REASON = "reason"
+_REASON, _WITHDRAWN = "reason", "withdrawn"
 
 _RATE = "lr"
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -95,6 +95,10 @@ class Study:
             sampler=optuna.samplers.TPESampler(),  # of a seed, two processes would draw the same
             pruner=optuna.pruners.HyperbandPruner(1, EVALUATIONS, 3),
         )  # fmt: skip
+
+
+class _Enough(Exception):
+    """The study has its trials."""
 
 
 def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
@@ -195,7 +199,8 @@ def _fail_the_silent(found: optuna.Study) -> None:
 
 def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
     """Return what a study found, and its trials in their order."""
-    trials = [t for t in found.get_trials(deepcopy=False) if t.state.is_finished()]
+    trials = [t for t in found.get_trials(deepcopy=False)
+              if t.state.is_finished() and _WITHDRAWN not in t.user_attrs]  # fmt: skip
     if not any(t.state.name == "COMPLETE" for t in trials):
         reasons = [t.user_attrs[_REASON] for t in trials if _REASON in t.user_attrs]
         raise RunError(f"no trial of its search came to its end. {' '.join(reasons[-1:])}".strip())
@@ -219,8 +224,20 @@ def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
 
 
 def _try_one(study: Study, config: TrainConfig, path: Path) -> None:
-    """Run one trial of `study`, in a process of its own."""
-    study.load().optimize(lambda trial: _objective(trial, study, config, path), n_trials=1)
+    """Run one trial of `study`, in a process of its own, unless another process has begun the last.
+
+    Two that see room for one more begin both; the later one is withdrawn.
+    """
+    found = study.load()
+
+    def run(trial: optuna.Trial) -> float:
+        earlier = [t for t in found.get_trials(deepcopy=False) if t.number < trial.number]
+        if sum(t.state.name != "FAIL" for t in earlier) >= study.trials:
+            trial.set_user_attr(_WITHDRAWN, True)
+            raise _Enough
+        return _objective(trial, study, config, path)
+
+    found.optimize(run, n_trials=1, catch=_Enough)
 
 
 def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Path) -> float:
