@@ -106,6 +106,10 @@ def test_what_cannot_be_made_longer(own: list[str], capsys: pytest.CaptureFixtur
     train(*own, "--max-steps", "2", "--save-strategy", "no", out="bare")
     assert run(["train", "--output-dir", "bare", "--resume", "--max-steps", "9"]) == 2
     assert "Train on from its adapter: --adapter bare" in capsys.readouterr().err
+    assert run(["train", "--output-dir", "bare", "--resume"]) == 0
+    assert "nothing is left to train. To train on from its adapter: --adapter bare" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow
@@ -136,11 +140,14 @@ def test_a_run_is_saved_by_the_clock(own: list[str], monkeypatch: pytest.MonkeyP
         train(*plain, "--max-steps", "8", "--save-total-limit", "9")
         patch.setattr("ftlevel.training.callbacks.save_by_clock.time", Clock())
         train(*plain, "--max-steps", "8", "--save-strategy", "no", out="none")
+        patch.setattr("ftlevel.training.callbacks.save_by_clock.SMALL_CHECKPOINT", 1000)
+        train(*plain, "--max-steps", "2", out="large")
     train(*plain, "--max-steps", "2", out="quick")
 
     def saved(out: str) -> list[str]:
         return sorted(p.name for p in Path(out, "checkpoints").glob("checkpoint-*"))
 
     assert saved("run") == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
-    assert saved("none") == saved("quick") == []
+    assert saved("none") == saved("large") == []
+    assert saved("quick") == ["checkpoint-2"], "its end, so that it can be made longer"
     assert all(Path("run/checkpoints", name, "manifest.json").exists() for name in saved("run"))

@@ -260,8 +260,8 @@ def test_a_gguf_file_is_a_base_in_4_bits(
 ) -> None:
     """SmolLM2's directory was converted from the .gguf, exactly: the runs are one run."""
     monkeypatch.chdir(tmp_path)
-    common = ["--method", "qlora", "--quant", "4bit", "--max-samples", "4", "--max-steps", "2",
-              "--logging-steps", "1", "--dtype", "bfloat16", "--max-length", "128",
+    common = ["--method", "qlora", "--quant", "4bit", "--max-samples", "2", "--max-steps", "2",
+              "--logging-steps", "1", "--dtype", "bfloat16", "--max-length", "64",
               "--overlong", "truncate-prompt"]  # fmt: skip
     for name, model in (("gguf", smollm2_gguf), ("plain", smollm2)):
         assert run(["train", "--model", str(model), *common, "--output-dir", name]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.world import is_launched
 
 S = TypeVar("S", bound=Section)
+_NEXT_PAIR = re.compile(r",\s*(?=\w+=)")  # of `text=Body,label=Category`
 _WIDEST_CHOICES = 20  # letters that stand for a value in help
 
 
@@ -153,7 +155,7 @@ def _put(layer: Layer, row: Flag, shown: str, value: Any) -> None:
     """Put a value where `row` says, in `layer` (mutated)."""
     key = tuple(row.path.split("."))
     if row.example:
-        for pair in value:
+        for pair in (part for given in value for part in _NEXT_PAIR.split(given)):
             name, equals, column = pair.partition("=")
             if not (name and equals and column):
                 raise ConfigError(f"{shown} {pair}: expected {row.metavar}, as in {row.example}.")

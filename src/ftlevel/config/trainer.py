@@ -185,7 +185,7 @@ class TrainerConfig(Decoding):
         None,
         description="Write checkpoints every save_steps, at the end of each epoch, at each best "
         "evaluation or never: steps, epoch, best, no; the default is steps where save_steps is "
-        "given, else by save_minutes alone.",
+        "given, else by save_minutes alone, and at the end where it is small (512 MB).",
     )
     save_steps: Steps | None = Field(
         None,

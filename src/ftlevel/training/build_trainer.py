@@ -26,7 +26,7 @@ from ftlevel.training.callbacks.interrupt import Interrupt
 from ftlevel.training.callbacks.keep_best import KeepBest
 from ftlevel.training.callbacks.recovery import Recovery
 from ftlevel.training.callbacks.report import Report
-from ftlevel.training.callbacks.save_by_clock import SaveByClock
+from ftlevel.training.callbacks.save_by_clock import SaveByClock, is_small
 from ftlevel.training.callbacks.save_stream_state import SaveStreamState
 from ftlevel.training.callbacks.set_epoch import SetEpoch
 from ftlevel.training.callbacks.write_manifest import WriteManifest
@@ -186,6 +186,7 @@ def add_callbacks(
     watch = Watch(report, gradients, Interrupt(processes), best)
     streamed = isinstance(rows, StreamedRows)
     minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0
+    saves_end = config.train.save_strategy is None and is_small(trainer.model)
     for callback in (
         watch.report,
         watch.gradients,
@@ -195,7 +196,7 @@ def add_callbacks(
         SetEpoch(plan.data.train, trainer.order),
         *own,
         *([best] if best else []),
-        *([SaveByClock(minutes, processes)] if minutes else []),
+        *([SaveByClock(minutes, processes, last=saves_end)] if minutes else []),
         *([SaveStreamState(rows, run.checkpoints)] if streamed else []),
         WriteManifest(run.checkpoints, config.train.save_total_limit, processes),  # of all files
     ):

@@ -1,13 +1,25 @@
-"""Write a checkpoint when a long time went by without one."""
+"""Write a checkpoint when a long time went by without one, and a last one."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.training.processes import Processes
+
+
+SMALL_CHECKPOINT = 512_000_000
+"""Bytes up to which a last checkpoint is written, so that a run can be made longer."""
+_PER_PARAMETER = 12  # bytes: a weight and AdamW's two moments, in float32
+
+
+def is_small(model: torch.nn.Module) -> bool:
+    """Whether a checkpoint of what is trained in `model` takes no more than `SMALL_CHECKPOINT`."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained * _PER_PARAMETER <= SMALL_CHECKPOINT
 
 
 class SaveByClock(TrainerCallback):
@@ -18,13 +30,14 @@ class SaveByClock(TrainerCallback):
     Args:
         minutes: since the last checkpoint, or the beginning.
         processes: those of the run.
+        last: ask for one at the end whatever the clock says.
     """
 
-    def __init__(self, minutes: float, processes: Processes) -> None:
+    def __init__(self, minutes: float, processes: Processes, *, last: bool = False) -> None:
         self._seconds = minutes * 60
         self._processes = processes
         self._since = 0.0
-        self._was_time = False
+        self._saves_end = last
 
     def on_train_begin(
         self,
@@ -45,10 +58,20 @@ class SaveByClock(TrainerCallback):
     ) -> None:
         """Save, if it is time, or the end of a run for which it was time before."""
         is_time = self._processes.is_first and time.monotonic() - self._since >= self._seconds
-        is_end = self._was_time and state.global_step >= state.max_steps
         is_time = self._processes.any(is_time)
-        self._was_time |= is_time
-        control.should_save |= is_time or is_end
+        self._saves_end |= is_time
+        is_end = state.global_step >= state.max_steps
+        control.should_save |= is_time or (is_end and self._saves_end)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Save the end of a run that stops early."""
+        control.should_save |= control.should_training_stop and self._saves_end
 
     def on_save(
         self,

@@ -44,9 +44,16 @@ def describe_end(config: TrainConfig, summary: Mapping[str, Any]) -> str:
         else f"--num-train-epochs {2 * train.num_train_epochs:g}"
     )
     early = " (it stopped early)" if best.get("stopped_early") else ""
+    newest, _ = checkpoints.newest_whole(RunDirectory(config.output.dir).checkpoints)
+    more = (
+        f"A longer run goes on from there: --resume {length}."
+        if newest
+        else f"To train on from its adapter: --adapter {quote(str(config.output.dir))}, and another "
+        "--output-dir."
+    )
     return (
         f"{config.output.dir} is finished: {steps:,} of {planned:,} steps{early}, and nothing is "
-        f"left to train. A longer run goes on from there: --resume {length}."
+        f"left to train. {more}"
     )
 
 
