@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"),
                         help="begin no further case of a row after so many")  # fmt: skip
-    parser.add_argument("--log", type=Path, help="write every case to this file")
+    parser.add_argument("--log", type=Path, help="append every case to this file as it ends")
     parser.add_argument("--patience", type=float, default=120.0,
                         help="seconds a run may take (on a quiet machine it takes 2)")  # fmt: skip
     asked = parser.parse_args()
@@ -100,9 +100,6 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torture-") as root:
         cases = _run_all(entries, asked, seed, Path(root))
-    if asked.log:
-        lines = [json.dumps({"row": name, **case}) + "\n" for name in cases for case in cases[name]]
-        asked.log.write_text("".join(lines))
     return _print_table(entries, cases, time.monotonic() - began)
 
 
@@ -136,11 +133,14 @@ def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path) -> 
     row = getattr(importlib.import_module(f"torture_rows.{module}"), function)
     count = entry.sample if asked.sample else max(1, round(entry.count * asked.share))
     began = time.monotonic()
-    with (root / f"{entry.name}.jsonl").open("w") as file:
+    log = asked.log or Path(os.devnull)
+    with (root / f"{entry.name}.jsonl").open("w") as file, log.open("a") as kept:
 
         def note(case: Case) -> None:
-            file.write(json.dumps(asdict(case)) + "\n")
-            file.flush()
+            told = {"row": entry.name, "seed": seed, **asdict(case)}
+            for one in (file, kept):
+                one.write(json.dumps(told) + "\n")
+                one.flush()
             if case.verdict != "good":
                 print(f"{entry.name}: {case.verdict}: {case.name}: {case.why}", flush=True)
 

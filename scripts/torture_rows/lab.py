@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TOO_LONG = 20.0  # seconds without an end, beyond what a run takes when nothing is done to it
-STEPS = 8
+STEPS = 5  # a step with its checkpoint is a tenth of what a run costs
 GOOD, BAD, SILENT, EXECUTED, HANG, OUTSIDE = (
     "good", "bad", "silent", "executed", "hang", "outside",
 )  # fmt: skip

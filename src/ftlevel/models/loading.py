@@ -137,7 +137,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     try:
         return transformers.AutoTokenizer.from_pretrained(source.location, **source.arguments())
-    except FROM_READERS as error:
+    except Exception as error:
+        if not isinstance(error, FROM_READERS) and type(error) is not Exception:  # as Rust's are
+            raise
         if source.kind == "directory" and not _holds_tokenizer(Path(source.location)):
             raise InputError(
                 f"{source.words} has no tokenizer. Expected tokenizer.json in {source.location}: "
