@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -57,6 +58,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, absent or whole."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_plain(path: Path) -> str:
+    """Return the text of a plain file; a pipe or a device would be waited for without end.
+
+    Raises:
+        OSError: it is none, or cannot be read.
+        ValueError: it is no UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def check_regular(paths: Iterable[Path], words: str) -> None:

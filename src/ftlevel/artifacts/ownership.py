@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts import checkpoints
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import read_plain, write_json
 from ftlevel.errors import ConfigError
 
 MARKER = ".ftlevel.json"
@@ -255,7 +255,7 @@ def _has_result(directory: Path) -> bool:
 
 def _read_marker(directory: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        marker = json.loads((directory / MARKER).read_text(encoding="utf-8"))
+        marker = json.loads(read_plain(directory / MARKER))
         if isinstance(marker, dict) and isinstance(marker.get("run"), str):
             return marker
     return None

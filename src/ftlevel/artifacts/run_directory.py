@@ -13,7 +13,7 @@ from typing import Any
 
 from ftlevel.artifacts import ownership
 from ftlevel.artifacts.claim import check_unclaimed, claimed
-from ftlevel.artifacts.files import write_json, write_text
+from ftlevel.artifacts.files import check_regular, read_plain, write_json, write_text
 from ftlevel.artifacts.ownership import ADAPTER, CARD, CHECKPOINTS, METRICS, REPORT, SUMMARY
 from ftlevel.artifacts.ownership import CONFIG as CONFIG
 from ftlevel.errors import ConfigError
@@ -52,7 +52,7 @@ class RunDirectory:
     def read_summary(self) -> dict[str, Any] | None:
         """Return summary.json of a run that is finished and has what it trained, or None."""
         try:
-            summary = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+            summary = json.loads(read_plain(self.path / SUMMARY))
         except (OSError, ValueError, RecursionError):
             return None
         is_whole = isinstance(summary, dict) and any(self.adapter.glob("*.safetensors"))
@@ -153,6 +153,8 @@ def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> No
     if directory is not None and directory.exists():
         if not directory.is_dir():
             raise ConfigError(f"--output-dir {directory} is a file. Name a directory.")
+        parts = [*directory.iterdir(), *(directory / CHECKPOINTS).glob("*")]
+        check_regular(parts, f"--output-dir {directory}")
         check_unclaimed(directory)
         if not ownership.is_free(directory):
             _check_kind(directory, overwrite, resume)

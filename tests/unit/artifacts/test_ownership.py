@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from ftlevel.artifacts import best_models, checkpoints, ownership
+from ftlevel.artifacts.files import read_plain
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
-from ftlevel.errors import ConfigError
+from ftlevel.data.encoding.chat_templates import choose_chat_template
+from ftlevel.errors import ConfigError, InputError
 
 
 def finished_run(path: Path, text: str = "old") -> RunDirectory:
@@ -334,3 +338,25 @@ def test_best_models_that_no_run_certified_stay(tmp_path: Path) -> None:
         best_models.write_best(tmp_path, step, write)
     best_models.forget_later(tmp_path, 0)
     assert sorted(tree(tmp_path)) == ["best-1/mine", "best-3-kept/mine", "best-9/mine"]
+
+
+@pytest.mark.parametrize("name", [".ftlevel.json", "metrics.jsonl", "checkpoints/origin.json"])
+def test_a_pipe_among_the_files_of_a_run_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    finished_run(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    for overwrite, resume in ((True, False), (False, True)):
+        with pytest.raises(InputError, match="is a pipe, a socket or a device"):
+            check_output(tmp_path, overwrite=overwrite, resume=resume)
+
+
+def test_a_pipe_is_no_plain_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no plain file"):
+        read_plain(tmp_path / "pipe")
+    with pytest.raises(InputError, match="neither a name nor a readable file"):
+        choose_chat_template(SimpleNamespace(chat_template=None), str(tmp_path / "pipe"))
+    (tmp_path / "summary.json").symlink_to("pipe")
+    (tmp_path / ".ftlevel.json").symlink_to("pipe")
+    assert RunDirectory(tmp_path).read_summary() is None
+    assert not ownership.is_run(tmp_path)

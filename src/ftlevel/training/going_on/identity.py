@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import read_plain, write_json
 from ftlevel.artifacts.fingerprint import file_fingerprint
 from ftlevel.training.plan.plan import PlannedModel
 
@@ -92,7 +92,7 @@ class BaseDigest:
         if self._path is None:  # on a hub, whose revision says it
             return {}
         try:
-            before = json.loads((checkpoints / _FILE).read_text(encoding="utf-8"))
+            before = json.loads(read_plain(checkpoints / _FILE))
             if not isinstance(before, dict):
                 raise TypeError
         except (OSError, ValueError, TypeError, RecursionError):
