@@ -95,8 +95,6 @@ def main() -> int:
     if asked.sample:
         entries = [e for e in entries if e.sample]
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    for name in ("tiny_models", "ftlevel.training.trainer"):  # once for all rows
-        importlib.import_module(name)
     print(f"seed {seed}", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torture-") as root:
@@ -108,6 +106,9 @@ def _run_all(
     entries: list[Entry], asked: argparse.Namespace, seed: int, root: Path
 ) -> dict[str, list[dict[str, str]]]:
     """Return the cases of each row, each run in a process of its own, several at a time."""
+    from torture_rows.lab import begin
+
+    first = begin(root)
     running: dict[int, Entry] = {}
     waiting, cases = list(entries), {}
     while waiting or running:
@@ -115,7 +116,7 @@ def _run_all(
             entry = waiting.pop(0)
             pid = os.fork()
             if pid == 0:
-                os._exit(_run_row(entry, asked, seed, root))
+                os._exit(_run_row(entry, asked, seed, root, first))
             running[pid] = entry
         pid, _ = os.wait()
         entry = running.pop(pid)
@@ -124,7 +125,7 @@ def _run_all(
     return cases
 
 
-def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path) -> int:
+def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path, first: Path) -> int:
     """Run one row and write its cases; an error of the row itself is a bad case."""
     import traceback
 
@@ -146,7 +147,7 @@ def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path) -> 
                 print(f"{entry.name}: {case.verdict}: {case.name}: {case.why}", flush=True)
 
         try:
-            with new_lab(root / entry.name, seed) as lab:
+            with new_lab(root / entry.name, seed, first) as lab:
                 lab.patience = asked.patience
                 for case in row(lab, count):
                     note(case)
