@@ -85,24 +85,20 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"),
                         help="begin no further case of a row after so many")  # fmt: skip
-    parser.add_argument("--log", type=Path, help="write every case to this file")
+    parser.add_argument("--log", type=Path, help="append every case to this file as it ends")
     parser.add_argument("--patience", type=float, default=120.0,
                         help="seconds a run may take (on a quiet machine it takes 2)")  # fmt: skip
     asked = parser.parse_args()
     seed = asked.seed if asked.seed is not None else int.from_bytes(os.urandom(4), "big")
-    entries = [e for e in ENTRIES if not asked.only or e.name in asked.only]
+    by_name = {entry.name: entry for entry in ENTRIES}
+    entries = [by_name[name] for name in asked.only] or list(ENTRIES)
     if asked.sample:
         entries = [e for e in entries if e.sample]
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    for name in ("tiny_models", "ftlevel.training.trainer"):  # once for all rows
-        importlib.import_module(name)
     print(f"seed {seed}", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torture-") as root:
         cases = _run_all(entries, asked, seed, Path(root))
-    if asked.log:
-        lines = [json.dumps({"row": name, **case}) + "\n" for name in cases for case in cases[name]]
-        asked.log.write_text("".join(lines))
     return _print_table(entries, cases, time.monotonic() - began)
 
 
@@ -110,6 +106,9 @@ def _run_all(
     entries: list[Entry], asked: argparse.Namespace, seed: int, root: Path
 ) -> dict[str, list[dict[str, str]]]:
     """Return the cases of each row, each run in a process of its own, several at a time."""
+    from torture_rows.lab import begin
+
+    first = begin(root)
     running: dict[int, Entry] = {}
     waiting, cases = list(entries), {}
     while waiting or running:
@@ -117,7 +116,7 @@ def _run_all(
             entry = waiting.pop(0)
             pid = os.fork()
             if pid == 0:
-                os._exit(_run_row(entry, asked, seed, root))
+                os._exit(_run_row(entry, asked, seed, root, first))
             running[pid] = entry
         pid, _ = os.wait()
         entry = running.pop(pid)
@@ -126,7 +125,7 @@ def _run_all(
     return cases
 
 
-def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path) -> int:
+def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path, first: Path) -> int:
     """Run one row and write its cases; an error of the row itself is a bad case."""
     import traceback
 
@@ -136,16 +135,19 @@ def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path) -> 
     row = getattr(importlib.import_module(f"torture_rows.{module}"), function)
     count = entry.sample if asked.sample else max(1, round(entry.count * asked.share))
     began = time.monotonic()
-    with (root / f"{entry.name}.jsonl").open("w") as file:
+    log = asked.log or Path(os.devnull)
+    with (root / f"{entry.name}.jsonl").open("w") as file, log.open("a") as kept:
 
         def note(case: Case) -> None:
-            file.write(json.dumps(asdict(case)) + "\n")
-            file.flush()
+            told = {"row": entry.name, "seed": seed, **asdict(case)}
+            for one in (file, kept):
+                one.write(json.dumps(told) + "\n")
+                one.flush()
             if case.verdict != "good":
                 print(f"{entry.name}: {case.verdict}: {case.name}: {case.why}", flush=True)
 
         try:
-            with new_lab(root / entry.name, seed) as lab:
+            with new_lab(root / entry.name, seed, first) as lab:
                 lab.patience = asked.patience
                 for case in row(lab, count):
                     note(case)

@@ -67,7 +67,7 @@ def damage_checkpoints(lab: Lab, count: int) -> Iterator[Case]:
                 if (checkpoint / name).is_file() and (checkpoint / name).stat().st_size:
                     DAMAGES[damage](checkpoint / name, lab.random)
             if which == "all, twice":
-                again(lab.training(run, "--resume"), killing(whole.course.certified[3] + 400))
+                again(lab.training(run, "--resume"), killing(whole.course.certified[1] + 40))
         words = f"{name} {damage}, {which}"
         ended = lab.run(lab.training(run, "--resume"))
         case = judge(words, run, ended, whole.digest, which)

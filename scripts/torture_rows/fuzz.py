@@ -1,15 +1,20 @@
-"""Settings and files by hypothesis: whatever they are, they are read, or refused by our errors."""
+"""Settings and files by hypothesis: whatever they are, they are read, or refused by our errors.
+
+To draw one takes hypothesis longer than we take to read it, so each that it draws is read as it is
+and in some variants, which are made by a seed that it draws too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import random
 import signal
 import struct
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +25,8 @@ from hypothesis import strategies as st
 from ftlevel.errors import FtlevelError
 from torture_rows.fuzz_readers import Read, Reader, as_json, encoded
 from torture_rows.lab import BAD, GOOD, HANG, TOO_LONG, Case, Lab
+
+_READ_OF_EACH = 8  # that hypothesis draws
 
 _SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=12),
@@ -120,6 +127,42 @@ def _bytes_of(whole: bytes, first: int) -> st.SearchStrategy[bytes]:
     return changed()
 
 
+def _vary(value: Any, draw: random.Random) -> Any:
+    """Return a value that is another in a place or two; what is no text or bytes is as JSON."""
+    if isinstance(value, (str, bytes)):
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randint(0, len(value))
+            to = min(len(value), at + draw.randint(0, 12))
+            if isinstance(value, str):
+                value = value[:at] + draw.choice(_SIGNS) + value[to:]
+            else:
+                value = value[:at] + draw.randbytes(to - at) + value[to:]
+        return value[: draw.randint(0, len(value))] if draw.random() < 0.1 else value
+    if isinstance(value, tuple):
+        return tuple(_vary(part, draw) for part in value)
+    whole = json.loads(json.dumps([value]))
+    for _ in range(draw.randint(1, 2)):
+        part, key = whole, 0
+        while isinstance(part[key], (dict, list)) and part[key] and draw.random() < 0.8:
+            part = part[key]
+            key = draw.choice(list(part)) if isinstance(part, dict) else draw.randrange(len(part))
+        if part is not whole and isinstance(part, dict) and draw.random() < 0.2:
+            del part[key]
+        else:
+            part[key] = draw.choice(_OTHERS)(part[key], draw)
+    return whole[0]
+
+
+_OTHERS: tuple[Callable[[Any, random.Random], Any], ...] = (
+    lambda value, _: [value],
+    lambda value, _: {"a": value},
+    lambda value, _: str(value),
+    lambda _, draw: draw.choice([None, True, "", [], {}, "auto", "../..", "\x00", "\ud800"]),
+    lambda _, draw: draw.choice([0, -1, 1.5, 2**63, -(2**70), 1e308, float("inf"), float("nan")]),
+    lambda value, draw: _vary(value, draw) if isinstance(value, str) else draw.randint(-9, 10**9),
+)
+
+
 def _targets(lab: Lab) -> dict[str, tuple[float, st.SearchStrategy[Any], Read]]:
     """Return name → (share of the tries, what is read, how)."""
     reader = Reader(lab)
@@ -185,12 +228,6 @@ def _fuzz(
     found: Counter[tuple[str, str]] = Counter()
     seen: dict[str, str] = {}
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=tries, database=None, deadline=None, phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )  # fmt: skip
-    @hypothesis.given(strategy)
     def one(value: Any) -> None:
         signal.setitimer(signal.ITIMER_VIRTUAL, TOO_LONG)
         try:
@@ -210,6 +247,18 @@ def _fuzz(
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=max(1, round(tries / _READ_OF_EACH)), database=None, deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    @hypothesis.given(strategy, st.integers(0, 2**32))
+    def several(value: Any, seed: int) -> None:
+        draw = random.Random(seed)
+        for number in range(_READ_OF_EACH):
+            one(_vary(value, draw) if number else value)
+
     with contextlib.suppress(hypothesis.errors.Unsatisfiable):
-        one()
+        several()
     return found

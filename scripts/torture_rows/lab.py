@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TOO_LONG = 20.0  # seconds without an end, beyond what a run takes when nothing is done to it
-STEPS = 8
+STEPS = 5  # a step with its checkpoint is a tenth of what a run costs
 GOOD, BAD, SILENT, EXECUTED, HANG, OUTSIDE = (
     "good", "bad", "silent", "executed", "hang", "outside",
 )  # fmt: skip
@@ -340,23 +340,49 @@ def warm_up(lab: Lab, commands: Sequence[Sequence[str]]) -> None:
     gc.freeze()
 
 
-@contextlib.contextmanager
-def new_lab(root: Path, seed: int) -> Iterator[Lab]:
-    """Give a lab with a model and rows, and a home of its own."""
+def begin(root: Path) -> Path:
+    """Make what all labs have, a model and rows, and import what a run imports, once for all.
+
+    Returns:
+        Where they are.
+    """
     from tiny_models import save_tiny
 
+    first = Lab(root / "first", random.Random(0))
+    first.root.mkdir(parents=True)
+    with contextlib.redirect_stderr(io.StringIO()):
+        save_tiny(first.base, "qwen2", chat=True)
+    write_rows(first.rows)
+    run = first.folder()
+    with _at_home(first.root):
+        warm_up(first, [first.training(run)])
+    shutil.rmtree(run)
+    return first.root
+
+
+@contextlib.contextmanager
+def new_lab(root: Path, seed: int, first: Path) -> Iterator[Lab]:
+    """Give a lab with the model and the rows of the `first`, and a home of its own."""
     root.mkdir(parents=True)
     lab = Lab(root, random.Random(seed))
+    shutil.copytree(first / "base", lab.base)
+    shutil.copy(first / "rows.jsonl", lab.rows)
+    try:
+        with _at_home(root):
+            yield lab
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _at_home(root: Path) -> Iterator[None]:
+    """Let processes keep what they keep below `root`."""
+    before = dict(os.environ)
     for name, folder in (("HOME", "home"), ("XDG_CACHE_HOME", "cache")):
         (root / folder).mkdir()
         os.environ[name] = str(root / folder)
-    with contextlib.redirect_stderr(io.StringIO()):
-        save_tiny(lab.base, "qwen2", chat=True)
-    write_rows(lab.rows)
-    run = lab.folder()
-    warm_up(lab, [lab.training(run)])
-    shutil.rmtree(run)
     try:
-        yield lab
+        yield
     finally:
-        shutil.rmtree(root, ignore_errors=True)
+        os.environ.clear()
+        os.environ.update(before)

@@ -90,7 +90,7 @@ def _in_training(lab: Lab, way: str, step: int, word: str, whole: Whole) -> Case
     if ended.hung:
         return Case(HANG, words)
     goes_on = how == "skip" and way != "weight"
-    goes_on |= how == "rollback" and (step > 0 or way != "weight")
+    goes_on |= how == "rollback" and step > 0  # before the first checkpoint it stops
     if goes_on:
         good = ended.code == 0 and f"step {step + 1}" in ended.err and _is_finite(run)
         shutil.rmtree(run)

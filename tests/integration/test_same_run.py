@@ -75,7 +75,7 @@ def swapped_tokens() -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[], None], str]] = {
-    "a bit of the weights": (one_bit, "the bytes of model.safetensors"),
+    "a bit of the weights": (one_bit, "model.safetensors was "),
     "rms_norm_eps": (lambda: change_config(rms_norm_eps=1e-3), "model.config.rms_norm_eps was"),
     "rope_theta": (
         lambda: change_config(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),
@@ -117,6 +117,22 @@ def test_a_run_goes_on_with_what_may_change(
     (change,) = summary["changed_on_resume"]
     assert (change["step"], change["field"]) == (2, "model.config.rms_norm_eps")
     assert change["is"] == 1e-3
+
+
+def test_a_run_goes_on_with_bytes_of_the_base_that_may_change(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_bit()
+    before = (begun / "run/checkpoints/base.json").read_text()
+    wish = ["train", "--quiet", "--output-dir", "run", "--resume"]
+    assert run([*wish, "--allow-change", "model.fingerprint"]) == 0
+    assert "model.fingerprint of model.safetensors is " in capsys.readouterr().err
+    (change,) = json.loads((begun / "run/summary.json").read_text())["changed_on_resume"]
+    assert change["was"] == json.loads(before)["model.safetensors"] != change["is"]
+    assert change["is"] in (begun / "run/checkpoints/base.json").read_text()
+    (begun / "run/checkpoints/base.json").unlink()
+    assert run(wish) == 0
+    assert "so only samples of them are compared" in capsys.readouterr().err
 
 
 def test_what_says_nothing_of_the_numbers_may_be_another(begun: Path) -> None:

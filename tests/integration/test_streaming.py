@@ -49,7 +49,9 @@ def outcome(out: str) -> tuple[str, list[tuple[Any, ...]]]:
     return hashlib.sha256(weights).hexdigest(), list(logged.values())
 
 
-def test_ctrl_c_and_resuming_give_the_unbroken_run_and_read_nothing_again() -> None:
+def test_ctrl_c_and_resuming_give_the_unbroken_run_and_read_nothing_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     data = write_jsonl([row(i) for i in range(5_000)])
     arguments = [*STREAM, "--dataset", data, "--max-steps", "30"]
     train(*arguments, out="whole")
@@ -70,6 +72,13 @@ def test_ctrl_c_and_resuming_give_the_unbroken_run_and_read_nothing_again() -> N
     # What lies before the cursor is not looked at: the first rows are, and they are 1,000.
     assert run(["train", "--quiet", "--output-dir", "broken", "--resume"]) == 0
     assert outcome("broken") == outcome("whole")
+    lines = Path(data).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[4_321] = json.dumps(row(0)) + "\n"  # past the first rows, and of another length
+    Path(data).write_text("".join(lines), encoding="utf-8")
+    capsys.readouterr()
+    more = ["--resume", "--max-steps", "40"]
+    assert run(["train", "--quiet", "--output-dir", "broken", *more]) == 2
+    assert "not the same run: data.fingerprint was" in capsys.readouterr().err
 
 
 @pytest.mark.slow

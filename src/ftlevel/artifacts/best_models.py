@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ftlevel.artifacts.checkpoints import certify, numbered, step_of
+from ftlevel.artifacts.checkpoints import MANIFEST, certify, numbered, step_of
 
 _NAME = re.compile(r"best-(\d+)")
 
@@ -24,6 +24,8 @@ def best_of(directory: Path, step: int) -> Path:
 def write_best(directory: Path, step: int, write: Callable[[Path], None]) -> None:
     """Let `write` fill the best model of `step`; absent or whole, and older ones go after it."""
     partial, whole = directory / ".best.partial", best_of(directory, step)
+    if whole.exists() and not (whole / MANIFEST).is_file():  # of somebody else
+        whole.rename(whole.with_name(f"{whole.name}-kept"))
     for left in (partial, whole):
         if left.exists():
             shutil.rmtree(left)
@@ -62,6 +64,7 @@ def _newest(found: list[Path], step: int) -> Path | None:
 
 
 def _numbered_best(directory: Path) -> list[Path]:
-    """Return the best-N directories of `directory`, by their step."""
-    found = [p for p in directory.glob("best-*") if p.is_dir() and _NAME.fullmatch(p.name)]
+    """Return the best-N directories of `directory` that a run has certified, by their step."""
+    named = [p for p in directory.glob("best-*") if _NAME.fullmatch(p.name)]
+    found = [p for p in named if (p / MANIFEST).is_file()]
     return sorted(found, key=step_of)

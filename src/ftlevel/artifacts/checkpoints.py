@@ -7,12 +7,11 @@ resumed from.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import flush, flush_all, write_json
 from ftlevel.artifacts.fingerprint import file_fingerprint
 
 MANIFEST = "manifest.json"
@@ -20,16 +19,25 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def certify(checkpoint: Path) -> None:
-    """Flush every file of `checkpoint` to the disk and write its manifest."""
+    """Flush `checkpoint` and its files to the disk, and write its manifest."""
     files = {}
+    flush_all(checkpoint)
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
         files[str(path.relative_to(checkpoint))] = {
             "size": path.stat().st_size,
             "sha256": file_fingerprint(path),
         }
     write_json(checkpoint / MANIFEST, {"files": files})
+    flush(checkpoint.parent)
+
+
+def listed(checkpoint: Path) -> set[str]:
+    """Return the names in the manifest of `checkpoint`; of one without, none."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        return {str(name) for name in manifest["files"]}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return set()
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -40,7 +48,10 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         files = {name: (int(entry["size"]), entry["sha256"]) for name, entry in listed.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+        OverflowError,
+    ):  # fmt: skip
         return "its manifest cannot be read"
     there = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
     unknown = sorted(there - set(files) - {MANIFEST})

@@ -37,8 +37,8 @@ def claimed(directory: Path, *, shared: bool = False) -> Iterator[None]:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"--output-dir {directory}: another run is writing into it. Wait for its end, "
-                    "or name another directory."
+                    f"--output-dir {directory}: another run is writing into it"
+                    f"{_holder(descriptor)}. Wait for its end, or name another directory."
                 ) from None
             except OSError:  # no locks on this file system
                 pass
@@ -56,6 +56,18 @@ def check_unclaimed(directory: Path) -> None:
     """
     with claimed(directory, shared=True):
         pass
+
+
+def _holder(descriptor: int) -> str:
+    """Name the process that holds what `descriptor` is of, where Linux knows it."""
+    status = os.fstat(descriptor)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5] == f"{device}:{status.st_ino}":
+                return f" (process {words[4]})"
+    return ""
 
 
 def _open(directory: Path) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,24 @@ def describe_interrupt() -> str:
     return f"interrupted; {listing(map(str, whole))} was written before that, and is whole."
 
 
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens none
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_all(directory: Path) -> None:
+    """Flush `directory` and everything below it to the disk."""
+    for path in (*directory.rglob("*"), directory):
+        if path.is_dir() or path.is_file():
+            flush(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` beside `path`, flush it to the disk, and rename it into place."""
     partial = path.with_name(f".{path.name}.partial")
@@ -33,11 +52,24 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    flush(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, absent or whole."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_plain(path: Path) -> str:
+    """Return the text of a plain file; a pipe or a device would be waited for without end.
+
+    Raises:
+        OSError: it is none, or cannot be read.
+        ValueError: it is no UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def check_regular(paths: Iterable[Path], words: str) -> None:
@@ -104,10 +136,9 @@ def placed_directory(path: Path) -> Iterator[Path]:
     try:
         _make(partial)
         yield partial
-        for file in sorted(p for p in partial.rglob("*") if p.is_file()):
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+        flush_all(partial)
         partial.rename(path)
+        flush(path.absolute().parent)
         _in_place.append(path)
     finally:
         _remove(partial)
@@ -144,11 +175,11 @@ def placed_files(*paths: Path) -> Iterator[Path]:
         _make(partial)
         yield partial
         for path in paths:
-            with (partial / path.name).open("rb") as opened:
-                os.fsync(opened.fileno())
+            flush(partial / path.name)
         for path in paths:
             (partial / path.name).replace(path)
             _in_place.append(path)
+        flush(parent)
     finally:
         _remove(partial)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts import checkpoints
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import read_plain, write_json
 from ftlevel.errors import ConfigError
 
 MARKER = ".ftlevel.json"
@@ -30,6 +31,15 @@ OWN = (CONFIG, SUMMARY, METRICS, CARD, REPORT, ADAPTER, CHECKPOINTS, "places.jso
 
 _ASIDE, _KEPT = ".replaced", "kept"
 
+_IN_CHECKPOINTS = re.compile(
+    r"(origin|base)\.json|(changes|notes)\.jsonl|\.seen-.*|\.[^/]*\.partial(/.*)?|"
+    r"((checkpoint|rejected|best)-\d+(-\d+)?/(README\.md|.*config\.json|.*\.safetensors|"
+    r".*\.index\.json|(optimizer|scheduler|scaler)\.pt|rng_state\w*\.pth|trainer_state\.json|"
+    r"training_args\.bin|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece)"
+    r".*|losses\.json|adalora_ranks\.json|stream\.(json|arrow)|manifest\.json|\..*\.partial))"
+)
+"""What a run that was broken off may have left among its checkpoints."""
+
 
 def mark(directory: Path) -> None:
     """Make `directory` that of a new run."""
@@ -38,8 +48,16 @@ def mark(directory: Path) -> None:
 
 def mark_end(directory: Path) -> None:
     """Note the files of a run that is done: what is found among them later is not its own."""
-    marker = _read_marker(directory) or {"run": uuid.uuid4().hex}
-    write_json(directory / MARKER, {**marker, "files": sorted(_files(directory))})
+    run = (_read_marker(directory) or {}).get("run", uuid.uuid4().hex)
+    write_json(directory / MARKER, {"run": run, "files": sorted(_files(directory))})
+
+
+def mark_going_on(directory: Path) -> None:
+    """Note that a run that was done goes on: of its files only the adapter's are known now."""
+    marker = _read_marker(directory)
+    if marker and (files := marker.pop("files", None)) is not None:
+        marker["adapter"] = [name for name in files if name.startswith(f"{ADAPTER}/")]
+        write_json(directory / MARKER, marker)
 
 
 def mark_end_once(directory: Path) -> None:
@@ -85,6 +103,16 @@ def check_replaceable(directory: Path) -> None:
         )
 
 
+def forget_adapter(directory: Path) -> None:
+    """Delete the adapter of a run's former end; what others have put into it is kept."""
+    keep_foreign(directory, f"{ADAPTER}/")
+    adapter = directory / ADAPTER
+    if adapter.is_symlink():
+        adapter.unlink()
+    elif adapter.exists():
+        shutil.rmtree(adapter)
+
+
 def set_aside(directory: Path) -> list[str]:
     """Move the files of the run in `directory` aside, and return those that are kept.
 
@@ -96,7 +124,7 @@ def set_aside(directory: Path) -> list[str]:
     """
     aside = directory / _ASIDE
     before, now = _read_marker(aside), _read_marker(directory)
-    kept = _keep_foreign(directory, (now or {}).get("files"))
+    kept = keep_foreign(directory)
     is_begun = before is not None and before["run"] != (now or {}).get("run")
     if aside.is_dir() and (before is None or (is_begun and _has_result(directory))):
         shutil.rmtree(aside)
@@ -148,15 +176,35 @@ def _put_back(directory: Path) -> None:
     aside.rmdir()
 
 
-def _keep_foreign(directory: Path, files: list[str] | None) -> list[str]:
-    """Move what came into the directories of a finished run after its end to `kept`.
+def keep_foreign(directory: Path, under: str = "") -> list[str]:
+    """Move what others have put into the directories of a run to `kept`.
+
+    Of a run that is done, what came after its end; of one that was broken off, what it does not
+    write among its checkpoints.
 
     Args:
         directory: of the run.
-        files: its own, of a run that was done.
+        under: one of its directories, where not all are meant.
+
+    Returns:
+        A line for each.
     """
+    marker = _read_marker(directory) or {}
+
+    def is_own(name: str) -> bool:
+        if "files" in marker:
+            return name in marker["files"]
+        if name.startswith(f"{ADAPTER}/"):
+            return name in marker.get("adapter", [name])
+        among = name.removeprefix(f"{CHECKPOINTS}/")
+        if among == name or _IN_CHECKPOINTS.fullmatch(among):
+            return True
+        one, _, file = among.partition("/")
+        return file in checkpoints.listed(directory / CHECKPOINTS / one)
+
+    there = [name for name in _files(directory) if name.startswith(under) and not is_own(name)]
     lines = []
-    for name in sorted(_files(directory) - set(files)) if files is not None else ():
+    for name in sorted(there):
         if len(Path(name).parts) > 1:
             to = _free(directory / _KEPT / name)
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -167,10 +215,11 @@ def _keep_foreign(directory: Path, files: list[str] | None) -> list[str]:
 
 def _files(directory: Path) -> set[str]:
     """Return the names, with slashes, of all files and links below the run's own names."""
+    places = [directory / name for name in OWN]
     return {
         path.relative_to(directory).as_posix()
-        for name in OWN
-        for path in (directory / name, *(directory / name).rglob("*"))
+        for place in places
+        for path in (place, *(() if place.is_symlink() else place.rglob("*")))
         if path.is_file() or path.is_symlink()
     }
 
@@ -205,8 +254,8 @@ def _has_result(directory: Path) -> bool:
 
 
 def _read_marker(directory: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError):
-        marker = json.loads((directory / MARKER).read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        marker = json.loads(read_plain(directory / MARKER))
         if isinstance(marker, dict) and isinstance(marker.get("run"), str):
             return marker
     return None

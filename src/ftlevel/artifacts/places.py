@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import read_plain, write_json
 from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG, ORIGIN, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, read_recipe
@@ -173,10 +173,10 @@ def _is_path(field: str, value: str) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return what is in the file; nothing of a run that was made before there was one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_plain(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({error}). Was a copy cut short?") from None
     return found if isinstance(found, dict) else {}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ftlevel.artifacts import ownership
 from ftlevel.artifacts.claim import check_unclaimed, claimed
-from ftlevel.artifacts.files import write_json, write_text
+from ftlevel.artifacts.files import check_regular, read_plain, write_json, write_text
 from ftlevel.artifacts.ownership import ADAPTER, CARD, CHECKPOINTS, METRICS, REPORT, SUMMARY
 from ftlevel.artifacts.ownership import CONFIG as CONFIG
 from ftlevel.errors import ConfigError
@@ -52,8 +52,8 @@ class RunDirectory:
     def read_summary(self) -> dict[str, Any] | None:
         """Return summary.json of a run that is finished and has what it trained, or None."""
         try:
-            summary = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            summary = json.loads(read_plain(self.path / SUMMARY))
+        except (OSError, ValueError, RecursionError):
             return None
         is_whole = isinstance(summary, dict) and any(self.adapter.glob("*.safetensors"))
         return summary if is_whole else None
@@ -70,9 +70,7 @@ class RunDirectory:
 
     def read_changes(self) -> list[dict[str, Any]]:
         """Return what became another in the course of the run, by the user's leave."""
-        path = self.checkpoints / _CHANGES
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        return _read_objects(self.checkpoints / _CHANGES)
 
     def note(self, note: Mapping[str, Any]) -> None:
         """Append what happened at a `step`: memory that was too small, a step that was left out."""
@@ -88,13 +86,8 @@ class RunDirectory:
 
     def read_notes(self) -> list[dict[str, Any]]:
         """Return what happened in the course of the run; a line that was cut short is left out."""
-        path, notes = self.checkpoints / _NOTES, []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            with contextlib.suppress(ValueError):
-                note = json.loads(line)
-                if isinstance(note, dict) and isinstance(note.get("step"), int):
-                    notes.append(note)
-        return notes
+        notes = _read_objects(self.checkpoints / _NOTES)
+        return [note for note in notes if isinstance(note.get("step"), int)]
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -122,19 +115,31 @@ class RunDirectory:
         records: list[dict[str, Any]] = []
         if not path.is_file():
             return lines, records
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
                 if not line.endswith("\n"):
                     continue
-            if isinstance(record, dict) and "step" in record:
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
                 if record["step"] > step:
                     continue
                 records.append(record)
             lines.append(line.rstrip("\n") + "\n")
         return lines, records
+
+
+def _read_objects(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in the lines of a file; what is none was cut short, or damaged."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.append(value)
+    return found
 
 
 def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> None:
@@ -148,6 +153,8 @@ def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> No
     if directory is not None and directory.exists():
         if not directory.is_dir():
             raise ConfigError(f"--output-dir {directory} is a file. Name a directory.")
+        parts = [*directory.iterdir(), *(directory / CHECKPOINTS).glob("*")]
+        check_regular(parts, f"--output-dir {directory}")
         check_unclaimed(directory)
         if not ownership.is_free(directory):
             _check_kind(directory, overwrite, resume)

@@ -23,7 +23,8 @@ from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on, products_of
 from ftlevel.training.callbacks.recovery import describe_left_out
 from ftlevel.training.callbacks.trackers import describe_run, tracking
-from ftlevel.training.disk import explain_disk_errors
+from ftlevel.training.callbacks.wait_for_base import WaitForBase
+from ftlevel.training.disk import check_room, explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
 from ftlevel.training.finish import (
     Start,
@@ -290,12 +291,14 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         return _end_finished(job, summary)
     before = resident_bytes()
     plan, adapted, asked = ask_and_load(config, plan, listener)
+    processes.from_first(
+        lambda: check_room(config.output.dir, config.train, adapted.model, plan.schedule.steps)
+    )
     verified = verify_step(config, plan, adapted, listener)
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
     check_shared(run, processes)
     plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
-    if processes.is_first:
-        _hold(run, plan, held, begins=going_on.checkpoint is None)
+    digest = _hold(run, plan, held) if processes.is_first else None
     held.enter_context(telling_what_is_kept(run))
     shards = config.train.shard != "none"
     untrained = probe_untrained(adapted, plan) if shards else None
@@ -303,7 +306,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     checkpoint = going_on.checkpoint
     watch = add_callbacks(trainer, config, plan, run, listener, processes, checkpoint)
     go_on(trainer, watch, run, going_on, processes)
-    for callback in job.callbacks:
+    for callback in (*([WaitForBase(digest)] if digest else []), *job.callbacks):
         trainer.add_callback(callback)
     if processes.is_first:
         told = describe_run(config.output, resolved_config(config, plan), run, going_on.past)
@@ -374,11 +377,11 @@ def _end_finished(job: _Job, summary: Mapping[str, Any]) -> TrainResult:
     return TrainResult(summary, where, None, job.plan.model.tokenizer)
 
 
-def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack, *, begins: bool) -> None:
-    """Claim the run's directory until `held` ends, and read the base's bytes where it begins."""
+def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack) -> BaseDigest:
+    """Claim the run's directory until `held` ends, and read the base's bytes if they are new."""
     held.enter_context(claimed(run.path))
     held.enter_context(replacing(run.path))
-    if begins:
-        digest = BaseDigest(plan.model.source.path)
-        digest.keep(run.checkpoints)
-        held.callback(digest.wait)
+    digest = BaseDigest(plan.model.source.path)
+    digest.keep(run.checkpoints)
+    held.callback(digest.wait)
+    return digest

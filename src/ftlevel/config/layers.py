@@ -115,7 +115,7 @@ def read_settings(settings: Iterable[str]) -> Layer:
         try:
             value, _ = load_yaml(text)
         except YamlError:
-            raise ConfigError(f"--set {setting}: the value is not valid YAML.") from None
+            raise ConfigError(f"--set {dotted.strip()}: the value is not valid YAML.") from None
         put(layer, tuple(dotted.strip().split(".")), value, f"--set {dotted.strip()}")
     return layer
 

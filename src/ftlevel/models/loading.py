@@ -31,7 +31,7 @@ from ftlevel.models.integrity import (
 from ftlevel.models.module_tree import find_heads, find_unpackable
 from ftlevel.models.quantized import as_quant_config, stored_quantization
 from ftlevel.models.sources import ModelSource
-from ftlevel.models.strangers.directory import check_sizes
+from ftlevel.models.strangers.directory import check_config
 from ftlevel.models.strangers.errors import FROM_READERS
 from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
 from ftlevel.models.upstream.quantizers import cast_unquantized, keep_trainable_layout
@@ -90,7 +90,16 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         InputError: the directory's config is unreadable or of an unknown architecture.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(
+        if source.kind in ("gguf", "hub"):  # of a directory it was looked at before
+            raw, more = transformers.PreTrainedConfig.get_config_dict(
+                source.location, **source.arguments(), **overrides
+            )
+            check_config(raw, source.words)
+        if source.gguf_file:  # whose header takes seconds to read
+            return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(
+                raw, **more, name_or_path=source.location
+            )
+        return transformers.AutoConfig.from_pretrained(
             source.location, **source.arguments(), **overrides
         )
     except struct.error as error:  # of a .gguf whose header is not whole
@@ -100,9 +109,6 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         ) from error
     except (*FROM_READERS, StrictDataclassError) as error:
         raise InputError(f"{source.words}: {_why_not(error)}") from error
-    if source.gguf_file:  # of a directory they were looked at before it was built
-        check_sizes(config.to_dict(), source.words)
-    return config
 
 
 def _why_not(error: Exception) -> str:
@@ -137,7 +143,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     try:
         return transformers.AutoTokenizer.from_pretrained(source.location, **source.arguments())
-    except FROM_READERS as error:
+    except Exception as error:
+        if not isinstance(error, FROM_READERS) and type(error) is not Exception:  # as Rust's are
+            raise
         if source.kind == "directory" and not _holds_tokenizer(Path(source.location)):
             raise InputError(
                 f"{source.words} has no tokenizer. Expected tokenizer.json in {source.location}: "

@@ -198,7 +198,7 @@ def add_callbacks(
         *([best] if best else []),
         *([SaveByClock(minutes, processes, last=saves_end)] if minutes else []),
         *([SaveStreamState(rows, run.checkpoints)] if streamed else []),
-        WriteManifest(run.checkpoints, config.train.save_total_limit, processes),  # of all files
+        WriteManifest(run, config.train.save_total_limit, processes),  # of all files
     ):
         trainer.add_callback(callback)
     return watch

@@ -1,22 +1,96 @@
-"""Turn what a library raises when a run cannot be written into one line that says what is kept."""
+"""Whether the disk has room for the checkpoints of a run; where it has not, what is kept.
+
+What a library raises when a run cannot be written becomes one line.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.errors import RunError
+from ftlevel.config import TrainerConfig
+from ftlevel.errors import ConfigError, RunError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
 _NEXT_TO_NOTHING = 1 << 20  # bytes: torch gives up on a full disk without saying that it is full
 _WRITERS = ("inline_container", "PytorchStreamWriter", "iostream error", "while serializing")
+
+
+def check_room(directory: Path | None, train: TrainerConfig, model: Any, steps: int) -> None:
+    """Refuse a run whose checkpoints its disk has no room for.
+
+    Those that are kept, and the one that is written before the oldest goes; where the clock alone
+    says when, one. What the directory holds already goes, or is of their number.
+
+    Args:
+        directory: of the run, where the user said it.
+        train: how it trains.
+        model: what is trained.
+        steps: of the run.
+
+    Raises:
+        ConfigError: saying how much is missing.
+    """
+    one, count = _bytes_of(model, train.optim), _planned_checkpoints(train, steps)
+    where = directory or Path("runs")
+    place = next(path for path in (where, *where.absolute().parents) if path.exists())
+    held = sum(p.stat().st_size for p in where.rglob("*") if p.is_file()) if directory else 0
+    free = shutil.disk_usage(place).free
+    if one * count > free + held:
+        raise ConfigError(
+            f"--output-dir {where}: its disk has {free / 1e9:,.2f} GB free, and the run needs "
+            f"about {one * count / 1e9:,.2f} GB there: {count} x {one / 1e9:,.2f} GB of "
+            f"checkpoints (--save-total-limit {train.save_total_limit}, and the one that is being "
+            "written). Free some, keep fewer, or name a directory on another disk."
+        )
+
+
+def check_room_to_save(run: RunDirectory, model: Any, optimizer: Any) -> None:
+    """Refuse to begin a checkpoint that would fill the disk of `run`.
+
+    Raises:
+        RunError: naming the newest that is whole.
+    """
+    states = getattr(optimizer, "state", {}).values()
+    held = [part for state in states for part in state.values() if hasattr(part, "nbytes")]
+    needed = _trained_bytes(model) + sum(part.nbytes for part in held)
+    free = shutil.disk_usage(run.path).free
+    if needed > free:
+        raise RunError(
+            f"{run.path} cannot be written: a checkpoint needs about {needed / 1e6:,.1f} MB, and "
+            f"its disk has {free / 1e6:,.1f} MB free. {_what_is_kept(run)}"
+        )
+
+
+def _trained_bytes(model: Any) -> int:
+    return sum(int(p.nbytes) for p in model.parameters() if p.requires_grad)
+
+
+def _bytes_of(model: Any, optim: str) -> int:
+    """Return about how large a checkpoint is: weights, and Adam's two states of each."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    a_state = (1 if "8bit" in optim else 4) if "adamw" in optim else 0
+    return _trained_bytes(model) + 2 * a_state * trained
+
+
+def _planned_checkpoints(train: TrainerConfig, steps: int) -> int:
+    if train.save_strategy == "epoch":
+        planned = math.ceil(train.num_train_epochs)
+    elif every := train.save_steps:
+        planned = int(steps / every if every >= 1 else 1 / every)
+    else:
+        planned = 1
+    return max(1, min(planned, train.save_total_limit + 1))
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from typing import Any
 
 from ftlevel.artifacts.best_models import forget_unreachable
 from ftlevel.artifacts.cards import generate_command, write_readme
+from ftlevel.artifacts.files import flush, flush_all
 from ftlevel.artifacts.hub import push
-from ftlevel.artifacts.ownership import mark_end
+from ftlevel.artifacts.ownership import forget_adapter, mark_end
 from ftlevel.artifacts.places import relative_place
 from ftlevel.artifacts.report.gather import RunFacts
 from ftlevel.artifacts.report.page import write_page
@@ -106,9 +107,10 @@ def save(
     is_local = base["kind"] in ("directory", "gguf")
     path = relative_place(Path(base["name"]), run.adapter) if is_local else ""
     build_card(config, plan, {**base, "path": path} if path else base).write(partial)
-    if run.adapter.exists():
-        shutil.rmtree(run.adapter)
+    flush_all(partial)
+    forget_adapter(run.path)
     partial.rename(run.adapter)
+    flush(run.path)
     forget_unreachable(run.checkpoints)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from ftlevel.artifacts.checkpoints import certify
 from ftlevel.artifacts.files import (
     check_absent,
     describe_interrupt,
     placed_directory,
     placed_files,
+    write_text,
 )
 from ftlevel.errors import ConfigError
 
@@ -99,3 +103,28 @@ def test_a_signal_while_it_is_tidied_leaves_nothing(
     monkeypatch.setattr(shutil, "rmtree", remove)
     a = tmp_path / "a"
     assert describe_interrupt() == f"interrupted; {a} was written before that, and is whole."
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of open files")
+def test_names_are_flushed_as_bytes_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: flushed.append(Path(f"/proc/self/fd/{fd}").readlink())
+    )
+
+    def names() -> list[str]:
+        found = [os.path.relpath(path, tmp_path) for path in flushed]
+        flushed.clear()
+        return found
+
+    write_text(tmp_path / "a", "x")
+    assert names() == [".a.partial", "."]
+    with placed_directory(tmp_path / "out") as place:
+        (place / "in").mkdir()
+        (place / "in" / "a").write_text("x")
+    assert names() == [".out.partial/in", ".out.partial/in/a", ".out.partial", "."]
+    with placed_files(tmp_path / "one") as place:
+        (place / "one").write_text("x")
+    assert names() == [".one.partial/one", "."]
+    certify(tmp_path / "out")
+    assert names() == ["out/in", "out/in/a", "out", "out/.manifest.json.partial", "out", "."]

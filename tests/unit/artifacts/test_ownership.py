@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ftlevel.artifacts import checkpoints, ownership
+from ftlevel.artifacts import best_models, checkpoints, ownership
+from ftlevel.artifacts.files import read_plain
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
-from ftlevel.errors import ConfigError
+from ftlevel.data.encoding.chat_templates import choose_chat_template
+from ftlevel.errors import ConfigError, InputError
 
 
 def finished_run(path: Path, text: str = "old") -> RunDirectory:
@@ -231,6 +235,7 @@ def test_a_checkpoint_with_a_number_that_is_none_is_damaged(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {}}}', "\xff",
+     "[" * 100_000, '{"files": {"a": {"size": 1e999, "sha256": "x"}}}',
      '{"files": {"a": {"size": "x", "sha256": 3}}}', '{"files": {}}', '{"files": {"b": {}}}'],
 )  # fmt: skip
 def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, text: str) -> None:
@@ -263,3 +268,95 @@ def test_a_marker_that_a_kill_has_cut_short_is_begun_over(
     check_output(tmp_path, **given)
     open_run(tmp_path, "x", **given)
     assert ownership.is_run(tmp_path)
+
+
+def broken_off(path: Path) -> RunDirectory:
+    run, _ = open_run(path, "x", overwrite=False)
+    for name in ("checkpoint-1", "checkpoint-2", "rejected-1-2", "best-1"):
+        (run.checkpoints / name).mkdir()
+        for file in ("adapter_model.safetensors", "trainer_state.json", "rng_state_1.pth"):
+            (run.checkpoints / name / file).write_text("old")
+    (run.checkpoints / "origin.json").write_text("{}")
+    return run
+
+
+def test_what_others_put_among_the_checkpoints_of_a_broken_off_run_is_kept(tmp_path: Path) -> None:
+    run = broken_off(tmp_path / "run")
+    mine = ("notes.txt", "data/rows.jsonl", "checkpoint-2/mine.txt")
+    for name in mine:
+        (run.checkpoints / name).parent.mkdir(exist_ok=True)
+        (run.checkpoints / name).write_text("mine")
+    begin_again(run.path)
+    assert {name for name, text in tree(run.path).items() if text == "mine"} == {
+        f"kept/checkpoints/{name}" for name in mine
+    }
+    assert len(tree(run.path / "kept")) == len(mine), "what the run wrote goes with it"
+
+
+def test_a_run_that_was_made_longer_and_broken_off_knows_its_checkpoints(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    ownership.mark_going_on(tmp_path)
+    (run.checkpoints / "checkpoint-9").mkdir()
+    (run.checkpoints / "checkpoint-9" / "optimizer.pt").write_text("later")
+    (run.adapter / "notes.txt").write_text("mine")
+    _, kept = begin_again(tmp_path)
+    assert len(kept) == 1
+    assert tree(tmp_path / "kept") == {"adapter/notes.txt": "mine"}
+
+
+def test_the_adapter_of_a_former_end_goes_without_what_others_put_there(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    (run.adapter / "notes.txt").write_text("mine")
+    ownership.mark_going_on(run.path)
+    ownership.forget_adapter(run.path)
+    assert not run.adapter.exists()
+    assert tree(run.path / "kept") == {"adapter/notes.txt": "mine"}
+
+
+def test_what_a_link_in_a_run_leads_to_is_not_touched(tmp_path: Path) -> None:
+    for name, forget in (("adapter", ownership.forget_adapter), ("checkpoints", begin_again)):
+        run, there = finished_run(tmp_path / name), tmp_path / f"{name}-there"
+        (run.path / name).rename(there)
+        (there / "precious").write_text("mine")
+        (run.path / name).symlink_to(there)
+        before = tree(there)
+        forget(run.path)
+        assert tree(there) == before
+        ownership.delete_replaced(run.path)
+        assert tree(there) == before
+
+
+def test_best_models_that_no_run_certified_stay(tmp_path: Path) -> None:
+    for name in ("best-1", "best-3", "best-9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+
+    def write(to: Path) -> None:
+        (to / "trained.safetensors").write_text("ours")
+
+    for step in (2, 3, 4):
+        best_models.write_best(tmp_path, step, write)
+    best_models.forget_later(tmp_path, 0)
+    assert sorted(tree(tmp_path)) == ["best-1/mine", "best-3-kept/mine", "best-9/mine"]
+
+
+@pytest.mark.parametrize("name", [".ftlevel.json", "metrics.jsonl", "checkpoints/origin.json"])
+def test_a_pipe_among_the_files_of_a_run_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    finished_run(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    for overwrite, resume in ((True, False), (False, True)):
+        with pytest.raises(InputError, match="is a pipe, a socket or a device"):
+            check_output(tmp_path, overwrite=overwrite, resume=resume)
+
+
+def test_a_pipe_is_no_plain_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no plain file"):
+        read_plain(tmp_path / "pipe")
+    with pytest.raises(InputError, match="neither a name nor a readable file"):
+        choose_chat_template(SimpleNamespace(chat_template=None), str(tmp_path / "pipe"))
+    (tmp_path / "summary.json").symlink_to("pipe")
+    (tmp_path / ".ftlevel.json").symlink_to("pipe")
+    assert RunDirectory(tmp_path).read_summary() is None
+    assert not ownership.is_run(tmp_path)

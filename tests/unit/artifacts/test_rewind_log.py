@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ftlevel.artifacts.ownership import is_run
 from ftlevel.artifacts.run_directory import RunDirectory
 
 BEFORE = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 2, "eval_loss": 1.0}\n'
@@ -33,3 +34,20 @@ def test_lines_of_somebody_else_stay(tmp_path: Path) -> None:
 def test_no_log_is_none(tmp_path: Path) -> None:
     assert RunDirectory(tmp_path).rewind_log(2) == []
     assert not list(tmp_path.iterdir())
+
+
+DAMAGED = b'{"step": 1}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"step": "x"}\n[]\n{"step": 2'
+
+
+def test_damaged_lines_are_done_without(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.checkpoints.mkdir()
+    (tmp_path / "metrics.jsonl").write_bytes(DAMAGED)
+    for name in ("notes.jsonl", "changes.jsonl"):
+        (run.checkpoints / name).write_bytes(DAMAGED)
+    assert run.read_log(9) == run.read_notes() == [{"step": 1}]
+    assert run.read_changes() == [{"step": 1}, {"step": "x"}]
+    for name in ("summary.json", ".ftlevel.json"):
+        (tmp_path / name).write_bytes(b"[" * 100_000)
+    assert run.read_summary() is None
+    assert not is_run(tmp_path)

@@ -119,8 +119,9 @@ def test_a_missing_recipe_names_the_nearest_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", ["train.seed", "=3", "train.seed=[1"])
 def test_a_setting_that_cannot_be_read(setting: str) -> None:
-    with pytest.raises(ConfigError, match=f"--set {setting.split('=')[0]}".replace("[", r"\[")):
+    with pytest.raises(ConfigError, match=f"--set {setting.split('=')[0]}") as caught:
         read_settings([setting])
+    assert "[1" not in str(caught.value), "a value may be a secret"
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from ftlevel.artifacts.cards import read_card
 from ftlevel.data.encoding.chat import render
 from ftlevel.errors import InputError
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
-from ftlevel.models.sources import resolve_source
+from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.strangers import patterns, time_limit
 from ftlevel.models.strangers.memory_limit import taking_at_most
 from ftlevel.models.strangers.time_limit import ending_in
 from ftlevel.models.upstream import data
+from ftlevel.weights.gguf.file import write_gguf
 from tiny_models import build
 
 ModelDir = Callable[..., Path]
@@ -104,6 +106,70 @@ def test_absurd_sizes_are_refused_before_anything_is_built(
 def test_no_kernel_is_fetched_because_a_config_says_so(model: Path, field: str) -> None:
     with pytest.raises(InputError, match="code that would be fetched"):
         resolve_source(str(changed(model, **{field: "evil/kernel"})))
+
+
+@pytest.mark.parametrize("part", ["attn_implementation", "_experts_implementation"])
+@pytest.mark.parametrize("kernel", ["evil/kernel", {"": "sdpa", "text_config": "evil/kernel"}])
+def test_no_kernel_is_fetched_for_a_part_of_a_model(model: Path, part: str, kernel: Any) -> None:
+    with pytest.raises(InputError, match=f"{part} in its config.json is 'evil/kernel'"):
+        resolve_source(str(changed(model, text_config={part: kernel})))
+
+
+@pytest.mark.parametrize("names", [3, "os.system", [7]])
+def test_architectures_of_another_shape_are_named(model: Path, names: Any) -> None:
+    with pytest.raises(InputError, match=r"architectures in its config\.json is .*list of names"):
+        resolve_source(str(changed(model, architectures=names)))
+
+
+@pytest.mark.parametrize("text", ['"x"', "[" * 100_000])
+def test_a_generation_config_of_another_shape_is_named(model: Path, text: str) -> None:
+    (model / "generation_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"generation_config\.json"):
+        resolve_source(str(model))
+
+
+def gguf(path: Path, **keys: Any) -> Path:
+    """Write the header of a .gguf of a small model, with some of its keys others."""
+    described = {"general.architecture": "qwen2", "general.file_type": 0, "qwen2.block_count": 2,
+                 "qwen2.embedding_length": 64, "qwen2.feed_forward_length": 64,
+                 "qwen2.attention.head_count": 2, "qwen2.context_length": 64,
+                 "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2",
+                 "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.token_type": [1, 1, 1],
+                 "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.eos_token_id": 0}  # fmt: skip
+    write_gguf(path, {**described, **keys}, [], print)
+    return path
+
+
+def test_a_gguf_of_absurd_sizes_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    assert load_config(resolve_source(str(gguf(tmp_path / "a.gguf")))).num_hidden_layers == 2
+    path = gguf(tmp_path / "b.gguf", **{"qwen2.block_count": 10**9})
+    with (  # a list of its layers alone would take 8 GB
+        taking_at_most(1 << 30),
+        pytest.raises(InputError, match="num_hidden_layers in its config is 1,000,000,000"),
+    ):
+        load_config(resolve_source(str(path)))
+
+
+def test_merges_outside_of_a_gguf_s_vocabulary_are_named(tmp_path: Path) -> None:
+    assert load_tokenizer(resolve_source(str(gguf(tmp_path / "a.gguf")))).vocab_size == 3
+    path = gguf(tmp_path / "b.gguf", **{"tokenizer.ggml.merges": ["a b", "b c"]})
+    with pytest.raises(InputError, match=r"has no usable tokenizer: .*vocabulary"):
+        load_tokenizer(resolve_source(str(path)))
+
+
+def test_a_config_of_the_hub_is_looked_at_too(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fields = json.loads((changed(model, num_hidden_layers=10**9) / "config.json").read_text())
+
+    class Config(transformers.PreTrainedConfig):
+        @classmethod
+        def get_config_dict(cls, *_: Any, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            return fields, more
+
+    monkeypatch.setattr(transformers, "PreTrainedConfig", Config)
+    with pytest.raises(InputError, match="num_hidden_layers in its config is 1,000,000,000"):
+        load_config(ModelSource("a/b", "hub", "a/b", local_files_only=True))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.errors import RunError
-from ftlevel.training.disk import explain_disk_errors
+from ftlevel.config import TrainerConfig
+from ftlevel.errors import ConfigError, RunError
+from ftlevel.training.disk import check_room, check_room_to_save, explain_disk_errors
 
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
@@ -80,3 +81,42 @@ def test_another_failure_of_a_writer_is_told_as_it_is(
 def test_other_errors_pass(run: RunDirectory) -> None:
     with pytest.raises(RuntimeError, match="shapes differ"), explain_disk_errors(run):
         raise RuntimeError("shapes differ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"save_steps": 2}, 3),  # two that are kept, and the one that is written
+        ({"save_steps": 9}, 1),
+        ({"save_strategy": "epoch", "num_train_epochs": 2, "save_total_limit": 4}, 2),
+        ({}, 1),  # by the clock
+    ],
+)
+def test_a_run_begins_where_its_checkpoints_have_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], count: int
+) -> None:
+    model, train = torch.nn.Linear(99, 10), TrainerConfig.model_validate(settings)
+    one = 1000 * (4 + 8)  # a weight, and what AdamW keeps of it
+    where = tmp_path / "runs" / "new"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=count * one))
+    check_room(where, train, model, 9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=count * one - 1))
+    with pytest.raises(ConfigError, match=rf"{where}: its disk has .* {count} x 0\.00 GB"):
+        check_room(where, train, model, 9)
+    where.mkdir(parents=True)
+    (where / "of the run that is replaced").write_text("x")
+    check_room(where, train, model, 9)
+
+
+def test_a_checkpoint_is_begun_where_it_has_room(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(99, 10)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(99)).sum().backward()
+    optimizer.step()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_008))
+    check_room_to_save(run, model, optimizer)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_007))
+    with pytest.raises(RunError, match=r"needs about 0\.0 MB.*no whole checkpoint"):
+        check_room_to_save(run, model, optimizer)

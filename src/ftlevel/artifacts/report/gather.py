@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftlevel.artifacts.files import read_plain
 from ftlevel.artifacts.ownership import METRICS, SUMMARY
 from ftlevel.artifacts.report.answers import Answers, sum_up
 from ftlevel.errors import InputError
@@ -56,8 +57,8 @@ def read_run_facts(path: Path, predictions: Path | None = None) -> RunFacts:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(read_plain(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}).") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no object.")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ftlevel.artifacts.files import read_plain
 from ftlevel.config.choices import Choice
 from ftlevel.errors import InputError, did_you_mean, listing
 from ftlevel.models.upstream.data import check_template
@@ -69,7 +70,7 @@ def _read_file(wish: str) -> str:
 
     path = Path(wish).expanduser()
     try:
-        template = path.read_text(encoding="utf-8")
+        template = read_plain(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--chat-template {wish}: neither a name nor a readable file."

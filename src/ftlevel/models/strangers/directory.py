@@ -26,6 +26,13 @@ _MOST = {
 }  # fmt: skip
 """Field of a config → more than any model has, by orders of magnitude."""
 
+_IMPLEMENTATIONS = tuple(
+    f"{front}{part}_implementation{end}"
+    for front in ("", "_")
+    for part in ("attn", "experts")
+    for end in ("", "_internal")
+)
+
 _AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "hidden_size",
                  "n_embd", "d_model", "vocab_size")  # fmt: skip
 
@@ -43,15 +50,43 @@ def check_directory(path: Path, words: str) -> None:
     check_regular(path.iterdir(), words)
     for index in path.glob(_INDEX):
         _check_index(index, words)
-    config = _read(path / "config.json", words)
+    check_config(_read(path / "config.json", words), words)
+    if (path / "generation_config.json").is_file():
+        _read(path / "generation_config.json", words)
+
+
+def check_config(config: Mapping[str, Any], words: str) -> None:
+    """Refuse a config of absurd sizes, or that would have code fetched, before it is built.
+
+    Args:
+        config: of a model, as it is stored.
+        words: what errors call the model.
+
+    Raises:
+        InputError: naming the field.
+    """
     check_sizes(config, words)
-    for name in ("attn_implementation", "_attn_implementation"):
-        kernel = config.get(name)
-        if isinstance(kernel, str) and "/" in kernel:
-            raise InputError(
-                f"{words}: {name} in its config.json is {kernel!r}, code that would be fetched "
-                "from a hub. Remove the line if you trust the rest."
-            )
+    _check_kernels(config, words)
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{words}: architectures in its config.json is {str(names)[:80]}. Expected a list of "
+            "names."
+        )
+
+
+def _check_kernels(config: Mapping[str, Any], words: str) -> None:
+    """Refuse the name of a kernel on a hub, for the model or a part of it."""
+    for name, value in config.items():
+        if name in _IMPLEMENTATIONS:
+            for kernel in value.values() if isinstance(value, Mapping) else [value]:
+                if isinstance(kernel, str) and "/" in kernel:
+                    raise InputError(
+                        f"{words}: {name} in its config.json is {kernel!r}, code that would be "
+                        "fetched from a hub. Remove the line if you trust the rest."
+                    )
+        elif isinstance(value, Mapping):
+            _check_kernels(value, words)
 
 
 def check_sizes(config: Mapping[str, Any], words: str) -> None:

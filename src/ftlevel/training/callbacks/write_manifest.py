@@ -1,8 +1,7 @@
-"""Make checkpoints that can be trusted, and delete old ones."""
+"""Make checkpoints that can be trusted, where there is room for them, and delete old ones."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -10,16 +9,32 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.best_models import rotate_best
 from ftlevel.artifacts.ownership import delete_replaced
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.training.disk import check_room_to_save
 from ftlevel.training.processes import Processes
 
 
 class WriteManifest(TrainerCallback):
     """Give each checkpoint its manifest, and delete old ones, and an old run, only after that."""
 
-    def __init__(self, directory: Path, keep: int, processes: Processes) -> None:
-        self.directory = directory
+    def __init__(self, run: RunDirectory, keep: int, processes: Processes) -> None:
+        self.directory = run.checkpoints
         self.keep = keep
+        self._run = run
         self._processes = processes
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **told: Any,
+    ) -> None:
+        """Look whether the disk has room for the checkpoint that comes."""
+        if control.should_save and self._processes.is_first:
+            check_room_to_save(self._run, told["model"], told["optimizer"])
+
+    on_epoch_end = on_step_end
 
     def on_save(
         self,

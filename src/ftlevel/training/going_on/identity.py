@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import read_plain, write_json
 from ftlevel.artifacts.fingerprint import file_fingerprint
 from ftlevel.training.plan.plan import PlannedModel
 
@@ -66,7 +66,9 @@ class BaseDigest:
         self._thread: threading.Thread | None = None
 
     def keep(self, checkpoints: Path) -> None:
-        """Write it into `checkpoints` once it is there, while the run begins."""
+        """Write it into `checkpoints` once it is there, while the run begins, if none is there."""
+        if (checkpoints / _FILE).exists():
+            return
 
         def read_and_write() -> None:
             with contextlib.suppress(MemoryError, OSError):  # said where the run itself meets it
@@ -82,15 +84,30 @@ class BaseDigest:
         if self._thread is not None:
             self._thread.join()
 
-    def changes(self, checkpoints: Path) -> list[str]:
-        """Return the weight files that are not those with which the run began."""
+    def changes(self, checkpoints: Path) -> dict[str, tuple[str | None, str | None]] | None:
+        """Return file → its digest when the run began, and now, of those that are others.
+
+        None where nobody knows how it began.
+        """
+        if self._path is None:  # on a hub, whose revision says it
+            return {}
         try:
-            before = json.loads((checkpoints / _FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return []
+            before = json.loads(read_plain(checkpoints / _FILE))
+            if not isinstance(before, dict):
+                raise TypeError
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
         self._read()
-        names = sorted({*before, *self._found})
-        return [name for name in names if before.get(name) != self._found.get(name)]
+        both = {
+            name: (before.get(name), self._found.get(name))
+            for name in sorted({*before, *self._found})
+        }
+        return {name: (was, now) for name, (was, now) in both.items() if was != now}
+
+    @staticmethod
+    def forget(checkpoints: Path) -> None:
+        """Let a run that goes on write it anew."""
+        (checkpoints / _FILE).unlink(missing_ok=True)
 
     def _read(self) -> None:
         if self._path is None:

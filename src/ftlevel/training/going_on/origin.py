@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.cards import library_versions
+from ftlevel.artifacts.files import read_plain
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory
 from ftlevel.config import TrainConfig
 from ftlevel.config.options.optimizer import PLATEAU
@@ -131,7 +132,7 @@ def read_origin_file(run: RunDirectory) -> dict[str, Any]:
     """
     path = run.checkpoints / ORIGIN
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = json.loads(read_plain(path))
         if not isinstance(found, dict):
             raise TypeError("it is no object")
     except (OSError, ValueError, TypeError, RecursionError) as error:

@@ -13,6 +13,7 @@ from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.best_models import forget_later
 from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.ownership import mark_going_on
 from ftlevel.artifacts.places import write_places
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
 from ftlevel.config import TrainConfig
@@ -46,8 +47,9 @@ def check_base_stays(config: TrainConfig) -> None:
     if before is None or run is None:
         return
     source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
-    expected, found = before.get("model.fingerprint"), describe_base(source)["fingerprint"]
-    if expected is not None and found is not None and found != expected:
+    expected, found = before.get(_FINGERPRINT), describe_base(source)["fingerprint"]
+    is_free = _FINGERPRINT in config.output.allow_change
+    if expected is not None and found is not None and found != expected and not is_free:
         raise ConfigError(
             f"--resume {run}: it was begun on {before.get('model.name_or_path')} with weights "
             f"{expected[:12]}…, and {source.words} has other weights ({found[:12]}…). Name the "
@@ -120,6 +122,8 @@ def check_base_outlives(config: TrainConfig, plan: Plan) -> None:
         )
 
 
+_FINGERPRINT = "model.fingerprint"
+
 _LENGTH = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
 """These may be others than they were: a run can be made longer."""
 
@@ -179,7 +183,7 @@ def find_going_on(
     changes = _allowed_changes(config, before, origin)
     accepted |= {change["field"]: change["is"] for change in changes}
     check_same_run(run, {**before, **accepted}, origin)
-    _check_base(run, plan)
+    changes += _changes_of_base(config, run, plan, listener)
     summary = run.read_summary()
     was_planned = summary and summary.get("planned_steps", summary["steps"])
     if summary is not None and not lengths and was_planned == steps:
@@ -243,12 +247,15 @@ def open_or_go_on(
     config, output = taken.config, taken.config.output
     if going_on.checkpoint is not None and output.dir is not None:
         run = RunDirectory(output.dir)
+        mark_going_on(run.path)
         checkpoints.set_aside_newer(run.checkpoints, going_on.checkpoint)
         for change in going_on.changes:
             listener.warn(
                 f"{change['field']} is {change['is']!r} from here on, was {change['was']!r}"
             )
         run.write_changes(step_of(going_on.checkpoint), going_on.changes)
+        if any(change["field"].startswith(_FINGERPRINT) for change in going_on.changes):
+            BaseDigest.forget(run.checkpoints)
     else:
         run, kept = open_run(
             output.dir, default_name(config), overwrite=output.overwrite, resume=output.resume
@@ -287,23 +294,35 @@ def _allowed_changes(
     ]
 
 
-def _check_base(run: RunDirectory, plan: Plan) -> None:
-    """Refuse another base than the run began with, though it looks the same.
+def _changes_of_base(
+    config: TrainConfig, run: RunDirectory, plan: Plan, listener: Listener
+) -> list[dict[str, Any]]:
+    """Return what bytes of the base are others than when the run began, and may be.
 
     Raises:
-        ConfigError: naming its files.
+        ConfigError: naming its files; they may not.
     """
     changed = BaseDigest(plan.model.source.path).changes(run.checkpoints)
-    if changed:
-        raise ConfigError(
-            f"--resume {run.path}: not the same run: the bytes of {listing(changed)} of "
-            f"{plan.model.source.words} are others than when it began. Restore them, or start anew "
-            "in another --output-dir."
+    if changed is None:
+        listener.warn(
+            f"--resume {run.path}: what bytes its base had when it began is not known any more "
+            "(checkpoints/base.json), so only samples of them are compared"
         )
+    elif changed and _FINGERPRINT not in config.output.allow_change:
+        shown = listing(f"{n} was {was} and is {now}" for n, (was, now) in changed.items())
+        raise ConfigError(
+            f"--resume {run.path}: not the same run: the bytes of {plan.model.source.words} are "
+            f"others than when it began: {shown} (SHA-256). Restore them, start anew in another "
+            f"--output-dir, or let them change: --allow-change {_FINGERPRINT}"
+        )
+    return [
+        {"field": f"{_FINGERPRINT} of {name}", "was": was, "is": now}
+        for name, (was, now) in (changed or {}).items()
+    ]
 
 
 _CONTENT = {
-    "model.name_or_path": "model.fingerprint",
+    "model.name_or_path": _FINGERPRINT,
     "data.dataset": "data.fingerprint",
     "data.also": "data.fingerprint",
     "data.validation_file": "data.validation_fingerprint",
