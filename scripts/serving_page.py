@@ -92,6 +92,19 @@ _HEAD = (
     "known of",
     "how",
 )
+_RUNNING = """\
+## Running servers
+
+The same base and rslora, started by the command that `export` printed and asked by `ftlevel
+check-served OUT --url http://127.0.0.1:PORT` on loopback, November 2026:
+
+| server | asked by | answers | largest difference of a logprob |
+|---|---|---|--:|
+| `mlx_lm.server`, mlx-lm 0.32.2 | text, messages | 12 as trained, over 144 tokens | 5.1e-5 |
+
+llama.cpp's server, of xllamacpp, is asked so in `tests/integration/test_served.py`, with five
+adapters at once.
+"""
 _MEASURED = """\
 ## Methods
 
@@ -106,6 +119,8 @@ _MORE = """\
   rank.
 - SGLang, TGI and OpenVINO GenAI drop a kind of linear that is adapted in some layers only, so zeros
   are written for the others.
+- Merged classifiers go to vLLM and SGLang, merged encoder–decoders to TGI, neither to the others.
+- Beside a base that is a .gguf file, only llama.cpp serves an adapter; for the others it is merged.
 """
 
 
@@ -120,6 +135,7 @@ def serving_page() -> str:
         *(f"- {server.note}." for server in SERVERS.values() if server.note),
         _MORE,
         *_served_lines(),
+        _RUNNING,
         _MEASURED,
         *_table(forms, _form_rows()),
         "",
