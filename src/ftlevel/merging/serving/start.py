@@ -81,7 +81,7 @@ def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
 def _pair(server: Server, part: Part) -> str:
     """Return NAME=PLACE; as JSON where a sign in one of them would be read as that between them."""
     pair = f"{part.name}={part.place}"
-    if pair.count("=") == 1 or server.name not in ("vllm", "sglang"):
+    if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
         return pair
     keys = ("name", "path") if server.name == "vllm" else ("lora_name", "lora_path")
     return json.dumps(dict(zip(keys, (part.name, str(part.place)), strict=True)))
