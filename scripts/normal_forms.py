@@ -29,6 +29,7 @@ from ftlevel.commands.export import export  # noqa: E402
 from ftlevel.config import ExportConfig  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
 from ftlevel.merging.normal_form.peft_only import PLAIN_FORMS  # noqa: E402
+from ftlevel.methods import METHODS  # noqa: E402
 from ftlevel.methods.merging import why_not_mergeable  # noqa: E402
 from ftlevel.methods.plain_form.factors import PlainForm  # noqa: E402
 from served_cases import CASES, LINEARS, make_adapter, peft_logits  # noqa: E402
@@ -118,8 +119,22 @@ def main(wanted: list[str]) -> int:
                 continue
             rows.append(measure(base, folder, name, kind, settings))
             print(" | ".join(rows[-1]).replace(str(folder), ""), flush=True)
+    rows += [row for row in ours() if not wanted or row[1] in wanted or row[0] in wanted]
     write(rows)
     return 0
+
+
+def ours() -> list[list[str]]:
+    """Return the rows of methods that ftlevel has and PEFT has not."""
+    known = {str(getattr(member, "value", member)) for member, cls in
+             PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls.__module__.startswith("peft.")}  # fmt: skip
+    return [
+        [f"ftlevel's {name}", kind, "refused", "", "", "", "", "no",
+         f"{kind} {PLAIN_FORMS[kind].never}."]
+        for name, method in METHODS.items()
+        for kind in method.merging.peft_types
+        if kind not in known
+    ]  # fmt: skip
 
 
 def write(rows: list[list[str]]) -> None:

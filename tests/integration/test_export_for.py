@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from export_cases import ModelDir, exportable
@@ -135,6 +138,41 @@ def test_a_server_of_one_adapter_gets_one(base: Path, capsys: pytest.CaptureFixt
     )
 
 
+def test_signs_that_a_server_takes_apart(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = make_adapter(base, Path("a=b,c").absolute(), CASES["lora"].settings)
+    told = dry(capsys, str(place), "--for", "vllm", "--out", "out")
+    module = shlex.split(told["start"][0])[-1]  # type: ignore[index]
+    assert json.loads(module) == {"name": "a=b,c", "path": "out"}
+    plain = make_adapter(base, Path("plain").absolute(), CASES["lora"].settings)
+    told = dry(capsys, str(plain), "--for", "vllm", "--out", "o,t")
+    assert json.loads(shlex.split(told["start"][0])[-1])["path"] == "o,t"  # type: ignore[index]
+    for server, out in (("tgi", "out"), ("llama.cpp", "out,1")):
+        assert run(["export", str(place), "--for", server, "--out", out, "--dry-run"]) == 2
+        assert "takes its command line apart. Choose another." in capsys.readouterr().err
+
+
+def test_a_classifier_goes_to_no_server_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+    base = save_tiny(Path("classes").absolute(), "llama", "seqcls")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
+    peft.get_peft_model(model, settings).save_pretrained("my classes")
+    for flags, told in (
+        (["--for", "mlx"], "or merge it: ftlevel merge 'my classes' --out DIR"),
+        (["--for", "mlx", "--format", "merged"], "mlx-lm serves decoders that write text"),
+    ):
+        assert run(["export", "my classes", *flags, "--out", "out", "--dry-run"]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_what_is_no_adapter_is_named(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_adapter(base, Path("all", "one"), CASES["lora"].settings)
+    save_tiny(Path("all/whole"), "llama")
+    assert run(["export", "all", "--for", "vllm", "--out", "out", "--dry-run"]) == 0
+    assert "all/whole holds no adapter, and is left out." in capsys.readouterr().err
+    assert run(["export", "all/whole", "--for", "vllm", "--out", "out"]) == 2
+    assert "vLLM loads it as it is: vllm serve" in capsys.readouterr().err
+
+
 def test_adapters_of_two_bases_are_refused(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,11 +197,29 @@ def test_ollama_gets_a_merged_file_with_the_answers_it_must_give(
     assert run(["check-served", "mine.gguf", "--in", "llama.cpp", "-q"]) == 0
 
 
+def test_beside_a_gguf_file_only_llama_cpp_serves_an_adapter(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = exportable(tiny_model_dir, tmp_path, "llama")
+    name = adapter(place, "lora")
+    assert run(["export", str(place), "--out", "x.gguf", "--no-verify", "-q"]) == 0
+    wish = [name, "--model", "x.gguf", "--out", "out"]
+    assert dry(capsys, *wish, "--for", "llama.cpp")["start"] == [
+        f"llama-server -m {tmp_path / 'x.gguf'} --lora out/adapter.gguf"
+    ]
+    assert run(["export", *wish, "--for", "mlx", "--dry-run"]) == 2
+    assert (
+        "x.gguf, and mlx-lm serves adapters beside a base of transformers' files. Merge it: "
+        in (capsys.readouterr().err)
+    )
+
+
 def test_merged_is_a_model_with_its_start_command(base: Path) -> None:
     name = adapter(base, "rslora")
     command = ["export", name, "--for", "vllm", "--format", "merged", "--out", "out", "-q"]
     assert run(command) == 0
-    assert "vllm serve out" in Path("out/README.md").read_text()
+    for told in ("vllm serve out", "ftlevel check-served out --url"):
+        assert told in Path("out/README.md").read_text()
     assert json.loads(Path("out/served.json").read_text())["adapters"][0]["rank"] is None
     assert {"config.json", "model.safetensors"} <= {path.name for path in Path("out").iterdir()}
 

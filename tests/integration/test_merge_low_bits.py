@@ -84,7 +84,9 @@ def test_every_pair_keeps_what_was_trained(
 ) -> None:
     found = merge_into(runs(base, method), tmp_path / "m", quant)
     assert found["verified"]
-    assert found["served"]["kl"] < 0.1 * found["effect"]["kl"]
+    # In 8 bits nothing that was trained on 4 bits is lost: it is rounded as it was trained.
+    most = 1e-4 if (base, quant) == ("4-bit", "8bit") else 0.1
+    assert found["served"]["kl"] < most * found["effect"]["kl"]
     assert found["quantization"]["double_quant"] == (base == "4-bit" and quant == "4bit")
     assert read_card(tmp_path / "m").quantization["kind"] == quant
     # Without ftlevel it is the model in floating point, nearly, and not its base.

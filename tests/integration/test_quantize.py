@@ -22,6 +22,7 @@ from ftlevel.cli.app import run
 from ftlevel.commands.quantize import quantize
 from ftlevel.config import QuantizeConfig
 from ftlevel.errors import ConfigError, InputError
+from ftlevel.events import Silence
 from ftlevel.models.kinds import checkpoint_class
 from ftlevel.weights.quantize_layout import find_kept_modules
 from ftlevel.weights.safetensors_stream import ShardWriter
@@ -146,11 +147,20 @@ def test_shards_keep_their_names_and_nothing_else_changes(
 )
 @pytest.mark.parametrize("form", ["nf4", "nf4-double", "int8"])
 def test_a_dry_run_foretells_the_sizes(
-    family: str, head: str | None, form: str, tiny_model_dir: ModelDir, tmp_path: Path
-) -> None:
+    family: str, head: str | None, form: str, tiny_model_dir: ModelDir, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     source = tiny_model_dir(family, head)
     fields = {"model": str(source), "out": tmp_path / "out", **FORMS[form]}
-    expected = quantize(QuantizeConfig.model_validate(fields), dry_run=True).summary
+    warnings: list[str] = []
+    monkeypatch.setattr(Silence, "warn", lambda _, message: warnings.append(message))
+    config = QuantizeConfig.model_validate(fields)
+    expected = quantize(config, dry_run=True).summary
+    assert len(warnings) == (family == "mixtral")
+    for warning in warnings:  # the sizes of the experts, as they stay and as train packs them
+        stay, packed = expected["parts"]["experts"]["bytes"] / 1e6, "packs them while it loads them"
+        assert warning.startswith(f"{stay:,.1f} MB of the {expected['bytes'] / 1e6:,.1f} MB are")
+        assert (packed in warning) == (config.quant == "4bit")
     assert not (tmp_path / "out").exists()
     found = make(source, tmp_path / "out", form)
     assert expected["quantized_linears"] == found["quantized_linears"]

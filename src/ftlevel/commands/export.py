@@ -74,6 +74,8 @@ def export(
         device = choose_device(config.device)
         named = _find_several(config, device.value)
         found = next(iter(named.values())) if named else _find(config, device.value)
+        for place in _left_out(config, named):
+            listener.warn(f"{place} holds no adapter, and is left out.")
         planned = plan_export(config, named or found)
         listener.choices("export", list(planned.choices(device)))
         for note in planned.notes:
@@ -109,6 +111,15 @@ def _find_several(config: ExportConfig, device: str) -> dict[str, Found]:
             f"--format {config.format} is of one. Name one of them, or use {several}."
         )
     return {name: _find_one(config, str(place), device) for name, place in places.items()}
+
+
+def _left_out(config: ExportConfig, named: Mapping[str, Found]) -> list[Path]:
+    """Return the runs and models in a directory of adapters that are no adapters."""
+    if not named:
+        return []
+    folders = [p for p in sorted(Path(config.model).expanduser().iterdir()) if p.is_dir()]
+    marks = (CONFIG, "config.json")
+    return [p for p in folders if p.name not in named and any((p / m).exists() for m in marks)]
 
 
 def _find(config: ExportConfig, device: str) -> Found:

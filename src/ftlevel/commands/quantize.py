@@ -39,16 +39,24 @@ from ftlevel.evaluation.two_models.on_text import (
 from ftlevel.events import Listener, Silence
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import checkpoint_class, max_positions
-from ftlevel.models.loading import load_config, load_model, load_tokenizer, quiet_libraries
+from ftlevel.models.loading import (
+    build_task_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet_libraries,
+)
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.quantized import quantization_facts, quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source, snapshot
 from ftlevel.models.torchao_format import build_torchao_config
+from ftlevel.models.upstream.experts.which import packable_experts
 from ftlevel.weights.quantize_layout import (
     QUANTIZED,
     Layout,
     build_layout,
     kept_modules,
+    packed_bytes,
     predict_bytes,
 )
 from ftlevel.weights.quantize_shards import COPIED, write_quantized
@@ -101,6 +109,8 @@ def quantize(
     with quiet_libraries():
         plan = _resolve(config)
         listener.choices("quantize", plan.choices)
+        if note := _experts_note(config, plan):
+            listener.warn(note)
         if dry_run:
             parts = {name: list(sizes) for name, sizes in predict_bytes(plan.layout).items()}
             summary = _summary(config, plan, parts, len(plan.layout.linears)) | {"dry_run": True}
@@ -183,13 +193,35 @@ def _kept_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype,
 def _kept_reason(layout: Layout, experts: int) -> str:
     reasons = []
     if experts:
-        reasons.append(f"and {experts:,} tensors of experts: transformers fuses them, and "
-                       "only linears are packed")  # fmt: skip
+        reasons.append(f"and {experts:,} tensors of experts")
     own = sorted({p.name.split(".")[-2] for p in layout.parameters.values()
                   if p.part == "other linears"})  # fmt: skip
     if own:
         reasons.append(f"and {', '.join(own)}: the architecture asks for it")
     return "; ".join(reasons)
+
+
+def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
+    """Return what the experts of a mixture weigh, which no quantizer of transformers packs."""
+    sizes = predict_bytes(plan.layout)
+    if "experts" not in sizes:
+        return ""
+    whole, stay = sum(after for _, after in sizes.values()), sizes["experts"][1]
+    dtype = str(plan.layout.dtype).removeprefix("torch.")
+    note = (
+        f"{stay / 1e6:,.1f} MB of the {whole / 1e6:,.1f} MB are experts, which stay in {dtype}: "
+        "transformers packs linears alone, and reads no packed experts."
+    )
+    packed = sum(
+        packed_bytes(plan.layout.parameters[name].shape, plan.layout.config)
+        for name in packable_experts(build_task_model(plan.model_config, plan.auto_class))
+    )
+    if config.quant == "4bit" and packed:
+        note += (
+            f" ftlevel train --quant 4bit --model {config.model} packs them while it loads them "
+            f"({packed / 1e6:,.1f} MB)."
+        )
+    return note
 
 
 @contextlib.contextmanager

@@ -154,8 +154,9 @@ def write_low_bits(
     config = load_config(ModelSource(place, "directory", place, local_files_only=True))
     dtype = DTYPES[merged.written.dtype]
     layout = _plan_layout(inputs, config, quant, dtype)
-    own = merged.onto == "original"
-    origin = merged.merger if own else open_merger(inputs, None, None)
+    origin = merged.merger
+    if merged.onto != "original" and _on_one_grid(quant, inputs.quant):
+        origin = open_merger(inputs, None, None)
     moments = None
     if rows is not None:
         sizes = {
@@ -180,6 +181,15 @@ def write_low_bits(
         written=replace(merged.written, size_bytes=written.bytes),
     )
     return rounded, LowBits(written.quantized, layout, chooser.sums)
+
+
+def _on_one_grid(one: QuantConfig, other: QuantConfig) -> bool:
+    """Whether what is stored as `one` lies on the grid of `other`, where rounding undoes training.
+
+    On another grid the weights as trained lie between codes, and those before quantization are
+    farther from them than this rounding takes them.
+    """
+    return (one.kind, one.quant_type) == (other.kind, other.quant_type)
 
 
 def measure_low_bits(

@@ -51,7 +51,7 @@ def configure(tmp_path: Path, model: Path, method: str, classes: bool, **train: 
     return TrainConfig.model_validate({
         "model": {"name_or_path": str(model), "dtype": "float32"},
         "task": "text-classification" if classes else "text-generation",
-        "method": {"kind": method},
+        "method": {"kind": method, **({"r": 8} if method == "shira" else {})},
         "data": {"dataset": str(write_rows(tmp_path / "rows.jsonl", classes)), "cache": False,
                  "validation_split": 0},
         "train": {"max_steps": 2, "per_device_train_batch_size": 8, "save_strategy": "no", **train},
@@ -67,6 +67,7 @@ def configure(tmp_path: Path, model: Path, method: str, classes: bool, **train: 
         ("llama", "qlora", {}),
         ("llama", "full", {"gradient_accumulation_steps": 2}),
         ("bert", "adapter", {"gradient_checkpointing": True}),
+        ("llama", "shira", {}),
     ],
 )
 def test_it_is_the_peak_of_the_run(

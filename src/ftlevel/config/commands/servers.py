@@ -27,6 +27,7 @@ class Server:
         every_layer: whether a kind of linear must be adapted in all layers or in none.
         families: those it is known to name as transformers does; empty for any.
         several: how many adapters it holds at once: any, or one.
+        merged: what it serves merged, beside decoders that write text.
         own_template: whether the chat template is that of the base unless it is told another.
         note: what else must be known, as a sentence without a full stop.
     """
@@ -41,6 +42,7 @@ class Server:
     every_layer: bool = False
     families: tuple[str, ...] = ()
     several: bool = True
+    merged: tuple[str, ...] = ()
     own_template: bool = True
     note: str = ""
 
@@ -50,15 +52,15 @@ SERVERS: dict[str, Server] = {
     for row in (
         Server(
             "vllm", "vLLM", ("peft", "merged"), "0.32.0", "run, and PEFTHelper read",
-            ranks=_RANKS_OF_VLLM, vocabulary=True,
+            ranks=_RANKS_OF_VLLM, vocabulary=True, merged=("classifiers",),
         ),
         Server(
             "sglang", "SGLang", ("peft", "merged"), "November 2026", "read; not run",
-            every_layer=True,
+            every_layer=True, merged=("classifiers",),
         ),
         Server(
             "tgi", "Text Generation Inference", ("peft", "merged"), "November 2026",
-            "read; not run", every_layer=True,
+            "read; not run", every_layer=True, merged=("encoder-decoder",),
         ),
         Server(
             "llama.cpp", "llama.cpp", ("gguf-lora", "gguf"), "xllamacpp 2026.10.11549",

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.config import ExportConfig
 from ftlevel.config.choices import Choice
-from ftlevel.errors import InputError
+from ftlevel.config.commands.servers import SERVERS, Server
+from ftlevel.errors import InputError, with_article
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter
 from ftlevel.merging.serving.card import serving_lines
 from ftlevel.merging.serving.recorded import FILE
+from ftlevel.merging.serving.start import check_command
 from ftlevel.merging.serving.whole import record_whole, start_of
+from ftlevel.models.kinds import model_kind
+from ftlevel.models.loading import load_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
 from ftlevel.trained.load import Found
@@ -25,13 +30,26 @@ def plan_export(config: ExportConfig, found: Found) -> MergedExport:
     """Return what will be written.
 
     Raises:
-        InputError: it is a whole model already.
+        InputError: it is a whole model already, or none that the server serves.
     """
     if found.directory is None:
         raise InputError(
             f"{config.model} is a whole model already, and is served as it is. Drop the export."
         )
+    if config.server is not None:
+        _check(config, found, SERVERS[config.server])
     return MergedExport(config, found)
+
+
+def _check(config: ExportConfig, found: Found, server: Server) -> None:
+    kind = model_kind(load_config(found.source))
+    needs = kind if TASKS[found.card.task].writes_text else "classifiers"
+    if needs not in ("decoder", *server.merged):
+        raise InputError(
+            f"{config.model} was trained for {found.card.task} on {with_article(kind)}, and "
+            f"{server.title} serves decoders that write text. Keep it with transformers: "
+            f"ftlevel merge {quote(config.model)} --out DIR."
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,7 @@ class MergedExport:
             source = ModelSource(str(place), "directory", str(place), local_files_only=True)
             dtype = merged["written"]["dtype"]
             record_whole(place / FILE, self.config, self.found, source, dtype, device)
+            summary["recorded"] = True
         if self.config.server:
             card = place / "README.md"
             text = card.read_text(encoding="utf-8") + "\n" + "\n".join(serving_lines(summary))
@@ -90,6 +109,7 @@ class MergedExport:
             "merged": merged and {key: merged[key] for key in ("onto", "verified", "agreement")},
             "verified": bool(merged and merged["verified"]),
             "start": start_of(self.config),
+            "recorded": False,
             "out": str(self.config.out),
             "versions": library_versions(),
         }
@@ -106,3 +126,5 @@ class MergedExport:
         if summary["start"]:
             yield "serve it:"
             yield from (f"  {command}" for command in summary["start"])
+            if summary["recorded"]:
+                yield f"then: {check_command(summary['out'])}"

@@ -7,7 +7,8 @@ from ftlevel.methods.lora.plain_form import token_rows
 from ftlevel.methods.plain_form.factors import FULL_RANK, AdapterFile, Factors, PlainForm
 
 NO_WEIGHTS = (
-    "is no change of weights: what it adds is computed beside them, which PEFT and ftlevel do"
+    "is no change of weights: what it adds is computed beside them, by the library that trained it "
+    "alone. For a server, train by a method that merges, such as --method lora"
 )
 
 

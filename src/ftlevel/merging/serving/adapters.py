@@ -33,7 +33,7 @@ from ftlevel.merging.serving.entry import (
     whole_format,
 )
 from ftlevel.merging.serving.recorded import FILE, Recorded, record, write_served
-from ftlevel.merging.serving.start import Part, start_adapters
+from ftlevel.merging.serving.start import Part, check_command, check_signs, start_adapters
 from ftlevel.methods.merging import BY_PEFT_TYPE, why_not_mergeable
 from ftlevel.models.loading import load_model
 from ftlevel.trained.load import Found, load_found
@@ -88,14 +88,16 @@ def plan_adapters(
     """
     server = SERVERS.get(config.server or "")
     named = found if isinstance(found, Mapping) else {adapter_name(found): found}
-    entries = [open_entry(name, one) for name, one in named.items()]
+    entries = [open_entry(name, one, server) for name, one in named.items()]
+    if server is not None:
+        check_signs(server, [entry.name for entry in entries], config.out)
     notes: list[str] = []
     forms: dict[str, NormalForm | None] = {}
     for entry in entries:
         try:
             plain_form_of(entry.peft_config)
-            writer.check(entry)
             notes += check_for(entry, server)
+            writer.check(entry)
             form = form_from_file(entry.directory, entry.peft_config, entry.base, config.max_rank)
             form = form and checked_form(form, entry, server)
         except InputError as error:
@@ -108,12 +110,13 @@ def plan_adapters(
 def _refusal(entry: Entry, config: ExportConfig, reason: str) -> str:
     """Return a refusal that names the adapter, and merging by its command where that is the way."""
     peft_config = entry.peft_config
-    reason = f"{entry.name} cannot be written as {config.format}: {reason.rstrip('.')}"
+    server = SERVERS.get(config.server or "")
+    what = f"for {server.title}" if server else f"as {config.format}"
+    reason = f"{entry.name} cannot be written {what}: {reason.rstrip('.')}"
     if reason.endswith(_MERGE):
         reason = reason.removesuffix(_MERGE)
         kind = str(peft_config.get("peft_type"))
         if why_not_mergeable(peft_config) is None:
-            server = SERVERS.get(config.server or "")
             reason += f"Merge it: --format {whole_format(server)}"
         elif kind in BY_PEFT_TYPE:
             reason += "It cannot be merged either: keep it with PEFT or ftlevel"
@@ -360,7 +363,7 @@ class AdaptersExport:
             yield "serve it:"
             yield from (f"  {command}" for command in summary["start"])
             if summary["verified"]:
-                yield f"then: ftlevel check-served {summary['out']} --url http://127.0.0.1:PORT"
+                yield f"then: {check_command(summary['out'])}"
 
 
 def _check_lines(check: Mapping[str, Any]) -> Iterator[str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ftlevel.merging.serving.start import check_command
+
 
 def write_card(place: Path, summary: Mapping[str, Any]) -> None:
     """Write README.md of what `summary` says was written."""
@@ -45,8 +47,7 @@ def serving_lines(summary: Mapping[str, Any]) -> list[str]:
     if not summary["start"]:
         return []
     lines = ["## Serve", "", "```sh", *summary["start"], "```", ""]
-    if summary["verified"]:
+    if summary.get("recorded", summary["verified"]):
         lines += ["What it must answer is in served.json; a running server is held to it by", "",
-                  "```sh", f"ftlevel check-served {summary['out']} --url http://127.0.0.1:PORT",
-                  "```", ""]  # fmt: skip
+                  "```sh", check_command(summary["out"]), "```", ""]  # fmt: skip
     return lines

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ftlevel.config.commands.servers import Server
 from ftlevel.data.encoding.prompts import PromptFormat, prompt_ids
 from ftlevel.errors import InputError, listing, with_article
 from ftlevel.merging.normal_form.form import BaseWeights, open_base
+from ftlevel.merging.serving.start import start_model
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config, load_tokenizer
@@ -161,17 +163,26 @@ def adapter_name(found: Found) -> str:
     return place.resolve().name if place is not None else found.source.name
 
 
-def open_entry(name: str, found: Found) -> Entry:
+def _named(entry: Entry) -> str:
+    return str(entry.found.run or entry.directory)
+
+
+def open_entry(name: str, found: Found, server: Server | None) -> Entry:
     """Return `found` as what is to be served.
 
     Raises:
         InputError: it is no adapter, or one that PEFT does not load.
     """
     if found.directory is None:
-        raise InputError(
-            f"{name} is a whole model: a server loads it as it is, and there is no adapter to "
-            "write. For one file name --format gguf."
-        )
+        what = f"{name} is a whole model, and there is no adapter to write"
+        if server is not None and "merged" in server.formats and found.source.kind != "gguf":
+            hub = found.source.kind == "hub"
+            place = Path(found.source.name if hub else found.source.location)
+            raise InputError(
+                f"{what}. {server.title} loads it as it is: "
+                f"{' && '.join(start_model(server, place, place.name))}"
+            )
+        raise InputError(f"{what}. For one file name --format gguf.")
     if is_adapterhub(found.directory):
         raise InputError(f"{name} is a bottleneck adapter, which no server of ours loads.")
     return Entry(name, found)
@@ -199,23 +210,28 @@ def check_for(entry: Entry, server: Server | None) -> list[str]:
         )
     if server is None:
         return notes
+    if not entry.answers:
+        raise InputError(
+            f"it was trained for {entry.found.card.task} on {with_article(entry.kind)}, and "
+            f"adapters of {server.title} write text by a decoder here. Write it with --format peft "
+            f"alone, or merge it: ftlevel merge {quote(_named(entry))} --out DIR"
+        )
     family = entry.model_config.model_type
     if server.families and family not in server.families:
         raise InputError(
             f"{server.title} is not known here to name the modules of {family} as transformers "
             f"does (known: {listing(server.families)}). Merge it"
         )
+    if entry.found.source.kind == "gguf" and "gguf" not in server.formats:
+        raise InputError(
+            f"its base is the file {entry.base_name}, and {server.title} serves adapters beside a "
+            "base of transformers' files. Merge it"
+        )
     if added := entry.added_tokens:
         raise InputError(
             f"it was trained with {len(added):,} more tokens than its base has "
             f"({listing(map(repr, added), 3)}), and {server.title} reads the tokenizer of the base "
             f"only. Merge it"
-        )
-    if not entry.answers:
-        raise InputError(
-            f"it was trained for {entry.found.card.task} on {with_article(entry.kind)}, and "
-            f"adapters of {server.title} write text by a decoder here. Write it with --format peft "
-            f"alone, or merge it: ftlevel merge {entry.found.run or entry.directory} --out DIR"
         )
     return notes + [server.note] * bool(server.note)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import join
+from shlex import join, quote
 
 from ftlevel.config.commands.servers import Server
+from ftlevel.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def rank_limit(server: Server, rank: int) -> int:
 def start_adapters(server: Server, base: str, parts: Sequence[Part]) -> list[str]:
     """Return the commands, in their order, that serve `parts` beside `base`."""
     rank = rank_limit(server, max(part.rank for part in parts))
-    named = [f"{part.name}={part.place}" for part in parts]
+    named = [_pair(server, part) for part in parts]
     template = next((part.template for part in parts if part.template is not None), None)
     several = len(parts) > 1
     if server.name == "vllm":
@@ -54,6 +56,35 @@ def start_adapters(server: Server, base: str, parts: Sequence[Part]) -> list[str
     if server.name == "llama.cpp":
         return _llama(base, parts, template)
     return [_openvino(parts[0].place)]
+
+
+def check_command(out: str) -> str:
+    """Return the command that holds a running server to what was written to `out`."""
+    return f"ftlevel check-served {quote(out)} --url http://127.0.0.1:PORT"
+
+
+def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
+    """Refuse names and a place that the server's command line would take apart.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    signs = {"tgi": "=,", "llama.cpp": ","}.get(server.name, "")
+    for what, text in (*(("the name", name) for name in names), ("--out", str(out))):
+        if found := [sign for sign in signs if sign in text]:
+            raise ConfigError(
+                f"{what} {text} has a {found[0]!r}, at which {server.title} takes its command line "
+                "apart. Choose another."
+            )
+
+
+def _pair(server: Server, part: Part) -> str:
+    """Return NAME=PLACE; as JSON where a sign in one of them would be read as that between them."""
+    pair = f"{part.name}={part.place}"
+    if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
+        return pair
+    keys = ("name", "path") if server.name == "vllm" else ("lora_name", "lora_path")
+    return json.dumps(dict(zip(keys, (part.name, str(part.place)), strict=True)))
 
 
 def _llama(base: str, parts: Sequence[Part], template: Path | None) -> list[str]:

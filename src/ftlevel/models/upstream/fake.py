@@ -55,6 +55,8 @@ class FakeTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Compute the shapes that `func` gives, or know them of an operation that was alike."""
+        if func in _OF_SPARSE:
+            return _OF_SPARSE[func](*args)
         named = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
         given: list[torch.Tensor] = []
         key: Any = None
@@ -85,6 +87,30 @@ class FakeTensor(torch.Tensor):
 
         return tree_map(leave, made)
 
+
+def _as_sparse(size: Sequence[int], values: torch.Tensor) -> FakeTensor:
+    """Return the fake of a sparse matrix: its shape, on the storage of its values."""
+    return FakeTensor(_inner(values).as_strided(tuple(size), (0,) * len(size)))
+
+
+def _values(sparse: FakeTensor) -> torch.Tensor:
+    """Return the values of such a fake on the meta device."""
+    own = sparse.shape_only
+    return own.as_strided((own.untyped_storage().nbytes() // own.itemsize,), (1,))
+
+
+_OF_SPARSE: dict[Any, Callable[..., FakeTensor]] = {
+    torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default: (
+        lambda _sparse, _dense, size, _places, values: _as_sparse(size, values)
+    ),
+    torch.ops.aten.sparse_mask.default: (
+        lambda dense, mask: _as_sparse(
+            dense.shape, torch.empty_like(_values(mask), dtype=dense.dtype)
+        )
+    ),
+    torch.ops.aten._values.default: lambda sparse: FakeTensor(_values(sparse)),
+}
+"""What a step does with a matrix that is zero but for a few places (SHiRA's)."""
 
 _How = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 _KNOWN: dict[Any, _How] = {}
