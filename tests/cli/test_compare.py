@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from ftlevel.cli.app import run
+from ftlevel.cli.screens.compare_screen import table_lines
 
 METHODS = ("lora", "ia3")
 WAIT = 240  # seconds, on a busy machine
@@ -147,12 +148,16 @@ def test_what_was_asked_stays(
 
 @pytest.mark.slow
 def test_a_method_that_cannot_work_is_left_out(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = flags(rows, tmp_path / "runs", "--methods", "qlora,ln-tuning", "--quant", "none",
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "compared-1").mkdir(parents=True)
+    asked = flags(rows, tmp_path, "--methods", "qlora,ln-tuning", "--quant", "none",
                   "--budget-steps", "2", "--json")  # fmt: skip
-    assert run(asked) == 0
+    at = asked.index("--output-dir")
+    assert run([*asked[:at], *asked[at + 2 :]]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["path"] == "runs/compared-2"
     assert [row["method"] for row in found["rows"]] == ["ln-tuning"]
     (left,) = found["left_out"]
     assert left["method"] == "qlora"
@@ -207,6 +212,9 @@ def test_two_searches_share_a_study_and_the_winner_has_what_they_found(
     best = min(trial.value for trial in ended if trial.state.name == "COMPLETE")
     assert searched["best"] == best
     assert searched["seconds"] > 0
+    heading, figures = table_lines(theirs)
+    assert heading.endswith("search")
+    assert figures.endswith(f"{theirs['rows'][0]['search']['seconds']:,.1f} s")
     assert row["metric"] == pytest.approx(best, rel=1e-4)  # the same run, made again
     values = searched["values"]
     run_config = yaml.safe_load((Path(row["run"]) / "config.yaml").read_text())

@@ -79,10 +79,19 @@ def test_gives_trainings_numbers(
     data = task_data.write(tmp_path / "data", name)
     config = configure(tiny_model_dir(family, head), data, tmp_path / "run", task, options=options)
     trained = train(config).summary
-    result = score(tmp_path / "run", predictions=tmp_path / "p.jsonl")
+    result = score(tmp_path / "run", predictions=tmp_path / "p.jsonl", resamples=200)
     assert result.metrics == trained["metrics"]
     check_intervals(result)
-    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    lines, own = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (tmp_path / "p.jsonl", tmp_path / "run" / "validation.jsonl")
+    )
+    assert own == [  # what the run itself wrote, which has not asked its base
+        {name: value for name, value in line.items() if not name.startswith("base_")}
+        | {"where": f"row {line['row'] + 1}"} for line in lines
+    ]  # fmt: skip
+    for metric, ends in trained["intervals"].items():
+        assert ends == pytest.approx(result.summary["intervals"][metric]), metric
     leaked = {
         place
         for found in trained["data"]["gate"]

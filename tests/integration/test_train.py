@@ -67,7 +67,8 @@ def test_a_run_proves_itself(arguments: list[str], frozen: int) -> None:
     assert summary["metrics"]["perplexity"] > 1
     files = {p.name for p in Path("run").iterdir()}
     assert files == {".ftlevel.json", "README.md", "adapter", "checkpoints", "config.yaml",
-                     "metrics.jsonl", "places.json", "report.html", "summary.json"}  # fmt: skip
+                     "metrics.jsonl", "places.json", "report.html", "summary.json",
+                     "validation.jsonl"}  # fmt: skip
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
     assert card["base"]["name"] == "builtin:tiny-llama"
     assert card["prompt"]["kind"] == "chat-template"
@@ -97,7 +98,7 @@ def test_metrics_are_lines_of_json_with_the_named_fields() -> None:
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if "loss" in r]
     assert set(steps[0]) >= {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens",
-                             "elapsed_s"}  # fmt: skip
+                             "elapsed_s", "memory_bytes"}  # fmt: skip
     assert steps[-1]["step"] == 4
     # All 16 rows, counted without padding.
     assert steps[-1]["tokens"] == json.loads(Path("run/summary.json").read_text())["data"]["tokens"]

@@ -23,9 +23,9 @@ from ftlevel.errors import ConfigError
 
 MARKER = ".ftlevel.json"
 CONFIG, SUMMARY, METRICS, CARD = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
-REPORT = "report.html"
+REPORT, ANSWERS = "report.html", "validation.jsonl"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
-OWN = (CONFIG, SUMMARY, METRICS, CARD, REPORT, ADAPTER, CHECKPOINTS, "places.json", "base",
+OWN = (CONFIG, SUMMARY, METRICS, CARD, REPORT, ANSWERS, ADAPTER, CHECKPOINTS, "places.json", "base",
        "tensorboard", "wandb", "mlflow", "trackio")  # fmt: skip
 """Names of all that a run writes into its directory, the marker aside."""
 

@@ -14,7 +14,15 @@ from typing import Any
 from ftlevel.artifacts import ownership
 from ftlevel.artifacts.claim import check_unclaimed, claimed
 from ftlevel.artifacts.files import check_regular, read_plain, write_json, write_text
-from ftlevel.artifacts.ownership import ADAPTER, CARD, CHECKPOINTS, METRICS, REPORT, SUMMARY
+from ftlevel.artifacts.ownership import (
+    ADAPTER,
+    ANSWERS,
+    CARD,
+    CHECKPOINTS,
+    METRICS,
+    REPORT,
+    SUMMARY,
+)
 from ftlevel.artifacts.ownership import CONFIG as CONFIG
 from ftlevel.errors import ConfigError
 
@@ -48,6 +56,11 @@ class RunDirectory:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
         write_json(self.summary, summary)
+
+    def write_answers(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write validation.jsonl: how each validation row was answered."""
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(self.path / ANSWERS, text)
 
     def read_summary(self) -> dict[str, Any] | None:
         """Return summary.json of a run that is finished and has what it trained, or None."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import PerRow, interval
 from ftlevel.evaluation.metrics import check_metrics, generates_texts, keep_wanted, wants_texts
 from ftlevel.evaluation.reference import needs_reference, with_reference
+from ftlevel.evaluation.row_lines import row_lines
 from ftlevel.evaluation.scoring import Evaluator, Writing
 from ftlevel.evaluation.two_models.pair import (
     ModelAnswers,
@@ -146,8 +147,9 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         **intervals,
     }
     if config.predictions is not None:
-        answers = _prediction_lines(trained, held_out, record, base_record)
-        write_rows(config.predictions, list(answers))
+        where, labels = held_out.table.where, trained.labels
+        lines = row_lines(record, labels, where, base=base_record, evaluator=evaluator)
+        write_rows(config.predictions, list(lines))
     return Evaluation(metrics, base, summary, draws)
 
 
@@ -371,26 +373,3 @@ def _intervals(
             name: interval(np.subtract(tuned[name], other[name])) for name in both
         }
     return tuned, found
-
-
-def _prediction_lines(
-    trained: Trained, held_out: HeldOut, record: PerRow, base: PerRow | None
-) -> Iterator[dict[str, Any]]:
-    """Yield a row an example: where it is from, what was said, what is true."""
-    written = {item.row: item for item in record.written}
-    base_written = {item.row: item for item in base.written} if base else {}
-    for row in sorted(record.units):
-        unit = record.units[row]
-        line: dict[str, Any] = {"row": row, "where": held_out.table.where(row)}
-        line["loss"] = unit.loss / unit.targets if unit.targets else None
-        line |= unit.meter.describe(trained.labels)
-        if row in written:
-            line |= {"predicted": written[row].text, "true": written[row].reference}
-        if base is not None:
-            other = base.units[row]
-            line["base_loss"] = other.loss / other.targets if other.targets else None
-            said = other.meter.describe(trained.labels)
-            line |= {f"base_{key}": value for key, value in said.items() if key != "true"}
-            if row in base_written:
-                line["base_predicted"] = base_written[row].text
-        yield line

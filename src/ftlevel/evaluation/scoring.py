@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -110,6 +110,7 @@ class Evaluator:
         language: ISO 639-1 code of the generated texts; "" if unknown.
         chunked_cross_entropy: whether a language head is computed on supervised tokens only.
         metrics: names of those that are given beside the loss; empty for all.
+        begin_record: gives the record of a call that brings none; it may give none either.
     """
 
     rows: Sequence[Encoded]
@@ -125,6 +126,7 @@ class Evaluator:
     language: str = ""
     chunked_cross_entropy: bool = True
     metrics: Sequence[str] = ()
+    begin_record: Callable[[], Record | None] = lambda: None
 
     def __call__(self, model: Any, record: Record | None = None) -> dict[str, float]:
         """Return the metrics of `model`, which is left in the mode it was in.
@@ -133,14 +135,14 @@ class Evaluator:
             model: what is scored.
             record: told of every row and every generated text, where it is given.
         """
-        training = model.training
+        training, record = model.training, record or self.begin_record()
         model.eval()
         try:
             with torch.no_grad(), autocast(self.device, self.dtype):
                 metrics = self._score(model, record)
                 if self.generated_rows and self.score_texts is not None:
                     texts = self.generate(model)
-                    references = [self._reference(row) for row in self._generated()]
+                    references = [self.answer_text(row) for row in self._generated()]
                     metrics |= self.score_texts(texts, references, self.language)
                     if record is not None:
                         record.add_texts(self._generated(), texts, references)
@@ -214,12 +216,24 @@ class Evaluator:
             return row.input_ids
         return row.input_ids[: self._answer_start(row.labels)]
 
-    def _reference(self, row: Encoded) -> str:
+    def prompt_text(self, row: Encoded) -> str:
+        """Return what comes before the last answer of `row`, in words."""
+        return self._in_words(self._prompt(row))
+
+    def text(self, row: Encoded) -> str:
+        """Return all that `row` reads, in words."""
+        return self._in_words(row.input_ids)
+
+    def _in_words(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def answer_text(self, row: Encoded) -> str:
+        """Return the last answer of `row`, in words; nothing where its labels are no tokens."""
         labels = row.labels if isinstance(row.labels, list) else []
         if self.kind != "encoder-decoder":
             labels = labels[self._answer_start(labels) :]
         ids = [label for label in labels if label != IGNORED]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return self._in_words(ids)
 
     @staticmethod
     def _answer_start(labels: list[int]) -> int:

@@ -189,6 +189,11 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def held_memory_bytes(device: str) -> int:
+    """Return the memory that is held now: by torch on the GPU, or resident in this process."""
+    return int(torch.cuda.memory_reserved()) if device == "cuda" else resident_bytes()
+
+
 def free_memory_bytes(device: str) -> int:
     """Return how much memory is free: of the GPU, or of what this process may use."""
     if device == "cuda":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
-from ftlevel.models.hardware import uses_tf32, using_tf32
+from ftlevel.models.hardware import held_memory_bytes, uses_tf32, using_tf32
 from ftlevel.training.arguments import build_arguments, build_evaluator
 from ftlevel.training.callbacks.follow_settings import FollowSettings
 from ftlevel.training.callbacks.gradient_proof import GradientProof
 from ftlevel.training.callbacks.interrupt import Interrupt
+from ftlevel.training.callbacks.keep_answers import MOST_ROWS, KeepAnswers
 from ftlevel.training.callbacks.keep_best import KeepBest
 from ftlevel.training.callbacks.recovery import Recovery
 from ftlevel.training.callbacks.report import Report
@@ -126,6 +127,7 @@ class Watch:
     gradients: GradientProof
     interrupt: Interrupt
     best: KeepBest | None
+    answers: KeepAnswers
 
 
 def go_on(
@@ -163,7 +165,10 @@ def add_callbacks(
 
     is_first, rows = processes.is_first, trainer.train_dataset
     report = Report(
-        listener, run.log if is_first else tell_nobody, lambda: int(trainer.tokens_seen)
+        listener,
+        run.log if is_first else tell_nobody,
+        lambda: int(trainer.tokens_seen),
+        lambda: held_memory_bytes(plan.model.device),
     )
     build = METHODS[config.method.kind].callbacks
     own = build(config.method, run.checkpoints, is_first) if build else []
@@ -183,7 +188,10 @@ def add_callbacks(
         scales=trainer.accelerator.scaler is not None,
         defers=plan.model.device == "cuda" and recovery.only_stops,
     )
-    watch = Watch(report, gradients, Interrupt(processes), best)
+    answers = KeepAnswers(plan.objective, best)
+    if is_first and trainer.evaluator and len(trainer.evaluator.rows) <= MOST_ROWS:
+        trainer.evaluator = replace(trainer.evaluator, begin_record=answers.begin)
+    watch = Watch(report, gradients, Interrupt(processes), best, answers)
     streamed = isinstance(rows, StreamedRows)
     minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0
     saves_end = config.train.save_strategy is None and is_small(trainer.model)
@@ -196,6 +204,7 @@ def add_callbacks(
         SetEpoch(plan.data.train, trainer.order),
         *own,
         *([best] if best else []),
+        answers,
         *([SaveByClock(minutes, processes, last=saves_end)] if minutes else []),
         *([SaveStreamState(rows, run.checkpoints)] if streamed else []),
         WriteManifest(run, config.train.save_total_limit, processes),  # of all files

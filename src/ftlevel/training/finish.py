@@ -16,19 +16,25 @@ from ftlevel.artifacts.files import flush, flush_all
 from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.ownership import forget_adapter, mark_end
 from ftlevel.artifacts.places import relative_place
+from ftlevel.artifacts.report.answers import sum_up
 from ftlevel.artifacts.report.gather import RunFacts
 from ftlevel.artifacts.report.page import write_page
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import IN_MEMORY, OutputConfig, TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
 from ftlevel.errors import RunError
+from ftlevel.evaluation.intervals import interval
+from ftlevel.evaluation.metrics import keep_wanted
 from ftlevel.evaluation.reference import KEPT
+from ftlevel.evaluation.row_lines import row_lines
+from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.events import Listener
 from ftlevel.methods import needs_import
 from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.rope import write_former_rope
 from ftlevel.trained.adapt import finish_method, save_adapter
 from ftlevel.training.best import Kept
+from ftlevel.training.callbacks.keep_answers import KeepAnswers
 from ftlevel.training.callbacks.keep_best import KeepBest
 from ftlevel.training.callbacks.report import Report
 from ftlevel.training.disk import explain_disk_errors
@@ -43,6 +49,8 @@ from ftlevel.training.summary import (
     with_what_was_read,
 )
 from ftlevel.training.trainer import FtlevelTrainer
+
+_DRAWS = 200  # of the validation rows, for intervals
 
 
 def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[str, Any]]) -> Plan:
@@ -137,12 +145,45 @@ def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
     return is_adapter and why_not_mergeable(read_peft_config(run.adapter)) is None
 
 
-def write_results(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> None:
-    """Write the page, the model card, which is the adapter's too, and summary.json."""
-    write_page(
-        [RunFacts(run.path.resolve().name, run.path, summary, run.read_log(summary["steps"]))],
-        run.report,
+def describe_answers(
+    plan: Plan, evaluator: Evaluator | None, answers: KeepAnswers, step: int
+) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """Return how each validation row was answered at `step`, and the metrics' 95 % intervals.
+
+    Of texts that were written there are no intervals: `ftlevel evaluate` takes the time.
+    """
+    record = answers.of(step)
+    if record is None or evaluator is None:
+        return [], {}
+    before = answers.of(0) if step else None
+    labels = plan.data.facts["labels"] or ()
+    lines = row_lines(
+        record, labels, lambda row: f"row {row + 1:,}", base=before, evaluator=evaluator
     )
+    draws = record.resample(_DRAWS, 0, None, "") if len(record.units) > 1 else {}
+    wanted = keep_wanted(draws, evaluator.metrics)
+    return list(lines), {name: interval(wanted[name]) for name in sorted(wanted)}
+
+
+def write_results(
+    run: RunDirectory,
+    config: TrainConfig,
+    summary: Mapping[str, Any],
+    lines: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Write the page, the model card, which is the adapter's too, and summary.json.
+
+    Args:
+        run: its directory.
+        config: the whole configuration.
+        summary: of the run.
+        lines: how its validation rows were answered; none where that is not known.
+    """
+    if lines:
+        run.write_answers(lines)
+    answers, records = sum_up(iter(lines)) if lines else None, run.read_log(summary["steps"])
+    facts = RunFacts(run.path.resolve().name, run.path, summary, records, answers)
+    write_page([facts], run.report)
     run.write_card(write_readme(summary, needs_import(config.method)))
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
     run.write_summary(summary)  # by which the run is done
@@ -167,13 +208,17 @@ def tell(
         listener: told of it.
         of_others: what summary.json says of models that were asked beside it.
     """
+    summary = build_summary(config, plan, outcome)
+    step = outcome.kept.step if outcome.kept else summary["steps"]
+    lines, intervals = describe_answers(plan, outcome.evaluator, outcome.answers, step)
     summary = {
-        **build_summary(config, plan, outcome),
+        **summary,
+        "intervals": intervals,
         **of_others,
         "next": next_commands(plan, run),
     }
     with explain_disk_errors(run):
-        write_results(run, config, summary)
+        write_results(run, config, summary, lines)
     remarks = plan.objective.remarks(summary["metrics"])
     for warning in [
         *find_nothing_learned(summary, plan), *find_worse_than_before(summary), *remarks

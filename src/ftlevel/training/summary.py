@@ -17,11 +17,13 @@ from ftlevel.artifacts.fingerprint import base_fingerprint
 from ftlevel.artifacts.places import absolute_places
 from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.streamed_rows import StreamedRows
+from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantized import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
 from ftlevel.training.best import Kept
+from ftlevel.training.callbacks.keep_answers import KeepAnswers
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.trainable import count_parameters
 from ftlevel.training.proof import Proof
@@ -139,7 +141,8 @@ class Outcome:
         records: everything that was logged.
         proof: that what was saved is what was trained.
         timings: in seconds.
-        generated_rows: how many rows were answered for the metrics.
+        evaluator: of the validation rows; None without any.
+        answers: what evaluations found row by row.
         speed: how the steps were computed.
         kept: which model it is; None where evaluations were not compared.
         changes: what became another when the run went on.
@@ -154,7 +157,8 @@ class Outcome:
     records: Sequence[Mapping[str, Any]]
     proof: Proof
     timings: Mapping[str, float]
-    generated_rows: int
+    evaluator: Evaluator | None
+    answers: KeepAnswers
     speed: Mapping[str, Any]
     kept: Kept | None
     changes: Sequence[Mapping[str, Any]]
@@ -169,6 +173,7 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
     scores = [record for record in records if any(k.startswith("eval_") for k in record)]
     first = scores[0] if scores and scores[0]["step"] == 0 else {}
     last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
+    generated = outcome.evaluator.generated_rows if outcome.evaluator else 0
     kept = outcome.kept
     own = last if kept is None else next(r for r in reversed(scores) if r["step"] == kept.step)
     return {
@@ -182,7 +187,7 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "trainable_parameters": trainable,
         "total_parameters": total,
         "class_weights": _class_weights(plan),
-        "data": {**plan.data.facts, "generated_rows": outcome.generated_rows},
+        "data": {**plan.data.facts, "generated_rows": generated},
         "steps": records[-1]["step"] if records else 0,
         "planned_steps": plan.schedule.steps,
         **describe_losses([record["loss"] for record in records if "loss" in record]),

@@ -25,6 +25,7 @@ SUMMARY: dict[str, Any] = {
     "trainable_parameters": 10, "total_parameters": 1000, "loss_first": 2.0, "loss_last": 1.0,
     "loss_first_spread": 0.1, "loss_last_spread": 0.1, "loss_window": 5, "headline": "accuracy",
     "metrics_before": {"accuracy": 0.5}, "metrics": {"accuracy": 0.9},
+    "intervals": {"accuracy": [0.85, 0.95]},
     "data": {"name": "rows.csv", "train_rows": 9, "validation_rows": 3, "tokens": 99,
              "gate": [{"title": "HTML in a text", "count": 2, "total": 9, "split": "train",
                        "places": ["rows.csv:4"], "action": "warn"}]},
@@ -39,7 +40,7 @@ SUMMARY: dict[str, Any] = {
 def records(count: int) -> list[dict[str, Any]]:
     return [
         {"step": at, "loss": 9.75 if at == count // 2 else 1 / (at + 1), "learning_rate": 1e-3,
-         "grad_norm": 0.5, "tokens": at * 10, "elapsed_s": at * 0.1}
+         "grad_norm": 0.5, "tokens": at * 10, "elapsed_s": at * 0.1, "memory_bytes": 2**30 + at}
         for at in range(count)
     ]  # fmt: skip
 
@@ -52,7 +53,7 @@ ROWS = [
     {"row": 0, "where": "rows.csv:1", "loss": 0.1, "predicted": "a", "true": "a"},
     {"row": 1, "where": "rows.csv:2", "loss": 3.0, "predicted": "b", "true": "a"},
     {"row": 2, "where": "rows.csv:3", "loss": 0.2, "predicted": EVIL, "true": EVIL,
-     "base_predicted": "before"},
+     "base_predicted": "before", "base_loss": 1.5, "input": EVIL},
 ]  # fmt: skip
 
 
@@ -95,7 +96,8 @@ def test_runs_stand_side_by_side() -> None:
     charts = list(draw_charts([facts("one"), facts("two")]))
     assert [line.run for line in charts[0].lines] == ["one", "two"]
     assert page.count("<polyline") == 2 * len(charts)
-    assert "0.5000 → 0.9000" in page
+    assert "0.5000 → 0.9000 [0.8500, 0.9500]" in page
+    assert "Memory held, GiB" in [chart.title for chart in charts]
     for chart in charts:  # a text for who does not see it
         assert f"{chart.title} by step. one: from" in chart.words
 
@@ -153,6 +155,22 @@ def test_tags_are_counted_word_by_word() -> None:
     page = render_page([facts(answers=answers)])
     assert "Words by what is true" in page
     assert '<th scope="col">tag</th>' in page
+
+
+def test_answers_of_other_kinds_are_shown() -> None:
+    pair = {"where": "row 1", "loss": 0.5, "base_loss": 0.75, "input": "which?", "chosen": "this",
+            "rejected": "that", "reward_margin": 1.25}  # fmt: skip
+    page = render_page([facts(answers=sum_up(iter([pair])))])
+    assert "row 1, loss 0.75 → 0.5, reward margin 1.25" in page
+    for text in ("asked", "which?", "preferred", "this", "rejected", "that"):
+        assert re.search(f">{re.escape(text)}<", page), text
+    assert ">answer<" not in page
+
+
+def test_questions_have_their_loss_by_the_length_of_the_first_answer() -> None:
+    rows = [{"predicted": "x", "true": ["w " * (1 + at), "other"], "loss": float(at)}
+            for at in range(10)]  # fmt: skip
+    assert sum_up(iter(rows)).lengths[4] == (5, 5, 1, 4.0)
 
 
 def test_texts_have_their_loss_by_length() -> None:

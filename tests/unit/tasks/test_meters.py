@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -27,6 +28,20 @@ def test_classes() -> None:
     # TP 1, FP 1, FN 0, TN 2: MCC = (1·2 − 1·0) / √(2·1·3·2)
     expected = {"accuracy": 0.75, "f1": (2 / 3 + 4 / 5) / 2, "mcc": 2 / math.sqrt(12)}
     assert meter.compute(0.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 9])
+def test_classes_are_measured_as_by_sklearn(classes: int) -> None:
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    draw = random.Random(classes)
+    meter = ClassMeter()
+    meter.true, meter.predicted = ([draw.randrange(classes) for _ in range(12)] for _ in range(2))
+    assert meter.compute(0.0) == pytest.approx({
+        "accuracy": accuracy_score(meter.true, meter.predicted),
+        "f1": f1_score(meter.true, meter.predicted, average="macro", zero_division=0),
+        "mcc": matthews_corrcoef(meter.true, meter.predicted),
+    })  # fmt: skip
 
 
 def test_several_labels() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from ftlevel.commands.insight.plan import Wishes, plan
 from ftlevel.config import TrainConfig
 from ftlevel.fast.head.cross_entropy import FEWEST, targets_a_chunk
 from ftlevel.models.upstream.fake import FakeTensor, OperationWatch, new_fake, storage_of
@@ -67,7 +68,8 @@ def configure(tmp_path: Path, model: Path, method: str, classes: bool, **train: 
         ("llama", "qlora", {}),
         ("llama", "full", {"gradient_accumulation_steps": 2}),
         ("bert", "adapter", {"gradient_checkpointing": True}),
-        ("llama", "shira", {}),
+        ("bert", "qlora", {}),  # its linears have biases
+        ("bert", "shira", {}),  # sparse tensors
     ],
 )
 def test_it_is_the_peak_of_the_run(
@@ -78,6 +80,27 @@ def test_it_is_the_peak_of_the_run(
     measured = benchmark().measured(config)["peak"]
     assert found.peak == pytest.approx(measured, rel=0.05)
     assert found.parts["quantized weights" if method == "qlora" else "weights"] > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method", "quant"),
+    [
+        ("bart", "summarization", {"kind": "lora"}, "none"),  # adds a constant to its scores
+        ("bert", "text-classification", {"kind": "lora", "use_dora": True}, "4bit"),
+        ("bert", "text-classification", {"kind": "hira"}, "4bit"),
+        ("mixtral", "text-generation", {"kind": "lora"}, "4bit"),
+    ],
+)
+def test_it_is_known_of_a_config(
+    tiny_model_dir: ModelDir, family: str, task: str, method: dict[str, Any], quant: str
+) -> None:
+    config = TrainConfig.model_validate({
+        "model": {"name_or_path": str(tiny_model_dir(family))}, "task": task, "method": method,
+        "quant": {"kind": quant}, "data": {"max_length": 32},
+    })  # fmt: skip
+    parts = plan(config, Wishes(alternatives=False)).need.parts
+    assert ("quantized weights" in parts) == (quant == "4bit")
+    assert parts["activations"] > 0
 
 
 def test_two_depths_give_the_whole(

@@ -22,7 +22,7 @@ class Answers:
         counts: true class → predicted class → how many.
         per_class: class → precision, recall, F1 and how many.
         unit: what is counted: rows, or words that are tagged.
-        lengths: of texts: least and most words of a true answer, rows, their mean loss.
+        lengths: of texts: least and most words of the right answer, rows, their mean loss.
         worst: rows with the highest loss; the first that are wrong where none is known.
         best: rows with the lowest; none where no loss is known.
         total: how many rows there were.
@@ -49,8 +49,9 @@ def sum_up(rows: Iterator[dict[str, Any]]) -> Answers:
         units.add(unit)
         for true, predicted in pairs:
             counts.setdefault(true, Counter())[predicted] += 1
-        if isinstance(row.get("true"), str) and isinstance(row.get("loss"), int | float):
-            by_length.append((len(row["true"].split()), row["loss"]))
+        answer = _answer(row)
+        if answer is not None and isinstance(row.get("loss"), int | float):
+            by_length.append((len(answer.split()), row["loss"]))
         if len(kept) > _HELD:
             kept = _ends(kept)
     names = Counter({name: sum(own.values()) for name, own in counts.items()})
@@ -62,13 +63,21 @@ def sum_up(rows: Iterator[dict[str, Any]]) -> Answers:
     classes = [name for name, _ in names.most_common()]
     has_loss = all(isinstance(row.get("loss"), int | float) for row in kept)
     ordered = sorted(kept, key=lambda row: row["loss"]) if has_loss else kept
-    wrong = [row for row in ordered if row.get("predicted") != row.get("true")]
+    wrong = [row for row in ordered if "true" in row and row.get("predicted") != row["true"]]
     return Answers(
         classes, counts, [_scores(name, counts, names[name]) for name in classes],
         next(iter(units)) if classes else "rows", [] if classes else _lengths(by_length),
         ordered[: -SHOWN - 1 : -1] if has_loss else wrong[:SHOWN],
         ordered[:SHOWN] if has_loss else [], total,
     )  # fmt: skip
+
+
+def _answer(row: Mapping[str, Any]) -> str | None:
+    """Return the text that is right: of several answers to a question the first."""
+    right = row.get("true", row.get("chosen"))
+    if isinstance(right, list) and right and isinstance(row.get("predicted"), str):
+        right = right[0]
+    return right if isinstance(right, str) else None
 
 
 def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:

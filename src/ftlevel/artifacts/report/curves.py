@@ -25,6 +25,7 @@ CURVES = (
     ("learning_rate", "Learning rate", "learning_rate"),
     ("grad_norm", "Gradient norm", "grad_norm"),
     ("tokens_per_s", "Tokens a second", ""),
+    ("memory", "Memory held, GiB", "memory_bytes"),
 )
 """Name, heading, and the field of a record; none for what is computed."""
 
@@ -109,7 +110,7 @@ def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
         else:
             value, before = _speed(before, record), record
         if isinstance(value, int | float) and math.isfinite(value):
-            yield float(step), float(value)
+            yield float(step), value / 2**30 if key.endswith("_bytes") else float(value)
 
 
 def _speed(before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> float | None:

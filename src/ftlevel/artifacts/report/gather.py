@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.files import read_plain
-from ftlevel.artifacts.ownership import METRICS, SUMMARY
+from ftlevel.artifacts.ownership import ANSWERS, METRICS, SUMMARY
 from ftlevel.artifacts.report.answers import Answers, sum_up
 from ftlevel.errors import InputError
 
@@ -38,7 +38,8 @@ def read_run_facts(path: Path, predictions: Path | None = None) -> RunFacts:
 
     Args:
         path: of a run that is done.
-        predictions: what `ftlevel evaluate --predictions` wrote of it.
+        predictions: what `ftlevel evaluate --predictions` wrote of it; None for what the run
+            itself wrote of its validation rows.
 
     Raises:
         InputError: it is no run, or not done, or a file cannot be read.
@@ -51,6 +52,8 @@ def read_run_facts(path: Path, predictions: Path | None = None) -> RunFacts:
         )
     summary = _read(path / SUMMARY)
     records = list(_lines(path / METRICS)) if (path / METRICS).is_file() else []
+    if predictions is None and (path / ANSWERS).is_file():
+        predictions = path / ANSWERS
     answers = None if predictions is None else sum_up(_lines(predictions))
     return RunFacts(path.resolve().name, path, summary, records, answers)
 

@@ -41,7 +41,7 @@ def render_page(runs: Sequence[RunFacts]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["words"] = _words
+    environment.filters |= {"words": _words, "texts": _texts, "figures": _figures}
     names = ", ".join(run.name for run in runs)
     page: str = environment.get_template("page.html.jinja").render(
         title=f"{names}: what ftlevel trained",
@@ -53,6 +53,26 @@ def render_page(runs: Sequence[RunFacts]) -> str:
         width=WIDTH, height=HEIGHT, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM,
     )  # fmt: skip
     return page
+
+
+_TEXTS = {"input": "asked", "base_predicted": "before", "predicted": "answer", "true": "true",
+          "chosen": "preferred", "rejected": "rejected"}  # fmt: skip
+"""Fields of a row that was answered, and their headings."""
+
+
+def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(title, row[name]) for name, title in _TEXTS.items() if row.get(name) is not None]
+
+
+def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what is known of a row in numbers, the loss first, and what it was before."""
+    for name in sorted(row, key=lambda name: name != "loss"):
+        value, before = row[name], row.get(f"base_{name}")
+        if name in ("row", *_TEXTS) or name.startswith("base_"):
+            continue
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            begun = f"{before:.4g} → " if isinstance(before, int | float) else ""
+            yield name.replace("_", " "), f"{begun}{value:.4g}"
 
 
 def _words(value: Any) -> str:
@@ -103,11 +123,13 @@ def _trained(summary: Mapping[str, Any]) -> str:
 
 
 def _metric(summary: Mapping[str, Any], name: str) -> str:
-    """Return a metric with what it was before the first step, where that is known."""
+    """Return a metric, with what it was before the first step and its interval where known."""
     value, before = (summary.get(of, {}).get(name) for of in ("metrics", "metrics_before"))
     if not isinstance(value, int | float):
         return ""
-    return f"{before:.4f} → {value:.4f}" if isinstance(before, int | float) else f"{value:.4f}"
+    begun = f"{before:.4f} → " if isinstance(before, int | float) else ""
+    ends = summary.get("intervals", {}).get(name)
+    return f"{begun}{value:.4f}" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "")
 
 
 def _gib(size: Any) -> str:

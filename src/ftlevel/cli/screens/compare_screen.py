@@ -20,6 +20,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 def table_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield the table; names stand left, figures right."""
     first, *others = _COLUMNS
+    others += ["search"] * any(row["search"] for row in found["rows"])
     table = [(first, found["headline"], *others), *(tuple(_cells(r, found)) for r in found["rows"])]
     name, *figures = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
@@ -41,6 +42,8 @@ def _cells(row: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     yield _mib(row["peak_bytes"])
     yield f"{row['tokens_per_s']:,.0f}"
     yield f"{row['seconds']:,.1f} s"
+    if any(other["search"] for other in found["rows"]):
+        yield f"{row['search']['seconds']:,.1f} s" if row["search"] else ""
 
 
 def closing_lines(found: Mapping[str, Any]) -> Iterator[str]:

@@ -21,7 +21,8 @@ def show(plan: RunPlan, console: Console) -> None:
     for line in plan_lines(plan):
         console.print(line, highlight=False, markup=False)
     if plan.fits:
-        console.print("what fits (rows as long as --max-length, all tokens learned):", markup=False)
+        told = f"what fits (all rows of {plan.longest:,} tokens, all of them learned):"
+        console.print(told, markup=False, highlight=False)
         console.print(_table(plan.fits), highlight=False)
 
 

@@ -34,6 +34,7 @@ _HELD = (
     ("config.yaml", "trains it again"),
     ("metrics.jsonl", "every log"),
     ("summary.json", "all figures"),
+    ("validation.jsonl", "how each validation row was answered"),
     ("README.md", "its card"),
     ("report.html", "a page to read"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
@@ -57,9 +58,7 @@ def compare(
         Interrupted: a signal came; what is done stays.
     """
     _check(config, wishes)
-    path = config.output.dir
-    if path is None:
-        raise ConfigError("compare writes a directory of runs. Name it: --output-dir RUNS")
+    path = config.output.dir or _first_free()
     wishes, asked = _begin_or_go_on(config, wishes, path)
     found = Comparison(path, wishes)
     listener.stage("check the methods and read the rows")
@@ -115,6 +114,12 @@ def _check(config: TrainConfig, wishes: Wishes) -> None:
         problems.append("--shard: compare trains each run in one process. Drop it.")
     if problems:
         raise ConfigError(problems)
+
+
+def _first_free() -> Path:
+    """Return the first of runs/compared-1, -2, … that is not there."""
+    places = (Path("runs") / f"compared-{number}" for number in itertools.count(1))
+    return next(place for place in places if not place.exists())
 
 
 def _recipe(config: TrainConfig) -> str:

@@ -59,6 +59,7 @@ class RunPlan:
         steps: optimizer steps of an epoch; of the run where rows are streamed.
         tokens: of an epoch; 0 where rows are imagined.
         imagined: whether the rows are.
+        longest: tokens of a row of `fits`.
         checkpoint_bytes: of one checkpoint, and of all that are kept at once.
         time: how long an epoch takes; None where nothing says.
         cost: of the run, in the currency of the price.
@@ -72,6 +73,7 @@ class RunPlan:
     steps: int
     tokens: int
     imagined: bool
+    longest: int
     checkpoint_bytes: tuple[int, int]
     time: TimeForecast | None
     cost: float | None
@@ -160,16 +162,18 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
     need = find_need(config, resolved, device)
     limits = Limits(need.device, card.name if card else None, source)
     time = _time(config, resolved, card, wishes.probe, is_imagined)
+    as_long = config if is_imagined else _with_length(config, resolved.data.max_length)
     return RunPlan(
         need=need,
         steps=steps_per_epoch(config, resolved),
         tokens=0 if is_imagined else int(resolved.data.facts["tokens"]),
         imagined=is_imagined,
+        longest=resolved.data.max_length,
         checkpoint_bytes=_checkpoints(config, resolved, need.parts),
         time=time,
         cost=_cost(config, time, wishes.price_per_hour),
-        fits=list_fits(config, limits) if wishes.alternatives else [],
-        cheapest=find_cheapest(config, limits) if not need.does_fit else None,
+        fits=list_fits(as_long, limits) if wishes.alternatives else [],
+        cheapest=find_cheapest(as_long, limits) if not need.does_fit else None,
         several=_several(need.parts, resolved) if need.device.kind == "cuda" else {},
         choices=resolved.choices,
     )
@@ -179,6 +183,11 @@ def _names_no_data(config: TrainConfig) -> bool:
     """Whether a model is named and no data: then the built-in data is not what is meant."""
     names_model = "name_or_path" in config.model.model_fields_set
     return names_model and "dataset" not in config.data.model_fields_set
+
+
+def _with_length(config: TrainConfig, length: int) -> TrainConfig:
+    data = config.data.model_copy(update={"max_length": length})
+    return config.model_copy(update={"data": data})
 
 
 def _with_dtype(config: TrainConfig, dtype: str) -> TrainConfig:

@@ -67,13 +67,13 @@ def finish_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     config: Any = model.config
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
-    bias = getattr(model, "final_logits_bias", None)
 
     def finish(scores: torch.Tensor) -> torch.Tensor:
         if scale != 1:
             scores = scores * scale
         if cap is not None:
             scores = torch.tanh(scores / cap) * cap
+        bias = getattr(model, "final_logits_bias", None)  # the one that it has now
         return scores if bias is None else scores + bias.to(scores.device)
 
     return finish

@@ -32,9 +32,11 @@ class FakeTensor(torch.Tensor):
 
     Attributes:
         shape_only: the tensor on the meta device that it computes with; views share its storage.
+        places: of the numbers of a sparse tensor, which is here a dense one over their storage.
     """
 
     shape_only: torch.Tensor
+    places: torch.Tensor | None = None
 
     @staticmethod
     def __new__(cls, shape_only: torch.Tensor) -> FakeTensor:
@@ -55,8 +57,8 @@ class FakeTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Compute the shapes that `func` gives, or know them of an operation that was alike."""
-        if func in _OF_SPARSE:
-            return _OF_SPARSE[func](*args)
+        if func in _OF_SPARSE and (made := _OF_SPARSE[func](*args)) is not None:
+            return made
         named = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
         given: list[torch.Tensor] = []
         key: Any = None
@@ -88,34 +90,47 @@ class FakeTensor(torch.Tensor):
         return tree_map(leave, made)
 
 
-def _as_sparse(size: Sequence[int], values: torch.Tensor) -> FakeTensor:
-    """Return the fake of a sparse matrix: its shape, on the storage of its values."""
-    return FakeTensor(_inner(values).as_strided(tuple(size), (0,) * len(size)))
-
-
-def _values(sparse: FakeTensor) -> torch.Tensor:
-    """Return the values of such a fake on the meta device."""
-    own = sparse.shape_only
-    return own.as_strided((own.untyped_storage().nbytes() // own.itemsize,), (1,))
-
-
-_OF_SPARSE: dict[Any, Callable[..., FakeTensor]] = {
-    torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default: (
-        lambda _sparse, _dense, size, _places, values: _as_sparse(size, values)
-    ),
-    torch.ops.aten.sparse_mask.default: (
-        lambda dense, mask: _as_sparse(
-            dense.shape, torch.empty_like(_values(mask), dtype=dense.dtype)
-        )
-    ),
-    torch.ops.aten._values.default: lambda sparse: FakeTensor(_values(sparse)),
-}
-"""What a step does with a matrix that is zero but for a few places (SHiRA's)."""
-
 _How = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 _KNOWN: dict[Any, _How] = {}
 """An operation, with shapes and types of its tensors and all else it is given → how to make what it
 gives. A step is thousands of operations, most of them alike: chunk by chunk, block by block."""
+
+
+def _new_sparse(_: int, __: int, size: Any, places: Any, values: Any, *___: Any) -> FakeTensor:
+    """Return a sparse tensor of `values`, whose gradient is dense: the meta device has neither."""
+    return _over(_inner(values), size, places)
+
+
+def _over(values: torch.Tensor, size: Any, places: torch.Tensor | None) -> FakeTensor:
+    sparse = FakeTensor(values.as_strided(size, (0,) * len(size)))
+    sparse.places = places
+    return sparse
+
+
+def _masked(dense: FakeTensor, mask: FakeTensor) -> FakeTensor:
+    return _over(_inner(dense).new_empty(_inner(mask).untyped_storage().nbytes()
+                 // mask.dtype.itemsize), mask.size(), mask.places)  # fmt: skip
+
+
+def _values_of(sparse: FakeTensor) -> FakeTensor:
+    own = sparse.shape_only
+    many = own.untyped_storage().nbytes() // own.dtype.itemsize
+    return FakeTensor(own.as_strided((many,), (1,)))
+
+
+def _detached(tensor: FakeTensor) -> FakeTensor | None:
+    """Return a sparse tensor with its places, which live as long; another is left to torch."""
+    places = getattr(tensor, "places", None)
+    return None if places is None else _over(tensor.shape_only, tensor.size(), places)
+
+
+_OF_SPARSE: dict[Any, Callable[..., FakeTensor | None]] = {
+    torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default: _new_sparse,
+    torch.ops.aten.sparse_mask.default: _masked,
+    torch.ops.aten._values.default: _values_of,
+    torch.ops.aten.detach.default: _detached,
+}
+"""What a step does with a matrix that is zero but for a few places (SHiRA's)."""
 
 _CHANGES_SHAPE = {torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Tensor}
 
@@ -167,6 +182,10 @@ def storage_of(tensor: torch.Tensor) -> Any:
     """Return the storage that `tensor` shares with its views, of as many bytes as it would have."""
     own = tensor.shape_only if isinstance(tensor, FakeTensor) else tensor
     return own.untyped_storage()
+
+
+class Params4bit(FakeTensor):
+    """Codes of packed weights, which PEFT tells from others by the name of their class."""
 
 
 class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  # torch's
@@ -287,11 +306,11 @@ def _fake_state(shape: tuple[int, ...], kind: str, double: bool, dtype: torch.dt
     return QuantState(absmax, torch.Size(shape), codes, 64, kind, dtype, offset, state2)
 
 
-def _fake_codes(state: Any) -> torch.nn.Parameter:
-    """Two codes a byte."""
-    codes = new_fake((-(-math.prod(state.shape) // 2), 1), torch.uint8)
-    weight = torch.nn.Parameter(codes, requires_grad=False)
-    weight.quant_state = state  # type: ignore[attr-defined]
+def _fake_codes(state: Any) -> Any:
+    """Two codes a byte, as a parameter."""
+    shape = (-(-math.prod(state.shape) // 2), 1)
+    weight: Any = Params4bit(torch.empty(shape, dtype=torch.uint8, device="meta"))
+    weight.quant_state, weight._is_param = state, True
     return weight
 
 

@@ -45,9 +45,23 @@ def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> d
 
 
 def quantize_shape(model: Any, quantization: Any) -> None:
-    """Make of `model`, on the meta device, what loading it quantized gives (mutated): no codes."""
+    """Make of `model`, on the meta device, what loading it quantized gives (mutated): no codes.
+
+    The linears that transformers puts in have float32 biases until they are loaded, and those of
+    4 bits weights that cannot be copied on the meta device, as DoRA does.
+    """
+    dtypes = {name: bias.dtype for name, bias in model.named_parameters() if name.endswith("bias")}
     quantizer = _prepare(model, quantization, pre_quantized=False)
     quantizer.postprocess_model(model)
+    for name, dtype in dtypes.items():
+        bias = model.get_parameter(name)
+        bias.data = bias.data.to(dtype)
+    for module in model.modules():
+        kind = getattr(module.weight, "quant_type", None) if hasattr(module, "weight") else None
+        if kind is not None:
+            plain: Any = torch.nn.Parameter(torch.empty_like(module.weight.data), False)
+            plain.quant_type, plain.compress_statistics = kind, module.weight.compress_statistics
+            module.weight = plain
     model.hf_quantizer = quantizer
 
 

@@ -27,10 +27,12 @@ class Report(TrainerCallback):
         listener: Listener,
         write: Callable[[Mapping[str, Any]], None],
         tokens_seen: Callable[[], int],
+        memory: Callable[[], int],
     ) -> None:
         self.listener = listener
         self.writers = [write]
         self.tokens_seen = tokens_seen
+        self.memory = memory
         self.records: list[dict[str, Any]] = []
         self.first_step_at: float | None = None
         self.first_step_cpu_s = 0.0
@@ -79,7 +81,7 @@ class Report(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Write one record: step, epoch, loss, learning_rate, grad_norm, tokens, elapsed_s."""
+        """Write one record: step, epoch, loss, rate, gradient norm, tokens, seconds and memory."""
         logs = dict(logs or {})
         if "train_runtime" in logs:  # Trainer's own summary; ours has more
             return
@@ -89,6 +91,7 @@ class Report(TrainerCallback):
             **logs,
             "tokens": self.tokens_seen(),
             "elapsed_s": round(time.perf_counter() - began, 3),
+            "memory_bytes": self.memory(),
         }
         self.records.append(record)
         for write in self.writers:

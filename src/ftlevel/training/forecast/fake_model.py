@@ -83,8 +83,8 @@ def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
     if quantization is not None:
         experts = quantization if packs_experts(quantization) else None
         packed = pack_fake(model, compute, experts)
-    if compute == torch.float32:
-        for module in filter(can_pack, model.modules()):
+    for module in filter(can_pack, model.modules()):
+        if any(weight.dtype == torch.float32 for weight in module.parameters()):
             from ftlevel.models.upstream.experts.forward import use_even_shares
 
             use_even_shares(module.config)

@@ -36,11 +36,14 @@ class TimeForecast:
         seconds_per_epoch: of its steps alone.
         tokens_per_s: of the rows.
         how: where the figures are from.
+        tokens_per_cpu_s: the same by the processor's time of all threads, which others that
+            compute here do not stretch; None where no steps were run.
     """
 
     seconds_per_epoch: float
     tokens_per_s: float
     how: str
+    tokens_per_cpu_s: float | None = None
 
 
 def by_roofline(config: TrainConfig, plan: Plan, card: Card) -> TimeForecast | None:
@@ -85,11 +88,11 @@ def by_probe(config: TrainConfig, plan: Plan) -> TimeForecast:
     size = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     optimizer: Any = trainer.create_optimizer()
     adapted.model.train()
-    spent, tokens = 0.0, 0
+    spent, computed, tokens = 0.0, 0.0, 0
     with trainer.computing_alone(plan.model.dtype):
         for step in range(PROBED):
             rows = _rows_of(plan, step, size)
-            begun = time.perf_counter()
+            begun, busy = time.perf_counter(), time.process_time()
             batch = trainer.data_collator(rows)
             count = trainer.count_targets([batch], trainer.args.device)
             trainer.training_step(adapted.model, batch, count)
@@ -97,13 +100,14 @@ def by_probe(config: TrainConfig, plan: Plan) -> TimeForecast:
             optimizer.zero_grad()
             if step:
                 spent += time.perf_counter() - begun
+                computed += time.process_time() - busy
                 tokens += sum(len(row.input_ids) for row in rows)
     speed = tokens / spent
     if plan.data.stream is None:
         seconds = plan.data.facts["tokens"] / speed
     else:
         seconds = spent / (PROBED - 1) * plan.schedule.steps
-    return TimeForecast(seconds, speed, f"{PROBED - 1} steps here")
+    return TimeForecast(seconds, speed, f"{PROBED - 1} steps here", tokens / max(computed, 1e-9))
 
 
 def _rows_of(plan: Plan, step: int, size: int) -> list[Any]:
