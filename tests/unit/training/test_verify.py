@@ -165,7 +165,7 @@ def test_a_tensor_without_a_gradient_is_rounded_like_its_neighbours() -> None:
 
 
 def test_a_gradient_of_few_errors_is_measured_by_several_draws() -> None:
-    """All entries of a bias may be too long at once: one draw tells neither how far nor how long."""
+    """A bias may be too long in all entries at once; one draw tells neither that nor how far."""
 
     def bias(distance: float, length: float) -> dict[str, Apart]:
         return {"down.bias": Apart(distance**2, 1.0, 1.0 + length)}
