@@ -3,13 +3,14 @@
 
     python benchmarks/verify.py distances
     python benchmarks/verify.py faults
-    python benchmarks/verify.py clean --runs 50
+    python benchmarks/verify.py clean --runs 4       # goes on where it was
     python benchmarks/verify.py cost
 
 `distances` compares the gradients of the packed and of the plain step in bfloat16 with those of
 the plain step in float32, tensor by tensor, over 20 batches. `faults` plants one fault at a time in
 the fast step and says whether the proof, and the few rows that every run compares, stop the run.
-`clean` draws seeds, and so rows and starts, and counts what is stopped without a fault. `cost`
+`clean` draws seeds, and so rows and starts, and counts what is stopped without a fault, for every
+method on a tiny model of every kind, in steps of four short rows, where little averages out. `cost`
 times those few rows against 100 steps of the run.
 
 MiniLM, SmolLM2 and the sets are those of `scripts/fetch_models.py` and `scripts/build_data.py`.
@@ -20,26 +21,39 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from defaults import ENTRIES
 from faults import COUNTS, LORA, NORMS, PACKING, PREFIX, TEXT, Fault, target_off
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainConfig
-from ftlevel.errors import RunError
+from ftlevel.errors import ConfigError, RunError
 from ftlevel.evaluation.scoring import batches
 from ftlevel.events import Silence
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.training.build_trainer import build_trainer
+from ftlevel.training.going_on.resume import GoingOn
 from ftlevel.training.model import Adapted, load_adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
+from ftlevel.training.processes import Processes
 from ftlevel.training.verify.compare import Apart, added, by_kind, compare_gradients
 from ftlevel.training.verify.float32 import whole_in_float32
 from ftlevel.training.verify.proof import verify_step
@@ -56,16 +70,14 @@ class Setting:
     Attributes:
         name: for the table.
         config: of the run, without its precision.
-        faults: what can be planted in it.
     """
 
     name: str
     config: dict[str, Any]
-    faults: dict[str, Fault]
 
 
-def settings(models: Path, data: Path, beginning: Path) -> list[Setting]:
-    """Return the runs: decoders and an encoder, LoRA and methods without fused layers."""
+def settings(models: Path, data: Path) -> list[Setting]:
+    """Return ordinary runs: decoders and an encoder, LoRA and methods without fused layers."""
     minilm = {
         "model": {"name_or_path": str(models / "all-MiniLM-L6-v2")},
         "data": {"dataset": str(data / "wordnet-supersense"), "max_samples": 200},
@@ -73,23 +85,96 @@ def settings(models: Path, data: Path, beginning: Path) -> list[Setting]:
         "train": {"gradient_accumulation_steps": 8},  # rows of 30 tokens: two micro-batches
     }
     small = {"train": {"gradient_accumulation_steps": 2}, "data": {"max_samples": 96}}
+    four_bits = {"method": {"kind": "qlora"}, "quant": {"kind": "4bit"}}
+    return [
+        Setting("lora, decoder", small),
+        Setting("qlora, decoder", {**small, **four_bits}),
+        Setting("adapter, decoder", {**small, "method": {"kind": "adapter"}}),
+        Setting("lora, encoder", minilm),
+    ]
+
+
+def short_settings(models: Path, data: Path, folder: Path) -> list[Setting]:
+    """Return runs of every method on a tiny model of every kind, in steps of four short rows."""
+    write_models(models, folder)
+    steps = {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+             "speed": {"tokens_per_micro_batch": 64}}  # fmt: skip
+    names = {"dataset": str(data / "cldr-names"), "columns": {"source": "en", "target": "de"}}
+    supersense = {"dataset": str(data / "wordnet-supersense/train.jsonl"), "validation_split": 0.5}
+    kinds: dict[str, dict[str, Any]] = {
+        "encoder": {
+            "model": {"name_or_path": str(folder / "bert")},
+            "data": {**supersense, "max_samples": 96},
+            "task": "text-classification",
+        },
+        "decoder": {"data": {**names, "max_samples": 96}, "task": "translation"},
+        "encoder-decoder": {
+            "model": {"name_or_path": str(folder / "t5")},
+            "data": {**names, "max_samples": 96},
+            "task": "translation",
+        },
+    }
+    return [
+        Setting(f"{method}, {kind}", {**config, **steps, "method": entry.spec})
+        for kind, config in kinds.items()
+        for method, entry in ENTRIES.items()
+        if kind == "encoder" or method != "linear-probe"
+    ]
+
+
+PADDED = {**COUNTS, "a target off by one": target_off}
+DECODER = {**NORMS, **PACKING, **TEXT}
+FAULTS: dict[str, dict[str, Fault]] = {
+    "lora, decoder": {**LORA, **DECODER},
+    "qlora, decoder": {**LORA, **DECODER},
+    "adapter, decoder": DECODER,
+    "ia3, decoder": DECODER,
+    "oft, decoder": DECODER,
+    "full, decoder": {**PACKING, **TEXT},
+    "ln-tuning, decoder": {**PACKING, **TEXT},
+    "prefix, decoder": {**NORMS, **PADDED},
+    "lora, encoder": {**LORA, **PACKING},
+    "adapter, encoder": PACKING,
+    "ia3, encoder": PACKING,
+    "full, encoder": PACKING,
+    "lora, encoder-decoder": {**LORA, **PADDED},
+    "adapter, encoder-decoder": PADDED,
+    "full, encoder-decoder": PADDED,
+}
+"""What can be planted in which run."""
+
+
+def fault_settings(short: list[Setting], folder: Path) -> list[Setting]:
+    """Return the runs in which faults are planted: of a few tokens a micro-batch, so of several."""
     alike = {
-        "data": {"dataset": str(beginning)},
+        "data": {"dataset": str(folder / "alike.jsonl")},
         "speed": {"parallel_workers": 2, "share_prefixes": "always"},
         "train": {"gradient_accumulation_steps": 2},
     }
+    write_rows(folder / "alike.jsonl")
+    speed = {"tokens_per_micro_batch": 16}
     return [
-        Setting("lora, decoder", small, {**LORA, **NORMS, **PACKING, **TEXT}),
-        Setting("qlora, decoder", {**small, "method": {"kind": "qlora"}, "quant": {"kind": "4bit"}},
-                {**LORA, **PACKING, **TEXT}),
-        Setting("adapter, decoder", {**small, "method": {"kind": "adapter"}},
-                {**NORMS, **PACKING, **TEXT}),
-        Setting("prefix, decoder, padded", {**small, "method": {"kind": "prefix"}},
-                {**NORMS, **COUNTS, "a target off by one": target_off}),
-        Setting("lora, encoder", minilm, {**LORA, **PACKING}),
-        Setting("full, encoder", {**minilm, "method": {"kind": "full"}}, PACKING),
-        Setting("lora, decoder, rows that begin alike", alike, PREFIX),
+        *(replace(run, config={**run.config, "speed": speed}) for run in short
+          if run.name in FAULTS),
+        Setting("lora, decoder, rows that begin alike", alike),
     ]  # fmt: skip
+
+
+def write_models(models: Path, folder: Path) -> None:
+    """Write an encoder and an encoder-decoder of two layers, with MiniLM's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "all-MiniLM-L6-v2")
+    tokenizer.eos_token = tokenizer.sep_token
+    size = len(tokenizer)
+    torch.manual_seed(0)
+    bert = BertConfig(vocab_size=size, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
+                      intermediate_size=512)  # fmt: skip
+    t5 = T5Config(vocab_size=size, d_model=128, d_kv=32, d_ff=512, num_layers=2, num_heads=4,
+                  decoder_start_token_id=tokenizer.pad_token_id,
+                  pad_token_id=tokenizer.pad_token_id,
+                  eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    for name, model in (("bert", BertModel(bert)), ("t5", T5ForConditionalGeneration(t5))):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
 
 
 def write_rows(path: Path) -> None:
@@ -138,7 +223,8 @@ def plant(every: list[Setting]) -> None:
     print("|---|---|" + "---|" * 2 * len(DTYPES))
     for setting in every:
         built = {dtype: build(setting.config, dtype) for dtype in DTYPES}
-        for name, fault in {"none": contextlib.nullcontext, **setting.faults}.items():
+        faults = FAULTS.get(setting.name, PREFIX)
+        for name, fault in {"none": contextlib.nullcontext, **faults}.items():
             cells = []
             for dtype in DTYPES:
                 config, plan, adapted = built[dtype]
@@ -149,31 +235,56 @@ def plant(every: list[Setting]) -> None:
             print(f"| {setting.name} | {name} | " + " | ".join(cells) + " |", flush=True)
 
 
-def count_false_alarms(every: list[Setting], runs: int) -> None:
-    """Print how many clean runs are stopped, of `runs` with other seeds, rows and starts."""
-    for setting in every:
-        for dtype in DTYPES:
-            alarms: list[str] = []
-            for seed in range(runs):
-                config, plan, adapted = build(setting.config, dtype, seed)
-                rows = list(plan.data.train)
-                turned = rows[seed % len(rows) :] + rows[: seed % len(rows)]
-                object.__setattr__(plan.data, "train", turned)
-                alarms += filter(None, [
-                    is_stopped(asking(config, verify), plan, adapted) for verify in (True, None)
-                ])  # fmt: skip
-                if adapted.fast.workers:
-                    adapted.fast.workers.close()
-            print(f"{setting.name}, {dtype}: {len(alarms)} of {2 * runs} comparisons", flush=True)
-            for alarm in alarms[:3]:
-                print(f"    {alarm}")
+def count_false_alarms(every: list[Setting], runs: int, kept: Path) -> None:
+    """Print how many clean runs are stopped, of `runs` with other seeds, rows and starts.
+
+    Each run becomes a line of `kept`, and those that are there are not made again.
+    """
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    made = {tuple(run["of"]): run["alarms"] for run in map(json.loads, lines)}
+    for seed in range(runs):
+        for setting, dtype in product(every, DTYPES):
+            key = (setting.name, dtype, seed)
+            if key not in made:
+                made[key] = alarms_of(setting, dtype, seed)
+                with kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"of": key, "alarms": made[key]}) + "\n")
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for (name, dtype, _), alarms in made.items():
+        if alarms is not None:
+            method, _, kind = name.rpartition(", ")
+            for row in (method, "all"):
+                counts[row, f"{kind}, {dtype}"][0] += len(alarms)
+                counts[row, f"{kind}, {dtype}"][1] += 2
+    columns = sorted({column for _, column in counts})
+    print("| method | " + " | ".join(columns) + " |\n|---|" + "--:|" * len(columns))
+    for row in dict.fromkeys(row for row, _ in counts):
+        cells = ["{} of {}".format(*counts[row, column]) for column in columns]
+        print(f"| {row} | " + " | ".join(cells) + " |")
+
+
+def alarms_of(setting: Setting, dtype: str, seed: int) -> list[str] | None:
+    """Return what stops a clean run, asked and not; None where a method is not for a model."""
+    try:
+        config, plan, adapted = build(setting.config, dtype, seed)
+    except ConfigError as error:
+        print(f"{setting.name}: {error}", file=sys.stderr, flush=True)
+        return None
+    rows = list(plan.data.train)
+    turned = rows[(4 * seed) % len(rows) :] + rows[: (4 * seed) % len(rows)]
+    object.__setattr__(plan.data, "train", turned)
+    found = [is_stopped(asking(config, verify), plan, adapted) for verify in (True, None)]
+    if adapted.fast and adapted.fast.workers:
+        adapted.fast.workers.close()
+    return [alarm for alarm in found if alarm]
 
 
 @contextlib.contextmanager
 def steps_of(config: TrainConfig, plan: Plan, adapted: Adapted) -> Iterator[Steps]:
     """Give what computes steps of a run."""
     with TemporaryDirectory() as nowhere:
-        trainer = build_trainer(config, plan, adapted, RunDirectory(Path(nowhere)), None)
+        nobody = RunDirectory(Path(nowhere))
+        trainer = build_trainer(config, plan, adapted, nobody, GoingOn(), Processes())
         yield Steps(trainer, plan.model.pad_id)
 
 
@@ -232,18 +343,21 @@ def main() -> None:
     parser.add_argument("what", choices=("distances", "faults", "clean", "cost"))
     parser.add_argument("--models", type=Path, default=Path(".models"))
     parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--kept", type=Path, default=Path("runs/clean.jsonl"))
+    parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--only", nargs="*", default=[], help="names of runs")
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
-        beginning = Path(folder) / "alike.jsonl"
-        write_rows(beginning)
-        every = settings(given.models, given.data, beginning)
+        every = settings(given.models, given.data)
+        if given.what in ("faults", "clean"):
+            every = short_settings(given.models, given.data, Path(folder))
+        if given.what == "faults":
+            every = fault_settings(every, Path(folder))
         chosen = [s for s in every if not given.only or s.name in given.only]
         if given.what == "faults":
             plant(chosen)
         elif given.what == "clean":
-            count_false_alarms(chosen, given.runs)
+            count_false_alarms(chosen, given.runs, given.kept)
         elif given.what == "distances":
             measure_distances(chosen)
         else:

@@ -159,9 +159,25 @@ def test_a_tensor_without_a_gradient_is_rounded_like_its_neighbours() -> None:
     queries = {f"layers.{i}.q_proj.lora_A.default.weight": apart(4e-3, 1.0) for i in range(8)}
     key = "layers.0.k_proj.lora_A.default.weight"
     plain = {**queries, key: apart(4e-6, 1e-8)}
-    Rounding(plain, {**queries, key: apart(1.7e-5, 1e-8)}).check()
+    Rounding([plain], {**queries, key: apart(1.7e-5, 1e-8)}).check()
     with pytest.raises(RunError, match="k_proj"):
-        Rounding(plain, {**queries, key: apart(1e-3, 1e-8)}).check()
+        Rounding([plain], {**queries, key: apart(1e-3, 1e-8)}).check()
+
+
+def test_a_gradient_of_few_errors_is_measured_by_several_draws() -> None:
+    """A bias may be too long in all entries at once; one draw tells neither that nor how far."""
+
+    def bias(distance: float, length: float) -> dict[str, Apart]:
+        return {"down.bias": Apart(distance**2, 1.0, 1.0 + length)}
+
+    short, long, right = bias(0.04, -0.03), bias(0.06, 0.025), bias(0.08, 0.04)
+    with pytest.raises(RunError, match="bias"):
+        Rounding([short], right).check()
+    assert Rounding([short, long], right).check() == {"down.bias": (0.06, 0.08)}
+    with pytest.raises(RunError, match="bias"):
+        Rounding([short, long], bias(0.08, 0.05)).check()
+    with pytest.raises(RunError, match="bias"):
+        Rounding([short, long], bias(0.1, 0.0)).check()
 
 
 def test_distance_and_length() -> None:

@@ -174,12 +174,15 @@ class _Verifier:
 
     def _round(self, rows: Sequence[Encoded], exact: Computed, sums: Rounding) -> Rounding:
         """Return `sums` with what rounding does to a step in the run's precision."""
-        plain = self.steps.plain(rows, self.batch_size, self.dtype)
-        sums.plain = added(sums.plain, compare_gradients(plain.gradients, exact.gradients))
-        fast = self.steps.fast(rows, self.dtype)
+        steps = self.steps
+        for draw, summed in enumerate(sums.plain):
+            plain = (steps.rounded_otherwise(rows, self.dtype, draw) if draw
+                     else steps.plain(rows, self.batch_size, self.dtype))  # fmt: skip
+            sums.plain[draw] = added(summed, compare_gradients(plain.gradients, exact.gradients))
+            sums.add_loss("plain", plain.loss, exact.loss)
+        fast = steps.fast(rows, self.dtype)
         sums.fast = added(sums.fast, compare_gradients(fast.gradients, exact.gradients))
-        for name, step in (("plain", plain), ("fast", fast)):
-            sums.losses.setdefault(name, []).append(abs(step.loss / exact.loss - 1))
+        sums.add_loss("fast", fast.loss, exact.loss)
         return sums
 
 

@@ -53,7 +53,7 @@ class Steps:
         """What is trained."""
         return self.trainer.model
 
-    def rounded_otherwise(self, rows: Sequence[Encoded], dtype: str) -> Computed:
+    def rounded_otherwise(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> Computed:
         """Return the plain step with other rounding errors, by which it may be told from itself.
 
         Rows, and the answers of one, go through the model one by one, the last row first; and what
@@ -64,9 +64,10 @@ class Steps:
         Args:
             rows: of the step.
             dtype: compute precision's name.
+            draw: another number gives other errors.
         """
         model = _OneByOne(self.model) if len(rows[0].branches) > 1 else self.model
-        with _rounding_errors(self.model):
+        with _rounding_errors(self.model, draw):
             return self._plain(model, rows[::-1], 1, dtype)
 
     def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Computed:
@@ -196,9 +197,9 @@ class _OneByOne:
 
 
 @contextlib.contextmanager
-def _rounding_errors(model: Any) -> Iterator[None]:
+def _rounding_errors(model: Any, draw: int) -> Iterator[None]:
     """Move what each block of `model` begins with by up to a unit in its last place."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(draw)
 
     def move(_: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         states = args[0] if args else kwargs["hidden_states"]
