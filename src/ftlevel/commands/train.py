@@ -306,7 +306,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     checkpoint = going_on.checkpoint
     watch = add_callbacks(trainer, config, plan, run, listener, processes, checkpoint)
     go_on(trainer, watch, run, going_on, processes)
-    for callback in (*([WaitForBase(digest)] if digest else []), *job.callbacks):
+    for callback in (*([WaitForBase(digest.wait)] if digest else []), *job.callbacks):
         trainer.add_callback(callback)
     if processes.is_first:
         told = describe_run(config.output, resolved_config(config, plan), run, going_on.past)
@@ -371,11 +371,12 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
 
 def _end_finished(job: _Job, summary: Mapping[str, Any]) -> TrainResult:
     """Say that a run that was to go on is at its end, and return what it gave."""
-    config, where = job.taken.config, job.taken.config.output.dir
-    if job.processes.is_first and where is not None:
-        mark_end_once(where)
-    job.listener.end({**summary, "nothing_left": describe_end(config, summary)})
-    return TrainResult(summary, where, None, job.plan.model.tokenizer)
+    config = job.taken.config
+    run = RunDirectory(config.output.dir or Path())  # none is finished without a name
+    if job.processes.is_first:
+        mark_end_once(run.path)
+    job.listener.end({**summary, "nothing_left": describe_end(run, config, summary)})
+    return TrainResult(summary, run.path, None, job.plan.model.tokenizer)
 
 
 def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack) -> BaseDigest:

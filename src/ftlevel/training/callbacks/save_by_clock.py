@@ -10,7 +10,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ftlevel.training.processes import Processes
 
-
 SMALL_CHECKPOINT = 512_000_000
 """Bytes up to which a last checkpoint is written, so that a run can be made longer."""
 _PER_PARAMETER = 12  # bytes: a weight and AdamW's two moments, in float32

@@ -29,10 +29,11 @@ def describe_stop(run: RunDirectory, state: Any) -> str:
     )
 
 
-def describe_end(config: TrainConfig, summary: Mapping[str, Any]) -> str:
+def describe_end(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> str:
     """Say that a run is finished, and what would make it longer.
 
     Args:
+        run: its directory.
         config: the whole configuration.
         summary: what summary.json holds.
     """
@@ -44,15 +45,15 @@ def describe_end(config: TrainConfig, summary: Mapping[str, Any]) -> str:
         else f"--num-train-epochs {2 * train.num_train_epochs:g}"
     )
     early = " (it stopped early)" if best.get("stopped_early") else ""
-    newest, _ = checkpoints.newest_whole(RunDirectory(config.output.dir).checkpoints)
+    newest, _ = checkpoints.newest_whole(run.checkpoints)
     more = (
         f"A longer run goes on from there: --resume {length}."
         if newest
-        else f"To train on from its adapter: --adapter {quote(str(config.output.dir))}, and another "
+        else f"To train on from its adapter: --adapter {quote(str(run.path))}, and another "
         "--output-dir."
     )
     return (
-        f"{config.output.dir} is finished: {steps:,} of {planned:,} steps{early}, and nothing is "
+        f"{run.path} is finished: {steps:,} of {planned:,} steps{early}, and nothing is "
         f"left to train. {more}"
     )
 
