@@ -82,7 +82,7 @@ METHODS = {
     "name", [pytest.param(n, marks=[] if n == "lora" else pytest.mark.slow) for n in METHODS]
 )
 def test_the_adapter_is_that_of_a_run_which_ends_there(chat: list[str], name: str) -> None:
-    own = [*chat, *METHODS[name]]
+    own = [*chat, *METHODS[name], "--save-strategy", "no"]
     summary = train(*own, *FIRST, "--max-steps", "6")
     best = summary["best"]
     assert (best["kept_step"], best["best_step"], best["last_step"]) == (2, 2, 6)

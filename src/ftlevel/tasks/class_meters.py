@@ -24,7 +24,7 @@ class ClassMeter(Pairs):
 
     def compute(self, loss: float) -> dict[str, float]:
         """Return accuracy, F1 (its mean over the classes that occur) and MCC (-1 to 1)."""
-        true, predicted = np.asarray(self.true), np.asarray(self.predicted)
+        true, predicted = (np.asarray(side, np.int64) for side in (self.true, self.predicted))
         count, size = len(true), int(max(true.max(), predicted.max())) + 1
         of_true, of_predicted = (np.bincount(side, minlength=size) for side in (true, predicted))
         hits = np.bincount(true[true == predicted], minlength=size)
