@@ -58,11 +58,9 @@ def test_a_warning_makes_a_checkpoint_and_the_run_goes_on(tmp_path: Path) -> Non
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=240)
     assert process.returncode == 0
-    kept = [
-        p.parent.name for p in (tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json")
-    ]
-    assert len(kept) == 1
-    assert 3 <= int(kept[0].split("-")[1]) < 40
+    manifests = (tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json")
+    warned, end = sorted(int(path.parent.name.split("-")[1]) for path in manifests)
+    assert 3 <= warned < end == 40
 
 
 MOMENTS = {
