@@ -21,6 +21,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def certify(checkpoint: Path) -> None:
     """Flush `checkpoint` and its files to the disk, and write its manifest."""
     files = {}
+    (checkpoint / MANIFEST).unlink(missing_ok=True)  # of a former save after the same step
     flush_all(checkpoint)
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         files[str(path.relative_to(checkpoint))] = {

@@ -246,6 +246,13 @@ def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, text: str) -> Non
     assert checkpoints.find_damage(tmp_path)
 
 
+def test_what_is_saved_twice_is_whole(tmp_path: Path) -> None:
+    for text in ("a", "ab"):
+        (tmp_path / "a").write_text(text)
+        checkpoints.certify(tmp_path)
+    assert checkpoints.find_damage(tmp_path) is None
+
+
 def test_a_run_that_was_killed_at_its_very_end_knows_its_files_later(tmp_path: Path) -> None:
     run, _ = open_run(tmp_path, "x", overwrite=False)
     run.write_summary({"of": "old"})

@@ -70,7 +70,8 @@ class SaveByClock(TrainerCallback):
         **_: Any,
     ) -> None:
         """Save the end of a run that stops early."""
-        control.should_save |= control.should_training_stop and self._saves_end
+        is_early = control.should_training_stop and state.global_step < state.max_steps
+        control.should_save |= is_early and self._saves_end
 
     def on_save(
         self,
