@@ -23,7 +23,6 @@ import contextlib
 import json
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -249,18 +248,18 @@ def count_false_alarms(every: list[Setting], runs: int, kept: Path) -> None:
                 made[key] = alarms_of(setting, dtype, seed)
                 with kept.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"of": key, "alarms": made[key]}) + "\n")
-    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    counts: dict[str, dict[str, list[int]]] = {}
     for (name, dtype, _), alarms in made.items():
         if alarms is not None:
             method, _, kind = name.rpartition(", ")
-            for row in (method, "all"):
-                counts[row, f"{kind}, {dtype}"][0] += len(alarms)
-                counts[row, f"{kind}, {dtype}"][1] += 2
-    columns = sorted({column for _, column in counts})
-    print("| method | " + " | ".join(columns) + " |\n|---|" + "--:|" * len(columns))
-    for row in dict.fromkeys(row for row, _ in counts):
-        cells = ["{} of {}".format(*counts[row, column]) for column in columns]
-        print(f"| {row} | " + " | ".join(cells) + " |")
+            found = counts.setdefault(kind, {dtype: [0, 0] for dtype in DTYPES})[dtype]
+            found[:] = found[0] + len(alarms), found[1] + 2
+            for alarm in alarms:
+                print(f"{method}, {kind}, {dtype}: {alarm}", file=sys.stderr)
+    print("| model | " + " | ".join(DTYPES) + " |\n|---|" + "--:|" * len(DTYPES))
+    for kind, of in counts.items():
+        cells = ["{} of {}".format(*of[dtype]) for dtype in DTYPES]
+        print(f"| {kind} | " + " | ".join(cells) + " |")
 
 
 def alarms_of(setting: Setting, dtype: str, seed: int) -> list[str] | None:
