@@ -264,9 +264,8 @@ def forking_ranks() -> None:
     """Let the launcher in this process fork the processes of a run from itself."""
     from ftlevel.cli.startup import launch
 
-    launch.subprocess = types.SimpleNamespace(  # type: ignore[attr-defined]
-        Popen=Forked, TimeoutExpired=subprocess.TimeoutExpired
-    )
+    parts = types.SimpleNamespace(Popen=Forked, TimeoutExpired=subprocess.TimeoutExpired)
+    setattr(launch, "subprocess", parts)  # noqa: B010 - it is no module
 
 
 def _defaults() -> None:

@@ -306,7 +306,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     checkpoint = going_on.checkpoint
     watch = add_callbacks(trainer, config, plan, run, listener, processes, checkpoint)
     go_on(trainer, watch, run, going_on, processes)
-    for callback in (*([WaitForBase(digest)] if digest else []), *job.callbacks):
+    for callback in (*([WaitForBase(digest.wait)] if digest else []), *job.callbacks):
         trainer.add_callback(callback)
     if processes.is_first:
         told = describe_run(config.output, resolved_config(config, plan), run, going_on.past)

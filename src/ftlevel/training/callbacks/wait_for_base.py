@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ftlevel.training.going_on.identity import BaseDigest
-
 
 class WaitForBase(TrainerCallback):
-    """Let the first checkpoint wait until all bytes of the base were read beside the steps."""
+    """Let the first checkpoint wait until all bytes of the base were read beside the steps.
 
-    def __init__(self, digest: BaseDigest) -> None:
-        self._digest = digest
+    Args:
+        wait: for that.
+    """
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Wait, where a checkpoint comes."""
         if control.should_save:
-            self._digest.wait()
+            self._wait()
 
     on_epoch_end = on_step_end
