@@ -60,7 +60,7 @@ ENTRIES = (
     Entry("signals", "SIGINT, SIGTERM, SIGHUP in every command", 80, 0, "signals:signal_commands"),
     Entry("damage", "a damaged file of the newest checkpoint, or of all", 110, 0,
           "damage:damage_checkpoints"),
-    Entry("state", "a damaged file of the run beside its checkpoints", 40, 1,
+    Entry("state", "a damaged file of the run beside its checkpoints", 30, 1,
           "damage:damage_state"),
     Entry("cache", "damaged prepared rows", 100, 0, "damage:damage_cache"),
     Entry("disk", "a full disk", 60, 1, "disk:fill_disk"),
@@ -173,7 +173,9 @@ def _print_table(
         sums: Counter[str] = Counter()
         for case in found:
             sums[case["verdict"]] += int(case.get("times", 1))
-        kinds = Counter(case["kind"] for case in found if case["verdict"] == "good")
+        kinds: Counter[str] = Counter()
+        for case in (case for case in found if case["verdict"] == "good"):
+            kinds[case["kind"]] += int(case.get("times", 1))
         told = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()) if kind)
         shown = " | ".join(f"{sums[verdict]:,}" for verdict in VERDICTS)
         print(f"| {entry.title} | {sum(sums.values()):,} of {entry.count:,} | {shown} | {told} |")

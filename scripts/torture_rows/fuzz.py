@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import signal
 import struct
@@ -249,7 +250,7 @@ def _fuzz(
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=max(1, round(tries / _READ_OF_EACH)), database=None, deadline=None,
+        max_examples=math.ceil(tries / _READ_OF_EACH), database=None, deadline=None,
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip

@@ -22,7 +22,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -218,6 +219,55 @@ class Lab:
         return Child(process.pid, pipes[0][0], pipes[1][0])
 
 
+class Forked:
+    """What `subprocess.Popen` is to the launcher: a process of its own that has imported all."""
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], preexec_fn: Callable[[], None]
+    ) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.environ.clear()
+            os.environ.update(env)
+            preexec_fn()
+            _run_main(command[3:])  # after python -m ftlevel
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            if found:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("ftlevel", timeout)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it."""
+        self.send_signal(signal.SIGKILL)
+
+
+def forking_ranks() -> None:
+    """Let the launcher in this process fork the processes of a run from itself."""
+    from ftlevel.cli.startup import launch
+
+    parts = types.SimpleNamespace(Popen=Forked, TimeoutExpired=subprocess.TimeoutExpired)
+    setattr(launch, "subprocess", parts)  # noqa: B010 - it is no module
+
+
 def _defaults() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
@@ -238,9 +288,19 @@ def _be_ftlevel(
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(err, 2)
-        _defaults()
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    except BaseException:  # noqa: BLE001 - it is shown, as the interpreter would
+        traceback.print_exc()
+        os._exit(code)
+    _run_main(arguments, before)
+
+
+def _run_main(arguments: Sequence[str], before: Callable[[], None] | None = None) -> None:
+    """Run a command line in this process, and end it with its exit code; 99 after a traceback."""
+    code = 99
+    try:
+        _defaults()
         sys.argv = ["ftlevel", *arguments]
         from ftlevel.__main__ import main
 

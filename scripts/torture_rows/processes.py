@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
-from torture_rows.lab import BAD, GOOD, HANG, SILENT, Case, Lab, certified, digest
+from torture_rows.lab import BAD, GOOD, HANG, SILENT, Case, Child, Lab, certified, digest
+
+from torture_rows.lab import forking_ranks  # isort: skip
 
 _SECONDS = 30.0  # until a dead rank, or launcher, has ended all
 WAYS = ("a rank is killed", "the launcher is killed", "SIGTERM", "SIGINT", "equal to accumulation",
@@ -34,7 +33,7 @@ def break_processes(lab: Lab, count: int) -> Iterator[Case]:
         restarts = ("--max-restarts", "2") if "again" in way else ()
         launcher = _start(lab, run, *two, *dropout, *restarts)
         ranks = _ranks(launcher, run, lab)
-        lab_moment = lab.random.uniform(0, 2)
+        lab_moment = lab.random.uniform(0, 6)
         time.sleep(lab_moment)
         victim = lab.random.randrange(2)
         words = f"{way} after {lab_moment:.1f} s"
@@ -42,7 +41,7 @@ def break_processes(lab: Lab, count: int) -> Iterator[Case]:
         if not ranks:  # it was over before
             words += ", too late"
         elif number_of is not None:
-            launcher.send_signal(number_of)
+            launcher.kill(number_of)
         elif "rank" in way:
             ranks[victim].kill()
         else:
@@ -55,7 +54,7 @@ def _judge(
     lab: Lab,
     words: str,
     way: str,
-    launcher: subprocess.Popen[str],
+    launcher: Child,
     ranks: list[psutil.Process],
     run: Path,
     more: tuple[str, ...],
@@ -63,10 +62,8 @@ def _judge(
 ) -> Case:
     patience = lab.patience * 3 if "again" in way else _SECONDS
     deadline = time.monotonic() + patience
-    try:
-        _, err = launcher.communicate(timeout=patience)
-    except subprocess.TimeoutExpired:
-        launcher.kill()
+    ended = launcher.wait(patience)
+    if ended.hung:
         return Case(HANG, words, "the launcher stays")
     while alive := [r for r in ranks if r.is_running() and r.status() != psutil.STATUS_ZOMBIE]:
         if time.monotonic() > deadline:
@@ -76,16 +73,15 @@ def _judge(
         time.sleep(0.1)
     codes = {"SIGTERM": (143, 0), "SIGINT": (130, 0), "the launcher is killed": (-9, 0),
              "a rank is killed, and started again": (0,)}  # fmt: skip
-    if launcher.returncode not in codes.get(way, (1, 0)) or "Traceback" in err:
-        return Case(BAD, words, f"exit {launcher.returncode}: {err[-500:]}")
-    if way == "a rank is killed" and launcher.returncode == 1 and "was killed" not in err:
-        return Case(BAD, words, f"the rank is not named: {err[-300:]}")
+    if ended.code not in codes.get(way, (1, 0)) or "Traceback" in ended.err:
+        return Case(BAD, words, f"exit {ended.code}: {ended.err[-500:]}")
+    if way == "a rank is killed" and ended.code == 1 and "was killed" not in ended.err:
+        return Case(BAD, words, f"the rank is not named: {ended.err[-300:]}")
     kind = "went on" if certified(run) else "begun anew"
     if "again" not in way:
-        again = _start(lab, run, *more, "--resume")
-        _, err = again.communicate(timeout=lab.patience * 3)
-        if again.returncode != 0:
-            return Case(BAD, words, f"resume: exit {again.returncode}: {err[-500:]}")
+        again = _start(lab, run, *more, "--resume").wait(lab.patience * 3)
+        if again.code != 0:
+            return Case(BAD, words, f"resume: exit {again.code}: {again.err[-500:]}")
     return Case(GOOD if digest(run) == whole else SILENT, words, "another adapter", kind)
 
 
@@ -101,30 +97,26 @@ def _equal(lab: Lab, method: str, two: tuple[str, ...]) -> Case:
 
 
 def _finish(lab: Lab, run: Path, *more: str) -> str:
-    launcher = _start(lab, run, *more)
-    _, err = launcher.communicate(timeout=lab.patience * 5)
-    if launcher.returncode != 0:
-        raise RuntimeError(err)
+    ended = _start(lab, run, *more).wait(lab.patience * 5)
+    if ended.code != 0:
+        raise RuntimeError(ended.err)
     found = digest(run)
     shutil.rmtree(run)
     return found
 
 
-def _start(lab: Lab, run: Path, *more: str) -> subprocess.Popen[str]:
+def _start(lab: Lab, run: Path, *more: str) -> Child:
     given = lab.training(run)
     at = given.index("--lora-dropout")
-    command = [*given[:at], *given[at + 2 :], *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "ftlevel", *command], text=True, cwd=lab.root,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ},
-    )  # fmt: skip
+    return lab.start([*given[:at], *given[at + 2 :], *more], forking_ranks)
 
 
-def _ranks(launcher: subprocess.Popen[str], run: Path, lab: Lab) -> list[psutil.Process]:
+def _ranks(launcher: Child, run: Path, lab: Lab) -> list[psutil.Process]:
     """Return the processes of a run that has begun."""
     deadline = time.monotonic() + lab.patience * 3
-    while not (run / "checkpoints").exists() and launcher.poll() is None:
+    here = psutil.Process(launcher.pid)
+    while not (run / "checkpoints").exists() and here.status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > deadline:
             raise RuntimeError("the processes do not begin")
-        time.sleep(0.05)
-    return psutil.Process(launcher.pid).children() if launcher.poll() is None else []
+        time.sleep(0.02)
+    return list(here.children()) if here.status() != psutil.STATUS_ZOMBIE else []

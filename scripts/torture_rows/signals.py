@@ -87,7 +87,8 @@ def _judge(lab: Lab, words: str, child: Child, which: str, out: Path, whole: Who
         return Case(HANG, words, ended.last)
     wanted = (0, CODES[which])
     # Before Python has installed a handler the kernel ends it, which no program can help.
-    early = "new interpreter" in words and ended.code == -getattr(signal, which) and not ended.err
+    is_by_clock = "file event" not in words
+    early = is_by_clock and ended.code == -getattr(signal, which) and not ended.err
     if ended.code not in wanted and not early:
         return Case(BAD, words, f"exit {ended.code}: {ended.err[-500:]}")
     if ended.is_raw or (ended.code and not early and "interrupted" not in ended.last):

@@ -261,3 +261,19 @@ def test_only_a_run_that_failed_is_started_again(
     assert launch.launch(["train", "--output-dir", "x", "--overwrite"], 2, restarts=2) == code
     assert len(lines) == starts
     assert all(line == ["train", "--output-dir", "x", "--resume"] for line in lines[1:])
+
+
+@pytest.mark.parametrize(("number", "starts"), [("SIGUSR1", 2), ("SIGTERM", 1), ("SIGINT", 1)])
+def test_a_run_that_was_told_to_end_is_not_started_again(
+    monkeypatch: pytest.MonkeyPatch, number: str, starts: int
+) -> None:
+    lines = []
+
+    def once(arguments: Sequence[str], count: int, told: list[int]) -> int:
+        lines.append(arguments)
+        told.append(getattr(signal, number))
+        return 2 - len(lines)
+
+    monkeypatch.setattr(launch, "_launch_once", once)
+    launch.launch(["train"], 2, restarts=1)
+    assert len(lines) == starts

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ftlevel.cli.app import run
 from ftlevel.commands.quantize import quantize
@@ -271,6 +271,17 @@ def test_a_damaged_source_leaves_nothing_behind(tiny_model_dir: ModelDir, tmp_pa
     with pytest.raises(InputError, match="shorter than its header says"):
         make(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_source_that_lacks_a_weight_is_refused(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model_dir("llama"), source)
+    weights = load_file(source / "model.safetensors")
+    del weights["model.layers.0.mlp.down_proj.weight"]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 weights of its model: .*0\.mlp\.down_proj"):
+        make(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_killed_at_any_moment_it_is_absent_or_whole(

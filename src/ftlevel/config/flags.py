@@ -164,7 +164,7 @@ FLAGS: tuple[Flag, ...] = (
          also=("--default-system", "--system-prompt", "--system-message")),
     Flag("data.train_on_inputs", "", DATA, _ROWS, also=("--train-on-prompt",)),
     Flag("data.max_length", "", DATA, _ROWS,
-         also=("--max-seq-length", "--model-max-length", "--max-seq-len", "--cutoff-len",
+         also=("--max-seq-length", "--model-max-length", "--max-seq-len", "--seq-length", "--cutoff-len",
                "--sequence-len", "--block-size", "--max-source-length", "--chunk-size")),
     Flag("data.max_target_length", "", DATA, _ROWS, also=("--val-max-target-length",)),
     Flag("data.overlong", "", DATA, _ROWS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.files import write_json
-from ftlevel.errors import InputError
+from ftlevel.errors import InputError, listing
 from ftlevel.models.rope import write_former_rope
 from ftlevel.models.torchao_format import PLAIN_NOTE, is_torchao
 from ftlevel.models.upstream.quantizers import pack_torchao
@@ -68,9 +68,13 @@ def write_quantized(
 
     Returns:
         The layout of what was written, whose config names what was kept; and the sizes.
+
+    Raises:
+        InputError: a weight that is to be quantized is not there.
     """
     shards = weight_files(directory)
     layout = resolve_layout(layout, (key for shard in shards for key in read_header(shard)[0]))
+    _check_whole(shards, layout)
     written = quantize_shards(shards, out, layout, lambda done, _: step(done), choose)
     stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     stored["quantization_config"] = layout.config.to_dict()
@@ -83,6 +87,16 @@ def write_quantized(
             if file.is_file():
                 shutil.copyfile(file, out / file.name)
     return layout, written
+
+
+def _check_whole(shards: Iterable[Path], layout: Layout) -> None:
+    there = {layout.naming(key)[0] for shard in shards for key in read_header(shard)[0]}
+    wanted = [p.name for p in layout.parameters.values() if p.part == QUANTIZED]
+    if missing := [name for name in wanted if name not in there]:
+        raise InputError(
+            f"the checkpoint lacks {len(missing):,} weights of its model: {listing(missing, 3)}. "
+            "Is it whole?"
+        )
 
 
 def quantize_shards(

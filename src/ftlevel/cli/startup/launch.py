@@ -41,7 +41,8 @@ def launch(arguments: Sequence[str], count: int, restarts: int = 0) -> int:
     told: list[int] = []
     while True:
         code = _launch_once(arguments, count, told)
-        if code != _FAILED or told or not restarts:
+        is_told = set(told) - {getattr(signal, "SIGUSR1", None)}  # which ends nothing
+        if code != _FAILED or is_told or not restarts:
             return code
         restarts -= 1
         arguments = _going_on(arguments)

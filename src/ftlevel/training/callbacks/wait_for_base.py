@@ -12,10 +12,10 @@ class WaitForBase(TrainerCallback):
     """Let the first checkpoint wait until all bytes of the base were read beside the steps.
 
     Args:
-        wait: returns when they were.
+        wait: for that.
     """
 
-    def __init__(self, wait: Callable[[], Any]) -> None:
+    def __init__(self, wait: Callable[[], None]) -> None:
         self._wait = wait
 
     def on_step_end(

@@ -1,0 +1,38 @@
+"""The first checkpoint waits until the bytes of the base are known."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from ftlevel.training.callbacks.wait_for_base import WaitForBase
+from ftlevel.training.going_on import identity
+from ftlevel.training.going_on.identity import BaseDigest
+
+
+def test_a_checkpoint_comes_after_the_digest_of_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(path: Path) -> str:
+        time.sleep(0.2)
+        return f"of {path.name}"
+
+    monkeypatch.setattr(identity, "file_fingerprint", slowly)
+    (tmp_path / "model.safetensors").write_text("x")
+    digest = BaseDigest(tmp_path)
+    digest.keep(tmp_path)
+    waiting, arguments = WaitForBase(digest.wait), SimpleNamespace()
+    waiting.on_step_end(arguments, TrainerState(), TrainerControl(should_save=False))
+    assert not (tmp_path / "base.json").exists()
+    waiting.on_step_end(arguments, TrainerState(), TrainerControl(should_save=True))
+    assert json.loads((tmp_path / "base.json").read_text()) == {
+        "model.safetensors": "of model.safetensors"
+    }
+    assert digest.changes(tmp_path) == {}
+    (tmp_path / "base.json").write_text("[" * 100_000)
+    assert digest.changes(tmp_path) is None
