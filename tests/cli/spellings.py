@@ -280,6 +280,10 @@ SPELLINGS: list[Spelled] = [
     ),
     *_answers(PEFT, "pissa_finetuning", ("--convert_pissa_to_lora", "the untouched base")),
     *_sets(
+        TRL, "sft.py before 0.8",
+        ("--seq_length 512", "data.max_length", 512),
+    ),
+    *_sets(
         TRL, "trl sft",
         ("--dtype bfloat16", "model.dtype", "bfloat16"),
         ("--load_in_4bit", "quant.kind", "4bit"),
