@@ -50,7 +50,7 @@ class Grid:
 
     def nearest(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return for each weight the code that is nearest to it."""
-        scaled = self._blocks(weight) / _not_zero(scales).unsqueeze(-1)
+        scaled = self._blocks(weight) / scales.clamp(min=1e-38).unsqueeze(-1)
         return torch.bucketize(scaled, self._midpoints()).view(weight.shape)
 
     def value(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -74,11 +74,6 @@ class Grid:
     def choose(self, column: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return the codes nearest to the weights of `column`, each with a scale of its own."""
         return torch.bucketize(column / scales, self._midpoints())
-
-
-def _not_zero(scales: torch.Tensor) -> torch.Tensor:
-    """Return `scales` to divide by; GGUF's may be below zero."""
-    return torch.where(scales == 0, 1e-38, scales)
 
 
 def choose_codes(
@@ -137,7 +132,7 @@ def improve_codes(
         moment: (in, in): H.
         grid: what the codes stand for.
     """
-    spread = _not_zero(grid.spread(scales, weight.shape))
+    spread = grid.spread(scales, weight.shape).clamp(min=1e-38)
     values, codes = grid.values[codes] * spread, codes.clone()
     moment = damped(moment)
     pull = (weight - values) @ moment
