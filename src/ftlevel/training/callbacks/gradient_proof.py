@@ -101,7 +101,7 @@ class GradientProof(TrainerCallback):
                 f"{_STOPPED} Lower --learning-rate, or use --dtype float32.",
             )
             return
-        if self._is_checked and _are_finite(p.grad for _, p in trainable):
+        if self._is_checked and are_finite(p.grad for _, p in trainable):
             self._in_a_row = 0
             self.recovery.look_for_spike(step, loss)
             return
@@ -135,7 +135,7 @@ class GradientProof(TrainerCallback):
         if self._is_checked and self._defers:
             self._note(state, "weights", _largest(p for _, p in self._trainable))
             return
-        if _are_finite(p for _, p in self._trainable):
+        if are_finite(p for _, p in self._trainable):
             return
         bad = [name for name, p in self._trainable if not bool(torch.isfinite(whole(p)).all())]
         if bad:  # a norm may overflow by itself
@@ -233,7 +233,7 @@ class GradientProof(TrainerCallback):
         self.checked = len(trainable)
 
 
-def _are_finite(tensors: Iterable[torch.Tensor | None]) -> bool:
+def are_finite(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether the norm of all is, which one operation a group of tensors tells."""
     there = [tensor.detach() for tensor in tensors if tensor is not None]
     return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(there))))

@@ -75,8 +75,11 @@ def by_probe(config: TrainConfig, plan: Plan) -> TimeForecast:
     import tempfile
     from pathlib import Path
 
+    import torch
+
     from ftlevel.artifacts.run_directory import RunDirectory
     from ftlevel.training.build_trainer import build_trainer
+    from ftlevel.training.callbacks.gradient_proof import are_finite
     from ftlevel.training.going_on.resume import GoingOn
     from ftlevel.training.model import load_adapted
     from ftlevel.training.processes import Processes
@@ -87,6 +90,7 @@ def by_probe(config: TrainConfig, plan: Plan) -> TimeForecast:
         trainer = build_trainer(config, plan, adapted, run, GoingOn(), Processes())
     size = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     optimizer: Any = trainer.create_optimizer()
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     adapted.model.train()
     spent, computed, tokens = 0.0, 0.0, 0
     with trainer.computing_alone(plan.model.dtype):
@@ -96,7 +100,11 @@ def by_probe(config: TrainConfig, plan: Plan) -> TimeForecast:
             batch = trainer.data_collator(rows)
             count = trainer.count_targets([batch], trainer.args.device)
             trainer.training_step(adapted.model, batch, count)
+            are_finite(weight.grad for weight in trained)  # as the run looks at them
+            if trainer.args.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)
             optimizer.step()
+            are_finite(trained)
             optimizer.zero_grad()
             if step:
                 spent += time.perf_counter() - begun
