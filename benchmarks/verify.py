@@ -144,17 +144,18 @@ FAULTS: dict[str, dict[str, Fault]] = {
 
 
 def fault_settings(short: list[Setting], folder: Path) -> list[Setting]:
-    """Return the runs in which faults are planted: of a few tokens a micro-batch, so of several."""
+    """Return the runs in which faults are planted: a step has two micro-batches of two rows."""
     alike = {
         "data": {"dataset": str(folder / "alike.jsonl")},
         "speed": {"parallel_workers": 2, "share_prefixes": "always"},
         "train": {"gradient_accumulation_steps": 2},
     }
     write_rows(folder / "alike.jsonl")
-    speed = {"tokens_per_micro_batch": 16}
+    tokens = {"encoder": 40, "decoder": 96, "encoder-decoder": 24}
+    speed = {kind: {"tokens_per_micro_batch": size} for kind, size in tokens.items()}
     return [
-        *(replace(run, config={**run.config, "speed": speed}) for run in short
-          if run.name in FAULTS),
+        *(replace(run, config={**run.config, "speed": speed[run.name.rpartition(", ")[2]]})
+          for run in short if run.name in FAULTS),
         Setting("lora, decoder, rows that begin alike", alike),
     ]  # fmt: skip
 
