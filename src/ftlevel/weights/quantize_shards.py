@@ -73,8 +73,8 @@ def write_quantized(
         InputError: a weight that is to be quantized is not there.
     """
     shards = weight_files(directory)
-    layout = resolve_layout(layout, (key for shard in shards for key in read_header(shard)[0]))
     _check_whole(shards, layout)
+    layout = resolve_layout(layout, (key for shard in shards for key in read_header(shard)[0]))
     written = quantize_shards(shards, out, layout, lambda done, _: step(done), choose)
     stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     stored["quantization_config"] = layout.config.to_dict()
@@ -91,7 +91,7 @@ def write_quantized(
 
 def _check_whole(shards: Iterable[Path], layout: Layout) -> None:
     there = {layout.naming(key)[0] for shard in shards for key in read_header(shard)[0]}
-    wanted = [p.name for p in layout.parameters.values() if p.part == QUANTIZED]
+    wanted = (f"{name}.weight" for name in layout.linears)
     if missing := [name for name in wanted if name not in there]:
         raise InputError(
             f"the checkpoint lacks {len(missing):,} weights of its model: {listing(missing, 3)}. "
