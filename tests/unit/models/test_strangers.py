@@ -162,12 +162,10 @@ def test_a_config_of_the_hub_is_looked_at_too(
 ) -> None:
     fields = json.loads((changed(model, num_hidden_layers=10**9) / "config.json").read_text())
 
-    class Config(transformers.PreTrainedConfig):
-        @classmethod
-        def get_config_dict(cls, *_: Any, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-            return fields, more
+    def read(_: Any, *__: Any, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return fields, more
 
-    monkeypatch.setattr(transformers, "PreTrainedConfig", Config)
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", classmethod(read))
     with pytest.raises(InputError, match="num_hidden_layers in its config is 1,000,000,000"):
         load_config(ModelSource("a/b", "hub", "a/b", local_files_only=True))
 
