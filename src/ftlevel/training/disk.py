@@ -84,6 +84,8 @@ def _bytes_of(model: Any, optim: str) -> int:
 
 
 def _planned_checkpoints(train: TrainerConfig, steps: int) -> int:
+    if train.save_strategy == "no":
+        return 0
     if train.save_strategy == "epoch":
         planned = math.ceil(train.num_train_epochs)
     elif every := train.save_steps:

@@ -108,6 +108,13 @@ def test_a_run_begins_where_its_checkpoints_have_room(
     check_room(where, train, model, 9)
 
 
+def test_a_run_without_checkpoints_needs_no_room_for_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    check_room(tmp_path / "new", TrainerConfig(save_strategy="no"), torch.nn.Linear(99, 10), 9)
+
+
 def test_a_checkpoint_is_begun_where_it_has_room(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
