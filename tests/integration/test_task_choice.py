@@ -45,3 +45,15 @@ def test_columns_by_map_and_a_task_that_is_named(
     assert found["config"]["data"]["columns"] == {"text": "body", "label": "mood"}
     found = dry_run(path, model, ROWS["text-classification"], capsys, "--task", "masked-lm")
     assert found["config"]["task"] == "masked-lm"
+
+
+def test_columns_that_speak_for_no_task(tmp_path: Path, tiny_model_dir: Any, capsys: Any) -> None:
+    (tmp_path / "rows.tsv").write_text("a word\tx\nanother\ty\n")  # without a header
+    typed = ["train", "--model", str(tiny_model_dir("bert")), "--dry-run", "--dataset"]
+    assert run([*typed, str(tmp_path / "rows.tsv")]) == 2
+    said = capsys.readouterr().err
+    assert "is an encoder, and the columns speak for none of its tasks. --task text-clas" in said
+    assert "Columns: 'a word', 'x'" in said
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    assert run([*typed, str(tmp_path / "pairs.jsonl")]) == 2
+    assert "--task text-generation cannot be used with bert" in capsys.readouterr().err

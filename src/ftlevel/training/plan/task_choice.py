@@ -29,6 +29,7 @@ def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
 
     Raises:
         ConfigError: the model or the data is not there, or the task does not go with the rest.
+        InputError: the columns speak for none.
     """
     wish, data = config.model, config.data
     if "task" in config.model_fields_set or data.dataset.startswith("builtin:"):
@@ -44,14 +45,23 @@ def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
         input_format=data.input_format,
     ).train
     by_name = data.model_copy(update={"columns": {}})
+    refusals: dict[str, InputError] = {}
     for name, section in ((n, s) for s in (by_name, data) for n in _OF_ENCODERS):
         try:
             found = TASKS[name].find_format(table.columns, section, table.rows[:PART])
-        except InputError:
+        except InputError as error:
+            refusals[name] = error
             continue
         why = f"the model is an encoder, and the columns are {found.name}; --task names another"
         try:
             return config.with_sections(task=name), why
         except ValidationError as error:
             raise ConfigError(explain(error, {})) from None
+    try:
+        TASKS[config.task].find_format(table.columns, data, table.rows[:PART])
+    except InputError:
+        raise InputError(
+            f"--model {wish.name_or_path} is an encoder, and the columns speak for none of its "
+            f"tasks. {refusals[_OF_ENCODERS[0]]}"
+        ) from None
     return config, ""
