@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,13 @@ def test_a_long_log_makes_a_small_page_with_its_peak() -> None:
     assert max(y for _, y in loss.lines[0].points) == 9.75
     assert loss.lines[0].points[0][0] == 0
     assert loss.lines[0].points[-1][0] == 99_999
+
+
+def test_no_two_ticks_of_a_flat_curve_say_the_same() -> None:
+    run = facts(count=3)
+    records = [{"step": step, "loss": 3.96 + step / 200} for step in range(4)]
+    (chart, *_) = draw_charts([replace(run, records=records)])
+    assert [text for _, text in chart.ticks_y] == ["3.96", "3.965", "3.97", "3.975"]
 
 
 def test_few_points_are_all_there() -> None:

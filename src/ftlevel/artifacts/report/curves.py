@@ -151,7 +151,7 @@ def _chart(name: str, title: str, having: Sequence[tuple[int, RunFacts, list[Poi
         for number, run, points in having
     ]  # fmt: skip
     ticks_x = [(place((x, low_y))[0], f"{x:,.0f}") for x in _ticks(low_x, high_x)]
-    ticks_y = [(place((low_x, y))[1], f"{y:.3g}") for y in _ticks(low_y, high_y)]
+    ticks_y = [(place((low_x, y))[1], f"{y:.6g}") for y in _ticks(low_y, high_y)]
     return Chart(name, title, lines, ticks_x, ticks_y, (low_x, high_x, low_y, high_y))
 
 
