@@ -87,6 +87,11 @@ def check_loadable(stored: dict[str, Any], words: str, device: str) -> None:
             f"{words} is quantized by {method}, which cannot be loaded here: {reason} "
             "Install what it names, or give the original model with --quant 4bit."
         ) from None
+    except (TypeError, AttributeError, LookupError) as error:  # as of a stranger's file
+        raise InputError(
+            f"{words}: quantization_config in its config.json is not one of {method} ({error}). "
+            "Restore the file, or give the original model with --quant 4bit."
+        ) from None
 
 
 def match_quantization(

@@ -15,9 +15,11 @@ import pytest
 import transformers
 
 from ftlevel.artifacts.cards import read_card
+from ftlevel.config import QuantConfig
 from ftlevel.data.encoding.chat import render
 from ftlevel.errors import InputError
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
+from ftlevel.models.quantized import match_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.strangers import patterns, time_limit
 from ftlevel.models.strangers.memory_limit import taking_at_most
@@ -168,6 +170,12 @@ def test_a_config_of_the_hub_is_looked_at_too(
     monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", classmethod(read))
     with pytest.raises(InputError, match="num_hidden_layers in its config is 1,000,000,000"):
         load_config(ModelSource("a/b", "hub", "a/b", local_files_only=True))
+
+
+@pytest.mark.parametrize("lacking", [{"quant_method": "gptq"}, {"quant_method": "awq", "bits": []}])
+def test_a_quantization_that_lacks_a_setting_is_named(lacking: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"--model x.*quantiz"):
+        match_quantization(lacking, QuantConfig(), "--model x", "cpu")
 
 
 @pytest.mark.parametrize(
