@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import time
@@ -43,7 +44,8 @@ def break_processes(lab: Lab, count: int) -> Iterator[Case]:
         elif number_of is not None:
             launcher.kill(number_of)
         elif "rank" in way:
-            ranks[victim].kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it was over meanwhile
+                ranks[victim].kill()
         else:
             launcher.kill()
         yield _judge(lab, words, way, launcher, ranks, run, (*two, *dropout), whole)
