@@ -233,3 +233,4 @@ def test_a_day(
     day = Day(request.getfixturevalue(model), data, told, refused, new, capsys, folder)
     for step in STEPS:
         step(day)
+    assert day.folder.name == "moved", "the last answers came from there"

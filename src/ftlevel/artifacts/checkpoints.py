@@ -34,25 +34,27 @@ def certify(checkpoint: Path) -> None:
 
 def listed(checkpoint: Path) -> set[str]:
     """Return the names in the manifest of `checkpoint`; of one without, none."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        return {str(name) for name in manifest["files"]}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return set()
+    return set(_read_manifest(checkpoint) or ())
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with `checkpoint`, or None if every file is as it was written."""
-    manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
-        return "it was not finished (no manifest)"
+def _read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
+    """Return file → size and digest; None of a manifest that is not there or of another shape."""
     try:
-        listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        files = {name: (int(entry["size"]), entry["sha256"]) for name, entry in listed.items()}
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: (int(entry["size"]), entry["sha256"]) for name, entry in files.items()}
     except (
         OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
         OverflowError,
     ):  # fmt: skip
+        return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with `checkpoint`, or None if every file is as it was written."""
+    if not (checkpoint / MANIFEST).is_file():
+        return "it was not finished (no manifest)"
+    files = _read_manifest(checkpoint)
+    if files is None:
         return "its manifest cannot be read"
     there = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
     unknown = sorted(there - set(files) - {MANIFEST})

@@ -58,7 +58,10 @@ class RunDirectory:
         write_json(self.summary, summary)
 
     def write_answers(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write validation.jsonl: how each validation row was answered."""
+        """Write validation.jsonl: how each validation row was answered; delete it without any."""
+        if not lines:  # those of a former end may be another model's
+            (self.path / ANSWERS).unlink(missing_ok=True)
+            return
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(self.path / ANSWERS, text)
 

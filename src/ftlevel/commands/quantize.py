@@ -212,11 +212,13 @@ def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
         f"{stay / 1e6:,.1f} MB of the {whole / 1e6:,.1f} MB are experts, which stay in {dtype}: "
         "transformers packs linears alone, and reads no packed experts."
     )
+    if config.quant != "4bit":
+        return note
     packed = sum(
         packed_bytes(plan.layout.parameters[name].shape, plan.layout.config)
         for name in packable_experts(build_task_model(plan.model_config, plan.auto_class))
     )
-    if config.quant == "4bit" and packed:
+    if packed:
         note += (
             f" ftlevel train --quant 4bit --model {config.model} packs them while it loads them "
             f"({packed / 1e6:,.1f} MB)."

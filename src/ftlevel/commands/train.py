@@ -287,8 +287,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     origin = origin_of(config, plan, describe_taken(plan, job.taken))
     processes.check_same(everything_of(config, origin))
     going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
-    if (summary := going_on.finished) is not None:
-        return _end_finished(job, summary)
+    if (summary := going_on.finished) is not None and config.output.dir is not None:
+        return _end_finished(job, RunDirectory(config.output.dir), summary)
     before = resident_bytes()
     plan, adapted, asked = ask_and_load(config, plan, listener)
     processes.from_first(
@@ -369,13 +369,11 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
 
 
-def _end_finished(job: _Job, summary: Mapping[str, Any]) -> TrainResult:
+def _end_finished(job: _Job, run: RunDirectory, summary: Mapping[str, Any]) -> TrainResult:
     """Say that a run that was to go on is at its end, and return what it gave."""
-    config = job.taken.config
-    run = RunDirectory(config.output.dir or Path())  # none is finished without a name
     if job.processes.is_first:
         mark_end_once(run.path)
-    job.listener.end({**summary, "nothing_left": describe_end(run, config, summary)})
+    job.listener.end({**summary, "nothing_left": describe_end(run, job.taken.config, summary)})
     return TrainResult(summary, run.path, None, job.plan.model.tokenizer)
 
 

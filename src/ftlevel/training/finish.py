@@ -179,8 +179,7 @@ def write_results(
         summary: of the run.
         lines: how its validation rows were answered; none where that is not known.
     """
-    if lines:
-        run.write_answers(lines)
+    run.write_answers(lines)
     answers, records = sum_up(iter(lines)) if lines else None, run.read_log(summary["steps"])
     facts = RunFacts(run.path.resolve().name, run.path, summary, records, answers)
     write_page([facts], run.report)

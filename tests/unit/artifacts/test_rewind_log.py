@@ -51,3 +51,11 @@ def test_damaged_lines_are_done_without(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"[" * 100_000)
     assert run.read_summary() is None
     assert not is_run(tmp_path)
+
+
+def test_answers_of_a_former_end_do_not_stay(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.write_answers([{"row": 0}])
+    assert (tmp_path / "validation.jsonl").read_text() == '{"row": 0}\n'
+    run.write_answers([])
+    assert not (tmp_path / "validation.jsonl").exists()

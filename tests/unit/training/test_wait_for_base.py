@@ -15,8 +15,9 @@ from ftlevel.training.going_on import identity
 from ftlevel.training.going_on.identity import BaseDigest
 
 
+@pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end", "on_evaluate"])
 def test_a_checkpoint_comes_after_the_digest_of_the_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    event: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slowly(path: Path) -> str:
         time.sleep(0.2)
@@ -26,10 +27,10 @@ def test_a_checkpoint_comes_after_the_digest_of_the_base(
     (tmp_path / "model.safetensors").write_text("x")
     digest = BaseDigest(tmp_path)
     digest.keep(tmp_path)
-    waiting, arguments = WaitForBase(digest.wait), SimpleNamespace()
-    waiting.on_step_end(arguments, TrainerState(), TrainerControl(should_save=False))
+    comes, arguments = getattr(WaitForBase(digest.wait), event), SimpleNamespace()
+    comes(arguments, TrainerState(), TrainerControl(should_save=False))
     assert not (tmp_path / "base.json").exists()
-    waiting.on_step_end(arguments, TrainerState(), TrainerControl(should_save=True))
+    comes(arguments, TrainerState(), TrainerControl(should_save=True))
     assert json.loads((tmp_path / "base.json").read_text()) == {
         "model.safetensors": "of model.safetensors"
     }

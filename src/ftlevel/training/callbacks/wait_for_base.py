@@ -25,4 +25,4 @@ class WaitForBase(TrainerCallback):
         if control.should_save:
             self._wait()
 
-    on_epoch_end = on_step_end
+    on_epoch_end = on_evaluate = on_step_end

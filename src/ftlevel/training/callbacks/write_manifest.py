@@ -34,7 +34,7 @@ class WriteManifest(TrainerCallback):
         if control.should_save and self._processes.is_first:
             check_room_to_save(self._run, told["model"], told["optimizer"])
 
-    on_epoch_end = on_step_end
+    on_epoch_end = on_evaluate = on_step_end
 
     def on_save(
         self,
