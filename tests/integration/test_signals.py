@@ -98,3 +98,54 @@ sys.addaudithook(watch)
     assert process.returncode == code
     assert error.splitlines()[-1] == "ftlevel: interrupted; nothing was kept."
     assert not (tmp_path / "run").exists()
+
+
+def run_as(tmp_path: Path, lines: str) -> subprocess.CompletedProcess[str]:
+    """Run the program in a process in which `lines` were run before."""
+    script = f"import os, signal, sys, time\nfrom ftlevel.cli import app\n{lines}\napp.main()\n"
+    return subprocess.run(
+        [sys.executable, "-c", script, "list-methods"], cwd=tmp_path, text=True, timeout=60,
+        capture_output=True, preexec_fn=as_in_a_terminal, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_when_all_is_said_breaks_nothing_off(tmp_path: Path, name: str) -> None:
+    deletes = f"lambda: os.kill(os.getpid(), signal.{name})"
+    ended = run_as(tmp_path, f"import atexit; atexit.register({deletes})")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "lora" in ended.stdout
+
+
+def test_the_second_signal_at_the_end_ends_it(tmp_path: Path) -> None:
+    ended = run_as(
+        tmp_path,
+        """import atexit
+@atexit.register
+def clean():
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+""",
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_signal_that_comes_where_python_cannot_raise_is_not_lost(tmp_path: Path) -> None:
+    ended = run_as(
+        tmp_path,
+        """class Folder:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+def call(*_):
+    Folder()
+    time.sleep(30)
+    return 0
+
+app._call = call
+""",
+    )
+    assert ended.returncode == 143
+    assert ended.stderr == "ftlevel: interrupted; nothing was kept.\n"

@@ -49,6 +49,26 @@ def outcome(out: str) -> tuple[str, list[tuple[Any, ...]]]:
     return hashlib.sha256(weights).hexdigest(), list(logged.values())
 
 
+@pytest.mark.parametrize("row_number", [1_500, 2_900])
+def test_a_row_between_the_samples_is_not_another_one(
+    row_number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl([row(i) for i in range(3_000)])
+    arguments = [*STREAM, "--dataset", data, "--save-strategy", "steps", "--save-steps", "2"]
+    train(*arguments, "--max-steps", "4")
+    kept = Path("run/checkpoints/rows.json").read_text()
+    before = Path(data).read_text()
+    Path(data).write_text(before.replace(f"say {row_number} please", f"say {row_number} plaese"))
+    again = ["train", "--quiet", "--output-dir", "run", "--resume", "--max-steps", "6"]
+    assert run(again) == 2
+    said = capsys.readouterr().err
+    assert "not the same run: the bytes of the rows are others than when it began: file 1" in said
+    assert "--allow-change data.fingerprint" in said
+    assert run([*again, "--allow-change", "data.fingerprint"]) == 0
+    assert "data.fingerprint of file 1" in capsys.readouterr().err
+    assert Path("run/checkpoints/rows.json").read_text() != kept
+
+
 def test_ctrl_c_and_resuming_give_the_unbroken_run_and_read_nothing_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -69,7 +89,6 @@ def test_ctrl_c_and_resuming_give_the_unbroken_run_and_read_nothing_again(
     step = int(kept.name.partition("-")[2])
     cursor = json.loads((kept / "stream.json").read_text())["cursor"]
     assert 4 * step <= cursor["line"] <= 4 * step + 30 + 64, "a step's rows, a buffer and a part"
-    # What lies before the cursor is not looked at: the first rows are, and they are 1,000.
     assert run(["train", "--quiet", "--output-dir", "broken", "--resume"]) == 0
     assert outcome("broken") == outcome("whole")
     lines = Path(data).read_text(encoding="utf-8").splitlines(keepends=True)

@@ -19,7 +19,7 @@ from ftlevel.artifacts.files import describe_interrupt
 from ftlevel.cli.screens.lasting import discard
 from ftlevel.cli.startup.apart import hush
 from ftlevel.cli.startup.heavy_imports import heavy_imports
-from ftlevel.cli.startup.signals import end_on_signals, exit_code, was_told_to_end
+from ftlevel.cli.startup.signals import end_as_it_is, end_on_signals, exit_code, was_told_to_end
 from ftlevel.cli.typed.completion import completed_command
 from ftlevel.errors import FtlevelError, Interrupted, is_out_of_memory
 from ftlevel.world import is_launched, speaks
@@ -167,7 +167,9 @@ def main() -> None:
     """
     hush()
     end_on_signals(lambda: _end_interrupted(sys.argv[1:]))
-    raise SystemExit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    end_as_it_is(code)
+    raise SystemExit(code)
 
 
 def run(arguments: list[str]) -> int:

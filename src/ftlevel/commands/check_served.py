@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ftlevel.merging.serving.verdict import (
     judge,
     tolerance_of,
 )
+from ftlevel.workspace import Workspace
 
 _SERVER_OF = {"vllm": "vllm", "llama.cpp": "llama.cpp", "mlx": "mlx"}
 _FORMATS = {
@@ -157,7 +157,7 @@ def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
         }
         for adapter in served.adapters
     ]
-    with tempfile.TemporaryDirectory(prefix="ftlevel-base-") as folder:
+    with Workspace("base") as folder:
         base = str(served.facts.get("base") or config.out.resolve())
         if library == "llama.cpp" and not base.endswith(".gguf"):
             file = Path(folder, "base.gguf")

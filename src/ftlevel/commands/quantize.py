@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -60,6 +59,7 @@ from ftlevel.weights.quantize_layout import (
     predict_bytes,
 )
 from ftlevel.weights.quantize_shards import COPIED, write_quantized
+from ftlevel.workspace import Workspace
 
 SUMMARY = "quantization.json"
 
@@ -232,7 +232,7 @@ def _source_files(plan: _Plan) -> Iterator[Path]:
     if plan.source.kind != "gguf":
         yield snapshot(plan.source, COPIED)
         return
-    with tempfile.TemporaryDirectory(prefix="ftlevel-gguf-") as temporary:
+    with Workspace("gguf") as temporary:
         model, _ = load_model(
             plan.source, plan.model_config, plan.auto_class, dtype=plan.layout.dtype, device="cpu"
         )

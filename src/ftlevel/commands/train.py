@@ -23,7 +23,7 @@ from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on, products_of
 from ftlevel.training.callbacks.recovery import describe_left_out
 from ftlevel.training.callbacks.trackers import describe_run, tracking
-from ftlevel.training.callbacks.wait_for_base import WaitForBase
+from ftlevel.training.callbacks.wait_for_bytes import WaitForBytes
 from ftlevel.training.disk import check_room, explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
 from ftlevel.training.finish import (
@@ -37,7 +37,7 @@ from ftlevel.training.finish import (
 from ftlevel.training.forecast.foresight import Foresight, foresee
 from ftlevel.training.forecast.micro_batch import choose_micro_batch
 from ftlevel.training.given import Given, Taken, describe_taken, keep_base, take
-from ftlevel.training.going_on.identity import BaseDigest
+from ftlevel.training.going_on.file_digests import FileDigests, digests_of
 from ftlevel.training.going_on.interrupted import describe_end, describe_stop, telling_what_is_kept
 from ftlevel.training.going_on.origin import everything_of, origin_of
 from ftlevel.training.going_on.resume import (
@@ -298,7 +298,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
     check_shared(run, processes)
     plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
-    digest = _hold(run, plan, held) if processes.is_first else None
+    digests = _hold(run, plan, held) if processes.is_first else ()
     held.enter_context(telling_what_is_kept(run))
     shards = config.train.shard != "none"
     untrained = probe_untrained(adapted, plan) if shards else None
@@ -306,7 +306,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     checkpoint = going_on.checkpoint
     watch = add_callbacks(trainer, config, plan, run, listener, processes, checkpoint)
     go_on(trainer, watch, run, going_on, processes)
-    for callback in (*([WaitForBase(digest.wait)] if digest else []), *job.callbacks):
+    for callback in (WaitForBytes(each.wait for each in digests), *job.callbacks):
         trainer.add_callback(callback)
     if processes.is_first:
         told = describe_run(config.output, resolved_config(config, plan), run, going_on.past)
@@ -377,11 +377,12 @@ def _end_finished(job: _Job, run: RunDirectory, summary: Mapping[str, Any]) -> T
     return TrainResult(summary, run.path, None, job.plan.model.tokenizer)
 
 
-def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack) -> BaseDigest:
-    """Claim the run's directory until `held` ends, and read the base's bytes if they are new."""
+def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack) -> Sequence[FileDigests]:
+    """Claim the run's directory until `held` ends, and read the bytes of its files if new."""
     held.enter_context(claimed(run.path))
     held.enter_context(replacing(run.path))
-    digest = BaseDigest(plan.model.source.path)
-    digest.keep(run.checkpoints)
-    held.callback(digest.wait)
-    return digest
+    digests = digests_of(plan)
+    for each in digests:
+        each.keep(run.checkpoints)
+        held.callback(each.wait)
+    return digests

@@ -8,7 +8,6 @@ under them is memory that is never filled.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ftlevel.methods.lora.mixing import (
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.vocabulary import why_other_vocabulary
+from ftlevel.workspace import Workspace
 
 
 def mix(
@@ -51,7 +51,7 @@ def mix(
         other = why_other_vocabulary(base, directory)
         if other is not None:
             raise InputError(f"{name} cannot be mixed: {other}. Merge it alone.")
-    mixture = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ftlevel-mixture-")))
+    mixture = Path(stack.enter_context(Workspace("mixture")))
     if config.strategy == "cat":
         mix_exactly(directories, weights, mixture)
     else:

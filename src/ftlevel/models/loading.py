@@ -10,7 +10,6 @@ import copy
 import json
 import logging
 import struct
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from ftlevel.models.strangers.directory import check_config
 from ftlevel.models.strangers.errors import FROM_READERS
 from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
 from ftlevel.models.upstream.quantizers import cast_unquantized, keep_trainable_layout
+from ftlevel.workspace import Workspace
 
 _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 """What reading a damaged file raises: a safetensors file, an index of shards, a .gguf."""
@@ -254,7 +254,7 @@ def _load_gguf_quantized(
     transformers reads such a file into full precision only, so that the model is written down once,
     in `dtype`, and read back quantized.
     """
-    with tempfile.TemporaryDirectory(prefix="ftlevel-gguf-") as folder:
+    with Workspace("gguf") as folder:
         model, missing = load_model(source, config, auto_class, dtype=dtype, device="cpu")
         model.save_pretrained(folder, max_shard_size="2GB")
         del model

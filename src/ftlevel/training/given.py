@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.models.in_memory import place_model
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.summary import describe_base
+from ftlevel.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -85,7 +85,7 @@ def take(config: TrainConfig, given: Given, held: ExitStack) -> Taken:
         config = _agreed(config, data=config.data.model_copy(update=names))
     if given.model is None and given.tokenizer is None:
         return Taken(config)
-    folder = held.enter_context(tempfile.TemporaryDirectory(prefix="ftlevel-model-"))
+    folder = held.enter_context(Workspace("model"))
     placed = place_model(given.model, given.tokenizer, config.model, Path(folder))
     sections: dict[str, Any] = {
         "model": config.model.model_copy(update={"name_or_path": placed.name})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ftlevel.data.prepare.parallel import Progress
 from ftlevel.data.prepare.streaming import prepare_stream
 from ftlevel.data.sources.table import Part, Table
 from ftlevel.errors import InputError
+from ftlevel.workspace import Workspace
 
 KEEP_FROM = 1_000
 """Rows from which on a set lies in a file and is kept: below, preparing takes no time."""
@@ -51,7 +51,7 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
         return prepare_stream(config, context)
     key = _key(config, context) if config.cache else None
     if key is None or not is_writable():
-        workspace = tempfile.TemporaryDirectory(prefix="ftlevel-rows-")
+        workspace = Workspace("rows")
         prepared = _prepare(config, context, Path(workspace.name), progress)
         if key is not None:
             why = f"{cache_root()} cannot be written"

@@ -6,8 +6,9 @@ What the stream is at a row is a `StreamState`, from which it goes on without wh
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,11 +147,19 @@ class RowStream:
         held_out: how many rows at the beginning of the source are not for training.
         buffer: rows of the shuffle's buffer.
         seed: of the shuffle.
+        files: local ones that the source reads.
     """
 
     def __init__(
-        self, source: Stream, encode: ChunkEncoder, held_out: int, buffer: int, seed: int
+        self,
+        source: Stream,
+        encode: ChunkEncoder,
+        held_out: int,
+        buffer: int,
+        seed: int,
+        files: Sequence[Path] = (),
     ) -> None:
+        self.files = files
         self._source, self._encode, self._held_out = source, encode, held_out
         self._size, self._seed = buffer, seed
         self._counts: Counter[str] = Counter()

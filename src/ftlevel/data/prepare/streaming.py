@@ -71,8 +71,9 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> Prepared:
         resolved, loaded.format, form, encoder, context.gate(config.gate), may_lose
     )
     stream = RowStream(
-        source.train, encode, config.validation_rows or 0, config.shuffle_buffer, context.seed
-    )
+        source.train, encode, config.validation_rows or 0, config.shuffle_buffer, context.seed,
+        source.files,
+    )  # fmt: skip
     facts = {
         **prepared.facts,
         "streamed": True,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ftlevel.errors import InputError
+from ftlevel.workspace import Workspace
 
 STDIN = "-"
 _MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
@@ -117,8 +118,8 @@ def _new_folder() -> Path:
 
 
 @functools.cache
-def _root() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="ftlevel-rows-")
+def _root() -> Workspace:
+    return Workspace("rows")
 
 
 def _write_copy(open_source: Callable[[], IO[bytes]], copy: Path, shown: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class StreamSource:
     Attributes:
         train: its training rows.
         validation: its validation rows, read; None if it has none.
-        files: local files of the training rows; empty for a remote set.
+        files: local files of the rows; empty for a remote set.
         notes: what was chosen, one sentence each, to be shown.
     """
 
@@ -84,7 +84,8 @@ def open_source(
             check_hub_id(dataset, path)
         return _open_remote(lambda: open_hub_streams(name, subset), split, name, validation_rows)
     if path.is_dir() and is_saved_directory(path):
-        return _open_remote(lambda: open_saved_streams(path), split, dataset, validation_rows)
+        saved = _open_remote(lambda: open_saved_streams(path), split, dataset, validation_rows)
+        return replace(saved, files=tuple(sorted(path.rglob("*.arrow"))))
     if not path.is_dir():
         check_one_file(dataset, split)
         reader = open_stream(dataset, how)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from ftlevel.merging.serving.start import Part, check_command, check_signs, star
 from ftlevel.methods.merging import BY_PEFT_TYPE, why_not_mergeable
 from ftlevel.models.loading import load_model
 from ftlevel.trained.load import Found, load_found
+from ftlevel.workspace import Workspace
 
 _MERGE = "Merge it"
 TEMPLATE = "chat_template.jinja"
@@ -277,7 +277,7 @@ class AdaptersExport:
             entry.found.source, entry.model_config, entry.auto_class,
             dtype=torch.float32, device=device,
         )  # fmt: skip
-        with tempfile.TemporaryDirectory(prefix="ftlevel-normal-") as folder:
+        with Workspace("normal") as folder:
             write_normal(Path(folder), form, entry)
             plain = PeftModel.from_pretrained(fresh, folder).eval()
         found = ask(plain, entry, prompts)

@@ -25,7 +25,8 @@ from ftlevel.methods import METHODS
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.given import Taken
-from ftlevel.training.going_on.identity import BaseDigest, describe_tokenizer
+from ftlevel.training.going_on.file_digests import BASE, ROWS, FileDigests, digests_of
+from ftlevel.training.going_on.identity import describe_tokenizer
 from ftlevel.training.going_on.origin import check_same_run, read_origin, read_origin_file
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
@@ -47,8 +48,8 @@ def check_base_stays(config: TrainConfig) -> None:
     if before is None or run is None:
         return
     source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
-    expected, found = before.get(_FINGERPRINT), describe_base(source)["fingerprint"]
-    is_free = _FINGERPRINT in config.output.allow_change
+    expected, found = before.get(BASE), describe_base(source)["fingerprint"]
+    is_free = BASE in config.output.allow_change
     if expected is not None and found is not None and found != expected and not is_free:
         raise ConfigError(
             f"--resume {run}: it was begun on {before.get('model.name_or_path')} with weights "
@@ -122,8 +123,6 @@ def check_base_outlives(config: TrainConfig, plan: Plan) -> None:
         )
 
 
-_FINGERPRINT = "model.fingerprint"
-
 _LENGTH = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
 """These may be others than they were: a run can be made longer."""
 
@@ -183,7 +182,8 @@ def find_going_on(
     changes = _allowed_changes(config, before, origin)
     accepted |= {change["field"]: change["is"] for change in changes}
     check_same_run(run, {**before, **accepted}, origin)
-    changes += _changes_of_base(config, run, plan, listener)
+    for digests in digests_of(plan):
+        changes += _changes_of_files(config, run, digests, listener)
     summary = run.read_summary()
     was_planned = summary and summary.get("planned_steps", summary["steps"])
     if summary is not None and not lengths and was_planned == steps:
@@ -254,8 +254,9 @@ def open_or_go_on(
                 f"{change['field']} is {change['is']!r} from here on, was {change['was']!r}"
             )
         run.write_changes(step_of(going_on.checkpoint), going_on.changes)
-        if any(change["field"].startswith(_FINGERPRINT) for change in going_on.changes):
-            BaseDigest.forget(run.checkpoints)
+        for digests in digests_of(plan):
+            if any(change["field"].startswith(digests.field) for change in going_on.changes):
+                digests.forget(run.checkpoints)
     else:
         run, kept = open_run(
             output.dir, default_name(config), overwrite=output.overwrite, resume=output.resume
@@ -294,37 +295,37 @@ def _allowed_changes(
     ]
 
 
-def _changes_of_base(
-    config: TrainConfig, run: RunDirectory, plan: Plan, listener: Listener
+def _changes_of_files(
+    config: TrainConfig, run: RunDirectory, digests: FileDigests, listener: Listener
 ) -> list[dict[str, Any]]:
-    """Return what bytes of the base are others than when the run began, and may be.
+    """Return what bytes of the files are others than when the run began, and may be.
 
     Raises:
-        ConfigError: naming its files; they may not.
+        ConfigError: naming the files; they may not.
     """
-    changed = BaseDigest(plan.model.source.path).changes(run.checkpoints)
+    changed = digests.changes(run.checkpoints)
     if changed is None:
         listener.warn(
-            f"--resume {run.path}: what bytes its base had when it began is not known any more "
-            "(checkpoints/base.json), so only samples of them are compared"
+            f"--resume {run.path}: what bytes {digests.words} had when it began is not known any "
+            f"more (checkpoints/{digests.kept}), so only samples of them are compared"
         )
-    elif changed and _FINGERPRINT not in config.output.allow_change:
+    elif changed and digests.field not in config.output.allow_change:
         shown = listing(f"{n} was {was} and is {now}" for n, (was, now) in changed.items())
         raise ConfigError(
-            f"--resume {run.path}: not the same run: the bytes of {plan.model.source.words} are "
-            f"others than when it began: {shown} (SHA-256). Restore them, start anew in another "
-            f"--output-dir, or let them change: --allow-change {_FINGERPRINT}"
+            f"--resume {run.path}: not the same run: the bytes of {digests.words} are others than "
+            f"when it began: {shown} (SHA-256). Restore them, start anew in another --output-dir, "
+            f"or let them change: --allow-change {digests.field}"
         )
     return [
-        {"field": f"{_FINGERPRINT} of {name}", "was": was, "is": now}
+        {"field": f"{digests.field} of {name}", "was": was, "is": now}
         for name, (was, now) in (changed or {}).items()
     ]
 
 
 _CONTENT = {
-    "model.name_or_path": _FINGERPRINT,
-    "data.dataset": "data.fingerprint",
-    "data.also": "data.fingerprint",
+    "model.name_or_path": BASE,
+    "data.dataset": ROWS,
+    "data.also": ROWS,
     "data.validation_file": "data.validation_fingerprint",
 }
 """What may have another name, and what says that it is the same."""

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import gc
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from ftlevel.training.fast_step import speed_up
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.reference.fill import Reference, fill_rows, needs_reference
+from ftlevel.workspace import Workspace
 
 
 def ask_reference(
@@ -48,7 +48,7 @@ def ask_reference(
     with contextlib.ExitStack() as held:
         ask = functools.cache(lambda: held.enter_context(loaded(another, plan, listener)))
         plan, facts = fill_rows(config, plan, another.name, key, ask, listener)
-    kept = tempfile.TemporaryDirectory(prefix="ftlevel-reference-")
+    kept = Workspace("reference")
     beside = (config.output.dir or Path("runs/run")) / "adapter"
     another.write(Path(kept.name), beside)
     return plan, Reference({**facts, "fingerprint": another.fingerprint}, kept)

