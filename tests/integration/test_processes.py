@@ -207,6 +207,33 @@ def test_a_killed_process_ends_the_run_in_a_line(
     assert f"the process of rank {rank} was killed" in error
 
 
+@pytest.mark.parametrize(("what", "code", "said"), [
+    ("SIGTERM", 143, "interrupted"), ("SIGINT", 130, "interrupted"),
+    ("a rank", 1, "the process of rank 1 was killed"),
+])  # fmt: skip
+def test_what_ends_before_there_is_a_run_says_so(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, what: str, code: int, said: str
+) -> None:
+    """The processes import torch for seconds, and take signals from their first lines on."""
+    launcher = subprocess.Popen(
+        command(tiny_model_dir("llama"), rows, tmp_path / "run", "--num-processes", "2"),
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(found := psutil.Process(launcher.pid).children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1)
+    if what == "a rank":
+        max(found, key=lambda process: int(process.environ()["RANK"])).kill()
+    else:
+        launcher.send_signal(getattr(signal, what))
+    _, error = launcher.communicate(timeout=60)
+    assert (launcher.returncode, "Traceback" in error) == (code, False), error
+    assert said in error
+    assert not any(is_alive(process) for process in found)
+
+
 def test_no_process_outlives_its_launcher(
     tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:

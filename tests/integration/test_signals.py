@@ -52,6 +52,19 @@ def test_a_run_is_ended_after_its_step(tmp_path: Path, name: str, code: int) -> 
     assert len(list((tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json"))) == 1
 
 
+def test_the_second_signal_ends_a_run_at_once_with_its_own_code(tmp_path: Path) -> None:
+    process = start(tmp_path, "train", *LONG, "--output-dir", "run")
+    wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)  # two of one kind that wait are one
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "Traceback" not in error
+    assert "interrupted" in error
+
+
 def test_a_warning_makes_a_checkpoint_and_the_run_goes_on(tmp_path: Path) -> None:
     process = start(tmp_path, "train", *LONG, "--output-dir", "run")
     wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from ftlevel.config import SPECS, build_config, read_settings
-from ftlevel.errors import ConfigError
-from ftlevel.methods import METHODS, Base
+from ftlevel.errors import ConfigError, FtlevelError
+from ftlevel.methods import METHODS, Base, lora
+from ftlevel.models import targets as model_targets
 from ftlevel.models.targets import find_heads
 from ftlevel.training.plan.method_targets import find_method_targets
 from unit.models.meta_models import build, has_model
@@ -148,6 +150,19 @@ def test_what_does_not_fit_the_model(kind, fields, text):
     with pytest.raises(ConfigError) as caught:
         targets("llama", kind, **fields)
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("place", "fields"),
+    [(lora, {"rank_pattern": {r"(\w+\.?)+x": 4}}), (lora, {"alpha_pattern": {r"(\w+\.?)+x": 4}}),
+     (model_targets, {"target_modules": r"(\w+\.?)+x"})],
+)  # fmt: skip
+def test_patterns_of_a_run_end(monkeypatch, place, fields):
+    monkeypatch.setattr(place, "_SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(FtlevelError, match=r"it took more than 0\.2 s"):
+        targets("llama", "lora", **fields)
+    assert time.monotonic() - began < 10
 
 
 def test_layers_to_transform():
