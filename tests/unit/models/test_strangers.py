@@ -186,6 +186,7 @@ def test_a_quantization_that_lacks_a_setting_is_named(lacking: dict[str, Any]) -
         ("{{ 1/0 }}", "division by zero"),
         ("{{ 'a' * 10 ** 11 }}", "MemoryError"),
         ("{{ [1] * 10 ** 10 }}", "MemoryError"),
+        ("{{ ('a' * (2 * 10 ** 9)) | length }}", "MemoryError"),  # which a machine has
         ("{{ messages.nothing.at_all }}", "nothing"),
         ("{{ messages[99]['role'] }}", ""),
     ],
