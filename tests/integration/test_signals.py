@@ -124,10 +124,18 @@ def run_as(tmp_path: Path, lines: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_when_all_is_said_breaks_nothing_off(tmp_path: Path, name: str) -> None:
-    deletes = f"lambda: os.kill(os.getpid(), signal.{name})"
-    ended = run_as(tmp_path, f"import atexit; atexit.register({deletes})")
+    ended = run_as(
+        tmp_path,
+        f"""import atexit
+@atexit.register
+def clean():
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(0.01)
+    print("deleted whole")
+""",
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "lora" in ended.stdout
+    assert ended.stdout.endswith("deleted whole\n")
 
 
 def test_the_second_signal_at_the_end_ends_it(tmp_path: Path) -> None:
@@ -162,3 +170,27 @@ app._call = call
     )
     assert ended.returncode == 143
     assert ended.stderr == "ftlevel: interrupted; nothing was kept.\n"
+
+
+def test_answers_that_are_in_place_are_named(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("say a word\n")
+    script = """import os, signal, sys
+from ftlevel.artifacts import files
+from ftlevel.cli import app
+flush = files.flush
+def stopping(path):
+    flush(path)
+    if path.is_dir():
+        os.kill(os.getpid(), signal.SIGTERM)
+files.flush = stopping
+app.main()
+"""
+    arguments = ["generate", "builtin:tiny-llama", "--prompts", "prompts.txt", "--out",
+                 "answers.jsonl", "--max-new-tokens", "2"]  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=tmp_path, text=True, timeout=120,
+        capture_output=True, preexec_fn=as_in_a_terminal, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 143, ended.stderr
+    assert "answers.jsonl was written before that, and is whole." in ended.stderr
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1

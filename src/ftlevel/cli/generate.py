@@ -46,7 +46,7 @@ def generate(
     from ftlevel.cli.screens.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
-        from ftlevel.artifacts.files import check_absent, write_text
+        from ftlevel.artifacts.files import check_absent, placed_files
 
         with heavy_imports():
             from ftlevel.commands.generate import answer_all
@@ -60,7 +60,8 @@ def generate(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json_module.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_text(out, text)
+        with placed_files(out) as folder:
+            (folder / out.name).write_text(text, encoding="utf-8")
     if as_json:
         typer.echo(json_module.dumps({"answers": lines}))
     elif out is not None:
