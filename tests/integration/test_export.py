@@ -163,7 +163,7 @@ REFUSED = [
     ("t5", {}, [], "t5 is not among the families"),
     ("gemma3_text", {}, [], "do not alternate five"),
     ("qwen2", {}, ["--out", "x.bin"], "x.bin does not end in .gguf"),
-    ("qwen2", {}, ["--outtype", "q4_0"], "--outtype"),
+    ("qwen2", {}, ["--outtype", "q4_k"], "--outtype"),
     ("qwen2", {}, ["--format", "onnx"], "--format"),
 ]
 

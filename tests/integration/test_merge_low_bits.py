@@ -103,6 +103,27 @@ def test_every_pair_keeps_what_was_trained(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base", ["float", "4-bit", "gguf"])
+def test_a_gguf_in_4_bits_keeps_what_was_trained(base: str, runs: Runs, tmp_path: Path) -> None:
+    source, found = runs(base, "lora"), {}
+    for rows in (0, 20):
+        path = tmp_path / f"{rows}.gguf"
+        check = export_to(str(path), source, outtype="q4_0", calibration_rows=rows).summary["check"]
+        found[rows] = check["beside_run"]["kl"]
+    assert found[20] < 0.5 * found[0]
+    # transformers reads the file with gguf's own code, without ftlevel.
+    merge(MergeConfig(adapters=[str(source)], output_dir=tmp_path / "whole",
+                      onto="dequantized" if base == "4-bit" else "auto"))  # fmt: skip
+    chosen, rounded = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=name).eval()
+        for name in ("20.gguf", "0.gguf")
+    )
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    place = tmp_path / "whole"
+    assert kl(reference, chosen, place) < kl(reference, rounded, place)
+
+
+@pytest.mark.slow
 def test_it_is_nearer_to_plain_peft_than_merging_as_peft_does(runs: Runs, tmp_path: Path) -> None:
     """The reference is PEFT's model on bitsandbytes' base, without ftlevel."""
     source = runs("4-bit", "lora")

@@ -18,13 +18,23 @@ from ftlevel.artifacts.files import (
 )
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.commands.merge import merge
+from ftlevel.commands.merge import ask_trained, how_onto, merge
 from ftlevel.config import ExportConfig, MergeConfig
 from ftlevel.config.commands.export import FORMATS
 from ftlevel.errors import ConfigError, InputError, listing
+from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
+from ftlevel.evaluation.two_models.on_rows import Probe
 from ftlevel.events import Listener, Silence
-from ftlevel.merging.formats.base import plan_export
-from ftlevel.merging.merge_input import card_of_peft, find_adapter, is_known_task
+from ftlevel.merging.formats.base import Merged, plan_export
+from ftlevel.merging.gguf_codes import choose_gguf_codes
+from ftlevel.merging.merge_input import (
+    card_of_peft,
+    choose_rows,
+    find_adapter,
+    is_known_task,
+    resolve_merge_input,
+)
+from ftlevel.merging.merged_model import open_merger
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.sources import check_revision, resolve_source
@@ -32,6 +42,7 @@ from ftlevel.trained.adapter_set import find_adapters
 from ftlevel.trained.adapterhub import is_adapterhub
 from ftlevel.trained.load import Found, find_trained
 from ftlevel.trained.plain_peft import ADAPTER_CONFIG
+from ftlevel.weights.gguf.blocks import GRIDS
 
 
 @dataclass(frozen=True)
@@ -155,10 +166,11 @@ def _find_one(config: ExportConfig, name: str, device: str) -> Found:
     return replace(found, card=replace(found.card, labels=labels))
 
 
-def _merge(config: ExportConfig, found: Found, directory: Path) -> Mapping[str, Any]:
+def _merge(config: ExportConfig, found: Found, directory: Path) -> Merged:
     """Merge the adapter into `directory`; unmeasured, onto the weights that it was trained on."""
     kind = found.card.quantization.get("kind", "none")
-    onto = "auto" if config.verify or kind == "none" else "dequantized"
+    rounds = config.outtype in GRIDS
+    onto = "auto" if kind == "none" or (config.verify and not rounds) else "dequantized"
     merging = MergeConfig(
         adapters=[config.model],
         output_dir=directory,
@@ -167,4 +179,28 @@ def _merge(config: ExportConfig, found: Found, directory: Path) -> Mapping[str, 
         device=config.device,
         base_model=config.base_model,
     )
-    return merge(merging, listener=Silence()).summary
+    summary = merge(merging, listener=Silence()).summary
+    if not rounds:
+        return Merged(summary)
+    inputs = resolve_merge_input(merging)
+    chooses = config.outtype == "q4_0" and config.calibration_rows
+    rows = choose_rows(inputs, merging.rows, config.calibration_rows if chooses else 0)
+    probe, calibration = (
+        Probe(part, inputs.objective, inputs.tokenizer.pad_token_id or 0, inputs.device)
+        for part in (rows.compared, rows.calibration)
+    )
+    beside = None
+    if config.verify:
+        trained, _ = ask_trained(inputs, probe)
+
+        def beside(model: Any) -> Agreement:
+            return compare_rows(trained, probe.score(model, inputs.dtype))
+
+    if not chooses:
+        return Merged(summary, beside_run=beside)
+    merger = open_merger(inputs, *how_onto(merging, inputs, summary["onto"]))
+    return Merged(
+        summary,
+        choose_gguf_codes(directory, inputs, merger, calibration, config.outtype),
+        beside,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ftlevel.merging.mixture import mix
 from ftlevel.merging.verify import Candidate, check, measure
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import keep_heads, quiet_libraries
-from ftlevel.models.quantization import build_quantization_config, build_rounding
+from ftlevel.models.quantization import Rounding, build_quantization_config, build_rounding
 
 
 @dataclass(frozen=True)
@@ -219,21 +219,24 @@ def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
 def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, directory: Path) -> Candidate:
     """Write the adapter merged onto the `original` or the `dequantized` weights."""
     directory.mkdir()
+    return Candidate(
+        onto, directory, *write_merged(directory, inputs, *how_onto(config, inputs, onto))
+    )
+
+
+def how_onto(
+    config: MergeConfig, inputs: MergeInput, onto: str
+) -> tuple[str | None, Callable[[Any], Rounding] | None]:
+    """Return type and rounding of the weights that are merged into, as of `write_merged`."""
     dtype: str | None = None if config.dtype == "auto" else config.dtype
     if inputs.source.kind == "gguf":  # its numbers have no type of their own
         dtype = dtype or inputs.dtype
     if onto == "original":
-        return Candidate(onto, directory, *write_merged(directory, inputs, dtype, None))
+        return dtype, None
     compute = DTYPES[inputs.dtype]
     quantization = build_quantization_config(inputs.quant, compute, inputs.card.heads)
     kept = keep_heads(quantization, inputs.config, inputs.auto_class)
-    written = write_merged(
-        directory,
-        inputs,
-        dtype or inputs.dtype,
-        lambda model: build_rounding(model, kept, compute),
-    )
-    return Candidate(onto, directory, *written)
+    return dtype or inputs.dtype, lambda model: build_rounding(model, kept, compute)
 
 
 def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:

@@ -133,7 +133,7 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("quant", "", WRITE, ("merge",)),
     Flag("quant_type", "", WRITE, ("merge",)),
     Flag("double_quant", "", WRITE, ("merge",)),
-    Flag("calibration_rows", "", WRITE, ("merge",)),
+    Flag("calibration_rows", "", WRITE, ("merge", "export")),
     Flag("weights", "", "Mixture", ("merge",)),
     Flag("strategy", "", "Mixture", ("merge",)),
     Flag("density", "", "Mixture", ("merge",)),

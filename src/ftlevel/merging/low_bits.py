@@ -62,6 +62,7 @@ class CodeChooser:
         turned: linear → whether its weight is (in, out), as Conv1D has it.
         dtype: in which the weights are loaded before they are quantized.
         moments: of the linears' inputs; None rounds without looking at them.
+        fits_scales: whether scales are chosen by the moments, too.
         sums: as of `LowBits` (mutated).
     """
 
@@ -71,21 +72,27 @@ class CodeChooser:
     turned: dict[str, bool]
     dtype: torch.dtype
     moments: InputMoments | None
+    fits_scales: bool = False
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __call__(
         self, linear: str, written: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return codes and scales of a linear; None where its blocks are not whole."""
-        if not self.grid.fits(written.shape):
-            return None
+        return self.choose(linear) if self.grid.fits(written.shape) else None
+
+    def choose(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes and scales of a linear of whole blocks."""
         origin = self._turn(self.origin.unrounded(f"{linear}.weight"), linear)
         if not self.target.adapts(f"{linear}.weight"):
             origin = origin.to(self.dtype).float()  # as it was quantized for training
-        scales = self.grid.scales_of(origin)
+        moment = self.moments.of(linear) if self.moments else None
+        if moment is not None and self.fits_scales:
+            scales = self.grid.fitted_scales(origin, moment)
+        else:
+            scales = self.grid.scales_of(origin)
         stored = self.grid.stored(scales)
         codes = self.grid.nearest(origin, scales)
-        moment = self.moments.of(linear) if self.moments else None
         if moment is not None:
             weight = self._turn(self.target.unrounded(f"{linear}.weight"), linear)
             change = weight - self._turn(self.target.base(f"{linear}.weight"), linear)

@@ -28,6 +28,7 @@ SWEEPS = 3
 DIRECTIONS = 16
 """Outputs' directions in which the change must arrive whole."""
 _COLUMNS = 64
+_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,29 @@ class Grid:
         """Return the scale of each block of `weight`: its largest is the largest value."""
         return self._blocks(weight).abs().amax(-1) / self.values.abs().max()
 
+    def fitted_scales(self, weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+        """Return for each block the scale with the least error of its nearest values.
+
+        Each input counts as it does in H alone, without the others: a few factors of `scales_of`
+        are tried, with which the largest weights are cut off.
+
+        Args:
+            weight: (out, in).
+            moment: (in, in): H.
+        """
+        whole, counts = self.scales_of(weight), moment.diagonal()
+        best, least = whole, torch.full_like(whole, torch.inf)
+        for factor in _FACTORS:
+            scales = self.stored(whole * factor)
+            missing = weight - self.value(self.nearest(weight, scales), scales)
+            error = self._blocks(missing.square() * counts).sum(-1)
+            best = torch.where(error < least, whole * factor, best)
+            least = torch.minimum(error, least)
+        return best
+
     def nearest(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return for each weight the code that is nearest to it."""
-        scaled = self._blocks(weight) / scales.clamp(min=1e-38).unsqueeze(-1)
+        scaled = self._blocks(weight) / _not_zero(scales).unsqueeze(-1)
         return torch.bucketize(scaled, self._midpoints()).view(weight.shape)
 
     def value(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -132,7 +153,7 @@ def improve_codes(
         moment: (in, in): H.
         grid: what the codes stand for.
     """
-    spread = grid.spread(scales, weight.shape).clamp(min=1e-38)
+    spread = _not_zero(grid.spread(scales, weight.shape))
     values, codes = grid.values[codes] * spread, codes.clone()
     moment = damped(moment)
     pull = (weight - values) @ moment
@@ -148,6 +169,10 @@ def improve_codes(
             own[j + 1 :].addr_(near[j, j + 1 :], moved[j])
         pull.addmm_(moved.T, moment[here])
     return codes
+
+
+def _not_zero(scales: torch.Tensor) -> torch.Tensor:
+    return torch.where(scales == 0, 1e-38, scales)
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -77,10 +77,16 @@ class ExportConfig(HubSection):
         "and LM Studio; adapterhub a bottleneck adapter for AdapterHub's adapters. auto is what "
         "--for needs, or gguf.",
     )
-    outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = Field(
+    outtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
         "auto",
-        description="Type of the matrices; q8_0 is 8 bits in blocks of 32. auto keeps the model's "
+        description="Type of the matrices; q8_0 is 8 bits in blocks of 32, q4_0 4 bits, of which "
+        "a run's codes are chosen so that its layers give what was trained. auto keeps the model's "
         "own. Vectors and norms stay in float32.",
+    )
+    calibration_rows: Annotated[int, Field(ge=0)] = Field(
+        128,
+        description="Rows of the run's training data on which the layers' outputs count where "
+        "codes of q4_0 are chosen; 0 rounds each weight by itself.",
     )
     out: Path = Field(
         description="File to write, FILE.gguf, with FILE.Modelfile beside it; for the other "

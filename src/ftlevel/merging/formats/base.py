@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ftlevel.config import ExportConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.commands.export import FORMATS
+from ftlevel.evaluation.two_models.compare import Agreement
 from ftlevel.events import Listener
 from ftlevel.trained.load import Found
+from ftlevel.weights.gguf.blocks import Codes
 
-MergeAdapter = Callable[[Path], Mapping[str, Any]]
-"""Merges the adapter that is exported into its base, in a directory; returns merge's summary."""
+ChooseCodes = Callable[[str], Codes]
+"""Name of a weight of the model → its codes, (out, in)."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What merging the adapter that is exported gave.
+
+    Attributes:
+        summary: merge's.
+        choose: chooses the codes of the merged weights; None where they are rounded.
+        beside_run: the model as it is read back → how far it is from the run as trained; None where
+            that is not measured.
+    """
+
+    summary: Mapping[str, Any]
+    choose: ChooseCodes | None = None
+    beside_run: Callable[[Any], Agreement] | None = None
+
+
+MergeAdapter = Callable[[Path], Merged]
+"""Merges the adapter that is exported into its base, in a directory."""
 
 
 class Export(Protocol):

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import library_versions
+from ftlevel.artifacts.merge_card import how_near
 from ftlevel.config import ExportConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import InputError
 from ftlevel.events import Listener
-from ftlevel.merging.formats.base import MergeAdapter
+from ftlevel.merging.formats.base import MergeAdapter, Merged
 from ftlevel.merging.formats.gguf_check import Checked, Original, check_file
 from ftlevel.merging.formats.ollama import Prompting, find_prompting, modelfile
 from ftlevel.merging.serving.whole import record_whole, start_of
@@ -123,7 +124,7 @@ class GgufExport:
     ) -> dict[str, Any]:
         """Write both files into `place`, and compare; return the summary."""
         config, source, model_config = self.config, self.found.source, self.model_config
-        vocabulary, merged = self.vocabulary, None
+        vocabulary, merged = self.vocabulary, Merged({})
         if self.found.directory is not None:
             listener.stage("merge the adapter")
             directory = place / "merged"
@@ -133,7 +134,7 @@ class GgufExport:
             vocabulary = read_vocabulary(self.tokenizer, model_config.vocab_size)
         checkpoint = _open(source, model_config)
         outtype = own_outtype(checkpoint) if config.outtype == "auto" else config.outtype
-        tensors = plan_tensors(checkpoint, model_config, outtype)
+        tensors = plan_tensors(checkpoint, model_config, outtype, merged.choose)
         listener.stage(f"write {len(tensors):,} tensors")
         listener.begin(len(tensors))
         path = place / config.out.name
@@ -144,16 +145,19 @@ class GgufExport:
             listener.stage("read the file back and compare")
             tokens = config.verify_tokens
             original = Original(source, model_config, self.tokenizer, device, tokens)
-            checked = check_file(path, outtype, tensors, vocabulary, original)
+            checked = check_file(path, outtype, tensors, vocabulary, original, merged.beside_run)
         text = modelfile(config.out.name, self.prompting)
         (place / _modelfile(config).name).write_text(text, encoding="utf-8")
         if config.recorded:
             listener.stage("record its answers")
-            record_whole(place / config.outputs[2].name, config, self.found, source, outtype,
-                         device)  # fmt: skip
+            # In 4 bits a server must answer as the file does, whose way from the run is told above.
+            own = source if outtype != "q4_0" else _as_source(path)
+            record_whole(place / config.outputs[2].name, config, self.found, own, outtype, device)
         return self._summary(outtype, tensors) | {
             "size_bytes": path.stat().st_size,
-            "merged": merged and {key: merged[key] for key in ("onto", "verified", "agreement")},
+            "merged": {key: merged.summary[key] for key in ("onto", "verified", "agreement")}
+            if merged.summary
+            else None,
             "verified": checked is not None,
             "check": checked and _facts(checked),
         }
@@ -202,6 +206,10 @@ class GgufExport:
             yield from (f"  {command}" for command in summary["start"])
 
 
+def _as_source(path: Path) -> ModelSource:
+    return ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
+
+
 def _modelfile(config: ExportConfig) -> Path:
     return config.outputs[1]
 
@@ -246,6 +254,7 @@ def _facts(checked: Checked) -> dict[str, Any]:
     return {
         "beside_rounded": asdict(checked.file),
         "beside_model": asdict(checked.model),
+        "beside_run": checked.run and asdict(checked.run),
         "settings_of_the_model": checked.own_settings,
         "texts": checked.texts,
         "splitting_read": checked.splitting,
@@ -262,6 +271,8 @@ def _check_lines(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterat
         f"beside the model itself: KL {model['kl']:.2g}, top-1 {model['top1']:.1%}, "
         f"loss {model['loss']:.4f} (the model {model['loss_reference']:.4f})"
     )
+    if (run := check["beside_run"]) is not None:
+        yield f"beside the run as trained, on its rows: {how_near(run)}"
     if check["settings_of_the_model"]:
         own_settings = ", ".join(check["settings_of_the_model"])
         yield f"transformers does not read {own_settings} from a .gguf; the model's own was used"

@@ -7,7 +7,7 @@ measured beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ftlevel.models.kinds import max_positions
 from ftlevel.models.loading import load_config, load_model, load_tokenizer
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
+from ftlevel.weights.gguf.blocks import GRIDS
 from ftlevel.weights.gguf.file import Tensor, weights_as_written
 from ftlevel.weights.gguf.vocabulary import READ_BY_TRANSFORMERS, Vocabulary
 
@@ -57,6 +58,7 @@ class Checked:
     Attributes:
         file: the file beside the model with weights rounded by torch; it is right.
         model: the file beside the model as it is: what rounding costs.
+        run: the file beside the run as trained, on the run's rows; None where it was not asked.
         own_settings: settings that transformers' reader leaves out; they were taken from the model.
         texts: how many texts gave the same tokens.
         splitting: whether transformers splits text as the file says; else the model's own
@@ -65,6 +67,7 @@ class Checked:
 
     file: Agreement
     model: Agreement
+    run: Agreement | None
     own_settings: list[str]
     texts: int
     splitting: bool
@@ -95,9 +98,14 @@ class Original:
 
 
 def check_file(
-    path: Path, outtype: str, tensors: Sequence[Tensor], vocabulary: Vocabulary, original: Original
+    path: Path,
+    outtype: str,
+    tensors: Sequence[Tensor],
+    vocabulary: Vocabulary,
+    original: Original,
+    beside_run: Callable[[Any], Agreement] | None = None,
 ) -> Checked:
-    """Compare the file at `path` with its original.
+    """Compare the file at `path` with its original, and with the run, by `beside_run`.
 
     Raises:
         RunError: it is not the same model, rounded, or not the same tokenizer.
@@ -123,7 +131,8 @@ def check_file(
             f"top-1 {file.top1:.1%}). Nothing is kept. Please report this with the command."
         )
     splitting = vocabulary.pre in READ_BY_TRANSFORMERS
-    return Checked(file, compare_rows(reference, found), own_settings, texts, splitting)
+    run = beside_run(model) if beside_run else None
+    return Checked(file, compare_rows(reference, found), run, own_settings, texts, splitting)
 
 
 def _probe(original: Original) -> Probe:
@@ -144,8 +153,8 @@ def _ask_original(
     probe: Probe, outtype: str, tensors: Sequence[Tensor], original: Original
 ) -> tuple[Scores, Scores]:
     """Return what the original says, and what it says with weights as the file rounds them."""
-    # A block's scale is not a number of 16 bits: what is rounded to q8_0 needs float32 to be held.
-    dtype = torch.float32 if outtype == "q8_0" else original.dtype
+    # A block's scale is not a number of 16 bits: what is rounded so needs float32 to be held.
+    dtype = torch.float32 if outtype in GRIDS else original.dtype
     model, _ = load_model(
         original.source, original.config, _CLASS, dtype=dtype, device=original.device
     )

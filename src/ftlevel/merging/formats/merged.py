@@ -83,7 +83,7 @@ class MergedExport:
         """Write the merged model into `place`; return the summary."""
         listener.stage("merge the adapter")
         inside = place / "merged"
-        merged = merge(inside)
+        merged = merge(inside).summary
         for path in sorted(inside.iterdir()):
             path.rename(place / path.name)
         inside.rmdir()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,17 @@ from gguf.quants import quantize
 
 from ftlevel.errors import InputError, RunError, listing
 from ftlevel.weights.checkpoint import Checkpoint
+from ftlevel.weights.gguf.blocks import BLOCK, GRIDS, Codes, round_to_blocks
 from ftlevel.weights.gguf.families import FAMILIES, convert, extra_tensors
 
-BLOCK = 32  # numbers that share a scale in q8_0
 OUTTYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
+
 _STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _QUANTIZATION_VERSION = 2
 
@@ -50,6 +53,9 @@ class Tensor:
         outtype: what it is written as, a key of `OUTTYPES`.
         transposed: whether the model has it the other way round.
         read: gives it, in the file's orientation.
+        codes: those that were chosen for it, in the order of the model's rows; None where it is
+            rounded.
+        arrange: puts the model's rows in the file's order.
     """
 
     name: str
@@ -58,6 +64,8 @@ class Tensor:
     outtype: str
     transposed: bool
     read: Callable[[], torch.Tensor]
+    codes: Callable[[], Codes] | None = None
+    arrange: Callable[[torch.Tensor], torch.Tensor] = torch.clone
 
     @property
     def nbytes(self) -> int:
@@ -76,8 +84,16 @@ def own_outtype(checkpoint: Checkpoint) -> str:
     return _STORED.get(checkpoint.spec(name).dtype, "f32")
 
 
-def plan_tensors(checkpoint: Checkpoint, config: Any, outtype: str) -> list[Tensor]:
+def plan_tensors(
+    checkpoint: Checkpoint, config: Any, outtype: str, choose: Callable[[str], Codes] | None = None
+) -> list[Tensor]:
     """Return the tensors of the file in order; nothing is read.
+
+    Args:
+        checkpoint: the model's weights.
+        config: of the model.
+        outtype: what matrices are written as.
+        choose: name of a weight of `outtype` → its codes, (out, in); None rounds.
 
     Raises:
         InputError: the model has one that the architecture has no place for, or lacks one.
@@ -94,7 +110,11 @@ def plan_tensors(checkpoint: Checkpoint, config: Any, outtype: str) -> list[Tens
         if name is None:
             lost.append(source)
             continue
-        planned.append(_plan(checkpoint, config, source, name, outtype))
+        tensor = _plan(checkpoint, config, source, name, outtype)
+        if choose is not None and tensor.outtype == outtype:
+            arrange = partial(convert, config, name, is_conv1d=False)
+            tensor = replace(tensor, codes=partial(choose, source), arrange=arrange)
+        planned.append(tensor)
     if lost:
         raise InputError(
             f"{listing(lost, 3)}: llama.cpp's {FAMILIES[config.model_type].architecture} has no "
@@ -117,8 +137,10 @@ def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: 
     shape = shape[::-1] if transposed else shape
     if len(shape) == 1 or name.startswith(("position_embd", "rope_")) or "_norm" in name:
         outtype = "f32"
-    elif outtype == "q8_0" and shape[-1] % BLOCK:
+    elif outtype in GRIDS and shape[-1] % BLOCK:
         outtype = "f16"
+    elif outtype == "q4_0" and name.startswith(("token_embd", "output.")):
+        outtype = "q8_0"  # as llama.cpp keeps them finer: what they lose, every token loses
 
     def read() -> torch.Tensor:
         return convert(config, name, checkpoint.read(source), is_conv1d=transposed)
@@ -162,7 +184,7 @@ def write_gguf(
 def file_keys(outtype: str) -> dict[str, Any]:
     """Return the keys that say what most tensors are written as."""
     keys: dict[str, Any] = {"general.file_type": int(OUTTYPES[outtype][1])}
-    if outtype == "q8_0":
+    if outtype in GRIDS:
         keys["general.quantization_version"] = _QUANTIZATION_VERSION
     return keys
 
@@ -170,20 +192,14 @@ def file_keys(outtype: str) -> dict[str, Any]:
 def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
     """Return `tensor` as it is after being written as `outtype` and read, in float32.
 
-    This is computed by torch alone, so that the file can be checked by it. q8_0 (ggml-quants.c,
-    quantize_row_q8_0_ref): of each 32 numbers of a row, d = max |x| / 127, kept in float16, and
-    x · (1 / d) rounded to an integer; x / d would round some of them the other way.
+    This is computed by torch alone, so that the file can be checked by it.
     """
     tensor = tensor.float()
     if outtype == "f32":
         return tensor
-    if outtype != "q8_0":
-        return tensor.to(torch.float16 if outtype == "f16" else torch.bfloat16).float()
-    blocks = tensor.reshape(-1, BLOCK)
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    levels = blocks * torch.where(scale > 0, 1 / scale, 0.0)
-    rounded = levels.sign() * (levels.abs() + 0.5).floor()  # half away from zero
-    return (rounded * scale.half().float()).reshape(tensor.shape)
+    if outtype in GRIDS:
+        return round_to_blocks(tensor, outtype)
+    return tensor.to(torch.float16 if outtype == "f16" else torch.bfloat16).float()
 
 
 def weights_as_written(tensors: Sequence[Tensor], model: Any) -> Iterator[tuple[str, Any]]:
@@ -194,7 +210,10 @@ def weights_as_written(tensors: Sequence[Tensor], model: Any) -> Iterator[tuple[
             continue
         weight = parameters[tensor.source].detach()
         # Interleaving moves whole rows, so that blocks are the same before and after it.
-        rounded = round_to(weight.T if tensor.transposed else weight, tensor.outtype)
+        if tensor.codes is not None:
+            rounded = tensor.codes().value(tensor.outtype)
+        else:
+            rounded = round_to(weight.T if tensor.transposed else weight, tensor.outtype)
         yield tensor.source, rounded.T if tensor.transposed else rounded
 
 
@@ -225,6 +244,10 @@ def _announce(writer: GGUFWriter, tensor: Tensor) -> None:
 
 def _pack(tensor: Tensor) -> Any:
     """Return the bytes of a tensor as numpy has them, `(rows, …)`."""
+    if tensor.codes is not None:
+        chosen = tensor.codes()
+        both = (tensor.arrange(part) for part in (chosen.codes, chosen.scales))
+        return Codes(*both).pack(tensor.outtype)
     value = tensor.read().detach()
     if tensor.outtype == "f32":
         return value.float().contiguous().numpy()
