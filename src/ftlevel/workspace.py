@@ -17,7 +17,7 @@ except ImportError:  # Windows, where nothing is locked and nothing swept
 
 _PREFIX = "ftlevel-"
 _MARKER = ".ftlevel-workspace"
-"""Held by a lock (flock) for as long as the process lives; a folder without it is not ours."""
+"""A folder in it, locked (flock) for as long as the process lives; what has none is not ours."""
 
 _OLD = 24 * 3600
 """Seconds without a change after which a folder that nobody holds is of a process that is gone."""
@@ -38,7 +38,7 @@ class Workspace:
     def __init__(self, name: str) -> None:
         self._outer = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{name}-")
         outer = Path(self._outer.name)
-        (outer / _MARKER).touch()
+        (outer / _MARKER).mkdir()
         held = _hold(outer)
         self._let_go = weakref.finalize(self, os.close, held) if held is not None else None
         self.name = str(outer / name)

@@ -51,7 +51,7 @@ def test_what_is_new_or_of_others_stays(folder: Path) -> None:
     new, users, link = (folder / f"ftlevel-rows-{name}" for name in ("new", "users", "link"))
     for path in (new / "rows", users):
         path.mkdir(parents=True)
-    (new / ".ftlevel-workspace").touch()
+    (new / ".ftlevel-workspace").mkdir()
     old = time.time() - 1e6
     os.utime(users, (old, old))
     link.symlink_to(users)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize, quantize
 
 from ftlevel.errors import RunError
+from ftlevel.weights.gguf.blocks import GRIDS, Codes
 from ftlevel.weights.gguf.file import OUTTYPES, Tensor, round_to, write_gguf
 
 
@@ -48,6 +50,43 @@ def test_a_file_holds_what_it_was_given(tmp_path: Path, outtype: str) -> None:
     stored = torch.tensor(dequantize(found.data, found.tensor_type))
     assert torch.equal(stored.reshape(3, 64), round_to(weight, outtype))
     assert done == [1]
+
+
+@pytest.mark.parametrize("outtype", GRIDS)
+def test_the_gguf_package_reads_the_codes_that_were_chosen(tmp_path: Path, outtype: str) -> None:
+    """Each row's codes are others; the file has the rows in another order than the model."""
+    grid, weight = GRIDS[outtype], torch.randn(4, 64)
+    scales = grid.scales_of(weight)
+    codes = torch.randint(0, len(grid.values), weight.shape)
+    chosen = Codes(codes.to(torch.uint8), scales.view(4, 2))
+    order = torch.tensor([2, 0, 3, 1])
+    tensor = replace(planned(weight, outtype), codes=lambda: chosen, arrange=lambda x: x[order])
+    write_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [tensor], lambda _: None)
+    (found,) = GGUFReader(tmp_path / "x.gguf").tensors
+    stored = torch.tensor(dequantize(found.data, found.tensor_type)).reshape(4, 64)
+    assert torch.equal(stored, chosen.value(outtype)[order])
+    assert torch.equal(stored, (grid.values[codes] * grid.spread(scales.half().float(),
+                                                                 codes.shape))[order])  # fmt: skip
+
+
+@pytest.mark.parametrize("outtype", GRIDS)
+def test_scales_that_fit_leave_less_error_of_what_counts(outtype: str) -> None:
+    torch.manual_seed(0)
+    grid, weight = GRIDS[outtype], torch.randn(16, 64)
+    inputs = torch.randn(200, 64) * torch.linspace(0.1, 3, 64)
+    moment = inputs.T @ inputs / 200
+
+    def error(scales: torch.Tensor) -> torch.Tensor:
+        stored = grid.stored(scales)
+        missing = weight - grid.value(grid.nearest(weight, stored), stored)
+        return (missing.square() * moment.diagonal()).view(-1, 32).sum(-1)
+
+    whole, fitted = error(grid.scales_of(weight)), error(grid.fitted_scales(weight, moment))
+    assert (fitted <= whole).all()
+    if outtype == "q4_0":
+        assert fitted.sum() < 0.9 * whole.sum()
+    flat = grid.fitted_scales(torch.zeros(2, 32), torch.eye(32))
+    assert not flat.any()
 
 
 def test_a_number_beyond_float16_is_refused(tmp_path: Path) -> None:
