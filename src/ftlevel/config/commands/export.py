@@ -125,6 +125,17 @@ class ExportConfig(HubSection):
             )
         return value
 
+    @field_validator("outtype")
+    @classmethod
+    def _is_of_one_file(cls, value: str, info: ValidationInfo) -> str:
+        format_ = info.data.get("format", "gguf")
+        if value != "auto" and format_ != "gguf":
+            raise ValueError(
+                f"it is a type of the merged model in one file, and {format_} is written. Add "
+                "--format gguf, or drop it"
+            )
+        return value
+
     @field_validator("out")
     @classmethod
     def _is_named_by_its_format(cls, value: Path, info: ValidationInfo) -> Path:
