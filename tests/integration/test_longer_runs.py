@@ -140,7 +140,7 @@ def test_a_run_is_saved_by_the_clock(own: list[str], monkeypatch: pytest.MonkeyP
         train(*plain, "--max-steps", "8", "--save-total-limit", "9")
         patch.setattr("ftlevel.training.callbacks.save_by_clock.time", Clock())
         train(*plain, "--max-steps", "8", "--save-strategy", "no", out="none")
-        patch.setattr("ftlevel.training.callbacks.save_by_clock.SMALL_CHECKPOINT", 1000)
+        patch.setattr("ftlevel.training.build_trainer.SMALL_CHECKPOINT", 1000)
         train(*plain, "--max-steps", "2", out="large")
     train(*plain, "--max-steps", "2", out="quick")
 

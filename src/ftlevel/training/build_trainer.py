@@ -27,10 +27,11 @@ from ftlevel.training.callbacks.keep_answers import MOST_ROWS, KeepAnswers
 from ftlevel.training.callbacks.keep_best import KeepBest
 from ftlevel.training.callbacks.recovery import Recovery
 from ftlevel.training.callbacks.report import Report
-from ftlevel.training.callbacks.save_by_clock import SaveByClock, is_small
+from ftlevel.training.callbacks.save_by_clock import SMALL_CHECKPOINT, SaveByClock
 from ftlevel.training.callbacks.save_stream_state import SaveStreamState
 from ftlevel.training.callbacks.set_epoch import SetEpoch
 from ftlevel.training.callbacks.write_manifest import WriteManifest
+from ftlevel.training.disk import checkpoint_bytes
 from ftlevel.training.going_on.resume import GoingOn
 from ftlevel.training.memory.shards import is_sharded
 from ftlevel.training.model import Adapted
@@ -194,7 +195,8 @@ def add_callbacks(
     watch = Watch(report, gradients, Interrupt(processes), best, answers)
     streamed = isinstance(rows, StreamedRows)
     minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0
-    saves_end = config.train.save_strategy is None and is_small(trainer.model)
+    size = checkpoint_bytes(trainer.model, config.train.optim)
+    saves_end = config.train.save_strategy is None and size <= SMALL_CHECKPOINT
     for callback in (
         watch.report,
         watch.gradients,

@@ -41,7 +41,7 @@ def check_room(directory: Path | None, train: TrainerConfig, model: Any, steps: 
     Raises:
         ConfigError: saying how much is missing.
     """
-    one, count = _bytes_of(model, train.optim), _planned_checkpoints(train, steps)
+    one, count = checkpoint_bytes(model, train.optim), _planned_checkpoints(train, steps)
     where = directory or Path("runs")
     place = next(path for path in (where, *where.absolute().parents) if path.exists())
     held = sum(p.stat().st_size for p in where.rglob("*") if p.is_file()) if directory else 0
@@ -76,7 +76,7 @@ def _trained_bytes(model: Any) -> int:
     return sum(int(p.nbytes) for p in model.parameters() if p.requires_grad)
 
 
-def _bytes_of(model: Any, optim: str) -> int:
+def checkpoint_bytes(model: Any, optim: str) -> int:
     """Return about how large a checkpoint is: weights, and Adam's two states of each."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     a_state = (1 if "8bit" in optim else 4) if "adamw" in optim else 0

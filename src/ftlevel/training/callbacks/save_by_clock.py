@@ -5,20 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.training.processes import Processes
 
 SMALL_CHECKPOINT = 512_000_000
 """Bytes up to which a last checkpoint is written, so that a run can be made longer."""
-_PER_PARAMETER = 12  # bytes: a weight and AdamW's two moments, in float32
-
-
-def is_small(model: torch.nn.Module) -> bool:
-    """Whether a checkpoint of what is trained in `model` takes no more than `SMALL_CHECKPOINT`."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained * _PER_PARAMETER <= SMALL_CHECKPOINT
 
 
 class SaveByClock(TrainerCallback):
