@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from export_cases import ModelDir, exportable
 from ftlevel.cli.app import run
+from ftlevel.commands import check_served as commands
 from ftlevel.commands.check_served import check_served
 from ftlevel.commands.export import export
 from ftlevel.config import CheckServedConfig, ExportConfig
 from ftlevel.errors import InputError, RunError
+from ftlevel.merging.serving.verdict import judge
 from served_cases import CASES, make_adapter
 from tiny_models import save_tiny
 
@@ -93,6 +95,23 @@ def test_llama_cpp_answers_as_trained_by_every_adapter(folder: Path) -> None:
         assert "as trained" in adapter["weights"]["answers"]
         assert adapter["weights"]["difference"] < 0.005
         assert adapter["by"] == "token ids"
+
+
+def test_a_file_in_4_bits_answers_as_it_was_read_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp may round what goes into a product, too: a file of blocks is held to that."""
+    out, bounds = tmp_path / "x.gguf", set()
+    export(ExportConfig(model=str(folder / "adapters" / NAMES[0]), out=out, server="llama.cpp",
+                        format="gguf", outtype="q4_0"))  # fmt: skip
+
+    def judge_closely(heard: Any, trained: Any, base: Any, tolerance: float) -> Any:
+        bounds.add(tolerance)
+        return judge(heard, trained, base, 0.02)  # a tiny model's answers are all alike
+
+    monkeypatch.setattr(commands, "judge", judge_closely)
+    found = check_served(CheckServedConfig(out=out, inside="llama.cpp")).summary
+    assert (found["verdict"], bounds) == ("as trained", {0.5})
 
 
 def test_what_the_server_keeps_of_a_prompt_it_gives_to_other_adapters(folder: Path) -> None:

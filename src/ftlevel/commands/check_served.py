@@ -62,9 +62,10 @@ def check_served(
     listener = listener or Silence()
     began = time.perf_counter()
     served = read_served(config.out)
-    tolerance = config.tolerance or tolerance_of(
-        "float32" if config.inside else str(served.facts.get("dtype"))
-    )
+    # Asked in this process, a base is in float32; a file for llama.cpp is what it is.
+    is_float = config.inside and served.facts.get("file_format") != "gguf"
+    dtype = "float32" if is_float else str(served.facts.get("dtype"))
+    tolerance = config.tolerance or tolerance_of(dtype)
     listener.stage(f"ask {config.inside or config.url}")
     rows = _ask_inside(config, served) if config.inside else _ask_url(config, served)
     adapters = [
