@@ -236,7 +236,8 @@ def made(base: Path, folder: Path, name: str) -> Path:
     if name in OURS:
         done = place / "adapter"
         return done if done.is_dir() else make_ours(base, place, OURS[name])
-    return place if place.is_dir() else make_adapter(base, place, CASES[name].settings)
+    case = CASES[name]
+    return place if place.is_dir() else make_adapter(base, place, case.settings, loud=case.loud)
 
 
 def write_rows(rows: list[list[str]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -23,12 +24,17 @@ class Case:
         rank: of its normal form; None where it is refused.
         refused: words of the refusal.
         bare: whether the adapter of a server that reads lora_alpha / r alone is another one.
+        loud: by how much its last factor is made larger, so that it is told from its base.
     """
 
     settings: dict[str, Any]
     rank: int | None = None
     refused: str = ""
     bare: bool = field(default=False)
+    loud: float = 1.0
+
+
+_LAST = ("lora_E", "vera_lambda_b", "trainable_tokens_delta")
 
 
 def _lora(**settings: Any) -> dict[str, Any]:
@@ -59,9 +65,10 @@ CASES: dict[str, Case] = {
     "embedding": Case(_lora(target_modules=["q_proj", "embed_tokens"]), 8),
     "norms": Case(_lora(modules_to_save=["norm"]), 8),
     "adalora": Case(
-        _of("AdaLoraConfig", init_r=8, target_r=4, total_step=10, tinit=1, tfinal=1), 8
+        _of("AdaLoraConfig", init_r=8, target_r=4, total_step=10, tinit=1, tfinal=1), 8,
+        loud=400,
     ),
-    "vera": Case(_of("VeraConfig", r=16, target_modules=["q_proj", "o_proj"]), 16),
+    "vera": Case(_of("VeraConfig", r=16, target_modules=["q_proj", "o_proj"]), 16, loud=20),
     "loha": Case(_of("LoHaConfig", r=4), 16),
     "lokr": Case(_of("LoKrConfig", r=4), 64),
     "miss": Case(_of("MissConfig", r=8), 8),
@@ -72,6 +79,7 @@ CASES: dict[str, Case] = {
             "target_modules": ["embed_tokens"],
         },
         2,
+        loud=20,
     ),
     "gralora": Case(_of("GraloraConfig", r=8, gralora_k=2, hybrid_r=2), 18),
     "delora": Case(_of("DeloraConfig", r=8), 8),  # no algebra: its layers are asked
@@ -93,7 +101,9 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def make_adapter(base: Path, place: Path, settings: dict[str, Any], seed: int = 0) -> Path:
+def make_adapter(
+    base: Path, place: Path, settings: dict[str, Any], seed: int = 0, loud: float = 1.0
+) -> Path:
     """Write an adapter of plain PEFT whose every trained number was moved at random."""
     settings = dict(settings)
     config_class = getattr(peft, settings.pop("cls", "LoraConfig"))
@@ -108,6 +118,11 @@ def make_adapter(base: Path, place: Path, settings: dict[str, Any], seed: int = 
                     spread = max(float(parameter.std()) if parameter.numel() > 1 else 0.0, 0.02)
                     parameter.add_(torch.randn_like(parameter) * spread * 0.7)
         tuned.save_pretrained(place)
+    if loud != 1:
+        tensors = load_file(place / "adapter_model.safetensors")
+        for key in [key for key in tensors if key.endswith(_LAST)]:
+            tensors[key] = tensors[key] * loud
+        save_file(tensors, place / "adapter_model.safetensors", {"format": "pt"})
     return place
 
 

@@ -30,9 +30,6 @@ from served_cases import CASES, make_adapter
 from tiny_models import save_tiny
 
 NAMES = ("rslora", "patterns", "pissa", "adalora", "vera")
-LOUD = {"adalora": 400.0, "vera": 20.0}
-"""By how much the last factor of an adapter is made larger, so that it is told from its base."""
-_LAST = ("lora_E", "vera_lambda_b")
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights["lm_head.weight"][:270] = 0  # special tokens and bytes
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     for name in NAMES:
-        place = make_adapter(base, folder / "adapters" / name, CASES[name].settings)
-        tensors = load_file(place / "adapter_model.safetensors")
-        for key in [key for key in tensors if key.endswith(_LAST)]:
-            tensors[key] = tensors[key] * LOUD.get(name, 1.0)
-        save_file(tensors, place / "adapter_model.safetensors", {"format": "pt"})
+        case = CASES[name]
+        make_adapter(base, folder / "adapters" / name, case.settings, loud=case.loud)
     out = folder / "out"
     export(ExportConfig(model=str(folder / "adapters"), out=out, server="llama.cpp"))
     export(ExportConfig(model=str(base), out=folder / "base.gguf", outtype="f32", verify=False))
