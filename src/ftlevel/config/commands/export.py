@@ -80,8 +80,8 @@ class ExportConfig(HubSection):
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
         "auto",
         description="Type of the matrices; q8_0 is 8 bits in blocks of 32, q4_0 4 bits, where the "
-        "codes of a merged adapter are chosen so that its layers give what was trained. auto keeps the model's "
-        "own. Vectors and norms stay in float32.",
+        "codes of a merged adapter are chosen so that its layers give what was trained. auto keeps "
+        "the model's own. Vectors and norms stay in float32.",
     )
     calibration_rows: Annotated[int, Field(ge=0)] = Field(
         128,
