@@ -162,6 +162,12 @@ class Feedforward(nn.Module):
         return states
 
 
+def test_a_prefix_is_refused_where_a_linear_is_named() -> None:
+    config = PrefixKvConfig(task_type="CAUSAL_LM", target_modules=["down_proj"])
+    with pytest.raises(ValueError, match="Linear does not say how many heads.*Name attentions in"):
+        get_peft_model(build("llama"), config)
+
+
 @pytest.mark.parametrize("placement", ["houlsby", "parallel"])
 def test_a_bottleneck_needs_no_configuration_of_the_model(placement: str) -> None:
     config = BottleneckConfig(target_modules=["last"], placement=placement, init_weights=False)

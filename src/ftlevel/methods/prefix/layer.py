@@ -141,7 +141,7 @@ def kv_shape(attention: nn.Module) -> tuple[int, int]:
     if not heads or not width:
         raise ValueError(
             f"{type(attention).__name__} does not say how many heads it has and how wide they are, "
-            "so no prefix can be made for it."
+            "so there is no place for a prefix. Name attentions in target_modules, or leave it out."
         )
     return heads // (_first(attention, ("num_key_value_groups",)) or 1), width
 
