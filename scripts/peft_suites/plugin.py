@@ -33,7 +33,11 @@ _TASKS = {
     "TestQuestionAnsweringModels": "QUESTION_ANS",
 }
 _VIRTUAL = {"prefix", "prompt", "p-tuning"}
-_NOWHERE = ("so there is no place for a prefix", "no positions for bottleneck adapters are known")
+_NOWHERE = (
+    "so there is no place for a prefix",
+    "no positions for bottleneck adapters are known",
+    "takes no tokens, and a soft prompt stands among them",
+)
 _MARKS = ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes")
 
 

@@ -164,7 +164,7 @@ class Feedforward(nn.Module):
 
 def test_a_prefix_is_refused_where_a_linear_is_named() -> None:
     config = PrefixKvConfig(task_type="CAUSAL_LM", target_modules=["down_proj"])
-    with pytest.raises(ValueError, match="Linear does not say how many heads.*Name attentions in"):
+    with pytest.raises(ValueError, match=r"Linear does not say how many heads.*Name attentions in"):
         get_peft_model(build("llama"), config)
 
 
