@@ -208,14 +208,17 @@ def _too_long(
 def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
     """Drop tokens from the beginning of the prompt; [] if the answer alone is too long.
 
-    The first token stays, which may be BOS. A row without a prompt of its own (a text with a
-    class) loses tokens before its last one instead, which may be SEP or EOS.
+    The first token stays, which may be BOS, and is not there twice where the cut is before another
+    (a turn of a chat may begin with BOS). A row without a prompt of its own (a text with a class)
+    loses tokens before its last one instead, which may be SEP or EOS.
     """
     surplus = row.length - limit
     prompt = prompt_length(row)
     if prompt is None or not isinstance(row.labels, list):
         extras = {name: _middle_cut(v, limit) for name, v in row.extras.items()}
         return [replace(row, input_ids=_middle_cut(row.input_ids, limit), extras=extras)]
+    if surplus < prompt - 1 and row.input_ids[0] == row.input_ids[1 + surplus]:
+        surplus += 1
     if surplus > prompt - 1:
         return []
     return [row.without(surplus)]

@@ -121,6 +121,16 @@ def test_a_prompt_is_cut_at_its_beginning_and_an_answer_is_never() -> None:
         assert row.input_ids[1:] == rows[row.row].input_ids[-len(row.input_ids) + 1 :]
 
 
+def test_a_cut_before_another_turn_leaves_one_bos() -> None:
+    """SmolLM2's BOS begins every turn: <|im_start|>system … <|im_start|>user …"""
+    ids = [1, 20, 21, 1, 30, 31, 40, 41]
+    row = Encoded(ids, [IGNORED] * 6 + [40, 41], 0)
+    for limit, left in ((7, [1, 21, 1, 30, 31, 40, 41]), (6, [1, 30, 31, 40, 41]),
+                        (5, [1, 30, 31, 40, 41]), (3, [1, 40, 41])):  # fmt: skip
+        (cut,) = fit([row], limit, "truncate-prompt").rows
+        assert cut.input_ids == left
+
+
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=20))
 def test_every_answer_is_whole_or_counted(sizes: list[tuple[int, int]]) -> None:
     rows = [pair(prompt, answer, i) for i, (prompt, answer) in enumerate(sizes)]
