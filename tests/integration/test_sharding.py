@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import ranks
 from ftlevel import TrainConfig, train
 from ftlevel.errors import ConfigError
+from ftlevel.models.upstream.shards import part_of
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +64,69 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(prepared: P
         assert whole.keys() == saved.keys()
         for key, tensor in whole.items():  # AdamW's first steps are as large for a small gradient
             assert (tensor - saved[key]).abs().mean() < 1e-5, key
+
+
+def hold(folder: Path, out: Path) -> None:
+    """Read the part of this process of a model of 100 MB in float32, stored in bfloat16."""
+    from transformers import LlamaConfig
+
+    from ftlevel.models.loading import load_config, load_model
+    from ftlevel.models.sources import resolve_source
+    from ftlevel.models.upstream.shards import own_part
+    from ftlevel.models.upstream.slices import Slices
+    from ftlevel.training.memory.shards import shard
+    from ftlevel.training.processes import started_processes
+
+    processes = started_processes()
+    processes.join()
+    if processes.is_first:
+        sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
+                 "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 999}  # fmt: skip
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+        weights = {name: torch.randn(p.shape).bfloat16() for name, p in model.named_parameters()}
+        model.config.save_pretrained(folder)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        del weights
+    processes.wait()
+    source = resolve_source(str(folder))
+    given = (source, load_config(source), "AutoModelForCausalLM")
+    load = functools.partial(load_model, *given, dtype=torch.float32, device="cpu")
+    slices = Slices()
+    load(slices=Slices())  # imports what it needs
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # what was the peak is none any more
+    model, _ = load(slices=slices)
+    shard(model, "cpu", holds=False, slices=slices)
+    peak = resident("VmHWM") - before
+    whole, _ = load()
+    same = all(
+        own_part(part).equal(part_of(all_of_it, part))
+        for part, all_of_it in zip(model.parameters(), whole.parameters(), strict=True)
+    )
+    sizes = [p.nbytes for p in whole.parameters()]
+    facts = {"peak": peak, "model": sum(sizes), "largest": max(sizes), "same": same}
+    (out / f"{processes.world.rank}.json").write_text(json.dumps(facts))
+
+
+def resident(of: str) -> int:
+    """Return the bytes of this process that its status calls `of`."""
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(of)
+    )
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks as Linux tells them")
+def test_each_process_reads_no_more_than_it_holds(tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    assert ranks.end(ranks.start(hold, [(wide, tmp_path)] * 2)) == [0, 0]
+    for rank in range(2):
+        facts = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert facts["same"]
+        room = 16 << 20  # modules, meshes, the allocator
+        assert facts["peak"] < facts["model"] / 2 + facts["largest"] + room, facts
 
 
 def test_the_adapter_of_a_shared_model_loads_in_plain_peft(prepared: Path) -> None:

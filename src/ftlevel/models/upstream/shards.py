@@ -25,15 +25,21 @@ def whole_on_host(state: Any) -> Any:
 
 
 def part_of(all_of_it: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the rows of `all_of_it` that this process holds of `like`, which has its shape.
+    """Return the rows of `all_of_it` that this process holds of `like`, which has its shape."""
+    if not isinstance(like, DTensor):
+        return all_of_it
+    start, end = rows_of(like)
+    return all_of_it[start:end]
+
+
+def rows_of(tensor: DTensor) -> tuple[int, int]:
+    """Return the first row of `tensor` that this process holds, and the one after its last.
 
     fully_shard cuts along the first dimension, as torch.chunk does; the last parts may be empty.
     """
-    if not isinstance(like, DTensor):
-        return all_of_it
-    parts = all_of_it.chunk(like.device_mesh.size(), dim=0)
-    rank = like.device_mesh.get_local_rank()
-    return parts[rank] if rank < len(parts) else all_of_it[:0]
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    each, rank = -(-rows // mesh.size()), mesh.get_local_rank()
+    return min(rank * each, rows), min((rank + 1) * each, rows)
 
 
 def as_part(all_of_it: torch.Tensor, like: DTensor) -> DTensor:
