@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import ranks
 from ftlevel import TrainConfig, train
 from ftlevel.errors import ConfigError
-from ftlevel.models.upstream.shards import part_of
+from ftlevel.models.upstream.shards import own_part, part_of
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +73,6 @@ def hold(folder: Path, out: Path) -> None:
 
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.sources import resolve_source
-    from ftlevel.models.upstream.shards import own_part
     from ftlevel.models.upstream.slices import Slices
     from ftlevel.training.memory.shards import shard
     from ftlevel.training.processes import started_processes
@@ -179,6 +179,10 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     while not list(run.glob("checkpoints/checkpoint-2/manifest.json")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    held = [path.stat().st_size for path in run.glob("checkpoints/checkpoint-2/**/shard-*")]
+    assert len(held) == 4  # weights and optimizer of each
+    assert max(held) < 0.4 * sum(held)
+    assert not list(run.glob("checkpoints/*/model*"))  # that one would have gathered
     broken[1].kill()
     began = time.monotonic()
     assert 0 not in ranks.end(broken)
@@ -188,6 +192,60 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     saved = [load_file(path / "adapter/model.safetensors") for path in (whole, run)]
     assert saved[0].keys() == saved[1].keys()
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
+
+
+def part_of_each() -> dict[str, torch.Tensor]:
+    """Return tensors that all processes share out: rows that go up, and do not."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from ftlevel.training.processes import started_processes
+
+    processes = started_processes()
+    processes.join()
+    mesh = init_device_mesh("cpu", (processes.count,))
+    sizes = {"a": (7, 300), "one row": (1, 5), "b": (6,)}
+    wholes = {name: torch.arange(math.prod(s)).float().view(s) for name, s in sizes.items()}
+    parts = {name: distribute_tensor(t, mesh, [Shard(0)]) for name, t in wholes.items()}
+    return {**parts, "in all": torch.arange(4)}
+
+
+def write(folder: Path, room: int | None) -> None:
+    import resource
+
+    from ftlevel.artifacts.run_directory import RunDirectory
+    from ftlevel.training.disk import explain_disk_errors
+    from ftlevel.training.sharding.parts import write_parts
+
+    tensors = part_of_each()
+    if room is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    with explain_disk_errors(RunDirectory(folder)):
+        write_parts(tensors, folder / "parts")
+
+
+def read(folder: Path) -> None:
+    from ftlevel.training.sharding.parts import read_parts
+
+    expected = part_of_each()
+    found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    read_parts(found, folder / "parts")
+    for name, tensor in expected.items():
+        if not own_part(found[name]).equal(own_part(tensor)):
+            raise ConfigError(name)
+
+
+def test_parts_are_read_by_any_number_of_processes(tmp_path: Path) -> None:
+    assert ranks.end(ranks.start(write, [(tmp_path, None)] * 2)) == [0, 0]
+    for count in (2, 3):
+        assert ranks.end(ranks.start(read, [(tmp_path,)] * count)) == [0] * count
+
+
+def test_a_part_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
+    says = tmp_path / "errors"
+    assert ranks.end(ranks.start(write, [(tmp_path, None), (tmp_path, 1000)], says)) == [1, 1]
+    (line,) = says.read_text().splitlines()
+    assert "cannot be written: File too large. There is no whole checkpoint" in line
 
 
 @pytest.mark.parametrize(
