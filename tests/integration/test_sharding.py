@@ -192,6 +192,8 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     saved = [load_file(path / "adapter/model.safetensors") for path in (whole, run)]
     assert saved[0].keys() == saved[1].keys()
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
+    last = AutoModelForCausalLM.from_pretrained(run / "checkpoints/checkpoint-30")
+    assert all(tensor.equal(saved[1][key]) for key, tensor in last.named_parameters())
 
 
 def part_of_each() -> dict[str, torch.Tensor]:
