@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import ranks
 from ftlevel import TrainConfig, train
@@ -50,7 +50,7 @@ def work(folder: Path, cases: list[str], out: Path, shard: str) -> None:
 
 
 def test_two_processes_with_half_a_model_each_are_one_with_the_whole(prepared: Path) -> None:
-    from distributed import BOUND, difference
+    from distributed import BOUND, STEPS, difference
 
     one, two = prepared / "one", prepared / "two"
     work(prepared, list(CASES), one, "none")
@@ -65,6 +65,10 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(prepared: P
         assert whole.keys() == saved.keys()
         for key, tensor in whole.items():  # AdamW's first steps are as large for a small gradient
             assert (tensor - saved[key]).abs().mean() < 1e-5, key
+    parts = two / f"encoder/full/checkpoints/checkpoint-{STEPS}"  # as each process wrote them
+    model = AutoModelForSequenceClassification.from_pretrained(parts)
+    last = load_file(two / "encoder/full/adapter/model.safetensors")
+    assert all(tensor.equal(last[key]) for key, tensor in model.named_parameters())
 
 
 def hold(folder: Path, out: Path) -> None:
@@ -162,7 +166,7 @@ def test_a_shared_model_computes_in_half_precision(prepared: Path, tmp_path: Pat
 def go_on(folder: Path, out: Path, resume: bool) -> None:
     from distributed import settings
 
-    values = settings(folder, "decoder", "full", out)
+    values = settings(folder, "encoder-decoder", "full", out)  # whose embeddings are tied
     values["train"] |= {"gradient_accumulation_steps": 1, "shard": "full", "max_steps": 30,
                         "save_steps": 2}  # fmt: skip
     values["output"] = {"dir": str(out), "resume": resume, "overwrite": not resume}
@@ -192,8 +196,6 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     saved = [load_file(path / "adapter/model.safetensors") for path in (whole, run)]
     assert saved[0].keys() == saved[1].keys()
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
-    last = AutoModelForCausalLM.from_pretrained(run / "checkpoints/checkpoint-30")
-    assert all(tensor.equal(saved[1][key]) for key, tensor in last.named_parameters())
 
 
 def part_of_each() -> dict[str, torch.Tensor]:
@@ -209,15 +211,15 @@ def part_of_each() -> dict[str, torch.Tensor]:
     sizes = {"a": (7, 300), "one row": (1, 5), "b": (6,)}
     wholes = {name: torch.arange(math.prod(s)).float().view(s) for name, s in sizes.items()}
     parts = {name: distribute_tensor(t, mesh, [Shard(0)]) for name, t in wholes.items()}
-    return {**parts, "in all": torch.arange(4)}
+    return {**parts, "tied": parts["a"], "in all": torch.arange(4)}
 
 
 def write(folder: Path, room: int | None) -> None:
     import resource
 
     from ftlevel.artifacts.run_directory import RunDirectory
+    from ftlevel.models.upstream.parts import write_parts
     from ftlevel.training.disk import explain_disk_errors
-    from ftlevel.training.sharding.parts import write_parts
 
     tensors = part_of_each()
     if room is not None:
@@ -227,10 +229,11 @@ def write(folder: Path, room: int | None) -> None:
 
 
 def read(folder: Path) -> None:
-    from ftlevel.training.sharding.parts import read_parts
+    from ftlevel.models.upstream.parts import read_parts
 
     expected = part_of_each()
     found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    found["tied"] = found["a"]
     read_parts(found, folder / "parts")
     for name, tensor in expected.items():
         if not own_part(found[name]).equal(own_part(tensor)):

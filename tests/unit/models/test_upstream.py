@@ -194,6 +194,14 @@ class _Unsaved(transformers.LlamaForCausalLM):  # type: ignore[misc]  # transfor
     _keys_to_ignore_on_save = ("model.norm.weight",)
 
 
+@CANARIES.of("CheckpointException.failures")
+def _(_: Any) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    error = OSError(28, "full")  # that the failure of one process reaches all: test_sharding.py
+    assert CheckpointException("write", {1: (error, None)}).failures[1][0] is error  # type: ignore[arg-type]
+
+
 @CANARIES.of("_materialize_copy", "GenerationMixin.adjust_generation_fn")
 def _(request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue("tmp_path")

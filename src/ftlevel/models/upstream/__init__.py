@@ -27,6 +27,8 @@ FACTS = {
     "torch/utils/_python_dispatch.py": {
         "Tensor.__tensor_flatten__": "the plain tensors that torchao's consist of",
         "TorchDispatchMode.__torch_dispatch__": "every operation passes: what is alive is counted"},
+    "torch/distributed/checkpoint/api.py": {
+        "CheckpointException.failures": "what a process could not write, told in all"},
     "torch/_tensor.py": {
         "Tensor.__torch_dispatch__": "a tensor that has a shape and no numbers computes shapes"},
     "torch/utils/_pytree.py": {

@@ -13,13 +13,13 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from ftlevel.config.methods import MethodConfig
+from ftlevel.models.upstream.parts import parts_of_state, read_parts, read_state, write_parts
 from ftlevel.models.upstream.shards import whole
 from ftlevel.models.upstream.trainer import leave_sharded
 from ftlevel.trained.adapt import finish_method
 from ftlevel.training.memory.shards import gather, trained
 from ftlevel.training.model import Adapted
 from ftlevel.training.processes import Processes
-from ftlevel.training.sharding.parts import parts_of_state, read_parts, read_state, write_parts
 from ftlevel.training.trainer import FtlevelTrainer
 
 _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"
@@ -81,7 +81,7 @@ class ShardedTrainer(FtlevelTrainer):
             return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        write_parts(self.model.state_dict(), directory)
+        write_parts(self.model.state_dict(keep_vars=True), directory)
         if self.processes.is_first:
             self.model.config.save_pretrained(directory)
 
@@ -102,7 +102,7 @@ class ShardedTrainer(FtlevelTrainer):
         if self._whole:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        read_parts(self.model.state_dict(), Path(resume_from_checkpoint))
+        read_parts(self.model.state_dict(keep_vars=True), Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Take this process's part of the optimizer's state of a checkpoint, and the schedule."""

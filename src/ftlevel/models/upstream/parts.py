@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import get_rank
+from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -26,24 +26,32 @@ _OF = "{number}.{name}"
 
 
 def write_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
-    """Write this process's part of `tensors`, as all do at the same time.
+    """Write this process's part of `tensors`, as all do at the same time; of tied ones the first.
 
     Raises:
         OSError: in all of them, what one of them could not write; the first one says it.
     """
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
     try:
-        save(dict(tensors), storage_writer=writer)
+        save(_distinct(tensors), storage_writer=writer)
     except CheckpointException as failed:
         error: Any = next(iter(failed.failures.values()))[0]
-        error.is_told = get_rank() > 0
+        error.is_told = distributed.get_rank() > 0
         raise error from None
 
 
 def read_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
     """Fill `tensors` (mutated) with this process's part of what lies in `directory`."""
     reader = HuggingFaceStorageReader(str(directory))
-    load(dict(tensors), storage_reader=reader)
+    load(_distinct(tensors), storage_reader=reader)
+
+
+def _distinct(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return each of `tensors` once, by the first of its names."""
+    names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), name)
+    return {name: tensors[name].detach() for name in names.values()}
 
 
 def parts_of_state(
