@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def go_on(folder: Path, out: Path, resume: bool) -> None:
     from distributed import settings
 
     values = settings(folder, "encoder-decoder", "full", out)  # whose embeddings are tied
-    values["train"] |= {"gradient_accumulation_steps": 1, "shard": "full", "max_steps": 30,
+    values["train"] |= {"gradient_accumulation_steps": 1, "shard": "full", "max_steps": 16,
                         "save_steps": 2}  # fmt: skip
     values["output"] = {"dir": str(out), "resume": resume, "overwrite": not resume}
     train(TrainConfig.model_validate(values))
@@ -274,6 +275,22 @@ def test_a_process_with_something_else_is_named_by_all(
     assert time.monotonic() - began < 30
     (line,) = says.read_text().splitlines()
     assert message.replace("HOST", socket.gethostname()) in line
+
+
+def test_a_number_that_is_none_in_the_rows_of_one_process_is_named_by_all(
+    prepared: Path, tmp_path: Path
+) -> None:
+    says, damaged = tmp_path / "errors", tmp_path / "damaged"
+    shutil.copytree(prepared / "decoder", damaged)
+    weights = load_file(damaged / "model.safetensors")
+    weights["lm_head.weight"][-1, 0] = torch.nan  # the second process reads it alone
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    other = {"model": {"name_or_path": str(damaged)}, "train": {"shard": "full"}}
+    each = [(prepared, tmp_path / "run", other)] * 2
+    assert ranks.end(ranks.start(differ, each, says)) == [2, 2]
+    (line,) = says.read_text().splitlines()
+    assert "rank 1 (" in line
+    assert "NaN or infinity in 1 of its tensors: lm_head.weight" in line
 
 
 def fail_in_the_first() -> None:
