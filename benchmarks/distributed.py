@@ -6,6 +6,11 @@ prints two tables for docs/distributed.md: launcher × method, and `--shard full
 model. Everything is trained on this machine's CPU by gloo: by two processes, and by one with twice
 the accumulation, in float32 on tiny models without dropout. The figure is the largest relative
 difference of a step's loss. mpirun and srun are not started: their variables are set by hand.
+
+    python benchmarks/distributed.py host .models/SmolLM2-135M-Instruct
+
+prints what the host holds in each of two processes at its peak, while a base is loaded and shared
+out (Linux).
 """
 
 from __future__ import annotations
@@ -99,6 +104,70 @@ def work(folder: Path, cases: Sequence[str], out: Path, shard: str) -> None:
         share = held / sum(p.numel() for p in model.parameters())
         if processes.is_first:
             (out / case / "share.json").write_text(json.dumps(share))
+
+
+def hold(directory: str, dtype: str, slices: Any) -> tuple[Any, dict[str, int]]:
+    """Return a causal model that was loaded and shared out, and the bytes that this took.
+
+    Args:
+        directory: of the model.
+        dtype: of its weights.
+        slices: get what is read later, row by row; None reads all of it first.
+    """
+    import torch
+
+    from ftlevel.models.loading import load_config, load_model
+    from ftlevel.models.sources import resolve_source
+    from ftlevel.models.upstream.shards import own_part
+    from ftlevel.models.upstream.slices import Slices
+    from ftlevel.training.memory.shards import shard
+
+    source = resolve_source(directory)
+    given = (source, load_config(source), "AutoModelForCausalLM")
+    settings = {"dtype": getattr(torch, dtype), "device": "cpu"}
+    load_model(*given, **settings, slices=Slices())  # imports what it needs
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # what was the peak is none any more
+    model, _ = load_model(*given, **settings, slices=slices)
+    shard(model, "cpu", holds=False, slices=slices)
+    peak = _resident("VmHWM") - before
+    sizes = [(p.nbytes, own_part(p).nbytes) for p in model.parameters()]
+    whole, own = zip(*sizes, strict=True)
+    return model, {"whole": sum(whole), "own": sum(own), "largest": max(whole), "peak": peak}
+
+
+def _resident(of: str) -> int:
+    """Return the bytes of this process that its status calls `of`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(of)).split()[1]) * 1024
+
+
+def hold_and_tell(directory: str, dtype: str, way: str, out: str) -> None:
+    """Hold a part of a model as one of two processes, and write down what it took."""
+    from ftlevel.models.upstream.slices import Slices
+    from ftlevel.training.processes import started_processes
+
+    processes = started_processes()
+    processes.join()
+    _, facts = hold(directory, dtype, Slices() if way == "rows" else None)
+    Path(f"{out}-{processes.world.rank}.json").write_text(json.dumps(facts))
+
+
+def print_host(folder: Path, directory: str) -> None:
+    """Print what each of two processes holds at its peak, in MB of 2^20 bytes."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        peaks: list[str] = []
+        for way in ("whole", "rows"):
+            out = folder / f"{dtype}-{way}"
+            arguments = [str(Path(__file__)), "hold", directory, dtype, way, str(out)]
+            run(started_by("torchrun, two processes", arguments))
+            told = [json.loads(path.read_text()) for path in folder.glob(f"{out.name}-*.json")]
+            peaks.append(f"{max(facts['peak'] for facts in told) / 2**20:.0f}")
+        sizes = [f"{max(f[of] for f in told) / 2**20:.0f}" for of in ("whole", "own", "largest")]
+        rows.append([dtype, *sizes, *peaks])
+    heads = ["", "whole", "a process's part", "largest tensor", "read whole", "its own rows"]
+    print_table(heads, rows)
 
 
 class _Silence:
@@ -275,12 +344,21 @@ def compare_all(folder: Path) -> int:
 def main() -> None:
     """Compare everything, or work as one process of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("mode", nargs="?", default="compare", choices=("compare", "work"))
+    parser.add_argument(
+        "mode", nargs="?", default="compare", choices=("compare", "work", "host", "hold")
+    )
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args()
     if given.mode == "work":
         folder, out, shard, *cases = given.rest
         work(Path(folder), cases, Path(out), shard)
+        return
+    if given.mode == "hold":
+        hold_and_tell(*given.rest)
+        return
+    if given.mode == "host":
+        with tempfile.TemporaryDirectory() as folder:
+            print_host(Path(folder), *given.rest)
         return
     with tempfile.TemporaryDirectory() as folder:
         raise SystemExit(bool(compare_all(Path(folder) / "all")))

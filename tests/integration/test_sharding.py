@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import ranks
 from ftlevel import TrainConfig, train
 from ftlevel.errors import ConfigError
+from ftlevel.models.upstream.shards import own_part, part_of
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +50,7 @@ def work(folder: Path, cases: list[str], out: Path, shard: str) -> None:
 
 
 def test_two_processes_with_half_a_model_each_are_one_with_the_whole(prepared: Path) -> None:
-    from distributed import BOUND, difference
+    from distributed import BOUND, STEPS, difference
 
     one, two = prepared / "one", prepared / "two"
     work(prepared, list(CASES), one, "none")
@@ -62,6 +65,50 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(prepared: P
         assert whole.keys() == saved.keys()
         for key, tensor in whole.items():  # AdamW's first steps are as large for a small gradient
             assert (tensor - saved[key]).abs().mean() < 1e-5, key
+    parts = two / f"encoder/full/checkpoints/checkpoint-{STEPS}"  # as each process wrote them
+    model = AutoModelForSequenceClassification.from_pretrained(parts)
+    last = load_file(two / "encoder/full/adapter/model.safetensors")
+    assert all(tensor.equal(last[key]) for key, tensor in model.named_parameters())
+
+
+def hold(folder: Path, out: Path) -> None:
+    """Read the part of this process of a model of 100 MB in float32, stored in bfloat16."""
+    import distributed
+    from transformers import LlamaConfig
+
+    from ftlevel.models.upstream.slices import Slices
+    from ftlevel.training.processes import started_processes
+
+    processes = started_processes()
+    processes.join()
+    if processes.is_first:
+        sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
+                 "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 999}  # fmt: skip
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+        weights = {name: torch.randn(p.shape).bfloat16() for name, p in model.named_parameters()}
+        model.config.save_pretrained(folder)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        del weights
+    processes.wait()
+    model, facts = distributed.hold(str(folder), "float32", Slices())
+    stored = load_file(folder / "model.safetensors")
+    same = all(
+        own_part(p).equal(part_of(stored[n], p).float()) for n, p in model.named_parameters()
+    )
+    (out / f"{processes.world.rank}.json").write_text(json.dumps({**facts, "same": same}))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks as Linux tells them")
+def test_each_process_reads_no_more_than_it_holds(tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    assert ranks.end(ranks.start(hold, [(wide, tmp_path)] * 2)) == [0, 0]
+    for rank in range(2):
+        facts = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert facts["same"]
+        room = 16 << 20  # modules, meshes, the allocator
+        assert facts["peak"] < facts["whole"] / 2 + facts["largest"] + room, facts
 
 
 def test_the_adapter_of_a_shared_model_loads_in_plain_peft(prepared: Path) -> None:
@@ -97,8 +144,8 @@ def test_a_shared_model_computes_in_half_precision(prepared: Path, tmp_path: Pat
 def go_on(folder: Path, out: Path, resume: bool) -> None:
     from distributed import settings
 
-    values = settings(folder, "decoder", "full", out)
-    values["train"] |= {"gradient_accumulation_steps": 1, "shard": "full", "max_steps": 30,
+    values = settings(folder, "encoder-decoder", "full", out)  # whose embeddings are tied
+    values["train"] |= {"gradient_accumulation_steps": 1, "shard": "full", "max_steps": 16,
                         "save_steps": 2}  # fmt: skip
     values["output"] = {"dir": str(out), "resume": resume, "overwrite": not resume}
     train(TrainConfig.model_validate(values))
@@ -114,6 +161,10 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     while not list(run.glob("checkpoints/checkpoint-2/manifest.json")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    held = [path.stat().st_size for path in run.glob("checkpoints/checkpoint-2/**/shard-*")]
+    assert len(held) == 4  # weights and optimizer of each
+    assert max(held) < 0.4 * sum(held)
+    assert not list(run.glob("checkpoints/*/model*"))  # that one would have gathered
     broken[1].kill()
     began = time.monotonic()
     assert 0 not in ranks.end(broken)
@@ -123,6 +174,61 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     saved = [load_file(path / "adapter/model.safetensors") for path in (whole, run)]
     assert saved[0].keys() == saved[1].keys()
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
+
+
+def part_of_each() -> dict[str, torch.Tensor]:
+    """Return tensors that all processes share out: rows that go up, and do not."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from ftlevel.training.processes import started_processes
+
+    processes = started_processes()
+    processes.join()
+    mesh = init_device_mesh("cpu", (processes.count,))
+    sizes = {"a": (7, 300), "one row": (1, 5), "b": (6,)}
+    wholes = {name: torch.arange(math.prod(s)).float().view(s) for name, s in sizes.items()}
+    parts = {name: distribute_tensor(t, mesh, [Shard(0)]) for name, t in wholes.items()}
+    return {**parts, "tied": parts["a"], "in all": torch.arange(4)}
+
+
+def write(folder: Path, room: int | None) -> None:
+    import resource
+
+    from ftlevel.artifacts.run_directory import RunDirectory
+    from ftlevel.models.upstream.parts import write_parts
+    from ftlevel.training.disk import explain_disk_errors
+
+    tensors = part_of_each()
+    if room is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    with explain_disk_errors(RunDirectory(folder)):
+        write_parts(tensors, folder / "parts")
+
+
+def read(folder: Path) -> None:
+    from ftlevel.models.upstream.parts import read_parts
+
+    expected = part_of_each()
+    found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    found["tied"] = found["a"]
+    read_parts(found, folder / "parts")
+    for name, tensor in expected.items():
+        if not own_part(found[name]).equal(own_part(tensor)):
+            raise ConfigError(name)
+
+
+def test_parts_are_read_by_any_number_of_processes(tmp_path: Path) -> None:
+    assert ranks.end(ranks.start(write, [(tmp_path, None)] * 2)) == [0, 0]
+    for count in (2, 3):
+        assert ranks.end(ranks.start(read, [(tmp_path,)] * count)) == [0] * count
+
+
+def test_a_part_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
+    says = tmp_path / "errors"
+    assert ranks.end(ranks.start(write, [(tmp_path, None), (tmp_path, 1000)], says)) == [1, 1]
+    (line,) = says.read_text().splitlines()
+    assert "cannot be written: File too large. There is no whole checkpoint" in line
 
 
 @pytest.mark.parametrize(
@@ -146,6 +252,22 @@ def test_a_process_with_something_else_is_named_by_all(
     assert time.monotonic() - began < 30
     (line,) = says.read_text().splitlines()
     assert message.replace("HOST", socket.gethostname()) in line
+
+
+def test_a_number_that_is_none_in_the_rows_of_one_process_is_named_by_all(
+    prepared: Path, tmp_path: Path
+) -> None:
+    says, damaged = tmp_path / "errors", tmp_path / "damaged"
+    shutil.copytree(prepared / "decoder", damaged)
+    weights = load_file(damaged / "model.safetensors")
+    weights["lm_head.weight"][-1, 0] = torch.nan  # the second process reads it alone
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    other = {"model": {"name_or_path": str(damaged)}, "train": {"shard": "full"}}
+    each = [(prepared, tmp_path / "run", other)] * 2
+    assert ranks.end(ranks.start(differ, each, says)) == [2, 2]
+    (line,) = says.read_text().splitlines()
+    assert "rank 1 (" in line
+    assert "NaN or infinity in 1 of its tensors: lm_head.weight" in line
 
 
 def fail_in_the_first() -> None:

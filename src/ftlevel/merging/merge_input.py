@@ -26,8 +26,9 @@ from ftlevel.errors import ConfigError, InputError, listing
 from ftlevel.evaluation.two_models.on_text import cut_windows, read_eval_text
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.hardware import DTYPES, choose_device
+from ftlevel.models.integrity import check_missing
 from ftlevel.models.kinds import max_positions, model_kind
-from ftlevel.models.loading import check_missing, load_config, load_model, load_tokenizer
+from ftlevel.models.loading import load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.quantized import quantization_name, read_quantization, stored_quantization
 from ftlevel.models.sources import ModelSource

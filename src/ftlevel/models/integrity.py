@@ -175,3 +175,22 @@ def _floats(tensor: Any) -> Iterator[torch.Tensor]:
     yield from (scales for scales in scales_of(tensor) if scales.dtype in _SUMMED)
     if tensor.dtype in _SUMMED and not inner_tensors(tensor) and not tensor.is_meta:
         yield tensor.detach()
+
+
+def check_missing(missing: list[str], allowed: list[str], words: str) -> None:
+    """Refuse a checkpoint, called `words`, that lacks weights outside the modules `allowed`.
+
+    Raises:
+        InputError: naming what is missing; such weights would be random without a word.
+    """
+    lost = [key for key in missing if not any(_inside(key, module) for module in allowed)]
+    if lost:
+        raise InputError(
+            f"{words} lacks {len(lost)} weights of its architecture, such as "
+            f"{listing(lost, 3)}. They would be random. Check that config.json belongs to the "
+            "weights."
+        )
+
+
+def _inside(key: str, module: str) -> bool:
+    return key == module or key.startswith(module + ".")

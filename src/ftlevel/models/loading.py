@@ -20,7 +20,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError
 from ftlevel.models.integrity import (
     check_finite,
     check_shapes,
@@ -29,11 +29,12 @@ from ftlevel.models.integrity import (
 )
 from ftlevel.models.module_tree import find_heads, find_unpackable
 from ftlevel.models.quantized import as_quant_config, stored_quantization
-from ftlevel.models.sources import ModelSource
+from ftlevel.models.sources import ModelSource, snapshot
 from ftlevel.models.strangers.directory import check_config
 from ftlevel.models.strangers.errors import FROM_READERS
 from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
 from ftlevel.models.upstream.quantizers import cast_unquantized, keep_trainable_layout
+from ftlevel.models.upstream.slices import Slices
 from ftlevel.workspace import Workspace
 
 _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
@@ -188,8 +189,11 @@ def load_model(
     device: str,
     quantization: Any = None,
     attn_implementation: str = "auto",
+    slices: Slices | None = None,
 ) -> tuple[Any, list[str]]:
     """Load the weights of `source` into a model in eval mode.
+
+    What `slices` can read later, and in parts, is neither read nor looked at where they are given.
 
     Returns:
         The model, and the parameters that the checkpoint did not hold and that were drawn at
@@ -221,19 +225,10 @@ def load_model(
         # Shard by shard: a host with many GPUs need not hold the model for each of them.
         place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         arguments["device_map"] = {"": place}
-    with _naming_damage(source), quiet_libraries():
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            source.location,
-            config=config,
-            dtype=dtype,
-            use_safetensors=None if source.gguf_file else True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # check_shapes says which, and where it may be
-            **arguments,
-        )
+    model, info = _read(source, auto_class, slices, config=config, dtype=dtype, **arguments)
     redrawn = check_shapes(model, info["mismatched_keys"], source.words)
     check_unexpected(model, info["unexpected_keys"], source.words)
-    check_finite(model.named_parameters(), source.words)
+    check_finite(model.named_parameters() if slices is None else slices.read(model), source.words)
     if stored is not None and as_quant_config(stored) is not None:
         cast_unquantized(model, dtype)
     if mapping:
@@ -244,6 +239,22 @@ def load_model(
         model.to(device)
     keep_trainable_layout(model)
     return model, sorted({*info["missing_keys"], *redrawn})
+
+
+def _read(
+    source: ModelSource, auto_class: str, slices: Slices | None, **arguments: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Return what `from_pretrained` does, and says of the tensors that it found."""
+    arguments["output_loading_info"] = True
+    arguments["ignore_mismatched_sizes"] = True  # check_shapes says which, and where it may be
+    with _naming_damage(source), quiet_libraries():
+        if slices is not None:
+            meta = build_task_model(arguments["config"], auto_class)
+            return slices.load(meta, snapshot(source), source.location, **arguments)
+        pair: tuple[Any, dict[str, Any]] = getattr(transformers, auto_class).from_pretrained(
+            source.location, use_safetensors=None if source.gguf_file else True, **arguments
+        )
+        return pair
 
 
 def _load_gguf_quantized(
@@ -365,25 +376,6 @@ def _stored_dtypes(source: ModelSource) -> dict[str, str]:
             names = file.keys()
             held.update((name, file.get_slice(name).get_dtype()) for name in names)
     return held
-
-
-def check_missing(missing: list[str], allowed: list[str], words: str) -> None:
-    """Refuse a checkpoint, called `words`, that lacks weights outside the modules `allowed`.
-
-    Raises:
-        InputError: naming what is missing; such weights would be random without a word.
-    """
-    lost = [key for key in missing if not any(_inside(key, module) for module in allowed)]
-    if lost:
-        raise InputError(
-            f"{words} lacks {len(lost)} weights of its architecture, such as "
-            f"{listing(lost, 3)}. They would be random. Check that config.json belongs to the "
-            "weights."
-        )
-
-
-def _inside(key: str, module: str) -> bool:
-    return key == module or key.startswith(module + ".")
 
 
 def _first_line(error: BaseException) -> str:

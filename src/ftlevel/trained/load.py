@@ -15,9 +15,9 @@ from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import DTYPES
+from ftlevel.models.integrity import check_missing
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import (
-    check_missing,
     label_overrides,
     load_config,
     load_model,

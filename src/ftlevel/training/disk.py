@@ -108,7 +108,9 @@ def explain_disk_errors(run: RunDirectory) -> Iterator[None]:
         reason = _reason(error, run)
         if reason is None:
             raise
-        raise RunError(f"{run.path} cannot be written: {reason}. {_what_is_kept(run)}") from error
+        told = RunError(f"{run.path} cannot be written: {reason}. {_what_is_kept(run)}")
+        told.is_told = getattr(error, "is_told", False)
+        raise told from error
 
 
 def _reason(error: Exception, run: RunDirectory) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ftlevel.config import QuantConfig, TrainConfig
+from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.events import Listener
@@ -19,8 +20,11 @@ from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import StartInputs
 from ftlevel.models.hardware import DTYPES
-from ftlevel.models.loading import check_missing, load_model
+from ftlevel.models.integrity import check_finite, check_missing
+from ftlevel.models.loading import load_model
 from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.upstream.shards import own_part
+from ftlevel.models.upstream.slices import Slices
 from ftlevel.trained.adapt import apply_method, begin_from, copy_start, train_in_float32
 from ftlevel.training.digest import Digest, base_name, digest_tensors
 from ftlevel.training.fast_step import speed_up
@@ -28,6 +32,9 @@ from ftlevel.training.memory.allocator import use_expandable_segments
 from ftlevel.training.memory.checkpointing import set_checkpointing
 from ftlevel.training.memory.shards import shard
 from ftlevel.training.plan.plan import Plan, PlannedModel
+from ftlevel.training.processes import started_processes
+
+_TRAINED_COPY = ".modules_to_save.default."  # PEFT's, of a module that is trained in full
 
 
 @dataclass(frozen=True)
@@ -50,19 +57,15 @@ class Adapted:
 def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted:
     """Load the base, put the method onto it and the fast step onto both."""
     use_expandable_segments(plan.model.device)
-    fused = uses_fused_layers(config, plan.model.device)
     shards = config.train.shard != "none"
-    here = replace(plan, model=held_by_host(plan.model)) if shards else plan
-    base = load_base(config, here.model)
     is_whole = METHODS[config.method.kind].build is None  # its own weights are what is trained
-    digests = {} if is_whole or shards else digest_tensors(base.named_parameters())
-    model = apply_method(base, config.method, plan.base, fused=fused)
-    if plan.adapter is None:
-        prepare_start(model, config, here)
-    else:
-        begin_from(model, plan.adapter.directory)
     if shards:
-        shard(model, plan.model.device, holds=config.train.shard == "grads")
+        model = load_shared_out(config, plan, listener)
+    else:
+        base = load_base(config, plan.model)
+        digests = {} if is_whole else digest_tensors(base.named_parameters())
+        model = put_method_on(base, config, plan)
+        begin(model, config, plan)
     if is_whole or shards:  # of what this process holds
         digests = digest_tensors(
             (base_name(n), p) for n, p in model.named_parameters() if not p.requires_grad
@@ -73,13 +76,84 @@ def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted
     return Adapted(model, copy_start(model, config.method), fast, digests)
 
 
+def put_method_on(base: Any, config: TrainConfig, plan: Plan) -> Any:
+    """Return `base` (mutated) with the method of the run on it."""
+    fused = uses_fused_layers(config, plan.model.device)
+    return apply_method(base, config.method, plan.base, fused=fused)
+
+
+def begin(model: Any, config: TrainConfig, plan: Plan) -> None:
+    """Let `model` begin as the method does, or as a trained adapter ended (mutated)."""
+    if plan.adapter is None:
+        prepare_start(model, config, plan)
+    else:
+        begin_from(model, plan.adapter.directory)
+
+
+def load_shared_out(config: TrainConfig, plan: Plan, listener: Listener) -> Any:
+    """Return the model with its method, of which each process has read and holds its part.
+
+    Raises:
+        InputError: a part is damaged; in all processes.
+    """
+    here = replace(plan, model=held_by_host(plan.model))
+    why_whole = why_read_whole(config, plan)
+    slices = None if why_whole else Slices()
+    model = put_method_on(load_base(config, here.model, slices), config, plan)
+    if slices is not None and (made := made_of_unread(model, slices)):
+        why_whole = f"{made} is made of weights that the checkpoint has in another type"
+        del model
+        slices = None
+        model = put_method_on(load_base(config, here.model), config, plan)
+    begin(model, config, here)
+    shard(model, plan.model.device, holds=config.train.shard == "grads", slices=slices)
+    if slices is not None:
+        parts = [(base_name(n), own_part(p)) for n, p in model.named_parameters()]
+        started_processes().in_all(lambda: check_finite(parts, plan.model.source.words))
+        if slices.converted:
+            why_whole = f"but {slices.converted[0]} and its like: made of several tensors of it"
+    read = "whole by each process" if slices is None else "its own rows by each process"
+    listener.choices("train", [Choice("base read", read, why_whole)])
+    return model
+
+
+def made_of_unread(model: Any, slices: Slices) -> str:
+    """Return a tensor that the method has computed from weights that are not read; empty for none.
+
+    Copies of such weights, which it trains, are read (`model` is mutated).
+    """
+    if not hasattr(model, "peft_config"):
+        return ""
+    lost = slices.fill(model, lambda name: base_name(name).replace(_TRAINED_COPY, "."))
+    return next(iter(lost), "")
+
+
+def why_read_whole(config: TrainConfig, plan: Plan) -> str:
+    """Say why a process cannot read its own rows of the base alone; empty where it can."""
+    planned, start = plan.model, METHODS[config.method.kind].start
+    if planned.quant.kind != "none":
+        return "a weight is quantized whole"
+    if planned.source.gguf_file:
+        return "a .gguf has no rows that could be read by themselves"
+    if planned.source.trust_remote_code:
+        return "--trust-remote-code: its own code may read it otherwise"
+    if start is not None and start.default(config.method) != config.method:
+        return "the method's start may compute with it"
+    return ""
+
+
 def held_by_host(planned: PlannedModel) -> PlannedModel:
     """Return where the base is loaded to be shared out: what is quantized is so on its device."""
     return planned if planned.quant.kind != "none" else replace(planned, device="cpu")
 
 
-def load_base(config: TrainConfig, planned: PlannedModel) -> Any:
+def load_base(config: TrainConfig, planned: PlannedModel, slices: Slices | None = None) -> Any:
     """Load the base model for training; new heads are drawn from the seed.
+
+    Args:
+        config: the whole configuration.
+        planned: the base.
+        slices: get the weights that are to be read later (mutated); None reads all.
 
     Raises:
         InputError: its weights are damaged, or it lacks some.
@@ -97,6 +171,7 @@ def load_base(config: TrainConfig, planned: PlannedModel) -> Any:
         device=planned.device,
         quantization=build_quantization_config(planned.quant, compute, planned.heads),
         attn_implementation=config.model.attn_implementation,
+        slices=slices,
     )
     check_missing(missing, planned.new_modules, planned.source.words)
     return model

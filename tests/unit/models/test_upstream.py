@@ -21,10 +21,12 @@ from transformers.integrations import moe
 
 from export_cases import export_to, exportable
 from ftlevel.config import QuantConfig
-from ftlevel.models.sources import ModelSource
+from ftlevel.models.loading import build_task_model, load_config
+from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.torchao_format import build_torchao_config
 from ftlevel.models.upstream import FACTS, architectures, conversions, data, fake, quantizers
 from ftlevel.models.upstream import tensors as upstream
+from ftlevel.models.upstream.slices import Slices
 from ftlevel.models.upstream.trainer import leave_sharded
 from tiny_models import build, build_batch
 from upstream_facts import Canaries, Fact, arguments, check_fact, facts
@@ -190,6 +192,32 @@ def _(request: pytest.FixtureRequest) -> None:
 
 class _Unsaved(transformers.LlamaForCausalLM):  # type: ignore[misc]  # transformers is Any
     _keys_to_ignore_on_save = ("model.norm.weight",)
+
+
+@CANARIES.of("CheckpointException.failures")
+def _(_: Any) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    error = OSError(28, "full")  # that the failure of one process reaches all: test_sharding.py
+    assert CheckpointException("write", {1: (error, None)}).failures[1][0] is error  # type: ignore[arg-type]
+
+
+@CANARIES.of("_materialize_copy", "GenerationMixin.adjust_generation_fn")
+def _(request: pytest.FixtureRequest) -> None:
+    directory = request.getfixturevalue("tmp_path")
+    build("llama").save_pretrained(directory)
+    said = directory / "generation_config.json"
+    said.write_text(json.dumps({**json.loads(said.read_text()), "top_k": 7}))
+    meta = build_task_model(load_config(resolve_source(str(directory))), "AutoModelForCausalLM")
+    slices = Slices()
+    model, _ = slices.load(
+        meta, directory, str(directory), config=meta.config, dtype=torch.float16,
+        output_loading_info=True, local_files_only=True,
+    )  # fmt: skip
+    assert model.generation_config.top_k == 7
+    unread = {name for name, p in model.named_parameters() if p.isnan().all()}
+    assert unread == {name for name, p in model.named_parameters() if p in slices.weights}
+    assert unread == {name for name, p in model.named_parameters() if p.dim() > 1}
 
 
 @CANARIES.of("PreTrainedModel._keys_to_ignore_on_save")

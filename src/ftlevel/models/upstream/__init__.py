@@ -27,6 +27,8 @@ FACTS = {
     "torch/utils/_python_dispatch.py": {
         "Tensor.__tensor_flatten__": "the plain tensors that torchao's consist of",
         "TorchDispatchMode.__torch_dispatch__": "every operation passes: what is alive is counted"},
+    "torch/distributed/checkpoint/api.py": {
+        "CheckpointException.failures": "what a process could not write, told in all"},
     "torch/_tensor.py": {
         "Tensor.__torch_dispatch__": "a tensor that has a shape and no numbers computes shapes"},
     "torch/utils/_pytree.py": {
@@ -70,8 +72,11 @@ FACTS = {
     "transformers/core_model_loading.py": {
         "rename_source_key, WeightRenaming, WeightConverter": "what renames and converts them",
         "dot_natural_key": "the order in which a converter takes them",
+        "_materialize_copy": "a tensor is what can be indexed, and is then cast",
         "revert_weight_conversion": "how a model's tensors are saved, one by one",
         "PreTrainedModel._weight_conversions": "the translation that saving undoes"},
+    "transformers/generation/utils.py": {
+        "GenerationMixin.adjust_generation_fn": "reads by what a model generates"},
     "transformers/quantizers/quantizer_bnb_4bit.py": {  # overridden in upstream/experts
         "Bnb4BitHfQuantizer.param_needs_quantization": "packs the experts of a mixture too",
         "Bnb4BitHfQuantizer._process_model_after_weight_loading": "and has them multiplied packed",

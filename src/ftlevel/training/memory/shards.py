@@ -14,11 +14,12 @@ from ftlevel.fast.head.loss import base_model
 from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.upstream.quantizers import carry_quant_states
 from ftlevel.models.upstream.shards import whole
+from ftlevel.models.upstream.slices import Slices
 
 _MATRIX = 2  # dimensions
 
 
-def shard(model: Any, device: str, *, holds: bool) -> None:
+def shard(model: Any, device: str, *, holds: bool, slices: Slices | None) -> None:
     """Leave this process its part of `model` (mutated), on its device.
 
     What a method adds and trains stays whole in every process; of `--method full`, where the
@@ -30,18 +31,20 @@ def shard(model: Any, device: str, *, holds: bool) -> None:
         device: torch device type.
         holds: whether a block that was gathered for the forward pass is held until its backward
             pass (ZeRO-2), and not gathered again (ZeRO-3).
+        slices: what is not read yet, of which this process reads its part; None where all is.
     """
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     own = kept_whole(model)
     for parameter in own:
         parameter.data = parameter.data.to(mesh.device_type)
     blocks = blocks_of(model)
-    for block in blocks:
-        carry_quant_states(block, [])
-        fully_shard(block, mesh=mesh, reshard_after_forward=not holds, ignored_params=own)
-    carry_quant_states(model, blocks)
     # Embeddings, head and last norm are those of the model itself: gathered once a pass.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=own)
+    for part, inside, gathers in [*((b, (), not holds) for b in blocks), (model, blocks, False)]:
+        carry_quant_states(part, inside)
+        read = slices.put_aside(part, keep=own) if slices is not None else None
+        fully_shard(part, mesh=mesh, reshard_after_forward=gathers, ignored_params=own)
+        if read is not None:
+            read()
     for buffer in model.buffers():
         buffer.data = buffer.data.to(mesh.device_type)
     if hasattr(model, "generate"):

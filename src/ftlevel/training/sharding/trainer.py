@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from ftlevel.config.methods import MethodConfig
-from ftlevel.models.upstream.shards import as_part, own_part, part_of, whole, whole_on_host
+from ftlevel.models.upstream.parts import parts_of_state, read_parts, read_state, write_parts
+from ftlevel.models.upstream.shards import whole
 from ftlevel.models.upstream.trainer import leave_sharded
 from ftlevel.trained.adapt import finish_method
 from ftlevel.training.memory.shards import gather, trained
@@ -22,7 +22,7 @@ from ftlevel.training.model import Adapted
 from ftlevel.training.processes import Processes
 from ftlevel.training.trainer import FtlevelTrainer
 
-_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"  # as Trainer names them
+_OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"
 
 
 class ShardedTrainer(FtlevelTrainer):
@@ -74,51 +74,47 @@ class ShardedTrainer(FtlevelTrainer):
         return whole(norm) if isinstance(norm, torch.Tensor) else norm
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write what is trained, as one process would; all of them gather it."""
-        if not self._whole:
-            state_dict = dict(gather(self.model, keep=self.processes.is_first))
+        """Write what is trained: one process what is whole in each, else each its part."""
+        if self._whole:
+            if self.processes.is_first:
+                super()._save(output_dir, state_dict=state_dict)
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_parts(self.model.state_dict(keep_vars=True), directory)
         if self.processes.is_first:
-            super()._save(output_dir, state_dict=state_dict)
+            self.model.config.save_pretrained(directory)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write the optimizer's state and the schedule, as one process would."""
+        """Write the optimizer's state and the schedule, likewise."""
         if self._whole:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = whole_on_host(self.optimizer.state_dict())
+        state, directory = self.optimizer.state_dict(), Path(output_dir)
+        parts, state["state"] = parts_of_state(state["state"])
+        write_parts(parts, directory / _OPTIMIZER)
         if self.processes.is_first:
-            torch.save(state, Path(output_dir) / _OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+            torch.save(state, directory / f"{_OPTIMIZER}.pt")
+            torch.save(self.lr_scheduler.state_dict(), directory / _SCHEDULER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Take this process's part of the weights of a checkpoint."""
         if self._whole:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        own = self.model.state_dict(keep_vars=True)
-        with torch.no_grad():
-            for path in sorted(Path(resume_from_checkpoint).glob("model*.safetensors")):
-                with safe_open(path, "pt") as stored:
-                    for name in stored.keys():  # noqa: SIM118 - it is no dict
-                        part = part_of(stored.get_tensor(name), own[name])
-                        own_part(own[name]).copy_(part)
+        read_parts(self.model.state_dict(keep_vars=True), Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Take this process's part of the optimizer's state of a checkpoint, and the schedule."""
         if self._whole or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        state = torch.load(Path(checkpoint) / _OPTIMIZER, weights_only=True, mmap=True)
+        directory = Path(checkpoint)
+        state = torch.load(directory / f"{_OPTIMIZER}.pt", weights_only=True)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for number, values in state["state"].items():
-            like = parameters[number]
-            for name, value in values.items():
-                if value.shape == like.shape:
-                    values[name] = as_part(value, like)
+        state["state"] = read_state(state["state"], parameters, directory / _OPTIMIZER)
         self.optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(
-            torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True)
-        )
+        self.lr_scheduler.load_state_dict(torch.load(directory / _SCHEDULER, weights_only=True))
 
 
 def save_sharded(
