@@ -74,3 +74,34 @@ def test_what_is_put_together_of_several_tensors_is_read_at_once(tiny_model_dir:
         assert model.get_parameter(name).equal(expected.get_parameter(name))
         assert model.get_parameter(name) not in slices.weights
     assert model.get_parameter("model.layers.0.self_attn.q_proj.weight") in slices.weights
+
+
+def test_what_is_computed_of_a_weight_that_is_not_read_is_found(tiny_model_dir: Make) -> None:
+    source = resolve_source(str(tiny_model_dir("llama")))
+    slices = Slices()
+    model, _ = load_model(source, load_config(source), AUTO_CLASSES["causal"],
+                          dtype=torch.bfloat16, device="cpu", slices=slices)  # fmt: skip
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert slices.fill(model, str) == []
+    layer = model.model.layers[0].mlp
+    layer.register_buffer("norms", layer.up_proj.weight.detach().norm(dim=1))
+    assert slices.fill(model, str) == ["model.layers.0.mlp.norms"]
+
+
+def test_the_files_of_an_index_are_read_like_one(tiny_model_dir: Make, tmp_path: Path) -> None:
+    source = resolve_source(str(tiny_model_dir("llama")))
+    given = (load_config(source), AUTO_CLASSES["causal"])
+    whole, _ = load_model(source, *given, dtype=torch.float32, device="cpu")
+    whole.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    slices = Slices()
+    model, missing = load_model(resolve_source(str(tmp_path)), *given, dtype=torch.bfloat16,
+                                device="cpu", slices=slices)  # fmt: skip
+    assert not missing
+    assert slices.weights
+    for name, one in whole.named_parameters():
+        other = model.get_parameter(name)
+        if other in slices.weights:
+            other = slices.weights[other].whole(other.dtype)
+        assert one.bfloat16().equal(other), name

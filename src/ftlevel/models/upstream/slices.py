@@ -160,7 +160,11 @@ class Slices:
             for name, weight in model.named_parameters()
             if weight in self.weights
         }
-        lost = []
+        lost = [
+            name
+            for name, buffer in model.named_buffers()
+            if buffer.is_floating_point() and bool(buffer.isnan().any())
+        ]
         for name, weight in model.named_parameters():
             if weight.requires_grad and bool(weight.detach().isnan().any()):
                 if (stored := bases.get(named(name))) is None:
