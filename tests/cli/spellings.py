@@ -217,7 +217,6 @@ SPELLINGS: list[Spelled] = [
         ("--hub_strategy every_save", "once, when the run is done"),
         ("--deepspeed ds.json", "--num-processes N"),
         ("--fsdp full_shard", "--num-processes N"),
-        ("--context-parallel-size 2", "takes no packed rows"),
         ("--torch_compile", "compiled steps are not offered"),
         ("--auto_find_batch_size", "--auto-micro-batch keeps them"),
     ),
