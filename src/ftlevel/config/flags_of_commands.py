@@ -50,7 +50,7 @@ OF_COMMANDS: tuple[Flag, ...] = (
          help="Database of the searches, which several machines may share; the default is a "
          "file in the directory."),
     # launch
-    Flag(names="--on", panel=DAILY, on=("launch",), required=True, metavar="slurm|k8s",
+    Flag(names="--on", panel=DAILY, on=("launch",), required=True, metavar="slurm|k8s|ray",
          help="The scheduler that the file is for."),
     Flag(names="--nodes", panel=DAILY, on=("launch",), type=int, default=1, minimum=1, metavar="N",
          help="Machines."),
