@@ -95,9 +95,10 @@ def count_operations(config: TrainConfig, plan: Plan, *, recomputes: bool) -> Op
     lengths = lengths_of(plan.data.train).astype(float)
     seen = (lengths**2).sum() / lengths.sum() / (2 if plan.model.kind == "decoder" else 1)
     attention = 4 * layers * width * seen
-    head = 0.0 if plan.objective.per_row else 2 * vocabulary * share
+    per_row = plan.objective.per_row
+    head = 0.0 if per_row else 2 * vocabulary * share
     # Embeddings are looked up; a head of its own is counted apart.
-    apart = vocabulary * (1 if getattr(text, "tie_word_embeddings", True) else 2)
+    apart = vocabulary * (1 if per_row or getattr(text, "tie_word_embeddings", True) else 2)
     products = 2 * max(plan.model.total_parameters - apart, 0)
     trains = METHODS[config.method.kind].trains_base(config.method)
     return Operations(products + attention, attention, head, trains, recomputes)
