@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -64,11 +65,36 @@ def test_a_job_for_kubernetes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "c"
 
 
+def test_a_script_for_ray_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / 'my "run"'
+    given = ["launch", "--on", "ray", "--nodes", "2", "--gpus-per-node", "4", "--job-option",
+             "CPU=6", "--dry-run", *TRAIN, str(out)]  # fmt: skip
+    assert run(given) == 0
+    script = ast.parse(capsys.readouterr().out)
+    values = {
+        keyword.arg: ast.literal_eval(keyword.value)
+        for call in ast.walk(script) if isinstance(call, ast.Call)
+        for keyword in call.keywords if keyword.arg in (
+            "num_workers", "use_gpu", "resources_per_worker", "name", "storage_path")
+    }  # fmt: skip
+    assert values == {
+        "num_workers": 8, "use_gpu": True, "resources_per_worker": {"CPU": 6},
+        "name": "ftlevel-my-run", "storage_path": str(tmp_path),
+    }  # fmt: skip
+    (arguments,) = (node.value for node in script.body if isinstance(node, ast.Assign))
+    assert ast.literal_eval(arguments) == ["train", *TRAIN, str(out), "--resume"]
+    told = {node.value for node in ast.walk(script) if isinstance(node, ast.Constant)}
+    assert {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+            "MASTER_PORT"} <= told  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--on", "slurm"], "Add --output-dir DIR"),
-        (["--on", "pbs", "--output-dir", "x"], "expected one of slurm, k8s"),
+        (["--on", "pbs", "--output-dir", "x"], "expected one of slurm, k8s, ray"),
+        (["--on", "ray", "--output-dir", "x"], "begins with /"),
+        (["--on", "ray", "--output-dir", "/x", "--job-option", "CPU=two"], "as CPU=4"),
         (["--on", "slurm", "--output-dir", "x", "--overwrite"], "Remove the old run"),
         (["--on", "slurm", "--output-dir", "x", "--num-processes", "2"], "Use --nodes"),
         (["--on", "k8s", "--output-dir", "/x/y"], "--image IMAGE"),

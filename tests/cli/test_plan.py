@@ -48,6 +48,26 @@ def test_a_config_alone_is_enough(big: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads(less)["fits_in_memory"]
 
 
+def test_a_thousand_cards(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--model", big, "--gpu", "h100", "--max-length", 512, "--brief", "--shard", "full",
+             "--nodes", 128, "--gpus-per-node", 8)  # fmt: skip
+    found = json.loads(plan(capsys, *asked, "--json"))
+    weights, ranks = 2 * 8_030_261_248, 1024  # bfloat16
+    assert found["parts"]["weights"] < weights / ranks + 2**20  # norms are whole
+    embeddings, block = 2 * 2 * 128256 * 4096, 2 * 218_103_808
+    assert found["parts"]["gathered"] == pytest.approx(embeddings + 3 * block, rel=0.01)
+    cluster = found["cluster"]
+    sent = embeddings + 2 * 32 * block  # blocks forward and backward, the rest once
+    assert cluster["gathered_bytes_per_step"] == pytest.approx(sent * 1023 / 1024, rel=1e-3)
+    adapter = 4 * 2 * 1023 / 1024  # an all-reduce in float32
+    assert cluster["reduced_bytes_per_step"] == pytest.approx(adapter * 20_971_520, rel=1e-3)
+    assert cluster["waiting_s"] > 0
+    assert cluster["seconds_per_step"] == pytest.approx(
+        cluster["computing_s"] + cluster["waiting_s"]
+    )
+    assert found["seconds_per_epoch"] is None
+
+
 @pytest.mark.slow
 def test_the_micro_batch_is_the_largest_that_fits(
     big: Path, capsys: pytest.CaptureFixture[str]
@@ -79,10 +99,12 @@ def test_rows_of_the_data_and_what_else_fits(
     for method in ("lora", "qlora", "full"):
         for checkpointing in ("--gradient-checkpointing", "--no-gradient-checkpointing"):
             assert any(f"--method {method} {checkpointing}" in line for line in flags)
-    out = plan(capsys, *asked, "--brief")
+    out = plan(capsys, *asked, "--brief", "--nodes", 2, "--gpus-per-node", 2)
     assert out.splitlines()[0].startswith("peak ")
     assert "H100" in out
-    assert "a roofline" in out
+    assert "2 × 2 cards, of which this is one: a step takes " in out
+    assert "an epoch: 1 steps" in out
+    assert "a roofline and rings on 4 cards" in out
 
 
 def test_a_run_begins_with_the_verdict_and_ends_beside_it(
@@ -151,6 +173,9 @@ def test_real_models(
         (("--gpu", "h1000"), "--gpu h1000: no such card is known. Did you mean 'h100'?"),
         (("--gpu", "h100", "--probe"), "--probe runs steps here, and --gpu plans for another"),
         (("--model", "builtin:tiny-llama", "--probe"), "--probe runs steps on real rows."),
+        (("--shard", "full", "--gpu", "h100"), "Say how many: --nodes N and --gpus-per-node N"),
+        (("--nodes", "2", "--gpu", "80GB"), "the speed of their cards is not known"),
+        (("--nodes", "2", "--gpu", "h100", "--interconnect-gbps", "0"), "expected more than 0"),
     ],
 )
 def test_what_is_refused(

@@ -130,6 +130,9 @@ def test_a_resumed_run_is_the_unbroken_one(
         "2",
         "--lora-dropout",
         "0.1",
+        "--streaming",  # of which each process encodes its part
+        "--set",
+        "data.shuffle_buffer=5",
     )
     start = command(tiny_model_dir("llama"), rows, out, *more)
     subprocess.run(start, check=True, capture_output=True)

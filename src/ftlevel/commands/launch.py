@@ -15,6 +15,7 @@ from ftlevel.config.flags import FLAGS
 from ftlevel.errors import ConfigError, RunError
 
 _OURS = {row.shown: row.type is not bool for row in FLAGS if row.on == ("launch",)}
+_AMOUNT = re.compile(r"\d+(\.\d+)?")
 _OURS["--json"] = False
 """Flags that `ftlevel train` is not given → whether a value follows."""
 
@@ -24,7 +25,7 @@ class Cluster:
     """What is asked of one.
 
     Attributes:
-        scheduler: `slurm` or `k8s`.
+        scheduler: `slurm`, `k8s` or `ray`.
         nodes: machines.
         gpus: of each machine.
         processes: of each machine; None for one a GPU.
@@ -74,8 +75,11 @@ def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -
             "--on k8s needs --image IMAGE with ftlevel in it, and --claim NAME of the persistent "
             "volume claim that holds --output-dir."
         )
-    if cluster.scheduler == "k8s" and output.dir is not None and not output.dir.is_absolute():
-        problems.append(f"--output-dir {output.dir}: --on k8s needs a path that begins with /.")
+    elsewhere = cluster.scheduler in ("k8s", "ray")
+    if elsewhere and output.dir is not None and not output.dir.is_absolute():
+        problems.append(
+            f"--output-dir {output.dir}: --on {cluster.scheduler} needs a path that begins with /."
+        )
     elif (
         cluster.scheduler == "k8s"
         and output.dir is not None
@@ -85,6 +89,11 @@ def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -
             f"--output-dir {output.dir}: the claim would be mounted as /. Name a directory in one."
         )
     options = dict(_option(text, problems) for text in cluster.options)
+    problems += [
+        f"--job-option {name}={value}: Ray is asked for numbers of what a worker needs, as CPU=4."
+        for name, value in options.items()
+        if cluster.scheduler == "ray" and not _AMOUNT.fullmatch(value)
+    ]
     if problems or output.dir is None:
         raise ConfigError(problems)
     processes = cluster.processes or max(cluster.gpus, 1)
@@ -144,7 +153,7 @@ def submit(job: Job, place: Path) -> str:
         ConfigError: its program is not here.
         RunError: it refuses.
     """
-    command = [*SUBMIT[job.scheduler], str(place)]
+    command = [*SUBMIT[job.scheduler], str(place.resolve() if job.scheduler == "ray" else place)]
     if shutil.which(command[0]) is None:
         raise ConfigError(
             f"--submit: there is no {command[0]} here. Run {' '.join(command)} where there is."

@@ -21,6 +21,12 @@ OF_COMMANDS: tuple[Flag, ...] = (
          help="Of the machine; says what the run costs."),
     Flag(names="--brief", panel=DAILY, on=("plan",), type=bool,
          help="Leave out the table of what else fits, which takes most of the time."),
+    Flag(names="--nodes", panel=DAILY, on=("plan",), type=int, default=1, minimum=1, metavar="N",
+         help="Machines with cards of --gpu, among which --shard shares out the model."),
+    Flag(names="--gpus-per-node", panel=DAILY, on=("plan",), type=int, default=1, minimum=1,
+         metavar="N", help="Cards of each machine."),
+    Flag(names="--interconnect-gbps", panel=DAILY, on=("plan",), type=float, default=400.0,
+         metavar="N", help="Gigabits a second that each card has to other machines."),
     # compare
     Flag(names="--methods", panel=DAILY, on=("compare",), type=list[str], several=True,
          metavar="NAME,…",
@@ -44,7 +50,7 @@ OF_COMMANDS: tuple[Flag, ...] = (
          help="Database of the searches, which several machines may share; the default is a "
          "file in the directory."),
     # launch
-    Flag(names="--on", panel=DAILY, on=("launch",), required=True, metavar="slurm|k8s",
+    Flag(names="--on", panel=DAILY, on=("launch",), required=True, metavar="slurm|k8s|ray",
          help="The scheduler that the file is for."),
     Flag(names="--nodes", panel=DAILY, on=("launch",), type=int, default=1, minimum=1, metavar="N",
          help="Machines."),

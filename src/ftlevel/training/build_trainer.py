@@ -68,7 +68,7 @@ def build_trainer(
     # A run begins once; but an evaluation that it was broken off in is made up for.
     arguments.eval_on_start &= checkpoint is None
     arguments.eval_on_start |= _owes_evaluation(going_on, config, plan, arguments)
-    rows, order = rows_and_order(config, plan, arguments)
+    rows, order = rows_and_order(config, plan, arguments, processes)
     fast, pad_id = adapted.fast, plan.model.pad_id
     whole_steps = StepCollator(pad_id, fast.plan, plan.objective) if fast else None
     kind = ShardedTrainer if is_sharded(adapted.model) and processes.count > 1 else FtlevelTrainer

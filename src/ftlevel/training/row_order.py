@@ -9,14 +9,16 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ftlevel.config import TrainConfig
+from ftlevel.data.prepare.row_stream import Division
 from ftlevel.data.prepare.sampling import LengthGroups, RowsAndNothing, ShareOfSteps
 from ftlevel.data.prepare.streamed_rows import InOrder, StreamedRows
 from ftlevel.models.upstream.data import shared_order
 from ftlevel.training.plan.plan import Plan
+from ftlevel.training.processes import Processes
 
 
 def rows_and_order(
-    config: TrainConfig, plan: Plan, arguments: Any
+    config: TrainConfig, plan: Plan, arguments: Any, processes: Processes
 ) -> tuple[Any, Sampler[int] | None]:
     """Return what is trained on, and the order of it; None is Trainer's random one.
 
@@ -24,10 +26,16 @@ def rows_and_order(
         config: the whole configuration.
         plan: the resolved facts.
         arguments: the `TrainingArguments`.
+        processes: those of the run, each of which encodes its part of a stream.
     """
     if plan.data.stream is not None:
-        step = arguments.train_batch_size * arguments.gradient_accumulation_steps
-        rows = StreamedRows(plan.data.stream, step * arguments.world_size, arguments.max_steps)
+        together = arguments.train_batch_size * arguments.world_size
+        step, stream = together * arguments.gradient_accumulation_steps, plan.data.stream
+        if processes.count == 1:
+            rows = StreamedRows(stream, step, arguments.max_steps)
+        else:
+            stream.divide(Division(processes.count, processes.world.rank, processes.exchange))
+            rows = StreamedRows(stream, step, arguments.max_steps, together)
         return rows, InOrder(rows)
     return plan.data.train, row_order(config, plan)
 

@@ -109,9 +109,9 @@ def test_two_depths_give_the_whole(
     model = tiny_model_dir("llama", num_hidden_layers=7)
     config = configure(tmp_path, model, "lora", classes=False)
     plan = resolve(config)
-    assert memory._Layers.of(plan).depths == (2, 3)
+    assert memory.Layers.of(plan).depths == (2, 3)
     extended = forecast_memory(config, plan, MEMORY)
-    monkeypatch.setattr(memory._Layers, "of", lambda _: memory._Layers((None,), 7))
+    monkeypatch.setattr(memory.Layers, "of", lambda _: memory.Layers((None,), 7))
     assert extended.peak == pytest.approx(forecast_memory(config, plan, MEMORY).peak, rel=0.002)
 
 

@@ -8,10 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TEMPLATES = {"slurm": "slurm.sh.jinja", "k8s": "pytorchjob.yaml.jinja"}
+TEMPLATES = {
+    "slurm": "slurm.sh.jinja", "k8s": "pytorchjob.yaml.jinja", "ray": "ray_train.py.jinja",
+}  # fmt: skip
 """Scheduler → the template of its file."""
 
-SUBMIT = {"slurm": ("sbatch",), "k8s": ("kubectl", "create", "-f")}
+SUFFIXES = {"slurm": "sbatch", "k8s": "yaml", "ray": "py"}
+"""Scheduler → how its file's name ends."""
+
+SUBMIT = {
+    "slurm": ("sbatch",), "k8s": ("kubectl", "create", "-f"),
+    "ray": ("ray", "job", "submit", "--no-wait", "--", "python"),
+}  # fmt: skip
 """Scheduler → the command that takes the file."""
 
 
@@ -49,8 +57,13 @@ class Job:
         return shlex.join(self.arguments)
 
     @property
+    def resources(self) -> dict[str, float]:
+        """What a worker of Ray's asks for beside its GPU, as `options` say."""
+        return {name: float(value) for name, value in self.options.items()}
+
+    @property
     def quoted(self) -> list[str]:
-        """The arguments as YAML reads them."""
+        """The arguments as YAML and Python read them."""
         return [json.dumps(argument) for argument in self.arguments]
 
 

@@ -17,6 +17,9 @@ def plan(
     probe: bool,
     price_per_hour: float | None,
     brief: bool,
+    nodes: int,
+    gpus_per_node: int,
+    interconnect_gbps: float,
     as_json: bool,
 ) -> None:
     """Say what a run needs before it begins: memory by part, what fits, time, disk.
@@ -33,7 +36,10 @@ def plan(
             from ftlevel.commands.insight.plan import Wishes
             from ftlevel.commands.insight.plan import plan as look
 
-        found = look(config, Wishes(gpu, probe, price_per_hour, alternatives=not brief))
+        cards = {"nodes": nodes, "gpus_per_node": gpus_per_node}
+        wishes = Wishes(gpu, probe, price_per_hour, alternatives=not brief, **cards,
+                        interconnect_gbps=interconnect_gbps)  # fmt: skip
+        found = look(config, wishes)
         if as_json:
             typer.echo(json_module.dumps(found.to_dict()))
             return

@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ftlevel.commands.insight.plan import RunPlan
+    from ftlevel.training.forecast.cluster import ClusterForecast
     from ftlevel.training.forecast.fits import Fit
 
 _BAR = 30  # letters
@@ -41,13 +42,26 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         yield f"  {part.ljust(width)} {_mib(size):>12}  {bar}"
     if plan.imagined:
         yield "  rows are imagined, all as long as they may be: name a --dataset for your own"
-    for cards, kinds in plan.several.items():
-        sizes = ", ".join(f"{kind.upper()} {_mib(size)}" for kind, size in kinds.items())
-        yield f"  on each of {cards} cards: {sizes} (computed, not measured)"
+    if plan.cluster is not None:
+        yield from _cluster_lines(plan.cluster)
     if not plan.imagined:
         yield f"an epoch: {plan.steps:,} steps, {plan.tokens:,} tokens{_time(plan)}"
     first, kept = plan.checkpoint_bytes
     yield f"disk: {_mib(first)} a checkpoint, {_mib(kept)} for those kept"
+
+
+def _cluster_lines(cluster: ClusterForecast) -> Iterator[str]:
+    network, step = cluster.network, cluster.step
+    yield (
+        f"{network.nodes:,} × {network.cards} cards, of which this is one: a step takes "
+        f"{step.seconds:,.3g} s for {cluster.tokens:,.0f} tokens, {cluster.tokens_per_s:,.0f} "
+        f"tokens/s, {cluster.tokens_per_s / network.ranks:,.0f} a card"
+    )
+    yield (
+        f"  each sends {_mib(round(step.gathered))} of weights and {_mib(round(step.reduced))} of "
+        f"gradients a step: {step.talking:,.3g} s on the wire, {step.hidden:.0%} of them hidden "
+        f"behind {step.computing:,.3g} s of computing"
+    )
 
 
 def _time(plan: RunPlan) -> str:

@@ -10,7 +10,7 @@ import typer
 from ftlevel.cli.flags import Given, read_config
 from ftlevel.errors import ConfigError
 
-_SCHEDULERS = ("slurm", "k8s")
+_SCHEDULERS = ("slurm", "k8s", "ray")
 
 
 def launch(
@@ -23,7 +23,7 @@ def launch(
     and nothing is written.
     """
     config, _ = read_config(given)
-    from ftlevel.artifacts.jobs.job import SUBMIT, render
+    from ftlevel.artifacts.jobs.job import SUBMIT, SUFFIXES, render
     from ftlevel.commands.launch import Cluster, build_job, write_job
     from ftlevel.commands.launch import submit as hand_over
 
@@ -39,7 +39,7 @@ def launch(
         else:
             typer.echo(render(job), nl=False)
         return
-    place = job_file or Path(f"{job.name}.{'sbatch' if on == 'slurm' else 'yaml'}")
+    place = job_file or Path(f"{job.name}.{SUFFIXES[on]}")
     write_job(job, place)
     command = f"{' '.join(SUBMIT[on])} {place}"
     said = hand_over(job, place) if submit else ""

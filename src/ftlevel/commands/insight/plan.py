@@ -13,17 +13,20 @@ from ftlevel.errors import ConfigError
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.forecast.cards import Card, read_card
+from ftlevel.training.forecast.cluster import ClusterForecast, forecast_cluster
 from ftlevel.training.forecast.fits import Fit, Limits, find_cheapest, list_fits
 from ftlevel.training.forecast.imagined import imagine
-from ftlevel.training.forecast.live import ADAPTER, GRADIENTS, OPTIMIZER
+from ftlevel.training.forecast.live import OPTIMIZER
 from ftlevel.training.forecast.micro_batch import fit_micro_batch
-from ftlevel.training.forecast.need import ALLOCATOR, COMES_AND_GOES, Device, Need, find_need
+from ftlevel.training.forecast.need import Device, Need, find_need
+from ftlevel.training.forecast.network import Network
 from ftlevel.training.forecast.seconds import (
     TimeForecast,
     by_probe,
     by_roofline,
     steps_per_epoch,
 )
+from ftlevel.training.forecast.shares import describe_shares
 from ftlevel.training.plan.adapter import take_adapter
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
@@ -42,12 +45,18 @@ class Wishes:
         probe: whether to run some real steps.
         price_per_hour: of the machine; None to say nothing of cost.
         alternatives: whether to compute what else fits.
+        nodes: machines.
+        gpus_per_node: cards of each.
+        interconnect_gbps: 10⁹ bits a second that each card has to other machines.
     """
 
     gpu: str | None = None
     probe: bool = False
     price_per_hour: float | None = None
     alternatives: bool = True
+    nodes: int = 1
+    gpus_per_node: int = 1
+    interconnect_gbps: float = 400.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class RunPlan:
         cost: of the run, in the currency of the price.
         fits: what else fits.
         cheapest: the mildest change that makes the run fit; None where it fits, or nothing does.
-        several: cards → kind → bytes on each.
+        cluster: the run on many cards; None on one.
         choices: lines for the screen.
     """
 
@@ -79,7 +88,7 @@ class RunPlan:
     cost: float | None
     fits: list[Fit]
     cheapest: Fit | None
-    several: dict[int, dict[str, int]]
+    cluster: ClusterForecast | None
     choices: list[Choice] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +110,7 @@ class RunPlan:
                 for fit in self.fits
             ],
             "cheapest_change": self.cheapest.flags if self.cheapest else None,
-            "several_cards": self.several,
+            "cluster": self.cluster.to_dict() if self.cluster else None,
             "steps_per_epoch": None if self.imagined else self.steps,
             "tokens_per_epoch": self.tokens or None,
             "seconds_per_epoch": self.time.seconds_per_epoch if self.time else None,
@@ -132,11 +141,7 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
     card = read_card(wishes.gpu) if wishes.gpu else None
     if card and wishes.probe:
         raise ConfigError("--probe runs steps here, and --gpu plans for another card. Drop one.")
-    if config.train.shard != "none":
-        raise ConfigError(
-            f"--shard {config.train.shard}: plan counts what a process with the whole base needs, "
-            "and not yet what one with a part of it does. Drop it."
-        )
+    _check_cards(config, wishes, card)
     config, adapter, _ = take_adapter(config)
     is_imagined = _names_no_data(config)
     if is_imagined and wishes.probe:
@@ -153,7 +158,8 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
     rows = a_step * _IMAGINED_STEPS if is_imagined else 0
     imagined = imagine(config, source, card.name if card else None, rows)
     resolved = resolve(config, why_task=why, adapter=adapter, imagined=imagined)
-    device = Device.of(resolved.model.device, card)
+    ranks = wishes.nodes * wishes.gpus_per_node
+    device = Device.of(resolved.model.device, card, ranks)
     if config.speed.memory_gib is not None:
         least = min(device.memory, int(config.speed.memory_gib * 2**30))
         device = replace(device, memory=least)
@@ -161,20 +167,23 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
         _, resolved = fit_micro_batch(config, resolved, device.memory)
     need = find_need(config, resolved, device)
     limits = Limits(need.device, card.name if card else None, source)
+    cluster = _cluster(config, resolved, need, card, wishes)
     time = _time(config, resolved, card, wishes.probe, is_imagined)
+    if cluster is not None:
+        time = cluster.time()
     as_long = config if is_imagined else _with_length(config, resolved.data.max_length)
     return RunPlan(
         need=need,
-        steps=steps_per_epoch(config, resolved),
+        steps=cluster.steps or 0 if cluster else steps_per_epoch(config, resolved),
         tokens=0 if is_imagined else int(resolved.data.facts["tokens"]),
         imagined=is_imagined,
         longest=resolved.data.max_length,
         checkpoint_bytes=_checkpoints(config, resolved, need.parts),
         time=time,
-        cost=_cost(config, time, wishes.price_per_hour),
+        cost=_cost(config, time, wishes),
         fits=list_fits(as_long, limits) if wishes.alternatives else [],
         cheapest=find_cheapest(as_long, limits) if not need.does_fit else None,
-        several=_several(need.parts, resolved) if need.device.kind == "cuda" else {},
+        cluster=cluster,
         choices=resolved.choices,
     )
 
@@ -203,10 +212,11 @@ def _time(
     return by_roofline(config, resolved, card) if card and not is_imagined else None
 
 
-def _cost(config: TrainConfig, time: TimeForecast | None, price: float | None) -> float | None:
-    if price is None or time is None:
+def _cost(config: TrainConfig, time: TimeForecast | None, wishes: Wishes) -> float | None:
+    if wishes.price_per_hour is None or time is None:
         return None
-    return time.seconds_per_epoch * config.train.num_train_epochs / 3600 * price
+    hours = time.seconds_per_epoch * config.train.num_train_epochs / 3600
+    return hours * wishes.price_per_hour * wishes.nodes
 
 
 def _checkpoints(config: TrainConfig, resolved: Plan, parts: Mapping[str, int]) -> tuple[int, int]:
@@ -218,21 +228,34 @@ def _checkpoints(config: TrainConfig, resolved: Plan, parts: Mapping[str, int]) 
     return one, one * (limit if config.train.save_strategy else min(limit, epochs))
 
 
-def _several(parts: Mapping[str, int], resolved: Plan) -> dict[int, dict[str, int]]:
-    """Return what each of some cards needs, by DDP and by FSDP.
+def _check_cards(config: TrainConfig, wishes: Wishes, card: Card | None) -> None:
+    """Refuse many cards of which too little is known, and one to share a model out on.
 
-    DDP holds gradients a second time, in its buckets. FSDP parts weights, gradients and states
-    among the cards, and gathers two blocks at a time. Neither was measured.
+    Raises:
+        ConfigError: naming what is missing.
     """
-    blocks = getattr(resolved.model.config.get_text_config(), "num_hidden_layers", 1) or 1
-    gradients = parts.get(GRADIENTS, 0) or parts.get(ADAPTER, 0)
-    shared = sum(size for part, size in parts.items() if part not in (*COMES_AND_GOES, ALLOCATOR))
-    shared += gradients
-    rest = sum(parts.values()) - shared
-    return {
-        cards: {
-            "ddp": sum(parts.values()) + gradients,
-            "fsdp": rest + shared // cards + 2 * shared // blocks,
-        }
-        for cards in (2, 4, 8)
-    }
+    ranks, way = wishes.nodes * wishes.gpus_per_node, config.train.shard
+    if ranks == 1 and way != "none":
+        raise ConfigError(
+            f"--shard {way} shares a model out among cards. Say how many: --nodes N and "
+            "--gpus-per-node N, with --gpu NAME."
+        )
+    if ranks > 1 and (card is None or not card.tflops):
+        raise ConfigError(
+            f"--nodes {wishes.nodes} --gpus-per-node {wishes.gpus_per_node}: the speed of their "
+            "cards is not known. Name one: --gpu h100."
+        )
+    if wishes.interconnect_gbps <= 0:
+        raise ConfigError(
+            f"--interconnect-gbps {wishes.interconnect_gbps:g}: expected more than 0, as 400."
+        )
+
+
+def _cluster(
+    config: TrainConfig, resolved: Plan, need: Need, card: Card | None, wishes: Wishes
+) -> ClusterForecast | None:
+    if card is None or need.device.ranks == 1:
+        return None
+    network = Network(wishes.nodes, wishes.gpus_per_node, card.link, wishes.interconnect_gbps)
+    shares = describe_shares(config, resolved)
+    return forecast_cluster(config, resolved, need, shares, card, network)

@@ -50,6 +50,10 @@ _LAUNCH = (
     "several GPUs train together by --num-processes N, each on rows of its own; a model that none "
     "of them holds is shared out by --shard full. Drop it."
 )
+_LONG_ROWS = (
+    "each row is computed by one device: torch's context parallel attention takes no packed rows. "
+    "Long rows fit with --gradient-checkpointing, --offload-activations and --shard full. Drop it."
+)
 _TOKENIZER = "the tokenizer and its tokens are the model's own, and stay so. Drop it."
 _OTHER_METHOD = "there is no such method here. ftlevel list-methods shows what there is. Drop it."
 
@@ -170,8 +174,10 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--tensorboard-dir --logging-dir",
             "TensorBoard's files are in RUN/tensorboard. Drop it: --output-dir names the run."),
     *_flags("--deepspeed --fsdp --fsdp-config --fsdp-version --ddp-timeout --ddp-backend "
-            "--tensor-parallel-size --sequence-parallel-size --context-parallel-size "
-            "--accelerate-config --config-file", _LAUNCH),
+            "--tensor-parallel-size --accelerate-config --config-file", _LAUNCH),
+    *_flags("--context-parallel-size --context-parallel-degree --sequence-parallel-size "
+            "--sequence-parallel-degree --parallelism-config-cp-size --cp-size", _LONG_ROWS,
+            {"1": Agrees("a row is computed by one device")}),
     *_flags("--dataloader-num-workers --num-dataloader-workers --dataloader-prefetch-factor",
             "a number is expected; --num-proc N encodes with N processes.",
             {str(number): _NO_WORKERS for number in range(129)}),

@@ -6,10 +6,11 @@ What the stream is at a row is a `StreamState`, from which it goes on without wh
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from ftlevel.data.sources.uniform import Form
 from ftlevel.errors import InputError
 
 _SURE = 1_000  # rows after which a share of them is worth a word
+_AT_ONCE = 32  # chunks: of more processes, others encode the next ones
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,6 @@ class ChunkEncoder:
         fitted = self.encoder(examples, table)
         counts.update(too_long=fitted.dropped, shortened=fitted.shortened, split=fitted.split)
         counts["dropped"] += fitted.dropped
-        self._check_loss(counts)
         if not len(fitted.rows):
             return []
         keep, findings = self.gate.check_rows("train", fitted, len(examples), table)
@@ -101,8 +102,16 @@ class ChunkEncoder:
         counts["dropped"] += len(lines)
         return table.take(i for i, line in enumerate(table.lines) if line not in lines)
 
-    def _check_loss(self, counts: Counter[str]) -> None:
-        lost, read = counts["too_long"], counts["read"]
+    def check_loss(self, counts: Mapping[str, int]) -> None:
+        """Refuse a stream that loses too much to a length that its first rows gave.
+
+        Args:
+            counts: what became of all rows so far.
+
+        Raises:
+            InputError: it does.
+        """
+        lost, read = counts.get("too_long", 0), counts.get("read", 0)
         if self.may_lose and read >= _SURE and lost > LOSS * read:
             raise InputError(
                 f"{lost:,} of the {read:,} rows read so far are longer than "
@@ -136,6 +145,45 @@ class StreamState:
     counts: dict[str, int] = field(default_factory=dict)
 
 
+class EncodedChunk(NamedTuple):
+    """What became of a chunk: its rows and their counts, or the error that they stop the run by."""
+
+    rows: list[Encoded]
+    counts: Counter[str]
+    error: InputError | None = None
+
+
+class _Ready(NamedTuple):
+    """A chunk that comes next, where the one after it begins, and rows from there that wait."""
+
+    chunk: EncodedChunk
+    cursor: Cursor | None
+    skip: int
+
+
+@dataclass(frozen=True)
+class Division:
+    """Several processes that read the same stream, of which each encodes its part of the chunks.
+
+    All of them get all rows, in the order of the stream, so that which rows are dropped, split or
+    drawn is decided as by one process.
+
+    Attributes:
+        count: of the processes.
+        rank: of this one.
+        exchange: gives what each process gives, in their order; all must call it together.
+    """
+
+    count: int = 1
+    rank: int = 0
+    exchange: Callable[[list[EncodedChunk]], list[list[EncodedChunk]]] = lambda own: [own]
+
+    @property
+    def at_once(self) -> int:
+        """Chunks that are read before the rows of the first of them are used."""
+        return min(self.count, _AT_ONCE)
+
+
 class RowStream:
     """Encoded rows without end: after the last row of the source its first one comes again.
 
@@ -163,7 +211,12 @@ class RowStream:
         self._source, self._encode, self._held_out = source, encode, held_out
         self._size, self._seed = buffer, seed
         self._counts: Counter[str] = Counter()
+        self._division, self._turn = Division(), 0
         self._begin_pass()
+
+    def divide(self, division: Division) -> None:
+        """Encode only this process's part from here on."""
+        self._division, self._turn = division, 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -181,6 +234,7 @@ class RowStream:
         """Go on from `state`."""
         self._begin_pass(state.passes, state.cursor)
         self._skip, self._kept = state.skip, state.kept
+        self._skip_ahead = state.skip
         self._waiting.extend(state.waiting)
         self._buffer.items.extend(state.buffered)
         self._buffer.set_draws(state.draws)
@@ -188,7 +242,8 @@ class RowStream:
 
     def _begin_pass(self, number: int = 0, cursor: Cursor | None = None) -> None:
         self._passes, self._cursor = number, cursor
-        self._skip = self._held_out
+        self._skip = self._skip_ahead = self._held_out
+        self._ready: deque[_Ready] = deque()
         self._chunks = self._source.chunks(cursor)
         self._waiting: deque[Encoded] = deque()
         self._buffer: ShuffleBuffer[Encoded] = ShuffleBuffer(self._size, f"{self._seed}:{number}")
@@ -217,14 +272,53 @@ class RowStream:
             self._begin_pass(self._passes + 1)
 
     def _read(self) -> bool:
-        """Encode the next chunk; return whether there was one."""
-        chunk = next(self._chunks, None)
-        if chunk is None:
+        """Take the rows of the next chunk; return whether there was one.
+
+        Raises:
+            InputError: one of them is to stop the run.
+        """
+        if not self._ready:
+            self._encode_ahead()
+        if not self._ready:
             return False
-        self._cursor = chunk.cursor
-        if self._skip:
-            skipped, self._skip = self._skip, max(0, self._skip - len(chunk.rows))
-            chunk = replace(chunk, rows=chunk.rows[skipped:], lines=chunk.lines[skipped:])
-        self._waiting.extend(self._encode(chunk, self._counts))
+        (rows, counts, error), self._cursor, self._skip = self._ready.popleft()
+        self._counts.update(counts)
+        if error is not None:
+            raise error
+        self._encode.check_loss(self._counts)
+        self._waiting.extend(rows)
         self._kept = self._kept or bool(self._waiting)
         return True
+
+    def _encode_ahead(self) -> None:
+        """Encode the next chunk, or of several processes one each at most."""
+        division, chunks, error = self._division, [], None
+        places: list[tuple[Cursor | None, int]] = []
+        try:
+            for chunk in islice(self._chunks, division.at_once):
+                skipped, after = self._skip_ahead, max(0, self._skip_ahead - len(chunk.rows))
+                self._skip_ahead = after
+                places.append((chunk.cursor, after))
+                chunks.append(replace(chunk, rows=chunk.rows[skipped:],
+                                      lines=chunk.lines[skipped:]))  # fmt: skip
+        except InputError as unreadable:
+            error = unreadable  # after the chunks before it
+        ranks = [(self._turn + at) % division.count for at in range(len(chunks))]
+        self._turn = (self._turn + len(chunks)) % division.count
+        own = [self._encode_one(c) for c, r in zip(chunks, ranks, strict=True)
+               if r == division.rank]  # fmt: skip
+        found = [deque(some) for some in division.exchange(own)] if chunks else []
+        self._ready.extend(
+            _Ready(found[rank].popleft(), *place) for rank, place in zip(ranks, places, strict=True)
+        )
+        if error is not None:
+            self._ready.append(
+                _Ready(EncodedChunk([], Counter(), error), self._cursor, self._skip_ahead)
+            )
+
+    def _encode_one(self, chunk: Chunk) -> EncodedChunk:
+        counts: Counter[str] = Counter()
+        try:
+            return EncodedChunk(self._encode(chunk, counts), counts)
+        except InputError as error:
+            return EncodedChunk([], counts, error)

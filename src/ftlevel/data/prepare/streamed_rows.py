@@ -8,7 +8,7 @@ numbers, and no row is read for it.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ class StreamedRows:
         stream: gives them.
         step: rows of an optimizer step, over all processes.
         steps: optimizer steps of the run.
+        together: rows that all processes take from it at once, of which each is given its own.
     """
 
-    def __init__(self, stream: RowStream, step: int, steps: int) -> None:
+    def __init__(self, stream: RowStream, step: int, steps: int, together: int = 1) -> None:
         self._stream, self._step, self._steps = stream, step, steps
+        self._together, self._taken = together, deque[Encoded](maxlen=together)
         self._next = 0
         self._states: OrderedDict[int, StreamState] = OrderedDict()
 
@@ -47,17 +49,21 @@ class StreamedRows:
         Raises:
             IndexError: the stream is past it.
         """
-        if index < self._next:
+        if index < self._next - self._together:
             raise IndexError(f"row {index:,} of a stream was taken; the next is {self._next:,}")
-        while True:
-            if self._next % self._step == 0:
-                self._states[self._next // self._step] = self._stream.state()
-                while len(self._states) > _KEPT:
-                    self._states.popitem(last=False)
-            row = next(self._stream)
-            self._next += 1
-            if self._next > index:
-                return row
+        while index >= self._next:
+            for _ in range(self._together):
+                self._take()
+        return self._taken[index - self._next]
+
+    def _take(self) -> None:
+        """Take the next row from the stream; all processes take it after the same step."""
+        if self._next % self._step == 0:
+            self._states[self._next // self._step] = self._stream.state()
+            while len(self._states) > _KEPT:
+                self._states.popitem(last=False)
+        self._taken.append(next(self._stream))
+        self._next += 1
 
     @property
     def counts(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,13 @@ class MemoryForecast:
         parts: part → bytes at the peak.
         at: the moment of the peak.
         tokens: places of the fullest micro-batch.
+        moments: moment → part → bytes at its own peak.
     """
 
     parts: dict[str, int]
     at: str
     tokens: int
+    moments: Peaks = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -92,7 +94,7 @@ def forecast_memory(config: TrainConfig, plan: Plan, memory: int) -> MemoryForec
         plan: its plan, whose rows are those that a step is made of.
         memory: bytes that tensors may take: chunks of scores on a GPU take a share of what is free.
     """
-    layers = _Layers.of(plan)
+    layers = Layers.of(plan)
     pruning = find_pruning(config, plan)
     batch = _fullest(config, plan, pruning)
     fakes = [build_fake_model(config, plan, depth) for depth in layers.depths]
@@ -107,20 +109,25 @@ def forecast_memory(config: TrainConfig, plan: Plan, memory: int) -> MemoryForec
     for parts in peaks.values():
         for part in _OF_WORKERS:
             parts[part] = parts.get(part, 0) * batch.at_once
+    return highest(peaks, batch.tokens)
+
+
+def highest(peaks: Peaks, tokens: int) -> MemoryForecast:
+    """Return the forecast whose moments have `peaks`, in a micro-batch of so many `tokens`."""
     at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
     in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))
-    return MemoryForecast(in_order, at, batch.tokens)
+    return MemoryForecast(in_order, at, tokens, peaks)
 
 
 def blocks_to_watch(plan: Plan) -> int:
     """Return how many blocks are computed to know the memory of `plan`."""
-    layers = _Layers.of(plan)
+    layers = Layers.of(plan)
     return sum(layers.whole if depth is None else depth for depth in layers.depths)
 
 
 @dataclass(frozen=True)
-class _Layers:
+class Layers:
     """At which depths a model is tried, and how the whole of it follows.
 
     Attributes:
@@ -132,7 +139,7 @@ class _Layers:
     whole: int
 
     @classmethod
-    def of(cls, plan: Plan) -> _Layers:
+    def of(cls, plan: Plan) -> Layers:
         """Return the depths for the model of `plan`: the whole of it where blocks differ."""
         meta = build_task_model(plan.model.config, plan.model.auto_class)
         stacks = describe_blocks(meta, plan.model.config)

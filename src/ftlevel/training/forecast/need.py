@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError
@@ -12,6 +12,7 @@ from ftlevel.models.quantized import as_quant_config, quantization_name, stored_
 from ftlevel.training.forecast.cards import Card
 from ftlevel.training.forecast.live import ACTIVATIONS, GRADIENTS, LOGITS, WORKSPACE
 from ftlevel.training.forecast.memory import MemoryForecast, forecast_memory
+from ftlevel.training.forecast.shares import GATHERED, REDUCED, describe_shares
 from ftlevel.training.plan.plan import Plan
 
 ALLOCATOR = "allocator and context"
@@ -20,7 +21,7 @@ CONTEXT_BYTES, SLACK = 600 * 2**20, 0.05
 """What a CUDA context takes, and the share of what comes and goes that torch's allocator has to
 spare: an allowance, since no card was at hand to measure either."""
 
-COMES_AND_GOES = (ACTIVATIONS, LOGITS, WORKSPACE, GRADIENTS)
+COMES_AND_GOES = (ACTIVATIONS, LOGITS, WORKSPACE, GRADIENTS, GATHERED, REDUCED)
 
 
 @dataclass(frozen=True)
@@ -31,29 +32,33 @@ class Device:
         kind: torch device type.
         name: in words.
         memory: its bytes.
+        ranks: such devices that the run is shared out among, as `--shard` says.
     """
 
     kind: str
     name: str
     memory: int
+    ranks: int = 1
 
     @classmethod
-    def of(cls, kind: str, card: Card | None = None) -> Device:
+    def of(cls, kind: str, card: Card | None = None, ranks: int = 1) -> Device:
         """Return `card`, or the device of this machine of that torch type."""
         if card is not None:
-            return cls(kind, card.name, card.memory)
+            return cls(kind, card.name, card.memory, ranks)
         name = "the memory of this machine" if kind == "cpu" else describe_device(kind)
         return cls(kind, name, device_memory(kind))
 
     def forecast(self, config: TrainConfig, plan: Plan) -> MemoryForecast:
         """Return what the run takes, on a GPU with what its context and its allocator take.
 
+        Of several devices it is the one that holds most.
+
         Raises:
             ConfigError: the step cannot be computed without its numbers.
         """
         context = CONTEXT_BYTES if self.kind == "cuda" else 0
         try:
-            found = forecast_memory(config, plan, self.memory - context)
+            found = self._tensors(config, plan, self.memory - context)
         except FtlevelError:
             raise
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
@@ -68,6 +73,14 @@ class Device:
             found.parts[ALLOCATOR] = context + int(SLACK * moving)
         return found
 
+    def _tensors(self, config: TrainConfig, plan: Plan, memory: int) -> MemoryForecast:
+        if self.ranks == 1:
+            return forecast_memory(config, plan, memory)
+        way = config.train.shard
+        shares = describe_shares(config, plan)
+        saved = 0 if way == "none" else int(sum(shares.saved(self.ranks).values()))
+        return shares.of_a_rank(forecast_memory(config, plan, memory + saved), self.ranks, way)
+
 
 @dataclass(frozen=True)
 class Need:
@@ -77,6 +90,7 @@ class Need:
         parts: part → bytes at the peak.
         at: the moment of the peak.
         device: what is planned for.
+        tokens: places of the fullest micro-batch.
         recomputed_peak: of a run that will recompute blocks until it fits, with all of them; None
             of another, and of one that fits as it is.
     """
@@ -84,6 +98,7 @@ class Need:
     parts: dict[str, int]
     at: str
     device: Device
+    tokens: int
     recomputed_peak: int | None = None
 
     @property
@@ -115,13 +130,13 @@ def find_need(config: TrainConfig, plan: Plan, device: Device) -> Need:
     """
     _check_quantization(plan)
     found = device.forecast(config, plan)
-    need = Need(found.parts, found.at, device)
+    need = Need(found.parts, found.at, device, found.tokens)
     chooses = config.train.gradient_checkpointing is None and device.kind == "cuda"
     if need.does_fit or not chooses:
         return need
     recomputing = config.train.model_copy(update={"gradient_checkpointing": True})
     least = device.forecast(config.model_copy(update={"train": recomputing}), plan).peak
-    return Need(need.parts, need.at, device, least if least < need.peak else None)
+    return replace(need, recomputed_peak=least if least < need.peak else None)
 
 
 def _check_quantization(plan: Plan) -> None:

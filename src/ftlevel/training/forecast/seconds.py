@@ -2,9 +2,11 @@
 
     operations of a token = 2 N · (1 forward + 1 to inputs + 1 to weights that are trained
                             + 1 recomputed with checkpointing)
+                            + 4 L H T · (1 forward + 2 back + 1 recomputed) / 2 where it is causal
     seconds = tokens · operations / (SHARE · dense peak)
 
-N counts the weights of products: those of the blocks, and of the head where it is computed.
+N counts the weights of products: those of the blocks, and of the head where it is computed. The
+second line is attention's: L layers of width H over T tokens of a row.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlevel.config import TrainConfig
+from ftlevel.data.encoding.store import lengths_of
 from ftlevel.events import Silence
 from ftlevel.methods import METHODS
 from ftlevel.training.forecast.cards import Card
@@ -46,28 +49,70 @@ class TimeForecast:
     tokens_per_cpu_s: float | None = None
 
 
+@dataclass(frozen=True)
+class Operations:
+    """Operations of a token, on average.
+
+    Attributes:
+        blocks: of the forward pass of all blocks.
+        attention: of these, attention's own.
+        head: of the forward pass of the head.
+        trains_base: whether the base's weights have gradients.
+        recomputes: whether blocks are computed again.
+    """
+
+    blocks: float
+    attention: float
+    head: float
+    trains_base: bool
+    recomputes: bool
+
+    @property
+    def backward(self) -> float:
+        """Of the backward pass of all blocks, with what is recomputed."""
+        products = self.blocks - self.attention
+        back = products * (1 + self.trains_base) + 2 * self.attention
+        return back + self.blocks * self.recomputes
+
+    @property
+    def outside(self) -> float:
+        """Of the head, both ways."""
+        return self.head * (2 + self.trains_base)
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.blocks + self.backward + self.outside
+
+
+def count_operations(config: TrainConfig, plan: Plan, *, recomputes: bool) -> Operations:
+    """Return the operations of a token of the run that `plan` is."""
+    text, facts = plan.model.config.get_text_config(), plan.data.facts
+    width = getattr(text, "hidden_size", 0) or 0
+    layers = getattr(text, "num_hidden_layers", 0) or 0
+    vocabulary = plan.model.vocabulary * width
+    share = min(1.0, facts["supervised"] / max(1, facts["tokens"]))
+    lengths = lengths_of(plan.data.train).astype(float)
+    seen = (lengths**2).sum() / lengths.sum() / (2 if plan.model.kind == "decoder" else 1)
+    attention = 4 * layers * width * seen
+    per_row = plan.objective.per_row
+    head = 0.0 if per_row else 2 * vocabulary * share
+    # Embeddings are looked up; a head of its own is counted apart.
+    apart = vocabulary * (1 if per_row or getattr(text, "tie_word_embeddings", True) else 2)
+    products = 2 * max(plan.model.total_parameters - apart, 0)
+    trains = METHODS[config.method.kind].trains_base(config.method)
+    return Operations(products + attention, attention, head, trains, recomputes)
+
+
 def by_roofline(config: TrainConfig, plan: Plan, card: Card) -> TimeForecast | None:
     """Return the time on `card`, or None where its speed is not known."""
     if not card.tflops:
         return None
     tokens = plan.data.facts["tokens"]
-    products = _weights(plan)
-    passes = 2 + METHODS[config.method.kind].trains_base(config.method)
-    passes += config.train.recomputes
-    operations = 2 * products * passes * tokens
-    seconds = operations / (SHARE * card.tflops * 1e12)
+    operations = count_operations(config, plan, recomputes=config.train.recomputes).total
+    seconds = operations * tokens / (SHARE * card.tflops * 1e12)
     how = f"a roofline: {SHARE:.0%} of {card.tflops:,g} TFLOP/s, not measured"
     return TimeForecast(seconds, tokens / seconds, how)
-
-
-def _weights(plan: Plan) -> int:
-    """Return how many weights a token is multiplied by."""
-    text = plan.model.config.get_text_config()
-    width = getattr(text, "hidden_size", 0) or 0
-    vocabulary = plan.model.vocabulary * width
-    shares = plan.data.facts["supervised"] / max(1, plan.data.facts["tokens"])
-    head = vocabulary * min(1.0, shares) if not plan.objective.per_row else 0
-    return int(max(plan.model.total_parameters - vocabulary, 0) + head)
 
 
 def by_probe(config: TrainConfig, plan: Plan) -> TimeForecast:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.prepare.context import EncodingContext, Prepared
-from ftlevel.data.prepare.row_stream import RowStream
+from ftlevel.data.prepare.row_stream import ChunkEncoder, Division, RowStream
 from ftlevel.data.prepare.streamed_rows import InOrder, StreamedRows
 from ftlevel.data.prepare.streaming import prepare_stream
 from ftlevel.errors import ConfigError, InputError
@@ -87,6 +90,100 @@ def test_rows_of_other_processes_are_gone_over(tmp_path: Path) -> None:
     assert [other[i] for i in mine] == [expected[i] for i in mine]
     with pytest.raises(IndexError, match="was taken"):
         other[3]
+
+
+class Exchange:
+    """What some processes would exchange, which are threads here."""
+
+    def __init__(self, count: int) -> None:
+        self.said: list[Any] = [None] * count
+        self.wait = threading.Barrier(count, timeout=30).wait
+
+    def division(self, rank: int) -> Division:
+        def exchange(own: Any) -> Any:
+            self.said[rank] = own
+            self.wait()
+            said = list(self.said)
+            self.wait()
+            return said
+
+        return Division(len(self.said), rank, exchange)
+
+
+@pytest.mark.parametrize("overlong", ["drop", "split"])
+def test_processes_encode_a_part_each_and_take_the_same_rows(
+    overlong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "x.jsonl"
+    rows: list[Any] = [{"text": f"say {n} and it is" + " and" * (n % 7)} for n in range(700)]
+    for n in (300, 301, 690):
+        rows[n] = {"text": "please " * 90}
+    rows[400] = {"text": None}
+    options = {"validation_rows": 70, "on_bad_row": "skip", "overlong": overlong,
+               "max_length": 60, "max_eval_samples": 70}  # fmt: skip
+    step, steps, count = 12, 110, 3  # two passes
+    encoded: Counter[int] = Counter()
+    plain = ChunkEncoder.__call__
+
+    def counting(self: ChunkEncoder, chunk: Any, counts: Any) -> Any:
+        encoded[id(self)] += len(chunk.rows)
+        return plain(self, chunk, counts)
+
+    monkeypatch.setattr(ChunkEncoder, "__call__", counting)
+    one = StreamedRows(prepare(data, rows, **options).stream, step, steps)
+    expected = [one[i] for i in range(len(one))]
+    alone = encoded.total()
+    streams = [prepare(data, rows, **options).stream for _ in range(2 * count)]
+
+    def run(streams: list[RowStream], begin: int, end: int, save: bool = False) -> None:
+        exchange = Exchange(len(streams))
+
+        def take(rank: int) -> list[Any]:
+            streams[rank].divide(exchange.division(rank))
+            mine = StreamedRows(streams[rank], step, steps, together=step // 2)
+            folder = tmp_path / f"checkpoint-{rank}"
+            if begin:
+                mine.restore(folder)
+            share = step // 2 // len(streams)
+            own = [i for i in range(begin * step, end * step) if i % (step // 2) // share == rank]
+            assert [mine[i] for i in own] == [expected[i] for i in own]
+            if save:
+                folder.mkdir()
+                mine.save(folder, end)
+            return own
+
+        with ThreadPoolExecutor(len(streams)) as pool:
+            taken = list(pool.map(take, range(len(streams))))
+        assert sorted(i for own in taken for i in own) == list(range(begin * step, end * step))
+
+    run(streams[:count], 0, 60, save=True)
+    states = {(tmp_path / f"checkpoint-{rank}" / "stream.json").read_text() for rank in range(3)}
+    assert len(states) == 1
+    run(streams[count : count + 2], 60, 110)  # of another number of processes
+    parts = [encoded[id(stream._encode)] for stream in streams[: count + 2]]
+    assert sum(parts) < 1.2 * alone
+    assert max(parts[:3]) < 0.5 * sum(parts[:3])
+
+
+def test_an_error_is_that_of_all_processes_where_its_row_comes(tmp_path: Path) -> None:
+    data, exchange = tmp_path / "x.jsonl", Exchange(2)
+    rows = list(map(pair, range(1200)))
+    streams = [prepare(data, rows, max_eval_samples=1).stream for _ in range(2)]
+    rows[1100] = {"prompt": 3}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def take(rank: int) -> tuple[int, str]:
+        streams[rank].divide(exchange.division(rank))
+        taken: list[Any] = []
+        with pytest.raises(InputError) as refused:
+            taken.extend(streams[rank])
+        return len(taken), str(refused.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, said), (second, same) = pool.map(take, range(2))
+    assert first == second > 1000
+    assert said == same
+    assert "x.jsonl:1101" in said
 
 
 def test_a_stream_of_which_nothing_is_left(tmp_path: Path) -> None:

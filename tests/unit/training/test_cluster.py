@@ -1,0 +1,139 @@
+"""Many cards: what each holds is what FSDP2 leaves it, and a step takes what its rings take."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import distributed
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ftlevel.config import TrainConfig
+from ftlevel.methods import METHODS
+from ftlevel.models.loading import build_task_model
+from ftlevel.trained.adapt import apply_method
+from ftlevel.training.forecast.live import QUANTIZED, WEIGHTS
+from ftlevel.training.forecast.memory import Layers, MemoryForecast
+from ftlevel.training.forecast.network import HOP, NETWORK_HOP, Network, Work, time_step
+from ftlevel.training.forecast.shares import GATHERED, REDUCED, Cut, Piece, Shares, describe_shares
+from ftlevel.training.memory.shards import blocks_of, kept_whole, shard
+from ftlevel.training.plan.resolve import resolve
+
+ModelDir = Callable[..., Path]
+BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "plan_cluster.py"
+
+
+@contextmanager
+def first_of(ranks: int) -> Iterator[None]:
+    """Let this process be the first of `ranks`, whose others nobody hears of."""
+    distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def configure(tmp_path: Path, model: Path, method: str) -> TrainConfig:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "the value of object {n}"}}\n' for n in range(8)))
+    return TrainConfig.model_validate({
+        "model": {"name_or_path": str(model), "dtype": "float32"}, "method": {"kind": method},
+        "data": {"dataset": str(rows), "cache": False}, "task": "text-generation",
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "ranks"), [("lora", 3), ("full", 1024), ("prefix", 2)])
+def test_what_a_process_holds_is_what_fsdp_leaves_it(
+    method: str, ranks: int, tmp_path: Path, tiny_model_dir: ModelDir
+) -> None:
+    config = configure(tmp_path, tiny_model_dir("llama", num_hidden_layers=7), method)
+    plan = resolve(config)
+    assert Layers.of(plan).depths == (2, 3)  # the others follow
+    shares = describe_shares(config, plan)
+    model: Any = build_task_model(plan.model.config, plan.model.auto_class)
+    model = apply_method(model.to_empty(device="cpu").float(), config.method, plan.base)
+    whole = {id(parameter) for parameter in kept_whole(model)}
+    size = sum(p.nbytes for p in model.parameters() if id(p) not in whole)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    with first_of(ranks):
+        shard(model, "cpu", holds=False)
+        blocks = blocks_of(model)
+        held = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
+    assert shares.count == len(blocks) == 7
+    assert shares.trained == trained
+    assert shares.trains_base == METHODS[method].trains_base(config.method)
+    assert sum(sum(cut.held(1).values()) for cut in (shares.blocks, shares.root)) == size
+    assert sum(sum(cut.held(ranks).values()) for cut in (shares.blocks, shares.root)) == held
+    assert sum(shares.saved(ranks).values()) == size - held
+
+
+def test_the_memory_of_a_process() -> None:
+    block, root = Cut((Piece(1, WEIGHTS, 8, 800),)), Cut((Piece(1, WEIGHTS, 6, 600),))
+    blocks = Cut((Piece(10, WEIGHTS, 8, 800),))
+    shares = Shares(block, blocks, 10, root, trained=40, trains_base=False)
+    moments = {moment: {WEIGHTS: 8610, "activations": 5} for moment in ("forward", "backward")}
+    found = MemoryForecast({}, "forward", 64, {**moments, "optimizer step": {WEIGHTS: 8610}})
+    full = shares.of_a_rank(found, 4, "full")
+    # ⌈8 / 4⌉ and ⌈6 / 4⌉ rows of each, 10 bytes that are whole; 4 · 2 rows gathered of the root
+    assert full.parts == {GATHERED: 800 + 3 * 800, WEIGHTS: 10 + 10 * 200 + 200, "activations": 5}
+    assert shares.of_a_rank(found, 4, "grads").parts[GATHERED] == 800 + 8000 + 800
+    assert full.moments["optimizer step"] == {WEIGHTS: 2210, REDUCED: 40}
+    assert shares.of_a_rank(found, 4, "none").parts[WEIGHTS] == 8610
+    own = Shares(block, blocks, 10, root, trained=8600, trains_base=True)
+    states = {WEIGHTS: 8600, "gradients": 8600, "optimizer": 17200}
+    parts = own.of_a_rank(MemoryForecast({}, "", 64, {"backward": states}), 2, "full").parts
+    assert parts[WEIGHTS] == parts["gradients"] == 4300
+    assert parts["optimizer"] == 8600
+    assert parts[REDUCED] == 600 + 2 * 800
+
+
+def test_codes_are_shared_out_and_scales_are_not(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
+    config = configure(tmp_path, tiny_model_dir("llama"), "qlora")
+    plan = resolve(config)
+    model: Any = build_task_model(plan.model.config, plan.model.auto_class)
+    weights = [p for block in blocks_of(model) for p in block.parameters() if p.dim() > 1]
+    held = describe_shares(config, plan).blocks.held(1)
+    assert held == {QUANTIZED: sum(weight.numel() // 2 for weight in weights)}
+
+
+def test_rings() -> None:
+    one, two = Network(1, 8, 300, 400), Network(2, 8, 300, 200)
+    assert one.seconds(8e9) == pytest.approx(7 / 300 + 7 * HOP)
+    # two machines: eight network cards of 25 GB/s are slower than the links within
+    assert two.seconds(16e9) == pytest.approx(15 / 200 + 14 * HOP + NETWORK_HOP)
+    assert Network(1, 1, 300, 400).seconds(8e9) == 0
+
+
+def test_a_step_waits_for_what_is_not_hidden() -> None:
+    network = Network(1, 2, 1, 400)  # a GB/s: half of what is gathered is sent
+
+    def step(**sent: Any) -> Any:
+        return time_step(Work(2, 4, 1.0, 2.0, 0.5, **sent), network)
+
+    alone = step()
+    assert (alone.seconds, alone.hidden) == (25, 1)
+    hidden = step(block=1e9, again=True, reduced=1e9)  # half a second each: behind computing
+    assert hidden.waiting == pytest.approx(2 * 3 * 0.5, rel=1e-4)
+    assert hidden.talking == pytest.approx(2 * 4 * 3 * 0.5, rel=1e-4)
+    assert hidden.gathered == 2 * 2 * 4 * 0.5e9
+    slow = step(block=4e9)  # two seconds: one more than a forward pass
+    assert slow.waiting == pytest.approx(2 * (2 + 3 * 1), rel=1e-4)
+    assert step(everywhere=1e9).waiting == pytest.approx(1, rel=1e-4)
+
+
+def test_published_runs() -> None:
+    spec = importlib.util.spec_from_file_location("plan_cluster", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    ratios = [found / run.published for run, fitted, _, found in module.rows() if not fitted]
+    assert len(ratios) == 30
+    assert sum(abs(ratio - 1) <= module.WITHIN for ratio in ratios) >= 27
