@@ -19,7 +19,7 @@ from ftlevel.models.upstream.slices import Slices
 _MATRIX = 2  # dimensions
 
 
-def shard(model: Any, device: str, *, holds: bool, slices: Slices | None) -> None:
+def shard(model: Any, device: str, *, holds: bool, slices: Slices | None = None) -> None:
     """Leave this process its part of `model` (mutated), on its device.
 
     What a method adds and trains stays whole in every process; of `--method full`, where the
