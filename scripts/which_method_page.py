@@ -42,8 +42,8 @@ _HOW = """
 Each line of a table is one method with its default settings and its own default rate, the same model, rows, seeds and steps. "95 % over rows" is a
 bootstrap interval over other held-out rows; "± seeds" the spread over seeds, unknown with one; "more than noise" a paired test of
 the difference to the best ([compare.md](compare.md)). These are few steps and few seeds, one thread on a shared CPU: a hint which
-methods are near one another, and no measure of speed. Two seeds and one are few: it is what a core shared with thirty processes
-gave in an hour, and in another one for the texts, of which seven methods were begun and those in the table finished. [results.md](results.md) has every method on longer runs, with one seed: there VeRA (0.930),
+methods are near one another, and no measure of speed. The two sets of MiniLM
+have three seeds; the texts have one, and four of the seven methods that were begun, which is what an hour of a shared core gave. [results.md](results.md) has every method on longer runs, with one seed: there VeRA (0.930),
 full (0.925), LoRA and parallel adapters (0.920) are the best on the first of these sets, and seven
 methods on SmolLM2's docstrings.
 """
