@@ -24,5 +24,7 @@ class SaveStreamState(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Add it to the checkpoint that was just written."""
+        """Add it to the checkpoint that was just written; the first process does, for all."""
+        if not state.is_world_process_zero:  # it is the same in each
+            return
         self.rows.save(self.directory / f"checkpoint-{state.global_step}", state.global_step)
