@@ -17,9 +17,6 @@ def plan(
     probe: bool,
     price_per_hour: float | None,
     brief: bool,
-    nodes: int,
-    gpus_per_node: int,
-    interconnect_gbps: float,
     as_json: bool,
 ) -> None:
     """Say what a run needs before it begins: memory by part, what fits, time, disk.
@@ -36,9 +33,10 @@ def plan(
             from ftlevel.commands.insight.plan import Wishes
             from ftlevel.commands.insight.plan import plan as look
 
-        cards = {"nodes": nodes, "gpus_per_node": gpus_per_node}
-        wishes = Wishes(gpu, probe, price_per_hour, alternatives=not brief, **cards,
-                        interconnect_gbps=interconnect_gbps)  # fmt: skip
+        own = given.values
+        wishes = Wishes(gpu, probe, price_per_hour, alternatives=not brief, nodes=own["nodes"],
+                        gpus_per_node=own["gpus_per_node"],
+                        interconnect_gbps=own["interconnect_gbps"])  # fmt: skip
         found = look(config, wishes)
         if as_json:
             typer.echo(json_module.dumps(found.to_dict()))

@@ -31,7 +31,7 @@ class Card:
 
 _NVLINK_4, _NVLINK_3, _PCIE_5, _PCIE_4, _PCIE_3 = 18 * 20.6, 12 * 20.0, 48.0, 24.0, 12.0
 """What NCCL reckons with: 20.6 and 20.0 for each NVLink of Hopper and Ampere, of which these cards
-have 18 and 12, and 12 for PCIe 3 of 16 lanes, doubled by each generation (src/graph/topo.h)."""
+have 18 and 12, and 12 for PCIe 3 x16, doubled by each generation (src/graph/topo.h)."""
 
 
 def _card(name: str, gib: int, tflops: float, bandwidth: float, link: float) -> Card:

@@ -14,8 +14,7 @@ n · ⌈R / n⌉ are gathered. A block is gathered while the one before it compu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,8 +41,16 @@ _CODES = (torch.uint8, torch.int8)
 _FLOAT = 4  # bytes: gradients are averaged in float32
 
 
-class Piece(NamedTuple):
-    """A tensor that is shared out: how often it is there, its part, its rows and its bytes."""
+@dataclass(frozen=True)
+class Piece:
+    """A tensor that is shared out.
+
+    Attributes:
+        times: how often it is there.
+        part: of the forecast.
+        rows: of it.
+        size: bytes of it.
+    """
 
     times: int
     part: str
@@ -64,8 +71,9 @@ class Cut:
     def held(self, ranks: int) -> dict[str, float]:
         """Return part → bytes of the process that holds most."""
         found: dict[str, float] = {}
-        for times, part, rows, size in self.tensors:
-            found[part] = found.get(part, 0) + times * size * -(-rows // ranks) / rows
+        for one in self.tensors:
+            share = -(-one.rows // ranks) / one.rows
+            found[one.part] = found.get(one.part, 0) + one.times * one.size * share
         return found
 
     def gathered(self, ranks: int) -> float:
@@ -154,7 +162,7 @@ def describe_shares(config: TrainConfig, plan: Plan) -> Shares:
     if depth is not None:  # those beyond are like the last of their stack
         more = layers.whole - depth
         for at in range(depth - 1, len(blocks), depth):
-            every += [tensor._replace(times=more) for tensor in cuts[at].tensors]
+            every += [replace(tensor, times=more) for tensor in cuts[at].tensors]
             trained += more * _count_trained(blocks[at])
             count += more
     return Shares(
