@@ -55,7 +55,8 @@ them what they do with PEFT's own. What differs:
   bottleneck without `target_modules` on a family that has no known positions.
 
 `make suite` runs the tests of PEFT's own source package on them and on the fused LoRA layers,
-offline, with tiny models (`scripts/peft_suite.py`; `SUITE_FLAGS='prefix lora'` runs a part). Run whole with PEFT 0.21.2 on a CPU:
+offline, with tiny models (`scripts/peft_suite.py`; `SUITE_FLAGS='prefix lora'` runs a part). Run
+whole with PEFT 0.21.2 on a CPU:
 
 | | passed | failed | skipped |
 |---|--:|--:|--:|
@@ -65,8 +66,9 @@ offline, with tiny models (`scripts/peft_suite.py`; `SUITE_FLAGS='prefix lora'` 
 | p-tuning | 711 | 0 | 259 |
 | fused LoRA | 4,247 | 0 | 677 |
 
-Of prefixes and prompts 28 tests name a linear of GPT-J for a tuner of attentions or stacks, which is refused: they counted as failures first, and are skipped as refusals
-since, where they were run again with all other tests of GPT-J.
+Of prefixes and prompts 28 tests name a linear of GPT-J for a tuner of attentions or stacks, which is
+refused: they counted as failures first, and are skipped as refusals since, where they were run again
+with all other tests of GPT-J.
 Skipped are tests of merging, those that PEFT's tests skip themselves, and DeBERTa's first version,
 which has no known positions. For prefixes and prompts a test is left out that wants an adapter to
 begin as the identity, and where the Hub is asked, for all.
