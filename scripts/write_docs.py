@@ -66,9 +66,9 @@ whole with PEFT 0.21.2 on a CPU:
 | p-tuning | 711 | 0 | 259 |
 | fused LoRA | 4,247 | 0 | 677 |
 
-Of prefixes and prompts 28 tests name a linear of GPT-J for a tuner of attentions or stacks, which is
-refused: they counted as failures first, and are skipped as refusals since, where they were run again
-with all other tests of GPT-J.
+Of prefixes and prompts 28 tests name a linear of GPT-J for a tuner of attentions or stacks, which
+is refused: they counted as failures first, and are skipped as refusals since, where they were run
+again with all other tests of GPT-J.
 Skipped are tests of merging, those that PEFT's tests skip themselves, and DeBERTa's first version,
 which has no known positions. For prefixes and prompts a test is left out that wants an adapter to
 begin as the identity, and where the Hub is asked, for all.
