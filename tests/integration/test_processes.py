@@ -221,6 +221,7 @@ def test_what_ends_before_there_is_a_run_says_so(
     launcher = subprocess.Popen(
         command(tiny_model_dir("llama"), rows, tmp_path / "run", "--num-processes", "2"),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # though begun by `&`
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while len(found := psutil.Process(launcher.pid).children()) < 2 or any(
