@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ftlevel.cli.app import run
+from ftlevel.data.prepare import streaming
 
 ROWS = 240
 STREAM = ["--streaming", "--batch-size", "4", "--lora-dropout", "0.1", "--logging-steps", "1",
@@ -143,7 +144,7 @@ def test_what_is_known_of_the_first_rows_only_is_said(capsys: pytest.CaptureFixt
     assert "row 1" in capsys.readouterr().out
 
 
-LATE = 1_150  # beyond the first rows, and reached by step 130
+LATE = 250  # beyond the first rows, and reached
 
 
 @pytest.mark.slow
@@ -154,18 +155,22 @@ LATE = 1_150  # beyond the first rows, and reached by step 130
          "not valid JSON (Expecting ',' delimiter, column 16)"),
         ('{"prompt": 5, "completion": "b"}',
          "'prompt' is a number (5), but a string in most rows (line 1 for one)"),
-        ('{"prompt": "a"}', "lacks 'completion', which the 1,000 other rows have (a value may be "
+        ('{"prompt": "a"}', "lacks 'completion', which the 200 other rows have (a value may be "
          "null, the key must be there)"),
         ('{"prompt": "a", "completion": null}', "'completion' is null"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_when_it_comes(
-    bad: str, message: str, capsys: pytest.CaptureFixture[str]
+    bad: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lines = [json.dumps(row(i)) for i in range(1_200)]
+    monkeypatch.setattr(streaming, "SAMPLE", 200)
+    lines = [json.dumps(row(i)) for i in range(300)]
     lines[LATE - 1] = bad
     Path("rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    arguments = [*STREAM, "--dataset", "rows.jsonl", "--batch-size", "100", "--max-steps", "12",
+    arguments = [*STREAM, "--dataset", "rows.jsonl", "--batch-size", "25", "--max-steps", "12",
                  "--model", "builtin:tiny-llama"]  # fmt: skip
     assert run(["train", "--quiet", "--output-dir", "run", *arguments]) == 2
     assert capsys.readouterr().err == (
