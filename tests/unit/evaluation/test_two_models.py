@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from ftlevel.artifacts.merge_card import how_near
 from ftlevel.data.encoding.encode import Encoded
@@ -70,3 +72,21 @@ def test_float32_on_narrow_weights_is_the_widened_model(family: str) -> None:
     wide = compute_logits(narrow.float(), batch)
     share = 0.25 if family == "t5" else 0.1  # T5 itself narrows the input of its wo
     assert (found - wide).abs().max() < share * (low - wide).abs().max()
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_trained_tokens_of_a_tied_model_are_computed_in_float32(disabled: bool) -> None:
+    """PEFT's layer of them reads the weight of the layer around which it is, uncalled."""
+    base = build("llama", tie_word_embeddings=True).to(torch.bfloat16)
+    settings = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 9])
+    model, batch = get_peft_model(base, settings).eval(), build_batch("llama")
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data += torch.randn_like(parameter)
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    with model.disable_adapter() if disabled else contextlib.nullcontext():
+        with in_float32(model):
+            found = compute_logits(model, batch)
+        assert {name: parameter.dtype for name, parameter in model.named_parameters()} == before
+        wide = compute_logits(model.float(), batch)
+    torch.testing.assert_close(found, wide, rtol=0, atol=1e-5)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
 from ftlevel.models.upstream.tensors import own_tensors
 
@@ -24,25 +26,27 @@ def in_float32(
         model: in any precision.
         unrounded: name of a parameter → what to compute with in its stead, None for itself.
     """
-    narrow: dict[torch.nn.Module, dict[str, Any]] = {}
+    narrow: dict[torch.nn.Module, list[dict[str, Any]]] = defaultdict(list)
     paths = {module: path for path, module in model.named_modules()}
 
     def widen(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        own, _ = own_tensors(module)
-        narrow[module] = dict(own)
-        for name, weight in narrow[module].items():
-            if weight is not None and weight.is_floating_point():
-                better = unrounded(f"{paths[module]}.{name}".lstrip("."))
-                wide = (weight if better is None else better).to(weight.device, torch.float32)
-                own[name] = torch.nn.Parameter(wide, requires_grad=False)
+        for part in _read_by(module):
+            own, _ = own_tensors(part)
+            narrow[part].append(dict(own))
+            for name, weight in narrow[part][-1].items():
+                if weight is not None and weight.is_floating_point():
+                    better = unrounded(f"{paths[part]}.{name}".lstrip("."))
+                    wide = (weight if better is None else better).to(weight.device, torch.float32)
+                    own[name] = torch.nn.Parameter(wide, requires_grad=False)
         return tuple(_widened(value) for value in inputs)  # T5 narrows what its wo is given
 
     def restore(module: torch.nn.Module, _: Any, __: Any) -> None:
-        own_tensors(module)[0].update(narrow.pop(module))
+        for part in _read_by(module):
+            own_tensors(part)[0].update(narrow[part].pop())
 
     hooks = []
     for module in model.modules():
-        if own_tensors(module)[0]:
+        if any(own_tensors(part)[0] for part in _read_by(module)):
             hooks.append(module.register_forward_pre_hook(widen))
             hooks.append(module.register_forward_hook(restore, always_call=True))
     try:
@@ -50,6 +54,18 @@ def in_float32(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _read_by(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+    """Return the modules whose weights `module` computes with, itself among them.
+
+    PEFT's layer of trained tokens reads the weight of the layer that it is around, and does not
+    call it.
+    """
+    if isinstance(module, TrainableTokensLayer):
+        layer: Any = module
+        return module, layer.get_base_layer()
+    return (module,)
 
 
 def _widened(value: Any) -> Any:
