@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ftlevel.models.upstream.tensors import own_tensors
+
+_TOKENS = "trainable_tokens_delta"  # what PEFT's layer of trained tokens holds
 
 
 @contextlib.contextmanager
@@ -62,9 +64,8 @@ def _read_by(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
     PEFT's layer of trained tokens reads the weight of the layer that it is around, and does not
     call it.
     """
-    if isinstance(module, TrainableTokensLayer):
-        layer: Any = module
-        return module, layer.get_base_layer()
+    if isinstance(module, BaseTunerLayer) and _TOKENS in module.adapter_layer_names:
+        return module, module.get_base_layer()
     return (module,)
 
 
