@@ -27,9 +27,18 @@ BASES = {
     "gguf": ("x.gguf", []),
     "8-bit": ("st", ["--quant", "8bit"]),
 }
-METHODS = {"lora": [], "dora": ["--dora"], "rslora": ["--rslora"]}
+METHODS = {
+    "lora": [],
+    "dora": ["--dora"],
+    "rslora": ["--rslora"],
+    "full": ["--method", "full"],
+}
 PAIRS = [
-    *((base, method, "4bit") for base in ("float", "4-bit", "gguf") for method in METHODS),
+    *(
+        (base, method, "4bit")
+        for base in ("float", "4-bit", "gguf")
+        for method in ("lora", "dora", "rslora")
+    ),
     *((base, "lora", "8bit") for base in ("float", "8-bit", "gguf")),
     ("4-bit", "lora", "8bit"),
     ("8-bit", "lora", "4bit"),
@@ -121,6 +130,26 @@ def test_a_gguf_in_4_bits_keeps_what_was_trained(base: str, runs: Runs, tmp_path
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
     place = tmp_path / "whole"
     assert kl(reference, chosen, place) < kl(reference, rounded, place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "model"])
+def test_a_whole_model_in_4_bits_is_nearer_than_rounded(
+    kind: str, runs: Runs, tmp_path: Path
+) -> None:
+    run_of = runs("float", "full")
+    source = run_of if kind == "full" else run_of.parent / "st"
+    place = run_of / "adapter" if kind == "full" else source
+    for rows in (0, 20):
+        path = tmp_path / f"{rows}.gguf"
+        check = export_to(str(path), source, outtype="q4_0", calibration_rows=rows).summary["check"]
+        assert (check["beside_run"] is not None) == bool(rows)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    chosen, rounded = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=name).eval()
+        for name in ("20.gguf", "0.gguf")
+    )
+    assert kl(reference.eval(), chosen, place) < 0.7 * kl(reference, rounded, place)
 
 
 @pytest.mark.slow

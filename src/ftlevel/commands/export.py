@@ -26,23 +26,29 @@ from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
 from ftlevel.evaluation.two_models.on_rows import Probe
 from ftlevel.events import Listener, Silence
 from ftlevel.merging.formats.base import Merged, plan_export
-from ftlevel.merging.gguf_codes import choose_gguf_codes
+from ftlevel.merging.gguf_codes import WeightsAsLoaded, choose_gguf_codes
 from ftlevel.merging.merge_input import (
+    MergeInput,
     card_of_peft,
     choose_rows,
     find_adapter,
     is_known_task,
     resolve_merge_input,
+    whole_model_input,
 )
 from ftlevel.merging.merged_model import open_merger
+from ftlevel.merging.verify import load_merged
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.sources import check_revision, resolve_source
 from ftlevel.trained.adapter_set import find_adapters
 from ftlevel.trained.adapterhub import is_adapterhub
-from ftlevel.trained.load import Found, find_trained
+from ftlevel.trained.load import Found, find_trained, load_found
 from ftlevel.trained.plain_peft import ADAPTER_CONFIG
 from ftlevel.weights.gguf.blocks import GRIDS
+
+_ROWS: int = MergeConfig.model_fields["rows"].default
+"""How many rows the file is compared on, as a merge is."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,11 @@ def export(
             return ExportResult(summary, None, tuple(planned.describe(summary)))
         placed = placed_directory if is_directory else placed_files
         with placed(*config.outputs) as place:
-            merge_adapter = partial(_merge, config, found)
+            merge_adapter = (
+                partial(_merge, config, found)
+                if found.directory
+                else partial(_as_it_is, config, found, device.value)
+            )
             summary = planned.write(place, device.value, listener, merge_adapter)
     summary["seconds"] = round(time.perf_counter() - began, 2)
     upload.send(config.outputs, summary)
@@ -183,24 +193,48 @@ def _merge(config: ExportConfig, found: Found, directory: Path) -> Merged:
     if not rounds:
         return Merged(summary)
     inputs = resolve_merge_input(merging)
+    compared, calibration = _probes(config, inputs)
+    beside = None
+    if config.verify:
+        trained, _ = ask_trained(inputs, compared)
+
+        def beside(model: Any) -> Agreement:
+            return compare_rows(trained, compared.score(model, inputs.dtype))
+
+    if calibration is None:
+        return Merged(summary, beside_run=beside)
+    weights = open_merger(inputs, *how_onto(merging, inputs, summary["onto"]))
+    model = load_merged(directory, inputs)
+    choose = choose_gguf_codes(model, weights, calibration, inputs.dtype, config.outtype)
+    return Merged(summary, choose, beside)
+
+
+def _as_it_is(config: ExportConfig, found: Found, device: str, _: Path) -> Merged:
+    """Return what chooses the codes of a model that is written as it is, if they are chosen."""
+    if config.outtype != "q4_0" or not config.calibration_rows:
+        return Merged({})
+    model = load_found(found, device)
+    inputs = whole_model_input(found, model)
+    compared, calibration = _probes(config, inputs)
+    if calibration is None:
+        return Merged({})
+    as_trained = compared.score(model.model, inputs.dtype) if config.verify else None
+    choose = choose_gguf_codes(
+        model.model, WeightsAsLoaded(model.model), calibration, inputs.dtype, config.outtype
+    )
+    if as_trained is None:
+        return Merged({}, choose)
+    return Merged(
+        {}, choose, lambda read: compare_rows(as_trained, compared.score(read, inputs.dtype))
+    )
+
+
+def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[Probe, Probe | None]:
+    """Return the rows to compare on, and those that codes are chosen on, if they are chosen."""
     chooses = config.outtype == "q4_0" and config.calibration_rows
-    rows = choose_rows(inputs, merging.rows, config.calibration_rows if chooses else 0)
-    probe, calibration = (
+    rows = choose_rows(inputs, _ROWS, config.calibration_rows if chooses else 0)
+    compared, calibration = (
         Probe(part, inputs.objective, inputs.tokenizer.pad_token_id or 0, inputs.device)
         for part in (rows.compared, rows.calibration)
     )
-    beside = None
-    if config.verify:
-        trained, _ = ask_trained(inputs, probe)
-
-        def beside(model: Any) -> Agreement:
-            return compare_rows(trained, probe.score(model, inputs.dtype))
-
-    if not chooses:
-        return Merged(summary, beside_run=beside)
-    merger = open_merger(inputs, *how_onto(merging, inputs, summary["onto"]))
-    return Merged(
-        summary,
-        choose_gguf_codes(directory, inputs, merger, calibration, config.outtype),
-        beside,
-    )
+    return compared, calibration if chooses and rows.calibration else None

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ftlevel.evaluation.two_models.on_rows import Probe
 from ftlevel.merging.calibration import InputMoments
-from ftlevel.merging.low_bits import CodeChooser
-from ftlevel.merging.merge_input import MergeInput
-from ftlevel.merging.merged_model import TensorMerger
-from ftlevel.merging.verify import load_merged
+from ftlevel.merging.low_bits import CodeChooser, Weights
 from ftlevel.models.hardware import DTYPES
 from ftlevel.weights.gguf.blocks import GRIDS, Codes
 
@@ -38,28 +34,52 @@ class GgufCodes:
         return self._made[source]
 
 
+@dataclass(frozen=True)
+class WeightsAsLoaded:
+    """The weights of a model that is written as it is, as `CodeChooser` asks for them.
+
+    Attributes:
+        model: as it was loaded.
+    """
+
+    model: Any
+
+    def adapts(self, name: str) -> bool:  # noqa: ARG002
+        """Whether the tensor `name` is another one than it was before: it is taken as it is."""
+        return True
+
+    def unrounded(self, name: str) -> torch.Tensor | None:
+        """Return the tensor `name`."""
+        return self.base(name)
+
+    def base(self, name: str) -> torch.Tensor:
+        """Return the tensor `name`, which nothing is merged into."""
+        return self.model.get_parameter(name).detach().cpu()
+
+
 def choose_gguf_codes(
-    directory: Path, inputs: MergeInput, merger: TensorMerger, rows: Probe, outtype: str
+    model: Any, weights: Weights, rows: Probe, dtype: str, outtype: str
 ) -> Callable[[str], Codes]:
-    """Return what chooses the codes of the merged model's linears.
+    """Return what chooses the codes of the model's linears.
 
     The weights of a quantized run lie between the codes of another grid, and those before
     quantization are no better a start, so what is rounded first is the model as trained.
 
     Args:
-        directory: of the merged model.
-        inputs: the adapter and its base.
-        merger: makes the weights as trained.
+        model: as it is written, whole.
+        weights: of it, as trained.
         rows: on which the layers' outputs count.
+        dtype: compute precision's name.
         outtype: a key of `GRIDS`.
     """
-    model: Any = load_merged(directory, inputs)
     turned, sizes = {}, {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is not None and weight.ndim == 2:
             turned[name] = type(module).__name__ == "Conv1D"
             sizes[name] = weight.shape[0 if turned[name] else 1]
-    moments = InputMoments(model, rows, inputs.dtype, sizes)
-    grid, dtype = GRIDS[outtype], DTYPES[inputs.dtype]
-    return GgufCodes(CodeChooser(merger, merger, grid, turned, dtype, moments, fits_scales=True))
+    moments = InputMoments(model, rows, dtype, sizes)
+    grid = GRIDS[outtype]
+    return GgufCodes(
+        CodeChooser(weights, weights, grid, turned, DTYPES[dtype], moments, fits_scales=True)
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,7 +22,7 @@ from ftlevel.evaluation.two_models.on_rows import Probe, Scores
 from ftlevel.events import Listener
 from ftlevel.merging.calibration import InputMoments
 from ftlevel.merging.merge_input import MergeInput
-from ftlevel.merging.merged_model import TensorMerger, open_merger
+from ftlevel.merging.merged_model import open_merger
 from ftlevel.merging.verify import Candidate, load_merged
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import load_config
@@ -51,6 +51,19 @@ class LowBits:
     sums: dict[str, torch.Tensor]
 
 
+class Weights(Protocol):
+    """The weights of a model that is written: `TensorMerger`, or a model as it is."""
+
+    def adapts(self, name: str) -> bool:
+        """Whether the tensor `name` is another one than it was before."""
+
+    def unrounded(self, name: str) -> torch.Tensor | None:
+        """Return the tensor `name` as it is written; None where the model has none."""
+
+    def base(self, name: str) -> torch.Tensor:
+        """Return the tensor `name` before merging, as it was in training."""
+
+
 @dataclass
 class CodeChooser:
     """Chooses the codes of each linear.
@@ -66,8 +79,8 @@ class CodeChooser:
         sums: as of `LowBits` (mutated).
     """
 
-    target: TensorMerger
-    origin: TensorMerger
+    target: Weights
+    origin: Weights
     grid: Grid
     turned: dict[str, bool]
     dtype: torch.dtype

@@ -38,7 +38,7 @@ from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.adapterhub import is_adapterhub
 from ftlevel.trained.base import check_cached_base, find_base
-from ftlevel.trained.load import card_overrides
+from ftlevel.trained.load import Found, Trained, card_overrides
 
 _PEFT_TASKS = {
     "CAUSAL_LM": "text-generation",
@@ -168,6 +168,16 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
         directory, card, run, source, model_config, task, kind,
         task.auto_class(kind, model_config.model_type), tokens, objective,
         read_quantization(card.quantization), dtype, device,
+    )  # fmt: skip
+
+
+def whole_model_input(found: Found, trained: Trained) -> MergeInput:
+    """Return what a model that is written as it is, and not merged, is compared by."""
+    source, card = found.source, found.card
+    return MergeInput(
+        Path(source.location), card, found.run, source, trained.model.config, trained.task,
+        trained.kind, trained.task.auto_class(trained.kind, trained.model.config.model_type),
+        source, trained.objective, QuantConfig(), trained.dtype, trained.device,
     )  # fmt: skip
 
 

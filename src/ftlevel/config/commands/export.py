@@ -79,14 +79,15 @@ class ExportConfig(HubSection):
     )
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
         "auto",
-        description="Type of the matrices; q8_0 is 8 bits in blocks of 32, q4_0 4 bits, where the "
-        "codes of a merged adapter are chosen so that its layers give what was trained. auto keeps "
+        description="Type of the matrices; q8_0 is 8 bits in blocks of 32, q4_0 4 bits, where "
+        "codes are chosen so that the layers give what they give as trained. auto keeps "
         "the model's own. Vectors and norms stay in float32.",
     )
     calibration_rows: Annotated[int, Field(ge=0)] = Field(
         128,
-        description="Rows of the run's training data on which the layers' outputs count where "
-        "codes of q4_0 are chosen; 0 rounds each weight by itself.",
+        description="Rows of the run's training data, or of documentation where there is no run, on "
+        "which the layers' outputs count where codes of q4_0 are chosen; 0 rounds each weight by "
+        "itself.",
     )
     out: Path = Field(
         description="File to write, FILE.gguf, with FILE.Modelfile beside it; for the other "

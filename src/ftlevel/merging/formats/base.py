@@ -22,11 +22,11 @@ ChooseCodes = Callable[[str], Codes]
 
 @dataclass(frozen=True)
 class Merged:
-    """What merging the adapter that is exported gave.
+    """What merging the adapter that is exported gave, and how the weights are rounded.
 
     Attributes:
-        summary: merge's.
-        choose: chooses the codes of the merged weights; None where they are rounded.
+        summary: merge's; empty where nothing is merged.
+        choose: chooses the codes of the weights; None where they are rounded.
         beside_run: the model as it is read back → how far it is from the run as trained; None where
             that is not measured.
     """
@@ -37,7 +37,8 @@ class Merged:
 
 
 MergeAdapter = Callable[[Path], Merged]
-"""Merges the adapter that is exported into its base, in a directory."""
+"""Merges the adapter that is exported into its base, in a directory; a model that is whole is left
+where it is."""
 
 
 class Export(Protocol):

@@ -13,7 +13,7 @@ from ftlevel.config import ExportConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import InputError
 from ftlevel.events import Listener
-from ftlevel.merging.formats.base import MergeAdapter, Merged
+from ftlevel.merging.formats.base import MergeAdapter
 from ftlevel.merging.formats.gguf_check import Checked, Original, check_file
 from ftlevel.merging.formats.ollama import Prompting, find_prompting, modelfile
 from ftlevel.merging.serving.whole import record_whole, start_of
@@ -124,11 +124,11 @@ class GgufExport:
     ) -> dict[str, Any]:
         """Write both files into `place`, and compare; return the summary."""
         config, source, model_config = self.config, self.found.source, self.model_config
-        vocabulary, merged = self.vocabulary, Merged({})
+        vocabulary, directory = self.vocabulary, place / "merged"
         if self.found.directory is not None:
             listener.stage("merge the adapter")
-            directory = place / "merged"
-            merged = merge(directory)
+        merged = merge(directory)
+        if self.found.directory is not None:
             source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
             model_config = load_config(source)
             vocabulary = read_vocabulary(self.tokenizer, model_config.vocab_size)
@@ -272,7 +272,7 @@ def _check_lines(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterat
         f"loss {model['loss']:.4f} (the model {model['loss_reference']:.4f})"
     )
     if (run := check["beside_run"]) is not None:
-        yield f"beside the run as trained, on its rows: {how_near(run)}"
+        yield f"beside it as trained, on rows that no code was chosen on: {how_near(run)}"
     if check["settings_of_the_model"]:
         own_settings = ", ".join(check["settings_of_the_model"])
         yield f"transformers does not read {own_settings} from a .gguf; the model's own was used"
