@@ -85,9 +85,9 @@ class ExportConfig(HubSection):
     )
     calibration_rows: Annotated[int, Field(ge=0)] = Field(
         128,
-        description="Rows of the run's training data, or of documentation where there is no run, on "
-        "which the layers' outputs count where codes of q4_0 are chosen; 0 rounds each weight by "
-        "itself.",
+        description="Rows of the run's training data, or of documentation where there is no run, "
+        "on which the layers' outputs count where codes of q4_0 are chosen; 0 rounds each weight "
+        "by itself.",
     )
     out: Path = Field(
         description="File to write, FILE.gguf, with FILE.Modelfile beside it; for the other "
