@@ -129,7 +129,7 @@ def hold(directory: str, dtype: str, slices: Any) -> tuple[Any, dict[str, int]]:
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # what was the peak is none any more
     model, _ = load_model(*given, **settings, slices=slices)
-    shard(model, "cpu", holds=False, slices=slices)
+    shard(model, "cpu", holds=False, dtype=torch.float32, slices=slices)
     peak = _resident("VmHWM") - before
     sizes = [(p.nbytes, own_part(p).nbytes) for p in model.parameters()]
     whole, own = zip(*sizes, strict=True)

@@ -6,9 +6,9 @@
     python benchmarks/gguf_bits.py whole.gguf --model MODEL --data data/wordnet-define \
         --llama node_modules/@node-llama-cpp/linux-x64/bins/linux-x64 --beside chosen.gguf
 
-llama.cpp quantizes `whole.gguf` as `llama-quantize` does, by rounding and with an importance matrix:
-the mean square of each linear's inputs over 96 training rows, with which `llama-imatrix` weighs the
-error of each column. Every file is then held to the model in full precision by `ftlevel evaluate
+llama.cpp quantizes `whole.gguf` as `llama-quantize` does, by rounding and with an importance
+matrix: the mean square of each linear's inputs over 96 training rows, by which it weighs the error
+of each column. Every file is then held to the model in full precision by `ftlevel evaluate
 --against`, on validation rows and on documentation; `--beside` are files that others wrote.
 """
 
@@ -115,9 +115,9 @@ def measure_importance(model_path: str, rows: list[dict[str, Any]]) -> dict[str,
 def hold(file: Path, model: str, data: str) -> tuple[float, float, float]:
     """Return the KL and the equal first choices on the rows, and the KL on documentation."""
     done = subprocess.run(
-        [sys.executable, "-m", "ftlevel", "evaluate", str(file), "--against", model, "--dataset", data,
-         "--task", "text-generation", "--max-eval-samples", "32", "--max-generate-samples", "0",
-         "--resamples", "0", "--dtype", "float32", "--json"],
+        [sys.executable, "-m", "ftlevel", "evaluate", str(file), "--against", model,
+         "--dataset", data, "--task", "text-generation", "--max-eval-samples", "32",
+         "--max-generate-samples", "1", "--max-new-tokens", "1", "--resamples", "0", "--json"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     found = json.loads(done.stdout)["against"]

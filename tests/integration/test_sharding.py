@@ -19,6 +19,7 @@ import ranks
 from ftlevel import TrainConfig, train
 from ftlevel.errors import ConfigError
 from ftlevel.models.upstream.shards import own_part, part_of
+from ftlevel.models.upstream.shards import whole as full_tensor
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,22 +124,72 @@ def test_the_adapter_of_a_shared_model_loads_in_plain_peft(prepared: Path) -> No
     assert (logits[0] - logits[1]).abs().max() < 1e-4
 
 
-def in_half_precision(folder: Path, out: Path, shard: str) -> None:
+def in_half_precision(folder: Path, out: Path, shard: str, method: str) -> None:
     from distributed import settings
 
-    values = settings(folder, "decoder", "lora", out)
+    values = settings(folder, "decoder", method, out)
     values["model"]["dtype"] = "bfloat16"
     values["train"] |= {"shard": shard, "gradient_accumulation_steps": 2 - (shard != "none")}
     train(TrainConfig.model_validate(values))
 
 
-def test_a_shared_model_computes_in_half_precision(prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_shared_model_computes_in_half_precision(
+    method: str, prepared: Path, tmp_path: Path
+) -> None:
     from distributed import difference
 
     one, two = tmp_path / "one", tmp_path / "two"
-    in_half_precision(prepared, one, "none")
-    assert ranks.end(ranks.start(in_half_precision, [(prepared, two, "full")] * 2)) == [0, 0]
+    in_half_precision(prepared, one, "none", method)
+    given = [(prepared, two, "full", method)] * 2
+    assert ranks.end(ranks.start(in_half_precision, given)) == [0, 0]
     assert difference(one, two) < 2e-3  # of bfloat16's 8 bits
+
+
+def step_in_half_precision(folder: Path, out: Path) -> None:
+    """Write what one forward pass leaves of the weights for the backward pass, and gradients."""
+    from ftlevel.models.hardware import autocast
+    from ftlevel.training.memory.shards import shard
+    from ftlevel.training.processes import started_processes
+
+    processes = started_processes()
+    processes.join()
+    saved: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "decoder", dtype=torch.float32)
+    shapes = {tuple(p.shape) for p in model.model.layers.parameters() if p.dim() > 1}
+    shapes |= {shape[::-1] for shape in shapes}
+    if processes.count > 1:
+        shard(model, "cpu", holds=False, dtype=torch.bfloat16)
+    ids = torch.arange(3, 20)[None]
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, autocast("cpu", "bfloat16"):
+        loss = model(input_ids=ids, labels=ids).loss
+    held = {t.untyped_storage()._cdata: t for t in saved if tuple(t.shape) in shapes}
+    facts = {"held": sum(t.untyped_storage().nbytes() for t in held.values())}
+    loss.backward()
+    gradients = {n: full_tensor(p.grad) for n, p in model.named_parameters()}
+    if processes.is_first:
+        save_file(gradients, out / f"{processes.count}.safetensors")
+        (out / f"{processes.count}.json").write_text(json.dumps(facts))
+
+
+def test_no_copy_of_the_weights_in_half_precision_waits_for_the_backward_pass(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """What autocast computes of one process, and none of the casts that it would keep."""
+    step_in_half_precision(prepared, tmp_path)
+    given = [(prepared, tmp_path)] * 2
+    assert ranks.end(ranks.start(step_in_half_precision, given)) == [0, 0]
+    one, two = (load_file(tmp_path / f"{count}.safetensors") for count in (1, 2))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-2, atol=1e-4) for name in one)
+    held = [json.loads((tmp_path / f"{count}.json").read_text())["held"] for count in (1, 2)]
+    assert held[0] > 100_000  # as the test would see it
+    assert held[1] == 0
 
 
 def go_on(folder: Path, out: Path, resume: bool) -> None:

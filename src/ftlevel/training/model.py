@@ -106,7 +106,8 @@ def load_shared_out(config: TrainConfig, plan: Plan, listener: Listener) -> Any:
         slices = None
         model = put_method_on(load_base(config, here.model), config, plan)
     begin(model, config, here)
-    shard(model, plan.model.device, holds=config.train.shard == "grads", slices=slices)
+    dtype, holds = DTYPES[plan.model.dtype], config.train.shard == "grads"
+    shard(model, plan.model.device, holds=holds, dtype=dtype, slices=slices)
     if slices is not None:
         parts = [(base_name(n), own_part(p)) for n, p in model.named_parameters()]
         started_processes().in_all(lambda: check_finite(parts, plan.model.source.words))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -62,7 +63,7 @@ def test_what_a_process_holds_is_what_fsdp_leaves_it(
     size = sum(p.nbytes for p in model.parameters() if id(p) not in whole)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     with first_of(ranks):
-        shard(model, "cpu", holds=False)
+        shard(model, "cpu", holds=False, dtype=torch.float32)
         blocks = blocks_of(model)
         held = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
     assert shares.count == len(blocks) == 7

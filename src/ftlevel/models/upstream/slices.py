@@ -9,7 +9,7 @@ type. What is made of a NaN is a NaN, so nothing can be computed from it without
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,19 +174,21 @@ class Slices:
                     self.weights.pop(weight, None)
         return lost
 
-    def put_aside(self, part: nn.Module, keep: Collection[nn.Parameter]) -> Callable[[], None]:
-        """Leave the shapes of what is not read yet of `part` (mutated).
+    def put_aside(
+        self, parts: Sequence[nn.Module], keep: Collection[nn.Parameter]
+    ) -> Callable[[], None]:
+        """Leave the shapes of what is not read yet of `parts` (mutated).
 
         Args:
-            part: about to be shared out.
+            parts: about to be shared out.
             keep: what is not.
 
         Returns:
-            What reads this process's rows of it, when `part` has been shared out.
+            What reads this process's rows of it, when `parts` have been shared out.
         """
         waiting: list[tuple[dict[str, Any], str, StoredWeight]] = []
         shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay so
-        for module in part.modules():
+        for module in (inner for part in parts for inner in part.modules()):
             own = own_tensors(module)[0]
             for name, weight in own.items():
                 if weight is not None and weight in self.weights and weight not in keep:

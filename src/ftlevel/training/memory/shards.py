@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from transformers.pytorch_utils import Conv1D
 
 from ftlevel.fast.head.loss import base_model
 from ftlevel.models.module_tree import ModuleTree
@@ -19,7 +26,26 @@ from ftlevel.models.upstream.slices import Slices
 _MATRIX = 2  # dimensions
 
 
-def shard(model: Any, device: str, *, holds: bool, slices: Slices | None = None) -> None:
+@dataclass(frozen=True)
+class Shared:
+    """Modules that are gathered together.
+
+    Attributes:
+        modules: which are called in every pass, the first before the others.
+        inside: modules in them that are gathered by themselves.
+        gathers_again: whether that is done for the backward pass as well.
+        precision: in which they are gathered, and their gradients added up.
+    """
+
+    modules: list[torch.nn.Module]
+    inside: Sequence[torch.nn.Module]
+    gathers_again: bool
+    precision: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
+
+
+def shard(
+    model: Any, device: str, *, holds: bool, dtype: torch.dtype, slices: Slices | None = None
+) -> None:
     """Leave this process its part of `model` (mutated), on its device.
 
     What a method adds and trains stays whole in every process; of `--method full`, where the
@@ -31,6 +57,7 @@ def shard(model: Any, device: str, *, holds: bool, slices: Slices | None = None)
         device: torch device type.
         holds: whether a block that was gathered for the forward pass is held until its backward
             pass (ZeRO-2), and not gathered again (ZeRO-3).
+        dtype: compute precision.
         slices: what is not read yet, of which this process reads its part; None where all is.
     """
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
@@ -38,11 +65,20 @@ def shard(model: Any, device: str, *, holds: bool, slices: Slices | None = None)
     for parameter in own:
         parameter.data = parameter.data.to(mesh.device_type)
     blocks = blocks_of(model)
+    narrow = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    shared = list[Shared]()
+    for block in blocks:
+        linears = cast_linears(block, dtype, own)
+        if linears:
+            shared.append(Shared(linears, (), not holds, narrow))
+        shared.append(Shared([block], linears, not holds))
     # Embeddings, head and last norm are those of the model itself: gathered once a pass.
-    for part, inside, gathers in [*((b, (), not holds) for b in blocks), (model, blocks, False)]:
-        carry_quant_states(part, inside)
-        read = slices.put_aside(part, keep=own) if slices is not None else None
-        fully_shard(part, mesh=mesh, reshard_after_forward=gathers, ignored_params=own)
+    for part in [*shared, Shared([model], blocks, False)]:
+        for module in part.modules:
+            carry_quant_states(module, part.inside)
+        read = slices.put_aside(part.modules, keep=own) if slices is not None else None
+        fully_shard(part.modules, mesh=mesh, reshard_after_forward=part.gathers_again,
+                    mp_policy=part.precision, ignored_params=own)  # fmt: skip
         if read is not None:
             read()
     for buffer in model.buffers():
@@ -64,6 +100,25 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
     """Return the blocks of `model`, of an encoder and of a decoder."""
     tree = ModuleTree(base_model(model))
     return [block for stack in tree.blocks for block in tree.modules[stack].children()]
+
+
+def cast_linears(
+    block: torch.nn.Module, dtype: torch.dtype, own: set[torch.nn.Parameter]
+) -> list[torch.nn.Module]:
+    """Return the linears of `block` whose trained weights, none of `own`, are wider than `dtype`.
+
+    Autocast would cast what was gathered of each, and keep that for the backward pass: the whole
+    model in 16 bits in every process. So they are gathered in `dtype`, half the bytes, and given
+    back. Norms and embeddings, which it leaves alone, stay as wide as they are.
+    """
+    return [
+        part
+        for part in block.modules()
+        if isinstance(part, torch.nn.Linear | Conv1D)
+        and part.weight.requires_grad
+        and part.weight not in own
+        and part.weight.dtype.itemsize > dtype.itemsize
+    ]
 
 
 def is_sharded(model: Any) -> bool:
