@@ -19,8 +19,8 @@ from ftlevel.config import TrainConfig
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.forecast.live import QUANTIZED, WEIGHTS
-from ftlevel.training.forecast.memory import Layers, MemoryForecast
+from ftlevel.training.forecast.live import CASTS, QUANTIZED, WEIGHTS
+from ftlevel.training.forecast.memory import Layers, MemoryForecast, forecast_memory
 from ftlevel.training.forecast.network import HOP, NETWORK_HOP, Network, Work, time_step
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, Cut, Piece, Shares, describe_shares
 from ftlevel.training.memory.shards import blocks_of, kept_whole, shard
@@ -40,11 +40,11 @@ def first_of(ranks: int) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def configure(tmp_path: Path, model: Path, method: str) -> TrainConfig:
+def configure(tmp_path: Path, model: Path, method: str, dtype: str = "float32") -> TrainConfig:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"text": "the value of object {n}"}}\n' for n in range(8)))
     return TrainConfig.model_validate({
-        "model": {"name_or_path": str(model), "dtype": "float32"}, "method": {"kind": method},
+        "model": {"name_or_path": str(model), "dtype": dtype}, "method": {"kind": method},
         "data": {"dataset": str(rows), "cache": False}, "task": "text-generation",
     })  # fmt: skip
 
@@ -75,9 +75,9 @@ def test_what_a_process_holds_is_what_fsdp_leaves_it(
 
 
 def test_the_memory_of_a_process() -> None:
-    block, root = Cut((Piece(1, WEIGHTS, 8, 800),)), Cut((Piece(1, WEIGHTS, 6, 600),))
-    blocks = Cut((Piece(10, WEIGHTS, 8, 800),))
-    shares = Shares(block, blocks, 10, root, trained=40, trains_base=False)
+    block, root = Cut((Piece(1, WEIGHTS, 8, 800, 800),)), Cut((Piece(1, WEIGHTS, 6, 600, 600),))
+    blocks = Cut((Piece(10, WEIGHTS, 8, 800, 800),))
+    shares = Shares(block, blocks, 10, root, 0, trained=40, trains_base=False)
     moments = {moment: {WEIGHTS: 8610, "activations": 5} for moment in ("forward", "backward")}
     found = MemoryForecast({}, "forward", 64, {**moments, "optimizer step": {WEIGHTS: 8610}})
     full = shares.of_a_rank(found, 4, "full")
@@ -86,12 +86,37 @@ def test_the_memory_of_a_process() -> None:
     assert shares.of_a_rank(found, 4, "grads").parts[GATHERED] == 800 + 8000 + 800
     assert full.moments["optimizer step"] == {WEIGHTS: 2210, REDUCED: 40}
     assert shares.of_a_rank(found, 4, "none").parts[WEIGHTS] == 8610
-    own = Shares(block, blocks, 10, root, trained=8600, trains_base=True)
-    states = {WEIGHTS: 8600, "gradients": 8600, "optimizer": 17200}
+    half = Cut((Piece(1, WEIGHTS, 8, 800, 400),)), Cut((Piece(10, WEIGHTS, 8, 800, 400),))
+    own = Shares(*half, 10, root, 300, trained=8600, trains_base=True)
+    states = {WEIGHTS: 8600, "gradients": 8600, "optimizer": 17200, CASTS: 4300}
     parts = own.of_a_rank(MemoryForecast({}, "", 64, {"backward": states}), 2, "full").parts
     assert parts[WEIGHTS] == parts["gradients"] == 4300
     assert parts["optimizer"] == 8600
     assert parts[REDUCED] == 600 + 2 * 800
+    assert parts[GATHERED] == 600 + 3 * 400  # linears come in 16 bits
+    assert parts[CASTS] == 300  # and no others are made of them
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_autocast_keeps_of_a_shared_model_is_of_its_head(
+    dtype: str, tmp_path: Path, tiny_model_dir: ModelDir
+) -> None:
+    config = configure(tmp_path, tiny_model_dir("llama", num_hidden_layers=7), "full", dtype)
+    plan = resolve(config)
+    model: Any = build_task_model(plan.model.config, plan.model.auto_class)
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    shares, found = describe_shares(config, plan), forecast_memory(config, plan, 2**30)
+    kept = found.moments["forward"].get(CASTS, 0)
+    if dtype == "float32":
+        assert kept == shares.root_casts == 0
+        return
+    assert kept == 2 * sum(linear.weight.numel() for linear in linears)
+    assert shares.root_casts == 2 * model.lm_head.weight.numel()
+    assert shares.of_a_rank(found, 2, "full").moments["forward"][CASTS] == shares.root_casts
+    blocks = list(model.model.layers.parameters())
+    narrow = sum(p.numel() for p in blocks if p.dim() > 1)
+    assert shares.blocks.reduced(1) == 4 * sum(p.numel() for p in blocks)
+    assert shares.blocks.gathered(1) == shares.blocks.reduced(1) - 2 * narrow
 
 
 def test_codes_are_shared_out_and_scales_are_not(tmp_path: Path, tiny_model_dir: ModelDir) -> None:

@@ -204,6 +204,9 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
     def made(self, tensor: torch.Tensor) -> None:
         """Look at a result of an operation: new, a view, or what was written to."""
 
+    def cast(self, tensor: torch.Tensor, result: torch.Tensor) -> None:
+        """Look at `result`, which is `tensor` in another precision, before `made` does."""
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -214,6 +217,8 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
             result: Any = new_fake((args * 2)[:2], (kwargs or {}).get("dtype") or torch.float32)
         else:
             result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.cast(args[0], result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.made(leaf)

@@ -112,10 +112,11 @@ def forecast_cluster(
 def _sent(shares: Shares, ranks: int, way: str) -> dict[str, Any]:
     """Return what of `Work` is sent, in bytes."""
     if way == "none":
-        base = shares.blocks.gathered(1) + shares.root.gathered(1)
+        base = shares.blocks.reduced(1) + shares.root.reduced(1)
         return {"everywhere": base if shares.trains_base else shares.trained}
     block, root = shares.blocks.gathered(ranks) / shares.count, shares.root.gathered(ranks)
     sent = {"block": block, "root": root, "again": way == "full"}
     if shares.trains_base:
-        return {**sent, "reduced": block, "reduced_root": root}
+        reduced = shares.blocks.reduced(ranks) / shares.count
+        return {**sent, "reduced": reduced, "reduced_root": shares.root.reduced(ranks)}
     return {**sent, "everywhere": shares.trained}

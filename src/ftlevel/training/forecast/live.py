@@ -19,6 +19,8 @@ from ftlevel.models.upstream.fake import OperationWatch, storage_of
 ACTIVATIONS, WORKSPACE, LOGITS = "activations", "workspace", "logits"
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 WEIGHTS, QUANTIZED, ADAPTER = "weights", "quantized weights", "adapter"
+CASTS = "weights in 16 bits"
+"""What autocast makes of trained weights, and keeps for the backward pass."""
 
 FORWARD, BACKWARD, FIRST_BLOCK, UPDATE = "forward", "backward", "end of backward", "optimizer step"
 MOMENTS = (FORWARD, BACKWARD, FIRST_BLOCK, UPDATE)
@@ -86,6 +88,12 @@ class LiveBytes(OperationWatch):
         """Count `tensor` if its storage is new."""
         if not self.knows(tensor):
             self.hold(tensor, self._part_of(tensor))
+
+    def cast(self, tensor: torch.Tensor, result: torch.Tensor) -> None:
+        """Count `result` as a cast if `tensor` is a weight."""
+        held = self._held.get(storage_of(tensor))
+        if held == [WEIGHTS] and not self.knows(result):
+            self.hold(result, CASTS)
 
     def _part_of(self, tensor: torch.Tensor) -> str:
         is_scores = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary

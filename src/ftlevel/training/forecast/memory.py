@@ -37,6 +37,7 @@ from ftlevel.training.forecast.live import (
     ACTIVATIONS,
     ADAPTER,
     BACKWARD,
+    CASTS,
     FIRST_BLOCK,
     FORWARD,
     GRADIENTS,
@@ -54,7 +55,7 @@ from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
 
-_OF_WORKERS = (ACTIVATIONS, LOGITS, WORKSPACE)
+_OF_WORKERS = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
 """What each of several workers has of its own."""
 
 _SAMPLED_STEPS = 16

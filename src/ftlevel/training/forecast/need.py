@@ -10,7 +10,7 @@ from ftlevel.models.hardware import describe_device
 from ftlevel.models.memory import device_memory
 from ftlevel.models.quantized import as_quant_config, quantization_name, stored_quantization
 from ftlevel.training.forecast.cards import Card
-from ftlevel.training.forecast.live import ACTIVATIONS, GRADIENTS, LOGITS, WORKSPACE
+from ftlevel.training.forecast.live import ACTIVATIONS, CASTS, GRADIENTS, LOGITS, WORKSPACE
 from ftlevel.training.forecast.memory import MemoryForecast, forecast_memory
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, describe_shares
 from ftlevel.training.plan.plan import Plan
@@ -21,7 +21,7 @@ CONTEXT_BYTES, SLACK = 600 * 2**20, 0.05
 """What a CUDA context takes, and the share of what comes and goes that torch's allocator has to
 spare: an allowance, since no card was at hand to measure either."""
 
-COMES_AND_GOES = (ACTIVATIONS, LOGITS, WORKSPACE, GRADIENTS, GATHERED, REDUCED)
+COMES_AND_GOES = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS, GRADIENTS, GATHERED, REDUCED)
 
 
 @dataclass(frozen=True)

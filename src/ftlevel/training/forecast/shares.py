@@ -1,8 +1,8 @@
 """What one of several processes holds of a model that is shared out, and what it gathers.
 
 FSDP2 cuts each tensor along its first axis: of R rows the first of n processes holds ⌈R / n⌉, and
-n · ⌈R / n⌉ are gathered. A block is gathered while the one before it computes, so a process has
-
+n · ⌈R / n⌉ are gathered; of `--method full` linears in the precision that computes. A block is
+gathered while the one before it computes, so a process has
 
     held      all parts, all that is whole
     gathered  embeddings and head; a block, the next one, and the buffer that it came in
@@ -20,10 +20,12 @@ import torch
 
 from ftlevel.config import TrainConfig
 from ftlevel.methods import METHODS
+from ftlevel.models.hardware import DTYPES
 from ftlevel.training.forecast.fake_model import build_fake_model
 from ftlevel.training.forecast.live import (
     ADAPTER,
     BACKWARD,
+    CASTS,
     FIRST_BLOCK,
     GRADIENTS,
     OPTIMIZER,
@@ -32,7 +34,7 @@ from ftlevel.training.forecast.live import (
     WEIGHTS,
 )
 from ftlevel.training.forecast.memory import Layers, MemoryForecast, highest
-from ftlevel.training.memory.shards import blocks_of, kept_whole
+from ftlevel.training.memory.shards import blocks_of, cast_linears, kept_whole
 from ftlevel.training.plan.plan import Plan
 
 GATHERED, REDUCED = "gathered", "reduction"
@@ -50,12 +52,14 @@ class Piece:
         part: of the forecast.
         rows: of it.
         size: bytes of it.
+        sent: bytes of it as it is gathered, which may be in fewer bits.
     """
 
     times: int
     part: str
     rows: int
     size: int
+    sent: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,12 @@ class Cut:
         return found
 
     def gathered(self, ranks: int) -> float:
-        """Return the bytes of all that the processes hold."""
+        """Return the bytes of all that the processes send."""
+        rows = ((one, ranks * -(-one.rows // ranks)) for one in self.tensors)
+        return sum(one.times * one.sent * count / one.rows for one, count in rows)
+
+    def reduced(self, ranks: int) -> float:
+        """Return the bytes of the gradients of all that the processes hold."""
         return ranks * sum(self.held(ranks).values())
 
 
@@ -90,6 +99,7 @@ class Shares:
         blocks: all of them.
         count: how many blocks.
         root: embeddings, head and what else is outside.
+        root_casts: bytes of what autocast makes of it: of blocks, nothing is left to be cast.
         trained: bytes of the gradients of what is trained and whole.
         trains_base: whether what is shared out is trained.
     """
@@ -98,6 +108,7 @@ class Shares:
     blocks: Cut
     count: int
     root: Cut
+    root_casts: int
     trained: int
     trains_base: bool
 
@@ -128,13 +139,15 @@ class Shares:
             if part == WEIGHTS and self.trains_base:
                 for other in (GRADIENTS, OPTIMIZER):
                     parts[other] = parts.get(other, 0) * left
+        if CASTS in parts:
+            parts[CASTS] = min(parts[CASTS], self.root_casts)
         ends = moment == UPDATE
         if not ends:
             root, block = self.root.gathered(ranks), self.block.gathered(ranks)
             held = self.blocks.gathered(ranks) + block if way == "grads" else 3 * block
             parts[GATHERED] = root + held
             if self.trains_base and moment in (BACKWARD, FIRST_BLOCK):
-                parts[REDUCED] = root + 2 * block
+                parts[REDUCED] = self.root.reduced(ranks) + 2 * self.block.reduced(ranks)
         elif not self.trains_base:
             parts[REDUCED] = self.trained
         return parts
@@ -155,7 +168,9 @@ def describe_shares(config: TrainConfig, plan: Plan) -> Shares:
     depth = layers.depths[0]
     model = build_fake_model(config, plan, depth).model
     whole, blocks = kept_whole(model), blocks_of(model)
-    cuts = [_cut(block.parameters(), whole) for block in blocks]
+    dtype = DTYPES[plan.model.dtype]
+    narrow = {linear.weight for block in blocks for linear in cast_linears(block, dtype, whole)}
+    cuts = [_cut(block.parameters(), whole, narrow, dtype) for block in blocks]
     inside = {parameter for block in blocks for parameter in block.parameters()}
     every = [tensor for cut in cuts for tensor in cut.tensors]
     count, trained = len(cuts), _count_trained(model)
@@ -169,7 +184,13 @@ def describe_shares(config: TrainConfig, plan: Plan) -> Shares:
         block=max(cuts, key=lambda cut: cut.gathered(1)),
         blocks=Cut(tuple(every)),
         count=count,
-        root=_cut((p for p in model.parameters() if p not in inside), whole),
+        root=_cut((p for p in model.parameters() if p not in inside), whole, set(), dtype),
+        root_casts=dtype.itemsize
+        * sum(
+            linear.weight.numel()
+            for linear in cast_linears(model, dtype, whole)
+            if linear.weight not in narrow
+        ),
         trained=_FLOAT * trained,
         trains_base=METHODS[config.method.kind].trains_base(config.method),
     )
@@ -179,11 +200,22 @@ def _count_trained(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _cut(parameters: Iterable[torch.nn.Parameter], whole: set[torch.nn.Parameter]) -> Cut:
-    """Return those of `parameters` that are not held whole."""
+def _cut(
+    parameters: Iterable[torch.nn.Parameter],
+    whole: set[torch.nn.Parameter],
+    narrow: set[torch.nn.Parameter],
+    dtype: torch.dtype,
+) -> Cut:
+    """Return those of `parameters` that are not held `whole`; those of `narrow` sent in `dtype`."""
     return Cut(
         tuple(
-            Piece(1, QUANTIZED if p.dtype in _CODES else WEIGHTS, p.shape[0], p.nbytes)
+            Piece(
+                1,
+                QUANTIZED if p.dtype in _CODES else WEIGHTS,
+                p.shape[0],
+                p.nbytes,
+                p.numel() * dtype.itemsize if p in narrow else p.nbytes,
+            )
             for p in parameters
             if p not in whole
         )

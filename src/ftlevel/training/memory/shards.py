@@ -104,7 +104,7 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
 
 def cast_linears(
     block: torch.nn.Module, dtype: torch.dtype, own: set[torch.nn.Parameter]
-) -> list[torch.nn.Module]:
+) -> list[Any]:
     """Return the linears of `block` whose trained weights, none of `own`, are wider than `dtype`.
 
     Autocast would cast what was gathered of each, and keep that for the backward pass: the whole
