@@ -5,10 +5,11 @@
     python benchmarks/preference_defaults.py run --out runs/preference-defaults.jsonl   # hours
     python benchmarks/preference_defaults.py table runs/preference-defaults.jsonl
 
-Each set has 40 pairs and 40 held-out ones: a summary and a sentence copied from its text (copied),
-a summary and that of another text (foreign), a definition and that of another word (defined). Each
-run begins from a supervised one of two epochs on the preferred answers, with the same seed, and has
-LoRA r 8 on every linear. All runs are in one process. A file that is there is gone on with.
+Each set has 40 pairs and 40 held-out ones, the shortest that there are: a summary and a sentence
+copied from its text (copied), a summary and that of another text (foreign), a definition and that
+of another word (defined). Each run begins from a supervised one of two epochs on the preferred
+answers, with the same seed, and has LoRA r 8 on every linear. All runs are in one process. A file
+that is there is gone on with.
 """
 
 from __future__ import annotations
@@ -76,12 +77,18 @@ def _defined(split: str, data: Path) -> list[dict[str, str]]:
 SETS = {"copied": _copied, "foreign": _foreign, "defined": _defined}
 
 
+def _shortest(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """Return the `count` rows with the shortest texts, as they come."""
+    longest = sorted(sum(map(len, row.values())) for row in rows)[:count][-1]
+    return [row for row in rows if sum(map(len, row.values())) <= longest][:count]
+
+
 def write_set(name: str, data: Path, out: Path) -> Path:
     """Write the pairs of a set for training and validation, and return their folder."""
     out.mkdir(parents=True, exist_ok=True)
     held = SETS[name]("validation", data) + SETS[name]("test", data)
-    for split, rows in (("train", SETS[name]("train", data)[:PAIRS]),
-                        ("validation", held[:HELD_OUT])):  # fmt: skip
+    for split, rows in (("train", _shortest(SETS[name]("train", data), PAIRS)),
+                        ("validation", _shortest(held, HELD_OUT))):  # fmt: skip
         lines = "\n".join(json.dumps(row) for row in rows)
         (out / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     return out

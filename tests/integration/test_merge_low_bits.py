@@ -133,16 +133,19 @@ def test_a_gguf_in_4_bits_keeps_what_was_trained(base: str, runs: Runs, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "model"])
-def test_a_whole_model_in_4_bits_is_nearer_than_rounded(
-    kind: str, runs: Runs, tmp_path: Path
+@pytest.mark.parametrize(("kind", "outtype"), [("full", "q4_0"), ("model", "q4_0"),
+                                               ("model", "q5_0")])  # fmt: skip
+def test_a_whole_model_in_few_bits_is_nearer_than_rounded(
+    kind: str, outtype: str, runs: Runs, tmp_path: Path
 ) -> None:
     run_of = runs("float", "full")
     source = run_of if kind == "full" else run_of.parent / "st"
     place = run_of / "adapter" if kind == "full" else source
     for rows in (0, 20):
         path = tmp_path / f"{rows}.gguf"
-        check = export_to(str(path), source, outtype="q4_0", calibration_rows=rows).summary["check"]
+        check = export_to(str(path), source, outtype=outtype, calibration_rows=rows).summary[
+            "check"
+        ]
         assert (check["beside_run"] is not None) == bool(rows)
     reference = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     chosen, rounded = (

@@ -45,7 +45,7 @@ from ftlevel.trained.adapter_set import find_adapters
 from ftlevel.trained.adapterhub import is_adapterhub
 from ftlevel.trained.load import Found, find_trained, load_found
 from ftlevel.trained.plain_peft import ADAPTER_CONFIG
-from ftlevel.weights.gguf.blocks import GRIDS
+from ftlevel.weights.gguf.blocks import CHOSEN, GRIDS
 
 _ROWS: int = MergeConfig.model_fields["rows"].default
 """How many rows the file is compared on, as a merge is."""
@@ -211,7 +211,7 @@ def _merge(config: ExportConfig, found: Found, directory: Path) -> Merged:
 
 def _as_it_is(config: ExportConfig, found: Found, device: str, _: Path) -> Merged:
     """Return what chooses the codes of a model that is written as it is, if they are chosen."""
-    if config.outtype != "q4_0" or not config.calibration_rows:
+    if not _chooses_codes(config):
         return Merged({})
     model = load_found(found, device)
     inputs = whole_model_input(found, model)
@@ -229,9 +229,13 @@ def _as_it_is(config: ExportConfig, found: Found, device: str, _: Path) -> Merge
     )
 
 
+def _chooses_codes(config: ExportConfig) -> bool:
+    return config.outtype in CHOSEN and config.calibration_rows > 0
+
+
 def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[Probe, Probe | None]:
     """Return the rows to compare on, and those that codes are chosen on, if they are chosen."""
-    chooses = config.outtype == "q4_0" and config.calibration_rows
+    chooses = _chooses_codes(config)
     rows = choose_rows(inputs, _ROWS, config.calibration_rows if chooses else 0)
     compared, calibration = (
         Probe(part, inputs.objective, inputs.tokenizer.pad_token_id or 0, inputs.device)

@@ -77,17 +77,17 @@ class ExportConfig(HubSection):
         "and LM Studio; adapterhub a bottleneck adapter for AdapterHub's adapters. auto is what "
         "--for needs, or gguf.",
     )
-    outtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
+    outtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"] = Field(
         "auto",
-        description="Type of the matrices; q8_0 is 8 bits in blocks of 32, q4_0 4 bits, where "
-        "codes are chosen so that the layers give what they give as trained. auto keeps "
+        description="Type of the matrices; q8_0 is 8 bits in blocks of 32, q5_0 and q4_0 5 and "
+        "4, where codes are chosen so that the layers give what they give as trained. auto keeps "
         "the model's own. Vectors and norms stay in float32.",
     )
     calibration_rows: Annotated[int, Field(ge=0)] = Field(
         128,
         description="Rows of the run's training data, or of documentation where there is no run, "
-        "on which the layers' outputs count where codes of q4_0 are chosen; 0 rounds each weight "
-        "by itself.",
+        "on which the layers' outputs count where codes of q5_0 or q4_0 are chosen; 0 rounds each "
+        "weight by itself.",
     )
     out: Path = Field(
         description="File to write, FILE.gguf, with FILE.Modelfile beside it; for the other "

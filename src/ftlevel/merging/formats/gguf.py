@@ -24,6 +24,7 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
 from ftlevel.trained.load import Found
 from ftlevel.weights.checkpoint import open_checkpoint
+from ftlevel.weights.gguf.blocks import CHOSEN
 from ftlevel.weights.gguf.families import FAMILIES, context_limit, describe, find_problems
 from ftlevel.weights.gguf.file import Tensor, file_keys, own_outtype, plan_tensors, write_gguf
 from ftlevel.weights.gguf.vocabulary import Vocabulary, read_vocabulary
@@ -150,8 +151,8 @@ class GgufExport:
         (place / _modelfile(config).name).write_text(text, encoding="utf-8")
         if config.recorded:
             listener.stage("record its answers")
-            # In 4 bits a server must answer as the file does, whose way from the run is told above.
-            own = source if outtype != "q4_0" else _as_source(path)
+            # In few bits a server must answer as the file does; how far that is, is told above.
+            own = _as_source(path) if outtype in CHOSEN else source
             record_whole(place / config.outputs[2].name, config, self.found, own, outtype, device)
         return self._summary(outtype, tensors) | {
             "size_bytes": path.stat().st_size,

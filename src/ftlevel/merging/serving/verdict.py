@@ -12,7 +12,7 @@ EITHER = "as trained, and as the base"
 BASE = "the base's answer"
 ELSE = "something else"
 _EXACT, _ROUNDED = 0.02, 0.1
-_LARGEST_OF = {"float32": _EXACT, "f32": _EXACT, "q8_0": 0.5, "q4_0": 0.5}
+_LARGEST_OF = {"float32": _EXACT, "f32": _EXACT, "q8_0": 0.5, "q5_0": 0.5, "q4_0": 0.5}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """ggml's small types: 32 numbers of a row share a scale d, kept in float16.
 
     q8_0   x ≈ d · q,  q = -127 … 127,  d = max |x| / 127
+    q5_0   x ≈ d · q,  q = -16 … 15,    d = -(the x that is farthest from 0) / 16
     q4_0   x ≈ d · q,  q = -8 … 7,      d = -(the x that is farthest from 0) / 8
 
-(ggml-quants.c: quantize_row_q8_0_ref, quantize_row_q4_0_ref.) So d of q4_0 has a sign, by which the
-largest number is held exactly.
+(ggml-quants.c: quantize_row_q8_0_ref, quantize_row_q5_0_ref, quantize_row_q4_0_ref.) So d of the
+last two has a sign, by which the largest number is held exactly.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ class _SignedGrid(Grid):
 
 GRIDS: dict[str, Grid] = {
     "q8_0": Grid(torch.arange(-127.0, 128.0), BLOCK, _half),
+    "q5_0": _SignedGrid(torch.arange(-16.0, 16.0), BLOCK, _half),
     "q4_0": _SignedGrid(torch.arange(-8.0, 8.0), BLOCK, _half),
 }
+CHOSEN = ("q5_0", "q4_0")
+"""Those whose codes are worth choosing: in q8_0 rounding loses next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,15 @@ class Codes:
         blocks = self.codes.reshape(rows, -1, BLOCK)
         if outtype == "q8_0":
             q = (blocks.int() - 127).to(torch.int8).view(torch.uint8)
-        else:  # the first half of a block lies in the low bits, the second in the high ones
-            low, high = blocks[..., : BLOCK // 2], blocks[..., BLOCK // 2 :]
-            q = low | (high << 4)
-        return torch.cat([d, q], -1).reshape(rows, -1).numpy()
+            return torch.cat([d, q], -1).reshape(rows, -1).numpy()
+        # Of four bits the first half of a block lies in the low ones, the second in the high ones.
+        low, high = blocks[..., : BLOCK // 2] & 15, blocks[..., BLOCK // 2 :] & 15
+        parts = [d, low | (high << 4)]
+        if outtype == "q5_0":  # the fifth of each, eight to a byte, the first in the lowest
+            fifth = (blocks >> 4).view(*blocks.shape[:2], -1, 8)
+            weights = 2 ** torch.arange(8, dtype=torch.uint8)
+            parts.insert(1, (fifth * weights).sum(-1, dtype=torch.uint8))
+        return torch.cat(parts, -1).reshape(rows, -1).numpy()
 
 
 def round_to_blocks(weight: torch.Tensor, outtype: str) -> torch.Tensor:
@@ -83,5 +92,6 @@ def round_to_blocks(weight: torch.Tensor, outtype: str) -> torch.Tensor:
         levels = blocks * inverse
         rounded = levels.sign() * (levels.abs() + 0.5).floor()
     else:
-        rounded = (blocks * inverse + 8.5).trunc().clamp(0, 15) - 8
+        zero = len(grid.values) // 2
+        rounded = (blocks * inverse + zero + 0.5).trunc().clamp(0, 2 * zero - 1) - zero
     return (rounded * grid.stored(scales).unsqueeze(-1)).reshape(weight.shape)

@@ -27,7 +27,7 @@ from gguf.quants import quantize
 
 from ftlevel.errors import InputError, RunError, listing
 from ftlevel.weights.checkpoint import Checkpoint
-from ftlevel.weights.gguf.blocks import BLOCK, GRIDS, Codes, round_to_blocks
+from ftlevel.weights.gguf.blocks import BLOCK, CHOSEN, GRIDS, Codes, round_to_blocks
 from ftlevel.weights.gguf.families import FAMILIES, convert, extra_tensors
 
 OUTTYPES = {
@@ -35,6 +35,7 @@ OUTTYPES = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q5_0": (GGMLQuantizationType.Q5_0, LlamaFileType.MOSTLY_Q5_0),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 
@@ -139,7 +140,7 @@ def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: 
         outtype = "f32"
     elif outtype in GRIDS and shape[-1] % BLOCK:
         outtype = "f16"
-    elif outtype == "q4_0" and name.startswith(("token_embd", "output.")):
+    elif outtype in CHOSEN and name.startswith(("token_embd", "output.")):
         outtype = "q8_0"  # as llama.cpp keeps them finer: what they lose, every token loses
 
     def read() -> torch.Tensor:

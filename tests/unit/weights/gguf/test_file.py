@@ -12,7 +12,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize, quantize
 
 from ftlevel.errors import RunError
-from ftlevel.weights.gguf.blocks import GRIDS, Codes
+from ftlevel.weights.gguf.blocks import CHOSEN, GRIDS, Codes
 from ftlevel.weights.gguf.file import OUTTYPES, Tensor, round_to, write_gguf
 
 
@@ -83,8 +83,8 @@ def test_scales_that_fit_leave_less_error_of_what_counts(outtype: str) -> None:
 
     whole, fitted = error(grid.scales_of(weight)), error(grid.fitted_scales(weight, moment))
     assert (fitted <= whole).all()
-    if outtype == "q4_0":
-        assert fitted.sum() < 0.9 * whole.sum()
+    if outtype in CHOSEN:  # the fewer the values, the more is won
+        assert fitted.sum() < {"q5_0": 0.97, "q4_0": 0.9}[outtype] * whole.sum()
     flat = grid.fitted_scales(torch.zeros(2, 32), torch.eye(32))
     assert not flat.any()
 
