@@ -10,7 +10,7 @@ difference of a step's loss. mpirun and srun are not started: their variables ar
     python benchmarks/distributed.py host .models/SmolLM2-135M-Instruct
 
 prints what the host holds in each of two processes at its peak, while a base is loaded and shared
-out (Linux).
+out, and `step` in the place of `host` what a step of `--method full` in bfloat16 adds (Linux).
 """
 
 from __future__ import annotations
@@ -167,6 +167,58 @@ def print_host(folder: Path, directory: str) -> None:
         sizes = [f"{max(f[of] for f in told) / 2**20:.0f}" for of in ("whole", "own", "largest")]
         rows.append([dtype, *sizes, *peaks])
     heads = ["", "whole", "a process's part", "largest tensor", "read whole", "its own rows"]
+    print_table(heads, rows)
+
+
+def step_and_tell(directory: str, gathers: str, recomputes: str, out: str) -> None:
+    """Train one step of a whole model in bfloat16 as one of two processes; write what it took."""
+    import gc
+
+    import torch
+
+    from ftlevel.models.hardware import autocast
+    from ftlevel.models.loading import load_config, load_model
+    from ftlevel.models.sources import resolve_source
+    from ftlevel.training.memory.shards import shard
+    from ftlevel.training.processes import started_processes
+
+    started_processes().join()
+    source = resolve_source(directory)
+    model, _ = load_model(
+        source, load_config(source), "AutoModelForCausalLM", dtype=torch.float32, device="cpu"
+    )
+    if recomputes == "recomputed":
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    shard(model, "cpu", holds=False, dtype=getattr(torch, gathers))
+    ids = torch.arange(32)[None]
+    for _ in range(2):  # the first makes what stays
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        with autocast("cpu", "bfloat16"):
+            loss = model(input_ids=ids, labels=ids).loss
+        forward = _resident("VmRSS") - before
+        loss.backward()
+    facts = {"forward": forward, "peak": _resident("VmHWM") - before, "loss": loss.item(),
+             "weights": 2 * sum(p.numel() for p in model.parameters())}  # fmt: skip
+    Path(f"{out}-{os.environ['RANK']}.json").write_text(json.dumps(facts))
+
+
+def print_step(folder: Path, directory: str) -> None:
+    """Print what a step adds in each of two processes, in MB of 2^20 bytes."""
+    rows = []
+    for recomputes in ("kept", "recomputed"):
+        for gathers in ("float32", "bfloat16"):
+            out = folder / f"{gathers}-{recomputes}"
+            arguments = [str(Path(__file__)), "step-of", directory, gathers, recomputes, str(out)]
+            run(started_by("torchrun, two processes", arguments))
+            told = [json.loads(path.read_text()) for path in folder.glob(f"{out.name}-*.json")]
+            sizes = (max(facts[of] for facts in told) for of in ("weights", "forward", "peak"))
+            mb = [f"{size / 2**20:.0f}" for size in sizes]
+            rows.append([gathers, recomputes, *mb, f"{told[0]['loss']:.6f}"])
+    heads = ["linears gathered in", "activations", "weights in 16 bits", "after the forward pass",
+             "at the peak", "loss"]  # fmt: skip
     print_table(heads, rows)
 
 
@@ -345,8 +397,9 @@ def main() -> None:
     """Compare everything, or work as one process of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "mode", nargs="?", default="compare", choices=("compare", "work", "host", "hold")
-    )
+        "mode", nargs="?", default="compare",
+        choices=("compare", "work", "host", "hold", "step", "step-of"),
+    )  # fmt: skip
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args()
     if given.mode == "work":
@@ -356,9 +409,13 @@ def main() -> None:
     if given.mode == "hold":
         hold_and_tell(*given.rest)
         return
-    if given.mode == "host":
+    if given.mode == "step-of":
+        step_and_tell(*given.rest)
+        return
+    if given.mode in ("host", "step"):
+        show = print_host if given.mode == "host" else print_step
         with tempfile.TemporaryDirectory() as folder:
-            print_host(Path(folder), *given.rest)
+            show(Path(folder), *given.rest)
         return
     with tempfile.TemporaryDirectory() as folder:
         raise SystemExit(bool(compare_all(Path(folder) / "all")))

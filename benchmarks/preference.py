@@ -2,6 +2,8 @@
 
     python benchmarks/preference.py --model .models/SmolLM2-135M-Instruct \
         --data data/docstring-pairs --peer FOLDER
+    python benchmarks/preference.py --model .models/SmolLM2-135M-Instruct \
+        --data data/docstring-summary --turns 5 --peer FOLDER     # talks with long prompts
 
 Each side runs in a process of its own: ftlevel; TRL with the reference in the step, as it is
 shipped; and TRL with the reference computed before (`precompute_ref_log_probs`). TRL is taken from
@@ -33,6 +35,10 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="folder with train.jsonl")
     parser.add_argument("--peer", default="", help="folder in which TRL is")
+    parser.add_argument(
+        "--turns", type=int, default=0,
+        help="talks of so many questions and answers before the last; of docstring-summary",
+    )  # fmt: skip
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
@@ -107,10 +113,31 @@ class _Clock:
                 "peak_mib": peak, "loss": loss}  # fmt: skip
 
 
-def _rows(told: argparse.Namespace) -> list[dict[str, str]]:
+def _rows(told: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return pairs as talks; with --turns a prompt has so many questions and answers before it."""
     lines = (Path(told.data) / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines[: told.batch * told.steps]]
-    return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    rows, count = list(map(json.loads, lines)), told.batch * told.steps
+    if not told.turns:
+        return [
+            {"prompt": [_turn("user", row["prompt"])],
+             "chosen": [_turn("assistant", row["chosen"])],
+             "rejected": [_turn("assistant", row["rejected"])]}
+            for row in rows[:count]
+        ]  # fmt: skip
+    talks = []
+    for n in range(count):
+        own = [rows[(n * (told.turns + 1) + at) % len(rows)] for at in range(told.turns + 1)]
+        turns = [
+            _turn(role, row[key])
+            for row in own
+            for role, key in (("user", "document"), ("assistant", "summary"))
+        ]
+        talks.append({"prompt": turns[:-1], "chosen": turns[-1:], "rejected": turns[1:2]})
+    return talks
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def _ftlevel(told: argparse.Namespace) -> dict[str, float]:
@@ -156,12 +183,6 @@ def _trl(told: argparse.Namespace) -> dict[str, float]:
     from trl import DPOConfig, DPOTrainer
 
     clock, rows = _Clock(), _rows(told)
-    talks = [
-        {"prompt": [{"role": "user", "content": row["prompt"]}],
-         "chosen": [{"role": "assistant", "content": row["chosen"]}],
-         "rejected": [{"role": "assistant", "content": row["rejected"]}]}
-        for row in rows
-    ]  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(told.model, dtype=getattr(torch, told.dtype))
     with tempfile.TemporaryDirectory() as folder:
         before = time.process_time()
@@ -174,7 +195,7 @@ def _trl(told: argparse.Namespace) -> dict[str, float]:
                 precompute_ref_log_probs=told.side == "trl-precomputed", save_strategy="no",
                 max_length=None,
             ),
-            train_dataset=Dataset.from_list(talks),
+            train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(told.model),
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
             callbacks=[clock.callback()],
