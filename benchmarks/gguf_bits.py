@@ -10,6 +10,11 @@ llama.cpp quantizes `whole.gguf` as `llama-quantize` does, by rounding and with 
 matrix: the mean square of each linear's inputs over 96 training rows, by which it weighs the error
 of each column. Every file is then held to the model in full precision by `ftlevel evaluate
 --against`, on validation rows and on documentation; `--beside` are files that others wrote.
+
+    python benchmarks/gguf_bits.py --model MODEL --run RUN --types q4_0,q5_0 --shrinkages 0,0.3,0.6
+
+chooses codes as `ftlevel export` does, by second moments that are shrunk so far to their diagonal,
+on 96 training rows of RUN, a run of MODEL that needs to have learned nothing.
 """
 
 from __future__ import annotations
@@ -124,16 +129,71 @@ def hold(file: Path, model: str, data: str) -> tuple[float, float, float]:
     return found["rows"]["kl"], found["rows"]["top1"], found["text"]["kl"]
 
 
+def shrink(options: argparse.Namespace) -> None:
+    """Print what is left of the model in each type with each share of shrinkage."""
+    from ftlevel.config import MergeConfig
+    from ftlevel.data.encoding.encode import Encoded
+    from ftlevel.evaluation.two_models.compare import compare_rows
+    from ftlevel.evaluation.two_models.on_rows import Probe
+    from ftlevel.evaluation.two_models.on_text import cut_windows, read_eval_text
+    from ftlevel.merging.gguf_codes import WeightsAsLoaded, choose_gguf_codes
+    from ftlevel.merging.merge_input import choose_rows, resolve_merge_input
+    from ftlevel.trained.load import find_trained, load_found
+    from ftlevel.weights import codes
+
+    inputs = resolve_merge_input(MergeConfig(adapters=[options.run], output_dir=Path("none")))
+    rows = choose_rows(inputs, 32, 96)
+    text = cut_windows(inputs.tokenizer, read_eval_text(None, 1024).content, 1024, 128)
+    windows = [
+        Encoded(ids, inputs.task.probe_labels(ids, inputs.card.labels, inputs.card.options), index)
+        for index, ids in enumerate(text)
+    ]
+    on_rows, on_text, calibration = (
+        Probe(part, inputs.objective, inputs.tokenizer.pad_token_id or 0, inputs.device)
+        for part in (rows.compared, windows, rows.calibration)
+    )
+
+    def load() -> Any:
+        return load_found(find_trained(options.model, inputs.device), inputs.device).model
+
+    own = load()
+    reference = [probe.score(own, inputs.dtype) for probe in (on_rows, on_text)]
+    print("| type | shrinkage | rows: KL | same first choice | documentation: KL |")
+    print("|---|--:|--:|--:|--:|")
+    for outtype in options.types.split(","):
+        for share in map(float, options.shrinkages.split(",")):
+            codes.SHRINKAGE = share
+            model = load()
+            choose = choose_gguf_codes(
+                own, WeightsAsLoaded(own), calibration, inputs.dtype, outtype
+            )
+            with torch.no_grad():
+                for name, module in model.named_modules():
+                    if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                        module.weight.copy_(choose(f"{name}.weight").value(outtype))
+            found = [
+                compare_rows(was, probe.score(model, inputs.dtype))
+                for was, probe in zip(reference, (on_rows, on_text), strict=True)
+            ]
+            print(f"| {outtype} | {share:g} | {found[0].kl:.4f} | {found[0].top1:.1%} | "
+                  f"{found[1].kl:.4f} |", flush=True)  # fmt: skip
+
+
 def main() -> None:
     """Quantize, measure and print Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("whole", type=Path)
+    parser.add_argument("whole", type=Path, nargs="?")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", default="data/wordnet-define")
+    parser.add_argument("--run", help="a run of the model, for --shrinkages")
+    parser.add_argument("--shrinkages", help="shares to try, with commas between")
     parser.add_argument("--llama", type=Path)
     parser.add_argument("--types", default="q4_0,q4_k_m,q5_0,q8_0")
     parser.add_argument("--beside", type=Path, nargs="*", default=[])
     options = parser.parse_args()
+    if options.shrinkages:
+        shrink(options)
+        return
     print("| file | MB | rows: KL | same first choice | documentation: KL |\n|---|--:|--:|--:|--:|")
 
     def show(name: str, file: Path) -> None:
