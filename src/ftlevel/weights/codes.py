@@ -119,7 +119,7 @@ def choose_codes(
         moment: (in, in): H.
         grid: what the codes stand for.
     """
-    written, goal = find_directions(change, moment), weight
+    written, goal, moment = find_directions(change, moment), weight, shrunk(moment)
     for _ in range(SWEEPS):
         codes = improve_codes(goal, codes, scales, moment, grid)
         missing = weight - grid.value(codes, scales)
@@ -179,8 +179,12 @@ def _not_zero(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(scales == 0, 1e-38, scales)
 
 
+def shrunk(moment: torch.Tensor) -> torch.Tensor:
+    """Return H with a share of its products of two inputs left out."""
+    return (1 - SHRINKAGE) * moment + torch.diag(SHRINKAGE * moment.diagonal())
+
+
 def damped(moment: torch.Tensor) -> torch.Tensor:
-    """Return H shrunk towards its diagonal, with a share of its mean added: it has an inverse."""
-    diagonal = moment.diagonal()
-    share = DAMPING * diagonal.mean().clamp(min=1e-30)
-    return (1 - SHRINKAGE) * moment + torch.diag(SHRINKAGE * diagonal + share)
+    """Return H with a share of its mean diagonal added, so that it has an inverse."""
+    share = DAMPING * moment.diagonal().mean().clamp(min=1e-30)
+    return moment + share * torch.eye(len(moment))

@@ -6,7 +6,14 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from ftlevel.weights.codes import DAMPING, Grid, choose_codes, find_directions, improve_codes
+from ftlevel.weights.codes import (
+    DAMPING,
+    Grid,
+    choose_codes,
+    find_directions,
+    improve_codes,
+    shrunk,
+)
 from ftlevel.weights.four_bit import four_bit_grid, pack_4bit, quantize_4bit
 from ftlevel.weights.quantize_shards import bitsandbytes_grid
 
@@ -143,3 +150,19 @@ def test_directions_are_the_first_of_what_a_change_does() -> None:
     kept = found @ (found.T @ change)
     torch.testing.assert_close(kept, change, rtol=1e-3, atol=1e-3)
     assert find_directions(0 * change, moment).abs().sum() == 0
+
+
+def test_codes_that_were_chosen_on_few_inputs_serve_others_of_their_kind() -> None:
+    """H of 100 rows is known less well than its diagonal: held to it, codes fit those rows."""
+    torch.manual_seed(0)
+    grid, weight = four_bit_grid("nf4", False), matrix(64, 256)
+    shared = torch.randn(32, 256) / 4  # what inputs have in common
+    some, others = (torch.randn(n, 32) @ shared + torch.randn(n, 256) for n in (100, 4000))
+    few, many = (inputs.T @ inputs / len(inputs) for inputs in (some, others))
+    scales = grid.scales_of(weight)
+    stored, nearest = grid.stored(scales), grid.nearest(weight, scales)
+    held = improve_codes(weight, nearest, stored, few, grid)
+    chosen = improve_codes(weight, nearest, stored, shrunk(few), grid)
+    left = [error(weight, grid.value(codes, stored), many).sum() for codes in (held, chosen)]
+    assert left[1] < 0.9 * left[0]
+    assert left[1] < error(weight, grid.value(nearest, stored), many).sum()
