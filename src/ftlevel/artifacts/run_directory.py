@@ -31,6 +31,14 @@ ORIGIN = "origin.json"
 _CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
 
 
+def run_of(directory: Path) -> Path | None:
+    """Return the run in which an adapter or a checkpoint lies; None where it lies in none."""
+    place = directory.absolute().parent
+    if place.name == CHECKPOINTS and directory.name != ADAPTER:
+        return directory.parent.parent if (place.parent / CONFIG).is_file() else None
+    return directory.parent if (place / CONFIG).is_file() else None
+
+
 class RunDirectory:
     """The files of one run.
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from ftlevel.training.finish import (
     measure_times,
     save,
     tell,
+    write_beside,
 )
 from ftlevel.training.forecast.foresight import Foresight, foresee
 from ftlevel.training.forecast.micro_batch import choose_micro_batch
@@ -304,7 +306,10 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     untrained = probe_untrained(adapted, plan) if shards else None
     trainer = build_trainer(config, plan, adapted, run, going_on, processes)
     checkpoint = going_on.checkpoint
-    watch = add_callbacks(trainer, config, plan, run, listener, processes, checkpoint)
+    watch = add_callbacks(
+        trainer, config, plan, run, listener, processes, checkpoint,
+        None if adapted.start else partial(write_beside, config=config, plan=plan, base=base),
+    )  # fmt: skip
     go_on(trainer, watch, run, going_on, processes)
     for callback in (WaitForBytes(each.wait for each in digests), *job.callbacks):
         trainer.add_callback(callback)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
-from ftlevel.artifacts.run_directory import CONFIG
+from ftlevel.artifacts.run_directory import CONFIG, run_of
 from ftlevel.config import MergeConfig, QuantConfig, TrainConfig, build_config
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.chat_templates import choose_chat_template
@@ -38,6 +38,7 @@ from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.adapterhub import is_adapterhub
 from ftlevel.trained.base import check_cached_base, find_base
+from ftlevel.trained.checkpoint import check_whole_adapter
 from ftlevel.trained.load import Found, Trained, card_overrides
 
 _PEFT_TASKS = {
@@ -117,11 +118,11 @@ def find_adapter(name: str) -> tuple[Path, Path | None]:
             f"{name} is no run and no adapter (it holds {held}). Expected a directory with "
             "adapter_config.json."
         )
+    check_whole_adapter(directory)
     reason = why_not_mergeable(_read_config(directory))
     if reason is not None:
         raise InputError(f"{name} cannot be merged. {reason}")
-    run = directory.parent if (directory.parent / CONFIG).is_file() else None
-    return directory, run
+    return directory, run_of(directory)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

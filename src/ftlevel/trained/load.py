@@ -9,7 +9,7 @@ from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
-from ftlevel.artifacts.run_directory import CONFIG
+from ftlevel.artifacts.run_directory import CONFIG, run_of
 from ftlevel.config.options.preference import NO_REFERENCE
 from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
 from ftlevel.data.encoding.prompts import PromptFormat
@@ -37,6 +37,7 @@ from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.adapterhub import hub_task, is_adapterhub, read_hub_adapter, with_head
 from ftlevel.trained.base import find_base
+from ftlevel.trained.checkpoint import check_whole_adapter
 from ftlevel.trained.plain_peft import (
     ADAPTER_CONFIG,
     PLAIN,
@@ -151,12 +152,13 @@ def _find(name: str, device: str, task: str | None, said: str, place: str | None
         card = read_card(directory)
         if task not in (None, card.task):
             raise InputError(f"{name} was trained for {card.task}, not for {task}. Drop --task.")
-        run = directory.parent if (directory.parent / CONFIG).is_file() else None
+        run = run_of(directory)
         if card.method == "full":
             return Found(resolve_source(str(directory), said=str(directory)), None, card, run)
         return Found(find_base(card, directory, place), directory, card, run)
     if is_adapterhub(path):
         return _find_hub(path, device, task, place)
+    check_whole_adapter(path)
     wished = TASKS[task or "text-generation"]
     if (path / ADAPTER_CONFIG).is_file():
         source, settings = read_plain_adapter(path, place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,8 +158,20 @@ def add_callbacks(
     listener: Listener,
     processes: Processes,
     checkpoint: Path | None,
+    write_beside: Callable[[Path], None] | None,
 ) -> Watch:
-    """Let everything of ours that goes with the steps of `trainer` (mutated) go with them."""
+    """Let everything of ours that goes with the steps of `trainer` (mutated) go with them.
+
+    Args:
+        trainer: before its first step.
+        config: the whole configuration.
+        plan: its plan.
+        run: the run directory.
+        listener: is told.
+        processes: those of the run.
+        checkpoint: from which the run goes on.
+        write_beside: as of `WriteManifest`.
+    """
 
     def tell_nobody(_: Mapping[str, Any]) -> None:
         """The first process writes for all."""
@@ -209,7 +221,7 @@ def add_callbacks(
         answers,
         *([SaveByClock(minutes, processes, last=saves_end)] if minutes else []),
         *([SaveStreamState(rows, run.checkpoints)] if streamed else []),
-        WriteManifest(run, config.train.save_total_limit, processes),  # of all files
+        WriteManifest(run, config.train.save_total_limit, write_beside, processes),  # of all files
     ):
         trainer.add_callback(callback)
     return watch

@@ -111,15 +111,34 @@ def save(
         write_former_rope(partial)
     if start is not None:
         shutil.copytree(start.name, partial / KEPT)
-    plan.model.tokenizer.save_pretrained(str(partial))
-    is_local = base["kind"] in ("directory", "gguf")
-    path = relative_place(Path(base["name"]), run.adapter) if is_local else ""
-    build_card(config, plan, {**base, "path": path} if path else base).write(partial)
+    write_beside(partial, config, plan, base, run.adapter)
     flush_all(partial)
     forget_adapter(run.path)
     partial.rename(run.adapter)
     flush(run.path)
     forget_unreachable(run.checkpoints)
+
+
+def write_beside(
+    directory: Path,
+    config: TrainConfig,
+    plan: Plan,
+    base: Mapping[str, Any],
+    place: Path | None = None,
+) -> None:
+    """Write tokenizer and card into `directory`, by which what is in it is used as it is trained.
+
+    Args:
+        directory: with an adapter or a whole model.
+        config: the whole configuration.
+        plan: its plan.
+        base: what `describe_base` says of it.
+        place: where the directory will be; None where it stays.
+    """
+    plan.model.tokenizer.save_pretrained(str(directory))
+    is_local = base["kind"] in ("directory", "gguf")
+    path = relative_place(Path(base["name"]), place or directory) if is_local else ""
+    build_card(config, plan, {**base, "path": path} if path else base).write(directory)
 
 
 def next_commands(plan: Plan, run: RunDirectory) -> list[str]:

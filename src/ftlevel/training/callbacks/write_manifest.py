@@ -1,7 +1,9 @@
-"""Make checkpoints that can be trusted, where there is room for them, and delete old ones."""
+"""Make checkpoints that can be trusted and used, where there is room, and delete old ones."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,11 +17,25 @@ from ftlevel.training.processes import Processes
 
 
 class WriteManifest(TrainerCallback):
-    """Give each checkpoint its manifest, and delete old ones, and an old run, only after that."""
+    """Give each checkpoint its manifest, and delete old ones, and an old run, only after that.
 
-    def __init__(self, run: RunDirectory, keep: int, processes: Processes) -> None:
+    Args:
+        run: its directory.
+        keep: how many checkpoints stay.
+        write_beside: writes into a checkpoint what it takes to use it; None where it cannot be.
+        processes: those of the run.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        keep: int,
+        write_beside: Callable[[Path], None] | None,
+        processes: Processes,
+    ) -> None:
         self.directory = run.checkpoints
         self.keep = keep
+        self._write_beside = write_beside
         self._run = run
         self._processes = processes
 
@@ -46,7 +62,10 @@ class WriteManifest(TrainerCallback):
         """Certify the checkpoint that was just written."""
         self._processes.wait()  # each writes its random state
         if self._processes.is_first:
-            checkpoints.certify(self.directory / f"checkpoint-{state.global_step}")
+            checkpoint = self.directory / f"checkpoint-{state.global_step}"
+            if self._write_beside is not None:
+                self._write_beside(checkpoint)
+            checkpoints.certify(checkpoint)
             checkpoints.rotate(self.directory, self.keep)
             rotate_best(self.directory)
             delete_replaced(self.directory.parent)

@@ -1,0 +1,115 @@
+"""A checkpoint of a run is used as what the run gives: its task, base, rows and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from ftlevel.cli.app import run
+
+pytestmark = pytest.mark.slow
+TEXTS = [f"the module number {i} of the list is {i * 7}" for i in range(24)]
+LABELS = [{"text": text, "label": "odd" if i % 2 else "even"} for i, text in enumerate(TEXTS)]
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that trains `run` in four steps, with flags of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, LABELS)))
+
+    def train(*flags: str, data: str = "texts.jsonl", task: str = "text-generation") -> Path:
+        assert run(["train", "--model", "builtin:tiny-llama", "--dataset", data, "--task", task,
+                    "--max-steps", "4", "--save-steps", "2", "--learning-rate", "1e-2", "--quiet",
+                    "--output-dir", "run", *flags]) == 0  # fmt: skip
+        return tmp_path / "run"
+
+    return train
+
+
+def ask(capsys: pytest.CaptureFixture[str], *command: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run([*command, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize("flags", [
+    ["--method", "lora"], ["--method", "full"], ["--method", "qlora", "--quant", "4bit"],
+    ["--method", "prefix", "--set", "method.prefix_projection=true"], ["--method", "p-tuning"],
+    ["--method", "adalora"], ["--method", "adapter"],
+], ids=lambda flags: flags[1])  # fmt: skip
+def test_the_last_checkpoint_scores_as_the_run(
+    flags: list[str], trained: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(*flags)
+    whole = ask(capsys, "evaluate", "run", "--resamples", "0")
+    last = ask(capsys, "evaluate", "run/checkpoints/checkpoint-4", "--resamples", "0")
+    for key in ("base", "quantization", "task", "dtype"):
+        assert last[key] == whole[key], key
+    # A checkpoint has what computes virtual tokens, in the precision of the run; the end has them.
+    near = 1e-3 if flags[1] in ("prefix", "p-tuning") else 0
+    assert last["metrics"]["loss"] == pytest.approx(whole["metrics"]["loss"], rel=near)
+    assert last["data"]["rows"] == whole["data"]["rows"]  # the run's own
+    earlier = ask(capsys, "evaluate", "run/checkpoints/checkpoint-2", "--resamples", "0")
+    assert earlier["metrics"]["loss"] != whole["metrics"]["loss"]
+
+
+def test_a_checkpoint_knows_its_task(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(data="labels.jsonl", task="text-classification")
+    command = ("predict", "--dataset", "labels.jsonl", "--limit", "4", "--quiet", "--output")
+    for name, out in (("run", "a.jsonl"), ("run/checkpoints/checkpoint-4", "b.jsonl")):
+        assert run([command[0], name, *command[1:], out]) == 0
+    assert Path("a.jsonl").read_text() == Path("b.jsonl").read_text()
+    capsys.readouterr()
+    assert run(["evaluate", "run/checkpoints/checkpoint-4", "--task", "text-generation"]) == 2
+    assert "was trained for text-classification" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_merged_as_the_run_is(
+    trained: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained()
+    ask(capsys, "merge", "run", "--out", "whole")
+    found = ask(capsys, "merge", "run/checkpoints/checkpoint-4", "--out", "last")
+    assert found["verified"]
+    one, other = (load_file(f"{place}/model.safetensors") for place in ("whole", "last"))
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+    ask(capsys, "export", "run/checkpoints/checkpoint-4", "--out", "last.gguf", "--no-verify")
+
+
+def test_a_start_inside_the_base_is_no_adapter_before_the_end(
+    trained: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT would take another start out of the base than the run did, and be another model."""
+    trained("--init", "pissa_niter_4")
+    for command in (["evaluate"], ["merge", "--out", "whole"], ["generate", "--prompt", "the"]):
+        capsys.readouterr()
+        name = "run/checkpoints/checkpoint-2"
+        assert run([command[0], name, *command[1:]]) == 2
+        said = capsys.readouterr().err
+        assert "began with init_lora_weights='pissa_niter_4'" in said
+        assert "ftlevel train --output-dir run --resume" in said
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_has_them_and_from_one_that_has_not(
+    trained: Any,
+) -> None:
+    place = trained()
+    whole = load_file(place / "adapter/adapter_model.safetensors")
+    (place / "summary.json").unlink()
+    checkpoint = place / "checkpoints/checkpoint-4"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for name in [n for n in manifest["files"] if n == "ftlevel.json" or "token" in n]:
+        (checkpoint / name).unlink()  # as 0.1.0 left them
+        del manifest["files"][name]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert run(["train", "--output-dir", "run", "--resume", "--quiet"]) == 0
+    again = load_file(place / "adapter/adapter_model.safetensors")
+    assert all(whole[name].equal(again[name]) for name in whole)
