@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import ranks
 from ftlevel import TrainConfig, train
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.upstream.shards import own_part, part_of
 from ftlevel.models.upstream.shards import whole as full_tensor
+from ftlevel.trained.load import find_trained, load_found
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,14 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(prepared: P
     model = AutoModelForSequenceClassification.from_pretrained(parts)
     last = load_file(two / "encoder/full/adapter/model.safetensors")
     assert all(tensor.equal(last[key]) for key, tensor in model.named_parameters())
+    found = load_found(find_trained(str(parts), "cpu"), "cpu")
+    assert found.task.name == "text-classification"
+    assert all(tensor.equal(last[key]) for key, tensor in found.model.named_parameters())
+    broken = prepared / "broken"
+    shutil.copytree(parts, broken)
+    next(broken.glob("shard-00002*")).unlink()
+    with pytest.raises(InputError, match=r"cannot be put together: shard-00002.* is missing"):
+        find_trained(str(broken), "cpu")
 
 
 def hold(folder: Path, out: Path) -> None:
@@ -225,6 +234,10 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     saved = [load_file(path / "adapter/model.safetensors") for path in (whole, run)]
     assert saved[0].keys() == saved[1].keys()
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
+    # Its last checkpoint, whose embeddings are tied, is the model, put together by one process.
+    last = load_found(find_trained(str(run / "checkpoints/checkpoint-16"), "cpu"), "cpu")
+    trained = dict(last.model.named_parameters())
+    assert all(trained[name].equal(saved[0][name]) for name in trained)
 
 
 def part_of_each() -> dict[str, torch.Tensor]:

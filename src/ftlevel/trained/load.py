@@ -37,7 +37,7 @@ from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.adapterhub import hub_task, is_adapterhub, read_hub_adapter, with_head
 from ftlevel.trained.base import find_base
-from ftlevel.trained.checkpoint import check_whole_adapter
+from ftlevel.trained.checkpoint import check_whole_adapter, whole_model
 from ftlevel.trained.plain_peft import (
     ADAPTER_CONFIG,
     PLAIN,
@@ -154,7 +154,8 @@ def _find(name: str, device: str, task: str | None, said: str, place: str | None
             raise InputError(f"{name} was trained for {card.task}, not for {task}. Drop --task.")
         run = run_of(directory)
         if card.method == "full":
-            return Found(resolve_source(str(directory), said=str(directory)), None, card, run)
+            whole = whole_model(directory)
+            return Found(resolve_source(str(whole), said=str(directory)), None, card, run)
         return Found(find_base(card, directory, place), directory, card, run)
     if is_adapterhub(path):
         return _find_hub(path, device, task, place)

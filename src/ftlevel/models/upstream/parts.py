@@ -7,11 +7,13 @@ them, too.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -22,7 +24,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, zeros
 
+from ftlevel.artifacts.files import write_json
+
 _OF = "{number}.{name}"
+_MOST_BYTES = 2 << 30
 
 
 def write_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
@@ -44,6 +49,34 @@ def read_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
     """Fill `tensors` (mutated) with this process's part of what lies in `directory`."""
     reader = HuggingFaceStorageReader(str(directory))
     load(_distinct(tensors), storage_reader=reader)
+
+
+def put_together(directory: Path, out: Path) -> None:
+    """Write the model whose parts are in `directory` to `out`, as any program reads it.
+
+    A file of two gigabytes at most, or of one tensor, is held in memory at a time.
+    """
+    reader: Any = HuggingFaceStorageReader(str(directory))
+    known = reader.read_metadata().state_dict_metadata
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, stored in known.items():
+        own = stored.size.numel() * stored.properties.dtype.itemsize
+        if files[-1] and size + own > _MOST_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += own
+    places: dict[str, str] = {}
+    for index, names in enumerate(files, 1):
+        tensors = {n: torch.empty(known[n].size, dtype=known[n].properties.dtype) for n in names}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is one process
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+        file = f"model-{index:05d}-of-{len(files):05d}.safetensors"
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
 
 
 def _distinct(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
