@@ -154,8 +154,8 @@ def _find(name: str, device: str, task: str | None, said: str, place: str | None
             raise InputError(f"{name} was trained for {card.task}, not for {task}. Drop --task.")
         run = run_of(directory)
         if card.method == "full":
-            whole = whole_model(directory)
-            return Found(resolve_source(str(whole), said=str(directory)), None, card, run)
+            source = resolve_source(str(whole_model(directory)), said=str(directory))
+            return Found(replace(source, name=str(directory)), None, card, run)
         return Found(find_base(card, directory, place), directory, card, run)
     if is_adapterhub(path):
         return _find_hub(path, device, task, place)
