@@ -71,6 +71,18 @@ def test_a_checkpoint_knows_its_task(trained: Any, capsys: pytest.CaptureFixture
     assert "was trained for text-classification" in capsys.readouterr().err
 
 
+def test_a_checkpoint_is_known_from_within(
+    trained: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_directory = trained()
+    whole = ask(capsys, "evaluate", "run", "--resamples", "0")
+    for place, name in (("run/checkpoints", "checkpoint-4"), ("run/checkpoints/checkpoint-4", ".")):
+        monkeypatch.chdir(run_directory.parent / place)
+        found = ask(capsys, "evaluate", name, "--resamples", "0")
+        assert found["metrics"] == whole["metrics"]
+        assert found["data"]["rows"] == whole["data"]["rows"]
+
+
 def test_a_checkpoint_is_merged_as_the_run_is(
     trained: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,10 +33,12 @@ _CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
 
 def run_of(directory: Path) -> Path | None:
     """Return the run in which an adapter or a checkpoint lies; None where it lies in none."""
-    place = directory.absolute().parent
-    if place.name == CHECKPOINTS and directory.name != ADAPTER:
-        return directory.parent.parent if (place.parent / CONFIG).is_file() else None
-    return directory.parent if (place / CONFIG).is_file() else None
+    if directory.name in ("", ".."):
+        directory = directory.resolve()
+    run = directory.parent
+    if directory.absolute().parent.name == CHECKPOINTS:
+        run = run.parent if run.name == CHECKPOINTS else directory.absolute().parent.parent
+    return run if (run / CONFIG).is_file() else None
 
 
 class RunDirectory:
