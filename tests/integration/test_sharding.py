@@ -133,24 +133,27 @@ def test_the_adapter_of_a_shared_model_loads_in_plain_peft(prepared: Path) -> No
     assert (logits[0] - logits[1]).abs().max() < 1e-4
 
 
-def in_half_precision(folder: Path, out: Path, shard: str, method: str) -> None:
+def in_half_precision(folder: Path, out: Path, shard: str, way: str) -> None:
     from distributed import settings
 
+    method, _, recomputed = way.partition(", ")
     values = settings(folder, "decoder", method, out)
     values["model"]["dtype"] = "bfloat16"
-    values["train"] |= {"shard": shard, "gradient_accumulation_steps": 2 - (shard != "none")}
+    parts = (2 if recomputed else 1) * (1 if shard != "none" else 2)
+    values["train"] |= {"shard": shard, "gradient_accumulation_steps": parts,
+                        "gradient_checkpointing": bool(recomputed)}  # fmt: skip
     train(TrainConfig.model_validate(values))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("way", ["lora", "full", "full, recomputed"])
 def test_a_shared_model_computes_in_half_precision(
-    method: str, prepared: Path, tmp_path: Path
+    way: str, prepared: Path, tmp_path: Path
 ) -> None:
     from distributed import difference
 
     one, two = tmp_path / "one", tmp_path / "two"
-    in_half_precision(prepared, one, "none", method)
-    given = [(prepared, two, "full", method)] * 2
+    in_half_precision(prepared, one, "none", way)
+    given = [(prepared, two, "full", way)] * 2
     assert ranks.end(ranks.start(in_half_precision, given)) == [0, 0]
     assert difference(one, two) < 2e-3  # of bfloat16's 8 bits
 

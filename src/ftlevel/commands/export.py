@@ -104,7 +104,7 @@ def export(
         with placed(*config.outputs) as place:
             merge_adapter = (
                 partial(_merge, config, found)
-                if found.directory
+                if found.directory is not None
                 else partial(_as_it_is, config, found, device.value)
             )
             summary = planned.write(place, device.value, listener, merge_adapter)
