@@ -71,6 +71,23 @@ def test_a_checkpoint_knows_its_task(trained: Any, capsys: pytest.CaptureFixture
     assert "was trained for text-classification" in capsys.readouterr().err
 
 
+def test_preferences_are_held_against_the_start_of_the_run(
+    trained: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"say {i}", "chosen": f"number {i}", "rejected": "no"} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    trained("--max-steps", "2").rename(tmp_path / "supervised")
+    assert run(["train", "--adapter", "supervised", "--task", "preference", "--dataset",
+                "pairs.jsonl", "--max-steps", "4", "--save-steps", "2", "--learning-rate", "1e-2",
+                "--quiet", "--output-dir", "run"]) == 0  # fmt: skip
+    whole, last = (
+        ask(capsys, "evaluate", name, "--dataset", "pairs.jsonl", "--resamples", "0", "--no-base")
+        for name in ("run", "run/checkpoints/checkpoint-4")
+    )
+    assert last["metrics"] == whole["metrics"]
+    assert last["metrics"]["ref_logp_chosen"] != last["metrics"]["logp_chosen"]
+
+
 def test_a_checkpoint_is_known_from_within(
     trained: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -308,7 +308,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     checkpoint = going_on.checkpoint
     watch = add_callbacks(
         trainer, config, plan, run, listener, processes, checkpoint,
-        None if adapted.start else partial(write_beside, config=config, plan=plan, base=base),
+        None if adapted.start
+        else partial(write_beside, config=config, plan=plan, base=base, start=asked.start),
     )  # fmt: skip
     go_on(trainer, watch, run, going_on, processes)
     for callback in (WaitForBytes(each.wait for each in digests), *job.callbacks):

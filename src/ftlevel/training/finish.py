@@ -109,9 +109,7 @@ def save(
     else:
         model.save_pretrained(str(partial), state_dict=weights)
         write_former_rope(partial)
-    if start is not None:
-        shutil.copytree(start.name, partial / KEPT)
-    write_beside(partial, config, plan, base, run.adapter)
+    write_beside(partial, config, plan, base, start, run.adapter)
     flush_all(partial)
     forget_adapter(run.path)
     partial.rename(run.adapter)
@@ -124,17 +122,21 @@ def write_beside(
     config: TrainConfig,
     plan: Plan,
     base: Mapping[str, Any],
+    start: Any = None,
     place: Path | None = None,
 ) -> None:
-    """Write tokenizer and card into `directory`, by which what is in it is used as it is trained.
+    """Write into `directory` what it takes to use what is in it as it is trained: tokenizer, card.
 
     Args:
         directory: with an adapter or a whole model.
         config: the whole configuration.
         plan: its plan.
         base: what `describe_base` says of it.
+        start: temporary directory with the adapter as it began, where it is to be kept.
         place: where the directory will be; None where it stays.
     """
+    if start is not None:
+        shutil.copytree(start.name, directory / KEPT, dirs_exist_ok=True)
     plan.model.tokenizer.save_pretrained(str(directory))
     is_local = base["kind"] in ("directory", "gguf")
     path = relative_place(Path(base["name"]), place or directory) if is_local else ""
