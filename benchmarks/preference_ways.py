@@ -114,7 +114,7 @@ def share(value: float, count: int) -> str:
     middle = (value + z**2 / (2 * count)) / (1 + z**2 / count)
     root = math.sqrt(value * (1 - value) / count + z**2 / (4 * count**2))
     half = z / (1 + z**2 / count) * root
-    return f"{value:.2f} ({middle - half:.2f}–{middle + half:.2f})"
+    return f"{value:.2f} ({max(middle - half, 0):.2f}–{min(middle + half, 1):.2f})"
 
 
 def main() -> None:

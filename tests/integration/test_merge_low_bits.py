@@ -134,7 +134,7 @@ def test_a_gguf_in_4_bits_keeps_what_was_trained(base: str, runs: Runs, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "outtype"), [("full", "q4_0"), ("model", "q4_0"),
-                                               ("model", "q5_0")])  # fmt: skip
+                                               ("full", "q5_0")])  # fmt: skip
 def test_a_whole_model_in_few_bits_is_nearer_than_rounded(
     kind: str, outtype: str, runs: Runs, tmp_path: Path
 ) -> None:
