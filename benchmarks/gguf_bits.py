@@ -32,13 +32,10 @@ import numpy
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ftlevel.weights.gguf.file import name_map
+
 FTYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q4_k_m": 15, "q5_k_m": 17}
 """`llama_ftype` of llama.h."""
-PLACES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}  # fmt: skip
 
 
 class _Importance(ctypes.Structure):
@@ -100,11 +97,10 @@ def measure_importance(model_path: str, rows: list[dict[str, Any]]) -> dict[str,
 
         return add
 
-    for name, module in model.named_modules():
-        for ours, theirs in PLACES.items():
-            if name.endswith(ours):
-                layer = name.split(".")[2]
-                module.register_forward_pre_hook(watch(f"blk.{layer}.{theirs}.weight"))
+    names = name_map(model.config)
+    for name, module in model.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(watch(f"{names.get_name(name)}.weight"))
     with torch.inference_mode():
         for row in rows:
             talk = [

@@ -127,6 +127,20 @@ def test_a_start_inside_the_base_is_no_adapter_before_the_end(
         assert "ftlevel train --output-dir run --resume" in said
 
 
+def test_a_checkpoint_that_is_damaged_is_one_line(
+    trained: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = trained() / "checkpoints/checkpoint-2"
+    (checkpoint / "ftlevel.json").unlink()  # as 0.1.0 left it
+    (checkpoint / "adapter_config.json").write_text('{"peft')
+    for command in (["evaluate"], ["merge", "--out", "whole"]):
+        capsys.readouterr()
+        assert run([command[0], str(checkpoint), *command[1:]]) == 2
+        said = capsys.readouterr().err
+        assert "adapter_config.json" in said
+        assert "is a fault of ftlevel" not in said
+
+
 def test_a_run_goes_on_from_a_checkpoint_that_has_them_and_from_one_that_has_not(
     trained: Any,
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from pathlib import Path
 from shlex import quote
@@ -25,12 +24,14 @@ def check_whole_adapter(directory: Path) -> None:
     """Refuse a checkpoint whose adapter is not one of the untouched base.
 
     Raises:
-        InputError: it is such a one.
+        InputError: it is such a one, or its configuration is damaged.
     """
     run = run_of(directory) if directory.absolute().parent.name == CHECKPOINTS else None
     if run is None or (directory / CARD).is_file() or not (directory / ADAPTER_CONFIG).is_file():
         return
-    init = json.loads((directory / ADAPTER_CONFIG).read_text()).get("init_lora_weights", True)
+    from ftlevel.methods.merging import read_peft_config  # it imports PEFT's tuners
+
+    init = read_peft_config(directory).get("init_lora_weights")
     if init in INSIDE_BASE:
         raise InputError(
             f"{directory} is a checkpoint of a run that began with init_lora_weights={init!r}, "
