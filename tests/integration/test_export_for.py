@@ -61,6 +61,26 @@ def test_the_server_chooses_the_format_and_is_started_by_its_command(
     assert told["adapters"][0]["rank"] == 12  # type: ignore[index]
 
 
+def test_openvino_is_given_the_base_in_its_format_and_every_adapter(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("all").mkdir()
+    for name in ("lora", "rslora"):
+        Path(adapter(base, name)).rename(Path("all", name))
+    told = dry(capsys, "all", "--for", "openvino", "--out", "out")
+    convert, ask = (shlex.split(command) for command in told["start"])  # type: ignore[attr-defined]
+    # Without --task optimum-cli refuses a directory; its default above a billion weights is 8 bits.
+    assert convert[:4] == ["optimum-cli", "export", "openvino", "--model"]
+    assert convert[4:] == [
+        str(base.resolve()), "--task", "text-generation-with-past", "--weight-format", "fp16",
+        f"{base.name}-openvino",
+    ]  # fmt: skip
+    compile(ask[2], "start", "exec")
+    for name in ("lora", "rslora"):
+        assert f"'out/{name}/adapter_model.safetensors'" in ask[2]
+    assert f"'{base.name}-openvino'" in ask[2]
+
+
 REFUSED = [
     ("norms", "vllm", "input_layernorm, model.layers.0.post_attention_layernorm and 3 more. Merge "
                       "it: --format merged."),

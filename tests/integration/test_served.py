@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from ftlevel.commands.check_served import check_served
 from ftlevel.commands.export import export
 from ftlevel.config import CheckServedConfig, ExportConfig
 from ftlevel.errors import InputError, RunError
+from ftlevel.merging.serving.inside.process import ask_inside
 from ftlevel.merging.serving.verdict import judge
 from served_cases import CASES, make_adapter
 from tiny_models import save_tiny
@@ -280,3 +282,24 @@ def test_a_wrong_question_is_a_line(
     monkeypatch.chdir(folder)
     assert run(["check-served", *arguments]) == 2
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("ModuleNotFoundError: No module named 'openvino_genai'",
+         "has not openvino_genai. Install openvino-genai and optimum-intel[openvino]"),
+        ("ModuleNotFoundError: No module named 'optimum.exporters'", "has not optimum. Install"),
+        ("RuntimeError: Exception from core.cpp:117:\nNot Implemented: no such option",
+         "ended with code 1: RuntimeError: Exception from core.cpp:117: Not Implemented: no such"),
+        ("", "ended with code 1: it said nothing"),
+    ],
+)  # fmt: skip
+def test_what_a_library_ended_by_is_said_with_what_is_missing(
+    tmp_path: Path, said: str, told: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncat <<'END' >&2\n{said}\nEND\nexit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(InputError, match=re.escape(told)):
+        ask_inside("openvino", python, "base", [], 20)

@@ -28,11 +28,11 @@ from ftlevel.merging.serving.verdict import (
 )
 from ftlevel.workspace import Workspace
 
-_SERVER_OF = {"vllm": "vllm", "llama.cpp": "llama.cpp", "mlx": "mlx"}
 _FORMATS = {
     "vllm": ("peft", "merged"),
     "llama.cpp": ("gguf-lora", "gguf"),
     "mlx": ("mlx", "merged"),
+    "openvino": ("peft", "merged"),
 }
 _SLOWER = 10
 
@@ -145,10 +145,10 @@ def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
     if format_ not in _FORMATS[library]:
         raise InputError(
             f"--in {library}: {config.out} is written as {format_}, and {library} loads "
-            f"{' or '.join(_FORMATS[library])}. Export it --for {_SERVER_OF[library]}."
+            f"{' or '.join(_FORMATS[library])}. Export it --for {library}."
         )
     place = config.out if config.out.is_dir() else config.out.parent
-    server = SERVERS[_SERVER_OF[library]]
+    server = SERVERS[library]
     adapters = [
         {
             "name": adapter.name,

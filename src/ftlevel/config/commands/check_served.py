@@ -25,10 +25,10 @@ class CheckServedConfig(Section):
         description="What the server calls the model; the default is the adapter's name, if the "
         "server lists it.",
     )
-    inside: Literal["vllm", "llama.cpp", "mlx"] | None = Field(
+    inside: Literal["vllm", "llama.cpp", "mlx", "openvino"] | None = Field(
         None,
         description="Load it in this library instead, in float32, in a process of its own: vllm, "
-        "llama.cpp (by xllamacpp) or mlx.",
+        "llama.cpp (by xllamacpp), mlx or openvino (OpenVINO GenAI).",
     )
     python: Path | None = Field(
         None, description="The Python that has the library of --in; the default is this one."

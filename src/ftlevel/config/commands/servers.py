@@ -78,10 +78,8 @@ SERVERS: dict[str, Server] = {
         ),
         Server(
             "openvino", "OpenVINO GenAI", ("peft", "merged"), "2026.4.1",
-            "run: every answer was the base's",
-            every_layer=True, families=_LLAMA_LIKE,
-            note="OpenVINO GenAI needs the base in its own format, and answered as the base where "
-            "it was tried (docs/serving.md): look at what yours answers, or serve --format merged",
+            "run; it applies no scale", every_layer=True, families=_LLAMA_LIKE,
+            note="OpenVINO GenAI needs the base in its own format, which optimum-intel writes",
         ),
     )
 }  # fmt: skip

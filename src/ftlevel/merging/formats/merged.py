@@ -127,4 +127,4 @@ class MergedExport:
             yield "serve it:"
             yield from (f"  {command}" for command in summary["start"])
             if summary["recorded"]:
-                yield f"then: {check_command(summary['out'])}"
+                yield f"then: {check_command(summary)}"

@@ -363,7 +363,7 @@ class AdaptersExport:
             yield "serve it:"
             yield from (f"  {command}" for command in summary["start"])
             if summary["verified"]:
-                yield f"then: {check_command(summary['out'])}"
+                yield f"then: {check_command(summary)}"
 
 
 def _check_lines(check: Mapping[str, Any]) -> Iterator[str]:

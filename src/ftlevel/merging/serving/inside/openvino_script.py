@@ -1,0 +1,103 @@
+"""OpenVINO GenAI: python openvino_script.py ASKED.json ANSWERED.json. Knows nothing of ftlevel."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+_FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+
+
+def main() -> None:
+    """Answer every prompt by every adapter, in float32, all of them in one pipeline.
+
+    A base of transformers' files is written in OpenVINO's own format first, beside the answers.
+    """
+    import openvino_genai as genai
+
+    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    base = Path(asked["base"])
+    if not (base / "openvino_model.xml").is_file():
+        base = _write_openvino(base, Path(sys.argv[2]).with_name("openvino"))
+    answered: dict[str, Any] = {}
+    every, adapters = genai.AdapterConfig(), {}
+    for adapter in asked["adapters"]:
+        if adapter["place"]:
+            try:
+                file = str(Path(adapter["place"], "adapter_model.safetensors"))
+                adapters[adapter["name"]] = genai.Adapter(file)
+            except Exception as error:  # noqa: BLE001 - whatever it refuses an adapter by
+                answered[adapter["name"]] = f"{type(error).__name__}: {error}"
+                continue
+            every.add(adapters[adapter["name"]], 1.0)
+    scheduler = genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.enable_prefix_caching = 1, False
+    # An adapter that the pipeline is not told of here is not applied, though a request names it.
+    told = {"adapters": every} if adapters else {}
+    pipeline = genai.ContinuousBatchingPipeline(
+        str(base), scheduler, "CPU", {**_FLOAT32, "INFERENCE_NUM_THREADS": asked["threads"], **told}
+    )
+    for adapter in asked["adapters"]:
+        if adapter["name"] not in answered:
+            own = adapters.get(adapter["name"])
+            answered[adapter["name"]] = _answers(pipeline, own, adapter["prompts"], asked["tokens"])
+    Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
+
+
+def _write_openvino(model: Path, place: Path) -> Path:
+    from optimum.exporters.openvino import main_export
+    from optimum.intel import OVConfig
+
+    main_export(
+        str(model), place, task="text-generation-with-past", local_files_only=True,
+        ov_config=OVConfig(dtype="fp32"), convert_tokenizer=True, library_name="transformers",
+    )  # fmt: skip
+    return place
+
+
+def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> list[dict[str, Any]]:
+    """Return the answers by the adapter `own`, or by the base.
+
+    `generate` says how likely a whole answer was, so each of its tokens is asked for once more, by
+    what stands before it. (`add_request` would give them, and answers by the adapters of the last
+    `generate`, whatever the request names: 2026.4.1.)
+    """
+    answers = _generate(pipeline, own, prompts, count)
+    before = [
+        [*ids, *answer[:place]]
+        for ids, (answer, _) in zip(prompts, answers, strict=True)
+        for place in range(len(answer))
+    ]
+    scores = iter(_generate(pipeline, own, before, 1))
+    tokenizer = pipeline.get_tokenizer()
+    return [
+        {
+            "text": tokenizer.decode(answer),
+            "ids": answer,
+            "logprobs": [next(scores)[1] for _ in answer],
+        }
+        for answer, _ in answers
+    ]
+
+
+def _generate(
+    pipeline: Any, own: Any, prompts: list[list[int]], count: int
+) -> list[tuple[list[int], float]]:
+    """Return greedy tokens, and the logarithm of their probability, of each prompt."""
+    import numpy
+    import openvino
+    import openvino_genai as genai
+
+    wanted = pipeline.get_config()
+    wanted.max_new_tokens, wanted.do_sample, wanted.logprobs = count, False, 1
+    wanted.apply_chat_template = False
+    wanted.adapters = genai.AdapterConfig() if own is None else genai.AdapterConfig(own, 1.0)
+    asked = [openvino.Tensor(numpy.array([ids], dtype=numpy.int64)) for ids in prompts]
+    found = pipeline.generate(asked, [wanted] * len(asked))
+    return [(list(one.m_generation_ids[0]), float(one.m_scores[0])) for one in found]
+
+
+if __name__ == "__main__":
+    main()
