@@ -111,10 +111,11 @@ def hold(directory: str, dtype: str, slices: Any) -> tuple[Any, dict[str, int]]:
 
     Args:
         directory: of the model.
-        dtype: of its weights.
+        dtype: of its weights; "4 bits" are of bfloat16, with double quantization.
         slices: get what is read later, row by row; None reads all of it first.
     """
     import torch
+    from transformers import BitsAndBytesConfig
 
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.sources import resolve_source
@@ -124,7 +125,14 @@ def hold(directory: str, dtype: str, slices: Any) -> tuple[Any, dict[str, int]]:
 
     source = resolve_source(directory)
     given = (source, load_config(source), "AutoModelForCausalLM")
-    settings = {"dtype": getattr(torch, dtype), "device": "cpu"}
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cpu"}
+    if dtype == "4 bits":
+        settings["quantization"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head"],
+        )  # fmt: skip
+    else:
+        settings["dtype"] = getattr(torch, dtype)
     load_model(*given, **settings, slices=Slices())  # imports what it needs
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # what was the peak is none any more
@@ -156,7 +164,7 @@ def hold_and_tell(directory: str, dtype: str, way: str, out: str) -> None:
 def print_host(folder: Path, directory: str) -> None:
     """Print what each of two processes holds at its peak, in MB of 2^20 bytes."""
     rows = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "4 bits"):
         peaks: list[str] = []
         for way in ("whole", "rows"):
             out = folder / f"{dtype}-{way}"

@@ -21,6 +21,7 @@ from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.upstream.shards import own_part, part_of
 from ftlevel.models.upstream.shards import whole as full_tensor
 from ftlevel.trained.load import find_trained, load_found
+from tiny_models import save_tiny
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,6 +157,85 @@ def test_a_shared_model_computes_in_half_precision(
     given = [(prepared, two, "full", way)] * 2
     assert ranks.end(ranks.start(in_half_precision, given)) == [0, 0]
     assert difference(one, two) < 2e-3  # of bfloat16's 8 bits
+
+
+def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
+    """Hold a part of a base that this process quantized beside the whole as transformers does."""
+    import bitsandbytes
+    from transformers import BitsAndBytesConfig
+
+    from ftlevel.models.loading import load_config, load_model
+    from ftlevel.models.sources import resolve_source
+    from ftlevel.models.upstream.slices import Slices
+    from ftlevel.training.memory.shards import shard
+    from ftlevel.training.processes import started_processes
+
+    started_processes().join()
+    source = resolve_source(str(folder))
+    given = (source, load_config(source), "AutoModelForCausalLM")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head"],
+    )  # fmt: skip
+    settings: Any = {"dtype": torch.bfloat16, "device": "cpu", "quantization": quantization}
+    one, _ = load_model(*given, **settings)
+    slices = Slices()
+    two, _ = load_model(*given, **settings, slices=slices)
+    shard(two, "cpu", holds=False, dtype=torch.float32, slices=slices)
+    wanted, found = dict(one.named_parameters()), dict(two.named_parameters())
+    assert wanted.keys() == found.keys()
+    for name, part in found.items():
+        tensor = full_tensor(part.detach())
+        assert tensor.dtype == wanted[name].dtype
+        assert tensor.equal(wanted[name].data.view(tensor.shape)), name
+    linears = {n: m for n, m in one.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert len(linears) == (8 if kind == "fp4" else 14)
+    for name, linear in linears.items():
+        state, own = linear.weight.quant_state, two.get_submodule(name).quant_state
+        assert own.absmax.equal(state.absmax)
+        assert (own.shape, own.dtype, own.quant_type) == (state.shape, state.dtype, kind)
+        if double:
+            assert own.offset.equal(state.offset)
+            assert own.state2.absmax.equal(state.state2.absmax)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert one(ids).logits.equal(two(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "double", "count"), [("llama", "nf4", True, 3), ("gpt2", "fp4", False, 2)]
+)
+def test_each_process_quantizes_its_own_rows_as_the_whole_would_be(
+    tmp_path: Path, family: str, kind: str, double: bool, count: int
+) -> None:
+    """Bit for bit, where parts end inside a block of 64 numbers and Conv1D is turned over, too."""
+    folder = save_tiny(tmp_path / "base", family)
+    given = [(folder, kind, double)] * count
+    assert ranks.end(ranks.start(hold_four_bits, given)) == [0] * count
+
+
+def in_four_bits(folder: Path, out: Path, shard: str, method: dict[str, Any]) -> None:
+    from distributed import settings
+
+    values = settings(folder, "decoder", "qlora", out) | {"method": method}
+    values["train"] |= {"shard": shard, "gradient_accumulation_steps": 1 + (shard == "none")}
+    train(TrainConfig.model_validate(values))
+
+
+@pytest.mark.parametrize(
+    "method", [{"kind": "hira"}, {"kind": "lora", "use_dora": True}], ids=["hira", "dora"]
+)
+def test_a_method_that_computes_with_the_weights_finds_their_parts_in_four_bits(
+    prepared: Path, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """PEFT tells packed weights by their class, which FSDP2 does not keep."""
+    from distributed import BOUND, difference
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    in_four_bits(prepared, one, "none", method)
+    given = [(prepared, two, "full", method)] * 2
+    assert ranks.end(ranks.start(in_four_bits, given)) == [0, 0]
+    assert difference(one, two) <= BOUND
 
 
 def step_in_half_precision(folder: Path, out: Path) -> None:
@@ -321,20 +401,24 @@ def test_a_process_with_something_else_is_named_by_all(
     assert message.replace("HOST", socket.gethostname()) in line
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("lm_head.weight", {}), ("model.layers.1.mlp.up_proj.weight", {"quant": {"kind": "4bit"}})],
+)
 def test_a_number_that_is_none_in_the_rows_of_one_process_is_named_by_all(
-    prepared: Path, tmp_path: Path
+    prepared: Path, tmp_path: Path, name: str, more: dict[str, Any]
 ) -> None:
     says, damaged = tmp_path / "errors", tmp_path / "damaged"
     shutil.copytree(prepared / "decoder", damaged)
     weights = load_file(damaged / "model.safetensors")
-    weights["lm_head.weight"][-1, 0] = torch.nan  # the second process reads it alone
+    weights[name][-1, 0] = torch.nan  # the second process reads it alone
     save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
-    other = {"model": {"name_or_path": str(damaged)}, "train": {"shard": "full"}}
+    other = {"model": {"name_or_path": str(damaged)}, "train": {"shard": "full"}, **more}
     each = [(prepared, tmp_path / "run", other)] * 2
     assert ranks.end(ranks.start(differ, each, says)) == [2, 2]
     (line,) = says.read_text().splitlines()
-    assert "rank 1 (" in line
-    assert "NaN or infinity in 1 of its tensors: lm_head.weight" in line
+    assert ("rank 1 (" in line) != bool(more)  # every process has all scales, and says so
+    assert f"NaN or infinity in 1 of its tensors: {name}." in line
 
 
 def fail_in_the_first() -> None:
@@ -361,7 +445,7 @@ def differ(folder: Path, out: Path, other: dict[str, Any]) -> None:
     values = settings(folder, "decoder", "lora", out)
     for section, fields in other.items():
         fields = {k: str(folder / v) if k == "dataset" else v for k, v in fields.items()}
-        values[section] |= fields
+        values[section] = {**values.get(section, {}), **fields}
     train(TrainConfig.model_validate(values))
 
 

@@ -33,6 +33,7 @@ from ftlevel.models.sources import ModelSource, snapshot
 from ftlevel.models.strangers.directory import check_config
 from ftlevel.models.strangers.errors import FROM_READERS
 from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
+from ftlevel.models.upstream.packed import pack_unread
 from ftlevel.models.upstream.quantizers import cast_unquantized, keep_trainable_layout
 from ftlevel.models.upstream.slices import Slices
 from ftlevel.workspace import Workspace
@@ -250,7 +251,12 @@ def _read(
     with _naming_damage(source), quiet_libraries():
         if slices is not None:
             meta = build_task_model(arguments["config"], auto_class)
-            return slices.load(meta, snapshot(source), source.location, **arguments)
+            quantization = arguments.pop("quantization_config", None)
+            arguments.pop("device_map", None)  # nothing is read, and so nothing goes anywhere
+            model, info = slices.load(meta, snapshot(source), source.location, **arguments)
+            if quantization is not None:
+                pack_unread(model, quantization, slices.weights)
+            return model, info
         pair: tuple[Any, dict[str, Any]] = getattr(transformers, auto_class).from_pretrained(
             source.location, use_safetensors=None if source.gguf_file else True, **arguments
         )

@@ -23,6 +23,8 @@ from ftlevel.models.hardware import DTYPES
 from ftlevel.models.integrity import check_finite, check_missing
 from ftlevel.models.loading import load_model
 from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.quantized import stored_quantization
+from ftlevel.models.upstream.quantizers import scales_of
 from ftlevel.models.upstream.shards import own_part
 from ftlevel.models.upstream.slices import Slices
 from ftlevel.trained.adapt import apply_method, begin_from, copy_start, train_in_float32
@@ -96,20 +98,23 @@ def load_shared_out(config: TrainConfig, plan: Plan, listener: Listener) -> Any:
     Raises:
         InputError: a part is damaged; in all processes.
     """
-    here = replace(plan, model=held_by_host(plan.model))
     why_whole = why_read_whole(config, plan)
     slices = None if why_whole else Slices()
+    here = replace(plan, model=held_by_host(plan.model, slices))
     model = put_method_on(load_base(config, here.model, slices), config, plan)
     if slices is not None and (made := made_of_unread(model, slices)):
         why_whole = f"{made} is made of weights that the checkpoint has in another type"
         del model
         slices = None
+        here = replace(plan, model=held_by_host(plan.model, slices))
         model = put_method_on(load_base(config, here.model), config, plan)
     begin(model, config, here)
     dtype, holds = DTYPES[plan.model.dtype], config.train.shard == "grads"
     shard(model, plan.model.device, holds=holds, dtype=dtype, slices=slices)
     if slices is not None:
         parts = [(base_name(n), own_part(p)) for n, p in model.named_parameters()]
+        for name, linear in model.named_modules():
+            parts += [(base_name(f"{name}.weight"), scales) for scales in scales_of(linear)]
         started_processes().in_all(lambda: check_finite(parts, plan.model.source.words))
         if slices.converted:
             why_whole = f"but {slices.converted[0]} and its like: made of several tensors of it"
@@ -132,8 +137,12 @@ def made_of_unread(model: Any, slices: Slices) -> str:
 def why_read_whole(config: TrainConfig, plan: Plan) -> str:
     """Say why a process cannot read its own rows of the base alone; empty where it can."""
     planned, start = plan.model, METHODS[config.method.kind].start
-    if planned.quant.kind != "none":
-        return "a weight is quantized whole"
+    if stored_quantization(planned.config) is not None:
+        return "it is stored quantized, and its scales go with whole weights"
+    if planned.quant.kind != "none" and getattr(config.method, "use_dora", False):
+        return "DoRA's magnitudes are norms of whole weights"
+    if planned.quant.experts:
+        return "experts of a mixture are quantized whole"
     if planned.source.gguf_file:
         return "a .gguf has no rows that could be read by themselves"
     if planned.source.trust_remote_code:
@@ -143,9 +152,10 @@ def why_read_whole(config: TrainConfig, plan: Plan) -> str:
     return ""
 
 
-def held_by_host(planned: PlannedModel) -> PlannedModel:
-    """Return where the base is loaded to be shared out: what is quantized is so on its device."""
-    return planned if planned.quant.kind != "none" else replace(planned, device="cpu")
+def held_by_host(planned: PlannedModel, slices: Slices | None) -> PlannedModel:
+    """Return where the base is loaded to be shared out: quantized whole it is so on its device."""
+    on_device = planned.quant.kind != "none" and slices is None
+    return planned if on_device else replace(planned, device="cpu")
 
 
 def load_base(config: TrainConfig, planned: PlannedModel, slices: Slices | None = None) -> Any:

@@ -23,7 +23,7 @@ def check_environment(stored: Mapping[str, Any], place: str) -> None:
     quantizer.validate_environment(device_map={"": place}, weights_only=True)
 
 
-def _prepare(model: Any, quantization: Any, *, pre_quantized: bool) -> Any:
+def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> Any:
     """Replace the linears of `model` as transformers does (mutated); return what did it."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -36,7 +36,7 @@ def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> d
     """Return the linears of `model` (mutated) that bitsandbytes' replace; was each a Conv1D?"""
     from transformers.pytorch_utils import Conv1D
 
-    _prepare(model, quantization, pre_quantized=pre_quantized)
+    prepare_quantized(model, quantization, pre_quantized=pre_quantized)
     return {
         name: issubclass(module.source_cls, Conv1D)
         for name, module in model.named_modules()
@@ -51,7 +51,7 @@ def quantize_shape(model: Any, quantization: Any) -> None:
     4 bits weights that cannot be copied on the meta device, as DoRA does.
     """
     dtypes = {name: bias.dtype for name, bias in model.named_parameters() if name.endswith("bias")}
-    quantizer = _prepare(model, quantization, pre_quantized=False)
+    quantizer = prepare_quantized(model, quantization, pre_quantized=False)
     quantizer.postprocess_model(model)
     for name, dtype in dtypes.items():
         bias = model.get_parameter(name)
@@ -67,7 +67,7 @@ def quantize_shape(model: Any, quantization: Any) -> None:
 
 def torchao_linears(model: Any, quantization: Any) -> list[str]:
     """Return the linears of `model` (mutated) that transformers would give to torchao."""
-    quantizer = _prepare(model, quantization, pre_quantized=False)
+    quantizer = prepare_quantized(model, quantization, pre_quantized=False)
     return [
         name
         for name, module in model.named_modules()
@@ -179,8 +179,8 @@ def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module
     """Let the 4-bit linears of `module` (mutated) be cut into parts and gathered again.
 
     FSDP2 gathers a weight as a plain parameter, and bitsandbytes 0.50 looks for the scales on the
-    weight itself. They stay with the linear here, and are hung onto whatever its weight is when
-    `module` is called.
+    weight itself, PEFT for its class. The scales stay with the linear here, and whatever its weight
+    is when `module` is called is given both.
 
     Args:
         module: what is called as a whole.
@@ -195,13 +195,16 @@ def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module
         for part in module.modules()
         if isinstance(part, bnb.nn.Linear4bit) and part not in others
     ]
-    states = [linear.weight.quant_state for linear in linears]
+    settings = [vars(linear.weight).copy() for linear in linears]
     for linear in linears:
-        linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
+        if linear.weight.quant_state is not None:  # else it is not read yet, and has none
+            linear.quant_state = linear.weight.quant_state
+            linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
 
     def hang(*_: Any) -> None:
-        for linear, state in zip(linears, states, strict=True):
-            linear.weight.quant_state = state
+        for linear, known in zip(linears, settings, strict=True):
+            linear.weight.__class__ = bnb.nn.Params4bit
+            linear.weight.__dict__ |= {**known, "quant_state": linear.quant_state}
 
     if linears:
         module.register_forward_pre_hook(hang)

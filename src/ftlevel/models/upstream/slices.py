@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -52,7 +52,7 @@ class StoredWeight:
         self._stands = stands
         return stands
 
-    def _rows(self, rows: slice) -> torch.Tensor:
+    def _rows(self, rows: Any) -> torch.Tensor:
         """Return `rows` in the file's own memory, which is given back with the tensor."""
         with safe_open(str(self._path), framework="pt") as file:
             found: torch.Tensor = file.get_slice(self._key)[rows]
@@ -62,11 +62,19 @@ class StoredWeight:
         """Whether `parameter` is what stands for it."""
         return self._stands is not None and self._stands.data_ptr() == parameter.data_ptr()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the loader casts it to."""
+        return (self._rows(slice(0)) if self._stands is None else self._stands).dtype
+
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
         """Return all of it, read and cast as the loader would, and then to `dtype`."""
-        own = self._rows(slice(None))
-        given = own.dtype if self._stands is None else self._stands.dtype
-        return own.to(given, copy=True).to(dtype)
+        return self._rows(slice(None)).to(self.dtype, copy=True).to(dtype)
+
+    def rows(self, first: int, last: int, *, turned: bool = False) -> torch.Tensor:
+        """Return the rows from `first` to before `last`, of what is `turned` over: its columns."""
+        found = self._rows((slice(None), slice(first, last)) if turned else slice(first, last))
+        return (found.T if turned else found).to(self.dtype).contiguous()
 
     def part(self, like: DTensor) -> DTensor:
         """Return it cut as `like` is: of the file this process's rows alone are read."""
@@ -75,6 +83,14 @@ class StoredWeight:
         return DTensor.from_local(
             own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
+
+
+class Unread(Protocol):
+    """What stands for a weight that is not read."""
+
+    def part(self, like: DTensor) -> DTensor:
+        """Return it cut as `like` is, which all processes ask for together."""
+        ...
 
 
 class Slices:
@@ -87,7 +103,7 @@ class Slices:
     """
 
     def __init__(self) -> None:
-        self.weights: dict[nn.Parameter, StoredWeight] = {}
+        self.weights: dict[nn.Parameter, Unread] = {}
         self.converted: list[str] = []
 
     def load(
@@ -156,9 +172,9 @@ class Slices:
             The tensors that were computed from what was not read.
         """
         bases = {
-            named(name): self.weights[weight]
+            named(name): stored
             for name, weight in model.named_parameters()
-            if weight in self.weights
+            if isinstance(stored := self.weights.get(weight), StoredWeight)
         }
         lost = [
             name
@@ -167,10 +183,10 @@ class Slices:
         ]
         for name, weight in model.named_parameters():
             if weight.requires_grad and bool(weight.detach().isnan().any()):
-                if (stored := bases.get(named(name))) is None:
+                if (own := bases.get(named(name))) is None:
                     lost.append(name)
                 else:
-                    weight.data = stored.whole(weight.dtype)
+                    weight.data = own.whole(weight.dtype)
                     self.weights.pop(weight, None)
         return lost
 
@@ -186,14 +202,14 @@ class Slices:
         Returns:
             What reads this process's rows of it, when `parts` have been shared out.
         """
-        waiting: list[tuple[dict[str, Any], str, StoredWeight]] = []
+        waiting: list[tuple[dict[str, Any], str, Unread]] = []
         shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay so
         for module in (inner for part in parts for inner in part.modules()):
             own = own_tensors(module)[0]
             for name, weight in own.items():
                 if weight is not None and weight in self.weights and weight not in keep:
                     if weight not in shapes:
-                        empty = torch.empty_like(weight, device="meta")
+                        empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
                         shapes[weight] = nn.Parameter(empty, weight.requires_grad)
                     waiting.append((own, name, self.weights[weight]))
                     own[name] = shapes[weight]
