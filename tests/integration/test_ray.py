@@ -42,8 +42,9 @@ def test_a_run_by_ray_ends_as_one_process_though_a_worker_was_lost(tmp_path: Pat
     rows = tmp_path / "rows.jsonl"
     texts = [{"prompt": f"say {n}", "completion": f"{n}!"} for n in range(48)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
-    common = ["--method", "lora", "--model", str(model), "--dataset", str(rows), "--dtype", "float32",
-              "--max-steps", str(STEPS), "--logging-steps", "1", "--batch-size", "2"]  # fmt: skip
+    common = ["--method", "lora", "--model", str(model), "--dataset", str(rows),
+              "--dtype", "float32", "--max-steps", str(STEPS), "--logging-steps", "1",
+              "--batch-size", "2"]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     accumulated = ["--gradient-accumulation-steps", "2", "--output-dir", str(one), "--quiet"]
     assert run(["train", *common, *accumulated]) == 0
