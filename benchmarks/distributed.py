@@ -10,7 +10,8 @@ difference of a step's loss. mpirun and srun are not started: their variables ar
     python benchmarks/distributed.py host .models/SmolLM2-135M-Instruct
 
 prints what the host holds in each of two processes at its peak, while a base is loaded and shared
-out, and `step` in the place of `host` what a step of `--method full` in bfloat16 adds (Linux).
+out, `step` in the place of `host` what a step of `--method full` in bfloat16 adds (Linux), and
+`save` how long a run waits for a checkpoint of it.
 """
 
 from __future__ import annotations
@@ -230,6 +231,56 @@ def print_step(folder: Path, directory: str) -> None:
     print_table(heads, rows)
 
 
+def save_and_tell(directory: str, out: str) -> None:
+    """Write parts of a model and of AdamW's states as one of two, waiting for it and not."""
+    import torch
+
+    from ftlevel.models.loading import load_config, load_model
+    from ftlevel.models.sources import resolve_source
+    from ftlevel.models.upstream.parts import PartsWriter, write_parts
+    from ftlevel.training.memory.shards import shard
+    from ftlevel.training.processes import started_processes
+
+    processes = started_processes()
+    processes.join()
+    source = resolve_source(directory)
+    model, _ = load_model(
+        source, load_config(source), "AutoModelForCausalLM", dtype=torch.float32, device="cpu"
+    )
+    shard(model, "cpu", holds=False, dtype=torch.float32)
+    kinds = {"weights": model.state_dict(keep_vars=True)}
+    for kind in ("exp_avg", "exp_avg_sq"):
+        kinds[kind] = {name: torch.zeros_like(tensor) for name, tensor in kinds["weights"].items()}
+    writer, rows = PartsWriter(), []
+    for turn in range(4):  # the first makes what others use again
+        seconds = {}
+        for way in ("waits", "aside"):
+            processes.wait()
+            began = time.perf_counter()
+            for kind, tensors in kinds.items():
+                place = Path(f"{out}-{turn}-{way}") / kind
+                if way == "aside":
+                    writer.copy(tensors, place)
+                else:
+                    write_parts(tensors, place)
+            if way == "aside":
+                writer.begin()
+            seconds[way] = time.perf_counter() - began
+            writer.end()
+        rows.append(seconds)
+    Path(f"{out}-{processes.world.rank}.json").write_text(json.dumps(rows[1:]))
+
+
+def print_save(folder: Path, directory: str) -> None:
+    """Print the seconds that a run waits for a checkpoint of `--method full`, by two processes."""
+    run(started_by("torchrun, two processes",
+                   [str(Path(__file__)), "save-of", directory, str(folder / "save")]))  # fmt: skip
+    told = [json.loads(path.read_text()) for path in folder.glob("save-*.json")]
+    rows = [[f"{max(own[way] for own in turn):.2f}" for way in ("waits", "aside")]
+            for turn in zip(*told, strict=True)]  # fmt: skip
+    print_table(["waits until it is written, s", "goes on meanwhile, s"], rows)
+
+
 class _Silence:
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
@@ -406,7 +457,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "mode", nargs="?", default="compare",
-        choices=("compare", "work", "host", "hold", "step", "step-of"),
+        choices=("compare", "work", "host", "hold", "step", "step-of", "save", "save-of"),
     )  # fmt: skip
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args()
@@ -420,8 +471,11 @@ def main() -> None:
     if given.mode == "step-of":
         step_and_tell(*given.rest)
         return
-    if given.mode in ("host", "step"):
-        show = print_host if given.mode == "host" else print_step
+    if given.mode == "save-of":
+        save_and_tell(*given.rest)
+        return
+    shown = {"host": print_host, "step": print_step, "save": print_save}
+    if (show := shown.get(given.mode)) is not None:
         with tempfile.TemporaryDirectory() as folder:
             show(Path(folder), *given.rest)
         return

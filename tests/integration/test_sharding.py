@@ -284,21 +284,31 @@ def test_no_copy_of_the_weights_in_half_precision_waits_for_the_backward_pass(
     assert held[1] == 0
 
 
-def go_on(folder: Path, out: Path, resume: bool) -> None:
+def go_on(folder: Path, out: Path, resume: bool, room: int | None = None) -> None:
+    """Begin a run or go on with it; its host has `room` bytes for copies of what is written."""
     from distributed import settings
 
+    from ftlevel.models.upstream.parts import PartsWriter
+    from ftlevel.training.sharding import trainer
+
+    waits, begin = [], PartsWriter.begin
+    PartsWriter.begin = lambda writer: (waits.append(writer), begin(writer))[1]
+    if room is not None:
+        trainer.free_memory_bytes = lambda _: room
     values = settings(folder, "encoder-decoder", "full", out)  # whose embeddings are tied
     values["train"] |= {"gradient_accumulation_steps": 1, "shard": "full", "max_steps": 16,
                         "save_steps": 2}  # fmt: skip
     values["output"] = {"dir": str(out), "resume": resume, "overwrite": not resume}
     train(TrainConfig.model_validate(values))
+    assert bool(waits) == (room is None)
 
 
 def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     prepared: Path, tmp_path: Path
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert ranks.end(ranks.start(go_on, [(prepared, whole, False)] * 2)) == [0, 0]
+    waiting = [(prepared, whole, False, 1 << 20)] * 2  # for each checkpoint, the others for none
+    assert ranks.end(ranks.start(go_on, waiting)) == [0, 0]
     broken = ranks.start(go_on, [(prepared, run, False)] * 2)
     deadline = time.monotonic() + 300
     while not list(run.glob("checkpoints/checkpoint-2/manifest.json")):
@@ -339,18 +349,63 @@ def part_of_each() -> dict[str, torch.Tensor]:
     return {**parts, "tied": parts["a"], "in all": torch.arange(4)}
 
 
-def write(folder: Path, room: int | None) -> None:
+def write(folder: Path, room: int | None, aside: bool = False) -> None:
     import resource
 
     from ftlevel.artifacts.run_directory import RunDirectory
-    from ftlevel.models.upstream.parts import write_parts
+    from ftlevel.models.upstream.parts import PartsWriter, write_parts
     from ftlevel.training.disk import explain_disk_errors
 
     tensors = part_of_each()
     if room is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     with explain_disk_errors(RunDirectory(folder)):
-        write_parts(tensors, folder / "parts")
+        if aside:
+            writer = PartsWriter()
+            writer.copy(tensors, folder / "parts")
+            writer.begin()
+            writer.then((folder / "written").touch)
+            writer.end()
+        else:
+            write_parts(tensors, folder / "parts")
+
+
+def write_slowly(folder: Path) -> None:
+    """Change what is being written while it is, of two kinds at once."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    from ftlevel.models.upstream.parts import PartsWriter
+
+    tensors, waited = part_of_each(), folder / "parts" / "shard-00001-model-00001-of-00001"
+    writes = HuggingFaceStorageWriter.write_data
+
+    def write_late(*given: Any, **named: Any) -> Any:
+        time.sleep(1.5)
+        return writes(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HuggingFaceStorageWriter, "write_data", write_late)
+        writer = PartsWriter()
+        writer.copy(tensors, folder / "parts")
+        writer.copy(tensors, folder / "others")
+        writer.begin()
+        writer.then((folder / "written").touch)
+        for tensor in tensors.values():
+            own_part(tensor).zero_()
+        torch.distributed.all_reduce(torch.zeros(9))  # as the next step does
+        begun = [path for path in (waited, folder / "written") if path.exists()]
+        writer.end()
+    if begun or not (folder / "written").exists():
+        raise ConfigError(f"{begun}")
+
+
+def test_parts_are_written_while_the_run_goes_on(tmp_path: Path) -> None:
+    """As they were when that began, of which nothing is said before all processes are done."""
+    assert ranks.end(ranks.start(write_slowly, [(tmp_path,)] * 2)) == [0, 0]
+    assert ranks.end(ranks.start(read, [(tmp_path,)] * 2)) == [0, 0]
+    shutil.rmtree(tmp_path / "parts")
+    (tmp_path / "others").rename(tmp_path / "parts")
+    assert ranks.end(ranks.start(read, [(tmp_path,)] * 2)) == [0, 0]
 
 
 def read(folder: Path) -> None:
@@ -371,11 +426,14 @@ def test_parts_are_read_by_any_number_of_processes(tmp_path: Path) -> None:
         assert ranks.end(ranks.start(read, [(tmp_path,)] * count)) == [0] * count
 
 
-def test_a_part_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("aside", [False, True], ids=["waited for", "aside"])
+def test_a_part_that_cannot_be_written_is_said_once(tmp_path: Path, aside: bool) -> None:
     says = tmp_path / "errors"
-    assert ranks.end(ranks.start(write, [(tmp_path, None), (tmp_path, 1000)], says)) == [1, 1]
+    given = [(tmp_path, None, aside), (tmp_path, 1000, aside)]
+    assert ranks.end(ranks.start(write, given, says)) == [1, 1]
     (line,) = says.read_text().splitlines()
     assert "cannot be written: File too large. There is no whole checkpoint" in line
+    assert not (tmp_path / "written").exists()
 
 
 @pytest.mark.parametrize(

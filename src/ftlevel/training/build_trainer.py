@@ -206,6 +206,7 @@ def add_callbacks(
         trainer.evaluator = replace(trainer.evaluator, begin_record=answers.begin)
     watch = Watch(report, gradients, Interrupt(processes), best, answers)
     streamed = isinstance(rows, StreamedRows)
+    when_written = trainer.when_written if isinstance(trainer, ShardedTrainer) else None
     minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0
     size = checkpoint_bytes(trainer.model, config.train.optim)
     saves_end = config.train.save_strategy is None and size <= SMALL_CHECKPOINT
@@ -221,7 +222,9 @@ def add_callbacks(
         answers,
         *([SaveByClock(minutes, processes, last=saves_end)] if minutes else []),
         *([SaveStreamState(rows, run.checkpoints)] if streamed else []),
-        WriteManifest(run, config.train.save_total_limit, write_beside, processes),  # of all files
+        WriteManifest(  # of all files
+            run, config.train.save_total_limit, write_beside, processes, when_written
+        ),
     ):
         trainer.add_callback(callback)
     return watch

@@ -7,8 +7,10 @@ them, too.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,58 @@ _OF = "{number}.{name}"
 _MOST_BYTES = 2 << 30
 
 
+class PartsWriter:
+    """Writes parts while the processes go on, which all of them ask for at the same time.
+
+    Everything is copied to the host's memory before anything is written. The thread that writes
+    has a group of processes of its own: what it says there is not taken for a step's.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        self._copied: list[tuple[Any, Any]] = []
+        self._begun: list[Future[None]] = []
+        self._thread = ThreadPoolExecutor(1)
+
+    def copy(self, tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+        """Take a copy of this process's part of `tensors`, which is for `directory`."""
+        writer: Any = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+        self._copied.append((writer.stage(_distinct(tensors)), writer))
+
+    def begin(self) -> None:
+        """Begin to write what was copied."""
+        if self._group is None:
+            self._group = distributed.new_group(backend="gloo")
+        copied, self._copied = self._copied, []
+        self._begun.append(self._thread.submit(self._write, copied))
+
+    def _write(self, copied: list[tuple[Any, Any]]) -> None:
+        while copied:
+            parts, writer = copied.pop(0)
+            save(parts, storage_writer=writer, process_group=self._group)
+
+    def then(self, act: Callable[[], None]) -> None:
+        """Have `act` done when what was begun before is written by all processes."""
+        before = self._begun[-1]
+
+        def follow() -> None:
+            before.result()
+            act()
+
+        self._begun.append(self._thread.submit(follow))
+
+    def end(self) -> None:
+        """Wait for all that was begun.
+
+        Raises:
+            OSError: as of `write_parts`.
+        """
+        begun, self._begun = self._begun, []
+        with _naming_failures():
+            for future in begun:
+                future.result()
+
+
 def write_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
     """Write this process's part of `tensors`, as all do at the same time; of tied ones the first.
 
@@ -37,8 +91,15 @@ def write_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
         OSError: in all of them, what one of them could not write; the first one says it.
     """
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-    try:
+    with _naming_failures():
         save(_distinct(tensors), storage_writer=writer)
+
+
+@contextlib.contextmanager
+def _naming_failures() -> Iterator[None]:
+    """Raise inside the block what a process could not write, in all of them."""
+    try:
+        yield
     except CheckpointException as failed:
         error: Any = next(iter(failed.failures.values()))[0]
         error.is_told = distributed.get_rank() > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class WriteManifest(TrainerCallback):
         keep: how many checkpoints stay.
         write_beside: writes into a checkpoint what it takes to use it; None where it cannot be.
         processes: those of the run.
+        when_written: does what it is given when all of a checkpoint is written; None is at once.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class WriteManifest(TrainerCallback):
         keep: int,
         write_beside: Callable[[Path], None] | None,
         processes: Processes,
+        when_written: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self.directory = run.checkpoints
         self.keep = keep
         self._write_beside = write_beside
         self._run = run
         self._processes = processes
+        self._when_written = when_written
 
     def on_step_end(
         self,
@@ -59,13 +63,20 @@ class WriteManifest(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Certify the checkpoint that was just written."""
+        """Certify the checkpoint that was just written, or when it is."""
         self._processes.wait()  # each writes its random state
-        if self._processes.is_first:
-            checkpoint = self.directory / f"checkpoint-{state.global_step}"
-            if self._write_beside is not None:
-                self._write_beside(checkpoint)
-            checkpoints.certify(checkpoint)
-            checkpoints.rotate(self.directory, self.keep)
-            rotate_best(self.directory)
-            delete_replaced(self.directory.parent)
+        if not self._processes.is_first:
+            return
+        checkpoint = self.directory / f"checkpoint-{state.global_step}"
+        if self._write_beside is not None:
+            self._write_beside(checkpoint)
+        if self._when_written is None:
+            self._certify(checkpoint)
+        else:
+            self._when_written(functools.partial(self._certify, checkpoint))
+
+    def _certify(self, checkpoint: Path) -> None:
+        checkpoints.certify(checkpoint)
+        checkpoints.rotate(self.directory, self.keep)
+        rotate_best(self.directory)
+        delete_replaced(self.directory.parent)

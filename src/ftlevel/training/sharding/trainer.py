@@ -13,8 +13,15 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from ftlevel.config.methods import MethodConfig
-from ftlevel.models.upstream.parts import parts_of_state, read_parts, read_state, write_parts
-from ftlevel.models.upstream.shards import whole
+from ftlevel.models.hardware import free_memory_bytes
+from ftlevel.models.upstream.parts import (
+    PartsWriter,
+    parts_of_state,
+    read_parts,
+    read_state,
+    write_parts,
+)
+from ftlevel.models.upstream.shards import own_part, whole
 from ftlevel.models.upstream.trainer import leave_sharded
 from ftlevel.trained.adapt import finish_method
 from ftlevel.training.memory.shards import gather, trained
@@ -31,11 +38,16 @@ class ShardedTrainer(FtlevelTrainer):
     The base's parts are gathered in every forward and backward pass, which all processes must
     make together: one that has fewer micro-batches computes one again, for nothing. Gradients of
     what the method trains are averaged once a step; those of `--method full` by FSDP2 itself.
+
+    Parts of a checkpoint are copied to the host and written while the run goes on, where the host
+    has room for the copies; the next checkpoint, and the end, wait for it.
     """
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         leave_sharded(self)
+        self._writer = PartsWriter()
+        self._writes_aside = False
         self._whole = [p for p in trained(self.model) if not isinstance(p, DTensor)]
 
     def calls_of(self, own: int) -> int:
@@ -81,7 +93,10 @@ class ShardedTrainer(FtlevelTrainer):
             return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        write_parts(self.model.state_dict(keep_vars=True), directory)
+        tensors = self.model.state_dict(keep_vars=True)
+        self._writer.end()
+        self._writes_aside = self._has_room(tensors)
+        self._write_parts(tensors, directory)
         if self.processes.is_first:
             self.model.config.save_pretrained(directory)
 
@@ -92,10 +107,43 @@ class ShardedTrainer(FtlevelTrainer):
             return
         state, directory = self.optimizer.state_dict(), Path(output_dir)
         parts, state["state"] = parts_of_state(state["state"])
-        write_parts(parts, directory / _OPTIMIZER)
+        self._write_parts(parts, directory / _OPTIMIZER)
+        if self._writes_aside:
+            self._writer.begin()
         if self.processes.is_first:
             torch.save(state, directory / f"{_OPTIMIZER}.pt")
             torch.save(self.lr_scheduler.state_dict(), directory / _SCHEDULER)
+
+    def _has_room(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether half of the host's free memory holds copies of all that its processes write."""
+        own = sum(own_part(tensor).nbytes for tensor in tensors.values())
+        own += sum(
+            own_part(value).nbytes
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        )
+        together = own * self.processes.world.local_size
+        return not self.processes.any(2 * together > free_memory_bytes("cpu"))
+
+    def _write_parts(self, tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+        if self._writes_aside:
+            self._writer.copy(tensors, directory)
+        else:
+            write_parts(tensors, directory)
+
+    def when_written(self, act: Callable[[], None]) -> None:
+        """Do `act` when the checkpoint that was begun is written; at once where nothing is."""
+        if self._writes_aside:
+            self._writer.then(act)
+        else:
+            act()
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        """Train as Trainer does, and wait for what is still being written."""
+        found = super().train(*arguments, **named)
+        self._writer.end()
+        return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Take this process's part of the weights of a checkpoint."""
