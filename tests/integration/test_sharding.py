@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import ranks
 from ftlevel import TrainConfig, train
+from ftlevel.commands.quantize import quantize
+from ftlevel.config import QuantizeConfig
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.upstream.shards import own_part, part_of
 from ftlevel.models.upstream.shards import whole as full_tensor
@@ -328,9 +330,17 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     assert saved[0].keys() == saved[1].keys()
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
     # Its last checkpoint, whose embeddings are tied, is the model, put together by one process.
-    last = load_found(find_trained(str(run / "checkpoints/checkpoint-16"), "cpu"), "cpu")
+    parts = run / "checkpoints/checkpoint-16"
+    last = load_found(find_trained(str(parts), "cpu"), "cpu")
     trained = dict(last.model.named_parameters())
     assert all(trained[name].equal(saved[0][name]) for name in trained)
+    packed = []
+    for number, model in enumerate((parts, run / "adapter")):
+        out = tmp_path / f"packed-{number}"
+        quantize(QuantizeConfig(model=str(model), out=out, quant="4bit", measure=False))
+        packed.append(load_file(out / "model.safetensors"))
+    assert packed[0].keys() == packed[1].keys()
+    assert all(packed[0][key].equal(packed[1][key]) for key in packed[0])
 
 
 def part_of_each() -> dict[str, torch.Tensor]:

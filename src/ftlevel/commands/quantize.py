@@ -50,6 +50,7 @@ from ftlevel.models.quantized import quantization_facts, quantization_name, stor
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source, snapshot
 from ftlevel.models.torchao_format import build_torchao_config
 from ftlevel.models.upstream.experts.which import packable_experts
+from ftlevel.trained.checkpoint import whole_model
 from ftlevel.weights.quantize_layout import (
     QUANTIZED,
     Layout,
@@ -230,7 +231,7 @@ def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
 def _source_files(plan: _Plan) -> Iterator[Path]:
     """Give the directory with the source's .safetensors, made for the moment from a .gguf."""
     if plan.source.kind != "gguf":
-        yield snapshot(plan.source, COPIED)
+        yield whole_model(snapshot(plan.source, COPIED))  # of a checkpoint in parts, too
         return
     with Workspace("gguf") as temporary:
         model, _ = load_model(

@@ -135,9 +135,12 @@ def put_together(directory: Path, out: Path) -> None:
             warnings.simplefilter("ignore", UserWarning)  # that there is one process
             load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
         file = f"model-{index:05d}-of-{len(files):05d}.safetensors"
+        if len(files) == 1:
+            file = "model.safetensors"
         save_file(tensors, out / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
-    write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    if len(files) > 1:
+        write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
 
 
 def _distinct(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
