@@ -65,7 +65,7 @@ _OFT = Method(
             "Qiu et al., 2023, arXiv:2306.07280; 2025, arXiv:2506.19847", 17_649_664,
         ),
     ),
-    rate=Rates(narrow=1e-3, wide=4e-4, source="not measured"),
+    rate=Rates(narrow=1e-3, wide=3e-4, source="not measured", kinds={"decoder": 3e-4}),
     build=build_oft,
     rules=_RULES,
     check=check_oft,
