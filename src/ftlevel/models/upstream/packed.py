@@ -51,8 +51,9 @@ class PackedWeight:
             numbers = self._numbers(first, last).to(scales.device)
             packed, state = bnb.quantize_4bit(numbers, blocksize=_BLOCK, quant_type=self._kind)
             own = packed.view(-1, 1)[start - first // 2 : end - first // 2].clone()
-            # What is no number is not seen by every kernel; as a scale it is, by all processes.
-            found = state.absmax if numbers.isfinite().all() else state.absmax + torch.inf
+            found = state.absmax
+            if not numbers.isfinite().all():  # not every kernel's scales say so, to all processes
+                found = torch.full_like(found, torch.inf)
             scales[first // _BLOCK : first // _BLOCK + len(found)] = found
         distributed.all_reduce(scales, distributed.ReduceOp.MAX, like.device_mesh.get_group())
         self._linear.quant_state = self._state(scales)

@@ -203,6 +203,8 @@ def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module
 
     def hang(*_: Any) -> None:
         for linear, known in zip(linears, settings, strict=True):
+            if linear.quant_state.absmax.device != linear.weight.device:
+                linear.quant_state.to(linear.weight.device)
             linear.weight.__class__ = bnb.nn.Params4bit
             linear.weight.__dict__ |= {**known, "quant_state": linear.quant_state}
 

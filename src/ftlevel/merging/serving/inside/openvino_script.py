@@ -70,7 +70,7 @@ def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> l
         for ids, (answer, _) in zip(prompts, answers, strict=True)
         for place in range(len(answer))
     ]
-    scores = iter(_generate(pipeline, own, before, 1))
+    scores = iter(_generate(pipeline, own, before, 1) if before else [])
     tokenizer = pipeline.get_tokenizer()
     return [
         {
