@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -208,6 +209,40 @@ def test_a_killed_process_ends_the_run_in_a_line(
     assert time.monotonic() - began < 30
     assert launcher.returncode == 1
     assert f"the process of rank {rank} was killed" in error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_stands_still_is_named_while_the_others_wait(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, rank: int
+) -> None:
+    """By the first process; where that is the one, by the second."""
+    long = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
+    says = tmp_path / "says"
+    with says.open("w") as file:
+        launcher = subprocess.Popen(
+            command(tiny_model_dir("llama"), rows, tmp_path / "run", *long),
+            stderr=file, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+    one = started(launcher, tmp_path / "run/metrics.jsonl")[rank]
+    try:
+        time.sleep(4)  # two signs are given
+        one.suspend()
+        began = time.monotonic()
+        while f"rank {rank} (" not in says.read_text():
+            assert time.monotonic() - began < 30, says.read_text()
+            time.sleep(0.1)
+        (line,) = [line for line in says.read_text().splitlines() if "no sign" in line]
+        assert line.startswith(f"warning: rank {rank} ({socket.gethostname()}) has given no sign")
+        one.resume()
+        before = len(losses(tmp_path / "run"))
+        while len(losses(tmp_path / "run")) < before + 3:
+            assert time.monotonic() - began < 60
+            time.sleep(0.1)
+    finally:
+        one.resume()
+        launcher.send_signal(signal.SIGINT)
+        launcher.wait(60)
+    assert says.read_text().count("no sign") == 1
 
 
 @pytest.mark.parametrize(("what", "code", "said"), [

@@ -489,6 +489,42 @@ def test_a_number_that_is_none_in_the_rows_of_one_process_is_named_by_all(
     assert f"NaN or infinity in 1 of its tensors: {name}." in line
 
 
+def come_late(folder: Path, out: Path) -> None:
+    """Train; the second process reads the rows of its third step for 8 s, where 3 are too long."""
+    from distributed import settings
+
+    from ftlevel.events import Silence
+    from ftlevel.training.callbacks import watch_processes
+    from ftlevel.world import read_world
+
+    class Told(Silence):
+        def warn(self, message: str) -> None:
+            with (out / "warnings").open("a") as file:
+                file.write(message + "\n")
+
+    begin = watch_processes.WatchProcesses.on_step_begin
+
+    def begin_late(self: Any, args: Any, state: Any, *more: Any, **named: Any) -> None:
+        if read_world().rank == 1 and state.global_step == 2:
+            time.sleep(8)
+        begin(self, args, state, *more, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch_processes, "PATIENCE", 3.0)
+        patch.setattr(watch_processes.WatchProcesses, "on_step_begin", begin_late)
+        values = settings(folder, "decoder", "lora", out / "run")
+        values["train"] |= {"gradient_accumulation_steps": 1}
+        train(TrainConfig.model_validate(values), listener=Told())
+
+
+def test_a_process_that_comes_late_to_a_step_is_named_once(prepared: Path, tmp_path: Path) -> None:
+    assert ranks.end(ranks.start(come_late, [(prepared, tmp_path)] * 2)) == [0, 0]
+    (line,) = [
+        line for line in (tmp_path / "warnings").read_text().splitlines() if "rank 1" in line
+    ]
+    assert "has not begun step 3 for 3 s, and the others wait for it" in line
+
+
 def fail_in_the_first() -> None:
     from ftlevel.training.processes import started_processes
 

@@ -25,6 +25,7 @@ from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on, 
 from ftlevel.training.callbacks.recovery import describe_left_out
 from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.callbacks.wait_for_bytes import WaitForBytes
+from ftlevel.training.callbacks.watch_processes import WatchProcesses
 from ftlevel.training.disk import check_room, explain_disk_errors
 from ftlevel.training.fast_step import describe_speed
 from ftlevel.training.finish import (
@@ -312,7 +313,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         else partial(write_beside, config=config, plan=plan, base=base, start=asked.start),
     )  # fmt: skip
     go_on(trainer, watch, run, going_on, processes)
-    for callback in (WaitForBytes(each.wait for each in digests), *job.callbacks):
+    signs = held.enter_context(WatchProcesses(processes, listener.warn))
+    for callback in (WaitForBytes(each.wait for each in digests), signs, *job.callbacks):
         trainer.add_callback(callback)
     if processes.is_first:
         told = describe_run(config.output, resolved_config(config, plan), run, going_on.past)
