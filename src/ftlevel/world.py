@@ -113,6 +113,11 @@ def is_launched() -> bool:
     return find_launcher() is not None
 
 
+def has_agent() -> bool:
+    """Whether one of torch's agents has started this process: torchrun's, accelerate launch's."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def is_follower() -> bool:
     """Whether another process of the run speaks for this one."""
     launcher = find_launcher()

@@ -292,6 +292,45 @@ def test_no_process_outlives_its_launcher(
     assert list((tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json"))
 
 
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [("agent", "interrupted"), ("node", "another process of the run has ended")],
+)
+def test_a_lost_node_ends_the_others_in_a_line(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, parts: str, said: str
+) -> None:
+    """Where its agent alone is gone, its process goes with it, and all keep a checkpoint."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    long = ("--max-steps", "4000", "--save-steps", "20", "--logging-steps", "1")
+    run = command(tiny_model_dir("llama"), rows, tmp_path / "run", *long)[1:]
+    nodes = []
+    for node in "01":
+        agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank",
+                 node, "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port",
+                 port, *run]  # fmt: skip
+        with (tmp_path / node).open("w") as says:
+            nodes.append(subprocess.Popen(agent, stdout=says, stderr=says))
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json")):
+        assert all(node.poll() is None for node in nodes), (tmp_path / "0").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    found = psutil.Process(nodes[1].pid).children(recursive=True)
+    began = time.monotonic()
+    for process in (nodes[1], *(found if parts == "node" else ())):
+        process.kill()
+    assert nodes[0].wait(60) == 1
+    assert nodes[1].wait(60) != 0
+    while any(is_alive(process) for process in found):
+        assert time.monotonic() - began < 30
+        time.sleep(0.1)
+    assert time.monotonic() - began < 30
+    (line,) = [t for t in (tmp_path / "0").read_text().splitlines() if t.startswith("ftlevel: ")]
+    assert said in line
+
+
 def test_a_run_whose_process_was_killed_is_started_again(
     tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:

@@ -9,9 +9,9 @@ import typer
 from ftlevel.cli.flags import Given, read_config
 from ftlevel.cli.startup.heap import share_heaps
 from ftlevel.cli.startup.heavy_imports import heavy_imports
-from ftlevel.cli.startup.launch import launch
+from ftlevel.cli.startup.launch import end_with_parent, launch
 from ftlevel.config import TrainConfig
-from ftlevel.world import is_follower, is_launched
+from ftlevel.world import has_agent, is_follower, is_launched
 
 
 def train(given: Given, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
@@ -27,6 +27,8 @@ def train(given: Given, *, dry_run: bool, as_json: bool, quiet: bool, schema: bo
     processes = config.train.num_processes or 1
     if processes > 1 and not dry_run and not is_launched():
         raise typer.Exit(launch(given.arguments, processes, config.train.max_restarts))
+    if has_agent():
+        end_with_parent()
     follows = is_follower()
     from ftlevel.cli.screens.screen import open_screen
 

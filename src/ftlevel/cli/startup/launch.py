@@ -76,7 +76,7 @@ def _launch_once(arguments: Sequence[str], count: int, told: list[int]) -> int:
         subprocess.Popen(
             command,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent,
         )
         for rank in range(count)
     ]
@@ -121,9 +121,10 @@ def _exit_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel to end this process by SIGTERM when the launcher is gone (prctl(2))."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent() -> None:
+    """Ask Linux to end this process by SIGTERM when what has started it is gone (prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
