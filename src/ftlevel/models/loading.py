@@ -13,7 +13,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -33,10 +33,11 @@ from ftlevel.models.sources import ModelSource, snapshot
 from ftlevel.models.strangers.directory import check_config
 from ftlevel.models.strangers.errors import FROM_READERS
 from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
-from ftlevel.models.upstream.packed import pack_unread
 from ftlevel.models.upstream.quantizers import cast_unquantized, keep_trainable_layout
-from ftlevel.models.upstream.slices import Slices
 from ftlevel.workspace import Workspace
+
+if TYPE_CHECKING:
+    from ftlevel.models.upstream.slices import Slices
 
 _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 """What reading a damaged file raises: a safetensors file, an index of shards, a .gguf."""
@@ -255,6 +256,8 @@ def _read(
             arguments.pop("device_map", None)  # nothing is read, and so nothing goes anywhere
             model, info = slices.load(meta, snapshot(source), source.location, **arguments)
             if quantization is not None:
+                from ftlevel.models.upstream.packed import pack_unread  # imports DTensor
+
                 pack_unread(model, quantization, slices.weights)
             return model, info
         pair: tuple[Any, dict[str, Any]] = getattr(transformers, auto_class).from_pretrained(
