@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,8 +17,9 @@ import pytest
 from ftlevel.cli.app import run
 from tiny_models import save_tiny
 
-pytest.importorskip("ray.train", reason="pip install 'ray[train]'")
-pytestmark = pytest.mark.slow
+# Ray is looked for and not imported: with it in a process the last digits of others' sums differ.
+HAS_RAY = importlib.util.find_spec("ray") is not None
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_RAY, reason="pip install 'ray[train]'")]
 STEPS = 12
 BOUND = 1e-6
 
