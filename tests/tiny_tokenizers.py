@@ -116,7 +116,9 @@ def unigram() -> tuple[tuple[str, float], ...]:
         vocab_size=BASE_VOCAB, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
     )
     vocab = _trained(tokenizer, trainer)["vocab"]
-    return tuple((piece, float(score)) for piece, score in vocab if piece != "<unk>")
+    # The last digits of the scores are those of a sum in any order, and so is the order of ties.
+    pieces = ((piece, round(score, 2)) for piece, score in vocab if piece != "<unk>")
+    return tuple(sorted(pieces, key=lambda pair: (-pair[1], pair[0])))
 
 
 def _numbered(
