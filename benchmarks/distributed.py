@@ -116,9 +116,10 @@ def hold(directory: str, dtype: str, slices: Any) -> tuple[Any, dict[str, int]]:
         slices: get what is read later, row by row; None reads all of it first.
     """
     import torch
-    from transformers import BitsAndBytesConfig
 
+    from ftlevel.config import QuantConfig
     from ftlevel.models.loading import load_config, load_model
+    from ftlevel.models.quantization import build_quantization_config
     from ftlevel.models.sources import resolve_source
     from ftlevel.models.upstream.shards import own_part
     from ftlevel.models.upstream.slices import Slices
@@ -128,10 +129,8 @@ def hold(directory: str, dtype: str, slices: Any) -> tuple[Any, dict[str, int]]:
     given = (source, load_config(source), "AutoModelForCausalLM")
     settings: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cpu"}
     if dtype == "4 bits":
-        settings["quantization"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head"],
-        )  # fmt: skip
+        four_bits = QuantConfig(kind="4bit", double_quant=True)
+        settings["quantization"] = build_quantization_config(four_bits, torch.bfloat16, [])
     else:
         settings["dtype"] = getattr(torch, dtype)
     load_model(*given, **settings, slices=Slices())  # imports what it needs

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import ranks
 from ftlevel import TrainConfig, train
 from ftlevel.commands.quantize import quantize
-from ftlevel.config import QuantizeConfig
+from ftlevel.config import QuantConfig, QuantizeConfig
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.upstream.shards import own_part, part_of
 from ftlevel.models.upstream.shards import whole as full_tensor
@@ -164,9 +164,9 @@ def test_a_shared_model_computes_in_half_precision(
 def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
     """Hold a part of a base that this process quantized beside the whole as transformers does."""
     import bitsandbytes
-    from transformers import BitsAndBytesConfig
 
     from ftlevel.models.loading import load_config, load_model
+    from ftlevel.models.quantization import build_quantization_config
     from ftlevel.models.sources import resolve_source
     from ftlevel.models.upstream.slices import Slices
     from ftlevel.training.memory.shards import shard
@@ -175,10 +175,8 @@ def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
     started_processes().join()
     source = resolve_source(str(folder))
     given = (source, load_config(source), "AutoModelForCausalLM")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head"],
-    )  # fmt: skip
+    four_bits = QuantConfig(kind="4bit", quant_type=kind, double_quant=double, experts=False)
+    quantization = build_quantization_config(four_bits, torch.float32, [])
     settings: Any = {"dtype": torch.bfloat16, "device": "cpu", "quantization": quantization}
     one, _ = load_model(*given, **settings)
     slices = Slices()

@@ -76,7 +76,7 @@ def _launch_once(arguments: Sequence[str], count: int, told: list[int]) -> int:
         subprocess.Popen(
             command,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            preexec_fn=end_with_parent,
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
         for rank in range(count)
     ]

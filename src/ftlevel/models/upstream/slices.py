@@ -90,7 +90,6 @@ class Unread(Protocol):
 
     def part(self, like: DTensor) -> DTensor:
         """Return it cut as `like` is, which all processes ask for together."""
-        ...
 
 
 class Slices:

@@ -137,10 +137,10 @@ class WatchProcesses(TrainerCallback):
                     f"step {mine}: it stands still, or its machine or the way there does."
                 )
                 yield rank, message
-            elif is_long and step < mine:
+            elif is_long and step < mine and now - came < 3 * _EVERY:  # one that gives signs
                 message = (
                     f"{who} has not begun step {mine} for {PATIENCE:.0f} s, and the others wait "
-                    "for it. Is what it reads its rows from slower there?"
+                    "for it: it reads rows, writes or scores for longer than they do."
                 )
                 yield rank, message
 
