@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from ftlevel.fast.layers import kernels
-from ftlevel.fast.layers.formulas import ACTIVATIONS, TORCH
-from ftlevel.fast.layers.kernels.operators import TritonFormulas
+from ftlevel.fast import kernels
+from ftlevel.fast.kernels.formulas import ACTIVATIONS, TORCH
+from ftlevel.fast.kernels.operators import TritonFormulas
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

@@ -13,10 +13,11 @@ import matrix_cells
 from ftlevel.config import QuantConfig, SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.methods import LoraSpec
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.fast.layers import kernels, norm_glu
-from ftlevel.fast.layers.formulas import TORCH
+from ftlevel.fast import kernels
+from ftlevel.fast.kernels.formulas import TORCH
+from ftlevel.fast.kernels.operators import TritonFormulas
+from ftlevel.fast.layers import norm_glu
 from ftlevel.fast.layers.fused_lora import register_fused_layers
-from ftlevel.fast.layers.kernels.operators import TritonFormulas
 from ftlevel.fast.plan.fast_plan import plan_fast
 from ftlevel.fast.plan.fused_lora import uses_fused_layers
 from ftlevel.fast.step import FastStep
@@ -25,7 +26,7 @@ from ftlevel.models.module_tree import find_stacks
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.tokens import Tokens
 from ftlevel.trained.adapt import apply_method, train_in_float32
-from ftlevel.training.memory.checkpointing import set_checkpointing
+from ftlevel.training.memory.checkpointing import recompute_blocks, set_checkpointing
 from gpu_sim.simulate import MODE, Found, run_step, to_card, without_a_cache
 from matrix_cells import TinyCell, build_spec, copy_base, describe_base, expected_refusal, heads_of
 
@@ -98,7 +99,8 @@ class Large:
         supervised: share of them that are targets.
         train: settings of `TrainerConfig`.
         speed: settings of `SpeedConfig`.
-        kernels: whether norms and GLUs are Triton kernels, as where they prove themselves.
+        kernels: whether ours are used, as where they prove themselves.
+        four_bits: whether the linears of its blocks are nf4, quantized twice.
     """
 
     layers: int = 32
@@ -108,6 +110,7 @@ class Large:
     train: tuple[tuple[str, Any], ...] = ()
     speed: tuple[tuple[str, Any], ...] = ()
     kernels: bool = False
+    four_bits: bool = False
 
     @property
     def tokens(self) -> int:
@@ -118,12 +121,16 @@ class Large:
 def run_large(case: Large) -> Found:
     """Return what the step asks of the card."""
     formulas = TritonFormulas() if case.kernels else TORCH
-    kernels.choose_norm = kernels.choose_glu = lambda *_: formulas  # type: ignore[assignment]
+    for name in ("choose_norm", "choose_glu", "choose_rope", "choose_cross_entropy"):
+        setattr(kernels, name, lambda *_: formulas)
+    kernels.can_serve = lambda *_: True
     shape = transformers.LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": case.layers})
     with torch.device("meta"):
         base = transformers.AutoModelForCausalLM.from_config(
             shape, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
+    if case.four_bits:
+        _quantize(base)
     model = _with_lora(base)
     config = TrainConfig(
         method=LoraSpec(),
@@ -141,8 +148,36 @@ def run_large(case: Large) -> Found:
     to_card(model)
     fast = FastStep(model, plan)
     if config.train.recomputes:
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(base)
     return run_step(model, config, objective, fast, rows, "llama")
+
+
+def _quantize(base: Any) -> None:
+    """Make the linears of the blocks of `base` 4 bits wide, without numbers (mutated)."""
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import QuantState
+
+    base.is_loaded_in_4bit = True
+    linears = [(n, m) for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    with torch.device("meta"):
+        for name, plain in linears:
+            blocks = plain.weight.numel() // 64
+            scales = QuantState(torch.empty(-(-blocks // 256)), code=torch.empty(256),
+                                blocksize=256, dtype=torch.float32)  # fmt: skip
+            state = QuantState(
+                torch.empty(blocks, dtype=torch.uint8), shape=plain.weight.shape,
+                code=torch.empty(16), blocksize=64, quant_type="nf4", dtype=torch.bfloat16,
+                offset=torch.empty(()), state2=scales,
+            )  # fmt: skip
+            codes = torch.empty(plain.weight.numel() // 2, 1, dtype=torch.uint8)
+            linear = bnb.nn.Linear4bit(
+                plain.in_features, plain.out_features, bias=False, compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+            )  # fmt: skip
+            linear.weight = bnb.nn.Params4bit(
+                codes, requires_grad=False, quant_state=state, bnb_quantized=True, module=linear
+            )
+            base.model.set_submodule(name, linear)
 
 
 def _with_lora(base: Any) -> Any:

@@ -39,6 +39,11 @@ class SpeedConfig(Section):
         description="Compute norms and gated linear units of frozen weights in one autograd "
         "function each, which keeps less for the backward pass.",
     )
+    triton_kernels: bool = Field(
+        True,
+        description="On an NVIDIA GPU, compute fused norms and GLUs, rotary embeddings and the "
+        "loss by Triton kernels, where these give the same numbers and are faster.",
+    )
     share_prefixes: Literal["auto", "always", "never"] = Field(
         "auto",
         description="Compute a prefix that rows of a step have in common once; auto where it saves "

@@ -23,8 +23,10 @@ from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.head.loss import base_model
 from ftlevel.fast.head.needed_tokens import NeededTokens
 from ftlevel.fast.head.pruning import LastLayerPruning
+from ftlevel.fast.kernels import Kernels
 from ftlevel.fast.layers.dropout import PerWorkerDropout
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
+from ftlevel.fast.layers.rope import FusedRope
 from ftlevel.fast.packing.blocks import PackedBlocks
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.plan.fast_plan import FastPlan, has_language_head, set_packed_attention
@@ -56,8 +58,12 @@ class FastStep:
             if not set_packed_attention(self._base):
                 raise TypeError(f"{type(self._base).__name__} did not take {attention.NAME}")
             self._blocks = PackedBlocks(find_blocks(self._base))
-        self.cross_entropy = ChunkedCrossEntropy(self._base) if plan.chunked_cross_entropy else None
-        self.norm_glu = FusedNormGlu(model) if plan.fused_norm_glu else None
+        kernels = Kernels(plan.triton_kernels)
+        self.cross_entropy = (
+            ChunkedCrossEntropy(self._base, kernels) if plan.chunked_cross_entropy else None
+        )
+        self.norm_glu = FusedNormGlu(model, kernels) if plan.fused_norm_glu else None
+        self._rope = FusedRope(model, kernels) if plan.triton_kernels else None
         self.workers: ParallelWorkers | None = None
         self.pruned_linears = 0
         self._pruning: LastLayerPruning | None = None
@@ -160,6 +166,8 @@ class FastStep:
             self.cross_entropy.remove()
         if self.norm_glu is not None:
             self.norm_glu.remove()
+        if self._rope is not None:
+            self._rope.remove()
         if self._pruning is not None:
             self._pruning.remove()
         self._dropout.remove()

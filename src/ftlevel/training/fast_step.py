@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftlevel.events import Listener
-from ftlevel.fast.layers.kernels import describe_choices
+from ftlevel.fast.kernels import describe_choices
 from ftlevel.fast.step import FastStep
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.trainer import FtlevelTrainer

@@ -74,6 +74,27 @@ def _(_: Any) -> None:
     assert shaped.requires_grad
 
 
+@CANARIES.of("torch._C._current_graph_task_id")
+def _(_: Any) -> None:
+    found = []
+    leaf = torch.zeros(2, requires_grad=True)
+    leaf.register_hook(lambda _: found.append(upstream.is_in_backward()))
+    leaf.sum().backward()
+    assert (found, upstream.is_in_backward()) == ([True], False)
+
+
+@CANARIES.of("Node._sequence_nr")
+def _(_: Any) -> None:
+    leaf = torch.zeros(2, requires_grad=True)
+    first, second = leaf * 2, leaf * 3
+    assert upstream.order_of(leaf.sum().grad_fn) > upstream.order_of(second.grad_fn)
+    assert upstream.order_of(second.grad_fn) > upstream.order_of(first.grad_fn)
+    added = (second + first).grad_fn
+    assert added is not None
+    assert added.name() == "AddBackward0"
+    assert [node.name() for node, _ in added.next_functions] == ["MulBackward0"] * 2
+
+
 @CANARIES.of("Tensor._version")
 def _(_: Any) -> None:
     tensor = torch.zeros(2)

@@ -207,3 +207,61 @@ def test_an_encoder_decoder_that_is_out_of_memory_can_recompute(family: str) -> 
     assert smaller._can_checkpoint()
     set_checkpointing(model, config_of(gradient_checkpointing=True), plan)
     assert not smaller._can_checkpoint()
+
+
+def of_last_products(model: Any, blocks: list[Any]) -> tuple[dict[str, int], list[torch.Tensor]]:
+    """Return linear → how often a step with all `blocks` recomputed took its weight, gradients."""
+    taken: dict[str, int] = {}
+    inputs = {"input_ids": torch.arange(20)[None] + 5}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    for name, module in (pair for block in blocks[-1:] for pair in block.named_modules()):
+        if hasattr(module, "_weight"):
+            weight = module._weight
+
+            def take(dtype: Any, name: str = name, weight: Any = weight) -> Any:
+                taken[name] = taken.get(name, 0) + 1
+                return weight(dtype)
+
+            module._weight = take
+    for _ in range(2):
+        taken.clear()
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(**inputs)[0].float().square().sum().backward()
+    return taken, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "last"),
+    [
+        ("llama", "all-linear", "mlp.down_proj"),
+        ("llama", ["q_proj", "o_proj"], None),  # the block ends with a plain linear
+        ("gpt2", "all-linear", "mlp.c_proj"),
+        ("gemma3_text", "all-linear", None),  # a norm reads what the linear gives
+        ("bert", "all-linear", None),
+        ("t5", "all-linear", "layer.2.DenseReluDense.wo"),
+        ("opt", "all-linear", "fc2"),
+        ("bart", "all-linear", None),
+        ("gpt_neox", "all-linear", None),
+    ],
+)
+def test_the_last_product_of_a_block_is_not_computed_again(
+    family: str, targets: Any, last: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *_, **__: x)
+    config = LoraConfig(target_modules=targets, r=4, init_lora_weights=False)
+    register_fused_layers(config)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_models.build(family), config).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    base = model.get_base_model()
+    blocks = find_stacks(base)[-1]
+    _, expected = of_last_products(model, [])
+    checkpointing.recompute_blocks(base)
+    taken, found = of_last_products(model, blocks)
+    assert taken == {name: 2 if name.endswith(last or "-") else 3 for name in taken}
+    assert taken
+    assert all(map(torch.equal, found, expected))

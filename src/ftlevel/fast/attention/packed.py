@@ -98,9 +98,10 @@ def attend(
         if torch.is_autocast_enabled(query.device.type)
         else value.dtype
     )
-    states = [part[0].to(compute) for part in (query, key, value)]
+    states = [part.squeeze(0).to(compute) for part in (query, key, value)]
     attended = _by_sequence(layout, states, causal, sliding_window, scale, dropout)
-    return attended[layout.before :][None], None
+    own = attended[layout.before :] if layout.before else attended
+    return own[None], None
 
 
 def _by_sequence(

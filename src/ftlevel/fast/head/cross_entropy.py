@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ftlevel.fast.kernels import NO_KERNELS, Kernels
 from ftlevel.fast.packing.layout import NotServedError
 from ftlevel.models.hardware import free_memory_bytes
 
@@ -55,6 +56,8 @@ def targets_a_chunk(free: int | None, vocabulary: int) -> int:
 Observe = Callable[[torch.Tensor, torch.Tensor], None]
 LossAndGradient = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """Scores (chunk, vocabulary), and which targets → their summed loss, its gradient by scores."""
+LossesAndGradient = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Scores (chunk, vocabulary), and their targets → their losses, the gradient of the sum."""
 
 
 def finish_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -99,7 +102,8 @@ class ChunkedCrossEntropy:
         NotServedError: the model has no such head.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
+        self._kernels = kernels
         head = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise NotServedError(f"{type(model).__name__} has no language head")
@@ -144,7 +148,7 @@ class ChunkedCrossEntropy:
         if torch.is_grad_enabled():
 
             def compute(scores: torch.Tensor, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
-                losses, gradient = _loss_and_gradient(scores, targets[own], smoothing)
+                losses, gradient = self._losses(scores, targets[own], smoothing)
                 return losses.sum(), gradient
 
             return self._compute(forward, at, lambda states: self._summed(states, compute))
@@ -192,7 +196,7 @@ class ChunkedCrossEntropy:
 
         def compute(states: torch.Tensor) -> torch.Tensor:
             each: torch.Tensor = _Likelihoods.apply(  # type: ignore[no-untyped-call]
-                states, targets, self._scores, self._chunk, *self._trained()
+                states, targets, self._scores, self._losses, self._chunk, *self._trained()
             )
             return each
 
@@ -224,6 +228,14 @@ class ChunkedCrossEntropy:
         states = args[0]
         self._call.found = compute(states.flatten(0, -2).index_select(0, at))
         return (states[:1, :1],)
+
+    def _losses(
+        self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses of `scores` (targets, vocabulary), and the gradient of their sum."""
+        kind, vocabulary = scores.device.type, scores.shape[-1]
+        formulas = self._kernels.cross_entropy(vocabulary, scores.dtype, kind)
+        return formulas.cross_entropy(scores, targets, smoothing)
 
     def _trained(self) -> list[torch.Tensor]:
         return [p for p in self._head.parameters() if p.requires_grad]
@@ -258,28 +270,6 @@ def _chunks(
     states: torch.Tensor, targets: torch.Tensor, size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     return zip(torch.split(states, size), torch.split(targets, size), strict=True)
-
-
-def _loss_and_gradient(
-    scores: torch.Tensor, targets: torch.Tensor, smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the losses of `scores` (targets, vocabulary), and their gradient, in float32.
-
-    With labels smoothed by ε the loss is log Σⱼ exp sⱼ − (1 − ε) s_y − ε mean s, and its gradient
-    softmax(s) − (1 − ε) onehot(y) − ε / vocabulary.
-
-    The largest probability, 1/vocabulary at least, gives the normalizer without another exponential
-    of every score: log Σⱼ exp sⱼ = max s − log max p.
-    """
-    exact = scores.float()
-    chosen = exact.gather(-1, targets[:, None])[:, 0]
-    probabilities = torch.softmax(exact, -1)
-    normalizer = exact.amax(-1) - probabilities.amax(-1).log()
-    ones = probabilities.new_full((len(targets), 1), smoothing - 1.0)
-    if smoothing:
-        chosen = (1 - smoothing) * chosen + smoothing * exact.mean(-1)
-        probabilities -= smoothing / exact.shape[-1]
-    return normalizer - chosen, probabilities.scatter_add_(-1, targets[:, None], ones)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -343,6 +333,7 @@ class _Likelihoods(torch.autograd.Function):
         states: torch.Tensor,
         targets: torch.Tensor,
         scores_of: Callable[[torch.Tensor], torch.Tensor],
+        losses_of: LossesAndGradient,
         size: int,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
@@ -357,14 +348,15 @@ class _Likelihoods(torch.autograd.Function):
                 leaf = chunk.detach().requires_grad_(wanted)
                 scores = scores_of(leaf)
             with torch.no_grad():
-                loss, gradient = _loss_and_gradient(scores, own, 0.0)
+                loss, gradient = losses_of(scores, own)
                 each[here] = -loss
             if wanted:
                 (of_states[here],) = torch.autograd.grad(scores, leaf, -gradient.to(scores.dtype))
             begin += len(own)
         ctx.save_for_backward(of_states, targets, *parameters)
         kind = states.device.type
-        ctx.scores_of, ctx.size, ctx.has_gradient = scores_of, size, wanted
+        ctx.scores_of, ctx.losses_of = scores_of, losses_of
+        ctx.size, ctx.has_gradient = size, wanted
         ctx.precision = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         return each
 
@@ -373,7 +365,7 @@ class _Likelihoods(torch.autograd.Function):
         """Return the gradients of the states and of the head's parameters."""
         states, targets, *parameters = ctx.saved_tensors
         if ctx.has_gradient:
-            return states * upstream[:, None].to(states.dtype), None, None, None
+            return states * upstream[:, None].to(states.dtype), None, None, None, None
         of_states = torch.empty_like(states)
         of_parameters = [torch.zeros_like(p) for p in parameters]
         begin = 0
@@ -382,12 +374,12 @@ class _Likelihoods(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(*ctx.precision):
                 leaf = chunk.detach().requires_grad_()
                 scores = ctx.scores_of(leaf)
-            _, gradient = _loss_and_gradient(scores.detach(), own, 0.0)
-            gradient *= -upstream[here, None]
+            _, gradient = ctx.losses_of(scores.detach(), own)
+            gradient = gradient.float().mul_(-upstream[here, None])
             of_states[here], *of_head = torch.autograd.grad(
                 scores, [leaf, *parameters], gradient.to(scores.dtype)
             )
             for total, part in zip(of_parameters, of_head, strict=True):
                 total += part
             begin += len(own)
-        return of_states, None, None, None, *of_parameters
+        return of_states, None, None, None, None, *of_parameters

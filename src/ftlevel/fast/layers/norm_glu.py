@@ -1,6 +1,6 @@
 """RMS norms and gated linear units (GLU) of frozen weights, each as a fused autograd function.
 
-`layers.formulas` has what they compute; on an NVIDIA GPU `layers.kernels` may compute it.
+`kernels.formulas` has what they compute; on an NVIDIA GPU a kernel of `kernels` may compute it.
 
 Written out in torch's operations, a norm keeps its input twice in float32 and once more in the
 model's precision for the backward pass, and a GLU keeps a(g) beside g and u. The fused functions
@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ftlevel.fast.layers import kernels
-from ftlevel.fast.layers.formulas import ACTIVATIONS, Formulas
+from ftlevel.fast.kernels import NO_KERNELS, Kernels
+from ftlevel.fast.kernels.formulas import ACTIVATIONS, Formulas
 from ftlevel.fast.layers.recompute import with_recomputation
 from ftlevel.models.upstream.tensors import copy_module, is_watched
 
@@ -47,6 +47,7 @@ class _Norm(torch.autograd.Function):
         normed, scale = formulas.norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
+        ctx.set_materialize_grads(False)
         ctx.formulas = formulas
         return normed, scale
 
@@ -54,10 +55,12 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any,
-        gradient: torch.Tensor,
-        of_scale: torch.Tensor,  # noqa: ARG004 - zeros
+        gradient: torch.Tensor | None,
+        of_scale: None,  # noqa: ARG004 - it has none
     ) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of x."""
+        if gradient is None:  # y is of no use
+            return None, None, None, None
         return ctx.formulas.norm_backward(gradient, *ctx.saved_tensors), None, None, None
 
 
@@ -68,10 +71,14 @@ class FusedNorm(nn.Module):
         norm: what it stands for; its weight is shared.
         shift: what is added to the weight: 1 in Gemma, else 0.
         in_float32: whether the weight multiplies in float32.
+        kernels: says what computes it.
     """
 
-    def __init__(self, norm: nn.Module, shift: float, in_float32: bool) -> None:
+    def __init__(
+        self, norm: nn.Module, shift: float, in_float32: bool, kernels: Kernels = NO_KERNELS
+    ) -> None:
         super().__init__()
+        self._kernels = kernels
         self.weight: nn.Parameter = _weight_of(norm)
         self._shift, self._in_float32 = shift, in_float32
         self._eps = _eps_of(norm)
@@ -89,7 +96,7 @@ class FusedNorm(nn.Module):
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self._shift:
             weight = weight + self._shift
-        formulas = kernels.choose_norm(x.shape[-1], weight.dtype, x.dtype, x.device.type)
+        formulas = self._kernels.norm(x.shape[-1], weight.dtype, x.dtype, x.device.type)
         normed, scale = _Norm.apply(x, weight, self._eps, formulas)  # type: ignore[no-untyped-call]
         return with_recomputation(normed, formulas.renorm, x, weight, scale)
 
@@ -120,10 +127,12 @@ class FusedGlu(nn.Module):
     Args:
         block: what it stands for; its linears, adapted or not, are shared.
         kind: of `ACTIVATIONS`.
+        kernels: says what computes it.
     """
 
-    def __init__(self, block: nn.Module, kind: str) -> None:
+    def __init__(self, block: nn.Module, kind: str, kernels: Kernels = NO_KERNELS) -> None:
         super().__init__()
+        self._kernels = kernels
         for name, child in block.named_children():
             self.add_module(name, child)
         self._kind = kind
@@ -136,7 +145,7 @@ class FusedGlu(nn.Module):
             return plain
         gate, up = self.get_submodule("gate_proj")(x), self.get_submodule("up_proj")(x)
         kind, width = self._kind, gate.shape[-1]
-        formulas = kernels.choose_glu(kind, width, gate.dtype, gate.device.type)
+        formulas = self._kernels.glu(kind, width, gate.dtype, gate.device.type)
         gated = _Glu.apply(gate, up, kind, formulas)  # type: ignore[no-untyped-call]
         gated = with_recomputation(gated, partial(formulas.glu, kind), gate, up)
         down: torch.Tensor = self.get_submodule("down_proj")(gated)
@@ -148,17 +157,18 @@ class FusedNormGlu:
 
     Args:
         model: mutated until `remove`.
+        kernels: says what computes them.
 
     Attributes:
         count: how many modules were replaced.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         known: dict[tuple[type, int, float], tuple[float, bool] | str | None] = {}
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                fused = _fuse(child, known)
+                fused = _fuse(child, known, kernels)
                 if fused is not None:
                     fused.train(child.training)
                     setattr(parent, name, fused)
@@ -172,7 +182,7 @@ class FusedNormGlu:
             setattr(parent, name, child)
 
 
-def _fuse(module: nn.Module, known: dict[Any, Any]) -> nn.Module | None:
+def _fuse(module: nn.Module, known: dict[Any, Any], kernels: Kernels) -> nn.Module | None:
     """Return what replaces `module`, or None. `known` keeps what was found for its like."""
     if is_watched(module):
         return None
@@ -180,13 +190,16 @@ def _fuse(module: nn.Module, known: dict[Any, Any]) -> nn.Module | None:
         key: Any = (type(module), len(_weight_of(module)), _eps_of(module))
         if key not in known:
             known[key] = _find_norm(module)
-        return None if known[key] is None else FusedNorm(module, *known[key])
+        if known[key] is None:
+            return None
+        shift, in_float32 = known[key]
+        return FusedNorm(module, shift, in_float32, kernels)
     children = dict(module.named_children())
     if set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         key = (type(module), type(children["act_fn"]))
         if key not in known:
             known[key] = _find_glu(module)
-        return None if known[key] is None else FusedGlu(module, known[key])
+        return None if known[key] is None else FusedGlu(module, known[key], kernels)
     return None
 
 

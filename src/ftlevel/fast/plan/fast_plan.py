@@ -53,6 +53,7 @@ class FastPlan:
         workers: how many micro-batches are computed in parallel, where that is faster.
         is_random: whether they drop something at random.
         fused_norm_glu: whether norms and GLUs are computed in one fused function each.
+        triton_kernels: whether a GPU may compute by kernels of ours, where they prove themselves.
         prunes_last_layer: whether the last block computes only the tokens that are needed after it,
             where it can.
         needed_tokens: which those are; None before the model has been asked, or where all are.
@@ -70,6 +71,7 @@ class FastPlan:
     workers: int = 1
     is_random: bool = False
     fused_norm_glu: bool = False
+    triton_kernels: bool = False
     prunes_last_layer: bool = False
     needed_tokens: NeededTokens | None = None
     shared_prefix: bool = False
@@ -131,6 +133,7 @@ def plan_fast(
         workers.count,
         bool(workers.random),
         speed.fused_norm_glu and not uses_liger(config, device, meta.config.model_type),
+        device == "cuda" and speed.triton_kernels,
         prunes_last_layer=speed.prune_last_layer
         and not why_padded
         and not METHODS[config.method.kind].step.pruning(config.method),

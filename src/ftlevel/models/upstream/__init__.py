@@ -22,6 +22,8 @@ FACTS = {
         "aten.silu_backward, aten.gelu_backward": "the gradient of an activation from its input",
         "aten._unsafe_view": "a shape that autograd takes for a new tensor, to be written to"},
     "torch/_C/__init__.pyi": {
+        "torch._C._current_graph_task_id": "-1 outside of a backward pass",
+        "Node._sequence_nr": "which of two nodes of the graph was made later",
         "Tensor._version": "whether a tensor was written to since",
         "Tensor._make_wrapper_subclass": "a tensor that says it is on the CPU and holds nothing"},
     "torch/utils/_python_dispatch.py": {

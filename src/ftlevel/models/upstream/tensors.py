@@ -22,6 +22,16 @@ new_shape = torch.ops.aten._unsafe_view
 version_of = attrgetter("_version")
 
 
+def is_in_backward() -> bool:
+    """Whether this thread is inside a backward pass, as what is computed again there is."""
+    return bool(torch._C._current_graph_task_id() >= 0)
+
+
+def order_of(node: Any) -> int:
+    """Return a number of an autograd node that is larger the later it was made, in its thread."""
+    return int(node._sequence_nr())
+
+
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return the tensors that one of torchao's kind consists of; none for a plain tensor."""
     if not hasattr(tensor, "__tensor_flatten__"):

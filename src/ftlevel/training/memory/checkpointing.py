@@ -24,6 +24,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.fast.head.loss import base_model
+from ftlevel.fast.layers.fused_lora import skip_unneeded_products
 from ftlevel.models.hardware import autocast, free_memory_bytes
 from ftlevel.models.module_tree import find_stacks
 from ftlevel.models.upstream.fake import storage_of
@@ -73,7 +74,7 @@ def set_checkpointing(model: Any, config: TrainConfig, plan: Plan) -> list[Choic
     """
     train, base = config.train, base_model(model)
     if train.recomputes:
-        _enable(base, offload=train.offload_activations)
+        recompute_blocks(base, offload=train.offload_activations)
         where = "; what they begin with is in the host's memory" * train.offload_activations
         return [Choice("recomputed blocks", "all", f"as asked{where}")]
     blocks = list(chain(*find_stacks(base)))
@@ -87,7 +88,7 @@ def set_checkpointing(model: Any, config: TrainConfig, plan: Plan) -> list[Choic
     count = found.count_recomputed(tokens, memory)
     if not count:
         return []
-    _enable(base)
+    recompute_blocks(base)
     recompute_first(blocks, count)
     why = (
         f"auto: {tokens:,} tokens hold {tokens * sum(found.held) / 1e9:.1f} GB, and "
@@ -96,8 +97,15 @@ def set_checkpointing(model: Any, config: TrainConfig, plan: Plan) -> list[Choic
     return [Choice("recomputed blocks", f"{count} of {len(blocks)}", why)]
 
 
-def _enable(base: Any, *, offload: bool = False) -> None:
+def recompute_blocks(base: Any, *, offload: bool = False) -> None:
+    """Have the blocks of `base` (mutated) recomputed by transformers' switch.
+
+    Args:
+        base: a model of transformers.
+        offload: whether what they begin with is held in the host's memory.
+    """
     base.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
+    skip_unneeded_products(list(chain(*find_stacks(base))))
 
 
 def _has_single_switches(base: Any, blocks: Sequence[nn.Module]) -> bool:

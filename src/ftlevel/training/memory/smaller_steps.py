@@ -23,6 +23,7 @@ from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.head.loss import base_model
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.module_tree import find_stacks
+from ftlevel.training.memory.checkpointing import recompute_blocks
 
 
 class SmallerSteps:
@@ -164,8 +165,7 @@ class SmallerSteps:
         # A recomputation would find the prefix's layout gone, as `plan_fast` says.
         trainer.fast.plan = replace(trainer.fast.plan, shared_prefix=False)
         trainer.data_collator.share_no_prefix()
-        base: Any = base_model(trainer.model)
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(base_model(trainer.model))
 
 
 def _has_parts(inputs: Mapping[str, Any]) -> bool:

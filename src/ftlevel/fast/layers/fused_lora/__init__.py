@@ -8,5 +8,6 @@ merging, switching and the saved adapter are PEFT's; where the function does not
 """
 
 from ftlevel.fast.layers.fused_lora.layer import register_fused_layers
+from ftlevel.fast.layers.fused_lora.unneeded import skip_unneeded_products
 
-__all__ = ["register_fused_layers"]
+__all__ = ["register_fused_layers", "skip_unneeded_products"]

@@ -17,7 +17,12 @@ class FusedForward:
     """A LoRA layer's forward, fused in training; in any other case its PEFT class's own.
 
     Evaluation and generation thereby see what anyone sees who loads the adapter with PEFT.
+
+    Attributes:
+        ends_a_block: whether nobody reads its product where its block is computed again.
     """
+
+    ends_a_block = False
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return base and update of `x`: (…, in) → (…, out)."""
@@ -37,6 +42,7 @@ class FusedForward:
                 functools.partial(self._weight, compute),
                 self.scaling[name],
                 recomputation_of(x),
+                self,
             )
         return y.to(result)
 

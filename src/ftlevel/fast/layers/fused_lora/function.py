@@ -4,9 +4,11 @@ W is frozen, A is (r, in), B is (out, r). With g = ∂L/∂y, both (tokens, out)
 
     ∂L/∂x = g W    ∂L/∂d = uᵀ A    ∂L/∂A = u d    ∂L/∂B = s · (A dᵀ g)ᵀ    ∂L/∂b = Σ g
 
-Without dropout d is x, and the two gradients are summed by the matrix product itself. All that is
-r wide is held as (r, tokens): with r as the rows, oneDNN and MKL run these products at 85 to 120
-GFLOP/s a core in bfloat16 where (tokens, r) costs up to four times as much (docs/performance.md).
+The update comes first, and the base's product is added to it: so the sum is rounded once, where the
+other order rounds the base's part and then the sum, and the large product reads the small one while
+it computes. Without dropout d is x, and ∂L/∂x is made alike. All that is r wide is held as
+(r, tokens): with r as the rows, oneDNN and MKL run these products at 85 to 120 GFLOP/s a core in
+bfloat16 where (tokens, r) costs up to four times as much (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -16,10 +18,9 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from ftlevel.fast.layers.recompute import Recomputation
-from ftlevel.models.upstream.tensors import new_shape
+from ftlevel.models.upstream.tensors import is_in_backward, new_shape
 
 
 class FusedLoraFunction(torch.autograd.Function):
@@ -36,6 +37,7 @@ class FusedLoraFunction(torch.autograd.Function):
         weight: Callable[[], torch.Tensor],
         scaling: float,
         recomputation: tuple[Recomputation, tuple[torch.Tensor, ...]] | None = None,
+        layer: Any = None,
     ) -> torch.Tensor:
         """Return y, (…, out), in x's dtype.
 
@@ -50,13 +52,19 @@ class FusedLoraFunction(torch.autograd.Function):
                 a dequantized weight is not held between them.
             scaling: s.
             recomputation: how x is recomputed and from what, so that it need not be kept; or None.
+            layer: of which this is the forward; where it ends a block that is computed again, y is
+                NaN, which nobody reads.
         """
         rows = x.reshape(-1, x.shape[-1])
         source = rows if dropped is None else dropped.reshape(rows.shape)
-        down, up = a.to(x.dtype), (b * scaling).to(x.dtype)
+        down, up = a.to(x.dtype), _times(b, scaling, x.dtype)
         inner = down @ source.t()
-        y = functional.linear(rows, weight(), None if bias is None else bias.to(x.dtype))
-        y.addmm_(inner.t(), up.t())
+        if layer is not None and layer.ends_a_block and is_in_backward():
+            y = x.new_full((), torch.nan).expand(len(rows), len(up))
+        else:
+            parts = (inner.t(), up.t())
+            y = torch.mm(*parts) if bias is None else torch.addmm(bias.to(x.dtype), *parts)
+            y.addmm_(rows, weight().t())
         kept: tuple[torch.Tensor, ...] = (source,)
         ctx.recomputation = None
         if recomputation is not None and dropped is None:
@@ -65,7 +73,7 @@ class FusedLoraFunction(torch.autograd.Function):
         ctx.save_for_backward(inner, down, up, *kept)
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
         ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
-        ctx.has_dropout = dropped is not None
+        ctx.has_dropout, ctx.layer = dropped is not None, layer
         # Not a view: what a function returns as one must not be written to, and Longformer, LED and
         # DeBERTa scale their queries in place.
         shaped: torch.Tensor = new_shape(y, [*x.shape[:-1], y.shape[-1]])
@@ -82,17 +90,44 @@ class FusedLoraFunction(torch.autograd.Function):
         grad_x = grad_dropped = grad_a = grad_b = grad_bias = None
         through_a = up.t() @ g.t()
         if for_x:
-            grad_x = g @ ctx.weight()
-            if not ctx.has_dropout:
-                grad_x.addmm_(through_a.t(), down)
+            if ctx.has_dropout:
+                grad_x = g @ ctx.weight()
+            else:
+                grad_x = (through_a.t() @ down).addmm_(g, ctx.weight())
             grad_x = grad_x.view(ctx.shape)
         if for_dropped:
             grad_dropped = (through_a.t() @ down).view(ctx.shape)
         if for_a:
             source = kept[0] if ctx.recomputation is None else ctx.recomputation.make(*kept)
-            grad_a = (through_a @ source.reshape(-1, source.shape[-1])).to(dtype_a)
+            source = source.reshape(-1, source.shape[-1])
+            grad_a = _product(through_a, source, 1.0, dtype_a)
         if for_b:
-            grad_b = (inner @ g).t().to(dtype_b) * ctx.scaling
+            grad_b = _product(inner, g, ctx.scaling, dtype_b, transposed=True)
         if for_bias:
             grad_bias = g.sum(0, dtype=dtype_bias)
-        return grad_x, grad_dropped, grad_a, grad_b, grad_bias, None, None, None
+        return grad_x, grad_dropped, grad_a, grad_b, grad_bias, None, None, None, None
+
+
+def _times(matrix: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
+    """Return `matrix` times `factor` in `dtype`, contiguous, by one kernel."""
+    out = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    return torch.mul(matrix, factor, out=out)
+
+
+def _product(
+    one: torch.Tensor, other: torch.Tensor, factor: float, dtype: torch.dtype,
+    *, transposed: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return `factor` times the matrix product, or what it is `transposed`, in `dtype`.
+
+    An NVIDIA GPU writes it as it was summed, in float32, and either way round. (`addmm` would scale
+    it too, but what torch 2.8 asks of its arguments is not what 2.13 does.)
+    """
+    lower = one.dtype in (torch.bfloat16, torch.float16)
+    if one.is_cuda and lower and dtype == torch.float32 and torch.version.hip is None:
+        one, other = (other.t(), one.t()) if transposed else (one, other)
+        exact = torch.mm(one, other, out_dtype=dtype)
+        return exact if factor == 1.0 else exact.mul_(factor)
+    product = (one @ other).to(dtype)
+    product = product.t() if transposed else product
+    return product if factor == 1.0 else _times(product, factor, dtype)

@@ -1,13 +1,18 @@
-"""The arithmetic of fused norms and GLUs, as torch's operations compute it.
+"""The arithmetic of what the fast step fuses, as torch's operations compute it.
 
     norm    y = w ∘ x̂,  x̂ = x · ρ,  ρ = (mean x² + ε)^−½
             ∂L/∂x = ρ · (d − x̂ · mean(d ∘ x̂)),  d = w ∘ ∂L/∂y
     GLU     y = a(g) ∘ u
             ∂L/∂g = a′(g) ∘ u ∘ ∂L/∂y,  ∂L/∂u = a(g) ∘ ∂L/∂y
+    RoPE    q′ = q ∘ cos + J q ∘ sin,  J (q₁, q₂) = (−q₂, q₁) on the halves of a head; k alike
+            ∂L/∂q = cos ∘ ∂L/∂q′ + Jᵀ (sin ∘ ∂L/∂q′)
+    loss    log Σⱼ exp sⱼ − (1 − ε) s_y − ε mean s,  of labels smoothed by ε
+            ∂L/∂s = softmax s − (1 − ε) onehot y − ε / vocabulary
 
-`layers.kernels` computes the same in a kernel each. x and y are (…, hidden), g and u
+`kernels.programs` computes the same in a kernel each. x and y are (…, hidden), g and u
 (…, intermediate), ρ is (…, 1) in float32; w says by its dtype where it multiplies, in float32 or in
-x's precision.
+x's precision. q and k are (batch, tokens, heads, head_dim), cos and sin (batch or 1, tokens,
+head_dim), scores s (targets, vocabulary).
 """
 
 from __future__ import annotations
@@ -56,6 +61,15 @@ class Formulas(Protocol):
     ) -> Pair:
         """Return ∂L/∂g and ∂L/∂u."""
 
+    def rope(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        *, backward: bool = False,
+    ) -> Pair:  # fmt: skip
+        """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
+
+    def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
+        """Return the losses in float32, and their gradient, in float32 or as `scores` are."""
+
 
 class TorchFormulas:
     """By torch's operations, on any device."""
@@ -89,6 +103,38 @@ class TorchFormulas:
         """Return ∂L/∂g and ∂L/∂u."""
         activate, of_gate = ACTIVATIONS[kind]
         return of_gate(gradient * up, gate), activate(gate).mul_(gradient)
+
+    def rope(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        *, backward: bool = False,
+    ) -> Pair:  # fmt: skip
+        """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        if backward:
+            return q * cos - _turn(q * sin), k * cos - _turn(k * sin)
+        return q * cos + _turn(q) * sin, k * cos + _turn(k) * sin
+
+    def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
+        """Return the losses, and their gradient, in float32.
+
+        The largest probability, 1/vocabulary at least, gives the normalizer without another
+        exponential of every score: log Σⱼ exp sⱼ = max s − log max p.
+        """
+        exact = scores.float()
+        chosen = exact.gather(-1, targets[:, None])[:, 0]
+        probabilities = torch.softmax(exact, -1)
+        normalizer = exact.amax(-1) - probabilities.amax(-1).log()
+        ones = probabilities.new_full((len(targets), 1), smoothing - 1.0)
+        if smoothing:
+            chosen = (1 - smoothing) * chosen + smoothing * exact.mean(-1)
+            probabilities -= smoothing / exact.shape[-1]
+        return normalizer - chosen, probabilities.scatter_add_(-1, targets[:, None], ones)
+
+
+def _turn(x: torch.Tensor) -> torch.Tensor:
+    """Return J x."""
+    one, two = x.chunk(2, -1)
+    return torch.cat((-two, one), -1)
 
 
 def _normalize(

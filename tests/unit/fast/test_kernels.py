@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from ftlevel.fast.layers import kernels
-from ftlevel.fast.layers.formulas import ACTIVATIONS, TORCH, TorchFormulas
-from ftlevel.fast.layers.kernels.operators import TritonFormulas
+from ftlevel.fast import kernels
+from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.kernels.formulas import ACTIVATIONS, TORCH, Formulas, TorchFormulas
+from ftlevel.fast.kernels.operators import TritonFormulas
+from ftlevel.fast.layers import rope
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
+from ftlevel.fast.layers.rope import FusedRope
 from tiny_models import build
 
 ROWS = (2, 5)
@@ -82,21 +85,107 @@ def test_a_norm_multiplies_where_the_weight_says() -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
-def test_a_model_learns_the_same_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gradients(formulas: Any) -> list[torch.Tensor]:
-        monkeypatch.setattr(kernels, "choose_norm", lambda *_: formulas)
-        monkeypatch.setattr(kernels, "choose_glu", lambda *_: formulas)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("heads", "width", "rows"), [((4, 2), 16, 1), ((3, 3), 12, 2)])
+def test_rotary_embeddings_are_torchs(
+    heads: tuple[int, int], width: int, rows: int, backward: bool
+) -> None:
+    q, k = (draw(seed, 2, 5, count, width) for seed, count in enumerate(heads))
+    cos, sin = (draw(seed, rows, 5, width) for seed in (2, 3))  # no angles: halves that differ
+    found = TritonFormulas().rope(q, k, cos, sin, backward=backward)
+    assert_same(found, TORCH.rope(q, k, cos, sin, backward=backward))
+
+
+def test_the_backward_rotation_is_autograds() -> None:
+    q, k, cos, sin = (draw(seed, 2, 5, 3, 8).double() for seed in range(4))
+    cos, sin = cos[:, :, 0], sin[:, :, 0]
+    leaves = [part.requires_grad_() for part in (q, k)]
+    turned, along = TORCH.rope(*leaves, cos, sin), (draw(5, *q.shape), draw(6, *k.shape))
+    expected = torch.autograd.grad(turned, leaves, [part.double() for part in along])
+    found = TORCH.rope(*(part.double() for part in along), cos, sin, backward=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("vocabulary", [5, 4096, 10_001])
+def test_a_loss_and_its_gradient_are_torchs(vocabulary: int, smoothing: float) -> None:
+    scores = 5 * draw(0, 4, vocabulary)
+    scores[1, 2:] = float("-inf") if not smoothing else -80.0  # one block has nothing else
+    targets = torch.tensor([0, 1, vocabulary - 1, vocabulary // 2])
+    found = TritonFormulas().cross_entropy(scores, targets, smoothing)
+    leaf = scores.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        leaf, targets, reduction="none", label_smoothing=smoothing
+    )
+    assert_same(found, [expected.detach(), torch.autograd.grad(expected.sum(), leaf)[0]])
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_a_target_that_is_not_there_is_no_number() -> None:
+    for target in (-100, 8):
+        losses, _ = TritonFormulas().cross_entropy(draw(0, 1, 8), torch.tensor([target]), 0.0)
+        assert losses.isnan().all()
+
+
+class Always(kernels.Kernels):
+    """Has one way to compute them all, and counts what it is asked for."""
+
+    formulas: Formulas = TORCH
+
+    def norm(self, *_: Any) -> Formulas:
+        """Return it."""
+        return self.formulas
+
+    glu = rope = cross_entropy = norm
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+def test_a_model_learns_the_same_by_the_kernels(family: str) -> None:
+    def gradients(formulas: Formulas) -> list[torch.Tensor]:
+        chosen = type("Chosen", (Always,), {"formulas": formulas})()
         torch.manual_seed(0)
-        model = build("llama").train()
+        model = build(family).train()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("q_proj" in name)
-        assert FusedNormGlu(model).count
+        parts = [FusedNormGlu(model, chosen), FusedRope(model, chosen)]
+        assert all(part.count for part in parts)
+        head = ChunkedCrossEntropy(model, chosen)
         ids = torch.arange(12)[None] + 5
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        at, targets = torch.arange(11), ids[0, 1:]
+        loss = head.loss_sum(lambda: model(input_ids=ids, use_cache=False), at, targets)
         loss.backward()
+        for part in (*parts, head):
+            part.remove()
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
     assert_same(gradients(TritonFormulas()), gradients(TORCH))
+
+
+def test_rotary_embeddings_are_put_back_and_are_the_models_own_where_none_serves() -> None:
+    from transformers.models.llama import modeling_llama
+
+    model, plain = build("llama").eval(), modeling_llama.apply_rotary_pos_emb
+    ids = torch.arange(12)[None] + 5
+    expected = model(ids).logits
+    fused = FusedRope(model, kernels.Kernels())
+    assert fused.count == 1
+    assert modeling_llama.apply_rotary_pos_emb is not plain
+    assert torch.equal(model(ids).logits, expected)
+    again = FusedRope(model, kernels.Kernels())
+    assert again.count == 0, "another step's stays"
+    again.remove()
+    fused.remove()
+    assert modeling_llama.apply_rotary_pos_emb is plain
+
+
+def test_another_rotation_is_left_alone() -> None:
+    from transformers.models.cohere import modeling_cohere
+
+    assert not rope.computes_rope(modeling_cohere.apply_rotary_pos_emb)  # pairs, not halves
+    assert FusedRope(build("gpt2"), kernels.Kernels()).count == 0
 
 
 def test_shapes_are_known_without_numbers() -> None:
@@ -106,17 +195,24 @@ def test_shapes_are_known_without_numbers() -> None:
     assert (scale.shape, scale.dtype) == ((2, 3, 1), torch.float32)
     of_gate, of_up = TritonFormulas().glu_backward("silu", x, x, x)
     assert of_gate.shape == of_up.shape == x.shape
+    q, k, angles = x[:, :, None], x[:, :, None], x[:1]
+    assert [part.shape for part in TritonFormulas().rope(q, k, angles, angles)] == [q.shape] * 2
+    scores, targets = x[0], torch.empty(3, device="meta", dtype=torch.long)
+    losses, gradient = TritonFormulas().cross_entropy(scores, targets, 0.0)
+    assert (losses.shape, losses.dtype) == ((3,), torch.float32)
+    assert (gradient.shape, gradient.dtype) == (scores.shape, scores.dtype)
 
 
 def test_a_cpu_and_a_machine_without_triton_compute_as_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert kernels.choose_norm(64, torch.float32, torch.float32, "cpu") is TORCH
+    assert kernels.Kernels().norm(64, torch.float32, torch.float32, "cpu") is TORCH
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: None)
     assert not kernels.can_serve("cuda", torch.bfloat16)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: True)
     assert kernels.can_serve("cuda", torch.bfloat16)
     assert not kernels.can_serve("cuda", torch.float64)
+    assert kernels.NO_KERNELS.glu("silu", 64, torch.bfloat16, "cuda") is TORCH
 
 
 class Like(TorchFormulas):

@@ -1,9 +1,4 @@
-"""The Triton programs of norms and GLUs. Import this only where Triton is.
-
-A program of a norm has a row, one of a GLU a block of numbers. All arithmetic is in float32, and a
-number is rounded where torch's operations would write it: so `_rounded` stands in the place of
-their intermediate tensors.
-"""
+"""Norms and GLUs: a program of a norm has a row, one of a GLU a block of numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ftlevel.fast.layers.formulas import Pair
+from ftlevel.fast.kernels.formulas import Pair
+from ftlevel.fast.kernels.programs.rounding import rounded
 
 BLOCK = 1024
 """Numbers of a program of a GLU."""
@@ -20,16 +16,10 @@ KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 @triton.jit
-def _rounded(value, like):
-    """Round to the precision of what the pointer `like` points to, and go on in float32."""
-    return value.to(like.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
 def _normalized(x, rho, w, x_ptr, IN_FLOAT32: tl.constexpr):
     if IN_FLOAT32:
         return x * rho * w
-    return _rounded(x * rho, x_ptr) * w
+    return rounded(x * rho, x_ptr) * w
 
 
 @triton.jit
@@ -91,7 +81,7 @@ def _glu(gate_ptr, up_ptr, y_ptr, count, KIND: tl.constexpr, SIZE: tl.constexpr)
     gate = tl.load(gate_ptr + places, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + places, mask=inside, other=0.0).to(tl.float32)
     active, _ = _activated(gate, KIND)
-    y = _rounded(active, gate_ptr) * up
+    y = rounded(active, gate_ptr) * up
     tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -106,8 +96,8 @@ def _glu_backward(
     gate = tl.load(gate_ptr + places, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + places, mask=inside, other=0.0).to(tl.float32)
     active, slope = _activated(gate, KIND)
-    of_gate = _rounded(g * up, gate_ptr) * slope
-    of_up = _rounded(active, gate_ptr) * g
+    of_gate = rounded(g * up, gate_ptr) * slope
+    of_up = rounded(active, gate_ptr) * g
     tl.store(of_gate_ptr + places, of_gate.to(of_gate_ptr.dtype.element_ty), mask=inside)
     tl.store(of_up_ptr + places, of_up.to(of_up_ptr.dtype.element_ty), mask=inside)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.fast.layers.formulas import Pair
+from ftlevel.fast.kernels.formulas import Pair
 
 # It unregisters what it defines when it goes.
 _LIBRARY: Any = torch.library.Library("ftlevel", "DEF")  # type: ignore[no-untyped-call]
@@ -17,7 +17,7 @@ def _define(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[...,
     """Return the operator that `programs.NAME` computes, on a GPU or by Triton's interpreter."""
 
     def compute(*arguments: Any) -> Any:
-        from ftlevel.fast.layers.kernels import programs  # Triton is not everywhere
+        from ftlevel.fast.kernels import programs  # Triton is not everywhere
 
         return getattr(programs, name)(*arguments)
 
@@ -56,6 +56,14 @@ _glu_backward = _define(
     "glu_backward", "(str kind, Tensor gradient, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     _like(2, 3),
 )  # fmt: skip
+_rope = _define(
+    "rope", "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool backward) -> (Tensor, Tensor)",
+    _like(0, 1),
+)  # fmt: skip
+_cross_entropy = _define(
+    "cross_entropy", "(Tensor scores, Tensor targets, float smoothing) -> (Tensor, Tensor)",
+    lambda scores, _, __: (_scale_like(scores)[..., 0], torch.empty_like(scores)),
+)  # fmt: skip
 
 
 class TritonFormulas:
@@ -89,4 +97,17 @@ class TritonFormulas:
         """Return ∂L/∂g and ∂L/∂u."""
         parts = (part.contiguous() for part in (gradient, gate, up))
         made: Pair = _glu_backward(kind, *parts)
+        return made
+
+    def rope(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        *, backward: bool = False,
+    ) -> Pair:  # fmt: skip
+        """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
+        made: Pair = _rope(*(part.contiguous() for part in (q, k, cos, sin)), backward)
+        return made
+
+    def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
+        """Return the losses, and their gradient in the precision of `scores`."""
+        made: Pair = _cross_entropy(scores.contiguous(), targets.contiguous(), smoothing)
         return made

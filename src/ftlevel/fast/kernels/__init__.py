@@ -1,0 +1,191 @@
+"""Triton kernels on an NVIDIA GPU, used where they prove themselves.
+
+`Kernels` computes a formula both ways on random numbers of the run's own width and precision, on
+the GPU that it runs on: a kernel is used where it gives the same numbers to rounding, forward and
+backward, and is faster. Where Triton is missing, or does not compile, torch's operations compute as
+ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ftlevel.fast.kernels.formulas import TORCH, Formulas
+from ftlevel.fast.kernels.operators import TritonFormulas
+
+TOKENS = 2048
+"""Of the comparison."""
+
+TARGETS = 256
+"""Of the comparison of a loss, which has a vocabulary of numbers for each."""
+
+WIDEST = 32_768
+"""Numbers of a row that one program can have."""
+
+ROUNDINGS = 4
+"""Units in the last place by which numbers may differ that were added in another order."""
+
+_chosen: dict[str, Formulas] = {}
+
+Way = Callable[[Formulas], Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Says what computes a formula; each question is asked of the GPU once in a process.
+
+    Attributes:
+        allowed: whether kernels may be used at all.
+    """
+
+    allowed: bool = True
+
+    def norm(self, width: int, weight: torch.dtype, dtype: torch.dtype, device: str) -> Formulas:
+        """Return what computes norms of `width` whose weight multiplies in `weight`."""
+        serves = width <= WIDEST and self._can_serve(device, dtype)
+        return choose_norm(width, weight, dtype, device) if serves else TORCH
+
+    def glu(self, kind: str, width: int, dtype: torch.dtype, device: str) -> Formulas:
+        """Return what computes GLUs of `width` with the activation `kind`."""
+        return choose_glu(kind, width, dtype, device) if self._can_serve(device, dtype) else TORCH
+
+    def rope(self, heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> Formulas:
+        """Return what computes rotary embeddings.
+
+        Args:
+            heads: of queries, of keys, and the numbers of one.
+            dtype: of all.
+            device: torch device type.
+        """
+        serves = max(heads[:2]) * heads[2] <= WIDEST and self._can_serve(device, dtype)
+        return choose_rope(heads, dtype, device) if serves else TORCH
+
+    def cross_entropy(self, vocabulary: int, dtype: torch.dtype, device: str) -> Formulas:
+        """Return what computes losses of scores over a `vocabulary`, and their gradients."""
+        serves = self._can_serve(device, dtype)
+        return choose_cross_entropy(vocabulary, dtype, device) if serves else TORCH
+
+    def _can_serve(self, device: str, dtype: torch.dtype) -> bool:
+        return self.allowed and can_serve(device, dtype)
+
+
+NO_KERNELS = Kernels(allowed=False)
+"""Torch's operations compute all."""
+
+
+@functools.cache
+def choose_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str) -> Formulas:
+    """Return what computes norms, as `Kernels.norm` says."""
+    x, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in (0, 1))
+    w = _draw(2, (width,), torch.float32, device).to(weight)
+
+    def compute(formulas: Formulas) -> Sequence[torch.Tensor]:
+        y, scale = formulas.norm(x, w, 1e-6)
+        again = formulas.renorm(x, w, scale)
+        return y, scale, again, formulas.norm_backward(gradient, x, w, scale)
+
+    return _better(f"norm {width} wide in {dtype}", compute, device)
+
+
+@functools.cache
+def choose_glu(kind: str, width: int, dtype: torch.dtype, device: str) -> Formulas:
+    """Return what computes GLUs, as `Kernels.glu` says."""
+    gate, up, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in range(3))
+
+    def compute(formulas: Formulas) -> Sequence[torch.Tensor]:
+        return formulas.glu(kind, gate, up), *formulas.glu_backward(kind, gradient, gate, up)
+
+    return _better(f"{kind} GLU {width} wide in {dtype}", compute, device)
+
+
+@functools.cache
+def choose_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> Formulas:
+    """Return what computes rotary embeddings, as `Kernels.rope` says."""
+    q_heads, k_heads, width = heads
+    q = _draw(0, (1, TOKENS, q_heads, width), dtype, device)
+    k = _draw(1, (1, TOKENS, k_heads, width), dtype, device)
+    angles = _draw(2, (1, TOKENS, width), torch.float32, device)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def compute(formulas: Formulas) -> Sequence[torch.Tensor]:
+        there = formulas.rope(q, k, cos, sin)
+        return *there, *formulas.rope(q, k, cos, sin, backward=True)
+
+    return _better(f"RoPE of {q_heads} and {k_heads} heads of {width} in {dtype}", compute, device)
+
+
+@functools.cache
+def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Formulas:
+    """Return what computes losses and their gradients, as `Kernels.cross_entropy` says."""
+    scores = 4 * _draw(0, (TARGETS, vocabulary), dtype, device)
+    targets = scores.float().argmax(-1)
+    targets[::2] = vocabulary - 1  # a likely one, and the last
+
+    def compute(formulas: Formulas) -> Sequence[torch.Tensor]:
+        made = [formulas.cross_entropy(scores, targets, smoothing) for smoothing in (0.0, 0.1)]
+        return [part for loss, gradient in made for part in (loss, gradient.to(dtype))]
+
+    return _better(f"loss over {vocabulary} scores in {dtype}", compute, device)
+
+
+def describe_choices() -> dict[str, bool]:
+    """Return what was compared in this process, in words → whether kernels are used for it."""
+    return {words: formulas is not TORCH for words, formulas in _chosen.items()}
+
+
+def can_serve(device: str, dtype: torch.dtype) -> bool:
+    """Whether there is Triton for a GPU, and the precision is one that kernels compute from."""
+    return (
+        device == "cuda"
+        and dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and torch.version.hip is None
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two results are the same to some roundings of their precision."""
+    bound = ROUNDINGS * torch.finfo(one.dtype).eps
+    a, b = one.to(torch.float32), other.to(torch.float32)
+    size = float(a.square().mean().sqrt())
+    return one.dtype == other.dtype and torch.allclose(a, b, rtol=bound, atol=bound * size)
+
+
+def _better(words: str, compute: Way, device: str) -> Formulas:
+    """Return the kernels where they give the same as torch's operations, and sooner."""
+    ours = TritonFormulas()
+    _chosen[words] = TORCH
+    try:
+        made = compute(ours)
+    except Exception:  # noqa: BLE001 - whatever a compiler says of a card: the other way is there
+        return TORCH
+    is_same = all(agree(a, b) for a, b in zip(compute(TORCH), made, strict=True))
+    if is_same and time(compute, ours, device) < time(compute, TORCH, device):
+        _chosen[words] = ours
+    return _chosen[words]
+
+
+def time(compute: Way, formulas: Formulas, device: str) -> float:
+    """Return the milliseconds that `compute` takes on a GPU, the best of some."""
+    best = float("inf")
+    for _ in range(5):
+        begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        begin.record()
+        compute(formulas)
+        end.record()
+        torch.cuda.synchronize(device)
+        best = min(best, float(begin.elapsed_time(end)))
+    return best
+
+
+def _draw(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Return numbers around 0 that are the same whatever was drawn before."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, dtype)

@@ -1,0 +1,125 @@
+"""Rotary embeddings of queries and keys in a kernel each way, where there is one for the GPU.
+
+transformers' attentions call a function of their module, `apply_rotary_pos_emb`. It is recognized
+by what it computes, and put back with the fast step; whatever it is asked that the kernel does not
+compute, it computes itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from ftlevel.fast.kernels import Kernels
+from ftlevel.fast.kernels.formulas import TORCH, Formulas, Pair
+
+NAME = "apply_rotary_pos_emb"
+"""Of the function in transformers' modules."""
+
+
+class _Rope(torch.autograd.Function):
+    """The rotation, of which only the angles are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        formulas: Formulas,
+    ) -> Pair:  # fmt: skip
+        """Return q′ and k′, (batch, tokens, heads, head_dim)."""
+        ctx.save_for_backward(cos, sin)
+        ctx.formulas = formulas
+        return formulas.rope(q, k, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_q: torch.Tensor, of_k: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of q and k."""
+        parts = ctx.formulas.rope(of_q, of_k, *ctx.saved_tensors, backward=True)
+        return *parts, None, None, None
+
+
+class FusedRope:
+    """The rotary embeddings of a model's attentions, replaced where they compute the formula.
+
+    Args:
+        model: whose modules' functions are replaced until `remove`.
+        kernels: says what computes them.
+
+    Attributes:
+        count: how many modules of transformers have one that was replaced.
+    """
+
+    def __init__(self, model: nn.Module, kernels: Kernels) -> None:
+        self._replaced: list[tuple[ModuleType, Callable[..., Any]]] = []
+        classes = {kind for module in model.modules() for kind in type(module).__mro__}
+        places = {kind.__module__: sys.modules.get(kind.__module__) for kind in classes}
+        for _, place in sorted(places.items()):
+            plain = getattr(place, NAME, None)
+            if place is not None and plain is not None and computes_rope(plain):
+                setattr(place, NAME, _Replacement(plain, kernels))
+                self._replaced.append((place, plain))
+        self.count = len(self._replaced)
+
+    def remove(self) -> None:
+        """Put the functions back."""
+        for place, plain in self._replaced:
+            setattr(place, NAME, plain)
+        self._replaced.clear()
+
+
+class _Replacement:
+    """Called in the place of `plain`, which it is wherever no kernel serves."""
+
+    def __init__(self, plain: Callable[..., Any], kernels: Kernels) -> None:
+        self._plain, self._kernels = plain, kernels
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        *others: Any, **settings: Any,
+    ) -> Any:  # fmt: skip
+        """Return q′ and k′, of q and k (batch, heads, tokens, head_dim)."""
+        formulas: Formulas = TORCH
+        if torch.is_grad_enabled() and not (others or settings) and _is_usual(q, k, cos, sin):
+            heads = (q.shape[1], k.shape[1], q.shape[3])
+            formulas = self._kernels.rope(heads, q.dtype, q.device.type)
+        if formulas is TORCH:
+            return self._plain(q, k, cos, sin, *others, **settings)
+        turned = _Rope.apply(  # type: ignore[no-untyped-call]  # torch's
+            q.transpose(1, 2), k.transpose(1, 2), cos, sin, formulas
+        )
+        return tuple(part.transpose(1, 2) for part in turned)
+
+
+def _is_usual(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether all are of one precision, and every number of a head is turned by an angle."""
+    if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
+        return False
+    batch, _, tokens, width = q.shape
+    angles = ((1, tokens, width), (batch, tokens, width))
+    keys_fit = (k.shape[0], *k.shape[2:]) == (batch, tokens, width)
+    one = {part.dtype for part in (q, k, cos, sin)}
+    frozen = not (cos.requires_grad or sin.requires_grad)
+    return keys_fit and tuple(cos.shape) in angles and len(one) == 1 and frozen and width % 2 == 0
+
+
+def computes_rope(function: Any) -> bool:
+    """Whether `function` computes the formula, bit for bit in bfloat16."""
+    if isinstance(function, _Replacement):
+        return False  # another step's, which ends after this one
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 3, 8), (2, 2, 3, 8), (2, 3, 8), (2, 3, 8))
+    q, k, cos, sin = (torch.randn(s, generator=generator).to(torch.bfloat16) for s in shapes)
+    expected = TORCH.rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    try:
+        found = function(q, k, cos, sin)
+        return all(torch.equal(a, b.transpose(1, 2)) for a, b in zip(found, expected, strict=True))
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
