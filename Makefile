@@ -49,7 +49,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test demo lint docs docs-commands matrix suite torture distributed gpu-sim gpu-kit servers served \
+.PHONY: help test test-kernels demo lint docs docs-commands matrix suite torture distributed gpu-sim gpu-kit servers served \
 	clean
 .DELETE_ON_ERROR:
 
@@ -86,11 +86,22 @@ docs-commands: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/docs_commands.py --write --models $(MODELS) $(DOCS_FLAGS)
 	$(TEST_BIN)/python scripts/run_notebook.py
 
+# Triton, whose interpreter runs our kernels without a GPU, in a folder of its own: where it is installed,
+# other libraries compute otherwise. There are wheels for Linux.
+$(TEST_DIR)/triton: $(TEST_DIR)/installed
+	$(TEST_BIN)/pip install --quiet $(PIP_FLAGS) --no-deps --target $@ triton
+	@touch $@
+
 # One thread a test process: two of them with two each would starve one another.
 test: export OMP_NUM_THREADS ?= 1
 test: lint docs
 	$(TEST_BIN)/python scripts/fetch_models.py --dir $(MODELS)
 	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python -m pytest $(PYTEST_FLAGS)
+	[ "$$(uname)" != Linux ] || $(MAKE) test-kernels
+
+test-kernels: export OMP_NUM_THREADS ?= 1
+test-kernels: $(TEST_DIR)/triton
+	PYTHONPATH=$(TEST_DIR)/triton $(TEST_BIN)/python -m pytest --quiet tests/unit/fast/test_kernels.py
 
 matrix: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/run_matrix.py $(MATRIX_FLAGS)

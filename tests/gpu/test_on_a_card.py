@@ -6,6 +6,7 @@ Skipped without a CUDA device; `pytest tests/gpu -m gpu` runs it where there is 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import torch
 from ftlevel.fast import kernels
 from ftlevel.fast.kernels.formulas import ACTIVATIONS, TORCH
 from ftlevel.fast.kernels.operators import TritonFormulas
+from ftlevel.fast.layers.fused_lora.function import FusedLoraFunction
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -121,8 +123,44 @@ def test_our_kernels_give_the_numbers_of_torchs_operations(dtype: str) -> None:
         assert kernels.agree(
             TORCH.norm_backward(gradient, x, w, scale), ours.norm_backward(gradient, x, w, scale)
         )
+    turned = [torch.randn(2, 64, heads, 128, device=DEVICE).to(precision) for heads in (32, 8)]
+    cos, sin = (torch.randn(2, 64, 128, device=DEVICE).to(precision) for _ in range(2))
+    for backward in (False, True):
+        pairs = zip(TORCH.rope(*turned, cos, sin, backward=backward),
+                    ours.rope(*turned, cos, sin, backward=backward), strict=True)  # fmt: skip
+        assert all(kernels.agree(a, b) for a, b in pairs)
+    scores, targets = 4 * gate, x.argmax(-1)
+    for smoothing in (0.0, 0.1):
+        (loss, of_scores), found = (way.cross_entropy(scores, targets, smoothing)
+                                    for way in (TORCH, ours))  # fmt: skip
+        assert kernels.agree(loss, found[0])
+        assert kernels.agree(of_scores.to(precision), found[1])
     for kind in ACTIVATIONS:
         assert kernels.agree(TORCH.glu(kind, gate, x), ours.glu(kind, gate, x))
         pairs = zip(TORCH.glu_backward(kind, gradient, gate, x),
                     ours.glu_backward(kind, gradient, gate, x), strict=True)  # fmt: skip
         assert all(kernels.agree(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_fused_linear_gives_the_numbers_of_float64(dtype: str) -> None:
+    precision = getattr(torch, dtype)
+    if DEVICE == "cpu" and dtype == "float16":
+        pytest.skip("float16 is for a card")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    draw = functools.partial(torch.randn, device=DEVICE, dtype=torch.float64)
+    parts = [draw(96, 256), draw(16, 256), draw(384, 16), draw(384), draw(384, 256) / 16]
+
+    def compute(kind: torch.dtype) -> list[torch.Tensor]:
+        x, weight = (part.to(precision).to(kind).requires_grad_() for part in (parts[0], parts[4]))
+        a, b, bias = (part.to(precision).to(torch.promote_types(kind, torch.float32))
+                      .requires_grad_() for part in parts[1:4])  # fmt: skip
+        if kind == torch.float64:
+            y = x @ weight.t() + bias + 2.0 * (x @ a.t() @ b.t())
+        else:
+            y = FusedLoraFunction.apply(x, None, a, b, bias, weight.detach, 2.0)
+        return [y, *torch.autograd.grad(y.float().square().mean(), [x, a, b, bias])]
+
+    for found, exact in zip(compute(precision), compute(torch.float64), strict=True):
+        error = (found.double() - exact).norm() / exact.norm()
+        assert error <= 4 * torch.finfo(precision).eps

@@ -90,13 +90,16 @@ class Recorder(TorchDispatchMode):
             return {torch.bool: True}.get(taken[0].dtype, 1)  # a number that nobody has
         made = func(*args, **kwargs)
         outputs = [part for part in tree_leaves(made) if isinstance(part, torch.Tensor)]
+        if not outputs and name.endswith("_"):  # of several tensors, in place
+            outputs = [part for part in tree_leaves(args[0]) if isinstance(part, torch.Tensor)]
         if name in ("_to_copy", "copy_"):
             self._note_copy(name, args, kwargs, outputs)
         for part in outputs:
             self.track(part)
         if any(part.device.type == "cuda" for part in outputs) and name not in VIEWS:
             self.launches += 1
-            kind, seconds = self._time(name, args, on_card, outputs)
+            adds = "add" in name and kwargs.get("beta", 1) != 0
+            kind, seconds = self._time(name, args, on_card, outputs, adds)
             self.seconds[kind] += seconds
         return made
 
@@ -111,15 +114,23 @@ class Recorder(TorchDispatchMode):
             self.waits[f"copy {way} {_place()}"] += 1
 
     def _time(
-        self, name: str, args: Any, taken: list[torch.Tensor], made: list[torch.Tensor]
+        self, name: str, args: Any, taken: list[torch.Tensor], made: list[torch.Tensor], adds: bool
     ) -> tuple[str, float]:
-        """Return the kind of an operation, and the seconds that it takes by the roofline."""
+        """Return the kind of an operation, and the seconds that it takes by the roofline.
+
+        Args:
+            name: of it.
+            args: what it was called with.
+            taken: the tensors among them.
+            made: what it wrote.
+            adds: whether a product is added to what was there, which is read, too.
+        """
         if name in _PRODUCTS:
             one, other = [a for a in args if isinstance(a, torch.Tensor)][-2:]
             count = 2.0 * one.shape[-2] * one.shape[-1] * other.shape[-1]
             count *= one.shape[0] if one.dim() == 3 else 1
             self.operations += count
-            moved = _size(one) + _size(other) + _size(made[0]) * (1 + ("add" in name))
+            moved = _size(one) + _size(other) + _size(made[0]) * (1 + adds)
             narrow = min(one.shape[-2], one.shape[-1], other.shape[-1]) <= 64
             kind = "narrow products" if narrow else "products"
             return kind, max(count / PRODUCTS, moved / BYTES)

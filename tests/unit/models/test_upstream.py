@@ -74,6 +74,14 @@ def _(_: Any) -> None:
     assert shaped.requires_grad
 
 
+@CANARIES.of("torch._foreach_copy_")
+def _(_: Any) -> None:
+    made, given = torch.zeros(2, dtype=torch.bfloat16), torch.tensor([1.0, 1.0039])
+    torch._foreach_copy_([made], [given])
+    assert torch.equal(made, given.bfloat16())
+    assert upstream.cast_together([given], torch.bfloat16)[0].dtype == torch.bfloat16
+
+
 @CANARIES.of("torch._C._current_graph_task_id")
 def _(_: Any) -> None:
     found = []

@@ -21,6 +21,9 @@ FACTS = {
         "aten._softmax_backward_data": "where the probabilities are at hand: one kernel, no graph",
         "aten.silu_backward, aten.gelu_backward": "the gradient of an activation from its input",
         "aten._unsafe_view": "a shape that autograd takes for a new tensor, to be written to"},
+    "torch/_C/_VariableFunctions.pyi": {
+        "torch._foreach_copy_": "of several tensors by one kernel on a GPU, "
+            "cast where the sizes and strides of each pair are the same"},
     "torch/_C/__init__.pyi": {
         "torch._C._current_graph_task_id": "-1 outside of a backward pass",
         "Node._sequence_nr": "which of two nodes of the graph was made later",

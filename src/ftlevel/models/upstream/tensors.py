@@ -22,6 +22,15 @@ new_shape = torch.ops.aten._unsafe_view
 version_of = attrgetter("_version")
 
 
+def cast_together(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return `tensors` in `dtype`: what has to be cast on a GPU by one kernel."""
+    if not tensors[0].is_cuda or any(tensor.dtype == dtype for tensor in tensors):
+        return [tensor.to(dtype) for tensor in tensors]
+    made = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(made, tensors)
+    return made
+
+
 def is_in_backward() -> bool:
     """Whether this thread is inside a backward pass, as what is computed again there is."""
     return bool(torch._C._current_graph_task_id() >= 0)

@@ -1,8 +1,9 @@
 """The fused function: y = x Wᵀ + b + s · d Aᵀ Bᵀ, with d = dropout(x), and its backward at once.
 
-W is frozen, A is (r, in), B is (out, r). With g = ∂L/∂y, both (tokens, out), and u = s · Bᵀ gᵀ:
+W is frozen, A is (r, in), B is (out, r). With g = ∂L/∂y, both (tokens, out), h = s · A dᵀ and
+u = s · Bᵀ gᵀ, which the products multiply by s before they are rounded:
 
-    ∂L/∂x = g W    ∂L/∂d = uᵀ A    ∂L/∂A = u d    ∂L/∂B = s · (A dᵀ g)ᵀ    ∂L/∂b = Σ g
+    ∂L/∂x = g W    ∂L/∂d = uᵀ A    ∂L/∂A = u d    ∂L/∂B = (h g)ᵀ    ∂L/∂b = Σ g
 
 The update comes first, and the base's product is added to it: so the sum is rounded once, where the
 other order rounds the base's part and then the sum, and the large product reads the small one while
@@ -20,7 +21,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ftlevel.fast.layers.recompute import Recomputation
-from ftlevel.models.upstream.tensors import is_in_backward, new_shape
+from ftlevel.models.upstream.tensors import (
+    cast_together,
+    is_in_backward,
+    new_shape,
+)
 
 
 class FusedLoraFunction(torch.autograd.Function):
@@ -57,8 +62,8 @@ class FusedLoraFunction(torch.autograd.Function):
         """
         rows = x.reshape(-1, x.shape[-1])
         source = rows if dropped is None else dropped.reshape(rows.shape)
-        down, up = a.to(x.dtype), _times(b, scaling, x.dtype)
-        inner = down @ source.t()
+        down, up = cast_together([a, b], x.dtype)
+        inner = _scaled(down, source.t(), scaling)
         if layer is not None and layer.ends_a_block and is_in_backward():
             y = x.new_full((), torch.nan).expand(len(rows), len(up))
         else:
@@ -88,7 +93,7 @@ class FusedLoraFunction(torch.autograd.Function):
         dtype_a, dtype_b, dtype_bias = ctx.dtypes
         g = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_dropped = grad_a = grad_b = grad_bias = None
-        through_a = up.t() @ g.t()
+        through_a = _scaled(up.t(), g.t(), ctx.scaling)
         if for_x:
             if ctx.has_dropout:
                 grad_x = g @ ctx.weight()
@@ -100,34 +105,33 @@ class FusedLoraFunction(torch.autograd.Function):
         if for_a:
             source = kept[0] if ctx.recomputation is None else ctx.recomputation.make(*kept)
             source = source.reshape(-1, source.shape[-1])
-            grad_a = _product(through_a, source, 1.0, dtype_a)
+            grad_a = _product(through_a, source, dtype_a)
         if for_b:
-            grad_b = _product(inner, g, ctx.scaling, dtype_b, transposed=True)
+            grad_b = _product(inner, g, dtype_b, transposed=True)
         if for_bias:
             grad_bias = g.sum(0, dtype=dtype_bias)
         return grad_x, grad_dropped, grad_a, grad_b, grad_bias, None, None, None, None
 
 
-def _times(matrix: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
-    """Return `matrix` times `factor` in `dtype`, contiguous, by one kernel."""
-    out = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-    return torch.mul(matrix, factor, out=out)
+def _scaled(one: torch.Tensor, other: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return `factor` times the matrix product."""
+    if factor == 1.0:
+        return one @ other
+    product = one.new_empty(one.shape[0], other.shape[1])
+    return product.addmm_(one, other, beta=0, alpha=factor)
 
 
 def _product(
-    one: torch.Tensor, other: torch.Tensor, factor: float, dtype: torch.dtype,
-    *, transposed: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """Return `factor` times the matrix product, or what it is `transposed`, in `dtype`.
+    one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype, *, transposed: bool = False
+) -> torch.Tensor:
+    """Return the matrix product, or what it is `transposed`, in `dtype`.
 
     An NVIDIA GPU writes it as it was summed, in float32, and either way round. (`addmm` would scale
-    it too, but what torch 2.8 asks of its arguments is not what 2.13 does.)
+    it, too, but what torch 2.8 asks of its arguments is not what 2.13 does.)
     """
     lower = one.dtype in (torch.bfloat16, torch.float16)
     if one.is_cuda and lower and dtype == torch.float32 and torch.version.hip is None:
         one, other = (other.t(), one.t()) if transposed else (one, other)
-        exact = torch.mm(one, other, out_dtype=dtype)
-        return exact if factor == 1.0 else exact.mul_(factor)
+        return torch.mm(one, other, out_dtype=dtype)
     product = (one @ other).to(dtype)
-    product = product.t() if transposed else product
-    return product if factor == 1.0 else _times(product, factor, dtype)
+    return product.t() if transposed else product
