@@ -44,6 +44,12 @@ class SpeedConfig(Section):
         description="On an NVIDIA GPU, compute fused norms and GLUs, rotary embeddings and the "
         "loss by Triton kernels, where these give the same numbers and are faster.",
     )
+    attention_kernel: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+@[\w.-]+$")] | None = Field(
+        None,
+        description="On an NVIDIA GPU, attend to packed rows by this kernel of the Hugging Face "
+        "hub, OWNER/NAME@VERSION (kernels-community/flash-attn3@1), which the package kernels "
+        "fetches; none is torch's flash attention.",
+    )
     share_prefixes: Literal["auto", "always", "never"] = Field(
         "auto",
         description="Compute a prefix that rows of a step have in common once; auto where it saves "

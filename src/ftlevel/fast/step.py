@@ -16,6 +16,7 @@ from torch import nn
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.attention import packed as attention
+from ftlevel.fast.attention.hub import fetch_kernel
 from ftlevel.fast.checks.head import find_cross_entropy_error
 from ftlevel.fast.checks.packing import PackingCheck
 from ftlevel.fast.checks.pruning import PruningCheck
@@ -31,6 +32,7 @@ from ftlevel.fast.packing.blocks import PackedBlocks
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.plan.fast_plan import FastPlan, has_language_head, set_packed_attention
 from ftlevel.models.module_tree import find_blocks
+from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.task import Objective, TokenObjective
 
 
@@ -54,8 +56,10 @@ class FastStep:
         self._model = model
         self._base = base_model(model)
         self._blocks: PackedBlocks | None = None
+        self._attention_before = attention_of(self._base)
         if plan.packs:
-            if not set_packed_attention(self._base):
+            hub = plan.attention_kernel and fetch_kernel(plan.attention_kernel)
+            if not set_packed_attention(self._base, hub or None):
                 raise TypeError(f"{type(self._base).__name__} did not take {attention.NAME}")
             self._blocks = PackedBlocks(find_blocks(self._base))
         kernels = Kernels(plan.triton_kernels)
@@ -158,7 +162,7 @@ class FastStep:
         if self._blocks is not None:
             self._blocks.remove()
             self._blocks = None
-            self._base.set_attn_implementation("sdpa")
+            self._base.set_attn_implementation(self._attention_before)
 
     def remove(self) -> None:
         """Leave the model as it was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.loading import keep_heads, rename_prefix
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.targets import resolve_targets
+from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.method_targets import find_method_targets
-from unit.fast.test_step import OBJECTIVES, rows_of
+from unit.fast.test_step import OBJECTIVES, assert_same_step, both, rows_of
 
 VOCAB = tiny_models.VOCAB
 _DECODER = {
@@ -188,3 +190,32 @@ def test_deberta_computes_in_float32() -> None:
     assert choose_dtype("auto", "cpu", "lora", "deberta").value == "float32"
     with pytest.raises(ConfigError, match="--dtype bfloat16 cannot be used with deberta"):
         choose_dtype("bfloat16", "cpu", "lora", "deberta")
+
+
+@pytest.mark.parametrize("lengths", [(5, 30, 12, 12, 3, 21, 8, 17), (90, 150, 300)])
+def test_capped_scores_are_packed_and_are_those_of_the_models_own_attention(
+    lengths: tuple[int, ...], tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(
+        "gemma2", **{**_DECODER, "num_key_value_heads": 2}, head_dim=16, sliding_window=8,
+        attn_logit_softcapping=0.5, query_pre_attn_scalar=16, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # scores that the cap bends
+        parameter.data.mul_(4 if parameter.dim() > 1 else 1)
+    assert attention_of(model) == "eager"
+    rows, objective = rows_of("causal", lengths), OBJECTIVES["causal"]
+    plan = plan_fast(TrainConfig(), model, "decoder", objective, "cpu", rows, 300)
+    assert plan.packs
+    assert attention_of(model) == "eager"
+    assert_same_step(both(model, "causal", tmp_path, rows=rows, at_least=1), 1e-4)
+    ids = torch.tensor(rows[1].input_ids)[None]
+    model.eval()
+    alone, written = model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
+    fast = FastStep(model, plan)
+    assert fast.check(rows, 0, "cpu", "float32") == []
+    torch.testing.assert_close(model(ids).logits, alone, rtol=1e-4, atol=1e-4)  # not packed
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), written)
+    fast.remove()
+    assert attention_of(model) == "eager"

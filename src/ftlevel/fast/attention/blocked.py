@@ -3,6 +3,8 @@
     P = softmax(s · Q Kᵀ + M),  O = P V
     dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ − rowsum(dO Vᵀ ∘ P)),  dQ = s · dS K,  dK = s · dSᵀ Q
 
+Scores that are capped at c (Gemma 2) are S = c · tanh(s · Q Kᵀ / c); dS has the factor 1 − (S/c)².
+
 A block is up to 128 queries of a sequence and the keys that they see, so half of the products of a
 causal sequence are never made. For short sequences P is kept for the backward pass, for long ones
 it is recomputed, so that memory grows with the tokens and not with their square. On sequences of up
@@ -132,6 +134,7 @@ class BlockedAttention(torch.autograd.Function):
         blocks: Sequence[QueryBlock],
         scale: float,
         dropout: float,
+        cap: float | None = None,
     ) -> torch.Tensor:
         """Return what each query attends to."""
         heads, tokens, _ = query.shape
@@ -139,7 +142,8 @@ class BlockedAttention(torch.autograd.Function):
         output = query.new_empty(tokens, heads, value.shape[-1])
         saved: list[torch.Tensor] = []
         for block in blocks:
-            seen = probabilities = _probabilities(query, key, block, scale)
+            scores = _scores(query, key, block, scale, cap)
+            seen = probabilities = _probabilities(scores, block, query.dtype)
             if dropout:
                 keep = dropout_mask(seen, dropout)
                 seen = probabilities * keep
@@ -149,7 +153,7 @@ class BlockedAttention(torch.autograd.Function):
             attended = torch.bmm(seen, _rows(value, block.keys))
             _put(output[block.start : block.stop], attended, groups)
         ctx.save_for_backward(query, key, value, *saved)
-        ctx.blocks, ctx.scale, ctx.dropout = blocks, scale, dropout
+        ctx.blocks, ctx.scale, ctx.dropout, ctx.cap = blocks, scale, dropout, cap
         return output
 
     @staticmethod
@@ -164,7 +168,11 @@ class BlockedAttention(torch.autograd.Function):
         for block in ctx.blocks:
             keep = next(saved) if ctx.dropout else None
             kept = ctx.dropout or block.width <= KEPT_KEYS
-            p = next(saved) if kept else _probabilities(query, key, block, ctx.scale)
+            slope = None
+            if ctx.cap or not kept:
+                scores = _scores(query, key, block, ctx.scale, ctx.cap)
+                slope = slope_of_cap(scores, ctx.cap, query.dtype) if ctx.cap else None
+            p = next(saved) if kept else _probabilities(scores, block, query.dtype)
             of_output = _take(gradient[block.start : block.stop], groups)
             seen = p if keep is None else p * keep
             _add(of_value, block.keys, seen.transpose(1, 2), of_output)
@@ -172,28 +180,45 @@ class BlockedAttention(torch.autograd.Function):
             of_p = of_seen if keep is None else of_seen.mul_(keep)
             of_scores = softmax_backward(of_p, p, -1, p.dtype)
             of_scores = of_scores.mul_(ctx.scale)
+            if slope is not None:
+                of_scores.mul_(slope)
             of_block = torch.bmm(of_scores, _rows(key, block.keys))
             _put(of_query[block.start : block.stop], of_block, groups)
             _add(of_key, block.keys, of_scores.transpose(1, 2), _queries(query, block, groups))
-        return of_query.transpose(0, 1), of_key, of_value, None, None, None
+        return of_query.transpose(0, 1), of_key, of_value, None, None, None, None
 
 
-def _probabilities(
-    query: torch.Tensor, key: torch.Tensor, block: QueryBlock, scale: float
+def _scores(
+    query: torch.Tensor, key: torch.Tensor, block: QueryBlock, scale: float, cap: float | None
 ) -> torch.Tensor:
-    """Return (key heads, heads of a group * queries, keys).
+    """Return (key heads, heads of a group * queries, keys), not masked.
 
     The scores are float32 at least, as in flash attention: rounded to bfloat16 they would make the
     result three times as far from the exact one, and are no faster to compute.
     """
-    groups, count = len(key), block.stop - block.start
     exact = torch.promote_types(query.dtype, torch.float32)
-    queries, keys = _queries(query, block, groups).to(exact), _rows(key, block.keys).to(exact)
-    scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
+    queries = _queries(query, block, len(key)).to(exact)
+    keys = _rows(key, block.keys).to(exact)
+    return cap_scores(torch.bmm(queries, keys.transpose(1, 2)).mul_(scale), cap)
+
+
+def _probabilities(scores: torch.Tensor, block: QueryBlock, dtype: torch.dtype) -> torch.Tensor:
+    """Return the probabilities of `scores` (mutated), in `dtype`."""
     if block.mask is not None:
-        last = scores.view(groups, -1, count, block.width)[..., -block.mask.shape[1] :]
+        count = block.stop - block.start
+        last = scores.view(len(scores), -1, count, block.width)[..., -block.mask.shape[1] :]
         last.add_(block.mask)
-    return scores.softmax(-1).to(query.dtype)
+    return scores.softmax(-1).to(dtype)
+
+
+def cap_scores(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Return cap · tanh(scores / cap), written over `scores`; they themselves where none is."""
+    return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
+
+
+def slope_of_cap(capped: torch.Tensor, cap: float, dtype: torch.dtype) -> torch.Tensor:
+    """Return by what the gradient of capped scores is multiplied, 1 − (S/c)², in `dtype`."""
+    return 1 - (capped / cap).square_().to(dtype)
 
 
 def _queries(query: torch.Tensor, block: QueryBlock, groups: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ else calls the model, go on as before.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ftlevel.fast.attention.asked import Asked
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries, visible
+from ftlevel.fast.attention.capped import attend_capped
 from ftlevel.fast.attention.padded import attend_padded
 from ftlevel.fast.attention.short import ShortAttention, are_short, batch_sequences
-from ftlevel.fast.attention.varlen import attend_varlen, can_serve
+from ftlevel.fast.attention.varlen import FlashKernel, attend_varlen, can_serve
 from ftlevel.fast.layers.dropout import worker_generator
 from ftlevel.fast.packing.layout import NotServedError, PackedLayout, Segment, current_layout
 from ftlevel.fast.prefixes.shared_prefix import current_prefix
@@ -29,12 +32,12 @@ MAX_BLOCKED = 1024
 """Sequences beyond this many tokens go through SDPA: measured on Zen 4, where blocks take a third
 of its time at 512 tokens and as long at 2,048."""
 
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+_UNSUPPORTED = ("s_aux", "position_bias")
 
 
-def register() -> None:
-    """Make the attention known to transformers."""
-    AttentionInterface.register(NAME, attend)
+def register(kernel: FlashKernel | None = None) -> None:
+    """Make the attention known to transformers; on a GPU it is that of `kernel`, or torch's."""
+    AttentionInterface.register(NAME, partial(attend, kernel=kernel))
     AttentionMaskInterface.register(NAME, build_mask)
 
 
@@ -53,6 +56,8 @@ def attend(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    kernel: FlashKernel | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within the sequences of the current layout.
@@ -67,6 +72,8 @@ def attend(
         scaling: of the scores; the default is 1 / sqrt(head_dim).
         is_causal: whether a token sees only what is before it; the default is the module's.
         sliding_window: how far a token sees, itself included.
+        softcap: what scores are capped at.
+        kernel: of a GPU, if it is not torch's.
         others: what other implementations take.
 
     Returns:
@@ -77,6 +84,9 @@ def attend(
     """
     layout = current_layout()
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if layout is None and softcap:
+        return attend_capped(query, key, value, attention_mask, dropout, scale, softcap, causal)
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal,
@@ -92,69 +102,58 @@ def attend(
     prefix = current_prefix()
     if prefix is not None:
         query, key, value = prefix.join(module, query, key, value)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     compute = (
         torch.get_autocast_dtype(query.device.type)
         if torch.is_autocast_enabled(query.device.type)
         else value.dtype
     )
     states = [part.squeeze(0).to(compute) for part in (query, key, value)]
-    attended = _by_sequence(layout, states, causal, sliding_window, scale, dropout)
+    asked = Asked(causal, sliding_window, scale, dropout, softcap or None)
+    attended = _by_sequence(layout, states, asked, kernel)
     own = attended[layout.before :] if layout.before else attended
     return own[None], None
 
 
 def _by_sequence(
-    layout: PackedLayout,
-    states: list[torch.Tensor],
-    causal: bool,
-    window: int | None,
-    scale: float,
-    dropout: float,
+    layout: PackedLayout, states: list[torch.Tensor], asked: Asked, kernel: FlashKernel | None
 ) -> torch.Tensor:
     """Return (tokens, heads, head_dim): on a GPU by one kernel, on a CPU by blocks or by SDPA."""
-    if can_serve(states[0], dropout, window, scale):
-        return attend_varlen(states, layout.segments, causal, window, scale)
+    if can_serve(states[0], asked, kernel):
+        return attend_varlen(states, layout.segments, asked, kernel)
     if states[0].device.type != "cpu":
-        return attend_padded(states, layout.segments, causal, window, scale, dropout)
+        return attend_padded(states, layout.segments, asked)
     is_short = all(s.stop - s.start <= MAX_BLOCKED for s in layout.segments)
     is_tree = any(segment.past for segment in layout.segments)
     # SDPA would draw from the generator of the process.
-    draws_itself = dropout > 0 and worker_generator() is not None
+    draws_itself = asked.dropout > 0 and worker_generator() is not None
+    how = (asked.scale, asked.dropout, asked.cap)
     if are_short(layout.segments):
-        batches = batch_sequences(layout.segments, causal, window)
+        batches = batch_sequences(layout.segments, asked.causal, asked.window)
         with torch.autocast("cpu", enabled=False):
             short: torch.Tensor = ShortAttention.apply(  # type: ignore[no-untyped-call]
-                *states, batches, scale, dropout
+                *states, batches, *how
             )
             return short
-    if is_short or is_tree or draws_itself:
-        blocks = split_queries(layout.segments, causal, window)
+    if is_short or is_tree or draws_itself or asked.cap:
+        blocks = split_queries(layout.segments, asked.causal, asked.window)
         with torch.autocast("cpu", enabled=False):
             attended: torch.Tensor = BlockedAttention.apply(  # type: ignore[no-untyped-call]
-                *states, blocks, scale, dropout
+                *states, blocks, *how
             )
             return attended
-    outputs = [_by_sdpa(s, states, causal, window, scale, dropout) for s in layout.segments]
+    outputs = [_by_sdpa(segment, states, asked) for segment in layout.segments]
     return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
 
 
-def _by_sdpa(
-    segment: Segment,
-    states: list[torch.Tensor],
-    causal: bool,
-    window: int | None,
-    scale: float,
-    dropout: float,
-) -> torch.Tensor:
+def _by_sdpa(segment: Segment, states: list[torch.Tensor], asked: Asked) -> torch.Tensor:
     """Return (heads, tokens of the segment, head_dim), for a sequence of its own."""
     query, key, value = (part[:, segment.start : segment.stop] for part in states)
     length = key.shape[1]
-    plain = window is None or window > length
-    mask = None if plain else visible(0, length, 0, length, causal, window)
+    plain = asked.window is None or asked.window > length
+    mask = None if plain else visible(0, length, 0, length, asked.causal, asked.window)
     output = functional.scaled_dot_product_attention(
         query[None], key[None], value[None],
-        attn_mask=mask, dropout_p=dropout, is_causal=causal and plain, scale=scale,
-        enable_gqa=query.shape[0] != key.shape[0],
+        attn_mask=mask, dropout_p=asked.dropout, is_causal=asked.causal and plain,
+        scale=asked.scale, enable_gqa=query.shape[0] != key.shape[0],
     )  # fmt: skip
     return output[0]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.fast.attention.blocked import visible
+from ftlevel.fast.attention.blocked import cap_scores, slope_of_cap, visible
 from ftlevel.fast.layers.dropout import dropout_mask
 from ftlevel.fast.packing.layout import Segment
 from ftlevel.models.upstream.tensors import softmax_backward
@@ -111,13 +111,14 @@ class ShortAttention(torch.autograd.Function):
         batches: Sequence[Batch],
         scale: float,
         dropout: float,
+        cap: float | None = None,
     ) -> torch.Tensor:
         """Return what each query attends to."""
         groups, outputs = len(key), []
         saved: list[torch.Tensor] = []
         for batch in batches:
             q, k, v = (_take(part.transpose(0, 1), batch, groups) for part in (query, key, value))
-            p = seen = _probabilities(q, k, batch, scale)
+            p = seen = _probabilities(_scores(q, k, scale, cap), batch, q.dtype)
             saved += [q, k, v, p]
             if dropout:
                 keep = dropout_mask(p, dropout)
@@ -125,13 +126,13 @@ class ShortAttention(torch.autograd.Function):
                 seen = p * keep
             outputs.append(_put(torch.bmm(seen, v), batch, groups))
         ctx.save_for_backward(*saved)
-        ctx.arguments = batches, scale, dropout, groups
+        ctx.arguments = batches, scale, dropout, groups, cap
         return torch.cat(outputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of queries, keys and values."""
-        batches, scale, dropout, groups = ctx.arguments
+        batches, scale, dropout, groups, cap = ctx.arguments
         saved, parts = iter(ctx.saved_tensors), []
         for batch in batches:
             q, k, v, p = (next(saved) for _ in range(4))
@@ -140,6 +141,8 @@ class ShortAttention(torch.autograd.Function):
             of_seen = torch.bmm(of_output, v.transpose(1, 2))
             of_p = of_seen if keep is None else of_seen.mul_(keep)
             of_scores = softmax_backward(of_p, p, -1, p.dtype).mul_(scale)
+            if cap:
+                of_scores.mul_(slope_of_cap(_scores(q, k, scale, cap), cap, p.dtype))
             of_parts = (
                 torch.bmm(of_scores, k),
                 torch.bmm(of_scores.transpose(1, 2), q),
@@ -147,18 +150,23 @@ class ShortAttention(torch.autograd.Function):
             )
             parts.append([_put(part, batch, groups) for part in of_parts])
         whole = (torch.cat(column).transpose(0, 1) for column in zip(*parts, strict=True))
-        return (*whole, None, None, None)
+        return (*whole, None, None, None, None)
 
 
-def _probabilities(
-    query: torch.Tensor, key: torch.Tensor, batch: Batch, scale: float
+def _scores(
+    query: torch.Tensor, key: torch.Tensor, scale: float, cap: float | None
 ) -> torch.Tensor:
-    """Return (sequences · key heads, heads of a group · queries, keys); scores are exact."""
+    """Return (sequences · key heads, heads of a group · queries, keys), exact and not masked."""
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = torch.bmm(query.to(exact), key.to(exact).transpose(1, 2)).mul_(scale)
+    return cap_scores(scores, cap)
+
+
+def _probabilities(scores: torch.Tensor, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """Return the probabilities of `scores` (mutated), in `dtype`."""
     if batch.mask is not None:
         scores.view(batch.count, -1, batch.longest, batch.longest).add_(batch.mask)
-    return scores.softmax(-1).to(query.dtype)
+    return scores.softmax(-1).to(dtype)
 
 
 def _take(states: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:

@@ -13,15 +13,29 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 
+from ftlevel.fast.attention.asked import Asked
 from ftlevel.fast.packing.layout import Segment
 from ftlevel.models.hardware import send
 
 WIDEST_HEAD = 256
 """Elements of a head at most, in flash attention."""
+
+
+class FlashKernel(Protocol):
+    """What attends to a whole row on a GPU."""
+
+    def computes(self, asked: Asked, head_dim: int) -> bool:
+        """Whether it can be told of all that is `asked`, for heads of `head_dim` elements."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
+        asked: Asked,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return (tokens, heads, head_dim), of contiguous states (tokens, heads, head_dim)."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +61,11 @@ class Kernel:
         names = inspect.signature(function).parameters
         return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
 
-    def computes(self, window: int | None, scale: float, head_dim: int) -> bool:
-        """Whether it can be told of `window` and `scale`, for heads of `head_dim` elements."""
-        return (self.windows or window is None) and (
-            self.scales or math.isclose(scale, head_dim**-0.5, rel_tol=1e-6)
-        )
+    def computes(self, asked: Asked, head_dim: int) -> bool:
+        """Whether it can be told of all that is `asked`, for heads of `head_dim` elements."""
+        is_usual = math.isclose(asked.scale, head_dim**-0.5, rel_tol=1e-6)
+        windows = self.windows or asked.window is None
+        return windows and (self.scales or is_usual) and asked.cap is None
 
     def settings(
         self, causal: bool, window: int | None, scale: float, *, grouped: bool
@@ -63,6 +77,23 @@ class Kernel:
         if self.windows:
             return {**told, "window_size": window_of(causal, window)}
         return {**told, "is_causal": causal}
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
+        asked: Asked,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return (tokens, heads, head_dim), as `FlashKernel` says."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and not self.groups:
+            key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+        attended = varlen_attn(
+            query, key, value, lengths.queries, lengths.keys, lengths.most_queries,
+            lengths.most_keys,
+            **self.settings(asked.causal, asked.window, asked.scale, grouped=groups > 1),
+        )  # fmt: skip
+        return cast("torch.Tensor", attended)  # the pair is returned to those who ask for it
 
 
 @lru_cache(maxsize=1)
@@ -117,14 +148,14 @@ def window_of(causal: bool, window: int | None) -> tuple[int, int]:
     return reach, 0 if causal else reach
 
 
-def can_serve(query: torch.Tensor, dropout: float, window: int | None, scale: float) -> bool:
-    """Whether the kernel computes `query` (heads, tokens, head_dim) here."""
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or dropout:
+def can_serve(query: torch.Tensor, asked: Asked, kernel: FlashKernel | None = None) -> bool:
+    """Whether `kernel`, or torch's, computes `query` (heads, tokens, head_dim) here."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or asked.dropout:
         return False
-    head_dim, kernel = query.shape[-1], installed_kernel()
+    head_dim, kernel = query.shape[-1], kernel or installed_kernel()
     return (
         kernel is not None
-        and kernel.computes(window, scale, head_dim)
+        and kernel.computes(asked, head_dim)
         and head_dim % 8 == 0
         and head_dim <= WIDEST_HEAD
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -134,31 +165,24 @@ def can_serve(query: torch.Tensor, dropout: float, window: int | None, scale: fl
 def attend_varlen(
     states: list[torch.Tensor],
     segments: tuple[Segment, ...],
-    causal: bool,
-    window: int | None,
-    scale: float,
+    asked: Asked,
+    kernel: FlashKernel | None = None,
 ) -> torch.Tensor:
     """Return (tokens, heads, head_dim), where `can_serve` says that it can.
 
     Args:
         states: queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
         segments: of the row.
-        causal: as of `window_of`.
-        window: as of `window_of`.
-        scale: of the scores.
+        asked: of the attention; nothing is dropped.
+        kernel: which; None is torch's.
     """
-    from torch.nn.attention.varlen import varlen_attn
+    if kernel is None:
+        from torch.nn.attention.varlen import varlen_attn
 
-    kernel = Kernel.read(varlen_attn)
+        kernel = Kernel.read(varlen_attn)
     query, key, value = (part.transpose(0, 1) for part in states)
-    lengths, groups = measure(segments, query.device), query.shape[1] // key.shape[1]
+    lengths = measure(segments, query.device)
     if lengths.source is not None:
         key, value = (part.index_select(0, lengths.source) for part in (key, value))
-    if groups > 1 and not kernel.groups:
-        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-    attended = varlen_attn(
-        query.contiguous(), key.contiguous(), value.contiguous(), lengths.queries, lengths.keys,
-        lengths.most_queries, lengths.most_keys,
-        **kernel.settings(causal, window, scale, grouped=groups > 1),
-    )  # fmt: skip
-    return cast("torch.Tensor", attended)  # the pair is returned to those who ask for it
+    rows = (query.contiguous(), key.contiguous(), value.contiguous())
+    return kernel.attend(*rows, lengths, asked)

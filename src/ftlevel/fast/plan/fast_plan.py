@@ -13,6 +13,7 @@ from ftlevel.config import SPECS, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.attention import packed as attention
+from ftlevel.fast.attention.varlen import FlashKernel
 from ftlevel.fast.head.loss import base_model
 from ftlevel.fast.head.needed_tokens import NeededTokens
 from ftlevel.fast.plan.liger import uses_liger
@@ -53,6 +54,7 @@ class FastPlan:
         workers: how many micro-batches are computed in parallel, where that is faster.
         is_random: whether they drop something at random.
         fused_norm_glu: whether norms and GLUs are computed in one fused function each.
+        attention_kernel: of the hub, by its name, in the place of torch's; empty for none.
         triton_kernels: whether a GPU may compute by kernels of ours, where they prove themselves.
         prunes_last_layer: whether the last block computes only the tokens that are needed after it,
             where it can.
@@ -76,6 +78,7 @@ class FastPlan:
     needed_tokens: NeededTokens | None = None
     shared_prefix: bool = False
     memory: int = 0
+    attention_kernel: str = ""
 
 
 def plan_fast(
@@ -123,6 +126,9 @@ def plan_fast(
     if speed.tokens_per_micro_batch == "memory":
         bound = "as many tokens a micro-batch as fit"
     choices = [Choice("step", ", ".join(parts), f"{bound}, {at_once}"), *more]
+    hub = speed.attention_kernel if device == "cuda" and not why_padded else None
+    if hub:
+        choices.append(Choice("attention", hub, "as asked"))
     return FastPlan(
         True,
         not why_padded,
@@ -142,6 +148,7 @@ def plan_fast(
         and chunked
         and not workers.random
         and not config.train.may_recompute(device),
+        attention_kernel=hub or "",
     )
 
 
@@ -229,9 +236,10 @@ def why_rows_are_padded(model: Any, kind: str) -> str:
         return f"{family} has not one stack of blocks"
     if _carries_a_state(model):
         return f"{family} carries a state from token to token"
+    before = attention_of(model)
     if not set_packed_attention(model):
         return f"{family} has an attention of its own"
-    model.set_attn_implementation("sdpa")  # the config is the one that weights are loaded with
+    model.set_attn_implementation(before)  # the config is the one that weights are loaded with
     return ""
 
 
@@ -244,11 +252,18 @@ def _carries_a_state(model: Any) -> bool:
     )
 
 
-def set_packed_attention(model: Any) -> bool:
-    """Give `model` the attention of packed rows (mutated); return whether it took it."""
-    if attention_of(model) != "sdpa":
+def set_packed_attention(model: Any, kernel: FlashKernel | None = None) -> bool:
+    """Give `model` the attention of packed rows (mutated); return whether it took it.
+
+    Args:
+        model: mutated.
+        kernel: what attends on a GPU; None is torch's.
+    """
+    # What is eager for its capped scores alone, as Gemma 2, has them capped here.
+    is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if attention_of(model) != ("eager" if is_capped else "sdpa"):
         return False
-    attention.register()
+    attention.register(kernel)
     model.set_attn_implementation(attention.NAME)
     return attention_of(model) == attention.NAME
 

@@ -35,13 +35,20 @@ def states(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor
 
 
 def by_sdpa(
-    parts: list[torch.Tensor], segments: tuple[Segment, ...], causal: bool, window: int | None
-) -> torch.Tensor:
+    parts: list[torch.Tensor], segments: tuple[Segment, ...], causal: bool, window: int | None,
+    cap: float | None = None,
+) -> torch.Tensor:  # fmt: skip
     query, key, value = parts
     outputs = []
     for segment in segments:
         at = [i for a, b in (*segment.past, (segment.start, segment.stop)) for i in range(a, b)]
         seen = visible(segment.position, segment.stop - segment.start, 0, len(at), causal, window)
+        if cap:  # SDPA has none: written out
+            own = query[:, segment.start : segment.stop].unflatten(0, (GROUPS, -1))
+            scores = cap * torch.tanh(0.3 * own @ key[:, None, at].transpose(2, 3) / cap)
+            scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+            outputs.append((scores.softmax(-1) @ value[:, None, at]).flatten(0, 1))
+            continue
         outputs.append(functional.scaled_dot_product_attention(
             query[None, :, segment.start : segment.stop], key[None, :, at], value[None, :, at],
             attn_mask=seen, scale=0.3, enable_gqa=True,
@@ -49,19 +56,23 @@ def by_sdpa(
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
+@pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize(
     ("segments", "causal", "window"),
     [(SEQUENCES, True, None), (SEQUENCES, False, None), (SEQUENCES, True, 40),
      (SEQUENCES, False, 40), (TREE, True, None), (TREE, True, 30)],
 )  # fmt: skip
-def test_blocks_equal_sdpa(segments: tuple[Segment, ...], causal: bool, window: int | None) -> None:
+def test_blocks_equal_sdpa(
+    segments: tuple[Segment, ...], causal: bool, window: int | None, cap: float | None
+) -> None:
     tokens = segments[-1].stop
     assert any(block.width > KEPT_KEYS for block in split_queries(segments, causal, None))
     parts = states(tokens)
     weights = torch.randn(tokens, HEADS, WIDTH, dtype=torch.float64)
-    expected = by_sdpa(parts, segments, causal, window)
+    expected = by_sdpa(parts, segments, causal, window, cap)
     wanted = torch.autograd.grad(expected, parts, weights)
-    found = BlockedAttention.apply(*parts, split_queries(segments, causal, window), 0.3, 0.0)
+    blocks = split_queries(segments, causal, window)
+    found = BlockedAttention.apply(*parts, blocks, 0.3, 0.0, cap)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, parts, weights), wanted)
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from ftlevel.fast.attention.asked import Asked
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
+from ftlevel.fast.attention.capped import attend_capped
 from ftlevel.fast.attention.padded import attend_padded, pad_segments
 from ftlevel.fast.packing.layout import Segment
 
@@ -29,9 +31,10 @@ CASES = [(ROWS, True, None), (ROWS, False, None), (ROWS, True, 9), (ROWS, False,
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize(("segments", "causal", "window"), CASES)
 def test_it_is_the_attention_of_sequences(
-    segments: tuple[Segment, ...], causal: bool, window: int | None, device: str
+    segments: tuple[Segment, ...], causal: bool, window: int | None, cap: float | None, device: str
 ) -> None:
     torch.manual_seed(0)
     parts = [
@@ -40,9 +43,11 @@ def test_it_is_the_attention_of_sequences(
         )
         for heads in (4, 2, 2)
     ]
-    found = attend_padded(parts, segments, causal, window, 0.3, 0.0)
+    found = attend_padded(parts, segments, Asked(causal, window, 0.3, cap=cap))
     exact = [part.detach().cpu().requires_grad_() for part in parts]
-    expected = BlockedAttention.apply(*exact, split_queries(segments, causal, window), 0.3, 0.0)
+    expected = BlockedAttention.apply(
+        *exact, split_queries(segments, causal, window), 0.3, 0.0, cap
+    )
     torch.testing.assert_close(found.cpu(), expected)
     weights = torch.randn_like(expected)
     gradients = torch.autograd.grad(found, parts, weights.to(device))
@@ -61,7 +66,7 @@ def test_calls_do_not_grow_with_the_sequences(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(functional, "scaled_dot_product_attention", count)
     segments = tuple(Segment(start, start + 128) for start in range(0, 64 * 128, 128))
     parts = [torch.randn(heads, 64 * 128, 8) for heads in (4, 2, 2)]
-    attend_padded(parts, segments, True, None, 0.3, 0.0)
+    attend_padded(parts, segments, Asked(scale=0.3))
     assert len(calls) == 1
     assert calls[0]["attn_mask"] is None
     assert calls[0]["is_causal"]
@@ -75,3 +80,24 @@ def test_places_are_at_most_twice_the_tokens() -> None:
     batches, _ = pad_segments(tuple(segments), True, None, torch.device("cpu"))
     assert sum(batch.queries.numel() for batch in batches) < 2 * stop
     assert len(batches) <= 10
+
+
+@pytest.mark.parametrize("queries", [1, 7])
+def test_capped_scores_of_a_batch_are_exact_under_autocast(queries: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, count, 8) for heads, count in
+                         ((4, queries), (2, 7), (2, 7)))  # fmt: skip
+    seen = torch.ones(2, 1, queries, 7, dtype=torch.bool).tril(7 - queries)
+    seen[1, ..., :2] = False
+    seen[1, ..., 2] = True
+    wide = [part.double().repeat_interleave(4 // part.shape[1], 1) for part in (query, key, value)]
+    scores = 0.7 * torch.tanh(0.3 * wide[0] @ wide[1].transpose(2, 3) / 0.7)
+    shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = (shares @ wide[2]).transpose(1, 2)
+    masks = (seen, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf))
+    for mask in masks:
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = attend_capped(query, key, value, mask, 0.0, 0.3, 0.7, True)
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
+        found, _ = attend_capped(query, key, value, mask, 0.0, 0.3, 0.7, True)
+        torch.testing.assert_close(found, expected.float())

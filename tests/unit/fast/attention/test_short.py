@@ -27,14 +27,18 @@ def states(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor
     ]
 
 
+@pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("lengths", [(7, 7, 7), (20, 19, 17, 12, 5, 5, 1), (1,), (LONGEST, 3)])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 4), (False, 4)])
-def test_it_equals_blocks(lengths: tuple[int, ...], causal: bool, window: int | None) -> None:
+def test_it_equals_blocks(
+    lengths: tuple[int, ...], causal: bool, window: int | None, cap: float | None
+) -> None:
     segments = rows(*lengths)
     parts = states(segments[-1].stop)
     weights = torch.randn(segments[-1].stop, HEADS, WIDTH, dtype=torch.float64)
-    expected = BlockedAttention.apply(*parts, split_queries(segments, causal, window), 0.3, 0.0)
-    found = ShortAttention.apply(*parts, batch_sequences(segments, causal, window), 0.3, 0.0)
+    how = (0.3, 0.0, cap)
+    expected = BlockedAttention.apply(*parts, split_queries(segments, causal, window), *how)
+    found = ShortAttention.apply(*parts, batch_sequences(segments, causal, window), *how)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(
         torch.autograd.grad(found, parts, weights), torch.autograd.grad(expected, parts, weights)

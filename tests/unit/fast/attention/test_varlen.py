@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from ftlevel.errors import InputError
+from ftlevel.fast.attention import hub
+from ftlevel.fast.attention.asked import Asked
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
 from ftlevel.fast.attention.varlen import (
     Kernel,
@@ -45,8 +48,9 @@ def states(tokens: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.T
 
 
 def as_documented(
-    parts: list[torch.Tensor], lengths: Lengths, window: tuple[int, int], scale: float
-) -> torch.Tensor:
+    parts: list[torch.Tensor], lengths: Lengths, window: tuple[int, int], scale: float,
+    cap: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
     query, key, value = (part.transpose(0, 1) for part in parts)
     if lengths.source is not None:
         key, value = key[lengths.source], value[lengths.source]
@@ -57,6 +61,7 @@ def as_documented(
              for ends in (lengths.queries, lengths.keys)]  # fmt: skip
     for (a, b), (c, d) in zip(*spans, strict=True):
         scores = torch.einsum("qhw,khw->hqk", query[a:b], key[c:d]) * scale
+        scores = cap * torch.tanh(scores / cap) if cap else scores
         distance = torch.arange(d - c) - (torch.arange(b - a) + (d - c) - (b - a))[:, None]
         for side, reach in zip((-distance, distance), window, strict=True):
             if reach >= 0:
@@ -81,7 +86,7 @@ def test_the_kernel_is_told_the_attention_of_sequences(
 
 
 def test_a_cpu_is_not_served() -> None:
-    assert not can_serve(states(8, torch.bfloat16)[0], 0.0, None, 0.25)
+    assert not can_serve(states(8, torch.bfloat16)[0], Asked(scale=0.25))
 
 
 def as_in_2_10(
@@ -137,19 +142,19 @@ def test_each_torch_is_told_what_its_kernel_takes(
     assert Kernel.read(function) == installed_kernel() == expected
     parts = states(segments[-1].stop, torch.float64)
     scale = 0.25 if version == "2.10" else 0.3  # 16 elements of a head: its own scale
-    if not expected.computes(window, scale, 16):
+    if not expected.computes(Asked(causal, window, scale), 16):
         assert (version, window) == ("2.10", 9)
         return
-    found = attend_varlen(parts, segments, causal, window, scale)
+    found = attend_varlen(parts, segments, Asked(causal, window, scale))
     blocks = split_queries(segments, causal, window)
     torch.testing.assert_close(found, BlockedAttention.apply(*parts, blocks, scale, 0.0))
 
 
 def test_the_kernel_of_2_10_has_a_scale_of_its_own() -> None:
     kernel = SIGNATURES["2.10"][1]
-    assert kernel.computes(None, 0.125, 64)
-    assert not kernel.computes(None, 0.3, 64)
-    assert not kernel.computes(9, 0.125, 64)
+    assert kernel.computes(Asked(scale=0.125), 64)
+    assert not kernel.computes(Asked(scale=0.3), 64)
+    assert not kernel.computes(Asked(window=9, scale=0.125), 64)
 
 
 def test_a_torch_without_the_kernel_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,8 +179,8 @@ def test_the_kernel_computes_it(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> None:
     parts = states(segments[-1].stop, torch.bfloat16, "cuda")
-    assert can_serve(parts[0], 0.0, window, 0.3)
-    found = attend_varlen(parts, segments, causal, window, 0.3)
+    assert can_serve(parts[0], Asked(causal, window, 0.3))
+    found = attend_varlen(parts, segments, Asked(causal, window, 0.3))
     exact = [part.detach().double().cpu().requires_grad_() for part in parts]
     expected = BlockedAttention.apply(*exact, split_queries(segments, causal, window), 0.3, 0.0)
     weights = torch.randn_like(expected)
@@ -183,3 +188,76 @@ def test_the_kernel_computes_it(
     gradients = torch.autograd.grad(found, parts, weights.to(found))
     for one, other in zip((found, *gradients), (expected, *wanted), strict=True):
         assert (one.double().cpu() - other).norm() < 2e-2 * other.norm()
+
+
+class Fetched:
+    """Stands for the package kernels: what was asked for, and flash attention as documented."""
+
+    def __init__(self, all_keys: int | None, *, as_pair: bool) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.all_keys, self.as_pair = all_keys, as_pair
+
+    def get_kernel(self, repository: str, **which: Any) -> Any:
+        """Return the module of a kernel."""
+        self.asked.append((repository, which))
+        if "nothing" in repository:
+            raise FileNotFoundError("no build for torch 2.13")
+        everything = (self.all_keys, self.all_keys)
+
+        def flash_attn_varlen_func(
+            q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int,
+            max_seqlen_k: int, softmax_scale: Any = None, causal: bool = False,
+            window_size: Any = everything, softcap: float = 0.0,
+        ) -> Any:  # fmt: skip
+            left, right = (-1 if side == self.all_keys else side for side in window_size)
+            assert left != -2
+            assert right is not None
+            lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+            window = (left, 0 if causal else right)
+            parts = [part.transpose(0, 1) for part in (q, k, v)]
+            made = as_documented(parts, lengths, window, softmax_scale, softcap)
+            return (made, None) if self.as_pair else made
+
+        names = {} if "empty" in repository else {"flash_attn_varlen_func": flash_attn_varlen_func}
+        return types.SimpleNamespace(**names)
+
+
+@pytest.fixture(params=[(-1, True), (None, False)], ids=["FA3", "FA4"])
+def fetched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fetched:
+    package = Fetched(request.param[0], as_pair=request.param[1])
+    monkeypatch.setitem(sys.modules, "kernels", package)
+    monkeypatch.setattr(hub, "find_spec", lambda _: object())
+    hub.fetch_kernel.cache_clear()
+    return package
+
+
+@pytest.mark.parametrize("cap", [None, 0.7])
+@pytest.mark.parametrize(("segments", "causal", "window"), CASES)
+def test_a_kernel_of_the_hub_is_told_the_attention_of_sequences(
+    segments: tuple[Segment, ...], causal: bool, window: int | None, cap: float | None,
+    fetched: Fetched,
+) -> None:  # fmt: skip
+    asked = Asked(causal, window, 0.3, cap=cap)
+    kernel = hub.fetch_kernel("someone/flash@1")
+    assert kernel is hub.fetch_kernel("someone/flash@1")
+    assert fetched.asked == [("someone/flash", {"version": 1})]
+    parts = states(segments[-1].stop, torch.float64)
+    found = attend_varlen(parts, segments, asked, kernel)
+    blocks = split_queries(segments, causal, window)
+    torch.testing.assert_close(found, BlockedAttention.apply(*parts, blocks, 0.3, 0.0, cap))
+    assert kernel.computes(asked, 16)
+    assert not hub.HubKernel("old", lambda q: q).computes(Asked(cap=0.7), 16)
+    assert Kernel(True, True, True).computes(asked, 16) is (cap is None)
+
+
+def test_a_kernel_that_is_not_there_is_refused(
+    fetched: Fetched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="no someone/nothing@abc123 for this machine: no build"):
+        hub.fetch_kernel("someone/nothing@abc123")
+    assert fetched.asked == [("someone/nothing", {"revision": "abc123"})]
+    with pytest.raises(InputError, match="someone/empty@2 has no flash_attn_varlen_func"):
+        hub.fetch_kernel("someone/empty@2")
+    monkeypatch.setattr(hub, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match="pip install kernels"):
+        hub.fetch_kernel("someone/flash@1")
