@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ftlevel.errors import InputError
-from ftlevel.fast.attention.asked import Asked
+from ftlevel.fast.attention.options import AttentionOptions
 from ftlevel.fast.attention.varlen import WIDEST_HEAD, Lengths, window_of
 
 FUNCTION = "flash_attn_varlen_func"
@@ -35,21 +35,21 @@ class HubKernel:
     name: str
     function: Callable[..., Any]
 
-    def computes(self, asked: Asked, head_dim: int) -> bool:
-        """Whether it can be told of all that is `asked`, for heads of `head_dim` elements."""
+    def computes(self, options: AttentionOptions, head_dim: int) -> bool:
+        """Whether it can be told of all `options`, for heads of `head_dim` elements."""
         caps = "softcap" in inspect.signature(self.function).parameters
-        return head_dim <= WIDEST_HEAD and (caps or asked.cap is None)
+        return head_dim <= WIDEST_HEAD and (caps or options.cap is None)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
-        asked: Asked,
+        options: AttentionOptions,
     ) -> torch.Tensor:  # fmt: skip
         """Return (tokens, heads, head_dim); arguments as of `attend_varlen`."""
-        told: dict[str, Any] = {"softmax_scale": asked.scale, "causal": asked.causal}
-        if asked.cap is not None:
-            told["softcap"] = asked.cap
-        if asked.window is not None:
-            left, right = window_of(asked.causal, asked.window)
+        told: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
+        if options.cap is not None:
+            told["softcap"] = options.cap
+        if options.window is not None:
+            left, right = window_of(options.causal, options.window)
             all_keys = inspect.signature(self.function).parameters["window_size"].default[0]
             told["window_size"] = (left, all_keys if right < 0 else right)  # None in FA4, -1 else
         made = self.function(

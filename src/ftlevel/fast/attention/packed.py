@@ -15,9 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ftlevel.fast.attention.asked import Asked
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries, visible
 from ftlevel.fast.attention.capped import attend_capped
+from ftlevel.fast.attention.options import AttentionOptions
 from ftlevel.fast.attention.padded import attend_padded
 from ftlevel.fast.attention.short import ShortAttention, are_short, batch_sequences
 from ftlevel.fast.attention.varlen import FlashKernel, attend_varlen, can_serve
@@ -108,52 +108,57 @@ def attend(
         else value.dtype
     )
     states = [part.squeeze(0).to(compute) for part in (query, key, value)]
-    asked = Asked(causal, sliding_window, scale, dropout, softcap or None)
-    attended = _by_sequence(layout, states, asked, kernel)
+    options = AttentionOptions(causal, sliding_window, scale, dropout, softcap or None)
+    attended = _by_sequence(layout, states, options, kernel)
     own = attended[layout.before :] if layout.before else attended
     return own[None], None
 
 
 def _by_sequence(
-    layout: PackedLayout, states: list[torch.Tensor], asked: Asked, kernel: FlashKernel | None
+    layout: PackedLayout,
+    states: list[torch.Tensor],
+    options: AttentionOptions,
+    kernel: FlashKernel | None,
 ) -> torch.Tensor:
     """Return (tokens, heads, head_dim): on a GPU by one kernel, on a CPU by blocks or by SDPA."""
-    if can_serve(states[0], asked, kernel):
-        return attend_varlen(states, layout.segments, asked, kernel)
+    if can_serve(states[0], options, kernel):
+        return attend_varlen(states, layout.segments, options, kernel)
     if states[0].device.type != "cpu":
-        return attend_padded(states, layout.segments, asked)
+        return attend_padded(states, layout.segments, options)
     is_short = all(s.stop - s.start <= MAX_BLOCKED for s in layout.segments)
     is_tree = any(segment.past for segment in layout.segments)
     # SDPA would draw from the generator of the process.
-    draws_itself = asked.dropout > 0 and worker_generator() is not None
-    how = (asked.scale, asked.dropout, asked.cap)
+    draws_itself = options.dropout > 0 and worker_generator() is not None
+    how = (options.scale, options.dropout, options.cap)
     if are_short(layout.segments):
-        batches = batch_sequences(layout.segments, asked.causal, asked.window)
+        batches = batch_sequences(layout.segments, options.causal, options.window)
         with torch.autocast("cpu", enabled=False):
             short: torch.Tensor = ShortAttention.apply(  # type: ignore[no-untyped-call]
                 *states, batches, *how
             )
             return short
-    if is_short or is_tree or draws_itself or asked.cap:
-        blocks = split_queries(layout.segments, asked.causal, asked.window)
+    if is_short or is_tree or draws_itself or options.cap:
+        blocks = split_queries(layout.segments, options.causal, options.window)
         with torch.autocast("cpu", enabled=False):
             attended: torch.Tensor = BlockedAttention.apply(  # type: ignore[no-untyped-call]
                 *states, blocks, *how
             )
             return attended
-    outputs = [_by_sdpa(segment, states, asked) for segment in layout.segments]
+    outputs = [_by_sdpa(segment, states, options) for segment in layout.segments]
     return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
 
 
-def _by_sdpa(segment: Segment, states: list[torch.Tensor], asked: Asked) -> torch.Tensor:
+def _by_sdpa(
+    segment: Segment, states: list[torch.Tensor], options: AttentionOptions
+) -> torch.Tensor:
     """Return (heads, tokens of the segment, head_dim), for a sequence of its own."""
     query, key, value = (part[:, segment.start : segment.stop] for part in states)
     length = key.shape[1]
-    plain = asked.window is None or asked.window > length
-    mask = None if plain else visible(0, length, 0, length, asked.causal, asked.window)
+    plain = options.window is None or options.window > length
+    mask = None if plain else visible(0, length, 0, length, options.causal, options.window)
     output = functional.scaled_dot_product_attention(
         query[None], key[None], value[None],
-        attn_mask=mask, dropout_p=asked.dropout, is_causal=asked.causal and plain,
-        scale=asked.scale, enable_gqa=query.shape[0] != key.shape[0],
+        attn_mask=mask, dropout_p=options.dropout, is_causal=options.causal and plain,
+        scale=options.scale, enable_gqa=query.shape[0] != key.shape[0],
     )  # fmt: skip
     return output[0]

@@ -19,8 +19,8 @@ from functools import lru_cache
 import torch
 from torch.nn import functional
 
-from ftlevel.fast.attention.asked import Asked
 from ftlevel.fast.attention.capped import attend_capped
+from ftlevel.fast.attention.options import AttentionOptions
 from ftlevel.fast.packing.layout import Segment
 from ftlevel.models.hardware import send
 
@@ -109,34 +109,41 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> PaddedBa
 
 
 def attend_padded(
-    states: list[torch.Tensor], segments: tuple[Segment, ...], asked: Asked
+    states: list[torch.Tensor], segments: tuple[Segment, ...], options: AttentionOptions
 ) -> torch.Tensor:
     """Return (tokens, heads, head_dim).
 
     Args:
         states: queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
         segments: of the row, which is all of the tokens.
-        asked: of the attention.
+        options: of the attention.
     """
     device = states[0].device
-    batches, places = pad_segments(segments, asked.causal, asked.window, device)
+    batches, places = pad_segments(segments, options.causal, options.window, device)
     groups, outputs = len(states[0]) // len(states[1]), []
     for batch in batches:
         query, key, value = (
             part.index_select(1, at.flatten()).view(len(part), *at.shape, -1).transpose(0, 1)
             for part, at in zip(states, (batch.queries, batch.keys, batch.keys), strict=True)
         )
-        if asked.cap:
+        if options.cap:
             made, _ = attend_capped(
-                query, key, value, batch.mask, asked.dropout, asked.scale, asked.cap, batch.causal
+                query,
+                key,
+                value,
+                batch.mask,
+                options.dropout,
+                options.scale,
+                options.cap,
+                batch.causal,
             )
             outputs.append(made.flatten(0, 1))
             continue
         if groups > 1:
             key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
         made = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=batch.mask, dropout_p=asked.dropout,
-            is_causal=batch.causal and batch.mask is None, scale=asked.scale,
+            query, key, value, attn_mask=batch.mask, dropout_p=options.dropout,
+            is_causal=batch.causal and batch.mask is None, scale=options.scale,
         )  # fmt: skip
         outputs.append(made.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, places)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from ftlevel.fast.attention.asked import Asked
+from ftlevel.fast.attention.options import AttentionOptions
 from ftlevel.fast.packing.layout import Segment
 from ftlevel.models.hardware import send
 
@@ -28,12 +28,12 @@ WIDEST_HEAD = 256
 class FlashKernel(Protocol):
     """What attends to a whole row on a GPU."""
 
-    def computes(self, asked: Asked, head_dim: int) -> bool:
-        """Whether it can be told of all that is `asked`, for heads of `head_dim` elements."""
+    def computes(self, options: AttentionOptions, head_dim: int) -> bool:
+        """Whether it can be told of all `options`, for heads of `head_dim` elements."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
-        asked: Asked,
+        options: AttentionOptions,
     ) -> torch.Tensor:  # fmt: skip
         """Return (tokens, heads, head_dim), of contiguous states (tokens, heads, head_dim)."""
 
@@ -61,11 +61,11 @@ class Kernel:
         names = inspect.signature(function).parameters
         return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
 
-    def computes(self, asked: Asked, head_dim: int) -> bool:
-        """Whether it can be told of all that is `asked`, for heads of `head_dim` elements."""
-        is_usual = math.isclose(asked.scale, head_dim**-0.5, rel_tol=1e-6)
-        windows = self.windows or asked.window is None
-        return windows and (self.scales or is_usual) and asked.cap is None
+    def computes(self, options: AttentionOptions, head_dim: int) -> bool:
+        """Whether it can be told of all `options`, for heads of `head_dim` elements."""
+        is_usual = math.isclose(options.scale, head_dim**-0.5, rel_tol=1e-6)
+        windows = self.windows or options.window is None
+        return windows and (self.scales or is_usual) and options.cap is None
 
     def settings(
         self, causal: bool, window: int | None, scale: float, *, grouped: bool
@@ -80,7 +80,7 @@ class Kernel:
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
-        asked: Asked,
+        options: AttentionOptions,
     ) -> torch.Tensor:  # fmt: skip
         """Return (tokens, heads, head_dim), as `FlashKernel` says."""
         from torch.nn.attention.varlen import varlen_attn
@@ -91,7 +91,7 @@ class Kernel:
         attended = varlen_attn(
             query, key, value, lengths.queries, lengths.keys, lengths.most_queries,
             lengths.most_keys,
-            **self.settings(asked.causal, asked.window, asked.scale, grouped=groups > 1),
+            **self.settings(options.causal, options.window, options.scale, grouped=groups > 1),
         )  # fmt: skip
         return cast("torch.Tensor", attended)  # the pair is returned to those who ask for it
 
@@ -148,14 +148,16 @@ def window_of(causal: bool, window: int | None) -> tuple[int, int]:
     return reach, 0 if causal else reach
 
 
-def can_serve(query: torch.Tensor, asked: Asked, kernel: FlashKernel | None = None) -> bool:
+def can_serve(
+    query: torch.Tensor, options: AttentionOptions, kernel: FlashKernel | None = None
+) -> bool:
     """Whether `kernel`, or torch's, computes `query` (heads, tokens, head_dim) here."""
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or asked.dropout:
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or options.dropout:
         return False
     head_dim, kernel = query.shape[-1], kernel or installed_kernel()
     return (
         kernel is not None
-        and kernel.computes(asked, head_dim)
+        and kernel.computes(options, head_dim)
         and head_dim % 8 == 0
         and head_dim <= WIDEST_HEAD
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -165,7 +167,7 @@ def can_serve(query: torch.Tensor, asked: Asked, kernel: FlashKernel | None = No
 def attend_varlen(
     states: list[torch.Tensor],
     segments: tuple[Segment, ...],
-    asked: Asked,
+    options: AttentionOptions,
     kernel: FlashKernel | None = None,
 ) -> torch.Tensor:
     """Return (tokens, heads, head_dim), where `can_serve` says that it can.
@@ -173,7 +175,7 @@ def attend_varlen(
     Args:
         states: queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
         segments: of the row.
-        asked: of the attention; nothing is dropped.
+        options: of the attention; nothing is dropped.
         kernel: which; None is torch's.
     """
     if kernel is None:
@@ -185,4 +187,4 @@ def attend_varlen(
     if lengths.source is not None:
         key, value = (part.index_select(0, lengths.source) for part in (key, value))
     rows = (query.contiguous(), key.contiguous(), value.contiguous())
-    return kernel.attend(*rows, lengths, asked)
+    return kernel.attend(*rows, lengths, options)

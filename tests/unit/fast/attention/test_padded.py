@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ftlevel.fast.attention.asked import Asked
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
 from ftlevel.fast.attention.capped import attend_capped
+from ftlevel.fast.attention.options import AttentionOptions
 from ftlevel.fast.attention.padded import attend_padded, pad_segments
 from ftlevel.fast.packing.layout import Segment
 
@@ -43,7 +43,7 @@ def test_it_is_the_attention_of_sequences(
         )
         for heads in (4, 2, 2)
     ]
-    found = attend_padded(parts, segments, Asked(causal, window, 0.3, cap=cap))
+    found = attend_padded(parts, segments, AttentionOptions(causal, window, 0.3, cap=cap))
     exact = [part.detach().cpu().requires_grad_() for part in parts]
     expected = BlockedAttention.apply(
         *exact, split_queries(segments, causal, window), 0.3, 0.0, cap
@@ -66,7 +66,7 @@ def test_calls_do_not_grow_with_the_sequences(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(functional, "scaled_dot_product_attention", count)
     segments = tuple(Segment(start, start + 128) for start in range(0, 64 * 128, 128))
     parts = [torch.randn(heads, 64 * 128, 8) for heads in (4, 2, 2)]
-    attend_padded(parts, segments, Asked(scale=0.3))
+    attend_padded(parts, segments, AttentionOptions(scale=0.3))
     assert len(calls) == 1
     assert calls[0]["attn_mask"] is None
     assert calls[0]["is_causal"]

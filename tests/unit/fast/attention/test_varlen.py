@@ -15,8 +15,8 @@ import torch
 
 from ftlevel.errors import InputError
 from ftlevel.fast.attention import hub
-from ftlevel.fast.attention.asked import Asked
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
+from ftlevel.fast.attention.options import AttentionOptions
 from ftlevel.fast.attention.varlen import (
     Kernel,
     Lengths,
@@ -86,7 +86,7 @@ def test_the_kernel_is_told_the_attention_of_sequences(
 
 
 def test_a_cpu_is_not_served() -> None:
-    assert not can_serve(states(8, torch.bfloat16)[0], Asked(scale=0.25))
+    assert not can_serve(states(8, torch.bfloat16)[0], AttentionOptions(scale=0.25))
 
 
 def as_in_2_10(
@@ -142,19 +142,19 @@ def test_each_torch_is_told_what_its_kernel_takes(
     assert Kernel.read(function) == installed_kernel() == expected
     parts = states(segments[-1].stop, torch.float64)
     scale = 0.25 if version == "2.10" else 0.3  # 16 elements of a head: its own scale
-    if not expected.computes(Asked(causal, window, scale), 16):
+    if not expected.computes(AttentionOptions(causal, window, scale), 16):
         assert (version, window) == ("2.10", 9)
         return
-    found = attend_varlen(parts, segments, Asked(causal, window, scale))
+    found = attend_varlen(parts, segments, AttentionOptions(causal, window, scale))
     blocks = split_queries(segments, causal, window)
     torch.testing.assert_close(found, BlockedAttention.apply(*parts, blocks, scale, 0.0))
 
 
 def test_the_kernel_of_2_10_has_a_scale_of_its_own() -> None:
     kernel = SIGNATURES["2.10"][1]
-    assert kernel.computes(Asked(scale=0.125), 64)
-    assert not kernel.computes(Asked(scale=0.3), 64)
-    assert not kernel.computes(Asked(window=9, scale=0.125), 64)
+    assert kernel.computes(AttentionOptions(scale=0.125), 64)
+    assert not kernel.computes(AttentionOptions(scale=0.3), 64)
+    assert not kernel.computes(AttentionOptions(window=9, scale=0.125), 64)
 
 
 def test_a_torch_without_the_kernel_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +179,8 @@ def test_the_kernel_computes_it(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> None:
     parts = states(segments[-1].stop, torch.bfloat16, "cuda")
-    assert can_serve(parts[0], Asked(causal, window, 0.3))
-    found = attend_varlen(parts, segments, Asked(causal, window, 0.3))
+    assert can_serve(parts[0], AttentionOptions(causal, window, 0.3))
+    found = attend_varlen(parts, segments, AttentionOptions(causal, window, 0.3))
     exact = [part.detach().double().cpu().requires_grad_() for part in parts]
     expected = BlockedAttention.apply(*exact, split_queries(segments, causal, window), 0.3, 0.0)
     weights = torch.randn_like(expected)
@@ -237,17 +237,17 @@ def test_a_kernel_of_the_hub_is_told_the_attention_of_sequences(
     segments: tuple[Segment, ...], causal: bool, window: int | None, cap: float | None,
     fetched: Fetched,
 ) -> None:  # fmt: skip
-    asked = Asked(causal, window, 0.3, cap=cap)
+    options = AttentionOptions(causal, window, 0.3, cap=cap)
     kernel = hub.fetch_kernel("someone/flash@1")
     assert kernel is hub.fetch_kernel("someone/flash@1")
     assert fetched.asked == [("someone/flash", {"version": 1})]
     parts = states(segments[-1].stop, torch.float64)
-    found = attend_varlen(parts, segments, asked, kernel)
+    found = attend_varlen(parts, segments, options, kernel)
     blocks = split_queries(segments, causal, window)
     torch.testing.assert_close(found, BlockedAttention.apply(*parts, blocks, 0.3, 0.0, cap))
-    assert kernel.computes(asked, 16)
-    assert not hub.HubKernel("old", lambda q: q).computes(Asked(cap=0.7), 16)
-    assert Kernel(True, True, True).computes(asked, 16) is (cap is None)
+    assert kernel.computes(options, 16)
+    assert not hub.HubKernel("old", lambda q: q).computes(AttentionOptions(cap=0.7), 16)
+    assert Kernel(True, True, True).computes(options, 16) is (cap is None)
 
 
 def test_a_kernel_that_is_not_there_is_refused(

@@ -38,11 +38,11 @@ def _ask_once(block: nn.Module) -> None:
 
 
 def _last_layer(added: Any) -> Any:
-    """Return the fused layer whose product `added`, the output's node, adds to what was there."""
+    """Return the fused layer whose product `added`, an output's `grad_fn`, adds to what was."""
     while added.name() == "ViewBackward0":
         ((added, _),) = added.next_functions
     if added.name() != "AddBackward0":
         return None
     # What was computed before something else may have been read by it.
-    parents = [node for node, _ in added.next_functions if node is not None]
+    parents = [parent for parent, _ in added.next_functions if parent is not None]
     return getattr(max(parents, key=order_of, default=None), "layer", None)

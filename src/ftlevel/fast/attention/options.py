@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Asked:
+class AttentionOptions:
     """One attention's part of a model.
 
     Attributes:
