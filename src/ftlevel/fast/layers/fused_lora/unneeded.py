@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ftlevel.models.upstream.tensors import is_in_backward, order_of
@@ -26,8 +25,8 @@ def skip_unneeded_products(blocks: Sequence[nn.Module]) -> None:
 
 def _ask_once(block: nn.Module) -> None:
     def ask(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
-        states = output if isinstance(output, torch.Tensor) else output[0]
-        if states.grad_fn is None or is_in_backward():
+        states = output[0] if isinstance(output, tuple) and output else output
+        if getattr(states, "grad_fn", None) is None or is_in_backward():
             return
         hook.remove()
         layer = _last_layer(states.grad_fn)
