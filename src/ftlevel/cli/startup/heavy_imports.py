@@ -10,6 +10,7 @@ text have other lengths in every step, so what it keeps is of no use later: 0.4 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
@@ -43,5 +44,16 @@ def heavy_imports() -> Iterator[None]:
         try:
             yield
             gc.freeze()
+            atexit.register(_thaw)
         finally:
             gc.enable()
+
+
+def _thaw() -> None:
+    """Give the collector back what it was kept from, where the end of the process asks for it.
+
+    Triton's binding (nanobind) prints thousands of its functions as leaked if they outlive their
+    module; torch for CUDA brings Triton, and bitsandbytes imports it on a CPU, too.
+    """
+    if "triton" in sys.modules:
+        gc.unfreeze()
