@@ -29,6 +29,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if reason := card.why_not():
+        sys.exit(f"The simulation {reason}.")
     card.put_in()
     from gpu_sim import figures
     from gpu_sim.cases import build_cells, run_cell

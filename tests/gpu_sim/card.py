@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -24,6 +25,17 @@ FLAGS = ("-O1", "-shared", "-fPIC", "-std=c++20")
 def find_compiler() -> str | None:
     """Return the C++ compiler, or None where there is none."""
     return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+
+
+def why_not() -> str:
+    """Return why no card can be put into this process; empty where one can."""
+    if find_compiler() is None:
+        return "needs a C++ compiler: set CXX, or install g++"
+    found = importlib.util.find_spec("torch")
+    version = runpy.run_path(str(Path(str(found.origin)).with_name("version.py")) if found else "")
+    if version["cuda"] is not None:
+        return f"needs a torch without CUDA: {version['__version__']} has a backend of its own"
+    return ""
 
 
 def build(compiler: str) -> Path:
@@ -58,16 +70,15 @@ def put_in() -> None:
     """Let this process see the card.
 
     Raises:
-        RuntimeError: torch was imported before, or there is no compiler.
+        RuntimeError: torch was imported before, or it cannot be for what `why_not` says.
     """
     import sys
 
     if "torch" in sys.modules:
         raise RuntimeError("torch was imported before the card was put in")
-    compiler = find_compiler()
-    if compiler is None:
-        raise RuntimeError("no C++ compiler: set CXX, or install g++")
-    library = build(compiler)
+    if reason := why_not():
+        raise RuntimeError(f"the simulation {reason}")
+    library = build(str(find_compiler()))
     found = importlib.util.find_spec("torch")
     lib = Path(str(found.origin)).parent / "lib"  # type: ignore[union-attr]
     for name in (lib / "libc10.so", lib / "libtorch_cpu.so", library):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gpu_sim.__main__ import SAMPLE
-from gpu_sim.card import find_compiler
+from gpu_sim.card import why_not
 
 TESTS = Path(__file__).parents[1]
 
@@ -20,8 +20,8 @@ TESTS = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
     """Return what a process of its own finds: the card must be there before torch is."""
-    if find_compiler() is None:
-        pytest.skip("needs a C++ compiler: set CXX, or install g++")
+    if reason := why_not():
+        pytest.skip(reason)
     places = (TESTS.parent / "src", TESTS, TESTS.parent / "scripts", os.environ.get("PYTHONPATH"))
     done = subprocess.run(
         [sys.executable, "-m", "gpu_sim", "--sample", "--json"],

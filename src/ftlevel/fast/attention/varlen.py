@@ -43,7 +43,7 @@ class Kernel:
     """What torch's `varlen_attn` takes, by its signature.
 
     torch 2.8 and 2.9 have none. 2.10 takes `is_causal` and nothing of the three below, 2.11 all but
-    `enable_gqa`, 2.12 and 2.13 all. (torch/nn/attention/varlen.py of each.)
+    `enable_gqa`, 2.12, 2.13 and 2.15 all. (torch/nn/attention/varlen.py of each.)
 
     Attributes:
         windows: whether it is told of a window; else of causality alone.
@@ -112,7 +112,9 @@ class Lengths:
 
     Attributes:
         queries: (segments + 1,) int32, where the queries of each segment begin, and the end.
-        keys: (segments + 1,) int32, the same of its keys among the gathered ones.
+        keys: (segments + 1,) int32, the same of its keys among the gathered ones; where they are
+            the row, it is `queries` itself, by which torch from 2.15 on knows that cuDNN, whose
+            causal mask begins at the first query and key, computes the same as flash attention.
         most_queries, most_keys: of a segment.
         source: (keys,) where each gathered key stands in the row; None where they are the row.
     """
@@ -129,12 +131,13 @@ def measure(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
     """Return the lengths of `segments`, on `device`."""
     own = [segment.stop - segment.start for segment in segments]
     seen = [segment.position + length for segment, length in zip(segments, own, strict=True)]
-    source = None
-    if any(segment.past for segment in segments):
-        ranges = [r for s in segments for r in (*s.past, (s.start, s.stop))]
-        source = send(torch.cat([torch.arange(start, stop) for start, stop in ranges]), device)
-    ends = [send(torch.tensor([0, *part]).cumsum(0).int(), device) for part in (own, seen)]
-    return Lengths(ends[0], ends[1], max(own), max(seen), source)
+    queries = send(torch.tensor([0, *own]).cumsum(0).int(), device)
+    if not any(segment.past for segment in segments):
+        return Lengths(queries, queries, max(own), max(own), None)
+    ranges = [r for s in segments for r in (*s.past, (s.start, s.stop))]
+    source = send(torch.cat([torch.arange(start, stop) for start, stop in ranges]), device)
+    keys = send(torch.tensor([0, *seen]).cumsum(0).int(), device)
+    return Lengths(queries, keys, max(own), max(seen), source)
 
 
 def window_of(causal: bool, window: int | None) -> tuple[int, int]:

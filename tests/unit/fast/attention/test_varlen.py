@@ -79,6 +79,7 @@ def test_the_kernel_is_told_the_attention_of_sequences(
     parts = states(segments[-1].stop, torch.float64)
     lengths = measure(segments, torch.device("cpu"))
     assert lengths.queries.dtype == lengths.keys.dtype == torch.int32
+    assert (lengths.queries is lengths.keys) is (segments is ROWS), "cuDNN of torch 2.15 asks"
     found = as_documented(parts, lengths, window_of(causal, window), 0.3)
     blocks = split_queries(segments, causal, window)
     expected = BlockedAttention.apply(*parts, blocks, 0.3, 0.0)
@@ -124,6 +125,7 @@ SIGNATURES = {
     "2.11": (as_in_2_11, Kernel(windows=True, scales=True, groups=False)),
     "2.12": (as_in_2_12, Kernel(windows=True, scales=True, groups=True)),
     "2.13": (as_in_2_12, Kernel(windows=True, scales=True, groups=True)),
+    "2.15": (as_in_2_12, Kernel(windows=True, scales=True, groups=True)),
 }
 """torch → the signature of its `varlen_attn`, and what is read off it; 2.8 and 2.9 have none."""
 
