@@ -54,6 +54,19 @@ def work(folder: Path, cases: list[str], out: Path, shard: str) -> None:
     train_all(folder, cases, out, shard)
 
 
+def check_in_plain_peft(prepared: Path) -> None:
+    """Compare the adapters of one process and of two, as plain PEFT loads them."""
+    logits = []
+    for run in ("one", "two"):
+        base = AutoModelForCausalLM.from_pretrained(prepared / "decoder", dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(base, prepared / run / "decoder/lora/adapter").eval()
+        with torch.no_grad():
+            logits.append(adapted(torch.arange(3, 20)[None]).logits)
+            with adapted.disable_adapter():
+                assert (adapted(torch.arange(3, 20)[None]).logits - logits[0]).abs().max() > 1e-3
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+
+
 def test_two_processes_with_half_a_model_each_are_one_with_the_whole(prepared: Path) -> None:
     from distributed import BOUND, STEPS, difference
 
@@ -77,6 +90,7 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(prepared: P
     found = load_found(find_trained(str(parts), "cpu"), "cpu")
     assert found.task.name == "text-classification"
     assert all(tensor.equal(last[key]) for key, tensor in found.model.named_parameters())
+    check_in_plain_peft(prepared)
     broken = prepared / "broken"
     shutil.copytree(parts, broken)
     next(broken.glob("shard-00002*")).unlink()
@@ -122,18 +136,6 @@ def test_each_process_reads_no_more_than_it_holds(tmp_path: Path) -> None:
         assert facts["same"]
         room = 16 << 20  # modules, meshes, the allocator
         assert facts["peak"] < facts["whole"] / 2 + facts["largest"] + room, facts
-
-
-def test_the_adapter_of_a_shared_model_loads_in_plain_peft(prepared: Path) -> None:
-    logits = []
-    for run in ("one", "two"):
-        base = AutoModelForCausalLM.from_pretrained(prepared / "decoder", dtype=torch.float32)
-        adapted = PeftModel.from_pretrained(base, prepared / run / "decoder/lora/adapter").eval()
-        with torch.no_grad():
-            logits.append(adapted(torch.arange(3, 20)[None]).logits)
-            with adapted.disable_adapter():
-                assert (adapted(torch.arange(3, 20)[None]).logits - logits[0]).abs().max() > 1e-3
-    assert (logits[0] - logits[1]).abs().max() < 1e-4
 
 
 def in_half_precision(folder: Path, out: Path, shard: str, way: str) -> None:
