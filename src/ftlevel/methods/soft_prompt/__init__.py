@@ -142,7 +142,7 @@ _P_TUNING = Method(
             "Liu et al., 2021, arXiv:2103.10385", 50_425_856,
         ),
     ),
-    rate=Rates(narrow=1e-2, wide=5e-3, source="not measured"),
+    rate=Rates(narrow=1e-2, wide=5e-3, source="not measured", kinds={"encoder-decoder": 3e-2}),
     build=build_p_tuning,
     register=register,
     find_targets=find_targets,

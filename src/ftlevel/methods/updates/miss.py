@@ -72,7 +72,9 @@ _METHOD = Method(
             MERGES, "Kang and Yin, 2024, arXiv:2409.15371", 87_031_808,
         ),
     ),
-    rate=Rates(narrow=3e-4, wide=1e-4, source="PEFT's method comparison"),
+    rate=Rates(
+        narrow=3e-4, wide=1e-4, source="PEFT's method comparison", kinds={"encoder-decoder": 1e-3}
+    ),
     build=build,
     rules=(LINEARS_ONLY,),
     check=check,
