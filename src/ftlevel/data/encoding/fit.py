@@ -268,7 +268,7 @@ def fit_targets(
     over = np.flatnonzero(sizes > limit)
     if not len(over):
         return rows, 0
-    worst = rows[int(sizes.argmax())]
+    worst = rows[int(np.argmax(sizes))]
     if overlong != "drop":
         raise InputError(
             f"{len(over):,} of {len(rows):,} targets are longer than {limit:,} tokens; the longest "

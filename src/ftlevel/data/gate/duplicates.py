@@ -121,7 +121,7 @@ def _common_prefix(rows: Sequence[Encoded]) -> int:
     first = rows[0].input_ids
     prefix = len(first)
     for flat in flat_batches(rows):
-        prefix = min(prefix, int(flat.ids.lengths.min()))
+        prefix = min(prefix, int(np.min(flat.ids.lengths)))
         for at in range(prefix):
             if (flat.ids.values[flat.ids.starts[:-1] + at] != first[at]).any():
                 prefix = at

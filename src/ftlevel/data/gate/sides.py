@@ -40,7 +40,7 @@ def find_one_answer(digests: Digests) -> Integers:
     if len(answers) < _FEW_ROWS or not records["before"].all():
         return np.zeros(0, dtype=np.int64)
     values, counts = np.unique(answers[:: -(-len(answers) // _SAMPLE)], return_counts=True)
-    hit = np.flatnonzero(answers == values[counts.argmax()])
+    hit = np.flatnonzero(answers == values[np.argmax(counts)])
     return hit if len(hit) >= ONE_ANSWER_SHARE * len(answers) else hit[:0]
 
 

@@ -92,7 +92,7 @@ class Index:
         )
 
     def _texts(self, begins: Integers, sizes: Integers) -> Texts:
-        places = begins + np.arange(sizes.max(initial=0))[:, None]
+        places = begins + np.arange(np.max(sizes, initial=0))[:, None]
         return Texts(self.digests.words[np.minimum(places, len(self.digests.words) - 1)], sizes)
 
     def gather(self, at: Integers) -> tuple[Words, Integers]:
@@ -328,4 +328,4 @@ def _count_common(
     second = np.add.reduceat(both & 1, begins) if len(begins) else begins
     total = np.diff(begins, append=len(both))
     least = np.minimum(second, total - second)
-    return np.bincount(word[begins] >> 32, least, minlength=len(these))
+    return np.bincount(word[begins] >> 32, least, minlength=len(these)).astype(np.int64)

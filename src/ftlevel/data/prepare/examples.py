@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ftlevel.artifacts.fingerprint import rows_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
@@ -135,7 +137,7 @@ def _facts(
 ) -> dict[str, Any]:
     refused = len(fitted.rows) - len(kept)
     sizes = [
-        (flat.ids.lengths.sum(), flat.supervised().sum(), flat.ids.lengths.max())
+        (flat.ids.lengths.sum(), flat.supervised().sum(), np.max(flat.ids.lengths))
         for flat in flat_batches(kept)
     ]
     tokens, supervised, longest = zip(*sizes, strict=True)
