@@ -75,6 +75,7 @@ class Rates:
         wide: used on wide models in long runs.
         source: of `wide`.
         kinds: kind of model → what was measured with its own language head, where that is another.
+        tokens: what was measured where every token has a target, if not `TOKEN_HEAD` times as much.
         is_heads: whether heads are all that is trained, so that there is one rate.
     """
 
@@ -82,6 +83,7 @@ class Rates:
     wide: float
     source: str
     kinds: Mapping[str, float] = field(default_factory=dict)
+    tokens: float | None = None
     is_heads: bool = False
 
     def rate(self, known: RunFacts) -> float:
@@ -92,7 +94,9 @@ class Rates:
     def measured(self, known: RunFacts) -> float:
         """Return the rate for such a head and model, were it narrow and the run short."""
         rate = self.narrow if known.new_head else self.kinds.get(known.kind, self.narrow)
-        return min(rate * TOKEN_HEAD, 1.0) if known.token_head and not self.is_heads else rate
+        if known.token_head and not self.is_heads:
+            return min(rate * TOKEN_HEAD, 1.0) if self.tokens is None else self.tokens
+        return rate
 
     def choose(self, what: str, known: RunFacts, name: str = "learning rate") -> Choice:
         """Return the rate with its reason.

@@ -120,7 +120,7 @@ _PROMPT = Method(
             "Lester et al., 2021, arXiv:2104.08691", 81_920,
         ),
     ),
-    rate=Rates(narrow=1e-1, wide=3e-2, source="not measured"),
+    rate=Rates(narrow=1e-1, wide=3e-2, source="not measured", tokens=3e-2),
     build=build_prompt,
     register=register,
     find_targets=find_targets,
