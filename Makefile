@@ -1,4 +1,5 @@
 # make test    everything that must pass before a change is merged, in a virtual environment of its own
+# make test-kernels  the Triton kernels alone, in Triton's interpreter; a part of make test on Linux
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
 # make suite   run PEFT's own tests on our tuners and on the fused LoRA layers (an hour)

@@ -175,6 +175,16 @@ def test_a_run_begins_with_no_library_that_is_too_old(monkeypatch: pytest.Monkey
         check_packages(TrainConfig())
 
 
+def test_an_attention_kernel_of_a_gpu_is_refused_without_one() -> None:
+    named = {"attention_kernel": "kernels-community/flash-attn3@1"}
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ConfigError, match="flash-attn3@1 is for an NVIDIA GPU, and none is here"):
+        check_packages(TrainConfig.model_validate({"speed": named}))
+    with pytest.raises(ValueError, match="attention_kernel"):
+        TrainConfig.model_validate({"speed": {"attention_kernel": "flash-attn3"}})
+
+
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])
 def test_a_quantized_base_is_refused_on_an_apple_gpu(
     quant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -28,17 +28,31 @@ class HubKernel:
     """A kernel that was fetched.
 
     Attributes:
-        name: as the user named it.
         function: `flash_attn_varlen_func`.
+        caps: whether it can be told at what scores are capped.
+        windows: whether it can be told of a window.
+        all_keys: what a side of its window is that has no end: None in FA4, else -1.
     """
 
-    name: str
     function: Callable[..., Any]
+    caps: bool
+    windows: bool
+    all_keys: int | None
+
+    @classmethod
+    def read(cls, function: Callable[..., Any]) -> HubKernel:
+        """Return what `function` takes, by its signature."""
+        names = inspect.signature(function).parameters
+        windows = "window_size" in names
+        all_keys = names["window_size"].default[0] if windows else None
+        return cls(function, "softcap" in names, windows, all_keys)
 
     def computes(self, options: AttentionOptions, head_dim: int) -> bool:
         """Whether it can be told of all `options`, for heads of `head_dim` elements."""
-        caps = "softcap" in inspect.signature(self.function).parameters
-        return head_dim <= WIDEST_HEAD and (caps or options.cap is None)
+        can_be_told = (self.caps or options.cap is None) and (
+            self.windows or options.window is None
+        )
+        return can_be_told and head_dim <= WIDEST_HEAD
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
@@ -50,8 +64,7 @@ class HubKernel:
             told["softcap"] = options.cap
         if options.window is not None:
             left, right = window_of(options.causal, options.window)
-            all_keys = inspect.signature(self.function).parameters["window_size"].default[0]
-            told["window_size"] = (left, all_keys if right < 0 else right)  # None in FA4, -1 else
+            told["window_size"] = (left, self.all_keys if right < 0 else right)
         made = self.function(
             query, key, value, cu_seqlens_q=lengths.queries, cu_seqlens_k=lengths.keys,
             max_seqlen_q=lengths.most_queries, max_seqlen_k=lengths.most_keys, **told,
@@ -91,4 +104,4 @@ def fetch_kernel(named: str) -> HubKernel:
             f"{named} has no {FUNCTION}, so it cannot attend to rows of sequences. Name another in "
             "speed.attention_kernel (kernels-community/flash-attn3@1), or drop it."
         )
-    return HubKernel(named, function)
+    return HubKernel.read(function)

@@ -180,11 +180,13 @@ def attend_varlen(
         segments: of the row.
         options: of the attention; nothing is dropped.
         kernel: which; None is torch's.
-    """
-    if kernel is None:
-        from torch.nn.attention.varlen import varlen_attn
 
-        kernel = Kernel.read(varlen_attn)
+    Raises:
+        RuntimeError: there is none.
+    """
+    kernel = kernel or installed_kernel()
+    if kernel is None:
+        raise RuntimeError("this torch has no varlen_attn")
     query, key, value = (part.transpose(0, 1) for part in states)
     lengths = measure(segments, query.device)
     if lengths.source is not None:

@@ -127,8 +127,9 @@ def plan_fast(
         bound = "as many tokens a micro-batch as fit"
     choices = [Choice("step", ", ".join(parts), f"{bound}, {at_once}"), *more]
     hub = speed.attention_kernel if device == "cuda" and not why_padded else None
-    if hub:
-        choices.append(Choice("attention", hub, "as asked"))
+    if speed.attention_kernel:
+        why = "as asked" if hub else f"{speed.attention_kernel} attends to packed rows"
+        choices.append(Choice("attention", hub or "the model's own", why))
     return FastPlan(
         True,
         not why_padded,

@@ -248,7 +248,10 @@ def test_a_kernel_of_the_hub_is_told_the_attention_of_sequences(
     blocks = split_queries(segments, causal, window)
     torch.testing.assert_close(found, BlockedAttention.apply(*parts, blocks, 0.3, 0.0, cap))
     assert kernel.computes(options, 16)
-    assert not hub.HubKernel("old", lambda q: q).computes(AttentionOptions(cap=0.7), 16)
+    old = hub.HubKernel.read(lambda q: q)
+    assert old.computes(AttentionOptions(), 16)
+    assert not old.computes(AttentionOptions(cap=0.7), 16)
+    assert not old.computes(AttentionOptions(window=9), 16)
     assert Kernel(True, True, True).computes(options, 16) is (cap is None)
 
 

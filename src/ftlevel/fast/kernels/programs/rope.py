@@ -52,7 +52,7 @@ def _rope(
 def rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
 ) -> Pair:
-    """Return q′ and k′, or their gradients' gradients, of contiguous tensors."""
+    """Return q′ and k′, or with `backward` the gradients of q and k, of contiguous tensors."""
     of_q, of_k = torch.empty_like(q), torch.empty_like(k)
     batch, tokens, heads, width = q.shape
     size = triton.next_power_of_2
