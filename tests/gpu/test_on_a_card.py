@@ -111,7 +111,7 @@ def test_what_was_trained_on_a_card_merges(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_our_kernels_give_the_numbers_of_torchs_operations(dtype: str) -> None:
     if DEVICE != "cuda":
-        pytest.skip("kernels need a card; tests/unit/fast/layers asks Triton's interpreter")
+        pytest.skip("kernels need a card; make test-kernels asks Triton's interpreter")
     precision = getattr(torch, dtype)
     x, gradient, gate = (torch.randn(64, 4096, device=DEVICE).to(precision) for _ in range(3))
     weight, ours = torch.randn(4096, device=DEVICE), TritonFormulas()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -43,6 +44,44 @@ def test_what_lies_between_the_first_step_and_the_last_is_counted() -> None:
     assert reading.loss == pytest.approx((60 * 1.0 + 30 * 2.0) / 90)
     averaged = [_micro(11, 100, 1.0, share=False), _micro(12, 20, 3.0, share=False), _step(12)]
     assert read_events([*averaged, *averaged], 8.0, 0.0, []).loss == pytest.approx(2.0)
+
+
+def test_two_processes_make_their_steps_in_turns(tmp_path: Path) -> None:
+    """The one that has fewer steps leaves the other alone; a step is timed from its turn on."""
+    from in_turns import middle
+
+    steps = tmp_path / "steps"
+    code = f"""
+import sys, time, atexit, sitecustomize
+for step in range(int(sys.argv[2])):
+    sitecustomize._take_turn()
+    with open({str(steps)!r}, "a") as file:
+        file.write(sys.argv[1])
+    time.sleep(0.05)
+sitecustomize._note("micro")
+turns = [event for event in sitecustomize._EVENTS if event["kind"] == "turn"]
+assert len(turns) == int(sys.argv[2]) - 1
+assert all(0.04 < turn["seconds"] < 2 for turn in turns), turns
+sitecustomize._leave()
+"""
+    pipes = [tmp_path / name for name in "ab"]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    first = os.open(pipes[0], os.O_RDWR)
+    os.write(first, b".")
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, name, str(count)],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "benchmarks/training/meter"),
+                 "TRAIN_TURNS": f"{mine}:{other}"},
+        )
+        for name, count, mine, other in (("a", 6, *pipes), ("b", 4, *pipes[::-1]))
+    ]  # fmt: skip
+    assert [process.wait(60) for process in running] == [0, 0]
+    os.close(first)
+    assert steps.read_text() == "ababababaa"
+    assert middle([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert middle(range(100)) == (49.5, 40, 60)
 
 
 def test_the_table_compares_with_the_best_peer_and_names_who_did_other_work() -> None:
