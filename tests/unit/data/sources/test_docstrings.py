@@ -106,7 +106,7 @@ def test_a_prefix_is_spread_over_modules():
 
 
 def test_a_sample_parses_only_a_part_of_the_library(monkeypatch):
-    docstrings._read_split.cache_clear()
+    docstrings._documented.cache_clear()
     parsed = []
 
     def count(file):
@@ -134,9 +134,9 @@ def test_only_statements_that_hold_no_others_are_passed_over():
 
 
 def test_rows_do_not_depend_on_what_was_read_before():
-    docstrings._read_split.cache_clear()
+    docstrings._documented.cache_clear()
     alone = read_docstrings("summarization", "test", limit=20)
-    docstrings._read_split.cache_clear()
+    docstrings._documented.cache_clear()
     for split in SPLITS:
         after = read_docstrings("summarization", split, limit=20)
     assert after == alone
