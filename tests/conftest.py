@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         on_cpu = os.environ.get("FTLEVEL_GPU_TESTS") == "cpu"
         if item.get_closest_marker("gpu") and not (on_cpu or _has_gpu()):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if {"smollm2", "smollm2_gguf", "minilm"} & set(getattr(item, "fixturenames", ())):
+        if {"smollm2", "minilm"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("weights")
 
 
@@ -128,6 +128,23 @@ def smollm2() -> Path:
 def smollm2_gguf(smollm2: Path) -> Path:
     """Return the Q4_1 GGUF file that `smollm2` was converted from."""
     return smollm2.parent / "SmolLM2-135M-Instruct.gguf"
+
+
+@pytest.fixture(scope="session")
+def first_blocks(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of SmolLM2's first 4 of 30 blocks with its embeddings."""
+    from real_models import keep_first_blocks
+
+    return keep_first_blocks(smollm2, tmp_path_factory.mktemp("smollm2") / "first", 4)
+
+
+@pytest.fixture(scope="session")
+def first_blocks_gguf(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same 4 blocks of the GGUF file that SmolLM2's folder was converted from."""
+    from real_models import keep_first_blocks_of_gguf
+
+    out = tmp_path_factory.mktemp("smollm2") / "first.gguf"
+    return keep_first_blocks_of_gguf(smollm2_gguf, out, 4)
 
 
 @pytest.fixture(scope="session")

@@ -256,14 +256,14 @@ def test_evaluate_says_what_is_stored_and_refuses_another_wish(
 
 @pytest.mark.slow
 def test_a_gguf_file_is_a_base_in_4_bits(
-    smollm2_gguf: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first_blocks_gguf: Path, first_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SmolLM2's directory was converted from the .gguf, exactly: the runs are one run."""
     monkeypatch.chdir(tmp_path)
     common = ["--method", "qlora", "--quant", "4bit", "--max-samples", "2", "--max-steps", "2",
               "--logging-steps", "1", "--dtype", "bfloat16", "--max-length", "64",
               "--overlong", "truncate-prompt", "--set", "data.max_eval_samples=4"]  # fmt: skip
-    for name, model in (("gguf", smollm2_gguf), ("plain", smollm2)):
+    for name, model in (("gguf", first_blocks_gguf), ("plain", first_blocks)):
         assert run(["train", "--model", str(model), *common, "--output-dir", name]) == 0
     losses = {
         name: [

@@ -397,13 +397,20 @@ def test_a_checkpoint_that_lacks_weights_is_refused(
 
 
 @pytest.mark.slow
-def test_a_gguf_file_trains_and_a_full_run_of_it_is_a_plain_model(smollm2_gguf: Path) -> None:
-    summary = train("--model", str(smollm2_gguf), "--max-samples", "4", "--max-steps", "1",
-                    "--set", "data.max_eval_samples=2")  # fmt: skip
-    assert summary["model"]["kind"] == "gguf"
-    assert summary["proof"]["reload_difference"] == 0
-    config = yaml.safe_load(Path("run/config.yaml").read_text())
-    assert config["model"]["name_or_path"] == str(smollm2_gguf)
+def test_a_gguf_file_trains_and_a_full_run_of_it_is_a_plain_model(first_blocks_gguf: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for method in ("lora", "full"):
+        summary = train("--model", str(first_blocks_gguf), "--max-samples", "4", "--max-steps", "1",
+                        "--set", "data.max_eval_samples=2", "--method", method,
+                        "--overwrite")  # fmt: skip
+        assert summary["model"]["kind"] == "gguf"
+        assert summary["proof"]["reload_difference"] == 0
+        config = yaml.safe_load(Path("run/config.yaml").read_text())
+        assert config["model"]["name_or_path"] == str(first_blocks_gguf)
+    plain = AutoModelForCausalLM.from_pretrained("run/adapter")
+    assert plain.config.num_hidden_layers == 4
+    assert not hasattr(plain.config, "quantization_config")
 
 
 def test_a_full_run_is_read_by_programs_that_know_the_former_rope() -> None:

@@ -33,6 +33,7 @@ from ftlevel.models.sources import ModelSource, snapshot
 from ftlevel.models.strangers.directory import check_config
 from ftlevel.models.strangers.errors import FROM_READERS
 from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
+from ftlevel.models.upstream.headers import quick_headers
 from ftlevel.models.upstream.quantizers import cast_unquantized, keep_trainable_layout
 from ftlevel.workspace import Workspace
 
@@ -86,6 +87,7 @@ def quiet_libraries() -> Iterator[None]:
             logger.setLevel(old)
 
 
+@quick_headers()
 def load_config(source: ModelSource, **overrides: Any) -> Any:
     """Return the `PretrainedConfig` of `source`, with `overrides` such as `num_labels` applied.
 
@@ -98,7 +100,7 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
                 source.location, **source.arguments(), **overrides
             )
             check_config(raw, source.words)
-        if source.gguf_file:  # whose header takes seconds to read
+        if source.gguf_file:  # whose header takes a second to read
             return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(
                 raw, **more, name_or_path=source.location
             )
@@ -138,6 +140,7 @@ def label_overrides(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+@quick_headers()
 def load_tokenizer(source: ModelSource) -> Any:
     """Return the tokenizer of `source`.
 
@@ -249,7 +252,7 @@ def _read(
     """Return what `from_pretrained` does, and says of the tensors that it found."""
     arguments["output_loading_info"] = True
     arguments["ignore_mismatched_sizes"] = True  # check_shapes says which, and where it may be
-    with _naming_damage(source), quiet_libraries():
+    with _naming_damage(source), quiet_libraries(), quick_headers():
         if slices is not None:
             meta = build_task_model(arguments["config"], auto_class)
             quantization = arguments.pop("quantization_config", None)

@@ -107,3 +107,5 @@ def test_a_head_with_a_target_for_every_token_bears_more() -> None:
     assert str(tokens) == "an encoder 384 wide with a new head for tokens, 60 steps"
     for kind, expected in (("lora", [1e-3, 3e-3]), ("full", [1e-4, 3e-4]), ("ia3", [3e-2, 9e-2])):
         assert [rates_of(kind, {}).rate(run) for run in (row, tokens)] == expected
+    projected = rates_of("prefix", {"prefix_projection": True})
+    assert projected.rate(tokens) < projected.rate(row), "at 0.009 its tanh saturates"

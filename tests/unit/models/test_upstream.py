@@ -10,6 +10,8 @@ from typing import Any
 
 import bitsandbytes as bnb
 import datasets
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,10 +23,18 @@ from transformers.integrations import moe
 
 from export_cases import export_to, exportable
 from ftlevel.config import QuantConfig
-from ftlevel.models.loading import build_task_model, load_config
+from ftlevel.models.loading import build_task_model, load_config, load_model, load_tokenizer
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.torchao_format import build_torchao_config
-from ftlevel.models.upstream import FACTS, architectures, conversions, data, fake, quantizers
+from ftlevel.models.upstream import (
+    FACTS,
+    architectures,
+    conversions,
+    data,
+    fake,
+    headers,
+    quantizers,
+)
 from ftlevel.models.upstream import tensors as upstream
 from ftlevel.models.upstream.slices import Slices
 from ftlevel.models.upstream.trainer import leave_sharded
@@ -316,6 +326,37 @@ def _(request: pytest.FixtureRequest) -> None:
     architectures.forget_gguf(model)
     model.save_pretrained(folder)
     assert not hasattr(transformers.AutoConfig.from_pretrained(folder), "quantization_config")
+
+
+@CANARIES.of("GGUFReader.data", "load_gguf_checkpoint")
+def _(request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue("tmp_path")
+    plain = exportable(request.getfixturevalue("tiny_model_dir"), folder, "llama")
+    export_to(str(folder / "x.gguf"), plain, outtype="q8_0", verify=False)
+    read = []
+
+    class Counted(headers.PlainReader):
+        def __init__(self, path: str) -> None:
+            super().__init__(path)
+            read.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(headers, "PlainReader", Counted)
+        source = resolve_source(str(folder / "x.gguf"), None, False)
+        load_config(source)
+        load_tokenizer(source)
+        load_model(source, load_config(source), "AutoModelForCausalLM",
+                   dtype=torch.float32, device="cpu")  # fmt: skip
+    assert len(read) == 4
+    slow = gguf.GGUFReader(folder / "x.gguf")
+    assert type(slow.data) is np.memmap
+    assert type(read[0].data) is np.ndarray
+    assert list(slow.fields) == list(read[0].fields)
+    for name, field in slow.fields.items():
+        assert field.contents() == read[0].fields[name].contents(), name
+    for one, other in zip(slow.tensors, read[0].tensors, strict=True):
+        assert one.name == other.name
+        assert np.array_equal(one.data, other.data)
 
 
 @CANARIES.of("ROPE_INIT_FUNCTIONS")

@@ -74,10 +74,10 @@ def find_rates(spec: PrefixSpec) -> Rates:
     """Return the rates: P-tuning v2's range, which trains plain vectors too.
 
     That is too much for the MLP of a projected prefix: at 1e-2 its tanh saturates and it learns
-    nothing.
+    nothing, so where every token has a target it wants less and not more.
     """
     if spec.prefix_projection:
-        return Rates(narrow=3e-3, wide=1e-3, source="not measured")
+        return Rates(narrow=3e-3, wide=1e-3, source="not measured", tokens=1e-3)
     return Rates(narrow=5e-2, wide=1e-2, source="P-tuning v2", kinds={"encoder-decoder": 1e-1})
 
 

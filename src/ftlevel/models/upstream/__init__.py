@@ -11,7 +11,8 @@ Importing this table imports none of the libraries; the modules beside it import
 from __future__ import annotations
 
 VERSIONS = {
-    "accelerate": "1.15.0", "bitsandbytes": "0.50.2", "datasets": "5.2.0", "peft": "0.21.2",
+    "accelerate": "1.15.0", "bitsandbytes": "0.50.2", "datasets": "5.2.0", "gguf": "0.19.0",
+    "peft": "0.21.2",
     "torch": "2.13.0", "torchao": "0.18.0", "transformers": "5.24.0",
 }  # fmt: skip
 """Library → the version that was read."""
@@ -68,6 +69,10 @@ FACTS = {
     "transformers/configuration_utils.py": {
         "PreTrainedConfig._attn_implementation": "what set_attn_implementation chose",
         "PreTrainedConfig._experts_implementation": "which forward of experts is used"},
+    "gguf/gguf_reader.py": {
+        "GGUFReader.data": "the map of the file that everything is cut from, set once"},
+    "transformers/modeling_gguf_pytorch_utils.py": {
+        "load_gguf_checkpoint": "asks the package gguf for its GGUFReader at every call"},
     "transformers/modeling_rope_utils.py": {
         "ROPE_INIT_FUNCTIONS": "the stretched rotary frequencies that a .gguf file holds"},
     "transformers/utils/chat_template_utils.py": {
