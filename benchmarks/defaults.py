@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,10 @@ class Entry:
     Attributes:
         spec: the section of the configuration.
         first: the rate with which the search begins, on the grid.
-        dear: whether a step costs several times what it does with LoRA.
     """
 
     spec: dict[str, Any]
     first: float
-    dear: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 ENTRIES = {
@@ -166,7 +163,17 @@ ENTRIES = {
     "adapter, parallel": Entry({"kind": "adapter", "placement": "parallel"}, 3e-3),
     "projected prefix": Entry({"kind": "prefix", "prefix_projection": True}, 3e-3),
     "linear-probe": Entry({"kind": "full", "freeze_base": True}, 3e-2),
-    "boft": Entry({"kind": "boft"}, 3e-3, dear=True),
+    "boft": Entry({"kind": "boft"}, 3e-3),
+    # Forms that have a method's own rate.
+    "gaussian": Entry({"kind": "lora", "init_lora_weights": "gaussian"}, 1e-3),
+    "orthogonal": Entry({"kind": "lora", "init_lora_weights": "orthogonal"}, 1e-3),
+    "pissa": Entry({"kind": "lora", "init_lora_weights": "pissa"}, 1e-3),
+    "olora": Entry({"kind": "lora", "init_lora_weights": "olora"}, 1e-3),
+    "eva": Entry({"kind": "lora", "init_lora_weights": "eva"}, 1e-3),
+    "adapter, seq_bn": Entry({"kind": "adapter", "placement": "seq_bn"}, 3e-3),
+    "adapter, par_bn": Entry({"kind": "adapter", "placement": "par_bn"}, 1e-3),
+    "adapter, adapter_plus": Entry({"kind": "adapter", "placement": "adapter_plus"}, 3e-3),
+    "p-tuning, LSTM": Entry({"kind": "p-tuning", "encoder_reparameterization_type": "LSTM"}, 1e-2),
 }
 NO_NEW_HEAD = ("text", "tiny-llama", "tiny-t5")
 
