@@ -188,11 +188,15 @@ def find_rates(spec: LoraSpec) -> Rates:
         share /= 2
     if spec.lora_plus_ratio:  # B learns at this many times the rate, so A at less
         share /= math.sqrt(spec.lora_plus_ratio)
+    kinds = {"decoder": 2e-3, "encoder-decoder": 3e-3}
+    if spec.init_lora_weights == "olora":  # neither A nor B is small, so both move W from the start
+        share /= 2
+        kinds["decoder"] = 6e-4
     return Rates(
         narrow=1e-3 * share,
         wide=2e-4 * share,
         source="QLoRA, table 9",
-        kinds={"decoder": 2e-3 * share, "encoder-decoder": 3e-3 * share},
+        kinds={kind: rate * share for kind, rate in kinds.items()},
     )
 
 
