@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ftlevel.config.methods.lora import INSIDE_BASE, LoraSpec
+from ftlevel.config.methods.lora import INSIDE_BASE, PISSA, LoraSpec
 from ftlevel.errors import ConfigError, listing
 from ftlevel.methods.base import (
     Base,
@@ -189,8 +189,8 @@ def find_rates(spec: LoraSpec) -> Rates:
     if spec.lora_plus_ratio:  # B learns at this many times the rate, so A at less
         share /= math.sqrt(spec.lora_plus_ratio)
     kinds = {"decoder": 2e-3, "encoder-decoder": 3e-3}
-    if spec.init_lora_weights == "olora":  # neither A nor B is small, so both move W from the start
-        share /= 2
+    if spec.init_lora_weights in (*PISSA, "olora"):
+        share /= 2  # neither A nor B is small, so both move W from the start
         kinds["decoder"] = 6e-4
     return Rates(
         narrow=1e-3 * share,
