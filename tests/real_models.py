@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,12 +29,12 @@ def keep_first_blocks_of_gguf(model: Path, out: Path, blocks: int) -> Path:
     import gguf
 
     reader = gguf.GGUFReader(model)
-    arch = _value(reader.fields["general.architecture"])
+    arch = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(out, arch)
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":
             continue
-        value = blocks if name == f"{arch}.block_count" else _value(field)
+        value = blocks if name == f"{arch}.block_count" else field.contents()
         kind, *inner = field.types
         writer.add_key_value(name, value, kind, sub_type=inner[-1] if inner else None)
     for tensor in reader.tensors:
@@ -46,10 +45,6 @@ def keep_first_blocks_of_gguf(model: Path, out: Path, blocks: int) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return out
-
-
-def _value(field: Any) -> Any:
-    return field.contents()
 
 
 def _block(name: str, before: str) -> int:

@@ -52,13 +52,12 @@ def test_two_processes_make_their_steps_in_turns(tmp_path: Path) -> None:
 
     steps = tmp_path / "steps"
     code = f"""
-import sys, time, atexit, sitecustomize
+import sys, time, sitecustomize
 for step in range(int(sys.argv[2])):
     sitecustomize._take_turn()
     with open({str(steps)!r}, "a") as file:
         file.write(sys.argv[1])
     time.sleep(0.05)
-sitecustomize._note("micro")
 turns = [event for event in sitecustomize._EVENTS if event["kind"] == "turn"]
 assert len(turns) == int(sys.argv[2]) - 1
 assert all(0.04 < turn["seconds"] < 2 for turn in turns), turns
