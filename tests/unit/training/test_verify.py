@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from ftlevel.models.loading import quiet_libraries
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.trainer import FtlevelTrainer
+from ftlevel.training.verify import widths
 from ftlevel.training.verify.bounds import Rounding
 from ftlevel.training.verify.compare import Apart, compare_gradients, kind_of
 from ftlevel.training.verify.few_rows import FEW_TOKENS, choose_few, shorten
-from ftlevel.training.verify.float32 import whole_in_float32
 from ftlevel.training.verify.proof import verify_step
-from ftlevel.training.verify.steps import moved_from_start
+from ftlevel.training.verify.steps import Computed, Steps, moved_from_start
+from ftlevel.training.verify.widths import fits_in_float64, whole_in_float32, whole_in_float64
 
 
 def build(dtype: str, *, data: Path | None = None, task: str | None = None, **method: Any) -> Any:
@@ -248,3 +250,64 @@ def test_rows_are_cut_where_they_can_be() -> None:
     span = row(502, (400, 410))
     assert shorten(span, 100) is span
     assert shorten(row(2000, (400, 410)), 100) is None
+
+
+@pytest.fixture
+def blind_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a run of which another order of sums shows no rounding errors, large as they are.
+
+    As those of `olora` on an encoder–decoder whose rows begin alike, where the plain step is 2.5e-4
+    from float64 in either order, and the fast one 3e-5.
+    """
+    right = Steps.plain
+
+    def rounded(self: Steps, rows: Any, size: int, dtype: str) -> Computed:
+        step = right(self, rows, size, dtype)
+        if next(iter(step.gradients.values())).dtype == torch.float64:
+            return step
+        return replace(step, gradients={n: g * 1.001 for n, g in step.gradients.items()})
+
+    monkeypatch.setattr(Steps, "plain", rounded)
+    monkeypatch.setattr(
+        Steps, "rounded_otherwise", lambda self, rows, dtype: self.plain(rows, len(rows), dtype)
+    )
+    return small_run
+
+
+def test_float64_decides_where_the_plain_step_is_the_rounded_one(blind_run: Any) -> None:
+    found = verify_step(*blind_run, Silence())
+    assert found is not None
+    assert found.exact == pytest.approx(1e-3, rel=0.1)
+    assert found.gradient < 1e-4
+
+
+@pytest.mark.parametrize(("argument", "factor"), [(2, 1.001), (2, 1.02), (3, 1.001), (3, 0.0)])
+def test_a_fault_is_a_fault_in_float64(
+    blind_run: Any, monkeypatch: pytest.MonkeyPatch, argument: int, factor: float
+) -> None:
+    """The first and the third are as wrong as the plain step is, and hidden by it in float32."""
+    monkeypatch.setattr(FusedLoraFunction, "backward", scaled(argument, factor))
+    with pytest.raises(RunError, match=r"in float32 gradients of .* rounding explains 0\.0001"):
+        verify_step(*blind_run, Silence())
+
+
+@pytest.mark.parametrize("small_run", ["float32"], indirect=True)
+def test_a_step_stops_the_run_where_no_memory_is_left_to_decide(
+    blind_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(widths, "free_memory_bytes", lambda _: 1 << 20)
+    with pytest.raises(RunError, match=r"differ by 0\.001"):
+        verify_step(*blind_run, Silence())
+
+
+def test_float64_for_a_moment() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    places = [p.data_ptr() for p in model.parameters()]
+    assert fits_in_float64(model, "cpu")
+    with whole_in_float64(model):
+        assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert [p.data_ptr() for p in model.parameters()] == places
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    model[1].weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    assert not fits_in_float64(model, "cpu"), "nothing dequantizes it to float64"

@@ -38,6 +38,8 @@ class Verified:
         gradient: largest norm of the difference of a step's gradient over all trained tensors.
         dropout: the same with dropout on, fused layers against plain ones; None where there is none
             or it was not compared.
+        exact: distance of the plain step's gradient from its own in float64, where that decided:
+            `loss` and `gradient` are then the fast step's distances from that one.
         rounded: kind of trained tensor → distances of the plain and of the fast step's gradient in
             the run's precision from the plain one's in float32.
     """
@@ -48,6 +50,7 @@ class Verified:
     loss: float = 0.0
     gradient: float = 0.0
     dropout: float | None = None
+    exact: float | None = None
     rounded: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -58,18 +61,28 @@ class Bounds:
     Attributes:
         dtype: what both are computed in.
         noise: what another order does to each tensor.
+        noise_of_loss: what it does to the loss, in nats.
     """
 
     dtype: str
     noise: Mapping[str, Apart]
+    noise_of_loss: float
 
-    @property
-    def least_loss(self) -> float:
-        """What losses may differ by in any case, relative."""
-        return LEAST.get(self.dtype, LEAST_NARROW)[0]
+    def check_loss(self, loss: float, expected: float) -> float:
+        """Return how far `loss` is from `expected`, relative.
 
-    def check(self, found: Mapping[str, Apart], what: str) -> None:
-        """Compare each tensor, and all of them.
+        Raises:
+            RunError: too far.
+        """
+        apart, least = abs(loss - expected), LEAST.get(self.dtype, LEAST_NARROW)[0]
+        bound = least * abs(expected) + ORDER * self.noise_of_loss
+        if not apart <= bound:
+            raise wrong(f"losses differ by {apart:.2g} of {expected:.4g}, and rounding explains "
+                         f"{bound:.2g}", self.dtype)  # fmt: skip
+        return apart / max(abs(expected), 1e-12)
+
+    def check_gradients(self, found: Mapping[str, Apart], what: str = "gradients") -> float:
+        """Compare each tensor, and all of them; return how far these are apart.
 
         Raises:
             RunError: one is too far.
@@ -88,6 +101,7 @@ class Bounds:
         if not whole.distance <= bound:
             raise wrong(f"{what} differ by {whole.distance:.2g}, and rounding explains "
                          f"{bound:.2g}", self.dtype)  # fmt: skip
+        return whole.distance
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The whole model in float32 for a moment, where there is memory for it."""
+"""The whole model in float32 or float64 for a moment, where there is memory for it."""
 
 from __future__ import annotations
 
@@ -26,20 +26,39 @@ def whole_in_float32(model: torch.nn.Module) -> Iterator[None]:
     backward pass, threads, and functions that read the weight of a module they do not call.
     Quantized weights stay as they are, and are dequantized to float32.
     """
-    held: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for tensor in _narrow_tensors(model):
-        held.append((tensor, tensor.data))
-        tensor.data = tensor.data.float()
     dtypes = [(*what, getattr(*what)) for what in _dtypes_of_4_bits(model)]
     for owner, name, _ in dtypes:
         setattr(owner, name, torch.float32)
     try:
+        with _held_in(torch.float32, _tensors_of(model, NARROW)):
+            yield
+    finally:
+        for owner, name, dtype in dtypes:
+            setattr(owner, name, dtype)
+
+
+@contextlib.contextmanager
+def whole_in_float64(model: torch.nn.Module) -> Iterator[None]:
+    """Hold every weight of `model`, which is in float32, in float64 inside the block.
+
+    What transformers computes in float32 whatever the weights are, such as a norm's mean of
+    squares, stays so.
+    """
+    with _held_in(torch.float64, _tensors_of(model, (torch.float32,))):
+        yield
+
+
+@contextlib.contextmanager
+def _held_in(dtype: torch.dtype, tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Hold `tensors` in `dtype` inside the block, and the values that they had after it."""
+    held = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor, data in held:
+            tensor.data = data.to(dtype)
         yield
     finally:
         for tensor, data in held:
             tensor.data = data
-        for owner, name, dtype in dtypes:
-            setattr(owner, name, dtype)
 
 
 def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
@@ -49,18 +68,37 @@ def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
     """
     if is_sharded(model):
         return False
-    wide = sum(4 * tensor.numel() for tensor in _narrow_tensors(model))
-    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    return wide + COPIES * trained < free_memory_bytes(device) // 2
+    return _fits(model, torch.float32, _tensors_of(model, NARROW), device)
 
 
-def _narrow_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Return the parameters and buffers of half precision, each once; none that is quantized."""
+def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
+    """Whether `model`, which is in float32, can be held in float64 on `device`, and computed in.
+
+    One with quantized weights cannot: nothing dequantizes them to it.
+    """
+    wide = _tensors_of(model, (torch.float32,))
+    others = {id(tensor) for tensor in model.parameters()} - {id(tensor) for tensor in wide}
+    if others or device == "mps":
+        return False
+    return _fits(model, torch.float64, wide, device)
+
+
+def _fits(
+    model: torch.nn.Module, dtype: torch.dtype, tensors: list[torch.Tensor], device: str
+) -> bool:
+    """Whether there is memory for `tensors` of `model` in `dtype`, and to compare gradients."""
+    wide = sum(tensor.numel() for tensor in tensors)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return dtype.itemsize * (wide + COPIES * trained) < free_memory_bytes(device) // 2
+
+
+def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list[torch.Tensor]:
+    """Return the parameters and buffers of `dtypes`, each once; none that is quantized."""
     found: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for own in own_tensors(module):
             for tensor in own.values():
-                if tensor is not None and tensor.dtype in NARROW and not inner_tensors(tensor):
+                if tensor is not None and tensor.dtype in dtypes and not inner_tensors(tensor):
                     found[id(tensor)] = tensor
     return list(found.values())
 
