@@ -18,7 +18,7 @@ from ftlevel.cli.screens.screen import Screen
 from ftlevel.config.choices import Choice
 
 RECORD = {"step": 7, "loss": 2.3456, "learning_rate": 1e-4, "grad_norm": 0.123, "epoch": 0.12,
-          "tokens": 900, "elapsed_s": 1.0}  # fmt: skip
+          "tokens": 900, "elapsed_s": 1.0, "train_s": 1.0}  # fmt: skip
 
 
 class Gone(io.StringIO):
@@ -63,7 +63,7 @@ def test_the_time_that_is_left_is_never_cut_off(width: int) -> None:
     for step in range(1, 9):
         screen.step(step)
     screen.log(RECORD)
-    screen.log({**RECORD, "tokens": 123_456, "elapsed_s": 2.0})
+    screen.log({**RECORD, "tokens": 123_456, "elapsed_s": 99.0, "train_s": 2.0})
     assert screen._progress is not None
     console.print(screen._progress.get_renderable())
     screen.close()

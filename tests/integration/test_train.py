@@ -98,7 +98,7 @@ def test_metrics_are_lines_of_json_with_the_named_fields() -> None:
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if "loss" in r]
     assert set(steps[0]) >= {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens",
-                             "elapsed_s", "memory_bytes"}  # fmt: skip
+                             "elapsed_s", "train_s", "memory_bytes"}  # fmt: skip
     assert steps[-1]["step"] == 4
     # All 16 rows, counted without padding.
     assert steps[-1]["tokens"] == json.loads(Path("run/summary.json").read_text())["data"]["tokens"]

@@ -41,7 +41,8 @@ SUMMARY: dict[str, Any] = {
 def records(count: int) -> list[dict[str, Any]]:
     return [
         {"step": at, "loss": 9.75 if at == count // 2 else 1 / (at + 1), "learning_rate": 1e-3,
-         "grad_norm": 0.5, "tokens": at * 10, "elapsed_s": at * 0.1, "memory_bytes": 2**30 + at}
+         "grad_norm": 0.5, "tokens": at * 10, "elapsed_s": at, "train_s": at * 0.1,
+         "memory_bytes": 2**30 + at}
         for at in range(count)
     ]  # fmt: skip
 

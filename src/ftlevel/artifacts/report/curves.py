@@ -105,7 +105,6 @@ def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
         if key:
             value = record.get(key)
         elif any(name.startswith("eval_") for name in record):
-            before = None  # an evaluation takes time and no tokens
             continue
         else:
             value, before = _speed(before, record), record
@@ -114,9 +113,9 @@ def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
 
 
 def _speed(before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> float | None:
-    if before is None or not {"elapsed_s", "tokens"} <= before.keys() & record.keys():
+    if before is None or not {"train_s", "tokens"} <= before.keys() & record.keys():
         return None
-    seconds = record["elapsed_s"] - before["elapsed_s"]
+    seconds = record["train_s"] - before["train_s"]
     return (record["tokens"] - before["tokens"]) / seconds if seconds > 0 else None
 
 

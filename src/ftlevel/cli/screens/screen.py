@@ -178,8 +178,8 @@ class Screen:
         self._line(f"  step {record['step']:>{len(str(self._total))}}/{self._total}  {figures}")
 
     def _speed(self, record: Mapping[str, Any]) -> str:
-        """Return tokens a second since the last record."""
-        now = (float(record["elapsed_s"]), int(record["tokens"]))
+        """Return tokens a second of the steps since the last record."""
+        now = (float(record["train_s"]), int(record["tokens"]))
         before, self._seen = self._seen, now
         if before is None or now[0] <= before[0]:
             return ""

@@ -81,7 +81,10 @@ class Report(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Write one record: step, epoch, loss, rate, gradient norm, tokens, seconds and memory."""
+        """Write one record: step, epoch, loss, rate, gradient norm, tokens, seconds and memory.
+
+        `elapsed_s` is all that went by, `train_s` what went by in optimizer steps.
+        """
         logs = dict(logs or {})
         if "train_runtime" in logs:  # Trainer's own summary; ours has more
             return
@@ -91,6 +94,7 @@ class Report(TrainerCallback):
             **logs,
             "tokens": self.tokens_seen(),
             "elapsed_s": round(time.perf_counter() - began, 3),
+            "train_s": round(self.step_seconds, 3),
             "memory_bytes": self.memory(),
         }
         self.records.append(record)
