@@ -98,7 +98,7 @@ def test_a_deep_head_learns_more_slowly_than_a_linear_one() -> None:
 def test_forms_of_lora_that_move_the_weights_further_get_less() -> None:
     known = RunFacts("encoder", 384, False, 100)
     forms = ({}, {"use_dora": True}, {"use_rslora": True}, {"lora_plus_ratio": 16})
-    assert [rates_of("lora", form).rate(known) for form in forms] == [1e-3, 1e-3, 5e-4, 3e-4]
+    assert [rates_of("lora", form).rate(known) for form in forms] == [1e-3, 1e-3, 1e-3, 3e-4]
 
 
 def test_a_head_with_a_target_for_every_token_bears_more() -> None:
@@ -107,6 +107,12 @@ def test_a_head_with_a_target_for_every_token_bears_more() -> None:
     assert str(tokens) == "an encoder 384 wide with a new head for tokens, 60 steps"
     for kind, expected in (("lora", [1e-3, 3e-3]), ("full", [1e-4, 3e-4]), ("ia3", [3e-2, 9e-2])):
         assert [rates_of(kind, {}).rate(run) for run in (row, tokens)] == expected
+    rslora = rates_of("lora", {"use_rslora": True})
+    assert rslora.rate(row) > 5e-4, "where spans have 0.85 and not 0.97 of F1"
+    assert rates_of("boft", {}).rate(row) > 3e-3, "where spans have 0.84 and not 0.98 of F1"
+    assert rates_of("vera", {}).rate(row) > 3e-2, "where spans have 0.86 and not 0.93 of F1"
+    pfeiffer = rates_of("adapter", {"placement": "pfeiffer"})
+    assert pfeiffer.rate(row) > 3e-3, "where spans have 0.78 and not 0.86 of F1"
     projected = rates_of("prefix", {"prefix_projection": True})
     assert projected.rate(row) < 3e-3, "where it has none of eight classes, with any of three seeds"
     assert projected.rate(tokens) < 9e-3, "likewise of tags"

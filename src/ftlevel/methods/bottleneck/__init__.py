@@ -103,11 +103,20 @@ def why_not_mergeable(_config: Mapping[str, Any]) -> str:
 
 
 def find_rates(spec: AdapterSpec) -> Rates:
-    """Return the rates: a third where what is added is scaled up, as it is by 4 in parallel."""
+    """Return the rates: twice as much where an encoder's block has one and not two.
+
+    A third where what is added is scaled up, as it is by 4 in parallel.
+    """
     scaling = default_scaling(spec.placement) if spec.scaling is None else spec.scaling
     if isinstance(scaling, float) and scaling > 1:
         return Rates(narrow=1e-3, wide=1e-4, source="a third of Houlsby et al., section 3.2")
-    return Rates(narrow=3e-3, wide=3e-4, source="Houlsby et al., section 3.2")
+    narrow = 6e-3 if spec.placement == "pfeiffer" else 3e-3
+    return Rates(
+        narrow=narrow,
+        wide=3e-4,
+        source="Houlsby et al., section 3.2",
+        kinds={"decoder": 3e-3},
+    )
 
 
 _METHOD = Method(

@@ -184,8 +184,6 @@ def forget_start(config: Any) -> None:
 def find_rates(spec: LoraSpec) -> Rates:
     """Return the rates, lower where a form of LoRA moves the weights further at the same rate."""
     share = 1.0
-    if spec.use_rslora:  # scales by alpha / √r: 2.8 times as much with r 8, and learns best at half
-        share /= 2
     if spec.lora_plus_ratio:  # B learns at this many times the rate, so A at less
         share /= math.sqrt(spec.lora_plus_ratio)
     kinds = {"decoder": 2e-3, "encoder-decoder": 3e-3}

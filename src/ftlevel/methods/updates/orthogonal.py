@@ -78,7 +78,7 @@ _BOFT = Method(
             MERGES, "Liu et al., 2024, arXiv:2311.06243", 5_914_624,
         ),
     ),
-    rate=Rates(narrow=3e-3, wide=4e-4, source="not measured"),
+    rate=Rates(narrow=1e-2, wide=4e-4, source="not measured", kinds={"decoder": 3e-3}),
     build=build_boft,
     rules=_RULES,
     check=check_boft,
