@@ -54,9 +54,9 @@ from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.processes import Processes
 from ftlevel.training.verify.compare import Apart, added, by_kind, compare_gradients
-from ftlevel.training.verify.widths import whole_in_float32
 from ftlevel.training.verify.proof import verify_step
 from ftlevel.training.verify.steps import Steps, moved_from_start
+from ftlevel.training.verify.widths import whole_in_float32
 
 DTYPES = ("float32", "bfloat16")
 BATCHES = 20
