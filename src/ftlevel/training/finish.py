@@ -310,7 +310,7 @@ def measure_times(report: Report, start: Start, trained_at: float, tokens: int) 
     return {
         "to_first_step_s": round(first - start.at, 3),
         "to_first_step_cpu_s": round(report.first_step_cpu_s - start.cpu_s, 3),
-        "train_s": round(report.step_seconds, 3),
+        "train_s": round(report.train_s, 3),
         "total_s": round(time.perf_counter() - start.at, 3),
-        "tokens_per_s": round(tokens / report.step_seconds, 1) if report.step_seconds else 0.0,
+        "tokens_per_s": round(tokens / report.train_s, 1) if report.train_s else 0.0,
     }

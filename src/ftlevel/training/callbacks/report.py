@@ -19,7 +19,7 @@ class Report(TrainerCallback):
         records: everything that was logged, before a resumed part too.
         first_step_at: when the first step began, by `time.perf_counter`.
         first_step_cpu_s: the process's processor time until then, of all threads.
-        step_seconds: time spent in optimizer steps, without evaluation and saving.
+        train_s: seconds since the first step began, without evaluation and saving.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class Report(TrainerCallback):
         self.records: list[dict[str, Any]] = []
         self.first_step_at: float | None = None
         self.first_step_cpu_s = 0.0
-        self.step_seconds = 0.0
-        self._step_began = 0.0
+        self.train_s = 0.0
+        self._seen_at = 0.0
 
     def on_train_begin(
         self,
@@ -57,9 +57,8 @@ class Report(TrainerCallback):
         **_: Any,
     ) -> None:
         """Note when the step begins."""
-        self._step_began = time.perf_counter()
         if self.first_step_at is None:
-            self.first_step_at = self._step_began
+            self.first_step_at = self._seen_at = time.perf_counter()
             self.first_step_cpu_s = time.process_time()
 
     def on_step_end(
@@ -70,7 +69,7 @@ class Report(TrainerCallback):
         **_: Any,
     ) -> None:
         """Count a step."""
-        self.step_seconds += time.perf_counter() - self._step_began
+        self._count()
         self.listener.step(state.global_step)
 
     def on_log(
@@ -88,16 +87,45 @@ class Report(TrainerCallback):
         logs = dict(logs or {})
         if "train_runtime" in logs:  # Trainer's own summary; ours has more
             return
+        if not any(name.startswith("eval_") for name in logs):
+            self._count()  # the loss was read: a GPU has done what it was given
         began = self.first_step_at or time.perf_counter()
         record = {
             "step": state.global_step,
             **logs,
             "tokens": self.tokens_seen(),
             "elapsed_s": round(time.perf_counter() - began, 3),
-            "train_s": round(self.step_seconds, 3),
+            "train_s": round(self.train_s, 3),
             "memory_bytes": self.memory(),
         }
         self.records.append(record)
         for write in self.writers:
             write(record)
         self.listener.log(record)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Leave the evaluation out of the time of training."""
+        self._seen_at = time.perf_counter()
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Leave the saving out of the time of training."""
+        self._seen_at = time.perf_counter()
+
+    def _count(self) -> None:
+        """Add what went by since it was last seen to the time of training."""
+        now = time.perf_counter()
+        if self.first_step_at is not None:
+            self.train_s += now - self._seen_at
+        self._seen_at = now
