@@ -291,6 +291,25 @@ def test_a_fault_is_a_fault_in_float64(
         verify_step(*blind_run, Silence())
 
 
+def test_a_step_that_is_right_in_float64_alone_is_right(
+    blind_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one is where rounding moves an activation over ReLU's kink, by 6e-3 on a tiny T5."""
+    right = Steps.fast
+
+    def moved(self: Steps, rows: Any, dtype: str) -> Computed:
+        step = right(self, rows, dtype)
+        is_wide = next(iter(step.gradients.values())).dtype == torch.float64
+        factor = 1.0 if is_wide else 0.994
+        return replace(step, gradients={n: g * factor for n, g in step.gradients.items()})
+
+    monkeypatch.setattr(Steps, "fast", moved)
+    found = verify_step(*blind_run, Silence())
+    assert found is not None
+    assert found.kinks
+    assert found.gradient < 1e-5
+
+
 @pytest.mark.parametrize("small_run", ["float32"], indirect=True)
 def test_a_step_stops_the_run_where_no_memory_is_left_to_decide(
     blind_run: Any, monkeypatch: pytest.MonkeyPatch

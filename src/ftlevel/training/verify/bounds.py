@@ -40,6 +40,7 @@ class Verified:
             or it was not compared.
         exact: distance of the plain step's gradient from its own in float64, where that decided:
             `loss` and `gradient` are then the fast step's distances from that one.
+        kinks: whether they are those of the fast step in float64, which in float32 is farther.
         rounded: kind of trained tensor → distances of the plain and of the fast step's gradient in
             the run's precision from the plain one's in float32.
     """
@@ -51,6 +52,7 @@ class Verified:
     gradient: float = 0.0
     dropout: float | None = None
     exact: float | None = None
+    kinks: bool = False
     rounded: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 

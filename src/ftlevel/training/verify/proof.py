@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
 from ftlevel.training.verify.bounds import Bounds, Rounding, Verified
-from ftlevel.training.verify.compare import added, compare_gradients, total
+from ftlevel.training.verify.compare import Apart, added, compare_gradients, total
 from ftlevel.training.verify.few_rows import choose_few
 from ftlevel.training.verify.steps import Computed, Steps, moved_from_start
 from ftlevel.training.verify.widths import (
@@ -100,6 +100,7 @@ def verify_step(
     apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
     if verified.exact is not None:
         apart += f", to the plain step in float64, from which its own are {verified.exact:.1e}"
+        apart += "; both in float64, since rounding moves one over a kink" * verified.kinks
     listener.choices("verify-fast", [Choice(what, f"in {verified.dtype} {apart}")])
     return verified
 
@@ -155,7 +156,7 @@ class _Verifier:
     def _compare(self, rows: Sequence[Encoded], verified: Verified) -> Computed:
         """Return the plain step; how far the fast one is from it goes into `verified` (mutated)."""
         steps, dtype = self.steps, verified.dtype
-        plain = steps.plain(rows, self.batch_size, dtype)
+        plain = self._plain(rows, dtype)
         if not math.isfinite(plain.loss):
             raise _NotFiniteError
         other = steps.rounded_otherwise(rows, dtype)
@@ -168,9 +169,18 @@ class _Verifier:
         except RunError:
             # One order of sums does not show how far from the truth both are, where rows begin
             # alike and an error is the same in all of them.
-            if (exact := self._in_float64(rows, dtype)) is None:
+            if (exact := self._in_float64(rows, dtype, self._plain)) is None:
                 raise
-            apart = _check(bounds, fast, exact)
+            try:
+                apart = _check(bounds, fast, exact)
+            except RunError:
+                # An activation that rounding moves over a kink, as ReLU's at 0, has another
+                # derivative there. In float64 both are on the same side, and nothing is rounded.
+                wide = self._in_float64(rows, dtype, steps.fast)
+                if wide is None or self.steps.trainer.args.device.type != "cpu":
+                    raise  # kernels of a card may be others in float64
+                apart = _check(Bounds(dtype, dict.fromkeys(noise, Apart()), 0.0), wide, exact)
+                verified.kinks = True
             rounded = compare_gradients(plain.gradients, exact.gradients)
             bounds = replace(bounds, noise=added(noise, rounded))
             verified.exact = max(verified.exact or 0.0, total(rounded.values()).distance)
@@ -183,14 +193,20 @@ class _Verifier:
             verified.dropout = max(verified.dropout or 0.0, distance)
         return plain
 
-    def _in_float64(self, rows: Sequence[Encoded], dtype: str) -> Computed | None:
-        """Return the plain step in float64; None where it cannot be computed."""
+    def _plain(self, rows: Sequence[Encoded], dtype: str) -> Computed:
+        """Return the plain step."""
+        return self.steps.plain(rows, self.batch_size, dtype)
+
+    def _in_float64(
+        self, rows: Sequence[Encoded], dtype: str, step: Callable[..., Computed]
+    ) -> Computed | None:
+        """Return the plain or the fast step in float64; None where it cannot be computed."""
         model, device = self.steps.model, self.steps.trainer.args.device.type
         if dtype != "float32" or not fits_in_float64(model, device):
             return None
         try:
             with whole_in_float64(model):
-                return self.steps.plain(rows, self.batch_size, dtype)
+                return step(rows, dtype=dtype)
         except RuntimeError:  # a kernel that is not made for it
             return None
 
