@@ -176,9 +176,10 @@ class _Verifier:
             except RunError:
                 # An activation that rounding moves over a kink, as ReLU's at 0, has another
                 # derivative there. In float64 both are on the same side, and nothing is rounded.
-                wide = self._in_float64(rows, dtype, steps.fast)
-                if wide is None or self.steps.trainer.args.device.type != "cpu":
-                    raise  # kernels of a card may be others in float64
+                if steps.trainer.args.device.type != "cpu":
+                    raise  # a card's kernels may be others in float64
+                if (wide := self._in_float64(rows, dtype, steps.fast)) is None:
+                    raise
                 apart = _check(Bounds(dtype, dict.fromkeys(noise, Apart()), 0.0), wide, exact)
                 verified.kinks = True
             rounded = compare_gradients(plain.gradients, exact.gradients)
