@@ -110,7 +110,7 @@ def test_a_head_with_a_target_for_every_token_bears_more() -> None:
     rslora = rates_of("lora", {"use_rslora": True})
     assert rslora.rate(row) > 5e-4, "where spans have 0.85 and not 0.97 of F1"
     assert rates_of("boft", {}).rate(row) > 3e-3, "where spans have 0.84 and not 0.98 of F1"
-    assert rates_of("vera", {}).rate(row) > 3e-2, "where spans have 0.86 and not 0.93 of F1"
+    assert rates_of("vera", {}).rate(row) > 3e-2, "where spans have 0.83 and not 0.93 of F1"
     pfeiffer = rates_of("adapter", {"placement": "pfeiffer"})
     assert pfeiffer.rate(row) > 3e-3, "where spans have 0.78 and not 0.86 of F1"
     projected = rates_of("prefix", {"prefix_projection": True})

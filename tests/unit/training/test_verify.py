@@ -291,19 +291,34 @@ def test_a_fault_is_a_fault_in_float64(
         verify_step(*blind_run, Silence())
 
 
-def test_a_step_that_is_right_in_float64_alone_is_right(
-    blind_run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one is where rounding moves an activation over ReLU's kink, by 6e-3 on a tiny T5."""
+def moved_in_float32(gradient: float, loss: float) -> Any:
+    """Return the fast step, off by factors in float32 and right in float64."""
     right = Steps.fast
 
     def moved(self: Steps, rows: Any, dtype: str) -> Computed:
         step = right(self, rows, dtype)
-        is_wide = next(iter(step.gradients.values())).dtype == torch.float64
-        factor = 1.0 if is_wide else 0.994
-        return replace(step, gradients={n: g * factor for n, g in step.gradients.items()})
+        if next(iter(step.gradients.values())).dtype == torch.float64:
+            return step
+        gradients = {name: g * gradient for name, g in step.gradients.items()}
+        return replace(step, loss=step.loss * loss, gradients=gradients)
 
-    monkeypatch.setattr(Steps, "fast", moved)
+    return moved
+
+
+@pytest.mark.parametrize(("gradient", "loss"), [(0.97, 1.0), (0.0, 1.0), (0.994, 1.001)])
+def test_what_no_kink_does_is_a_fault(
+    blind_run: Any, monkeypatch: pytest.MonkeyPatch, gradient: float, loss: float
+) -> None:
+    monkeypatch.setattr(Steps, "fast", moved_in_float32(gradient, loss))
+    with pytest.raises(RunError, match="the fast step is not the plain one"):
+        verify_step(*blind_run, Silence())
+
+
+def test_a_step_that_is_right_in_float64_alone_is_right(
+    blind_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one is where rounding moves an activation over ReLU's kink, by 6e-3 on a tiny T5."""
+    monkeypatch.setattr(Steps, "fast", moved_in_float32(0.994, 1.0))
     found = verify_step(*blind_run, Silence())
     assert found is not None
     assert found.kinks

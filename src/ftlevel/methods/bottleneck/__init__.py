@@ -103,7 +103,7 @@ def why_not_mergeable(_config: Mapping[str, Any]) -> str:
 
 
 def find_rates(spec: AdapterSpec) -> Rates:
-    """Return the rates: twice as much where an encoder's block has one and not two.
+    """Return the rates: twice as much where a block has one and not two, but on decoders.
 
     A third where what is added is scaled up, as it is by 4 in parallel.
     """

@@ -37,7 +37,7 @@ class Report(TrainerCallback):
         self.first_step_at: float | None = None
         self.first_step_cpu_s = 0.0
         self.train_s = 0.0
-        self._seen_at = 0.0
+        self._seen_at: float | None = None  # in a pause
 
     def on_train_begin(
         self,
@@ -57,8 +57,10 @@ class Report(TrainerCallback):
         **_: Any,
     ) -> None:
         """Note when the step begins."""
+        if self._seen_at is None:
+            self._seen_at = time.perf_counter()
         if self.first_step_at is None:
-            self.first_step_at = self._seen_at = time.perf_counter()
+            self.first_step_at = self._seen_at
             self.first_step_cpu_s = time.process_time()
 
     def on_step_end(
@@ -82,7 +84,7 @@ class Report(TrainerCallback):
     ) -> None:
         """Write one record: step, epoch, loss, rate, gradient norm, tokens, seconds and memory.
 
-        `elapsed_s` is all that went by, `train_s` what went by in optimizer steps.
+        `elapsed_s` is all that went by, `train_s` that without evaluation and saving.
         """
         logs = dict(logs or {})
         if "train_runtime" in logs:  # Trainer's own summary; ours has more
@@ -110,22 +112,14 @@ class Report(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Leave the evaluation out of the time of training."""
-        self._seen_at = time.perf_counter()
+        """Leave an evaluation, or a checkpoint and what certifies it, out of the training time."""
+        self._seen_at = None
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
-    ) -> None:
-        """Leave the saving out of the time of training."""
-        self._seen_at = time.perf_counter()
+    on_save = on_evaluate
 
     def _count(self) -> None:
-        """Add what went by since it was last seen to the time of training."""
-        now = time.perf_counter()
-        if self.first_step_at is not None:
+        """Add what went by since it was last seen to the training time, but for a pause."""
+        if self._seen_at is not None:
+            now = time.perf_counter()
             self.train_s += now - self._seen_at
-        self._seen_at = now
+            self._seen_at = now
