@@ -310,6 +310,7 @@ TASKS = (
         headline="perplexity",
         score_texts=score_rouge,
         text_metrics=ROUGES,
+        builtin_subset="signatures",
         refusals={
             "encoder": "Use --task masked-lm or text-classification, or a model such as GPT-2 or "
             "Llama."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import os
 import re
 import sysconfig
@@ -23,11 +24,12 @@ from typing import Literal, get_args
 
 from ftlevel.errors import InputError, listing
 
-Kind = Literal["generation", "summarization"]
+Kind = Literal["signatures", "generation", "summarization"]
 Split = Literal["train", "validation", "test"]
 Row = dict[str, str]
 
 INSTRUCTION = "Explain this Python function.\n\n"
+SIGNATURE_INSTRUCTION = "Describe this Python function as JSON.\n\n"
 
 # A row is small enough for a tiny model on a CPU: about 400 tokens at 3 characters a token.
 MAX_ROW_CHARACTERS = 1200
@@ -35,6 +37,7 @@ MAX_ROW_CHARACTERS = 1200
 # has a remark. Neither is an explanation.
 PROMPT_SHARE = (0.3, 0.8)
 MIN_DOCSTRING_CHARACTERS = 24
+MAX_SIGNATURE_CHARACTERS = 500
 MIN_DOCUMENT_CHARACTERS = 100
 SUMMARY_CHARACTERS = (16, 120)
 # Rows stand in the order of their modules; without a bound one long module would be a whole sample.
@@ -91,7 +94,9 @@ def read_docstrings(kind: Kind, split: Split, limit: int | None = None) -> list[
     docstring is in two splits.
 
     Args:
-        kind: `generation` gives `prompt` (an instruction and the source of a function without its
+        kind: `signatures` gives `prompt` (an instruction, the header of a function and the first
+            line of its docstring) and `completion` (the function's name and parameters as JSON);
+            `generation` gives `prompt` (an instruction and the source of a function without its
             docstring) and `completion` (the docstring); `summarization` gives `document` (the prose
             of a docstring after its first line) and `summary` (the first line).
         split: the modules to read, see `split_of`.
@@ -240,8 +245,13 @@ def _undocumented_source(node: _Function, lines: list[str]) -> str:
 
 def _rows(kind: Kind, split: Split) -> Iterator[Row]:
     build = _BUILDERS[kind]
+
+    def key_of(item: Documented) -> str:
+        text = item.docstring
+        return _fingerprint(text.partition("\n")[0] if kind == "signatures" else text)
+
     seen = {
-        _fingerprint(item.docstring)
+        key_of(item)
         for earlier in _PRECEDENCE[: _PRECEDENCE.index(split)]
         for items in _modules_of(earlier)
         for item in items
@@ -249,7 +259,7 @@ def _rows(kind: Kind, split: Split) -> Iterator[Row]:
     for items in _modules_of(split):
         rows = []
         for item in items:
-            key = _fingerprint(item.docstring)
+            key = key_of(item)
             row = None if key in seen else build(item)
             if row is not None:
                 seen.add(key)
@@ -272,6 +282,26 @@ def _fingerprint(docstring: str) -> str:
     """Return a hash that is the same for docstrings that differ in case and white space only."""
     words = " ".join(docstring.lower().split())
     return hashlib.sha1(words.encode(), usedforsecurity=False).hexdigest()
+
+
+def _signature_row(item: Documented) -> Row | None:
+    if not item.source:
+        return None
+    function = ast.parse(item.source).body[0]
+    if not isinstance(function, ast.FunctionDef) or function.name.startswith("__"):
+        return None
+    arguments = function.args
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    parameters = [name for name in names if name not in ("self", "cls")]
+    first_line = item.docstring.partition("\n")[0].strip()
+    header = f"def {function.name}({ast.unparse(arguments)}):"
+    prompt = f"{SIGNATURE_INSTRUCTION}{header}\n    {first_line}"
+    if not parameters or len(prompt) > MAX_SIGNATURE_CHARACTERS or not prompt.isascii():
+        return None
+    return {
+        "prompt": prompt,
+        "completion": json.dumps({"name": function.name, "parameters": parameters}),
+    }
 
 
 def _generation_row(item: Documented) -> Row | None:
@@ -329,6 +359,7 @@ def _prose(text: str) -> str:
 
 _NOT_PROSE = re.compile(r"\s+\S|>>>|[-=+*|:#.@~]|\w+\s+--?\s|\w+:\s*$|\w+\(")
 _BUILDERS: dict[Kind, Callable[[Documented], Row | None]] = {
+    "signatures": _signature_row,
     "generation": _generation_row,
     "summarization": _summarization_row,
 }

@@ -1,6 +1,7 @@
 """`builtin:docstrings`: what a row holds, and that the splits share nothing."""
 
 import ast
+import json
 import subprocess
 import sys
 import textwrap
@@ -24,8 +25,12 @@ from ftlevel.data.sources.docstrings import (
 from ftlevel.errors import InputError
 
 KINDS, SPLITS = get_args(Kind), get_args(Split)
-TARGET = {"generation": "completion", "summarization": "summary"}
-COLUMNS = {"generation": ("prompt", "completion"), "summarization": ("document", "summary")}
+TARGET = {"signatures": "completion", "generation": "completion", "summarization": "summary"}
+COLUMNS = {
+    "signatures": ("prompt", "completion"),
+    "generation": ("prompt", "completion"),
+    "summarization": ("document", "summary"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,17 @@ def test_a_prompt_is_python_that_lacks_its_docstring(rows):
         (function,) = ast.parse(row["prompt"].removeprefix(INSTRUCTION)).body
         assert ast.get_docstring(function) is None
         assert row["completion"] not in row["prompt"]
+
+
+def test_a_signature_is_that_of_the_header(rows):
+    for row in rows["signatures", "train"][:300] + rows["signatures", "validation"]:
+        header = row["prompt"].removeprefix(docstrings.SIGNATURE_INSTRUCTION).splitlines()[0]
+        (function,) = ast.parse(f"{header} pass").body
+        described = json.loads(row["completion"])
+        assert described["name"] == function.name
+        names = [a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)]
+        assert set(described["parameters"]) <= set(names) - {"self", "cls"}
+        assert described["parameters"]
 
 
 def test_a_summary_is_one_line_that_its_document_does_not_say(rows):
