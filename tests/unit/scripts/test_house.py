@@ -15,7 +15,9 @@ FILE = re.compile(r"`((?:src|tests|scripts|docs|recipes|benchmarks)/[\w./-]+\.\w
 TOY = {"src/ftlevel/config/methods/scale.py", "src/ftlevel/methods/scale.py"}  # of a page
 
 
-@pytest.mark.parametrize("figure", house.figures(), ids=lambda figure: figure.name)
+@pytest.mark.parametrize(
+    "figure", [*house.figures(), *house.sizes()], ids=lambda figure: figure.name
+)
 def test_no_figure_has_grown(figure: house.Figure) -> None:
     assert figure.value <= figure.bound
 
@@ -28,7 +30,11 @@ def test_the_table_stands_in_the_documentation() -> None:
 def test_a_figure_that_grows_is_seen() -> None:
     assert len(house.ADDITIONS["a kind of target, with its tests"][2].touched) == 3
     assert house.crossings() > 0
-    assert house.largest_folder()[1] > 5
+    text = '''"""A module."""\nimport os\n\n\ndef f(plan: Plan, config: TrainConfig) -> int:
+    """Return one."""\n    # a comment\n    return 1\n'''
+    assert house.code_lines(text) == (2, 2)
+    assert house.takes(text, house._PLAN_AND_CONFIG) == 1
+    assert house.takes(text, house._WHOLE_CONFIG) == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
