@@ -51,13 +51,11 @@ class Chunk:
 
 
 class Stream(Protocol):
-    """A source of chunks.
+    """A source of chunks."""
 
-    Attributes:
-        null_keys: as of `Reader`.
-    """
-
-    null_keys: Counter[str]
+    @property
+    def null_keys(self) -> Counter[str]:
+        """Paths of null keys that were dropped so far, with how often."""
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on; None is the beginning."""
