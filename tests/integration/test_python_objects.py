@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas as pd
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from ftlevel import EvaluateConfig, PredictConfig, TrainConfig, evaluate, predict, train
+from ftlevel import EvaluateConfig, PredictConfig, TrainConfig, evaluate, generate, predict, train
 from ftlevel.cli.app import run
 from ftlevel.errors import ConfigError
 
@@ -77,7 +78,15 @@ def test_such_a_run_says_that_its_rows_are_gone(
         )
     found = evaluate(EvaluateConfig(name="run", dataset=pd.DataFrame(HELD), resamples=0))
     assert found.metrics["loss"] == pytest.approx(result.summary["metrics"]["loss"])
-    assert result.predict([{"prompt": "name the file"}])[0]["prompt"] == "name the file"
+    prompts = [{"prompt": "name the file"}, {"prompt": "say a word"}]
+    answered = result.predict(prompts)
+    assert [row["prompt"] for row in answered] == [row["prompt"] for row in prompts]
+    frame = pd.DataFrame(prompts)
+    for rows in (frame, datasets.Dataset.from_list(prompts), iter(prompts)):
+        assert result.predict(rows) == answered
+        assert predict(PredictConfig(name="run"), frame).rows == answered
+    told, _ = generate("run", frame["prompt"])
+    assert [answer.prompt for answer in told] == list(frame["prompt"])
     assert "ftlevel evaluate" not in " ".join(result.summary["next"])
 
 

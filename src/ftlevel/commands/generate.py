@@ -54,7 +54,7 @@ def generate(
     Args:
         name: a run directory, an adapter directory, or a model; None with `adapters` or
             `adapters_dir`.
-        prompts: one or more; the run's own prompt format is put around each.
+        prompts: a list, or a column of a frame; the run's own prompt format is put around each.
         settings: fields of `GenerateConfig`.
 
     Returns:
@@ -65,7 +65,7 @@ def generate(
         ConfigError: `compare_base` where there is no adapter to switch off; no context for a
             question; no mask to fill in.
     """
-    return answer_all(build_section(GenerateConfig, {"name": name, **settings}), prompts)
+    return answer_all(build_section(GenerateConfig, {"name": name, **settings}), list(prompts))
 
 
 def answer_all(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
@@ -64,7 +64,7 @@ class Predictions:
 
 def predict(
     config: PredictConfig,
-    rows: Iterable[Mapping[str, Any]] | None = None,
+    rows: Any = None,
     *,
     stream: IO[str] | None = None,
     listener: Listener | None = None,
@@ -73,7 +73,8 @@ def predict(
 
     Args:
         config: the whole configuration.
-        rows: the rows, instead of `config.dataset`.
+        rows: the rows, instead of `config.dataset`: a DataFrame, an Arrow table, a
+            `datasets.Dataset`, or any iterable of dicts.
         stream: where lines of JSON go where `config.output` names no file; None collects the rows.
         listener: told of the course; nobody by default.
 
@@ -127,7 +128,7 @@ class _Job:
     choices: Sequence[Choice]
 
 
-def _check(config: PredictConfig, rows: Iterable[Mapping[str, Any]] | None) -> None:
+def _check(config: PredictConfig, rows: Any) -> None:
     if (rows is None) == (config.dataset is None):
         raise ConfigError(
             "there are no rows to answer. Give --dataset FILE, or - for stdin."
@@ -140,7 +141,7 @@ def _check(config: PredictConfig, rows: Iterable[Mapping[str, Any]] | None) -> N
 
 def _prepare(
     config: PredictConfig,
-    rows: Iterable[Mapping[str, Any]] | None,
+    rows: Any,
     stream: IO[str] | None,
     held: contextlib.ExitStack,
 ) -> _Job:
@@ -180,13 +181,13 @@ def _settings(found: Found) -> TrainConfig:
 
 def _open(
     config: PredictConfig,
-    rows: Iterable[Mapping[str, Any]] | None,
+    rows: Any,
     task: BaseTask,
     own: TrainConfig,
 ) -> tuple[RowSource, Reader | None]:
     """Return the rows, of which the first are read, and their file."""
-    if rows is not None or config.dataset is None:
-        return GivenRows(rows or ()), None
+    if config.dataset is None:
+        return GivenRows(rows), None
     roles = [names for shape in task.questions for names in shape.roles.values()]
     known = {name for names in roles for name in names}
     known |= {*config.columns.values(), *own.data.columns.values()}

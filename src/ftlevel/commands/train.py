@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,8 +94,10 @@ class TrainResult:
     model: Any
     tokenizer: Any
 
-    def predict(self, rows: Iterable[Mapping[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+    def predict(self, rows: Any, **settings: Any) -> list[dict[str, Any]]:
         """Return `rows` with the answers of the saved run; `settings` are of `PredictConfig`.
+
+        The rows are a DataFrame, an Arrow table, a `datasets.Dataset`, or any iterable of dicts.
 
         Raises:
             ConfigError: nothing was trained.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -174,11 +173,6 @@ def build_words(roles: Roles) -> Tagged:
     if "text" in roles:
         return _split(roles.text("text"), roles.index)
     words, column = roles.get("tokens"), repr(roles.columns["tokens"])
-    if isinstance(words, str):  # a cell of CSV holds no list
-        try:
-            words = json.loads(words)
-        except ValueError:
-            words = None
     if type(words) is not list or not words:
         raise Unusable(f"{column} is no list of words, nor the JSON of one")
     return Tagged(

@@ -9,9 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from ftlevel.artifacts.rows.formats import check_row_file, row_file_type, write_rows
+from ftlevel.artifacts.rows.parquet_file import ParquetFile
 from ftlevel.artifacts.rows.sinks import RowColumns, RowFile, partial_of
 from ftlevel.errors import ConfigError, InputError
 
@@ -161,3 +163,19 @@ def test_nothing_of_yours_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"p\.csv exists"):
         check_row_file("--output", path, resume=False, overwrite=False)
     check_row_file("--output", path, resume=False, overwrite=True)
+
+
+def test_parquet_that_is_resumed_knows_a_row_whose_null_keys_were_dropped(tmp_path: Path) -> None:
+    row = {"talk": [{"role": "user", "tags": None}], "facts": {"a": 1}}
+    kinds = pa.struct([("role", pa.string()), ("tags", pa.list_(pa.string()))])
+    schema = pa.schema([("talk", pa.list_(kinds)), ("facts", pa.map_(pa.string(), pa.int64()))])
+    columns = RowColumns(["talk", "facts"], {"answer": "text"}, schema)
+    begun = ParquetFile(tmp_path / "x.parquet", columns)
+    begun.open(0)
+    begun.write([{**row, "answer": "yes"}])
+    begun.close()
+    resumed = ParquetFile(tmp_path / "x.parquet", columns)
+    [there] = resumed.read_back()
+    assert there == resumed.as_written({**row, "talk": [{"role": "user"}]})
+    assert there != resumed.as_written({**row, "talk": [{"role": "user", "tags": ["a"]}]})
+    assert there != resumed.as_written({**row, "talk": [{"role": "tool"}]})

@@ -39,12 +39,15 @@ class ParquetFile(RowFile):
                     describe_columns(there, batch.schema.names, [*names, *self.columns.answers])
                 )
             self._schema = batch.schema
-            for row in batch.select(names).to_pylist():
+            for row in batch.select(names).to_pylist(maps_as_pydicts="lossy"):
                 yield self.as_written(row)
 
     def as_written(self, row: Row) -> Any:
-        """Return the values of a row as text, in which NaN is what it is."""
-        return [repr(row.get(name)) for name in self.columns.names]
+        """Return the values of a row as text, in which NaN is what it is.
+
+        A key that is null and one that is missing are the same in Parquet.
+        """
+        return [repr(_without_null_keys(row.get(name))) for name in self.columns.names]
 
     def open(self, keep: int) -> None:
         """Begin a new stream with the first `keep` rows in it."""
@@ -120,6 +123,15 @@ class ParquetFile(RowFile):
             os.fsync(file.fileno())
         made.replace(self.path)
         self.partial.unlink()
+
+
+def _without_null_keys(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_null_keys(item) for item in value]
+    if isinstance(value, dict):
+        pairs = ((key, _without_null_keys(item)) for key, item in value.items())
+        return {key: item for key, item in sorted(pairs) if item is not None}
+    return value
 
 
 def _batches(path: Path) -> Iterator[Any]:

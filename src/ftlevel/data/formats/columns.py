@@ -12,6 +12,9 @@ WHOLE = frozenset(
 )
 """Roles whose value is no text, so that no two columns can be joined to one."""
 
+NESTED = (WHOLE | {"ranked"}) - {"label", "id"}
+"""Roles whose value is a list or an object; a text there is the JSON of one."""
+
 
 def resolve_column(wish: str, columns: Sequence[str]) -> str | None:
     """Return the column that is meant by `wish`; None if there is none.

@@ -14,7 +14,14 @@ from typing import Any, NoReturn, Protocol
 from ftlevel.data.formats.detect import Shape
 from ftlevel.data.formats.parts import Parts
 from ftlevel.data.formats.roles import Roles
-from ftlevel.data.formats.turns import Message, Unusable, check_text, parse_tools, parse_turns
+from ftlevel.data.formats.turns import (
+    Message,
+    Unusable,
+    check_text,
+    parse_json,
+    parse_tools,
+    parse_turns,
+)
 from ftlevel.data.sources.uniform import kind_of
 from ftlevel.errors import InputError, listing
 
@@ -278,6 +285,8 @@ def _class(roles: Roles) -> str | int:
 
 def _classes(roles: Roles) -> tuple[str | int, ...]:
     labels, column = roles.get("label"), repr(roles.columns["label"])
+    if isinstance(labels, str) and labels.lstrip().startswith("["):  # a cell of CSV
+        labels = parse_json(labels, column)
     if type(labels) is not list:
         raise Unusable(f"{column} is {kind_of(labels)}, not a list of labels")
     names = tuple(_name(name, f"label {i} of {column}") for i, name in enumerate(labels, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
@@ -18,14 +19,17 @@ def choose_problem_type(
 ) -> tuple[ProblemType, str]:
     """Return the problem type of a label column, and why.
 
-    Lists are several labels a row, and numbers with a fraction are quantities. Everything else is
-    a class: whole numbers may be grades as well, which nobody but the user can know.
+    Lists, and JSON lists in the text of all rows, are several labels a row. Numbers with a fraction
+    are quantities. Everything else is a class: whole numbers may be grades as well, which nobody
+    but the user can know.
     """
     if wish != "auto":
         return wish, ""
     values = [_value(row, column) for row in table.rows]
     if any(type(value) is list for value in values):
         return "multi_label_classification", f"auto: {column!r} holds lists"
+    if values and all(map(_is_json_list, values)):
+        return "multi_label_classification", f"auto: {column!r} holds lists as JSON text"
     if column not in table.label_names and _has_quantities(values):
         return "regression", f"auto: {column!r} holds numbers with a fraction"
     return "single_label_classification", "auto: one name or whole number a row"
@@ -36,6 +40,15 @@ def _value(row: Row, column: str) -> Any:
     for part in (column,) if column in row else column.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
+
+
+def _is_json_list(value: Any) -> bool:
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return False
+    try:
+        return type(json.loads(value)) is list
+    except ValueError:
+        return False
 
 
 def _has_quantities(values: Sequence[Any]) -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ftlevel.data.formats.columns import JOINER
+from ftlevel.data.formats.columns import JOINER, NESTED
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.turns import Unusable, check_text
+from ftlevel.data.formats.turns import Unusable, check_text, parse_json, parse_turn_list
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.data.sources.uniform import kind_of
+
+_TURNS = ("prompt", "completion", "chosen", "rejected")
+"""Roles whose value is a text or turns."""
 
 
 class Roles:
@@ -35,10 +38,29 @@ class Roles:
         return role in self.columns
 
     def get(self, role: str) -> Any:
-        """Return the value of `role`; None where the format has no column for it."""
+        """Return the value of `role`; None where the format has no column for it.
+
+        JSON text is parsed where a list or an object is expected, and in a CSV cell also where
+        turns may stand instead of a text.
+        """
         column = self.columns.get(role)
         if column is None:
             return None
+        value = self._find(column)
+        if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+            return value
+        if role in NESTED:
+            try:
+                return parse_json(value, repr(column))
+            except Unusable as error:
+                raise Unusable(
+                    f"{error}. Write lists and objects as JSON, with json.dumps"
+                ) from None
+        is_cell = role in _TURNS and self.table.has_text_cells(self.index)
+        return parse_turn_list(value) if is_cell else value
+
+    def _find(self, column: str) -> Any:
+        """Return the value of a column, of several that are joined, or of a key inside of one."""
         if column in self.row:
             return self.row[column]
         if "+" in column:

@@ -125,7 +125,7 @@ def parse_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
         Unusable: it is something else.
     """
     if isinstance(value, str):
-        value = _parse_json(value, repr(column)) if value.strip() else []
+        value = parse_json(value, repr(column)) if value.strip() else []
     if value is None:
         return ()
     if type(value) is not list or not all(isinstance(tool, dict) for tool in value):
@@ -160,7 +160,8 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
             others = [k for k, v in item.items() if isinstance(v, str) and k not in used]
             guess = {part: others[0 if part == "role" else -1]} if others else {}
             way = f"; say what it is called: {write_flags(guess)}" if guess else ""
-            raise Unusable(f"{what} has no {key!r} (keys: {listing(item)}{way})")
+            finding = "null_content" if part == "content" and not others else ""
+            raise Unusable(f"{what} has no {key!r} (keys: {listing(item)}{way})", finding)
     if item.get("weight") == 0:
         raise Unusable(f"{what} has weight 0; turns can't be left out one by one yet")
     name, text = item[role_key], item.get(text_key)
@@ -178,7 +179,7 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
         return None
     content = f"{text_key!r} of {what}"
     if name == "function_call":
-        calls, text = _parse_json(check_text(text, content), content), ""
+        calls, text = parse_json(check_text(text, content), content), ""
         calls = calls if isinstance(calls, list) else [calls]
     extra: dict[str, Any] = {k: item[k] for k in ("name", "tool_call_id") if item.get(k)}
     if calls or item.get("function_call"):
@@ -195,7 +196,7 @@ def _parse_call(call: object, what: str) -> dict[str, Any]:
         raise Unusable(f"{what} has a tool call without a function and its name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = _parse_json(arguments, f"'arguments' of {what}")
+        arguments = parse_json(arguments, f"'arguments' of {what}")
     own = {"id": call["id"]} if isinstance(call, dict) and call.get("id") else {}
     return {
         **own,
@@ -204,8 +205,25 @@ def _parse_call(call: object, what: str) -> dict[str, Any]:
     }
 
 
-def _parse_json(text: str, what: str) -> Any:
+def parse_json(text: str, what: str) -> Any:
+    """Return the value that a JSON text stands for.
+
+    Raises:
+        Unusable: it is no JSON.
+    """
     try:
         return json.loads(text)
     except ValueError as error:
         raise Unusable(f"{what} is not valid JSON ({error})") from None
+
+
+def parse_turn_list(text: str) -> Any:
+    """Return the turns that `text` is the JSON of; any other text as it is."""
+    try:
+        turns = json.loads(text)
+    except ValueError:
+        return text
+    is_turns = isinstance(turns, list) and all(
+        isinstance(turn, dict) and _find_role(turn.get(_keys(turn, {})[0]), {}) for turn in turns
+    )
+    return turns if is_turns and turns else text

@@ -6,7 +6,7 @@ is left out: a row that cannot be asked about has its reason instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Unusable
+from ftlevel.data.sources.in_memory import iterate_rows
 from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, listing
@@ -97,7 +98,7 @@ class FileRows:
 
 
 class GivenRows:
-    """Rows that a program hands over.
+    """Rows that a program hands over, as of `iterate_rows`.
 
     Raises:
         InputError: there are none.
@@ -105,9 +106,9 @@ class GivenRows:
 
     schema = None
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        self._rows = iter(rows)
-        self.first: Sequence[Row] = [dict(row) for row in islice(self._rows, _FIRST)]
+    def __init__(self, rows: Any) -> None:
+        self._rows = iterate_rows(rows, "predict")
+        self.first: Sequence[Row] = list(islice(self._rows, _FIRST))
         if not self.first:
             raise InputError("there are 0 rows to predict. Give some.")
         self.columns: Sequence[str] = list(dict.fromkeys(n for row in self.first for n in row))
@@ -117,8 +118,8 @@ class GivenRows:
         """Yield the rows, once."""
         for number, row in enumerate(self.first, 1):
             yield row, f"row {number}", "", None
-        for number, given in enumerate(self._rows, len(self.first) + 1):
-            yield dict(given), f"row {number}", "", None
+        for number, row in enumerate(self._rows, len(self.first) + 1):
+            yield row, f"row {number}", "", None
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class ChunkEncoder:
         Raises:
             InputError: with `file:line`, for a row that is to stop the run.
         """
-        table = Table(chunk.rows, chunk.lines, chunk.source, chunk.unit)
+        table = chunk.table
         counts["read"] += len(chunk.rows) + len(chunk.bad)
         bad = [*chunk.bad, *self.form.find_odd(chunk.rows, chunk.lines)]
         table = self._without(table, bad, counts)

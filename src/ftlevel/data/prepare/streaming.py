@@ -20,7 +20,7 @@ from ftlevel.data.prepare.parallel import be_silent
 from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream
 from ftlevel.data.sources.splits import Splits
 from ftlevel.data.sources.stream_sources import StreamSource, open_source
-from ftlevel.data.sources.streams import Chunk
+from ftlevel.data.sources.streams import Chunk, describe_null_keys
 from ftlevel.data.sources.table import BadRow, Row, Table, resolve_bad
 from ftlevel.data.sources.uniform import Form, find_odd_rows
 from ftlevel.errors import InputError
@@ -117,7 +117,7 @@ def _read_head(source: StreamSource, config: DataConfig) -> tuple[Splits, Form]:
             f"data.validation_rows={held:,} leaves none of the {len(rows):,} rows of "
             f"{config.dataset} to train on. Hold out fewer."
         )
-    table = Table(rows[:wanted], lines[:wanted], chunk.source, chunk.unit)
+    table = replace(chunk.table, rows=rows[:wanted], lines=lines[:wanted])
     bad = [row for row in bad if row.line <= table.lines[-1]] if len(rows) >= wanted else bad
     odd = find_odd_rows(table.rows, table.lines)
     form = Form.of(table.rows, table.lines)
@@ -128,7 +128,7 @@ def _read_head(source: StreamSource, config: DataConfig) -> tuple[Splits, Form]:
         )
         train = table.take(range(held, len(table)))
     train = resolve_bad(train, [*bad, *_within(odd, table, held, len(table))], config.on_bad_row)
-    notes = list(source.notes)
+    notes = [*source.notes, *describe_null_keys(source.train.null_keys, chunk.source)]
     if held:
         notes.append(f"validation: the first {held:,} rows, which are not trained on")
     return Splits(train, validation, None, config.dataset, notes), form

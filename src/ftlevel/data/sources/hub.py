@@ -6,14 +6,15 @@ begins its retries. `datasets` is imported by the functions that need it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ftlevel.data.sources.lines import PART
-from ftlevel.data.sources.readers.parquet import build_arrow_table
-from ftlevel.data.sources.streams import Chunk, Cursor
+from ftlevel.data.sources.readers.parquet import build_arrow_table, clean_rows
+from ftlevel.data.sources.streams import Chunk, Cursor, describe_null_keys
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, did_you_mean, listing
 from ftlevel.models.upstream.data import datasets_offline
@@ -89,6 +90,7 @@ class IterableStream:
 
     def __init__(self, make: Callable[[], Any], source: str) -> None:
         self._make, self.source = make, source
+        self.null_keys: Counter[str] = Counter()
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on."""
@@ -103,14 +105,28 @@ class IterableStream:
             after = {"state": data.state_dict(), "number": number}
             return Chunk(rows, numbers, [], self.source, "row", after)
 
+        schema = data.features and data.features.arrow_schema
         for row in data:
-            rows.append(row)
+            rows += clean_rows([row], schema, self.null_keys)
             number += 1
             if len(rows) == PART:
                 yield chunk()
                 rows = []
         if rows:
             yield chunk()
+
+    def collect(self) -> Table:
+        """Return all rows as a table.
+
+        Raises:
+            InputError: there are none.
+        """
+        chunks = list(self.chunks())
+        if not chunks:
+            raise InputError(f"{self.source}: has 0 rows. Give a set with rows.")
+        rows = [row for chunk in chunks for row in chunk.rows]
+        notes = tuple(describe_null_keys(self.null_keys, self.source))
+        return Table(rows, range(1, len(rows) + 1), self.source, "row", notes=notes)
 
 
 def load_saved_tables(directory: Path, most: int | None) -> dict[str, Table]:

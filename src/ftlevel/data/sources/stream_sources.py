@@ -17,7 +17,6 @@ from ftlevel.data.sources.hub import (
 )
 from ftlevel.data.sources.packed import STDIN
 from ftlevel.data.sources.readers.files import Reading, open_stream, read_table
-from ftlevel.data.sources.readers.parquet import build_arrow_table
 from ftlevel.data.sources.splits import (
     HUB_PREFIX,
     VALIDATION_NAMES,
@@ -110,8 +109,6 @@ def _open_remote(
     held = next((key for key in VALIDATION_NAMES if key in found and key != train), None)
     validation = None
     if held is not None:
-        import pyarrow as pa  # type: ignore[import-untyped]
-
-        rows = list(found[held].take(most or REMOTE_ROWS))
-        validation = build_arrow_table(pa.Table.from_pylist(rows), f"{name} ({held})")
+        data = found[held].take(most or REMOTE_ROWS)
+        validation = IterableStream(lambda: data, f"{name} ({held})").collect()
     return StreamSource(IterableStream(lambda: make()[train], f"{name} ({train})"), validation)

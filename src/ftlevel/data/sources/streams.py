@@ -8,6 +8,7 @@ it lies in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.data.sources.uniform import find_odd_rows
-from ftlevel.errors import InputError
+from ftlevel.errors import InputError, listing
 
 Cursor = Mapping[str, Any]
 
@@ -32,6 +33,7 @@ class Chunk:
         source: what messages begin with.
         unit: what `lines` counts.
         cursor: where the next one begins.
+        text_cells: as of `Table`.
     """
 
     rows: list[Row]
@@ -40,10 +42,20 @@ class Chunk:
     source: str
     unit: Literal["line", "row"]
     cursor: Cursor
+    text_cells: bool = False
+
+    @property
+    def table(self) -> Table:
+        """The rows as a table."""
+        return Table(self.rows, self.lines, self.source, self.unit, text_cells=self.text_cells)
 
 
 class Stream(Protocol):
     """A source of chunks."""
+
+    @property
+    def null_keys(self) -> Counter[str]:
+        """Paths of null keys that were dropped so far, with how often."""
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on; None is the beginning."""
@@ -56,15 +68,18 @@ class Reader(ABC):
         unit: what the lines of its rows count.
         in_parts: whether a part can be read without the whole file, as `--streaming` does.
         uniform: whether the format itself gives all rows the same keys and types.
+        text_cells: whether lists and objects can only be there as JSON text.
         label_names: names of the classes, for columns of which the file declares them.
         schema: Arrow's, where the file declares the types of its columns; else None.
         shown: what messages call the file, of which `path` may be an unpacked copy.
         notes: what was chosen in reading it, to be shown.
+        null_keys: paths of null keys that were dropped so far, with how often.
     """
 
     unit: Literal["line", "row"] = "line"
     in_parts: ClassVar[bool] = True
     uniform: ClassVar[bool] = False
+    text_cells: ClassVar[bool] = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,6 +87,7 @@ class Reader(ABC):
         self.schema: Any = None
         self.shown = str(path)
         self.notes: list[str] = []
+        self.null_keys: Counter[str] = Counter()
 
     @abstractmethod
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
@@ -93,7 +109,7 @@ class Reader(ABC):
 
     def chunk(self, rows: list[Row], lines: list[int], bad: list[BadRow], cursor: Cursor) -> Chunk:
         """Return a chunk of this file."""
-        return Chunk(rows, lines, bad, self.shown, self.unit, cursor)
+        return Chunk(rows, lines, bad, self.shown, self.unit, cursor, self.text_cells)
 
     def collect(self) -> tuple[Table, list[BadRow]]:
         """Return the rows of all chunks, and the bad ones, some of which stand in the table.
@@ -115,7 +131,8 @@ class Reader(ABC):
         """Return a table of rows of this file."""
         return Table(
             rows, lines, self.shown, self.unit, label_names=self.label_names,
-            notes=tuple(self.notes),
+            notes=(*self.notes, *describe_null_keys(self.null_keys, self.shown)),
+            text_cells=self.text_cells,
         )  # fmt: skip
 
 
@@ -133,11 +150,27 @@ def refuse_unreadable(path: Path, shown: str = "") -> Iterator[None]:
         raise InputError([p.replace(str(path), shown) for p in error.problems]) from None
 
 
+def describe_null_keys(null_keys: Counter[str], source: str) -> list[str]:
+    """Return a note on the null keys that were dropped; empty when none was."""
+    if not null_keys:
+        return []
+    inner_first = sorted(null_keys, key=lambda path: (-path.count("."), path))
+    return [
+        f"{source}: dropped {null_keys.total():,} null keys of objects in lists, as Arrow gives "
+        f"all objects of a list the same keys ({listing(inner_first, 4)}); JSON Lines keeps nulls"
+    ]
+
+
 class ChainedStream:
     """Several streams, one after the other."""
 
     def __init__(self, streams: Iterable[Stream]) -> None:
         self._streams = list(streams)
+
+    @property
+    def null_keys(self) -> Counter[str]:
+        """Those of all streams."""
+        return sum((stream.null_keys for stream in self._streams), Counter())
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on."""

@@ -54,6 +54,7 @@ class Table:
         label_names: names of the classes, for columns whose source declares them.
         parts: the tables that it was joined from, by growing base; empty for a single one.
         notes: what was chosen in reading it, to be shown.
+        text_cells: whether lists and objects can only be there as JSON text.
     """
 
     rows: Sequence[Row]
@@ -64,6 +65,7 @@ class Table:
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
     notes: tuple[str, ...] = ()
+    text_cells: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,10 +81,19 @@ class Table:
 
     def place(self, line: int) -> str:
         """Return `path:line`, or `name row N` where the source has no lines."""
+        table, line = self._part_of(line)
+        return f"{table.source}:{line}" if table.unit == "line" else f"{table.source} row {line}"
+
+    def has_text_cells(self, index: int) -> bool:
+        """Return `text_cells` of the table that the row at `index` came from."""
+        return self._part_of(self.lines[index])[0].text_cells if self.parts else self.text_cells
+
+    def _part_of(self, line: int) -> tuple[Table, int]:
+        """Return the single table that holds `line`, and the line's number there."""
         for part in reversed(self.parts):
             if line > part.base:
-                return part.table.place(line - part.base)
-        return f"{self.source}:{line}" if self.unit == "line" else f"{self.source} row {line}"
+                return part.table._part_of(line - part.base)
+        return self, line
 
     def take(self, indices: Iterable[int]) -> Table:
         """Return a table of the rows at `indices`, in that order; `dropped` stays behind."""

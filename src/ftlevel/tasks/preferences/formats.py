@@ -6,6 +6,7 @@ at the last "Assistant:" of HH-RLHF's texts, and never by common characters, whi
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -165,6 +166,9 @@ def _verdict(value: object, column: str) -> bool:
 
 def _number(roles: Roles, role: str) -> float:
     value = roles.get(role)
+    if isinstance(value, str):  # a cell of CSV
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise Unusable(f"{roles.columns[role]!r} is {value!r}, where a number is expected")
     return float(value)

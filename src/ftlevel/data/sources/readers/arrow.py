@@ -8,6 +8,7 @@ from typing import Any
 
 from ftlevel.data.sources.lines import PART
 from ftlevel.data.sources.readers.parquet import (
+    arrow_rows,
     check_columns,
     class_names,
     refuse_damaged,
@@ -49,7 +50,7 @@ class Arrow(Reader):
                 if index < int(at["batch"]):
                     continue
                 for begin in range(skip, batch.num_rows, PART):
-                    rows = batch.slice(begin, PART).to_pylist()
+                    rows = arrow_rows(batch.slice(begin, PART), self.null_keys)
                     numbers = list(range(number + 1, number + 1 + len(rows)))
                     number += len(rows)
                     after = {"batch": index, "row": begin + len(rows), "number": number}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftlevel.data.sources.lines import PART
-from ftlevel.data.sources.streams import Chunk, Cursor, Reader
-from ftlevel.data.sources.table import Table
+from ftlevel.data.sources.streams import Chunk, Cursor, Reader, describe_null_keys
+from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, listing
 
 _BATCH = 1 << 10  # rows that are decoded to Arrow at once
@@ -46,7 +48,7 @@ class Parquet(Reader):
                 row = 0
                 for batch in self._file.iter_batches(_BATCH, row_groups=[group]):
                     for begin in range(max(0, skip - row), batch.num_rows, PART):
-                        rows = batch.slice(begin, PART).to_pylist()
+                        rows = arrow_rows(batch.slice(begin, PART), self.null_keys)
                         numbers = list(range(number + 1, number + 1 + len(rows)))
                         number += len(rows)
                         after = {"group": group, "row": row + begin + len(rows), "number": number}
@@ -85,8 +87,95 @@ def build_arrow_table(table: Any, source: str) -> Table:
     if table.num_rows == 0 or not names:
         raise InputError(f"{source}: has 0 rows. Give a file with rows.")
     refuse_media(table.schema, source)
-    rows = table.to_pylist()
-    return Table(rows, list(range(1, len(rows) + 1)), source, unit="row")
+    null_keys: Counter[str] = Counter()
+    rows = arrow_rows(table, null_keys)
+    notes = tuple(describe_null_keys(null_keys, source))
+    return Table(rows, list(range(1, len(rows) + 1)), source, unit="row", notes=notes)
+
+
+def arrow_rows(content: Any, null_keys: Counter[str]) -> list[Row]:
+    """Return the rows of an Arrow table or batch as JSON would give them.
+
+    Arrow gives all objects of a list the same keys, with null for those that were missing. Null
+    keys of such objects are therefore dropped. Maps and columns of the JSON type keep theirs.
+
+    Args:
+        content: a `pyarrow.Table` or `RecordBatch`.
+        null_keys: counts the dropped keys by path (mutated).
+    """
+    rows: list[Row] = content.to_pylist(maps_as_pydicts="lossy")
+    return clean_rows(rows, content.schema, null_keys, decode=True)
+
+
+def clean_rows(
+    rows: list[Row], schema: Any, null_keys: Counter[str], *, decode: bool = False
+) -> list[Row]:
+    """Drop the null keys that Arrow may have added to `rows` (mutated), and return them.
+
+    Args:
+        rows: of a source that stores them in Arrow.
+        schema: Arrow's; None where it is unknown.
+        null_keys: counts the dropped keys by path (mutated).
+        decode: whether columns of the JSON type are still texts.
+    """
+    types = {} if schema is None else {field.name: field.type for field in schema}
+    cleaner = _Cleaner(null_keys, decode)
+    nested = [n for n in (rows[0] if rows else ()) if n not in types or _is_nested(types[n])]
+    for row in rows:
+        for name in nested:
+            row[name] = cleaner.clean(row[name], types.get(name), name)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Cleaner:
+    """Drops null keys; see `clean_rows`."""
+
+    null_keys: Counter[str]
+    decode: bool
+
+    def clean(self, value: Any, type_: Any, path: str, *, in_list: bool = False) -> Any:
+        """Return `value` of the Arrow type `type_`, which is None where it is unknown."""
+        if value is None:
+            return None
+        if _is_json(type_):
+            return json.loads(value) if self.decode else value
+        if isinstance(value, list):
+            inner = getattr(type_, "value_type", None)
+            return [self.clean(item, inner, path, in_list=True) for item in value]
+        if not isinstance(value, dict):
+            return value
+        kept = {}
+        is_struct = not hasattr(type_, "item_type")  # the keys of a map are those of its row
+        for key, item in value.items():
+            if item is None and in_list and is_struct:
+                self.null_keys[f"{path}.{key}"] += 1
+            else:
+                inner = _type_of_key(type_, key)
+                kept[key] = self.clean(item, inner, f"{path}.{key}", in_list=in_list)
+        return kept
+
+
+def clean_value(value: Any, path: str, null_keys: Counter[str]) -> Any:
+    """Return a value whose Arrow type is unknown without null keys; see `clean_rows`."""
+    return _Cleaner(null_keys, decode=False).clean(value, None, path)
+
+
+def _is_nested(type_: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_nested(type_) or _is_json(type_)
+
+
+def _is_json(type_: Any) -> bool:
+    return getattr(type_, "extension_name", "") == "arrow.json"
+
+
+def _type_of_key(type_: Any, key: str) -> Any:
+    """Return the type of an object's key; None where it is unknown."""
+    if hasattr(type_, "item_type"):
+        return type_.item_type
+    return None if type_ is None else type_.field(key).type
 
 
 def check_columns(names: list[str], source: str) -> None:

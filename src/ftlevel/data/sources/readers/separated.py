@@ -29,6 +29,7 @@ class CommaSeparated(Reader):
     """
 
     uniform = True
+    text_cells = True
     separator = ","
 
     def __init__(self, path: Path) -> None:

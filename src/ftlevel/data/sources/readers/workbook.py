@@ -36,6 +36,7 @@ class Workbook(Reader):
 
     unit = "row"
     uniform = True
+    text_cells = True
 
     def __init__(self, path: Path, sheet: str | None = None) -> None:
         super().__init__(path)

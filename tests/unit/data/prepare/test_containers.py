@@ -1,0 +1,366 @@
+"""The same rows give the same encoded rows from every container of data."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from ftlevel.artifacts.rows.values import to_cell
+from ftlevel.config import DataConfig, RowsInMemory, TrainConfig
+from ftlevel.data.encoding.chat_templates import choose_chat_template
+from ftlevel.data.encoding.fit import Bounds
+from ftlevel.data.prepare.context import EncodingContext, Prepared
+from ftlevel.data.prepare.dataset import prepare_data
+from ftlevel.data.prepare.parallel import be_silent
+from ftlevel.data.prepare.questions import GivenRows
+from ftlevel.errors import InputError
+from ftlevel.tasks import TASKS
+from tiny_tokenizers import build_tokenizer
+
+Rows = list[dict[str, Any]]
+COUNT = 6
+
+
+def tool(name: str, **properties: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+ADD = tool("add", a={"type": "integer"}, b={"type": "integer"})
+WEATHER = tool("weather", city={"type": "string", "enum": ["Rome", "Paris"]})
+PING = {"name": "ping", "description": "no parameters"}
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def messages(i: int) -> dict[str, Any]:
+    """Return a conversation whose turns, calls and tools have other keys than the next one's."""
+    tools, calls = [
+        ([ADD], [call("add", a=i, b=2)]),
+        ([WEATHER, PING], [call("weather", city="Rome"), call("ping")]),
+        ([PING, ADD, WEATHER], [call("ping")]),
+    ][i % 3]
+    turns: Rows = [
+        {"role": "user", "content": f"question {i}"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "3", "name": "add"},
+        {"role": "assistant", "content": f"done {i}"},
+    ]
+    return {"messages": turns if i % 2 else turns[:2], "tools": tools}
+
+
+def preference(i: int) -> dict[str, Any]:
+    pair = {"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"}
+    return {**pair, "score_chosen": 1.5, "score_rejected": 0.5}
+
+
+def preference_turns(i: int) -> dict[str, Any]:
+    good = [{"role": "assistant", "content": f"good {i}"}]
+    bad = [{"role": "assistant", "tool_calls": [call("add", a=i) if i % 2 else call("ping")]}]
+    question = [{"role": "user", "content": f"question {i}"}]
+    return {"prompt": question, "chosen": good, "rejected": bad, "tools": [ADD if i % 2 else PING]}
+
+
+def answers(i: int) -> dict[str, Any]:
+    found = {"text": ["Rome"] if i % 3 else [], "answer_start": [3 + i] if i % 3 else []}
+    return {"context": "in " + "a" * i + "Rome it is", "question": f"where {i}", "answers": found}
+
+
+def spans(i: int) -> dict[str, Any]:
+    found = [{"start": 0, "end": 3, "label": "LOC"}] if i % 2 else []
+    if i % 3 == 1:  # only some spans have a note
+        found = [{**span, "note": "sure"} for span in found]
+    return {"text": f"Rom is {i}", "spans": found}
+
+
+def tags(i: int) -> dict[str, Any]:
+    return {"tokens": ["Rome", "is", str(i)], "tags": ["B-LOC", "O", "O"]}
+
+
+def several_labels(i: int) -> dict[str, Any]:
+    return {"text": f"a text {i}", "label": [n for k, n in enumerate("xyz") if (i + 1) >> k & 1]}
+
+
+FORMATS: dict[str, tuple[str, str, str, Callable[[int], dict[str, Any]]]] = {
+    "messages": ("text-generation", "decoder", "qwen2", messages),
+    "preference": ("preference", "decoder", "qwen2", preference),
+    "preference_turns": ("preference", "decoder", "qwen2", preference_turns),
+    "answers": ("question-answering", "encoder", "bert", answers),
+    "spans": ("token-classification", "encoder", "bert", spans),
+    "tags": ("token-classification", "encoder", "bert", tags),
+    "several_labels": ("text-classification", "encoder", "bert", several_labels),
+}
+"""Format → its task, the kind and the family of the model, and the maker of a row."""
+
+
+def write_jsonl(rows: Rows, folder: Path) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_json(rows: Rows, folder: Path) -> Path:
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def write_csv(rows: Rows, folder: Path) -> Path:
+    """Write lists and objects as JSON text, the only way in which a cell can hold them."""
+    path = folder / "rows.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(rows[0])
+        writer.writerows([to_cell(value) for value in row.values()] for row in rows)
+    return path
+
+
+def write_parquet(rows: Rows, folder: Path) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=4)
+    return folder / "rows.parquet"
+
+
+def write_arrow(rows: Rows, folder: Path) -> Path:
+    table, path = pa.Table.from_pylist(rows), folder / "rows.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    return path
+
+
+def save_dataset(rows: Rows, folder: Path) -> Path:
+    datasets.Dataset.from_list(rows).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def read_by_pandas(rows: Rows, folder: Path) -> pd.DataFrame:
+    """Return a frame whose lists are arrays; it has lost whole numbers beside nulls."""
+    return pd.read_parquet(write_parquet(rows, folder))
+
+
+def read_by_pandas_as_arrow(rows: Rows, folder: Path) -> pd.DataFrame:
+    return pd.read_parquet(write_parquet(rows, folder), dtype_backend="pyarrow")
+
+
+def json_dataset(rows: Rows, _: Path) -> datasets.Dataset:
+    """Return a data set with lists of the type that `datasets` reads mixed JSON objects to."""
+    kinds = datasets.Dataset.from_list(rows).features
+    nested = {name: datasets.List(datasets.Json()) for name in kinds if is_turns(rows[0][name])}
+    return datasets.Dataset.from_list(rows, features=datasets.Features({**kinds, **nested}))
+
+
+def is_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+FILES = {
+    "jsonl": write_jsonl, "json": write_json, "csv": write_csv, "parquet": write_parquet,
+    "arrow": write_arrow, "saved": save_dataset,
+}  # fmt: skip
+HELD: dict[str, Callable[[Rows, Path], Any]] = {
+    "list": lambda rows, _: rows,
+    "generator": lambda rows, _: iter(rows),
+    "arrow_table": lambda rows, _: pa.Table.from_pylist(rows),
+    "dataset": lambda rows, _: datasets.Dataset.from_list(rows),
+    "dataset_of_json": json_dataset,
+    "iterable_dataset": lambda rows, _: datasets.Dataset.from_list(rows).to_iterable_dataset(),
+    "frame": lambda rows, _: pd.DataFrame(rows),
+    "frame_of_arrays": read_by_pandas,
+    "frame_of_arrow": read_by_pandas_as_arrow,
+}
+STREAMED = [name for name in FILES if name != "json"]
+"""A JSON array cannot be read in parts; rows in memory need no stream. Both are refused."""
+
+
+def build(container: str, rows: Rows, folder: Path) -> Any:
+    """Return the data set that holds `rows` in a container of `FILES` or `HELD`."""
+    if container in FILES:
+        return str(FILES[container](rows, folder))
+    return RowsInMemory(HELD[container](rows, folder))
+
+
+def prepare(dataset: Any, format_: str, **options: Any) -> Prepared:
+    task, kind, family, _ = FORMATS[format_]
+    tokenizer = build_tokenizer(family)
+    if kind == "decoder":
+        choose_chat_template(tokenizer, "qwen")
+    context = EncodingContext(TASKS[task], kind, tokenizer, len(tokenizer), Bounds(5_000), seed=3)
+    quiet = dict.fromkeys(("exact_duplicates", "near_duplicates"), "ignore")
+    config = DataConfig(dataset=dataset, gate=quiet, **options)
+    return prepare_data(config, context, be_silent)
+
+
+def rows_of(format_: str, make: Callable[[int], dict[str, Any]] | None = None) -> Rows:
+    return [*map(make or FORMATS[format_][-1], range(COUNT))]
+
+
+def encoded(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return all fields of the encoded rows but their place."""
+    return [
+        {field.name: getattr(row, field.name) for field in fields(row) if field.name != "row"}
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Return the encoded rows of JSON Lines, the one container that says all as it is."""
+    folder = tmp_path_factory.mktemp("expected")
+    return {
+        name: encoded(prepare(str(write_jsonl(rows_of(name), folder)), name).train)
+        for name in FORMATS
+    }
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("container", [*FILES, *HELD])
+def test_every_container_gives_the_same_encoded_rows(
+    container: str, format_: str, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    dataset = build(container, rows_of(format_), tmp_path)
+    assert encoded(prepare(dataset, format_).train) == expected[format_]
+
+
+@pytest.mark.parametrize("format_", ["messages", "preference", "preference_turns"])
+@pytest.mark.parametrize("container", STREAMED)
+def test_every_stream_gives_the_same_encoded_rows(
+    container: str, format_: str, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    path = FILES[container](rows_of(format_), tmp_path)
+    prepared = prepare(str(path), format_, streaming=True, max_length=4_000)
+    assert encoded(prepared.train) == expected[format_], "the first rows"
+    streamed = sorted((next(prepared.stream) for _ in range(COUNT)), key=lambda row: row.row)
+    assert encoded(streamed) == expected[format_]
+
+
+@pytest.mark.parametrize("format_", ["answers", "spans", "tags", "several_labels"])
+def test_formats_that_take_all_rows_to_know_are_not_streamed(format_: str) -> None:
+    task, *_ = FORMATS[format_]
+    with pytest.raises(ValidationError, match="take all rows to know"):
+        TrainConfig(
+            task=task, data={"dataset": "x.jsonl", "streaming": True}, train={"max_steps": 1}
+        )
+
+
+def test_containers_that_are_read_as_a_whole_are_not_streamed(tmp_path: Path) -> None:
+    path = write_json(rows_of("messages"), tmp_path)
+    with pytest.raises(InputError, match=r"cannot read '\.json' part by part"):
+        prepare(str(path), "messages", streaming=True)
+    for make in HELD.values():
+        rows = RowsInMemory(make(rows_of("messages"), tmp_path))
+        with pytest.raises(InputError, match="in memory already"):
+            prepare(rows, "messages", streaming=True)
+
+
+def with_null_default(i: int) -> dict[str, Any]:
+    row = messages(i)
+    units = {"type": "string", "default": None}
+    return {**row, "tools": [tool("measure", units=units), *row["tools"]]}
+
+
+def texts(prepared: Prepared) -> str:
+    tokenizer = build_tokenizer("qwen2")
+    return "".join(tokenizer.decode(row.input_ids) for row in prepared.train)
+
+
+@pytest.mark.parametrize("container", ["jsonl", "json", "csv", "list", "generator", "frame"])
+def test_nulls_of_json_are_kept(container: str, tmp_path: Path) -> None:
+    rows = rows_of("messages", with_null_default)
+    prepared = prepare(build(container, rows, tmp_path), "messages")
+    assert texts(prepared).count('"default": null') == COUNT
+    assert not notes_of(prepared)
+    assert '"city": null' not in texts(prepared)
+
+
+def test_nulls_of_a_json_column_in_arrow_are_kept(tmp_path: Path) -> None:
+    rows = rows_of("messages", with_null_default)
+    features = datasets.Features({n: datasets.List(datasets.Json()) for n in rows[0]})
+    path = tmp_path / "x.parquet"
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    for dataset in (str(path), RowsInMemory(datasets.Dataset.from_parquet(str(path)))):
+        prepared = prepare(dataset, "messages")
+        assert texts(prepared).count('"default": null') == COUNT
+        assert not notes_of(prepared)
+
+
+@pytest.mark.parametrize(
+    "container", ["parquet", "arrow", "saved", "arrow_table", "dataset", "frame_of_arrays"]
+)
+def test_nulls_of_arrow_are_dropped_and_counted(container: str, tmp_path: Path) -> None:
+    rows = rows_of("messages", with_null_default)
+    prepared = prepare(build(container, rows, tmp_path), "messages")
+    assert "null" not in texts(prepared)
+    [note] = notes_of(prepared)
+    unified = pa.Table.from_pylist(rows).to_pylist()
+    assert f"dropped {count_nulls(unified):,} null keys of objects in lists" in note
+    assert "tools.function.parameters.properties" in note
+
+
+def test_a_stream_says_what_was_dropped_from_its_first_rows(tmp_path: Path) -> None:
+    path = write_parquet(rows_of("messages"), tmp_path)
+    [note] = notes_of(prepare(str(path), "messages", streaming=True))
+    assert str(path) in note
+    assert "messages.tool_calls.function.arguments" in note
+
+
+def notes_of(prepared: Prepared) -> list[str]:
+    return [
+        str(c.value) for c in prepared.choices if c.name == "note" and "null key" in str(c.value)
+    ]
+
+
+def count_nulls(value: Any) -> int:
+    """Return the number of null keys that are not inside of another null."""
+    if isinstance(value, dict):
+        return sum(item is None or count_nulls(item) for item in value.values())
+    return sum(map(count_nulls, value)) if isinstance(value, list) else 0
+
+
+def test_rows_of_files_that_are_joined_keep_their_own_nulls(tmp_path: Path) -> None:
+    rows = rows_of("messages", with_null_default)
+    files = [str(FILES[name](rows, tmp_path)) for name in ("jsonl", "parquet", "csv")]
+    prepared = prepare(files[0], "messages", also=files[1:])
+    assert texts(prepared).count('"default": null') == 2 * COUNT
+
+
+def test_the_text_of_python_objects_in_a_cell_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    pd.DataFrame(rows_of("messages")).to_csv(path, index=False)
+    with pytest.raises(InputError, match="'tools' is not valid JSON") as caught:
+        prepare(str(path), "messages")
+    assert "Write lists and objects as JSON" in str(caught.value)
+
+
+def test_text_that_only_looks_like_json_stays_text(tmp_path: Path) -> None:
+    rows = [{**preference(i), "chosen": '[{"a": 1}]', "rejected": "[1"} for i in range(COUNT)]
+    written = [
+        prepare(str(write(rows, tmp_path)), "preference") for write in (write_csv, write_jsonl)
+    ]
+    assert encoded(written[0].train) == encoded(written[1].train)
+
+
+@pytest.mark.parametrize("container", HELD)
+def test_rows_to_predict_are_the_same_from_every_container(container: str, tmp_path: Path) -> None:
+    rows = rows_of("messages")
+    given = HELD[container](rows, tmp_path)
+    assert [row for row, *_ in GivenRows(given).read()] == rows
+
+
+def test_what_holds_several_splits_is_refused_where_rows_are_expected() -> None:
+    rows = datasets.DatasetDict(test=datasets.Dataset.from_list(rows_of("tags")))
+    with pytest.raises(InputError, match=r"a dict of 'test'.*rows\['test'\]"):
+        GivenRows(rows)
+    with pytest.raises(InputError, match="there are 0 rows to predict"):
+        GivenRows(pd.DataFrame({"text": []}))
