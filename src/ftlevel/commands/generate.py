@@ -14,7 +14,8 @@ from ftlevel.config import GenerateConfig, build_section
 from ftlevel.data.formats.detect import Format, NoFormatError
 from ftlevel.data.prepare.questions import FileRows, Questions
 from ftlevel.data.sources.packed import is_packed, plain_name, unpack
-from ftlevel.data.sources.readers.files import READERS, open_reader
+from ftlevel.data.sources.readers.files import READERS, Reading, open_reader
+from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.answers import Ask, answer
 from ftlevel.evaluation.row_tally import MOST_SHOWN
@@ -125,7 +126,8 @@ def _with_rows(
     Raises:
         InputError: the columns do not say what to ask, or a row cannot be asked.
     """
-    source = FileRows(open_reader(path))
+    ignored = config.ignore_columns
+    source = FileRows(open_reader(path, Reading(ignored=ignored)), ignored)
     try:
         shape = task.find_questions(source.leading, config.columns, rows=source.first)
     except NoFormatError:
@@ -133,6 +135,7 @@ def _with_rows(
             raise
         shape = Format(task.name, "prompt", lambda roles: roles.text("prompt"),
                        {"prompt": "prompt"})  # fmt: skip
+    refuse_media_columns(shape.unused, source.first, str(path))
     rows = list(Questions(source, shape))
     if bad := [f"{row.place}: {row.fault}. Fix the row." for row in rows if row.fault]:
         raise InputError(bad[:MOST_SHOWN])

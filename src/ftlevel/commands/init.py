@@ -217,7 +217,7 @@ def _table(config: TrainConfig) -> Any:
     data = config.data
     return load_splits(
         data.dataset, split=data.split, subset=data.subset, on_bad_row=data.on_bad_row,
-        input_format=data.input_format,
+        input_format=data.input_format, ignored=data.ignore_columns,
     ).train  # fmt: skip
 
 

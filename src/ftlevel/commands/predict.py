@@ -25,6 +25,7 @@ from ftlevel.data.prepare.questions import (
     windows,
 )
 from ftlevel.data.sources.readers.files import Reading, open_reader
+from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.streams import Reader
 from ftlevel.errors import ConfigError, InputError, Interrupted, listing
 from ftlevel.evaluation.answers import PROMPTS, AskedModel, answer_questions, asking
@@ -151,6 +152,7 @@ def _prepare(
     source, file = _open(config, rows, task, own)
     mapping = _mapping(config, own, task, source)
     shape = task.find_questions(source.leading, mapping, config.format, source.first)
+    refuse_media_columns(shape.unused, source.first, file.shown if file else "the rows")
     wanted = Wanted(config.probabilities, config.top_k or 0)
     kinds = task.answer_columns(shape, found.card.labels, found.card.options, wanted)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in kinds}
@@ -185,13 +187,14 @@ def _open(
     own: TrainConfig,
 ) -> tuple[RowSource, Reader | None]:
     """Return the rows, of which the first are read, and their file."""
+    ignored = config.ignore_columns or own.data.ignore_columns
     if rows is not None or config.dataset is None:
-        return GivenRows(rows or ()), None
+        return GivenRows(rows or (), ignored), None
     roles = [names for shape in task.questions for names in shape.roles.values()]
     known = {name for names in roles for name in names}
     known |= {*config.columns.values(), *own.data.columns.values()}
-    file = open_reader(config.dataset, Reading(config.input_format, config.subset, known))
-    return FileRows(file), file
+    file = open_reader(config.dataset, Reading(config.input_format, config.subset, known, ignored))
+    return FileRows(file, ignored), file
 
 
 def _mapping(

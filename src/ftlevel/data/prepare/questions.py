@@ -62,11 +62,15 @@ class RowSource(Protocol):
 class FileRows:
     """The rows of a file; the first are read when it is made, to know its columns.
 
+    Args:
+        reader: of the file.
+        ignored: columns that are not asked about.
+
     Raises:
         InputError: it is not there, of no known format, damaged or empty.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, ignored: Sequence[str] = ()) -> None:
         self._reader = reader
         self.schema = reader.schema
         self.columns: Sequence[str] = self.schema.names if self.schema is not None else []
@@ -78,7 +82,7 @@ class FileRows:
             raise InputError(f"{self._place(chunk, first.line)}: {first.reason}. Fix the file.")
         if not self.columns:
             self.columns = list(dict.fromkeys(name for row in chunk.rows for name in row))
-        self.leading: Sequence[str] = list(chunk.rows[0])
+        self.leading: Sequence[str] = [name for name in chunk.rows[0] if name not in ignored]
         self.first: Sequence[Row] = chunk.rows
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
@@ -99,19 +103,23 @@ class FileRows:
 class GivenRows:
     """Rows that a program hands over.
 
+    Args:
+        rows: the rows.
+        ignored: columns that are not asked about.
+
     Raises:
         InputError: there are none.
     """
 
     schema = None
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, rows: Iterable[Mapping[str, Any]], ignored: Sequence[str] = ()) -> None:
         self._rows = iter(rows)
         self.first: Sequence[Row] = [dict(row) for row in islice(self._rows, _FIRST)]
         if not self.first:
             raise InputError("there are 0 rows to predict. Give some.")
         self.columns: Sequence[str] = list(dict.fromkeys(n for row in self.first for n in row))
-        self.leading: Sequence[str] = list(self.first[0])
+        self.leading: Sequence[str] = [name for name in self.first[0] if name not in ignored]
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
         """Yield the rows, once."""

@@ -46,6 +46,7 @@ def join_tables(tables: Sequence[Table]) -> Table:
         first.label_names,
         tuple(parts),
         tuple(note for table in tables for note in table.notes),
+        tuple(dict.fromkeys(name for table in tables for name in table.ignored)),
     )
 
 

@@ -82,6 +82,7 @@ def load_splits(
     on_bad_row: OnBadRow = "error",
     max_samples: int | None = None,
     input_format: str | None = None,
+    ignored: Sequence[str] = (),
 ) -> Splits:
     """Read the splits of a data set.
 
@@ -95,18 +96,19 @@ def load_splits(
         max_samples: keep the first N rows of each split. A text file is read and checked as a
             whole even so.
         input_format: of local files, as a suffix without its dot; None goes by their names.
+        ignored: columns that are left out where they are there.
 
     Raises:
         InputError: with `path:line` where there is one, and the one thing to do.
     """
-    how = Reading(input_format, subset)
+    how = Reading(input_format, subset, ignored=ignored)
     if dataset == IN_MEMORY:
-        tables = load_memory_tables(_check_given(dataset), on_bad_row, max_samples)
+        tables = load_memory_tables(_check_given(dataset), on_bad_row, max_samples, ignored)
         splits = _assemble(tables, pick_split(tables, split, _GIVEN), IN_MEMORY, [])
     elif dataset.startswith("builtin:"):
         splits = _load_builtin(dataset, split, subset, max_samples)
     elif dataset.startswith(HUB_PREFIX):
-        splits = _load_hub(dataset.removeprefix(HUB_PREFIX), split, subset, max_samples)
+        splits = _load_hub(dataset.removeprefix(HUB_PREFIX), split, (subset, max_samples, ignored))
     else:
         path = Path(dataset).expanduser()
         if path.is_dir():
@@ -116,14 +118,21 @@ def load_splits(
             splits = Splits(read_table(dataset, on_bad_row, how), None, None, dataset)
         else:
             check_hub_id(dataset, path)
-            splits = _load_hub(dataset, split, subset, max_samples)
+            splits = _load_hub(dataset, split, (subset, max_samples, ignored))
     notes = [
         note
         for table in (splits.train, splits.validation, splits.test)
         if table is not None
         for note in (*table.notes, *describe_dropped(table))
     ]
-    return take_first(replace(splits, notes=[*splits.notes, *notes]), max_samples)
+    splits = replace(
+        splits,
+        train=splits.train.without_columns(ignored),
+        validation=splits.validation and splits.validation.without_columns(ignored),
+        test=splits.test and splits.test.without_columns(ignored),
+        notes=[*splits.notes, *notes],
+    )
+    return take_first(splits, max_samples)
 
 
 def join_splits(parts: Sequence[Splits], shares: Sequence[float] | None, seed: int) -> Splits:
@@ -279,7 +288,7 @@ def _load_directory(
     """Read a directory of one file a split, or one that `save_to_disk` wrote."""
     on_bad_row, max_samples, how = rest
     if is_saved_directory(path):
-        tables = load_saved_tables(path, max_samples)
+        tables = load_saved_tables(path, max_samples, how.ignored)
         return _assemble(tables, pick_split(tables, split, dataset), dataset, [])
     files, train, notes = choose_files(path, dataset, split)
     if len(files[train]) > 1:
@@ -359,12 +368,15 @@ def check_hub_id(dataset: str, path: Path) -> None:
 
 
 def _load_hub(
-    dataset: str, split: str | None, subset: str | None, max_samples: int | None
+    dataset: str, split: str | None, rest: tuple[str | None, int | None, Sequence[str]]
 ) -> Splits:
     """Load a Hub data set; a `split` with a slice is loaded without the others."""
+    subset, max_samples, ignored = rest
     sliced = split is not None and not split.isidentifier()
     try:
-        tables, notes = load_hub_tables(dataset, subset, split if sliced else None, max_samples)
+        tables, notes = load_hub_tables(
+            dataset, subset, split if sliced else None, max_samples, ignored
+        )
     except InputError as error:
         here = did_you_mean(dataset, (entry.name for entry in Path().iterdir()))
         raise InputError(f"{error}{here}") from error

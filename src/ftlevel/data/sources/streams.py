@@ -60,6 +60,7 @@ class Reader(ABC):
         schema: Arrow's, where the file declares the types of its columns; else None.
         shown: what messages call the file, of which `path` may be an unpacked copy.
         notes: what was chosen in reading it, to be shown.
+        ignored: columns of the schema that are not read.
     """
 
     unit: Literal["line", "row"] = "line"
@@ -72,6 +73,7 @@ class Reader(ABC):
         self.schema: Any = None
         self.shown = str(path)
         self.notes: list[str] = []
+        self.ignored: tuple[str, ...] = ()
 
     @abstractmethod
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
@@ -115,7 +117,7 @@ class Reader(ABC):
         """Return a table of rows of this file."""
         return Table(
             rows, lines, self.shown, self.unit, label_names=self.label_names,
-            notes=tuple(self.notes),
+            notes=tuple(self.notes), ignored=self.ignored,
         )  # fmt: skip
 
 

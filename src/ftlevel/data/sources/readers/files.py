@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ftlevel.data.sources.readers.conll import Conll
 from ftlevel.data.sources.readers.json_array import JsonArray
 from ftlevel.data.sources.readers.json_lines import JsonLines
 from ftlevel.data.sources.readers.paragraphs import Paragraphs
-from ftlevel.data.sources.readers.parquet import Parquet
+from ftlevel.data.sources.readers.parquet import Parquet, refuse_media
 from ftlevel.data.sources.readers.refused import check_is_file, refuse_unknown
 from ftlevel.data.sources.readers.separated import CommaSeparated, TabSeparated
 from ftlevel.data.sources.readers.workbook import Workbook
@@ -48,11 +48,13 @@ class Reading:
         format: what it is, as a suffix without its dot; None goes by its name or its beginning.
         sheet: of a workbook; None is its first one.
         columns: names by which the header of a table on stdin is known.
+        ignored: columns that are left out.
     """
 
     format: str | None = None
     sheet: str | None = None
     columns: Collection[str] = ()
+    ignored: Sequence[str] = ()
 
 
 AS_NAMED = Reading()
@@ -106,6 +108,11 @@ def open_reader(name: str | Path, how: Reading = AS_NAMED) -> Reader:
     with refuse_unreadable(copy, shown):
         reader = Workbook(copy, how.sheet) if format_ is Workbook else format_(copy)
     reader.shown = shown
+    if reader.schema is not None:
+        reader.ignored = tuple(name for name in how.ignored if name in reader.schema.names)
+        for name in reader.ignored:
+            reader.schema = reader.schema.remove(reader.schema.get_field_index(name))
+        refuse_media(reader.schema, shown)
     said = [f"read as {note}"] if note else []
     if how.sheet is not None and format_ is not Workbook:
         said.append(f"--subset {how.sheet} is not used: it is one table, without sheets")
