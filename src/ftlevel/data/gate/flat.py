@@ -75,6 +75,17 @@ def rows_of(rows: Sequence[Encoded], examples: Integers) -> Mask:
     return found
 
 
+def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
+    """Return which of `total` examples have one of the rows that `keep` marks."""
+    found = np.zeros(total, dtype=bool)
+    begin = 0
+    for flat in flat_batches(rows):
+        end = begin + len(flat.example)
+        found[flat.example[keep[begin:end]]] = True
+        begin = end
+    return found
+
+
 def _ragged(array: Any) -> Ragged:
     """Return a column of lists, laid out as Arrow has it."""
     starts = array.offsets.to_numpy().astype(np.int64)
