@@ -13,7 +13,8 @@ from ftlevel.artifacts.rows.values import to_cell
 from ftlevel.config import GenerateConfig, build_section
 from ftlevel.data.formats.detect import Format, NoFormatError
 from ftlevel.data.prepare.questions import FileRows, Questions
-from ftlevel.data.sources.packed import is_packed, plain_name, unpack
+from ftlevel.data.sources.packed import is_packed, is_pipe, keep_pipe, plain_name, unpack
+from ftlevel.data.sources.readers.beginnings import tell_format
 from ftlevel.data.sources.readers.files import READERS, Reading, open_reader
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.errors import ConfigError, InputError
@@ -101,6 +102,9 @@ def answer_all(
 def _has_rows(path: Path) -> bool:
     """Whether a file of prompts is read as rows; a text is a prompt a line."""
     suffix = Path(plain_name(path.name)).suffix.lower()
+    if suffix not in READERS and is_pipe(path):
+        suffix = (tell_format(keep_pipe(path), ()) or (".txt", ""))[0]
+        return suffix in (".jsonl", ".json")
     return suffix in READERS and suffix != ".txt"
 
 
@@ -112,6 +116,7 @@ def _read_lines(path: Path) -> list[str]:
     """
     try:
         plain = unpack(path) if is_packed(path) else path
+        plain = keep_pipe(path) if is_pipe(path) else plain
         lines = plain.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {path} cannot be read: {error}.") from None

@@ -24,7 +24,7 @@ from ftlevel.data.sources.lines import PART
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.splits import Splits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.table import BadRow, Table, resolve_bad
-from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.errors import InputError, did_you_mean, listing, quote
 from ftlevel.task import Task
 
 BUILTIN_ROWS = 192
@@ -104,7 +104,7 @@ def _check_ignored(splits: Splits, config: DataConfig) -> None:
         columns = splits.train.columns
         raise InputError(
             f"--ignore-columns {unknown[0]}: no such column.{did_you_mean(unknown[0], columns)} "
-            f"Columns: {listing(map(repr, columns))}."
+            f"Columns: {listing(map(quote, columns))}."
         )
 
 

@@ -16,7 +16,7 @@ from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Unusable
 from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import Row, Table
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, listing, quote
 
 _FIRST = 64  # rows by which the columns are known
 
@@ -158,7 +158,7 @@ class Questions:
         if row is None:
             return AskedRow(dict.fromkeys(self.source.columns), place, None, fault)
         if self.fixed and not row.keys() <= known:
-            more = listing(repr(name) for name in row if name not in known)
+            more = listing(quote(name) for name in row if name not in known)
             return AskedRow(row, place, None, f"has {more}, which the first rows lack")
         roles.turn_to(row, 0)
         try:

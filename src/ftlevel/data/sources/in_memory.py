@@ -68,6 +68,7 @@ def _to_table(
     else:
         plain = [_plain(row) for row in islice(_rows_of(rows, source), most)]
         table = Table(plain, list(range(1, len(plain) + 1)), source, unit="row")
+        table = table.without_columns(ignored)
     if not len(table):
         raise InputError(f"{source}: has 0 rows. Give some.")
     return resolve_bad(table, find_odd_rows(table.rows, table.lines), on_bad_row)

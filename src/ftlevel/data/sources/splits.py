@@ -30,6 +30,8 @@ from ftlevel.data.sources.readers.files import (
     Reading,
     data_files,
     is_data_file_name,
+    is_pattern,
+    match_files,
     read_table,
     stem_of,
 )
@@ -113,6 +115,8 @@ def load_splits(
         path = Path(dataset).expanduser()
         if path.is_dir():
             splits = _load_directory(path, dataset, split, (on_bad_row, max_samples, how))
+        elif is_pattern(dataset):
+            splits = _load_pattern(dataset, split, on_bad_row, how)
         elif dataset == STDIN or path.exists() or path.is_symlink():
             check_one_file(dataset, split)
             splits = Splits(read_table(dataset, on_bad_row, how), None, None, dataset)
@@ -125,14 +129,7 @@ def load_splits(
         if table is not None
         for note in (*table.notes, *describe_dropped(table))
     ]
-    splits = replace(
-        splits,
-        train=splits.train.without_columns(ignored),
-        validation=splits.validation and splits.validation.without_columns(ignored),
-        test=splits.test and splits.test.without_columns(ignored),
-        notes=[*splits.notes, *notes],
-    )
-    return take_first(splits, max_samples)
+    return take_first(replace(splits, notes=[*splits.notes, *notes]), max_samples)
 
 
 def join_splits(parts: Sequence[Splits], shares: Sequence[float] | None, seed: int) -> Splits:
@@ -274,12 +271,47 @@ def _check_given(dataset: str) -> RowsInMemory:
 
 
 def check_one_file(dataset: str, split: str | None) -> None:
-    """Raise if a split is wanted of one file: all of it is for training."""
+    """Raise if a split is wanted of one file, or of a pattern: all of it is for training."""
     if split not in (None, "train"):
+        what = "a pattern of files" if is_pattern(dataset) else "one file"
         raise InputError(
-            f"--split {split}: {dataset} is one file, without splits. Drop --split, or name a "
+            f"--split {split}: {dataset} is {what}, without splits. Drop --split, or name a "
             "directory that holds train and validation files."
         )
+
+
+def match_training_files(pattern: str, split: str | None, format_: str | None) -> list[Path]:
+    """Return the files that a pattern matches, whose rows are all for training.
+
+    Raises:
+        InputError: there are none, or a file that is named like another split is beside others.
+    """
+    check_one_file(pattern, split)
+    files = match_files(pattern, format_)
+    held = {name for names in (VALIDATION_NAMES, ("test",)) for name in names}
+    others = [str(file) for file in files if stem_of(file.name).lower() in held]
+    if others and len(others) < len(files):
+        raise InputError(
+            f"{pattern}: matches {listing(others, 4)}, named like rows that are not for training, "
+            f"beside {len(files) - len(others):,} other files. Name the directory, whose files are "
+            "used by their names, or a pattern that leaves them out."
+        )
+    return files
+
+
+def _load_pattern(dataset: str, split: str | None, on_bad_row: OnBadRow, how: Reading) -> Splits:
+    """Read all files that a pattern matches as training rows."""
+    files = match_training_files(dataset, split, how.format)
+    tables, problems = [], []
+    for file in files:
+        try:
+            tables.append(read_table(file, on_bad_row, how))
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    note = f"{dataset}: reads {len(files):,} files: {listing(map(str, files), 4)}"
+    return Splits(join_tables(tables), None, None, dataset, [note])
 
 
 def _load_directory(

@@ -17,7 +17,7 @@ from ftlevel.data.sources.hub import (
     remove_columns,
 )
 from ftlevel.data.sources.packed import STDIN
-from ftlevel.data.sources.readers.files import Reading, open_stream, read_table
+from ftlevel.data.sources.readers.files import Reading, is_pattern, open_stream, read_table
 from ftlevel.data.sources.readers.parquet import build_arrow_table, refuse_media
 from ftlevel.data.sources.splits import (
     HUB_PREFIX,
@@ -25,6 +25,7 @@ from ftlevel.data.sources.splits import (
     check_hub_id,
     check_one_file,
     choose_files,
+    match_training_files,
 )
 from ftlevel.data.sources.streams import ChainedStream, Stream
 from ftlevel.data.sources.table import OnBadRow, Table
@@ -82,6 +83,9 @@ def open_source(
         words = dataset if dataset != IN_MEMORY else "the data set"
         raise InputError(f"--streaming: {words} is in memory already. Drop --streaming.")
     path = Path(dataset).expanduser()
+    if is_pattern(dataset):
+        matched = match_training_files(dataset, split, input_format)
+        return _open_files(matched, None, how, [])
     is_local = dataset == STDIN or path.exists() or path.is_symlink()
     if dataset.startswith(HUB_PREFIX) or not is_local:
         name = dataset.removeprefix(HUB_PREFIX)
@@ -106,10 +110,17 @@ def open_source(
     validation = read_table(held[0], on_bad_row, how) if held else None
     if validation is not None and validation_rows is not None:
         validation = validation.take(range(min(validation_rows, len(validation))))
-    streams = [open_stream(file, how) for file in files[train]]
+    return _open_files(files[train], validation, how, notes)
+
+
+def _open_files(
+    files: Sequence[Path], validation: Table | None, how: Reading, notes: Sequence[str]
+) -> StreamSource:
+    """Return the rows of `files`, one after the other."""
+    streams = [open_stream(file, how) for file in files]
     stream = streams[0] if len(streams) == 1 else ChainedStream(streams)
-    notes += [note for each in streams for note in each.notes]
-    return StreamSource(stream, validation, tuple(files[train]), notes, streams[0].ignored)
+    said = [*notes, *(note for each in streams for note in each.notes)]
+    return StreamSource(stream, validation, tuple(files), said, streams[0].ignored)
 
 
 def _open_remote(

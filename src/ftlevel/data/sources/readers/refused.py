@@ -147,7 +147,7 @@ def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
     """Refuse what is no regular file, or has nothing in it.
 
     Raises:
-        InputError: it is missing, a directory, a pipe, a device, or empty.
+        InputError: it is missing, a directory, a device, or empty.
     """
     if path.is_dir():
         names = data_files(path)
@@ -158,11 +158,6 @@ def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
     if not path.exists():
         raise InputError(describe_missing(path))
     mode = path.stat().st_mode
-    if stat.S_ISFIFO(mode):
-        raise InputError(
-            f"{path}: is a named pipe, which can be read only once. Pipe it into stdin: "
-            "--dataset -, or save it to a file."
-        )
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: is a device or a socket, not a file of rows. Name a file.")
     if path.stat().st_size == 0:
@@ -184,6 +179,11 @@ def describe_missing(path: Path) -> str:
     folder = path.parent
     if path.is_symlink():
         return f"{path}: {_describe_link(path)}"
+    if str(folder) in ("/dev/fd", "/proc/self/fd"):
+        return (
+            f"{path}: was a pipe of the shell, as of <(…), and its rows are not there any more. "
+            "Give them again: --dataset <(…), or a file with the same rows."
+        )
     if not folder.is_dir():
         return f"{path}: no such file, and no directory {folder}. Check the path."
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
