@@ -12,10 +12,10 @@ import torch
 from ftlevel.artifacts.rows.values import to_cell
 from ftlevel.config import GenerateConfig, build_section
 from ftlevel.data.formats.detect import Format, NoFormatError
-from ftlevel.data.prepare.questions import FileRows, Questions
+from ftlevel.data.prepare.questions import Questions, open_rows
 from ftlevel.data.sources.packed import is_packed, is_pipe, keep_pipe, plain_name, unpack
 from ftlevel.data.sources.readers.beginnings import tell_format
-from ftlevel.data.sources.readers.files import READERS, Reading, open_reader
+from ftlevel.data.sources.readers.files import READERS, Reading, is_pattern, match_files
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.answers import Ask, answer
@@ -82,7 +82,11 @@ def answer_all(
     """
     with quiet_libraries():
         if file is not None and not _has_rows(file):
-            prompts, file = [*prompts, *_read_lines(file)], None
+            files = match_files(str(file), "txt") if is_pattern(str(file)) else [file]
+            prompts, file = (
+                [*prompts, *(line for each in files for line in _read_lines(each))],
+                None,
+            )
         adapters = load_adapter_set(config)
         if config.compare_base and not adapters.has_base:
             raise ConfigError(
@@ -132,7 +136,7 @@ def _with_rows(
         InputError: the columns do not say what to ask, or a row cannot be asked.
     """
     ignored = config.ignore_columns
-    source = FileRows(open_reader(path, Reading(ignored=ignored)), ignored)
+    source, _ = open_rows(str(path), Reading(ignored=ignored))
     try:
         shape = task.find_questions(source.leading, config.columns, rows=source.first)
     except NoFormatError:

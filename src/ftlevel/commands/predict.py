@@ -18,13 +18,13 @@ from ftlevel.data.formats.columns import resolve_column
 from ftlevel.data.formats.detect import why
 from ftlevel.data.prepare.questions import (
     AskedRow,
-    FileRows,
     GivenRows,
     Questions,
     RowSource,
+    open_rows,
     windows,
 )
-from ftlevel.data.sources.readers.files import Reading, open_reader
+from ftlevel.data.sources.readers.files import Reading, is_pattern
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.streams import Reader
 from ftlevel.errors import ConfigError, InputError, Interrupted, listing
@@ -193,8 +193,7 @@ def _open(
     roles = [names for shape in task.questions for names in shape.roles.values()]
     known = {name for names in roles for name in names}
     known |= {*config.columns.values(), *own.data.columns.values()}
-    file = open_reader(config.dataset, Reading(config.input_format, config.subset, known, ignored))
-    return FileRows(file, ignored), file
+    return open_rows(config.dataset, Reading(config.input_format, config.subset, known, ignored))
 
 
 def _mapping(
@@ -276,6 +275,8 @@ def _choices(
 ) -> list[Choice]:
     task, quant = TASKS[found.card.task], found.card.quantization
     data = "given" if file is None else file.shown
+    if config.dataset is not None and is_pattern(config.dataset):
+        data = config.dataset
     choices = [
         Choice("task", task.name),
         Choice("base", found.source.name),

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Unusable
+from ftlevel.data.sources.readers.files import Reading, is_pattern, match_files, open_reader
 from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, listing, quote
@@ -98,6 +99,46 @@ class FileRows:
 
     def _place(self, chunk: Chunk, line: int) -> str:
         return Table([], [], self._reader.shown, chunk.unit).place(line)
+
+
+class ChainedRows:
+    """The rows of several files, one after the other.
+
+    Raises:
+        InputError: their columns differ.
+    """
+
+    def __init__(self, files: Sequence[FileRows], names: Sequence[str]) -> None:
+        self._files, first = files, files[0]
+        self.columns, self.leading, self.first = first.columns, first.leading, first.first
+        self.schema = first.schema if all(file.schema is not None for file in files) else None
+        for file, name in zip(files, names, strict=True):
+            if set(file.columns) != set(first.columns):
+                raise InputError(
+                    f"{name}: has the columns {listing(map(quote, file.columns))}, and {names[0]} "
+                    f"has {listing(map(quote, first.columns))}. Files that are read together need "
+                    "the same columns."
+                )
+
+    def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
+        """Yield the rows in the order of the files."""
+        for number, file in enumerate(self._files):
+            for row, place, fault, share in file.read():
+                done = None if share is None else (number + share) / len(self._files)
+                yield row, place, fault, done
+
+
+def open_rows(name: str, how: Reading) -> tuple[RowSource, Reader]:
+    """Return the rows of a file, or of all files that a pattern matches, and the first file.
+
+    Raises:
+        InputError: as of `open_reader` and `match_files`.
+    """
+    names = match_files(name, how.format) if is_pattern(name) else [name]
+    readers = [open_reader(each, how) for each in names]
+    files = [FileRows(reader, how.ignored) for reader in readers]
+    shown = [reader.shown for reader in readers]
+    return (files[0] if len(files) == 1 else ChainedRows(files, shown)), readers[0]
 
 
 class GivenRows:
