@@ -102,8 +102,8 @@ class DataConfig(Section):
     dataset: DatasetName = Field(
         DEFAULT_DATASET,
         min_length=1,
-        description="Local file or directory, Hub id, - for stdin, or builtin:docstrings; "
-        "repeatable.",
+        description="Local file, directory or pattern of files, Hub id, - for stdin, or "
+        "builtin:docstrings; repeatable.",
     )
     also: tuple[str, ...] = Field(
         (), description="Further data sets, trained on together with `dataset`; --dataset repeated."
@@ -159,8 +159,8 @@ class DataConfig(Section):
     validation_file: DatasetName | None = Field(
         None,
         min_length=1,
-        description="File, directory or Hub id whose rows are the validation rows, in place of "
-        "those that come with the data set.",
+        description="File, directory, pattern of files or Hub id whose rows are the validation "
+        "rows, in place of those that come with the data set.",
     )
     validation_split: Share | None = Field(
         None,

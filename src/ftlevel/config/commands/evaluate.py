@@ -20,7 +20,8 @@ class EvaluateConfig(DecodingAsInTraining):
     name: str = Field(min_length=1, description="A run, an adapter, or a model.")
     dataset: DatasetName | None = Field(
         None,
-        description="File, directory, Hub id or - for stdin; the default is the run's own data.",
+        description="File, directory, pattern of files, Hub id or - for stdin; the default is the "
+        "run's own data.",
     )
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(

@@ -21,7 +21,7 @@ class PredictConfig(DecodingAsInTraining):
         None,
         min_length=1,
         description="File of rows: CSV, TSV, JSONL, JSON, Parquet, Arrow, xlsx, CoNLL or text, "
-        "also compressed (.gz, .bz2, .xz, .zst); - is stdin.",
+        "also compressed (.gz, .bz2, .xz, .zst); a pattern of files; - is stdin.",
     )
     output: Path | None = Field(
         None,

@@ -66,9 +66,11 @@ def _to_table(
     if hasattr(rows, "features") and hasattr(rows, "with_format") and hasattr(rows, "__len__"):
         table = dataset_table(rows, source, most, ignored)
     else:
-        plain = [_plain(row) for row in islice(_rows_of(rows, source), most)]
-        table = Table(plain, list(range(1, len(plain) + 1)), source, unit="row")
-        table = table.without_columns(ignored)
+        some = list(islice(_rows_of(rows, source), most))
+        there = tuple(name for name in ignored if some and name in some[0])
+        plain = [_plain({k: v for k, v in row.items() if k not in there}) for row in some]
+        numbers = list(range(1, len(plain) + 1))
+        table = Table(plain, numbers, source, unit="row", ignored=there)
     if not len(table):
         raise InputError(f"{source}: has 0 rows. Give some.")
     return resolve_bad(table, find_odd_rows(table.rows, table.lines), on_bad_row)

@@ -108,13 +108,20 @@ def keep_pipe(path: Path) -> Path:
     Raises:
         InputError: no program writes to it, or it is cut short.
     """
+    state, copy = _pipes.get(path, (None, path))
+    if state != _state_of(path):
+        copy = _keep(lambda: _PipeBytes(path), plain_name(path.name), str(path))
+        _pipes[path] = (_state_of(path), copy)
+    return copy
+
+
+_pipes: dict[Path, tuple[object, Path]] = {}  # its state after it was read, and the copy
+
+
+def _state_of(path: Path) -> tuple[int, int, int]:
+    """Return what tells a pipe from another one of the same name."""
     facts = path.stat()
-    return _keep_pipe(path, (facts.st_dev, facts.st_ino))
-
-
-@functools.cache
-def _keep_pipe(path: Path, _pipe: tuple[int, int]) -> Path:
-    return _keep(lambda: _PipeBytes(path), plain_name(path.name), str(path))
+    return facts.st_dev, facts.st_ino, facts.st_mtime_ns
 
 
 class _PipeBytes:

@@ -152,3 +152,12 @@ def test_messages_with_parts_are_bad_rows_with_the_reason(
     with pytest.raises(InputError) as caught:
         load_examples(DataConfig(dataset=name), TASKS["text-generation"], 0)
     assert f"rows.jsonl:1: 'content' of turn 1 of 'messages' {reason}" in caught.value.problems[0]
+
+
+def test_rows_in_memory_lose_the_column_itself() -> None:
+    rows = [{"image": object(), "text": f"cat {i}"} for i in range(3)]
+    table = load_splits(RowsInMemory(rows), ignored=("image",)).train
+    assert table.rows == [{"text": "cat 0"}, {"text": "cat 1"}, {"text": "cat 2"}]
+    assert (table.columns, table.ignored) == (["text"], ("image",))
+    with pytest.raises(InputError, match="column 'image' holds images"):
+        load_examples(DataConfig(dataset=RowsInMemory(rows)), TASKS["text-generation"], 0)
