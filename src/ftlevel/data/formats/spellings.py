@@ -14,8 +14,9 @@ from ftlevel.data.formats.examples import Classed, Labelled, Tagged
 SPELLINGS: dict[str, Callable[[str], str]] = {
     "label_space": str.strip,
     "label_case": lambda label: label.strip().casefold(),
+    "label_typo": str,
 }
-"""Field of `config.gate` → what is the same of labels that differ by no more."""
+"""Field of `config.gate` → what is the same of labels that differ by no more; of a typo nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def find_variants(
         check: a key of `SPELLINGS`.
         names: of the classes that are known; where there are none, the usual spelling is the name.
     """
+    if check == "label_typo":
+        return find_typos(examples, names)
     same = SPELLINGS[check]
     rows = _rows_of_labels(examples)
     known = {same(name): name for name in names}
@@ -58,8 +61,6 @@ def find_variants(
     return found
 
 
-TYPO = "label_typo"
-"""Field of `config.gate` for labels that are probably another one misspelled."""
 _RARE = 5  # a misspelled label has at most a fifth of the rows of the right one
 _LETTERS = 5  # in a word of fewer, one letter makes another word
 

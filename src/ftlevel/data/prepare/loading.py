@@ -11,13 +11,7 @@ from ftlevel.config.choices import Choice
 from ftlevel.data.formats.convert import convert_rows, to_examples
 from ftlevel.data.formats.detect import Format, why
 from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels, find_unlabelled
-from ftlevel.data.formats.spellings import (
-    SPELLINGS,
-    TYPO,
-    FoldLabels,
-    find_typos,
-    find_variants,
-)
+from ftlevel.data.formats.spellings import SPELLINGS, FoldLabels, find_variants
 from ftlevel.data.gate import Finding, judge
 from ftlevel.data.gate.gate import resolve_faults
 from ftlevel.data.sources.lines import PART
@@ -188,12 +182,8 @@ class Converter:
             examples: with classes.
             names: of the classes that are known; where there are none, the usual spelling is.
         """
-        for check, same in {**SPELLINGS, TYPO: str}.items():
-            variants = (
-                find_typos(examples, names)
-                if check == TYPO
-                else find_variants(examples, check, names)
-            )
+        for check, same in SPELLINGS.items():
+            variants = find_variants(examples, check, names)
             rows = sorted({row for variant in variants for row in variant.rows})
             told = [f"{table.where(v.rows[0])}: {v.label!r} is {v.name!r}" for v in variants]
             found = judge(check, split, len(rows), len(table), told, self.config.gate)
@@ -201,7 +191,7 @@ class Converter:
                 continue
             self.findings.append(found)
             if found.action == "fold":
-                known = {same(name): v.name for v in variants for name in ((v.label, v.name))}
+                known = {same(name): v.name for v in variants for name in (v.label, v.name)}
                 self.shape = replace(self.shape, build=FoldLabels(self.shape.build, same, known))
                 examples = convert_rows(table, self.shape)[0]
         return examples
