@@ -78,11 +78,14 @@ def rows_of(rows: Sequence[Encoded], examples: Integers) -> Mask:
 def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
     """Return which of `total` examples have one of the rows that `keep` marks."""
     found = np.zeros(total, dtype=bool)
+    if not isinstance(rows, RowStore):
+        found[examples_of(rows, np.flatnonzero(keep))] = True
+        return found
     begin = 0
-    for flat in flat_batches(rows):
-        end = begin + len(flat.example)
-        found[flat.example[keep[begin:end]]] = True
-        begin = end
+    for batch in rows.batches():
+        examples = batch.column("row").to_numpy()
+        found[examples[keep[begin : begin + len(examples)]]] = True
+        begin += len(examples)
     return found
 
 
