@@ -110,6 +110,20 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
+_LONGEST_NAME = 40
+
+
+def quote(name: object) -> str:
+    """Return `name` in quotes as Python writes it, cut where it is long."""
+    text = repr(name)
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}…{text[-1]}"
+
+
+def is_long(name: str) -> bool:
+    """Tell whether `quote` cuts the name, which then is none to be typed."""
+    return len(repr(name)) > _LONGEST_NAME
+
+
 def listing(names: Iterable[str], most: int = 12) -> str:
     """Join `names` with commas; past `most` of them, say how many more there are."""
     items = list(names)

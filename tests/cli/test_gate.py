@@ -215,6 +215,34 @@ def test_long_prompts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rows changed: 1 shortened at the beginning of the prompt" in out
 
 
+def test_a_row_that_is_dropped_is_never_called_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    long = pair(9, prompt=sentence(3, 200), completion="one<br>two")
+    rows = [*GOOD, long, long]
+    code, out = dry(capsys, "--max-length", "300", "--overlong", "drop", rows=rows)
+    assert code == 0, out
+    assert "rows changed: 2 dropped" in out
+    checks = [line.partition("data check: ")[2] for line in out.splitlines()]
+    assert list(filter(None, checks)) == [
+        "a prompt that alone is beyond the max length: 2 of 8 train rows "
+        "(rows.jsonl:7, rows.jsonl:8) (dropped; --set data.gate.long_prompt=…)"
+    ]
+
+
+@pytest.mark.parametrize("policy", ["warn", "drop"])
+def test_an_answer_that_was_lost_is_dropped_by_any_policy(
+    policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*GOOD, pair(9, completion=sentence(3, 200)), pair(10, prompt=sentence(3, 200))]
+    how = ("--max-length", "300", "--overlong", "truncate-prompt")
+    code, out = dry(capsys, *how, "--set", f"data.gate.answer_cut={policy}", rows=rows)
+    assert code == 0, out
+    assert "an answer that does not fit whole: 1 of 8 train rows (rows.jsonl:7) (dropped;" in out
+    assert (
+        "a prompt that alone is beyond the max length: 1 of 8 train rows (rows.jsonl:8) (kept;"
+        in out
+    )
+
+
 def test_auto_may_lose_one_row_in_a_hundred(
     tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -236,6 +236,22 @@ def test_labels_that_differ_by_space_or_case(tiny_model_dir: Callable[..., Path]
     assert (code, "labels: 4 (" in out) == (0, True)
 
 
+def test_a_label_with_a_typo_is_named(tiny_model_dir: Callable[..., Path], say: Say) -> None:
+    bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
+    rows = reviews([*["positive", "negative", "neutral"] * 10, "postive"])
+    code, out = say(*bert, rows=rows)
+    assert code == 0, out
+    assert (
+        "a rare label that looks like a frequent one misspelled: 1 of 31 train rows (rows.jsonl:31:"
+        " 'postive' is 'positive') (kept; --set data.gate.label_typo=…)"
+    ) in out
+    assert "labels: 4 (" in out
+    code, out = say(*bert, "--set", "data.gate.label_typo=fold", rows=rows)
+    assert (code, "labels: 3 (" in out) == (0, True)
+    code, out = say(*bert, "--set", "data.gate.label_typo=stop", rows=rows)
+    assert (code, "pass --set data.gate.label_typo=fold or warn." in out) == (2, True)
+
+
 def test_labels_of_validation_rows_have_the_names_of_the_training_rows(
     tiny_model_dir: Callable[..., Path], say: Say
 ) -> None:

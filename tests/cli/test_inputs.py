@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,7 @@ SPANS = [
     for i in range(6)
 ]  # fmt: skip
 PAIRS = [{"translation": {"en": f"the value {i}", "es": f"el valor {i}"}} for i in range(6)]
+PICTURES = [{"image": f"{i}.png", "text": f"cat {i}", "label": "ab"[i % 2]} for i in range(6)]
 CLASSES = ["--task", "text-classification", "--model", "bert"]
 TAGS = ["--task", "token-classification", "--model", "bert"]
 TRANSLATE = ["--task", "translation", "--source-language", "es"]
@@ -71,6 +74,8 @@ def jsonl(rows: list[Any]) -> str:
         ("pairs.jsonl", jsonl(PAIRS), TRANSLATE, "languages: Spanish to English"),
         ("pairs.csv", "id,en,es\n1,the value,el valor\n2,a file,un archivo\n", TRANSLATE,
          "source from 'es', target from 'en'; not used: 'id'"),
+        ("pictures.jsonl", jsonl(PICTURES), [*CLASSES, "--ignore-columns", "image"],
+         "columns: text + label: 'text', 'label'"),
     ],
 )  # fmt: skip
 def test_it_is_read_and_said(
@@ -108,6 +113,11 @@ def test_it_is_read_and_said(
          "rows.jsonl.zst: is named .zst and does not begin like one."),
         ("tickets.csv", TICKETS, [*CLASSES, "--map", "label=Category+Body"],
          "--map label=Category+Body: only texts can be joined. Name one column."),
+        ("pictures.jsonl", jsonl(PICTURES), [],
+         "pictures.jsonl: column 'image' holds images, and ftlevel learns from text alone. To "
+         "leave it out and use the other columns: --ignore-columns image."),
+        ("pictures.jsonl", jsonl(PICTURES), ["--ignore-columns", "image,imge"],
+         "--ignore-columns imge: no such column. Columns: 'text', 'label'."),
         ("-", "", ["--output-dir", "run", "--resume"],
          "--resume cannot be used with --dataset -: the rows of the run came through a pipe"),
     ],
@@ -191,3 +201,74 @@ def test_a_run_asks_rows_by_what_it_was_told(
     captured = capsys.readouterr()
     assert said in captured.out + captured.err
     assert "prediction" in json.loads(Path("told.jsonl").read_text().splitlines()[0])
+
+
+def test_columns_that_training_left_out_are_left_out_afterwards(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("pictures.jsonl").write_text(jsonl(PICTURES))
+    Path("texts.jsonl").write_text(jsonl([{k: r[k] for k in ("text", "label")} for r in PICTURES]))
+    short = ["train", "--quiet", *CLASSES, "--max-steps", "1"]
+    assert run([*short, "--dataset", "pictures.jsonl", "--ignore-columns", "image",
+                "--output-dir", "run"]) == 0  # fmt: skip
+    assert run([*short, "--dataset", "texts.jsonl", "--output-dir", "other"]) == 0
+    asked = ["--dataset", "pictures.jsonl", "--output"]
+    assert run(["predict", "run", *asked, "told.jsonl"]) == 0
+    assert json.loads(Path("told.jsonl").read_text().splitlines()[0])["image"] == "0.png"
+    assert run(["evaluate", "run", "--split", "train", "--resamples", "0"]) == 0
+    assert run(["evaluate", "run", "--dataset", "texts.jsonl", "--resamples", "0"]) == 0
+    capsys.readouterr()
+    for command in (["predict", "other", *asked, "more.jsonl"],
+                    ["evaluate", "other", "--dataset", "pictures.jsonl"]):  # fmt: skip
+        assert run(command) == 2
+        assert "pictures.jsonl: column 'image' holds images" in capsys.readouterr().err
+    assert run(["predict", "other", "--ignore-columns", "image", *asked, "more.jsonl"]) == 0
+    assert run(["evaluate", "other", "--dataset", "pictures.jsonl", "--resamples", "0",
+                "--ignore-columns", "image"]) == 0  # fmt: skip
+
+
+def test_a_pattern_of_files_goes_through_train_evaluate_and_predict(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head, *lines = TICKETS.splitlines()
+    for name, some in (("a", lines[:6]), ("b", lines[6:])):
+        Path(f"{name}.csv").write_text("\n".join([head, *some]) + "\n")
+    how = [*CLASSES, "--map", "text=Body", "--validation-file", "?.csv"]
+    assert run(["train", "--quiet", "--dataset", "*.csv", *how, "--max-steps", "1",
+                "--set", "data.gate.leaked=warn", "--output-dir", "run"]) == 0  # fmt: skip
+    assert json.loads(Path("run/summary.json").read_text())["data"]["train_rows"] == 12
+    assert run(["evaluate", "run", "--resamples", "0"]) == 0
+    assert run(["predict", "run", "--dataset", "*.csv", "--output", "told.jsonl"]) == 0
+    told = [json.loads(line)["Ticket ID"] for line in Path("told.jsonl").read_text().splitlines()]
+    assert told == [f"T-{i}" for i in range(12)]
+    Path("c.csv").write_text("text\nhello\n")
+    capsys.readouterr()
+    assert run(["predict", "run", "--dataset", "*.csv"]) == 2
+    assert "c.csv: has the columns 'text', and a.csv has 'Ticket ID'" in capsys.readouterr().err
+
+
+def test_a_run_that_read_a_pipe_resumes_with_the_same_rows(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("ftlevel.data.sources.packed.WRITER_SECONDS", 0.2)
+
+    def pipe(name: str, content: str) -> str:
+        os.mkfifo(name)
+        threading.Thread(target=Path(name).write_text, args=(content,), daemon=True).start()
+        return name
+
+    train = ["train", "--quiet", *CLASSES, "--map", "text=Body", "--save-steps", "1",
+             "--output-dir", "run", "--max-steps"]  # fmt: skip
+    assert run([*train, "1", "--dataset", pipe("rows", TICKETS)]) == 0
+    assert run([*train, "2", "--resume", "--dataset", pipe("again", TICKETS)]) == 0
+    capsys.readouterr()
+    other = pipe("other", TICKETS.replace("late", "soon"))
+    assert run([*train, "3", "--resume", "--dataset", other]) == 2
+    assert "not the same run: data.dataset was" in capsys.readouterr().err
+    Path("again").unlink()
+    os.mkfifo("again")  # to which nobody writes
+    assert run([*train, "3", "--resume", "--dataset", "again"]) == 2
+    assert "is a pipe to which no program has written" in capsys.readouterr().err
+    assert run([*train, "3", "--num-processes", "2", "--dataset", "again"]) == 2
+    assert "--num-processes cannot be used with again, a pipe" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def read_run(directory: Path) -> Layer:
     relative, weights = _read_json(directory / PLACES), _weights_of(directory)
 
     def now(field: str, place: str) -> str:
-        there = [path for path in _candidates(place, relative, directory) if path.exists()]
+        there = [path for path in _candidates(place, relative, directory) if _is_there(path)]
         if field == "model.name_or_path" and weights is not None and len(there) > 1:
             there = [path for path in there if base_fingerprint(path) == weights] or there
         return str(there[0]) if there else place
@@ -109,7 +110,7 @@ def check_places(directory: Path, values: Mapping[str, Any], fields: Sequence[st
                 f"{directory} was trained on rows in memory, which are not kept. Give rows with "
                 "--dataset FILE, or in Python the same rows again."
             )
-        elif place in relative and not Path(place).exists():
+        elif place in relative and not _is_there(Path(place)):
             tried = [str(path) for path in _candidates(place, relative, directory)]
             problems.append(
                 f"{directory}: {field} is not where it was, and was looked for at "
@@ -163,11 +164,18 @@ def _is_path(field: str, value: str) -> bool:
     if value == IN_MEMORY or value.startswith(("builtin:", "hf://")):
         return False
     path = Path(value).expanduser()
+    if str(path.parent) in ("/dev/fd", "/proc/self/fd"):  # a pipe of the shell
+        return False
     if field == "data.chat_template" and path.name == value and not path.suffix:
         return False  # a template's name
     if field == "preference.reference" and value in (START, NO_REFERENCE):
         return False
-    return path.is_absolute() or path.exists()
+    return path.is_absolute() or _is_there(path)
+
+
+def _is_there(path: Path) -> bool:
+    """Tell whether a path exists, or a pattern of names matches one that does."""
+    return path.exists() or bool(glob(str(path), recursive=True))  # noqa: PTH207 - as match_files
 
 
 def _read_json(path: Path) -> dict[str, Any]:

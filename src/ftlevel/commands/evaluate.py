@@ -233,6 +233,8 @@ def _settings(config: EvaluateConfig, found: Found) -> tuple[TrainConfig, bool]:
                     "max_eval_samples": None}  # fmt: skip
     if config.columns:
         changes["columns"] = config.columns
+    if config.ignore_columns:
+        changes["ignore_columns"] = config.ignore_columns
     if config.max_eval_samples is not None:
         changes["max_eval_samples"] = config.max_eval_samples
     return own.model_copy(update={"data": data.model_copy(update=changes)}), is_own

@@ -12,9 +12,11 @@ import torch
 from ftlevel.artifacts.rows.values import to_cell
 from ftlevel.config import GenerateConfig, build_section
 from ftlevel.data.formats.detect import Format, NoFormatError
-from ftlevel.data.prepare.questions import FileRows, Questions
-from ftlevel.data.sources.packed import is_packed, plain_name, unpack
-from ftlevel.data.sources.readers.files import READERS, open_reader
+from ftlevel.data.prepare.questions import Questions, open_rows
+from ftlevel.data.sources.packed import is_packed, is_pipe, keep_pipe, plain_name, unpack
+from ftlevel.data.sources.readers.beginnings import tell_format
+from ftlevel.data.sources.readers.files import READERS, Reading, is_pattern, match_files
+from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.answers import Ask, answer
 from ftlevel.evaluation.row_tally import MOST_SHOWN
@@ -80,7 +82,11 @@ def answer_all(
     """
     with quiet_libraries():
         if file is not None and not _has_rows(file):
-            prompts, file = [*prompts, *_read_lines(file)], None
+            files = match_files(str(file), "txt") if is_pattern(str(file)) else [file]
+            prompts, file = (
+                [*prompts, *(line for each in files for line in _read_lines(each))],
+                None,
+            )
         adapters = load_adapter_set(config)
         if config.compare_base and not adapters.has_base:
             raise ConfigError(
@@ -100,6 +106,9 @@ def answer_all(
 def _has_rows(path: Path) -> bool:
     """Whether a file of prompts is read as rows; a text is a prompt a line."""
     suffix = Path(plain_name(path.name)).suffix.lower()
+    if suffix not in READERS and is_pipe(path):
+        suffix = (tell_format(keep_pipe(path), ()) or (".txt", ""))[0]
+        return suffix in (".jsonl", ".json")
     return suffix in READERS and suffix != ".txt"
 
 
@@ -111,6 +120,7 @@ def _read_lines(path: Path) -> list[str]:
     """
     try:
         plain = unpack(path) if is_packed(path) else path
+        plain = keep_pipe(path) if is_pipe(path) else plain
         lines = plain.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {path} cannot be read: {error}.") from None
@@ -125,7 +135,8 @@ def _with_rows(
     Raises:
         InputError: the columns do not say what to ask, or a row cannot be asked.
     """
-    source = FileRows(open_reader(path))
+    ignored = config.ignore_columns
+    source, _ = open_rows(str(path), Reading(ignored=ignored))
     try:
         shape = task.find_questions(source.leading, config.columns, rows=source.first)
     except NoFormatError:
@@ -133,6 +144,7 @@ def _with_rows(
             raise
         shape = Format(task.name, "prompt", lambda roles: roles.text("prompt"),
                        {"prompt": "prompt"})  # fmt: skip
+    refuse_media_columns(shape.unused, source.first, str(path))
     rows = list(Questions(source, shape))
     if bad := [f"{row.place}: {row.fault}. Fix the row." for row in rows if row.fault]:
         raise InputError(bad[:MOST_SHOWN])

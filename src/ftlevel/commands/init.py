@@ -14,9 +14,11 @@ from typing import Any
 from ftlevel.config import Layer, TrainConfig, build_config, put
 from ftlevel.config.choices import Choice
 from ftlevel.config.sections import DEFAULT_DATASET, DEFAULT_MODEL
+from ftlevel.data.formats.advice import write_flags
+from ftlevel.data.formats.columns import column_for_flag
 from ftlevel.data.sources.lines import PART
 from ftlevel.data.sources.splits import load_splits
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, listing, quote
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import build_task_model, load_config, quiet_libraries
@@ -170,10 +172,11 @@ def _propose_task(config: TrainConfig) -> Choice:
             continue
         if columns.issuperset(_WANTED.get(name, ())):
             return Choice("task", name, f"the columns are {found.name}")
+    names = [column_for_flag(column, table.columns) for column in table.columns]
     raise InputError(
-        f"{data.dataset}: the columns {listing(table.columns)} say no task. Say what they are, as "
-        f"in: ftlevel init --dataset {data.dataset} --task text-generation "
-        f"--map prompt={table.columns[0]} --map completion={table.columns[-1]}"
+        f"{data.dataset}: the columns {listing(map(quote, table.columns))} say no task. Say what "
+        f"they are, as in: ftlevel init --dataset {data.dataset} --task text-generation "
+        f"{write_flags({'prompt': names[0], 'completion': names[-1]})}"
     )
 
 
@@ -217,7 +220,7 @@ def _table(config: TrainConfig) -> Any:
     data = config.data
     return load_splits(
         data.dataset, split=data.split, subset=data.subset, on_bad_row=data.on_bad_row,
-        input_format=data.input_format,
+        input_format=data.input_format, ignored=data.ignore_columns,
     ).train  # fmt: skip
 
 

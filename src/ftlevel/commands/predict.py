@@ -18,13 +18,14 @@ from ftlevel.data.formats.columns import resolve_column
 from ftlevel.data.formats.detect import why
 from ftlevel.data.prepare.questions import (
     AskedRow,
-    FileRows,
     GivenRows,
     Questions,
     RowSource,
+    open_rows,
     windows,
 )
-from ftlevel.data.sources.readers.files import Reading, open_reader
+from ftlevel.data.sources.readers.files import Reading, is_pattern
+from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.streams import Reader
 from ftlevel.errors import ConfigError, InputError, Interrupted, listing
 from ftlevel.evaluation.answers import PROMPTS, AskedModel, answer_questions, asking
@@ -152,6 +153,7 @@ def _prepare(
     source, file = _open(config, rows, task, own)
     mapping = _mapping(config, own, task, source)
     shape = task.find_questions(source.leading, mapping, config.format, source.first)
+    refuse_media_columns(shape.unused, source.first, file.shown if file else "the rows")
     wanted = Wanted(config.probabilities, config.top_k or 0)
     kinds = task.answer_columns(shape, found.card.labels, found.card.options, wanted)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in kinds}
@@ -186,13 +188,13 @@ def _open(
     own: TrainConfig,
 ) -> tuple[RowSource, Reader | None]:
     """Return the rows, of which the first are read, and their file."""
+    ignored = config.ignore_columns or own.data.ignore_columns
     if config.dataset is None:
-        return GivenRows(rows), None
+        return GivenRows(rows, ignored), None
     roles = [names for shape in task.questions for names in shape.roles.values()]
     known = {name for names in roles for name in names}
     known |= {*config.columns.values(), *own.data.columns.values()}
-    file = open_reader(config.dataset, Reading(config.input_format, config.subset, known))
-    return FileRows(file), file
+    return open_rows(config.dataset, Reading(config.input_format, config.subset, known, ignored))
 
 
 def _mapping(
@@ -274,6 +276,8 @@ def _choices(
 ) -> list[Choice]:
     task, quant = TASKS[found.card.task], found.card.quantization
     data = "given" if file is None else file.shown
+    if config.dataset is not None and is_pattern(config.dataset):
+        data = config.dataset
     choices = [
         Choice("task", task.name),
         Choice("base", found.source.name),

@@ -157,6 +157,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("data.format", "", DATA, _ROWS, also=("--format-type",), words={"auto": ""}),
     Flag("data.columns", "--map", DATA, _ROWS, metavar="NAME=COLUMN", example="summary=abstract",
          also=COLUMNS),
+    Flag("data.ignore_columns", "", DATA, _ROWS, several=True, metavar="COLUMN"),
     Flag("data.chat_template", "", DATA, _ROWS,
          also=("--chat-template-path", Spelling("--template", read=read_template),
                Spelling("--chat-template-format", read=read_template))),

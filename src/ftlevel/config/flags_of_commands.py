@@ -115,6 +115,8 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("subset", "", DATA, ("evaluate", "predict")),
     Flag("columns", "--map", DATA, ("evaluate", "predict", "generate"), metavar="NAME=COLUMN",
          example="summary=abstract"),
+    Flag("ignore_columns", "", DATA, ("evaluate", "predict", "generate"), several=True,
+         metavar="COLUMN"),
     Flag("max_eval_samples", "", DATA, ("evaluate",)),
     Flag("base_model", "--model", MODEL, ("evaluate", "predict", "generate", "merge", "export"),
          dest="base_model", also=("--base",)),

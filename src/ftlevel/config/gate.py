@@ -157,6 +157,12 @@ class GateConfig(Section):
         "stop", description="A label that is another but for upper and lower case; fold makes "
         "them one.",
     )  # fmt: skip
+    label_typo: Annotated[
+        _Spelling, Check("a rare label that looks like a frequent one misspelled", "Correct it")
+    ] = Field(
+        "warn", description="A rare label that is a frequent one but for a letter, or for what "
+        "stands between its words; fold makes them one.",
+    )  # fmt: skip
     one_class: Annotated[_Whole, Check("one class has nearly all rows", "Balance the rows")] = (
         Field("warn", description="One class has 95 % of the rows or more.")
     )

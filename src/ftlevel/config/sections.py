@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from ftlevel.config.gate import GateConfig
 from ftlevel.config.in_memory import DatasetName
+from ftlevel.config.options.pairs import FewNames
 from ftlevel.config.section import Positive as Positive
 from ftlevel.config.section import Section as Section
 from ftlevel.config.section import Share as Share
@@ -89,6 +90,11 @@ INPUT_FORMAT = (
     "conll, …; the default is by their names, or by their beginning."
 )
 
+IGNORE_COLUMNS = (
+    "Columns to leave out, with commas between; columns of images, audio or video are refused "
+    "unless they are named here."
+)
+
 
 class DataConfig(Section):
     """Where the examples come from and how a row becomes tokens."""
@@ -96,8 +102,8 @@ class DataConfig(Section):
     dataset: DatasetName = Field(
         DEFAULT_DATASET,
         min_length=1,
-        description="Local file or directory, Hub id, - for stdin, or builtin:docstrings; "
-        "repeatable.",
+        description="Local file, directory or pattern of files, Hub id, - for stdin, or "
+        "builtin:docstrings; repeatable.",
     )
     also: tuple[str, ...] = Field(
         (), description="Further data sets, trained on together with `dataset`; --dataset repeated."
@@ -133,6 +139,7 @@ class DataConfig(Section):
         default_factory=dict,
         description="What ftlevel calls a column: what the data calls it, as in summary: abstract.",
     )
+    ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
     chat_template: str | None = Field(
         None,
         min_length=1,
@@ -152,8 +159,8 @@ class DataConfig(Section):
     validation_file: DatasetName | None = Field(
         None,
         min_length=1,
-        description="File, directory or Hub id whose rows are the validation rows, in place of "
-        "those that come with the data set.",
+        description="File, directory, pattern of files or Hub id whose rows are the validation "
+        "rows, in place of those that come with the data set.",
     )
     validation_split: Share | None = Field(
         None,

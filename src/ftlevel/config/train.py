@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
@@ -303,8 +304,16 @@ def _stream_problems(config: TrainConfig) -> list[str]:
 
 
 def _pipe_problems(config: TrainConfig) -> list[str]:
-    """Return what cannot be done with rows that come through stdin, once."""
+    """Return what cannot be done with rows that come through stdin or a pipe, once."""
     data, problems = config.data, []
+    if (config.train.num_processes or 1) > 1:
+        names = (data.dataset, *data.also, data.validation_file or "")
+        problems += [
+            f"--num-processes cannot be used with {name}, a pipe, which one process alone can "
+            "read. Save the rows to a file."
+            for name in names
+            if Path(name).is_fifo()
+        ]
     if data.validation_file == "-":
         problems.append("--validation-file -: stdin is for --dataset. Name a file.")
     if "-" not in (data.dataset, *data.also):

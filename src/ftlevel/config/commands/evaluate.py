@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from ftlevel.config.in_memory import DatasetName
 from ftlevel.config.options.decoding import DecodingAsInTraining
 from ftlevel.config.options.pairs import FewNames
-from ftlevel.config.sections import INPUT_FORMAT, Positive
+from ftlevel.config.sections import IGNORE_COLUMNS, INPUT_FORMAT, Positive
 from ftlevel.config.tasks import TaskName
 
 
@@ -20,7 +20,8 @@ class EvaluateConfig(DecodingAsInTraining):
     name: str = Field(min_length=1, description="A run, an adapter, or a model.")
     dataset: DatasetName | None = Field(
         None,
-        description="File, directory, Hub id or - for stdin; the default is the run's own data.",
+        description="File, directory, pattern of files, Hub id or - for stdin; the default is the "
+        "run's own data.",
     )
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(
@@ -32,6 +33,7 @@ class EvaluateConfig(DecodingAsInTraining):
     columns: dict[str, str] = Field(
         default_factory=dict, description="What ftlevel calls a column: what the data calls it."
     )
+    ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
     task: TaskName | None = Field(
         None, description="What a model or a plain PEFT adapter is for; a run knows it."
     )

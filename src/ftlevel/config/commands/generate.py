@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from ftlevel.config.options.decoding import Decoding
-from ftlevel.config.sections import Positive
+from ftlevel.config.options.pairs import FewNames
+from ftlevel.config.sections import IGNORE_COLUMNS, Positive
 from ftlevel.config.tasks import TaskName
 
 
@@ -31,6 +32,7 @@ class GenerateConfig(Decoding):
     columns: dict[str, str] = Field(
         default_factory=dict, description="What ftlevel calls a column: what the data calls it."
     )
+    ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
     context: str | None = Field(
         None, description="The text in which a question's answer is looked for."
     )

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ftlevel.config.options.decoding import DecodingAsInTraining
-from ftlevel.config.sections import INPUT_FORMAT, Positive
+from ftlevel.config.options.pairs import FewNames
+from ftlevel.config.sections import IGNORE_COLUMNS, INPUT_FORMAT, Positive
 from ftlevel.config.tasks import TaskName
 
 
@@ -20,7 +21,7 @@ class PredictConfig(DecodingAsInTraining):
         None,
         min_length=1,
         description="File of rows: CSV, TSV, JSONL, JSON, Parquet, Arrow, xlsx, CoNLL or text, "
-        "also compressed (.gz, .bz2, .xz, .zst); - is stdin.",
+        "also compressed (.gz, .bz2, .xz, .zst); a pattern of files; - is stdin.",
     )
     output: Path | None = Field(
         None,
@@ -31,6 +32,7 @@ class PredictConfig(DecodingAsInTraining):
     columns: dict[str, str] = Field(
         default_factory=dict, description="What ftlevel calls a column: what the data calls it."
     )
+    ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
     format: str | None = Field(None, description="Format of the rows, where several fit.")
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(None, description="Sheet of a workbook; the default is the first.")

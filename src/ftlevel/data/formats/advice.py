@@ -12,15 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ftlevel.data.formats.columns import WHOLE
+from ftlevel.data.sources.readers.refused import media_of_name
 from ftlevel.data.sources.table import Row
 
 _ID = re.compile(
     r"(.*[\s_.-])?(id|ids|idx|index|uuid|guid|key|nr|no|number|url|link|date|time|timestamp)|.*[a-z]I[dD]",
     re.IGNORECASE,
 )
-_NO_TEXT = re.compile(
-    r"(image|img|picture|photo|audio|video|pixel_values|file(_?name|_?path)?)s?", re.I
-)
+_FILE = re.compile(r"file(_?name|_?path)?s?", re.I)
 
 
 def is_id(column: str) -> bool:
@@ -30,7 +29,7 @@ def is_id(column: str) -> bool:
 
 def names_media(column: str) -> bool:
     """Tell whether a column's name says that it holds images, audio or files."""
-    return _NO_TEXT.fullmatch(column) is not None
+    return media_of_name(column) is not None or _FILE.fullmatch(column) is not None
 
 
 def rank_columns(columns: Sequence[str], role: str, rows: Sequence[Row]) -> list[str]:

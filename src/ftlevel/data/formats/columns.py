@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ftlevel.errors import is_long
+
 JOINER = "\n\n"
 """What stands between the texts of joined columns: a blank line."""
 
@@ -30,6 +32,12 @@ def resolve_column(wish: str, columns: Sequence[str]) -> str | None:
         parts = [resolve_column(part.strip(), columns) for part in wish.split("+")]
         return "+".join(part for part in parts if part) if all(parts) else None
     return next((column for column in columns if column.lower() == wish.lower()), None)
+
+
+def column_for_flag(column: str, columns: Sequence[str]) -> str:
+    """Return how a flag names a column: by its number where the name is long, as of no header."""
+    is_known = column in columns and is_long(column)
+    return str(columns.index(column) + 1) if is_known else column
 
 
 def parts_of(column: str, columns: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Unusable
 from ftlevel.data.sources.lines import LineRows
 from ftlevel.data.sources.table import BadRow, Row, Table, describe_bad
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, listing, quote
 
 
 class LazyExamples(Sequence[Example]):
@@ -72,12 +72,12 @@ def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list
         InputError: the table lacks a column.
     """
     lacking = [
-        repr(column) for column in format_.columns.values() if not is_there(column, table.columns)
+        quote(column) for column in format_.columns.values() if not is_there(column, table.columns)
     ]
     if lacking:
         raise InputError(
             f"{table.source}: has no column {listing(lacking)}. Columns: "
-            f"{listing(repr(name) for name in table.columns)}. Give every split the same columns."
+            f"{listing(map(quote, table.columns))}. Give every split the same columns."
         )
     build = format_.build
     roles = Roles(format_, table)

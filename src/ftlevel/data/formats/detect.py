@@ -11,9 +11,9 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeAlias
 
 from ftlevel.data.formats.advice import names_media, rank_columns, write_flags
-from ftlevel.data.formats.columns import WHOLE, parts_of, resolve_column
+from ftlevel.data.formats.columns import WHOLE, column_for_flag, parts_of, resolve_column
 from ftlevel.data.sources.table import Row
-from ftlevel.errors import InputError, did_you_mean, listing, nearest
+from ftlevel.errors import InputError, did_you_mean, listing, nearest, quote
 
 Names: TypeAlias = Mapping[str, tuple[str, ...]]
 Build: TypeAlias = Callable[[Any], Any]
@@ -46,11 +46,11 @@ class Format:
     def description(self) -> str:
         """Which column is used for what, in one line."""
         used = ", ".join(
-            repr(column) if role == column else f"{role} from {column!r}"
+            quote(column) if role == column else f"{role} from {quote(column)}"
             for role, column in self.columns.items()
         )
         used += "".join(f", {role} is {name!r}" for role, name in self.inner.items())
-        idle = f"; not used: {listing(repr(name) for name in self.unused)}" if self.unused else ""
+        idle = f"; not used: {listing(map(quote, self.unused))}" if self.unused else ""
         return f"{self.name}: {used}{idle}"
 
 
@@ -234,7 +234,7 @@ def _resolve_mapping(
                 hint = f" Columns are joined by a plus: --map {role}={meant}."
             problems.append(
                 f"--map {role}={wish}: no column {name!r}.{hint} "
-                f"Columns: {listing(repr(name) for name in columns)}."
+                f"Columns: {listing(map(quote, columns))}."
             )
         elif role in WHOLE and len(parts_of(column, columns)) > 1:
             problems.append(f"--map {role}={wish}: only texts can be joined. Name one column.")
@@ -292,14 +292,14 @@ class _Advice:
 
     def describe(self, aim: str) -> str:
         """Return the message, with the flags that would make the nearest shape fit."""
-        there = f"Columns: {listing(repr(name) for name in self.columns)}."
+        there = f"Columns: {listing(map(quote, self.columns))}."
         wants = listing(dict.fromkeys(shape.name for shape in self.shapes))
         offers = [offer for shape in self.shapes if (offer := self._offer(shape)) is not None]
         if not offers:
             pairs = write_flags(self.mapping)
             return f"{pairs}: no format of --task {self.task} has all of these. Formats: {wants}."
         flags = min(offers, key=lambda offer: offer[0])[1]
-        media = [repr(name) for name in self.columns if names_media(name)]
+        media = [quote(name) for name in self.columns if names_media(name)]
         if media and "=COLUMN" in flags:
             there = f"{there} {listing(media)} holds no text, from which ftlevel learns."
         return (
@@ -338,7 +338,7 @@ class _Advice:
             lacking += column is None
             pairs[role] = column or "COLUMN"
         order = [*self.mapping, *(role for role in shape.required if role in pairs)]
-        flags = write_flags({role: pairs[role] for role in order})
+        flags = write_flags({role: column_for_flag(pairs[role], self.columns) for role in order})
         return (lacking, -evidence, len(missing) if evidence else 0), flags
 
     def _is_turns(self, shape: Shape) -> bool:

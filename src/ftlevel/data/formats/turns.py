@@ -7,9 +7,9 @@ its arguments an object, as chat templates want them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from ftlevel.data.formats.advice import write_flags
 from ftlevel.data.sources.uniform import kind_of
@@ -178,6 +178,8 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
     if role == "system" and isinstance(text, str) and not text.strip():
         return None
     content = f"{text_key!r} of {what}"
+    if type(text) is list:
+        _refuse_parts(text, content)
     if name == "function_call":
         calls, text = parse_json(check_text(text, content), content), ""
         calls = calls if isinstance(calls, list) else [calls]
@@ -187,6 +189,19 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
         extra["tool_calls"] = [_parse_call(call, what) for call in calls]
         return Message(role, check_text(text, content) if text else "", extra)
     return Message(role, check_text(text, content), extra)
+
+
+def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
+    """Refuse a content that is a list of parts, as of models that also read images or audio.
+
+    Raises:
+        Unusable: naming the first part that is no text.
+    """
+    kinds = [part.get("type", next(iter(part), "")) for part in parts if isinstance(part, dict)]
+    other = next((kind for kind in kinds if kind != "text"), None)
+    if other is None:
+        raise Unusable(f"{what} is a list of parts, not a string; join their texts")
+    raise Unusable(f"{what} has a part of type {other!r}, and ftlevel learns from text alone")
 
 
 def _parse_call(call: object, what: str) -> dict[str, Any]:

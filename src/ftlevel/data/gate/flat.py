@@ -75,6 +75,20 @@ def rows_of(rows: Sequence[Encoded], examples: Integers) -> Mask:
     return found
 
 
+def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
+    """Return which of `total` examples have one of the rows that `keep` marks."""
+    found = np.zeros(total, dtype=bool)
+    if not isinstance(rows, RowStore):
+        found[examples_of(rows, np.flatnonzero(keep))] = True
+        return found
+    begin = 0
+    for batch in rows.batches():
+        examples = batch.column("row").to_numpy()
+        found[examples[keep[begin : begin + len(examples)]]] = True
+        begin += len(examples)
+    return found
+
+
 def _ragged(array: Any) -> Ragged:
     """Return a column of lists, laid out as Arrow has it."""
     starts = array.offsets.to_numpy().astype(np.int64)

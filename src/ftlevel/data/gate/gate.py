@@ -17,7 +17,14 @@ from ftlevel.data.gate import Finding, checks, duplicates, judge, sides, wording
 from ftlevel.data.gate import digests as digests_
 from ftlevel.data.gate import findings as findings_
 from ftlevel.data.gate.digests import Digests
-from ftlevel.data.gate.flat import Integers, Mask, examples_of, flat_batches, rows_of
+from ftlevel.data.gate.flat import (
+    Integers,
+    Mask,
+    examples_in,
+    examples_of,
+    flat_batches,
+    rows_of,
+)
 from ftlevel.data.gate.texts import TEXT_CHECKS
 from ftlevel.data.sources.table import BadRow, Table, resolve_bad
 from ftlevel.errors import InputError
@@ -58,7 +65,7 @@ class Gate:
         keep, findings = self.check_rows(name, fitted, total, table)
         if name == "train":
             for look in (self._look_for_duplicates, self._look_at_sides):
-                keep &= look(rows, fitted.digests, table, findings)
+                keep &= look(rows, keep, fitted.digests, table, findings)
             judged = [
                 judge(check, name, count, total, [what], self.policy)
                 for check, count, what in self.task.judge_examples(examples)
@@ -81,15 +88,16 @@ class Gate:
             table: as of `check_split`.
         """
         rows = fitted.rows
-        findings = [
-            found
-            for check, lost in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost))
-            if (found := self._judge(check, name, lost, total, table))
-        ]
         keep = np.ones(len(rows), dtype=bool)
-        for check in TEXT_CHECKS:
-            found = self._judge(check, name, fitted.digests.marked(check), total, table)
-            keep &= self._add(found, findings, rows, fitted.digests.marked(check))
+        present = examples_in(rows, keep, total)
+        findings: list[Finding] = []
+        for check, lost in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost)):
+            at = np.array(lost, dtype=np.int64)
+            there = self._judge(check, name, at[present[at]], total, table)
+            gone = self._judge(check, name, at[~present[at]], total, table)
+            if gone is not None and gone.action == "warn":
+                gone = replace(gone, action="drop")
+            findings += filter(None, (there, gone))
         for check, (hit, examples) in self._look(rows).items():
             found = self._judge(check, name, examples, total, table)
             findings += [found] if found else []
@@ -97,6 +105,12 @@ class Gate:
                 keep[hit] = False
         if self.policy.long_prompt == "drop":
             keep &= ~rows_of(rows, np.array(fitted.long_prompts, dtype=np.int64))
+        present = examples_in(rows, keep, total)
+        for check in TEXT_CHECKS:
+            marked = fitted.digests.marked(check)
+            marked = marked[present[marked]]
+            found = self._judge(check, name, marked, total, table)
+            keep &= self._add(found, findings, rows, marked)
         return keep, findings
 
     def check_held_out(
@@ -146,18 +160,24 @@ class Gate:
         return {check: (hit, np.unique(examples)) for check, (hit, examples) in joined.items()}
 
     def _look_for_duplicates(
-        self, rows: Sequence[Encoded], digests: Digests, table: Table, findings: list[Finding]
+        self,
+        rows: Sequence[Encoded],
+        kept: Mask,
+        digests: Digests,
+        table: Table,
+        findings: list[Finding],
     ) -> Mask:
-        """Add what is there twice to `findings` (mutated); return the rows that are kept."""
+        """Add duplicates among the rows `kept` to `findings` (mutated); return the rows to keep."""
         keep = np.ones(len(rows), dtype=bool)
         policy, again = self.policy, _NO_ROWS
+        present = examples_in(rows, kept, len(digests))
         if not (policy.exact_duplicates == policy.near_duplicates == "ignore"):
-            again, first = duplicates.find_repeated(digests.keys)
+            again, first = _of(present, *duplicates.find_repeated(digests.keys))
             pairs = _pairs(again, first, table)
             found = judge("exact_duplicates", "train", len(again), len(digests), pairs, policy)
             keep &= self._add(found, findings, rows, again)
         if self.task.checks.near_duplicates and policy.near_duplicates != "ignore":
-            near, others = self._find_near(rows, digests, again)
+            near, others = _of(present, *self._find_near(rows, digests, again))
             pairs = _pairs(near, others, table)
             found = judge("near_duplicates", "train", len(near), len(digests), pairs, policy)
             keep &= self._add(found, findings, rows, near)
@@ -179,18 +199,25 @@ class Gate:
         return near, first[index]
 
     def _look_at_sides(
-        self, rows: Sequence[Encoded], digests: Digests, table: Table, findings: list[Finding]
+        self,
+        rows: Sequence[Encoded],
+        kept: Mask,
+        digests: Digests,
+        table: Table,
+        findings: list[Finding],
     ) -> Mask:
-        """Add what prompts and answers tell to `findings` (mutated); return the rows kept."""
+        """Add what prompts and answers tell of the rows `kept`; else as `_look_for_duplicates`."""
         keep = np.ones(len(rows), dtype=bool)
         total, policy = len(digests), self.policy
+        present = examples_in(rows, kept, total)
         if policy.conflicting_answers != "ignore":
-            again, first = sides.find_conflicts(digests)
+            again, first = _of(present, *sides.find_conflicts(digests))
             pairs = _pairs(again, first, table)
             found = judge("conflicting_answers", "train", len(again), total, pairs, policy)
             keep &= self._add(found, findings, rows, again)
         if self.task.checks.ends and policy.swapped_roles != "ignore":
             hit = sides.find_swapped(digests.first(digests_.MOST_COMPARED))
+            hit = hit[present[hit]]
             found = self._judge("swapped_roles", "train", hit, total, table)
             keep &= self._add(found, findings, rows, hit)
         if self.task.checks.ends:
@@ -242,6 +269,12 @@ class Gate:
             return True
         into.append(found)
         return ~rows_of(rows, hit) if found.action == "drop" else True
+
+
+def _of(present: Mask, again: Integers, first: Integers) -> tuple[Integers, Integers]:
+    """Return those pairs of examples of which the later one is `present`."""
+    there = present[again]
+    return again[there], first[there]
 
 
 def _pairs(again: Integers, first: Integers, table: Table) -> list[str]:

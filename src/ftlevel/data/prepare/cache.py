@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ftlevel.artifacts.checkpoints import certify, find_damage
 from ftlevel.config import IN_MEMORY
+from ftlevel.data.sources.readers.files import is_pattern, match_files
 
 KEEP_DAYS = 30
 
@@ -34,12 +35,14 @@ def is_writable() -> bool:
 
 
 def files_of(name: str) -> list[Path] | None:
-    """Return the file called `name`, or those below the directory, in order.
+    """Return the file called `name`, those below the directory, or that it matches, in order.
 
     None for what is no path here: rows in memory, and a set of the Hub, which has its own cache.
     """
     if name == IN_MEMORY:
         return None
+    if is_pattern(name):
+        return match_files(name)
     path = Path(name).expanduser()
     if path.is_file():
         return [path]

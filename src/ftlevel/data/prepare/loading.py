@@ -15,8 +15,10 @@ from ftlevel.data.formats.spellings import SPELLINGS, FoldLabels, find_variants
 from ftlevel.data.gate import Finding, judge
 from ftlevel.data.gate.gate import resolve_faults
 from ftlevel.data.sources.lines import PART
+from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.splits import Splits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.table import BadRow, Table, resolve_bad
+from ftlevel.errors import InputError, did_you_mean, listing, quote
 from ftlevel.task import Task
 
 BUILTIN_ROWS = 192
@@ -65,6 +67,7 @@ def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = 
 
 def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: bool) -> Loaded:
     """Turn the rows of `splits` into examples of `task`; else as `load_examples`."""
+    _check_ignored(splits, config)
     convert, told = open_converter(splits.train, config, task, lenient=lenient)
     choices = [*(Choice("note", note) for note in splits.notes), *told]
     train, examples = convert("train", splits.train, None)
@@ -83,6 +86,22 @@ def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: b
     )
 
 
+def _check_ignored(splits: Splits, config: DataConfig) -> None:
+    """Refuse a column to leave out that no split has.
+
+    Raises:
+        InputError: naming the first.
+    """
+    tables = [table for table in (splits.train, splits.validation, splits.test) if table]
+    known = {name for table in tables for name in table.ignored}
+    if unknown := [name for name in config.ignore_columns if name not in known]:
+        columns = splits.train.columns
+        raise InputError(
+            f"--ignore-columns {unknown[0]}: no such column.{did_you_mean(unknown[0], columns)} "
+            f"Columns: {listing(map(quote, columns))}."
+        )
+
+
 def open_converter(
     table: Table, config: DataConfig, task: Task, *, lenient: bool = False
 ) -> tuple[Converter, list[Choice]]:
@@ -92,6 +111,7 @@ def open_converter(
         InputError: the columns do not say what to learn.
     """
     found = task.find_format(table.columns, config, table.rows[:PART])
+    refuse_media_columns(found.unused, table.rows, table.source)
     shape, choices = task.read_columns(found, table, config)
     return Converter(config, task, shape, shape, lenient), choices
 
@@ -171,7 +191,7 @@ class Converter:
                 continue
             self.findings.append(found)
             if found.action == "fold":
-                known = {same(variant.name): variant.name for variant in variants}
+                known = {same(name): v.name for v in variants for name in (v.label, v.name)}
                 self.shape = replace(self.shape, build=FoldLabels(self.shape.build, same, known))
                 examples = convert_rows(table, self.shape)[0]
         return examples
@@ -219,4 +239,5 @@ def _read_one(name: str, config: DataConfig, task: Task, split: str | None) -> S
         on_bad_row=config.on_bad_row,
         max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
         input_format=config.input_format,
+        ignored=config.ignore_columns,
     )

@@ -15,9 +15,10 @@ from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.roles import Roles
 from ftlevel.data.formats.turns import Unusable
 from ftlevel.data.sources.in_memory import iterate_rows
+from ftlevel.data.sources.readers.files import Reading, is_pattern, match_files, open_reader
 from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import Row, Table
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, listing, quote
 
 _FIRST = 64  # rows by which the columns are known
 
@@ -63,11 +64,15 @@ class RowSource(Protocol):
 class FileRows:
     """The rows of a file; the first are read when it is made, to know its columns.
 
+    Args:
+        reader: of the file.
+        ignored: columns that are not asked about.
+
     Raises:
         InputError: it is not there, of no known format, damaged or empty.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, ignored: Sequence[str] = ()) -> None:
         self._reader = reader
         self.schema = reader.schema
         self.columns: Sequence[str] = self.schema.names if self.schema is not None else []
@@ -79,7 +84,7 @@ class FileRows:
             raise InputError(f"{self._place(chunk, first.line)}: {first.reason}. Fix the file.")
         if not self.columns:
             self.columns = list(dict.fromkeys(name for row in chunk.rows for name in row))
-        self.leading: Sequence[str] = list(chunk.rows[0])
+        self.leading: Sequence[str] = [name for name in chunk.rows[0] if name not in ignored]
         self.first: Sequence[Row] = chunk.rows
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
@@ -97,8 +102,52 @@ class FileRows:
         return Table([], [], self._reader.shown, chunk.unit).place(line)
 
 
+class ChainedRows:
+    """The rows of several files, one after the other.
+
+    Raises:
+        InputError: their columns differ.
+    """
+
+    def __init__(self, files: Sequence[FileRows], names: Sequence[str]) -> None:
+        self._files, first = files, files[0]
+        self.columns, self.leading, self.first = first.columns, first.leading, first.first
+        self.schema = first.schema if all(file.schema is not None for file in files) else None
+        for file, name in zip(files, names, strict=True):
+            if set(file.columns) != set(first.columns):
+                raise InputError(
+                    f"{name}: has the columns {listing(map(quote, file.columns))}, and {names[0]} "
+                    f"has {listing(map(quote, first.columns))}. Files that are read together need "
+                    "the same columns."
+                )
+
+    def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
+        """Yield the rows in the order of the files."""
+        for number, file in enumerate(self._files):
+            for row, place, fault, share in file.read():
+                done = None if share is None else (number + share) / len(self._files)
+                yield row, place, fault, done
+
+
+def open_rows(name: str, how: Reading) -> tuple[RowSource, Reader]:
+    """Return the rows of a file, or of all files that a pattern matches, and the first file.
+
+    Raises:
+        InputError: as of `open_reader` and `match_files`.
+    """
+    names = match_files(name, how.format) if is_pattern(name) else [name]
+    readers = [open_reader(each, how) for each in names]
+    files = [FileRows(reader, how.ignored) for reader in readers]
+    shown = [reader.shown for reader in readers]
+    return (files[0] if len(files) == 1 else ChainedRows(files, shown)), readers[0]
+
+
 class GivenRows:
     """Rows that a program hands over, as of `iterate_rows`.
+
+    Args:
+        rows: the rows.
+        ignored: columns that are not asked about.
 
     Raises:
         InputError: there are none.
@@ -106,13 +155,13 @@ class GivenRows:
 
     schema = None
 
-    def __init__(self, rows: Any) -> None:
+    def __init__(self, rows: Any, ignored: Sequence[str] = ()) -> None:
         self._rows = iterate_rows(rows, "predict")
         self.first: Sequence[Row] = list(islice(self._rows, _FIRST))
         if not self.first:
             raise InputError("there are 0 rows to predict. Give some.")
         self.columns: Sequence[str] = list(dict.fromkeys(n for row in self.first for n in row))
-        self.leading: Sequence[str] = list(self.first[0])
+        self.leading: Sequence[str] = [name for name in self.first[0] if name not in ignored]
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
         """Yield the rows, once."""
@@ -151,7 +200,7 @@ class Questions:
         if row is None:
             return AskedRow(dict.fromkeys(self.source.columns), place, None, fault)
         if self.fixed and not row.keys() <= known:
-            more = listing(repr(name) for name in row if name not in known)
+            more = listing(quote(name) for name in row if name not in known)
             return AskedRow(row, place, None, f"has {more}, which the first rows lack")
         roles.turn_to(row, 0)
         try:

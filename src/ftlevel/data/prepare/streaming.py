@@ -52,6 +52,7 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> Prepared:
         on_bad_row=config.on_bad_row,
         validation_rows=config.max_eval_samples,
         input_format=config.input_format,
+        ignored=config.ignore_columns,
     )
     splits, form = _read_head(source, config)
     loaded = convert_splits(splits, config, context.task, lenient=context.lenient)
@@ -117,7 +118,9 @@ def _read_head(source: StreamSource, config: DataConfig) -> tuple[Splits, Form]:
             f"data.validation_rows={held:,} leaves none of the {len(rows):,} rows of "
             f"{config.dataset} to train on. Hold out fewer."
         )
-    table = replace(chunk.table, rows=rows[:wanted], lines=lines[:wanted])
+    table = replace(
+        chunk.table, rows=rows[:wanted], lines=lines[:wanted], ignored=source.ignored
+    ).without_columns(config.ignore_columns)
     bad = [row for row in bad if row.line <= table.lines[-1]] if len(rows) >= wanted else bad
     odd = find_odd_rows(table.rows, table.lines)
     form = Form.of(table.rows, table.lines)

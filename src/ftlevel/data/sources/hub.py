@@ -7,7 +7,7 @@ begins its retries. `datasets` is imported by the functions that need it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ PROBE_SECONDS = 5.0
 
 
 def load_hub_tables(
-    name: str, subset: str | None, only: str | None, most: int | None
+    name: str, subset: str | None, only: str | None, most: int | None, ignored: Sequence[str] = ()
 ) -> tuple[dict[str, Table], list[str]]:
     """Load the splits of a Hub data set, from the cache where the Hub can't be reached.
 
@@ -32,6 +32,7 @@ def load_hub_tables(
         subset: its configuration, where it has several.
         only: one split, in the grammar of `datasets` ("train[:10%]"); None loads all.
         most: the number of rows to keep of each split; None keeps all.
+        ignored: columns that are left out.
 
     Returns:
         The tables by split, and notes for the user.
@@ -55,7 +56,7 @@ def load_hub_tables(
         notes.append(f"{name}: the Hub was not reached ({reason}); used the copy in the cache")
     splits = found if isinstance(found, Mapping) else {only or "train": found}
     return {
-        key: dataset_table(data, f"{name} ({key})", most) for key, data in splits.items()
+        key: dataset_table(data, f"{name} ({key})", most, ignored) for key, data in splits.items()
     }, notes
 
 
@@ -129,14 +130,19 @@ class IterableStream:
         return Table(rows, range(1, len(rows) + 1), self.source, "row", notes=notes)
 
 
-def load_saved_tables(directory: Path, most: int | None) -> dict[str, Table]:
+def load_saved_tables(
+    directory: Path, most: int | None, ignored: Sequence[str] = ()
+) -> dict[str, Table]:
     """Load what `save_to_disk` wrote; a single data set is its "train" split.
 
     Raises:
         InputError: the directory is damaged.
     """
     found = _load_saved(directory)
-    return {key: dataset_table(data, f"{directory} ({key})", most) for key, data in found.items()}
+    return {
+        key: dataset_table(data, f"{directory} ({key})", most, ignored)
+        for key, data in found.items()
+    }
 
 
 def _load_saved(directory: Path) -> dict[str, Any]:
@@ -212,8 +218,12 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def dataset_table(data: Any, source: str, most: int | None) -> Table:
-    """Turn the first `most` rows of a `datasets.Dataset` into a table with the class names."""
+def dataset_table(data: Any, source: str, most: int | None, ignored: Sequence[str] = ()) -> Table:
+    """Turn the first `most` rows of a `datasets.Dataset` into a table with the class names.
+
+    The columns `ignored` are not read.
+    """
+    data, left_out = remove_columns(data, ignored)
     chosen = data if most is None or most >= len(data) else data.select(range(most))
     # Formatting as Arrow applies an index mapping (after select, filter, shuffle).
     content = chosen.with_format("arrow")[:]
@@ -223,4 +233,10 @@ def dataset_table(data: Any, source: str, most: int | None) -> Table:
         for column, feature in data.features.items()
         if type(feature).__name__ == "ClassLabel"
     }
-    return replace(table, label_names=names)
+    return replace(table, label_names=names, ignored=left_out)
+
+
+def remove_columns(data: Any, names: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
+    """Return `data` of `datasets` without those of the columns `names` that it has, and these."""
+    there = tuple(name for name in names if name in (data.column_names or ()))
+    return (data.remove_columns(list(there)) if there else data), there

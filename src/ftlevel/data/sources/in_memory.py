@@ -7,7 +7,7 @@ A message says what is wrong with a row by its number, and never shows what was 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -28,7 +28,7 @@ _KINDS = "a DataFrame, a datasets.Dataset or DatasetDict, or a list of dicts"
 
 
 def load_memory_tables(
-    given: RowsInMemory, on_bad_row: OnBadRow, most: int | None
+    given: RowsInMemory, on_bad_row: OnBadRow, most: int | None, ignored: Sequence[str] = ()
 ) -> dict[str, Table]:
     """Return what was handed over as tables by split; what has no splits is all for training.
 
@@ -38,6 +38,7 @@ def load_memory_tables(
         given: the rows.
         on_bad_row: what is done to a row unlike most others.
         most: the number of rows to keep of each split; None keeps all.
+        ignored: columns that are left out.
 
     Raises:
         InputError: they are no rows, or there are none, or some are bad.
@@ -46,14 +47,14 @@ def load_memory_tables(
         given.rows = list(islice(given.rows, most))
     rows = given.rows
     if not isinstance(rows, Mapping):
-        return {"train": _to_table(rows, given.said, on_bad_row, most)}
+        return {"train": _to_table(rows, given.said, on_bad_row, (most, ignored))}
     if not all(_is_split(part) for part in rows.values()):
         raise InputError(
             "the rows in memory are a dict of columns. Expected rows: "
             f"{_KINDS}; datasets.Dataset.from_dict(…) makes one of columns."
         )
     return {
-        str(name): _to_table(part, f"{given.said} ({name})", on_bad_row, most)
+        str(name): _to_table(part, f"{given.said} ({name})", on_bad_row, (most, ignored))
         for name, part in rows.items()
     }
 
@@ -65,14 +66,21 @@ def _is_split(part: Any) -> bool:
     return hasattr(part, "columns") or hasattr(part, "features")
 
 
-def _to_table(rows: Any, source: str, on_bad_row: OnBadRow, most: int | None) -> Table:
+def _to_table(
+    rows: Any, source: str, on_bad_row: OnBadRow, rest: tuple[int | None, Sequence[str]]
+) -> Table:
+    most, ignored = rest
     if hasattr(rows, "features") and hasattr(rows, "with_format") and hasattr(rows, "__len__"):
-        table = dataset_table(rows, source, most)
+        table = dataset_table(rows, source, most, ignored)
     else:
         null_keys: Counter[str] = Counter()
         plain = list(islice(iterate_rows(rows, source, null_keys), most))
+        there = tuple(name for name in ignored if plain and name in plain[0])
+        if there:
+            plain = [{k: v for k, v in row.items() if k not in there} for row in plain]
+        numbers = list(range(1, len(plain) + 1))
         notes = tuple(describe_null_keys(null_keys, source))
-        table = Table(plain, list(range(1, len(plain) + 1)), source, unit="row", notes=notes)
+        table = Table(plain, numbers, source, unit="row", notes=notes, ignored=there)
     if not len(table):
         raise InputError(f"{source}: has 0 rows. Give some.")
     return resolve_bad(table, find_odd_rows(table.rows, table.lines), on_bad_row)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ftlevel.data.sources.table import BadRow, Part, Table
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, listing, quote
 
 
 def join_tables(tables: Sequence[Table]) -> Table:
@@ -46,6 +46,7 @@ def join_tables(tables: Sequence[Table]) -> Table:
         first.label_names,
         tuple(parts),
         tuple(note for table in tables for note in table.notes),
+        tuple(dict.fromkeys(name for table in tables for name in table.ignored)),
     )
 
 
@@ -80,7 +81,7 @@ def mix_tables(
 
 
 def _quoted(table: Table) -> str:
-    return listing(repr(column) for column in table.columns)
+    return listing(map(quote, table.columns))
 
 
 def _interleave(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Compressed files and stdin as plain files, in a temporary directory that ends with the process.
+"""Compressed files, stdin and pipes as plain files, in a temporary directory of the process.
 
 So every format can be read from them, streamed and gone back to, and memory does not grow with
 them. A file is unpacked once for as long as it does not change.
@@ -7,21 +7,26 @@ them. A file is unpacked once for as long as it does not change.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import functools
 import gzip
 import lzma
+import os
 import shutil
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ftlevel.errors import InputError
 from ftlevel.workspace import Workspace
 
 STDIN = "-"
+WRITER_SECONDS = 30.0
+"""How long a pipe is waited for that no program has opened for writing."""
 _MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
 PACKED = tuple(_MAGIC)
 """Suffixes of what is unpacked."""
@@ -86,17 +91,83 @@ def keep_stdin() -> Path:
 def _copy_stdin() -> Path:
     if sys.stdin is None or getattr(sys.stdin, "isatty", bool)():
         raise InputError("stdin is a terminal, where rows are expected. Pipe a file into it.")
-    raw = _new_folder() / "stdin"
-    _write_copy(lambda: sys.stdin.buffer, raw, "stdin")
+    return _keep(lambda: sys.stdin.buffer, "stdin", "stdin")
+
+
+def is_pipe(path: Path) -> bool:
+    """Tell whether `path` is a pipe with a name: a FIFO, or what a shell makes of `<(…)`."""
+    try:
+        return path.is_fifo()
+    except OSError:
+        return False
+
+
+def keep_pipe(path: Path) -> Path:
+    """Return what came through the pipe `path` as a file, unpacked; the second time the same file.
+
+    Raises:
+        InputError: no program writes to it, or it is cut short.
+    """
+    state, copy = _pipes.get(path, (None, path))
+    if state != _state_of(path):
+        copy = _keep(lambda: _PipeBytes(path), plain_name(path.name), str(path))
+        _pipes[path] = (_state_of(path), copy)
+    return copy
+
+
+_pipes: dict[Path, tuple[object, Path]] = {}  # its state after it was read, and the copy
+
+
+def _state_of(path: Path) -> tuple[int, int, int]:
+    """Return what tells a pipe from another one of the same name."""
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino, facts.st_mtime_ns
+
+
+class _PipeBytes:
+    """The bytes of a pipe, once a program has opened it for writing.
+
+    Raises:
+        InputError: none does so in `WRITER_SECONDS`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        first, deadline = b"", time.monotonic() + WRITER_SECONDS
+        with contextlib.suppress(BlockingIOError):  # somebody writes, and has not begun
+            while not (first := os.read(self._file, 1 << 16)):
+                if time.monotonic() > deadline:
+                    os.close(self._file)
+                    raise InputError(
+                        f"{path}: is a pipe to which no program has written in {WRITER_SECONDS:g} "
+                        "seconds. Start the program that writes the rows, or name a file."
+                    )
+                time.sleep(0.05)
+        self._first = first
+        os.set_blocking(self._file, True)
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes; none at the end."""
+        first, self._first = self._first, b""
+        found = first or os.read(self._file, size)
+        if not found:
+            os.close(self._file)
+        return found
+
+
+def _keep(open_source: Callable[[], Any], name: str, shown: str) -> Path:
+    """Return a file called `name` with all of a source, unpacked if its first bytes say so."""
+    raw = _new_folder() / name
+    _write_copy(open_source, raw, shown)
     with raw.open("rb") as file:
         head = file.read(8)
     if not head:
-        raise InputError("stdin: has 0 rows (0 bytes). Pipe rows into it.")
+        raise InputError(f"{shown}: has 0 rows (0 bytes). Pipe rows into it.")
     suffix = next((suffix for suffix, magic in _MAGIC.items() if head.startswith(magic)), None)
     if suffix is None:
         return raw
-    plain = _new_folder() / "stdin"
-    _write_copy(lambda: _openers()[suffix](raw), plain, "stdin")
+    plain = _new_folder() / name
+    _write_copy(lambda: _openers()[suffix](raw), plain, shown)
     raw.unlink()
     return plain
 
@@ -122,7 +193,7 @@ def _root() -> Workspace:
     return Workspace("rows")
 
 
-def _write_copy(open_source: Callable[[], IO[bytes]], copy: Path, shown: str) -> None:
+def _write_copy(open_source: Callable[[], Any], copy: Path, shown: str) -> None:
     """Write all of a source to `copy`.
 
     Raises:

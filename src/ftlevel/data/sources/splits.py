@@ -30,6 +30,8 @@ from ftlevel.data.sources.readers.files import (
     Reading,
     data_files,
     is_data_file_name,
+    is_pattern,
+    match_files,
     read_table,
     stem_of,
 )
@@ -82,6 +84,7 @@ def load_splits(
     on_bad_row: OnBadRow = "error",
     max_samples: int | None = None,
     input_format: str | None = None,
+    ignored: Sequence[str] = (),
 ) -> Splits:
     """Read the splits of a data set.
 
@@ -95,28 +98,31 @@ def load_splits(
         max_samples: keep the first N rows of each split. A text file is read and checked as a
             whole even so.
         input_format: of local files, as a suffix without its dot; None goes by their names.
+        ignored: columns that are left out where they are there.
 
     Raises:
         InputError: with `path:line` where there is one, and the one thing to do.
     """
-    how = Reading(input_format, subset)
+    how = Reading(input_format, subset, ignored=ignored)
     if dataset == IN_MEMORY:
-        tables = load_memory_tables(_check_given(dataset), on_bad_row, max_samples)
+        tables = load_memory_tables(_check_given(dataset), on_bad_row, max_samples, ignored)
         splits = _assemble(tables, pick_split(tables, split, _GIVEN), IN_MEMORY, [])
     elif dataset.startswith("builtin:"):
         splits = _load_builtin(dataset, split, subset, max_samples)
     elif dataset.startswith(HUB_PREFIX):
-        splits = _load_hub(dataset.removeprefix(HUB_PREFIX), split, subset, max_samples)
+        splits = _load_hub(dataset.removeprefix(HUB_PREFIX), split, (subset, max_samples, ignored))
     else:
         path = Path(dataset).expanduser()
         if path.is_dir():
             splits = _load_directory(path, dataset, split, (on_bad_row, max_samples, how))
+        elif is_pattern(dataset):
+            splits = _load_pattern(dataset, split, on_bad_row, how)
         elif dataset == STDIN or path.exists() or path.is_symlink():
             check_one_file(dataset, split)
             splits = Splits(read_table(dataset, on_bad_row, how), None, None, dataset)
         else:
             check_hub_id(dataset, path)
-            splits = _load_hub(dataset, split, subset, max_samples)
+            splits = _load_hub(dataset, split, (subset, max_samples, ignored))
     notes = [
         note
         for table in (splits.train, splits.validation, splits.test)
@@ -265,12 +271,47 @@ def _check_given(dataset: str) -> RowsInMemory:
 
 
 def check_one_file(dataset: str, split: str | None) -> None:
-    """Raise if a split is wanted of one file: all of it is for training."""
+    """Raise if a split is wanted of one file, or of a pattern: all of it is for training."""
     if split not in (None, "train"):
+        what = "a pattern of files" if is_pattern(dataset) else "one file"
         raise InputError(
-            f"--split {split}: {dataset} is one file, without splits. Drop --split, or name a "
+            f"--split {split}: {dataset} is {what}, without splits. Drop --split, or name a "
             "directory that holds train and validation files."
         )
+
+
+def match_training_files(pattern: str, split: str | None, format_: str | None) -> list[Path]:
+    """Return the files that a pattern matches, whose rows are all for training.
+
+    Raises:
+        InputError: there are none, or a file that is named like another split is beside others.
+    """
+    check_one_file(pattern, split)
+    files = match_files(pattern, format_)
+    held = {name for names in (VALIDATION_NAMES, ("test",)) for name in names}
+    others = [str(file) for file in files if stem_of(file.name).lower() in held]
+    if others and len(others) < len(files):
+        raise InputError(
+            f"{pattern}: matches {listing(others, 4)}, named like rows that are not for training, "
+            f"beside {len(files) - len(others):,} other files. Name the directory, whose files are "
+            "used by their names, or a pattern that leaves them out."
+        )
+    return files
+
+
+def _load_pattern(dataset: str, split: str | None, on_bad_row: OnBadRow, how: Reading) -> Splits:
+    """Read all files that a pattern matches as training rows."""
+    files = match_training_files(dataset, split, how.format)
+    tables, problems = [], []
+    for file in files:
+        try:
+            tables.append(read_table(file, on_bad_row, how))
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    note = f"{dataset}: reads {len(files):,} files: {listing(map(str, files), 4)}"
+    return Splits(join_tables(tables), None, None, dataset, [note])
 
 
 def _load_directory(
@@ -279,7 +320,7 @@ def _load_directory(
     """Read a directory of one file a split, or one that `save_to_disk` wrote."""
     on_bad_row, max_samples, how = rest
     if is_saved_directory(path):
-        tables = load_saved_tables(path, max_samples)
+        tables = load_saved_tables(path, max_samples, how.ignored)
         return _assemble(tables, pick_split(tables, split, dataset), dataset, [])
     files, train, notes = choose_files(path, dataset, split)
     if len(files[train]) > 1:
@@ -359,12 +400,15 @@ def check_hub_id(dataset: str, path: Path) -> None:
 
 
 def _load_hub(
-    dataset: str, split: str | None, subset: str | None, max_samples: int | None
+    dataset: str, split: str | None, rest: tuple[str | None, int | None, Sequence[str]]
 ) -> Splits:
     """Load a Hub data set; a `split` with a slice is loaded without the others."""
+    subset, max_samples, ignored = rest
     sliced = split is not None and not split.isidentifier()
     try:
-        tables, notes = load_hub_tables(dataset, subset, split if sliced else None, max_samples)
+        tables, notes = load_hub_tables(
+            dataset, subset, split if sliced else None, max_samples, ignored
+        )
     except InputError as error:
         here = did_you_mean(dataset, (entry.name for entry in Path().iterdir()))
         raise InputError(f"{error}{here}") from error

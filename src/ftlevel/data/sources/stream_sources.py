@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ from ftlevel.data.sources.hub import (
     open_hub_streams,
     open_saved_streams,
     pick_split,
+    remove_columns,
 )
 from ftlevel.data.sources.packed import STDIN
-from ftlevel.data.sources.readers.files import Reading, open_stream, read_table
+from ftlevel.data.sources.readers.files import Reading, is_pattern, open_stream, read_table
+from ftlevel.data.sources.readers.parquet import refuse_media
 from ftlevel.data.sources.splits import (
     HUB_PREFIX,
     VALIDATION_NAMES,
     check_hub_id,
     check_one_file,
     choose_files,
+    match_training_files,
 )
 from ftlevel.data.sources.streams import ChainedStream, Stream
 from ftlevel.data.sources.table import OnBadRow, Table
@@ -41,12 +44,14 @@ class StreamSource:
         validation: its validation rows, read; None if it has none.
         files: local files of the rows; empty for a remote set.
         notes: what was chosen, one sentence each, to be shown.
+        ignored: columns that are there and not read.
     """
 
     train: Stream
     validation: Table | None = None
     files: tuple[Path, ...] = ()
     notes: list[str] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
 
 
 def open_source(
@@ -57,6 +62,7 @@ def open_source(
     on_bad_row: OnBadRow,
     validation_rows: int | None,
     input_format: str | None = None,
+    ignored: Sequence[str] = (),
 ) -> StreamSource:
     """Open a data set; only its validation rows are read.
 
@@ -67,48 +73,72 @@ def open_source(
         on_bad_row: what is done to a bad validation row.
         validation_rows: most validation rows to read.
         input_format: of local files; None goes by their names.
+        ignored: columns that are left out where they are there.
 
     Raises:
         InputError: it is not there, or cannot be streamed.
     """
-    how = Reading(input_format, subset)
+    how = Reading(input_format, subset, ignored=ignored)
     if dataset.startswith("builtin:") or dataset == IN_MEMORY:
         words = dataset if dataset != IN_MEMORY else "the data set"
         raise InputError(f"--streaming: {words} is in memory already. Drop --streaming.")
     path = Path(dataset).expanduser()
+    if is_pattern(dataset):
+        matched = match_training_files(dataset, split, input_format)
+        return _open_files(matched, None, how, [])
     is_local = dataset == STDIN or path.exists() or path.is_symlink()
     if dataset.startswith(HUB_PREFIX) or not is_local:
         name = dataset.removeprefix(HUB_PREFIX)
         if name == dataset:
             check_hub_id(dataset, path)
-        return _open_remote(lambda: open_hub_streams(name, subset), split, name, validation_rows)
+        return _open_remote(
+            lambda: open_hub_streams(name, subset), split, name, (validation_rows, ignored)
+        )
     if path.is_dir() and is_saved_directory(path):
-        saved = _open_remote(lambda: open_saved_streams(path), split, dataset, validation_rows)
+        saved = _open_remote(
+            lambda: open_saved_streams(path), split, dataset, (validation_rows, ignored)
+        )
         return replace(saved, files=tuple(sorted(path.rglob("*.arrow"))))
     if not path.is_dir():
         check_one_file(dataset, split)
         reader = open_stream(dataset, how)
-        return StreamSource(reader, files=(reader.path,), notes=reader.notes)
+        return StreamSource(
+            reader, files=(reader.path,), notes=reader.notes, ignored=reader.ignored
+        )
     files, train, notes = choose_files(path, dataset, split)
     held = files.get("validation") if train != "validation" else None
     validation = read_table(held[0], on_bad_row, how) if held else None
     if validation is not None and validation_rows is not None:
         validation = validation.take(range(min(validation_rows, len(validation))))
-    streams = [open_stream(file, how) for file in files[train]]
+    return _open_files(files[train], validation, how, notes)
+
+
+def _open_files(
+    files: Sequence[Path], validation: Table | None, how: Reading, notes: Sequence[str]
+) -> StreamSource:
+    """Return the rows of `files`, one after the other."""
+    streams = [open_stream(file, how) for file in files]
     stream = streams[0] if len(streams) == 1 else ChainedStream(streams)
-    notes += [note for each in streams for note in each.notes]
-    return StreamSource(stream, validation, tuple(files[train]), notes)
+    said = [*notes, *(note for each in streams for note in each.notes)]
+    return StreamSource(stream, validation, tuple(files), said, streams[0].ignored)
 
 
 def _open_remote(
-    make: Callable[[], Mapping[str, Any]], split: str | None, name: str, most: int | None
+    make: Callable[[], Mapping[str, Any]],
+    split: str | None,
+    name: str,
+    rest: tuple[int | None, Sequence[str]],
 ) -> StreamSource:
     """Return the splits that are used of those that `make` opens, each time at their beginning."""
-    found = make()
+    found, (most, ignored) = make(), rest
     train = pick_split(found, split, name)
+    rows, left_out = remove_columns(found[train], ignored)
+    if rows.features is not None:
+        refuse_media(rows.features.arrow_schema, f"{name} ({train})")
     held = next((key for key in VALIDATION_NAMES if key in found and key != train), None)
     validation = None
     if held is not None:
-        data = found[held].take(most or REMOTE_ROWS)
-        validation = IterableStream(lambda: data, f"{name} ({held})").collect()
-    return StreamSource(IterableStream(lambda: make()[train], f"{name} ({train})"), validation)
+        first = remove_columns(found[held], ignored)[0].take(most or REMOTE_ROWS)
+        validation = IterableStream(lambda: first, f"{name} ({held})").collect()
+    stream = IterableStream(lambda: remove_columns(make()[train], ignored)[0], f"{name} ({train})")
+    return StreamSource(stream, validation, ignored=left_out)

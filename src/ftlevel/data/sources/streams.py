@@ -74,6 +74,7 @@ class Reader(ABC):
         shown: what messages call the file, of which `path` may be an unpacked copy.
         notes: what was chosen in reading it, to be shown.
         null_keys: paths of null keys that were dropped so far, with how often.
+        ignored: columns of the schema that are not read.
     """
 
     unit: Literal["line", "row"] = "line"
@@ -88,6 +89,7 @@ class Reader(ABC):
         self.shown = str(path)
         self.notes: list[str] = []
         self.null_keys: Counter[str] = Counter()
+        self.ignored: tuple[str, ...] = ()
 
     @abstractmethod
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
@@ -132,7 +134,7 @@ class Reader(ABC):
         return Table(
             rows, lines, self.shown, self.unit, label_names=self.label_names,
             notes=(*self.notes, *describe_null_keys(self.null_keys, self.shown)),
-            text_cells=self.text_cells,
+            text_cells=self.text_cells, ignored=self.ignored,
         )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ class Table:
         parts: the tables that it was joined from, by growing base; empty for a single one.
         notes: what was chosen in reading it, to be shown.
         text_cells: whether lists and objects can only be there as JSON text.
+        ignored: columns that the user leaves out; rows may have them.
     """
 
     rows: Sequence[Row]
@@ -66,14 +67,20 @@ class Table:
     parts: tuple[Part, ...] = ()
     notes: tuple[str, ...] = ()
     text_cells: bool = False
+    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def columns(self) -> list[str]:
-        """The column names, in the order of the first row."""
-        return list(self.rows[0]) if self.rows else []
+        """The names of the columns that are used, in the order of the first row."""
+        return [name for name in self.rows[0] if name not in self.ignored] if self.rows else []
+
+    def without_columns(self, names: Iterable[str]) -> Table:
+        """Return the table without those of the columns `names` that it has."""
+        found = [name for name in names if name in self.columns]
+        return replace(self, ignored=(*self.ignored, *found)) if found else self
 
     def where(self, index: int) -> str:
         """Return `path:line` (or `name row N`) of the row at `index` of `rows`."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ftlevel.data.sources.table import BadRow, Row
-from ftlevel.errors import did_you_mean, listing
+from ftlevel.errors import did_you_mean, listing, quote
 
 # An integer and a fraction are both numbers. `null` has no kind: any column may have it.
 _KINDS: dict[type, str] = {
@@ -169,8 +169,7 @@ def _describe_keys(keys: tuple[str, ...], columns: tuple[str, ...], count: int) 
     missing = [key for key in columns if key not in keys]
     extra = [key for key in keys if key not in columns]
     others = f"the {count:,} other rows" if count > 1 else "the other row"
-    lacks = listing([repr(key) for key in missing])
-    has = listing([repr(key) for key in extra])
+    lacks, has = listing(map(quote, missing)), listing(map(quote, extra))
     if missing and extra:
         hint = did_you_mean(extra[0], missing).strip()
         aside = f" ({hint[0].lower()}{hint[1:]})" if hint else ""
@@ -183,12 +182,6 @@ def _describe_keys(keys: tuple[str, ...], columns: tuple[str, ...], count: int) 
 
 def _describe_kind(key: str, value: object, usual: str, since: int) -> str:
     return (
-        f"{key!r} is {kind_of(value)} ({_brief(value)}), but {usual} in most rows "
+        f"{key!r} is {kind_of(value)} ({quote(value)}), but {usual} in most rows "
         f"(line {since} for one)"
     )
-
-
-def _brief(value: object) -> str:
-    """Return `value` short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"

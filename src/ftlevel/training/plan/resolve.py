@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ftlevel.config import TrainConfig
@@ -16,7 +17,8 @@ from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
 from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.parallel import Progress, be_silent
-from ftlevel.data.sources.packed import STDIN
+from ftlevel.data.sources.packed import STDIN, is_pipe
+from ftlevel.data.sources.readers.files import is_pattern
 from ftlevel.errors import ConfigError
 from ftlevel.evaluation.metrics import check_metrics, generates_texts
 from ftlevel.fast.plan.fast_plan import plan_fast
@@ -367,6 +369,10 @@ def default_name(config: TrainConfig) -> str:
     if config.output.run_name is not None:
         return config.output.run_name
     model = config.model.name_or_path.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
-    data = config.data.dataset.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
+    if config.data.dataset == STDIN or is_pipe(Path(config.data.dataset)):
+        data = "stdin" if config.data.dataset == STDIN else "pipe"
+    else:  # of a pattern such as parts/*.jsonl the directory
+        parts = config.data.dataset.removeprefix("builtin:").rstrip("/").split("/")
+        data = next((part for part in reversed(parts) if not is_pattern(part)), "files")
     model, data = model.removesuffix(".gguf"), data.partition(".")[0]
-    return f"{config.method.kind}-{model}-{'stdin' if data == STDIN else data}"
+    return f"{config.method.kind}-{model}-{data}"

@@ -43,6 +43,7 @@ def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
         subset=data.subset,
         on_bad_row=data.on_bad_row,
         input_format=data.input_format,
+        ignored=data.ignore_columns,
     ).train
     by_name = data.model_copy(update={"columns": {}})
     refusals: dict[str, InputError] = {}

@@ -8,6 +8,7 @@ import pytest
 
 from ftlevel.config import DataConfig
 from ftlevel.data.formats import examples
+from ftlevel.data.formats.advice import write_flags
 from ftlevel.data.formats.detect import Format
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
@@ -394,3 +395,25 @@ def test_of_preferences_the_chosen_can_be_learned(row: dict[str, object], flags:
     with pytest.raises(InputError) as caught:
         TASKS["text-generation"].find_format(list(row), DataConfig(), [row])
     assert str(caught.value).endswith(f"as if there were no others: {flags}")
+
+
+def test_names_of_columns_that_are_whole_rows_are_cut() -> None:
+    columns = [
+        "I ordered it a week ago and it is still not there",
+        "billing and everything else " * 9,
+    ]
+    with pytest.raises(InputError) as caught:
+        TASKS["text-classification"].find_format(columns, DataConfig())
+    message = str(caught.value)
+    assert (
+        "Columns: 'I ordered it a week ago and it is st…', 'billing and everything else billing …'."
+        in message
+    )
+    assert "--map text=1 --map label=2" in message or "--map text=2 --map label=1" in message
+    with pytest.raises(InputError, match=r"Columns: 'I ordered it a week ago and it is st…', "):
+        TASKS["text-classification"].find_format(columns, DataConfig(columns={"text": "none"}))
+    known = TASKS["text-classification"].find_format(
+        columns, DataConfig(columns={"text": "1", "label": "2"})
+    )
+    assert "text from 'I ordered it a week ago and it is st…'" in known.description
+    assert write_flags({"text": columns[1]}) not in message

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.store import rows_to_batches, write_store
 from ftlevel.data.encoding.windows import Window
 from ftlevel.data.gate import Flat, checks
+from ftlevel.data.gate.flat import examples_in
 from ftlevel.tasks import TASKS
 
 _ = IGNORED
@@ -28,6 +32,19 @@ def test_rows_are_laid_out_end_to_end() -> None:
     assert flat.ids.starts.tolist() == [0, 2, 2, 3]
     assert flat.supervised().tolist() == [1, 0, 1]
     assert flat.aligned
+
+
+def test_examples_of_the_rows_that_are_kept_in_memory_and_in_a_store(tmp_path: Path) -> None:
+    rows = [Encoded([5], [5], example) for example in [0, 0, 2, *range(3, 2_003)]]
+    keep = np.ones(len(rows), dtype=bool)
+    keep[[0, 2, 1_500]] = False
+    expected = np.ones(2_004, dtype=bool)
+    expected[[1, 2, rows[1_500].row, 2_003]] = False
+    store = write_store(tmp_path / "rows.arrow", rows_to_batches(rows))
+    for some in (rows, store):
+        assert np.array_equal(examples_in(some, keep, 2_004), expected)
+    some = store.take(np.arange(1, len(rows)))
+    assert np.array_equal(examples_in(some, keep[1:], 2_004), expected)
 
 
 def test_unsupervised_rows() -> None:

@@ -9,14 +9,18 @@ import json
 import lzma
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from ftlevel.data.prepare.cache import files_of
 from ftlevel.data.prepare.questions import FileRows
 from ftlevel.data.sources.readers.beginnings import tell_format
 from ftlevel.data.sources.readers.files import Reading, open_reader, open_stream, read_table
@@ -227,16 +231,14 @@ def test_what_holds_no_rows_is_refused_by_name(name: str, tmp_path: Path) -> Non
     assert str(caught.value).startswith(str(path))
 
 
-def test_links_and_pipes_are_refused_at_once(tmp_path: Path) -> None:
-    loop, other, gone, pipe = (tmp_path / n for n in ("a.csv", "b.csv", "c.csv", "d.jsonl"))
+def test_links_and_devices_are_refused_at_once(tmp_path: Path) -> None:
+    loop, other, gone = (tmp_path / n for n in ("a.csv", "b.csv", "c.csv"))
     loop.symlink_to(other)
     other.symlink_to(loop)
     gone.symlink_to("nowhere.csv")
-    os.mkfifo(pipe)
     for path, words in (
         (loop, "is a symbolic link that leads back to itself"),
         (gone, r"is a symbolic link to nowhere\.csv, which is not there"),
-        (pipe, "is a named pipe"),
         (Path("/dev/null"), "is a device or a socket"),
     ):
         with pytest.raises(InputError, match=words):
@@ -245,3 +247,93 @@ def test_links_and_pipes_are_refused_at_once(tmp_path: Path) -> None:
             open_source(
                 str(path), split=None, subset=None, on_bad_row="error", validation_rows=None
             )
+
+
+def _write_later(path: Path, content: bytes, wait: float = 0.0) -> threading.Thread:
+    def write() -> None:
+        with path.open("wb") as file:
+            time.sleep(wait)
+            file.write(content)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("name", ["rows", "rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("end", ["", *PACKERS])
+def test_a_pipe_with_a_name_is_read_once(name: str, end: str, tmp_path: Path) -> None:
+    pipe = tmp_path / name
+    os.mkfifo(pipe)
+    content = content_of("jsonl")
+    thread = _write_later(pipe, PACKERS[end](content) if end else content, wait=0.1)
+    assert rows_of(str(pipe)) == ROWS
+    thread.join()
+    table = read_table(pipe)
+    assert list(table.rows) == ROWS
+    assert table.where(2) == f"{pipe}:3"
+    chunks = list(open_stream(pipe).chunks())
+    assert [c.rows for c in open_stream(pipe).chunks(chunks[0].cursor)] == [
+        c.rows for c in chunks[1:]
+    ]
+
+
+def test_a_pipe_without_a_writer_or_without_rows_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ftlevel.data.sources.packed.WRITER_SECONDS", 0.2)
+    pipe = tmp_path / "rows"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match=r"no program has written in 0\.2 seconds\. Start the"):
+        load_splits(str(pipe))
+    thread = _write_later(pipe, b"Dear all, hello\n")
+    with pytest.raises(InputError, match=r"rows: its first line, 'Dear all, hello', does not say"):
+        load_splits(str(pipe))
+    thread.join()
+    with pytest.raises(InputError, match=r"/dev/fd/987: was a pipe of the shell.*Give them again"):
+        load_splits("/dev/fd/987")
+
+
+@pytest.mark.parametrize("pattern", ["parts/*.jsonl*", "parts/**/*", "par*/[ab].*", "parts/?.csv"])
+def test_a_pattern_reads_all_files_that_match(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("parts/deep").mkdir(parents=True)
+    some = [json.dumps(row) + "\n" for row in ROWS]
+    if pattern.endswith("csv"):
+        Path("parts/a.csv").write_bytes(content_of("csv"))
+    else:
+        Path("parts/a.jsonl").write_text("".join(some[:100]))
+        Path("parts/b.jsonl.gz").write_bytes(gzip.compress("".join(some[100:]).encode()))
+        Path("parts/README.md").write_text("no rows")
+    for name in (pattern, str(tmp_path / pattern)):
+        splits = load_splits(name)
+        assert sorted(map(str, splits.train.rows)) == sorted(map(str, ROWS))
+        assert splits.train.where(0).startswith(name.partition("par")[0] + "parts/a.")
+        assert "files: " in splits.notes[0]
+        how: Any = {"split": None, "subset": None, "on_bad_row": "error", "validation_rows": None}
+        source = open_source(name, **how)
+        assert [row for chunk in source.train.chunks() for row in chunk.rows] == ROWS
+        assert files_of(name) == list(source.files)
+
+
+def test_a_pattern_that_cannot_be_used_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("parts").mkdir()
+    with pytest.raises(InputError, match=r"parts/\*\.jsonl: this pattern matches no file\."):
+        load_splits("parts/*.jsonl")
+    Path("parts/README.md").write_text("no rows")
+    with pytest.raises(InputError, match=r"none of parts/README\.md can be read"):
+        load_splits("parts/*")
+    for name in ("train", "more", "validation"):
+        Path(f"parts/{name}.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(InputError, match=r"matches parts/validation\.jsonl, named like rows that"):
+        load_splits("parts/*.jsonl")
+    assert len(load_splits("parts/v*.jsonl").train) == 1
+    with pytest.raises(InputError, match=r"parts/v\*\.jsonl is a pattern of files, without splits"):
+        load_splits("parts/v*.jsonl", split="test")
+    Path("parts/[x]*.jsonl").write_text('{"text": "b"}\n')
+    assert load_splits("parts/[x]*.jsonl").train.rows == [{"text": "b"}]

@@ -128,9 +128,9 @@ def test_of_parquet_only_the_row_group_of_the_cursor_is_read(
     class Spy:
         num_row_groups = real.num_row_groups
 
-        def iter_batches(self, size: int, row_groups: list[int]) -> Any:
+        def iter_batches(self, size: int, row_groups: list[int], **how: Any) -> Any:
             asked.extend(row_groups)
-            return real.iter_batches(size, row_groups=row_groups)
+            return real.iter_batches(size, row_groups=row_groups, **how)
 
     monkeypatch.setattr(stream, "_file", Spy())
     list(stream.chunks(cursor))

@@ -12,7 +12,6 @@ from ftlevel.data.sources.readers.parquet import (
     check_columns,
     class_names,
     refuse_damaged,
-    refuse_media,
 )
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 
@@ -28,7 +27,6 @@ class Arrow(Reader):
         with refuse_damaged(path, "Arrow"):
             self.schema = self._open().schema
         check_columns(self.schema.names, str(path))
-        refuse_media(self.schema, str(path))
         self.label_names = class_names(self.schema.metadata)
 
     def _open(self) -> Any:
@@ -50,7 +48,8 @@ class Arrow(Reader):
                 if index < int(at["batch"]):
                     continue
                 for begin in range(skip, batch.num_rows, PART):
-                    rows = arrow_rows(batch.slice(begin, PART), self.null_keys)
+                    part = batch.select(self.schema.names).slice(begin, PART)
+                    rows = arrow_rows(part, self.null_keys)
                     numbers = list(range(number + 1, number + 1 + len(rows)))
                     number += len(rows)
                     after = {"batch": index, "row": begin + len(rows), "number": number}

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
-from ftlevel.data.sources.packed import STDIN, is_packed, keep_stdin, plain_name, unpack
+from ftlevel.data.sources.packed import (
+    STDIN,
+    is_packed,
+    is_pipe,
+    keep_pipe,
+    keep_stdin,
+    plain_name,
+    unpack,
+)
 from ftlevel.data.sources.readers.arrow import Arrow
 from ftlevel.data.sources.readers.beginnings import head_lines, looks_like_conll, tell_format
 from ftlevel.data.sources.readers.conll import Conll
 from ftlevel.data.sources.readers.json_array import JsonArray
 from ftlevel.data.sources.readers.json_lines import JsonLines
 from ftlevel.data.sources.readers.paragraphs import Paragraphs
-from ftlevel.data.sources.readers.parquet import Parquet
+from ftlevel.data.sources.readers.parquet import Parquet, refuse_media
 from ftlevel.data.sources.readers.refused import check_is_file, refuse_unknown
 from ftlevel.data.sources.readers.separated import CommaSeparated, TabSeparated
 from ftlevel.data.sources.readers.workbook import Workbook
@@ -48,11 +57,13 @@ class Reading:
         format: what it is, as a suffix without its dot; None goes by its name or its beginning.
         sheet: of a workbook; None is its first one.
         columns: names by which the header of a table on stdin is known.
+        ignored: columns that are left out.
     """
 
     format: str | None = None
     sheet: str | None = None
     columns: Collection[str] = ()
+    ignored: Sequence[str] = ()
 
 
 AS_NAMED = Reading()
@@ -75,7 +86,7 @@ def read_table(name: str | Path, on_bad_row: OnBadRow = "error", how: Reading = 
         table, bad = reader.collect()
     if not table.rows and not bad:
         raise InputError(f"{reader.shown}: has 0 rows. Give a file with rows.")
-    return resolve_bad(table, bad, on_bad_row)
+    return resolve_bad(table, bad, on_bad_row).without_columns(how.ignored)
 
 
 def open_reader(name: str | Path, how: Reading = AS_NAMED) -> Reader:
@@ -90,22 +101,30 @@ def open_reader(name: str | Path, how: Reading = AS_NAMED) -> Reader:
             f"--input-format {how.format}: no such format.{did_you_mean(how.format, names)} "
             f"Formats: {listing(names, 20)}."
         )
-    piped = str(name) == STDIN
     path = Path(name).expanduser()
-    shown = "stdin" if piped else str(name)
+    piped = str(name) == STDIN or is_pipe(path)
+    shown = "stdin" if str(name) == STDIN else str(name)
     with refuse_unreadable(path):
         if not piped:
             check_is_file(path, data_files)
             suffix = Path(plain_name(path.name)).suffix.lower()
             if how.format is None and suffix not in READERS:
                 raise refuse_unknown(path, suffix, list(READERS))
-        copy = keep_stdin() if piped else unpack(path) if is_packed(path) else path
+        if piped:
+            copy = keep_stdin() if shown == "stdin" else keep_pipe(path)
+        else:
+            copy = unpack(path) if is_packed(path) else path
         if copy.stat().st_size == 0:
             raise InputError(f"{shown}: has 0 rows (0 bytes). Give a file with rows.")
         format_, note = _format_of(copy, shown, how)
     with refuse_unreadable(copy, shown):
         reader = Workbook(copy, how.sheet) if format_ is Workbook else format_(copy)
     reader.shown = shown
+    if reader.schema is not None:
+        reader.ignored = tuple(name for name in how.ignored if name in reader.schema.names)
+        for name in reader.ignored:
+            reader.schema = reader.schema.remove(reader.schema.get_field_index(name))
+        refuse_media(reader.schema, shown)
     said = [f"read as {note}"] if note else []
     if how.sheet is not None and format_ is not Workbook:
         said.append(f"--subset {how.sheet} is not used: it is one table, without sheets")
@@ -129,6 +148,34 @@ def open_stream(name: str | Path, how: Reading = AS_NAMED) -> Reader:
     return reader
 
 
+def match_files(pattern: str, format_: str | None = None) -> list[Path]:
+    """Return the files that a pattern such as `parts/*.jsonl` matches, sorted by their names.
+
+    Args:
+        pattern: as a shell has it, also with `**` for directories at any depth.
+        format_: of the files; None takes those whose names end as of one that is read.
+
+    Raises:
+        InputError: there are none.
+    """
+    wish = str(Path(pattern).expanduser())
+    found = map(Path, glob(wish, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute one
+    files = sorted(path for path in found if not path.is_dir())
+    matched = [path for path in files if format_ or is_data_file_name(path.name)]
+    if not matched:
+        what = f"none of {listing(map(str, files), 4)} can be read" if files else "no file"
+        raise InputError(
+            f"{pattern}: this pattern matches {what}. Check the directory and the ending; those "
+            f"that are read: {listing(READERS, 20)}."
+        )
+    return matched
+
+
+def is_pattern(name: str) -> bool:
+    """Tell whether `name` is a pattern of names of files, and not itself the name of one."""
+    return any(mark in name for mark in "*?[") and not Path(name).expanduser().exists()
+
+
 def data_files(directory: Path) -> list[str]:
     """Return the names of the files in `directory` that can be read."""
     names = (entry.name for entry in directory.iterdir() if entry.is_file())
@@ -150,12 +197,12 @@ def _format_of(path: Path, shown: str, how: Reading) -> tuple[type[Reader], str]
     if how.format is not None:
         return READERS[f".{how.format}"], ""
     suffix = path.suffix.lower()
-    if shown == "stdin":
+    if suffix not in READERS:  # of stdin, or of a pipe
         found = tell_format(path, how.columns)
         if found is None:
             first = next((line for line in head_lines(path) if line.strip()), "")
             raise InputError(
-                f"stdin: its first line, {first[:40]!r}, does not say what format it is. Pass "
+                f"{shown}: its first line, {first[:40]!r}, does not say what format it is. Pass "
                 f"--input-format, one of {listing((each[1:] for each in READERS), 20)}."
             )
         return READERS[found[0]], f"{found[0][1:]}: {found[1]}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.data.sources.lines import PART
+from ftlevel.data.sources.readers.refused import describe_media, media_of_name
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader, describe_null_keys
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, listing
@@ -33,7 +34,6 @@ class Parquet(Reader):
             self._file = pq.ParquetFile(path)
         schema = self._file.schema_arrow
         check_columns(schema.names, str(path))
-        refuse_media(schema, str(path))
         self._groups = self._file.num_row_groups if schema.names else 0
         self.schema = schema
         self.label_names = class_names(schema.metadata)
@@ -46,7 +46,9 @@ class Parquet(Reader):
         with refuse_damaged(self.path, "Parquet"):
             for group in groups:
                 row = 0
-                for batch in self._file.iter_batches(_BATCH, row_groups=[group]):
+                for batch in self._file.iter_batches(
+                    _BATCH, row_groups=[group], columns=self.schema.names if self.ignored else None
+                ):
                     for begin in range(max(0, skip - row), batch.num_rows, PART):
                         rows = arrow_rows(batch.slice(begin, PART), self.null_keys)
                         numbers = list(range(number + 1, number + 1 + len(rows)))
@@ -190,24 +192,26 @@ def check_columns(names: list[str], source: str) -> None:
 
 
 def refuse_media(schema: Any, source: str) -> None:
-    """Refuse columns of images, audio or video: bytes, which ftlevel does not learn from.
+    """Refuse columns of images, audio or video that the types in a schema tell.
 
     Raises:
-        InputError: naming one.
+        InputError: naming them.
     """
     import pyarrow as pa
 
-    features = _features(schema.metadata)
+    features, found = _features(schema.metadata), []
     for field in schema:
-        kind = str(features.get(field.name, {}).get("_type", ""))
-        parts = [part.type for part in field.type] if pa.types.is_struct(field.type) else []
+        feature, type_ = features.get(field.name, {}), field.type
+        while pa.types.is_list(type_) or pa.types.is_large_list(type_):
+            feature, type_ = feature.get("feature", {}), type_.value_type
+        kind = str(feature.get("_type", ""))
+        parts = [part.type for part in type_] if pa.types.is_struct(type_) else []
         bytes_ = any(pa.types.is_binary(t) or pa.types.is_large_binary(t) for t in parts)
         if kind in ("Image", "Audio", "Video", "Pdf") or bytes_:
-            what = {"Image": "images", "Audio": "audio", "Video": "videos"}.get(kind, "files")
-            raise InputError(
-                f"{source}: column {field.name!r} holds {what}, and ftlevel learns from text. "
-                "Write the file without this column."
-            )
+            what = {"Image": "images", "Audio": "audio", "Video": "videos"}.get(kind)
+            found.append((field.name, what or media_of_name(field.name) or "files"))
+    if found:
+        raise InputError(describe_media(source, found))
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> Mapping[str, Any]:

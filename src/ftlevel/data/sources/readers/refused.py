@@ -1,12 +1,16 @@
-"""What no reader is for: said in one line with the way out, before a byte is decoded."""
+"""What no reader is for: files of images, audio, … by their names, and columns of them."""
 
 from __future__ import annotations
 
+import re
 import shlex
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from ftlevel.data.sources.lines import PART, Row
 from ftlevel.errors import InputError, did_you_mean, listing
 
 _KINDS = {
@@ -15,6 +19,22 @@ _KINDS = {
     "a video": (".mp4", ".avi", ".mov", ".mkv", ".webm"),
     "a document": (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".pptx"),
 }
+_MEDIA = {"images": "an image", "audio": "audio", "videos": "a video"}
+_MEDIA_NAMES = {
+    kind: re.compile(rf"({names})s?(_?(bytes|data|file|file_?name|path|uri|url)s?)?", re.I)
+    for kind, names in {
+        "images": "image|img|picture|photo|pixel_value",
+        "audio": "audio|speech|waveform|input_feature|input_value",
+        "videos": "video",
+    }.items()
+}
+"""What columns of media are called in published data sets; also image_path, videos and the like."""
+_MAGIC = {
+    "images": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*"),
+    "audio": (b"ID3", b"fLaC", b"OggS", b"RIFF", b"\xff\xfb"),
+    "videos": (b"\x1aE\xdf\xa3",),
+}
+_LONGEST_PATH = 2048
 _ARCHIVES = {".zip": "unzip", ".tar": "tar xf", ".tgz": "tar xzf", ".7z": "7z x"}
 
 
@@ -46,11 +66,88 @@ def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
     )
 
 
+def media_of_name(column: str) -> str | None:
+    """Return "images", "audio" or "videos" for a column that is called so; None for others."""
+    return next((k for k, names in _MEDIA_NAMES.items() if names.fullmatch(column)), None)
+
+
+def refuse_media_columns(columns: Sequence[str], rows: Sequence[Row], source: str) -> None:
+    """Refuse columns that no format uses and that hold images, audio or video.
+
+    A column is known by its name and any value that may be a file or its contents, or by its first
+    values, if all of them are names or contents of such files.
+
+    Args:
+        columns: those that are not used.
+        rows: of the data set; of a column with such a name all are looked at for a value.
+        source: what the message begins with.
+
+    Raises:
+        InputError: naming the columns.
+    """
+    found = []
+    for column in columns:
+        kind = media_of_name(column)
+        values = (row.get(column) for row in (rows if kind else rows[:PART]))
+        some = list(islice((value for value in values if value not in (None, "", [], {})), PART))
+        kinds = [_media_of_value(value) for value in some]
+        if some and all(kinds):
+            found.append((column, kind or str(kinds[0])))
+        elif kind and any(map(_may_be_media, some)):
+            found.append((column, kind))
+    if found:
+        raise InputError(describe_media(source, found))
+
+
+def describe_media(source: str, columns: Sequence[tuple[str, str]]) -> str:
+    """Return the message for columns that hold media, each with the kind of it."""
+    what = " and ".join(f"column {column!r} holds {kind}" for column, kind in columns)
+    names = " ".join(shlex.quote(column) for column, _ in columns)
+    return (
+        f"{source}: {what}, and ftlevel learns from text alone. To leave "
+        f"{'them' if len(columns) > 1 else 'it'} out and use the other columns: "
+        f"--ignore-columns {names}."
+    )
+
+
+def _media_of_value(value: Any) -> str | None:
+    """Return the kind of media that a value is by itself: a file's name, bytes, an image object."""
+    if isinstance(value, str):
+        return _media_of_text(value)
+    if isinstance(value, bytes):
+        return next((k for k, marks in _MAGIC.items() if value.startswith(marks)), None)
+    if isinstance(value, dict):
+        parts = [_media_of_value(part) for part in value.values() if isinstance(part, str | bytes)]
+        named = next((part for part in parts if part), None)
+        return named or ("files" if any(isinstance(v, bytes) for v in value.values()) else None)
+    if isinstance(value, list | tuple):
+        kinds = [_media_of_value(part) for part in value if part is not None]
+        return kinds[0] if kinds and all(kinds) else None
+    return {"PIL": "images", "torchcodec": "videos"}.get(type(value).__module__.partition(".")[0])
+
+
+def _media_of_text(text: str) -> str | None:
+    """Return the kind of media of a path, a URL or a data URI; None for other text."""
+    if text.startswith("data:"):
+        return next((k for k in _MEDIA if text[5:].startswith(k.removesuffix("s") + "/")), None)
+    if len(text) > _LONGEST_PATH or "\n" in text:
+        return None
+    suffix = Path(re.split(r"[?#]", text, maxsplit=1)[0]).suffix.lower()
+    return next((k for k, noun in _MEDIA.items() if suffix in _KINDS[noun]), None)
+
+
+def _may_be_media(value: Any) -> bool:
+    """Tell whether a value of a column that is called like media may be a file or its contents."""
+    if isinstance(value, str):  # a name, an id or base64, but no sentence
+        return _media_of_text(value) is not None or not any(map(str.isspace, value))
+    return not isinstance(value, bool | int | float)
+
+
 def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
     """Refuse what is no regular file, or has nothing in it.
 
     Raises:
-        InputError: it is missing, a directory, a pipe, a device, or empty.
+        InputError: it is missing, a directory, a device, or empty.
     """
     if path.is_dir():
         names = data_files(path)
@@ -61,11 +158,6 @@ def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
     if not path.exists():
         raise InputError(describe_missing(path))
     mode = path.stat().st_mode
-    if stat.S_ISFIFO(mode):
-        raise InputError(
-            f"{path}: is a named pipe, which can be read only once. Pipe it into stdin: "
-            "--dataset -, or save it to a file."
-        )
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: is a device or a socket, not a file of rows. Name a file.")
     if path.stat().st_size == 0:
@@ -87,6 +179,11 @@ def describe_missing(path: Path) -> str:
     folder = path.parent
     if path.is_symlink():
         return f"{path}: {_describe_link(path)}"
+    if str(folder) in ("/dev/fd", "/proc/self/fd"):
+        return (
+            f"{path}: was a pipe of the shell, as of <(…), and its rows are not there any more. "
+            "Give them again: --dataset <(…), or a file with the same rows."
+        )
     if not folder.is_dir():
         return f"{path}: no such file, and no directory {folder}. Check the path."
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))

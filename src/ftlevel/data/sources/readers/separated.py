@@ -15,7 +15,7 @@ from ftlevel.data.sources.readers.beginnings import head_lines
 from ftlevel.data.sources.readers.text_lines import TextLines, check_head
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, listing, quote
 
 # A cell longer than the csv module's 128 KiB is an ordinary document.
 _LONGEST = min(sys.maxsize, 2**31 - 1)
@@ -134,7 +134,7 @@ def check_header(header: list[str], place: str) -> None:
     twice = sorted({name for name in header if header.count(name) > 1 and name})
     if twice:
         raise InputError(
-            f"{place}: the header has {listing([repr(name) for name in twice])} twice. "
+            f"{place}: the header has {listing(map(quote, twice))} twice. "
             "Give every column its own name."
         )
     if "" in header:

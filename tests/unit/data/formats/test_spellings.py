@@ -1,0 +1,63 @@
+"""Labels that are probably another one misspelled."""
+
+from __future__ import annotations
+
+import pytest
+
+from ftlevel.data.formats.examples import Labelled, Tagged
+from ftlevel.data.formats.spellings import find_typos
+
+
+def labelled(*labels: str | tuple[str, ...]) -> list[Labelled]:
+    return [Labelled(f"text {i}", None, label, i) for i, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("typo", "name"),
+    [
+        ("postive", "positive"),
+        ("positve", "positive"),
+        ("posative", "positive"),
+        ("psoitive", "positive"),
+        ("possitive", "positive"),
+        ("positiv", "positive"),
+        ("Postive", "positive"),
+        ("not spam", "not_spam"),
+        ("notspam", "not-spam"),
+        ("B-PERSN", "B-PERSON"),
+        ("very postive", "very positive"),
+    ],
+)
+def test_a_slip_in_a_rare_label_is_found(typo: str, name: str) -> None:
+    found = find_typos(labelled(*[name] * 10, typo, *["negative"] * 10, "neutral"))
+    assert [(v.label, v.name, v.rows) for v in found] == [(typo, name, (10,))]
+    assert not find_typos(labelled(*[name] * 4, typo))  # not rare
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("label1", "label2"), ("label_10", "label_11"), ("1 star", "2 stars"), ("pos", "neg"),
+        ("B-PERSON", "I-PERSON"), ("B-PER", "I-PER"), ("class_a", "class_b"), ("typeA", "typeB"),
+        ("typical", "atypical"), ("moral", "amoral"), ("PRON", "PROPN"), ("NNP", "NNPS"),
+        ("ham", "spam"), ("male", "female"), ("known", "unknown"), ("grade IV", "grade V"),
+        ("C", "C++"), ("en", "es"), ("Iran", "Iraq"), ("Gambia", "Zambia"),
+        ("entailment", "contradiction"), ("toxic", "non-toxic"), ("like", "dislike"),
+        ("Austria", "Australia"), ("2023-01", "2023-02"), ("covid19", "covid20"),
+    ],
+)  # fmt: skip
+def test_labels_that_are_alike_are_no_typos(labels: tuple[str, str]) -> None:
+    for rare, often in (labels, labels[::-1]):
+        assert not find_typos(labelled(*[often] * 40, rare))
+
+
+def test_several_labels_a_row_and_tags_are_looked_at_and_known_names_are_right() -> None:
+    some = labelled(*[("positive", "angry")] * 6, ("postive", "angry"))
+    assert [(v.label, v.rows) for v in find_typos(some)] == [("postive", (6,))]
+    words = [Tagged(("Ada", "x"), ("B-PERSON", "O"), i) for i in range(8)]
+    words.append(Tagged(("Ada", "x"), ("B-PRESON", "O"), 8))
+    assert [(v.label, v.name) for v in find_typos(words)] == [("B-PRESON", "B-PERSON")]
+    rare = labelled(*["positive"] * 9, "positives")
+    assert find_typos(rare)
+    assert not find_typos(rare, ("positive", "positives"))
+    assert [v.name for v in find_typos(labelled("postive"), ("positive",))] == ["positive"]

@@ -1,0 +1,163 @@
+"""Columns of images, audio and video are refused by name or by value, and can be left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ftlevel.config import DataConfig, RowsInMemory
+from ftlevel.data.prepare.loading import load_examples
+from ftlevel.data.sources.readers.refused import refuse_media_columns
+from ftlevel.data.sources.splits import load_splits
+from ftlevel.data.sources.stream_sources import open_source
+from ftlevel.errors import InputError
+from ftlevel.tasks import TASKS
+
+PNG = b"\x89PNG\r\n"
+STRUCT = {"bytes": PNG, "path": "a.png"}
+
+MEDIA = [
+    ("image", "a.png", "images"),
+    ("image", "000000391895", "images"),
+    ("IMAGE_PATH", "coco/391895", "images"),
+    ("images", ["a.png", "b.png"], "images"),
+    ("pixel_values", [[0.1, 0.2], [0.3, 0.4]], "images"),
+    ("photo", PNG, "images"),
+    ("picture", "data:image/png;base64,iVBORw0", "images"),
+    ("scan", "https://example.org/x/a.JPEG?size=big#top", "images"),
+    ("file_name", "train/a.webp", "images"),
+    ("raw", PNG, "images"),
+    ("struct", STRUCT, "images"),
+    ("blob", {"bytes": b"\0\1", "path": None}, "files"),
+    ("audio", {"array": [0.0, 0.1], "sampling_rate": 16_000}, "audio"),
+    ("clip", "cv/clip_1.mp3", "audio"),
+    ("speech", [0.0, 0.1], "audio"),
+    ("videos", [{"path": "a.mp4"}], "videos"),
+]
+TEXT = [
+    ("source", "paper.pdf"),
+    ("file_path", "src/app.py"),
+    ("url", "https://example.org/page"),
+    ("image", "a small cat on a red chair"),
+    ("image", None),
+    ("images", []),
+    ("video", True),
+    ("photos", 3),
+    ("image_id", 391895),
+    ("video_id", "dQw4w9WgXcQ"),
+    ("digest", b"\0\1\2"),
+    ("imagery", "sensual"),
+    ("label", "cat"),
+]
+
+
+@pytest.mark.parametrize(("column", "value", "kind"), MEDIA)
+def test_media_is_known_by_its_name_or_its_values(column: str, value: Any, kind: str) -> None:
+    rows = [{"text": "a cat", column: None}] * 70 + [{"text": "a cat", column: value}]
+    if kind == "files" or column in ("scan", "file_name", "raw", "struct", "clip"):
+        rows = rows[-2:]  # of other names the first rows are looked at
+    with pytest.raises(InputError) as caught:
+        refuse_media_columns([column], rows, "rows.jsonl")
+    assert str(caught.value) == (
+        f"rows.jsonl: column {column!r} holds {kind}, and ftlevel learns from text alone. To leave "
+        f"it out and use the other columns: --ignore-columns {column}."
+    )
+
+
+@pytest.mark.parametrize(("column", "value"), TEXT)
+def test_other_columns_that_no_format_uses_are_let_through(column: str, value: Any) -> None:
+    refuse_media_columns([column], [{column: value}], "rows.jsonl")
+
+
+def _write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with pa.ipc.new_file(path, pa.Table.from_pylist(rows).schema) as file:
+            file.write(pa.Table.from_pylist(rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+@pytest.mark.parametrize("image", ["a.png", STRUCT, [STRUCT]], ids=["name", "struct", "list"])
+def test_a_column_that_is_left_out_is_not_read(kind: str, image: Any, tmp_path: Path) -> None:
+    name = _write(tmp_path, kind, [{"image": image, "text": f"cat {i}"} for i in range(3)])
+    task = TASKS["text-generation"]
+    with pytest.raises(InputError, match=r"column 'image' holds images.*--ignore-columns image\."):
+        load_examples(DataConfig(dataset=name), task, 0)
+    data = DataConfig(dataset=name, ignore_columns=("image",))
+    loaded = load_examples(data, task, 0)
+    assert [example.text for example in loaded.train] == ["cat 0", "cat 1", "cat 2"]
+    assert loaded.format.description == "text: 'text'"
+    if kind != "jsonl":
+        assert list(loaded.splits.train.rows[0]) == ["text"]
+    wrong = DataConfig(dataset=name, ignore_columns=("image", "imag"))
+    with pytest.raises(InputError, match="--ignore-columns imag: no such column"):
+        load_examples(wrong, task, 0)
+
+
+def test_features_of_datasets_are_refused_in_memory_on_disk_and_as_a_stream(
+    tmp_path: Path,
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"photo": datasets.Image(decode=False), "sound": datasets.Audio(decode=False),
+         "text": datasets.Value("string")}
+    )  # fmt: skip
+    sound = {"bytes": b"RIFF", "path": "a.wav"}
+    rows = [{"photo": STRUCT, "sound": sound, "text": text} for text in "abc"]
+    content = pa.Table.from_pylist(rows, schema=features.arrow_schema)
+    data = datasets.Dataset(datasets.table.InMemoryTable(content))
+    data.save_to_disk(str(tmp_path / "saved"))
+    both = "column 'photo' holds images and column 'sound' holds audio.*leave them out.*"
+    for name in (RowsInMemory(data), str(tmp_path / "saved")):
+        with pytest.raises(InputError, match=f"{both}--ignore-columns photo sound"):
+            load_splits(name)
+        table = load_splits(name, ignored=("photo", "sound", "none")).train
+        assert table.columns == ["text"]
+        assert table.ignored == ("photo", "sound")
+    how: dict[str, Any] = {"split": None, "subset": None, "on_bad_row": "error"}
+    with pytest.raises(InputError, match=both):
+        open_source(str(tmp_path / "saved"), validation_rows=None, **how)
+    source = open_source(
+        str(tmp_path / "saved"), validation_rows=None, ignored=("photo", "sound"), **how
+    )
+    assert next(source.train.chunks()).rows == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "image"}, "has a part of type 'image', and ftlevel learns from text alone"),
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, "has a part of type 'image_url'"),
+        ({"type": "input_audio", "input_audio": {}}, "has a part of type 'input_audio'"),
+        ({"image": "a.png"}, "has a part of type 'image'"),
+        ({"type": "text", "text": "and more"}, "is a list of parts, not a string; join"),
+    ],
+)
+def test_messages_with_parts_are_bad_rows_with_the_reason(
+    part: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    asked = {"role": "user", "content": [{"type": "text", "text": "what is it?"}, part]}
+    rows = [{"messages": [asked, {"role": "assistant", "content": "a cat"}]}] * 2
+    name = _write(tmp_path, "jsonl", rows)
+    with pytest.raises(InputError) as caught:
+        load_examples(DataConfig(dataset=name), TASKS["text-generation"], 0)
+    assert f"rows.jsonl:1: 'content' of turn 1 of 'messages' {reason}" in caught.value.problems[0]
+
+
+def test_rows_in_memory_lose_the_column_itself() -> None:
+    rows = [{"image": object(), "text": f"cat {i}"} for i in range(3)]
+    table = load_splits(RowsInMemory(rows), ignored=("image",)).train
+    assert table.rows == [{"text": "cat 0"}, {"text": "cat 1"}, {"text": "cat 2"}]
+    assert (table.columns, table.ignored) == (["text"], ("image",))
+    with pytest.raises(InputError, match="column 'image' holds images"):
+        load_examples(DataConfig(dataset=RowsInMemory(rows)), TASKS["text-generation"], 0)
