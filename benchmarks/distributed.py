@@ -20,6 +20,7 @@ out, `step` in the place of `host` what a step of `--method full` in bfloat16 ad
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -95,7 +96,7 @@ def _row(kind: str, number: int) -> dict[str, Any]:
         return made[kind](number)
     first, second = WORDS[: 2 + number % 5], WORDS[number % 6 : 8]
     if kind == "encoder":
-        return {"text": " ".join(first), "label": "xy"[number % 2]}
+        return {"text": " ".join(first + second), "label": "xy"[number % 2]}
     names = {"decoder": ("prompt", "completion"), "summary": ("document", "summary")}
     own = names.get(kind, ("source", "target"))
     return dict(zip(own, (" ".join(first), " ".join(second)), strict=True))
@@ -564,8 +565,9 @@ def compare_all(folder: Path) -> int:
     prepare(folder)
     cases = [f"{kind}/{method}" for kind in KINDS for method in METHODS]
     cases += [f"{kind}/{method}" for kind in TASKS if kind not in KINDS for method in OF_TASKS]
-    for case in cases:
-        fork(folder, case, cells.one, "none", 1)
+    for case in cases:  # one that fails has no run to be compared with, and so no cell
+        with contextlib.suppress(RuntimeError):
+            fork(folder, case, cells.one, "none", 1)
     launchers_table(cells)
     sharded_tables(cells)
     over = sum(not value <= BOUND for value in cells.found)
