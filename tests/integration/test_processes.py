@@ -101,7 +101,7 @@ def test_a_sharded_run_evaluates_saves_and_ends(
     summary = json.loads(done.stdout)
     assert summary["steps"] == 4
     assert summary["best"]["evaluations"] == 2
-    assert summary["metrics"]["eval_loss"] > 0
+    assert summary["metrics"]["loss"] > 0
 
 
 def test_ctrl_c_keeps_a_checkpoint_of_all_processes(
