@@ -527,7 +527,8 @@ def test_a_part_that_cannot_be_written_is_said_once(tmp_path: Path, aside: bool)
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"data": {"dataset": "encoder.jsonl"}}, "rank 1 (HOST) is not of the same run as rank 0 "
+        ({"data": {"dataset": "encoder.jsonl", "validation_file": "encoder-validation.jsonl"}},
+         "rank 1 (HOST) is not of the same run as rank 0 "
          "(HOST): data.dataset is"),
         ({"data": {"dataset": "nowhere.jsonl"}}, "rank 1 (HOST): "),
         ({"train": {"save_steps": 3}}, "rank 1 (HOST) is not of the same run as rank 0 (HOST): "
@@ -626,7 +627,8 @@ def differ(folder: Path, out: Path, other: dict[str, Any]) -> None:
 
     values = settings(folder, "decoder", "lora", out)
     for section, fields in other.items():
-        fields = {k: str(folder / v) if k == "dataset" else v for k, v in fields.items()}
+        files = ("dataset", "validation_file")
+        fields = {k: str(folder / v) if k in files else v for k, v in fields.items()}
         values[section] = {**values.get(section, {}), **fields}
     train(TrainConfig.model_validate(values))
 
