@@ -2,10 +2,13 @@
 
     make distributed
 
-prints two tables for docs/distributed.md: launcher × method, and `--shard full` × method × kind of
-model. Everything is trained on this machine's CPU by gloo: by two processes, and by one with twice
-the accumulation, in float32 on tiny models without dropout. The figure is the largest relative
-difference of a step's loss. mpirun and srun are not started: their variables are set by hand.
+prints three tables for docs/distributed.md: launcher × method, `--shard full` × method × kind of
+model, and `--shard` × task. Everything is trained on this machine's CPU by gloo: by two processes,
+and by one with twice the accumulation, in float32 on tiny models without dropout. Every run is
+evaluated before the first step and at every second one, generates text if its task writes some,
+writes a checkpoint after each evaluation, and keeps the best adapter. The figure is the largest
+relative difference of a step's loss and of an evaluation's; a cell without one names the exit codes
+of its processes. mpirun and srun are not started: their variables are set by hand.
 
     python benchmarks/distributed.py host .models/SmolLM2-135M-Instruct
 
@@ -17,14 +20,18 @@ out, `step` in the place of `host` what a step of `--method full` in bfloat16 ad
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +40,8 @@ import psutil
 ROOT = Path(__file__).parent.parent
 BOUND = 1e-6
 STEPS, ROWS, BATCH = 4, 18, 4
+WATCHED = 2  # steps from an evaluation and a checkpoint to the next
+SECONDS = 300  # of a cell at most
 LONG = 40  # steps of the run that is killed
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": {"kind": "lora"}},
@@ -42,12 +51,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"method": {"kind": "qlora"}, "quant": {"kind": "4bit"}},
     "full": {"method": {"kind": "full"}},
 }
+BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 KINDS = {
     "decoder": ("llama", "text-generation", {}),
-    "encoder": ("bert", "text-classification",
-                {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "encoder": ("bert", "text-classification", BERT),
     "encoder-decoder": ("t5", "translation", {"dropout_rate": 0.0}),
-}  # fmt: skip
+}
+TASKS = {
+    **KINDS,
+    "summary": ("t5", "summarization", {"dropout_rate": 0.0}),
+    "tags": ("bert", "token-classification", BERT),
+    "span": ("bert", "question-answering", BERT),
+    "mask": ("bert", "masked-lm", BERT),
+    "several labels": ("bert", "text-classification", BERT),
+    "number": ("llama", "text-classification", {}),
+    "reward": ("llama", "reward", {}),
+}
+OF_TASKS = ("lora", "full")
 LAUNCHED = ("lora", "adapter", "prefix", "full")
 WORDS = ["a", "dog", "sees", "the", "old", "house", "and", "the", "cat", "sits", "there"]
 
@@ -57,32 +77,47 @@ def prepare(folder: Path) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from tiny_models import save_tiny
 
-    for kind, (family, _, options) in KINDS.items():
+    for kind, (family, _, options) in TASKS.items():
         place = folder / kind
         place.mkdir(parents=True)
         save_tiny(place, family, None, **options)
-        rows = [_row(kind, number) for number in range(ROWS)]
-        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name, numbers in (("", range(ROWS)), ("-validation", range(ROWS, ROWS + 6))):
+            lines = [json.dumps(_row(kind, number)) + "\n" for number in numbers]
+            (folder / f"{kind}{name}.jsonl").write_text("".join(lines))
 
 
-def _row(kind: str, number: int) -> dict[str, str]:
+def _row(kind: str, number: int) -> dict[str, Any]:
+    from preference_runs import pair
+    from task_data import ROWS as MADE
+
+    made = {"tags": MADE["tags"], "span": MADE["span"], "mask": MADE["mask"], "reward": pair,
+            "several labels": MADE["multi"], "number": MADE["regression"]}  # fmt: skip
+    if kind in made:
+        return made[kind](number)
     first, second = WORDS[: 2 + number % 5], WORDS[number % 6 : 8]
     if kind == "encoder":
-        return {"text": " ".join(first), "label": "xy"[number % 2]}
-    names = ("prompt", "completion") if kind == "decoder" else ("source", "target")
-    return dict(zip(names, (" ".join(first), " ".join(second)), strict=True))
+        return {"text": " ".join(first + second), "label": "xy"[number % 2]}
+    names = {"decoder": ("prompt", "completion"), "summary": ("document", "summary")}
+    own = names.get(kind, ("source", "target"))
+    return dict(zip(own, (" ".join(first), " ".join(second)), strict=True))
 
 
 def settings(folder: Path, kind: str, method: str, out: Path) -> dict[str, Any]:
     """Return the configuration of a run by one process, as nested values."""
-    _, task, _ = KINDS[kind]
+    _, task, _ = TASKS[kind]
+    writes = task in ("text-generation", "translation", "summarization")
     return {
         **METHODS[method],
         "task": task,
         "model": {"name_or_path": str(folder / kind), "dtype": "float32"},
-        "data": {"dataset": str(folder / f"{kind}.jsonl")},
+        "data": {"dataset": str(folder / f"{kind}.jsonl"),
+                 "validation_file": str(folder / f"{kind}-validation.jsonl")},
         "train": {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 2,
-                  "max_steps": STEPS, "logging_steps": 1},
+                  "max_steps": STEPS, "logging_steps": 1, "eval_on_start": True,
+                  "eval_steps": WATCHED, "save_steps": WATCHED, "max_new_tokens": 4,
+                  "max_generate_samples": 3, "predict_with_generate": writes or None,
+                  # The best of a model that is shared out cannot be kept.
+                  "metric_for_best_model": None if method == "full" else "loss"},
         "speed": {"tokens_per_micro_batch": 48},  # the two processes have not equally many
         "output": {"dir": str(out), "overwrite": True},
     }  # fmt: skip
@@ -285,17 +320,20 @@ class _Silence:
         return lambda *_, **__: None
 
 
-def losses(run: Path) -> list[float]:
-    """Return the losses of a run's steps."""
+def losses(run: Path, name: str = "loss") -> list[float]:
+    """Return the losses of a run's steps; by the name `eval_loss` those of its evaluations."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
+    return [record[name] for record in records if name in record]
 
 
 def difference(one: Path, other: Path, steps: int = STEPS) -> float:
-    """Return the largest relative difference of a step's loss."""
-    pairs = list(zip(losses(one), losses(other), strict=True))
-    assert len(pairs) == steps
-    return max(abs(a - b) / abs(a) for a, b in pairs)
+    """Return the largest relative difference of a step's loss or an evaluation's."""
+    found = 0.0
+    for name, count in (("loss", steps), ("eval_loss", steps // WATCHED + 1)):
+        pairs = list(zip(losses(one, name), losses(other, name), strict=True))
+        assert len(pairs) == count, (name, pairs)
+        found = max(found, *(abs(a - b) / abs(a) for a, b in pairs))
+    return found
 
 
 def worker(folder: Path, cases: Sequence[str], out: Path, shard: str = "none") -> list[str]:
@@ -307,17 +345,26 @@ def run(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
     """Run `commands`, each with variables of its own, beside one another to their end.
 
     Raises:
-        RuntimeError: one fails.
+        RuntimeError: the exit code of one is not 0, or one does not end.
     """
     running = [
         subprocess.Popen([sys.executable, *command], env=environment(more), text=True,
                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         for command, more in commands
     ]  # fmt: skip
-    said = [process.communicate()[1] for process in running]
-    for process, error in zip(running, said, strict=True):
-        if process.returncode:
-            raise RuntimeError(f"{process.args}: {error[-3000:]}")
+    deadline = time.monotonic() + SECONDS
+    said = []
+    try:
+        for process in running:
+            said.append(process.communicate(timeout=max(deadline - time.monotonic(), 0))[1])
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{error.cmd}: not at its end after {SECONDS} s") from None
+    finally:
+        for process in running:
+            process.kill()
+    codes = [process.returncode for process in running]
+    if any(codes):
+        raise RuntimeError(f"exit codes {codes}: {''.join(error[-3000:] for error in said)}")
 
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
@@ -372,8 +419,15 @@ def by_flags(folder: Path, method: str, out: Path) -> list[str]:
     return ["-m", "ftlevel", "train", "--num-processes", "2", "--method", kind,
             "--model", str(folder / "decoder"), "--dataset", str(folder / "decoder.jsonl"),
             "--dtype", "float32", "--per-device-train-batch-size", str(BATCH), "--max-steps",
-            str(STEPS), "--logging-steps", "1", "--set", "speed.tokens_per_micro_batch=48",
+            str(STEPS), "--set", "speed.tokens_per_micro_batch=48", *watched_by_flags(folder),
             "--output-dir", str(out), "--overwrite", "--quiet"]  # fmt: skip
+
+
+def watched_by_flags(folder: Path) -> list[str]:
+    """Return the flags by which a run is logged, evaluated and saved as `settings` has it."""
+    return ["--logging-steps", "1", "--validation-file", str(folder / "decoder-validation.jsonl"),
+            "--eval-on-start", "--eval-steps", str(WATCHED), "--save-steps",
+            str(WATCHED)]  # fmt: skip
 
 
 def killed_and_resumed(folder: Path) -> float:
@@ -385,7 +439,7 @@ def killed_and_resumed(folder: Path) -> float:
     command = ["-m", "ftlevel", "train", "--method", "lora", "--model", str(folder / "decoder"),
                "--dataset", str(folder / "decoder.jsonl"), "--dtype", "float32",
                "--per-device-train-batch-size", str(BATCH), "--max-steps", str(LONG),
-               "--save-steps", "2", "--logging-steps", "1", "--quiet", "--output-dir"]  # fmt: skip
+               *watched_by_flags(folder), "--quiet", "--output-dir"]  # fmt: skip
     nodes = [
         subprocess.Popen([sys.executable, *arguments], env=environment(more),
                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -411,43 +465,114 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print(flush=True)
 
 
-def compare_all(folder: Path) -> int:
-    """Print both tables and return how many cells are above the bound."""
-    one = folder / "one"
-    cases = [f"{kind}/{method}" for kind in KINDS for method in METHODS]
-    prepare(folder)
-    run([(worker(folder, cases, one), {})])
-    found: list[float] = []
+def fork(folder: Path, case: str, out: Path, shard: str, count: int) -> None:
+    """Train `case` in `count` processes that have imported everything.
 
-    def cell(case: str, other: Path) -> str:
-        found.append(difference(one / case, other))
-        return f"{found[-1]:.1e}"
+    Raises:
+        RuntimeError: the exit code of one is not 0, or one does not end.
+    """
+    import ranks
 
-    rows = []
+    given = (folder, [case], out, shard)
+    codes = ranks.end(ranks.start(work, [given] * count), SECONDS)
+    if any(code != 0 for code in codes):
+        raise RuntimeError(f"exit codes {codes}: {case}, --shard {shard}")
+
+
+@dataclass
+class Cells:
+    """The cells of the tables.
+
+    Attributes:
+        folder: with the model and the rows of each kind.
+        one: with the runs of one process, which the others are compared with.
+        found: the difference of each cell so far; infinite for one that has failed.
+    """
+
+    folder: Path
+    one: Path
+    found: list[float] = field(default_factory=list)
+
+    def add(self, difference_of: Callable[[], float]) -> str:
+        """Return a cell's text."""
+        try:
+            self.found.append(difference_of())
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
+            self.found.append(math.inf)
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+            return f"failed: {str(error).split(':')[0]}"
+        return f"{self.found[-1]:.1e}"
+
+    def compare(self, case: str, other: Path) -> str:
+        """Return the cell of a run that is in `other`."""
+        return self.add(lambda: difference(self.one / case, other))
+
+    def shard(self, case: str, shard: str) -> str:
+        """Train `case` in two processes by `--shard`, and return its cell."""
+        out = self.folder / f"shard-{shard}"
+
+        def difference_of() -> float:
+            fork(self.folder, case, out, shard, 2)
+            return difference(self.one / case, out / case)
+
+        return self.add(difference_of)
+
+
+def launchers_table(cells: Cells) -> None:
+    """Print launcher × method."""
+    folder, rows = cells.folder, []
+    decoders = [f"decoder/{method}" for method in LAUNCHED]
     for launcher in LAUNCHERS:
         out = folder / launcher.replace(" ", "-")
-        decoders = [f"decoder/{method}" for method in LAUNCHED]
-        run(started_by(launcher, worker(folder, decoders, out)))
-        rows.append([launcher, *(cell(case, out / case) for case in decoders)])
-    ours = ["ftlevel --num-processes 2"]
-    for method in LAUNCHED:
-        run([(by_flags(folder, method, folder / "ours" / method), {})])
-        ours.append(cell(f"decoder/{method}", folder / "ours" / method))
-    print_table(["launcher", *LAUNCHED], [*rows, ours])
-    found.append(killed_and_resumed(folder))
-    print(f"torchrun, two nodes, one killed, both resumed: {found[-1]:.1e}\n", flush=True)
+        try:
+            run(started_by(launcher, worker(folder, decoders, out)))
+        except RuntimeError as error:  # the cells that it has not come to are missing
+            print(error, file=sys.stderr, flush=True)
+        rows.append([launcher, *(cells.compare(case, out / case) for case in decoders)])
 
-    out = folder / "sharded"
-    run(started_by("torchrun, two processes", worker(folder, cases, out, "full")))
+    def by_ftlevel(method: str) -> float:
+        run([(by_flags(folder, method, folder / "ours" / method), {})])
+        return difference(cells.one / f"decoder/{method}", folder / "ours" / method)
+
+    ours = [cells.add(functools.partial(by_ftlevel, method)) for method in LAUNCHED]
+    print_table(["launcher", *LAUNCHED], [*rows, ["ftlevel --num-processes 2", *ours]])
+    resumed = cells.add(lambda: killed_and_resumed(folder))
+    print(f"torchrun, two nodes, one killed, both resumed: {resumed}\n", flush=True)
+
+
+def sharded_tables(cells: Cells) -> None:
+    """Print `--shard full` × method × kind of model, and `--shard` × task."""
     rows = []
     for method in METHODS:
         own = [f"{kind}/{method}" for kind in KINDS]
-        shares = [json.loads((out / case / "share.json").read_text()) for case in own]
-        rows.append([method, *(cell(case, out / case) for case in own),
-                     f"{max(shares):.0%}"])  # fmt: skip
+        texts = [cells.shard(case, "full") for case in own]
+        files = [cells.folder / "shard-full" / case / "share.json" for case in own]
+        shares = [json.loads(file.read_text()) for file in files if file.is_file()]
+        rows.append([method, *texts, f"{max(shares, default=math.nan):.0%}"])
     print_table(["--shard full", *KINDS, "of the parameters in a process, at most"], rows)
-    over = sum(not value <= BOUND for value in found)
-    print(f"{len(found)} cells, largest {max(found):.1e}, bound {BOUND:.0e}, above it: {over}")
+    ways = [(shard, method) for shard in ("full", "grads") for method in OF_TASKS]
+    rows = [
+        [f"{kind}: {task}", *(cells.shard(f"{kind}/{method}", shard) for shard, method in ways)]
+        for kind, (_, task, _) in TASKS.items()
+    ]
+    print_table(["", *(f"--shard {shard}, {method}" for shard, method in ways)], rows)
+
+
+def compare_all(folder: Path) -> int:
+    """Print the tables and return how many cells have failed or are above the bound."""
+    os.environ["PYTHONPATH"] = environment({})["PYTHONPATH"] + f"{os.pathsep}{ROOT / 'tests'}"
+    cells = Cells(folder, folder / "one")
+    prepare(folder)
+    cases = [f"{kind}/{method}" for kind in KINDS for method in METHODS]
+    cases += [f"{kind}/{method}" for kind in TASKS if kind not in KINDS for method in OF_TASKS]
+    for case in cases:  # one that fails has no run to be compared with, and so no cell
+        with contextlib.suppress(RuntimeError):
+            fork(folder, case, cells.one, "none", 1)
+    launchers_table(cells)
+    sharded_tables(cells)
+    over = sum(not value <= BOUND for value in cells.found)
+    largest = max(cells.found)
+    print(f"{len(cells.found)} cells, largest {largest:.1e}, bound {BOUND:.0e}, above it: {over}")
     return over
 
 

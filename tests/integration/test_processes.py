@@ -87,6 +87,23 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     assert all(one[name].equal(two[name]) for name in one)
 
 
+def test_a_sharded_run_evaluates_saves_and_ends(
+    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    """The exit code is of all processes, each of which proves its part of the base."""
+    done = subprocess.run(
+        command(tiny_model_dir("llama"), rows, tmp_path / "run", "--max-steps", "4", "--shard",
+                "full", "--validation-split", "0.3", "--eval-steps", "2", "--save-steps", "2",
+                "--num-processes", "2", "--json"),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["steps"] == 4
+    assert summary["best"]["evaluations"] == 2
+    assert summary["metrics"]["loss"] > 0
+
+
 def test_ctrl_c_keeps_a_checkpoint_of_all_processes(
     tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from tiny_models import save_tiny
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ("decoder/lora", "encoder/full", "encoder-decoder/prefix")
+HELD_CASES = ("decoder/lora", "encoder/full")  # of --shard grads
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,6 +55,29 @@ def work(folder: Path, cases: list[str], out: Path, shard: str) -> None:
     train_all(folder, cases, out, shard)
 
 
+@pytest.fixture(scope="module")
+def one(prepared: Path) -> Path:
+    """Return the runs of one process."""
+    work(prepared, list(CASES), prepared / "one", "none")
+    return prepared / "one"
+
+
+def check_evaluations(one: Path, two: Path) -> None:
+    """Compare all metrics of the evaluations of two runs, which are in each other's order."""
+    both = []
+    for run in (one, two):
+        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        both.append([
+            {name: value for name, value in record.items() if name == "step" or
+             (name.startswith("eval_") and isinstance(value, int | float))}
+            for record in records if "eval_loss" in record
+        ])  # fmt: skip
+    assert [record["step"] for record in both[0]] == [0, 2, 4]
+    assert len(both[0]) == len(both[1])
+    for record, other in zip(*both, strict=True):
+        assert record == pytest.approx(other, rel=1e-6)
+
+
 def check_in_plain_peft(prepared: Path) -> None:
     """Compare the adapters of one process and of two, as plain PEFT loads them."""
     logits = []
@@ -67,15 +91,17 @@ def check_in_plain_peft(prepared: Path) -> None:
     assert (logits[0] - logits[1]).abs().max() < 1e-4
 
 
-def test_two_processes_with_half_a_model_each_are_one_with_the_whole(prepared: Path) -> None:
+def test_two_processes_with_half_a_model_each_are_one_with_the_whole(
+    prepared: Path, one: Path
+) -> None:
     from distributed import BOUND, STEPS, difference
 
-    one, two = prepared / "one", prepared / "two"
-    work(prepared, list(CASES), one, "none")
+    two = prepared / "two"
     each = (prepared, list(CASES), two, "full")
     assert ranks.end(ranks.start(work, [each, each])) == [0, 0]
     for case in CASES:
         assert difference(one / case, two / case) <= BOUND
+        check_evaluations(one / case, two / case)
         share = json.loads((two / case / "share.json").read_text())
         assert share < (0.55 if case.endswith("full") else 0.85)  # a tiny adapter is a third
         (name,) = (path.name for path in (one / case / "adapter").glob("*model.safetensors"))
@@ -96,6 +122,58 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(prepared: P
     next(broken.glob("shard-00002*")).unlink()
     with pytest.raises(InputError, match=r"cannot be put together: shard-00002.* is missing"):
         find_trained(str(broken), "cpu")
+
+
+def test_a_model_that_is_held_until_its_backward_pass_is_evaluated(
+    prepared: Path, one: Path
+) -> None:
+    """By `--shard grads`, which leaves every block unsharded where no backward pass follows."""
+    from distributed import BOUND, difference
+
+    two = prepared / "held"
+    each = (prepared, list(HELD_CASES), two, "grads")
+    assert ranks.end(ranks.start(work, [each, each])) == [0, 0]
+    for case in HELD_CASES:
+        assert difference(one / case, two / case) <= BOUND
+        check_evaluations(one / case, two / case)
+
+
+def infer(folder: Path, holds: bool) -> None:
+    """Call a sharded model in every way that leaves no gradients, and look at its parameters."""
+    from torch.distributed.tensor import DTensor
+
+    from ftlevel.training.memory.shards import shard
+    from ftlevel.training.processes import started_processes
+
+    started_processes().join()
+    model = AutoModelForCausalLM.from_pretrained(folder / "decoder", dtype=torch.float32)
+    sharded = {name for name, p in model.named_parameters() if p.dim() > 1}
+    model.requires_grad_(False)
+    shard(model, "cpu", holds=holds, dtype=torch.float32)
+    ids = torch.arange(3, 20)[None]
+
+    def forward_under(context: Any) -> None:
+        with context():
+            model(ids)
+
+    def generate() -> None:
+        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+    for infers in (
+        lambda: forward_under(torch.no_grad),
+        lambda: forward_under(torch.inference_mode),
+        generate,
+    ):
+        infers()
+        parts = {n for n, p in model.named_parameters() if isinstance(p, DTensor)}
+        assert parts == sharded
+
+
+@pytest.mark.parametrize("holds", [False, True], ids=["full", "grads"])
+def test_parameters_are_sharded_after_a_forward_pass_without_gradients(
+    prepared: Path, holds: bool
+) -> None:
+    assert ranks.end(ranks.start(infer, [(prepared, holds)] * 2)) == [0, 0]
 
 
 def hold(folder: Path, out: Path) -> None:
@@ -449,11 +527,12 @@ def test_a_part_that_cannot_be_written_is_said_once(tmp_path: Path, aside: bool)
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"data": {"dataset": "encoder.jsonl"}}, "rank 1 (HOST) is not of the same run as rank 0 "
+        ({"data": {"dataset": "encoder.jsonl", "validation_file": "encoder-validation.jsonl"}},
+         "rank 1 (HOST) is not of the same run as rank 0 "
          "(HOST): data.dataset is"),
         ({"data": {"dataset": "nowhere.jsonl"}}, "rank 1 (HOST): "),
         ({"train": {"save_steps": 3}}, "rank 1 (HOST) is not of the same run as rank 0 (HOST): "
-         "train.save_steps is 3 and None there"),
+         "train.save_steps is 3 and 2 there"),
     ],
 )  # fmt: skip
 def test_a_process_with_something_else_is_named_by_all(
@@ -548,7 +627,8 @@ def differ(folder: Path, out: Path, other: dict[str, Any]) -> None:
 
     values = settings(folder, "decoder", "lora", out)
     for section, fields in other.items():
-        fields = {k: str(folder / v) if k == "dataset" else v for k, v in fields.items()}
+        files = ("dataset", "validation_file")
+        fields = {k: str(folder / v) if k in files else v for k, v in fields.items()}
         values[section] = {**values.get(section, {}), **fields}
     train(TrainConfig.model_validate(values))
 
@@ -561,6 +641,11 @@ def differ(folder: Path, out: Path, other: dict[str, Any]) -> None:
         ({"method": {"kind": "adalora"}}, "other shapes than what it trains"),
         ({"quant": {"kind": "8bit"}}, "--quant 8bit"),
         ({"method": {"kind": "full"}, "speed": {"verify": True}}, "Drop --verify-fast"),
+        ({"method": {"kind": "full"}}, "Drop --metric-for-best-model loss, or use --shard none"),
+        (
+            {"method": {"kind": "full"}, "train": {"load_best_model_at_end": True}},
+            "Drop --load-best-model-at-end, or use --shard none",
+        ),
         ({"method": {"kind": "full"}, "train": {"on_nonfinite": "rollback"}}, "Use skip"),
     ],
 )

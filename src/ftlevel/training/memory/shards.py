@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed
@@ -85,6 +85,39 @@ def shard(
         buffer.data = buffer.data.to(mesh.device_type)
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")
+    _reshard_after_inference(model)
+
+
+def _reshard_after_inference(model: Any) -> None:
+    """Have `model` (mutated) reshard its parameters after a forward pass without gradients.
+
+    FSDP2 leaves that to the backward pass for modules that it does not reshard after the forward
+    pass. Without a backward pass they would stay unsharded until one process alone reads the state
+    dict, which reshards there; the next forward pass would then be gathered by the others without
+    it. Text is generated with the parameters unsharded from its first token to its last.
+    """
+    generate, is_generating = getattr(model, "generate", None), False
+
+    def reshard(*_: Any) -> None:
+        if is_generating or torch.is_grad_enabled():
+            return
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @torch.no_grad()
+    def generate_and_reshard(*arguments: Any, **options: Any) -> Any:
+        nonlocal is_generating
+        is_generating = True
+        try:
+            return cast("Any", generate)(*arguments, **options)
+        finally:
+            is_generating = False
+            reshard()
+
+    model.register_forward_hook(reshard)
+    if generate is not None:
+        model.generate = generate_and_reshard
 
 
 def kept_whole(model: Any) -> set[torch.nn.Parameter]:

@@ -10,6 +10,7 @@ from ftlevel.config.choices import Choice
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import ConfigError, did_you_mean, listing
 from ftlevel.evaluation.metrics import generates_texts, keep_wanted, wants_texts
+from ftlevel.methods import METHODS
 from ftlevel.task import Objective
 from ftlevel.tasks import BaseTask
 
@@ -84,9 +85,14 @@ def resolve_best_model(
     _check_rows(train, rows)
     wish, saves = train.load_best_model_at_end, train.save_strategy == "best"
     metric, reason = _choose_metric(train, task, objective)
-    loads = wish if wish is not None else bool(rows) and _evaluations(train, length) > 1
-    if not rows or not (loads or saves or train.early_stopping_patience):
+    compares = wish if wish is not None else bool(rows) and _evaluations(train, length) > 1
+    needs_metric = saves or train.early_stopping_patience is not None
+    if not rows or not (compares or needs_metric):
         return None
+    loads = compares
+    asks = wish or (train.metric_for_best_model is not None and not needs_metric)
+    if compares and is_trained_sharded(config) and not asks:
+        loads, reason = False, f"--shard {train.shard} shards the trained weights"
     greater = train.greater_is_better
     if greater is None:
         greater = not metric.endswith(LOWER_IS_BETTER)
@@ -99,6 +105,11 @@ def resolve_best_model(
         threshold=train.early_stopping_threshold,
         saves=saves,
     )
+
+
+def is_trained_sharded(config: TrainConfig) -> bool:
+    """Return whether each process holds only a part of the trained weights."""
+    return config.train.shard != "none" and METHODS[config.method.kind].build is None
 
 
 def _check_rows(train: TrainerConfig, rows: int) -> None:

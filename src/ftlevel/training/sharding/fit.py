@@ -69,9 +69,13 @@ def _problems_of_full(config: TrainConfig, plan: Plan, asked: str) -> list[str]:
             "halved where one process overflows, and not in the others. Use --dtype bfloat16."
         )
     if plan.best is not None and plan.best.loads:
+        best = "--load-best-model-at-end"
+        if not config.train.load_best_model_at_end:
+            best = f"--metric-for-best-model {config.train.metric_for_best_model}"
         problems.append(
-            f"{asked} cannot keep the best model of --method full. Drop --metric-for-best-model, "
-            "or use --shard none."
+            f"{asked} cannot be used with --method full and {best}: each process holds a part of "
+            f"the trained weights, and only the last model is kept. Drop {best}, or use --shard "
+            "none."
         )
     if config.speed.verify:
         problems.append(

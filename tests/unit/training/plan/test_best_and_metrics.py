@@ -13,6 +13,12 @@ from ftlevel.tasks.classes import Classes
 from ftlevel.training.plan.best_model import Length, resolve_best_model
 
 
+def resolve(**train: Any) -> Any:
+    config = TrainConfig.model_validate({"method": {"kind": "full"}, "train": train})
+    task = TASKS["text-classification"]
+    return resolve_best_model(config, task, Classes("accuracy"), 8, Length(20, 4.0))
+
+
 def metric(task: str = "text-classification", **train: Any) -> str:
     config = TrainConfig.model_validate({"task": task, "train": train})
     best = resolve_best_model(config, TASKS[task], Classes("accuracy"), 8, Length(20, 4.0))
@@ -30,3 +36,18 @@ def test_one_that_is_left_out_is_refused() -> None:
     assert metric(metrics=["f1", "accuracy"], metric_for_best_model="accuracy") == "eval_accuracy"
     with pytest.raises(ConfigError, match="--metrics leaves it out: --metrics f1,accuracy"):
         metric(metrics=["f1"], metric_for_best_model="eval_accuracy")
+
+
+def test_the_last_model_is_the_default_where_the_trained_weights_are_sharded() -> None:
+    assert resolve().loads
+    best = resolve(shard="full")
+    assert not best.loads
+    assert best.choice.value == "highest eval_accuracy is not kept: the last is"
+    assert best.choice.reason == "--shard full shards the trained weights"
+    assert not resolve(shard="grads", early_stopping_patience=2, metric_for_best_model="f1").loads
+
+
+@pytest.mark.parametrize("asked", [{"load_best_model_at_end": True},
+                                   {"metric_for_best_model": "f1"}])  # fmt: skip
+def test_a_best_model_that_is_asked_for_is_not_dropped(asked: dict[str, Any]) -> None:
+    assert resolve(shard="full", **asked).loads  # refused with the flag, before weights load
