@@ -160,7 +160,7 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
     ),
     (
         [{"role": "user", "content": [{"type": "text"}]}, ANSWER],
-        "'content' of turn 1 of 'messages' is a list, not a string",
+        "'content' of turn 1 of 'messages' is a list of parts, not a string; join their texts",
     ),
     (["hi"], "turn 1 of 'messages' is a string, not an object with role and content"),
     (

@@ -223,7 +223,11 @@ def test_a_python_without_sources_is_an_input_error(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "split", "text"),
     [
-        ("generate", "train", r"unknown kind 'generate'. Available: generation, summarization"),
+        (
+            "generate",
+            "train",
+            r"unknown kind 'generate'. Available: signatures, generation, summarization",
+        ),
         ("generation", "dev", r"unknown split 'dev'. Available: train, validation, test"),
     ],
 )
