@@ -37,7 +37,8 @@ from ftlevel.models.quantized import quantization_form
 from ftlevel.models.threads import choose_threads
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.base import Wanted
-from ftlevel.trained.load import Found, find_trained, load_found
+from ftlevel.trained.load import load_found
+from ftlevel.trained.model_ref import ModelRef, resolve_model
 
 WINDOW = 2_048
 """Rows that are sorted by their lengths together, where they are scored."""
@@ -116,7 +117,7 @@ class _Job:
         choices: lines for the screen.
     """
 
-    found: Found
+    found: ModelRef
     device: str
     own: TrainConfig
     wanted: Wanted
@@ -146,7 +147,9 @@ def _prepare(
 ) -> _Job:
     """Find the model, open the rows, check all that can be known, and go over what is written."""
     device = choose_device(config.device)
-    found = find_trained(config.name, device.value, config.task, place=config.base_model)
+    found = resolve_model(
+        config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
+    )
     task, own = TASKS[found.card.task], _settings(found)
     source, file = _open(config, rows, task, own)
     mapping = _mapping(config, own, task, source)
@@ -171,7 +174,7 @@ def _prepare(
     )  # fmt: skip
 
 
-def _settings(found: Found) -> TrainConfig:
+def _settings(found: ModelRef) -> TrainConfig:
     """Return what the run was told; of what is no run its card knows the columns alone."""
     if found.run is not None:
         return build_config([read_run(found.run)])
@@ -265,7 +268,7 @@ def _skip_written(questions: Iterator[AskedRow], sink: RowSink, config: PredictC
 
 def _choices(
     config: PredictConfig,
-    found: Found,
+    found: ModelRef,
     own: TrainConfig,
     columns: Choice,
     answers: Answers,

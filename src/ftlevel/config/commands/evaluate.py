@@ -79,6 +79,9 @@ class EvaluateConfig(DecodingAsInTraining):
         description="Where an adapter's base model is now, if it has moved; its weights must be "
         "the same.",
     )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision to compute in; auto is that of training."
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")
 
     @model_validator(mode="after")
