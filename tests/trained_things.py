@@ -63,16 +63,15 @@ TYPES = {
         task_data.ROWS["span"],
         ("--prompt", "What is the name?", "--context", "The name is module 3."),
     ),
-    "CAUSAL_LM": TaskType("text-generation", "llama", None, "AutoModelForCausalLM", _pair),
+    "CAUSAL_LM": TaskType("text-generation", "qwen2", None, "AutoModelForCausalLM", _pair),
     "SEQ_2_SEQ_LM": TaskType("text-generation", "t5", None, "AutoModelForSeq2SeqLM", _pair),
     "MLM": TaskType(
         "masked-lm", "bert", "mlm", "AutoModelForMaskedLM", task_data.ROWS["mask"],
         ("--prompt", "the [MASK] of"),
     ),
 }  # fmt: skip
-THINGS = ("run", "checkpoint", "adapter", "peft", "merged", "quantized", "model")
-"""What a name can refer to: `peft` is an adapter that plain PEFT saved, `model` one without a
-card."""
+THINGS = ("run", "checkpoint", "adapter", "peft", "merged", "quantized")
+"""What a name can refer to; `peft` is an adapter that plain PEFT saved."""
 
 
 def write_peft(kind: str, base: Path, folder: Path) -> Path:
@@ -101,14 +100,16 @@ def load_peft(kind: str, adapter: Path, base: Path) -> Any:
 
 
 def make_things(kind: str, base: Path, folder: Path) -> dict[str, Path]:
-    """Make one of each of `THINGS` in `folder`, with rows in `rows.jsonl`."""
+    """Make one of each of `THINGS` in `folder`, with `rows.jsonl`, and `asked.jsonl` to predict."""
     own = TYPES[kind]
     rows = folder / "rows.jsonl"
     folder.mkdir(parents=True)
     rows.write_text("\n".join(json.dumps(own.row(i)) for i in range(ROWS)))
+    masked = {"text": "the [MASK] of"} if kind == "MLM" else {}
+    asked = [json.dumps(own.row(i) | masked) for i in range(3)]
+    (folder / "asked.jsonl").write_text("\n".join(asked))
     made = {name: folder / name for name in THINGS}
     made["checkpoint"] = folder / "run/checkpoints/checkpoint-2"
-    made["model"] = base
     commands = (
         ["train", "--method", "lora", "--model", base, "--dataset", rows, "--task", own.task,
          "--max-steps", "2", "--save-steps", "2", "--output-dir", made["run"],

@@ -40,7 +40,7 @@ from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.quantized import quantization_form
 from ftlevel.tasks import TASKS
 from ftlevel.trained.load import Trained, load_found
-from ftlevel.trained.model_ref import ModelRef
+from ftlevel.trained.model_ref import ModelRef, describe_dtype
 from ftlevel.training.arguments import eval_batch_size
 from ftlevel.training.plan.bounds import text_positions
 
@@ -347,7 +347,7 @@ def _choices(
         ),
         Choice("columns", held_out.note or held_out.columns, "by --map" if config.columns else ""),
         *(Choice("note", note) for note in held_out.table.notes),
-        Choice("dtype", trained.dtype, "as in training"),
+        Choice("dtype", trained.dtype, describe_dtype(found, config.dtype)),
         device,
     ]
 

@@ -38,7 +38,7 @@ from ftlevel.models.threads import choose_threads
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.base import Wanted
 from ftlevel.trained.load import load_found
-from ftlevel.trained.model_ref import ModelRef, resolve_model
+from ftlevel.trained.model_ref import ModelRef, compute_dtype, describe_dtype, resolve_model
 
 WINDOW = 2_048
 """Rows that are sorted by their lengths together, where they are scored."""
@@ -283,7 +283,7 @@ def _choices(
         Choice("rows", data, "; ".join(file.notes) if file else ""),
         columns,
         Choice("answers", listing(answers, 6)),
-        Choice("dtype", found.card.dtype, "as in training" if found.run else "auto"),
+        Choice("dtype", found.card.dtype, describe_dtype(found, config.dtype)),
     ]
     if task.writes_text and config.max_new_tokens is None:
         why = "as in training" if found.run else "default"
@@ -370,6 +370,7 @@ def _summarize(config: PredictConfig, job: _Job) -> dict[str, Any]:
     return {
         "name": config.name,
         "task": job.found.card.task,
+        "dtype": compute_dtype(job.found.card, job.device),
         "dataset": config.dataset,
         "output": None if config.output is None else str(config.output),
         "columns": list(job.answers),

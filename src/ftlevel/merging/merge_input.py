@@ -41,11 +41,13 @@ from ftlevel.trained.model_ref import (
     ModelRef,
     check_cached_base,
     check_whole_adapter,
+    compute_dtype,
     find_directory,
     resolve_model,
 )
 
 _MADE_UP_LENGTH = 32
+_TOKEN_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,14 @@ class MergeInput:
         """The tokenizer, loaded when it is first asked for: it takes more than merging does."""
         return load_tokenizer(self.tokens)
 
+    @functools.cached_property
+    def ignores_token_types(self) -> bool:
+        """Whether the adapter was trained without `token_type_ids`.
+
+        PEFT 0.21's class for question answering does not pass them to the model.
+        """
+        return _read_config(self.directory).get("task_type") == "QUESTION_ANS"
+
 
 def find_adapter(name: str) -> Path:
     """Return the directory of the adapter that `name` refers to.
@@ -99,7 +109,9 @@ def find_adapter(name: str) -> Path:
         raise InputError(f"{name} does not exist. Expected a run or an adapter directory.")
     directory = find_directory(name)
     has_card = (directory / CARD).is_file()
-    if has_card and read_card(directory).method == "full" or (directory / "config.json").is_file():
+    if (has_card and read_card(directory).method == "full") or (
+        directory / "config.json"
+    ).is_file():
         raise InputError(
             f"{name} has no adapter to merge: {directory} is a whole model already. Use it as it "
             "is, or name a run or an adapter."
@@ -156,7 +168,7 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
         model_config.pad_token_id = load_tokenizer(tokens).pad_token_id
     kind = model_kind(model_config)
     objective = task.build_objective(kind, {"labels": card.labels, **card.options})
-    dtype = "float32" if card.dtype == "float16" and device == "cpu" else card.dtype
+    dtype = compute_dtype(card, device)
     return MergeInput(
         directory, card, ref.run, source, model_config, task, kind,
         task.auto_class(kind, model_config.model_type), tokens, objective,
@@ -223,7 +235,10 @@ def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> Rows:
         reason = str(error).split("\n")[0]
         return _made_up(inputs, count, calibration, f"the run's data cannot be read: {reason}")
     train = [data.train[i] for i in range(min(count + calibration, len(data.train)))]
-    rows = list(data.validation[:count]) or train[:count]
+    validation = list(data.validation[:count])
+    if inputs.ignores_token_types:
+        train, validation = map(_without_token_types, (train, validation))
+    rows = validation or train[:count]
     kind = "validation" if data.validation else "training"
     others = train if data.validation else train[len(rows) :] or train
     chosen, name = others[:calibration], data.facts["name"]
@@ -231,6 +246,13 @@ def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> Rows:
     if chosen:
         choices.append(Choice("codes chosen on", f"{len(chosen)} training rows", name))
     return Rows(rows, chosen, choices)
+
+
+def _without_token_types(rows: Sequence[Encoded]) -> list[Encoded]:
+    return [
+        replace(row, extras={k: v for k, v in row.extras.items() if k != _TOKEN_TYPES})
+        for row in rows
+    ]
 
 
 def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> Prepared:

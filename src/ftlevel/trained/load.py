@@ -20,7 +20,13 @@ from ftlevel.models.targets import find_heads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
-from ftlevel.trained.model_ref import PLAIN, ModelRef, check_trained_head, load_own_tokenizer
+from ftlevel.trained.model_ref import (
+    PLAIN,
+    ModelRef,
+    check_trained_head,
+    compute_dtype,
+    load_own_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,8 @@ def load_found(found: ModelRef, device: str, name: str = "default") -> Trained:
     ):  # CodeGen's has no such field at all
         config.pad_token_id = tokenizer.pad_token_id
     kind = model_kind(config)
-    dtype, notes = card.dtype, [*found.notes, *about_reference]
-    if dtype == "float16" and device == "cpu":
-        dtype = "float32"
+    dtype, notes = compute_dtype(card, device), [*found.notes, *about_reference]
+    if dtype != card.dtype:
         notes.append("trained in float16; the CPU computes it in float32")
     quant = read_quantization(card.quantization)
     whole = (

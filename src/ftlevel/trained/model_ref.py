@@ -182,6 +182,18 @@ def with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
     return replace(ref, card=replace(ref.card, dtype=chosen))
 
 
+def compute_dtype(card: AdapterCard, device: str) -> str:
+    """Return the precision to compute in: that of `card`, or float32 for float16 on the CPU."""
+    return "float32" if card.dtype == "float16" and device == "cpu" else card.dtype
+
+
+def describe_dtype(ref: ModelRef, dtype: str) -> str:
+    """Return why `ref` computes in the precision that it does, given the user's `--dtype`."""
+    if dtype != "auto":
+        return "--dtype"
+    return "as in training" if ref.is_ours else "auto"
+
+
 def _resolve(name: str, device: str, task: str | None, said: str, base: str | None) -> ModelRef:
     path = find_directory(name)
     if (path / CARD).is_file():
