@@ -43,6 +43,7 @@ from ftlevel.trained.model_ref import (
     check_whole_adapter,
     compute_dtype,
     find_directory,
+    is_model,
     resolve_model,
 )
 
@@ -105,17 +106,15 @@ def find_adapter(name: str) -> Path:
         InputError: there is none, or it is one that cannot be merged.
     """
     path = Path(name).expanduser()
-    if not path.exists():
-        raise InputError(f"{name} does not exist. Expected a run or an adapter directory.")
     directory = find_directory(name)
-    has_card = (directory / CARD).is_file()
-    if (has_card and read_card(directory).method == "full") or (
-        directory / "config.json"
-    ).is_file():
+    is_full = (directory / CARD).is_file() and read_card(directory).method == "full"
+    if is_full or is_model(name):
         raise InputError(
             f"{name} has no adapter to merge: {directory} is a whole model already. Use it as it "
             "is, or name a run or an adapter."
         )
+    if not path.exists():
+        raise InputError(f"{name} does not exist. Expected a run or an adapter directory.")
     if not (directory / ADAPTER_CONFIG).is_file():
         held = listing(sorted(p.name for p in path.iterdir()), 6) if path.is_dir() else "a file"
         held = held or "nothing"

@@ -17,6 +17,7 @@ from ftlevel.trained.model_ref import (
     ADAPTER_CONFIG,
     ModelRef,
     check_base,
+    is_model,
     resolve_model,
     resolve_stored,
 )
@@ -142,11 +143,13 @@ def _find_all(config: GenerateConfig, device: str) -> tuple[ModelRef | None, dic
         if name == BASE:
             raise ConfigError(f"--adapter {name}=…: the base is called so. Choose another name.")
         said = f"--adapter {name}={place}"
+        if is_model(str(place)):
+            raise InputError(f"{said} is no adapter but a model. Name a run or an adapter.")
         found = resolve_model(
             str(place), config.task, now, device=device, dtype=config.dtype, said=said
         )
         if found.directory is None:
-            raise InputError(f"--adapter {name}={place} is no adapter but a model.")
+            raise InputError(f"{said} is no adapter but a model. Name a run or an adapter.")
         named[name] = found
     return base, named
 

@@ -263,6 +263,15 @@ def find_directory(name: str) -> Path:
     return card_directory(path) or path
 
 
+def is_model(name: str) -> bool:
+    """Whether `name` is of a model on this disk, and not of an adapter or a run with one."""
+    place = find_directory(name)
+    if (place / ADAPTER_CONFIG).is_file():
+        return False
+    is_gguf = place.suffix == ".gguf" and place.is_file()
+    return is_gguf or name.startswith("builtin:") or (place / "config.json").is_file()
+
+
 def card_directory(path: Path) -> Path | None:
     """Return the directory with ftlevel.json that `path` means, or None for a plain model.
 

@@ -31,6 +31,7 @@ from ftlevel.trained.model_ref import (
     adapter_task,
     find_base,
     find_directory,
+    is_model,
     read_plain_adapter,
 )
 from ftlevel.weights.tensor_files import read_header
@@ -82,7 +83,7 @@ def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | No
     name = config.model.adapter
     directory = find_directory(name)
     card = read_card(directory) if (directory / CARD).is_file() else None
-    if not (directory / ADAPTER_CONFIG).is_file() and (directory / "config.json").is_file():
+    if is_model(name):
         return (
             *_take_model(config, name, directory),
             [f"--adapter {name} is a whole model: it is trained on as --model is"],
