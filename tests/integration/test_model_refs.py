@@ -1,12 +1,13 @@
 """Every thing that a name can refer to × every task type of PEFT × every command that takes it.
 
-Each cell works as plain PEFT and transformers do, or is refused with a reason that is true. A
-sample runs in CI; `make` runs all cells, which are marked slow.
+Each cell works as plain PEFT and transformers do, or is refused with a reason that is true. CI runs
+a fixed sample of the cells, and `make model-refs` all of them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from ftlevel.cli.app import run
+from ftlevel.errors import InputError
 from ftlevel.trained.load import load_found
 from ftlevel.trained.model_ref import resolve_model
+from tiny_models import save_tiny
 from trained_things import LABELS, THINGS, TYPES, load_peft, make_things
 
 Things = Callable[[str], dict[str, Path]]
@@ -36,10 +40,8 @@ def in_sample(thing: str, kind: str, command: str) -> bool:
 
 
 def cells() -> list[Any]:
-    """Return all cells; those outside of the sample are marked slow."""
-    return [
-        pytest.param(*cell, marks=() if in_sample(*cell) else pytest.mark.slow) for cell in CELLS
-    ]
+    """Return the cells to run: the sample, or all where FTLEVEL_ALL_CELLS is set."""
+    return [cell for cell in CELLS if os.environ.get("FTLEVEL_ALL_CELLS") or in_sample(*cell)]
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,44 @@ def test_a_plain_peft_adapter_is_the_model_that_plain_peft_loads(kind: str, thin
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
         with ours.disable_adapter():
             assert not torch.equal(ours(**inputs)[names[0]], expected[names[0]])
+
+
+def test_a_plain_model_has_the_task_of_its_head(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    heads = {("bert", "seqcls"): "text-classification", ("bert", "tokcls"): "token-classification",
+             ("bert", "qa"): "question-answering", ("bert", "mlm"): "masked-lm",
+             ("qwen2", None): "text-generation", ("t5", None): "text-generation"}  # fmt: skip
+    for (family, head), task in heads.items():
+        assert resolve_model(str(tiny_model_dir(family, head)), device="cpu").task == task
+    bare = save_tiny(tmp_path / "bare", "bert", "mlm")
+    transformers.AutoModel.from_pretrained(bare).save_pretrained(bare)
+    with pytest.raises(InputError, match="names BertModel, a model without a head.*--task NAME"):
+        resolve_model(str(bare), device="cpu")
+
+
+@pytest.mark.parametrize("thing", ["run", "peft", "merged", "quantized"])
+def test_a_precision_that_the_user_names(
+    thing: str, things: Things, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """On float and on bitsandbytes weights; the run was trained in float32."""
+    made, losses = things("CAUSAL_LM"), {}
+    for command in ("evaluate", "predict", "generate"):
+        for dtype in ("float32", "bfloat16"):
+            out = tmp_path / f"{command}-{dtype}"
+            out.mkdir()
+            line = command_line("CAUSAL_LM", command, made[thing], made["run"].parent, out)
+            capsys.readouterr()
+            assert run([*line, "--dtype", dtype]) == 0
+            told = json.loads(capsys.readouterr().out)
+            assert (told["answers"][0] if command == "generate" else told)["dtype"] == dtype
+            if command == "evaluate":
+                losses[dtype] = told["metrics"]["loss"]
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["float32"] == pytest.approx(losses["bfloat16"], rel=1e-2)
+    assert run(["generate", str(made[thing]), "--prompt", "a", "--dtype", "float16",
+                "--device", "cpu"]) == 2  # fmt: skip
+    assert "--dtype float16 cannot be used on the CPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", TYPES)

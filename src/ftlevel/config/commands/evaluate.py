@@ -33,7 +33,7 @@ class EvaluateConfig(DecodingAsInTraining):
         default_factory=dict, description="What ftlevel calls a column: what the data calls it."
     )
     task: TaskName | None = Field(
-        None, description="What a model or a plain PEFT adapter is for; a run knows it."
+        None, description="Task of a model or a plain PEFT adapter whose files do not name it."
     )
     quant: Literal["none", "4bit", "8bit"] | None = Field(
         None, description="Quantize the base otherwise than in training: none, 4bit or 8bit."

@@ -26,7 +26,7 @@ class GenerateConfig(Decoding):
         default_factory=list, description="Names of the adapters that answer; default all."
     )
     task: TaskName | None = Field(
-        None, description="What a model or a plain PEFT adapter is for; a run knows it."
+        None, description="Task of a model or a plain PEFT adapter whose files do not name it."
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="What ftlevel calls a column: what the data calls it."

@@ -49,7 +49,7 @@ class PredictConfig(DecodingAsInTraining):
     resume: bool = Field(False, description="Go on after the last whole row of --output.")
     overwrite: bool = Field(False, description="Replace an --output that exists.")
     task: TaskName | None = Field(
-        None, description="What a model or a plain PEFT adapter is for; a run knows it."
+        None, description="Task of a model or a plain PEFT adapter whose files do not name it."
     )
     batch_size: Positive | None = Field(
         None, description="Rows a forward pass; the default is by their tokens."
