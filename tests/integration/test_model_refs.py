@@ -148,7 +148,7 @@ def test_a_plain_model_has_the_task_of_its_head(
         assert resolve_model(str(tiny_model_dir(family, head)), device="cpu").task == task
     bare = save_tiny(tmp_path / "bare", "bert", "mlm")
     transformers.AutoModel.from_pretrained(bare).save_pretrained(bare)
-    with pytest.raises(InputError, match="names BertModel, a model without a head.*--task NAME"):
+    with pytest.raises(InputError, match=r"names BertModel, a model without a head.*--task NAME"):
         resolve_model(str(bare), device="cpu")
 
 
