@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ftlevel.config.flag import (
-    ANSWER,
-    COMPARE,
-    DAILY,
-    DATA,
-    GENERAL,
-    MODEL,
-    WRITE,
-    Flag,
-    Spelling,
-)
-from ftlevel.config.other_tools.words import PRECISIONS
+from ftlevel.config.flag import ANSWER, COMPARE, DAILY, DATA, GENERAL, MODEL, WRITE, Flag
 
 OF_COMMANDS: tuple[Flag, ...] = (
     # preview
@@ -131,9 +120,7 @@ OF_COMMANDS: tuple[Flag, ...] = (
          dest="base_model", also=("--base",)),
     Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
     Flag("quant", "", MODEL, ("evaluate",)),
-    Flag("dtype", "", MODEL, ("evaluate", "predict", "generate"), words=PRECISIONS,
-         also=("--torch-dtype", Spelling("--bf16", value="bfloat16"),
-               Spelling("--fp16", value="float16"), Spelling("--fp32", value="float32"))),
+    Flag("dtype", "", MODEL, ("evaluate", "predict", "generate")),
     Flag("base", "", COMPARE, ("evaluate",)),
     Flag("against", "", COMPARE, ("evaluate",)),
     Flag("metrics", "", ANSWER, ("evaluate",), several=True),
