@@ -50,7 +50,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test test-kernels demo lint docs docs-commands matrix suite torture distributed gpu-sim gpu-kit servers served \
+.PHONY: help test test-kernels demo lint docs docs-commands matrix suite torture model-refs distributed gpu-sim gpu-kit servers served \
 	clean
 .DELETE_ON_ERROR:
 
@@ -114,6 +114,10 @@ suite: $(TEST_DIR)/installed
 torture: export OMP_NUM_THREADS ?= 1
 torture: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/torture.py $(TORTURE_FLAGS)
+
+model-refs: export OMP_NUM_THREADS ?= 1
+model-refs: $(TEST_DIR)/installed
+	FTLEVEL_ALL_CELLS=1 $(TEST_BIN)/python -m pytest tests/integration/test_model_refs.py
 
 distributed: $(TEST_DIR)/installed
 	$(TEST_BIN)/python benchmarks/distributed.py

@@ -134,7 +134,8 @@ def shrink(options: argparse.Namespace) -> None:
     from ftlevel.evaluation.two_models.on_text import cut_windows, read_eval_text
     from ftlevel.merging.gguf_codes import WeightsAsLoaded, choose_gguf_codes
     from ftlevel.merging.merge_input import choose_rows, resolve_merge_input
-    from ftlevel.trained.load import find_trained, load_found
+    from ftlevel.trained.load import load_found
+    from ftlevel.trained.model_ref import resolve_model
     from ftlevel.weights import codes
 
     inputs = resolve_merge_input(MergeConfig(adapters=[options.run], output_dir=Path("none")))
@@ -150,7 +151,7 @@ def shrink(options: argparse.Namespace) -> None:
     )
 
     def load() -> Any:
-        return load_found(find_trained(options.model, inputs.device), inputs.device).model
+        return load_found(resolve_model(options.model, device=inputs.device), inputs.device).model
 
     own = load()
     reference = [probe.score(own, inputs.dtype) for probe in (on_rows, on_text)]

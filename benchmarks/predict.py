@@ -38,7 +38,8 @@ from ftlevel.evaluation.decoding import open_decoder
 from ftlevel.evaluation.scoring import Writing, generate_texts
 from ftlevel.fast.attention import one_token
 from ftlevel.tasks.base import Wanted
-from ftlevel.trained.load import Trained, find_trained, load_found
+from ftlevel.trained.load import Trained, load_found
+from ftlevel.trained.model_ref import resolve_model
 
 BATCH = 32  # of the pipeline
 Side = Callable[[], Sequence[Any]]
@@ -189,13 +190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = train_classifier(folder, arguments.model)
         if "classes" in what:
             texts = mixed_texts(arguments.rows or 2_000)
-            trained = load_found(find_trained(str(run), "cpu"), "cpu")
+            trained = load_found(resolve_model(str(run), "cpu"), device="cpu")
             compare("classes", class_sides(trained, texts), arguments.rounds, len(texts))
         if "memory" in what:
             measure_memory(run, folder, arguments.rows or 100_000)
         if "texts" in what:
             name = arguments.model or str(SMOLLM2)
-            trained = load_found(find_trained(name, "cpu", "summarization"), "cpu")
+            trained = load_found(resolve_model(name, "cpu", "summarization"), device="cpu")
             trained.model.float()
             rows = read_docstrings("summarization", "test", arguments.rows or 64)
             form = trained.prompt_format

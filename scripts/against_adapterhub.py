@@ -152,7 +152,7 @@ def write(case: Case, work: Path) -> str:
     from ftlevel.methods.bottleneck.config import BottleneckConfig
     from ftlevel.models.sources import resolve_source
     from ftlevel.models.targets import find_heads
-    from ftlevel.trained.load import Found
+    from ftlevel.trained.model_ref import ModelRef
 
     base, folder = work / "bases" / case.family, work / str(case.number)
     torch.manual_seed(case.number)
@@ -175,7 +175,7 @@ def write(case: Case, work: Path) -> str:
             max_length=32, labels=LABELS if case.auto_class in (CLASSIFIER, TAGGER) else [],
             heads=heads,
         )  # fmt: skip
-        found = Found(resolve_source(str(base)), folder / "adapter", card)
+        found = ModelRef(resolve_source(str(base)), folder / "adapter", card)
         asked = ExportConfig(model=str(folder), format="adapterhub", out=folder / "hub")
         planned = plan_export(asked, found)
         (folder / "hub").mkdir()

@@ -50,7 +50,8 @@ from ftlevel.merging.serving.inside.process import ask_inside  # noqa: E402
 from ftlevel.merging.serving.start import rank_limit  # noqa: E402
 from ftlevel.merging.serving.verdict import BASE, EITHER, TRAINED, judge  # noqa: E402
 from ftlevel.models.rope import write_former_rope  # noqa: E402
-from ftlevel.trained.load import find_trained, load_found  # noqa: E402
+from ftlevel.trained.load import load_found  # noqa: E402
+from ftlevel.trained.model_ref import resolve_model  # noqa: E402
 from served_cases import CASES, make_adapter  # noqa: E402
 
 CSV = ROOT / "docs" / "served.csv"
@@ -115,7 +116,7 @@ def make_ours(base: Path, place: Path, flags: list[str]) -> Path:
 
 def expected(adapter: Path, base: Path, spoken: dict[str, list[Answer]]) -> Known:
     """Return the prompts, and what plain PEFT and the base (`spoken`, by prompts) answer."""
-    entry = Entry(adapter.name, find_trained(str(adapter), "cpu", place=str(base)))
+    entry = Entry(adapter.name, resolve_model(str(adapter), base=str(base), device="cpu"))
     prompts = entry.prompts()
     key = str([prompt.ids for prompt in prompts])
     if key not in spoken:

@@ -13,10 +13,10 @@ from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter
 from ftlevel.models.loading import build_task_model, load_config
 from ftlevel.tasks import TASKS
-from ftlevel.trained.load import Found
+from ftlevel.trained.model_ref import ModelRef
 
 
-def plan_export(config: ExportConfig, found: Found) -> NamesExport:
+def plan_export(config: ExportConfig, found: ModelRef) -> NamesExport:
     """Return what will be written."""
     return NamesExport(config, found)
 
@@ -31,7 +31,7 @@ class NamesExport:
     """
 
     config: ExportConfig
-    found: Found
+    found: ModelRef
     notes: tuple[str, ...] = ()
 
     def choices(self, device: Choice) -> Iterator[Choice]:

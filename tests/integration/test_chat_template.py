@@ -10,7 +10,8 @@ import pytest
 
 from ftlevel.cli.app import run
 from ftlevel.data.encoding.prompts import prompt_ids
-from ftlevel.trained.load import find_trained, load_found
+from ftlevel.trained.load import load_found
+from ftlevel.trained.model_ref import resolve_model
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -40,7 +41,7 @@ def test_the_template_is_saved_and_asked_with(
     assert run(["train", *arguments]) == 0
     assert "chat template: mistral (the model has none)" in capsys.readouterr().out
     assert "[INST]" in (out / "adapter/chat_template.jinja").read_text(encoding="utf-8")
-    trained = load_found(find_trained(str(out), "cpu"), "cpu")
+    trained = load_found(resolve_model(str(out), "cpu"), device="cpu")
     assert trained.prompt_format is not None
     ids = prompt_ids(trained.tokenizer, trained.prompt_format, "the value")
     assert trained.tokenizer.decode(ids) == "<s>[INST] the value [/INST]"

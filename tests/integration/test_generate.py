@@ -24,7 +24,8 @@ from ftlevel.config import GenerateConfig, TrainConfig
 from ftlevel.data.encoding.prompts import prompt_ids
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.scoring import Writing, generate_texts
-from ftlevel.trained.load import find_trained, load_found
+from ftlevel.trained.load import load_found
+from ftlevel.trained.model_ref import resolve_model
 
 ModelDir = Callable[..., Path]
 
@@ -75,7 +76,7 @@ def test_a_batch_says_what_each_prompt_says_alone(
 ) -> None:
     data = task_data.write(tmp_path / "data", "pair")
     name = fit(tiny_model_dir(family), data, tmp_path / "run", "summarization", **method)
-    trained = load_found(find_trained(str(name), "cpu"), "cpu")
+    trained = load_found(resolve_model(str(name), "cpu"), device="cpu")
     assert trained.prompt_format is not None
     ids = [prompt_ids(trained.tokenizer, trained.prompt_format, text) for text in PROMPTS]
     numbers, seen = Numbers(trained.tokenizer.pad_token_id), []
@@ -281,7 +282,7 @@ def test_a_chat_is_the_template_over_all_that_was_said(talker: Path) -> None:
     assert "".join(pieces).strip() == first == texts(talker, ["what is 3"], max_new_tokens=6)[0]
     assert chat.remembers
     second = chat.say("what is 4", pieces.append)
-    trained = load_found(find_trained(str(talker), "cpu"), "cpu")
+    trained = load_found(resolve_model(str(talker), "cpu"), device="cpu")
     messages = [
         {"role": "user", "content": "what is 3"},
         {"role": "assistant", "content": first},

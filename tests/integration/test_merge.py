@@ -222,6 +222,9 @@ def test_a_quantized_run_is_merged_onto_what_it_was_trained_on(
     assert "Say --onto dequantized" in capsys.readouterr().err
 
 
+WEIGHTS = {"a/adapter_model.safetensors": ""}
+
+
 def peft_config(kind: str, **settings: Any) -> str:
     return json.dumps({"peft_type": kind, "task_type": "CAUSAL_LM",
                        "base_model_name_or_path": "builtin:tiny-llama", **settings})  # fmt: skip
@@ -235,7 +238,7 @@ def peft_config(kind: str, **settings: Any) -> str:
         ({"a/config.yaml": ""}, ["a"], "a run that has no adapter yet"),
         ({"a/ftlevel.json": json.dumps({"format": 1, "method": "full", "task": "text-generation",
           "base": {}, "quantization": {}, "dtype": "float32", "max_length": 1})},
-         ["a"], "there is nothing to merge: a is a whole model already"),
+         ["a"], "a has no adapter to merge: a is a whole model already"),
         ({"a/adapter_config.json": peft_config("BOTTLENECK")}, ["a"],
          "a bottleneck adapter is not linear"),
         ({"a/adapter_config.json": peft_config("PREFIX_KV")}, ["a"], "virtual tokens are inputs"),
@@ -244,10 +247,12 @@ def peft_config(kind: str, **settings: Any) -> str:
         ({"a/adapter_config.json": peft_config("XLORA")}, ["a"], "has not been tried"),
         ({"a/adapter_config.json": peft_config("LORA", layer_replication=[[0, 1]])}, ["a"],
          "layer_replication is set"),
-        ({"a/adapter_config.json": peft_config("LORA", task_type=None)}, ["a"], "task_type None"),
-        ({"a/adapter_config.json": peft_config("LORA")}, ["a", "--onto", "dequantized"],
+        ({"a/adapter_config.json": peft_config("LORA", task_type="FEATURE_EXTRACTION"), **WEIGHTS},
+         ["a"], "task_type FEATURE_EXTRACTION, for which ftlevel has no task"),
+        ({"a/adapter_config.json": peft_config("LORA")}, ["a"], "holds no adapter_model"),
+        ({"a/adapter_config.json": peft_config("LORA"), **WEIGHTS}, ["a", "--onto", "dequantized"],
          "not quantized ones. Drop --onto"),
-        ({"a/adapter_config.json": peft_config("LORA")}, ["a", "--base", "no/where"],
+        ({"a/adapter_config.json": peft_config("LORA"), **WEIGHTS}, ["a", "--base", "no/where"],
          "--model no/where: no such directory"),
         ({"m/x": ""}, ["a", "--out", "m"], "--out m exists and is not empty"),
         ({}, ["a", "--onto", "4bit"], "--onto: '4bit': weights of 4 or 8 bits cannot hold"),
@@ -256,12 +261,12 @@ def peft_config(kind: str, **settings: Any) -> str:
         ({}, ["a", "b", "--weights", "1,x"], "--weights"),
         ({}, ["a", "--strategy", "ties"], "--strategy ties mixes adapters, and there is one"),
         ({}, ["a", "b", "--density", "0.3"], "--density belongs to --strategy ties"),
-        ({"a/adapter_config.json": peft_config("LORA"),
+        ({"a/adapter_config.json": peft_config("LORA"), **WEIGHTS,
           "b/adapter_config.json": peft_config("LORA", use_dora=True)}, ["a", "b"],
          "b cannot be mixed: it is DoRA"),
-        ({"a/adapter_config.json": peft_config("LORA"),
+        ({"a/adapter_config.json": peft_config("LORA"), **WEIGHTS,
           "b/adapter_config.json": peft_config("IA3")}, ["a", "b"], "only LoRA adapters"),
-        ({"a/adapter_config.json": peft_config("LORA", modules_to_save=["norm"]),
+        ({"a/adapter_config.json": peft_config("LORA", modules_to_save=["norm"]), **WEIGHTS,
           "b/adapter_config.json": peft_config("LORA")}, ["a", "b"], "(modules_to_save)"),
     ],
 )  # fmt: skip

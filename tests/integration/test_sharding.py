@@ -22,7 +22,8 @@ from ftlevel.config import QuantConfig, QuantizeConfig
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.upstream.shards import own_part, part_of
 from ftlevel.models.upstream.shards import whole as full_tensor
-from ftlevel.trained.load import find_trained, load_found
+from ftlevel.trained.load import load_found
+from ftlevel.trained.model_ref import resolve_model
 from tiny_models import save_tiny
 
 pytestmark = pytest.mark.slow
@@ -113,7 +114,7 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(
     model = AutoModelForSequenceClassification.from_pretrained(parts)
     last = load_file(two / "encoder/full/adapter/model.safetensors")
     assert all(tensor.equal(last[key]) for key, tensor in model.named_parameters())
-    found = load_found(find_trained(str(parts), "cpu"), "cpu")
+    found = load_found(resolve_model(str(parts), "cpu"), device="cpu")
     assert found.task.name == "text-classification"
     assert all(tensor.equal(last[key]) for key, tensor in found.model.named_parameters())
     check_in_plain_peft(prepared)
@@ -121,7 +122,7 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(
     shutil.copytree(parts, broken)
     next(broken.glob("shard-00002*")).unlink()
     with pytest.raises(InputError, match=r"cannot be put together: shard-00002.* is missing"):
-        find_trained(str(broken), "cpu")
+        resolve_model(str(broken), device="cpu")
 
 
 def test_a_model_that_is_held_until_its_backward_pass_is_evaluated(
@@ -409,7 +410,7 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
     # Its last checkpoint, whose embeddings are tied, is the model, put together by one process.
     parts = run / "checkpoints/checkpoint-16"
-    last = load_found(find_trained(str(parts), "cpu"), "cpu")
+    last = load_found(resolve_model(str(parts), "cpu"), device="cpu")
     trained = dict(last.model.named_parameters())
     assert all(trained[name].equal(saved[0][name]) for name in trained)
     packed = []

@@ -39,7 +39,8 @@ from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.quantized import quantization_form
 from ftlevel.tasks import TASKS
-from ftlevel.trained.load import Found, Trained, load_found
+from ftlevel.trained.load import Trained, load_found
+from ftlevel.trained.model_ref import ModelRef, describe_dtype
 from ftlevel.training.arguments import eval_batch_size
 from ftlevel.training.plan.bounds import text_positions
 
@@ -155,7 +156,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 
 def _hold_against(
     config: EvaluateConfig,
-    reference: Found,
+    reference: ModelRef,
     questions: Questions,
     told: ModelAnswers,
     evaluator: Evaluator,
@@ -170,7 +171,7 @@ def _hold_against(
     }
 
 
-def _requantized(found: Found, config: EvaluateConfig) -> Found:
+def _requantized(found: ModelRef, config: EvaluateConfig) -> ModelRef:
     """Return `found` with the quantization that the user wishes, and a note where that is new.
 
     Raises:
@@ -192,7 +193,7 @@ def _requantized(found: Found, config: EvaluateConfig) -> Found:
     return replace(found, card=card, notes=[*found.notes, *notes])
 
 
-def _settings(config: EvaluateConfig, found: Found) -> tuple[TrainConfig, bool]:
+def _settings(config: EvaluateConfig, found: ModelRef) -> tuple[TrainConfig, bool]:
     """Return where the rows are and how they are scored: the user's word, then the run's.
 
     And whether they are those of the run, which a file that has moved may still be.
@@ -247,7 +248,7 @@ def _is_same_name(dataset: str, known: str) -> bool:
     return dataset == known or Path(dataset).absolute() == Path(known).absolute()
 
 
-def _is_moved(dataset: str, own: TrainConfig, found: Found) -> bool:
+def _is_moved(dataset: str, own: TrainConfig, found: ModelRef) -> bool:
     """Whether `dataset` is the run's own file, which is no longer where it was."""
     data = own.data
     if found.run is None or data.streaming or data.also or Path(data.dataset).exists():
@@ -264,8 +265,8 @@ def _is_moved(dataset: str, own: TrainConfig, found: Found) -> bool:
 def _context(
     config: EvaluateConfig,
     trained: Trained,
-    found: Found,
-    reference: Found | None,
+    found: ModelRef,
+    reference: ModelRef | None,
     settings: TrainConfig,
 ) -> EncodingContext:
     """Return what decides the rows that `trained` is scored on: `settings` and seed of training."""
@@ -320,13 +321,13 @@ def _generates(config: EvaluateConfig, trained: Trained, settings: TrainConfig) 
     return generates or (task.writes_text and config.max_generate_samples is not None)
 
 
-def _has_comparable_base(found: Found, trained: Trained) -> bool:
+def _has_comparable_base(found: ModelRef, trained: Trained) -> bool:
     """Whether the base can do the task: not if its head is new, and random without the adapter."""
     return trained.has_adapter and not found.card.heads
 
 
 def _choices(
-    config: EvaluateConfig, found: Found, trained: Trained, held_out: HeldOut, device: Choice
+    config: EvaluateConfig, found: ModelRef, trained: Trained, held_out: HeldOut, device: Choice
 ) -> list[Choice]:
     quant = found.card.quantization
     if not config.base:
@@ -348,7 +349,7 @@ def _choices(
         ),
         Choice("columns", held_out.note or held_out.columns, "by --map" if config.columns else ""),
         *(Choice("note", note) for note in held_out.table.notes),
-        Choice("dtype", trained.dtype, "as in training"),
+        Choice("dtype", trained.dtype, describe_dtype(found, config.dtype)),
         device,
     ]
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.cards import CARD
 from ftlevel.artifacts.files import (
     check_absent,
     check_file_free,
@@ -29,10 +28,8 @@ from ftlevel.merging.formats.base import Merged, plan_export
 from ftlevel.merging.gguf_codes import WeightsAsLoaded, choose_gguf_codes
 from ftlevel.merging.merge_input import (
     MergeInput,
-    card_of_peft,
     choose_rows,
     find_adapter,
-    is_known_task,
     resolve_merge_input,
     whole_model_input,
 )
@@ -42,9 +39,8 @@ from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.sources import check_revision, resolve_source
 from ftlevel.trained.adapter_set import find_adapters
-from ftlevel.trained.adapterhub import is_adapterhub
-from ftlevel.trained.load import Found, find_trained, load_found
-from ftlevel.trained.plain_peft import ADAPTER_CONFIG
+from ftlevel.trained.load import load_found
+from ftlevel.trained.model_ref import ModelRef, resolve_model
 from ftlevel.weights.gguf.blocks import CHOSEN, GRIDS
 
 _ROWS: int = MergeConfig.model_fields["rows"].default
@@ -113,7 +109,7 @@ def export(
     return ExportResult(summary, config.out, tuple(planned.describe(summary)))
 
 
-def _find_several(config: ExportConfig, device: str) -> dict[str, Found]:
+def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
     """Return the adapters in a directory of adapters, by name; none where one thing is named.
 
     Raises:
@@ -131,10 +127,13 @@ def _find_several(config: ExportConfig, device: str) -> dict[str, Found]:
             f"{config.model} is a directory of {len(places)} adapters ({listing(places, 4)}), and "
             f"--format {config.format} is of one. Name one of them, or use {several}."
         )
-    return {name: _find_one(config, str(place), device) for name, place in places.items()}
+    return {
+        name: resolve_model(str(place), base=config.base_model, device=device)
+        for name, place in places.items()
+    }
 
 
-def _left_out(config: ExportConfig, named: Mapping[str, Found]) -> list[Path]:
+def _left_out(config: ExportConfig, named: Mapping[str, ModelRef]) -> list[Path]:
     """Return the runs and models in a directory of adapters that are no adapters."""
     if not named:
         return []
@@ -143,13 +142,13 @@ def _left_out(config: ExportConfig, named: Mapping[str, Found]) -> list[Path]:
     return [p for p in folders if p.name not in named and any((p / m).exists() for m in marks)]
 
 
-def _find(config: ExportConfig, device: str) -> Found:
+def _find(config: ExportConfig, device: str) -> ModelRef:
     """Find what is to be exported.
 
     Raises:
         InputError: an adapter that cannot be merged, or a revision of one.
     """
-    found = _find_one(config, config.model, device)
+    found = resolve_model(config.model, base=config.base_model, device=device)
     if found.directory is not None:
         if FORMATS[config.format].merges:
             find_adapter(config.model)  # refuses what cannot be merged
@@ -160,23 +159,11 @@ def _find(config: ExportConfig, device: str) -> Found:
             )
     elif config.revision is not None:
         check_revision(found.source, config.revision)
-        found = Found(resolve_source(config.model, config.revision), None, found.card)
+        found = replace(found, source=resolve_source(config.model, config.revision))
     return found
 
 
-def _find_one(config: ExportConfig, name: str, device: str) -> Found:
-    """Find one; of an adapter that plain PEFT wrote, its config says what it is for."""
-    path = Path(name).expanduser()
-    is_plain = (path / ADAPTER_CONFIG).is_file() and not (path / CARD).is_file()
-    if not is_plain or is_adapterhub(path) or not is_known_task(path):
-        return find_trained(name, device, place=config.base_model)
-    card = card_of_peft(path)
-    found = find_trained(name, device, card.task, place=config.base_model)
-    labels = card.labels or found.card.labels
-    return replace(found, card=replace(found.card, labels=labels))
-
-
-def _merge(config: ExportConfig, found: Found, directory: Path) -> Merged:
+def _merge(config: ExportConfig, found: ModelRef, directory: Path) -> Merged:
     """Merge the adapter into `directory`; unmeasured, onto the weights that it was trained on."""
     kind = found.card.quantization.get("kind", "none")
     rounds = config.outtype in GRIDS
@@ -209,7 +196,7 @@ def _merge(config: ExportConfig, found: Found, directory: Path) -> Merged:
     return Merged(summary, choose, beside)
 
 
-def _as_it_is(config: ExportConfig, found: Found, device: str, _: Path) -> Merged:
+def _as_it_is(config: ExportConfig, found: ModelRef, device: str, _: Path) -> Merged:
     """Return what chooses the codes of a model that is written as it is, if they are chosen."""
     if not _chooses_codes(config):
         return Merged({})

@@ -38,6 +38,7 @@ class Answer:
         scores: class or word → probability; empty where there are none.
         tags: each word with its tag; empty but for token classification.
         adapter: which adapter said it.
+        dtype: precision that it was computed in.
     """
 
     prompt: str
@@ -46,6 +47,7 @@ class Answer:
     scores: dict[str, float]
     tags: list[tuple[str, str]]
     adapter: str
+    dtype: str
 
 
 def generate(
@@ -100,7 +102,8 @@ def answer_all(
             prompts = [*prompts, *shown]
         replies = {name: ask_voice(adapters, name, ask) for name in adapters.voices}
         base = ask_voice(adapters, BASE, ask) if config.compare_base else None
-    return list(_answers(prompts, replies, base)), adapters.notes
+    dtypes = {name: trained.dtype for name, trained in adapters.voices.items()}
+    return list(_answers(prompts, replies, base, dtypes)), adapters.notes
 
 
 def _has_rows(path: Path) -> bool:
@@ -179,10 +182,13 @@ def ask_voice(adapters: AdapterSet, name: str, ask: Ask) -> list[Reply]:
 
 
 def _answers(
-    prompts: Sequence[str], replies: dict[str, list[Reply]], base: list[Reply] | None
+    prompts: Sequence[str],
+    replies: dict[str, list[Reply]],
+    base: list[Reply] | None,
+    dtypes: dict[str, str],
 ) -> Iterator[Answer]:
     for index, prompt in enumerate(prompts):
         for name, said in replies.items():
             reply = said[index]
             beside = base[index].text if base else None
-            yield Answer(prompt, reply.text, beside, reply.scores, reply.tags, name)
+            yield Answer(prompt, reply.text, beside, reply.scores, reply.tags, name, dtypes[name])

@@ -269,6 +269,9 @@ def _describe(job: _Job) -> Iterator[Choice]:
         rows = job.calibration
         by = f"by what layers give on {len(rows.rows)} rows" if rows else "the nearest"
         yield Choice("written in", job.low.form, f"codes chosen {by}")
+    if inputs.ignores_token_types and "token_type_ids" in inputs.tokenizer.model_input_names:
+        yield Choice("token types", "left out", "PEFT's class for question answering ignores them; "
+                     "the merged tokenizer returns none")  # fmt: skip
     yield Choice("out", config.output_dir)
 
 

@@ -38,7 +38,8 @@ from ftlevel.models.quantized import quantization_form
 from ftlevel.models.threads import choose_threads
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.base import Wanted
-from ftlevel.trained.load import Found, find_trained, load_found
+from ftlevel.trained.load import load_found
+from ftlevel.trained.model_ref import ModelRef, compute_dtype, describe_dtype, resolve_model
 
 WINDOW = 2_048
 """Rows that are sorted by their lengths together, where they are scored."""
@@ -118,7 +119,7 @@ class _Job:
         choices: lines for the screen.
     """
 
-    found: Found
+    found: ModelRef
     device: str
     own: TrainConfig
     wanted: Wanted
@@ -148,7 +149,9 @@ def _prepare(
 ) -> _Job:
     """Find the model, open the rows, check all that can be known, and go over what is written."""
     device = choose_device(config.device)
-    found = find_trained(config.name, device.value, config.task, place=config.base_model)
+    found = resolve_model(
+        config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
+    )
     task, own = TASKS[found.card.task], _settings(found)
     source, file = _open(config, rows, task, own)
     mapping = _mapping(config, own, task, source)
@@ -174,7 +177,7 @@ def _prepare(
     )  # fmt: skip
 
 
-def _settings(found: Found) -> TrainConfig:
+def _settings(found: ModelRef) -> TrainConfig:
     """Return what the run was told; of what is no run its card knows the columns alone."""
     if found.run is not None:
         return build_config([read_run(found.run)])
@@ -268,7 +271,7 @@ def _skip_written(questions: Iterator[AskedRow], sink: RowSink, config: PredictC
 
 def _choices(
     config: PredictConfig,
-    found: Found,
+    found: ModelRef,
     own: TrainConfig,
     columns: Choice,
     answers: Answers,
@@ -285,7 +288,7 @@ def _choices(
         Choice("rows", data, "; ".join(file.notes) if file else ""),
         columns,
         Choice("answers", listing(answers, 6)),
-        Choice("dtype", found.card.dtype, "as in training" if found.run else "auto"),
+        Choice("dtype", found.card.dtype, describe_dtype(found, config.dtype)),
     ]
     if task.writes_text and config.max_new_tokens is None:
         why = "as in training" if found.run else "default"
@@ -372,6 +375,7 @@ def _summarize(config: PredictConfig, job: _Job) -> dict[str, Any]:
     return {
         "name": config.name,
         "task": job.found.card.task,
+        "dtype": compute_dtype(job.found.card, job.device),
         "dataset": config.dataset,
         "output": None if config.output is None else str(config.output),
         "columns": list(job.answers),

@@ -122,6 +122,7 @@ OF_COMMANDS: tuple[Flag, ...] = (
          dest="base_model", also=("--base",)),
     Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
     Flag("quant", "", MODEL, ("evaluate",)),
+    Flag("dtype", "", MODEL, ("evaluate", "predict", "generate")),
     Flag("base", "", COMPARE, ("evaluate",)),
     Flag("against", "", COMPARE, ("evaluate",)),
     Flag("metrics", "", ANSWER, ("evaluate",), several=True),

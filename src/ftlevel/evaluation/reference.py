@@ -15,8 +15,8 @@ from ftlevel.evaluation.likelihoods import measure_likelihoods
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.task import LikelihoodObjective
 from ftlevel.trained.another import NAMED, find_named
-from ftlevel.trained.base import find_base
-from ftlevel.trained.load import Found, Trained, card_directory, load_found
+from ftlevel.trained.load import Trained, load_found
+from ftlevel.trained.model_ref import ModelRef, card_directory, find_base
 
 KEPT = "reference"
 """The folder beside an adapter with the adapter that it began as, or the name of its reference."""
@@ -28,7 +28,7 @@ def needs_reference(evaluator: Evaluator) -> bool:
     return isinstance(objective, LikelihoodObjective) and objective.needs_reference
 
 
-def with_reference(evaluator: Evaluator, trained: Trained, found: Found) -> Evaluator:
+def with_reference(evaluator: Evaluator, trained: Trained, found: ModelRef) -> Evaluator:
     """Return `evaluator` with rows that know their reference, where the objective needs one.
 
     Args:
@@ -43,7 +43,7 @@ def with_reference(evaluator: Evaluator, trained: Trained, found: Found) -> Eval
     return replace(evaluator, rows=task.with_reference(evaluator.rows, reference))
 
 
-def _measure(evaluator: Evaluator, trained: Trained, found: Found) -> Any:
+def _measure(evaluator: Evaluator, trained: Trained, found: ModelRef) -> Any:
     directory = found.directory or Path(found.source.location)
     if (directory / KEPT / NAMED).is_file():
         other = find_named(directory / KEPT, directory, evaluator.device)
@@ -57,5 +57,5 @@ def _measure(evaluator: Evaluator, trained: Trained, found: Found) -> Any:
     return _of_another(evaluator, replace(found, source=find_base(found.card, directory)))
 
 
-def _of_another(evaluator: Evaluator, found: Found) -> Any:
+def _of_another(evaluator: Evaluator, found: ModelRef) -> Any:
     return measure_likelihoods(evaluator, load_found(found, evaluator.device).model)

@@ -7,12 +7,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
-from ftlevel.artifacts.run_directory import CONFIG, run_of
 from ftlevel.config import MergeConfig, QuantConfig, TrainConfig, build_config
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.chat_templates import choose_chat_template
@@ -37,18 +35,20 @@ from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.adapterhub import is_adapterhub
-from ftlevel.trained.base import check_cached_base, find_base
-from ftlevel.trained.checkpoint import check_whole_adapter
-from ftlevel.trained.load import Found, Trained, card_overrides
+from ftlevel.trained.load import Trained, card_overrides
+from ftlevel.trained.model_ref import (
+    ADAPTER_CONFIG,
+    ModelRef,
+    check_cached_base,
+    check_whole_adapter,
+    compute_dtype,
+    find_directory,
+    is_model,
+    resolve_model,
+)
 
-_PEFT_TASKS = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_2_SEQ_LM": "text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-}
 _MADE_UP_LENGTH = 32
+_TOKEN_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -90,39 +90,43 @@ class MergeInput:
         """The tokenizer, loaded when it is first asked for: it takes more than merging does."""
         return load_tokenizer(self.tokens)
 
+    @functools.cached_property
+    def ignores_token_types(self) -> bool:
+        """Whether the adapter was trained without `token_type_ids`.
 
-def find_adapter(name: str) -> tuple[Path, Path | None]:
-    """Return the adapter directory that `name` means, and its run if it lies in one.
+        PEFT 0.21's class for question answering does not pass them to the model.
+        """
+        return _read_config(self.directory).get("task_type") == "QUESTION_ANS"
+
+
+def find_adapter(name: str) -> Path:
+    """Return the directory of the adapter that `name` refers to.
 
     Raises:
         InputError: there is none, or it is one that cannot be merged.
     """
     path = Path(name).expanduser()
-    directory = path / "adapter" if (path / "adapter").is_dir() else path
+    directory = find_directory(name)
+    is_full = (directory / CARD).is_file() and read_card(directory).method == "full"
+    if is_full or is_model(name):
+        raise InputError(
+            f"{name} has no adapter to merge: {directory} is a whole model already. Use it as it "
+            "is, or name a run or an adapter."
+        )
     if not path.exists():
         raise InputError(f"{name} does not exist. Expected a run or an adapter directory.")
-    if (path / CONFIG).is_file() and not (path / "adapter").is_dir():
-        raise InputError(
-            f"{path} is a run that has no adapter yet: it did not come to its end. "
-            f"Go on with it: ftlevel train --output-dir {quote(str(path))} --resume"
-        )
-    if (directory / CARD).is_file() and read_card(directory).method == "full":
-        raise InputError(
-            f"{name} was trained with --method full, so there is nothing to merge: {directory} is "
-            "a whole model already."
-        )
-    if not (directory / "adapter_config.json").is_file():
+    if not (directory / ADAPTER_CONFIG).is_file():
         held = listing(sorted(p.name for p in path.iterdir()), 6) if path.is_dir() else "a file"
         held = held or "nothing"
         raise InputError(
             f"{name} is no run and no adapter (it holds {held}). Expected a directory with "
-            "adapter_config.json."
+            f"{ADAPTER_CONFIG}."
         )
     check_whole_adapter(directory)
     reason = why_not_mergeable(_read_config(directory))
     if reason is not None:
         raise InputError(f"{name} cannot be merged. {reason}")
-    return directory, run_of(directory)
+    return directory
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -138,15 +142,14 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
     Raises:
         InputError: it cannot be merged, its base is not there or is not the one it was trained on.
     """
-    directory, run = find_adapter(config.adapters[0])
+    directory = find_adapter(config.adapters[0])
     device = choose_device(config.device).value
-    known = (directory / CARD).is_file()
-    card = read_card(directory) if known else card_of_peft(directory)
-    source = find_base(card, directory, config.base_model)
+    ref = resolve_model(config.adapters[0], base=config.base_model, device=device)
+    card, source = ref.card, ref.source
     check_cached_base(source, card, directory)
     task = TASKS[card.task]
     model_config = load_config(source, **card_overrides(card))
-    if not card.dtype:
+    if not ref.is_ours:
         own_dtype = str(model_config.dtype or "float32").removeprefix("torch.")
         card = replace(card, dtype=own_dtype if own_dtype in DTYPES else "float32")
     stored = stored_quantization(model_config)
@@ -164,15 +167,15 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
         model_config.pad_token_id = load_tokenizer(tokens).pad_token_id
     kind = model_kind(model_config)
     objective = task.build_objective(kind, {"labels": card.labels, **card.options})
-    dtype = "float32" if card.dtype == "float16" and device == "cpu" else card.dtype
+    dtype = compute_dtype(card, device)
     return MergeInput(
-        directory, card, run, source, model_config, task, kind,
+        directory, card, ref.run, source, model_config, task, kind,
         task.auto_class(kind, model_config.model_type), tokens, objective,
         read_quantization(card.quantization), dtype, device,
     )  # fmt: skip
 
 
-def whole_model_input(found: Found, trained: Trained) -> MergeInput:
+def whole_model_input(found: ModelRef, trained: Trained) -> MergeInput:
     """Return what a model that is written as it is, and not merged, is compared by."""
     source, card = found.source, found.card
     return MergeInput(
@@ -180,50 +183,6 @@ def whole_model_input(found: Found, trained: Trained) -> MergeInput:
         trained.kind, trained.task.auto_class(trained.kind, trained.model.config.model_type),
         source, trained.objective, QuantConfig(), trained.dtype, trained.device,
     )  # fmt: skip
-
-
-def is_known_task(directory: Path) -> bool:
-    """Whether an adapter that PEFT alone wrote says what it is for."""
-    return read_peft_config(directory).get("task_type") in _PEFT_TASKS
-
-
-def card_of_peft(directory: Path) -> AdapterCard:
-    """Return a card for an adapter that PEFT alone wrote.
-
-    Raises:
-        InputError: its config does not say what it is for.
-    """
-    peft_config = read_peft_config(directory)
-    task, base = peft_config.get("task_type"), peft_config.get("base_model_name_or_path")
-    if task not in _PEFT_TASKS or not base:
-        raise InputError(
-            f"{directory}/adapter_config.json has task_type {task!r} and base_model_name_or_path "
-            f"{base!r}. Expected one of {', '.join(_PEFT_TASKS)}, and the name of the base model."
-        )
-    heads = list(peft_config.get("modules_to_save") or [])
-    classes = _count_classes(directory) if task in ("SEQ_CLS", "TOKEN_CLS") else 0
-    return AdapterCard(
-        method=str(peft_config["peft_type"]).lower().replace("_", "-"),
-        task=_PEFT_TASKS[task],
-        base={"name": base, "revision": peft_config.get("revision")},
-        quantization={"kind": "none"},
-        dtype="",  # the base's own
-        max_length=_MADE_UP_LENGTH,
-        labels=[f"LABEL_{index}" for index in range(classes)],
-        heads=heads,
-    )
-
-
-def _count_classes(directory: Path) -> int:
-    """Return how many rows the last layer of the saved head has."""
-    from safetensors import safe_open
-
-    with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    ends = [shape for name, shape in shapes.items() if "lora_" not in name and "bias" in name
-            and any(head in name for head in ("classifier", "score"))]  # fmt: skip
-    ends += [shape for name, shape in shapes.items() if name.endswith("score.weight")]
-    return min((shape[0] for shape in ends), default=0)
 
 
 def load_trained_model(inputs: MergeInput, quant: QuantConfig, *, dequantized: bool = False) -> Any:
@@ -275,7 +234,10 @@ def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> Rows:
         reason = str(error).split("\n")[0]
         return _made_up(inputs, count, calibration, f"the run's data cannot be read: {reason}")
     train = [data.train[i] for i in range(min(count + calibration, len(data.train)))]
-    rows = list(data.validation[:count]) or train[:count]
+    validation = list(data.validation[:count])
+    if inputs.ignores_token_types:
+        train, validation = map(_without_token_types, (train, validation))
+    rows = validation or train[:count]
     kind = "validation" if data.validation else "training"
     others = train if data.validation else train[len(rows) :] or train
     chosen, name = others[:calibration], data.facts["name"]
@@ -283,6 +245,13 @@ def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> Rows:
     if chosen:
         choices.append(Choice("codes chosen on", f"{len(chosen)} training rows", name))
     return Rows(rows, chosen, choices)
+
+
+def _without_token_types(rows: Sequence[Encoded]) -> list[Encoded]:
+    return [
+        replace(row, extras={k: v for k, v in row.extras.items() if k != _TOKEN_TYPES})
+        for row in rows
+    ]
 
 
 def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> Prepared:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ftlevel.artifacts.files import write_json
 from ftlevel.errors import InputError, RunError, listing
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.methods.merging import Skeleton, build_skeleton
@@ -361,12 +363,23 @@ def _write_config(
     config.save_pretrained(directory)
     write_former_rope(directory)
     _write_tokenizer(directory, inputs.tokens)
+    if inputs.ignores_token_types:
+        _leave_out_token_types(directory, inputs.tokenizer.model_input_names)
     gguf = inputs.source.kind == "gguf"
     own = None if gguf else local_directory(inputs.source) / "generation_config.json"
     if own is not None and own.is_file():
         shutil.copyfile(own, directory / own.name)
     elif model.can_generate():
         model.generation_config.save_pretrained(directory)
+
+
+def _leave_out_token_types(directory: Path, names: Sequence[str]) -> None:
+    """Let the tokenizer in `directory` return its inputs `names` but for `token_type_ids`."""
+    path = directory / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["model_input_names"] = [name for name in names if name != "token_type_ids"]
+        write_json(path, settings)
 
 
 def _write_tokenizer(directory: Path, tokens: ModelSource) -> None:

@@ -40,7 +40,7 @@ def mix(
     weights = config.weights or [1.0] * len(config.adapters)
     if weights == [1.0]:
         return inputs, []
-    directories = [find_adapter(name)[0] for name in config.adapters]
+    directories = [find_adapter(name) for name in config.adapters]
     for name, directory in zip(config.adapters, directories, strict=True):
         reason = why_not_mixable(read_peft_config(directory))
         if reason is not None:

@@ -104,9 +104,12 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
             return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(
                 raw, **more, name_or_path=source.location
             )
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             source.location, **source.arguments(), **overrides
         )
+        if source.kind == "builtin":
+            config.name_or_path = source.name  # for messages
+        return config
     except struct.error as error:  # of a .gguf whose header is not whole
         raise InputError(
             f"{source.words} ends before its header says ({_first_line(error)}). Was the download "
@@ -148,7 +151,12 @@ def load_tokenizer(source: ModelSource) -> Any:
         InputError: there is none, or it cannot be read.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(source.location, **source.arguments())
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source.location, **source.arguments()
+        )
+        if source.kind == "builtin":
+            tokenizer.name_or_path = source.name  # for messages
+        return tokenizer
     except Exception as error:
         if not isinstance(error, FROM_READERS) and type(error) is not Exception:  # as Rust's are
             raise

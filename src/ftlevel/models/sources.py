@@ -100,6 +100,8 @@ def resolve_source(
         directory = builtin.model_path(name.removeprefix("builtin:"))
         return ModelSource(name, "builtin", str(directory), local_files_only=True, said=said)
     path = Path(name).expanduser()
+    if own := builtin.name_of(path):  # as plain PEFT writes it into adapter_config.json
+        return resolve_source(own, said=said.replace(name, own))
     if path.suffix == ".gguf" and not path.is_dir():
         _check_file(path, words)
         return ModelSource(

@@ -8,20 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ftlevel.config import GenerateConfig
-from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.models.hardware import choose_device
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import add_adapter
-from ftlevel.trained.base import check_base
-from ftlevel.trained.load import (
-    Found,
-    Trained,
-    find_trained,
-    load_found,
+from ftlevel.trained.load import Trained, load_found
+from ftlevel.trained.model_ref import (
+    ADAPTER_CONFIG,
+    ModelRef,
+    check_base,
+    is_model,
+    resolve_model,
     resolve_stored,
 )
-from ftlevel.trained.plain_peft import ADAPTER_CONFIG
 
 BASE = "base"
 """What the model is called with its adapters switched off."""
@@ -118,7 +117,7 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
     return AdapterSet(voices, slots, [*trained.notes, *notes])
 
 
-def _find_all(config: GenerateConfig, device: str) -> tuple[Found | None, dict[str, Found]]:
+def _find_all(config: GenerateConfig, device: str) -> tuple[ModelRef | None, dict[str, ModelRef]]:
     """Return the plain model that was named, and every adapter by its name."""
     base, places = None, dict(config.adapters)
     if config.adapters_dir is not None:
@@ -126,9 +125,11 @@ def _find_all(config: GenerateConfig, device: str) -> tuple[Found | None, dict[s
             if name in places:
                 raise ConfigError(f"two adapters are called {name!r}. Name one otherwise.")
             places[name] = place
-    named: dict[str, Found] = {}
+    named: dict[str, ModelRef] = {}
     if config.name is not None:
-        found = find_trained(config.name, device, config.task, place=config.base_model)
+        found = resolve_model(
+            config.name, config.task, config.base_model, device=device, dtype=config.dtype
+        )
         if found.directory is None:
             base = found
         else:
@@ -142,9 +143,13 @@ def _find_all(config: GenerateConfig, device: str) -> tuple[Found | None, dict[s
         if name == BASE:
             raise ConfigError(f"--adapter {name}=…: the base is called so. Choose another name.")
         said = f"--adapter {name}={place}"
-        found = find_trained(str(place), device, config.task, said, now)
+        if is_model(str(place)):
+            raise InputError(f"{said} is no adapter but a model. Name a run or an adapter.")
+        found = resolve_model(
+            str(place), config.task, now, device=device, dtype=config.dtype, said=said
+        )
         if found.directory is None:
-            raise InputError(f"--adapter {name}={place} is no adapter but a model.")
+            raise InputError(f"{said} is no adapter but a model. Name a run or an adapter.")
         named[name] = found
     return base, named
 
@@ -174,19 +179,19 @@ def find_adapters(directory: Path) -> dict[str, Path]:
     }
 
 
-def _onto(base: Found, found: Found) -> Found:
+def _onto(base: ModelRef, found: ModelRef) -> ModelRef:
     """Return `found` to be put onto the model that the user named."""
     check_base(base.source, found.card, _directory(found))
     return resolve_stored(replace(found, source=base.source))
 
 
-def _directory(found: Found) -> Path:
+def _directory(found: ModelRef) -> Path:
     if found.directory is None:
         raise TypeError("an adapter has a directory")
     return found.directory
 
 
-def _check_together(named: dict[str, Found]) -> None:
+def _check_together(named: dict[str, ModelRef]) -> None:
     """Refuse adapters that cannot share a model.
 
     Raises:
@@ -206,23 +211,22 @@ def _check_together(named: dict[str, Found]) -> None:
                 )
 
 
-def _base_identity(found: Found) -> str:
+def _base_identity(found: ModelRef) -> str:
     fingerprint = found.card.base.get("fingerprint")
     return str(fingerprint)[:12] if fingerprint else str(found.card.base["name"])
 
 
-def _head(found: Found) -> str:
+def _head(found: ModelRef) -> str:
     return TASKS[found.card.task].describe_head(found.card.labels)
 
 
-def _voice(trained: Trained, found: Found) -> Trained:
+def _voice(trained: Trained, found: ModelRef) -> Trained:
     """Return `trained` as it is with the adapter of `found` switched on."""
     card = found.card
-    prompt = PromptFormat(**card.prompt) if card.prompt else None
     return replace(
         trained,
         task=TASKS[card.task],
-        prompt_format=prompt,
+        prompt_format=found.prompt_format,
         max_length=card.max_length,
         labels=card.labels,
         options=card.options,

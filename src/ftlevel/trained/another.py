@@ -19,7 +19,7 @@ from ftlevel.errors import InputError, with_article
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.tasks import TASKS
-from ftlevel.trained.load import Found, find_trained, load_own_tokenizer
+from ftlevel.trained.model_ref import ModelRef, load_own_tokenizer, resolve_model
 
 NAMED = "model.json"
 """The file that says which model it was."""
@@ -36,7 +36,7 @@ class Another:
     """
 
     name: str
-    found: Found
+    found: ModelRef
     fingerprint: str
 
     def in_precision(self, dtype: str) -> Another:
@@ -65,7 +65,7 @@ def find_another(flag: str, name: str, kind: str, tokenizer: Any, device: str) -
         InputError: it is not there, does not write, is of another kind or has another tokenizer.
     """
     said = f"{flag} {name}"
-    found = find_trained(name, device, said=said)
+    found = resolve_model(name, device=device, said=said)
     if not TASKS[found.card.task].writes_text:
         raise InputError(f"{said} was trained for {found.card.task}: it writes no text. Name one "
                          "that does.")  # fmt: skip
@@ -92,7 +92,7 @@ def find_named(directory: Path, beside: Path, device: str) -> Another:
     places = [str(resolve_relative(known["path"], beside))] if known.get("path") else []
     places = [place for place in places if Path(place).exists()] or [known["name"]]
     said = f"{places[0]} (the reference of {beside})"
-    found = find_trained(places[0], device, said=said)
+    found = resolve_model(places[0], device=device, said=said)
     if fingerprint_of(found) != known["fingerprint"]:
         raise InputError(
             f"{said} has other weights than in training, and rewards against it would be others. "
@@ -101,7 +101,7 @@ def find_named(directory: Path, beside: Path, device: str) -> Another:
     return Another(places[0], found, known["fingerprint"])
 
 
-def fingerprint_of(found: Found) -> str:
+def fingerprint_of(found: ModelRef) -> str:
     """Return a SHA-256 of every byte of the weights, and of how they are quantized."""
     place, digest = found.source.path, hashlib.sha256()
     if place is None:

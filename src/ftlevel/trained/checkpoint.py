@@ -5,39 +5,13 @@ from __future__ import annotations
 import functools
 import shutil
 from pathlib import Path
-from shlex import quote
 
-from ftlevel.artifacts.cards import CARD
 from ftlevel.artifacts.checkpoints import find_damage
-from ftlevel.artifacts.ownership import CHECKPOINTS
-from ftlevel.artifacts.run_directory import run_of
-from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.errors import InputError
-from ftlevel.trained.plain_peft import ADAPTER_CONFIG
 from ftlevel.workspace import Workspace
 
 _PARTS = "shard-*.safetensors"
 """What processes write that share a model out, each its rows."""
-
-
-def check_whole_adapter(directory: Path) -> None:
-    """Refuse a checkpoint whose adapter is not one of the untouched base.
-
-    Raises:
-        InputError: it is such a one, or its configuration is damaged.
-    """
-    run = run_of(directory) if directory.absolute().parent.name == CHECKPOINTS else None
-    if run is None or (directory / CARD).is_file() or not (directory / ADAPTER_CONFIG).is_file():
-        return
-    from ftlevel.methods.merging import read_peft_config  # it imports PEFT's tuners
-
-    init = read_peft_config(directory).get("init_lora_weights")
-    if init in INSIDE_BASE:
-        raise InputError(
-            f"{directory} is a checkpoint of a run that began with init_lora_weights={init!r}, "
-            "inside the base's weights: its adapter is made one of the untouched base at the end. "
-            f"Go on with it: ftlevel train --output-dir {quote(str(run))} --resume"
-        )
 
 
 def whole_model(directory: Path) -> Path:

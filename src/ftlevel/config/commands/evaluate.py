@@ -35,7 +35,7 @@ class EvaluateConfig(DecodingAsInTraining):
     )
     ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
     task: TaskName | None = Field(
-        None, description="What a model or a plain PEFT adapter is for; a run knows it."
+        None, description="Task of a model or a plain PEFT adapter whose files do not name it."
     )
     quant: Literal["none", "4bit", "8bit"] | None = Field(
         None, description="Quantize the base otherwise than in training: none, 4bit or 8bit."
@@ -80,6 +80,9 @@ class EvaluateConfig(DecodingAsInTraining):
         min_length=1,
         description="Where an adapter's base model is now, if it has moved; its weights must be "
         "the same.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision to compute in; auto is that of training."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")
 

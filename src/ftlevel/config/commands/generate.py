@@ -27,7 +27,7 @@ class GenerateConfig(Decoding):
         default_factory=list, description="Names of the adapters that answer; default all."
     )
     task: TaskName | None = Field(
-        None, description="What a model or a plain PEFT adapter is for; a run knows it."
+        None, description="Task of a model or a plain PEFT adapter whose files do not name it."
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="What ftlevel calls a column: what the data calls it."
@@ -45,5 +45,8 @@ class GenerateConfig(Decoding):
         min_length=1,
         description="Where an adapter's base model is now, if it has moved; its weights must be "
         "the same.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision to compute in; auto is that of training."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")

@@ -51,7 +51,7 @@ class PredictConfig(DecodingAsInTraining):
     resume: bool = Field(False, description="Go on after the last whole row of --output.")
     overwrite: bool = Field(False, description="Replace an --output that exists.")
     task: TaskName | None = Field(
-        None, description="What a model or a plain PEFT adapter is for; a run knows it."
+        None, description="Task of a model or a plain PEFT adapter whose files do not name it."
     )
     batch_size: Positive | None = Field(
         None, description="Rows a forward pass; the default is by their tokens."
@@ -64,6 +64,9 @@ class PredictConfig(DecodingAsInTraining):
         min_length=1,
         description="Where an adapter's base model is now, if it has moved; its weights must be "
         "the same.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision to compute in; auto is that of training."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")
 

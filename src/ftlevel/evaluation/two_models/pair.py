@@ -23,17 +23,17 @@ from ftlevel.evaluation.two_models.on_text import (
 )
 from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
-from ftlevel.trained.load import (
-    Found,
-    Trained,
+from ftlevel.trained.load import Trained
+from ftlevel.trained.model_ref import (
+    PLAIN,
+    ModelRef,
     card_directory,
-    find_trained,
     load_own_tokenizer,
+    resolve_model,
 )
-from ftlevel.trained.plain_peft import PLAIN
 
 
-def find_pair(config: EvaluateConfig, device: str) -> tuple[Found, Found | None]:
+def find_pair(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:
     """Find what is scored, and what it is held against if there is such a thing.
 
     A plain model does not know its task: it is asked as the other of the two was trained.
@@ -42,16 +42,22 @@ def find_pair(config: EvaluateConfig, device: str) -> tuple[Found, Found | None]
         InputError: one is not there, or they cannot be asked the same.
     """
     if config.against is None:
-        return find_trained(config.name, device, config.task, place=config.base_model), None
+        found = resolve_model(
+            config.name, config.task, config.base_model, device=device, dtype=config.dtype
+        )
+        return found, None
     names = (config.name, config.against)
     cards = [card_directory(Path(name).expanduser()) for name in names]
     known = [read_card(card).task for card in cards if card is not None]
     task = config.task or (known[0] if known else None)
     said = (config.name, f"--against {config.against}")
     found, reference = (
-        find_trained(name, device, config.task if card else task, words, place)
+        resolve_model(
+            name, config.task if card else task, place,
+            device=device, dtype=config.dtype, said=words,
+        )
         for name, card, words, place in zip(names, cards, said, _places(config, cards), strict=True)
-    )
+    )  # fmt: skip
     if found.card.task != reference.card.task:
         raise InputError(
             f"--against {config.against} is for {reference.card.task}, and {config.name} for "
@@ -70,7 +76,7 @@ def _places(config: EvaluateConfig, cards: Sequence[Path | None]) -> list[str | 
     return [place, place if len(bases) == 2 and bases[0] == bases[1] else None]
 
 
-def _check_same_answers(found: Found, reference: Found, config: EvaluateConfig) -> None:
+def _check_same_answers(found: ModelRef, reference: ModelRef, config: EvaluateConfig) -> None:
     """Refuse two models whose answers do not stand for the same, token by token or class by class.
 
     Raises:
@@ -89,7 +95,7 @@ def _check_same_answers(found: Found, reference: Found, config: EvaluateConfig) 
         )
 
 
-def choose_leader(found: Found, reference: Found | None) -> Found:
+def choose_leader(found: ModelRef, reference: ModelRef | None) -> ModelRef:
     """Return the one of two that says which rows are asked, and how: a run, or one with a card."""
     both = [found] if reference is None else [found, reference]
     for says in (lambda f: f.run is not None, lambda f: f.card.method != PLAIN):

@@ -30,12 +30,13 @@ from ftlevel.trained.adapterhub import (
     is_adapterhub,
     read_hub_adapter,
 )
-from ftlevel.trained.load import Found, card_overrides
+from ftlevel.trained.load import card_overrides
+from ftlevel.trained.model_ref import ModelRef
 
 _PREFIX = "base_model.model."
 
 
-def plan_export(config: ExportConfig, found: Found) -> AdapterHubExport:
+def plan_export(config: ExportConfig, found: ModelRef) -> AdapterHubExport:
     """Return what will be written, and refuse what AdapterHub does not have.
 
     Raises:

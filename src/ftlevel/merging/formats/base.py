@@ -13,7 +13,7 @@ from ftlevel.config.choices import Choice
 from ftlevel.config.commands.export import FORMATS
 from ftlevel.evaluation.two_models.compare import Agreement
 from ftlevel.events import Listener
-from ftlevel.trained.load import Found
+from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.gguf.blocks import Codes
 
 ChooseCodes = Callable[[str], Codes]
@@ -70,7 +70,7 @@ class Export(Protocol):
         """Return what came out, a line each."""
 
 
-def plan_export(config: ExportConfig, found: Found | Mapping[str, Found]) -> Export:
+def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> Export:
     """Return what will be written in the format that `config` names.
 
     Args:

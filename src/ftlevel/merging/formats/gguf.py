@@ -22,7 +22,7 @@ from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
 from ftlevel.models.quantized import quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
-from ftlevel.trained.load import Found
+from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import open_checkpoint
 from ftlevel.weights.gguf.blocks import CHOSEN
 from ftlevel.weights.gguf.families import FAMILIES, context_limit, describe, find_problems
@@ -32,7 +32,7 @@ from ftlevel.weights.gguf.vocabulary import Vocabulary, read_vocabulary
 _CLASS = "AutoModelForCausalLM"
 
 
-def plan_export(config: ExportConfig, found: Found) -> GgufExport:
+def plan_export(config: ExportConfig, found: ModelRef) -> GgufExport:
     """Return what will be written, and refuse what cannot be.
 
     Raises:
@@ -77,7 +77,7 @@ class GgufExport:
     """
 
     config: ExportConfig
-    found: Found
+    found: ModelRef
     model_config: Any
     tokenizer: Any
     vocabulary: Vocabulary

@@ -23,10 +23,10 @@ from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
-from ftlevel.trained.load import Found
+from ftlevel.trained.model_ref import ModelRef
 
 
-def plan_export(config: ExportConfig, found: Found) -> MergedExport:
+def plan_export(config: ExportConfig, found: ModelRef) -> MergedExport:
     """Return what will be written.
 
     Raises:
@@ -41,7 +41,7 @@ def plan_export(config: ExportConfig, found: Found) -> MergedExport:
     return MergedExport(config, found)
 
 
-def _check(config: ExportConfig, found: Found, server: Server) -> None:
+def _check(config: ExportConfig, found: ModelRef, server: Server) -> None:
     kind = model_kind(load_config(found.source))
     needs = kind if TASKS[found.card.task].writes_text else "classifiers"
     if needs not in ("decoder", *server.merged):
@@ -63,7 +63,7 @@ class MergedExport:
     """
 
     config: ExportConfig
-    found: Found
+    found: ModelRef
     notes: tuple[str, ...] = ()
 
     def choices(self, device: Choice) -> Iterator[Choice]:

@@ -20,13 +20,13 @@ from ftlevel.merging.normal_form.form import NormalForm
 from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
 from ftlevel.merging.serving.entry import Entry
 from ftlevel.methods.plain_form.factors import Factors
-from ftlevel.trained.load import Found
+from ftlevel.trained.model_ref import ModelRef
 
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 _WEIGHTS = "adapters.safetensors"
 
 
-def plan_export(config: ExportConfig, found: Found | Mapping[str, Found]) -> AdaptersExport:
+def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> AdaptersExport:
     """Return what will be written of an adapter, or of several by name.
 
     Raises:

@@ -35,7 +35,8 @@ from ftlevel.merging.serving.recorded import FILE, Recorded, record, write_serve
 from ftlevel.merging.serving.start import Part, check_command, check_signs, start_adapters
 from ftlevel.methods.merging import BY_PEFT_TYPE, why_not_mergeable
 from ftlevel.models.loading import load_model
-from ftlevel.trained.load import Found, load_found
+from ftlevel.trained.load import load_found
+from ftlevel.trained.model_ref import ModelRef
 from ftlevel.workspace import Workspace
 
 _MERGE = "Merge it"
@@ -79,7 +80,7 @@ class Checked:
 
 
 def plan_adapters(
-    config: ExportConfig, found: Found | Mapping[str, Found], writer: Writer
+    config: ExportConfig, found: ModelRef | Mapping[str, ModelRef], writer: Writer
 ) -> AdaptersExport:
     """Return what will be written of the adapter `found`, or of several by name.
 

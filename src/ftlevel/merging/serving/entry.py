@@ -18,7 +18,8 @@ from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config, load_tokenizer
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapterhub import is_adapterhub
-from ftlevel.trained.load import Found, card_overrides, load_own_tokenizer
+from ftlevel.trained.load import card_overrides
+from ftlevel.trained.model_ref import ModelRef, load_own_tokenizer
 
 TEXTS = (
     "Write a sentence about rain.",
@@ -59,7 +60,7 @@ class Entry:
     """
 
     name: str
-    found: Found
+    found: ModelRef
 
     @property
     def directory(self) -> Path:
@@ -149,7 +150,7 @@ class Entry:
             found.append(Prompt(text, ids, messages, rendered if same else ""))
         return found
 
-    def in_float32(self, *, with_adapter: bool = True) -> Found:
+    def in_float32(self, *, with_adapter: bool = True) -> ModelRef:
         """Return it to be loaded in float32 onto a base that is not quantized for it."""
         card = replace(self.found.card, dtype="float32")
         if not self.found.is_stored_quantized:
@@ -157,7 +158,7 @@ class Entry:
         return replace(self.found, card=card, directory=self.directory if with_adapter else None)
 
 
-def adapter_name(found: Found) -> str:
+def adapter_name(found: ModelRef) -> str:
     """Return what a server calls an adapter: the name of its run, or of its directory."""
     place = found.run or found.directory
     return place.resolve().name if place is not None else found.source.name
@@ -167,7 +168,7 @@ def _named(entry: Entry) -> str:
     return str(entry.found.run or entry.directory)
 
 
-def open_entry(name: str, found: Found, server: Server | None) -> Entry:
+def open_entry(name: str, found: ModelRef, server: Server | None) -> Entry:
     """Return `found` as what is to be served.
 
     Raises:

@@ -15,7 +15,8 @@ from ftlevel.merging.serving.entry import Entry
 from ftlevel.merging.serving.recorded import record, write_served
 from ftlevel.merging.serving.start import start_model
 from ftlevel.models.sources import ModelSource
-from ftlevel.trained.load import Found, load_found
+from ftlevel.trained.load import load_found
+from ftlevel.trained.model_ref import ModelRef
 
 
 def start_of(config: ExportConfig) -> list[str]:
@@ -28,7 +29,7 @@ def start_of(config: ExportConfig) -> list[str]:
 def record_whole(
     path: Path,
     config: ExportConfig,
-    found: Found,
+    found: ModelRef,
     source: ModelSource,
     dtype: str,
     device: str,

@@ -13,6 +13,13 @@ from ftlevel.errors import InputError, did_you_mean, listing
 MODELS: tuple[str, ...] = ("tiny-llama",)
 
 
+def name_of(directory: Path) -> str:
+    """Return the name, `builtin:NAME`, of the built-in model in `directory`; empty for others."""
+    own = Path(__file__).resolve().parent
+    place = directory.resolve()
+    return f"builtin:{place.name}" if place.parent == own and place.name in MODELS else ""
+
+
 def model_path(name: str) -> Path:
     """Return the directory of the built-in model `name`, which is given without "builtin:".
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.cards import AdapterCard, read_card
+from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.fingerprint import file_fingerprint
-from ftlevel.artifacts.run_directory import CONFIG
+from ftlevel.artifacts.run_directory import CONFIG, run_of
 from ftlevel.config import SPECS, Layer, MethodConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.choices import Choice
 from ftlevel.config.flags import FLAGS
@@ -25,16 +25,16 @@ from ftlevel.models.quantized import stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapterhub import is_adapterhub
-from ftlevel.trained.base import find_base
-from ftlevel.trained.load import card_directory
-from ftlevel.trained.plain_peft import ADAPTER_CONFIG, read_plain_adapter
+from ftlevel.trained.model_ref import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_task,
+    find_base,
+    find_directory,
+    is_model,
+    read_plain_adapter,
+)
 from ftlevel.weights.tensor_files import read_header
-
-WEIGHTS = "adapter_model.safetensors"
-
-_TASKS = {"SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
-          "QUESTION_ANS": "question-answering", "CAUSAL_LM": "text-generation"}  # fmt: skip
-"""PEFT's type of task → the one that it can only be."""
 
 _NAMED = ("target_modules", "target_parameters", "layers_to_transform", "modules_to_save")
 """What a run says in its own words, and adapter_config.json by names of modules."""
@@ -80,10 +80,10 @@ def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | No
     """
     if config.model.adapter is None:
         return config, None, []
-    name, path = config.model.adapter, Path(config.model.adapter).expanduser()
-    directory = card_directory(path) or path
-    card = read_card(directory) if directory != path or (path / "ftlevel.json").is_file() else None
-    if not (directory / ADAPTER_CONFIG).is_file() and (directory / "config.json").is_file():
+    name = config.model.adapter
+    directory = find_directory(name)
+    card = read_card(directory) if (directory / CARD).is_file() else None
+    if is_model(name):
         return (
             *_take_model(config, name, directory),
             [f"--adapter {name} is a whole model: it is trained on as --model is"],
@@ -92,7 +92,7 @@ def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | No
     base = _base_of(config, card, directory)
     source, settings = read_plain_adapter(directory, base_source=base)
     adapter = StartingAdapter(
-        name, directory, settings, card, file_fingerprint(directory / WEIGHTS)
+        name, directory, settings, card, file_fingerprint(directory / ADAPTER_WEIGHTS)
     )
     spec = _read_spec(adapter, config)
     _check_flags(config, adapter, spec)
@@ -101,9 +101,11 @@ def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | No
     values["model"] = {**values.get("model", {}), "name_or_path": source.name}
     if source.revision:
         values["model"]["revision"] = source.revision
-    task = card.task if card else _TASKS.get(str(settings.get("task_type")))
-    if task is not None and "task" not in config.model_fields_set:
-        values["task"] = task
+    if card is not None:
+        values.setdefault("task", card.task)
+    elif settings.get("task_type") != "SEQ_2_SEQ_LM" or "task" in values:  # or by the columns
+        task = values.get("task")
+        values["task"] = adapter_task(directory, settings, load_config(source), task)
     if card is not None:
         if card.labels:
             values["data"] = {**values.get("data", {}), "labels": card.labels}
@@ -177,10 +179,10 @@ def _read_spec(adapter: StartingAdapter, config: TrainConfig) -> MethodConfig:
     """
     settings, card, given = adapter.settings, adapter.card, config.method
     kind = card.method if card else _kind_of(adapter)
-    run = adapter.directory.parent / CONFIG
+    run = run_of(adapter.directory)
     values: dict[str, Any] = {}
-    if card is not None and run.is_file():
-        own = read_recipe(run).values.get("method") or {}
+    if card is not None and run is not None:
+        own = read_recipe(run / CONFIG).values.get("method") or {}
         values = dict(own) if isinstance(own, Mapping) else {}
     if card is None and kind == "lora" and given.kind == "qlora":
         kind = "qlora"
@@ -193,7 +195,7 @@ def _read_spec(adapter: StartingAdapter, config: TrainConfig) -> MethodConfig:
         if name in fields and value is not None and not name.startswith("init_")
         and not (name in values and name in _NAMED)
     }  # fmt: skip
-    if card is None and "modules_to_save" in fields:
+    if (card is None or run is None) and "modules_to_save" in fields:
         values["modules_to_save"] = _saved_modules(adapter)
     for name in ("lora_plus_ratio", *(name for name in fields if name.endswith("dropout"))):
         if name in given.model_fields_set and hasattr(given, name):
@@ -221,7 +223,7 @@ def _kind_of(adapter: StartingAdapter) -> str:
 
 def _saved_modules(adapter: StartingAdapter) -> list[str]:
     """Return what was trained in full, of the names that PEFT puts there by itself."""
-    stored, _ = read_header(adapter.directory / WEIGHTS)
+    stored, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
     names = adapter.settings.get("modules_to_save") or []
     return [name for name in names if any(f".{name}." in key for key in stored)]
 

@@ -12,7 +12,8 @@ from ftlevel.errors import ConfigError, listing
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import apply_method, compact_targets, describe_state
-from ftlevel.training.plan.adapter import WEIGHTS, StartingAdapter
+from ftlevel.trained.model_ref import ADAPTER_WEIGHTS
+from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.plan import Plan
 from ftlevel.weights.tensor_files import read_header
 
@@ -50,7 +51,7 @@ def check_form(adapter: StartingAdapter, config: TrainConfig, plan: Plan) -> Non
                 f"would be {now}. It cannot be gone on from."
             )
     needed, wanted = describe_state(apply_method(meta, spec, plan.base))
-    stored, _ = read_header(adapter.directory / WEIGHTS)
+    stored, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
     found = {name: tensor.spec.shape for name, tensor in stored.items()}
     other = {name for name, shape in found.items() if wanted.get(name) != shape}
     if odd := sorted(other | (needed - found.keys())):

@@ -1,0 +1,578 @@
+"""What a name on the command line refers to: a run, a checkpoint, an adapter or a model.
+
+`resolve_model` is the one place where that is decided, with its task, base, quantization, labels
+and prompt format. No weights are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from shlex import quote
+from typing import Any, Literal
+
+from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
+from ftlevel.artifacts.files import check_regular
+from ftlevel.artifacts.fingerprint import base_digest, base_fingerprint
+from ftlevel.artifacts.ownership import CHECKPOINTS
+from ftlevel.artifacts.places import resolve_relative
+from ftlevel.artifacts.run_directory import CONFIG, run_of
+from ftlevel.config.methods.lora import INSIDE_BASE
+from ftlevel.data.encoding.pad_token import choose_pad_token
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.errors import InputError, listing
+from ftlevel.models.hardware import choose_dtype
+from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
+from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
+from ftlevel.models.quantized import (
+    as_quant_config,
+    quantization_facts,
+    quantization_name,
+    stored_quantization,
+)
+from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.models.targets import find_heads
+from ftlevel.tasks import TASKS, BaseTask
+from ftlevel.trained.adapterhub import hub_task, is_adapterhub, read_hub_adapter, with_head
+from ftlevel.trained.checkpoint import whole_model
+from ftlevel.weights.tensor_files import read_header
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PLAIN = "none"
+"""The method of a model that has no adapter."""
+_DEFAULT_TASK = "text-generation"
+
+Kind = Literal["run", "checkpoint", "adapter", "peft", "adapterhub", "model", "quantized", "hub",
+               "gguf"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """What a name on the command line refers to, before weights load.
+
+    Attributes:
+        source: the base model of an adapter, or the model itself.
+        directory: of the adapter; None for a model without one.
+        card: how it was trained; for what ftlevel did not train, what its files say. Its
+            quantization is that of the weights as they will load.
+        run: the run directory that it is in, if any.
+        notes: what the user should know.
+        is_stored_quantized: whether the weights on the disk are quantized.
+        is_ours: whether ftlevel wrote it, with a card.
+    """
+
+    source: ModelSource
+    directory: Path | None
+    card: AdapterCard
+    run: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    is_stored_quantized: bool = False
+    is_ours: bool = True
+
+    @property
+    def kind(self) -> Kind:
+        """What the name refers to; `peft` is an adapter that plain PEFT wrote."""
+        if self.run is not None:
+            place = self.directory or Path(self.source.name)
+            return "checkpoint" if place.absolute().parent.name == CHECKPOINTS else "run"
+        if self.directory is not None and not self.is_ours:
+            return "adapterhub" if is_adapterhub(self.directory) else "peft"
+        if self.directory is not None:
+            return "adapter"
+        if self.source.kind in ("hub", "gguf"):
+            return self.source.kind
+        return "quantized" if self.is_stored_quantized else "model"
+
+    @property
+    def task(self) -> str:
+        """The task, as in `--task`."""
+        return self.card.task
+
+    @property
+    def base(self) -> str:
+        """Name of the base model; of a model without an adapter, its own name."""
+        return self.source.name
+
+    @property
+    def revision(self) -> str | None:
+        """Revision of a base on the Hub."""
+        return self.source.revision
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """How the weights are quantized once loaded: `kind` and its settings."""
+        return self.card.quantization
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes or tags, by index; empty where there are none."""
+        return self.card.labels
+
+    @property
+    def prompt_format(self) -> PromptFormat | None:
+        """How prompts are laid out; None where there are no prompts."""
+        return PromptFormat(**self.card.prompt) if self.card.prompt else None
+
+
+def resolve_model(
+    name: str,
+    task: str | None = None,
+    base: str | None = None,
+    *,
+    device: str,
+    dtype: str = "auto",
+    said: str = "",
+) -> ModelRef:
+    """Return what `name` refers to.
+
+    Args:
+        name: a run, checkpoint, adapter or model directory, a `.gguf` file, a Hub id, or
+            builtin:NAME.
+        task: the user's `--task`; None for the one that the card, adapter_config.json or the
+            model's architecture names.
+        base: where the base model of an adapter is now, if it has moved.
+        device: torch device type.
+        dtype: the user's `--dtype`; auto is as in training.
+        said: what errors call a model; the default is `name`.
+
+    Raises:
+        InputError: it is not there, its base is not the one it was trained on, or it was trained
+            for another task than `task`.
+    """
+    ref = _resolve(name, device, task, said or name, base)
+    if base is not None and ref.directory is None:
+        raise InputError(
+            f"--model {base}: it names the base of an adapter, and {name} is a whole model. Drop "
+            "it."
+        )
+    return with_dtype(resolve_stored(ref), dtype, device)
+
+
+def resolve_stored(ref: ModelRef) -> ModelRef:
+    """Return `ref` with a card that says how its weights are stored, whoever quantized them."""
+    stored = None if ref.source.kind == "gguf" else stored_quantization(load_config(ref.source))
+    if stored is None:
+        return replace(ref, is_stored_quantized=False)
+    card = replace(ref.card, quantization=quantization_facts(stored))
+    return replace(ref, card=card, is_stored_quantized=True)
+
+
+def with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
+    """Return `ref` to be computed in `dtype`, as of `--dtype`; auto changes nothing.
+
+    Raises:
+        ConfigError: the device or the model type cannot compute in it.
+        InputError: the stored quantization has a compute type of its own.
+    """
+    if dtype in ("auto", ref.card.dtype):
+        return ref
+    config = load_config(ref.source)
+    stored = stored_quantization(config)
+    if stored is not None and as_quant_config(stored) is None:
+        raise InputError(
+            f"--dtype {dtype}: {ref.source.words} is stored quantized "
+            f"({quantization_name(stored)}), and its kernels compute in the type that it was saved "
+            f"with ({config.dtype}). Drop --dtype, or name the original model."
+        )
+    chosen = choose_dtype(dtype, device, ref.card.method, config.model_type).value
+    return replace(ref, card=replace(ref.card, dtype=chosen))
+
+
+def compute_dtype(card: AdapterCard, device: str) -> str:
+    """Return the precision to compute in: that of `card`, or float32 for float16 on the CPU."""
+    return "float32" if card.dtype == "float16" and device == "cpu" else card.dtype
+
+
+def describe_dtype(ref: ModelRef, dtype: str) -> str:
+    """Return why `ref` computes in the precision that it does, given the user's `--dtype`."""
+    if dtype != "auto":
+        return "--dtype"
+    return "as in training" if ref.is_ours else "auto"
+
+
+def _resolve(name: str, device: str, task: str | None, said: str, base: str | None) -> ModelRef:
+    path = find_directory(name)
+    if (path / CARD).is_file():
+        directory, card = path, read_card(path)
+        if task not in (None, card.task):
+            raise InputError(f"{name} was trained for {card.task}, not for {task}. Drop --task.")
+        run = run_of(directory)
+        if card.method == "full":
+            source = resolve_source(str(whole_model(directory)), said=str(directory))
+            return ModelRef(replace(source, name=str(directory)), None, card, run)
+        return ModelRef(find_base(card, directory, base), directory, card, run)
+    if is_adapterhub(path):
+        return _resolve_adapterhub(path, device, task, base)
+    check_whole_adapter(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        return _resolve_peft(path, name, device, task, base)
+    source = resolve_source(name, said=said)
+    config = load_config(source)
+    own = TASKS[task or _task_of_model(config, said)]
+    return ModelRef(source, None, stand_in_card(source, config, own, device), is_ours=False)
+
+
+def _resolve_peft(
+    directory: Path, name: str, device: str, task: str | None, base: str | None
+) -> ModelRef:
+    """Return the reference to an adapter that plain PEFT wrote."""
+    source, settings = read_plain_adapter(directory, base)
+    config = load_config(source)
+    own = TASKS[adapter_task(directory, settings, config, task)]
+    if own.has_new_head:
+        auto_class = own.auto_class(model_kind(config), config.model_type)
+        outputs = count_outputs(directory, build_task_model(config, auto_class))
+        if outputs not in (0, config.num_labels):
+            config = load_config(source, num_labels=outputs)
+    card = stand_in_card(source, config, own, device, directory, settings)
+    note = f"{name} was not made by ftlevel: its base, {source.name}, is taken on trust"
+    return ModelRef(source, directory, card, None, [note], is_ours=False)
+
+
+def _resolve_adapterhub(
+    directory: Path, device: str, task: str | None, base: str | None
+) -> ModelRef:
+    """Return the reference to an adapter of AdapterHub's."""
+    hub = read_hub_adapter(directory)
+    own = TASKS[hub_task(hub, task)]
+    source = resolve_plain_base(hub.base, directory, None, base)
+    settings = {"peft_type": "BOTTLENECK", "modules_to_save": hub.heads}
+    card = stand_in_card(source, load_config(source), own, device, directory, settings)
+    note = (
+        f"{directory} was made by AdapterHub's adapters: its base, {source.name}, is taken on trust"
+    )
+    return ModelRef(source, directory, with_head(card, hub), None, [note], is_ours=False)
+
+
+def find_directory(name: str) -> Path:
+    """Return the directory with the files of the run, checkpoint, adapter or model `name`.
+
+    That of a run is its `adapter` directory. Nothing has to be there.
+
+    Raises:
+        InputError: a run that has not ended.
+    """
+    path = Path(name).expanduser()
+    inner = path / "adapter"
+    if not (path / ADAPTER_CONFIG).is_file() and (inner / ADAPTER_CONFIG).is_file():
+        path = inner if card_directory(path) is None else path
+    return card_directory(path) or path
+
+
+def is_model(name: str) -> bool:
+    """Whether `name` is of a model on this disk, and not of an adapter or a run with one."""
+    place = find_directory(name)
+    if (place / ADAPTER_CONFIG).is_file():
+        return False
+    is_gguf = place.suffix == ".gguf" and place.is_file()
+    return is_gguf or name.startswith("builtin:") or (place / "config.json").is_file()
+
+
+def card_directory(path: Path) -> Path | None:
+    """Return the directory with ftlevel.json that `path` means, or None for a plain model.
+
+    Raises:
+        InputError: a run that has not ended.
+    """
+    if (path / CARD).is_file():
+        return path
+    if (path / "adapter" / CARD).is_file():
+        return path / "adapter"
+    if (path / CONFIG).is_file():
+        raise InputError(
+            f"{path} is a run that has no adapter yet: it did not come to its end. "
+            f"Go on with it: ftlevel train --output-dir {quote(str(path))} --resume"
+        )
+    return None
+
+
+def _task_of_model(config: Any, said: str) -> str:
+    """Return the task of a model that ftlevel did not train, by the head that it was saved with.
+
+    Raises:
+        InputError: its architecture has no head, so the task is not known.
+    """
+    fits = _tasks_of_class(checkpoint_class(config))
+    if fits:
+        return fits[0]
+    if model_kind(config) in TASKS[_DEFAULT_TASK].auto_classes:
+        return _DEFAULT_TASK
+    architecture = listing(config.architectures or ()) or config.model_type
+    raise InputError(
+        f"{said} does not say what it was trained for: its config.json names {architecture}, a "
+        "model without a head. Name the task: --task NAME."
+    )
+
+
+def _tasks_of_class(auto_class: str) -> list[str]:
+    return [name for name, task in TASKS.items() if auto_class in task.auto_classes.values()]
+
+
+def adapter_task(
+    directory: Path, settings: Mapping[str, Any], base_config: Any, task: str | None = None
+) -> str:
+    """Return the task of an adapter that plain PEFT wrote.
+
+    PEFT has no task type for masked language models, and writes the model's class instead.
+
+    Args:
+        directory: of the adapter.
+        settings: its adapter_config.json.
+        base_config: configuration of the base, whose head it has where `settings` name none.
+        task: the user's `--task`.
+
+    Raises:
+        InputError: there is no task of its type, or `task` is of another type.
+    """
+    peft_type = settings.get("task_type")
+    named = (settings.get("auto_mapping") or {}).get("base_model_class")
+    if peft_type is not None:
+        what = f"task_type {peft_type}"
+        fits = [name for name, own in TASKS.items() if peft_type in own.peft_types.values()]
+    elif named is not None:
+        what, config = f"auto_mapping {named}", copy(base_config)
+        config.architectures = [named]
+        fits = _tasks_of_class(checkpoint_class(config))
+    else:
+        return task or _task_of_model(base_config, str(directory))
+    if not fits:
+        raise InputError(
+            f"{directory / ADAPTER_CONFIG} has {what}, for which ftlevel has no task. Expected a "
+            f"task_type of {listing(_peft_types())}, or a masked language model."
+        )
+    if task not in (None, *fits):
+        raise InputError(
+            f"{directory} was trained for {fits[0]} ({what} in its {ADAPTER_CONFIG}), not for "
+            f"{task}. Drop --task."
+        )
+    return task or fits[0]
+
+
+def _peft_types() -> list[str]:
+    return list(dict.fromkeys(kind for task in TASKS.values() for kind in task.peft_types.values()))
+
+
+def count_outputs(directory: Path, meta: Any) -> int:
+    """Return the number of outputs of the head saved with an adapter; 0 where it has none.
+
+    Args:
+        directory: of the adapter.
+        meta: the base with a head for the task, on the meta device.
+    """
+    tensors, _ = read_header(directory / ADAPTER_WEIGHTS)
+    shapes = {f".{name}": tensor.spec.shape for name, tensor in tensors.items()}
+    outputs = 0
+    for head in find_heads(meta):
+        for name, _ in meta.get_submodule(head).named_parameters(prefix=head):
+            found = [shape for stored, shape in shapes.items() if stored.endswith(f".{name}")]
+            if found and name.endswith("weight"):
+                outputs = found[0][0]  # of the last layer
+    return outputs
+
+
+def read_plain_adapter(
+    directory: Path, place: str | None = None, base_source: ModelSource | None = None
+) -> tuple[ModelSource, dict[str, Any]]:
+    """Return the base of the PEFT adapter in `directory`, and its configuration.
+
+    Args:
+        directory: where the adapter is.
+        place: where the user says that the base is now.
+        base_source: its base, where that is known; None for what the configuration names.
+
+    Raises:
+        InputError: the configuration is unreadable, names no base, or the base is not there.
+    """
+    path = directory / ADAPTER_CONFIG
+    check_regular(directory.iterdir(), str(directory))
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}). Was a copy cut short?") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is no configuration of an adapter. Expected an object.")
+    base = settings.get("base_model_name_or_path")
+    if base_source is None and not (base and isinstance(base, str)):
+        raise InputError(f"{path} names no base model. Write it as base_model_name_or_path.")
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise InputError(
+            f"{directory} holds no {ADAPTER_WEIGHTS}. Save the adapter again with PEFT's "
+            "save_pretrained."
+        )
+    if base_source is not None:
+        return base_source, settings
+    return resolve_plain_base(str(base), directory, settings.get("revision"), place), settings
+
+
+def resolve_plain_base(
+    base: str, directory: Path, revision: str | None = None, place: str | None = None
+) -> ModelSource:
+    """Return the base that an adapter of another program names, or the user in its place."""
+    if place is not None:
+        return resolve_source(place, said=f"--model {place}")
+    return resolve_source(base, revision, said=base_words(str(directory), base))
+
+
+def stand_in_card(
+    source: ModelSource,
+    config: Any,
+    task: BaseTask,
+    device: str,
+    directory: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> AdapterCard:
+    """Return the card of a model, or of an adapter on it, that ftlevel did not train.
+
+    Prompts are laid out as `train` would. Labels are those that the config names.
+
+    Args:
+        source: the base, or the model.
+        config: its configuration, with as many labels as the head has.
+        task: what it is used for.
+        device: torch device type.
+        directory: of the adapter, which may have a tokenizer of its own.
+        settings: the adapter's configuration; None for a model.
+    """
+    kind = model_kind(config)
+    task.auto_class(kind, config.model_type)  # refuses a task that the model cannot have
+    tokenizer = load_own_tokenizer(source, directory)
+    choose_pad_token(tokenizer)
+    known = task.stand_in(config, tokenizer, kind)
+    return AdapterCard(
+        method=str(settings["peft_type"]).lower().replace("_", "-") if settings else PLAIN,
+        task=task.name,
+        base={"name": source.name, "kind": source.kind, "revision": source.revision},
+        quantization={"kind": "none"},
+        dtype=choose_dtype("auto", device, "lora", config.model_type).value,
+        max_length=max_positions(config) or 0,
+        **known,
+        heads=list((settings or {}).get("modules_to_save") or ()),
+    )
+
+
+def load_own_tokenizer(source: ModelSource, directory: Path | None) -> Any:
+    """Return the tokenizer beside the adapter, or the base's where none was saved."""
+    if directory is None or not (directory / "tokenizer_config.json").is_file():
+        return load_tokenizer(source)
+    return load_tokenizer(ModelSource(str(directory), "directory", str(directory)))
+
+
+def check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str, task: str) -> None:
+    """Refuse a model whose head for `task` would be random.
+
+    Raises:
+        InputError: weights of a head are missing from the checkpoint.
+    """
+    lost = [key for key in missing if any(key.startswith(f"{head}.") for head in heads)]
+    if lost:
+        raise InputError(
+            f"{name} has no trained head for --task {task} ({lost[0]} is missing). Name a model or "
+            f"a run that was trained for it: ftlevel train --task {task} --model {name} …"
+        )
+
+
+def check_whole_adapter(directory: Path) -> None:
+    """Refuse a checkpoint whose adapter is not one of the untouched base.
+
+    Raises:
+        InputError: it is such a one, or its configuration is damaged.
+    """
+    run = run_of(directory) if directory.absolute().parent.name == CHECKPOINTS else None
+    if run is None or (directory / CARD).is_file() or not (directory / ADAPTER_CONFIG).is_file():
+        return
+    from ftlevel.methods.merging import read_peft_config  # it imports PEFT's tuners
+
+    init = read_peft_config(directory).get("init_lora_weights")
+    if init in INSIDE_BASE:
+        raise InputError(
+            f"{directory} is a checkpoint of a run that began with init_lora_weights={init!r}, "
+            "inside the base's weights: its adapter is made one of the untouched base at the end. "
+            f"Go on with it: ftlevel train --output-dir {quote(str(run))} --resume"
+        )
+
+
+_LOCAL = ("directory", "gguf")
+_WAY_OUT = "If it is elsewhere now, name its place: --model PATH."
+
+
+def find_base(card: AdapterCard, directory: Path, place: str | None = None) -> ModelSource:
+    """Find the base of the adapter in `directory`, and check that it is the one trained on.
+
+    A local one is looked for from the adapter's directory, so that it may be moved with it, and
+    then where it was.
+
+    Args:
+        card: of the adapter.
+        directory: where the adapter is.
+        place: where the user says that the base is now.
+
+    Raises:
+        InputError: it is nowhere, or its weights are others.
+    """
+    name, revision = card.base["name"], card.base.get("revision")
+    if place is not None:
+        source = resolve_source(place, said=f"--model {place}")
+    elif card.base.get("kind") in _LOCAL:
+        source = _find_local(card, directory)
+    else:
+        words = base_words(str(directory), name)
+        try:
+            source = resolve_source(name, revision, said=words)
+        except InputError as error:
+            raise InputError(f"{error} {_WAY_OUT}") from None
+    check_base(source, card, directory)
+    return source
+
+
+def _find_local(card: AdapterCard, directory: Path) -> ModelSource:
+    name, relative = card.base["name"], card.base.get("path")
+    tried = [resolve_relative(relative, directory)] if relative else []
+    tried = list(dict.fromkeys([*tried, Path(name)]))
+    there = [path for path in tried if path.exists()]
+    if not there:
+        raise InputError(
+            f"the base model of {directory} is not there (looked for at "
+            f"{listing(map(str, tried))}). Name its place: --model PATH."
+        )
+    expected = card.base.get("fingerprint")
+    same = [path for path in there if len(there) == 1 or base_fingerprint(path) == expected]
+    path = str((same or there)[0])
+    return resolve_source(path, said=base_words(str(directory), path))
+
+
+def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
+    """Refuse a base that is not the one on which the adapter in `directory` was trained.
+
+    Raises:
+        InputError: the weights differ.
+    """
+    expected = card.base.get("fingerprint")
+    if source.path is None or expected is None:
+        return
+    found = base_fingerprint(source.path)
+    if found == expected and (whole := card.base.get("digest")) and source.path.is_dir():
+        expected, found = whole, base_digest(source.path)
+    if found != expected:
+        raise InputError(
+            f"{directory} was trained on {card.base['name']} with weights {expected[:12]}…, and "
+            f"{source.words} has other weights ({found[:12]}…). On them the adapter would be wrong "
+            "without a word. Name the base that it was trained on: --model PATH, or train again."
+        )
+
+
+def check_cached_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
+    """Refuse another base of the Hub than the one trained on, where it is cached; fetch it else."""
+    if source.kind == "hub" and card.base.get("fingerprint") is not None:
+        from ftlevel.weights.checkpoint import local_directory
+
+        local = local_directory(source)
+        check_base(replace(source, kind="directory", location=str(local)), card, directory)
+
+
+def base_words(adapter: str, base: str) -> str:
+    """Return what errors call the base of an adapter, which the user did not name."""
+    return f"{base} (the base of {adapter})"
