@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ftlevel.config.flags import recipe_hint
 from ftlevel.config.methods import SPECS
 from ftlevel.config.other_tools.recipes import tool_of
 from ftlevel.config.reading.renamed import RENAMED, with_new_names
@@ -274,6 +275,9 @@ def _unknown_key(key: KeyPath, kind: str | None) -> str:
         siblings: Iterable[str] = SPECS[kind].model_fields
     else:
         siblings = _fields_of(key[:-1])
+    if hint := recipe_hint(key[-1]):
+        return f"unknown key {dotted!r}.{hint}"
+    if kind is None:
         if elsewhere := _nearest_elsewhere(key):
             return f"unknown key {dotted!r}. Did you mean {elsewhere!r}?"
     if not siblings:  # the section is not known either
@@ -300,9 +304,7 @@ def _nearest_elsewhere(key: KeyPath) -> str:
 
 
 _SYNONYMS = {
-    "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "lr": "learning_rate",
-    "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
-    "name": "name_or_path", "path": "name_or_path", "bits": "kind", "type": "kind",
+    "dropout": "lora_dropout", "name": "name_or_path", "path": "name_or_path", "type": "kind",
 }  # fmt: skip
 
 
