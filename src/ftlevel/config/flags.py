@@ -335,15 +335,15 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
     return [flag for flag in flags if command in flag.on and not flag.answer]
 
 
-def recipe_hint(name: str) -> str:
-    """Return which recipe key the flag of train called `name` sets, as the end of an error.
+def recipe_hint(name: str, command: str = "train") -> str:
+    """Return which key the flag of `command` called `name` sets, as the end of an error.
 
     A name that stands for a value has it too, as `load_in_4bit` is `quant.kind: 4bit`. Empty where
     no flag has this name.
     """
     typed = "--" + name.lower().replace("_", "-")
     for flag in FLAGS:
-        if "train" not in flag.on or flag.is_argument:
+        if command not in flag.on or flag.is_argument:
             continue
         values = {part: "" for given in flag.declared(is_switch=False) for part in given.split("/")}
         values |= {other.name: other.value or "" for other in flag.spellings}

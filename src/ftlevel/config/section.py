@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ftlevel.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -24,6 +26,23 @@ class Section(BaseModel):
         defer_build=True,  # --help reads the fields and validates nothing
         hide_input_in_errors=True,  # which may be rows
     )
+    explain_errors: ClassVar[Callable[[ValidationError, type[BaseModel]], list[str]]]
+    """Messages for what pydantic found; `config/layers.py`, which knows all sections, sets it."""
+
+    def __init__(self, **values: Any) -> None:
+        """Validate `values`, as Python gives them.
+
+        Raises:
+            ConfigError: with all problems found.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(Section.explain_errors(error, type(self))) from None
+
+    # Validation of a section inside another does not go through `__init__`: all problems of the
+    # outermost are reported together.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @model_validator(mode="before")
     @classmethod

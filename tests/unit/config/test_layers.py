@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe, read_settings
-from ftlevel.config.reading.renamed import RENAMED
 from ftlevel.config.flags import FLAGS, recipe_hint
+from ftlevel.config.reading.renamed import RENAMED
 from ftlevel.errors import ConfigError
 
 
@@ -260,7 +259,7 @@ def test_a_key_by_both_of_its_names_is_refused() -> None:
     assert problems(read_settings(both)) == [
         f"--set speed.low_rank: {said}Give speed.fused_lora alone."
     ]
-    with pytest.raises(ValidationError, match="is the old name of"):
+    with pytest.raises(ConfigError, match="is the old name of"):
         TrainConfig(speed={"low_rank": False, "fused_lora": True})
 
 

@@ -5,11 +5,23 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from ftlevel.config import SPECS, TrainConfig, build_config, read_settings
+from ftlevel.config import (
+    SPECS,
+    EvaluateConfig,
+    MergeConfig,
+    PredictConfig,
+    TrainConfig,
+    TrainerConfig,
+    build_config,
+    read_settings,
+)
+from ftlevel.config.flag import CONFIGS
 from ftlevel.errors import ConfigError
 
 RULES = [
@@ -67,6 +79,66 @@ def test_a_config_cannot_be_written_to() -> None:
     config = TrainConfig()
     with pytest.raises(ValidationError, match="frozen"):
         config.train.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (TrainConfig, {"train": {"output_dir": "runs/x"}},
+         "TrainConfig(train.output_dir): unknown key 'train.output_dir'. "
+         "Did you mean 'output.dir'?"),
+        (TrainConfig, {"lora_r": 4},
+         "TrainConfig(lora_r): unknown key 'lora_r'. Did you mean 'method.r'?"),
+        (TrainConfig, {"method": {"kind": "full", "use_dora": True}},
+         "TrainConfig(method.use_dora): 'method.use_dora' belongs to method lora, qlora, and the "
+         "method is full."),
+        (TrainConfig, {"train": {"max_steps": 0}},
+         "TrainConfig(train.max_steps): 0 is out of range: train.max_steps must be ≥ 1."),
+        (TrainConfig, {"train": 3},
+         "TrainConfig(train): train is a section, and 3 is given for it. Set its fields, such as "
+         "train.num_beams."),
+        (TrainConfig, {"speed": [{"text": "a secret row"}]},
+         "TrainConfig(speed): speed is a section, and a list is given for it. Set its fields, "
+         "such as speed.fast."),
+        (TrainerConfig, {"lr": 1}, "TrainerConfig(lr): unknown key 'lr'. "
+         "Did you mean 'train.learning_rate'?"),
+        (PredictConfig, {"name": "run", "datset": "x"},
+         "PredictConfig(datset): unknown key 'datset'. Did you mean 'dataset'?"),
+        (MergeConfig, {"adapters": ["run"], "output_dir": "x", "dtyp": "x"},
+         "MergeConfig(dtyp): unknown key 'dtyp'. Did you mean 'dtype'?"),
+        (MergeConfig, {"adapters": ["run"]}, "MergeConfig(output_dir): it is missing: Directory of "
+         "the merged model; it must not exist yet."),
+        (EvaluateConfig, {"name": "run", "batch_size": 0},
+         "EvaluateConfig(batch_size): 0 is out of range: batch_size must be ≥ 1."),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_of_a_constructor_is_named(
+    section: type[BaseModel], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        section(**values)
+    assert caught.value.problems == [message]
+
+
+@pytest.mark.parametrize("section", [*CONFIGS.values(), *SPECS.values()])
+def test_every_constructor_raises_errors_of_ours(section: type[BaseModel]) -> None:
+    with pytest.raises(ConfigError, match=rf"{section.__name__}\(zzz\): unknown key 'zzz'"):
+        section(zzz=1)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("model", "name_or_path", "x"), ("data", "dataset", "x"), ("method", "kind", "ia3"),
+     ("quant", "kind", "4bit"), ("output", "dir", Path("x")), ("distillation", "teacher", "x")],
+)  # fmt: skip
+def test_a_text_for_a_section_is_its_main_field(section: str, key: str, value: Any) -> None:
+    assert getattr(getattr(TrainConfig(**{section: value}), section), key) == value
+    layers = [read_settings([f"{section}={value}"])]
+    assert getattr(getattr(build_config(layers), section), key) == value
+
+
+def test_a_text_for_preference_is_its_loss() -> None:
+    assert TrainConfig(task="preference", preference="orpo").preference.loss == "orpo"
 
 
 def test_a_dumped_config_is_the_same_config() -> None:

@@ -158,7 +158,9 @@ class Preferences(LikelihoodObjective):
         if fell[0] < 0:
             both = "both kinds of answers" if fell[1] < 0 else f"the {names[0]} answers"
             # Beta of losses without a reference does not hold log-probabilities back.
-            advice = "a lower rate, a higher --beta or" if self.needs_reference else "a lower rate or"
+            advice = (
+                "a lower rate, a higher --beta or" if self.needs_reference else "a lower rate or"
+            )
             than = "with the reference" if self.settings.other_reference else "before training"
             found.append(
                 f"{both} are less likely than {than} ({names[0]} {fell[0]:+.2f} nats, "
