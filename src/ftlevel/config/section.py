@@ -7,12 +7,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ftlevel.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+_TEXTS = ("system", "context", "prompt_tuning_init_text")
+"""Fields whose text a model reads; any other is a name, which the system may have to find."""
 
 
 class Section(BaseModel):
@@ -43,6 +53,16 @@ class Section(BaseModel):
     # Validation of a section inside another does not go through `__init__`: all problems of the
     # outermost are reported together.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @field_validator("*")
+    @classmethod
+    def _check_null_bytes(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse names that no file can have, of which the system raises a bare ValueError."""
+        parts = value if isinstance(value, list | tuple) else (value,)
+        names = [str(part) for part in parts if isinstance(part, str | Path)]
+        if info.field_name not in _TEXTS and any("\0" in name for name in names):
+            raise ValueError("a name cannot contain a null byte. Remove it")
+        return value
 
     @model_validator(mode="before")
     @classmethod

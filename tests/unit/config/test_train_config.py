@@ -160,3 +160,27 @@ def test_the_config_is_read_without_the_heavy_stack() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "key"),
+    [
+        (TrainConfig, {"model": "a\0b"}, "model.name_or_path"),
+        (TrainConfig, {"data": "a\0b"}, "data.dataset"),
+        (TrainConfig, {"data": {"dataset": "x", "also": ["a\0b"]}}, "data.also"),
+        (TrainConfig, {"data": {"chat_template": "a\0b"}}, "data.chat_template"),
+        (TrainConfig, {"output": Path("a\0b")}, "output.dir"),
+        (EvaluateConfig, {"name": "a\0b"}, "name"),
+        (MergeConfig, {"adapters": ["a\0b"], "output_dir": "x"}, "adapters"),
+        (MergeConfig, {"adapters": ["run"], "output_dir": "a\0b"}, "output_dir"),
+    ],
+)
+def test_a_name_with_a_null_byte_is_refused(
+    section: type[BaseModel], values: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"\({key}\): .*a name cannot contain a null byte"):
+        section(**values)
+
+
+def test_a_text_for_the_model_may_have_any_character() -> None:
+    assert TrainConfig(data={"system": "a\0b"}).data.system == "a\0b"
