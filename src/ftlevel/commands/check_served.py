@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ftlevel.merging.serving.verdict import (
     Verdict,
     judge,
     tolerance_of,
+    widen,
 )
 from ftlevel.workspace import Workspace
 
@@ -65,18 +66,21 @@ def check_served(
     # Asked in this process, a base is in float32; a file for llama.cpp is what it is.
     is_float = config.inside and served.facts.get("file_format") != "gguf"
     dtype = "float32" if is_float else str(served.facts.get("dtype"))
-    tolerance = config.tolerance or tolerance_of(dtype)
     listener.stage(f"ask {config.inside or config.url}")
     rows = _ask_inside(config, served) if config.inside else _ask_url(config, served)
-    adapters = [
-        _judge(adapter, rows[adapter.name], tolerance)
-        for adapter in served.adapters
-        if adapter.prompts
-    ]
+    adapters = []
+    for adapter in served.adapters:
+        if adapter.prompts:
+            own = rows[adapter.name]
+            tolerance = config.tolerance or tolerance_of(dtype)
+            if own.base is not None and config.tolerance is None:
+                known = [prompt["base"] for prompt in adapter.prompts]
+                tolerance = widen(tolerance, own.base, known)
+            adapters.append(_judge(adapter, own, tolerance))
     summary = {
         "out": str(config.out),
         "asked": config.inside or config.url,
-        "tolerance": tolerance,
+        "tolerance": max((adapter["tolerance"] for adapter in adapters), default=None),
         "adapters": adapters,
         "verdict": _overall(adapters),
         "seconds": round(time.perf_counter() - began, 2),
@@ -89,12 +93,21 @@ def check_served(
 
 @dataclass(frozen=True)
 class _Rows:
-    """What was heard for one adapter: by token ids (or text), and by chat where it was asked."""
+    """Answers of a server for one adapter.
+
+    Attributes:
+        plain: by token ids, or by text.
+        chat: by messages; None where it was not asked.
+        how: what `plain` was asked by.
+        no_chat: why `chat` was not asked.
+        base: answers without the adapter; None where a quantized base was not asked.
+    """
 
     plain: list[Heard]
     chat: list[Heard | None]
     how: str
     no_chat: str = ""
+    base: list[Heard] | None = None
 
 
 def _ask_url(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
@@ -158,6 +171,15 @@ def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
         }
         for adapter in served.adapters
     ]
+    # With a base in blocks llama.cpp rounds activations too: the base alone shows by how much.
+    is_rounded = library == "llama.cpp" and str(served.facts.get("base")).endswith(".gguf")
+    alone = {f"{adapter.name}, base alone": adapter for adapter in served.adapters
+             if is_rounded and all("base" in prompt for prompt in adapter.prompts)}  # fmt: skip
+    adapters += [
+        {"name": name, "place": "", "rank_limit": 0,
+         "prompts": [prompt["ids"] for prompt in adapter.prompts]}
+        for name, adapter in alone.items()
+    ]  # fmt: skip
     with Workspace("base") as folder:
         base = str(served.facts.get("base") or config.out.resolve())
         if library == "llama.cpp" and not base.endswith(".gguf"):
@@ -172,6 +194,8 @@ def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
         if isinstance(heard, str):
             raise InputError(f"--in {library} does not load {name}: {' '.join(heard.split())}")
         rows[name] = _Rows(heard, [None] * len(heard), "token ids", nothing)
+    for name, adapter in alone.items():
+        rows[adapter.name] = replace(rows[adapter.name], base=rows[name].plain)
     return rows
 
 
@@ -188,6 +212,7 @@ def _judge(adapter: Recorded, rows: _Rows, tolerance: float) -> dict[str, Any]:
         "name": adapter.name,
         "by": rows.how,
         "no_chat": rows.no_chat,
+        "tolerance": round(tolerance, 4),
         **{
             what: {
                 "answers": [verdict.word for verdict in said],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,6 +22,25 @@ from ftlevel.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+_FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".yaml", ".yml")
+
+
+def check_directory_name(path: Path) -> Path:
+    """Return the name of a directory to write; refuse one that users would take for a file.
+
+    Raises:
+        ValueError: it ends as files of a format do.
+    """
+    if path.suffix in _FILE_SUFFIXES:
+        raise ValueError(
+            f"a directory is written, and {path.name} is the name of a file. Name it "
+            f"{path.with_suffix('')}"
+        )
+    return path
+
+
+NewDirectory = Annotated[Path, AfterValidator(check_directory_name)]
+"""Path of a directory that a command writes."""
 _TEXTS = ("system", "context", "prompt_tuning_init_text")
 """Fields whose text a model reads; any other is a name, which the system may have to find."""
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ftlevel.config import (
     SPECS,
     EvaluateConfig,
+    ExportConfig,
     MergeConfig,
     PredictConfig,
     TrainConfig,
@@ -184,3 +185,35 @@ def test_a_name_with_a_null_byte_is_refused(
 
 def test_a_text_for_the_model_may_have_any_character() -> None:
     assert TrainConfig(data={"system": "a\0b"}).data.system == "a\0b"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (ExportConfig, {"model": "run", "format": "gguf-lora", "out": "x.gguf"},
+         "ExportConfig(out): 'x.gguf': a directory is written, and x.gguf is the name of a file. "
+         "Name it x."),
+        (ExportConfig, {"model": "run", "server": "llama.cpp", "out": "x.gguf"},
+         "ExportConfig(out): 'x.gguf': a directory is written, and x.gguf is the name of a file. "
+         "Name it x."),
+        (MergeConfig, {"adapters": ["run"], "output_dir": "x.safetensors"},
+         "MergeConfig(output_dir): 'x.safetensors': a directory is written, and x.safetensors is "
+         "the name of a file. Name it x."),
+        (TrainConfig, {"output": "runs/x.yaml"},
+         "TrainConfig(output.dir): 'runs/x.yaml': a directory is written, and x.yaml is the name "
+         "of a file. Name it runs/x."),
+        (ExportConfig, {"model": "run", "server": "gguf-lora", "out": "x"},
+         "ExportConfig(server): 'gguf-lora': it is a format, and --for names a server. Use "
+         "--format gguf-lora."),
+        (ExportConfig, {"model": "run", "format": "vllm", "out": "x"},
+         "ExportConfig(format): 'vllm': it is a server, and --format names a format. Use --for "
+         "vllm."),
+    ],
+)  # fmt: skip
+def test_files_and_directories_servers_and_formats_are_told_apart(
+    section: type[BaseModel], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        section(**values)
+    assert caught.value.problems == [message]
+    assert MergeConfig(adapters=["run"], output_dir="merged-v1.5").output_dir == Path("merged-v1.5")
