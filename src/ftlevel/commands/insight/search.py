@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ftlevel.commands.insight.comparison import ranking_metric
 from ftlevel.commands.insight.own_process import StopWithParent, do_apart
 from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
