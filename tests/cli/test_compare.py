@@ -164,14 +164,14 @@ def test_the_loss_ranks_where_generation_is_off_and_the_metric_may_change(
     found = json.loads(capsys.readouterr().out)
     assert found["headline"] == "loss"
     assert "ranked by loss: rougeL is not scored (--predict-with-generate)" in found["notes"]
-    trained = (out / "lora-seed0" / "summary.json").stat().st_mtime_ns
+    trained = (out / "lora-seed42" / "summary.json").stat().st_mtime_ns
 
     again = ["compare", "--resume", "--output-dir", str(out), "--json"]
     assert run([*again, "--metric-for-best-model", "perplexity"]) == 0
     assert json.loads(capsys.readouterr().out)["headline"] == "perplexity"
     assert run([*again, "--metric-for-best-model", "loss"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["metric"] == found["rows"][0]["metric"]
-    assert (out / "lora-seed0" / "summary.json").stat().st_mtime_ns == trained
+    assert (out / "lora-seed42" / "summary.json").stat().st_mtime_ns == trained
 
 
 @pytest.mark.slow
