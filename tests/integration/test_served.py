@@ -138,6 +138,19 @@ def test_an_adapter_of_a_quantized_base_is_judged_by_what_rounding_explains(
     assert 0.02 < adapter["weights"]["difference"] <= adapter["tolerance"] < 1
 
 
+def test_a_server_with_a_quantized_base_is_judged_the_same(
+    on_blocks: Path, first_blocks_gguf: Path, smollm2: Path
+) -> None:
+    out = on_blocks
+    with llama_server(first_blocks_gguf, [out / "adapter.gguf"], apply=True, ram=512) as url:
+        assert check_served(CheckServedConfig(out=out, url=url)).summary["verdict"] == "as trained"
+    with (
+        llama_server(first_blocks_gguf, [out / "adapter.gguf"], scale=2.0, apply=True) as url,
+        pytest.raises(RunError, match="answers neither as trained nor as the base"),
+    ):
+        check_served(CheckServedConfig(out=out, url=url))
+
+
 def _shuffle(b: Any) -> Any:
     return np.random.default_rng(0).permutation(b, axis=0)
 

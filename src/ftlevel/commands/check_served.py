@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,15 @@ def check_served(
     dtype = "float32" if is_float else str(served.facts.get("dtype"))
     listener.stage(f"ask {config.inside or config.url}")
     rows = _ask_inside(config, served) if config.inside else _ask_url(config, served)
+    alone = {} if config.tolerance else _ask_base_alone(config, served)
     adapters = []
     for adapter in served.adapters:
         if adapter.prompts:
-            own = rows[adapter.name]
             tolerance = config.tolerance or tolerance_of(dtype)
-            if own.base is not None and config.tolerance is None:
+            if adapter.name in alone:
                 known = [prompt["base"] for prompt in adapter.prompts]
-                tolerance = widen(tolerance, own.base, known)
-            adapters.append(_judge(adapter, own, tolerance))
+                tolerance = widen(tolerance, alone[adapter.name], known)
+            adapters.append(_judge(adapter, rows[adapter.name], tolerance))
     summary = {
         "out": str(config.out),
         "asked": config.inside or config.url,
@@ -100,14 +100,12 @@ class _Rows:
         chat: by messages; None where it was not asked.
         how: what `plain` was asked by.
         no_chat: why `chat` was not asked.
-        base: answers without the adapter; None where a quantized base was not asked.
     """
 
     plain: list[Heard]
     chat: list[Heard | None]
     how: str
     no_chat: str = ""
-    base: list[Heard] | None = None
 
 
 def _ask_url(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
@@ -171,15 +169,6 @@ def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
         }
         for adapter in served.adapters
     ]
-    # With a base in blocks llama.cpp rounds activations too: the base alone shows by how much.
-    is_rounded = library == "llama.cpp" and str(served.facts.get("base")).endswith(".gguf")
-    alone = {f"{adapter.name}, base alone": adapter for adapter in served.adapters
-             if is_rounded and all("base" in prompt for prompt in adapter.prompts)}  # fmt: skip
-    adapters += [
-        {"name": name, "place": "", "rank_limit": 0,
-         "prompts": [prompt["ids"] for prompt in adapter.prompts]}
-        for name, adapter in alone.items()
-    ]  # fmt: skip
     with Workspace("base") as folder:
         base = str(served.facts.get("base") or config.out.resolve())
         if library == "llama.cpp" and not base.endswith(".gguf"):
@@ -194,9 +183,33 @@ def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
         if isinstance(heard, str):
             raise InputError(f"--in {library} does not load {name}: {' '.join(heard.split())}")
         rows[name] = _Rows(heard, [None] * len(heard), "token ids", nothing)
-    for name, adapter in alone.items():
-        rows[adapter.name] = replace(rows[adapter.name], base=rows[name].plain)
     return rows
+
+
+def _ask_base_alone(config: CheckServedConfig, served: Served) -> dict[str, list[Heard]]:
+    """Return the answers of a quantized base without an adapter, by the name of each adapter.
+
+    llama.cpp rounds activations with such a base, and the base alone shows by how much. It is asked
+    in the library, also where a server is checked: a server that is asked without its adapter may
+    give what it keeps of a prompt to requests with the adapter. Empty for other bases, and for a
+    server where the library is not installed.
+    """
+    base = str(served.facts.get("base"))
+    adapters = [a for a in served.adapters if a.prompts and "base" in a.prompts[0]]
+    if served.facts.get("server") != "llama.cpp" or not base.endswith(".gguf") or not adapters:
+        return {}
+    asked = [
+        {"name": a.name, "place": "", "rank_limit": 0, "prompts": [row["ids"] for row in a.prompts]}
+        for a in adapters
+    ]
+    seconds = float(config.timeout * _SLOWER)
+    try:
+        found = ask_inside("llama.cpp", config.python, base, asked, seconds)
+    except InputError:
+        if config.inside:
+            raise
+        return {}
+    return {name: heard for name, heard in found.items() if not isinstance(heard, str)}
 
 
 def _judge(adapter: Recorded, rows: _Rows, tolerance: float) -> dict[str, Any]:
