@@ -70,8 +70,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         raise ConfigError(
             f"recipe {path} does not exist.{did_you_mean(str(path), siblings)}"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}.") from None
+    except (OSError, ValueError) as error:  # not UTF-8, or a null byte in the name
+        raise ConfigError(f"recipe {str(path)!r} cannot be read: {error}.") from None
     try:
         values, node = load_yaml(text)
     except YamlError as error:
