@@ -294,8 +294,15 @@ class Objective(ABC):
         """What the loss of the first step has to be, where that is known."""
         return None
 
-    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return what has to be said of metrics that look better than they are."""
+    def remarks(
+        self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
+    ) -> list[str]:
+        """Return warnings about metrics that look better than they are.
+
+        Args:
+            metrics: of the trained model.
+            before: of the model before step 1, if it was evaluated.
+        """
         return []
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:

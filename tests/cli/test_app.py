@@ -132,9 +132,14 @@ def test_every_field_has_a_consumer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["trian"], "No such command 'trian'. Did you mean 'train'? See: ftlevel --help"),
         (["train", "--lora-rr", "8"], "No such option: --lora-rr"),
-        (["train", "--lora_r", "x"], "Invalid value for '--lora-r'"),
+        (["train", "--lora_r", "x"], "--lora-r: 'x' cannot be used: input should be a valid int"),
+        (["train", "--lr=1e-4x"], "--lr: '1e-4x' cannot be used: input should be a valid number"),
+        (["compare", "--budget-steps", "3x"], "--budget-steps: '3x' cannot be used: "),
+        (["list-targets", "llama", "--lora-r", "0"], "--lora-r: '0' cannot be used: input should "),
+        (["evaluate", "runs/nope"], "runs/nope does not exist. Expected the directory of a run"),
+        (["generate", "runs/nope", "--prompt", "x"], "runs/nope does not exist. Expected the dir"),
         (["train", "--method", "lorra"], "Did you mean 'lora'?"),
         (["train", "--task", "sumarization"], "Did you mean 'summarization'?"),
         (["train", "--quant", "4bit", "--method", "full"], "Use --method qlora"),

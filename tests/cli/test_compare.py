@@ -147,6 +147,34 @@ def test_what_was_asked_stays(
 
 
 @pytest.mark.slow
+def test_the_loss_ranks_where_generation_is_off_and_the_metric_may_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"document": f"item {at} of {at % 7}", "summary": f"{at % 5}"} for at in range(24)]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "runs"
+    asked = ["compare", "--dataset", str(rows), "--task", "summarization", "--validation-split",
+             "0.25", "--no-predict-with-generate", "--methods", "lora", "--budget-steps", "2",
+             "--output-dir", str(out), "--json"]  # fmt: skip
+    assert run([*asked, "--metric-for-best-model", "rougeL"]) == 2
+    assert "It is scored with --predict-with-generate" in capsys.readouterr().err
+    assert not out.exists()
+    assert run(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["headline"] == "loss"
+    assert "ranked by loss: rougeL is not scored (--predict-with-generate)" in found["notes"]
+    trained = (out / "lora-seed42" / "summary.json").stat().st_mtime_ns
+
+    again = ["compare", "--resume", "--output-dir", str(out), "--json"]
+    assert run([*again, "--metric-for-best-model", "perplexity"]) == 0
+    assert json.loads(capsys.readouterr().out)["headline"] == "perplexity"
+    assert run([*again, "--metric-for-best-model", "loss"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["metric"] == found["rows"][0]["metric"]
+    assert (out / "lora-seed42" / "summary.json").stat().st_mtime_ns == trained
+
+
+@pytest.mark.slow
 def test_a_method_that_cannot_work_is_left_out(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,7 +196,11 @@ def test_early_stopping_and_a_finished_run(
     assert "run is finished: 6 of 20 steps (it stopped early), and nothing is left" in shown
     assert "load the model" not in shown
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
-    patient = train("--resume", "--early-stopping-patience", "3")
+    assert run(["train", "--output-dir", "run", "--resume", "--early-stopping-patience", "3"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "run/checkpoints/checkpoint-6 (step 6 of 20)" in shown
+    assert "stopped early, after 3 evaluations without a better one" in shown
+    patient = json.loads(Path("run/summary.json").read_text())
     assert patient["steps"] == 8
     assert patient["best"]["kept_step"] == 2
 

@@ -9,10 +9,12 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xllamacpp
@@ -26,8 +28,10 @@ from ftlevel.commands.check_served import check_served
 from ftlevel.commands.export import export
 from ftlevel.config import CheckServedConfig, ExportConfig
 from ftlevel.errors import InputError, RunError
+from ftlevel.merging.serving.answers import Answer
+from ftlevel.merging.serving.client import Heard
 from ftlevel.merging.serving.inside.process import ask_inside
-from ftlevel.merging.serving.verdict import judge
+from ftlevel.merging.serving.verdict import judge, widen
 from served_cases import CASES, make_adapter
 from tiny_models import save_tiny
 
@@ -108,6 +112,81 @@ def test_a_file_in_4_bits_answers_as_it_was_read_back(
     monkeypatch.setattr(commands, "judge", judge_closely)
     found = check_served(CheckServedConfig(out=out, inside="llama.cpp")).summary
     assert (found["verdict"], bounds) == ("as trained", {0.5})
+
+
+@pytest.fixture(scope="module")
+def on_blocks(
+    smollm2: Path, first_blocks: Path, first_blocks_gguf: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:  # fmt: skip
+    """An adapter of real weights in Q4_1, written for llama.cpp."""
+    folder = tmp_path_factory.mktemp("blocks")
+    strong = CASES["lora"].settings | {"lora_alpha": 128}  # moves logits by more than rounding
+    make_adapter(first_blocks, folder / "lora", strong)
+    path = folder / "lora" / "adapter_config.json"
+    facts = json.loads(path.read_text()) | {"base_model_name_or_path": str(first_blocks_gguf)}
+    path.write_text(json.dumps(facts))
+    export(ExportConfig(model=str(folder / "lora"), out=folder / "out", format="gguf-lora"))
+    return folder / "out"
+
+
+def test_an_adapter_of_a_quantized_base_is_judged_by_what_rounding_explains(
+    on_blocks: Path,
+) -> None:
+    found = check_served(CheckServedConfig(out=on_blocks, inside="llama.cpp")).summary
+    assert found["verdict"] == "as trained"
+    [adapter] = found["adapters"]
+    assert 0.02 < adapter["weights"]["difference"] <= adapter["tolerance"] < 1
+
+
+def test_a_server_with_a_quantized_base_is_judged_the_same(
+    on_blocks: Path, first_blocks_gguf: Path, smollm2: Path
+) -> None:
+    out = on_blocks
+    with llama_server(first_blocks_gguf, [out / "adapter.gguf"], apply=True, ram=512) as url:
+        assert check_served(CheckServedConfig(out=out, url=url)).summary["verdict"] == "as trained"
+    with (
+        llama_server(first_blocks_gguf, [out / "adapter.gguf"], scale=2.0, apply=True) as url,
+        pytest.raises(RunError, match="answers neither as trained nor as the base"),
+    ):
+        check_served(CheckServedConfig(out=out, url=url))
+
+
+def _shuffle(b: Any) -> Any:
+    return np.random.default_rng(0).permutation(b, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: 2 * b, "answers neither as trained nor as the base"),
+        (lambda b: 0 * b, "answers as the base: the adapter is not applied"),
+        (_shuffle, r"answers neither as trained nor as the base|answers as the base"),
+    ],
+    ids=["scaled by 2", "not applied", "of another run"],
+)
+def test_a_wrong_adapter_of_a_quantized_base_is_found(
+    on_blocks: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    out = shutil.copytree(on_blocks, tmp_path / "out")
+    reader = GGUFReader(str(out / "adapter.gguf"), "r+")
+    for tensor in reader.tensors:
+        if tensor.name.endswith(".lora_b"):
+            tensor.data[...] = change(tensor.data)
+    reader.data.flush()
+    with pytest.raises(RunError, match=message):
+        check_served(CheckServedConfig(out=out, inside="llama.cpp"))
+
+
+def test_a_base_that_is_another_model_widens_nothing() -> None:
+    known = Answer([1, 2], [-1.0, -2.0], [3.0, 3.0], "a b")
+    near = Heard("a b", [1, 2], [-1.1, -2.0])
+    far = Heard("a b", [1, 2], [-1.0, -2.7])
+    other = Heard("c", [7], [-1.0])
+    assert widen(0.02, [near], [known]) == pytest.approx(0.2)
+    assert widen(0.02, [far], [known]) == 0.02
+    assert widen(0.02, [near, other], [known, known]) == 0.02
+    assert widen(0.1, [near], [replace(known, logprobs=[-1.11, -2.0])]) == 0.1
 
 
 def test_what_the_server_keeps_of_a_prompt_it_gives_to_other_adapters(folder: Path) -> None:

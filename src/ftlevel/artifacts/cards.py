@@ -168,7 +168,7 @@ def kept_words(best: Mapping[str, Any]) -> str:
             f"{best['best']:.4f}"
         )
     if best["stopped_early"]:
-        count = best["patience"]
+        count = best.get("waited", best["patience"])  # summaries of former versions lack it
         without = f"{count:,} evaluation{'s' * (count != 1)} without a better one"
         words += f"; stopped early, after {without}"
     return words

@@ -182,7 +182,8 @@ def run(arguments: list[str]) -> int:
             app = build_app(wanted or completed_command())
         code = _call(app, arguments)
     except typer.TyperException as error:  # an unknown flag, a missing argument, a bad number
-        message = f"{error.format_message()} See: ftlevel {' '.join([*wanted, '--help'])}"
+        known = [name for name in wanted if name in COMMANDS]
+        message = f"{error.format_message()} See: ftlevel {' '.join([*known, '--help'])}"
         _report(message)
         _report_json(arguments, message, 2)
         return 2

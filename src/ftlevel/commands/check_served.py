@@ -25,6 +25,7 @@ from ftlevel.merging.serving.verdict import (
     Verdict,
     judge,
     tolerance_of,
+    widen,
 )
 from ftlevel.workspace import Workspace
 
@@ -65,18 +66,21 @@ def check_served(
     # Asked in this process, a base is in float32; a file for llama.cpp is what it is.
     is_float = config.inside and served.facts.get("file_format") != "gguf"
     dtype = "float32" if is_float else str(served.facts.get("dtype"))
-    tolerance = config.tolerance or tolerance_of(dtype)
     listener.stage(f"ask {config.inside or config.url}")
     rows = _ask_inside(config, served) if config.inside else _ask_url(config, served)
-    adapters = [
-        _judge(adapter, rows[adapter.name], tolerance)
-        for adapter in served.adapters
-        if adapter.prompts
-    ]
+    alone = {} if config.tolerance else _ask_base_alone(config, served)
+    adapters = []
+    for adapter in served.adapters:
+        if adapter.prompts:
+            tolerance = config.tolerance or tolerance_of(dtype)
+            if adapter.name in alone:
+                known = [prompt["base"] for prompt in adapter.prompts]
+                tolerance = widen(tolerance, alone[adapter.name], known)
+            adapters.append(_judge(adapter, rows[adapter.name], tolerance))
     summary = {
         "out": str(config.out),
         "asked": config.inside or config.url,
-        "tolerance": tolerance,
+        "tolerance": max((adapter["tolerance"] for adapter in adapters), default=None),
         "adapters": adapters,
         "verdict": _overall(adapters),
         "seconds": round(time.perf_counter() - began, 2),
@@ -89,7 +93,14 @@ def check_served(
 
 @dataclass(frozen=True)
 class _Rows:
-    """What was heard for one adapter: by token ids (or text), and by chat where it was asked."""
+    """Answers of a server for one adapter.
+
+    Attributes:
+        plain: by token ids, or by text.
+        chat: by messages; None where it was not asked.
+        how: what `plain` was asked by.
+        no_chat: why `chat` was not asked.
+    """
 
     plain: list[Heard]
     chat: list[Heard | None]
@@ -175,6 +186,32 @@ def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
     return rows
 
 
+def _ask_base_alone(config: CheckServedConfig, served: Served) -> dict[str, list[Heard]]:
+    """Return the answers of a quantized base without an adapter, by the name of each adapter.
+
+    llama.cpp rounds activations with such a base, and the base alone shows by how much. It is asked
+    in the library, also where a server is checked: a server that is asked without its adapter may
+    give what it keeps of a prompt to requests with the adapter. Empty for other bases, and for a
+    server where the library is not installed.
+    """
+    base = str(served.facts.get("base"))
+    adapters = [a for a in served.adapters if a.prompts and "base" in a.prompts[0]]
+    if served.facts.get("server") != "llama.cpp" or not base.endswith(".gguf") or not adapters:
+        return {}
+    asked = [
+        {"name": a.name, "place": "", "rank_limit": 0, "prompts": [row["ids"] for row in a.prompts]}
+        for a in adapters
+    ]
+    seconds = float(config.timeout * _SLOWER)
+    try:
+        found = ask_inside("llama.cpp", config.python, base, asked, seconds)
+    except InputError:
+        if config.inside:
+            raise
+        return {}
+    return {name: heard for name, heard in found.items() if not isinstance(heard, str)}
+
+
 def _judge(adapter: Recorded, rows: _Rows, tolerance: float) -> dict[str, Any]:
     def verdicts(heard: list[Heard | None]) -> list[Verdict]:
         return [
@@ -188,6 +225,7 @@ def _judge(adapter: Recorded, rows: _Rows, tolerance: float) -> dict[str, Any]:
         "name": adapter.name,
         "by": rows.how,
         "no_chat": rows.no_chat,
+        "tolerance": round(tolerance, 4),
         **{
             what: {
                 "answers": [verdict.word for verdict in said],

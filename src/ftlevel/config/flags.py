@@ -336,6 +336,27 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
     return [flag for flag in flags if command in flag.on and not flag.answer]
 
 
+def recipe_hint(name: str, command: str = "train") -> str:
+    """Return which key the flag of `command` called `name` sets, as the end of an error.
+
+    A name that stands for a value has it too, as `load_in_4bit` is `quant.kind: 4bit`. Empty where
+    no flag has this name.
+    """
+    typed = "--" + name.lower().replace("_", "-")
+    for flag in FLAGS:
+        if command not in flag.on or flag.is_argument:
+            continue
+        values = {part: "" for given in flag.declared(is_switch=False) for part in given.split("/")}
+        values |= {other.name: other.value or "" for other in flag.spellings}
+        if typed not in values:
+            continue
+        if not flag.path:
+            return f" It is a flag of the command line, not a key: {typed}."
+        value = f": {values[typed]}" if values[typed] else ""
+        return f" Did you mean {flag.path + value!r}?"
+    return ""
+
+
 def _is_of_the_run(flag: Flag) -> bool:
     """Whether `flag` says something of a run but where it is written."""
     return bool(flag.path) and not flag.path.startswith("output.")

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ftlevel.config.flags import CONFIGS, recipe_hint
 from ftlevel.config.methods import SPECS
 from ftlevel.config.other_tools.recipes import tool_of
 from ftlevel.config.reading.renamed import RENAMED, with_new_names
 from ftlevel.config.reading.words import in_our_words
 from ftlevel.config.reading.yaml_text import YamlError, load_yaml
+from ftlevel.config.section import Section
 from ftlevel.config.train import SHORTHAND, TrainConfig, expand
 from ftlevel.errors import ConfigError, did_you_mean, listing, nearest
 
@@ -26,6 +28,7 @@ KeyPath = tuple[str, ...]
 S = TypeVar("S", bound=BaseModel)
 
 _TAGGED = {"method"}
+_LONGEST_VALUE = 200  # characters of it in an error
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         raise ConfigError(
             f"recipe {path} does not exist.{did_you_mean(str(path), siblings)}"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}.") from None
+    except (OSError, ValueError) as error:  # not UTF-8, or a null byte in the name
+        raise ConfigError(f"recipe {str(path)!r} cannot be read: {error}.") from None
     try:
         values, node = load_yaml(text)
     except YamlError as error:
@@ -200,7 +203,7 @@ def build_section(
     try:
         return section.model_validate(given)
     except ValidationError as error:
-        raise ConfigError(explain(error, origins)) from None
+        raise ConfigError(explain(error, origins, section)) from None
 
 
 def _check_sections(values: Mapping[str, Any], layer: Layer) -> None:
@@ -222,28 +225,42 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             into[key] = dict(value) if isinstance(value, Mapping) else value
 
 
-def explain(error: ValidationError, origins: Mapping[KeyPath, str]) -> list[str]:
-    """Put each of pydantic's findings into ftlevel's words, with its origin."""
+def explain(
+    error: ValidationError,
+    origins: Mapping[KeyPath, str] | None,
+    root: type[BaseModel] = TrainConfig,
+) -> list[str]:
+    """Return a message for each of pydantic's findings, with the origin of the value.
+
+    Args:
+        error: of `root`.
+        origins: key path → its origin as the user would name it; None for values of a constructor.
+        root: the configuration or section that was validated.
+    """
     messages: list[str] = []
     seen: set[KeyPath] = set()
+    known = origins or {}
     for detail in error.errors():
-        key, kind = _key_and_method(detail)
-        if detail["type"] == "extra_forbidden" and key not in origins:
-            key = next((full for full in origins if full[: len(key)] == key), key)
+        key, kind = _key_and_method(detail, root)
+        if detail["type"] == "extra_forbidden" and key not in known:
+            key = next((full for full in known if full[: len(key)] == key), key)
         if key and key in seen:  # the other branches of a union of values
             continue
         seen.add(key)
-        origin = _origin(key, origins)
+        origin = _origin(key, known, "" if origins is not None else root.__name__)
         if detail["type"] == "value_error" and not key:  # a rule between sections names its flags
             messages += str(detail["ctx"]["error"]).split("\n")
         elif detail["type"] == "extra_forbidden":
-            messages.append(f"{origin}: {_unknown_key(key, kind)}")
+            messages.append(f"{origin}: {_unknown_key(key, kind, root)}")
         else:
-            messages.append(f"{origin}: {_bad_value(key, detail)}")
+            messages.append(f"{origin}: {_bad_value(key, detail, root)}")
     return list(dict.fromkeys(messages))
 
 
-def _key_and_method(detail: ErrorDetails) -> tuple[KeyPath, str | None]:
+Section.explain_errors = staticmethod(lambda error, root: explain(error, None, root))
+
+
+def _key_and_method(detail: ErrorDetails, root: type[BaseModel]) -> tuple[KeyPath, str | None]:
     """Return the key as the user writes it, and the method whose field it would be."""
     location = [str(part) for part in detail["loc"]]
     if len(location) > 1 and location[0] in _TAGGED and location[1] in SPECS:
@@ -252,20 +269,21 @@ def _key_and_method(detail: ErrorDetails) -> tuple[KeyPath, str | None]:
     if detail["type"] == "union_tag_invalid":
         return (*location, "kind"), None
     if detail["type"] != "extra_forbidden":  # a union of values adds its branch to the location
-        while len(location) > 1 and location[-1] not in _fields_of(tuple(location[:-1])):
+        while len(location) > 1 and location[-1] not in _fields_of(tuple(location[:-1]), root):
             location.pop()
     return tuple(location), None
 
 
-def _origin(key: KeyPath, origins: Mapping[KeyPath, str]) -> str:
-    """Return the origin of `key` or of the nearest section above it."""
+def _origin(key: KeyPath, origins: Mapping[KeyPath, str], constructor: str) -> str:
+    """Return the origin of `key` or of the nearest section above it, or the constructor's name."""
     for end in range(len(key), 0, -1):
         if key[:end] in origins:
             return origins[key[:end]]
-    return ".".join(key) or "configuration"
+    dotted = ".".join(key) or "configuration"
+    return f"{constructor}({dotted})" if constructor else dotted
 
 
-def _unknown_key(key: KeyPath, kind: str | None) -> str:
+def _unknown_key(key: KeyPath, kind: str | None, root: type[BaseModel]) -> str:
     dotted = ".".join(key)
     if kind is not None:
         owners = [name for name, spec in SPECS.items() if key[1] in spec.model_fields]
@@ -273,9 +291,12 @@ def _unknown_key(key: KeyPath, kind: str | None) -> str:
             return f"{dotted!r} belongs to method {listing(owners)}, and the method is {kind}."
         siblings: Iterable[str] = SPECS[kind].model_fields
     else:
-        siblings = _fields_of(key[:-1])
-        if elsewhere := _nearest_elsewhere(key):
-            return f"unknown key {dotted!r}. Did you mean {elsewhere!r}?"
+        siblings = _fields_of(key[:-1], root)
+    command = next((name for name, config in CONFIGS.items() if config is root), "train")
+    if hint := recipe_hint(key[-1], command):
+        return f"unknown key {dotted!r}.{hint}"
+    if kind is None and root is TrainConfig and (elsewhere := _nearest_elsewhere(key)):
+        return f"unknown key {dotted!r}. Did you mean {elsewhere!r}?"
     if not siblings:  # the section is not known either
         return f"unknown key {dotted!r}. Sections: {listing(TrainConfig.model_fields)}."
     near = [name for name in siblings if _names_alike(key[-1], name)] or nearest(key[-1], siblings)
@@ -300,9 +321,7 @@ def _nearest_elsewhere(key: KeyPath) -> str:
 
 
 _SYNONYMS = {
-    "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "lr": "learning_rate",
-    "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
-    "name": "name_or_path", "path": "name_or_path", "bits": "kind", "type": "kind",
+    "dropout": "lora_dropout", "name": "name_or_path", "path": "name_or_path", "type": "kind",
 }  # fmt: skip
 
 
@@ -319,8 +338,8 @@ def _names_alike(wrong: str, right: str) -> bool:
     return _SYNONYMS.get(wrong) == right
 
 
-def _fields_of(section: KeyPath) -> list[str]:
-    model: type[BaseModel] = TrainConfig
+def _fields_of(section: KeyPath, root: type[BaseModel] = TrainConfig) -> list[str]:
+    model = root
     for part in section:
         info = model.model_fields.get(part)
         annotation = info.annotation if info else None
@@ -330,7 +349,7 @@ def _fields_of(section: KeyPath) -> list[str]:
     return list(model.model_fields)
 
 
-def _bad_value(key: KeyPath, detail: ErrorDetails) -> str:
+def _bad_value(key: KeyPath, detail: ErrorDetails, root: type[BaseModel]) -> str:
     value, context = detail["input"], detail.get("ctx", {})
     match detail["type"]:
         case "literal_error" | "union_tag_invalid":
@@ -340,16 +359,34 @@ def _bad_value(key: KeyPath, detail: ErrorDetails) -> str:
                 expected = [word.strip("' ") for word in
                             context["expected"].replace(" or ", ", ").split(",")]  # fmt: skip
             hint = did_you_mean(str(value), expected)
-            return f"{value!r} is not known. Expected one of {listing(expected, 30)}.{hint}"
+            return f"{_shown(value)} is not known. Expected one of {listing(expected, 30)}.{hint}"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             sign = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<",
                     "less_than_equal": "≤"}[detail["type"]]  # fmt: skip
             bound = next(iter(context.values()))
-            return f"{value!r} is out of range: {'.'.join(key)} must be {sign} {bound}."
+            return f"{_shown(value)} is out of range: {'.'.join(key)} must be {sign} {bound}."
+        case "missing":
+            field = root.model_fields.get(key[-1])
+            return f"it is missing: {field.description if field else 'give a value'}"
+        case "model_type" | "model_attributes_type" if fields := _fields_of(key, root):
+            return (
+                f"{'.'.join(key)} is a section, and {_shown(value)} is given for it. Set its "
+                f"fields, such as {'.'.join((*key, fields[0]))}."
+            )
         case "value_error" if isinstance(value, Mapping):  # fields of a section that disagree
             return f"{context['error']}."
         case "value_error":
-            return f"{value!r}: {context['error']}."
+            return f"{_shown(value)}: {context['error']}."
         case _:
             message = detail["msg"][0].lower() + detail["msg"][1:]
-            return f"{value!r} cannot be used for {'.'.join(key)}: {message}."
+            return f"{_shown(value)} cannot be used for {'.'.join(key)}: {message}."
+
+
+def _shown(value: Any) -> str:
+    """Return `value` as an error shows it; of other objects, which may be rows, the type."""
+    plain = str | int | float | None
+    is_plain = isinstance(value, plain) or (
+        isinstance(value, list | tuple) and all(isinstance(part, plain) for part in value)
+    )
+    text = repr(value) if is_plain else f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"

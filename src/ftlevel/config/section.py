@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from ftlevel.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+_FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".yaml", ".yml")
+
+
+def check_directory_name(path: Path) -> Path:
+    """Return the name of a directory to write; refuse one that users would take for a file.
+
+    Raises:
+        ValueError: it ends as files of a format do.
+    """
+    if path.suffix in _FILE_SUFFIXES:
+        raise ValueError(
+            f"a directory is written, and {path.name} is the name of a file. Name it "
+            f"{path.with_suffix('')}"
+        )
+    return path
+
+
+NewDirectory = Annotated[Path, AfterValidator(check_directory_name)]
+"""Path of a directory that a command writes."""
+_TEXTS = ("system", "context", "prompt_tuning_init_text")
+"""Fields whose text a model reads; any other is a name, which the system may have to find."""
 
 
 class Section(BaseModel):
@@ -24,6 +56,33 @@ class Section(BaseModel):
         defer_build=True,  # --help reads the fields and validates nothing
         hide_input_in_errors=True,  # which may be rows
     )
+    explain_errors: ClassVar[Callable[[ValidationError, type[BaseModel]], list[str]]]
+    """Messages for what pydantic found; `config/layers.py`, which knows all sections, sets it."""
+
+    def __init__(self, **values: Any) -> None:
+        """Validate `values`, as Python gives them.
+
+        Raises:
+            ConfigError: with all problems found.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(Section.explain_errors(error, type(self))) from None
+
+    # Validation of a section inside another does not go through `__init__`: all problems of the
+    # outermost are reported together.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @field_validator("*")
+    @classmethod
+    def _check_null_bytes(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse names that no file can have, of which the system raises a bare ValueError."""
+        parts = value if isinstance(value, list | tuple) else (value,)
+        names = [str(part) for part in parts if isinstance(part, str | Path)]
+        if info.field_name not in _TEXTS and any("\0" in name for name in names):
+            raise ValueError("a name cannot contain a null byte. Remove it")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -32,7 +32,10 @@ from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.tasks import TaskName
 from ftlevel.config.trainer import TrainerConfig
 
-SHORTHAND = {"model": "name_or_path", "method": "kind", "quant": "kind", "data": "dataset"}
+SHORTHAND = {
+    "model": "name_or_path", "method": "kind", "quant": "kind", "data": "dataset",
+    "preference": "loss", "distillation": "teacher", "output": "dir",
+}  # fmt: skip
 """`method: lora` is short for `method: {kind: lora}`; likewise for these sections."""
 
 
@@ -65,10 +68,10 @@ class TrainConfig(Section):
         """Return a copy with other `sections`, of which all must agree.
 
         Raises:
-            ValidationError: they do not.
+            ConfigError: they do not.
         """
         given = {name: getattr(self, name) for name in self.model_fields_set}
-        return TrainConfig.model_validate({**given, **sections})
+        return TrainConfig(**{**given, **sections})
 
     @model_validator(mode="before")
     @classmethod

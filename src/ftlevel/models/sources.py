@@ -180,13 +180,15 @@ def _check_directory(path: Path, words: str, needs_weights: bool) -> None:
 
 def _check_looks_like_hub_id(name: str, path: Path, words: str) -> None:
     """Refuse what can only be a path: nothing is there."""
-    if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
+    is_run = path.parts[:1] == ("runs",)  # where runs are written, and no name of an organization
+    if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")) and not is_run:
         return
     parent = path.parent if path.parent.is_dir() else Path()
     names = sorted(str(p) for p in parent.iterdir() if p.is_dir())
     raise InputError(
-        f"{words} does not exist.{did_you_mean(name, names)} "
-        "Expected a directory, a .gguf file, a Hub id or builtin:tiny-llama."
+        f"{words} does not exist.{did_you_mean(name, names)} Expected "
+        f"{'the directory of a run or a model' if is_run else 'a directory'}, a .gguf file, "
+        "a Hub id or builtin:tiny-llama."
     )
 
 

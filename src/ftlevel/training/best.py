@@ -89,6 +89,7 @@ class Kept:
         step: of the model that is kept.
         stopped_early: whether the run ended because none was better for long.
         patience: for how many.
+        waited: evaluations since the last one that was better by more than the threshold.
     """
 
     metric: str
@@ -99,6 +100,7 @@ class Kept:
     step: int
     stopped_early: bool
     patience: int | None
+    waited: int
 
     def describe(self) -> dict[str, Any]:
         """Return what summary.json says of it."""
@@ -113,6 +115,7 @@ class Kept:
             "last": self.last.value,
             "stopped_early": self.stopped_early,
             "patience": self.patience,
+            "waited": self.waited,
         }
 
 

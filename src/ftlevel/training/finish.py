@@ -239,7 +239,7 @@ def tell(
     }
     with explain_disk_errors(run):
         write_results(run, config, summary, lines)
-    remarks = plan.objective.remarks(summary["metrics"])
+    remarks = plan.objective.remarks(summary["metrics"], summary["metrics_before"])
     for warning in [
         *find_nothing_learned(summary, plan), *find_worse_than_before(summary), *remarks
     ]:  # fmt: skip

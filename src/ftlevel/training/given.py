@@ -9,14 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from ftlevel.artifacts.fingerprint import base_digest
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import QuantConfig, RowsInMemory, TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.config.in_memory import name_rows
-from ftlevel.config.layers import explain
 from ftlevel.errors import ConfigError
 from ftlevel.models.in_memory import place_model
 from ftlevel.training.plan.plan import Plan
@@ -82,7 +79,7 @@ def take(config: TrainConfig, given: Given, held: ExitStack) -> Taken:
     rows = {"dataset": given.dataset, "validation_file": given.eval_dataset}
     names = {key: _name(key, value, config) for key, value in rows.items() if value is not None}
     if names:
-        config = _agreed(config, data=config.data.model_copy(update=names))
+        config = config.with_sections(data=config.data.model_copy(update=names))
     if given.model is None and given.tokenizer is None:
         return Taken(config)
     folder = held.enter_context(Workspace("model"))
@@ -92,14 +89,7 @@ def take(config: TrainConfig, given: Given, held: ExitStack) -> Taken:
     }
     if placed.quant is not None:
         sections["quant"] = _own_quant(config.quant, placed.quant)
-    return Taken(_agreed(config, **sections), placed.directory, (placed.choice,))
-
-
-def _agreed(config: TrainConfig, **sections: Any) -> TrainConfig:
-    try:
-        return config.with_sections(**sections)
-    except ValidationError as error:
-        raise ConfigError(explain(error, {})) from None
+    return Taken(config.with_sections(**sections), placed.directory, (placed.choice,))
 
 
 def _own_quant(wish: QuantConfig, own: QuantConfig) -> QuantConfig:

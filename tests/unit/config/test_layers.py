@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe, read_settings
+from ftlevel.config.flags import FLAGS, recipe_hint
 from ftlevel.config.reading.renamed import RENAMED
 from ftlevel.errors import ConfigError
 
@@ -185,6 +185,35 @@ def test_a_setting_is_named_as_it_was_typed_with_the_nearest_right_one(
     assert problems(read_settings([setting])) == [f"--set {key}: {message}"]
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("lora_r", "Did you mean 'method.r'?"),
+        ("method.lora_r", "Did you mean 'method.r'?"),
+        ("micro_batch_size", "Did you mean 'train.per_device_train_batch_size'?"),
+        ("num_epochs", "Did you mean 'train.num_train_epochs'?"),
+        ("train.num_epochs", "Did you mean 'train.num_train_epochs'?"),
+        ("sequence_len", "Did you mean 'data.max_length'?"),
+        ("lora_target_linear", "Did you mean 'method.target_modules: all-linear'?"),
+        ("load_in_4bit", "Did you mean 'quant.kind: 4bit'?"),
+        ("val_set_size", "Did you mean 'data.validation_split'?"),
+        ("sample_packing", "It is a flag of the command line, not a key: --sample-packing."),
+        ("dry_run", "It is a flag of the command line, not a key: --dry-run."),
+    ],
+)
+def test_a_flag_in_a_recipe_names_the_key_that_it_sets(key: str, hint: str) -> None:
+    [problem] = problems(read_settings([f"{key}=1"]))
+    assert problem == f"--set {key}: unknown key {key!r}. {hint}"
+
+
+def test_every_flag_that_sets_a_key_is_known_in_a_recipe() -> None:
+    rows = [row for row in FLAGS if "train" in row.on and row.path and not row.is_argument]
+    names = [name for row in rows for name in (row.shown, *(o.name for o in row.spellings))]
+    without = [name for name in names if "Did you mean" not in recipe_hint(name.lstrip("-"))]
+    assert len(names) > 300
+    assert without == []
+
+
 def test_a_value_for_a_whole_section_is_not_replaced_by_a_flag() -> None:
     flags = read_settings(["train.max_steps=3"])
     with pytest.raises(ConfigError, match="--set train: train is a section, and 4 is given for it"):
@@ -230,7 +259,7 @@ def test_a_key_by_both_of_its_names_is_refused() -> None:
     assert problems(read_settings(both)) == [
         f"--set speed.low_rank: {said}Give speed.fused_lora alone."
     ]
-    with pytest.raises(ValidationError, match="is the old name of"):
+    with pytest.raises(ConfigError, match="is the old name of"):
         TrainConfig(speed={"low_rank": False, "fused_lora": True})
 
 

@@ -5,11 +5,24 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from ftlevel.config import SPECS, TrainConfig, build_config, read_settings
+from ftlevel.config import (
+    SPECS,
+    EvaluateConfig,
+    ExportConfig,
+    MergeConfig,
+    PredictConfig,
+    TrainConfig,
+    TrainerConfig,
+    build_config,
+    read_settings,
+)
+from ftlevel.config.flag import CONFIGS
 from ftlevel.errors import ConfigError
 
 RULES = [
@@ -69,6 +82,66 @@ def test_a_config_cannot_be_written_to() -> None:
         config.train.seed = 1  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (TrainConfig, {"train": {"output_dir": "runs/x"}},
+         "TrainConfig(train.output_dir): unknown key 'train.output_dir'. "
+         "Did you mean 'output.dir'?"),
+        (TrainConfig, {"lora_r": 4},
+         "TrainConfig(lora_r): unknown key 'lora_r'. Did you mean 'method.r'?"),
+        (TrainConfig, {"method": {"kind": "full", "use_dora": True}},
+         "TrainConfig(method.use_dora): 'method.use_dora' belongs to method lora, qlora, and the "
+         "method is full."),
+        (TrainConfig, {"train": {"max_steps": 0}},
+         "TrainConfig(train.max_steps): 0 is out of range: train.max_steps must be ≥ 1."),
+        (TrainConfig, {"train": 3},
+         "TrainConfig(train): train is a section, and 3 is given for it. Set its fields, such as "
+         "train.num_beams."),
+        (TrainConfig, {"speed": [{"text": "a secret row"}]},
+         "TrainConfig(speed): speed is a section, and a list is given for it. Set its fields, "
+         "such as speed.fast."),
+        (TrainerConfig, {"lr": 1}, "TrainerConfig(lr): unknown key 'lr'. "
+         "Did you mean 'train.learning_rate'?"),
+        (PredictConfig, {"name": "run", "datset": "x"},
+         "PredictConfig(datset): unknown key 'datset'. Did you mean 'dataset'?"),
+        (MergeConfig, {"adapters": ["run"], "output_dir": "x", "dtyp": "x"},
+         "MergeConfig(dtyp): unknown key 'dtyp'. Did you mean 'dtype'?"),
+        (MergeConfig, {"adapters": ["run"]}, "MergeConfig(output_dir): it is missing: Directory of "
+         "the merged model; it must not exist yet."),
+        (EvaluateConfig, {"name": "run", "batch_size": 0},
+         "EvaluateConfig(batch_size): 0 is out of range: batch_size must be ≥ 1."),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_of_a_constructor_is_named(
+    section: type[BaseModel], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        section(**values)
+    assert caught.value.problems == [message]
+
+
+@pytest.mark.parametrize("section", [*CONFIGS.values(), *SPECS.values()])
+def test_every_constructor_raises_errors_of_ours(section: type[BaseModel]) -> None:
+    with pytest.raises(ConfigError, match=rf"{section.__name__}\(zzz\): unknown key 'zzz'"):
+        section(zzz=1)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("model", "name_or_path", "x"), ("data", "dataset", "x"), ("method", "kind", "ia3"),
+     ("quant", "kind", "4bit"), ("output", "dir", Path("x")), ("distillation", "teacher", "x")],
+)  # fmt: skip
+def test_a_text_for_a_section_is_its_main_field(section: str, key: str, value: Any) -> None:
+    assert getattr(getattr(TrainConfig(**{section: value}), section), key) == value
+    layers = [read_settings([f"{section}={value}"])]
+    assert getattr(getattr(build_config(layers), section), key) == value
+
+
+def test_a_text_for_preference_is_its_loss() -> None:
+    assert TrainConfig(task="preference", preference="orpo").preference.loss == "orpo"
+
+
 def test_a_dumped_config_is_the_same_config() -> None:
     config = build_config([read_settings(["method=qlora", "train.seed=7", "data.max_length=9"])])
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
@@ -88,3 +161,59 @@ def test_the_config_is_read_without_the_heavy_stack() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "key"),
+    [
+        (TrainConfig, {"model": "a\0b"}, "model.name_or_path"),
+        (TrainConfig, {"data": "a\0b"}, "data.dataset"),
+        (TrainConfig, {"data": {"dataset": "x", "also": ["a\0b"]}}, "data.also"),
+        (TrainConfig, {"data": {"chat_template": "a\0b"}}, "data.chat_template"),
+        (TrainConfig, {"output": Path("a\0b")}, "output.dir"),
+        (EvaluateConfig, {"name": "a\0b"}, "name"),
+        (MergeConfig, {"adapters": ["a\0b"], "output_dir": "x"}, "adapters"),
+        (MergeConfig, {"adapters": ["run"], "output_dir": "a\0b"}, "output_dir"),
+    ],
+)
+def test_a_name_with_a_null_byte_is_refused(
+    section: type[BaseModel], values: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"\({key}\): .*a name cannot contain a null byte"):
+        section(**values)
+
+
+def test_a_text_for_the_model_may_have_any_character() -> None:
+    assert TrainConfig(data={"system": "a\0b"}).data.system == "a\0b"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (ExportConfig, {"model": "run", "format": "gguf-lora", "out": "x.gguf"},
+         "ExportConfig(out): 'x.gguf': a directory is written, and x.gguf is the name of a file. "
+         "Name it x."),
+        (ExportConfig, {"model": "run", "server": "llama.cpp", "out": "x.gguf"},
+         "ExportConfig(out): 'x.gguf': a directory is written, and x.gguf is the name of a file. "
+         "Name it x."),
+        (MergeConfig, {"adapters": ["run"], "output_dir": "x.safetensors"},
+         "MergeConfig(output_dir): 'x.safetensors': a directory is written, and x.safetensors is "
+         "the name of a file. Name it x."),
+        (TrainConfig, {"output": "runs/x.yaml"},
+         "TrainConfig(output.dir): 'runs/x.yaml': a directory is written, and x.yaml is the name "
+         "of a file. Name it runs/x."),
+        (ExportConfig, {"model": "run", "server": "gguf-lora", "out": "x"},
+         "ExportConfig(server): 'gguf-lora': it is a format, and --for names a server. Use "
+         "--format gguf-lora."),
+        (ExportConfig, {"model": "run", "format": "vllm", "out": "x"},
+         "ExportConfig(format): 'vllm': it is a server, and --format names a format. Use --for "
+         "vllm."),
+    ],
+)  # fmt: skip
+def test_files_and_directories_servers_and_formats_are_told_apart(
+    section: type[BaseModel], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        section(**values)
+    assert caught.value.problems == [message]
+    assert MergeConfig(adapters=["run"], output_dir="merged-v1.5").output_dir == Path("merged-v1.5")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
+from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
 from ftlevel.methods.soft_prompt.layout import Layout
 from ftlevel.methods.soft_prompt.stacks import find_stacks
@@ -174,7 +174,7 @@ def test_a_prompt_can_begin_with_a_text() -> None:
     [{"prompt_tuning_init": "TEXT"}, {"prompt_tuning_init_text": "Summarize:"}],
 )
 def test_text_and_the_wish_for_it_go_together(fields: dict[str, str]) -> None:
-    with pytest.raises(ValidationError, match="prompt_tuning_init"):
+    with pytest.raises(ConfigError, match="prompt_tuning_init"):
         PromptSpec(**fields)
 
 

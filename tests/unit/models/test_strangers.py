@@ -52,7 +52,8 @@ def test_a_whole_directory_is_read(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil/x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", 7]
+    "name",
+    ["../evil/x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "x\0.safetensors", 7],
 )
 def test_an_index_does_not_leave_its_directory(model: Path, name: Any) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": name}}

@@ -48,9 +48,9 @@ def model() -> Any:
     return build_model()
 
 
-def _objective(name: str, beta: float) -> Preferences:
+def _objective(name: str, beta: float, **more: Any) -> Preferences:
     told = {"loss": name, **TABLE[name][0]} if name in TABLE else {"loss": name}
-    settings = PreferenceConfig(**told, beta=beta)
+    settings = PreferenceConfig(**told, beta=beta, **more)
     smoothing = SMOOTHING if LOSSES[settings.loss or ""].smoothed else 0.0
     return build_preferences(settings, smoothing, "decoder")
 
@@ -238,6 +238,25 @@ def test_displacement_and_a_judge_of_length_are_said() -> None:
     assert "both kinds of answers are less likely" in said[0]
     assert "no better than preferring the longer answer" in said[1]
     assert objective.remarks({**fell, "logp_chosen": -9.0, "reward_accuracy": 0.9}) == []
+
+
+@pytest.mark.parametrize("loss", ["orpo", "simpo", "cpo", "dpo"])
+def test_without_a_reference_displacement_is_a_fall_since_the_first_evaluation(loss: str) -> None:
+    objective = _objective(loss, 0.1, **({"reference": "none"} if loss == "dpo" else {}))
+    metrics = {"logp_chosen": -12.0, "logp_rejected": -40.0}
+    assert objective.remarks(metrics) == []
+    assert objective.remarks(metrics, {"logp_chosen": -13.0, "logp_rejected": -11.0}) == []
+    [warning] = objective.remarks(metrics, {"logp_chosen": -10.0, "logp_rejected": -41.0})
+    assert "the chosen answers are less likely than before training" in warning
+    assert "chosen -2.00 nats, rejected +1.00" in warning
+
+
+def test_displacement_against_another_reference_names_the_reference() -> None:
+    objective = _objective("dpo", 0.1, reference="runs/first")
+    metrics = {"logp_chosen": -12.0, "ref_logp_chosen": -10.0, "logp_rejected": -40.0,
+               "ref_logp_rejected": -11.0}  # fmt: skip
+    [warning] = objective.remarks(metrics, {"logp_chosen": -20.0, "logp_rejected": -50.0})
+    assert "less likely than with the reference" in warning
 
 
 def test_odds_are_finite_where_an_answer_is_all_but_certain() -> None:

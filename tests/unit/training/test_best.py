@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from ftlevel.artifacts.best_models import best_of, forget_later, rotate_best, write_best
+from ftlevel.artifacts.cards import kept_words
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks import TASKS
-from ftlevel.training.best import Evaluated, Evaluations
+from ftlevel.training.best import Evaluated, Evaluations, Kept
 from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
 
 PLAN: dict[str, Any] = {
@@ -35,6 +36,21 @@ def test_the_first_of_equals_is_the_best_and_what_is_no_number_never() -> None:
     seen = Evaluations(BestModel(**PLAN))
     assert not seen.add(1, {"eval_loss": 1.0}), "a correlation with a constant is not there"
     assert seen.best is None
+
+
+def test_a_longer_run_counts_all_evaluations_without_a_better_one() -> None:
+    """Resumed after an early stop, with more steps, a run waits longer than its patience."""
+    seen = Evaluations(BestModel(**PLAN | {"patience": 1}))
+    for step, value in enumerate((0.5, 0.4, 0.3), 1):
+        seen.add(step, {"eval_accuracy": value})
+    assert seen.best is not None
+    assert seen.last is not None
+    kept = Kept(metric="eval_accuracy", greater_is_better=True, evaluations=seen.count,
+                best=seen.best, last=seen.last, step=1, stopped_early=True, patience=1,
+                waited=seen.waited)  # fmt: skip
+    assert kept_words(kept.describe()).endswith("after 2 evaluations without a better one")
+    former = {key: value for key, value in kept.describe().items() if key != "waited"}
+    assert kept_words(former).endswith("after 1 evaluation without a better one")
 
 
 def test_of_equals_the_one_with_the_lower_loss_is_the_best() -> None:

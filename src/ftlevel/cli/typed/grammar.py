@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from ftlevel.artifacts.files import describe_interrupt
-from ftlevel.cli.typed.spelling import Reading, rewrite
+from ftlevel.cli.typed.spelling import Reading, Rewritten, rewrite
 from ftlevel.config.flags import DAILY, GENERAL
 from ftlevel.config.layers import find_setting
 from ftlevel.errors import ConfigError, Interrupted, did_you_mean
@@ -32,10 +32,11 @@ class Command(TyperCommand):
         done = rewrite(args, self.readings)
         ctx.meta["ftlevel.typed"], ctx.meta["ftlevel.claims"] = done.typed, done.claims
         try:
-            return super().parse_args(ctx, done.arguments)
+            return super().parse_args(ctx, list(done.arguments))  # which the parser empties
         except typer.TyperException as error:
             if hasattr(error, "possibilities"):
                 self._explain(error, str(getattr(error, "option_name", "")))
+            _name_value(error, done)
             raise
 
     def _explain(self, error: Any, name: str) -> None:
@@ -82,6 +83,24 @@ class Command(TyperCommand):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted(describe_interrupt()) from None
+
+
+def _name_value(error: Any, done: Rewritten) -> None:
+    """Raise an error about the value of a flag again with the value, which Typer leaves out.
+
+    Raises:
+        ConfigError: the value is known.
+    """
+    names = getattr(getattr(error, "param", None), "opts", None) or []
+    words = [part for word in done.arguments for part in word.split("=", 1)]
+    places = [at for at, word in enumerate(words[:-1]) if word in names]
+    if not places:
+        return
+    name, value = words[places[-1]], words[places[-1] + 1]
+    reason = str(error.message).rstrip(".")
+    raise ConfigError(
+        f"{done.typed.get(name, name)}: {value!r} cannot be used: {reason[:1].lower()}{reason[1:]}."
+    ) from None
 
 
 def _daily(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:

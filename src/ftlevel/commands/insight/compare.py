@@ -35,6 +35,7 @@ RESULT = "compare.json"
 _TRIALS = 10
 _NEVER = ("overwrite", "allow_change", "push_to_hub", "hub_private", "run_name")
 _CTRL_C = 130
+_METRIC = "train.metric_for_best_model"
 
 
 def compare(
@@ -170,7 +171,7 @@ def _begin_or_go_on(
                     for name in ("search", "trials", "study", "searched")}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
-    if now != was:
+    if _without_metric(now) != _without_metric(was):
         differ_in = [key for key in {**was, **now}
                      if was.get(key) != now.get(key)]  # fmt: skip
         raise ConfigError(
@@ -197,6 +198,12 @@ def _begin_or_go_on(
                     asked["seeds"], wishes.max_memory, wishes.max_minutes,
                     tuple(asked["search"]), asked["trials"], asked["study"])  # fmt: skip
     return wishes, {"asked": asked}
+
+
+def _without_metric(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was given of a configuration, but for the metric that ranks the runs."""
+    train = {k: v for k, v in asked.get("train", {}).items() if k != "metric_for_best_model"}
+    return {**asked, "train": train}
 
 
 def _check_methods(config: TrainConfig, found: Comparison, listener: Listener) -> None:
@@ -325,7 +332,7 @@ def _train_all(found: Comparison, listener: Listener, prepare: Callable[[], Any]
             continue
         name = f"{method}-seed{seed}"
         run, place = found.path / name, found.path / SCORES / f"{name}.json"
-        if not (place.is_file() and (run / SUMMARY).is_file()):
+        if not ((run / SUMMARY).is_file() and _is_scored(found.configs[method], place)):
             listener.stage(f"{method}, seed {seed} ({number} of {len(jobs)})")
             try:
                 job = _of_run(found.configs[method], run, seed)
@@ -344,8 +351,19 @@ def _train_all(found: Comparison, listener: Listener, prepare: Callable[[], Any]
         raise RunError("\n".join(f"{name}: {why}" for name, why in found.left_out.items()))
 
 
+def _is_scored(config: TrainConfig, place: Path) -> bool:
+    """Whether the scores at `place` are of the metric that ranks the runs."""
+    if not place.is_file():
+        return False
+    metric = config.train.metric_for_best_model
+    scored = json.loads(place.read_text(encoding="utf-8"))["name"]
+    return metric is None or metric.removeprefix("eval_") == scored
+
+
 def _of_run(config: TrainConfig, run: Path, seed: int) -> TrainConfig:
     """Return the configuration of one run, which goes on where its directory has begun."""
     has_begun = run.is_dir() and any(run.iterdir())
-    output = config.output.model_copy(update={"dir": run, "resume": has_begun})
+    output = config.output.model_copy(
+        update={"dir": run, "resume": has_begun, "allow_change": (_METRIC,) * has_begun}
+    )
     return config.with_sections(output=output, train=config.train.model_copy(update={"seed": seed}))

@@ -14,8 +14,10 @@ import numpy as np
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.ownership import ADAPTER, CONFIG, REPORT
 from ftlevel.commands.insight.report import report
-from ftlevel.config import TrainConfig
+from ftlevel.config import TrainConfig, TrainerConfig
 from ftlevel.evaluation.differences import Scores, differ
+from ftlevel.evaluation.metrics import generates_texts, keep_wanted
+from ftlevel.tasks import TASKS
 from ftlevel.training.plan.best_model import LOWER_IS_BETTER
 
 SCORES = "scores"
@@ -69,6 +71,19 @@ class Comparison:
     scored: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     dry: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     searched: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
+    """Return the metric that ranks runs: the one asked for, the task's, or else the loss.
+
+    A metric of generated texts ranks nothing where none are generated, or --metrics leaves it out.
+    """
+    if train.metric_for_best_model is not None:
+        return train.metric_for_best_model.removeprefix("eval_")
+    generates = generates_texts(train.predict_with_generate, TASKS[task])
+    is_missing = headline in TASKS[task].text_metrics and not generates
+    is_missing |= headline not in keep_wanted({headline: None}, train.metrics)
+    return "loss" if is_missing else headline
 
 
 def sum_up(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,6 +181,13 @@ def _notes(found: Comparison) -> list[str]:
             "settings were searched on the rows that score them, which flatters all that were: a "
             "test file of other rows tells (ftlevel evaluate)"
         )
+    name, headline = runs[0]["name"], runs[0]["summary"]["headline"]
+    asked = next(iter(found.configs.values())).train.metric_for_best_model
+    if asked is None and name != headline:
+        notes.append(f"ranked by {name}: {headline} is not scored (--predict-with-generate)")
+    best = {run["summary"]["best"]["metric"] for run in runs if run["summary"].get("best")}
+    if asked is not None and (others := best - {f"eval_{name}"}):
+        notes.append(f"the runs kept their models with the best {', '.join(sorted(others))}")
     examples = runs[0]["rows"]["examples"]
     notes.append(f"scored on {examples:,} held-out examples; differences are paired row by row")
     return notes

@@ -7,6 +7,7 @@ from typing import Any
 
 from ftlevel.artifacts.files import write_json
 from ftlevel.commands.evaluate import evaluate
+from ftlevel.commands.insight.comparison import ranking_metric
 from ftlevel.commands.insight.own_process import StopWithParent
 from ftlevel.commands.insight.plan import Wishes, plan
 from ftlevel.commands.train import CommandLine, train
@@ -36,8 +37,7 @@ def train_and_score(config: TrainConfig, place: Path) -> None:
     values = {"name": str(result.path), "base": False, "resamples": RESAMPLES,
               "predictions": answers}  # fmt: skip
     found = evaluate(build_section(EvaluateConfig, values), listener=Silence())
-    asked = config.train.metric_for_best_model or found.summary["headline"]
-    metric = asked.removeprefix("eval_")
+    metric = ranking_metric(config.train, found.summary["task"], found.summary["headline"])
     if metric not in found.metrics:
         raise ConfigError(f"it has no {metric}: {', '.join(found.metrics)}")
     drawn = found.draws.get(metric)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ftlevel.commands.insight.comparison import ranking_metric
 from ftlevel.commands.insight.own_process import StopWithParent, do_apart
 from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
@@ -143,7 +144,7 @@ def plan_study(
     if not fields:
         return None
     question = json.dumps([word, asked["config"], asked["budget"], asked["search"]], sort_keys=True)
-    metric = (config.train.metric_for_best_model or facts["headline"]).removeprefix("eval_")
+    metric = ranking_metric(config.train, facts["task"], facts["headline"])
     greater = config.train.greater_is_better
     if greater is None:
         greater = not metric.endswith(LOWER_IS_BETTER)

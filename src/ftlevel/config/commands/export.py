@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from ftlevel.config.commands.servers import SERVERS
 from ftlevel.config.options.hub import HubSection
+from ftlevel.config.section import check_directory_name
 from ftlevel.config.sections import Positive
 
 
@@ -99,8 +100,8 @@ class ExportConfig(HubSection):
     overwrite: bool = Field(False, description="Replace these files where they exist.")
     verify: bool = Field(
         True,
-        description="Read what was written back and compare it with the model; record its answers "
-        "for ftlevel check-served.",
+        description="Read what was written back and compare it with the model. With --for, and "
+        "of adapters, record its answers for ftlevel check-served.",
     )
     verify_tokens: Positive = Field(512, description="How many tokens of text are compared.")
     base_model: str | None = Field(
@@ -112,6 +113,16 @@ class ExportConfig(HubSection):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Where the models are compared."
     )
+
+    @field_validator("server", "format", mode="before")
+    @classmethod
+    def _check_option(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a format given as a server, and a server given as a format."""
+        if info.field_name == "server" and value in FORMATS and value not in SERVERS:
+            raise ValueError(f"it is a format, and --for names a server. Use --format {value}")
+        if info.field_name == "format" and value in SERVERS and value not in FORMATS:
+            raise ValueError(f"it is a server, and --format names a format. Use --for {value}")
+        return value
 
     @field_validator("format")
     @classmethod
@@ -140,7 +151,11 @@ class ExportConfig(HubSection):
     @field_validator("out")
     @classmethod
     def _is_named_by_its_format(cls, value: Path, info: ValidationInfo) -> Path:
+        if "server" not in info.data:  # it is wrong, and the format follows from it
+            return value
         format_ = FORMATS.get(info.data.get("format", ""))
+        if format_ is not None and format_.is_directory:
+            return check_directory_name(value)
         if format_ is not None and format_.suffix not in ("", value.suffix):
             raise ValueError(
                 f"{value} does not end in {format_.suffix}, by which programs know the format. "

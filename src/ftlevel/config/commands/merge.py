@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ftlevel.config.options.hub import HubSection
+from ftlevel.config.section import NewDirectory
 from ftlevel.config.sections import Positive
 
 Strategy = Literal["cat", "svd", "linear", "ties", "dare-ties", "dare-linear", "magnitude-prune"]
@@ -21,7 +21,9 @@ class MergeConfig(HubSection):
     adapters: list[str] = Field(
         min_length=1, description="Run or adapter to merge; several are mixed into one first."
     )
-    output_dir: Path = Field(description="Directory of the merged model; it must not exist yet.")
+    output_dir: NewDirectory = Field(
+        description="Directory of the merged model; it must not exist yet."
+    )
     onto: Literal["auto", "original", "dequantized"] = Field(
         "auto",
         description="Weights that a quantized run is merged into: dequantized are those that it "

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ftlevel.config.options.hub import HubSection
+from ftlevel.config.section import NewDirectory
 from ftlevel.config.sections import Positive, QuantConfig
 
 
@@ -31,7 +32,7 @@ class QuantizeConfig(HubSection):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of what is not quantized; auto keeps the model's own."
     )
-    out: Path = Field(description="Directory to write; it must not exist.")
+    out: NewDirectory = Field(description="Directory to write; it must not exist.")
     measure: bool = Field(
         True, description="Load the result and compare it with the source on text."
     )

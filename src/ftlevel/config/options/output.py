@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ftlevel.config.section import Section
+from ftlevel.config.section import NewDirectory, Section
 
 
 def _split_trackers(value: Any) -> Any:
@@ -33,7 +32,7 @@ Trackers = Annotated[
 class OutputConfig(Section):
     """Where the run is written."""
 
-    dir: Path | None = Field(
+    dir: NewDirectory | None = Field(
         None, description="Run directory; the default is a new one under runs/."
     )
     overwrite: bool = Field(False, description="Replace a run directory that exists.")

@@ -201,6 +201,8 @@ class GgufExport:
             yield "not verified (--no-verify)"
         else:
             yield from _check_lines(check, summary)
+            if not summary["start"]:
+                yield "no answers are recorded for ftlevel check-served (--for llama.cpp or ollama)"
         yield f"saved {summary['out']} and {summary['modelfile']}  ({summary['seconds']:.1f} s)"
         if summary["start"]:
             yield "serve it:"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ftlevel.merging.serving.answers import Answer
@@ -12,7 +13,9 @@ EITHER = "as trained, and as the base"
 BASE = "the base's answer"
 ELSE = "something else"
 _EXACT, _ROUNDED = 0.02, 0.1
-_LARGEST_OF = {"float32": _EXACT, "f32": _EXACT, "q8_0": 0.5, "q5_0": 0.5, "q4_0": 0.5}
+_COARSEST = 0.5
+_LARGEST_OF = {"float32": _EXACT, "f32": _EXACT,
+               **dict.fromkeys(("q8_0", "q5_0", "q4_0"), _COARSEST)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,38 @@ class Verdict:
 def tolerance_of(dtype: str) -> float:
     """Return how far logprobs may be apart where weights are served in `dtype`."""
     return _LARGEST_OF.get(dtype, _ROUNDED)
+
+
+def widen(tolerance: float, heard: Sequence[Heard], base: Sequence[Answer]) -> float:
+    """Return how far logprobs may be apart where the server rounds: twice what its base is off.
+
+    A server that computes with a quantized base rounds activations too, by as much without an
+    adapter as with one. So the base alone, on the same prompts, shows the size of the differences
+    that rounding explains. A base that is off by more than the coarsest type explains is another
+    model, and `tolerance` stays as it is.
+
+    Args:
+        tolerance: of weights in the recorded type.
+        heard: what the server answers without the adapter.
+        base: what the base must answer.
+    """
+    difference = max(_distance(one, known) for one, known in zip(heard, base, strict=True))
+    return max(tolerance, 2 * difference) if difference <= _COARSEST else tolerance
+
+
+def _distance(heard: Heard, known: Answer) -> float:
+    """Return the largest difference of a logprob that tells `heard` from `known`.
+
+    Where both choose another token, rounding has moved two logprobs by the margin between them.
+    """
+    if heard.ids is None or heard.logprobs is None:
+        return 0.0
+    pairs, is_whole = _aligned(heard, known)
+    moved = [abs(heard.logprobs[one] - known.logprobs[other]) for one, other in pairs]
+    common = len(pairs)
+    if not is_whole and common < min(len(heard.ids), len(known.ids)):
+        moved.append(known.margins[common] / 2)
+    return max(moved, default=0.0)
 
 
 def judge(heard: Heard, trained: Answer, base: Answer | None, tolerance: float) -> Verdict:

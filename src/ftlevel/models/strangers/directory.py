@@ -113,7 +113,12 @@ def _check_index(index: Path, words: str) -> None:
         raise InputError(f"{words}: {index.name} has no weight_map. Was a copy cut short?")
     for name in where.values():
         place = PurePosixPath(str(name))
-        if not isinstance(name, str) or place.is_absolute() or ".." in place.parts or "\\" in name:
+        if (
+            not isinstance(name, str)
+            or place.is_absolute()
+            or ".." in place.parts
+            or any(sign in name for sign in "\\\0")
+        ):
             raise InputError(
                 f"{words}: {index.name} names {name!r}, which is not a file in the model's "
                 "directory. Nothing outside it is read."

@@ -138,21 +138,34 @@ class Preferences(LikelihoodObjective):
         }
         return known.get(self.settings.loss or "dpo")
 
-    def remarks(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return what rewards do not say: that good answers became less likely too, or longer."""
+    def remarks(
+        self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
+    ) -> list[str]:
+        """Return warnings about answers that became less likely, and about learned length.
+
+        Log-probabilities are compared with the reference's; without a reference with those of
+        `before`, and not at all where there was no evaluation before step 1.
+        """
         found = []
         names = ("chosen", "rejected") if self.is_paired else ("desirable", "undesirable")
+        known, prefix = (metrics, "ref_logp") if self.needs_reference else (before or {}, "logp")
         fell = [
-            metrics.get(f"logp_{name}", 0.0) - metrics.get(f"ref_logp_{name}", 0.0)
+            metrics[f"logp_{name}"] - known[f"{prefix}_{name}"]
+            if f"logp_{name}" in metrics and f"{prefix}_{name}" in known
+            else 0.0
             for name in names
         ]
         if fell[0] < 0:
             both = "both kinds of answers" if fell[1] < 0 else f"the {names[0]} answers"
+            # Beta of losses without a reference does not hold log-probabilities back.
+            advice = (
+                "a lower rate, a higher --beta or" if self.needs_reference else "a lower rate or"
+            )
+            than = "with the reference" if self.settings.other_reference else "before training"
             found.append(
-                f"{both} are less likely than before training ({names[0]} {fell[0]:+.2f} nats, "
+                f"{both} are less likely than {than} ({names[0]} {fell[0]:+.2f} nats, "
                 f"{names[1]} {fell[1]:+.2f}): what the model writes may be neither (likelihood "
-                "displacement). Look at samples; a lower rate, a higher --beta or --loss rpo "
-                "hold it back."
+                f"displacement). Look at samples; {advice} --loss rpo holds it back."
             )
         right, length = metrics.get("reward_accuracy"), metrics.get("length_accuracy", 0.0)
         if right is not None and 0.5 < right <= length:

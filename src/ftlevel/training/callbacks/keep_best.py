@@ -144,4 +144,5 @@ class KeepBest(TrainerCallback):
             step=kept,
             stopped_early=seen.is_over and step < max_steps,
             patience=self.plan.patience,
+            waited=seen.waited,
         )

@@ -17,6 +17,7 @@ from ftlevel.artifacts.ownership import mark_going_on
 from ftlevel.artifacts.places import write_places
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
 from ftlevel.config import TrainConfig
+from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.chat_templates import choose_chat_template
 from ftlevel.data.encoding.pad_token import choose_pad_token
 from ftlevel.errors import ConfigError, did_you_mean, listing
@@ -197,6 +198,8 @@ def find_going_on(
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     past = run.read_log(step_of(checkpoint))
     has_new_length = state["max_steps"] != steps
+    where = Choice("checkpoint", checkpoint, f"step {step_of(checkpoint):,} of {steps:,}")
+    listener.choices("resume", [where])
     return GoingOn(checkpoint, past, has_new_length, changes=changes)
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import ValidationError
-
 from ftlevel.config import TrainConfig
-from ftlevel.config.layers import explain
 from ftlevel.data.sources.lines import PART
 from ftlevel.data.sources.splits import load_splits
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.errors import InputError
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import resolve_source
@@ -54,10 +51,7 @@ def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
             refusals[name] = error
             continue
         why = f"the model is an encoder, and the columns are {found.name}; --task names another"
-        try:
-            return config.with_sections(task=name), why
-        except ValidationError as error:
-            raise ConfigError(explain(error, {})) from None
+        return config.with_sections(task=name), why
     try:
         TASKS[config.task].find_format(table.columns, data, table.rows[:PART])
     except InputError:
