@@ -166,7 +166,8 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
     if config.speed.tokens_per_micro_batch == "memory":
         _, resolved = fit_micro_batch(config, resolved, device.memory)
     need = find_need(config, resolved, device)
-    limits = Limits(need.device, card.name if card else None, source)
+    tokenizer = resolved.model.tokenizer
+    limits = Limits(need.device, card.name if card else None, source, tokenizer)
     cluster = _cluster(config, resolved, need, card, wishes)
     time = _time(config, resolved, card, wishes.probe, is_imagined)
     if cluster is not None:

@@ -60,12 +60,14 @@ class Limits:
         device: that a run may use.
         card: name of a GPU that is planned for, or None.
         source: the model.
+        tokenizer: of the model.
         known: what was tried (mutated).
     """
 
     device: Device
     card: str | None
     source: ModelSource
+    tokenizer: Any
     known: dict[Any, Fit | None] = field(default_factory=dict)
 
 
@@ -160,7 +162,8 @@ def _forecast(config: TrainConfig, rows: int, limits: Limits) -> MemoryForecast:
     accumulated = max(2, config.train.gradient_accumulation_steps)  # gradients are there before
     config = _with(config, {"train": {"per_device_train_batch_size": rows,
                                       "gradient_accumulation_steps": accumulated}})  # fmt: skip
-    imagined = imagine(config, limits.source, limits.card, rows * accumulated)
+    rows *= accumulated
+    imagined = imagine(config, limits.source, limits.card, rows, limits.tokenizer)
     return limits.device.forecast(config, resolve(config, imagined=imagined))
 
 
