@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ftlevel.training.forecast.fits import Fit
 
 _BAR = 30  # letters
+_PROCESS = "whole process"
 _LEAST = 2**16  # bytes of a part that is shown
 
 
@@ -34,12 +35,17 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         yield f"to make it fit, the mildest change: {plan.cheapest.flags}"
     elif not plan.need.does_fit:
         yield "no change of rows, checkpointing or quantization makes it fit: a smaller --model."
-    width = max(map(len, plan.need.parts))
+    width = max(map(len, [*plan.need.parts, _PROCESS]))
     for part, size in plan.need.parts.items():
         if size < _LEAST:
             continue
         bar = "█" * round(_BAR * size / plan.need.peak)
         yield f"  {part.ljust(width)} {_mib(size):>12}  {bar}"
+    if plan.need.process is not None:
+        yield (
+            f"  {_PROCESS.ljust(width)} {_mib(plan.need.process):>12}  with Python, its libraries "
+            "and the check before the first step"
+        )
     if plan.imagined:
         yield "  rows are imagined, all as long as they may be: name a --dataset for your own"
     if plan.cluster is not None:

@@ -97,6 +97,7 @@ class RunPlan:
         need = self.need
         return {
             "peak_bytes": need.peak,
+            "process_bytes": need.process,
             "parts": need.parts,
             "at": need.at,
             "memory_bytes": need.device.memory,

@@ -62,12 +62,14 @@ class Foresight:
             planned, measured = need.peak, peak_memory_bytes(kind) - before
         return {
             "peak_bytes": planned,
+            "process_bytes": need.process,
             "parts": need.parts,
             "at": need.at,
             "memory_bytes": need.device.memory,
             "fits_in_memory": need.does_fit,
             "verdict": need.verdict(),
             "measured_bytes": measured,
+            "measured_process_bytes": None if need.process is None else peak_memory_bytes(kind),
             "measured": _HOW.get(kind, _HOW["mps"]),
             "off": planned / max(1, measured) - 1
             if kind == "cuda"

@@ -1,0 +1,110 @@
+"""Resident memory of the whole process of a run on a CPU, which is what runs out there.
+
+    process = libraries + max(loading, check, training, proof)
+
+- libraries: Python with its libraries, the tokenizer and the rows, as measured in this process,
+  and `LATER` for what a run imports and compiles after its first step;
+- loading: the weights, and the pages of the checkpoint that they are converted from;
+- check: the plain step on a few rows in float32, which every run compares with its fast step: the
+  narrow weights beside those in float32, two further gradients of what is trained and its start;
+- training: the tensors of a step, and `HOLES` of those that come and go: blocks of the heap that
+  are free and too small for what comes next, and copies that matrix products make;
+- proof: logits of the trained and of the reloaded model on a few rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ftlevel.config import TrainConfig
+from ftlevel.methods import METHODS
+from ftlevel.models.hardware import resident_bytes
+from ftlevel.training.forecast.live import (
+    ACTIVATIONS,
+    ADAPTER,
+    CASTS,
+    GRADIENTS,
+    LOGITS,
+    OPTIMIZER,
+    WEIGHTS,
+    WORKSPACE,
+)
+from ftlevel.training.forecast.memory import MemoryForecast, forecast_memory
+from ftlevel.training.plan.plan import Plan
+from ftlevel.training.proof import PROBE_SCORES
+from ftlevel.training.verify.few_rows import choose_few
+
+LATER = 60 * 2**20
+"""Pages of the libraries' code that are first used in a step, and modules that are imported then."""
+
+HOLES = 0.12
+"""Share of the tensors that come and go in a step."""
+
+_COME_AND_GO = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
+_NARROW = {"bfloat16": 2, "float16": 2}
+
+
+def estimate_process(config: TrainConfig, plan: Plan, step: MemoryForecast) -> int:
+    """Return the most bytes that the process of the run has resident.
+
+    Args:
+        config: the whole configuration.
+        plan: of the run, on a CPU.
+        step: the memory of its training step.
+    """
+    libraries = resident_bytes() + LATER
+    return libraries + max(
+        _bytes_of_loading(plan, step),
+        _bytes_of_check(config, plan),
+        _with_holes(step.parts),
+        _bytes_of_proof(step),
+    )
+
+
+def _with_holes(parts: dict[str, int]) -> int:
+    moving = sum(parts.get(part, 0) for part in _COME_AND_GO)
+    return sum(parts.values()) + int(HOLES * moving)
+
+
+def _bytes_of_loading(plan: Plan, step: MemoryForecast) -> int:
+    path, held = plan.model.source.path, step.parts.get(WEIGHTS, 0)
+    if path is None:
+        return held
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return held + sum(file.stat().st_size for file in files)
+
+
+def _bytes_of_check(config: TrainConfig, plan: Plan) -> int:
+    """Return the bytes of the comparison of the fast step with the plain one; 0 for none."""
+    few = choose_few(plan.data.train) if plan.fast.enabled else []
+    if config.speed.verify is False or not few:
+        return 0
+    train = {"per_device_train_batch_size": len(few), "gradient_accumulation_steps": 1}
+    plain = config.model_copy(update={"train": config.train.model_copy(update=train)})
+    wide: Any = replace(
+        plan,
+        model=replace(plan.model, dtype="float32"),
+        fast=replace(plan.fast, enabled=False),
+        data=replace(plan.data, train=few),
+    )
+    found = forecast_memory(plain, wide, 0)
+    parts = {**max(
+        (found.moments[moment] for moment in found.moments if moment != "optimizer step"),
+        key=lambda parts: sum(parts.values()) - parts.get(OPTIMIZER, 0),
+    )}  # fmt: skip
+    parts.pop(OPTIMIZER, None)
+    weights, trained = parts.get(WEIGHTS, 0), parts.get(ADAPTER, 0)
+    is_whole = METHODS[config.method.kind].build is None  # whose weights are in float32 anyhow
+    narrow = 0 if is_whole else weights * _NARROW.get(plan.model.dtype, 0) // 4
+    gradients = max(parts.get(GRADIENTS, 0), weights if is_whole else trained)
+    parts[GRADIENTS] = gradients  # of one way, of the other, and where it began
+    return _with_holes({part: int(size) for part, size in parts.items()}) + int(
+        narrow + 2 * gradients
+    )
+
+
+def _bytes_of_proof(step: MemoryForecast) -> int:
+    held = sum(step.parts.get(part, 0) for part in step.parts if part not in
+               (*_COME_AND_GO, OPTIMIZER, GRADIENTS))  # fmt: skip
+    return held + 4 * 4 * PROBE_SCORES
