@@ -19,8 +19,8 @@ from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener
 from ftlevel.models.hardware import resident_bytes
-from ftlevel.models.memory import release_freed_memory
 from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.memory import release_freed_memory
 from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on, products_of
 from ftlevel.training.callbacks.recovery import describe_left_out

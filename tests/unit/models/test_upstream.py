@@ -365,8 +365,9 @@ def _(request: pytest.FixtureRequest) -> None:
         assert field.types == quick.fields[name].types, name
         assert field.contents() == quick.fields[name].contents(), name
     assert modeling_gguf_pytorch_utils.load_gguf_checkpoint is headers._load_checkpoint
-    assert headers._load_gguf_checkpoint(str(folder / "x.gguf"))["config"] == (
-        headers._load_checkpoint(str(folder / "x.gguf"))["config"]
+    assert (
+        headers._load_gguf_checkpoint(str(folder / "x.gguf"))["config"]
+        == (headers._load_checkpoint(str(folder / "x.gguf"))["config"])
     )
     for one, other in zip(slow.tensors, quick.tensors, strict=True):
         assert one.name == other.name

@@ -19,9 +19,13 @@ _LEAST = 2**16  # bytes of a part that is shown
 
 
 def show(plan: RunPlan, console: Console) -> None:
-    """Print `plan`, the verdict first."""
+    """Print `plan` but for its table, the verdict first."""
     for line in plan_lines(plan):
         console.print(line, highlight=False, markup=False)
+
+
+def show_fits(plan: RunPlan, console: Console) -> None:
+    """Print the table of what fits, if there is one."""
     if plan.fits:
         told = f"what fits (all rows of {plan.longest:,} tokens, all of them learned):"
         console.print(told, markup=False, highlight=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import os
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -71,8 +71,8 @@ def _load_gguf_checkpoint(path: str, return_tensors: bool = False, **settings: A
     """Return what transformers' function of that name does, without tensors the config alone."""
     if return_tensors:
         return _load_checkpoint(path, return_tensors=True, **settings)
-    stat = os.stat(path)
-    cached = _load_gguf_config(os.path.realpath(path), stat.st_mtime_ns, stat.st_size)
+    stat = Path(path).stat()
+    cached = _load_gguf_config(str(Path(path).resolve()), stat.st_mtime_ns, stat.st_size)
     return {"config": copy.deepcopy(cached)}
 
 

@@ -9,7 +9,7 @@ for its tokens grows with the rows of a micro-batch, so the largest number that 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,7 @@ class Limits:
         source: the model.
         tokenizer: of the model.
         known: what was tried (mutated).
+        check: called before a line is computed; may raise to stop.
     """
 
     device: Device
@@ -69,6 +70,7 @@ class Limits:
     source: ModelSource
     tokenizer: Any
     known: dict[Any, Fit | None] = field(default_factory=dict)
+    check: Callable[[], object] = bool
 
 
 def list_fits(config: TrainConfig, limits: Limits) -> list[Fit]:
@@ -128,6 +130,7 @@ def _try(
 ) -> Fit | None:
     """Return a line of the table; None for what cannot be configured or is refused."""
     key = (way, checkpointing, rows, length)
+    limits.check()
     if key not in limits.known:
         limits.known[key] = _compute(config, way, checkpointing, rows, length, limits)
     return limits.known[key]

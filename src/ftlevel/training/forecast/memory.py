@@ -144,7 +144,7 @@ class Layers:
 
     @classmethod
     def of(cls, plan: Plan) -> Layers:
-        """Return the small models for the model of `plan`: the whole of it if no other is like it."""
+        """Return the small models for the model of `plan`, or that model itself."""
         stacks = describe_blocks(plan)
         if len({len(stack) for stack in stacks}) != 1:
             return cls((None,), (), sum(map(len, stacks)))

@@ -36,7 +36,7 @@ from ftlevel.training.proof import PROBE_SCORES
 from ftlevel.training.verify.few_rows import choose_few
 
 LATER = 60 * 2**20
-"""Pages of the libraries' code that are first used in a step, and modules that are imported then."""
+"""Code of libraries that is first used in a step, and modules that are imported then."""
 
 HOLES = 0.12
 """Share of the tensors that come and go in a step."""
