@@ -7,8 +7,9 @@
 - loading: the weights, and the pages of the checkpoint that they are converted from;
 - check: the plain step on a few rows in float32, which every run compares with its fast step: the
   narrow weights beside those in float32, two further gradients of what is trained and its start;
-- training: the tensors of a step, and `HOLES` of those that come and go: blocks of the heap that
-  are free and too small for what comes next, and copies that matrix products make;
+- training: the tensors of a step; free blocks of the heap, up to `MOST_HOLES`; and two copies of a
+  language head's weight, as large as what a step was measured to hold beyond these;
+- with quantized weights, the pages of the checkpoint that the other weights are still mapped from;
 - proof: logits of the trained and of the reloaded model on a few rows.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 from ftlevel.config import TrainConfig
 from ftlevel.methods import METHODS
-from ftlevel.models.hardware import resident_bytes
+from ftlevel.models.hardware import DTYPES, resident_bytes
 from ftlevel.training.forecast.live import (
     ACTIVATIONS,
     ADAPTER,
@@ -35,11 +36,14 @@ from ftlevel.training.plan.plan import Plan
 from ftlevel.training.proof import PROBE_SCORES
 from ftlevel.training.verify.few_rows import choose_few
 
-LATER = 60 * 2**20
-"""Code of libraries that is first used in a step, and modules that are imported then."""
+LATER = 40 * 2**20
+"""Code of libraries that is first used in a step, and modules that are imported then; measured."""
 
-HOLES = 0.12
-"""Share of the tensors that come and go in a step."""
+HOLES = 0.35
+"""Free blocks of the heap as a share of the tensors that come and go, as measured on MiniLM."""
+
+MOST_HOLES = 128 * 2**20
+"""What the heap keeps free at its end (`KEPT_FREE` of cli/startup/heap.py): beyond, it shrinks."""
 
 _COME_AND_GO = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
 _NARROW = {"bfloat16": 2, "float16": 2}
@@ -54,17 +58,33 @@ def estimate_process(config: TrainConfig, plan: Plan, step: MemoryForecast) -> i
         step: the memory of its training step.
     """
     libraries = resident_bytes() + LATER
+    mapped = _mapped_bytes(plan, step)
     return libraries + max(
         _bytes_of_loading(plan, step),
-        _bytes_of_check(config, plan),
-        _with_holes(step.parts),
-        _bytes_of_proof(step),
+        mapped + _bytes_of_check(config, plan),
+        mapped + _with_holes(step.parts) + _bytes_of_head_copies(plan),
+        mapped + _bytes_of_proof(step),
     )
+
+
+def _mapped_bytes(plan: Plan, step: MemoryForecast) -> int:
+    """Return the pages of the checkpoint that were read to be quantized and are still mapped."""
+    planned = plan.model
+    dtype = DTYPES[planned.dtype]
+    is_converted = planned.source.gguf_file is None and planned.config.dtype != dtype
+    if planned.quant.kind == "none" or is_converted:
+        return 0
+    return max(0, planned.total_parameters * dtype.itemsize - step.parts.get(WEIGHTS, 0))
+
+
+def _bytes_of_head_copies(plan: Plan) -> int:
+    hidden = getattr(plan.model.config.get_text_config(), "hidden_size", 0)
+    return 2 * DTYPES[plan.model.dtype].itemsize * plan.model.vocabulary * hidden
 
 
 def _with_holes(parts: dict[str, int]) -> int:
     moving = sum(parts.get(part, 0) for part in _COME_AND_GO)
-    return sum(parts.values()) + int(HOLES * moving)
+    return sum(parts.values()) + min(MOST_HOLES, int(HOLES * moving))
 
 
 def _bytes_of_loading(plan: Plan, step: MemoryForecast) -> int:
