@@ -39,12 +39,12 @@ class PlainReader(gguf.GGUFReader):
         """
         if raw_type != _ARRAY or self.byte_order != "I":
             return super()._get_field_parts(orig_offs, raw_type)
-        kind, count = struct.unpack_from("<IQ", self._plain, orig_offs)
+        kind, count = struct.unpack_from("<IQ", self._plain.data, orig_offs)
         start = at = orig_offs + 12
         parts: list[Any] = [self._plain[orig_offs : at - 8], self._plain[at - 8 : at]]
         if kind == _STRING:
             for _ in range(count):
-                (length,) = struct.unpack_from("<Q", self._plain, at)
+                (length,) = struct.unpack_from("<Q", self._plain.data, at)
                 parts.append(self._plain[at + 8 : at + 8 + length])
                 at += 8 + length
         elif dtype := self.gguf_scalar_to_np.get(kind):
