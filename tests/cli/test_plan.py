@@ -221,4 +221,4 @@ def test_the_whole_process_takes_what_is_planned(
         assert done.returncode == 0, done.stderr
         told = json.loads((tmp_path / method / "summary.json").read_text())["plan"]
         assert told["process_bytes"] == pytest.approx(told["measured_process_bytes"], rel=0.1)
-    assert "whole process" in plan(capsys, *flags, "--brief")
+    assert "whole process" in plan(capsys, *flags[:-2], "--brief")

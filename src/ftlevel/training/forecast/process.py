@@ -28,6 +28,7 @@ from ftlevel.training.forecast.live import (
     GRADIENTS,
     LOGITS,
     OPTIMIZER,
+    UPDATE,
     WEIGHTS,
     WORKSPACE,
 )
@@ -109,11 +110,10 @@ def _bytes_of_check(config: TrainConfig, plan: Plan) -> int:
         data=replace(plan.data, train=few),
     )
     found = forecast_memory(plain, wide, 0)
-    parts = {**max(
-        (found.moments[moment] for moment in found.moments if moment != "optimizer step"),
-        key=lambda parts: sum(parts.values()) - parts.get(OPTIMIZER, 0),
-    )}  # fmt: skip
-    parts.pop(OPTIMIZER, None)
+    moments = [dict(parts) for moment, parts in found.moments.items() if moment != UPDATE]
+    for each in moments:
+        each.pop(OPTIMIZER, None)
+    parts = max(moments, key=lambda each: sum(each.values()))
     weights, trained = parts.get(WEIGHTS, 0), parts.get(ADAPTER, 0)
     is_whole = METHODS[config.method.kind].build is None  # whose weights are in float32 anyhow
     narrow = 0 if is_whole else weights * _NARROW.get(plan.model.dtype, 0) // 4
