@@ -59,7 +59,7 @@ def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, A
             raise KeyError(name)
         zeros = torch.zeros((), dtype=like.dtype).expand_as(like)
         pair = [of.get(name, zeros).cpu().flatten() for of in (gradients, reference)]
-        parts = zip(*(tensor.split(_COMPARED_AT_ONCE) for tensor in pair), strict=True)
+        parts = zip(*(torch.split(tensor, _COMPARED_AT_ONCE) for tensor in pair), strict=True)
         found[name] = total(_compare(*part) for part in parts)
     return found
 
