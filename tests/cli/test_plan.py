@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ftlevel.cli.app import run
+from ftlevel.commands.insight.plan import RunPlan, Wishes
+from ftlevel.commands.insight.plan import plan as run_plan
+from ftlevel.config import TrainConfig
 
 ModelDir = Callable[..., Path]
 LLAMA_8B = {
@@ -117,7 +122,7 @@ def test_a_run_begins_with_the_verdict_and_ends_beside_it(
     small, planned = tmp_path / "small", tmp_path / "planned"
     assert run(["train", *asked, "--output-dir", str(small)]) == 0
     said = capsys.readouterr().out
-    assert "memory: not planned (a small model: Python and its libraries take more)" in said
+    assert "memory: not estimated (a small model: Python and its libraries take more)" in said
     assert json.loads((small / "summary.json").read_text())["plan"]["peak_bytes"] is None
 
     monkeypatch.setattr("ftlevel.training.forecast.foresight.LEAST_PARAMETERS", 0)
@@ -125,7 +130,7 @@ def test_a_run_begins_with_the_verdict_and_ends_beside_it(
     first, *_, last = [line for line in capsys.readouterr().out.splitlines() if " planned" in line
                        or "memory: " in line]  # fmt: skip
     verdict, expected = first.split("memory: ")[1], json.loads(plan(capsys, *asked, "--json"))
-    assert verdict.startswith("peak 0.00 GiB of ")
+    assert verdict.startswith("peak 0.00 GiB, ")  # and the process
     assert "fits" in verdict
     found = json.loads((planned / "summary.json").read_text())["plan"]
     for name in ("peak_bytes", "parts", "at", "memory_bytes", "fits_in_memory"):
@@ -182,3 +187,38 @@ def test_what_is_refused(
     arguments: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert text in plan(capsys, *arguments, code=2)
+
+
+def test_what_fits_is_not_computed_for_nobody(tiny_model_dir: ModelDir) -> None:
+    model = {"name_or_path": str(tiny_model_dir("llama"))}
+    config = TrainConfig.model_validate({"model": model, "data": {"max_length": 16}})
+    shown: list[RunPlan] = []
+
+    def stop() -> None:
+        raise EOFError
+
+    with pytest.raises(EOFError):
+        run_plan(config, Wishes(), shown.append, stop)
+    (found,) = shown
+    assert found.need.peak > 0
+    assert not found.fits
+
+
+@pytest.mark.slow
+def test_the_whole_process_takes_what_is_planned(
+    minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(
+        json.dumps({"text": "a row of some words " * 20, "label": "ab"[at % 2]}) + "\n"
+        for at in range(32)
+    ))  # fmt: skip
+    for method in ("lora", "full"):
+        flags = ("--model", minilm, "--method", method, "--dataset", rows, "--max-steps", 2,
+                 "--output-dir", tmp_path / method)  # fmt: skip
+        command = [sys.executable, "-m", "ftlevel", "train", *map(str, flags)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        told = json.loads((tmp_path / method / "summary.json").read_text())["plan"]
+        assert told["process_bytes"] == pytest.approx(told["measured_process_bytes"], rel=0.1)
+    assert "whole process" in plan(capsys, *flags[:-2], "--brief")

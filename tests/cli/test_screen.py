@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 
 from ftlevel.cli.app import run
@@ -33,6 +35,18 @@ def test_a_reader_who_goes_away_ends_nothing(capsys: pytest.CaptureFixture[str])
     said = "ftlevel: nothing more is shown (Broken pipe); the work goes on.\n"
     assert capsys.readouterr().err == said
     Console(file=Lasting(None)).print("three")
+
+
+def test_a_closed_pipe_has_no_reader() -> None:
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        screen = Screen(Console(file=Lasting(stream)), quiet=True)
+        screen.stop_without_reader()
+        os.close(read)
+        with pytest.raises(typer.Exit) as stopped:
+            screen.stop_without_reader()
+    assert stopped.value.exit_code == 141
+    Screen(Console(file=Lasting(io.StringIO())), quiet=True).stop_without_reader()
 
 
 def test_letters_that_a_stream_lacks_are_replaced() -> None:

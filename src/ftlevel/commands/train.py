@@ -20,6 +20,7 @@ from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener
 from ftlevel.models.hardware import resident_bytes
 from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.memory import release_freed_memory
 from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on, products_of
 from ftlevel.training.callbacks.recovery import describe_left_out
@@ -300,6 +301,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         lambda: check_room(config.output.dir, config.train, adapted.model, plan.schedule.steps)
     )
     verified = verify_step(config, plan, adapted, listener)
+    release_freed_memory()
     run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
     check_shared(run, processes)
     plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
@@ -340,6 +342,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         records = watch.report.records
         records = processes.from_first(lambda: records) if shards else records
         plan = end_training(trainer, plan, records)
+    release_freed_memory()
 
     listener.stage("save and check")
     start, gradients = asked.start, watch.gradients

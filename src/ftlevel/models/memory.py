@@ -14,6 +14,8 @@ may still need a smaller batch.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +77,18 @@ def device_memory(device: str) -> int:
     return min(
         [int(psutil.virtual_memory().total), *read_limits(control_groups(controller="memory"))]
     )
+
+
+def release_freed_memory() -> None:
+    """Return the freed pages of the C heap to the system, where it is glibc's.
+
+    Blocks below the size from which malloc maps pages stay in the process when they are freed, as
+    holes in the heap that the next phase of a run does not fill.
+    """
+    if sys.platform.startswith("linux"):
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):
+            library.malloc_trim(0)
 
 
 def read_limits(groups: Iterable[Path]) -> Iterator[int]:

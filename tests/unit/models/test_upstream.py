@@ -18,6 +18,7 @@ import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from torch.nn import functional
+from transformers import modeling_gguf_pytorch_utils
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.integrations import moe
 
@@ -345,16 +346,30 @@ def _(request: pytest.FixtureRequest) -> None:
         source = resolve_source(str(folder / "x.gguf"), None, False)
         load_config(source)
         load_tokenizer(source)
-        load_model(source, load_config(source), "AutoModelForCausalLM",
+        load_config(source).vocab_size = 1  # what is cached is not changed
+        config = load_config(source)
+        load_model(source, config, "AutoModelForCausalLM",
                    dtype=torch.float32, device="cpu")  # fmt: skip
-    assert len(read) == 4
-    slow = gguf.GGUFReader(folder / "x.gguf")
+        assert len(read) == 2  # for everything but the weights, and for the weights
+        other = folder / "other"
+        other.mkdir()
+        export_to(str(other / "x.gguf"), plain, outtype="f32", verify=False)
+        (other / "x.gguf").replace(folder / "x.gguf")
+        assert load_config(source).to_dict() == config.to_dict()
+        assert len(read) == 3  # another file of the same name
+    slow, quick = gguf.GGUFReader(folder / "x.gguf"), read[-1]
     assert type(slow.data) is np.memmap
-    assert type(read[0].data) is np.ndarray
-    assert list(slow.fields) == list(read[0].fields)
+    assert type(quick.data) is np.ndarray
+    assert list(slow.fields) == list(quick.fields)
     for name, field in slow.fields.items():
-        assert field.contents() == read[0].fields[name].contents(), name
-    for one, other in zip(slow.tensors, read[0].tensors, strict=True):
+        assert field.types == quick.fields[name].types, name
+        assert field.contents() == quick.fields[name].contents(), name
+    assert modeling_gguf_pytorch_utils.load_gguf_checkpoint is headers._load_checkpoint
+    assert (
+        headers._load_gguf_checkpoint(str(folder / "x.gguf"))["config"]
+        == (headers._load_checkpoint(str(folder / "x.gguf"))["config"])
+    )
+    for one, other in zip(slow.tensors, quick.tensors, strict=True):
         assert one.name == other.name
         assert np.array_equal(one.data, other.data)
 

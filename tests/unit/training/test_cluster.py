@@ -55,7 +55,7 @@ def test_what_a_process_holds_is_what_fsdp_leaves_it(
 ) -> None:
     config = configure(tmp_path, tiny_model_dir("llama", num_hidden_layers=7), method)
     plan = resolve(config)
-    assert Layers.of(plan).depths == (2, 3)  # the others follow
+    assert Layers.of(plan).sample == {0: 1, 1: 5, 6: 1}
     shares = describe_shares(config, plan)
     model: Any = build_task_model(plan.model.config, plan.model.auto_class)
     model = apply_method(model.to_empty(device="cpu").float(), config.method, plan.base)

@@ -19,6 +19,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.fast.head.cross_entropy import FEWEST, targets_a_chunk
 from ftlevel.models.upstream.fake import FakeTensor, OperationWatch, new_fake, storage_of
 from ftlevel.training.forecast import memory
+from ftlevel.training.forecast.foresight import MOST_BLOCKS
 from ftlevel.training.forecast.live import LiveBytes
 from ftlevel.training.forecast.memory import forecast_memory
 from ftlevel.training.plan.resolve import resolve
@@ -103,16 +104,33 @@ def test_it_is_known_of_a_config(
     assert parts["activations"] > 0
 
 
-def test_two_depths_give_the_whole(
-    tmp_path: Path, tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model_dir("llama", num_hidden_layers=7)
-    config = configure(tmp_path, model, "lora", classes=False)
+@pytest.mark.parametrize(
+    ("family", "layers", "sample"),
+    [
+        ("llama", {"num_hidden_layers": 7}, {0: 1, 1: 5, 6: 1}),
+        ("gemma3_text", {"num_hidden_layers": 18, "sliding_window": 32,
+                         "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 3},
+         {0: 1, 1: 14, 5: 2, 17: 1}),
+        ("gpt_neo", {"num_layers": 10, "attention_types": [[["global", "local"], 5]]},
+         {0: 1, 1: 4, 2: 4, 9: 1}),
+        ("qwen3_moe", {"num_hidden_layers": 10, "mlp_only_layers": [0, 1, 2]},
+         {0: 1, 1: 2, 3: 6, 9: 1}),
+    ],
+)  # fmt: skip
+def test_a_layer_of_each_kind_gives_the_whole(
+    tmp_path: Path, tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch,
+    family: str, layers: dict[str, Any], sample: dict[int, int],
+) -> None:  # fmt: skip
+    config = configure(tmp_path, tiny_model_dir(family, **layers), "lora", classes=False)
+    if family == "qwen3_moe":
+        attention = config.method.model_copy(update={"target_modules": ["q_proj", "v_proj"]})
+        config = config.model_copy(update={"method": attention})
     plan = resolve(config)
-    assert memory.Layers.of(plan).depths == (2, 3)
+    assert memory.Layers.of(plan).sample == sample
+    assert memory.count_computed_layers(plan) <= MOST_BLOCKS
     extended = forecast_memory(config, plan, MEMORY)
-    monkeypatch.setattr(memory.Layers, "of", lambda _: memory.Layers((None,), 7))
-    assert extended.peak == pytest.approx(forecast_memory(config, plan, MEMORY).peak, rel=0.002)
+    monkeypatch.setattr(memory.Layers, "of", lambda _: memory.Layers((None,), (), 7))
+    assert extended.peak == pytest.approx(forecast_memory(config, plan, MEMORY).peak, rel=0.005)
 
 
 def test_workers_hold_what_each_of_them_holds(tmp_path: Path, tiny_model_dir: ModelDir) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from functools import partial
 
 import typer
 
@@ -37,10 +38,11 @@ def plan(
         wishes = Wishes(gpu, probe, price_per_hour, alternatives=not brief, nodes=own["nodes"],
                         gpus_per_node=own["gpus_per_node"],
                         interconnect_gbps=own["interconnect_gbps"])  # fmt: skip
-        found = look(config, wishes)
         if as_json:
-            typer.echo(json_module.dumps(found.to_dict()))
+            typer.echo(json_module.dumps(look(config, wishes).to_dict()))
             return
-        from ftlevel.cli.screens.plan_screen import show
+        from ftlevel.cli.screens.plan_screen import show, show_fits
 
-        show(found, screen.console)
+        found = look(config, wishes, partial(show, console=screen.console),
+                     screen.stop_without_reader)  # fmt: skip
+        show_fits(found, screen.console)

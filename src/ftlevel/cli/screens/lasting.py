@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from typing import Any, TextIO
 
@@ -29,6 +30,17 @@ class Lasting(io.TextIOBase):
     def flush(self) -> None:
         """Flush what was written."""
         self._try("flush")
+
+    def has_reader(self) -> bool:
+        """Whether somebody may still read: False once the other end of a pipe is closed."""
+        if self._stream is None:
+            return False
+        try:
+            poll = select.poll()
+            poll.register(self._stream.fileno(), 0)  # errors alone, which are always reported
+            return not any(event & select.POLLERR for _, event in poll.poll(0))
+        except (AttributeError, OSError, ValueError):  # Windows; not a file
+            return True
 
     def isatty(self) -> bool:
         """Whether it is a terminal."""

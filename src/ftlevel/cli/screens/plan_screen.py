@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from ftlevel.training.forecast.fits import Fit
 
 _BAR = 30  # letters
+_PROCESS = "whole process"
 _LEAST = 2**16  # bytes of a part that is shown
 
 
 def show(plan: RunPlan, console: Console) -> None:
-    """Print `plan`, the verdict first."""
+    """Print `plan` but for its table, the verdict first."""
     for line in plan_lines(plan):
         console.print(line, highlight=False, markup=False)
+
+
+def show_fits(plan: RunPlan, console: Console) -> None:
+    """Print the table of what fits, if there is one."""
     if plan.fits:
         told = f"what fits (all rows of {plan.longest:,} tokens, all of them learned):"
         console.print(told, markup=False, highlight=False)
@@ -34,12 +39,17 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         yield f"to make it fit, the mildest change: {plan.cheapest.flags}"
     elif not plan.need.does_fit:
         yield "no change of rows, checkpointing or quantization makes it fit: a smaller --model."
-    width = max(map(len, plan.need.parts))
+    width = max(map(len, [*plan.need.parts, _PROCESS]))
     for part, size in plan.need.parts.items():
         if size < _LEAST:
             continue
         bar = "█" * round(_BAR * size / plan.need.peak)
         yield f"  {part.ljust(width)} {_mib(size):>12}  {bar}"
+    if plan.need.process is not None:
+        yield (
+            f"  {_PROCESS.ljust(width)} {_mib(plan.need.process):>12}  with Python, its libraries "
+            "and the check before the first step"
+        )
     if plan.imagined:
         yield "  rows are imagined, all as long as they may be: name a --dataset for your own"
     if plan.cluster is not None:

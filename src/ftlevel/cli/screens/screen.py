@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,6 +41,9 @@ _HELD = (
 )
 """What a run directory holds, with what it is for."""
 
+_CLOSED_PIPE = 128 + 13
+"""What a shell says of a program that SIGPIPE ended."""
+
 _BAR, _ROOM_FOR_BAR, _ROOM_FOR_FIGURES = 20, 80, 60  # columns of the terminal
 
 
@@ -61,6 +65,16 @@ class Screen:
         self._total = 0
         self._seen: tuple[float, int] | None = None
         self._first = 0
+
+    def stop_without_reader(self) -> None:
+        """End a command that has no other product than its output, once nobody reads that.
+
+        Raises:
+            Exit: with the code of a program that writes into a closed pipe.
+        """
+        stream = self.console.file
+        if isinstance(stream, Lasting) and not stream.has_reader():
+            raise typer.Exit(_CLOSED_PIPE)
 
     def stage(self, name: str) -> None:
         """Say what is being done."""

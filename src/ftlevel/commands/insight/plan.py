@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
@@ -97,6 +97,7 @@ class RunPlan:
         need = self.need
         return {
             "peak_bytes": need.peak,
+            "process_bytes": need.process,
             "parts": need.parts,
             "at": need.at,
             "memory_bytes": need.device.memory,
@@ -123,21 +124,48 @@ class RunPlan:
         }  # fmt: skip
 
 
-def plan(config: TrainConfig, wishes: Wishes = Wishes()) -> RunPlan:
+def _ignore(*_: Any) -> None:
+    """Do nothing."""
+
+
+def plan(
+    config: TrainConfig,
+    wishes: Wishes = Wishes(),
+    show: Callable[[RunPlan], None] = _ignore,
+    check: Callable[[], object] = _ignore,
+) -> RunPlan:
     """Return what the run of `config` needs, without loading its weights.
 
     Where the configuration names a model and no data, rows are imagined, all as long as they may
     be: a model's config alone is enough.
+
+    Args:
+        config: the whole configuration.
+        wishes: what is asked beside the run.
+        show: called with the plan before what else fits is computed.
+        check: called before each line of what else fits; may raise to stop.
 
     Raises:
         ConfigError: what would stop `train` before its weights load; a card that is not known; a
             step that cannot be computed without its numbers.
     """
     with quiet_libraries():
-        return _plan(config, wishes)
+        found, alternatives = _plan(config, wishes)
+        show(found)
+        if not wishes.alternatives:
+            return found
+        limits = replace(alternatives.limits, check=check)
+        return replace(found, fits=list_fits(alternatives.config, limits))
 
 
-def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
+class _Alternatives(NamedTuple):
+    """What `list_fits` takes."""
+
+    config: TrainConfig
+    limits: Limits
+
+
+def _plan(config: TrainConfig, wishes: Wishes) -> tuple[RunPlan, _Alternatives]:
     card = read_card(wishes.gpu) if wishes.gpu else None
     if card and wishes.probe:
         raise ConfigError("--probe runs steps here, and --gpu plans for another card. Drop one.")
@@ -166,13 +194,14 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
     if config.speed.tokens_per_micro_batch == "memory":
         _, resolved = fit_micro_batch(config, resolved, device.memory)
     need = find_need(config, resolved, device)
-    limits = Limits(need.device, card.name if card else None, source)
+    tokenizer = resolved.model.tokenizer
+    limits = Limits(need.device, card.name if card else None, source, tokenizer)
     cluster = _cluster(config, resolved, need, card, wishes)
     time = _time(config, resolved, card, wishes.probe, is_imagined)
     if cluster is not None:
         time = cluster.time()
     as_long = config if is_imagined else _with_length(config, resolved.data.max_length)
-    return RunPlan(
+    found = RunPlan(
         need=need,
         steps=cluster.steps or 0 if cluster else steps_per_epoch(config, resolved),
         tokens=0 if is_imagined else int(resolved.data.facts["tokens"]),
@@ -181,11 +210,12 @@ def _plan(config: TrainConfig, wishes: Wishes) -> RunPlan:
         checkpoint_bytes=_checkpoints(config, resolved, need.parts),
         time=time,
         cost=_cost(config, time, wishes),
-        fits=list_fits(as_long, limits) if wishes.alternatives else [],
+        fits=[],
         cheapest=find_cheapest(as_long, limits) if not need.does_fit else None,
         cluster=cluster,
         choices=resolved.choices,
     )
+    return found, _Alternatives(as_long, limits)
 
 
 def _names_no_data(config: TrainConfig) -> bool:

@@ -9,7 +9,7 @@ for its tokens grows with the rows of a micro-batch, so the largest number that 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,13 +60,17 @@ class Limits:
         device: that a run may use.
         card: name of a GPU that is planned for, or None.
         source: the model.
+        tokenizer: of the model.
         known: what was tried (mutated).
+        check: called before a line is computed; may raise to stop.
     """
 
     device: Device
     card: str | None
     source: ModelSource
+    tokenizer: Any
     known: dict[Any, Fit | None] = field(default_factory=dict)
+    check: Callable[[], object] = bool
 
 
 def list_fits(config: TrainConfig, limits: Limits) -> list[Fit]:
@@ -126,6 +130,7 @@ def _try(
 ) -> Fit | None:
     """Return a line of the table; None for what cannot be configured or is refused."""
     key = (way, checkpointing, rows, length)
+    limits.check()
     if key not in limits.known:
         limits.known[key] = _compute(config, way, checkpointing, rows, length, limits)
     return limits.known[key]
@@ -160,7 +165,8 @@ def _forecast(config: TrainConfig, rows: int, limits: Limits) -> MemoryForecast:
     accumulated = max(2, config.train.gradient_accumulation_steps)  # gradients are there before
     config = _with(config, {"train": {"per_device_train_batch_size": rows,
                                       "gradient_accumulation_steps": accumulated}})  # fmt: skip
-    imagined = imagine(config, limits.source, limits.card, rows * accumulated)
+    rows *= accumulated
+    imagined = imagine(config, limits.source, limits.card, rows, limits.tokenizer)
     return limits.device.forecast(config, resolve(config, imagined=imagined))
 
 

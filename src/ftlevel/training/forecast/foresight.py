@@ -9,7 +9,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.errors import FtlevelError
 from ftlevel.models.hardware import peak_memory_bytes, reserved_memory_bytes
-from ftlevel.training.forecast.memory import blocks_to_watch
+from ftlevel.training.forecast.memory import count_computed_layers
 from ftlevel.training.forecast.need import CONTEXT_BYTES, Device, Need, find_need
 from ftlevel.training.plan.plan import Plan
 
@@ -43,7 +43,8 @@ class Foresight:
     def choice(self) -> Choice:
         """Return the line of the screen."""
         if self.need is None:
-            return Choice("memory", "not planned", self.reason)
+            known = f"not estimated{'' if self.reason else '; run `ftlevel plan`'}"
+            return Choice("memory", known, self.reason)
         return Choice("memory", self.need.verdict(), "the plan; its parts: ftlevel plan")
 
     def compare(self, before: int) -> dict[str, Any]:
@@ -61,12 +62,14 @@ class Foresight:
             planned, measured = need.peak, peak_memory_bytes(kind) - before
         return {
             "peak_bytes": planned,
+            "process_bytes": need.process,
             "parts": need.parts,
             "at": need.at,
             "memory_bytes": need.device.memory,
             "fits_in_memory": need.does_fit,
             "verdict": need.verdict(),
             "measured_bytes": measured,
+            "measured_process_bytes": None if need.process is None else peak_memory_bytes(kind),
             "measured": _HOW.get(kind, _HOW["mps"]),
             "off": planned / max(1, measured) - 1
             if kind == "cuda"
@@ -83,11 +86,11 @@ def foresee(config: TrainConfig, plan: Plan, processes: int) -> Foresight:
         processes: that train together.
     """
     if processes > 1:
-        return Foresight(None, f"{processes} processes: ftlevel plan says what each would need")
+        return Foresight(None, f"{processes} processes; run `ftlevel plan`")
     if plan.model.total_parameters < LEAST_PARAMETERS:
         return Foresight(None, "a small model: Python and its libraries take more")
-    if (blocks := blocks_to_watch(plan)) > MOST_BLOCKS:
-        return Foresight(None, f"{blocks} blocks, no two alike, take a while: ftlevel plan")
+    if count_computed_layers(plan) > MOST_BLOCKS:
+        return Foresight(None)
     try:
         return Foresight(find_need(config, plan, Device.of(plan.model.device)))
     except FtlevelError as error:

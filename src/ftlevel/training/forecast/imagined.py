@@ -67,7 +67,9 @@ def imagine_tokenizer(source: ModelSource) -> Any:
         )  # fmt: skip
 
 
-def imagine(config: TrainConfig, source: ModelSource, card: str | None, rows: int) -> Imagined:
+def imagine(
+    config: TrainConfig, source: ModelSource, card: str | None, rows: int, tokenizer: Any = None
+) -> Imagined:
     """Return what stands for all that is not here.
 
     Args:
@@ -75,10 +77,11 @@ def imagine(config: TrainConfig, source: ModelSource, card: str | None, rows: in
         source: the model.
         card: name of a GPU that the run is planned for; None for this machine's device.
         rows: how many rows to imagine; 0 for those of the data.
+        tokenizer: of the model, if it is loaded already; None loads it.
     """
     return Imagined(
         source=source,
         device=None if card is None else Choice("device", "cuda", f"planned for {card}"),
-        tokenizer=imagine_tokenizer(source) if rows else None,
+        tokenizer=tokenizer or (imagine_tokenizer(source) if rows else None),
         rows=imagine_rows(config, rows) if rows else None,
     )

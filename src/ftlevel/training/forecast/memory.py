@@ -1,9 +1,10 @@
 """How much memory a step needs at its peak, by part and moment.
 
 The step runs on fake tensors (`fake_model`): one micro-batch, the fullest there is, after another,
-and the optimizer's update. Blocks that are alike add alike, so two depths give any other:
+and the optimizer's update. Layers of a kind add alike, so a model of the first and the last layer,
+and one more for each kind k of the n_k layers between them, give the whole:
 
-    peak(L) = peak(a) + (L − a) · (peak(b) − peak(a)) / (b − a)
+    peak = peak(first, last) + Σ n_k · (peak(first, k, last) − peak(first, last))
 
 for each moment by itself, since which of them is the highest may change with the depth. Workers
 that compute micro-batches in parallel are taken to reach their peaks at once, which is the most.
@@ -28,7 +29,6 @@ from ftlevel.fast.attention.blocked import split_queries
 from ftlevel.fast.attention.short import batch_sequences
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
-from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.upstream.fake import packed_tensors
 from ftlevel.training.build_trainer import build_trainer
@@ -98,7 +98,7 @@ def forecast_memory(config: TrainConfig, plan: Plan, memory: int) -> MemoryForec
     layers = Layers.of(plan)
     pruning = find_pruning(config, plan)
     batch = _fullest(config, plan, pruning)
-    fakes = [build_fake_model(config, plan, depth) for depth in layers.depths]
+    fakes = [build_fake_model(config, plan, some) for some in layers.tried]
     whole = METHODS[config.method.kind].build is None
     held = [_hold_weights(LiveBytes(plan.model.vocabulary), fake, whole=whole) for fake in fakes]
     there = layers.extend([live.peaks for live in held])[FORWARD]
@@ -121,62 +121,100 @@ def highest(peaks: Peaks, tokens: int) -> MemoryForecast:
     return MemoryForecast(in_order, at, tokens, peaks)
 
 
-def blocks_to_watch(plan: Plan) -> int:
-    """Return how many blocks are computed to know the memory of `plan`."""
+def count_computed_layers(plan: Plan) -> int:
+    """Return how many layers are computed to estimate the memory of `plan`."""
     layers = Layers.of(plan)
-    return sum(layers.whole if depth is None else depth for depth in layers.depths)
+    return sum(layers.count if some is None else len(some) for some in layers.tried)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """At which depths a model is tried, and how the whole of it follows.
+    """The small models whose memory is computed, and how that of the whole model follows.
 
     Attributes:
-        depths: one or two; None for the whole model.
-        whole: blocks of a stack; of all stacks where these differ in depth.
+        tried: numbers of the layers of each small model; None for the whole model.
+        times: how often the whole model has what each but the first small model has more than the
+            first.
+        count: layers of a stack; of all stacks where these differ in depth.
     """
 
-    depths: tuple[int | None, ...]
-    whole: int
+    tried: tuple[tuple[int, ...] | None, ...]
+    times: tuple[float, ...]
+    count: int
 
     @classmethod
     def of(cls, plan: Plan) -> Layers:
-        """Return the depths for the model of `plan`: the whole of it where blocks differ."""
-        meta = build_task_model(plan.model.config, plan.model.auto_class)
-        stacks = describe_blocks(meta, plan.model.config)
-        lengths = {len(stack) for stack in stacks}
-        if len(lengths) != 1:
-            return cls((None,), sum(map(len, stacks)))
-        (whole,) = lengths
-        for first in range(3):  # those of Deepseek begin with dense ones
-            for period in range(1, 7):
-                alike = all(
-                    stack[at] == stack[at + period]
-                    for stack in stacks
-                    for at in range(first, whole - period)
-                )
-                low = first + period + 1
-                if alike and low + period < whole:
-                    return cls((low, low + period), whole)
-        return cls((None,), whole)
+        """Return the small models for the model of `plan`, or that model itself."""
+        stacks = describe_blocks(plan)
+        if len({len(stack) for stack in stacks}) != 1:
+            return cls((None,), (), sum(map(len, stacks)))
+        kinds = list(zip(*stacks, strict=True))
+        return _by_kind(plan, kinds) or _by_period(kinds) or cls((None,), (), len(kinds))
 
-    def extend(self, watched: Sequence[Peaks]) -> dict[str, dict[str, float]]:
-        """Return the peaks of the whole model from those at `depths`."""
-        if len(watched) == 1:
-            return {moment: dict(parts) for moment, parts in watched[0].items()}
-        (low, high), (a, b) = self.depths, watched
-        if low is None or high is None:
-            raise TypeError("two depths are two numbers")
-        times = (self.whole - low) / (high - low)
+    @property
+    def sample(self) -> dict[int, int] | None:
+        """Number of a layer → how many of the whole model are like it; None for the whole model."""
+        first = self.tried[0]
+        if first is None:
+            return None
+        found = dict.fromkeys(first, 1)
+        for some, times in zip(self.tried[1:], self.times, strict=True):
+            more = [at for at in some or () if at not in first]
+            total = round(times * len(more))
+            found |= {at: len(range(turn, total, len(more))) for turn, at in enumerate(more)}
+        return dict(sorted(found.items()))
+
+    def extend(self, computed: Sequence[Peaks]) -> dict[str, dict[str, float]]:
+        """Return the peaks of the whole model from those of the small ones."""
+        first, *others = computed
+        shared = [moment for moment in first if all(moment in other for other in others)]
         return {
             moment: {
-                part: a[moment].get(part, 0)
-                + times * (b[moment].get(part, 0) - a[moment].get(part, 0))
-                for part in {**a[moment], **b[moment]}
+                part: first[moment].get(part, 0)
+                + sum(
+                    times * (other[moment].get(part, 0) - first[moment].get(part, 0))
+                    for times, other in zip(self.times, others, strict=True)
+                )
+                for part in dict.fromkeys(p for each in computed for p in each[moment])
             }
-            for moment in a
-            if moment in b
+            for moment in shared
         }
+
+
+def _by_kind(plan: Plan, kinds: Sequence[Any]) -> Layers | None:
+    """Return small models of the first and the last layer and one of each kind between them.
+
+    None where that is not less than the whole, or a config cannot describe such a model.
+    """
+    last = len(kinds) - 1
+    between: list[list[int]] = []
+    for at in range(1, last):
+        alike = next((group for group in between if kinds[group[0]] == kinds[at]), None)
+        if alike is None:
+            between.append([at])
+        else:
+            alike.append(at)
+    if not between or 2 + 3 * len(between) > len(kinds):
+        return None
+    tried = ((0, last), *((0, group[0], last) for group in between))
+    for some in tried:
+        if list(zip(*describe_blocks(plan, some), strict=True)) != [kinds[at] for at in some]:
+            return None
+    return Layers(tried, tuple(len(group) for group in between), len(kinds))
+
+
+def _by_period(kinds: Sequence[Any]) -> Layers | None:
+    """Return two small models of the first layers, where kinds come again after a few layers."""
+    count = len(kinds)
+    for first in range(3):
+        for period in range(1, 7):
+            low = first + period + 1
+            if low + period < count and all(
+                kinds[at] == kinds[at + period] for at in range(first, count - period)
+            ):
+                tried = tuple(range(low)), tuple(range(low + period))
+                return Layers(tried, ((count - low) / period,), count)
+    return None
 
 
 @dataclass(frozen=True)

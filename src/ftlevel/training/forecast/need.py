@@ -12,6 +12,7 @@ from ftlevel.models.quantized import as_quant_config, quantization_name, stored_
 from ftlevel.training.forecast.cards import Card
 from ftlevel.training.forecast.live import ACTIVATIONS, CASTS, GRADIENTS, LOGITS, WORKSPACE
 from ftlevel.training.forecast.memory import MemoryForecast, forecast_memory
+from ftlevel.training.forecast.process import estimate_process
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, describe_shares
 from ftlevel.training.plan.plan import Plan
 
@@ -93,6 +94,8 @@ class Need:
         tokens: places of the fullest micro-batch.
         recomputed_peak: of a run that will recompute blocks until it fits, with all of them; None
             of another, and of one that fits as it is.
+        process: bytes of the whole process, tensors among them; None where memory of its own, as a
+            GPU's, is what runs out.
     """
 
     parts: dict[str, int]
@@ -100,6 +103,7 @@ class Need:
     device: Device
     tokens: int
     recomputed_peak: int | None = None
+    process: int | None = None
 
     @property
     def peak(self) -> int:
@@ -109,7 +113,8 @@ class Need:
     @property
     def does_fit(self) -> bool:
         """Whether there is as much memory, with blocks recomputed where the run does so itself."""
-        return min(self.peak, self.recomputed_peak or self.peak) <= self.device.memory
+        most = self.process or self.peak
+        return min(most, self.recomputed_peak or most) <= self.device.memory
 
     def verdict(self) -> str:
         """Return it in a line."""
@@ -118,7 +123,8 @@ class Need:
         if self.recomputed_peak is not None:
             least = f"{self.recomputed_peak / 2**30:,.2f} GiB"
             word += f" with blocks recomputed, as auto does ({least} with all of them)"
-        return f"peak {peak} of {memory} ({self.device.name}), at the {self.at}: {word}"
+        whole = "" if self.process is None else f", {self.process / 2**30:,.2f} GiB the process"
+        return f"peak {peak}{whole} of {memory} ({self.device.name}), at the {self.at}: {word}"
 
 
 def find_need(config: TrainConfig, plan: Plan, device: Device) -> Need:
@@ -130,7 +136,9 @@ def find_need(config: TrainConfig, plan: Plan, device: Device) -> Need:
     """
     _check_quantization(plan)
     found = device.forecast(config, plan)
-    need = Need(found.parts, found.at, device, found.tokens)
+    shares_memory = device.kind == "cpu" and device.ranks == 1
+    process = estimate_process(config, plan, found) if shares_memory else None
+    need = Need(found.parts, found.at, device, found.tokens, process=process)
     chooses = config.train.gradient_checkpointing is None and device.kind == "cuda"
     if need.does_fit or not chooses:
         return need

@@ -24,7 +24,7 @@ from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.forecast.fake_model import with_depth
+from ftlevel.training.forecast.fake_model import targets_in, with_layers
 from ftlevel.training.plan.plan import Plan
 
 MOST_PARAMETERS = 120_000_000
@@ -56,16 +56,16 @@ def find_pruning(config: TrainConfig, plan: Plan) -> Pruning:
     """Return what the last block of the model that `plan` trains need not compute."""
     if not (plan.fast.enabled and plan.fast.packs and plan.fast.prunes_last_layer):
         return Pruning()
-    small = _shrink(plan.model.config)
+    last = getattr(plan.model.config.get_text_config(), "num_hidden_layers", 1) - 1
+    small = _shrink(plan.model.config, last)
     model = build_task_model(small, plan.model.auto_class)
     if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
         return Pruning()
-    there = {name for name, _ in model.named_modules()}
     own = METHODS[config.method.kind]
     base = replace(
         plan, model=replace(plan.model, config=small, quant=QuantConfig())
     ).base  # a packed weight lets through what the weight lets through
-    base = replace(base, targets=[name for name in base.targets if name in there])
+    base = replace(base, targets=targets_in(model, base.targets, [last]))
     model = apply_method(
         model, own.start.default(config.method) if own.start else config.method, base
     )
@@ -84,9 +84,9 @@ def find_pruning(config: TrainConfig, plan: Plan) -> Pruning:
     return Pruning(needed, [names[linear] for linear in linears])
 
 
-def _shrink(config: Any) -> Any:
-    """Return a copy of a model's `config` with one block and few words."""
-    config = with_depth(config, 1)
+def _shrink(config: Any, layer: int) -> Any:
+    """Return a copy of a model's `config` with one `layer` of each stack and few words."""
+    config = with_layers(config, [layer])
     for owner in (config, config.get_text_config()):
         owner.vocab_size, owner.pad_token_id = _WORDS, 0
     return config

@@ -13,6 +13,7 @@ gathered while the one before it computes, so a process has
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -164,9 +165,8 @@ class Shares:
 
 def describe_shares(config: TrainConfig, plan: Plan) -> Shares:
     """Return how the model that `plan` trains is shared out, of tensors without numbers."""
-    layers = Layers.of(plan)
-    depth = layers.depths[0]
-    model = build_fake_model(config, plan, depth).model
+    sample = Layers.of(plan).sample
+    model = build_fake_model(config, plan, None if sample is None else list(sample)).model
     whole, blocks = kept_whole(model), blocks_of(model)
     dtype = DTYPES[plan.model.dtype]
     narrow = {linear.weight for block in blocks for linear in cast_linears(block, dtype, whole)}
@@ -174,12 +174,12 @@ def describe_shares(config: TrainConfig, plan: Plan) -> Shares:
     inside = {parameter for block in blocks for parameter in block.parameters()}
     every = [tensor for cut in cuts for tensor in cut.tensors]
     count, trained = len(cuts), _count_trained(model)
-    if depth is not None:  # those beyond are like the last of their stack
-        more = layers.whole - depth
-        for at in range(depth - 1, len(blocks), depth):
-            every += [replace(tensor, times=more) for tensor in cuts[at].tensors]
-            trained += more * _count_trained(blocks[at])
-            count += more
+    if sample is not None:  # each stands for those like it
+        for at, times in zip(range(len(blocks)), itertools.cycle(sample.values()), strict=False):
+            if more := round(times) - 1:
+                every += [replace(tensor, times=more) for tensor in cuts[at].tensors]
+                trained += more * _count_trained(blocks[at])
+                count += more
     return Shares(
         block=max(cuts, key=lambda cut: cut.gathered(1)),
         blocks=Cut(tuple(every)),

@@ -11,6 +11,9 @@ import torch
 
 Gradients = Mapping[str, torch.Tensor]
 
+_COMPARED_AT_ONCE = 2**20
+"""Elements whose differences are held in float64: an embedding's would take more than the model."""
+
 
 @dataclass(frozen=True)
 class Apart:
@@ -54,12 +57,17 @@ def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, A
         like = reference.get(name, gradients.get(name))
         if like is None:
             raise KeyError(name)
-        zeros = torch.zeros_like(like)
-        g, r = (of.get(name, zeros).cpu().double() for of in (gradients, reference))  # not on MPS
-        found[name] = Apart(
-            float((g - r).square().sum()), float(r.square().sum()), float((g * r).sum())
-        )
+        zeros = torch.zeros((), dtype=like.dtype).expand_as(like)
+        pair = [of.get(name, zeros).cpu().flatten() for of in (gradients, reference)]
+        parts = zip(*(torch.split(tensor, _COMPARED_AT_ONCE) for tensor in pair), strict=True)
+        found[name] = total(_compare(*part) for part in parts)
     return found
+
+
+def _compare(gradient: torch.Tensor, reference: torch.Tensor) -> Apart:
+    """Return the sums over two tensors on the CPU, in float64, which MPS has not."""
+    g, r = gradient.double(), reference.double()
+    return Apart(float((g - r).square().sum()), float(r.square().sum()), float((g * r).sum()))
 
 
 def total(parts: Iterable[Apart]) -> Apart:
