@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ftlevel.config import GenerateConfig
-from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.prompts import read_format
 from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.models.hardware import choose_device
 from ftlevel.tasks import TASKS
@@ -218,11 +218,10 @@ def _head(found: Found) -> str:
 def _voice(trained: Trained, found: Found) -> Trained:
     """Return `trained` as it is with the adapter of `found` switched on."""
     card = found.card
-    prompt = PromptFormat(**card.prompt) if card.prompt else None
     return replace(
         trained,
         task=TASKS[card.task],
-        prompt_format=prompt,
+        prompt_format=read_format(card),
         max_length=card.max_length,
         labels=card.labels,
         options=card.options,

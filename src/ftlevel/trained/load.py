@@ -12,7 +12,7 @@ from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.run_directory import CONFIG, run_of
 from ftlevel.config.options.preference import NO_REFERENCE
 from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
-from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.prompts import PromptFormat, read_format
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.integrity import check_missing
@@ -208,6 +208,7 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
         InputError: it is damaged, or has no head for the task.
     """
     card, source, directory = found.card, found.source, found.directory
+    prompt = read_format(card)
     options, about_reference = _own_options(card)
     task = TASKS[card.task].configured(options)
     config = load_config(source, **card_overrides(card))
@@ -245,7 +246,6 @@ def load_found(found: Found, device: str, name: str = "default") -> Trained:
     check_missing(missing, new, source.words)
     if directory is not None:
         model = load_adapter(model, directory, name)
-    prompt = PromptFormat(**card.prompt) if card.prompt else None
     objective = task.build_objective(kind, {"labels": card.labels, **options})
     return Trained(
         model.eval(), tokenizer, task, kind, device, dtype, objective, card.max_length,
