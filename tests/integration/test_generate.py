@@ -45,6 +45,7 @@ def fit(
     out: Path,
     task: str = "text-generation",
     columns: dict[str, str] | None = None,
+    learning_rate: float = 0.004,
     **method: Any,
 ) -> Path:
     pair = {"summarization": ("document", "summary"), "translation": ("source", "target")}
@@ -56,7 +57,11 @@ def fit(
                 "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
                 "method": method or {"kind": "lora"},
                 "data": {"dataset": str(data), "columns": columns, "max_eval_samples": 1},
-                "train": {"max_steps": 3, "learning_rate": 0.004, "predict_with_generate": False},
+                "train": {
+                    "max_steps": 3,
+                    "learning_rate": learning_rate,
+                    "predict_with_generate": False,
+                },
                 "output": {"dir": str(out)},
             }
         )
@@ -188,7 +193,8 @@ def test_a_plain_text_is_continued_as_typed(
     words = ("name", "value", "file", "parser")
     rows = [{"verse": f"The {a} of the {b} is the string."} for a in words for b in words]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    name = fit(base, data, tmp_path / "run", columns={"text": "verse"})
+    columns = {"text": "verse"}
+    name = fit(base, data, tmp_path / "run", columns=columns, learning_rate=1e-4)
     asked = ["The value", "The parser of the"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(loaded, name / "adapter").eval()

@@ -100,8 +100,8 @@ def read_card(directory: Path) -> AdapterCard:
 def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
     """Return a card from before prompts had versions with version 1, and its separator.
 
-    Prompts and answers had a newline between them; plain texts, and what ftlevel did not train,
-    have none.
+    Prompts without a cue had a newline between them and their answers; plain texts, and what
+    ftlevel did not train, have none.
     """
     if not isinstance(card.prompt, dict):
         raise TypeError("its prompt is no object")
@@ -110,7 +110,8 @@ def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
     run = run_of(directory)
     summary = (run and RunDirectory(run).read_summary()) or {}
     is_text = summary.get("data", {}).get("format", "").startswith("text:")
-    joined = not card.data or is_text or set(card.data.get("columns", ())) == {"text"}
+    is_text = is_text or set(card.data.get("columns", ())) == {"text"}
+    joined = not card.data or is_text or card.prompt.get("answer_cue")
     separator = "" if joined else "\n"
     return replace(card, prompt={**card.prompt, "version": 1, "separator": separator})
 
