@@ -77,4 +77,4 @@ def test_an_old_run_keeps_its_prompts(
     assert train("--output-dir", "new", model=tiny_model_dir("gpt2")) == 0
     assert version("new/adapter") == 2
     new = json.loads(Path("new/summary.json").read_text())
-    assert new["data"]["supervised"] != old_run["data"]["supervised"]
+    assert new["metrics"]["loss"] != old_run["metrics"]["loss"]
