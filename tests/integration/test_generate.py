@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import task_data
 from ftlevel.cli.app import run
 from ftlevel.commands.chat import Chat
-from ftlevel.commands.generate import generate
+from ftlevel.commands.generate import answer_all, generate
+from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
-from ftlevel.config import GenerateConfig, TrainConfig
+from ftlevel.config import GenerateConfig, PredictConfig, TrainConfig
 from ftlevel.data.encoding.prompts import prompt_ids
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.scoring import Writing, generate_texts
+from ftlevel.merging.serving.entry import Entry
 from ftlevel.trained.load import load_found
 from ftlevel.trained.model_ref import resolve_model
 
@@ -38,9 +40,17 @@ PROMPTS = [
 ]
 
 
-def fit(model: Path, data: Path, out: Path, task: str = "text-generation", **method: Any) -> Path:
+def fit(
+    model: Path,
+    data: Path,
+    out: Path,
+    task: str = "text-generation",
+    columns: dict[str, str] | None = None,
+    learning_rate: float = 0.004,
+    **method: Any,
+) -> Path:
     pair = {"summarization": ("document", "summary"), "translation": ("source", "target")}
-    columns = dict(zip(pair[task], ("en", "de"), strict=True)) if task in pair else {}
+    columns = dict(zip(pair[task], ("en", "de"), strict=True)) if task in pair else columns or {}
     train(
         TrainConfig.model_validate(
             {
@@ -48,7 +58,11 @@ def fit(model: Path, data: Path, out: Path, task: str = "text-generation", **met
                 "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
                 "method": method or {"kind": "lora"},
                 "data": {"dataset": str(data), "columns": columns, "max_eval_samples": 1},
-                "train": {"max_steps": 3, "learning_rate": 0.004, "predict_with_generate": False},
+                "train": {
+                    "max_steps": 3,
+                    "learning_rate": learning_rate,
+                    "predict_with_generate": False,
+                },
                 "output": {"dir": str(out)},
             }
         )
@@ -169,6 +183,52 @@ def test_a_plain_peft_adapter_answers(tiny_model_dir: ModelDir, tmp_path: Path) 
     )
     assert answers[0].text != answers[0].base
     assert "was not made by ftlevel" in notes[0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_plain_text_is_continued_as_typed(
+    family: str, tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts get the tokens that transformers gives them, however they are asked."""
+    base, data = tiny_model_dir(family), tmp_path / "rows.jsonl"
+    words = ("name", "value", "file", "parser")
+    rows = [{"verse": f"The {a} of the {b} is the string."} for a in words for b in words]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"text": "verse"}
+    name = fit(base, data, tmp_path / "run", columns=columns, learning_rate=1e-4)
+    asked = ["The value", "The parser of the"]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(loaded, name / "adapter").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+
+    def continued(text: str) -> str:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        return str(tokenizer.decode(written, skip_special_tokens=True)).strip()
+
+    expected = [continued(text) for text in asked]
+    assert expected != [continued(f"{text}\n") for text in asked]
+    assert texts(name, asked) == texts(name, [f"{text} " for text in asked]) == expected
+    (tmp_path / "p.txt").write_text("\n".join(asked) + "\n")
+    answers, _ = answer_all(settings(name), [], tmp_path / "p.txt")
+    assert [answer.text for answer in answers] == expected
+    assert [Chat(settings(name)).say(text, len) for text in asked] == expected
+    predicted = predict(
+        PredictConfig(name=str(name), device="cpu", max_new_tokens=8),
+        [{"verse": text} for text in asked],
+    )
+    assert [row["prediction"] for row in predicted.rows or ()] == expected
+    entry = Entry("a", resolve_model(str(name), device="cpu"))
+    seen = [(prompt.ids, tokenizer(prompt.text)["input_ids"]) for prompt in entry.prompts()]
+    plain = load_found(resolve_model(str(base), device="cpu"), "cpu")
+    assert plain.prompt_format is not None
+    seen += [(prompt_ids(plain.tokenizer, plain.prompt_format, t), tokenizer(t)["input_ids"])
+             for t in asked]  # fmt: skip
+    assert [ids for ids, _ in seen] == [ids for _, ids in seen]
+
+
+def settings(name: Path) -> GenerateConfig:
+    return GenerateConfig(name=str(name), device="cpu", max_new_tokens=8)
 
 
 def test_sampling_is_seeded(shelf: Path) -> None:

@@ -102,7 +102,7 @@ def test_rows_have_the_turn_that_the_model_is_asked_with(llama: Any) -> None:
 
 
 def test_a_model_without_a_chat_template(llama: Any) -> None:
-    form = PromptFormat("plain", system=SYSTEM)
+    form = PromptFormat("plain", system=SYSTEM, separator="\n")
     assert form.plain_prompt("Hi") == f"{SYSTEM}\n\nHi\n"
     own = Conversation((Message("system", "Own."), Message("user", "Hi"),
                         Message("assistant", "Yes")), 0)  # fmt: skip

@@ -7,11 +7,12 @@ import json
 import platform
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.files import check_regular, write_json
+from ftlevel.artifacts.run_directory import RunDirectory, run_of
 from ftlevel.errors import InputError
 
 CARD = "ftlevel.json"
@@ -91,9 +92,28 @@ def read_card(directory: Path) -> AdapterCard:
     if fields.pop("format", None) != 1:
         raise InputError(f"{path} was written by a later ftlevel. Install that version.")
     try:
-        return AdapterCard(**fields)
+        return _with_prompt_version(AdapterCard(**fields), directory)
     except TypeError as error:  # a field that there is not, or one too few
         raise InputError(f"{path} is no card of an adapter ({error}).") from None
+
+
+def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
+    """Return a card from before prompts had versions with version 1, and its separator.
+
+    Prompts without a cue had a newline between them and their answers; plain texts, and what
+    ftlevel did not train, have none.
+    """
+    if not isinstance(card.prompt, dict):
+        raise TypeError("its prompt is no object")
+    if card.prompt.get("kind") != "plain" or "version" in card.prompt:
+        return card
+    run = run_of(directory)
+    summary = (run and RunDirectory(run).read_summary()) or {}
+    is_text = summary.get("data", {}).get("format", "").startswith("text:")
+    is_text = is_text or set(card.data.get("columns", ())) == {"text"}
+    joined = not card.data or is_text or card.prompt.get("answer_cue")
+    separator = "" if joined else "\n"
+    return replace(card, prompt={**card.prompt, "version": 1, "separator": separator})
 
 
 def library_versions() -> dict[str, str]:

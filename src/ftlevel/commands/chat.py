@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from transformers import TextStreamer
 
 from ftlevel.commands.generate import writing_of
 from ftlevel.config import GenerateConfig
-from ftlevel.data.encoding.chat import Turn, render
-from ftlevel.data.encoding.prompts import prompt_ids
+from ftlevel.data.encoding.chat import Turn
+from ftlevel.data.encoding.prompts import chat_prompt_ids, prompt_ids
 from ftlevel.errors import ConfigError
 from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
@@ -104,7 +104,7 @@ class Chat:
         room = None if positions is None else positions - self.writing.max_new_tokens
         while True:
             turns = trained.prompt_format.with_system(self.messages)
-            ids = _chat_ids(trained.tokenizer, turns)
+            ids = chat_prompt_ids(trained.tokenizer, turns)
             if room is None or len(ids) <= room or len(self.messages) == 1:
                 return ids
             self.messages = self.messages[2:]  # a question and its answer
@@ -116,19 +116,17 @@ def _remembers(trained: Trained) -> bool:
     return form is not None and form.kind == "chat-template" and not form.instruction
 
 
-def _chat_ids(tokenizer: Any, messages: Sequence[Turn]) -> list[int]:
-    text = render(tokenizer, messages, generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 class _Pieces(TextStreamer):
     """Gives text to a listener instead of printing it."""
 
     def __init__(self, tokenizer: Any, hear: Callable[[str], None], *, is_decoder: bool) -> None:
         super().__init__(tokenizer, skip_prompt=is_decoder, skip_special_tokens=True)
         self._hear = hear
+        self._began = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
-        """Pass a piece on."""
+        """Pass a piece on; white space before the first word is left out."""
+        text = text if self._began else text.lstrip()
         if text:
+            self._began = True
             self._hear(text)

@@ -50,6 +50,7 @@ from ftlevel.training.going_on.resume import (
     check_shared,
     find_going_on,
     open_or_go_on,
+    prompt_version_begun_with,
     tokens_begun_with,
 )
 from ftlevel.training.memory.explain import explain_out_of_memory
@@ -258,7 +259,13 @@ def _resolve(
     listener.stage("read the data and the model's shape")
     config, adapter, notes = take_adapter(config)
     config, why = choose_task(config)
-    plan = resolve(config, progress=listener.progress, why_task=why, adapter=adapter)
+    plan = resolve(
+        config,
+        progress=listener.progress,
+        why_task=why,
+        adapter=adapter,
+        prompt_version=prompt_version_begun_with(config),
+    )
     plan = replace(plan, choices=[*taken.choices, *plan.choices])
     check_base_outlives(config, plan)
     plan = replace(plan, beside=find_beside(config, plan.model))

@@ -17,6 +17,7 @@ from ftlevel.data.encoding.chat_templates import choose_chat_template
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.encoding.pad_token import choose_pad_token
+from ftlevel.data.encoding.prompts import PROMPT_VERSION, read_format
 from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.parallel import be_silent
@@ -261,9 +262,11 @@ def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> Prepared:
     choose_pad_token(tokenizer)
     vocabulary = inputs.config.get_text_config().vocab_size
     bounds = Bounds(max_positions(inputs.config))
+    prompt = read_format(inputs.card)
     context = EncodingContext(
-        inputs.task, inputs.kind, tokenizer, vocabulary, bounds, config.train.seed
-    )
+        inputs.task, inputs.kind, tokenizer, vocabulary, bounds, config.train.seed,
+        prompt_version=prompt.version if prompt else PROMPT_VERSION,
+    )  # fmt: skip
     return prepare_data(config.data, context, be_silent)
 
 

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
 from ftlevel.config.choices import Choice
-from ftlevel.data.encoding.chat import render
 from ftlevel.data.encoding.encode import IGNORED, Encoded, encode_causal, encode_seq2seq
-from ftlevel.data.encoding.prompts import PromptFormat, choose_format, prompt_ids
+from ftlevel.data.encoding.prompts import (
+    PromptFormat,
+    chat_prompt_ids,
+    choose_format,
+    prompt_ids,
+)
 from ftlevel.data.formats.advice import chosen_roles, write_flags
 from ftlevel.data.formats.asked import build_asked_turns, build_source
 from ftlevel.data.formats.detect import Build, Format, Shape, fits
@@ -272,8 +276,7 @@ def _ask(model: PromptedModel, question: Pair | Conversation) -> list[int]:
         return prompt_ids(tokenizer, form, question.source)
     turns = [message.to_dict() for message in question.messages]
     if form.kind == "chat-template":
-        text = render(tokenizer, form.with_system(turns), question.tools, generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return chat_prompt_ids(tokenizer, form.with_system(turns), question.tools)
     if [turn["role"] for turn in turns if turn["role"] != "system"] != ["user"]:
         raise InputError(
             f"a conversation of {len(turns)} messages, and the model has no chat template to tell "

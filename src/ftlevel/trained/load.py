@@ -76,6 +76,7 @@ def load_found(found: ModelRef, device: str, name: str = "default") -> Trained:
         InputError: it is damaged, or has no head for the task.
     """
     card, source, directory = found.card, found.source, found.directory
+    prompt = found.prompt_format
     options, about_reference = _own_options(card)
     task = TASKS[card.task].configured(options)
     config = load_config(source, **card_overrides(card))
@@ -115,7 +116,7 @@ def load_found(found: ModelRef, device: str, name: str = "default") -> Trained:
     objective = task.build_objective(kind, {"labels": card.labels, **options})
     return Trained(
         model.eval(), tokenizer, task, kind, device, dtype, objective, card.max_length,
-        found.prompt_format, card.labels, options, notes, card.method,
+        prompt, card.labels, options, notes, card.method,
     )  # fmt: skip
 
 

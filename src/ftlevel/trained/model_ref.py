@@ -22,7 +22,7 @@ from ftlevel.artifacts.places import resolve_relative
 from ftlevel.artifacts.run_directory import CONFIG, run_of
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.data.encoding.pad_token import choose_pad_token
-from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.prompts import PromptFormat, read_format
 from ftlevel.errors import InputError, listing
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
@@ -115,7 +115,7 @@ class ModelRef:
     @property
     def prompt_format(self) -> PromptFormat | None:
         """How prompts are laid out; None where there are no prompts."""
-        return PromptFormat(**self.card.prompt) if self.card.prompt else None
+        return read_format(self.card)
 
 
 def resolve_model(

@@ -125,9 +125,10 @@ def _find_turn(
     """Return the span of the turn at `index` in `full`, the text of all `turns`.
 
     It begins where generation would begin and ends behind the token that ends the turn; white space
-    after that is the template's.
+    after that is the template's. A space before the answer belongs to it, as tokenizers join them.
     """
     before = render(tokenizer, turns[:index], tools, generation_prompt=True) if index else ""
+    before = before.removesuffix(" ")
     upto = render(tokenizer, turns[: index + 1], tools)
     follows = bool(before) and full.startswith(before)
     if follows and full.startswith(upto) and len(before) < len(upto):

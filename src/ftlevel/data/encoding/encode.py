@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftlevel.data.encoding.chat import Rendered, Turn, render_chat
-from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.prompts import PromptFormat, without_end
 from ftlevel.data.formats.examples import Conversation, Labelled, Pair, PlainText
 from ftlevel.errors import InputError
 from ftlevel.task import IGNORED as IGNORED
@@ -212,17 +212,11 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
-def _one_bos(ids: list[int], tokenizer: Any) -> list[int]:
-    """Return `ids` with one BOS, where the text brings its own before the tokenizer's."""
-    bos = tokenizer.bos_token_id
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-
-
 def _encode_texts(tokenizer: Any, examples: Sequence[PlainText]) -> list[Encoded]:
     encoded = tokenizer([e.text for e in examples])["input_ids"]
     rows = []
     for ids, example in zip(encoded, examples, strict=True):
-        ended = _ended(_one_bos(ids, tokenizer), tokenizer)
+        ended = [*without_end(ids, tokenizer), tokenizer.eos_token_id]
         rows.append(Encoded(ended, list(ended), example.row))
     return rows
 
@@ -262,21 +256,54 @@ def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -
 def _encode_completions(
     tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
 ) -> list[Encoded]:
-    """Encode prompt and completion apart, as generation does, and join them."""
+    """Encode prompts as generation does, and the answers as what follows them in the whole text."""
     pairs = [_as_pair(example) for example in examples]
     texts = [
-        prompt_format.plain_prompt(pair.source, has_system=_has_system(example))
+        prompt_format.plain_parts(pair.source, pair.target, has_system=_has_system(example))
         for pair, example in zip(pairs, examples, strict=True)
     ]
-    prompts = tokenizer(texts)["input_ids"]
-    answers = tokenizer([p.target for p in pairs], add_special_tokens=False)["input_ids"]
+    encoded = tokenizer([prompt for prompt, _ in texts])["input_ids"]
+    prompts = [without_end(ids, tokenizer) for ids in encoded]
+    if prompt_format.version == 1:
+        answers = tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
+    else:
+        answers = _encode_answers(tokenizer, texts, prompts)
     rows = []
     for prompt, answer, pair in zip(prompts, answers, pairs, strict=True):
-        start = _one_bos(prompt, tokenizer)
-        start = start[:-1] if start[-1:] == [tokenizer.eos_token_id] else start
         target = _ended(answer, tokenizer)
-        rows.append(Encoded(start + target, [IGNORED] * len(start) + target, pair.row))
+        rows.append(Encoded(prompt + target, [IGNORED] * len(prompt) + target, pair.row))
     return rows
+
+
+def _encode_answers(
+    tokenizer: Any, texts: Sequence[tuple[str, str]], prompts: Sequence[list[int]]
+) -> list[list[int]]:
+    """Return the token ids of each answer.
+
+    Args:
+        tokenizer: the model's.
+        texts: each prompt and its answer.
+        prompts: token ids of the prompts.
+    """
+    answers = []
+    wholes = tokenizer(["".join(text) for text in texts])["input_ids"]
+    for whole, prompt, (_, answer) in zip(wholes, prompts, texts, strict=True):
+        ids = without_end(whole, tokenizer)
+        is_prefix = ids[: len(prompt)] == prompt
+        answers.append(ids[len(prompt) :] if is_prefix else _encode_inside(tokenizer, answer))
+    return answers
+
+
+def _encode_inside(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of `text` inside a longer one, where some tokenizers add no space to it.
+
+    For an answer that the tokenizer would join with the end of its prompt.
+    """
+    head = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"]
+    if ids[: len(head)] == head:
+        return ids[len(head) :]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _has_system(example: Any) -> bool:

@@ -10,7 +10,7 @@ from ftlevel.config import GateConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Bounds
-from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.prompts import PROMPT_VERSION, PromptFormat
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.checks import Known, find_empty_thinks
 from ftlevel.data.gate.gate import Gate, stop_ids
@@ -30,6 +30,7 @@ class EncodingContext:
         bounds: of a row's length: what the model and its method leave to the text, and the memory.
         seed: of rows that are held out, of samples and of masks.
         lenient: leave out and report rows that ought to stop the run, as a preview does.
+        prompt_version: of plain prompts, see `PROMPT_VERSION`.
     """
 
     task: Task
@@ -39,6 +40,7 @@ class EncodingContext:
     bounds: Bounds
     seed: int
     lenient: bool = False
+    prompt_version: int = PROMPT_VERSION
 
     def gate(self, policy: GateConfig) -> Gate:
         """Return the gate that the rows go through, by the `policy` of the configuration."""

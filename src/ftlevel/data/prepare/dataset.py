@@ -101,6 +101,7 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
             context.task.instruction,
             context.task.answer_cue,
             context.task.decides,
+            context.prompt_version,
         ],
         "model": [context.kind, context.vocabulary, asdict(bounds)],
         "seed": context.seed,

@@ -50,6 +50,8 @@ def prepare_examples(
     prompt_format = _with_system(
         task.prompt_format(loaded.format, context.kind, tokenizer), config.system
     )
+    if prompt_format is not None:
+        prompt_format = prompt_format.for_rows(loaded.train, context.prompt_version)
     encoder = Encoder(
         task, context.kind, tokenizer, config, context.bounds, prompt_format, loaded.labels,
         folder, progress, lenient=lenient,

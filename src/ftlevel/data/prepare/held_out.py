@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.prompts import read_format
 from ftlevel.data.formats.columns import is_there
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.prepare.context import EncodingContext
@@ -91,7 +91,9 @@ def load_held_out(
     convert, _ = open_converter(table, config, task)
     labels = LabelSet(tuple(card.labels)) if card.labels else None
     table, examples = convert.known(name, table, labels)
-    prompt = PromptFormat(**card.prompt) if card.prompt else None
+    prompt = read_format(card)
+    if prompt is not None and not card.data:  # not trained here: these rows decide
+        prompt = prompt.for_rows(examples, prompt.version)
     encoder = Encoder(
         task, context.kind, context.tokenizer, config, context.bounds, prompt, labels
     ).holding_out(name)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.artifacts.modelfile import chat_template, literal, write_modelfile
 from ftlevel.data.encoding.chat import turn_end
-from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.prompts import PromptFormat, read_format
 from ftlevel.data.encoding.turn_layout import USER, TurnLayout, find_turn_layout
 from ftlevel.errors import InputError
 from ftlevel.weights.gguf.vocabulary import Vocabulary
@@ -40,7 +40,7 @@ class Prompting:
 def find_prompting(tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary) -> Prompting:
     """Return how a model with `tokenizer`, trained as `card` says, is spoken to."""
     stops = list(dict.fromkeys(_stops(tokenizer)))
-    prompt = PromptFormat(**card.prompt) if card.prompt else PromptFormat("plain")
+    prompt = read_format(card) or PromptFormat("plain")
     if prompt.kind == "chat-template":
         return replace(_of_chat(tokenizer, prompt, vocabulary, stops), system=prompt.system)
     if card.method == "none":  # not trained here: nothing is known of its prompts
@@ -75,7 +75,8 @@ def _of_chat(
     if prompt.instruction:
         layout = _instructed(layout, prompt.instruction)
     start = tokenizer.bos_token if vocabulary.flags["add_bos_token"] else ""
-    template = chat_template(layout.around, layout.opening, layout.generation, start)
+    generation = layout.generation.removesuffix(" ")  # a space begins the answer, as in training
+    template = chat_template(layout.around, layout.opening, generation, start)
     comments = []
     if "system" not in layout.around:
         comments = ["The model's chat template has no turn for a system text: SYSTEM is left out."]

@@ -9,7 +9,7 @@ from shlex import quote
 from typing import Any
 
 from ftlevel.config.commands.servers import Server
-from ftlevel.data.encoding.prompts import PromptFormat, prompt_ids
+from ftlevel.data.encoding.prompts import PromptFormat, prompt_ids, read_format
 from ftlevel.errors import InputError, listing, with_article
 from ftlevel.merging.normal_form.form import BaseWeights, open_base
 from ftlevel.merging.serving.start import start_model
@@ -137,8 +137,7 @@ class Entry:
 
     def prompts(self) -> list[Prompt]:
         """Return the questions, laid out as in training."""
-        card = self.found.card
-        format_ = PromptFormat(**card.prompt) if card.prompt else PromptFormat("plain")
+        format_ = read_format(self.found.card) or PromptFormat("plain")
         chats = format_.kind == "chat-template"
         found = []
         for text in TEXTS:

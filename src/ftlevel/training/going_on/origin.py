@@ -26,6 +26,8 @@ _FREE = {"logging_steps", "eval_steps", "save_steps", "save_minutes", "save_tota
          "metrics", "num_beams", "temperature", "top_p",
          "per_device_eval_batch_size", "eval_strategy", "save_strategy", "on_nonfinite",
          "spike_factor", "max_restarts"}  # fmt: skip
+PROMPT = "prompt_version"
+"""Field of the data section in an origin: the version of plain prompts."""
 _EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}
 """Where the schedule waits for evaluations, these decide what is computed."""
 
@@ -43,6 +45,8 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     values["data"]["max_length"] = plan.data.max_length
     values["data"]["overlong"] = plan.data.facts["overlong"]
     values["data"]["fingerprint"] = plan.data.facts["fingerprint"]
+    if plan.data.prompt_format is not None and plan.data.prompt_format.kind == "plain":
+        values["data"][PROMPT] = plan.data.prompt_format.version
     values["model"]["fingerprint"] = base["fingerprint"]
     if plan.adapter is not None:
         values["model"]["adapter_fingerprint"] = plan.adapter.fingerprint
@@ -94,6 +98,8 @@ def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
         of_model = key.startswith((TOKENIZER, TEMPLATE, CONFIG)) and not knows_model
         if of_model or value == _default_of(key):
             before.setdefault(key, value)
+    if f"data.{PROMPT}" in origin:  # runs of version 1 did not keep it
+        before.setdefault(f"data.{PROMPT}", 1)
     before.setdefault("data.validation_fingerprint", origin.get("data.validation_fingerprint"))
     if None in (before.get("model.digest"), origin.get("model.digest")):  # it is now in a file
         before["model.digest"] = origin["model.digest"]

@@ -28,7 +28,12 @@ from ftlevel.models.sources import resolve_source
 from ftlevel.training.given import Taken
 from ftlevel.training.going_on.file_digests import BASE, ROWS, FileDigests, digests_of
 from ftlevel.training.going_on.identity import describe_tokenizer
-from ftlevel.training.going_on.origin import check_same_run, read_origin, read_origin_file
+from ftlevel.training.going_on.origin import (
+    PROMPT,
+    check_same_run,
+    read_origin,
+    read_origin_file,
+)
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
 from ftlevel.training.plan.schedule import count_steps
@@ -71,6 +76,12 @@ def tokens_begun_with(config: TrainConfig) -> int | None:
     """Return the tokens of a micro-batch of the run that goes on; None where none were chosen."""
     known = (_begun_as(config) or {}).get("speed.tokens_per_micro_batch")
     return known if isinstance(known, int) else None
+
+
+def prompt_version_begun_with(config: TrainConfig) -> int | None:
+    """Return the version of plain prompts of the run that is resumed; None where a run begins."""
+    before = _begun_as(config)
+    return None if before is None else int(before.get(f"data.{PROMPT}", 1))
 
 
 def _begun_as(config: TrainConfig) -> dict[str, Any] | None:

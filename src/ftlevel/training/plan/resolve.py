@@ -14,6 +14,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.choices import Choice
 from ftlevel.data.encoding.chat_templates import choose_chat_template
 from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
+from ftlevel.data.encoding.prompts import PROMPT_VERSION, read_format
 from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.parallel import Progress, be_silent
@@ -115,6 +116,7 @@ def resolve(
     why_task: str = "",
     adapter: StartingAdapter | None = None,
     imagined: Imagined | None = None,
+    prompt_version: int | None = None,
 ) -> Plan:
     """Resolve `config`.
 
@@ -125,6 +127,8 @@ def resolve(
         why_task: the reason for the task, where the user named none.
         adapter: what the run goes on from, by which `config` was made.
         imagined: what a forecast puts in the place of things that are not here.
+        prompt_version: of plain prompts, in a run that is resumed; None for that of `adapter`, or
+            of new runs.
 
     Raises:
         ConfigError: with the first problem found; nothing was loaded or written.
@@ -135,7 +139,8 @@ def resolve(
         data = imagined.rows(task, bare.kind, bare.config)
     else:
         here = "cpu" if imagined is not None and imagined.device else bare.device.value
-        data = _prepare(config, task, bare, here, lenient, progress)
+        version = prompt_version or _prompt_version(adapter)
+        data = _prepare(config, task, bare, here, version, lenient, progress)
     model_config = _task_config(bare.source, data.facts, bare.tokenizer, task)
     layers = _keep_every_layer(model_config)
     meta = build_task_model(model_config, bare.auto_class)
@@ -294,14 +299,28 @@ def _best_model(
     return resolve_best_model(config, task, objective, len(data.validation), length)
 
 
+def _prompt_version(adapter: StartingAdapter | None) -> int:
+    """Return the version of plain prompts that `adapter` was trained with, or of new runs."""
+    prompt = read_format(adapter.card) if adapter and adapter.card else None
+    return PROMPT_VERSION if prompt is None else prompt.version
+
+
 def _prepare(
-    config: TrainConfig, task: BaseTask, bare: _Bare, device: str, lenient: bool, progress: Progress
+    config: TrainConfig,
+    task: BaseTask,
+    bare: _Bare,
+    device: str,
+    prompt_version: int,
+    lenient: bool,
+    progress: Progress,
 ) -> Prepared:
     """Return the rows, encoded for the base, as long as the memory of `device` may hold."""
     bounds = find_bounds(config, bare.config, device, bare.dtype.value)
     vocabulary, seed = bare.config.get_text_config().vocab_size, config.train.seed
     tokenizer = bare.tokenizer
-    context = EncodingContext(task, bare.kind, tokenizer, vocabulary, bounds, seed, lenient)
+    context = EncodingContext(
+        task, bare.kind, tokenizer, vocabulary, bounds, seed, lenient, prompt_version
+    )
     return prepare_data(config.data, context, progress)
 
 

@@ -17,6 +17,7 @@ from ftlevel.data.encoding.prompts import PromptFormat, prompt_ids
 from ftlevel.data.formats.examples import Conversation
 from ftlevel.data.formats.turns import Message
 from ftlevel.errors import InputError
+from tiny_tokenizers import build_tokenizer
 
 FORMAT = PromptFormat("chat-template")
 TALK = (
@@ -112,6 +113,22 @@ def test_training_goes_on_where_generation_is_asked(family: tuple[str, Any]) -> 
     assert row.input_ids[: len(asked)] == asked
     assert set(row.labels[: len(asked)]) == {IGNORED}
     assert row.labels[len(asked)] != IGNORED
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
+def test_a_template_that_ends_in_a_space(family: str) -> None:
+    """The space begins the answer, in training and generation alike."""
+    tokenizer = build_tokenizer(family, chat=False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    for answer in ("configuration", "42 files"):
+        row = encode(tokenizer, Message("user", "the file"), Message("assistant", answer))
+        asked = prompt_ids(tokenizer, FORMAT, "the file")
+        assert row.input_ids[: len(asked)] == asked
+        assert tokenizer.decode(asked).endswith("assistant:")
+        assert row.labels == [IGNORED] * len(asked) + row.input_ids[len(asked) :]
 
 
 def test_generation_stops_at_the_end_of_a_turn(family: tuple[str, Any]) -> None:
