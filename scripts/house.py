@@ -109,7 +109,7 @@ def _lines_of(node: ast.stmt) -> set[int]:
     return set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
 
 
-def annotations(function: ast.FunctionDef) -> str:
+def parameter_types(function: ast.FunctionDef) -> str:
     """Return the annotations of a function's parameters as one text."""
     arguments = function.args
     every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
@@ -119,7 +119,7 @@ def annotations(function: ast.FunctionDef) -> str:
 def takes(text: str, pattern: re.Pattern[str]) -> int:
     """Return how many functions of a module have a parameter whose type matches `pattern`."""
     functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
-    return sum(bool(pattern.search(annotations(function))) for function in functions)
+    return sum(bool(pattern.search(parameter_types(function))) for function in functions)
 
 
 _PLAN_AND_CONFIG = re.compile(r"(?=.*\bPlan\b)(?=.*\bTrainConfig\b)")

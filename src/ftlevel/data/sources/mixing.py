@@ -46,7 +46,8 @@ def join_tables(tables: Sequence[Table]) -> Table:
         first.label_names,
         tuple(parts),
         tuple(note for table in tables for note in table.notes),
-        tuple(dict.fromkeys(name for table in tables for name in table.ignored)),
+        text_cells=all(table.text_cells for table in tables),
+        ignored=tuple(dict.fromkeys(name for table in tables for name in table.ignored)),
     )
 
 
