@@ -127,10 +127,10 @@ def measure_ours(
     from ftlevel.config import DataConfig
     from ftlevel.data.encoding.fit import Bounds
     from ftlevel.data.gate import gate
+    from ftlevel.data.prepare import encoder
     from ftlevel.data.prepare import encoder as encoding
-    from ftlevel.data.prepare import parallel
-    from ftlevel.data.prepare.context import EncodingContext
     from ftlevel.data.prepare.dataset import prepare_data
+    from ftlevel.data.prepare.encoder import EncodingContext
     from ftlevel.models.loading import load_config, load_tokenizer
     from ftlevel.models.sources import resolve_source
     from ftlevel.tasks import TASKS
@@ -151,7 +151,7 @@ def measure_ours(
 
     timed(encoding.Encoder, "collect", "encode")
     timed(gate.Gate, "check_split", "check")
-    timed(parallel.Digests, "of", "digests")
+    timed(encoder.Digests, "of", "digests")
     source = resolve_source(str(MODEL), None, False)
     tokenizer, vocabulary = load_tokenizer(source), load_config(source).vocab_size
     config = DataConfig(dataset=str(data), num_proc=processes, cache=cache, overlong="drop")
@@ -159,7 +159,7 @@ def measure_ours(
     before, used, began = peak_mib(1), cpu_seconds(), time.perf_counter()
     anonymous = anonymous_mib()
     with AnonymousPeak() as peak:
-        prepared = prepare_data(config, context, parallel.be_silent)
+        prepared = prepare_data(config, context, encoder.be_silent)
     total = time.perf_counter() - began
     parts = {
         "gate_s": seconds["check"] + seconds["digests"],

@@ -156,9 +156,8 @@ def hold(directory: str, dtype: str, slices: Any) -> tuple[Any, dict[str, int]]:
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.quantization import build_quantization_config
     from ftlevel.models.sources import resolve_source
-    from ftlevel.models.upstream.shards import own_part
-    from ftlevel.models.upstream.slices import Slices
-    from ftlevel.training.memory.shards import shard
+    from ftlevel.models.upstream.shards import Slices, own_part
+    from ftlevel.training.shards import shard
 
     source = resolve_source(directory)
     given = (source, load_config(source), "AutoModelForCausalLM")
@@ -187,7 +186,7 @@ def _resident(of: str) -> int:
 
 def hold_and_tell(directory: str, dtype: str, way: str, out: str) -> None:
     """Hold a part of a model as one of two processes, and write down what it took."""
-    from ftlevel.models.upstream.slices import Slices
+    from ftlevel.models.upstream.shards import Slices
     from ftlevel.training.processes import started_processes
 
     processes = started_processes()
@@ -222,8 +221,8 @@ def step_and_tell(directory: str, gathers: str, recomputes: str, out: str) -> No
     from ftlevel.models.hardware import autocast
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.sources import resolve_source
-    from ftlevel.training.memory.shards import shard
     from ftlevel.training.processes import started_processes
+    from ftlevel.training.shards import shard
 
     started_processes().join()
     source = resolve_source(directory)
@@ -271,9 +270,9 @@ def save_and_tell(directory: str, out: str) -> None:
 
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.sources import resolve_source
-    from ftlevel.models.upstream.parts import PartsWriter, write_parts
-    from ftlevel.training.memory.shards import shard
+    from ftlevel.models.upstream.shards import PartsWriter, write_parts
     from ftlevel.training.processes import started_processes
+    from ftlevel.training.shards import shard
 
     processes = started_processes()
     processes.join()

@@ -12,10 +12,10 @@ import torch
 from torch.nn import functional
 
 from ftlevel.fast.attention import packed
-from ftlevel.fast.layers.fused_lora.function import FusedLoraFunction
+from ftlevel.fast.layers.fused_lora import FusedLoraFunction
 from ftlevel.fast.layers.norm_glu import _Norm
-from ftlevel.fast.packing.layout import PackedLayout, Segment, current_layout, using_layout
-from ftlevel.fast.prefixes.shared_prefix import SharedPrefix
+from ftlevel.fast.packing import PackedLayout, Segment, current_layout, using_layout
+from ftlevel.fast.prefixes import SharedPrefix
 from ftlevel.tasks.tokens import Tokens
 from ftlevel.training.trainer import FtlevelTrainer
 

@@ -214,16 +214,16 @@ def conflict(name: str, rows: list[Row], draw: random.Random) -> list[Row]:
 def check(name: str, folder: Path) -> list[Any]:
     """Return what the gate finds in the rows of a folder."""
     from ftlevel.config import DataConfig
+    from ftlevel.data import gate
     from ftlevel.data.encoding.fit import Bounds
-    from ftlevel.data.gate import findings
-    from ftlevel.data.prepare import parallel
-    from ftlevel.data.prepare.context import EncodingContext
+    from ftlevel.data.prepare import encoder
     from ftlevel.data.prepare.dataset import prepare_data
+    from ftlevel.data.prepare.encoder import EncodingContext
     from ftlevel.models.loading import load_config, load_tokenizer
     from ftlevel.models.sources import resolve_source
     from ftlevel.tasks import TASKS
 
-    findings.MOST_SHOWN = 10**9  # every place
+    gate.MOST_SHOWN = 10**9  # every place
     model, task, columns, _, _ = SETS[name]
     source = resolve_source(str(ROOT / ".models" / model), None, False)
     kind = "encoder" if model == ENCODER else "decoder"
@@ -232,7 +232,7 @@ def check(name: str, folder: Path) -> list[Any]:
         42, lenient=True,
     )  # fmt: skip
     config = DataConfig(dataset=str(folder), columns=columns, cache=False, overlong="drop")
-    return list(prepare_data(config, context, parallel.be_silent).findings)
+    return list(prepare_data(config, context, encoder.be_silent).findings)
 
 
 def read(path: Path) -> list[Row]:

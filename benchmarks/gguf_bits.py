@@ -129,10 +129,8 @@ def shrink(options: argparse.Namespace) -> None:
     """Print what is left of the model in each type with each share of shrinkage."""
     from ftlevel.config import MergeConfig
     from ftlevel.data.encoding.encode import Encoded
-    from ftlevel.evaluation.two_models.compare import compare_rows
-    from ftlevel.evaluation.two_models.on_rows import Probe
-    from ftlevel.evaluation.two_models.on_text import cut_windows, read_eval_text
-    from ftlevel.merging.gguf_codes import WeightsAsLoaded, choose_gguf_codes
+    from ftlevel.evaluation.two_models import Probe, compare_rows, cut_windows, read_eval_text
+    from ftlevel.merging.low_bits import WeightsAsLoaded, choose_gguf_codes
     from ftlevel.merging.merge_input import choose_rows, resolve_merge_input
     from ftlevel.trained.load import load_found
     from ftlevel.trained.model_ref import resolve_model

@@ -26,8 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ftlevel.commands.merge import ask_trained, write_onto
 from ftlevel.config import MergeConfig
-from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
-from ftlevel.evaluation.two_models.on_rows import Probe
+from ftlevel.evaluation.two_models import Agreement, Probe, compare_rows
 from ftlevel.events import Silence
 from ftlevel.merging.low_bits import measure_low_bits, resolve_low_bits, write_low_bits
 from ftlevel.merging.merge_input import MergeInput, choose_rows, resolve_merge_input

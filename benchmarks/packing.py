@@ -21,7 +21,7 @@ import bitsandbytes.functional as bnb
 import torch
 from startup import describe_machine
 
-from ftlevel.weights.four_bit import BLOCK, quantize_4bit
+from ftlevel.weights.codes import BLOCK, quantize_4bit
 
 SHAPES = ((576, 576), (1536, 576), (4096, 4096), (11008, 4096))
 Pack = Callable[[torch.Tensor, str, bool], tuple[torch.Tensor, Any]]

@@ -89,7 +89,7 @@ def build_config(models: Path, model: str, wish: dict[str, Any], folder: Path) -
 def planned(config: Any) -> dict[str, Any]:
     """Return what the plan says."""
     from ftlevel.models.loading import quiet_libraries
-    from ftlevel.training.forecast.need import Device, find_need
+    from ftlevel.training.forecast.fits import Device, find_need
     from ftlevel.training.plan.resolve import resolve
 
     with quiet_libraries():

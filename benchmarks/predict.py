@@ -30,13 +30,13 @@ from startup import describe_machine
 from training.workloads import MINILM, SMOLLM2
 
 from ftlevel import TrainConfig, train
-from ftlevel.data.encoding.prompts import prompt_ids
+from ftlevel.data.encoding.encode import prompt_ids
 from ftlevel.data.formats.examples import Labelled
 from ftlevel.data.sources.docstrings import read_docstrings
+from ftlevel.evaluation import decoding
 from ftlevel.evaluation.answers import AskedModel, answer_questions, asking
 from ftlevel.evaluation.decoding import open_decoder
 from ftlevel.evaluation.scoring import Writing, generate_texts
-from ftlevel.fast.attention import one_token
 from ftlevel.tasks.base import Wanted
 from ftlevel.trained.load import Trained, load_found
 from ftlevel.trained.model_ref import resolve_model
@@ -111,7 +111,7 @@ def text_sides(
         raise SystemExit("the model is left to generate: there is nothing to compare")
 
     def ours() -> Sequence[Any]:
-        model.set_attn_implementation(one_token.NAME)
+        model.set_attn_implementation(decoding.NAME)
         with torch.no_grad():
             texts = decoder(prompts, new, size)
         said = tokenizer.batch_decode(texts, skip_special_tokens=True)

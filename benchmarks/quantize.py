@@ -51,7 +51,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=wi
 model.save_pretrained(sys.argv[2])
 """
 )
-OWN_IMPORTS = "import bitsandbytes, ftlevel.commands.quantize, ftlevel.cli.screens.screen"
+OWN_IMPORTS = "import bitsandbytes, ftlevel.commands.quantize, ftlevel.cli.screen"
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def make_large(directory: Path, shards: int = SHARDS, layers: int = LAYERS) -> i
     import torch
     from transformers import LlamaConfig
 
-    from ftlevel.weights.safetensors_stream import ShardWriter
+    from ftlevel.weights.quantize_shards import ShardWriter
 
     LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,

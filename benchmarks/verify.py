@@ -48,15 +48,14 @@ from ftlevel.evaluation.scoring import batches
 from ftlevel.events import Silence
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.training.build_trainer import build_trainer
-from ftlevel.training.going_on.resume import GoingOn
 from ftlevel.training.model import Adapted, load_adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.processes import Processes
-from ftlevel.training.verify.compare import Apart, added, by_kind, compare_gradients
-from ftlevel.training.verify.proof import verify_step
+from ftlevel.training.resume import GoingOn
+from ftlevel.training.verify.bounds import Apart, added, by_kind, compare_gradients
+from ftlevel.training.verify.proof import verify_step, whole_in_float32
 from ftlevel.training.verify.steps import Steps, moved_from_start
-from ftlevel.training.verify.widths import whole_in_float32
 
 DTYPES = ("float32", "bfloat16")
 BATCHES = 20

@@ -149,7 +149,7 @@ def write(case: Case, work: Path) -> str:
     from ftlevel.events import Silence
     from ftlevel.merging.formats.adapterhub import plan_export
     from ftlevel.merging.formats.base import Merged
-    from ftlevel.methods.bottleneck.config import BottleneckConfig
+    from ftlevel.methods.bottleneck.layer import BottleneckConfig
     from ftlevel.models.sources import resolve_source
     from ftlevel.models.targets import find_heads
     from ftlevel.trained.model_ref import ModelRef

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ftlevel.cli.screens.preview_screen import show
+from ftlevel.cli.preview import show
 from ftlevel.commands.preview import preview
 from ftlevel.config import build_config, read_recipe
 

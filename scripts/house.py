@@ -37,7 +37,7 @@ WAY = (
     "ftlevel.data.gate.gate",
     "ftlevel.data.prepare.examples",
     "ftlevel.data.prepare.dataset",
-    "ftlevel.training.row_order",
+    "ftlevel.training.trainer",
     "ftlevel.fast.step_collator",
 )
 """The modules through which a row of a text task goes, from a source to a batch."""

@@ -28,10 +28,10 @@ from export_cases import some_ids  # noqa: E402
 from ftlevel.commands.export import export  # noqa: E402
 from ftlevel.config import ExportConfig  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
-from ftlevel.merging.normal_form.peft_only import PLAIN_FORMS  # noqa: E402
+from ftlevel.merging.normal_form import PLAIN_FORMS  # noqa: E402
 from ftlevel.methods import METHODS  # noqa: E402
 from ftlevel.methods.merging import why_not_mergeable  # noqa: E402
-from ftlevel.methods.plain_form.factors import PlainForm  # noqa: E402
+from ftlevel.methods.plain_form import PlainForm  # noqa: E402
 from served_cases import CASES, LINEARS, make_adapter, peft_logits  # noqa: E402
 from tiny_models import save_tiny  # noqa: E402
 

@@ -41,15 +41,23 @@ import transformers  # noqa: E402
 
 from ftlevel.commands.export import export  # noqa: E402
 from ftlevel.config import ExportConfig  # noqa: E402
-from ftlevel.config.commands.servers import SERVERS  # noqa: E402
+from ftlevel.config.export import SERVERS  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
-from ftlevel.merging.serving.answers import Answer, ask  # noqa: E402
-from ftlevel.merging.serving.client import Heard  # noqa: E402
-from ftlevel.merging.serving.entry import Entry, Prompt  # noqa: E402
+from ftlevel.merging.serving.client import (  # noqa: E402
+    BASE,
+    EITHER,
+    TRAINED,
+    Heard,
+    judge,
+)
+from ftlevel.merging.serving.entry import (  # noqa: E402
+    Entry,
+    Prompt,
+    rank_limit,
+)
 from ftlevel.merging.serving.inside.process import ask_inside  # noqa: E402
-from ftlevel.merging.serving.start import rank_limit  # noqa: E402
-from ftlevel.merging.serving.verdict import BASE, EITHER, TRAINED, judge  # noqa: E402
-from ftlevel.models.rope import write_former_rope  # noqa: E402
+from ftlevel.merging.serving.recorded import Answer, ask  # noqa: E402
+from ftlevel.models.kinds import write_former_rope  # noqa: E402
 from ftlevel.trained.load import load_found  # noqa: E402
 from ftlevel.trained.model_ref import resolve_model  # noqa: E402
 from served_cases import CASES, make_adapter  # noqa: E402

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ftlevel.config.commands.servers import SERVERS, Server
+from ftlevel.config.export import SERVERS, Server
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _FORMS = ("as PEFT saves it", "normal form")

@@ -23,7 +23,7 @@ from ftlevel.config import SPECS
 from ftlevel.methods import METHODS
 from ftlevel.methods.facts import Cell, MethodFacts
 from ftlevel.methods.matrix import FACTS, RULES, find_refusal, known_rows
-from ftlevel.methods.rates.rule import LONG, NARROW, SHORT, WIDE
+from ftlevel.methods.rates import LONG, NARROW, SHORT, WIDE
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.families.facts import Family
 from ftlevel.tasks import TASKS
@@ -40,7 +40,7 @@ FROM_PYTHON = """\
 ## From Python
 
 After `import ftlevel.adapters`, PEFT knows `BottleneckConfig`, `PrefixKvConfig` and
-`SoftPromptConfig` (`ftlevel.methods.bottleneck.config`, `prefix.config`, `soft_prompt.config`), and
+`SoftPromptConfig` (`ftlevel.methods.bottleneck.layer`, `prefix.config`, `soft_prompt.config`), and
 `get_peft_model`, `add_adapter`, `from_pretrained`, `inject_adapter_in_model` and the rest do with
 them what they do with PEFT's own. What differs:
 

@@ -32,9 +32,8 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_start, finish_method, save_adapter
-from ftlevel.training.digest import digest_tensors
-from ftlevel.training.model import ShuffledBatches
-from ftlevel.training.plan.method_targets import find_method_targets
+from ftlevel.training.model import ShuffledBatches, digest_tensors
+from ftlevel.training.plan.method import find_method_targets
 from ftlevel.training.proof import Origin, Probe, check_saved
 
 QUANTS = ("none", "4bit", "8bit")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import ftlevel.adapters  # noqa: F401 - makes PEFT know our tuners
-from ftlevel.methods.bottleneck.config import BottleneckConfig
-from ftlevel.methods.prefix.config import PrefixKvConfig
-from ftlevel.methods.soft_prompt.config import SoftPromptConfig
+from ftlevel.methods.bottleneck.layer import BottleneckConfig
+from ftlevel.methods.prefix.model import PrefixKvConfig
+from ftlevel.methods.soft_prompt.layer import SoftPromptConfig
 from peft_suites.models import TOKENS
 
 TEN = {"num_virtual_tokens": 10}

@@ -80,7 +80,7 @@ def _threads() -> None:
 
 def _versions() -> None:
     from ftlevel.artifacts.cards import library_versions
-    from ftlevel.training.going_on import origin
+    from ftlevel.training import origin
 
     now = {**library_versions(), "torch": "2.7.0"}
     setattr(origin, "library_versions", lambda: now)  # noqa: B010 - it is no name of that module

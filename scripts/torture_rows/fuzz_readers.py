@@ -21,7 +21,7 @@ from ftlevel.models.loading import load_config, load_tokenizer
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import read_plain_adapter
-from ftlevel.training.going_on.origin import read_origin
+from ftlevel.training.origin import read_origin
 from ftlevel.weights.tensor_files import read_header
 from torture_rows.lab import Lab
 

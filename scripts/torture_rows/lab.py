@@ -262,10 +262,10 @@ class Forked:
 
 def forking_ranks() -> None:
     """Let the launcher in this process fork the processes of a run from itself."""
-    from ftlevel.cli.startup import launch
+    from ftlevel.cli import processes
 
     parts = types.SimpleNamespace(Popen=Forked, TimeoutExpired=subprocess.TimeoutExpired)
-    setattr(launch, "subprocess", parts)  # noqa: B010 - it is no module
+    setattr(processes, "subprocess", parts)  # noqa: B010 - it is no module
 
 
 def _defaults() -> None:

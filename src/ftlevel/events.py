@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 
 
 class Listener(Protocol):

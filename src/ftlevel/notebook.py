@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.events import Listener, Silence
 
 _EVERY_S = 0.25  # between two drawings

@@ -14,20 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 
 if TYPE_CHECKING:
     import torch
 
     from ftlevel.config import DataConfig
-    from ftlevel.data.encoding.encode import Encoded
+    from ftlevel.data.encoding.encode import Encoded, PromptFormat
     from ftlevel.data.encoding.fit import Fitted
-    from ftlevel.data.encoding.prompts import PromptFormat
     from ftlevel.data.formats.detect import Format
     from ftlevel.data.formats.labels import LabelSet
     from ftlevel.data.gate.flat import Mask
-    from ftlevel.data.prepare.context import EncodingContext, Prepared
-    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, Prepared
     from ftlevel.data.prepare.loading import Loaded
     from ftlevel.data.sources.table import BadRow, Row, Table
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from ftlevel.data.sources.lines import PART
-from ftlevel.data.sources.readers.text_lines import TextLines
+from ftlevel.data.sources.readers.text import TextLines
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row
 

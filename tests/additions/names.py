@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.config import ExportConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter
 from ftlevel.models.loading import build_task_model, load_config

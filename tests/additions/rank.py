@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.detect import Format, Shape
-from ftlevel.data.formats.roles import Roles
+from ftlevel.data.formats.examples import Roles
 from ftlevel.data.sources.table import Table
 from ftlevel.task import Meter, Objective
 from ftlevel.tasks.base import BaseTask, Column, PromptedModel, Reply, Wanted
-from ftlevel.tasks.pairs import Pairs
+from ftlevel.tasks.class_loss import Pairs
 
 if TYPE_CHECKING:
     import torch

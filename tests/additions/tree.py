@@ -106,7 +106,7 @@ DATA_FORMAT = Addition(
         ("data/sources/readers/files.py", _LAST_READER, '    ".kv": KeyValue,'),
         (
             "data/sources/readers/files.py",
-            "from ftlevel.data.sources.readers.json_lines import JsonLines",
+            "from ftlevel.data.sources.readers.json import JsonLines",
             "from ftlevel.data.sources.readers.key_value import KeyValue",
         ),
     ],

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from ftlevel.cli.app import run
-from ftlevel.cli.screens.compare_screen import table_lines
+from ftlevel.cli.compare import table_lines
 
 METHODS = ("lora", "ia3")
 WAIT = 240  # seconds, on a busy machine
@@ -73,7 +73,7 @@ def killed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kil
 
 def wait_for_free(directory: Path) -> None:
     """Wait until the run of the killed comparison, whose parent is gone, has let go."""
-    from ftlevel.artifacts.claim import check_unclaimed
+    from ftlevel.artifacts.run_directory import check_unclaimed
     from ftlevel.errors import ConfigError
 
     end = time.monotonic() + WAIT
@@ -262,7 +262,7 @@ def test_what_a_search_needs_is_named(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("ftlevel.commands.insight.search.find_spec", lambda _: None)
+    monkeypatch.setattr("ftlevel.commands.search.find_spec", lambda _: None)
     asked = flags(rows, tmp_path / "runs", "--methods", "lora", "--search", "lr,rr")
     assert run(asked) == 2
     said = capsys.readouterr().err

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 
 from ftlevel.cli.app import run
-from ftlevel.commands.insight import doctor as command
+from ftlevel.commands import doctor as command
 
 
 def test_each_thing_is_judged(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,9 +19,9 @@ from additions.tree import FLAG
 from additions.tree import run as run_in
 from ftlevel.cli.app import COMMANDS, build_app, run
 from ftlevel.cli.flags import Given, add_command
-from ftlevel.cli.typed.spelling import Reading, readings_of, rewrite
+from ftlevel.cli.spelling import Reading, readings_of, rewrite
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig
-from ftlevel.config.field_facts import describe_field
+from ftlevel.config.flag import describe_field
 from ftlevel.config.flags import (
     CONFIGS,
     DAILY,

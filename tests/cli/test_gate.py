@@ -282,7 +282,7 @@ def test_an_action_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[
 
 def test_every_check_has_a_title_and_every_stop_a_way_on() -> None:
     from ftlevel.config.gate import CHECKS
-    from ftlevel.data.gate.findings import Finding, explain_stop
+    from ftlevel.data.gate import Finding, explain_stop
 
     assert set(CHECKS) == set(GateConfig.model_fields)
     for name, check in CHECKS.items():

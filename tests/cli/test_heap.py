@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from ftlevel.cli.startup.heap import HEAPS
+from ftlevel.cli.startup import HEAPS
 
 WHERE = """
 import ctypes, threading
-from ftlevel.cli.startup.heap import share_heaps
+from ftlevel.cli.startup import share_heaps
 done = share_heaps()
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

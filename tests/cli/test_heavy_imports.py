@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ftlevel.cli.startup.heavy_imports import heavy_imports
+from ftlevel.cli.startup import heavy_imports
 
 UNUSED = ("sklearn", "sacrebleu", "nltk", "rouge_score", "seqeval", "matplotlib", "langdetect")
 """Of metrics and plots: text-generation is scored by its loss alone."""
@@ -32,7 +32,7 @@ def test_training_on_text_imports_no_metric_and_no_plot():
 
 def test_imports_of_a_fresh_process_are_left_out_of_collections():
     code = (
-        "import gc; from ftlevel.cli.startup.heavy_imports import heavy_imports as block\n"
+        "import gc; from ftlevel.cli.startup import heavy_imports as block\n"
         "with block():\n    import decimal\n    print(gc.isenabled())\n"
         "print(gc.isenabled(), gc.get_freeze_count() > 1_000)"
     )
@@ -43,7 +43,7 @@ def test_imports_of_a_fresh_process_are_left_out_of_collections():
 @pytest.mark.parametrize("has_triton", [False, True])
 def test_what_was_left_out_is_collected_at_the_end_where_triton_counts_it(has_triton: bool):
     code = (
-        "import atexit, gc, sys; from ftlevel.cli.startup.heavy_imports import heavy_imports as b\n"
+        "import atexit, gc, sys; from ftlevel.cli.startup import heavy_imports as b\n"
         "atexit.register(lambda: print(gc.get_freeze_count() > 1_000))\n"
         "with b():\n    import decimal\n"
         f"    sys.modules.update(triton=sys) if {has_triton} else None"
@@ -54,7 +54,7 @@ def test_what_was_left_out_is_collected_at_the_end_where_triton_counts_it(has_tr
 def test_a_collector_that_is_off_stays_off():
     code = (
         "import gc; gc.disable()\n"
-        "from ftlevel.cli.startup.heavy_imports import heavy_imports as b\n"
+        "from ftlevel.cli.startup import heavy_imports as b\n"
         "with b():\n    import decimal\n"
         "print(gc.isenabled(), gc.get_freeze_count())"
     )
@@ -78,7 +78,7 @@ def test_code_is_kept_for_the_shapes_of_a_step_unless_somebody_says_otherwise(
     if said:
         monkeypatch.setenv(name, said)
     code = (
-        "import os; from ftlevel.cli.startup.heavy_imports import heavy_imports as block\n"
+        "import os; from ftlevel.cli.startup import heavy_imports as block\n"
         f"with block():\n    print(os.environ[{name!r}])"
     )
     assert run(code) == kept

@@ -251,7 +251,7 @@ def test_a_run_that_read_a_pipe_resumes_with_the_same_rows(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("ftlevel.data.sources.packed.WRITER_SECONDS", 0.2)
+    monkeypatch.setattr("ftlevel.data.sources.lines.WRITER_SECONDS", 0.2)
 
     def pipe(name: str, content: str) -> str:
         os.mkfifo(name)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ftlevel.cli.app import run
-from ftlevel.commands.insight.plan import RunPlan, Wishes
-from ftlevel.commands.insight.plan import plan as run_plan
+from ftlevel.commands.plan import PlanOptions, RunPlan
+from ftlevel.commands.plan import plan as run_plan
 from ftlevel.config import TrainConfig
 
 ModelDir = Callable[..., Path]
@@ -125,7 +125,7 @@ def test_a_run_begins_with_the_verdict_and_ends_beside_it(
     assert "memory: not estimated (a small model: Python and its libraries take more)" in said
     assert json.loads((small / "summary.json").read_text())["plan"]["peak_bytes"] is None
 
-    monkeypatch.setattr("ftlevel.training.forecast.foresight.LEAST_PARAMETERS", 0)
+    monkeypatch.setattr("ftlevel.training.forecast.fits.LEAST_PARAMETERS", 0)
     assert run(["train", *asked, "--output-dir", str(planned)]) == 0
     first, *_, last = [line for line in capsys.readouterr().out.splitlines() if " planned" in line
                        or "memory: " in line]  # fmt: skip
@@ -198,7 +198,7 @@ def test_what_fits_is_not_computed_for_nobody(tiny_model_dir: ModelDir) -> None:
         raise EOFError
 
     with pytest.raises(EOFError):
-        run_plan(config, Wishes(), shown.append, stop)
+        run_plan(config, PlanOptions(), shown.append, stop)
     (found,) = shown
     assert found.need.peak > 0
     assert not found.fits

@@ -15,9 +15,8 @@ import typer
 from rich.console import Console
 
 from ftlevel.cli.app import run
-from ftlevel.cli.screens.lasting import Lasting
-from ftlevel.cli.screens.screen import Screen
-from ftlevel.config.choices import Choice
+from ftlevel.cli.screen import Lasting, Screen
+from ftlevel.config.section import Choice
 
 RECORD = {"step": 7, "loss": 2.3456, "learning_rate": 1e-4, "grad_norm": 0.123, "epoch": 0.12,
           "tokens": 900, "elapsed_s": 1.0, "train_s": 1.0}  # fmt: skip

@@ -21,7 +21,7 @@ import torch
 from ftlevel.fast import kernels
 from ftlevel.fast.kernels.formulas import ACTIVATIONS, TORCH
 from ftlevel.fast.kernels.operators import TritonFormulas
-from ftlevel.fast.layers.fused_lora.function import FusedLoraFunction
+from ftlevel.fast.layers.fused_lora import FusedLoraFunction
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

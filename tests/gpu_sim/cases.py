@@ -18,15 +18,14 @@ from ftlevel.fast.kernels.formulas import TORCH
 from ftlevel.fast.kernels.operators import TritonFormulas
 from ftlevel.fast.layers import norm_glu
 from ftlevel.fast.layers.fused_lora import register_fused_layers
-from ftlevel.fast.plan.fast_plan import plan_fast
-from ftlevel.fast.plan.fused_lora import uses_fused_layers
+from ftlevel.fast.plan import plan_fast, uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.module_tree import find_stacks
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.tokens import Tokens
 from ftlevel.trained.adapt import apply_method, train_in_float32
-from ftlevel.training.memory.checkpointing import recompute_blocks, set_checkpointing
+from ftlevel.training.memory import recompute_blocks, set_checkpointing
 from gpu_sim.simulate import MODE, Found, run_step, to_card, without_a_cache
 from matrix_cells import TinyCell, build_spec, copy_base, describe_base, expected_refusal, heads_of
 

@@ -20,15 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.events import Silence
-from ftlevel.fast.attention import padded, varlen
-from ftlevel.fast.packing.layout import PackedLayout
+from ftlevel.fast.attention import gpu
+from ftlevel.fast.packing import PackedLayout
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import send
 from ftlevel.task import Objective
-from ftlevel.training.arguments import build_arguments
-from ftlevel.training.callbacks.gradient_proof import GradientProof
-from ftlevel.training.callbacks.recovery import Recovery
+from ftlevel.training.build_trainer import build_arguments
+from ftlevel.training.callbacks.gradients import GradientProof, Recovery
 from ftlevel.training.processes import Processes
 from ftlevel.training.trainer import FtlevelTrainer
 from gpu_sim.recorder import Recorder
@@ -91,8 +90,8 @@ def _sent(value: Any) -> Any:
     return value
 
 
-padded.pad_segments = _made_on_the_host(padded.pad_segments.__wrapped__)
-varlen.measure = _made_on_the_host(varlen.measure.__wrapped__)
+gpu.pad_segments = _made_on_the_host(gpu.pad_segments.__wrapped__)
+gpu.measure = _made_on_the_host(gpu.measure.__wrapped__)
 
 
 def to_card(model: torch.nn.Module) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ftlevel.cli.app import run
-from ftlevel.data.encoding.prompts import prompt_ids
+from ftlevel.data.encoding.encode import prompt_ids
 from ftlevel.trained.load import load_found
 from ftlevel.trained.model_ref import resolve_model
 

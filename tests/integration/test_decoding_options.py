@@ -11,7 +11,7 @@ import torch
 
 from ftlevel.cli.app import run
 from ftlevel.commands.generate import generate
-from ftlevel.config.options.decoding import Decoding, DecodingAsInTraining
+from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.errors import ConfigError
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source

@@ -18,7 +18,7 @@ from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
 from ftlevel.config import EvaluateConfig, MergeConfig
 from ftlevel.errors import InputError
-from ftlevel.training.reference import teacher as asking
+from ftlevel.training import teacher as asking
 from preference_runs import losses, pair, run, write
 
 ModelDir = Callable[..., Path]

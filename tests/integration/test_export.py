@@ -22,7 +22,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from export_cases import CASES, NAMES, ModelDir, export_to, exportable, load, logits_of, some_ids
 from ftlevel.cli.app import run
 from ftlevel.errors import FtlevelError, InputError, RunError
-from ftlevel.merging.formats import gguf_check
+from ftlevel.merging.formats import gguf
 from ftlevel.weights.gguf import families as gguf_families
 from tiny_tokenizers import build_tokenizer
 
@@ -97,9 +97,7 @@ def test_a_wrong_file_is_found_and_not_kept(
 def test_a_wrong_vocabulary_is_found(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_dir("qwen2")
     export_to("x.gguf", model)
-    monkeypatch.setattr(
-        gguf_check, "load_tokenizer", lambda _: build_tokenizer("opt"), raising=True
-    )
+    monkeypatch.setattr(gguf, "load_tokenizer", lambda _: build_tokenizer("opt"), raising=True)
     with pytest.raises(RunError, match="the file's tokenizer is not the model's"):
         export_to("y.gguf", model)
     assert sorted(path.name for path in Path().iterdir()) == ["x.Modelfile", "x.gguf"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from export_cases import ModelDir, exportable
 from ftlevel.cli.app import run
-from ftlevel.config.commands.servers import SERVERS
+from ftlevel.config.export import SERVERS
 from served_cases import CASES, make_adapter
 from tiny_models import save_tiny
 
@@ -255,6 +255,6 @@ def test_a_start_inside_the_base_is_merged_by_its_plain_form(
 
 
 def test_every_server_loads_a_format_that_there_is() -> None:
-    from ftlevel.config.commands.export import FORMATS
+    from ftlevel.config.export import FORMATS
 
     assert {name for server in SERVERS.values() for name in server.formats} <= set(FORMATS)

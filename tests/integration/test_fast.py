@@ -48,7 +48,7 @@ def test_one_curve() -> None:
 def test_a_fast_step_that_is_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ftlevel.fast.packing.layout import PackedLayout
+    from ftlevel.fast.packing import PackedLayout
 
     right = PackedLayout.pack
     monkeypatch.setattr(PackedLayout, "pack", lambda layout, states: right(layout, states) * 1.0001)

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Bounds
-from ftlevel.data.gate import digests, duplicates, similarity, wordings
-from ftlevel.data.prepare import parallel
-from ftlevel.data.prepare.context import EncodingContext
+from ftlevel.data.gate import duplicates, similarity, wordings
+from ftlevel.data.prepare import encoder
 from ftlevel.data.prepare.dataset import prepare_data
+from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.sources import lines
 from ftlevel.tasks import TASKS, text
 
@@ -44,7 +44,7 @@ def peak_bytes(path: Path, tokenizer: Any, rows: int) -> int:
     gc.collect()
     tracemalloc.start()
     try:
-        assert len(prepare_data(config, context, parallel.be_silent).train) == rows
+        assert len(prepare_data(config, context, encoder.be_silent).train) == rows
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -56,13 +56,13 @@ def test_memory_does_not_grow_with_the_rows(
     monkeypatch.setattr(text, "encode_causal", encode_quickly)
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
     # What does not grow is made small, so that few rows show what does.
-    monkeypatch.setattr(parallel, "BATCH", 500)
+    monkeypatch.setattr(encoder, "BATCH", 500)
     monkeypatch.setattr(lines, "_BLOCK", 4_096)
     monkeypatch.setattr(duplicates, "_PART", 1_024)
     monkeypatch.setattr(duplicates, "_MOST_PARTS", 10**6)
     monkeypatch.setattr(similarity, "_TOKENS", 4_096)
-    monkeypatch.setattr(digests, "MOST_COMPARED", 1_000)
-    monkeypatch.setattr(digests, "_KNOWN_WORDS", 100)
+    monkeypatch.setattr(similarity, "MOST_COMPARED", 1_000)
+    monkeypatch.setattr(similarity, "_KNOWN_WORDS", 100)
     monkeypatch.setattr(wordings, "_SOME", 4_096)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("qwen2"))
     peak_bytes(tmp_path / "warm.jsonl", tokenizer, 1_000)  # what is imported and cached once

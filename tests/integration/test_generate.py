@@ -17,12 +17,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import task_data
 from ftlevel.cli.app import run
-from ftlevel.commands.chat import Chat
-from ftlevel.commands.generate import answer_all, generate
+from ftlevel.commands.generate import Chat, answer_all, generate
 from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
 from ftlevel.config import GenerateConfig, PredictConfig, TrainConfig
-from ftlevel.data.encoding.prompts import prompt_ids
+from ftlevel.data.encoding.encode import prompt_ids
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.scoring import Writing, generate_texts
 from ftlevel.merging.serving.entry import Entry

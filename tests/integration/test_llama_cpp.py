@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from export_cases import CASES, NAMES, ModelDir, export_to, exportable, load, logits_of, some_ids
-from ftlevel.merging.formats.gguf_check import PROBES
+from ftlevel.merging.formats.gguf import PROBES
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None,

@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.training.reference import fill
+from ftlevel.training import reference as fill
 from preference_runs import losses, pair, run, write
 
 ModelDir = Callable[..., Path]

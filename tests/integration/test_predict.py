@@ -21,9 +21,9 @@ from ftlevel.cli.app import run
 from ftlevel.commands import predict as command
 from ftlevel.commands.train import train
 from ftlevel.config import PredictConfig, TrainConfig
-from ftlevel.data.prepare import questions
+from ftlevel.data.prepare import inference
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.evaluation import row_scores
+from ftlevel.evaluation import answers as row_scores
 
 ModelDir = Callable[..., Path]
 
@@ -363,7 +363,7 @@ def test_mistakes_are_said_before_weights_load(
 
 def test_from_python(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PredictConfig(name=str(classifier), device="cpu", batch_size=3)
-    given = [{"text": f"the file {i}", "i": i} for i in range(questions._FIRST + 3)]
+    given = [{"text": f"the file {i}", "i": i} for i in range(inference._FIRST + 3)]
     found = predict(config, iter(given)).rows
     assert found is not None
     assert [{k: row[k] for k in ("text", "i")} for row in found] == given

@@ -19,7 +19,7 @@ from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
 from ftlevel.commands.predict import predict
 from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig
-from ftlevel.training.reference import fill
+from ftlevel.training import reference
 from preference_runs import judged, losses, pair, run, write
 
 ModelDir = Callable[..., Path]
@@ -176,7 +176,7 @@ def test_the_reference_is_kept_and_read_and_filled_where_it_is_not_whole(
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
     first = run(model, data, tmp_path / "1").summary
     assert not first["reference"]["cached"]
-    monkeypatch.setattr(fill, "_fill", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(reference, "_fill", lambda *_: pytest.fail("computed again"))
     second = run(model, data, tmp_path / "2", method={"kind": "lora", "r": 8}).summary
     assert second["reference"]["cached"]
     assert losses(tmp_path / "2") == losses(tmp_path / "1")

@@ -21,7 +21,7 @@ from ftlevel.data.encoding.store import (
     take_rows,
     write_store,
 )
-from ftlevel.data.prepare import cache, dataset
+from ftlevel.data.prepare import dataset
 from ftlevel.data.sources import lines
 from ftlevel.errors import InputError
 from ftlevel.training.plan.resolve import resolve
@@ -65,7 +65,7 @@ def write_talk(path: Path, count: int = ROWS) -> Path:
 
 
 def folders() -> list[str]:
-    root = cache.cache_root()
+    root = dataset.cache_root()
     return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.exists() else []
 
 
@@ -228,7 +228,7 @@ def test_rows_that_were_damaged_are_prepared_anew(
 ) -> None:
     data, model = write_talk(tmp_path / "x.jsonl"), tiny_model_dir("qwen2")
     whole = list(plan_of(model, data).data.train)
-    (path,) = cache.cache_root().rglob(name)
+    (path,) = dataset.cache_root().rglob(name)
     content = path.read_bytes()
     half = len(content) // 2
     flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ftlevel import TrainConfig, train
-from ftlevel.cli.startup import launch
+from ftlevel.cli import processes
 from ftlevel.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -380,8 +380,8 @@ def test_only_a_run_that_failed_is_started_again(
         lines.append(list(arguments))
         return given[len(lines) - 1]
 
-    monkeypatch.setattr(launch, "_launch_once", once)
-    assert launch.launch(["train", "--output-dir", "x", "--overwrite"], 2, restarts=2) == code
+    monkeypatch.setattr(processes, "_launch_once", once)
+    assert processes.launch(["train", "--output-dir", "x", "--overwrite"], 2, restarts=2) == code
     assert len(lines) == starts
     assert all(line == ["train", "--output-dir", "x", "--resume"] for line in lines[1:])
 
@@ -397,6 +397,6 @@ def test_a_run_that_was_told_to_end_is_not_started_again(
         told.append(getattr(signal, number))
         return 2 - len(lines)
 
-    monkeypatch.setattr(launch, "_launch_once", once)
-    launch.launch(["train"], 2, restarts=1)
+    monkeypatch.setattr(processes, "_launch_once", once)
+    processes.launch(["train"], 2, restarts=1)
     assert len(lines) == starts

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from ftlevel.artifacts.modelfile import write_modelfile
 from ftlevel.cli.app import run
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.encode import IGNORED, encode_causal
-from ftlevel.data.encoding.prompts import PromptFormat, prompt_ids
+from ftlevel.data.encoding.encode import IGNORED, PromptFormat, encode_causal, prompt_ids
 from ftlevel.data.formats.examples import Conversation, Pair
 from ftlevel.data.formats.turns import Message
+from ftlevel.merging.formats.ollama import write_modelfile
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
 

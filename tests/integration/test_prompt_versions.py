@@ -12,7 +12,7 @@ import pytest
 import task_data
 from ftlevel.artifacts.cards import read_card
 from ftlevel.cli.app import run
-from ftlevel.data.encoding.prompts import prompt_ids, read_format
+from ftlevel.data.encoding.encode import prompt_ids, read_format
 from ftlevel.trained.load import find_trained, load_found
 from ftlevel.training.plan import resolve
 

@@ -25,7 +25,7 @@ from ftlevel.errors import ConfigError, InputError
 from ftlevel.events import Silence
 from ftlevel.models.kinds import checkpoint_class
 from ftlevel.weights.quantize_layout import find_kept_modules
-from ftlevel.weights.safetensors_stream import ShardWriter
+from ftlevel.weights.quantize_shards import ShardWriter
 
 ModelDir = Callable[..., Path]
 

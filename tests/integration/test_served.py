@@ -28,10 +28,9 @@ from ftlevel.commands.check_served import check_served
 from ftlevel.commands.export import export
 from ftlevel.config import CheckServedConfig, ExportConfig
 from ftlevel.errors import InputError, RunError
-from ftlevel.merging.serving.answers import Answer
-from ftlevel.merging.serving.client import Heard
+from ftlevel.merging.serving.client import Heard, judge, widen
 from ftlevel.merging.serving.inside.process import ask_inside
-from ftlevel.merging.serving.verdict import judge, widen
+from ftlevel.merging.serving.recorded import Answer
 from served_cases import CASES, make_adapter
 from tiny_models import save_tiny
 

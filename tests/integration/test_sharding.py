@@ -143,8 +143,8 @@ def infer(folder: Path, holds: bool) -> None:
     """Call a sharded model in every way that leaves no gradients, and look at its parameters."""
     from torch.distributed.tensor import DTensor
 
-    from ftlevel.training.memory.shards import shard
     from ftlevel.training.processes import started_processes
+    from ftlevel.training.shards import shard
 
     started_processes().join()
     model = AutoModelForCausalLM.from_pretrained(folder / "decoder", dtype=torch.float32)
@@ -182,7 +182,7 @@ def hold(folder: Path, out: Path) -> None:
     import distributed
     from transformers import LlamaConfig
 
-    from ftlevel.models.upstream.slices import Slices
+    from ftlevel.models.upstream.shards import Slices
     from ftlevel.training.processes import started_processes
 
     processes = started_processes()
@@ -249,9 +249,9 @@ def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.quantization import build_quantization_config
     from ftlevel.models.sources import resolve_source
-    from ftlevel.models.upstream.slices import Slices
-    from ftlevel.training.memory.shards import shard
+    from ftlevel.models.upstream.shards import Slices
     from ftlevel.training.processes import started_processes
+    from ftlevel.training.shards import shard
 
     started_processes().join()
     source = resolve_source(str(folder))
@@ -322,8 +322,8 @@ def test_a_method_that_computes_with_the_weights_finds_their_parts_in_four_bits(
 def step_in_half_precision(folder: Path, out: Path) -> None:
     """Write what one forward pass leaves of the weights for the backward pass, and gradients."""
     from ftlevel.models.hardware import autocast
-    from ftlevel.training.memory.shards import shard
     from ftlevel.training.processes import started_processes
+    from ftlevel.training.shards import shard
 
     processes = started_processes()
     processes.join()
@@ -369,13 +369,13 @@ def go_on(folder: Path, out: Path, resume: bool, room: int | None = None) -> Non
     """Begin a run or go on with it; its host has `room` bytes for copies of what is written."""
     from distributed import settings
 
-    from ftlevel.models.upstream.parts import PartsWriter
-    from ftlevel.training.sharding import trainer
+    from ftlevel.models.upstream.shards import PartsWriter
+    from ftlevel.training import sharding
 
     waits, begin = [], PartsWriter.begin
     PartsWriter.begin = lambda writer: (waits.append(writer), begin(writer))[1]
     if room is not None:
-        trainer.free_memory_bytes = lambda _: room
+        sharding.free_memory_bytes = lambda _: room
     values = settings(folder, "encoder-decoder", "full", out)  # whose embeddings are tied
     values["train"] |= {"gradient_accumulation_steps": 1, "shard": "full", "max_steps": 16,
                         "save_steps": 2}  # fmt: skip
@@ -442,7 +442,7 @@ def write(folder: Path, room: int | None, aside: bool = False) -> None:
     import resource
 
     from ftlevel.artifacts.run_directory import RunDirectory
-    from ftlevel.models.upstream.parts import PartsWriter, write_parts
+    from ftlevel.models.upstream.shards import PartsWriter, write_parts
     from ftlevel.training.disk import explain_disk_errors
 
     tensors = part_of_each()
@@ -463,7 +463,7 @@ def write_slowly(folder: Path) -> None:
     """Change what is being written while it is, of two kinds at once."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    from ftlevel.models.upstream.parts import PartsWriter
+    from ftlevel.models.upstream.shards import PartsWriter
 
     tensors, waited = part_of_each(), folder / "parts" / "shard-00001-model-00001-of-00001"
     writes = HuggingFaceStorageWriter.write_data
@@ -498,7 +498,7 @@ def test_parts_are_written_while_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def read(folder: Path) -> None:
-    from ftlevel.models.upstream.parts import read_parts
+    from ftlevel.models.upstream.shards import read_parts
 
     expected = part_of_each()
     found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
@@ -574,7 +574,7 @@ def come_late(folder: Path, out: Path) -> None:
     from distributed import settings
 
     from ftlevel.events import Silence
-    from ftlevel.training.callbacks import watch_processes
+    from ftlevel.training.callbacks import processes as watch_processes
     from ftlevel.world import read_world
 
     class Told(Silence):
@@ -656,7 +656,7 @@ def test_what_cannot_be_shared_is_named_before_weights_load(
 ) -> None:  # fmt: skip
     from distributed import settings
 
-    monkeypatch.setattr("ftlevel.training.reference.asked.load_adapted", None)
+    monkeypatch.setattr("ftlevel.training.teacher.load_adapted", None)
     values = settings(prepared, "decoder", "lora", tmp_path)
     values["train"]["shard"] = "full"
     for section, fields in change.items():

@@ -19,7 +19,7 @@ from ftlevel.commands.quantize import quantize
 from ftlevel.commands.train import train
 from ftlevel.config import QuantizeConfig, TrainConfig
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.models.torchao_format import build_torchao_config
+from ftlevel.models.quantization import build_torchao_config
 from ftlevel.weights.quantize_layout import find_kept_modules
 
 ModelDir = Callable[..., Path]

@@ -143,6 +143,6 @@ def test_what_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ftlevel.training.plan.packages.find_spec", lambda _: None)
+    monkeypatch.setattr("ftlevel.training.plan.resolve.find_spec", lambda _: None)
     assert run(["train", "--dry-run", *arguments]) == 2
     assert told in capsys.readouterr().err

@@ -19,7 +19,7 @@ import yaml
 
 import task_data
 from ftlevel.cli.app import run
-from ftlevel.config.reading.renamed import RENAMED
+from ftlevel.config.reading import RENAMED
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
 
@@ -247,7 +247,7 @@ def test_a_head_goes_on_at_its_own_rate(
     assert run(["train", *chosen, "--output-dir", "whole"]) == 0
     with monkeypatch.context() as patch:  # as if the power had failed in the third step
         patch.setattr(
-            "ftlevel.training.callbacks.report.Report.on_step_end",
+            "ftlevel.training.callbacks.progress.Report.on_step_end",
             lambda _, args, state, control, **more: _fail_after(2, state.global_step),
         )
         with pytest.raises(RuntimeError, match="power"):

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.reading.renamed import RENAMED
+from ftlevel.config.reading import RENAMED
 
 ROOT = Path(__file__).parents[2]
 EVERYWHERE = ("src", "tests", "benchmarks", "scripts", "docs", "recipes", "README.md",
               "CONTRIBUTING.md")  # fmt: skip
-STEP = ("src/ftlevel/fast", "src/ftlevel/config/speed.py", "src/ftlevel/training/fast_step.py",
+STEP = ("src/ftlevel/fast", "src/ftlevel/config/sections.py", "src/ftlevel/training/model.py",
         "src/ftlevel/training/trainer.py", "src/ftlevel/training/verify", "tests/unit/fast",
         "docs/performance.md")  # fmt: skip
 ROOMS = tuple(f"src/ftlevel/{room}" for room in ("fast", "merging", "trained", "evaluation"))
 ITSELF = {
     "docs/glossary.md",
     "tests/unit/test_glossary.py",
-    "src/ftlevel/config/reading/renamed.py",
+    "src/ftlevel/config/reading.py",
 }
 OLD_KEYS = {"tests/unit/config/test_layers.py", "tests/cli/test_train_input.py"}
 """Tests that use keys by their old names."""

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.notebook import Notebook, default_listener
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftlevel.config.options.hub import HubSection
+from ftlevel.config.output import HubSection
 from ftlevel.errors import ConfigError, RunError
 
 

@@ -14,11 +14,10 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import read_plain, write_json
-from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.artifacts.files import base_fingerprint, read_plain, write_json
 from ftlevel.artifacts.run_directory import CONFIG, ORIGIN, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, read_recipe
-from ftlevel.config.options.preference import NO_REFERENCE, START
+from ftlevel.config.preference import NO_REFERENCE, START
 from ftlevel.errors import ConfigError, listing
 
 PLACES = "places.json"

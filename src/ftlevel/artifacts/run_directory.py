@@ -1,18 +1,24 @@
-"""The run directory: where it is, that it may be written, and what lies where in it."""
+"""The run directory: where it is, that it may be written, and what lies where in it.
+
+One run at a time in a run directory: a lock that ends with the process, however it ends.
+
+Which recipe a run came from, and whether git knows it as it was.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts import ownership
-from ftlevel.artifacts.claim import check_unclaimed, claimed
 from ftlevel.artifacts.files import check_regular, read_plain, write_json, write_text
 from ftlevel.artifacts.ownership import (
     ADAPTER,
@@ -25,6 +31,74 @@ from ftlevel.artifacts.ownership import (
 )
 from ftlevel.artifacts.ownership import CONFIG as CONFIG
 from ftlevel.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def claimed(directory: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold `directory` for this process inside the block.
+
+    The directory itself is locked (flock), so that no file is left behind; where its file system
+    has no locks, nothing is held.
+
+    Args:
+        directory: of a run.
+        shared: let others hold it so, too.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    descriptor = _open(directory)
+    try:
+        if descriptor is not None and fcntl is not None:
+            try:
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"--output-dir {directory}: another run is writing into it"
+                    f"{_holder(descriptor)}. Wait for its end, or name another directory."
+                ) from None
+            except OSError:  # no locks on this file system
+                pass
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def check_unclaimed(directory: Path) -> None:
+    """Refuse a directory that another run writes into; the processes of one run may look at once.
+
+    Raises:
+        ConfigError: it does.
+    """
+    with claimed(directory, shared=True):
+        pass
+
+
+def _holder(descriptor: int) -> str:
+    """Name the process that holds what `descriptor` is of, where Linux knows it."""
+    status = os.fstat(descriptor)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5] == f"{device}:{status.st_ino}":
+                return f" (process {words[4]})"
+    return ""
+
+
+def _open(directory: Path) -> int | None:
+    try:
+        return os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
+
 
 ORIGIN = "origin.json"
 """In checkpoints: everything that must be the same when a run goes on."""
@@ -270,3 +344,33 @@ def _next_free(parent: Path, name: str) -> Path:
             continue
         return path
     raise AssertionError("unreachable: the count has no end")
+
+
+def describe_recipe(path: Path) -> dict[str, Any]:
+    """Return a recipe's path, its SHA-256, and where its directory is under git, its state there.
+
+    `commit` is the checkout's; `changed` whether the recipe differs from it. Both are None outside
+    of a repository, where there is no git, and for a recipe that no commit has.
+
+    The recipe may lie in a repository that somebody else made. `git status` would run what its
+    settings name (core.fsmonitor, filters); to look up and to hash an object runs nothing.
+    """
+    path = path.resolve()
+    kept = _git(path, "rev-parse", "--verify", "--end-of-options", f"HEAD:./{path.name}")
+    commit = _git(path, "rev-parse", "HEAD") if kept else None
+    own = _git(path, "hash-object", "--no-filters", "--", path.name) if commit else None
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    changed = None if commit is None else own != kept
+    return {"path": str(path), "sha256": digest, "commit": commit, "changed": changed}
+
+
+def _git(path: Path, *arguments: str) -> str | None:
+    """Return what git prints about the directory of `path`, None where it fails."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(path.parent), *arguments],
+            capture_output=True, text=True, check=False, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -16,11 +16,16 @@ import typer
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.files import describe_interrupt
-from ftlevel.cli.screens.lasting import discard
-from ftlevel.cli.startup.apart import hush
-from ftlevel.cli.startup.heavy_imports import heavy_imports
-from ftlevel.cli.startup.signals import end_as_it_is, end_on_signals, exit_code, was_told_to_end
-from ftlevel.cli.typed.completion import completed_command
+from ftlevel.cli.screen import discard
+from ftlevel.cli.spelling import completed_command
+from ftlevel.cli.startup import (
+    end_as_it_is,
+    end_on_signals,
+    exit_code,
+    heavy_imports,
+    hush,
+    was_told_to_end,
+)
 from ftlevel.errors import FtlevelError, Interrupted, is_out_of_memory
 from ftlevel.world import is_launched, speaks
 
@@ -31,7 +36,7 @@ HELP = "Fine-tune transformers efficiently: one grammar for every family, task a
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "init": (
-        "ftlevel.cli.setup.init:init",
+        "ftlevel.cli.init:init",
         "Ask five questions, and write a recipe with comments.",
     ),
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
@@ -40,11 +45,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Show rows as the model will see them, and what is wrong with the data.",
     ),
     "plan": (
-        "ftlevel.cli.insight.plan:plan",
+        "ftlevel.cli.plan:plan",
         "Say what a run needs before it begins: memory by part, what fits, time, disk.",
     ),
     "compare": (
-        "ftlevel.cli.insight.compare:compare",
+        "ftlevel.cli.compare:compare",
         "Train several methods alike, and say which is best and by how much.",
     ),
     "evaluate": (
@@ -60,7 +65,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Let a trained run, an adapter or a model answer a prompt.",
     ),
     "report": (
-        "ftlevel.cli.insight.report:report",
+        "ftlevel.cli.report:report",
         "Write one HTML page about a run, or several side by side.",
     ),
     "merge": ("ftlevel.cli.merge:merge", "Merge an adapter into its base and write a plain model."),
@@ -69,15 +74,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Write a model in 4 or 8 bits, and measure what that costs.",
     ),
     "export": (
-        "ftlevel.cli.serving.export:export",
+        "ftlevel.cli.export:export",
         "Write a run, an adapter or a model for a server, and check what was written.",
     ),
     "check-served": (
-        "ftlevel.cli.serving.check_served:check_served",
+        "ftlevel.cli.check_served:check_served",
         "Ask a server the recorded prompts, and say whose answers it gives.",
     ),
     "recipes": (
-        "ftlevel.cli.setup.recipes:recipes",
+        "ftlevel.cli.recipes:recipes",
         "List, show and copy recipes, and convert those of other tools.",
     ),
     "list-targets": (
@@ -89,11 +94,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Show which methods there are, and what works with what.",
     ),
     "launch": (
-        "ftlevel.cli.setup.launch:launch",
+        "ftlevel.cli.launch:launch",
         "Write the file by which a cluster starts a run on several machines; submit it if told.",
     ),
     "doctor": (
-        "ftlevel.cli.insight.doctor:doctor",
+        "ftlevel.cli.doctor:doctor",
         "Say what this machine can do, and what to install.",
     ),
 }

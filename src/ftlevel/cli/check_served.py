@@ -17,7 +17,7 @@ def check_served(given: Given, *, as_json: bool, quiet: bool) -> None:
     dozen times; with --in nothing is asked over a network.
     """
     config = given.section(CheckServedConfig)
-    from ftlevel.cli.screens.screen import open_screen
+    from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         from ftlevel.commands.check_served import check_served as run

@@ -1,11 +1,19 @@
-"""A comparison in a terminal or a pipe: the table, what was left out, the winner's command."""
+"""A comparison in a terminal or a pipe: the table, what was left out, the winner's command.
+
+`ftlevel compare`: several methods on the same model and rows, and what tells them apart.
+"""
 
 from __future__ import annotations
 
+import json as json_module
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import typer
 from rich.console import Console
+
+from ftlevel.cli.flags import Given, read_config
+from ftlevel.cli.startup import heavy_imports, prepare
 
 _COLUMNS = ("method", "95 % over rows", "± seeds", "to the best", "more than noise", "trained",
             "adapter", "peak", "tokens/s", "time")  # fmt: skip
@@ -78,3 +86,37 @@ def _search_words(searched: Mapping[str, Any]) -> str:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+
+
+def compare(given: Given, *, as_json: bool, quiet: bool) -> None:
+    """Train several methods alike, and say which is best and by how much.
+
+    Takes the flags of train but --method. Each method trains on the same rows with the same budget
+    in a process of its own, as train does; a setting of methods goes to those that have it. With
+    --resume, runs that are done are kept, and one that was broken off goes on.
+    """
+    config, _ = read_config(given)
+    from ftlevel.cli.screen import open_screen
+
+    with open_screen(as_json=as_json, quiet=quiet) as screen:
+        with heavy_imports():
+            from ftlevel.commands.compare import compare as run
+            from ftlevel.commands.comparison import ComparisonOptions
+
+        own = given.values
+        wishes = ComparisonOptions(
+            tuple(own["methods"] or ()),
+            own["budget_steps"],
+            own["budget_minutes"],
+            own["seeds"],
+            own["max_memory"],
+            own["max_minutes"],
+            tuple(own["search"] or ()),
+            own["trials"],
+            own["study"],
+        )
+        found = run(config, wishes, listener=screen, prepare=prepare)
+        if as_json:
+            typer.echo(json_module.dumps(found))
+        else:
+            show(found, screen.console)

@@ -6,7 +6,7 @@ import json as json_module
 
 import typer
 
-from ftlevel.cli.startup.heavy_imports import heavy_imports
+from ftlevel.cli.startup import heavy_imports
 
 _SIGNS = {"good": "ok", "note": "--", "bad": "!!"}
 
@@ -17,8 +17,8 @@ def doctor(*, as_json: bool, quiet: bool) -> None:
     Exit code 1 if something would stop a run. Paste its output into a bug report.
     """
     with heavy_imports():
-        from ftlevel.commands.insight.doctor import doctor as look
-        from ftlevel.commands.insight.doctor import to_dict
+        from ftlevel.commands.doctor import doctor as look
+        from ftlevel.commands.doctor import to_dict
         from ftlevel.models.loading import quiet_libraries
 
     with quiet_libraries():

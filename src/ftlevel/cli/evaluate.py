@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ftlevel.cli.flags import Given
-from ftlevel.cli.startup.heavy_imports import heavy_imports
+from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import EvaluateConfig, normal_task
 
 
@@ -22,7 +22,7 @@ def evaluate(
     there the numbers that training gave. Intervals are of 95 %, by resampling the rows.
     """
     config = given.section(EvaluateConfig, task=normal_task(task) if task else None)
-    from ftlevel.cli.screens.screen import open_screen
+    from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         with heavy_imports():

@@ -18,7 +18,7 @@ def export(given: Given, *, out: str | None, dry_run: bool, as_json: bool, quiet
     """
     nowhere = {"out": "model.gguf", "overwrite": True} if dry_run and out is None else {}
     config = given.section(ExportConfig, **nowhere)
-    from ftlevel.cli.screens.screen import open_screen
+    from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         from ftlevel.commands.export import export as run

@@ -1,18 +1,24 @@
-"""`ftlevel generate`: try what was trained, beside its base if wished."""
+"""`ftlevel generate`: try what was trained, beside its base if wished.
+
+The terminal's side of `ftlevel generate --chat`.
+"""
 
 from __future__ import annotations
 
 import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ftlevel.cli.flags import Given
-from ftlevel.cli.startup.heavy_imports import heavy_imports
+from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import GenerateConfig, normal_task
 from ftlevel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ftlevel.commands.generate import Chat
 
 
 def generate(
@@ -37,13 +43,12 @@ def generate(
             raise ConfigError(
                 "--chat asks in the terminal. Drop --prompt, --prompts, --out, --json."
             )
-        from ftlevel.cli.chat import talk
 
         talk(config)
         return
     if not (prompt or prompts):
         raise ConfigError("there is nothing to ask. Add --prompt TEXT, --prompts FILE or --chat.")
-    from ftlevel.cli.screens.screen import open_screen
+    from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
         from ftlevel.artifacts.files import check_absent, placed_files
@@ -112,3 +117,68 @@ def _show(answers: Sequence[Any]) -> None:
         top = sorted(answer.scores.items(), key=lambda item: -item[1])[:3]
         if top:
             typer.secho("  " + ", ".join(f"{label} {p:.1%}" for label, p in top), dim=True)
+
+
+HELP = """\
+/adapter NAME   let that adapter go on (without NAME: show them)
+/base           let the base model go on
+/reset          forget what was said
+/quit           leave, as Ctrl-D does"""
+
+
+def talk(config: GenerateConfig) -> None:
+    """Read lines from the terminal and answer them until /quit or the end of the input."""
+    with heavy_imports():
+        from ftlevel.commands.generate import Chat
+
+    chat = Chat(config)
+    for note in chat.adapters.notes:
+        typer.secho(f"warning: {note}", fg="yellow", err=True)
+    _greet(chat)
+    while True:
+        try:
+            text = input("» ").strip()
+        except EOFError:
+            typer.echo()
+            return
+        if text == "/quit":
+            return
+        if text.startswith("/"):
+            _obey(chat, text)
+        elif text:
+            _answer(chat, text)
+
+
+def _greet(chat: Chat) -> None:
+    memory = "" if chat.remembers else "; it was trained on single prompts: each is asked alone"
+    typer.secho(f"{chat.speaker} answers{memory}. /help shows the commands.", dim=True)
+
+
+def _answer(chat: Chat, text: str) -> None:
+    before = chat.forgotten
+    try:
+        chat.say(text, lambda piece: typer.echo(piece, nl=False))
+        typer.echo()
+    except KeyboardInterrupt:  # stops the answer, not the conversation
+        typer.echo(" …")
+    if chat.forgotten > before:
+        typer.secho("(no room: the oldest messages are forgotten)", dim=True)
+
+
+def _obey(chat: Chat, command: str) -> None:
+    word, _, name = command.partition(" ")
+    name = name.strip()
+    if word == "/reset":
+        chat.reset()
+        typer.secho("forgotten.", dim=True)
+    elif word == "/base" or (word == "/adapter" and name):
+        try:
+            chat.switch("base" if word == "/base" else name)
+        except ConfigError as error:
+            typer.secho(str(error), fg="yellow")
+        else:
+            _greet(chat)
+    elif word == "/adapter":
+        typer.echo(", ".join(chat.adapters.voices))
+    else:
+        typer.echo(HELP)

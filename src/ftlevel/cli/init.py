@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import typer
 
 from ftlevel.cli.flags import Given
-from ftlevel.cli.startup.heavy_imports import heavy_imports
+from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import read_settings
 from ftlevel.errors import ConfigError
 
 if TYPE_CHECKING:
     from ftlevel.commands.init import Question
-    from ftlevel.config.choices import Choice
+    from ftlevel.config.section import Choice
 
 
 def init(given: Given, *, file: Path, yes: bool, as_json: bool) -> None:

@@ -23,7 +23,7 @@ def launch(
     and nothing is written.
     """
     config, _ = read_config(given)
-    from ftlevel.artifacts.jobs.job import SUBMIT, SUFFIXES, render
+    from ftlevel.artifacts.jobs import SUBMIT, SUFFIXES, render
     from ftlevel.commands.launch import Cluster, build_job, write_job
     from ftlevel.commands.launch import submit as hand_over
 

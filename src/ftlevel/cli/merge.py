@@ -8,9 +8,9 @@ from typing import Any
 
 import typer
 
-from ftlevel.artifacts.merge_card import how_near
+from ftlevel.artifacts.cards import how_near
 from ftlevel.cli.flags import Given
-from ftlevel.cli.startup.heavy_imports import heavy_imports
+from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.errors import listing
 
@@ -23,7 +23,7 @@ def merge(given: Given, *, as_json: bool, quiet: bool) -> None:
     directory is there when it has passed, and whole.
     """
     config = given.section(MergeConfig)
-    from ftlevel.cli.screens.screen import open_screen
+    from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         with heavy_imports():

@@ -1,17 +1,27 @@
-"""A plan in a terminal or a pipe: the verdict, memory by part, what fits, time, disk."""
+"""A plan in a terminal or a pipe: the verdict, memory by part, what fits, time, disk.
+
+`ftlevel plan`: memory, time and disk of a run before it begins, and what else fits.
+"""
 
 from __future__ import annotations
 
+import json as json_module
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from ftlevel.cli.flags import Given, read_config
+from ftlevel.cli.startup import heavy_imports
+
 if TYPE_CHECKING:
-    from ftlevel.commands.insight.plan import RunPlan
+    from ftlevel.commands.plan import RunPlan
     from ftlevel.training.forecast.cluster import ClusterForecast
     from ftlevel.training.forecast.fits import Fit
+
 
 _BAR = 30  # letters
 _PROCESS = "whole process"
@@ -96,3 +106,39 @@ def _table(fits: list[Fit]) -> Table:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+
+
+def plan(
+    given: Given,
+    *,
+    gpu: str | None,
+    probe: bool,
+    price_per_hour: float | None,
+    brief: bool,
+    as_json: bool,
+) -> None:
+    """Say what a run needs before it begins: memory by part, what fits, time, disk.
+
+    Takes the flags of train and computes its step on tensors that have shapes and no numbers. With
+    --model and no --dataset, rows are imagined, as long as --max-length: the model's config is
+    enough, its weights are not read. Exit code 0 whether it fits or not.
+    """
+    config, _ = read_config(given)
+    from ftlevel.cli.screen import open_screen
+
+    with open_screen(as_json=as_json, quiet=True) as screen:
+        with heavy_imports():
+            from ftlevel.commands.plan import PlanOptions
+            from ftlevel.commands.plan import plan as look
+
+        own = given.values
+        wishes = PlanOptions(gpu, probe, price_per_hour, alternatives=not brief, nodes=own["nodes"],
+                        gpus_per_node=own["gpus_per_node"],
+                        interconnect_gbps=own["interconnect_gbps"])  # fmt: skip
+        if as_json:
+            typer.echo(json_module.dumps(look(config, wishes).to_dict()))
+            return
+
+        found = look(config, wishes, partial(show, console=screen.console),
+                     screen.stop_without_reader)  # fmt: skip
+        show_fits(found, screen.console)

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from ftlevel.cli.flags import Given
-from ftlevel.cli.startup.heavy_imports import heavy_imports
+from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import PredictConfig, normal_task
 from ftlevel.errors import ConfigError
 
@@ -28,7 +28,7 @@ def predict(given: Given, *, task: str | None, as_json: bool, quiet: bool) -> No
             "--json prints what was done on stdout, and without --output the rows go there. Name "
             "a file by --output, or drop --json."
         )
-    from ftlevel.cli.screens.screen import open_screen
+    from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet, aside=True) as screen:
         with heavy_imports():

@@ -1,15 +1,238 @@
-"""`ftlevel preview`: the data as the model will see it, before anything is trained."""
+"""A preview as one HTML page: no script, no font and no image from elsewhere; fits a phone.
+
+A preview in a terminal, by colour, and in a pipe, by brackets.
+
+`ftlevel preview`: the data as the model will see it, before anything is trained.
+"""
 
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
+from ftlevel._version import __version__
 from ftlevel.cli.flags import Given, read_config
-from ftlevel.cli.startup.heavy_imports import heavy_imports
+from ftlevel.cli.startup import heavy_imports
+
+if TYPE_CHECKING:
+    from ftlevel.commands.preview import Bar, Preview, ShownRow, Token
+
+
+_STYLE = """
+:root { color-scheme: light dark; --learned: #b7f0c0; --text: #1c1e21; --page: #fff;
+        --dim: #6a7076; --line: #d8dcdf; --special: #a21caf; --label: #8a5a00; }
+@media (prefers-color-scheme: dark) {
+  :root { --learned: #14532d; --text: #e6e8ea; --page: #16181b; --dim: #9aa1a8;
+          --line: #34383c; --special: #e879f9; --label: #fbbf24; } }
+body { margin: 0 auto; padding: 1rem; max-width: 52rem; background: var(--page);
+       color: var(--text); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.25rem } h2 { font-size: 1rem; margin: 1.5rem 0 .25rem }
+.row { font: 14px/1.8 ui-monospace, monospace; white-space: pre-wrap; padding: .75rem;
+       border: 1px solid var(--line); border-radius: .5rem; margin: .25rem 0 }
+.t { border-left: 1px solid var(--line) } .l { background: var(--learned) }
+.s { color: var(--special); font-weight: 600 } .n, small { color: var(--dim) }
+.l i { color: var(--label); font-style: normal; font-weight: 600 }
+table { border-collapse: collapse; width: 100% }
+td { padding: .1rem .5rem .1rem 0; vertical-align: top }
+meter { width: 100% } .stop { color: #c62828; font-weight: 600 }
+"""
+
+
+def write_page(preview: Preview, path: Path) -> None:
+    """Write `preview` to `path`; an existing file is replaced as a whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(render_page(preview), encoding="utf-8")
+    partial.replace(path)
+
+
+def render_page(preview: Preview) -> str:
+    """Return the page."""
+    name = escape(str(preview.facts["name"]))
+    share = preview.supervised / preview.tokens if preview.tokens else 0
+    body = [
+        f"<h1>Preview of {name}</h1>",
+        _table([(c.name, str(c)) for c in preview.choices if c.name != "data check"]),
+        "<h2>Data checks</h2>",
+        _findings(preview),
+        "<h2>Lengths in tokens</h2>",
+        _lengths(preview),
+        f"<p>{preview.extent}: {preview.tokens:,} tokens, "
+        f"{preview.supervised:,} targets ({share:.0%}); "
+        f"{preview.steps:,} steps.</p>",
+        '<p><span class="l">What is learned</span> is green; '
+        '<span class="s">special tokens</span> are coloured; a line begins each token.</p>',
+        *(_row(row) for row in preview.rows),
+        f"<p><small>ftlevel {__version__}</small></p>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Preview of {name}</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    cells = (f"<tr><td><small>{escape(a)}</small></td><td>{escape(b)}</td></tr>" for a, b in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _findings(preview: Preview) -> str:
+    stops = preview.facts.get("stops")
+    if not preview.findings and not stops:
+        return "<p>Nothing was found.</p>"
+    items = [
+        f'<li><span class="{f.action}">{f.action}</span> {escape(str(f))} '
+        f"<small>data.gate.{f.name}</small></li>"
+        for f in preview.findings
+    ]
+    if stops:
+        items.insert(0, f'<li><span class="stop">stop</span> {escape(stops)}</li>')
+    return f"<ul>{''.join(items)}</ul>"
+
+
+def _lengths(preview: Preview) -> str:
+    most = max((bar.count for bar in preview.lengths), default=1)
+    rows = (
+        f"<tr><td>{bar.begin:,}–{bar.end:,}</td><td style='width:60%'>"
+        f'<meter max="{most}" value="{bar.count}">{bar.count}</meter></td>'
+        f"<td>{bar.count:,}</td></tr>"
+        for bar in preview.lengths
+    )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _row(row: ShownRow) -> str:
+    label = f", label: <b>{escape(row.label)}</b>" if row.label else ""
+    blocks = "".join(
+        f'<div class="row">{"".join(map(_token, tokens))}</div>'
+        for tokens in (row.tokens, row.target)
+        if tokens
+    )
+    return (
+        f"<h2>Row {row.number} <small>{escape(row.place)}, {len(row.tokens):,} tokens{label}"
+        f"</small></h2>{blocks}"
+    )
+
+
+def _token(token: Token) -> str:
+    kinds = "t" + " l" * token.supervised + " s" * token.special
+    text = escape(token.text).replace("\n", '<span class="n">⏎</span>\n')
+    label = f"<i>={escape(token.label.strip())}</i>" if token.label else ""
+    return f'<span class="{kinds}" title="{token.id}">{text}{label}</span>'
+
+
+_MOST = 240  # tokens of a row that are shown unless it was asked for
+_BAR = 40
+_BREAK = "⏎\n"
+_LEARNED = ("black on green3", "black on pale_green3")  # by turns, so that borders are seen
+_GIVEN = ("", "on grey19")
+_SPECIAL = "bold magenta"
+
+
+def show(preview: Preview, console: Console, *, whole: bool) -> None:
+    """Print `preview`.
+
+    Args:
+        preview: what to show.
+        console: where.
+        whole: show every token of the rows; else the middle of long ones is left out.
+    """
+    colour = console.is_terminal or console.record
+    for choice in preview.choices:
+        if choice.name != "data check":
+            console.print(Text(f"{choice.name}: {choice}"), highlight=False)
+    for row in preview.rows:
+        console.print()
+        for part in _row_parts(row, whole=whole, colour=colour):
+            console.print(part, highlight=False)
+    console.print()
+    for line in summary_lines(preview):
+        console.print(Text(line), highlight=False)
+
+
+def summary_lines(preview: Preview) -> Iterator[str]:
+    """Yield the lines below the rows: lengths, share, steps and findings."""
+    yield "length in tokens"
+    most = max((bar.count for bar in preview.lengths), default=1)
+    yield from (_bar_line(bar, most) for bar in preview.lengths)
+    share = preview.supervised / preview.tokens if preview.tokens else 0
+    tokens, targets = f"{preview.tokens:,} tokens", f"{preview.supervised:,} targets"
+    yield f"{preview.extent}: {tokens}, {targets} ({share:.0%})"
+    yield f"the run: {preview.steps:,} steps"
+    if stops := preview.facts.get("stops"):
+        yield f"data check: would stop the run: {stops}"
+    elif not preview.findings:
+        yield "data check: nothing found"
+    done = {"stop": "would stop the run", "drop": "dropped", "warn": "kept", "fold": "made one"}
+    for found in preview.findings:
+        yield f"data check: {found}: {done[found.action]}; --set data.gate.{found.name}=…"
+
+
+def _bar_line(bar: Bar, most: int) -> str:
+    filled = "█" * max(round(_BAR * bar.count / most), int(bar.count > 0))
+    return f"  {bar.begin:>6,}–{bar.end:<6,} {filled} {bar.count:,}"
+
+
+def _row_parts(row: ShownRow, *, whole: bool, colour: bool) -> Iterator[Text]:
+    targets = row.target or row.tokens
+    learned = sum(token.supervised for token in targets)
+    size = f"{len(row.tokens):,} tokens"
+    size += f" → {len(row.target):,}" if row.target else f", {learned:,} learned"
+    label = f", label: {row.label}" if row.label else ""
+    yield Text(f"row {row.number} ({row.place}): {size}{label}", style="bold cyan")
+    for tokens in filter(None, (row.tokens, row.target)):
+        yield _coloured(tokens, whole=whole) if colour else _bracketed(tokens, whole=whole)
+
+
+def _cut(tokens: Sequence[Token], *, whole: bool) -> Iterable[Token | int]:
+    """Return the tokens to show, and in the place of those left out their number."""
+    surplus = len(tokens) - _MOST
+    if whole or surplus <= 0:
+        return tokens
+    half = _MOST // 2
+    return [*tokens[:half], surplus, *tokens[-half:]]
+
+
+def _coloured(tokens: Sequence[Token], *, whole: bool) -> Text:
+    text = Text()
+    for index, token in enumerate(_cut(tokens, whole=whole)):
+        if isinstance(token, int):
+            text.append(f" … {token:,} tokens … ", style="italic dim")
+            continue
+        style = (_LEARNED if token.supervised else _GIVEN)[index % 2]
+        if token.special:  # magenta cannot be read on green
+            style = f"{style} bold" if token.supervised else f"{style} {_SPECIAL}".strip()
+        text.append(_visible(token), style=style)
+        if token.label:
+            text.append(f"={token.label.strip()}", style="bold yellow")
+    text.rstrip()
+    return text
+
+
+def _bracketed(tokens: Sequence[Token], *, whole: bool) -> Text:
+    parts = []
+    for token in _cut(tokens, whole=whole):
+        if isinstance(token, int):
+            parts.append(f" … {token:,} tokens … ")
+            continue
+        shown = _visible(token).replace("[", "\\[").replace("]", "\\]")
+        label = f"={token.label.strip()}" if token.label else ""
+        parts.append(f"[{shown}{label}]" if token.supervised else shown)
+    return Text("".join(parts).removesuffix("\n"))
+
+
+def _visible(token: Token) -> str:
+    return token.text.replace("\n", _BREAK).replace("\t", "⇥")
 
 
 def preview(given: Given, *, row: Sequence[int] | None, html: Path | None, as_json: bool) -> None:
@@ -20,7 +243,7 @@ def preview(given: Given, *, row: Sequence[int] | None, html: Path | None, as_js
     lengths, the share that is learned, the tokens of an epoch, the steps, and what the gate found.
     """
     config, _ = read_config(given)
-    from ftlevel.cli.screens.screen import open_screen
+    from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
         with heavy_imports():
@@ -28,13 +251,10 @@ def preview(given: Given, *, row: Sequence[int] | None, html: Path | None, as_js
 
         found = look(config, row or ())
         if html is not None:
-            from ftlevel.cli.screens.preview_page import write_page
-
             write_page(found, html)
         if as_json:
             typer.echo(json_module.dumps(found.to_dict()))
             return
-        from ftlevel.cli.screens.preview_screen import show
 
         show(found, screen.console, whole=bool(row))
         if html is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ftlevel.cli.flags import Given
-from ftlevel.cli.startup.heavy_imports import heavy_imports
+from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import QuantizeConfig
 
 
@@ -22,7 +22,7 @@ def quantize(given: Given, *, out: str | None, dry_run: bool, as_json: bool, qui
     """
     nowhere = {"out": "quantized"} if dry_run and out is None else {}
     config = given.section(QuantizeConfig, **nowhere)
-    from ftlevel.cli.screens.screen import open_screen
+    from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         with heavy_imports():

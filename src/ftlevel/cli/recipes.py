@@ -11,11 +11,11 @@ import typer
 
 from ftlevel._version import __version__
 from ftlevel.cli.flags import Given, add_command, read_config
-from ftlevel.cli.typed.spelling import readings_of, rewrite
+from ftlevel.cli.spelling import readings_of, rewrite
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.layers import read_yaml
-from ftlevel.config.other_tools.recipes import LLAMA_FACTORY, tool_of, typed_keys
+from ftlevel.config.other_tools import LLAMA_FACTORY, tool_of, typed_keys
 from ftlevel.errors import ConfigError, did_you_mean, listing
 
 _ACTIONS = ("list", "show", "copy", "convert")

@@ -18,7 +18,7 @@ def report(
     what the checks of the data found, the proof, settings and versions. With --predictions, of
     `ftlevel evaluate --predictions FILE`, it has the confusion matrix and the best and worst rows.
     """
-    from ftlevel.commands.insight.report import report as write
+    from ftlevel.commands.report import report as write
 
     place = write(runs, out=out, predictions=predictions or ())
     if as_json:

@@ -1,20 +1,27 @@
 """From what was typed to ftlevel's spelling: other names and words, switches, lists.
 
 Only names and words are replaced here, by the table of flags; Typer parses what comes out.
+
+What a shell is offered while a command line is typed; Typer's machinery asks and answers.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftlevel.config.flag import Agrees, Flag, Words
 from ftlevel.config.flags import flags_of
-from ftlevel.config.other_tools.values import OFF, ON, number_hint
+from ftlevel.config.other_tools import OFF, ON, number_hint
 from ftlevel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ftlevel.config.flag import FieldFacts, Flag
+
 
 Setting = tuple[str, str]
 """A flag of ours and its value; "true" and "false" of a switch."""
@@ -348,3 +355,46 @@ def _spell(flag: str, value: str, readings: Mapping[str, Reading], *, joined: bo
         wanted = flag if value == "true" else own.off
         return [wanted] if wanted else []
     return [f"{flag}={value}"] if joined else [flag, value]
+
+
+_RECIPES = ("*.yaml", "*.yml", "recipes/*.yaml", "recipes/*.yml")
+_RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # what marks a directory as a run's
+
+
+def completed_command() -> list[str]:
+    """Return the command whose line a shell wants to complete, if one does.
+
+    Typer's scripts say in the environment what was typed so far.
+    """
+    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
+
+
+def completer(row: Flag, facts: FieldFacts | None) -> Callable[[str], list[str]]:
+    """Return what gives the values of `row` that begin with what was typed.
+
+    Nothing, where a value is anything: then the shell completes files.
+    """
+
+    def complete(incomplete: str) -> list[str]:
+        return sorted(value for value in _values(row, facts) if value.startswith(incomplete))
+
+    return complete
+
+
+def _values(row: Flag, facts: FieldFacts | None) -> list[str]:
+    if facts is not None and facts.choices:
+        return list(facts.choices)
+    if row.dest == "recipe_file" or row.shown == "--recipe":
+        return [str(path) for pattern in _RECIPES for path in Path().glob(pattern)]
+    if row.shown == "--task":
+        from ftlevel.config.tasks import TASKS
+
+        return list(TASKS)
+    if "RUN" in (row.metavar or row.names).split(".")[0].split("|"):
+        return [str(path.parent) for pattern in _RUNS for path in Path().glob(pattern)]
+    if "FAMILY" in row.shown or "FAMILY" in (row.metavar or ""):
+        from ftlevel.models.families import FAMILIES
+
+        return list(FAMILIES)
+    return []

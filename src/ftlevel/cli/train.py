@@ -7,9 +7,8 @@ import json as json_module
 import typer
 
 from ftlevel.cli.flags import Given, read_config
-from ftlevel.cli.startup.heap import share_heaps
-from ftlevel.cli.startup.heavy_imports import heavy_imports
-from ftlevel.cli.startup.launch import end_with_parent, launch
+from ftlevel.cli.processes import end_with_parent, launch
+from ftlevel.cli.startup import heavy_imports, share_heaps
 from ftlevel.config import TrainConfig
 from ftlevel.world import has_agent, is_follower, is_launched
 
@@ -30,7 +29,7 @@ def train(given: Given, *, dry_run: bool, as_json: bool, quiet: bool, schema: bo
     if has_agent():
         end_with_parent()
     follows = is_follower()
-    from ftlevel.cli.screens.screen import open_screen
+    from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet or follows) as screen:
         share_heaps()

@@ -10,23 +10,25 @@ from typing import Any
 
 from ftlevel.commands.export import export
 from ftlevel.config import CheckServedConfig, ExportConfig
-from ftlevel.config.commands.servers import SERVERS
+from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError, RunError, listing
 from ftlevel.events import Listener, Silence
-from ftlevel.merging.serving.client import Client, Heard, Refused
-from ftlevel.merging.serving.inside.process import ask_inside
-from ftlevel.merging.serving.recorded import Recorded, Served, read_served
-from ftlevel.merging.serving.start import rank_limit
-from ftlevel.merging.serving.verdict import (
+from ftlevel.merging.serving.client import (
     BASE,
     EITHER,
     ELSE,
     TRAINED,
+    Client,
+    Heard,
+    Refused,
     Verdict,
     judge,
     tolerance_of,
     widen,
 )
+from ftlevel.merging.serving.entry import rank_limit
+from ftlevel.merging.serving.inside.process import ask_inside
+from ftlevel.merging.serving.recorded import Recorded, Served, read_served
 from ftlevel.workspace import Workspace
 
 _FORMATS = {

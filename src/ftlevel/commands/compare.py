@@ -1,4 +1,7 @@
-"""Compare: check every method → train each alike, with each seed → tell chance from difference."""
+"""Compare: check every method → train each alike, with each seed → tell chance from difference.
+
+One run of a comparison, in a process of its own: train as `train` does, then score each row.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,83 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.claim import check_unclaimed
 from ftlevel.artifacts.files import check_absent, write_json, write_text
 from ftlevel.artifacts.ownership import CONFIG, SUMMARY
 from ftlevel.artifacts.places import absolute_places
-from ftlevel.commands.insight.comparison import (
+from ftlevel.artifacts.run_directory import check_unclaimed
+from ftlevel.commands.comparison import (
     SCORES,
     Comparison,
-    Wishes,
+    ComparisonOptions,
+    draw_pictures,
+    ranking_metric,
     sum_up,
     write_page_of_all,
 )
-from ftlevel.commands.insight.one_run import describe_run, seconds_per_step, train_and_score
-from ftlevel.commands.insight.own_process import do_apart
-from ftlevel.commands.insight.pictures import draw_pictures
-from ftlevel.commands.insight.search import check_search, plan_study, search, with_values
-from ftlevel.config import Layer, TrainConfig, build_config
+from ftlevel.commands.evaluate import evaluate
+from ftlevel.commands.plan import PlanOptions, plan
+from ftlevel.commands.search import (
+    StopWithParent,
+    check_search,
+    do_apart,
+    plan_study,
+    search,
+    with_values,
+)
+from ftlevel.commands.train import CommandLine, train
+from ftlevel.config import EvaluateConfig, Layer, TrainConfig, build_config, build_section
 from ftlevel.config.methods import SPECS
-from ftlevel.config.reading.words import METHOD_WORDS, in_our_words
+from ftlevel.config.reading import METHOD_WORDS, in_our_words
 from ftlevel.errors import ConfigError, InputError, Interrupted, RunError, did_you_mean, listing
-from ftlevel.events import Listener
+from ftlevel.events import Listener, Silence
+from ftlevel.training.finish import Start
+
+RESAMPLES = 1000
+"""Draws of the rows, the same for all that are scored on as many."""
+
+
+def train_and_score(config: TrainConfig, place: Path) -> None:
+    """Train `config` into its own run directory and write what became of its rows to `place`.
+
+    Args:
+        config: of the run, with a directory; it goes on where that has begun.
+        place: `NAME.json`, written last; the rows' answers are beside it as `NAME.jsonl`.
+
+    Raises:
+        FtlevelError: as `train` and `evaluate` do.
+    """
+    begun = CommandLine(None, Start.now())
+    result = train(config, callbacks=[StopWithParent()], listener=Silence(), command_line=begun)
+    answers = place.with_suffix(".jsonl")
+    answers.unlink(missing_ok=True)
+    values = {"name": str(result.path), "base": False, "resamples": RESAMPLES,
+              "predictions": answers}  # fmt: skip
+    found = evaluate(build_section(EvaluateConfig, values), listener=Silence())
+    metric = ranking_metric(config.train, found.summary["task"], found.summary["headline"])
+    if metric not in found.metrics:
+        raise ConfigError(f"it has no {metric}: {', '.join(found.metrics)}")
+    drawn = found.draws.get(metric)
+    write_json(place, {
+        "name": metric,
+        "metric": found.metrics[metric],
+        "metrics": found.metrics,
+        "rows": found.summary["data"],
+        "draws": [] if drawn is None else drawn.tolist(),
+    })  # fmt: skip
+
+
+def seconds_per_step(config: TrainConfig) -> float:
+    """Return how long a step of `config` takes here, by a few of them."""
+    found = plan(config, PlanOptions(probe=True, alternatives=False))
+    if found.time is None:
+        raise ConfigError("its steps could not be timed")
+    return found.time.seconds_per_epoch / found.steps
+
+
+def describe_run(config: TrainConfig) -> dict[str, Any]:
+    """Return what `train --dry-run` finds out, and so refuse what cannot be trained."""
+    return dict(train(config, dry_run=True, listener=Silence()).summary)
+
 
 RESULT = "compare.json"
 _TRIALS = 10
@@ -40,7 +100,7 @@ _METRIC = "train.metric_for_best_model"
 
 def compare(
     config: TrainConfig,
-    wishes: Wishes,
+    wishes: ComparisonOptions,
     *,
     listener: Listener,
     prepare: Callable[[], Any] = int,
@@ -85,7 +145,7 @@ def compare(
     return result
 
 
-def _check(config: TrainConfig, wishes: Wishes) -> None:
+def _check(config: TrainConfig, wishes: ComparisonOptions) -> None:
     """Refuse what cannot be compared.
 
     Raises:
@@ -144,8 +204,8 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def _begin_or_go_on(
-    config: TrainConfig, wishes: Wishes, path: Path
-) -> tuple[Wishes, dict[str, Any]]:
+    config: TrainConfig, wishes: ComparisonOptions, path: Path
+) -> tuple[ComparisonOptions, dict[str, Any]]:
     """Return what is asked, with what was asked before where the comparison goes on.
 
     Raises:
@@ -194,7 +254,7 @@ def _begin_or_go_on(
         check_unclaimed(run)
     asked |= {**searched, "budget": kept, "planned_steps": steps, "seeds": max(wishes.seeds, seeds),
               "methods": list(dict.fromkeys([*methods, *wishes.methods]))}  # fmt: skip
-    wishes = Wishes(tuple(asked["methods"]), kept["steps"], kept["minutes"],
+    wishes = ComparisonOptions(tuple(asked["methods"]), kept["steps"], kept["minutes"],
                     asked["seeds"], wishes.max_memory, wishes.max_minutes,
                     tuple(asked["search"]), asked["trials"], asked["study"])  # fmt: skip
     return wishes, {"asked": asked}
@@ -254,7 +314,9 @@ def _method_fields(word: str) -> dict[str, Any]:
     return fields
 
 
-def _with_method(config: TrainConfig, fields: Mapping[str, Any], wishes: Wishes) -> TrainConfig:
+def _with_method(
+    config: TrainConfig, fields: Mapping[str, Any], wishes: ComparisonOptions
+) -> TrainConfig:
     """Return `config` with another method, which takes those settings that it has too.
 
     Raises:

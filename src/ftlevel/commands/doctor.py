@@ -169,8 +169,7 @@ def _threads() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    from ftlevel.models.hardware import free_memory_bytes
-    from ftlevel.models.memory import device_memory
+    from ftlevel.models.hardware import device_memory, free_memory_bytes
 
     free, whole = free_memory_bytes("cpu"), device_memory("cpu")
     said = f"{free / 2**30:.1f} GiB free of the {whole / 2**30:.1f} that may be used"

@@ -9,40 +9,44 @@ from typing import Any
 
 import numpy as np
 
-from ftlevel.artifacts.files import check_absent
-from ftlevel.artifacts.fingerprint import rows_fingerprint
+from ftlevel.artifacts.files import check_absent, rows_fingerprint
 from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
-from ftlevel.artifacts.rows.formats import row_file_type, write_rows
+from ftlevel.artifacts.row_files import row_file_type, write_rows
 from ftlevel.config import EvaluateConfig, QuantConfig, RowsInMemory, TrainConfig, build_config
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.fit import Bounds
-from ftlevel.data.prepare.context import EncodingContext
-from ftlevel.data.prepare.held_out import HeldOut, load_held_out
+from ftlevel.data.prepare.encoder import EncodingContext
+from ftlevel.data.prepare.inference import HeldOut, load_held_out
 from ftlevel.data.prepare.loading import read_splits
-from ftlevel.data.sources.packed import STDIN
+from ftlevel.data.sources.lines import STDIN
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.evaluation.intervals import PerRow, interval
-from ftlevel.evaluation.metrics import check_metrics, generates_texts, keep_wanted, wants_texts
-from ftlevel.evaluation.reference import needs_reference, with_reference
-from ftlevel.evaluation.row_lines import row_lines
-from ftlevel.evaluation.scoring import Evaluator, Writing
-from ftlevel.evaluation.two_models.pair import (
+from ftlevel.evaluation.intervals import (
+    PerRow,
+    check_metrics,
+    generates_texts,
+    interval,
+    keep_wanted,
+    wants_texts,
+)
+from ftlevel.evaluation.model_pair import (
     ModelAnswers,
     Questions,
     build_questions,
     choose_leader,
     find_pair,
 )
+from ftlevel.evaluation.reference import needs_reference, with_reference
+from ftlevel.evaluation.scoring import Evaluator, Writing, row_lines
 from ftlevel.events import Listener, Silence
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import quiet_libraries
-from ftlevel.models.quantized import quantization_form
+from ftlevel.models.quantization import quantization_form
 from ftlevel.tasks import TASKS
 from ftlevel.trained.load import Trained, load_found
 from ftlevel.trained.model_ref import ModelRef, describe_dtype
-from ftlevel.training.arguments import eval_batch_size
-from ftlevel.training.plan.bounds import text_positions
+from ftlevel.training.build_trainer import eval_batch_size
+from ftlevel.training.plan.schedule import text_positions
 
 
 @dataclass(frozen=True)

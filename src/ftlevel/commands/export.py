@@ -9,23 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import (
-    check_absent,
-    check_file_free,
-    placed_directory,
-    placed_files,
-)
+from ftlevel.artifacts.files import check_absent, check_file_free, placed_directory, placed_files
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.commands.merge import ask_trained, how_onto, merge
 from ftlevel.config import ExportConfig, MergeConfig
-from ftlevel.config.commands.export import FORMATS
+from ftlevel.config.export import FORMATS
 from ftlevel.errors import ConfigError, InputError, listing
-from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
-from ftlevel.evaluation.two_models.on_rows import Probe
+from ftlevel.evaluation.two_models import Agreement, Probe, compare_rows
 from ftlevel.events import Listener, Silence
 from ftlevel.merging.formats.base import Merged, plan_export
-from ftlevel.merging.gguf_codes import WeightsAsLoaded, choose_gguf_codes
+from ftlevel.merging.low_bits import WeightsAsLoaded, choose_gguf_codes
 from ftlevel.merging.merge_input import (
     MergeInput,
     choose_rows,
@@ -41,7 +35,7 @@ from ftlevel.models.sources import check_revision, resolve_source
 from ftlevel.trained.adapter_set import find_adapters
 from ftlevel.trained.load import load_found
 from ftlevel.trained.model_ref import ModelRef, resolve_model
-from ftlevel.weights.gguf.blocks import CHOSEN, GRIDS
+from ftlevel.weights.gguf.file import CHOSEN, GRIDS
 
 _ROWS: int = MergeConfig.model_fields["rows"].default
 """How many rows the file is compared on, as a merge is."""

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.config import Layer, TrainConfig, build_config, put
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.config.sections import DEFAULT_DATASET, DEFAULT_MODEL
-from ftlevel.data.formats.advice import write_flags
-from ftlevel.data.formats.columns import column_for_flag
+from ftlevel.data.formats.columns import column_for_flag, write_flags
 from ftlevel.data.sources.lines import PART
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import InputError, listing, quote
-from ftlevel.models.hardware import choose_device
+from ftlevel.models.hardware import choose_device, device_memory
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import build_task_model, load_config, quiet_libraries
-from ftlevel.models.memory import device_memory
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
 from ftlevel.training.plan.plan import Plan

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftlevel.artifacts.jobs.job import SUBMIT, Job, render
+from ftlevel.artifacts.jobs import SUBMIT, Job, render
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.errors import ConfigError, RunError

@@ -178,8 +178,8 @@ def describe_model(name: str, r: int = 8) -> TargetReport:
     from huggingface_hub.errors import StrictDataclassError
 
     from ftlevel.models.kinds import model_kind
-    from ftlevel.models.strangers.errors import FROM_READERS
     from ftlevel.models.targets import build_meta_model, inspect_model
+    from ftlevel.models.untrusted import FROM_READERS
 
     config = _load_config(name)
     try:
@@ -220,7 +220,7 @@ def _load_config(name: str) -> Any:
     """Read the transformers configuration of a model; weights need not be there."""
     from ftlevel.models.loading import load_config
     from ftlevel.models.sources import ModelSource, resolve_source
-    from ftlevel.models.strangers.directory import check_directory
+    from ftlevel.models.untrusted import check_directory
 
     directory = Path(name).expanduser()
     if not (directory / "config.json").is_file():

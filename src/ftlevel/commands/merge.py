@@ -10,15 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.cards import AdapterCard, library_versions
+from ftlevel.artifacts.cards import AdapterCard, how_near, library_versions, write_merge_readme
 from ftlevel.artifacts.files import check_absent, placed_directory
 from ftlevel.artifacts.hub import plan_upload
-from ftlevel.artifacts.merge_card import how_near, write_merge_readme
 from ftlevel.config import MergeConfig, QuantConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
-from ftlevel.evaluation.two_models.on_rows import Probe, Scores
+from ftlevel.evaluation.two_models import Agreement, Probe, Scores, compare_rows
 from ftlevel.events import Listener, Silence
 from ftlevel.merging.low_bits import measure_low_bits, resolve_low_bits, write_low_bits
 from ftlevel.merging.merge_input import (

@@ -8,36 +8,41 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.models.sources import resolve_source
-from ftlevel.training.forecast.cards import Card, read_card
-from ftlevel.training.forecast.cluster import ClusterForecast, forecast_cluster
-from ftlevel.training.forecast.fits import Fit, Limits, find_cheapest, list_fits
-from ftlevel.training.forecast.imagined import imagine
-from ftlevel.training.forecast.live import OPTIMIZER
+from ftlevel.training.forecast.cluster import ClusterForecast, Network, forecast_cluster
+from ftlevel.training.forecast.fits import (
+    Device,
+    Fit,
+    Limits,
+    Need,
+    find_cheapest,
+    find_need,
+    list_fits,
+)
+from ftlevel.training.forecast.meta_model import OPTIMIZER, imagine
 from ftlevel.training.forecast.micro_batch import fit_micro_batch
-from ftlevel.training.forecast.need import Device, Need, find_need
-from ftlevel.training.forecast.network import Network
 from ftlevel.training.forecast.seconds import (
+    Card,
     TimeForecast,
     by_probe,
     by_roofline,
+    read_card,
     steps_per_epoch,
 )
 from ftlevel.training.forecast.shares import describe_shares
 from ftlevel.training.plan.adapter import take_adapter
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.plan.resolve import resolve
-from ftlevel.training.plan.task_choice import choose_task
+from ftlevel.training.plan.resolve import choose_task, resolve
 from ftlevel.training.plan.trainable import count_trainable
 
 _IMAGINED_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PlanOptions:
     """What is asked of a plan beside the run.
 
     Attributes:
@@ -130,7 +135,7 @@ def _ignore(*_: Any) -> None:
 
 def plan(
     config: TrainConfig,
-    wishes: Wishes = Wishes(),
+    wishes: PlanOptions = PlanOptions(),
     show: Callable[[RunPlan], None] = _ignore,
     check: Callable[[], object] = _ignore,
 ) -> RunPlan:
@@ -165,7 +170,7 @@ class _Alternatives(NamedTuple):
     limits: Limits
 
 
-def _plan(config: TrainConfig, wishes: Wishes) -> tuple[RunPlan, _Alternatives]:
+def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, _Alternatives]:
     card = read_card(wishes.gpu) if wishes.gpu else None
     if card and wishes.probe:
         raise ConfigError("--probe runs steps here, and --gpu plans for another card. Drop one.")
@@ -242,7 +247,7 @@ def _time(
     return by_roofline(config, resolved, card) if card and not is_imagined else None
 
 
-def _cost(config: TrainConfig, time: TimeForecast | None, wishes: Wishes) -> float | None:
+def _cost(config: TrainConfig, time: TimeForecast | None, wishes: PlanOptions) -> float | None:
     if wishes.price_per_hour is None or time is None:
         return None
     hours = time.seconds_per_epoch * config.train.num_train_epochs / 3600
@@ -258,7 +263,7 @@ def _checkpoints(config: TrainConfig, resolved: Plan, parts: Mapping[str, int]) 
     return one, one * (limit if config.train.save_strategy else min(limit, epochs))
 
 
-def _check_cards(config: TrainConfig, wishes: Wishes, card: Card | None) -> None:
+def _check_cards(config: TrainConfig, wishes: PlanOptions, card: Card | None) -> None:
     """Refuse many cards of which too little is known, and one to share a model out on.
 
     Raises:
@@ -282,7 +287,7 @@ def _check_cards(config: TrainConfig, wishes: Wishes, card: Card | None) -> None
 
 
 def _cluster(
-    config: TrainConfig, resolved: Plan, need: Need, card: Card | None, wishes: Wishes
+    config: TrainConfig, resolved: Plan, need: Need, card: Card | None, wishes: PlanOptions
 ) -> ClusterForecast | None:
     if card is None or need.device.ranks == 1:
         return None

@@ -10,13 +10,13 @@ from itertools import chain
 from typing import IO, Any
 
 from ftlevel.artifacts.places import read_run
-from ftlevel.artifacts.rows.formats import check_row_file, row_file_type
-from ftlevel.artifacts.rows.sinks import LineStream, RowColumns, RowFile, RowList, RowSink
+from ftlevel.artifacts.row_files import check_row_file, row_file_type
+from ftlevel.artifacts.row_sinks import LineStream, RowColumns, RowFile, RowList, RowSink
 from ftlevel.config import PredictConfig, TrainConfig, build_config
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.data.formats.columns import resolve_column
 from ftlevel.data.formats.detect import why
-from ftlevel.data.prepare.questions import (
+from ftlevel.data.prepare.inference import (
     AskedRow,
     GivenRows,
     Questions,
@@ -28,14 +28,12 @@ from ftlevel.data.sources.readers.files import Reading, is_pattern
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.streams import Reader
 from ftlevel.errors import ConfigError, InputError, Interrupted, listing
-from ftlevel.evaluation.answers import PROMPTS, AskedModel, answer_questions, asking
-from ftlevel.evaluation.row_tally import Tally
+from ftlevel.evaluation.answers import PROMPTS, AskedModel, Tally, answer_questions, asking
 from ftlevel.evaluation.scoring import Writing
 from ftlevel.events import Listener, Silence
-from ftlevel.models.hardware import choose_device
+from ftlevel.models.hardware import choose_device, choose_threads
 from ftlevel.models.loading import quiet_libraries
-from ftlevel.models.quantized import quantization_form
-from ftlevel.models.threads import choose_threads
+from ftlevel.models.quantization import quantization_form
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.base import Wanted
 from ftlevel.trained.load import load_found

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.masking import MaskedRows
 from ftlevel.data.encoding.store import lengths_of
@@ -22,8 +22,7 @@ from ftlevel.errors import ConfigError, listing
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.training.plan.adapter import take_adapter
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.plan.resolve import resolve
-from ftlevel.training.plan.task_choice import choose_task
+from ftlevel.training.plan.resolve import choose_task, resolve
 
 _BARS = 10  # of the histogram
 

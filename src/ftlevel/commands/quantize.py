@@ -20,17 +20,16 @@ from ftlevel.artifacts.cards import (
     read_card,
     write_quantized_readme,
 )
-from ftlevel.artifacts.files import check_absent, placed_directory, write_json
-from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.artifacts.files import base_fingerprint, check_absent, placed_directory, write_json
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import QuantizeConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError, RunError
-from ftlevel.evaluation.two_models.compare import compare_text
-from ftlevel.evaluation.two_models.on_text import (
+from ftlevel.evaluation.two_models import (
     PREDICTS,
     WINDOW,
     Text,
+    compare_text,
     cut_windows,
     read_eval_text,
     read_windows,
@@ -45,11 +44,15 @@ from ftlevel.models.loading import (
     load_tokenizer,
     quiet_libraries,
 )
-from ftlevel.models.quantization import build_quantization_config
-from ftlevel.models.quantized import quantization_facts, quantization_name, stored_quantization
+from ftlevel.models.quantization import (
+    build_quantization_config,
+    build_torchao_config,
+    quantization_facts,
+    quantization_name,
+    stored_quantization,
+)
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source, snapshot
-from ftlevel.models.torchao_format import build_torchao_config
-from ftlevel.models.upstream.experts.which import packable_experts
+from ftlevel.models.upstream.architectures import packable_experts
 from ftlevel.trained.checkpoint import whole_model
 from ftlevel.weights.quantize_layout import (
     QUANTIZED,

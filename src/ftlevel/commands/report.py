@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ftlevel.artifacts.files import check_absent
 from ftlevel.artifacts.ownership import REPORT
-from ftlevel.artifacts.report.gather import read_run_facts
+from ftlevel.artifacts.report.facts import read_run_facts
 from ftlevel.artifacts.report.page import write_page
 from ftlevel.errors import ConfigError
 

@@ -10,25 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftlevel.artifacts.claim import claimed
 from ftlevel.artifacts.hub import find_repository
 from ftlevel.artifacts.ownership import mark_end_once, replacing
-from ftlevel.artifacts.recipe import describe_recipe
-from ftlevel.artifacts.run_directory import RunDirectory, check_output
+from ftlevel.artifacts.run_directory import RunDirectory, check_output, claimed, describe_recipe
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener
-from ftlevel.models.hardware import resident_bytes
+from ftlevel.models.hardware import release_freed_memory, resident_bytes
 from ftlevel.models.loading import quiet_libraries
-from ftlevel.models.memory import release_freed_memory
 from ftlevel.notebook import default_listener
 from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on, products_of
-from ftlevel.training.callbacks.recovery import describe_left_out
+from ftlevel.training.callbacks.gradients import describe_left_out
+from ftlevel.training.callbacks.processes import WatchProcesses
+from ftlevel.training.callbacks.saving import WaitForBytes
 from ftlevel.training.callbacks.trackers import describe_run, tracking
-from ftlevel.training.callbacks.wait_for_bytes import WaitForBytes
-from ftlevel.training.callbacks.watch_processes import WatchProcesses
 from ftlevel.training.disk import check_room, explain_disk_errors
-from ftlevel.training.fast_step import describe_speed
 from ftlevel.training.finish import (
     Start,
     end_training,
@@ -38,41 +34,37 @@ from ftlevel.training.finish import (
     tell,
     write_beside,
 )
-from ftlevel.training.forecast.foresight import Foresight, foresee
+from ftlevel.training.forecast.fits import Foresight, foresee
 from ftlevel.training.forecast.micro_batch import choose_micro_batch
 from ftlevel.training.given import Given, Taken, describe_taken, keep_base, take
-from ftlevel.training.going_on.file_digests import FileDigests, digests_of
-from ftlevel.training.going_on.interrupted import describe_end, describe_stop, telling_what_is_kept
-from ftlevel.training.going_on.origin import everything_of, origin_of
-from ftlevel.training.going_on.resume import (
+from ftlevel.training.memory import explain_out_of_memory
+from ftlevel.training.model import describe_speed
+from ftlevel.training.origin import FileDigests, digests_of, everything_of, origin_of
+from ftlevel.training.plan.adapter import take_adapter
+from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.resolve import check_packages, choose_task, resolve
+from ftlevel.training.plan.schedule import find_stand_in, find_warnings
+from ftlevel.training.plan.trainable import find_adapter_warnings, size_choices
+from ftlevel.training.processes import Processes, resolve_processes, started_processes
+from ftlevel.training.proof import prove
+from ftlevel.training.resume import (
     check_base_outlives,
     check_base_stays,
     check_shared,
+    describe_end,
+    describe_stop,
     find_going_on,
     open_or_go_on,
     prompt_version_begun_with,
+    telling_what_is_kept,
     tokens_begun_with,
 )
-from ftlevel.training.memory.explain import explain_out_of_memory
-from ftlevel.training.plan.adapter import take_adapter
-from ftlevel.training.plan.adapter_form import find_adapter_warnings
-from ftlevel.training.plan.packages import check_packages
-from ftlevel.training.plan.plan import Plan
-from ftlevel.training.plan.resolve import resolve
-from ftlevel.training.plan.schedule import find_stand_in, find_warnings
-from ftlevel.training.plan.task_choice import choose_task
-from ftlevel.training.plan.trainable import size_choices
-from ftlevel.training.processes import Processes, resolve_processes, started_processes
-from ftlevel.training.proof import prove
-from ftlevel.training.reference.asked import ask_and_load
-from ftlevel.training.reference.beside import find_beside
-from ftlevel.training.sharding.fit import check_can_shard
-from ftlevel.training.sharding.proof import probe_untrained, prove_sharded
-from ftlevel.training.sharding.trainer import save_sharded
+from ftlevel.training.sharding import check_can_shard, probe_untrained, prove_sharded, save_sharded
 from ftlevel.training.summary import (
     Outcome,
     resolved_config,
 )
+from ftlevel.training.teacher import ask_and_load, find_beside
 from ftlevel.training.verify.proof import verify_step
 
 if TYPE_CHECKING:  # what it imports with it has a say before it is asked to be quiet

@@ -3,13 +3,8 @@
 Importing this package never imports torch.
 """
 
-from ftlevel.config.commands.check_served import CheckServedConfig
-from ftlevel.config.commands.evaluate import EvaluateConfig
-from ftlevel.config.commands.export import ExportConfig
-from ftlevel.config.commands.generate import GenerateConfig
-from ftlevel.config.commands.merge import MergeConfig
-from ftlevel.config.commands.predict import PredictConfig
-from ftlevel.config.commands.quantize import QuantizeConfig
+from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
+from ftlevel.config.export import CheckServedConfig, ExportConfig
 from ftlevel.config.gate import GateConfig
 from ftlevel.config.in_memory import IN_MEMORY as IN_MEMORY
 from ftlevel.config.in_memory import RowsInMemory as RowsInMemory
@@ -21,9 +16,10 @@ from ftlevel.config.layers import (
     read_recipe,
     read_settings,
 )
+from ftlevel.config.merge import MergeConfig, QuantizeConfig
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
-from ftlevel.config.options.output import OutputConfig
-from ftlevel.config.reading.words import normal_task
+from ftlevel.config.output import OutputConfig
+from ftlevel.config.reading import normal_task
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
@@ -31,8 +27,8 @@ from ftlevel.config.sections import (
     ModelConfig,
     QuantConfig,
     Section,
+    SpeedConfig,
 )
-from ftlevel.config.speed import SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.train import TrainConfig
 from ftlevel.config.trainer import TrainerConfig

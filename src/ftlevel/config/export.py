@@ -1,4 +1,12 @@
-"""What `ftlevel export` is told: the run or model, the format, and the file."""
+"""What `ftlevel export` is told: the run or model, the format, and the file.
+
+What is known of the programs that serve models: a row each, with where it was read or run.
+
+Free of torch, as `--for` names the rows. What a row says of a version was measured or read in that
+version; docs/serving.md has the table, and `make served` runs what can be run here.
+
+What `ftlevel check-served` is told: what was exported, and the server to hold to it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +14,88 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from ftlevel.config.commands.servers import SERVERS
-from ftlevel.config.options.hub import HubSection
+from ftlevel.config.output import HubSection
 from ftlevel.config.section import check_directory_name
-from ftlevel.config.sections import Positive
+from ftlevel.config.sections import Positive, Section
+
+_RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
+
+
+@dataclass(frozen=True)
+class Server:
+    """One program, and what it makes of an adapter.
+
+    Attributes:
+        name: as after `--for`.
+        title: as it calls itself.
+        formats: what it loads, the best first.
+        version: in which the rest was found.
+        source: how.
+        ranks: values that its limit of ranks may have; empty for any.
+        vocabulary: whether it serves LoRA on embeddings and output layers as trained.
+        every_layer: whether a kind of linear must be adapted in all layers or in none.
+        families: those it is known to name as transformers does; empty for any.
+        several: how many adapters it holds at once: any, or one.
+        merged: what it serves merged, beside decoders that write text.
+        own_template: whether the chat template is that of the base unless it is told another.
+        note: what else must be known, as a sentence without a full stop.
+    """
+
+    name: str
+    title: str
+    formats: tuple[str, ...]
+    version: str
+    source: str
+    ranks: tuple[int, ...] = ()
+    vocabulary: bool = False
+    every_layer: bool = False
+    families: tuple[str, ...] = ()
+    several: bool = True
+    merged: tuple[str, ...] = ()
+    own_template: bool = True
+    note: str = ""
+
+
+SERVERS: dict[str, Server] = {
+    row.name: row
+    for row in (
+        Server(
+            "vllm", "vLLM", ("peft", "merged"), "0.32.0", "run, and PEFTHelper read",
+            ranks=_RANKS_OF_VLLM, vocabulary=True, merged=("classifiers",),
+        ),
+        Server(
+            "sglang", "SGLang", ("peft", "merged"), "November 2026", "read; not run",
+            every_layer=True, merged=("classifiers",),
+        ),
+        Server(
+            "tgi", "Text Generation Inference", ("peft", "merged"), "November 2026",
+            "read; not run", every_layer=True, merged=("encoder-decoder",),
+        ),
+        Server(
+            "llama.cpp", "llama.cpp", ("gguf-lora", "gguf"), "xllamacpp 2026.10.11549",
+            "run, and convert_lora_to_gguf.py read",
+            note="llama.cpp loads the base as a .gguf file of the same model, quantized in any way",
+        ),
+        Server(
+            "ollama", "Ollama", ("gguf",), "0.34.1", "its pull request 14969 read; not run",
+            several=False,
+            note="ollama create refuses a Modelfile with ADAPTER, so the adapter is merged",
+        ),
+        Server(
+            "mlx", "mlx-lm", ("mlx", "merged"), "0.32.2", "run on Linux",
+            families=_LLAMA_LIKE, several=False,
+        ),
+        Server(
+            "openvino", "OpenVINO GenAI", ("peft", "merged"), "2026.4.1",
+            "run; it applies no scale", every_layer=True, families=_LLAMA_LIKE,
+            note="OpenVINO GenAI needs the base in its own format, which optimum-intel writes",
+        ),
+    )
+}  # fmt: skip
+"""Every server by its name."""
 
 
 @dataclass(frozen=True)
@@ -174,3 +258,55 @@ class ExportConfig(HubSection):
         format_ = FORMATS[self.format]
         beside = format_.beside + ((".served.json",) if self.recorded else ())
         return (self.out, *(self.out.with_suffix(suffix) for suffix in beside))
+
+
+class CheckServedConfig(Section):
+    """Everything that decides a check of a server."""
+
+    out: Path = Field(description="What ftlevel export wrote; its served.json holds the answers.")
+    url: str | None = Field(
+        None,
+        description="Address of a running server with OpenAI's API, as http://127.0.0.1:8000. "
+        "Nothing else is asked.",
+    )
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="What the server calls the model; the default is the adapter's name, if the "
+        "server lists it.",
+    )
+    inside: Literal["vllm", "llama.cpp", "mlx", "openvino"] | None = Field(
+        None,
+        description="Load it in this library instead, in float32, in a process of its own: vllm, "
+        "llama.cpp (by xllamacpp), mlx or openvino (OpenVINO GenAI).",
+    )
+    python: Path | None = Field(
+        None, description="The Python that has the library of --in; the default is this one."
+    )
+    timeout: Positive = Field(
+        60, description="Seconds that a request may take; with --in ten times that for all."
+    )
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="How far a logprob may be from the recorded one: by default 0.02 in float32, "
+        "0.1 in 16 bits.",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value} is no address. Expected one such as http://127.0.0.1:8000")
+        return value
+
+    @model_validator(mode="after")
+    def _asks_one(self) -> CheckServedConfig:
+        if (self.url is None) == (self.inside is None):
+            raise ValueError(
+                "--url or --in: give one of them, the address of a running server or the library "
+                "to load it in"
+            )
+        if self.python is not None and self.inside is None:
+            raise ValueError("--python is of --in, and a server at --url has its own. Drop it")
+        return self

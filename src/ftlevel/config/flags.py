@@ -3,6 +3,8 @@
 Data only; `cli/flags.py` makes Typer's options of it and `scripts/write_docs.py` docs/cli.md. A
 flag that sets a field takes its help, its choices, its default and its type from the field. What
 other tools have and ftlevel has not is in `config/other_tools/answers.py`.
+
+Rows of the table of flags that belong to the commands beside `train`.
 """
 
 from __future__ import annotations
@@ -11,24 +13,22 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ftlevel.config.flag import CONFIGS as CONFIGS
-from ftlevel.config.flag import DAILY as DAILY
-from ftlevel.config.flag import DATA, HOW, MODEL, RUN, Flag, Spelling
-from ftlevel.config.flag import GENERAL as GENERAL
-from ftlevel.config.flags_of_commands import OF_COMMANDS
-from ftlevel.config.other_tools.answers import ANSWERS
-from ftlevel.config.other_tools.values import (
-    read_glue,
-    read_lowest_share,
-    read_once_an_epoch,
-    read_pairs,
-    read_percent,
-    read_ratio,
-    read_share,
-    read_template,
-    refuse_checkpoint,
+from ftlevel.config.flag import (
+    ANSWER,
+    COMPARE,
+    DAILY,
+    DATA,
+    GENERAL,
+    HOW,
+    MODEL,
+    RUN,
+    WRITE,
+    Flag,
+    Spelling,
 )
-from ftlevel.config.other_tools.words import (
+from ftlevel.config.flag import CONFIGS as CONFIGS
+from ftlevel.config.other_tools import (
+    ANSWERS,
     ATTENTION,
     BF16,
     BITS,
@@ -42,7 +42,192 @@ from ftlevel.config.other_tools.words import (
     PRECISIONS,
     PUSH,
     SHARES,
+    read_glue,
+    read_lowest_share,
+    read_once_an_epoch,
+    read_pairs,
+    read_percent,
+    read_ratio,
+    read_share,
+    read_template,
+    refuse_checkpoint,
 )
+
+OF_COMMANDS: tuple[Flag, ...] = (
+    # preview
+    Flag(names="--row", panel=WRITE, on=("preview",), type=list[int], metavar="N", minimum=1,
+         help="Show row N, from 1; repeatable."),
+    Flag(names="--html", panel=WRITE, on=("preview",), type=Path, metavar="FILE",
+         help="Write one page that needs nothing else."),
+    # plan
+    Flag(names="--gpu", panel=DAILY, on=("plan",), metavar="NAME|SIZE",
+         help="Plan for this card: h100, a100, l4, rtx4090, …, or its memory, as 24GB."),
+    Flag(names="--probe", panel=DAILY, on=("plan",), type=bool,
+         help="Load the model and run a few real steps, for the time."),
+    Flag(names="--price-per-hour", panel=DAILY, on=("plan",), type=float, metavar="N",
+         help="Of the machine; says what the run costs."),
+    Flag(names="--brief", panel=DAILY, on=("plan",), type=bool,
+         help="Leave out the table of what else fits, which takes most of the time."),
+    Flag(names="--nodes", panel=DAILY, on=("plan",), type=int, default=1, minimum=1, metavar="N",
+         help="Machines with cards of --gpu, among which --shard shares out the model."),
+    Flag(names="--gpus-per-node", panel=DAILY, on=("plan",), type=int, default=1, minimum=1,
+         metavar="N", help="Cards of each machine."),
+    Flag(names="--interconnect-gbps", panel=DAILY, on=("plan",), type=float, default=400.0,
+         metavar="N", help="Gigabits a second that each card has to other machines."),
+    # compare
+    Flag(names="--methods", panel=DAILY, on=("compare",), type=list[str], several=True,
+         metavar="NAME,…",
+         help="Methods to compare, with commas between, such as lora,qlora,ia3,full."),
+    Flag(names="--budget-steps", panel=DAILY, on=("compare",), type=int, metavar="N", minimum=1,
+         help="Train each for N steps; the default is the epochs of the run."),
+    Flag(names="--budget-minutes", panel=DAILY, on=("compare",), type=float, metavar="M",
+         help="Train each for as many steps as take it M minutes, by a probe of a few."),
+    Flag(names="--seeds", panel=DAILY, on=("compare",), type=int, default=1, minimum=1,
+         metavar="K", help="Train each with K seeds, from --seed on."),
+    Flag(names="--max-memory", panel=DAILY, on=("compare",), type=float, metavar="GIB",
+         help="The winner needs no more memory than this, in GiB."),
+    Flag(names="--max-minutes", panel=DAILY, on=("compare",), type=float, metavar="M",
+         help="A run of the winner takes no longer than this."),
+    Flag(names="--search", panel=DAILY, on=("compare",), type=list[str], several=True,
+         metavar="NAME,…",
+         help="Search these settings for each method first: lr, r, alpha, dropout, weight-decay."),
+    Flag(names="--trials", panel=DAILY, on=("compare",), type=int, metavar="N", minimum=1,
+         help="Runs of each search; the default is 10."),
+    Flag(names="--study", panel=DAILY, on=("compare",), metavar="URL",
+         help="Database of the searches, which several machines may share; the default is a "
+         "file in the directory."),
+    # launch
+    Flag(names="--on", panel=DAILY, on=("launch",), required=True, metavar="slurm|k8s|ray",
+         help="The scheduler that the file is for."),
+    Flag(names="--nodes", panel=DAILY, on=("launch",), type=int, default=1, minimum=1, metavar="N",
+         help="Machines."),
+    Flag(names="--gpus-per-node", panel=DAILY, on=("launch",), type=int, default=0, minimum=0,
+         metavar="N", help="GPUs of each machine; none trains on CPUs."),
+    Flag(names="--processes-per-node", panel=DAILY, on=("launch",), type=int, minimum=1,
+         metavar="N", help="Processes of each machine; the default is one a GPU."),
+    Flag(names="--image", panel=DAILY, on=("launch",), metavar="IMAGE",
+         help="Container with ftlevel in it (k8s)."),
+    Flag(names="--claim", panel=DAILY, on=("launch",), metavar="NAME",
+         help="Persistent volume claim, mounted above --output-dir (k8s)."),
+    Flag(names="--job-option", panel=DAILY, on=("launch",), type=list[str],
+         metavar="NAME[=VALUE]",
+         help="More that the scheduler is asked for, as partition=gpu; repeatable."),
+    Flag(names="--job-file", panel=DAILY, on=("launch",), type=Path, metavar="FILE",
+         help="Where the file goes; the default is named after the run, in this directory."),
+    Flag(names="--submit", panel=DAILY, on=("launch",), type=bool,
+         help="Give the file to the scheduler."),
+    Flag(names="--dry-run", panel=DAILY, on=("launch",), type=bool,
+         help="Print the file, and write nothing."),
+    # init
+    Flag(names="--yes -y", panel=GENERAL, on=("init",), type=bool,
+         help="Ask nothing: take what is proposed."),
+    # doctor
+    Flag(names="--quiet -q", panel=GENERAL, on=("doctor",), type=bool,
+         help="Print only what something can be done about."),
+    # report
+    Flag(names="--out -o", panel=WRITE, on=("report",), type=Path, metavar="FILE",
+         help="Where the page goes; the default is report.html in the only run."),
+    Flag(names="--predictions", panel=DATA, on=("report",), type=list[Path], metavar="FILE",
+         help="Rows that ftlevel evaluate --predictions wrote (.jsonl); one file a run."),
+    # predict
+    Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
+    Flag("input_format", "", DATA, ("predict", "evaluate")),
+    Flag("format", "", DATA, ("predict",)),
+    Flag("limit", "", DATA, ("predict",)),
+    Flag("on_bad_row", "", DATA, ("predict",)),
+    Flag("overlong", "", DATA, ("predict",)),
+    Flag("output", "--output -o", WRITE, ("predict",), metavar="FILE", also=("--out",)),
+    Flag("column", "", WRITE, ("predict",)),
+    Flag("probabilities", "--probabilities", WRITE, ("predict",)),
+    Flag("top_k", "", WRITE, ("predict",)),
+    Flag("resume", "--resume", WRITE, ("predict",)),
+    Flag("overwrite", "--overwrite", WRITE, ("predict",)),
+    # generate
+    Flag(names="--prompt -p", panel=ANSWER, on=("generate",), type=list[str],
+         help="What to say; repeatable."),
+    Flag(names="--prompts", panel=ANSWER, on=("generate",), type=Path,
+         help="File of prompts: a text with one a line, or rows, by their columns: CSV, JSONL, …"),
+    Flag(names="--chat", panel=ANSWER, on=("generate",), type=bool,
+         help="Talk in the terminal; /help shows its commands."),
+    Flag("context", "", ANSWER, ("generate",)),
+    Flag(names="--out -o", panel=ANSWER, on=("generate",), type=Path, metavar="FILE",
+         help="Write the answers to this JSONL file; must not exist."),
+    Flag(names="--adapter", panel=MODEL, on=("generate",), type=list[str], metavar="NAME[=DIR]",
+         help="An adapter of the same base, or one of --adapters-dir; repeatable."),
+    Flag("adapters_dir", "", MODEL, ("generate",)),
+    Flag("compare_base", "--compare-base", MODEL, ("generate",)),
+    # evaluate, and what it shares
+    Flag("dataset", "", DATA, ("evaluate",)),
+    Flag("split", "", DATA, ("evaluate",)),
+    Flag("subset", "", DATA, ("evaluate", "predict")),
+    Flag("columns", "--map", DATA, ("evaluate", "predict", "generate"), metavar="NAME=COLUMN",
+         example="summary=abstract"),
+    Flag("ignore_columns", "", DATA, ("evaluate", "predict", "generate"), several=True,
+         metavar="COLUMN"),
+    Flag("max_eval_samples", "", DATA, ("evaluate",)),
+    Flag("base_model", "--model", MODEL, ("evaluate", "predict", "generate", "merge", "export"),
+         dest="base_model", also=("--base",)),
+    Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
+    Flag("quant", "", MODEL, ("evaluate",)),
+    Flag("dtype", "", MODEL, ("evaluate", "predict", "generate")),
+    Flag("base", "", COMPARE, ("evaluate",)),
+    Flag("against", "", COMPARE, ("evaluate",)),
+    Flag("metrics", "", ANSWER, ("evaluate",), several=True),
+    Flag("max_generate_samples", "", ANSWER, ("evaluate",)),
+    Flag("max_new_tokens", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("num_beams", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("temperature", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("top_p", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("resamples", "", COMPARE, ("evaluate",)),
+    Flag("seed", "", ANSWER, ("evaluate", "generate")),
+    Flag("batch_size", "", ANSWER, ("evaluate", "predict", "generate")),
+    Flag("predictions", "", WRITE, ("evaluate",)),
+    # merge
+    Flag("output_dir", "--out -o", WRITE, ("merge",), metavar="DIR", required=True,
+         also=("--output", "--output-dir")),
+    Flag("onto", "", WRITE, ("merge",)),
+    Flag("quant", "", WRITE, ("merge",)),
+    Flag("quant_type", "", WRITE, ("merge",)),
+    Flag("double_quant", "", WRITE, ("merge",)),
+    Flag("calibration_rows", "", WRITE, ("merge", "export")),
+    Flag("weights", "", "Mixture", ("merge",)),
+    Flag("strategy", "", "Mixture", ("merge",)),
+    Flag("density", "", "Mixture", ("merge",)),
+    # quantize and export, and what they share
+    Flag("quant", "", WRITE, ("quantize",)),
+    Flag("quant_type", "", WRITE, ("quantize",)),
+    Flag("double_quant", "--double-quant", WRITE, ("quantize",)),
+    Flag("server", "--for", WRITE, ("export",), dest="server"),
+    Flag("format", "", WRITE, ("export",)),
+    Flag("max_rank", "", WRITE, ("export",)),
+    Flag("outtype", "", WRITE, ("export",)),
+    Flag("out", "--out -o", WRITE, ("quantize", "export"), metavar="PATH"),
+    Flag("overwrite", "--overwrite", WRITE, ("export",)),
+    Flag("dtype", "", WRITE, ("merge", "quantize")),
+    Flag("revision", "", WRITE, ("quantize", "export")),
+    Flag("push_to_hub", "", WRITE, ("merge", "quantize", "export"), metavar="NAME"),
+    Flag("hub_private", "", WRITE, ("merge", "quantize", "export")),
+    Flag(names="--dry-run", panel=WRITE, on=("quantize",), type=bool,
+         help="Show the sizes from the config alone; write nothing."),
+    Flag(names="--dry-run", panel=WRITE, on=("export",), type=bool,
+         help="Check and show everything; write nothing."),
+    Flag("measure", "", COMPARE, ("quantize",)),
+    Flag("verify", "", COMPARE, ("merge", "export")),
+    Flag("rows", "", COMPARE, ("merge",)),
+    Flag("verify_tokens", "", COMPARE, ("export",)),
+    Flag("eval_text", "", COMPARE, ("evaluate", "quantize")),
+    Flag("eval_tokens", "", COMPARE, ("evaluate", "quantize")),
+    # check-served
+    Flag("url", "", ANSWER, ("check-served",), metavar="URL"),
+    Flag("model", "", ANSWER, ("check-served",), metavar="NAME"),
+    Flag("inside", "--in", ANSWER, ("check-served",), dest="inside"),
+    Flag("python", "", ANSWER, ("check-served",), metavar="PATH"),
+    Flag("timeout", "", ANSWER, ("check-served",)),
+    Flag("tolerance", "", COMPARE, ("check-served",)),
+    Flag("device", "", GENERAL, ("evaluate", "predict", "generate", "merge", "quantize", "export")),
+)  # fmt: skip
+"""In the order in which `--help` shows them."""
+
 
 _ROWS = ("train", "preview")
 _LIKE_TRAIN = ("train", "preview", "plan", "compare", "launch")

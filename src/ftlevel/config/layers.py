@@ -16,10 +16,8 @@ from pydantic_core import ErrorDetails
 
 from ftlevel.config.flags import CONFIGS, recipe_hint
 from ftlevel.config.methods import SPECS
-from ftlevel.config.other_tools.recipes import tool_of
-from ftlevel.config.reading.renamed import RENAMED, with_new_names
-from ftlevel.config.reading.words import in_our_words
-from ftlevel.config.reading.yaml_text import YamlError, load_yaml
+from ftlevel.config.other_tools import tool_of
+from ftlevel.config.reading import RENAMED, YamlError, in_our_words, load_yaml, with_new_names
 from ftlevel.config.section import Section
 from ftlevel.config.train import SHORTHAND, TrainConfig, expand
 from ftlevel.errors import ConfigError, did_you_mean, listing, nearest

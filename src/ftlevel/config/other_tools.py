@@ -1,13 +1,26 @@
 """Flags of other tools that ftlevel has not: whoever gives one is told why, or what to do instead.
 
 A row says what its words agree with or stand for; every other value gets the answer.
+
+Small functions that read other tools' values; ValueError says why one has no counterpart.
+
+Other tools' words for values of our flags, and their names for our columns and shares.
+
+What a word stands for is a piece of command line (`ftlevel.config.flag.Words`).
+
+Configuration files of other tools: whose one is, and its keys as that tool's command line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from ftlevel.config.flag import Agrees, Flag
+from ftlevel.config.flag import Agrees, Flag, Spelling, Words
+from ftlevel.config.methods import SPECS
+from ftlevel.config.reading import METHOD_WORDS
 
 _ON = ("train", "preview")
 
@@ -260,3 +273,261 @@ ANSWERS: tuple[Flag, ...] = (
                           Agrees("summary.json counts the tokens of a run"))),
 )  # fmt: skip
 """Rows of the table of flags, by the tools' names."""
+
+
+GLUE = ("ax", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+
+ON, OFF = ("true", "1", "yes", "on", "y", "t"), ("false", "0", "no", "off", "n", "f", "none")
+"""What a switch may be given, in small letters."""
+
+_THOUSANDS = re.compile(r"(\d+(?:\.\d+)?)([km])", re.IGNORECASE)
+_FACTORS = {"k": (1024, 1000), "m": (1024**2, 1000**2)}
+
+
+def number_hint(text: str) -> str:
+    """Return "Did you mean 2048 or 2000?" for `2k`; empty for what is no such number."""
+    found = _THOUSANDS.fullmatch(text.strip())
+    if found is None:
+        return ""
+    two, ten = (round(float(found[1]) * factor) for factor in _FACTORS[found[2].lower()])
+    return f"numbers are written out. Did you mean {two} or {ten}?"
+
+
+def read_percent(text: str) -> str:
+    """Return a percentage as a share: `5` is `0.05`."""
+    try:
+        return f"{float(text) / 100:g}"
+    except ValueError:
+        raise ValueError("expected a percentage, as in 5") from None
+
+
+def read_share(text: str) -> str:
+    """Return a share as it is; a number of rows or steps is none."""
+    if _number(text) >= 1:
+        raise ValueError("a share is below 1, as in 0.1; a number of rows cannot be given")
+    return text
+
+
+def read_ratio(text: str) -> str:
+    """Return a share of the steps, which would be a number of them from 1 on."""
+    if _number(text) >= 1:
+        raise ValueError("a ratio is below 1; --warmup-steps N takes a number of steps")
+    return text
+
+
+def read_lowest_share(text: str) -> str:
+    """Return a cosine that ends at a share of the peak, which is Axolotl's word for it."""
+    _number(text)
+    return f"cosine_with_min_lr --lr-scheduler-kwargs min_lr_rate={text}"
+
+
+def read_pairs(flag: str, text: str) -> str:
+    """Return settings one by one: `a=1,b=2`, or JSON as transformers takes it."""
+    if not text.lstrip().startswith("{"):
+        return f" {flag} ".join(pair.strip() for pair in text.split(",") if pair.strip())
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    return f" {flag} ".join(f"{name}={str(value).strip()}" for name, value in found.items())
+
+
+def read_once_an_epoch(text: str) -> str:
+    """Return `epoch` for once an epoch; more often is a share of the run."""
+    if _number(text) == 1:
+        return "epoch"
+    raise ValueError(
+        f"{text} times in each of E epochs is every 1/({text} × E) of the run: give that share to "
+        "--eval-steps or --save-steps, as in --eval-steps 0.25"
+    )
+
+
+def read_template(text: str) -> str:
+    """Return the chat template of a name of LLaMA-Factory's or Unsloth's."""
+    known = {"llama3": "llama-3", "llama-3": "llama-3", "mistral": "mistral", "gemma": "gemma",
+             "qwen": "qwen", "chatml": "chatml"}  # fmt: skip
+    name = text.strip().lower()
+    if name not in known and not name.endswith((".jinja", ".jinja2")):
+        raise ValueError(
+            "the chat template is the model's own. Drop it, or give one by --chat-template, which "
+            f"takes {', '.join(dict.fromkeys(known.values()))}, or a Jinja file"
+        )
+    return known.get(name, text)
+
+
+def read_glue(text: str) -> str:
+    """Return the data set of a GLUE task, or a task such as `ner`."""
+    name = text.strip().lower()
+    if name in GLUE:
+        return f"nyu-mll/glue --subset {name} --task text-classification"
+    if name in ("ner", "pos"):
+        raise ValueError(f"it is a task: --task {name}")
+    raise ValueError(f"expected one of GLUE's: {', '.join(GLUE)}. Else --dataset names the data")
+
+
+def refuse_checkpoint(_: str) -> str:
+    """Say that a run goes on from its newest checkpoint, whichever is named."""
+    raise ValueError(
+        "a run goes on from its newest whole checkpoint. Use: --output-dir RUN --resume"
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("expected a number") from None
+
+
+PRECISIONS = {
+    **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "half", "torch.float16"), "float16"),
+    **dict.fromkeys(("fp32", "float", "torch.float32", "no"), "float32"),
+    "none": "auto",
+}
+BF16: Words = {
+    "auto": "auto",
+    "false": Agrees(
+        "another precision is asked for", "model.dtype", ("float32", "float16"),
+        otherwise="Add --dtype float32: auto takes bfloat16 where the device has it",
+    ),
+}  # fmt: skip
+BITS = {
+    "bf16": "none --dtype bfloat16",
+    "fp16": "none --dtype float16",
+    "fp32": "none --dtype float32",
+    "16": "none",
+    "32": "none --dtype float32",
+}
+ATTENTION = {
+    **dict.fromkeys(("fa2", "flash", "flash_attn", "flash_attention"), "flash_attention_2"),
+    "disabled": "eager",
+}
+OVERLONG = {"delete": "drop", "raise": "error"}
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_hf": "adamw_torch",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_lion": "paged_lion_32bit",
+    "lion": "lion_32bit",
+}
+LOSSES = {
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo-norm",
+    "dpo_norm": "dpo-norm",
+    "ld_dpo": "ld-dpo",
+    "slic": "hinge",
+    "rm": "reward",
+}
+METHODS: Words = {
+    spelling: f"--method {word}"
+    for word in (*SPECS, *METHOD_WORDS)
+    for spelling in (word, word.replace("-", "_"))
+}
+"""Axolotl's `adapter: lora` is the method; a path is an adapter."""
+NO_LIMIT = Agrees("there is no limit but the epochs", "train.max_steps", (None,))
+DO_EVAL: Words = {
+    "true": Agrees(
+        "validation rows are scored at the end of each epoch where there are some",
+        "train.eval_strategy", (None, "epoch", "steps"),
+    ),
+    "false": "no",
+}  # fmt: skip
+TO_PUSH = Agrees("", "output.push_to_hub", unless=(None,),
+                  otherwise="Name the repository: --push-to-hub NAME")  # fmt: skip
+PUSH: Words = {
+    "": TO_PUSH,
+    "true": TO_PUSH,
+    "false": Agrees("nothing is uploaded", "output.push_to_hub", (None,)),
+}
+SHARES = ("--val-size", "--val-set-size", "--split-dataset-ratio", "--test-split-size",
+           "--eval-size")  # fmt: skip
+COLUMNS = tuple(
+    Spelling(name, read=f"{role}={{}}".format)
+    for role, names in {
+        "text": ("--text-column", "--text-column-name", "--text-column-names", "--content-column",
+                 "--dataset-text-field"),
+        "summary": ("--summary-column",),
+        "label": ("--label-column-name", "--label-column"),
+        "context": ("--context-column",),
+        "question": ("--question-column",),
+        "answers": ("--answer-column",),
+        "prompt": ("--prompt-column", "--query-column"),
+        "completion": ("--response-column", "--completion-column"),
+        "messages": ("--messages-column",),
+    }.items()
+    for name in names
+)  # fmt: skip
+
+
+AXOLOTL, LLAMA_FACTORY, MS_SWIFT, TRL = "Axolotl", "LLaMA-Factory", "ms-swift", "TRL"
+
+_KEYS = {
+    AXOLOTL: ("base_model",),
+    LLAMA_FACTORY: ("finetuning_type", "stage", "cutoff_len"),
+    MS_SWIFT: ("tuner_type", "train_type", "rlhf_type"),
+    TRL: ("model_name_or_path", "dataset_name"),
+}
+"""Tool → top-level keys of which one is enough to know its files by."""
+
+_FORMATS = {"alpaca": "alpaca", "chat_template": "messages", "completion": "text",
+            "sharegpt": "conversations"}  # fmt: skip
+_OF_A_SET = {"split": "--split", "name": "--subset", "field": "--text-column",
+             "field_messages": "--messages-column"}  # fmt: skip
+
+
+def tool_of(values: Mapping[str, Any]) -> str:
+    """Return the tool whose file has these keys; empty for a recipe of ftlevel."""
+    if any(isinstance(values.get(key), Mapping) for key in ("model", "data", "train", "method")):
+        return ""
+    return next((tool for tool, keys in _KEYS.items() if set(keys) & set(values)), "")
+
+
+def typed_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each key that has a value, and what would be typed for it; nothing for no counterpart.
+
+    Args:
+        values: of a file of another tool.
+    """
+    for key, value in values.items():
+        if value is None or value in ("", [], {}):
+            continue
+        if key == "datasets" and isinstance(value, list):
+            yield from _data_sets(value)
+        elif key in ("evals_per_epoch", "saves_per_epoch") and _is_often(value):
+            share = 1 / (float(value) * float(values.get("num_epochs") or 1))
+            yield key, [f"--{key[:4]}-steps", f"{share:g}"]
+        elif isinstance(value, Mapping) or _is_nested(value):
+            yield key, []
+        else:
+            yield key, [f"--{key}", *_words(value)]
+
+
+def _data_sets(sets: Sequence[Any]) -> Iterator[tuple[str, list[str]]]:
+    for number, one in enumerate(sets):
+        fields = one if isinstance(one, Mapping) else {"path": one}
+        for key, value in fields.items():
+            shown = f"datasets[{number}].{key}"
+            if key == "path":
+                yield shown, ["--dataset", str(value)]
+            elif key == "type" and str(value) in _FORMATS:
+                yield shown, ["--format", _FORMATS[str(value)]]
+            elif key in _OF_A_SET:
+                yield shown, [_OF_A_SET[key], str(value)]
+            else:
+                yield shown, []
+
+
+def _is_often(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 1
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(part, (list, Mapping)) for part in value)
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return ["true" if value else "false"]
+    return [",".join(map(str, value))] if isinstance(value, list) else [str(value)]

@@ -1,14 +1,20 @@
-"""How preferences are learned: the loss, what it is told, and what each loss reads of that."""
+"""How preferences are learned: the loss, what it is told, and what each loss reads of that.
+
+Fields that are given as NAME=VALUE,NAME=VALUE on the command line, as a mapping in a recipe.
+
+How a model learns what another one expects, beside what the rows say.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from ftlevel.config.section import Section
+from ftlevel.config.section import Positive, Section
 from ftlevel.errors import listing
 
 LossName = Literal[
@@ -213,3 +219,175 @@ def with_loss(raw: dict[str, Any]) -> dict[str, Any]:
     loss = section.get("loss") or usual
     task = "reward" if loss == "reward" else "preference"
     return {**raw, "task": task, "preference": {**section, "loss": loss}}
+
+
+def split_pairs(value: Any) -> Any:
+    """Read `a=1,b=2` as a mapping; what has no `=` stays as it is."""
+    if not isinstance(value, str) or "=" not in value:
+        return value
+    found: dict[str, str] = {}
+    for pair in filter(None, map(str.strip, value.split(","))):
+        name, _, text = (part.strip() for part in pair.rpartition("="))
+        if not (name and text):
+            raise ValueError(f"{pair!r} is no NAME=VALUE; several stand with commas between")
+        found[name] = text
+    return found
+
+
+Scalar = bool | int | float | str
+
+
+def _read_scalars(value: Any) -> Any:
+    """Read numbers and switches that are given as words."""
+    if not isinstance(value := split_pairs(value), dict):
+        return value
+    return {name: _scalar(v) if isinstance(v, str) else v for name, v in value.items()}
+
+
+def _scalar(text: str) -> Scalar:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+Scalars = Annotated[dict[str, Scalar], BeforeValidator(_read_scalars)]
+"""Settings of something else, by its own names."""
+
+
+def _read_names(value: Any) -> Any:
+    """Read `a,b` as two names."""
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return value
+
+
+def _read_tokens(value: Any) -> Any:
+    """Read `12,<tool>` as an id and a token's text; texts with commas are given as a list."""
+    names = _read_names(value)
+    if isinstance(value, str):
+        return [int(name) if name.isdecimal() else name for name in names]
+    return names
+
+
+Names = Annotated[list[str], BeforeValidator(_read_names)]
+FewNames = Annotated[tuple[str, ...], BeforeValidator(_read_names)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)] | str], BeforeValidator(_read_tokens)]
+
+
+def _read_weights(value: Any) -> Any:
+    """Read weights of classes; what is no number above 0 is named with its class."""
+    value = split_pairs(value)
+    if value is None or value == "balanced":
+        return value
+    if not isinstance(value, dict) or not value:
+        raise ValueError("expected balanced, or NAME=WEIGHT,NAME=WEIGHT")
+    for name, weight in value.items():
+        if isinstance(weight, bool) or not _is_positive(weight):
+            raise ValueError(f"the weight of {name!r} is {weight}; a number above 0 is expected")
+    return {str(name): float(weight) for name, weight in value.items()}
+
+
+def _is_positive(weight: Any) -> bool:
+    try:
+        return 0 < float(weight) < math.inf
+    except (TypeError, ValueError):
+        return False
+
+
+ClassWeights = Annotated[
+    Literal["balanced"] | dict[str, float] | None,
+    BeforeValidator(_read_weights),
+    Field(
+        description="How much each class or tag counts in training, where some are rare: "
+        "balanced, or NAME=WEIGHT,NAME=WEIGHT, 1 for the others.",
+    ),
+]
+
+
+TAUGHT_TASKS = ("text-generation", "summarization", "translation")
+Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
+
+
+class DistillationConfig(Section):
+    """Another model's predictions as a target, token by token."""
+
+    teacher: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="A run, adapter or model with the same tokenizer, whose predictions of the "
+        "answers' tokens are learned too.",
+    )
+    divergence: Divergence = Field(
+        "forward-kl",
+        description="Distance of the model from the teacher: KL(teacher, model), KL(model, "
+        "teacher), or the generalized Jensen–Shannon divergence.",
+    )
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="Share of the teacher in the mixture that jsd compares both with."
+    )
+    kd_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="Share of the distance in the loss; the rest is the rows' cross entropy."
+    )
+    kd_temperature: Annotated[float, Field(ge=0.01, le=100)] = Field(
+        1.0,
+        description="Divides the scores of both before they are compared; the distance is "
+        "multiplied by its square.",
+    )
+    kd_top_k: Positive | Literal["all"] = Field(
+        64,
+        description="How many of the teacher's likeliest tokens are kept at each place, with the "
+        "probability of all others as one; all keeps the whole vocabulary.",
+    )
+
+
+_FLAGS_OF = {"divergence": "--divergence", "kd_ratio": "--kd-ratio",
+          "kd_temperature": "--kd-temperature", "kd_top_k": "--kd-top-k"}  # fmt: skip
+
+
+def find_distillation_problems(
+    task: str, settings: DistillationConfig, smoothing: float, *, streaming: bool
+) -> Sequence[str]:
+    """Return what is said of a teacher that nothing would read, or that cannot be had.
+
+    Args:
+        task: its name.
+        settings: the section.
+        smoothing: `train.label_smoothing_factor`.
+        streaming: whether rows come as a stream.
+    """
+    plain, problems = DistillationConfig(), list[str]()
+
+    def is_given(name: str) -> bool:
+        value: Any = getattr(settings, name)
+        return bool(value != getattr(plain, name))
+
+    if settings.teacher is None:
+        names = filter(is_given, DistillationConfig.model_fields)
+        return [
+            f"{_FLAGS_OF.get(name, f'distillation.{name}')} is of a --teacher, and there is none. "
+            "Add --teacher MODEL, or drop it."
+            for name in names
+        ]
+    if task not in TAUGHT_TASKS:
+        problems.append(
+            f"--teacher is of tasks that write text ({', '.join(TAUGHT_TASKS)}), and --task is "
+            f"{task}. Drop it, or change the task."
+        )
+    if is_given("jsd_beta") and settings.divergence != "jsd":
+        problems.append(
+            f"distillation.jsd_beta: --divergence {settings.divergence} does not read it; jsd "
+            "does. Drop it."
+        )
+    if smoothing:
+        problems.append(
+            f"--label-smoothing-factor {smoothing:g} spreads a target over all tokens alike, and "
+            "--teacher says how. Drop one of them."
+        )
+    if streaming:
+        problems.append(
+            "--streaming: a --teacher is asked about all rows before the first step. Drop one of "
+            "them."
+        )
+    return problems

@@ -1,9 +1,13 @@
-"""What every section of the configuration is."""
+"""What every section of the configuration is.
+
+A value that ftlevel chose because the user gave none, with the reason that is shown.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args
 
@@ -122,3 +126,15 @@ def _parts(annotation: Any) -> Iterator[Any]:
     yield annotation
     for part in get_args(annotation):
         yield from _parts(part)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of what a run is made of: `dtype bfloat16 (auto: CPU has avx512_bf16)`."""
+
+    name: str
+    value: Any
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.reason})" if self.reason else str(self.value)

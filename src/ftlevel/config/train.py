@@ -9,28 +9,18 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
-from ftlevel.config.options.distillation import (
+from ftlevel.config.output import OutputConfig
+from ftlevel.config.preference import (
     DistillationConfig,
-    find_distillation_problems,
-)
-from ftlevel.config.options.optimizer import find_problems
-from ftlevel.config.options.output import OutputConfig
-from ftlevel.config.options.preference import (
     PreferenceConfig,
+    find_distillation_problems,
     find_preference_problems,
     with_loss,
 )
-from ftlevel.config.reading.renamed import with_new_names
-from ftlevel.config.reading.words import in_our_words
-from ftlevel.config.sections import (
-    DataConfig,
-    ModelConfig,
-    QuantConfig,
-    Section,
-)
-from ftlevel.config.speed import SpeedConfig
+from ftlevel.config.reading import in_our_words, with_new_names
+from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TaskName
-from ftlevel.config.trainer import TrainerConfig
+from ftlevel.config.trainer import TrainerConfig, find_problems
 
 SHORTHAND = {
     "model": "name_or_path", "method": "kind", "quant": "kind", "data": "dataset",

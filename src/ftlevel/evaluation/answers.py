@@ -1,25 +1,176 @@
-"""How a model of any task answers prompts and rows: the task says what to ask, this runs it."""
+"""How a model of any task answers prompts and rows: the task says what to ask, this runs it.
+
+Score many rows: without padding and without what nobody needs, where the model takes that.
+
+What the fast step does for training serves here: packed rows, the last layer's pruning, and a
+language head at the tokens with a label alone. The model is asked first whether it gives the
+numbers of padded rows, as in training; where it does not, rows of like length are padded.
+
+What became of the rows that were to be answered, and what is said about it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.artifacts.row_sinks import partial_of
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.prepare.inference import AskedRow
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.evaluation.decoding import RowDecoder, open_decoder
-from ftlevel.evaluation.row_scores import RowScorer, shorten
 from ftlevel.evaluation.scoring import Writing, generate_texts
+from ftlevel.fast.head.likelihoods import supervised_loss
+from ftlevel.fast.packing import PackedLayout, using_layout
+from ftlevel.fast.plan import plan_forward
+from ftlevel.fast.step import FastStep
 from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
+from ftlevel.task import TokenObjective
 from ftlevel.tasks.base import Reply, Wanted
 from ftlevel.trained.load import Trained
 
 T = TypeVar("T")
+Read = Callable[[Encoded, torch.Tensor], T]
+
+WORTH_ASKING = 64
+"""Rows from which on it pays to ask the model whether they may be packed."""
+
+CPU_TOKENS, GPU_TOKENS = 1024, 16_384
+"""Tokens of a forward pass."""
+
+PADDED_TOKENS = 2_048
+"""Places of a padded batch on a CPU, of a model that cannot take packed rows."""
+
+
+class RowScorer:
+    """Scores rows with a loaded model; `close` leaves it as it was.
+
+    Args:
+        trained: the model.
+        batch_size: most rows of a forward pass; None leaves it to their tokens.
+    """
+
+    def __init__(self, trained: Trained, batch_size: int | None) -> None:
+        self._trained = trained
+        self._batch_size = batch_size
+        self._fast: FastStep | None = None
+        self._pad_id = trained.tokenizer.pad_token_id or 0
+        self._collate = Collator(self._pad_id)
+
+    def close(self) -> None:
+        """Take the fast parts off the model."""
+        if self._fast is not None:
+            self._fast.remove()
+            self._fast = None
+
+    def __call__(self, rows: Sequence[Encoded], read: Read[T]) -> list[T]:
+        """Return what `read` makes of each row and its logits, in order; call without gradients."""
+        if self._fast is None and len(rows) >= WORTH_ASKING:
+            self._fast = self._speed_up(rows)
+        found: list[Any] = [None] * len(rows)
+        for part in self._split([len(row.input_ids) for row in rows]):
+            chosen = [rows[i] for i in part]
+            for i, row, logits in zip(part, chosen, self._forward(chosen), strict=True):
+                found[i] = read(row, logits)
+        return found
+
+    def _speed_up(self, rows: Sequence[Encoded]) -> FastStep:
+        trained = self._trained
+        budget = CPU_TOKENS if trained.device == "cpu" else GPU_TOKENS
+        plan = plan_forward(trained.model, trained.kind, trained.method, trained.objective, budget)
+        fast = FastStep(trained.model, plan)
+        tried = (rows, self._pad_id, trained.device, trained.dtype)
+        fast.check(*tried)
+        fast.check_cross_entropy(trained.objective, *tried)
+        fast.prune_last_layer(trained.objective, *tried)
+        return fast
+
+    @property
+    def _packs(self) -> bool:
+        return self._fast is not None and self._fast.plan.packs
+
+    def _split(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the rows of each forward pass, the longest first."""
+        on_cpu = self._trained.device == "cpu"
+        most = (CPU_TOKENS if self._packs else PADDED_TOKENS) if on_cpu else GPU_TOKENS
+        part: list[int] = []
+        tokens = 0
+        for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            size = lengths[row] if self._packs or not part else lengths[part[0]]
+            if part and (tokens + size > most or len(part) == self._batch_size):
+                yield part
+                part, tokens, size = [], 0, lengths[row]
+            part.append(row)
+            tokens += size
+        if part:
+            yield part
+
+    def _forward(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
+        """Yield the logits of each row of a forward pass."""
+        trained, objective = self._trained, self._trained.objective
+        batch = self._collate(rows)
+        layout = None
+        if self._packs and self._fast is not None:
+            layout = PackedLayout.from_mask(batch["attention_mask"])
+            if self._fast.plan.needed_tokens is not None:
+                layout = layout.needing(self._fast.plan.needed_tokens(batch))
+            layout = layout.to(trained.device)
+        batch = {name: value.to(trained.device) for name, value in batch.items()}
+        with using_layout(layout):
+            if isinstance(objective, TokenObjective):
+                yield from self._token_scores(batch, rows)
+                return
+            inputs, _ = objective.split(batch)
+            logits = objective.logits(trained.model(**inputs))
+        for row, scores in zip(rows, logits, strict=True):
+            yield scores if objective.per_row else scores[: len(row.input_ids)]
+
+    def _token_scores(
+        self, batch: dict[str, torch.Tensor], rows: Sequence[Encoded]
+    ) -> Iterator[torch.Tensor]:
+        """Yield the scores (labelled, vocabulary) of each row's tokens that have a label."""
+        objective = self._trained.objective
+        seen: list[torch.Tensor] = []
+        head = self._fast.cross_entropy if self._fast is not None else None
+        if head is not None:
+            supervised_loss(
+                head, self._trained.model, objective, batch, lambda scores, _: seen.append(scores)
+            )
+        else:
+            inputs, labels = objective.split(batch)
+            seen.append(
+                objective.targets(objective.logits(self._trained.model(**inputs)), labels)[0]
+            )
+        counts = [sum(label != IGNORED for label in _labels(row)) for row in rows]
+        yield from torch.cat(seen).split(counts)  # type: ignore[no-untyped-call]
+
+
+def shorten(row: Encoded, limit: int) -> Encoded:
+    """Return `row` without the tokens before its last one that are beyond `limit`, as in training.
+
+    The last token stays, which may be SEP or EOS.
+    """
+    if len(row.input_ids) <= limit:
+        return row
+
+    def cut(values: list[int]) -> list[int]:
+        return values[: limit - 1] + values[-1:]
+
+    extras = {name: cut(values) for name, values in row.extras.items()}
+    return replace(row, input_ids=cut(row.input_ids), extras=extras)
+
+
+def _labels(row: Encoded) -> list[int]:
+    return row.labels if isinstance(row.labels, list) else []
+
+
 PROMPTS = 8
 """Prompts of a forward pass, where nothing else is said."""
 
@@ -192,3 +343,70 @@ def asking(model: AskedModel, trained: Trained) -> Iterator[None]:
             yield
     finally:
         model.close()
+
+
+MOST_SHOWN = 5
+"""Rows without an answer that are named; the others are counted."""
+
+
+@dataclass
+class Tally:
+    """What became of the rows so far.
+
+    Attributes:
+        output: the file that they go to, if any.
+        kept: rows that were there already.
+        answered: rows that were gone through since.
+        skipped: rows of these that have no answer.
+        shown: the first of them, with their places and reasons.
+        shortened: rows that lost tokens.
+        seconds: that answering took, without loading the model.
+    """
+
+    output: Path | None
+    kept: int = 0
+    answered: int = 0
+    skipped: int = 0
+    shown: list[str] = field(default_factory=list)
+    shortened: int = 0
+    seconds: float = 0.0
+
+    def skip(self, window: Sequence[AskedRow], faults: Mapping[int, str]) -> None:
+        """Count the rows of `window` that have no answer, by their index in it."""
+        self.skipped += len(faults)
+        self.shown += [f"{window[i].place}: {faults[i]}" for i in sorted(faults)]
+        del self.shown[MOST_SHOWN:]
+
+    def describe_bad(self, window: Sequence[AskedRow], faults: Mapping[int, str]) -> list[str]:
+        """Return a message for each of the first rows that cannot be answered, and what to do."""
+        lines = [f"{window[i].place}: {faults[i]}." for i in sorted(faults)]
+        more = f" and {len(lines) - MOST_SHOWN:,} more" if len(lines) > MOST_SHOWN else ""
+        rows = "It" if len(lines) == 1 else f"These{more}"
+        done = self._describe_done()
+        lines = lines[:MOST_SHOWN]
+        lines[-1] += (
+            f" {rows} cannot be answered. Fix what is wrong, or leave the answer empty by "
+            f"--on-bad-row skip.{' ' if done else ''}{done}"
+        )
+        return lines
+
+    def describe_stop(self) -> str:
+        """Return what is said when the user stops the command."""
+        return f"interrupted; {self._describe_done() or 'nothing was kept.'}"
+
+    def _describe_done(self) -> str:
+        done = self.kept + self.answered
+        if self.output is None or not done:
+            return ""
+        return f"{done:,} rows are in {partial_of(self.output)}: --resume goes on with them."
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what the user should know at the end."""
+        if self.skipped:
+            more = "; …" if self.skipped > len(self.shown) else ""
+            yield (
+                f"{self.skipped:,} of {self.answered:,} rows have no answer "
+                f"({'; '.join(self.shown)}{more})"
+            )
+        if self.shortened:
+            yield f"{self.shortened:,} rows were shortened to what the model takes"

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ftlevel.fast.layers.dropout import using_generator
-from ftlevel.fast.packing.layout import PackedLayout, using_layout
-from ftlevel.fast.prefixes.shared_prefix import SharedPrefix, using_prefix
+from ftlevel.fast.layers.recompute import using_generator
+from ftlevel.fast.packing import PackedLayout, using_layout
+from ftlevel.fast.prefixes import SharedPrefix, using_prefix
 
 Gradients = tuple[torch.Tensor | None, ...]
 

@@ -1,7 +1,18 @@
-"""Which parts of the fast step a run uses, and why not the others."""
+"""Which parts of the fast step a run uses, and why not the others.
+
+How many parallel workers compute a step's micro-batches, and why one where it could be more.
+
+liger-kernel's fused norms, rotary embedding and activation on a CUDA GPU.
+
+transformers' own switch puts them onto the model. The language head and the loss stay ours: they
+are computed on supervised positions, where liger's would score every one.
+
+Whether LoRA's layers are each one fused autograd function, and what the screen says about it.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,19 +21,140 @@ from typing import Any
 import torch
 
 from ftlevel.config import SPECS, TrainConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.attention import packed as attention
-from ftlevel.fast.attention.varlen import FlashKernel
-from ftlevel.fast.head.loss import base_model
-from ftlevel.fast.head.needed_tokens import NeededTokens
-from ftlevel.fast.plan.liger import uses_liger
-from ftlevel.fast.plan.workers import find_randomness, plan_workers
-from ftlevel.fast.prefixes.tree import shared_fraction
+from ftlevel.fast.attention.gpu import FlashKernel
+from ftlevel.fast.head.likelihoods import NeededTokens, base_model
+from ftlevel.fast.parallel_workers import MAX_WORKERS
+from ftlevel.fast.prefixes import shared_fraction
 from ftlevel.methods import METHODS
+from ftlevel.models.families import lookup_family
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.models.upstream.architectures import attention_of, is_stateful
 from ftlevel.task import Objective, TokenObjective
+from ftlevel.world import has_peers
+
+FUNCTIONAL_DROPOUT = ("opt",)
+"""Families that drop by a function, which has the process's generator, and not by a module."""
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """How micro-batches are computed.
+
+    Attributes:
+        count: how many at once.
+        random: what is drawn at random in them, empty for nothing.
+        reason: for the screen, why it is one where it could be more.
+    """
+
+    count: int = 1
+    random: str = ""
+    reason: str = ""
+
+
+def plan_workers(config: TrainConfig, meta: Any, device: str, packs: bool) -> WorkerPlan:
+    """Return how many micro-batches are computed at once; `parallel_workers` says what must hold.
+
+    Args:
+        config: the configuration.
+        meta: the model on the meta device.
+        device: torch device type.
+        packs: whether rows are packed: attention then draws from the worker's generator.
+    """
+    asked, threads = config.speed.parallel_workers, torch.get_num_threads()
+    if device != "cpu" or threads == 1 or asked == 1:
+        return WorkerPlan()
+    if has_peers():
+        return WorkerPlan(reason="each process has its own")
+    random = find_randomness(config, meta, with_head=True)
+    if reason := _writes_to_itself(config, meta) or _uses_global_generator(
+        config, meta, random, packs
+    ):
+        return WorkerPlan(reason=reason)
+    return WorkerPlan(min(threads, MAX_WORKERS if asked == "auto" else asked), random)
+
+
+def _uses_global_generator(config: TrainConfig, meta: Any, random: str, packs: bool) -> str:
+    """Return what is drawn from the process's generator; empty if nothing."""
+    if not random or (
+        packs and not config.train.recomputes and meta.config.model_type not in FUNCTIONAL_DROPOUT
+    ):
+        return ""
+    return f"{random} is drawn at random, in order"
+
+
+def _writes_to_itself(config: TrainConfig, meta: Any) -> str:
+    """Return what a forward pass changes in the model, or may; empty if nothing."""
+    method, family = config.method, meta.config.model_type
+    if reason := METHODS[method.kind].step.workers(method):
+        return reason
+    if lookup_family(family) is None:
+        return f"not tried with {family}"
+    if _changes_rope(meta.config):
+        return f"{family} changes its rotary embedding with the length"
+    return ""
+
+
+def _changes_rope(config: Any) -> bool:
+    """Whether a forward pass writes to the model's rotary embedding (transformers 5)."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+
+
+def find_randomness(config: TrainConfig, meta: Any, with_head: bool = False) -> str:
+    """Return what is random in the blocks, or in the whole model, by its name in its config.
+
+    Args:
+        config: the configuration.
+        meta: the model on the meta device.
+        with_head: whether what stands before a classifier counts.
+    """
+    for owner in (config.method.model_dump(), meta.config.to_dict()):
+        for name, value in owner.items():
+            if not (isinstance(value, float) and value > 0):
+                continue
+            is_random = "drop" in name or "jitter" in name
+            if is_random and (with_head or not name.startswith(("classifier", "summary"))):
+                return f"{name} {value:g}"
+    return ""
+
+
+FAMILIES = frozenset(
+    {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "phi3"}
+)
+"""Model types whose norms, rotary embedding and activation liger-kernel has."""
+
+OWN_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
+def uses_liger(config: TrainConfig, device: str, model_type: str) -> bool:
+    """Return whether liger-kernel is there, serves the model, and is not switched off."""
+    speed = config.speed
+    return (
+        device == "cuda"
+        and speed.fast
+        and speed.liger_kernel
+        and model_type in FAMILIES
+        and importlib.util.find_spec("liger_kernel") is not None
+    )
+
+
+def kernel_choices(config: TrainConfig, device: str, model_type: str) -> list[Choice]:
+    """Return the line of the screen; none where torch's own kernels are used."""
+    if not uses_liger(config, device, model_type):
+        return []
+    return [Choice("kernels", "liger-kernel", "norms, rotary embedding and activation; installed")]
+
+
+def kernel_arguments(config: TrainConfig, device: str, model_type: str) -> dict[str, Any]:
+    """Return what `TrainingArguments` is told."""
+    if not uses_liger(config, device, model_type):
+        return {}
+    return {"use_liger_kernel": True, "liger_kernel_config": OWN_LOSS}
+
 
 FEWEST_TOKENS = 1024
 """A micro-batch is filled up to this many tokens whatever the batch size: less is slow."""
@@ -274,3 +406,34 @@ def has_language_head(model: Any, objective: Objective | None) -> bool:
     if not isinstance(objective, TokenObjective) or model.get_output_embeddings() is None:
         return False
     return not objective.feeds_labels or hasattr(model, "prepare_decoder_input_ids_from_labels")
+
+
+def uses_fused_layers(config: TrainConfig, device: str) -> bool:
+    """Return whether LoRA's base and update are one fused autograd function."""
+    return _reason_against(config, device) == ""
+
+
+def fused_lora_choices(config: TrainConfig, device: str) -> list[Choice]:
+    """Return the line that says how LoRA's layers are computed; none for other methods."""
+    reason = _reason_against(config, device)
+    if reason is None:
+        return []
+    if reason:
+        return [Choice("low-rank update", "PEFT's layers", reason)]
+    return [Choice("low-rank update", "fused with the base", "same gradients as PEFT's layers")]
+
+
+def _reason_against(config: TrainConfig, device: str) -> str | None:
+    """Return why they are PEFT's layers, empty if they are not; None without such layers."""
+    speed, against = config.speed, METHODS[config.method.kind].step.fusing
+    if against is None:
+        return None
+    if not speed.fast:
+        return "--no-fast"
+    if not speed.fused_lora:
+        return "speed.fused_lora is off"
+    if reason := against(config.method):
+        return reason
+    if config.quant.kind == "8bit" and device != "cpu":
+        return "LLM.int8() multiplies in int8 on a GPU"
+    return ""

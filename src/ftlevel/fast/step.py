@@ -16,21 +16,18 @@ from torch import nn
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.attention import packed as attention
-from ftlevel.fast.attention.hub import fetch_kernel
-from ftlevel.fast.checks.head import find_cross_entropy_error
-from ftlevel.fast.checks.packing import PackingCheck
-from ftlevel.fast.checks.pruning import PruningCheck
+from ftlevel.fast.attention.gpu import fetch_kernel
+from ftlevel.fast.checks import PackingCheck, PruningCheck, find_cross_entropy_error
 from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.head.loss import base_model
-from ftlevel.fast.head.needed_tokens import NeededTokens
+from ftlevel.fast.head.likelihoods import NeededTokens, base_model
 from ftlevel.fast.head.pruning import LastLayerPruning
 from ftlevel.fast.kernels import Kernels
-from ftlevel.fast.layers.dropout import PerWorkerDropout
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
+from ftlevel.fast.layers.recompute import PerWorkerDropout
 from ftlevel.fast.layers.rope import FusedRope
-from ftlevel.fast.packing.blocks import PackedBlocks
+from ftlevel.fast.packing import PackedBlocks
 from ftlevel.fast.parallel_workers import ParallelWorkers
-from ftlevel.fast.plan.fast_plan import FastPlan, has_language_head, set_packed_attention
+from ftlevel.fast.plan import FastPlan, has_language_head, set_packed_attention
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.task import Objective, TokenObjective

@@ -12,22 +12,17 @@ import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.fast.packing.layout import PackedLayout
-from ftlevel.fast.packing.micro_batches import (
+from ftlevel.fast.packing import (
     MicroBatches,
+    PackedLayout,
     count_shared,
     split_packed,
     split_padded,
     split_shared,
 )
 from ftlevel.fast.parallel_workers import duration
-from ftlevel.fast.plan.fast_plan import WORTH_SHARING, FastPlan
-from ftlevel.fast.prefixes.tree import (
-    MIN_PREFIX,
-    build_prefix_tree,
-    count_common,
-    sort_by_prefix,
-)
+from ftlevel.fast.plan import WORTH_SHARING, FastPlan
+from ftlevel.fast.prefixes import MIN_PREFIX, build_prefix_tree, count_common, sort_by_prefix
 from ftlevel.task import Objective, TokenObjective
 
 OVERHEAD_TOKENS = 250

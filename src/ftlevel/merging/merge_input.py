@@ -12,24 +12,26 @@ from typing import Any
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
 from ftlevel.config import MergeConfig, QuantConfig, TrainConfig, build_config
-from ftlevel.config.choices import Choice
-from ftlevel.data.encoding.chat_templates import choose_chat_template
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.chat import choose_chat_template
+from ftlevel.data.encoding.collate import choose_pad_token
+from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, read_format
 from ftlevel.data.encoding.fit import Bounds
-from ftlevel.data.encoding.pad_token import choose_pad_token
-from ftlevel.data.encoding.prompts import PROMPT_VERSION, read_format
-from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
-from ftlevel.data.prepare.parallel import be_silent
+from ftlevel.data.prepare.encoder import EncodingContext, Prepared, be_silent
 from ftlevel.errors import ConfigError, InputError, listing
-from ftlevel.evaluation.two_models.on_text import cut_windows, read_eval_text
+from ftlevel.evaluation.two_models import cut_windows, read_eval_text
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.integrity import check_missing
 from ftlevel.models.kinds import max_positions, model_kind
 from ftlevel.models.loading import load_config, load_model, load_tokenizer
-from ftlevel.models.quantization import build_quantization_config
-from ftlevel.models.quantized import quantization_name, read_quantization, stored_quantization
+from ftlevel.models.quantization import (
+    build_quantization_config,
+    quantization_name,
+    read_quantization,
+    stored_quantization,
+)
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.task import Objective

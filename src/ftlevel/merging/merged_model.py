@@ -17,9 +17,9 @@ from ftlevel.errors import InputError, RunError, listing
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.hardware import DTYPES
+from ftlevel.models.kinds import write_former_rope
 from ftlevel.models.loading import build_task_model, load_model, load_tokenizer, rename_prefix
 from ftlevel.models.quantization import Rounding
-from ftlevel.models.rope import write_former_rope
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names

@@ -1,16 +1,24 @@
-"""The normal form itself, of what a method's algebra or the probe gave, and what cannot be one."""
+"""The normal form itself, of what a method's algebra or the probe gave, and what cannot be one.
+
+Methods that PEFT has and ftlevel does not train: their updates as plain LoRA, or why not.
+
+The normal form as PEFT's files, in float32.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from ftlevel.artifacts.files import write_json
 from ftlevel.errors import InputError, listing
-from ftlevel.merging.normal_form.peft_only import PLAIN_FORMS
+from ftlevel.methods import METHODS
+from ftlevel.methods.lora.plain_form import token_rows
 from ftlevel.methods.merging import WEIGHTS
-from ftlevel.methods.plain_form.factors import (
+from ftlevel.methods.plain_form import (
+    FULL_RANK,
     OUTPUT_LAYERS,
     PREFIX,
     AdapterFile,
@@ -22,6 +30,42 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names
 from ftlevel.trained.vocabulary import trained_rows
 from ftlevel.weights.checkpoint import Checkpoint, checkpoint_in_memory, open_checkpoint
+
+NO_WEIGHTS = (
+    "is no change of weights: what it adds is computed beside them, by the library that trained it "
+    "alone. For a server, train by a method that merges, such as --method lora"
+)
+
+
+def tokens_as_lora(file: AdapterFile) -> dict[str, Factors]:
+    """Return the trained rows of an embedding, and of the output layer that shares them."""
+    return token_rows(file, "trainable_tokens_delta", file.config["token_indices"])
+
+
+_OTHERS = {
+    "TRAINABLE_TOKENS": PlainForm(tokens_as_lora),
+    "OSF": PlainForm(never="trains the weights themselves. Merge it"),
+    "HRA": PlainForm(never=FULL_RANK),
+    **dict.fromkeys(
+        (
+            "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING",
+            "P_TUNING", "PREFIX_TUNING", "SHADOW",
+        ),
+        PlainForm(never=NO_WEIGHTS),
+    ),
+    **dict.fromkeys(("POLY", "XLORA", "LILY"), PlainForm(
+        never="mixes its matrices by a router that looks at the input, which PEFT alone does")),
+}  # fmt: skip
+
+PLAIN_FORMS: dict[str, PlainForm] = _OTHERS | {
+    peft_type: (
+        method.merging.plain_form if method.merging.into_weights else PlainForm(never=NO_WEIGHTS)
+    )
+    for method in METHODS.values()
+    for peft_type in method.merging.peft_types
+}
+"""PEFT type → its plain form. One that is not here is asked of the loaded layers."""
+
 
 _BASE = ".base_layer."
 
@@ -222,3 +266,62 @@ def assemble(factors: dict[str, Factors], file: AdapterFile, limit: int, way: st
         said,
         way,
     )
+
+
+class Named(Protocol):
+    """What the files name beside the tensors."""
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The adapter_config.json that it was saved with."""
+
+    @property
+    def base_name(self) -> str:
+        """The base: a Hub id, or where it lies."""
+
+
+def write_normal(place: Path, form: NormalForm, entry: Named) -> None:
+    """Write `form` into the directory `place`, in the names that PEFT gives."""
+    from safetensors.torch import save_file
+
+    tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in form.kept.items()}
+    for name, own in form.factors.items():
+        first, second = _keys(name, own)
+        tensors[first], tensors[second] = own.a.float().contiguous(), own.b.float().contiguous()
+    save_file(tensors, str(place / WEIGHTS), {"format": "pt"})
+    old = entry.peft_config
+    config = {key: old.get(key) for key in ("task_type", "revision")} | {
+        "peft_type": "LORA",
+        "base_model_name_or_path": entry.base_name,
+        "r": form.rank,
+        "lora_alpha": form.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(form.factors),
+        "modules_to_save": old.get("modules_to_save") if form.kept else None,
+        "fan_in_fan_out": bool(old.get("fan_in_fan_out")),
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+    write_json(place / "adapter_config.json", config)
+
+
+def read_normal(place: Path, form: NormalForm) -> NormalForm:
+    """Return what the files in `place` hold; the modules are those of `form`."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(str(place / WEIGHTS))
+    factors = {}
+    for name, own in form.factors.items():
+        first, second = _keys(name, own)
+        factors[name] = Factors(tensors.pop(first), tensors.pop(second), own.is_embedding)
+    kept = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return replace(form, factors=factors, kept=kept)
+
+
+def _keys(name: str, own: Factors) -> tuple[str, str]:
+    middle, end = ("embedding_", "") if own.is_embedding else ("", ".weight")
+    first, second = (f"{PREFIX}{name}.lora_{middle}{x}{end}" for x in "AB")
+    return first, second

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.merge_card import how_near
+from ftlevel.artifacts.cards import how_near
 from ftlevel.config import QuantConfig
 from ftlevel.errors import RunError
-from ftlevel.evaluation.two_models.compare import Agreement, compare_rows
-from ftlevel.evaluation.two_models.float32 import in_float32
-from ftlevel.evaluation.two_models.on_rows import Probe, Scores
+from ftlevel.evaluation.model_pair import in_float32
+from ftlevel.evaluation.two_models import Agreement, Probe, Scores, compare_rows
 from ftlevel.merging.merge_input import MergeInput, load_trained_model
 from ftlevel.merging.merged_model import TensorMerger, Written
 from ftlevel.models.hardware import DTYPES

@@ -2,6 +2,8 @@
 
 A method's own module fills in a `Method`. Every member but the facts and the rate is optional, and
 nobody outside asks which method it has in hand: what differs between methods is a member here.
+
+Refusing to merge, in the way that PEFT's base classes ask of what no weight can hold.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.methods.facts import MethodFacts, Rule
-from ftlevel.methods.plain_form.factors import ASKED, PlainForm
+from ftlevel.methods.plain_form import ASKED, PlainForm
 from ftlevel.methods.rates import Rates
 
 
@@ -256,3 +258,45 @@ class Method:
 def whole(number: float) -> int | float:
     """Return a whole number as an int: PEFT divides by ranks, and saved configs compare equal."""
     return int(number) if float(number).is_integer() else number
+
+
+VIRTUAL_TOKENS = (
+    "Virtual tokens are inputs and not weights, so no weight of the base model can hold them and "
+    "they cannot be merged. Keep the adapter beside the base, or train with a method that merges, "
+    "such as --method lora."
+)
+
+
+class UnmergeableLayer:
+    """A layer that refuses; it stands before `BaseTunerLayer` among the bases.
+
+    Attributes:
+        cannot_merge: why, and what to do instead.
+    """
+
+    cannot_merge: ClassVar[str]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            NotImplementedError: always, as PEFT's layers do.
+        """
+        raise NotImplementedError(self.cannot_merge)
+
+    def unmerge(self) -> NoReturn:
+        """Refuse, as nothing was merged.
+
+        Raises:
+            NotImplementedError: always, as PEFT's layers do.
+        """
+        raise NotImplementedError(self.cannot_merge)
+
+
+class UnmergeableTuner:
+    """A tuner of such layers; it stands before `BaseTuner` among the bases."""
+
+    tuner_layer_cls: type[UnmergeableLayer]
+
+    def _check_merge_allowed(self) -> NoReturn:
+        raise NotImplementedError(self.tuner_layer_cls.cannot_merge)

@@ -9,7 +9,7 @@ from ftlevel.config.methods.ia3 import Ia3Spec
 from ftlevel.config.sections import Section
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
-from ftlevel.methods.plain_form.factors import FULL_RANK, PlainForm
+from ftlevel.methods.plain_form import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
 
 # Ends of names, over all families. Keys and values, or one linear of query, key and value:

@@ -7,7 +7,7 @@ from typing import Any
 from ftlevel.config.methods.ln_tuning import LnTuningSpec
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
-from ftlevel.methods.plain_form.factors import PlainForm
+from ftlevel.methods.plain_form import PlainForm
 from ftlevel.methods.rates import Rates
 
 

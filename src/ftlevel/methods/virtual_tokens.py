@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from ftlevel.methods.base import VIRTUAL_TOKENS, UnmergeableLayer, UnmergeableTuner
 from ftlevel.methods.precision import PrecisionLayer, PrecisionTuner
-from ftlevel.methods.unmergeable import VIRTUAL_TOKENS, UnmergeableLayer, UnmergeableTuner
 
 _DEEPEST_SUFFIX = 3
 

@@ -1,20 +1,214 @@
-"""Which device and which precision a run uses, and why."""
+"""Which device and which precision a run uses, and why.
+
+How many threads torch computes with on a CPU: one a physical core that this process may use.
+
+More than that makes threads of one core take turns at its multipliers, and threads beyond a
+container's quota stop all of them at every barrier. Fewer happens as well: accelerate's launcher
+sets one where nothing is said.
+
+The longest row that cannot be ruled out by the memory of a machine: a bound, not a promise.
+
+    bytes(L) = P · (w + 12 where P is trained) + L · v · kept
+    P        ≥ vocabulary · hidden + layers · 2 · hidden · (hidden + inner)
+    kept     ≥ layers · (4 · hidden + 2 · inner), or with gradient checkpointing
+               layers · hidden + 4 · hidden + 2 · inner
+
+with weights of w bytes (and gradient and two moments of Adam in float32 beside those that are
+trained) and activations of v bytes. For the backward pass a block keeps of each token at least the
+inputs of its norms, what attention multiplies and gives, and two vectors of its inner part. Every
+term is the least that it can be, so that a row beyond the bound fits nowhere, while one within it
+may still need a smaller batch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import math
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.models.memory import read_free
-from ftlevel.models.threads import control_groups
 from ftlevel.models.upstream.tensors import cpu_has
 from ftlevel.world import is_launched
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+_MEMBERSHIP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def choose_threads() -> Choice:
+    """Set torch's threads for this process, unless somebody has, and return what holds."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return Choice("threads", torch.get_num_threads(), "OMP_NUM_THREADS")
+    allowed = allowed_cpus()
+    cores = count_cores(allowed)
+    if torch.get_num_threads() not in (cores, len(allowed)):  # torch begins with one of these
+        return Choice("threads", torch.get_num_threads(), "as torch was set")
+    quota = read_quota()
+    threads = cores if quota is None else max(1, min(cores, math.floor(quota)))
+    torch.set_num_threads(threads)
+    if threads < cores:
+        return Choice("threads", threads, f"the container's quota is {quota:g} CPUs")
+    return Choice("threads", threads, "auto: one a physical core")
+
+
+def allowed_cpus() -> list[int]:
+    """Return the logical CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def count_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
+    """Return how many physical cores the logical `cpus` are; all of them where nothing says so."""
+    siblings = set()
+    for cpu in cpus:
+        try:
+            siblings.add((topology / f"cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            return len(cpus)
+    return len(siblings)
+
+
+def read_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float | None:
+    """Return the CPUs' worth of time that the control groups of this process leave it, or None."""
+    quotas = [quota for group in control_groups(membership, root) if (quota := _quota(group))]
+    return min(quotas, default=None)
+
+
+def control_groups(
+    membership: Path = _MEMBERSHIP, root: Path = _CGROUPS, controller: str = "cpu"
+) -> Iterator[Path]:
+    """Give the directories that may hold a limit, from this process's group to the root.
+
+    In a container the path may be the host's, which is not there, and the root is its own group.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and controller not in controllers.split(","):
+            continue
+        top = root if number == "0" else root / controller
+        group = top / path.lstrip("/")
+        yield group
+        yield from (parent for parent in group.parents if parent.is_relative_to(top))
+
+
+def _quota(group: Path) -> float | None:
+    """Return the quota of one group in CPUs, of version 2 (cpu.max) or 1 (cpu.cfs_…)."""
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        limit = float(quota) / float(period)  # "max" is no number, and version 1 writes -1
+    except (OSError, ValueError):
+        return None
+    return limit if limit > 0 else None
+
+
+_INNER = ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "n_inner", "hidden_dim")
+_TRAINED_BYTES = 12  # of a weight that is trained: gradient and two moments in float32
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How a model is held while it is trained.
+
+    Attributes:
+        weight: bytes of a weight of the base: 0.5 where it has 4 bits.
+        value: bytes of an activation.
+        trained: whether every weight is trained.
+        checkpointing: whether activations are recomputed in the backward pass.
+    """
+
+    weight: float
+    value: int
+    trained: bool = False
+    checkpointing: bool = False
+
+
+def longest_in_memory(config: Any, holding: Holding, memory: int) -> int | None:
+    """Return the most tokens of a row that `memory` may hold; None where length decides nothing.
+
+    Args:
+        config: of the model.
+        holding: how it is held.
+        memory: bytes of the device.
+    """
+    text = config.get_text_config()
+    hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
+    if not (isinstance(hidden, int) and isinstance(layers, int) and hidden and layers):
+        return None
+    # GPT-2 names no inner size where it is the usual one; the hidden size is less than that.
+    inner = next((n for name in _INNER if isinstance(n := getattr(text, name, None), int)), hidden)
+    weights = text.vocab_size * hidden + layers * 2 * hidden * (hidden + inner)
+    block = 4 * hidden + 2 * inner
+    kept = layers * hidden + block if holding.checkpointing else layers * block
+    held = weights * (holding.weight + _TRAINED_BYTES * holding.trained)
+    left = memory - held
+    return int(left // (kept * holding.value)) if left > 0 else None
+
+
+def device_memory(device: str) -> int:
+    """Return the bytes of memory of a torch device: of the GPU, or of what this process may use."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    import psutil
+
+    return min(
+        [int(psutil.virtual_memory().total), *read_limits(control_groups(controller="memory"))]
+    )
+
+
+def release_freed_memory() -> None:
+    """Return the freed pages of the C heap to the system, where it is glibc's.
+
+    Blocks below the size from which malloc maps pages stay in the process when they are freed, as
+    holes in the heap that the next phase of a run does not fill.
+    """
+    if sys.platform.startswith("linux"):
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):
+            library.malloc_trim(0)
+
+
+def read_limits(groups: Iterable[Path]) -> Iterator[int]:
+    """Yield the limits in bytes of control groups of version 2 (memory.max) or 1."""
+    for group in groups:
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            try:
+                yield int((group / name).read_text())
+            except (OSError, ValueError):  # "max" is no number
+                continue
+
+
+def read_free(groups: Iterable[Path]) -> Iterator[int]:
+    """Yield the bytes that control groups of version 2 or 1 leave; cached files count as free."""
+    for group in groups:
+        for limit, used, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            try:
+                most, taken = (int((group / name).read_text()) for name in (limit, used))
+                lines = (group / "memory.stat").read_text().splitlines()
+            except (OSError, ValueError):  # "max" is no number
+                continue
+            files = next((int(n) for name, n in map(str.split, lines) if name == cached), 0)
+            yield max(0, most - (taken - files))
+
 
 DTYPES = {
     "float32": torch.float32,

@@ -19,10 +19,10 @@ import transformers
 from safetensors import safe_open
 
 from ftlevel.config import ModelConfig, QuantConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.loading import load_config, load_tokenizer, quiet_libraries
-from ftlevel.models.quantized import as_quant_config, quantization_name, stored_quantization
+from ftlevel.models.quantization import as_quant_config, quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source, snapshot
 
 _OF_NO_WEIGHT = ("dtype", "torch_dtype", "transformers_version", "architectures", "use_cache",

@@ -28,17 +28,16 @@ from ftlevel.models.integrity import (
     check_unexpected,
 )
 from ftlevel.models.module_tree import find_heads, find_unpackable
-from ftlevel.models.quantized import as_quant_config, stored_quantization
+from ftlevel.models.quantization import as_quant_config, stored_quantization
 from ftlevel.models.sources import ModelSource, snapshot
-from ftlevel.models.strangers.directory import check_config
-from ftlevel.models.strangers.errors import FROM_READERS
+from ftlevel.models.untrusted import FROM_READERS, check_config
 from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
 from ftlevel.models.upstream.headers import quick_headers
 from ftlevel.models.upstream.quantizers import cast_unquantized, keep_trainable_layout
 from ftlevel.workspace import Workspace
 
 if TYPE_CHECKING:
-    from ftlevel.models.upstream.slices import Slices
+    from ftlevel.models.upstream.shards import Slices
 
 _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 """What reading a damaged file raises: a safetensors file, an index of shards, a .gguf."""
@@ -267,7 +266,7 @@ def _read(
             arguments.pop("device_map", None)  # nothing is read, and so nothing goes anywhere
             model, info = slices.load(meta, snapshot(source), source.location, **arguments)
             if quantization is not None:
-                from ftlevel.models.upstream.packed import pack_unread  # imports DTensor
+                from ftlevel.models.upstream.quantizers import pack_unread  # imports DTensor
 
                 pack_unread(model, quantization, slices.weights)
             return model, info

@@ -19,7 +19,7 @@ from urllib.parse import urlparse
 from ftlevel.artifacts.files import check_regular
 from ftlevel.errors import InputError, did_you_mean, listing
 from ftlevel.models import builtin
-from ftlevel.models.strangers.directory import check_directory
+from ftlevel.models.untrusted import check_directory
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _PROBE_SECONDS = 3.0

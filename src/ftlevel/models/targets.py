@@ -23,7 +23,7 @@ from ftlevel.models.module_tree import (
     find_heads,
     find_new_language_head,
 )
-from ftlevel.models.strangers.time_limit import ending_in
+from ftlevel.models.untrusted import ending_in
 
 __all__ = [
     "ExpertKind",

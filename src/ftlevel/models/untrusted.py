@@ -1,10 +1,28 @@
-"""What a directory that somebody else made must not do: leave itself, hang, fill memory, fetch."""
+"""What a directory that somebody else made must not do: leave itself, hang, fill memory, fetch.
+
+An end to the memory that what others wrote and we run can ask for.
+
+An end to what others wrote and we run: templates of chats, regular expressions.
+
+Regular expressions in another's adapter_config.json, which PEFT tries on every module's name.
+
+What libraries raise when they read or build what a stranger's file describes.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
 import json
-from collections.abc import Mapping
+import os
+import re
+import signal
+import struct
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from types import FrameType
 from typing import Any
 
 from ftlevel.artifacts.files import check_regular
@@ -138,3 +156,117 @@ def _read(path: Path, words: str) -> Mapping[str, Any]:
             f"{words}: {what} be read ({path.name}: {error}). Was a copy cut short?"
         ) from None
     return content
+
+
+try:
+    import resource
+except ImportError:  # Windows, where nothing is limited
+    resource = None  # type: ignore[assignment]
+
+_SIZES = Path("/proc/self/statm")  # in pages; the sixth is data and stack
+
+
+@functools.lru_cache(maxsize=1)
+def _sizes_of(_process: int) -> io.FileIO | None:
+    """Return the file of this process's sizes, which stays open: it is read once for each row."""
+    return io.FileIO(_SIZES) if _SIZES.exists() else None
+
+
+@contextmanager
+def taking_at_most(size: int) -> Iterator[None]:
+    """Let the process take at most `size` more bytes inside the block; on Linux alone.
+
+    Raises:
+        MemoryError: in the block, where it asks for more.
+    """
+    sizes = _sizes_of(os.getpid())
+    if resource is None or sizes is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    pages = os.pread(sizes.fileno(), 256, 0).split()[5]
+    wish = int(pages) * resource.getpagesize() + size
+    if before[0] != resource.RLIM_INFINITY:
+        wish = min(wish, before[0])
+    resource.setrlimit(resource.RLIMIT_DATA, (wish, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@contextmanager
+def ending_in(seconds: float) -> Iterator[None]:
+    """End the block after `seconds`; where there are no timers, or outside the main thread, never.
+
+    Raises:
+        TimeoutError: in the block, when the time is over.
+    """
+    if not hasattr(signal, "setitimer") or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+
+    def end(_: int, __: FrameType | None) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, before)
+
+
+_SECONDS = 10.0
+_WHOLE = ("target_modules", "exclude_modules")  # a text is one expression, a list are names
+_ENDS = ("rank_pattern", "alpha_pattern")
+
+
+def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> None:
+    """Refuse an adapter whose expressions are none, or go back and forth without end.
+
+    Args:
+        directory: of an adapter of PEFT's form.
+        settings: what its adapter_config.json holds.
+        base: the model whose modules' names they are tried on.
+
+    Raises:
+        InputError: naming the expression.
+    """
+    path = directory / "adapter_config.json"
+    names = [name for name, _ in base.named_modules()]
+    for field, written, pattern in _patterns(settings):
+        try:
+            with ending_in(_SECONDS):
+                compiled = re.compile(pattern)
+                for name in names:
+                    compiled.fullmatch(name)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(
+                f"{path}: {field} has {written!r}, which is no regular expression ({error})."
+            ) from None
+        except TimeoutError as error:
+            raise InputError(
+                f"{path}: {field} has {written!r}, which goes back and forth without end ({error})."
+            ) from None
+
+
+def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield field, expression as it is written, and as PEFT 0.21 tries it."""
+    for field in _WHOLE:
+        if isinstance(text := settings.get(field), str):
+            yield field, text, text
+    for field in _ENDS:
+        if isinstance(found := settings.get(field), Mapping):
+            yield from ((field, key, rf"(.*\.)?({key})") for key in found)
+
+
+FROM_READERS = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    RecursionError, NotImplementedError, struct.error,
+)  # fmt: skip
+"""A shape that they do not expect becomes any of these. Where nothing but such a file is read, it
+is the file's fault; a RuntimeError is left out, which is what a lack of memory is called."""

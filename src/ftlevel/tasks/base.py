@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from ftlevel.config import TASKS as NAMES
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat
 from ftlevel.data.formats.detect import Format, NoFormatError, Shape, Wish, detect_format, fits
 from ftlevel.data.sources.table import Row
 from ftlevel.errors import ConfigError, InputError, listing, with_article

@@ -3,13 +3,19 @@
     L = Σᵢ w(yᵢ) (1 − pᵢ)^γ (−log pᵢ) / Σᵢ w(yᵢ),  pᵢ the probability of target i's class yᵢ,
 
 as `torch.nn.CrossEntropyLoss(weight=…)` and Lin et al. (2017, section 3) have it.
+
+What was predicted and what is true, row by row: what meters of classes and tags keep.
+
+The loss of who knows how often each answer is given, and sees no text.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ftlevel.task import IGNORED, Objective, TrainingLoss
 
@@ -106,3 +112,58 @@ def _targets_of(rows: Sequence[Encoded]) -> Iterator[int]:
             yield labels
         else:
             yield from (label for label in labels if label != IGNORED)
+
+
+P = TypeVar("P", bound="Pairs")
+
+
+class Pairs:
+    """What was predicted and what is true, row by row."""
+
+    def __init__(self) -> None:
+        self.predicted: list[Any] = []
+        self.true: list[Any] = []
+
+    def pool(self: P, meters: Sequence[P]) -> P:
+        """Return a meter of all their rows."""
+        pooled = copy.copy(self)
+        pooled.predicted = [value for meter in meters for value in meter.predicted]
+        pooled.true = [value for meter in meters for value in meter.true]
+        return pooled
+
+    def describe(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return what was predicted for the only example seen and what is true, in words.
+
+        Args:
+            names: of the classes or tags.
+        """
+        return {
+            "predicted": _in_words(self.predicted[0], names),
+            "true": _in_words(self.true[0], names),
+        }
+
+
+def _in_words(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, int) and names:
+        return names[value]
+    if isinstance(value, list) and value and isinstance(value[0], int):
+        return [name for name, is_set in zip(names, value, strict=True) if is_set]
+    return value
+
+
+def entropy(answers: Iterable[Hashable]) -> float | None:
+    """Return the entropy of the answers' frequencies in nats; None where there are none.
+
+    No guess that is the same for every row has a lower mean cross entropy.
+    """
+    counts = Counter(answers)
+    total = counts.total()
+    if not total:
+        return None
+    return sum(count / total * math.log(total / count) for count in counts.values())
+
+
+def mean_entropy(columns: Iterable[Iterable[Hashable]]) -> float | None:
+    """Return the mean over several answers a row, each guessed apart."""
+    found = [value for column in columns if (value := entropy(column)) is not None]
+    return sum(found) / len(found) if found else None

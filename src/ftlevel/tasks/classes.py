@@ -1,25 +1,30 @@
-"""Text classification: a text or two has one class, several, or a quantity (regression)."""
+"""Text classification: a text or two has one class, several, or a quantity (regression).
+
+How classes, several of them, and quantities are measured.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from ftlevel.config import DataConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded, encode_labelled
 from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.formats.examples import (
     Labelled,
+    Roles,
     build_labelled,
     build_multi_labelled,
     build_quantity,
 )
-from ftlevel.data.formats.labels import LabelSet
-from ftlevel.data.formats.problems import choose_problem_type
-from ftlevel.data.formats.roles import Roles
+from ftlevel.data.formats.labels import LabelSet, choose_problem_type
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, listing
 from ftlevel.task import Meter, Objective, TrainingLoss
@@ -32,9 +37,14 @@ from ftlevel.tasks.base import (
     rank,
     refuse_wishes,
 )
-from ftlevel.tasks.class_loss import ClassObjective, balance_yes_and_no, weigh_yes_and_no
-from ftlevel.tasks.class_meters import ClassMeter, MultiLabelMeter, RegressionMeter
-from ftlevel.tasks.guessing import entropy, mean_entropy
+from ftlevel.tasks.class_loss import (
+    ClassObjective,
+    Pairs,
+    balance_yes_and_no,
+    entropy,
+    mean_entropy,
+    weigh_yes_and_no,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +52,75 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import Fitted
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import Loaded
+
+
+class ClassMeter(Pairs):
+    """Accuracy, macro F1 and Matthews' correlation of single-label classification."""
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+        """Add a batch: logits `(batch, classes)`, labels `(batch,)`."""
+        self.predicted += logits.argmax(-1).tolist()
+        self.true += labels.tolist()
+
+    def compute(self, loss: float) -> dict[str, float]:
+        """Return accuracy, F1 (its mean over the classes that occur) and MCC (-1 to 1)."""
+        true, predicted = (np.asarray(side, np.int64) for side in (self.true, self.predicted))
+        count, size = len(true), int(max(true.max(), predicted.max())) + 1
+        of_true, of_predicted = (np.bincount(side, minlength=size) for side in (true, predicted))
+        hits = np.bincount(true[true == predicted], minlength=size)
+        there = of_true + of_predicted > 0
+        right, own = int(hits.sum()), count**2 - int(of_true @ of_true)
+        both = own * (count**2 - int(of_predicted @ of_predicted))
+        agreed = right * count - int(of_true @ of_predicted)
+        return {
+            "accuracy": right / count,
+            "f1": float(np.mean(2 * hits[there] / (of_true + of_predicted)[there])),
+            "mcc": agreed / math.sqrt(both) if both else 0.0,
+        }
+
+
+class MultiLabelMeter(Pairs):
+    """F1 and subset accuracy of labels that are told apart at a probability of one half."""
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+        """Add a batch: logits and labels (0.0 or 1.0) `(batch, classes)`."""
+        self.predicted += (logits > 0).int().tolist()
+        self.true += labels.int().tolist()
+
+    def compute(self, loss: float) -> dict[str, float]:
+        """Return micro and macro F1, and the share of rows whose labels are all right."""
+        from sklearn.metrics import f1_score
+
+        rows = list(zip(self.true, self.predicted, strict=True))
+        return {
+            "micro_f1": float(
+                f1_score(self.true, self.predicted, average="micro", zero_division=0)
+            ),
+            "macro_f1": float(
+                f1_score(self.true, self.predicted, average="macro", zero_division=0)
+            ),
+            "subset_accuracy": sum(t == p for t, p in rows) / len(rows),
+        }
+
+
+class RegressionMeter(Pairs):
+    """Root mean squared error, and Pearson's and Spearman's correlation."""
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+        """Add a batch: logits `(batch, 1)`, labels `(batch,)`."""
+        self.predicted += logits.float().squeeze(-1).tolist()
+        self.true += labels.tolist()
+
+    def compute(self, loss: float) -> dict[str, float]:
+        """Return the three; a correlation is left out where one side is constant."""
+        from scipy.stats import pearsonr, spearmanr
+
+        scores = {"rmse": math.sqrt(loss)}
+        if len(set(self.predicted)) > 1 and len(set(self.true)) > 1:
+            scores["pearson"] = float(pearsonr(self.predicted, self.true)[0])
+            scores["spearman"] = float(spearmanr(self.predicted, self.true)[0])
+        return scores
+
 
 NO_LABEL = "(no label)"
 _SINGLE, _SEVERAL, _QUANTITY = (

@@ -10,20 +10,27 @@ With p the teacher's probabilities and q the model's, both of scores divided by 
 Of the teacher's k likeliest tokens alone, all others are one outcome more, with the probability
 that is left: the distance of these k + 1 is at most that of the whole vocabulary, and 0 where that
 is 0. Without that outcome a model would be asked to give the k tokens all of its probability.
+
+Rows with what a teacher expects of them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from ftlevel.config.options.distillation import DistillationConfig
+from ftlevel.config.preference import DistillationConfig
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.sources.lines import Computed
 from ftlevel.task import TaughtObjective
 from ftlevel.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
 
 LEAST = -1e4
 """A log-probability is kept as no less, so that one of zero has a finite distance."""
@@ -130,3 +137,44 @@ def likeliest(
     else:
         ids = tempered.topk(count, dim=-1).indices
     return log_outcomes(tempered, ids, outcomes).clamp(min=LEAST), ids
+
+
+@dataclass(frozen=True)
+class TaughtRow(Encoded):
+    """A row with what a teacher expects.
+
+    Attributes:
+        taught: an array of `outcome_dtype`, one for each target that is predicted.
+    """
+
+    taught: Any = field(default=None, compare=False, metadata={"column": "json"})
+
+    @property
+    def branches(self) -> Sequence[Encoded]:
+        """The row itself; what the teacher expects is of the batch."""
+        return [Encoded(self.input_ids, self.labels, self.row, self.extras)]
+
+    @property
+    def teacher(self) -> np.ndarray | None:
+        """What the teacher expects."""
+        return self.taught
+
+
+class TaughtRows(Computed[Encoded]):
+    """Rows with what a teacher expects of them.
+
+    Args:
+        rows: of text.
+        kept: (targets,) of `outcome_dtype`, row after row.
+        begins: of each row, where its own begin; and behind the last, where they end.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], kept: np.ndarray, begins: Sequence[int]) -> None:
+        self.rows, self._kept, self._begins = rows, kept, begins
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _item(self, at: int) -> Encoded:
+        row, own = self.rows[at], slice(self._begins[at], self._begins[at + 1])
+        return TaughtRow(row.input_ids, row.labels, row.row, row.extras, self._kept[own])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.examples import PLAIN_TEXT, PlainText
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     from ftlevel.data.encoding.fit import Fitted
     from ftlevel.data.encoding.masking import MaskedRows
-    from ftlevel.data.prepare.context import EncodingContext, Prepared
-    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, Prepared
 
 _MASK = "[MASK]"
 

@@ -2,51 +2,106 @@
 
 A decoder goes on after a prompt, or learns all of a plain text; T5, mT5 and BART turn a source into
 a target.
+
+Scores of generated text against references.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
-from ftlevel.config.choices import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded, encode_causal, encode_seq2seq
-from ftlevel.data.encoding.prompts import (
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.encode import (
+    IGNORED,
+    Encoded,
     PromptFormat,
     chat_prompt_ids,
     choose_format,
+    encode_causal,
+    encode_seq2seq,
     prompt_ids,
 )
-from ftlevel.data.formats.advice import chosen_roles, write_flags
-from ftlevel.data.formats.asked import build_asked_turns, build_source
+from ftlevel.data.formats.columns import chosen_roles, write_flags
 from ftlevel.data.formats.detect import Build, Format, Shape, fits
 from ftlevel.data.formats.examples import (
     PLAIN_TEXT,
     Conversation,
     Pair,
+    build_asked_turns,
     build_conversation,
     build_pair,
+    build_source,
 )
 from ftlevel.data.formats.languages import choose_languages, find_language, language_columns
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller, Wanted
-from ftlevel.tasks.text_scores import (
-    ROUGES,
-    TRANSLATION_SCORES,
-    score_rouge,
-    score_translations,
-)
 from ftlevel.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import Fitted
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import Loaded
+
+
+ROUGES = ("rouge1", "rouge2", "rougeL")
+TRANSLATION_SCORES = ("chrf", "bleu")
+
+# Written without spaces between words, so BLEU's usual tokenizer would see one word a sentence.
+_BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "lo": "char", "km": "char"}
+
+
+def score_rouge(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    language: str = "",  # noqa: ARG001 - the signature of all scores
+) -> dict[str, float]:
+    """Return mean ROUGE-1, -2 and -L F1 between 0 and 1 (Lin, 2004), with Porter stemming."""
+    scores = [_rouge(r, p) for r, p in zip(references, predictions, strict=True)]
+    return {name: sum(s[name] for s in scores) / len(scores) for name in ROUGES}
+
+
+@functools.lru_cache(maxsize=100_000)  # resampling asks for the same pairs again and again
+def _rouge(reference: str, prediction: str) -> dict[str, float]:
+    scores = _rouge_scorer().score(reference, prediction)
+    return {name: scores[name].fmeasure for name in ROUGES}
+
+
+@functools.lru_cache(maxsize=1)
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(ROUGES), use_stemmer=True)
+
+
+def score_translations(
+    predictions: Sequence[str], references: Sequence[str], language: str = ""
+) -> dict[str, float]:
+    """Return chrF2 and BLEU of the whole set, between 0 and 100 as the field writes them.
+
+    Computed by sacrebleu (Post, 2018) with its defaults: chrF with n-grams of 6 characters and
+    beta 2 (Popović, 2015), BLEU-4 with exponential smoothing.
+
+    Args:
+        predictions: what the model wrote.
+        references: one for each.
+        language: ISO 639-1 code of the references, for BLEU's tokenizer; "" if unknown.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    bleu = BLEU(tokenize=_BLEU_TOKENIZERS.get(language))
+    hypotheses, expected = list(predictions), [list(references)]
+    return {
+        "chrf": CHRF().corpus_score(hypotheses, expected).score,
+        "bleu": bleu.corpus_score(hypotheses, expected).score,
+    }
+
 
 _SYSTEM = {"system": ("system", "system_prompt")}
 _ANSWERS = {"completion", "output", "messages", "conversations"}

@@ -16,8 +16,7 @@ from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.integrity import check_finite
-from ftlevel.models.strangers.errors import FROM_READERS
-from ftlevel.models.strangers.patterns import check_patterns
+from ftlevel.models.untrusted import FROM_READERS, check_patterns
 from ftlevel.trained.adapterhub import convert, is_adapterhub, read_hub_adapter
 from ftlevel.trained.vocabulary import check_new_rows, fit_vocabulary, why_other_vocabulary
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import write_json
-from ftlevel.artifacts.fingerprint import base_digest, file_fingerprint
+from ftlevel.artifacts.files import base_digest, file_fingerprint, write_json
 from ftlevel.artifacts.places import relative_place, resolve_relative
 from ftlevel.errors import InputError, with_article
 from ftlevel.models.kinds import model_kind

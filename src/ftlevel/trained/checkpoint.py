@@ -29,7 +29,7 @@ def whole_model(directory: Path) -> Path:
 
 @functools.cache
 def _together(directory: Path) -> Workspace:
-    from ftlevel.models.upstream.parts import put_together  # it imports torch.distributed
+    from ftlevel.models.upstream.shards import put_together  # it imports torch.distributed
 
     damage = find_damage(directory)
     if damage is not None:

@@ -7,15 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftlevel.artifacts.cards import AdapterCard
-from ftlevel.config.options.preference import NO_REFERENCE
-from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
-from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.config.preference import NO_REFERENCE
+from ftlevel.data.encoding.collate import choose_pad_token, pad_apart_from_eos
+from ftlevel.data.encoding.encode import PromptFormat
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.integrity import check_missing
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import label_overrides, load_config, load_model
-from ftlevel.models.quantization import build_quantization_config
-from ftlevel.models.quantized import check_loadable, read_quantization, stored_quantization
+from ftlevel.models.quantization import (
+    build_quantization_config,
+    check_loadable,
+    read_quantization,
+    stored_quantization,
+)
 from ftlevel.models.targets import find_heads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask

@@ -15,19 +15,18 @@ from shlex import quote
 from typing import Any, Literal
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
-from ftlevel.artifacts.files import check_regular
-from ftlevel.artifacts.fingerprint import base_digest, base_fingerprint
+from ftlevel.artifacts.files import base_digest, base_fingerprint, check_regular
 from ftlevel.artifacts.ownership import CHECKPOINTS
 from ftlevel.artifacts.places import resolve_relative
 from ftlevel.artifacts.run_directory import CONFIG, run_of
 from ftlevel.config.methods.lora import INSIDE_BASE
-from ftlevel.data.encoding.pad_token import choose_pad_token
-from ftlevel.data.encoding.prompts import PromptFormat, read_format
+from ftlevel.data.encoding.collate import choose_pad_token
+from ftlevel.data.encoding.encode import PromptFormat, read_format
 from ftlevel.errors import InputError, listing
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
-from ftlevel.models.quantized import (
+from ftlevel.models.quantization import (
     as_quant_config,
     quantization_facts,
     quantization_name,

@@ -10,33 +10,28 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ftlevel.artifacts.best_models import forget_unreachable
 from ftlevel.artifacts.cards import generate_command, write_readme
+from ftlevel.artifacts.checkpoints import forget_unreachable
 from ftlevel.artifacts.files import flush, flush_all
 from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.ownership import forget_adapter, mark_end
 from ftlevel.artifacts.places import relative_place
-from ftlevel.artifacts.report.answers import sum_up
-from ftlevel.artifacts.report.gather import RunFacts
+from ftlevel.artifacts.report.facts import RunFacts, sum_up
 from ftlevel.artifacts.report.page import write_page
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import IN_MEMORY, OutputConfig, TrainConfig
-from ftlevel.data.prepare.streamed_rows import StreamedRows
+from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import RunError
-from ftlevel.evaluation.intervals import interval
-from ftlevel.evaluation.metrics import keep_wanted
+from ftlevel.evaluation.intervals import interval, keep_wanted
 from ftlevel.evaluation.reference import KEPT
-from ftlevel.evaluation.row_lines import row_lines
-from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.evaluation.scoring import Evaluator, row_lines
 from ftlevel.events import Listener
 from ftlevel.methods import needs_import
-from ftlevel.models.quantized import stored_quantization
-from ftlevel.models.rope import write_former_rope
+from ftlevel.models.kinds import write_former_rope
+from ftlevel.models.quantization import stored_quantization
 from ftlevel.trained.adapt import finish_method, save_adapter
-from ftlevel.training.best import Kept
-from ftlevel.training.callbacks.keep_answers import KeepAnswers
-from ftlevel.training.callbacks.keep_best import KeepBest
-from ftlevel.training.callbacks.report import Report
+from ftlevel.training.best import KeepAnswers, KeepBest, Kept
+from ftlevel.training.callbacks.progress import Report
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan

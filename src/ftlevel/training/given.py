@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftlevel.artifacts.fingerprint import base_digest
+from ftlevel.artifacts.files import base_digest
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import QuantConfig, RowsInMemory, TrainConfig
-from ftlevel.config.choices import Choice
 from ftlevel.config.in_memory import name_rows
+from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.models.in_memory import place_model
 from ftlevel.training.plan.plan import Plan

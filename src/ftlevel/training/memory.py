@@ -7,24 +7,46 @@ s_i are its input, and M bytes of memory that are free for them. Nothing of this
 config: a_i is counted as the model computes a row, with the method and the fast step on it. The
 first blocks are recomputed, whose activations would be held the longest; of two stacks those of
 the encoder, whose tokens are the ones that are counted.
+
+Optimizer steps that do not fit into memory, made smaller without another result.
+
+Micro-batches get half as many tokens, as often as it takes; then activations are recomputed
+(gradient checkpointing). The rows of a step stay, and so its loss and gradient but for the order of
+sums and the random numbers of dropout. transformers' `auto_find_batch_size` changes the rows of a
+step, and begins the run anew with weights that were trained already.
+
+Out of memory: what is an error of it, and what a run can be told to do about it.
+
+How torch hands out a GPU's memory in a run: in segments that grow.
+
+Micro-batches of many lengths leave holes between segments of fixed size; torch's own answer is off
+by default.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import gc
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any
 
+import numpy as np
 import torch
+from packaging.version import Version
 from torch import nn
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.fast.head.loss import base_model
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.store import lengths_of
+from ftlevel.errors import RunError, is_out_of_memory
+from ftlevel.fast.head.likelihoods import base_model
 from ftlevel.fast.layers.fused_lora import skip_unneeded_products
+from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import autocast, free_memory_bytes
 from ftlevel.models.module_tree import find_stacks
 from ftlevel.models.upstream.fake import storage_of
@@ -209,3 +231,208 @@ def _told_of_blocks(blocks: Sequence[nn.Module]) -> Iterator[_Told]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class SmallerSteps:
+    """Make the steps of a trainer smaller from the one on that does not fit.
+
+    Args:
+        trainer: the `FtlevelTrainer` of the run, which has this.
+
+    Attributes:
+        done: what was done: the step, 0 for before the first, and the tokens of a micro-batch
+            since, or that gradients are checkpointed.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.done: list[dict[str, Any]] = []
+
+    def can(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether there is anything left to do; alone, as other processes are not asked."""
+        trainer = self._trainer
+        if trainer.args.world_size > 1 or trainer.fast is None:
+            return False
+        return _has_parts(inputs) or self._can_checkpoint()
+
+    def make(self, model: Any, rows: Sequence[Encoded], inputs: Mapping[str, Any]) -> Any:
+        """Return the inputs of a step of `rows` that did not fit, in smaller parts.
+
+        What the step has added to the gradient is undone, and its rows are counted once.
+
+        Args:
+            model: whose gradients are undone (mutated).
+            rows: of the step.
+            inputs: as they did not fit.
+        """
+        model.zero_grad()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        trainer, step = self._trainer, self._step()
+        where = f"at step {step}" if step else "before the first step"
+        if _has_parts(inputs):
+            tokens = self._halve()
+            self._note({"step": step, "tokens_per_micro_batch": tokens})
+            trainer.warn(
+                f"out of memory {where}: micro-batches have {tokens:,} tokens from now on, half "
+                "as many as before; the rows of a step are the same."
+            )
+        else:
+            self._checkpoint()
+            self._note({"step": step, "gradient_checkpointing": True})
+            trainer.warn(
+                f"out of memory {where}, with a row alone: activations are recomputed from now on "
+                "(--gradient-checkpointing), which takes longer; what is learned is the same."
+            )
+        return trainer.on_device(trainer.data_collator(rows))
+
+    def go_on(self, notes: Sequence[Mapping[str, Any]]) -> None:
+        """Do what was done before a checkpoint again.
+
+        Args:
+            notes: of the run, until it.
+        """
+        for note in notes:
+            if "tokens_per_micro_batch" in note:
+                self._halve()
+            elif "gradient_checkpointing" in note:
+                self._checkpoint()
+            else:
+                continue
+            self.done.append(dict(note))
+
+    def try_longest(self, rows: Sequence[Encoded], dtype: str) -> None:
+        """Compute the micro-batch of the longest rows forward and backward, and forget it.
+
+        Where memory is too small for it, the run is told before it begins, and not hours later.
+
+        Args:
+            rows: that are trained on.
+            dtype: compute precision's name.
+
+        Raises:
+            RuntimeError, MemoryError: of a library, where nothing makes it fit.
+        """
+        trainer = self._trainer
+        if trainer.args.world_size > 1 or trainer.fast is None:
+            return
+        count = trainer.args.train_batch_size
+        order = np.argsort(-lengths_of(rows), kind="stable")[:count]
+        longest = [rows[int(at)] for at in order]
+        model, workers = trainer.model, trainer.fast.plan.workers
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices), trainer.computing_alone(dtype):
+            inputs = trainer.on_device(trainer.data_collator(longest))
+            while True:
+                parts = sorted(inputs["micro_batches"], key=lambda p: -p["input_ids"].numel())
+                some = {**inputs, "micro_batches": [dict(part) for part in parts[:workers]]}
+                some.pop("rows")
+                try:
+                    trainer.compute_batch(model, some)
+                    break
+                except Exception as error:
+                    if not (is_out_of_memory(error) and self.can(inputs)):
+                        raise
+                inputs = self.make(model, longest, inputs)
+        model.zero_grad()
+        trainer.take_step_loss()
+
+    def _step(self) -> int:
+        trainer = self._trainer
+        return 0 if trainer.is_alone else trainer.state.global_step + 1
+
+    def _note(self, note: dict[str, Any]) -> None:
+        self.done.append(note)
+        self._trainer.note(note)
+
+    def _halve(self) -> int:
+        """Give micro-batches half as many tokens, and return how many that is."""
+        trainer = self._trainer
+        if trainer.fast is None or not isinstance(trainer.data_collator, StepCollator):
+            raise TypeError("only a fast step has micro-batches")
+        plan = trainer.fast.plan
+        trainer.fast.plan = replace(plan, tokens=trainer.data_collator.halve())
+        return trainer.fast.plan.tokens // plan.workers
+
+    def _can_checkpoint(self) -> bool:
+        base: Any = base_model(self._trainer.model)
+        supports = getattr(base, "supports_gradient_checkpointing", False)
+        fast = self._trainer.fast
+        # Parallel workers with dropout draw by a generator that a recomputation does not have.
+        is_random = fast is not None and fast.plan.workers > 1 and fast.plan.is_random
+        blocks = chain(*find_stacks(base))
+        are_all = all(getattr(block, "gradient_checkpointing", False) for block in blocks)
+        return supports and not are_all and not is_random
+
+    def _checkpoint(self) -> None:
+        trainer = self._trainer
+        if trainer.fast is None or not isinstance(trainer.data_collator, StepCollator):
+            raise TypeError("only a fast step is made smaller")
+        # A recomputation would find the prefix's layout gone, as `plan_fast` says.
+        trainer.fast.plan = replace(trainer.fast.plan, shared_prefix=False)
+        trainer.data_collator.share_no_prefix()
+        recompute_blocks(base_model(trainer.model))
+
+
+def _has_parts(inputs: Mapping[str, Any]) -> bool:
+    """Whether a micro-batch of the step has several rows."""
+    return bool(inputs.get("has_parts"))
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(config: TrainConfig, plan: Plan) -> Iterator[None]:
+    """Turn what a library raises for want of memory into a line that says what takes less.
+
+    Raises:
+        RunError: instead of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        text = str(error).strip().split("\n")[0] or type(error).__name__
+        raise RunError(f"out of memory: {text[:200]}. {_advice(config, plan)}") from error
+
+
+def _advice(config: TrainConfig, plan: Plan) -> str:
+    """Return what is not done yet and takes less memory, the mildest first."""
+    train, rows = config.train, config.train.per_device_train_batch_size
+    ways = []
+    if rows > 1:
+        more = train.gradient_accumulation_steps * 2
+        ways.append(
+            f"--per-device-train-batch-size {rows // 2} --gradient-accumulation-steps {more} "
+            "(the same steps)"
+        )
+    if not train.recomputes:
+        ways.append("--gradient-checkpointing")
+    if config.quant.kind == "none" and not config.method.quant_problems(
+        config.quant.model_copy(update={"kind": "4bit"})
+    ):
+        ways.append("--quant 4bit")
+    if plan.data.max_length:
+        ways.append(f"a --max-length below {plan.data.max_length:,}")
+    ways.append("a smaller --model")
+    return f"What takes less: {'; '.join(ways)}."
+
+
+SETTING = "expandable_segments:True"
+OLD_NAME, NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+
+_NEW_SINCE = Version("2.11")
+"""torch 2.9.1 warns of the old name and reads nothing of this from the new one
+(https://github.com/pytorch/pytorch/issues/183387)."""
+
+
+def use_expandable_segments(device: str) -> None:
+    """Set it for this process before the first tensor is on the GPU; what the user set stays.
+
+    Args:
+        device: torch device type.
+    """
+    if device != "cuda" or any(name in os.environ for name in (OLD_NAME, NAME)):
+        return
+    has_new = Version(torch.__version__) >= _NEW_SINCE
+    os.environ[NAME if has_new else OLD_NAME] = SETTING

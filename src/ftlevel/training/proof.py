@@ -27,9 +27,8 @@ from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.shards import own_part
 from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import add_adapter, load_adapter
-from ftlevel.training.callbacks.gradient_proof import GradientProof
-from ftlevel.training.digest import Digest, base_name, digest, digest_tensors
-from ftlevel.training.model import Adapted, load_base
+from ftlevel.training.callbacks.gradients import GradientProof
+from ftlevel.training.model import Adapted, Digest, base_name, digest, digest_tensors, load_base
 from ftlevel.training.plan.plan import Plan
 
 PROBE_ROWS = 4

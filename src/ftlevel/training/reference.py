@@ -4,11 +4,28 @@ It is the model at step 0, with whatever adapter it begins with, and nothing dro
 rewrites the base (PiSSA, OLoRA, LoftQ) the base without its adapter is another model, and where the
 run goes on from an adapter that is what must not be left. It is computed once, by the packed rows
 of the fast step, and kept under a digest of all that decides it; so no second model is ever loaded.
+
+What models say of rows, on disk, under a digest of all that decides it.
+
+The reference of preferences that another run, adapter or model is: asked, and let go.
+
+It goes through the rows before the weights of the run load, so that no two models are in memory.
+
+What models say of the rows before the first step, computed once and kept.
+
+`fill` asks the model as it begins, which preferences are held against; `another` asks a model that
+is not trained in its place, and `teacher` one whose predictions are learned. `beside` finds these
+two before weights load, `asked` is the order of it all, and `kept` is the file in which answers lie
+between runs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,25 +34,143 @@ from typing import Any
 import numpy as np
 import torch
 
+from ftlevel.artifacts.files import base_digest
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.prepare.dataset import cache_root, file_digest, is_writable
 from ftlevel.evaluation.likelihoods import measure_likelihoods
 from ftlevel.events import Listener
 from ftlevel.fast.head.likelihoods import measure_answers
-from ftlevel.fast.packing.layout import using_layout
+from ftlevel.fast.packing import using_layout
+from ftlevel.fast.plan import plan_forward
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import autocast
+from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.task import LikelihoodObjective
 from ftlevel.trained.adapt import save_adapter
-from ftlevel.training.arguments import build_evaluator
-from ftlevel.training.model import Adapted
+from ftlevel.trained.another import Another
+from ftlevel.trained.load import load_found
+from ftlevel.training.build_trainer import build_evaluator
+from ftlevel.training.model import Adapted, speed_up
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.reference.kept import digest_start, read_or_fill
 from ftlevel.workspace import Workspace
+
+
+def read_or_fill(
+    config: TrainConfig, start: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
+) -> tuple[np.ndarray, bool]:
+    """Return (rows, 2) as `fill` writes it, and whether all of it was kept from before.
+
+    A file that a run was killed in is gone on with. Of several processes one computes.
+    """
+    path = place_of(config, "reference", start, rows)
+    array, was_whole = open_or_fill(path, (len(rows), 2), np.dtype(np.float32), fill)
+    return np.array(array), was_whole
+
+
+def open_or_fill(
+    path: Path | None, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]
+) -> tuple[np.ndarray, bool]:
+    """Return the array in the file at `path` as `fill` writes it, and whether it was whole before.
+
+    Args:
+        path: None where nothing may be kept: the array is in memory.
+        shape: of the array.
+        dtype: of an item; a record's first field holds its numbers.
+        fill: writes what is missing of it, of each row the first number last.
+    """
+    from filelock import FileLock
+
+    if path is None:
+        into = np.empty(shape, dtype=dtype)
+        numbers_of(into)[:] = np.nan
+        fill(into)
+        return into, False
+    with FileLock(path.with_suffix(".lock")):
+        into = _open(path, shape, dtype)
+        missing = bool(is_missing(into).any())
+        if missing:
+            fill(into)
+            into.flush()
+        return into, not missing
+
+
+def numbers_of(array: np.ndarray) -> np.ndarray:
+    """Return what of `array` is NaN until it is filled."""
+    names = array.dtype.names
+    found: np.ndarray = array[names[0]] if names else array
+    return found
+
+
+def is_missing(array: np.ndarray) -> np.ndarray:
+    """Return whether each item of `array`, along its first axis, is still to be filled."""
+    numbers = numbers_of(array)
+    found: np.ndarray = np.isnan(numbers if array.dtype.names is None else numbers[..., 0])
+    return found
+
+
+def place_of(config: TrainConfig, kind: str, start: str, rows: Sequence[Encoded]) -> Path | None:
+    """Return the file of these rows and this start; None where nothing may be kept.
+
+    Args:
+        config: the whole configuration.
+        kind: of what is kept.
+        start: all else that decides it.
+        rows: what it is of.
+    """
+    if not config.data.cache or not is_writable():
+        return None
+    digest = hashlib.sha256(start.encode())
+    for row in rows:
+        for part in (*row.branches, *row.contrasts):
+            digest.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
+            digest.update(np.array(part.labels, np.int32).tobytes() + b";")
+    return cache_root() / f"{kind}-{digest.hexdigest()[:40]}.npy"
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
+    """Map the file at `path`, or a new one without numbers."""
+    if path.exists():
+        with contextlib.suppress(ValueError, OSError):
+            known = np.lib.format.open_memmap(path, mode="r+")
+            if known.shape == shape and known.dtype == dtype:
+                path.touch()
+                return known
+    fresh = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    numbers_of(fresh)[:] = np.nan
+    fresh.flush()
+    return fresh
+
+
+def digest_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> str:
+    """Return a digest of all that decides what the model says of a row as it begins."""
+    model, fast = plan.model, adapted.fast.plan if adapted.fast is not None else plan.fast
+    place = model.source.path
+    digest = hashlib.sha256()
+    for name, tensor in sorted(adapted.model.named_parameters()):
+        if tensor.requires_grad or place is None:
+            digest.update(name.encode())
+            for part in inner_tensors(tensor) or (tensor,):
+                digest.update(part.detach().float().cpu().numpy().tobytes())
+    decides = {
+        "base": place and (base_digest(place) if place.is_dir() else file_digest(place)),
+        "name": [model.source.name, model.auto_class],
+        "start": digest.hexdigest(),
+        "method": config.method.model_dump(mode="json"),
+        "quant": model.quant.model_dump(mode="json"),
+        "precision": [model.device, model.dtype, config.model.attn_implementation],
+        "path": [fast.enabled, fast.packs, fast.chunked_cross_entropy, fast.prefix_tree,
+                 fast.tokens],
+        "weighting": [config.preference.loss, config.preference.ld_alpha]
+        if config.preference.loss == "ld-dpo" else [],
+        "versions": torch.__version__,
+    }  # fmt: skip
+    return json.dumps(decides, sort_keys=True, default=str)
+
 
 AT_ONCE = 64
 """Rows that are cut into micro-batches together."""
@@ -238,3 +373,63 @@ def micro_batches(
     collate = Collator(pad_id)
     for index, row in enumerate(rows):
         yield [index], collate([row])
+
+
+def ask_reference(
+    config: TrainConfig, plan: Plan, listener: Listener
+) -> tuple[Plan, Reference | None]:
+    """Return the plan with rows that know what another model says of them, where one is named.
+
+    Args:
+        config: the whole configuration.
+        plan: of the run.
+        listener: told of it.
+    """
+    another = plan.beside.reference
+    if another is None or not needs_reference(plan):
+        return plan, None
+    listener.stage("ask the reference")
+    preference = config.preference
+    weighting = preference.ld_alpha if preference.loss == "ld-dpo" else None
+    cut = [plan.fast.prefix_tree, plan.fast.tokens]  # as the policy's rows, rounded alike
+    key = json.dumps([describe_asking(another, plan), cut, weighting])
+    with contextlib.ExitStack() as held:
+        ask = functools.cache(lambda: held.enter_context(loaded(another, plan, listener)))
+        plan, facts = fill_rows(config, plan, another.name, key, ask, listener)
+    kept = Workspace("reference")
+    beside = (config.output.dir or Path("runs/run")) / "adapter"
+    another.write(Path(kept.name), beside)
+    return plan, Reference({**facts, "fingerprint": another.fingerprint}, kept)
+
+
+def describe_asking(another: Another, plan: Plan) -> dict[str, object]:
+    """Return all that decides what `another` says of a row."""
+    fast = plan.fast
+    return {
+        "model": another.fingerprint,
+        "precision": [plan.model.device, plan.model.dtype],
+        "packs": fast.enabled and fast.packs,
+        "versions": torch.__version__,
+    }
+
+
+@contextlib.contextmanager
+def loaded(another: Another, plan: Plan, listener: Listener) -> Iterator[tuple[Plan, Adapted]]:
+    """Give the plan by which `another` computes the rows of `plan`, and its model, in the block."""
+    trained = load_found(another.found, plan.model.device)
+    forward = plan_forward(
+        trained.model, trained.kind, trained.method, plan.objective, plan.fast.tokens
+    )
+    forward = replace(forward, enabled=plan.fast.enabled,
+                      prefix_tree=forward.packs and plan.fast.prefix_tree)  # fmt: skip
+    asking = replace(plan, fast=forward, model=replace(plan.model, dtype=trained.dtype))
+    fast = speed_up(trained.model, asking, listener)
+    try:
+        yield asking, Adapted(trained.model, {}, fast, {})
+    finally:
+        if fast is not None:
+            fast.remove()
+        del trained, fast
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

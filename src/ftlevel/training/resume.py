@@ -1,36 +1,43 @@
-"""Begin a run, or go on with one: only with the same one, and from a checkpoint that is whole."""
+"""Begin a run, or go on with one: only with the same one, and from a checkpoint that is whole.
+
+What an interrupted run says: what was kept, and how to go on.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts import checkpoints
-from ftlevel.artifacts.best_models import forget_later
-from ftlevel.artifacts.checkpoints import step_of
+from ftlevel.artifacts.checkpoints import forget_later, step_of
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.ownership import mark_going_on
 from ftlevel.artifacts.places import write_places
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
-from ftlevel.data.encoding.chat_templates import choose_chat_template
-from ftlevel.data.encoding.pad_token import choose_pad_token
-from ftlevel.errors import ConfigError, did_you_mean, listing
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.chat import choose_chat_template
+from ftlevel.data.encoding.collate import choose_pad_token
+from ftlevel.errors import ConfigError, Interrupted, did_you_mean, listing
 from ftlevel.events import Listener
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.given import Taken
-from ftlevel.training.going_on.file_digests import BASE, ROWS, FileDigests, digests_of
-from ftlevel.training.going_on.identity import describe_tokenizer
-from ftlevel.training.going_on.origin import (
+from ftlevel.training.origin import (
+    BASE,
     PROMPT,
+    ROWS,
+    FileDigests,
     check_same_run,
+    describe_tokenizer,
+    digests_of,
     read_origin,
     read_origin_file,
 )
@@ -372,3 +379,67 @@ def find_checkpoint(run: RunDirectory, listener: Listener) -> Path | None:
         )
     listener.warn(f"--resume {run.path}: it has no whole checkpoint, so the run begins anew")
     return None
+
+
+def describe_stop(run: RunDirectory, state: Any) -> str:
+    """Say what a run that was stopped after a step has.
+
+    Args:
+        run: its directory.
+        state: Trainer's, whose step has a checkpoint.
+    """
+    is_longer = run.adapter.exists()
+    adapter = "the adapter is of its former end" if is_longer else "there is no adapter yet"
+    return (
+        f"interrupted after step {state.global_step:,} of {state.max_steps:,}; "
+        f"{run.checkpoints / f'checkpoint-{state.global_step}'} is kept, and {adapter}. "
+        f"{_go_on(run)}"
+    )
+
+
+def describe_end(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> str:
+    """Say that a run is finished, and what would make it longer.
+
+    Args:
+        run: its directory.
+        config: the whole configuration.
+        summary: what summary.json holds.
+    """
+    steps, best = summary["steps"], summary.get("best") or {}
+    planned, train = summary.get("planned_steps", steps), config.train
+    length = (
+        f"--max-steps {2 * planned}"
+        if train.max_steps
+        else f"--num-train-epochs {2 * train.num_train_epochs:g}"
+    )
+    early = " (it stopped early)" if best.get("stopped_early") else ""
+    newest, _ = checkpoints.newest_whole(run.checkpoints)
+    more = (
+        f"A longer run goes on from there: --resume {length}."
+        if newest
+        else f"To train on from its adapter: --adapter {quote(str(run.path))}, and another "
+        "--output-dir."
+    )
+    return (
+        f"{run.path} is finished: {steps:,} of {planned:,} steps{early}, and nothing is "
+        f"left to train. {more}"
+    )
+
+
+@contextlib.contextmanager
+def telling_what_is_kept(run: RunDirectory) -> Iterator[None]:
+    """Say what the run has when Ctrl-C ends the block at once, in the middle of a step or a save.
+
+    Raises:
+        Interrupted: instead of KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        whole, _ = checkpoints.newest_whole(run.checkpoints)
+        kept = f"{whole} is kept. {_go_on(run)}" if whole else "there was no checkpoint yet."
+        raise Interrupted(f"interrupted at once; {kept}") from None
+
+
+def _go_on(run: RunDirectory) -> str:
+    return f"Go on with: ftlevel train --output-dir {quote(str(run.path))} --resume"

@@ -1,4 +1,21 @@
-"""The Trainer of a model of which each process holds a part."""
+"""The Trainer of a model of which each process holds a part.
+
+Proof that what was saved is what was trained, where no process has the whole model.
+
+Nothing is gathered: each process compares its part of the base with what it was, and what is whole
+in every process with the file that the first one wrote.
+
+What cannot be shared out over processes, said before weights load.
+
+A model that the processes of a run share: its Trainer, its proof, and what cannot be shared.
+
+`training.memory.shards` shares it out by torch's FSDP2, block by block. accelerate's plugin for it
+is not used: it shards what is trained together with the base, in one precision, and prepares the
+model anew. Here the few tensors that a method trains stay whole in every process, so that
+optimizer, clipping, checkpoints and the saved adapter are those of one process.
+
+May import what `training` may; of `training` only `commands` and `build_trainer` import it.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +26,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.config import TrainConfig
 from ftlevel.config.methods import MethodConfig
+from ftlevel.errors import ConfigError, RunError
+from ftlevel.methods import METHODS
 from ftlevel.models.hardware import free_memory_bytes
-from ftlevel.models.upstream.parts import (
+from ftlevel.models.upstream.libraries import leave_sharded
+from ftlevel.models.upstream.shards import (
     PartsWriter,
+    own_part,
+    part_of,
     parts_of_state,
     read_parts,
     read_state,
+    whole,
     write_parts,
 )
-from ftlevel.models.upstream.shards import own_part, whole
-from ftlevel.models.upstream.trainer import leave_sharded
-from ftlevel.trained.adapt import finish_method
-from ftlevel.training.memory.shards import gather, trained
+from ftlevel.task import LikelihoodObjective
+from ftlevel.trained.adapt import begin_from, finish_method
+from ftlevel.training.callbacks.gradients import GradientProof
 from ftlevel.training.model import Adapted
+from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
+from ftlevel.training.proof import (
+    Probe,
+    Proof,
+    bound_of,
+    build_probe,
+    check_differences,
+    compare_frozen,
+    describe_proof,
+    disabled_adapter,
+)
+from ftlevel.training.shards import gather, trained
 from ftlevel.training.trainer import FtlevelTrainer
 
 _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"
@@ -209,3 +246,175 @@ def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
         end = start + gradient.numel()
         gradient.copy_(together[start:end].view_as(gradient))
         start = end
+
+
+def probe_untrained(adapted: Adapted, plan: Plan) -> torch.Tensor | None:
+    """Return the logits of a model before it is trained itself; None where an adapter is.
+
+    Args:
+        adapted: sharded; all processes must ask together.
+        plan: of the run.
+    """
+    if hasattr(adapted.model, "peft_config"):
+        return None
+    return build_probe(plan).logits(adapted.model)
+
+
+def prove_sharded(
+    adapted: Adapted,
+    plan: Plan,
+    run: RunDirectory,
+    gradients: GradientProof,
+    processes: Processes,
+    untrained: torch.Tensor | None,
+) -> Proof:
+    """Compare what `run` has saved with the model of `adapted`, as it was trained.
+
+    Args:
+        adapted: sharded; all processes must ask together.
+        plan: of the run.
+        run: its directory.
+        gradients: what was seen of them.
+        processes: those of the run.
+        untrained: what `probe_untrained` gave.
+
+    Raises:
+        RunError: in all processes, where one has found that it is not.
+    """
+    probe, model = build_probe(plan), adapted.model
+    frozen = processes.in_all(lambda: compare_frozen(model, adapted.digests))
+    after = probe.logits(model)
+    if untrained is None:
+        with disabled_adapter(model):
+            untrained = probe.logits(model)
+        difference = float((_reloaded(model, run.adapter, probe, processes) - after).abs().max())
+    else:
+        difference = processes.in_all(lambda: compare_weights(model, run.adapter))
+    effect = float((after - untrained).abs().max())
+    bound = bound_of(after, probe)
+    processes.in_all(lambda: check_differences(run.adapter, difference, effect, bound))
+    return describe_proof((frozen, difference, effect), probe, gradients)
+
+
+def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -> torch.Tensor:
+    """Return the logits of `model` with what was saved in place of what was trained.
+
+    A second adapter beside the trained one would be made from a base that is not whole.
+    """
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.zero_()
+        processes.in_all(lambda: begin_from(model, directory))
+        try:
+            return probe.logits(model)
+        finally:
+            for name, parameter in model.named_parameters():
+                if name in trained:
+                    parameter.copy_(trained[name])
+
+
+def compare_weights(model: Any, directory: Path) -> float:
+    """Return the largest difference between this process's part of `model` and what was saved.
+
+    Args:
+        model: sharded, of `--method full`.
+        directory: the saved model.
+
+    Raises:
+        RunError: tensors are missing.
+    """
+    own = model.state_dict(keep_vars=True)
+    difference, seen = 0.0, set()
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - it is no dict
+                part = part_of(stored.get_tensor(name), own[name])
+                apart = (own_part(own[name]).detach().cpu() - part).abs()
+                difference = max(difference, float(apart.max()) if apart.numel() else 0.0)
+                seen.add(id(own[name]))
+    missing = [name for name, tensor in own.items() if id(tensor) not in seen]
+    if missing:
+        raise RunError(f"{directory} lacks {missing[0]}, which was trained.")
+    return difference
+
+
+def check_can_shard(config: TrainConfig, plan: Plan, count: int) -> None:
+    """Refuse `--shard` where the run could not be what was asked for.
+
+    Args:
+        config: the whole configuration.
+        plan: its plan.
+        count: of processes; None where it is not known yet.
+
+    Raises:
+        ConfigError: naming each reason.
+    """
+    if config.train.shard == "none":
+        return
+    asked, method, problems = f"--shard {config.train.shard}", config.method, []
+    kind = METHODS[method.kind]
+    if count == 1:
+        problems.append(
+            f"{asked}: one process has the whole model. Start several: --num-processes N, or a "
+            "launcher such as torchrun."
+        )
+    if kind.start is not None and kind.start.rewrites_base(method):
+        problems.append(
+            f"{asked} cannot be used with a start that is taken out of the base's weights, which "
+            "no process has whole when the adapter is saved. Use the default start."
+        )
+    if kind.why_not_continued:
+        problems.append(
+            f"{asked} cannot be used with --method {method.kind} yet: what it saves has other "
+            "shapes than what it trains, and is proven on a whole base. Use --method lora."
+        )
+    if plan.model.quant.kind not in ("none", "4bit"):
+        problems.append(
+            f"{asked} cannot be used with --quant {plan.model.quant.kind}, whose weights cannot be "
+            "cut by rows alone. Use --quant 4bit, or none."
+        )
+    if isinstance(plan.objective, LikelihoodObjective):
+        problems.append(
+            f"{asked} cannot be used with --task preference yet: a reference that one process has "
+            "kept and another has not would leave them waiting for one another. Use --shard none."
+        )
+    if config.distillation.teacher is not None:
+        problems.append(
+            f"{asked} cannot be used with --teacher yet, which every process would hold whole. Use "
+            "--shard none."
+        )
+    if kind.build is None:
+        problems += _problems_of_full(config, plan, asked)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _problems_of_full(config: TrainConfig, plan: Plan, asked: str) -> list[str]:
+    """Return what cannot be had where the trained weights themselves are shared out."""
+    problems = []
+    if plan.model.dtype == "float16":
+        problems.append(
+            f"{asked} cannot be used with --method full and --dtype float16: a scale would be "
+            "halved where one process overflows, and not in the others. Use --dtype bfloat16."
+        )
+    if plan.best is not None and plan.best.loads:
+        best = "--load-best-model-at-end"
+        if not config.train.load_best_model_at_end:
+            best = f"--metric-for-best-model {config.train.metric_for_best_model}"
+        problems.append(
+            f"{asked} cannot be used with --method full and {best}: each process holds a part of "
+            f"the trained weights, and only the last model is kept. Drop {best}, or use --shard "
+            "none."
+        )
+    if config.speed.verify:
+        problems.append(
+            f"{asked} cannot compare the fast step of --method full with the plain one, whose "
+            "gradients no process has whole. Drop --verify-fast, or use --shard none."
+        )
+    if config.train.on_nonfinite == "rollback":
+        problems.append(
+            f"{asked} cannot be used with --method full and --on-nonfinite rollback. Use skip."
+        )
+    return problems

@@ -17,11 +17,10 @@ from torch.distributed.fsdp import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from ftlevel.fast.head.loss import base_model
+from ftlevel.fast.head.likelihoods import base_model
 from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.upstream.quantizers import carry_quant_states
-from ftlevel.models.upstream.shards import whole
-from ftlevel.models.upstream.slices import Slices
+from ftlevel.models.upstream.shards import Slices, whole
 
 _MATRIX = 2  # dimensions
 

@@ -13,17 +13,16 @@ from typing import Any
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import AdapterCard, library_versions
-from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.artifacts.places import absolute_places
 from ftlevel.config import TrainConfig
-from ftlevel.data.prepare.streamed_rows import StreamedRows
+from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
-from ftlevel.models.quantized import quantization_facts, stored_quantization
+from ftlevel.models.quantization import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
-from ftlevel.training.best import Kept
-from ftlevel.training.callbacks.keep_answers import KeepAnswers
+from ftlevel.training.best import KeepAnswers, Kept
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.trainable import count_parameters
 from ftlevel.training.proof import Proof

@@ -1,6 +1,10 @@
 """What a teacher expects of the training rows: asked before the run's weights load, and kept.
 
 Of each target its likeliest tokens are on disk, or all of them; a step reads those of its rows.
+
+All that models say of the rows before the first step, in the order in which memory allows it.
+
+The models that a run asks before its first step and does not train, found before any loads.
 """
 
 from __future__ import annotations
@@ -17,24 +21,34 @@ import numpy as np
 import torch
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
-from ftlevel.config.options.distillation import DistillationConfig
+from ftlevel.config.preference import DistillationConfig
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.events import Listener
 from ftlevel.fast.head.cross_entropy import Observe
 from ftlevel.fast.head.likelihoods import as_called
-from ftlevel.fast.packing.layout import using_layout
+from ftlevel.fast.packing import using_layout
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
 from ftlevel.task import TokenObjective
-from ftlevel.tasks.distillation.objective import likeliest, outcome_dtype
-from ftlevel.tasks.distillation.rows import TaughtRows
-from ftlevel.training.model import Adapted
-from ftlevel.training.plan.plan import Plan
-from ftlevel.training.reference.another import describe_asking, loaded
-from ftlevel.training.reference.fill import AT_ONCE, micro_batches
-from ftlevel.training.reference.kept import is_missing, open_or_fill, place_of
+from ftlevel.tasks.distillation import TaughtRows, likeliest, outcome_dtype
+from ftlevel.trained.another import Another, find_another
+from ftlevel.training.model import Adapted, load_adapted
+from ftlevel.training.plan.plan import Beside, Plan, PlannedModel
+from ftlevel.training.reference import (
+    AT_ONCE,
+    Reference,
+    ask_reference,
+    describe_asking,
+    describe_first_loss,
+    fill_reference,
+    is_missing,
+    loaded,
+    micro_batches,
+    open_or_fill,
+    place_of,
+)
 
 
 @dataclass(frozen=True)
@@ -185,3 +199,80 @@ def _show_scores(
         return
     scores = objective.logits(adapted.model(**inputs)).flatten(0, 1)
     show(scores.index_select(0, at), targets)
+
+
+@dataclass(frozen=True)
+class OthersSaid:
+    """What was asked.
+
+    Attributes:
+        reference: what preferences are held against; None where they are not, or nothing is.
+        expected: what a teacher expects; None where there is none.
+    """
+
+    reference: Reference | None
+    expected: Expected | None
+
+    @property
+    def start(self) -> Any:
+        """A temporary directory with what is to be kept of the reference; None for nothing."""
+        return self.reference.start if self.reference is not None else None
+
+    def describe(
+        self, config: TrainConfig, plan: Plan, records: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Return what summary.json says of it, and why the first loss is another than it had to be.
+
+        Args:
+            config: the whole configuration.
+            plan: of the run.
+            records: what was logged.
+        """
+        facts, notes = dict[str, Any](), list[str]()
+        if self.reference is not None:
+            facts["reference"], notes = describe_first_loss(self.reference, config, plan, records)
+        if self.expected is not None:
+            facts["distillation"] = dict(self.expected.facts)
+        return facts, notes
+
+
+def ask_and_load(
+    config: TrainConfig, plan: Plan, listener: Listener
+) -> tuple[Plan, Adapted, OthersSaid]:
+    """Return the plan with rows that know what was asked, the model that is trained, and the facts.
+
+    Other models are asked before it loads, and are gone then.
+    """
+    plan, reference = ask_reference(config, plan, listener)
+    expected = ask_teacher(config, plan, listener)
+    listener.stage("load the model")
+    adapted = load_adapted(config, plan, listener)
+    if reference is None:
+        plan, reference = fill_reference(config, plan, adapted, listener)
+    plan = expected.put_into(plan) if expected is not None else plan
+    return plan, adapted, OthersSaid(reference, expected)
+
+
+def find_beside(config: TrainConfig, model: PlannedModel) -> Beside:
+    """Return the models that `config` names beside the one that is trained.
+
+    Raises:
+        ConfigError: one is what the run would write over.
+        InputError: one is not there, or cannot be asked about the rows.
+    """
+    return Beside(
+        reference=_find(config, model, "--reference", config.preference.other_reference),
+        teacher=_find(config, model, "--teacher", config.distillation.teacher),
+    )
+
+
+def _find(config: TrainConfig, model: PlannedModel, flag: str, name: str | None) -> Another | None:
+    if name is None:
+        return None
+    path, out = Path(name).expanduser(), config.output.dir
+    if out is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(
+            f"--output-dir {out} holds {flag} {name}, which stays as it is. Name another directory."
+        )
+    found = find_another(flag, name, model.kind, model.tokenizer, model.device)
+    return found.in_precision(model.dtype)

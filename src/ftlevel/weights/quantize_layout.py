@@ -17,7 +17,7 @@ import torch
 from ftlevel.models.kinds import TASK_CLASSES
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, linear_size
-from ftlevel.models.torchao_format import is_torchao, torchao_bytes
+from ftlevel.models.quantization import is_torchao, torchao_bytes
 from ftlevel.models.upstream.architectures import model_classes, modules_in_float32
 from ftlevel.models.upstream.conversions import Naming
 from ftlevel.models.upstream.quantizers import replaced_linears, torchao_linears

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.claim import check_unclaimed, claimed
-from ftlevel.artifacts.run_directory import check_output, open_run
+from ftlevel.artifacts.run_directory import check_output, check_unclaimed, claimed, open_run
 from ftlevel.errors import ConfigError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from ftlevel.artifacts.claim import claimed
+from ftlevel.artifacts.run_directory import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ftlevel.artifacts.modelfile import chat_template, literal, write_modelfile
+from ftlevel.merging.formats.ollama import chat_template, literal, write_modelfile
 
 CHATML = {
     "system": ("<|im_start|>system\n", "<|im_end|>\n"),

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ftlevel.artifacts import best_models, checkpoints, ownership
+from ftlevel.artifacts import checkpoints, ownership
 from ftlevel.artifacts.files import read_plain
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
-from ftlevel.data.encoding.chat_templates import choose_chat_template
+from ftlevel.data.encoding.chat import choose_chat_template
 from ftlevel.errors import ConfigError, InputError
 
 
@@ -342,8 +342,8 @@ def test_best_models_that_no_run_certified_stay(tmp_path: Path) -> None:
         (to / "trained.safetensors").write_text("ours")
 
     for step in (2, 3, 4):
-        best_models.write_best(tmp_path, step, write)
-    best_models.forget_later(tmp_path, 0)
+        checkpoints.write_best(tmp_path, step, write)
+    checkpoints.forget_later(tmp_path, 0)
     assert sorted(tree(tmp_path)) == ["best-1/mine", "best-3-kept/mine", "best-9/mine"]
 
 

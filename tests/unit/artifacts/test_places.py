@@ -100,7 +100,7 @@ def test_of_two_models_the_one_with_the_weights_is_taken(project: Path, tmp_path
     import torch
     from safetensors.torch import save_file
 
-    from ftlevel.artifacts.fingerprint import base_fingerprint
+    from ftlevel.artifacts.files import base_fingerprint
 
     (project / "model").mkdir()
     save_file({"a": torch.ones(2)}, project / "model/model.safetensors")

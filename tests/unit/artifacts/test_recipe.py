@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.recipe import describe_recipe
+from ftlevel.artifacts.run_directory import describe_recipe
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 
-from ftlevel.artifacts.report.answers import sum_up
-from ftlevel.artifacts.report.curves import MOST_POINTS, draw_charts, thin
-from ftlevel.artifacts.report.gather import RunFacts, read_run_facts
-from ftlevel.artifacts.report.page import render_page
+from ftlevel.artifacts.report.facts import RunFacts, read_run_facts, sum_up
+from ftlevel.artifacts.report.page import MOST_POINTS, draw_charts, render_page, thin
 from ftlevel.cli.app import run
 from ftlevel.errors import InputError
 

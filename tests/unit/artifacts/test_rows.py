@@ -12,9 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from ftlevel.artifacts.rows.formats import check_row_file, row_file_type, write_rows
-from ftlevel.artifacts.rows.parquet_file import ParquetFile
-from ftlevel.artifacts.rows.sinks import RowColumns, RowFile, partial_of
+from ftlevel.artifacts.row_files import ParquetFile, check_row_file, row_file_type, write_rows
+from ftlevel.artifacts.row_sinks import RowColumns, RowFile, partial_of
 from ftlevel.errors import ConfigError, InputError
 
 ROWS = [

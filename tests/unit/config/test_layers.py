@@ -9,7 +9,7 @@ import pytest
 
 from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe, read_settings
 from ftlevel.config.flags import FLAGS, recipe_hint
-from ftlevel.config.reading.renamed import RENAMED
+from ftlevel.config.reading import RENAMED
 from ftlevel.errors import ConfigError
 
 

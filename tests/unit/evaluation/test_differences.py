@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ftlevel.evaluation.differences import Scores, differ
+from ftlevel.evaluation.intervals import Scores, differ
 
 
 def bootstrapped(rows: np.ndarray, count: int = 2000) -> np.ndarray:

@@ -9,11 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from ftlevel.artifacts.merge_card import how_near
+from ftlevel.artifacts.cards import how_near
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.evaluation.two_models.compare import compare_rows
-from ftlevel.evaluation.two_models.float32 import in_float32
-from ftlevel.evaluation.two_models.on_rows import MOST_TARGETS, Probe, Scores
+from ftlevel.evaluation.model_pair import in_float32
+from ftlevel.evaluation.two_models import MOST_TARGETS, Probe, Scores, compare_rows
 from ftlevel.tasks.classes import Classes, MultiLabel
 from ftlevel.tasks.span import Spans
 from ftlevel.tasks.tags import Tags

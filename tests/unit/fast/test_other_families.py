@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 import tiny_models
 from ftlevel.config import SPECS, QuantConfig, TrainConfig
 from ftlevel.errors import ConfigError
-from ftlevel.fast.layers.fused_lora.function import FusedLoraFunction
-from ftlevel.fast.plan.fast_plan import FastPlan, plan_fast
+from ftlevel.fast.layers.fused_lora import FusedLoraFunction
+from ftlevel.fast.plan import FastPlan, plan_fast
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import Base
 from ftlevel.models.hardware import choose_dtype
@@ -23,7 +23,7 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.targets import resolve_targets
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.method_targets import find_method_targets
+from ftlevel.training.plan.method import find_method_targets
 from unit.fast.test_step import OBJECTIVES, assert_same_step, both, rows_of
 
 VOCAB = tiny_models.VOCAB

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from ftlevel.fast.packing.layout import PackedLayout, current_layout, using_layout
+from ftlevel.fast.packing import PackedLayout, current_layout, using_layout
 from ftlevel.fast.parallel_workers import ParallelWorkers, duration, makespan
 
 

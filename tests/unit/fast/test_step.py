@@ -20,10 +20,9 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast import step_collator
 from ftlevel.fast.attention import packed as attention
-from ftlevel.fast.layers.dropout import GeneratorDropout, using_generator
 from ftlevel.fast.layers.fused_lora import register_fused_layers
-from ftlevel.fast.plan.fast_plan import FastPlan, plan_fast
-from ftlevel.fast.plan.workers import FUNCTIONAL_DROPOUT
+from ftlevel.fast.layers.recompute import GeneratorDropout, using_generator
+from ftlevel.fast.plan import FUNCTIONAL_DROPOUT, FastPlan, plan_fast
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS, Base
@@ -33,7 +32,7 @@ from ftlevel.tasks.span import Spans
 from ftlevel.tasks.tags import Tags
 from ftlevel.tasks.tokens import Tokens
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.method_targets import find_method_targets
+from ftlevel.training.plan.method import find_method_targets
 from ftlevel.training.trainer import FtlevelTrainer
 
 OBJECTIVES: dict[str, Objective] = {
@@ -595,7 +594,7 @@ TINY: dict[str, Any] = {}
 
 
 def attention_of(part: dict[str, Any]) -> Any:
-    from ftlevel.fast.packing.layout import using_layout
+    from ftlevel.fast.packing import using_layout
 
     return using_layout(part["layout"])
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.evaluation.two_models.on_rows import Probe
-from ftlevel.merging import calibration
-from ftlevel.merging.calibration import InputMoments
+from ftlevel.evaluation.two_models import Probe
+from ftlevel.merging import low_bits
+from ftlevel.merging.low_bits import InputMoments
 from ftlevel.tasks import TASKS
 
 ROWS = [[5, 9, 3, 7, 11], [8, 2], [6, 6, 1], [4, 3, 2, 1], [9, 9, 9, 1, 2, 3]]
@@ -52,7 +52,7 @@ def moment(model: Any, name: str) -> torch.Tensor:
 def test_moments_are_those_of_the_inputs_without_padding(
     model: Any, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "MOST_BYTES", most)
+    monkeypatch.setattr(low_bits, "MOST_BYTES", most)
     sizes = sizes_of(model)
     found = ask(model, sizes)
     for name in sizes:

@@ -17,8 +17,8 @@ from export_cases import some_ids
 from ftlevel.commands.export import export
 from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, RunError
-from ftlevel.merging.normal_form.peft_only import PLAIN_FORMS
-from ftlevel.methods.plain_form.factors import PlainForm
+from ftlevel.merging.normal_form import PLAIN_FORMS
+from ftlevel.methods.plain_form import PlainForm
 from served_cases import CASES, make_adapter, peft_logits
 from tiny_models import save_tiny
 

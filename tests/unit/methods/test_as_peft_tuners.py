@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from ftlevel.fast.layers.fused_lora import register_fused_layers
-from ftlevel.fast.layers.fused_lora.layer import FusedLinear
+from ftlevel.fast.layers.fused_lora import FusedLinear, register_fused_layers
 from ftlevel.methods import METHODS
 from ftlevel.models.upstream.architectures import attention_of
 from tiny_models import HIDDEN, build, build_batch, build_config, compute_logits
@@ -31,9 +30,9 @@ for method in METHODS.values():
     if method.register is not None:
         method.register()
 
-from ftlevel.methods.bottleneck.config import BottleneckConfig  # noqa: E402 - makes a PeftType
-from ftlevel.methods.prefix.config import PrefixKvConfig  # noqa: E402 - likewise
-from ftlevel.methods.soft_prompt.config import SoftPromptConfig  # noqa: E402 - likewise
+from ftlevel.methods.bottleneck.layer import BottleneckConfig  # noqa: E402 - makes a PeftType
+from ftlevel.methods.prefix.model import PrefixKvConfig  # noqa: E402 - likewise
+from ftlevel.methods.soft_prompt.layer import SoftPromptConfig  # noqa: E402 - likewise
 
 CONFIGS = {
     "bottleneck": lambda: BottleneckConfig(init_weights=False),

@@ -576,7 +576,7 @@ def test_peft_alone_finds_the_positions() -> None:
     from peft import get_peft_model
 
     import ftlevel.adapters  # noqa: F401 - the one import that a program needs
-    from ftlevel.methods.bottleneck.config import BottleneckConfig
+    from ftlevel.methods.bottleneck.layer import BottleneckConfig
 
     model = get_peft_model(build("bert"), BottleneckConfig(placement="houlsby"))
     assert len(layers_of(model)) == 2 * LAYERS

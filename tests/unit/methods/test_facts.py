@@ -10,7 +10,7 @@ from ftlevel.config import SPECS
 from ftlevel.methods import Base
 from ftlevel.methods.matrix import FACTS, rows_of
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.method_targets import find_method_targets
+from ftlevel.training.plan.method import find_method_targets
 
 LAYERS = 32
 

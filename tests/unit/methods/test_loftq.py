@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import matrix_cells
-from ftlevel.methods.lora.loftq import factor, start_from_residual
+from ftlevel.methods.lora.initialization import factor, start_from_residual
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])

@@ -9,8 +9,7 @@ import pytest
 
 from ftlevel.config import SPECS
 from ftlevel.methods import METHODS
-from ftlevel.methods.rates import Rates, RunFacts, choose_head_rate
-from ftlevel.methods.rates.heads import DEEP_HEAD, HEAD
+from ftlevel.methods.rates import DEEP_HEAD, HEAD, Rates, RunFacts, choose_head_rate
 
 KINDS = ("encoder", "decoder", "encoder-decoder")
 WIDTHS = (64, 192, 384, 576, 768, 1024, 2048, 4096, 8192)

@@ -12,7 +12,7 @@ from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.methods import METHODS, Base, lora
 from ftlevel.models import targets as model_targets
 from ftlevel.models.targets import find_heads
-from ftlevel.training.plan.method_targets import find_method_targets
+from ftlevel.training.plan.method import find_method_targets
 from unit.models.meta_models import build, has_model
 from unit.models.tiny_configs import TINY
 

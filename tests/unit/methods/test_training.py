@@ -19,7 +19,7 @@ from ftlevel.task import TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_start, load_adapter, save_adapter
 from ftlevel.training.build_trainer import build_optimizer
-from ftlevel.training.plan.method_targets import find_method_targets
+from ftlevel.training.plan.method import find_method_targets
 
 FORMS = [
     {},

@@ -16,18 +16,12 @@ from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 from ftlevel.models import loading
-from ftlevel.models.hardware import (
-    choose_device,
-    choose_dtype,
-    choose_tf32,
-    uses_tf32,
-    using_tf32,
-)
+from ftlevel.models.hardware import choose_device, choose_dtype, choose_tf32, uses_tf32, using_tf32
 from ftlevel.models.sources import resolve_source
-from ftlevel.models.upstream import versions
-from ftlevel.models.upstream.trainer import use_one_gpu
-from ftlevel.training.arguments import build_arguments
-from ftlevel.training.plan.packages import check_packages
+from ftlevel.models.upstream import libraries
+from ftlevel.models.upstream.libraries import use_one_gpu
+from ftlevel.training.build_trainer import build_arguments
+from ftlevel.training.plan.resolve import check_packages
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -117,7 +111,7 @@ def test_the_arguments_of_a_run_are_for_one_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Any] = []
-    monkeypatch.setattr("ftlevel.training.arguments.use_one_gpu", told.append)
+    monkeypatch.setattr("ftlevel.training.build_trainer.use_one_gpu", told.append)
     plan: Any = SimpleNamespace(
         fast=SimpleNamespace(enabled=True),
         schedule=SimpleNamespace(learning_rate=1e-4, steps=100),
@@ -156,13 +150,15 @@ def test_weights_go_to_a_card_shard_by_shard(
 def test_the_lowest_releases_are_those_that_pip_asks_for() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     asked = dict(re.findall(r'^  "([a-z-]+)>=([\d.]+)"', text, re.MULTILINE))
-    assert {name: asked[name] for name in versions.LOWEST} == versions.LOWEST
+    assert {name: asked[name] for name in libraries.LOWEST} == libraries.LOWEST
 
 
 def test_a_library_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert versions.find_old_libraries() == []
-    monkeypatch.setattr(versions, "version", lambda name: {"transformers": "5.17.0"}.get(name, "9"))
-    assert versions.find_old_libraries() == [
+    assert libraries.find_old_libraries() == []
+    monkeypatch.setattr(
+        libraries, "version", lambda name: {"transformers": "5.17.0"}.get(name, "9")
+    )
+    assert libraries.find_old_libraries() == [
         "transformers 5.17.0 is installed, and ftlevel needs transformers 5.24 or later. "
         'pip install --upgrade "transformers>=5.24".'
     ]
@@ -170,7 +166,9 @@ def test_a_library_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_run_begins_with_no_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     check_packages(TrainConfig())
-    monkeypatch.setattr(versions, "version", lambda name: {"transformers": "5.17.0"}.get(name, "9"))
+    monkeypatch.setattr(
+        libraries, "version", lambda name: {"transformers": "5.17.0"}.get(name, "9")
+    )
     with pytest.raises(ConfigError, match=r"transformers 5\.17\.0 is installed"):
         check_packages(TrainConfig())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from ftlevel.models.memory import Holding, device_memory, longest_in_memory, read_limits
+from ftlevel.models.hardware import Holding, device_memory, longest_in_memory, read_limits
 from tiny_models import CONFIGS, HIDDEN, INNER, LAYERS, build
 
 LLAMA = AutoConfig.for_model(

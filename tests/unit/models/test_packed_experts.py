@@ -17,7 +17,7 @@ from ftlevel.config import QuantConfig
 from ftlevel.models.loading import load_model
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
-from ftlevel.models.upstream.experts.which import can_pack
+from ftlevel.models.upstream.architectures import can_pack
 
 FAMILIES = ("mixtral", "qwen3_moe")
 ModelDir = Callable[..., Path]

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from export_cases import GEMMA_LINEAR, LINEAR, LLAMA_3, LONG_ROPE
-from ftlevel.models.rope import write_former_rope
+from ftlevel.models.kinds import write_former_rope
 from tiny_models import build
 
 THETA = {"rope_type": "default", "rope_theta": 500.0}

@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import resolve_source
-from ftlevel.models.upstream.slices import Slices
+from ftlevel.models.upstream.shards import Slices
 from tiny_models import AUTO_CLASSES
 
 Make = Callable[..., Path]

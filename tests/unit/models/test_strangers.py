@@ -18,13 +18,12 @@ from ftlevel.artifacts.cards import read_card
 from ftlevel.config import QuantConfig
 from ftlevel.data.encoding.chat import render
 from ftlevel.errors import InputError
+from ftlevel.models import untrusted
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
-from ftlevel.models.quantized import match_quantization
+from ftlevel.models.quantization import match_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.models.strangers import patterns, time_limit
-from ftlevel.models.strangers.memory_limit import taking_at_most
-from ftlevel.models.strangers.time_limit import ending_in
-from ftlevel.models.upstream import data
+from ftlevel.models.untrusted import ending_in, taking_at_most
+from ftlevel.models.upstream import libraries
 from ftlevel.weights.gguf.file import write_gguf
 from tiny_models import build
 
@@ -197,7 +196,7 @@ def test_a_template_ends(
 ) -> None:
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr(data, "_SECONDS", 0.2)
+    monkeypatch.setattr(libraries, "_SECONDS", 0.2)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=f"the chat template refuses these messages: .*{reason}"):
@@ -217,7 +216,7 @@ def test_a_limit_inside_another_leaves_it_running() -> None:
         with pytest.raises(TimeoutError, match=r"0\.3"):
             time.sleep(5)
     assert time.monotonic() - began < 3
-    assert time_limit.signal.getitimer(time_limit.signal.ITIMER_REAL)[0] == 0
+    assert untrusted.signal.getitimer(untrusted.signal.ITIMER_REAL)[0] == 0
 
 
 def test_a_limit_of_memory_ends_with_its_block() -> None:
@@ -259,10 +258,10 @@ def test_a_forked_process_is_measured_itself() -> None:
 def test_an_adapters_regular_expressions_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], field: str
 ) -> None:
-    monkeypatch.setattr(patterns, "_SECONDS", 0.2)
+    monkeypatch.setattr(untrusted, "_SECONDS", 0.2)
     with pytest.raises(InputError, match=rf"adapter_config\.json: {field} has "):
-        patterns.check_patterns(tmp_path, settings, build("llama"))
-    patterns.check_patterns(tmp_path, {"target_modules": ["(", "q_proj"]}, build("llama"))
+        untrusted.check_patterns(tmp_path, settings, build("llama"))
+    untrusted.check_patterns(tmp_path, {"target_modules": ["(", "q_proj"]}, build("llama"))
 
 
 @pytest.mark.parametrize(

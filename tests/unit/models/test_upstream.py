@@ -25,20 +25,20 @@ from transformers.integrations import moe
 from export_cases import export_to, exportable
 from ftlevel.config import QuantConfig
 from ftlevel.models.loading import build_task_model, load_config, load_model, load_tokenizer
+from ftlevel.models.quantization import build_torchao_config
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.models.torchao_format import build_torchao_config
 from ftlevel.models.upstream import (
     FACTS,
     architectures,
     conversions,
-    data,
     fake,
     headers,
+    libraries,
     quantizers,
 )
 from ftlevel.models.upstream import tensors as upstream
-from ftlevel.models.upstream.slices import Slices
-from ftlevel.models.upstream.trainer import leave_sharded
+from ftlevel.models.upstream.libraries import leave_sharded
+from ftlevel.models.upstream.shards import Slices
 from tiny_models import build, build_batch
 from upstream_facts import Canaries, Fact, arguments, check_fact, facts
 
@@ -397,10 +397,10 @@ _TEMPLATE = (
 @CANARIES.of("render_jinja_template")
 def _(_: Any) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
-    marked = data.apply_template(turns, _TEMPLATE, return_assistant_tokens_mask=True)
+    marked = libraries.apply_template(turns, _TEMPLATE, return_assistant_tokens_mask=True)
     assert marked == ("a|bc", [(2, 4)])
-    assert data.apply_template(turns[:1], _TEMPLATE, add_generation_prompt=True) == ("a|>", [])
-    data.check_template(_TEMPLATE)
+    assert libraries.apply_template(turns[:1], _TEMPLATE, add_generation_prompt=True) == ("a|>", [])
+    libraries.check_template(_TEMPLATE)
 
 
 @CANARIES.of(
@@ -457,7 +457,7 @@ def _(_: Any) -> None:
     model.config._experts_implementation = "none of its"
     with pytest.raises(KeyError, match="not a valid experts implementation"):
         model(**build_batch("mixtral"))
-    import ftlevel.models.upstream.experts.forward  # noqa: F401 - registers ours
+    import ftlevel.models.upstream.experts  # noqa: F401 - registers ours
 
     assert "ftlevel_packed" in moe.ALL_EXPERTS_FUNCTIONS
 
@@ -598,7 +598,7 @@ def _(_: Any) -> None:
 
 @CANARIES.of("SeedableRandomSampler")
 def _(_: Any) -> None:
-    sampler = data.shared_order()
+    sampler = libraries.shared_order()
     order = sampler(range(9), generator=torch.Generator(), data_seed=3)
     for epoch in (0, 2):
         order.set_epoch(epoch)
@@ -609,7 +609,10 @@ def _(_: Any) -> None:
 @CANARIES.of("config.HF_HUB_OFFLINE")
 def _(request: pytest.FixtureRequest) -> None:
     request.getfixturevalue("monkeypatch").setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    with data.datasets_offline(True), pytest.raises(ConnectionError, match="OfflineModeIsEnabled"):
+    with (
+        libraries.datasets_offline(True),
+        pytest.raises(ConnectionError, match="OfflineModeIsEnabled"),
+    ):
         datasets.load_dataset("no-such-owner/no-such-data")
     assert datasets.config.HF_HUB_OFFLINE is False
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ftlevel.config.options.distillation import DistillationConfig
-from ftlevel.tasks.distillation.objective import divergence, likeliest, log_outcomes, outcome_dtype
+from ftlevel.config.preference import DistillationConfig
+from ftlevel.tasks.distillation import divergence, likeliest, log_outcomes, outcome_dtype
 
 NAMES = ("forward-kl", "reverse-kl", "jsd")
 

@@ -6,7 +6,7 @@ import pytest
 from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.metrics.sequence_labeling import get_entities
 
-from ftlevel.tasks.entities import are_entity_tags, find_entities, name_scheme, score_entities
+from ftlevel.tasks.tags import are_entity_tags, find_entities, name_scheme, score_entities
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import random
 import pytest
 import torch
 
-from ftlevel.data.encoding.tags import TaggedRow
-from ftlevel.data.encoding.windows import Window
-from ftlevel.tasks.class_meters import ClassMeter, MultiLabelMeter, RegressionMeter
+from ftlevel.data.encoding.spans import TaggedRow, Window
+from ftlevel.tasks.classes import ClassMeter, MultiLabelMeter, RegressionMeter
 from ftlevel.tasks.span import SpanMeter
 from ftlevel.tasks.tags import TagMeter
 from ftlevel.tasks.tokens import TokenMeter

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from ftlevel.config.options.preference import LOSSES, SMOOTHING, PreferenceConfig
+from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.head.likelihoods import measure_answers, sum_of_ratios, with_baseline
-from ftlevel.fast.packing.layout import using_layout
-from ftlevel.fast.plan.fast_plan import FastPlan
+from ftlevel.fast.packing import using_layout
+from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.task import TrainingLoss

@@ -10,19 +10,24 @@ import numpy as np
 import pytest
 
 from ftlevel.config import DataConfig
-from ftlevel.config.options.preference import PreferenceConfig
-from ftlevel.data.encoding.encode import IGNORED, Encoded, RowError
+from ftlevel.config.preference import PreferenceConfig
+from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, RowError
 from ftlevel.data.encoding.fit import Bounds, fit_rows
-from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.encoding.store import rows_to_batches, write_store
 from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.preferences.checks import judge_answers, look_at_pairs
-from ftlevel.tasks.preferences.encode import JudgedEncoder
 from ftlevel.tasks.preferences.formats import JudgedExample, PairExample
-from ftlevel.tasks.preferences.rows import ContrastedRows, JudgedRow, PairRow, pair_up
+from ftlevel.tasks.preferences.rows import (
+    ContrastedRows,
+    JudgedEncoder,
+    JudgedRow,
+    PairRow,
+    judge_answers,
+    look_at_pairs,
+    pair_up,
+)
 
 ModelDir = Callable[..., Path]
 

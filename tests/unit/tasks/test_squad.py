@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ftlevel.data.encoding.windows import Window
-from ftlevel.tasks.squad import Found, exact_match, f1, normalize_answer, update_found
+from ftlevel.data.encoding.spans import Window
+from ftlevel.tasks.span import Found, exact_match, f1, normalize_answer, update_found
 
 
 @pytest.mark.parametrize(

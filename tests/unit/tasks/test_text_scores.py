@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.text import name_languages
-from ftlevel.tasks.text_scores import score_rouge, score_translations
+from ftlevel.tasks.text import name_languages, score_rouge, score_translations
 
 
 def test_perfect_translations() -> None:

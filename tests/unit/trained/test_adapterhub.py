@@ -15,8 +15,7 @@ from ftlevel.errors import InputError
 from ftlevel.methods.bottleneck.adapterhub import read_config, write_config
 from ftlevel.methods.bottleneck.layer import READS
 from ftlevel.trained.adapt import add_adapter, load_adapter
-from ftlevel.trained.adapterhub import is_adapterhub, read_hub_adapter
-from ftlevel.trained.adapterhub_heads import read_head
+from ftlevel.trained.adapterhub import is_adapterhub, read_head, read_hub_adapter
 
 FIGURES = json.loads(Path(__file__).with_name("adapterhub_figures.json").read_text())["cases"]
 PRE_NORM = ("gpt2", "llama", "t5")

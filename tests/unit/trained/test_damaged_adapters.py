@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_models
 from ftlevel.errors import InputError
-from ftlevel.models.strangers import patterns
+from ftlevel.models import untrusted
 from ftlevel.trained.adapt import add_adapter, load_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -77,7 +77,7 @@ def test_a_configuration_of_another_shape(adapter: Path, text: str) -> None:
 
 
 def test_an_expression_that_never_ends(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "_SECONDS", 0.2)
+    monkeypatch.setattr(untrusted, "_SECONDS", 0.2)
     edit_config(adapter, target_modules=r"(\w+\.?)+x")
     with pytest.raises(InputError, match="goes back and forth without end"):
         load_adapter(tiny_models.build("llama"), adapter)

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from ftlevel.training.memory.allocator import NAME, OLD_NAME, SETTING, use_expandable_segments
+from ftlevel.training.memory import NAME, OLD_NAME, SETTING, use_expandable_segments
 
 
 @pytest.fixture(autouse=True)

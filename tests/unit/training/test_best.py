@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ftlevel.artifacts.best_models import best_of, forget_later, rotate_best, write_best
 from ftlevel.artifacts.cards import kept_words
+from ftlevel.artifacts.checkpoints import best_of, forget_later, rotate_best, write_best
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks import TASKS

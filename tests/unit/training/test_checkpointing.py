@@ -16,9 +16,8 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
 from ftlevel.models.module_tree import find_blocks, find_stacks
-from ftlevel.training.memory import checkpointing
-from ftlevel.training.memory.checkpointing import Activations, count_activations, set_checkpointing
-from ftlevel.training.memory.smaller_steps import SmallerSteps
+from ftlevel.training import memory as checkpointing
+from ftlevel.training.memory import Activations, SmallerSteps, count_activations, set_checkpointing
 from live_tensors import LiveTensors
 
 BLOCKS = 6

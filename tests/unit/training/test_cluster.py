@@ -19,12 +19,12 @@ from ftlevel.config import TrainConfig
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.forecast.live import CASTS, QUANTIZED, WEIGHTS
+from ftlevel.training.forecast.cluster import HOP, NETWORK_HOP, Network, Work, time_step
 from ftlevel.training.forecast.memory import Layers, MemoryForecast, forecast_memory
-from ftlevel.training.forecast.network import HOP, NETWORK_HOP, Network, Work, time_step
+from ftlevel.training.forecast.meta_model import CASTS, QUANTIZED, WEIGHTS
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, Cut, Piece, Shares, describe_shares
-from ftlevel.training.memory.shards import blocks_of, kept_whole, shard
 from ftlevel.training.plan.resolve import resolve
+from ftlevel.training.shards import blocks_of, kept_whole, shard
 
 ModelDir = Callable[..., Path]
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "plan_cluster.py"

@@ -17,7 +17,7 @@ import tiny_models
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.prepare.sampling import LengthGroups
-from ftlevel.fast.plan.fast_plan import FastPlan
+from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.tasks.tokens import Tokens
 from ftlevel.training.trainer import FtlevelTrainer

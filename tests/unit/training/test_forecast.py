@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ftlevel.commands.insight.plan import Wishes, plan
+from ftlevel.commands.plan import PlanOptions, plan
 from ftlevel.config import TrainConfig
 from ftlevel.fast.head.cross_entropy import FEWEST, targets_a_chunk
 from ftlevel.models.upstream.fake import FakeTensor, OperationWatch, new_fake, storage_of
 from ftlevel.training.forecast import memory
-from ftlevel.training.forecast.foresight import MOST_BLOCKS
-from ftlevel.training.forecast.live import LiveBytes
+from ftlevel.training.forecast.fits import MOST_BLOCKS
 from ftlevel.training.forecast.memory import forecast_memory
+from ftlevel.training.forecast.meta_model import LiveBytes
 from ftlevel.training.plan.resolve import resolve
 
 ModelDir = Callable[..., Path]
@@ -99,7 +99,7 @@ def test_it_is_known_of_a_config(
         "model": {"name_or_path": str(tiny_model_dir(family))}, "task": task, "method": method,
         "quant": {"kind": quant}, "data": {"max_length": 32},
     })  # fmt: skip
-    parts = plan(config, Wishes(alternatives=False)).need.parts
+    parts = plan(config, PlanOptions(alternatives=False)).need.parts
     assert ("quantized weights" in parts) == (quant == "4bit")
     assert parts["activations"] > 0
 

@@ -15,8 +15,7 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import RunError
 from ftlevel.events import Silence
-from ftlevel.training.callbacks.gradient_proof import MOST_SKIPPED, GradientProof
-from ftlevel.training.callbacks.recovery import Recovery
+from ftlevel.training.callbacks.gradients import MOST_SKIPPED, GradientProof, Recovery
 from ftlevel.training.processes import Processes
 
 NONE: Any = None

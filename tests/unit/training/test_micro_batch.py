@@ -14,16 +14,16 @@ import yaml
 
 from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import ConfigError
-from ftlevel.fast.plan.fast_plan import FastPlan
-from ftlevel.models.memory import read_free
+from ftlevel.fast.plan import FastPlan
+from ftlevel.models.hardware import read_free
 from ftlevel.training.forecast import micro_batch
-from ftlevel.training.forecast.live import ACTIVATIONS, WEIGHTS
+from ftlevel.training.forecast.fits import Device
 from ftlevel.training.forecast.memory import MemoryForecast
+from ftlevel.training.forecast.meta_model import ACTIVATIONS, WEIGHTS
 from ftlevel.training.forecast.micro_batch import choose_micro_batch, fit_micro_batch
-from ftlevel.training.forecast.need import Device
 from ftlevel.training.processes import Processes
 from ftlevel.world import World
 

@@ -15,7 +15,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.tokens import Tokens
-from ftlevel.training.digest import Digest, digest, digest_tensors
+from ftlevel.training.model import Digest, digest, digest_tensors
 from ftlevel.training.proof import (
     PROBE_ROWS,
     PROBE_SCORES,
@@ -134,7 +134,7 @@ def test_a_digest_tells_one_bit_of_a_tensor(
     found = digest(tensor)
     assert digest(whole[3:]) == found, "wherever it stands in memory"
     assert digest(tensor.view(1, -1)) != found
-    monkeypatch.setattr("ftlevel.training.digest._CPU_WORDS", 17)
+    monkeypatch.setattr("ftlevel.training.model._CPU_WORDS", 17)
     assert digest(tensor) == found, "in whatever pieces"
     if size > 1:
         assert digest(tensor.flip(0)) != found

@@ -8,8 +8,8 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.events import Silence
-from ftlevel.training.callbacks import report as module
-from ftlevel.training.callbacks.report import Report
+from ftlevel.training.callbacks import progress as module
+from ftlevel.training.callbacks.progress import Report
 
 
 class Clock:

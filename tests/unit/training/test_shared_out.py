@@ -13,7 +13,7 @@ from ftlevel.config.methods import LoraSpec
 from ftlevel.methods import Base
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import resolve_source
-from ftlevel.models.upstream.slices import Slices
+from ftlevel.models.upstream.shards import Slices
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.model import made_of_unread
 from tiny_models import AUTO_CLASSES

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.models.sources import ModelSource
 from ftlevel.training.plan.trainable import count_parameters
 from ftlevel.training.summary import describe_base, describe_losses

@@ -15,18 +15,23 @@ from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.errors import RunError
 from ftlevel.events import Silence
-from ftlevel.fast.layers.fused_lora.function import FusedLoraFunction
+from ftlevel.fast.layers.fused_lora import FusedLoraFunction
 from ftlevel.models.loading import quiet_libraries
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.trainer import FtlevelTrainer
-from ftlevel.training.verify import widths
-from ftlevel.training.verify.bounds import Rounding
-from ftlevel.training.verify.compare import Apart, compare_gradients, kind_of
-from ftlevel.training.verify.few_rows import FEW_TOKENS, choose_few, shorten
-from ftlevel.training.verify.proof import verify_step
+from ftlevel.training.verify import proof
+from ftlevel.training.verify.bounds import Apart, Rounding, compare_gradients, kind_of
+from ftlevel.training.verify.proof import (
+    FEW_TOKENS,
+    choose_few,
+    fits_in_float64,
+    shorten,
+    verify_step,
+    whole_in_float32,
+    whole_in_float64,
+)
 from ftlevel.training.verify.steps import Computed, Steps, moved_from_start
-from ftlevel.training.verify.widths import fits_in_float64, whole_in_float32, whole_in_float64
 
 
 def build(dtype: str, *, data: Path | None = None, task: str | None = None, **method: Any) -> Any:
@@ -329,7 +334,7 @@ def test_a_step_that_is_right_in_float64_alone_is_right(
 def test_a_step_stops_the_run_where_no_memory_is_left_to_decide(
     blind_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(widths, "free_memory_bytes", lambda _: 1 << 20)
+    monkeypatch.setattr(proof, "free_memory_bytes", lambda _: 1 << 20)
     with pytest.raises(RunError, match=r"differ by 0\.001"):
         verify_step(*blind_run, Silence())
 

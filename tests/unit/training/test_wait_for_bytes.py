@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from ftlevel.training.callbacks.wait_for_bytes import WaitForBytes
-from ftlevel.training.going_on import file_digests
-from ftlevel.training.going_on.file_digests import BASE, FileDigests
+from ftlevel.training import origin
+from ftlevel.training.callbacks.saving import WaitForBytes
+from ftlevel.training.origin import BASE, FileDigests
 
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end", "on_evaluate"])
@@ -23,7 +23,7 @@ def test_a_checkpoint_comes_after_the_digests(
         time.sleep(0.2)
         return f"of {path.name}"
 
-    monkeypatch.setattr(file_digests, "file_fingerprint", slowly)
+    monkeypatch.setattr(origin, "file_fingerprint", slowly)
     (tmp_path / "model.safetensors").write_text("x")
     files = {"model.safetensors": tmp_path / "model.safetensors"}
     digest = FileDigests(BASE, "the base", "base.json", files)

@@ -11,10 +11,12 @@ from ftlevel.weights.codes import (
     Grid,
     choose_codes,
     find_directions,
+    four_bit_grid,
     improve_codes,
+    pack_4bit,
+    quantize_4bit,
     shrunk,
 )
-from ftlevel.weights.four_bit import four_bit_grid, pack_4bit, quantize_4bit
 from ftlevel.weights.quantize_shards import bitsandbytes_grid
 
 

@@ -6,7 +6,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from ftlevel.weights.four_bit import _PIECE, quantize_4bit
+from ftlevel.weights.codes import _PIECE, quantize_4bit
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ftlevel.errors import InputError
-from ftlevel.weights.safetensors_stream import ShardWriter, header_bound
+from ftlevel.weights.quantize_shards import ShardWriter, header_bound
 from ftlevel.weights.tensor_files import read_header
 
 TENSORS = {

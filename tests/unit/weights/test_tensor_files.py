@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ftlevel.artifacts.fingerprint import base_fingerprint
+from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.errors import InputError
 from ftlevel.weights.tensor_files import (
     DTYPES,

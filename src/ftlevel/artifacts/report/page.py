@@ -1,26 +1,179 @@
-"""The page: one HTML file of its own, in which everything from outside is escaped."""
+"""The page: one HTML file of its own, in which everything from outside is escaped.
+
+Curves as the points of an SVG: few enough for any run, with every peak and dip in them.
+
+A page needs a polyline, two axes and the value under the pointer. That is a template of twenty
+lines; a plotting library would put its own script of megabytes into every page.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import loss_words, memory_words
 from ftlevel.artifacts.files import write_text
-from ftlevel.artifacts.report.curves import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Chart,
-    draw_charts,
+from ftlevel.artifacts.report.facts import RunFacts
+
+MOST_POINTS = 400  # of a curve
+WIDTH, HEIGHT = 640, 220
+LEFT, RIGHT, TOP, BOTTOM = 64, 8, 10, 28
+
+Point = tuple[float, float]
+
+CURVES = (
+    ("loss", "Training loss", "loss"),
+    ("eval_loss", "Validation loss", "eval_loss"),
+    ("learning_rate", "Learning rate", "learning_rate"),
+    ("grad_norm", "Gradient norm", "grad_norm"),
+    ("tokens_per_s", "Tokens a second", ""),
+    ("memory", "Memory held, GiB", "memory_bytes"),
 )
-from ftlevel.artifacts.report.gather import RunFacts
+"""Name, heading, and the field of a record; none for what is computed."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run's curve.
+
+    Attributes:
+        run: its name.
+        number: of the run, from 0, which gives the colour.
+        path: points of a polyline, in the picture's own units.
+        points: step and value of each, for the pointer.
+        last: the last value.
+    """
+
+    run: str
+    number: int
+    path: str
+    points: list[Point]
+    last: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture.
+
+    Attributes:
+        name: of the quantity.
+        title: its heading.
+        lines: one a run that has it.
+        ticks_x: place and text.
+        ticks_y: place and text.
+        span: lowest and highest step, lowest and highest value, of the whole picture.
+    """
+
+    name: str
+    title: str
+    lines: list[Line]
+    ticks_x: list[tuple[float, str]]
+    ticks_y: list[tuple[float, str]]
+    span: tuple[float, float, float, float]
+
+    @property
+    def words(self) -> str:
+        """The picture in words, for who does not see it."""
+        said = [
+            f"{line.run}: from {line.points[0][1]:.4g} at step {line.points[0][0]:,.0f} to "
+            f"{line.last:.4g} at step {line.points[-1][0]:,.0f}"
+            for line in self.lines
+        ]
+        return f"{self.title} by step. {'; '.join(said)}."
+
+
+def draw_charts(runs: Sequence[RunFacts]) -> Iterator[Chart]:
+    """Yield a chart for each quantity that some run has, and each metric of evaluations."""
+    metrics = dict.fromkeys(
+        key for run in runs for record in run.records for key in record
+        if key.startswith("eval_") and key != "eval_loss"
+    )  # fmt: skip
+    own = [(key, key.removeprefix("eval_").replace("_", " "), key) for key in metrics]
+    for name, title, key in (*CURVES, *own):
+        found = [
+            (number, run, thin(list(_points(run.records, key)))) for number, run in enumerate(runs)
+        ]
+        if having := [one for one in found if len(one[2]) > 1]:
+            yield _chart(name, title[:1].upper() + title[1:], having)
+
+
+def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
+    """Yield step and value of what is finite; without a `key`, tokens a second between records."""
+    before: Mapping[str, Any] | None = None
+    for record in records:
+        step = record.get("step")
+        if not isinstance(step, int):
+            continue
+        if key:
+            value = record.get(key)
+        elif any(name.startswith("eval_") for name in record):
+            continue
+        else:
+            value, before = _speed(before, record), record
+        if isinstance(value, int | float) and math.isfinite(value):
+            yield float(step), value / 2**30 if key.endswith("_bytes") else float(value)
+
+
+def _speed(before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> float | None:
+    if before is None or not {"train_s", "tokens"} <= before.keys() & record.keys():
+        return None
+    seconds = record["train_s"] - before["train_s"]
+    return (record["tokens"] - before["tokens"]) / seconds if seconds > 0 else None
+
+
+def thin(points: list[Point]) -> list[Point]:
+    """Return at most about `MOST_POINTS` points: of each stretch the first, lowest and highest."""
+    if len(points) <= MOST_POINTS:
+        return points
+    stretch = math.ceil(len(points) / (MOST_POINTS // 3))
+    kept: list[Point] = []
+    for begin in range(0, len(points), stretch):
+        part = points[begin : begin + stretch]
+        ends = {part[0], min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+
+
+def _chart(name: str, title: str, having: Sequence[tuple[int, RunFacts, list[Point]]]) -> Chart:
+    every = [point for _, _, points in having for point in points]
+    low_x, high_x = _span([x for x, _ in every])
+    low_y, high_y = _span([y for _, y in every])
+
+    def place(point: Point) -> Point:
+        across = (point[0] - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+        up = (point[1] - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across, HEIGHT - BOTTOM - up
+
+    lines = [
+        Line(
+            run.name, number, " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points)), points,
+            points[-1][1],
+        )
+        for number, run, points in having
+    ]  # fmt: skip
+    ticks_x = [(place((x, low_y))[0], f"{x:,.0f}") for x in _ticks(low_x, high_x)]
+    ticks_y = [(place((low_x, y))[1], f"{y:.6g}") for y in _ticks(low_y, high_y)]
+    return Chart(name, title, lines, ticks_x, ticks_y, (low_x, high_x, low_y, high_y))
+
+
+def _span(values: list[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return four or five round numbers between `low` and `high`."""
+    rough = (high - low) / 4
+    size = 10 ** math.floor(math.log10(rough))
+    step = next(size * k for k in (1, 2, 2.5, 5, 10) if size * k >= rough)
+    first = math.ceil(low / step)
+    return [at * step for at in range(first, first + 7) if at * step <= high * (1 + 1e-12)]
+
 
 _LONGEST = 2_000  # letters of an answer that are shown
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ftlevel.config.methods.base import MethodSpec, TargetModules
-from ftlevel.config.options.pairs import Names, Tokens
+from ftlevel.config.preference import Names, Tokens
 from ftlevel.config.sections import Positive, QuantConfig, Share
 
 LoraInit = Literal[

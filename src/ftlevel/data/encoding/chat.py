@@ -5,18 +5,32 @@ rendering what is before it and what is up to it, which must both begin the whol
 that change earlier turns when a later one is added (Qwen3 takes their reasoning out, Mistral moves
 the system text) fail that check. There the turn is found by a mark that is put before its content
 and behind it, and that must be the only difference between the texts.
+
+Chat templates by name or file, for a model that has none.
+
+The template is set on the tokenizer, and so is saved with the adapter and is the one of training,
+evaluation and generation alike.
+
+A chat template as texts around turns, for programs that have no Jinja.
+
+The layout is found by rendering conversations with marks for contents, and is taken only if it
+gives, for other conversations, exactly what the template gives.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ftlevel.errors import InputError
-from ftlevel.models.upstream.data import apply_template
+from ftlevel.artifacts.files import read_plain
+from ftlevel.config.section import Choice
+from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.models.upstream.libraries import apply_template, check_template
 
 Turn = dict[str, Any]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -197,3 +211,182 @@ def _check_complete(
             f"the chat template of {tokenizer.name_or_path} does not show tools to the model. "
             "Use one that does: --chat-template qwen."
         )
+
+
+MARKERS: Mapping[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": (),
+    "qwen": ("<|im_start|>", "<|im_end|>"),
+}
+"""Template → the tokens that its turns are made of, beside BOS and EOS."""
+
+_FOLDER = Path(__file__).parent / "templates"
+
+
+def choose_chat_template(tokenizer: Any, wish: str | None) -> Choice | None:
+    """Give `tokenizer` the chat template that is wished for (mutated).
+
+    Args:
+        tokenizer: of the model.
+        wish: a name, a Jinja file, or None.
+
+    Returns:
+        The line for the screen; None where nothing is wished.
+
+    Raises:
+        InputError: no such name or file, a template that does not compile, or one whose turns are
+            marked by tokens that the tokenizer does not have.
+    """
+    if wish is None:
+        return None
+    had = bool(getattr(tokenizer, "chat_template", None))
+    template = _read_named(tokenizer, wish) if wish in MARKERS else _read_file(wish)
+    tokenizer.chat_template = template
+    reason = "in place of the model's own" if had else "the model has none"
+    return Choice("chat template", wish, reason)
+
+
+def _read_named(tokenizer: Any, name: str) -> str:
+    """Return the template called `name`."""
+    vocabulary = tokenizer.get_vocab()
+    missing = {n: [m for m in markers if m not in vocabulary] for n, markers in MARKERS.items()}
+    if missing[name]:
+        fitting = [other for other, lacking in missing.items() if not lacking]
+        raise InputError(
+            f"--chat-template {name}: the tokenizer of {tokenizer.name_or_path} has no token for "
+            f"{listing(missing[name])}, so that the model could not learn to stop there. "
+            f"Its tokens fit: {listing(fitting)}."
+        )
+    return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _read_file(wish: str) -> str:
+    """Return the template in the file `wish`."""
+    from jinja2 import TemplateSyntaxError
+
+    path = Path(wish).expanduser()
+    try:
+        template = read_plain(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--chat-template {wish}: neither a name nor a readable file."
+            f"{did_you_mean(wish, MARKERS)} Names: {listing(MARKERS)}."
+        ) from error
+    try:
+        check_template(template)
+    except TemplateSyntaxError as error:
+        raise InputError(
+            f"{path}:{error.lineno}: not a Jinja template ({error.message})."
+        ) from None
+    return template
+
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+_MARKS = {SYSTEM: "\u2042S\u2042", USER: "\u2042U\u2042", ASSISTANT: "\u2042A\u2042"}
+_TRIALS = (
+    ((USER, "Name three colours."),),
+    ((USER, "a"), (ASSISTANT, "b\n\n    c"), (USER, "12 + 3?")),
+    ((SYSTEM, "Be brief."), (USER, "é\n- ü"), (ASSISTANT, "x"), (USER, "y"), (ASSISTANT, "z"),
+     (USER, "{ }")),
+    ((SYSTEM, "Be brief."), (USER, "x")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TurnLayout:
+    """The texts around the turns.
+
+    Attributes:
+        around: role → what stands before and behind its content; no system where the template has
+            none of its own.
+        opening: what stands before a first turn that is not the system's, such as a default one.
+        generation: what stands behind the last turn, for the answer to follow.
+    """
+
+    around: dict[str, tuple[str, str]]
+    opening: str
+    generation: str
+
+    def render(self, turns: Sequence[Turn]) -> str:
+        """Return the text of `turns`, up to where the answer begins."""
+        parts = [self.opening if turns[0]["role"] != SYSTEM else ""]
+        for turn in turns:
+            before, after = self.around[turn["role"]]
+            parts += [before, turn["content"], after]
+        return "".join([*parts, self.generation])
+
+
+def find_turn_layout(tokenizer: Any) -> TurnLayout | None:
+    """Return the layout of the chat template of `tokenizer`, or None where it is more than one."""
+    try:
+        layout = _guess(tokenizer)
+        if layout is None:
+            return None
+        for trial in _TRIALS:
+            turns = [{"role": role, "content": content} for role, content in trial]
+            if SYSTEM not in layout.around and turns[0]["role"] == SYSTEM:
+                continue
+            if layout.render(turns) != render(tokenizer, turns, generation_prompt=True):
+                return None
+    except InputError:  # it refuses a plain conversation
+        return None
+    return layout
+
+
+def _guess(tokenizer: Any) -> TurnLayout | None:
+    alone = _pieces(tokenizer, USER)
+    talk = _pieces(tokenizer, USER, ASSISTANT, USER)
+    if alone is None or talk is None:
+        return None
+    first, tail = alone
+    _, to_assistant, to_user, _ = talk
+    user_end = _shared(render(tokenizer, _marked(USER)).rpartition(_MARKS[USER])[2], to_assistant)
+    assistant_begin = to_assistant.removeprefix(user_end)
+    if not tail.startswith(user_end):
+        return None
+    if to_user.startswith(user_end) and first.endswith(to_user.removeprefix(user_end)):
+        user_begin, assistant_end = to_user.removeprefix(user_end), user_end
+    else:
+        shared = _common_start(first[::-1], to_user[::-1])[::-1]
+        user_begin = re.sub(r"^[^<\[]*[>\]]", "", shared)  # not from the middle of a token on
+        assistant_end = to_user.removesuffix(user_begin)
+    around = {USER: (user_begin, user_end), ASSISTANT: (assistant_begin, assistant_end)}
+    system = _system(tokenizer, user_begin)
+    if system is not None:
+        around[SYSTEM] = system
+    return TurnLayout(around, first.removesuffix(user_begin), tail.removeprefix(user_end))
+
+
+def _system(tokenizer: Any, user_begin: str) -> tuple[str, str] | None:
+    """Return what stands around a system text; None where it has no turn of its own."""
+    try:
+        pieces = _pieces(tokenizer, SYSTEM, USER)
+    except InputError:
+        return None
+    if pieces is None or not pieces[1].endswith(user_begin):
+        return None
+    return pieces[0], pieces[1].removesuffix(user_begin)
+
+
+def _shared(first: str, second: str) -> str:
+    """Return what both begin with, without the beginning of a special token."""
+    return re.sub(r"(<\|?|\[/?)$", "", _common_start(first, second))
+
+
+def _common_start(first: str, second: str) -> str:
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return "".join(one for one, _ in pairs)
+
+
+def _marked(*roles: str) -> list[Turn]:
+    return [{"role": role, "content": _MARKS[role]} for role in roles]
+
+
+def _pieces(tokenizer: Any, *roles: str) -> list[str] | None:
+    """Return the texts between the contents of `roles`; None where a content is not as it was."""
+    text = render(tokenizer, _marked(*roles), generation_prompt=True)
+    pieces = re.split("|".join(map(re.escape, _MARKS.values())), text)
+    found = re.findall("|".join(map(re.escape, _MARKS.values())), text)
+    return pieces if found == [_MARKS[role] for role in roles] else None

@@ -15,7 +15,7 @@ import numpy as np
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.examples import PlainText
-from ftlevel.data.sources.computed import Computed
+from ftlevel.data.sources.lines import Computed
 from ftlevel.errors import InputError
 
 _BATCH = 1_000

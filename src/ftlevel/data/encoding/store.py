@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ftlevel.data.encoding.encode import ROW_TYPES, Encoded
-from ftlevel.data.sources.computed import Computed
+from ftlevel.data.sources.lines import Computed
 
 _BATCH = 1_000  # rows
 _INTS = pa.list_(pa.int32())

@@ -7,8 +7,7 @@ from typing import overload
 
 from ftlevel.data.formats.columns import is_there
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import Example
-from ftlevel.data.formats.roles import Roles
+from ftlevel.data.formats.examples import Example, Roles
 from ftlevel.data.formats.turns import Unusable
 from ftlevel.data.sources.lines import LineRows
 from ftlevel.data.sources.table import BadRow, Row, Table, describe_bad

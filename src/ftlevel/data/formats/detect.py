@@ -10,8 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeAlias
 
-from ftlevel.data.formats.advice import names_media, rank_columns, write_flags
-from ftlevel.data.formats.columns import WHOLE, column_for_flag, parts_of, resolve_column
+from ftlevel.data.formats.columns import (
+    WHOLE,
+    column_for_flag,
+    names_media,
+    parts_of,
+    rank_columns,
+    resolve_column,
+    write_flags,
+)
 from ftlevel.data.sources.table import Row
 from ftlevel.errors import InputError, did_you_mean, listing, nearest, quote
 

@@ -2,28 +2,152 @@
 
 Text is taken as it stands; nothing is trimmed or joined but an instruction and its input. What
 can't be learned from (no answer, no text, an unknown role) is collected and named by `path:line`.
+
+What an example says, as the gate reads it: what is asked and what is answered.
+
+The values of a row by what they are for: what every builder of examples reads.
+
+Rows that wait for an answer: what is asked of a trained model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
-from ftlevel.data.formats.detect import Shape
-from ftlevel.data.formats.parts import Parts
-from ftlevel.data.formats.roles import Roles
+from ftlevel.data.formats.columns import JOINER, NESTED
+from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.formats.turns import (
     Message,
     Unusable,
     check_text,
     parse_json,
     parse_tools,
+    parse_turn_list,
     parse_turns,
 )
+from ftlevel.data.sources.table import Row, Table
 from ftlevel.data.sources.uniform import kind_of
 from ftlevel.errors import InputError, listing
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an example says, as the gate reads it.
+
+    Attributes:
+        asked: what the model is given: a prompt, the user's turns, a text that has a class.
+        answered: what it learns: an answer, the assistant's turns, a class; of a plain text all.
+        before: all that stands before the last answer; empty where nothing does.
+        last: that answer.
+        written: whether `answered` is written by the model after what it is given.
+        roles: of the turns of a conversation.
+        one_class: whether `last` is a class of the whole.
+    """
+
+    asked: str
+    answered: str
+    before: str
+    last: str
+    written: bool = False
+    roles: tuple[str, ...] = ()
+    one_class: bool = False
+
+
+def parts_of(example: Any) -> Parts:
+    """Return the parts of an example; one that does not tell them is a text as a whole."""
+    parts = getattr(example, "parts", None)
+    return parts if isinstance(parts, Parts) else Parts("", example.key_text, "", "")
+
+
+_TURNS = ("prompt", "completion", "chosen", "rejected")
+"""Roles whose value is a text or turns."""
+
+
+class Roles:
+    """The values of one row, by role.
+
+    Args:
+        format_: which column each role has.
+        table: where the rows are.
+    """
+
+    def __init__(self, format_: Format, table: Table) -> None:
+        self.columns = format_.columns
+        self.inner: Mapping[str, str] = format_.inner
+        self.table = table
+        self.row: Row = {}
+        self.index = 0
+
+    def turn_to(self, row: Row, index: int) -> None:
+        """Go on with `row`, the one at `index` of the table."""
+        self.row, self.index = row, index
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.columns
+
+    def get(self, role: str) -> Any:
+        """Return the value of `role`; None where the format has no column for it.
+
+        JSON text is parsed where a list or an object is expected, and in a CSV cell also where
+        turns may stand instead of a text.
+        """
+        column = self.columns.get(role)
+        if column is None:
+            return None
+        value = self._find(column)
+        if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+            return value
+        if role in NESTED:
+            try:
+                return parse_json(value, repr(column))
+            except Unusable as error:
+                raise Unusable(
+                    f"{error}. Write lists and objects as JSON, with json.dumps"
+                ) from None
+        is_cell = role in _TURNS and self.table.has_text_cells(self.index)
+        return parse_turn_list(value) if is_cell else value
+
+    def _find(self, column: str) -> Any:
+        """Return the value of a column, of several that are joined, or of a key inside of one."""
+        if column in self.row:
+            return self.row[column]
+        if "+" in column:
+            return JOINER.join(filter(None, map(self._joined, column.split("+"))))
+        return self._reach(column)
+
+    def _joined(self, column: str) -> str:
+        """Return the text of a column that is joined with others; it may be empty or null."""
+        value = self.row[column] if column in self.row else self._reach(column)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return ""
+        if not isinstance(value, str):
+            raise Unusable(f"{column!r} is {kind_of(value)}, and only texts can be joined")
+        return value
+
+    def _reach(self, column: str) -> Any:
+        """Return the value inside of objects that `column` leads to, key by key."""
+        value: Any = self.row
+        for part in column.split("."):
+            if value is self.row and part not in value:
+                raise Unusable(f"has no {part!r}")
+            if not isinstance(value, dict) or part not in value:
+                raise Unusable(f"{column!r} is not there ({part!r} is missing)")
+            value = value[part]
+        return value
+
+    def text(self, role: str) -> str:
+        """Return the text of `role`, which must not be empty."""
+        return check_text(self.get(role), repr(self.columns[role]))
+
+    def text_or_empty(self, role: str) -> str:
+        """Return the text of `role`, or an empty string for null, or for no such column."""
+        value = self.get(role)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return ""
+        return check_text(value, repr(self.columns[role]))
 
 
 @dataclass(frozen=True)
@@ -359,3 +483,42 @@ def build_question(roles: Roles) -> Question:
 
 PLAIN_TEXT = Shape("text", build_plain, {"text": ("text", "content")})
 """A text that is learned as a whole."""
+
+
+def build_asked_turns(roles: Roles) -> Conversation:
+    """Return the turns that wait for an answer; an answer that is there already is left out."""
+    for role in ("messages", "conversations"):
+        if role in roles:
+            turns = parse_turns(
+                roles.get(role), roles.columns[role], answered=False, names=roles.inner
+            )
+            while turns and turns[-1].role == "assistant":
+                turns.pop()
+            break
+    else:
+        turns = [Message("user", _asked_text(roles))]
+    if not turns:
+        raise Unusable("holds no turn that could be answered")
+    if (system := roles.text_or_empty("system")) and turns[0].role != "system":
+        turns.insert(0, Message("system", system))
+    tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
+    return Conversation(tuple(turns), roles.index, tools)
+
+
+def _asked_text(roles: Roles) -> str:
+    if "instruction" in roles:
+        ask = roles.text("instruction")
+        more = roles.text_or_empty("input")
+        return f"{ask}\n\n{more}" if more else ask
+    return roles.text("prompt" if "prompt" in roles else "text")
+
+
+def build_source(roles: Roles) -> Pair:
+    """Return a source without a target, as `build_pair` would make it of an answered row."""
+    for role in ("document", "source"):
+        if role in roles:
+            return Pair(roles.text(role), "", roles.index)
+    turns = build_asked_turns(roles).messages
+    if [turn.role for turn in turns if turn.role != "system"] != ["user"]:
+        raise Unusable(f"has {len(turns)} turns, where one question is expected")
+    return Pair("\n\n".join(turn.content for turn in turns), "", roles.index)

@@ -1,14 +1,31 @@
-"""The classes of a data set: their names, their numbers, and whether the splits agree on them."""
+"""The classes of a data set: their names, their numbers, and whether the splits agree on them.
+
+Labels that are one class in several spellings: white space around them, case, or a typo.
+
+What the label of a text is: one class, several, or a quantity.
+
+Words of a text, and tags for them from spans of characters, as annotation tools write them.
+
+Words are split the same way wherever a text is tagged, in training as in `ftlevel predict`; it
+knows no tokenizer. A span becomes B- and I- tags of its words (IOB2).
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, permutations
+from typing import Any, Literal, TypeAlias
 
-from ftlevel.data.formats.examples import Classed
-from ftlevel.data.sources.table import BadRow, Table
+from ftlevel.data.formats.detect import Build
+from ftlevel.data.formats.examples import Classed, Labelled, Roles, Tagged
+from ftlevel.data.formats.turns import Unusable
+from ftlevel.data.sources.table import BadRow, Row, Table
+from ftlevel.data.sources.uniform import kind_of
 from ftlevel.errors import InputError, listing
 
 
@@ -205,3 +222,261 @@ def _is_fraction(name: str) -> bool:
         return not name.strip().isdecimal() and "." in name and float(name) is not None
     except ValueError:
         return False
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "label_space": str.strip,
+    "label_case": lambda label: label.strip().casefold(),
+    "label_typo": str,
+}
+"""Field of `config.gate` → what is the same of labels that differ by no more; of a typo nothing."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A label that is another one in another spelling.
+
+    Attributes:
+        label: as it stands there.
+        name: as the class is called.
+        rows: indices of the examples with it.
+    """
+
+    label: str
+    name: str
+    rows: tuple[int, ...]
+
+
+def find_variants(
+    examples: Sequence[Classed], check: str, names: Iterable[str] = ()
+) -> list[Variant]:
+    """Return the labels that differ from another one by no more than `check` says.
+
+    Args:
+        examples: with classes.
+        check: a key of `SPELLINGS`.
+        names: of the classes that are known; where there are none, the usual spelling is the name.
+    """
+    if check == "label_typo":
+        return find_typos(examples, names)
+    same = SPELLINGS[check]
+    rows = _rows_of_labels(examples)
+    known = {same(name): name for name in names}
+    groups: dict[str, list[str]] = {}
+    for label in rows:
+        groups.setdefault(same(label), []).append(label)
+    found = []
+    for key, labels in groups.items():
+        name = known.get(key) or max(sorted(labels), key=lambda label: len(rows[label]))
+        found += [Variant(x, name, tuple(rows[x])) for x in labels if x != name and x not in names]
+    if check == "label_case":  # white space alone is the other check's
+        found = [v for v in found if v.label.strip() != v.name.strip()]
+    return found
+
+
+_RARE = 5  # a misspelled label has at most a fifth of the rows of the right one
+_LETTERS = 5  # in a word of fewer, one letter makes another word
+
+
+def find_typos(examples: Sequence[Classed], names: Iterable[str] = ()) -> list[Variant]:
+    """Return the rare labels that differ from a frequent one by one letter of a long word.
+
+    The letter may be missing, added, another or exchanged with its neighbor; the first one of a
+    word is the same. Labels that differ only by what stands between their words count too, numbers
+    never: `postive` is `positive`, but `label1` is not `label2` and `B-PERSON` not `I-PERSON`.
+
+    Args:
+        examples: with classes.
+        names: of the classes that are known, of which none is misspelled.
+    """
+    rows = _rows_of_labels(examples)
+    near: dict[str, list[str]] = {}
+    for label in dict.fromkeys([*names, *rows]):
+        folded = label.casefold()
+        for shorter in {folded, *(folded[:i] + folded[i + 1 :] for i in range(len(folded)))}:
+            near.setdefault(shorter, []).append(label)
+    pairs = {pair for labels in near.values() for pair in permutations(labels, 2)}
+    found: dict[str, str] = {}
+    for label, name in sorted(pairs):
+        known = name in names
+        if label in names or not rows.get(label) or not _is_typo(label.casefold(), name.casefold()):
+            continue
+        is_rare = known or len(rows[label]) * _RARE <= len(rows.get(name, ()))
+        best = found.get(label)
+        if is_rare and (best is None or len(rows.get(name, ())) > len(rows.get(best, ()))):
+            found[label] = name
+    return [Variant(label, name, tuple(rows[label])) for label, name in found.items()]
+
+
+def _rows_of_labels(examples: Sequence[Classed]) -> dict[str, list[int]]:
+    """Return the indices of the examples of each label that is a text."""
+    rows: dict[str, list[int]] = {}
+    for example in examples:
+        for label in example.classes:
+            if isinstance(label, str):
+                rows.setdefault(label, []).append(example.row)
+    return rows
+
+
+def _is_typo(one: str, other: str) -> bool:
+    """Tell whether two texts differ by one slip inside a long word, or between their words."""
+    begin = _count_common(one, other)
+    rest = _count_common(one[begin:][::-1], other[begin:][::-1])
+    cut, other_cut = one[begin : len(one) - rest], other[begin : len(other) - rest]
+    is_swap = len(cut) == 2 and cut == other_cut[::-1]
+    if not is_swap and max(len(cut), len(other_cut)) != 1:
+        return False
+    before = len(re.findall(r"[^\W\d_]*$", one[:begin])[0])
+    after = len(re.findall(r"^[^\W\d_]*", one[len(one) - rest :])[0])
+    is_series = len(cut) == len(other_cut) == 1 and not after  # as type_a and type_b, typea, typeb
+    is_number = any(map(str.isdecimal, cut + other_cut))
+    letters = before + min(len(cut), len(other_cut)) + after
+    return before > 0 and letters >= _LETTERS and not (is_series or is_number)
+
+
+def _count_common(one: str, other: str) -> int:
+    """Return how many characters two texts have in common at their beginning."""
+    shorter = min(len(one), len(other))
+    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
+
+
+@dataclass(frozen=True)
+class FoldLabels:
+    """Builds an example and gives its labels the names of their classes.
+
+    Attributes:
+        build: makes the example of a row.
+        same: what is the same of the spellings of a class.
+        names: by that, the name of the class.
+    """
+
+    build: Build
+    same: Callable[[str], str]
+    names: Mapping[str, str]
+
+    def __call__(self, roles: Any) -> Any:
+        """Return the example."""
+        example = self.build(roles)
+        if isinstance(example, Labelled) and isinstance(example.label, str):
+            return replace(example, label=self._name(example.label))
+        if isinstance(example, Labelled) and isinstance(example.label, tuple):
+            return replace(example, label=tuple(dict.fromkeys(map(self._name, example.label))))
+        if isinstance(example, Tagged):
+            return replace(example, tags=tuple(map(self._name, example.tags)))
+        return example
+
+    def _name(self, label: Any) -> Any:
+        return self.names.get(self.same(label), label) if isinstance(label, str) else label
+
+
+ProblemType: TypeAlias = Literal[
+    "single_label_classification", "multi_label_classification", "regression"
+]
+
+
+def choose_problem_type(
+    table: Table, column: str, wish: ProblemType | Literal["auto"] = "auto"
+) -> tuple[ProblemType, str]:
+    """Return the problem type of a label column, and why.
+
+    Lists, and JSON lists in the text of all rows, are several labels a row. Numbers with a fraction
+    are quantities. Everything else is a class: whole numbers may be grades as well, which nobody
+    but the user can know.
+    """
+    if wish != "auto":
+        return wish, ""
+    values = [_value(row, column) for row in table.rows]
+    if any(type(value) is list for value in values):
+        return "multi_label_classification", f"auto: {column!r} holds lists"
+    if values and all(map(_is_json_list, values)):
+        return "multi_label_classification", f"auto: {column!r} holds lists as JSON text"
+    if column not in table.label_names and _has_quantities(values):
+        return "regression", f"auto: {column!r} holds numbers with a fraction"
+    return "single_label_classification", "auto: one name or whole number a row"
+
+
+def _value(row: Row, column: str) -> Any:
+    value: Any = row
+    for part in (column,) if column in row else column.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _is_json_list(value: Any) -> bool:
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return False
+    try:
+        return type(json.loads(value)) is list
+    except ValueError:
+        return False
+
+
+def _has_quantities(values: Sequence[Any]) -> bool:
+    """Tell whether all values are numbers, as text too, and one is not whole."""
+    try:
+        numbers = [float(value) for value in values if value is not None]
+    except (TypeError, ValueError):
+        return False
+    return any(math.isfinite(n) and not n.is_integer() for n in numbers)
+
+
+_WORDS = re.compile(r"\w+|[^\w\s]")
+Span = tuple[int, int, str]
+"""First character, the one behind the last, label."""
+
+
+def split_words(text: str) -> list[tuple[int, int]]:
+    """Return where each word begins and ends: letters and digits together, other marks alone."""
+    return [match.span() for match in _WORDS.finditer(text)]
+
+
+def build_spans(roles: Roles) -> Tagged:
+    """Return the words of a text with the tags of its spans."""
+    text, column = roles.text("text"), repr(roles.columns["spans"])
+    found = roles.get("spans")
+    if type(found) is not list:
+        raise Unusable(f"{column} is {kind_of(found)}, not a list of spans")
+    spans = sorted(_read_span(item, f"span {i} of {column}") for i, item in enumerate(found, 1))
+    for (_, end, _), (begin, *_) in pairwise(spans):
+        if begin < end:
+            raise Unusable(f"two spans of {column} overlap at {begin}; a word has one tag")
+    words = split_words(text) or [(0, len(text))]
+    tags = ["O"] * len(words)
+    for span in spans:
+        _tag(tags, words, text, span)
+    return Tagged(tuple(text[a:b] for a, b in words), tuple(tags), roles.index)
+
+
+def _read_span(item: object, what: str) -> Span:
+    """Return a span: `{"start", "end", "label"}`, or a list of the three."""
+    parts: Sequence[Any]
+    if isinstance(item, dict):
+        if not {"start", "end", "label"} <= item.keys():
+            raise Unusable(f"{what} needs start, end and label (keys: {', '.join(item)})")
+        parts = [item["start"], item["end"], item["label"]]
+    elif isinstance(item, list) and len(item) == 3:
+        parts = item
+    else:
+        raise Unusable(f"{what} is {kind_of(item)}, not an object or a list of start, end, label")
+    begin, end, label = parts
+    if type(begin) is not int or type(end) is not int or type(label) is not str or not label:
+        raise Unusable(f"{what} is {list(parts)!r}, not two whole numbers and a name")
+    if not 0 <= begin < end:
+        raise Unusable(f"{what} goes from {begin} to {end}")
+    return begin, end, label
+
+
+def _tag(tags: list[str], words: Sequence[tuple[int, int]], text: str, span: Span) -> None:
+    """Write the tags of a span, which may have white space around it but cuts no word."""
+    begin, end, label = span
+    if end > len(text):
+        raise Unusable(f"{label!r} goes to {end}, and the text has {len(text)} characters")
+    inside = [i for i, (a, b) in enumerate(words) if a < end and b > begin]
+    cut = next((i for i in inside if words[i][0] < begin or words[i][1] > end), None)
+    if cut is not None:
+        word, part = text[slice(*words[cut])], text[begin:end]
+        raise Unusable(f"{label!r} at {begin} to {end} cuts the word {word!r} ({part!r})")
+    if not inside:
+        raise Unusable(f"{label!r} at {begin} to {end} covers no word")
+    for number, index in enumerate(inside):
+        tags[index] = f"{'I' if number else 'B'}-{label}"

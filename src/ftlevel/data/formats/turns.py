@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ftlevel.data.formats.advice import write_flags
+from ftlevel.data.formats.columns import write_flags
 from ftlevel.data.sources.uniform import kind_of
 from ftlevel.errors import did_you_mean, listing
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.gate import Action
+from ftlevel.data import gate as findings_
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Fitted
 from ftlevel.data.encoding.store import take_rows
-from ftlevel.data.gate import Finding, checks, duplicates, judge, sides, wordings
-from ftlevel.data.gate import digests as digests_
-from ftlevel.data.gate import findings as findings_
-from ftlevel.data.gate.digests import Digests
+from ftlevel.data.gate import Finding, checks, duplicates, judge, wordings
+from ftlevel.data.gate import similarity as digests_
+from ftlevel.data.gate.checks import TEXT_CHECKS
 from ftlevel.data.gate.flat import (
     Integers,
     Mask,
@@ -25,7 +25,7 @@ from ftlevel.data.gate.flat import (
     flat_batches,
     rows_of,
 )
-from ftlevel.data.gate.texts import TEXT_CHECKS
+from ftlevel.data.gate.similarity import Digests
 from ftlevel.data.sources.table import BadRow, Table, resolve_bad
 from ftlevel.errors import InputError
 from ftlevel.task import Task
@@ -211,17 +211,17 @@ class Gate:
         total, policy = len(digests), self.policy
         present = examples_in(rows, kept, total)
         if policy.conflicting_answers != "ignore":
-            again, first = _of(present, *sides.find_conflicts(digests))
+            again, first = _of(present, *duplicates.find_conflicts(digests))
             pairs = _pairs(again, first, table)
             found = judge("conflicting_answers", "train", len(again), total, pairs, policy)
             keep &= self._add(found, findings, rows, again)
         if self.task.checks.ends and policy.swapped_roles != "ignore":
-            hit = sides.find_swapped(digests.first(digests_.MOST_COMPARED))
+            hit = duplicates.find_swapped(digests.first(digests_.MOST_COMPARED))
             hit = hit[present[hit]]
             found = self._judge("swapped_roles", "train", hit, total, table)
             keep &= self._add(found, findings, rows, hit)
         if self.task.checks.ends:
-            hit = sides.find_one_answer(digests)
+            hit = duplicates.find_one_answer(digests)
             places = [f"that of {table.where(int(i))}" for i in hit[:1]]
             found = judge("one_answer", "train", len(hit), total, places, policy)
             findings += [found] if found else []

@@ -1,32 +1,135 @@
-"""The rows of a run: from the cache if they were prepared before, else prepared and kept there."""
+"""The rows of a run: from the cache if they were prepared before, else prepared and kept there.
+
+Where prepared rows lie between runs: a folder a key, whole or absent, under the user's cache.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ftlevel.artifacts.cards import library_versions
-from ftlevel.config import DataConfig
-from ftlevel.config.choices import Choice
-from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.artifacts.checkpoints import certify, find_damage
+from ftlevel.config import IN_MEMORY, DataConfig
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.encode import Encoded, PromptFormat
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.gate import Finding
-from ftlevel.data.prepare.cache import cache_root, file_digest, files_of, folder_of, is_writable
-from ftlevel.data.prepare.context import EncodingContext, Prepared
+from ftlevel.data.prepare.encoder import EncodingContext, Prepared, Progress
 from ftlevel.data.prepare.examples import prepare_examples
 from ftlevel.data.prepare.loading import load_examples
-from ftlevel.data.prepare.parallel import Progress
 from ftlevel.data.prepare.streaming import prepare_stream
+from ftlevel.data.sources.readers.files import is_pattern, match_files
 from ftlevel.data.sources.table import Part, Table
 from ftlevel.errors import InputError
 from ftlevel.workspace import Workspace
+
+KEEP_DAYS = 30
+
+
+def cache_root() -> Path:
+    """Return the folder of all keys: `$XDG_CACHE_HOME/ftlevel/rows`, or under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ftlevel" / "rows"
+
+
+def is_writable() -> bool:
+    """Whether something can be kept; a home that is read only is no reason to stop."""
+    root = cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(root, os.W_OK | os.X_OK)
+
+
+def files_of(name: str) -> list[Path] | None:
+    """Return the file called `name`, those below the directory, or that it matches, in order.
+
+    None for what is no path here: rows in memory, and a set of the Hub, which has its own cache.
+    """
+    if name == IN_MEMORY:
+        return None
+    if is_pattern(name):
+        return match_files(name)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else None
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of a key.
+
+    Attributes:
+        path: where the rows are, or are to be written.
+        keep: makes a folder that was written the one of its key; None if the rows are there.
+        damage: what is wrong with the rows that were there, empty for nothing.
+    """
+
+    path: Path
+    keep: Callable[[], Path] | None = None
+    damage: str = ""
+
+
+@contextmanager
+def folder_of(key: str) -> Iterator[Folder]:
+    """Give the folder of `key` if it is whole, byte for byte, else an empty one to write into.
+
+    Of several processes one prepares, and the others wait for it here.
+    """
+    from filelock import FileLock
+
+    root = cache_root()
+    final, partial = root / key, root / f".{key}.partial"
+    with FileLock(root / f".{key}.lock"):
+        damage = find_damage(final) if final.is_dir() else ""
+        if damage is None:
+            os.utime(final)
+            yield Folder(final)
+            return
+        for old in (final, partial):
+            shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir()
+
+        def keep() -> Path:
+            certify(partial)
+            return partial.replace(final)
+
+        try:
+            yield Folder(partial, keep, damage)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            remove_unused(root)
+
+
+def remove_unused(root: Path) -> None:
+    """Remove what no run used for a month."""
+    oldest = time.time() - KEEP_DAYS * 24 * 3600
+    for folder in root.iterdir():
+        if folder.stat().st_mtime < oldest:
+            shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink()
+
 
 KEEP_FROM = 1_000
 """Rows from which on a set lies in a file and is kept: below, preparing takes no time."""

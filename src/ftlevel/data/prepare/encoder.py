@@ -1,31 +1,210 @@
-"""What a task encodes its examples with: the model's tokenizer, the lengths, and where rows go."""
+"""What a task encodes its examples with: the model's tokenizer, the lengths, and where rows go.
+
+What decides the rows beside the data section, and what they are once they are ready.
+
+Encode many examples in batches, by one process or several, straight into a store.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftlevel.config import DataConfig
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from ftlevel.config import DataConfig, GateConfig
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import special_texts
-from ftlevel.data.encoding.encode import Encoded, RowError
+from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, PromptFormat, RowError
 from ftlevel.data.encoding.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
-from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.store import RowStore, to_batch, write_store
 from ftlevel.data.formats.labels import LabelSet
-from ftlevel.data.gate.digests import Digests
-from ftlevel.data.gate.texts import TextsKnown
-from ftlevel.data.prepare.parallel import (
-    Encode,
-    Progress,
-    be_silent,
-    digests_path,
-    encode_to_store,
-)
+from ftlevel.data.gate import Finding
+from ftlevel.data.gate.checks import Known, TextsKnown, find_empty_thinks
+from ftlevel.data.gate.gate import Gate, stop_ids
+from ftlevel.data.gate.similarity import Digests, words_path
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.task import Task
+
+
+@dataclass(frozen=True)
+class EncodingContext:
+    """What decides the rows beside the data section.
+
+    Attributes:
+        task: the task.
+        kind: kind of the model.
+        tokenizer: the model's tokenizer.
+        vocabulary: rows of the model's embedding.
+        bounds: of a row's length: what the model and its method leave to the text, and the memory.
+        seed: of rows that are held out, of samples and of masks.
+        lenient: leave out and report rows that ought to stop the run, as a preview does.
+        prompt_version: of plain prompts, see `PROMPT_VERSION`.
+    """
+
+    task: Task
+    kind: str
+    tokenizer: Any
+    vocabulary: int
+    bounds: Bounds
+    seed: int
+    lenient: bool = False
+    prompt_version: int = PROMPT_VERSION
+
+    def gate(self, policy: GateConfig) -> Gate:
+        """Return the gate that the rows go through, by the `policy` of the configuration."""
+        tokenizer = self.tokenizer
+        known = Known(
+            self.task.checks, tokenizer.bos_token_id, stop_ids(tokenizer), self.vocabulary,
+            find_empty_thinks(tokenizer),
+        )  # fmt: skip
+        return Gate(policy, self.task, known)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that are ready for the model.
+
+    Attributes:
+        train: encoded training rows.
+        validation: encoded validation rows; empty if there are none.
+        prompt_format: how prompts are laid out; None where there are none.
+        max_length: in tokens.
+        table: the training rows as they were read; `Encoded.row` counts these.
+        facts: what summary.json says of the data.
+        choices: lines for the screen.
+        findings: what the gate found.
+        workspace: the temporary directory of rows that are not kept; it goes with this object.
+        stream: the `RowStream` that is trained on, of which `train` are the first rows; or None.
+    """
+
+    train: Sequence[Encoded]
+    validation: Sequence[Encoded]
+    prompt_format: PromptFormat | None
+    max_length: int
+    table: Table
+    facts: dict[str, Any] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
+    findings: tuple[Finding, ...] = ()
+    workspace: Any = None
+    stream: Any = None
+
+
+BATCH = 1_000  # examples
+Encode = Callable[[Sequence[Any]], list[Encoded]]
+Progress = Callable[[int, int], None]
+"""Told how many examples of how many are done."""
+_Part = tuple[pa.RecordBatch | None, tuple[bytes, bytes]]  # rows, and digests of the examples
+
+
+def be_silent(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+_work: tuple[Encode, Sequence[Any], TextsKnown] | None = (
+    None  # inherited by the processes that are forked
+)
+
+
+def encode_to_store(
+    path: Path,
+    encode: Encode,
+    examples: Sequence[Any],
+    known: TextsKnown,
+    processes: int,
+    progress: Progress,
+) -> RowStore:
+    """Encode `examples` batch by batch and write the rows to `path`, in their order.
+
+    The digests that the gate reads are written to `digests_path(path)`, as the examples are at hand
+    here.
+
+    Args:
+        path: of the file.
+        encode: some examples → their rows.
+        examples: all of them.
+        known: what checks of texts must know.
+        processes: how many encode; they are forked, and where the system cannot there is one.
+        progress: told after each batch.
+
+    Raises:
+        ValueError: no example gave a row.
+    """
+    beside = digests_path(path)
+    with beside.open("wb") as records, words_path(beside).open("wb") as words:
+
+        def keep_digests() -> Iterator[pa.RecordBatch]:
+            work = (encode, examples, known)
+            for batch, digests in _batches(work, processes, progress):
+                records.write(digests[0])
+                words.write(digests[1])
+                if batch is not None:
+                    yield batch
+
+        return write_store(path, keep_digests())
+
+
+def digests_path(path: Path) -> Path:
+    """Return where the digests lie of the examples that gave the rows at `path`."""
+    return path.with_suffix(".digests")
+
+
+def _batches(
+    work: tuple[Encode, Sequence[Any], TextsKnown], processes: int, progress: Progress
+) -> Iterator[_Part]:
+    global _work
+    examples = work[1]
+    starts = range(0, len(examples), BATCH)
+    _work = work
+    try:
+        if processes == 1 or "fork" not in multiprocessing.get_all_start_methods():
+            yield from _reported(map(_encode_from, starts), len(examples), progress)
+            return
+        with multiprocessing.get_context("fork").Pool(processes, _begin) as pool:
+            yield from _reported(pool.imap(_encode_bytes, starts), len(examples), progress)
+    finally:
+        _work = None
+
+
+def _reported(parts: Any, total: int, progress: Progress) -> Iterator[_Part]:
+    """Yield the parts, with batches that came as bytes put together."""
+    for number, (batch, digests) in enumerate(parts, 1):
+        progress(min(number * BATCH, total), total)
+        if isinstance(batch, bytes):
+            batch = pa.ipc.open_stream(batch).read_next_batch() if batch else None
+        yield batch, digests
+
+
+def _begin() -> None:
+    """Keep a forked tokenizer to one thread: those of its parent are not there."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _encode_from(start: int) -> _Part:
+    if _work is None:
+        raise RuntimeError("there is no work")
+    encode, examples, known = _work
+    some = examples[start : start + BATCH]
+    rows = encode(some)
+    return to_batch(rows) if rows else None, Digests.of(some, known).to_bytes()
+
+
+def _encode_bytes(start: int) -> tuple[bytes, tuple[bytes, bytes]]:
+    """Return a batch as bytes, which pass between processes without being taken apart."""
+    batch, digests = _encode_from(start)
+    if batch is None:
+        return b"", digests
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return bytes(sink.getvalue().to_pybytes()), digests
+
 
 _LONG = 1_000_000  # characters of an example that take seconds
 

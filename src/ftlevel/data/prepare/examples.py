@@ -9,20 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from ftlevel.artifacts.fingerprint import rows_fingerprint
+from ftlevel.artifacts.files import rows_fingerprint
 from ftlevel.config import DataConfig
-from ftlevel.config.choices import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.encode import Encoded, PromptFormat
 from ftlevel.data.encoding.fit import Fitted
-from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.gate import Finding, explain_stop
 from ftlevel.data.gate.flat import flat_batches
-from ftlevel.data.prepare.context import EncodingContext, Prepared
-from ftlevel.data.prepare.encoder import Encoder
+from ftlevel.data.prepare.encoder import Encoder, EncodingContext, Prepared, Progress
 from ftlevel.data.prepare.loading import Loaded
-from ftlevel.data.prepare.parallel import Progress
-from ftlevel.data.sources.packed import STDIN
+from ftlevel.data.sources.lines import STDIN
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.task import Task
 

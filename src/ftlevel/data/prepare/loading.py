@@ -7,11 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftlevel.config import DataConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.data.formats.convert import convert_rows, to_examples
 from ftlevel.data.formats.detect import Format, why
-from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels, find_unlabelled
-from ftlevel.data.formats.spellings import SPELLINGS, FoldLabels, find_variants
+from ftlevel.data.formats.labels import (
+    SPELLINGS,
+    FoldLabels,
+    LabelSet,
+    build_label_set,
+    check_labels,
+    find_unlabelled,
+    find_variants,
+)
 from ftlevel.data.gate import Finding, judge
 from ftlevel.data.gate.gate import resolve_faults
 from ftlevel.data.sources.lines import PART

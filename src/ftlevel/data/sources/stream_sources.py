@@ -16,9 +16,9 @@ from ftlevel.data.sources.hub import (
     pick_split,
     remove_columns,
 )
-from ftlevel.data.sources.packed import STDIN
+from ftlevel.data.sources.lines import STDIN
+from ftlevel.data.sources.readers.arrow import refuse_media
 from ftlevel.data.sources.readers.files import Reading, is_pattern, open_stream, read_table
-from ftlevel.data.sources.readers.parquet import refuse_media
 from ftlevel.data.sources.splits import (
     HUB_PREFIX,
     VALIDATION_NAMES,

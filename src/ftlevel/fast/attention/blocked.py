@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from ftlevel.fast.layers.dropout import dropout_mask
-from ftlevel.fast.packing.layout import Range, Segment
+from ftlevel.fast.layers.recompute import dropout_mask
+from ftlevel.fast.packing import Range, Segment
 from ftlevel.models.upstream.tensors import softmax_backward
 
 QUERIES = 128

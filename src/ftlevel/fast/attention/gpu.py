@@ -3,6 +3,22 @@
 Each segment's queries see the keys of its past and its own, which are gathered before one another.
 The kernel aligns a causal mask at the last query and the last key (flash-attention 2.1), as a
 segment whose past comes first wants it; so trees of prefixes need no kernel of their own.
+
+Attention of a row on a GPU that its flash kernel does not serve: a few calls of SDPA a row.
+
+Sequences of like length are padded to the longest of them and computed by one call: what torch
+before 2.10, a card before Ampere, float32 or dropout in attention leave. Calls are as many as there
+are powers of two among the lengths, at most, and not one a sequence; places are at most twice the
+tokens.
+
+Causal sequences of their own need no mask, since padding stands behind every token. With a mask the
+memory-efficient kernel has no grouped queries, so each query head gets its keys.
+
+Flash attention by a kernel of the Hugging Face hub that the user names: FA3, FA4 and others.
+
+The package `kernels` fetches it, by name and version, where it is not there yet; nothing is fetched
+that was not asked for. It has `flash_attn_varlen_func` of the flash-attention package, which aligns
+a causal mask at the last query and the last key, as torch's does.
 """
 
 from __future__ import annotations
@@ -10,15 +26,19 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
 import torch
+from torch.nn import functional
 
-from ftlevel.fast.attention.options import AttentionOptions
-from ftlevel.fast.packing.layout import Segment
+from ftlevel.errors import InputError
+from ftlevel.fast.attention.options import AttentionOptions, attend_capped
+from ftlevel.fast.packing import Segment
 from ftlevel.models.hardware import send
 
 WIDEST_HEAD = 256
@@ -193,3 +213,215 @@ def attend_varlen(
         key, value = (part.index_select(0, lengths.source) for part in (key, value))
     rows = (query.contiguous(), key.contiguous(), value.contiguous())
     return kernel.attend(*rows, lengths, options)
+
+
+LengthPair = tuple[int, int]
+"""Queries and keys of a segment."""
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Segments of like length.
+
+    Attributes:
+        queries: (count, most queries) where each stands in the row; padding is some token.
+        keys: (count, most keys), likewise.
+        mask: (count, 1, most queries, most keys), True where a query sees a key; None where
+            causality alone decides, or nothing does.
+        causal: whether a query sees only what is before it, where there is no mask.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor | None
+    causal: bool
+
+
+@lru_cache(maxsize=8)
+def pad_segments(
+    segments: tuple[Segment, ...], causal: bool, window: int | None, device: torch.device
+) -> tuple[tuple[PaddedBatch, ...], torch.Tensor]:
+    """Return the batches on `device`, and (tokens,) the place of each token among all of them.
+
+    Args:
+        segments: of the row.
+        causal: whether a query sees only itself and what is before it.
+        window: a query sees fewer than this many tokens to each side, itself included.
+        device: where they are computed.
+    """
+    groups: dict[LengthPair, list[int]] = defaultdict(list)
+    for number, segment in enumerate(segments):
+        own, seen = _lengths(segment)
+        groups[own.bit_length(), seen.bit_length()].append(number)
+    batches, begin = list[PaddedBatch](), 0
+    places = torch.empty(segments[-1].stop, dtype=torch.long)
+    for numbers in groups.values():
+        group = [segments[number] for number in numbers]
+        batch = _pad(group, causal, window)
+        for row, segment in enumerate(group):
+            start, own = begin + row * batch.queries.shape[1], segment.stop - segment.start
+            places[segment.start : segment.stop] = torch.arange(start, start + own)
+        begin += batch.queries.numel()
+        mask = None if batch.mask is None else send(batch.mask, device)
+        batches.append(
+            PaddedBatch(send(batch.queries, device), send(batch.keys, device), mask, batch.causal)
+        )
+    return tuple(batches), send(places, device)
+
+
+def _lengths(segment: Segment) -> LengthPair:
+    own = segment.stop - segment.start
+    return own, segment.position + own
+
+
+def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> PaddedBatch:
+    own, seen = (torch.tensor(part) for part in zip(*map(_lengths, group), strict=True))
+    most, widest = int(own.max()), int(seen.max())
+    queries = torch.zeros(len(group), most, dtype=torch.long)
+    keys = torch.zeros(len(group), widest, dtype=torch.long)
+    for row, segment in enumerate(group):
+        queries[row, : own[row]] = torch.arange(segment.start, segment.stop)
+        ranges = (*segment.past, (segment.start, segment.stop))
+        keys[row, : seen[row]] = torch.cat([torch.arange(*range_) for range_ in ranges])
+    is_plain = bool((own == seen).all()) and (window is None or window > widest)
+    if is_plain and (causal or bool((seen == widest).all())):
+        return PaddedBatch(queries, keys, None, causal)
+    at = torch.arange(widest)
+    inside = at < seen[:, None, None]  # (count, 1, keys)
+    distance = ((seen - own)[:, None] + torch.arange(most))[:, :, None] - at
+    mask = inside.expand(-1, most, -1).clone()
+    if causal:
+        mask &= distance >= 0
+    if window is not None:
+        mask &= distance.abs() < window
+    # A query of padding must see something, or its softmax is not a number.
+    mask |= (torch.arange(most) >= own[:, None])[:, :, None] & inside
+    return PaddedBatch(queries, keys, mask[:, None], causal)
+
+
+def attend_padded(
+    states: list[torch.Tensor], segments: tuple[Segment, ...], options: AttentionOptions
+) -> torch.Tensor:
+    """Return (tokens, heads, head_dim).
+
+    Args:
+        states: queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
+        segments: of the row, which is all of the tokens.
+        options: of the attention.
+    """
+    device = states[0].device
+    batches, places = pad_segments(segments, options.causal, options.window, device)
+    groups, outputs = len(states[0]) // len(states[1]), []
+    for batch in batches:
+        query, key, value = (
+            part.index_select(1, at.flatten()).view(len(part), *at.shape, -1).transpose(0, 1)
+            for part, at in zip(states, (batch.queries, batch.keys, batch.keys), strict=True)
+        )
+        if options.cap:
+            made, _ = attend_capped(
+                query,
+                key,
+                value,
+                batch.mask,
+                options.dropout,
+                options.scale,
+                options.cap,
+                batch.causal,
+            )
+            outputs.append(made.flatten(0, 1))
+            continue
+        if groups > 1:
+            key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+        made = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=batch.mask, dropout_p=options.dropout,
+            is_causal=batch.causal and batch.mask is None, scale=options.scale,
+        )  # fmt: skip
+        outputs.append(made.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, places)
+
+
+FUNCTION = "flash_attn_varlen_func"
+
+
+@dataclass(frozen=True)
+class HubKernel:
+    """A kernel that was fetched.
+
+    Attributes:
+        function: `flash_attn_varlen_func`.
+        caps: whether it can be told at what scores are capped.
+        windows: whether it can be told of a window.
+        all_keys: what a side of its window is that has no end: None in FA4, else -1.
+    """
+
+    function: Callable[..., Any]
+    caps: bool
+    windows: bool
+    all_keys: int | None
+
+    @classmethod
+    def read(cls, function: Callable[..., Any]) -> HubKernel:
+        """Return what `function` takes, by its signature."""
+        names = inspect.signature(function).parameters
+        windows = "window_size" in names
+        all_keys = names["window_size"].default[0] if windows else None
+        return cls(function, "softcap" in names, windows, all_keys)
+
+    def computes(self, options: AttentionOptions, head_dim: int) -> bool:
+        """Whether it can be told of all `options`, for heads of `head_dim` elements."""
+        can_be_told = (self.caps or options.cap is None) and (
+            self.windows or options.window is None
+        )
+        return can_be_told and head_dim <= WIDEST_HEAD
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
+        options: AttentionOptions,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return (tokens, heads, head_dim); arguments as of `attend_varlen`."""
+        told: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
+        if options.cap is not None:
+            told["softcap"] = options.cap
+        if options.window is not None:
+            left, right = window_of(options.causal, options.window)
+            told["window_size"] = (left, self.all_keys if right < 0 else right)
+        made = self.function(
+            query, key, value, cu_seqlens_q=lengths.queries, cu_seqlens_k=lengths.keys,
+            max_seqlen_q=lengths.most_queries, max_seqlen_k=lengths.most_keys, **told,
+        )  # fmt: skip
+        attended: torch.Tensor = made[0] if isinstance(made, tuple) else made
+        return attended
+
+
+@lru_cache(maxsize=4)
+def fetch_kernel(named: str) -> HubKernel:
+    """Return the kernel `named` OWNER/NAME@VERSION, a number or a revision.
+
+    Raises:
+        InputError: `kernels` is not installed, or has no such kernel for this machine.
+    """
+    if find_spec("kernels") is None:
+        raise InputError(
+            f"speed.attention_kernel {named} is fetched by the package kernels, which is not "
+            "installed. pip install kernels, or drop it."
+        )
+    from kernels import get_kernel
+
+    repository, _, version = named.partition("@")
+    which: dict[str, Any] = {"version": int(version)} if version.isdigit() else {
+        "revision": version
+    }  # fmt: skip
+    try:
+        module = get_kernel(repository, **which)
+    except Exception as error:
+        raise InputError(
+            f"The package kernels has no {named} for this machine: {error}. Name another in "
+            "speed.attention_kernel, or drop it."
+        ) from error
+    function = getattr(module, FUNCTION, None)
+    if function is None:
+        raise InputError(
+            f"{named} has no {FUNCTION}, so it cannot attend to rows of sequences. Name another in "
+            "speed.attention_kernel (kernels-community/flash-attn3@1), or drop it."
+        )
+    return HubKernel.read(function)

@@ -16,14 +16,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries, visible
-from ftlevel.fast.attention.capped import attend_capped
-from ftlevel.fast.attention.options import AttentionOptions
-from ftlevel.fast.attention.padded import attend_padded
+from ftlevel.fast.attention.gpu import FlashKernel, attend_padded, attend_varlen, can_serve
+from ftlevel.fast.attention.options import AttentionOptions, attend_capped
 from ftlevel.fast.attention.short import ShortAttention, are_short, batch_sequences
-from ftlevel.fast.attention.varlen import FlashKernel, attend_varlen, can_serve
-from ftlevel.fast.layers.dropout import worker_generator
-from ftlevel.fast.packing.layout import NotServedError, PackedLayout, Segment, current_layout
-from ftlevel.fast.prefixes.shared_prefix import current_prefix
+from ftlevel.fast.layers.recompute import worker_generator
+from ftlevel.fast.packing import NotServedError, PackedLayout, Segment, current_layout
+from ftlevel.fast.prefixes import current_prefix
 
 NAME = "ftlevel_packed"
 """What the attention is called in `set_attn_implementation`."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ftlevel.fast.attention.blocked import cap_scores, slope_of_cap, visible
-from ftlevel.fast.layers.dropout import dropout_mask
-from ftlevel.fast.packing.layout import Segment
+from ftlevel.fast.layers.recompute import dropout_mask
+from ftlevel.fast.packing import Segment
 from ftlevel.models.upstream.tensors import softmax_backward
 
 LONGEST = 64

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from ftlevel.fast.kernels import NO_KERNELS, Kernels
-from ftlevel.fast.packing.layout import NotServedError
+from ftlevel.fast.packing import NotServedError
 from ftlevel.models.hardware import free_memory_bytes
 
 CHUNK_SCORES = 4_000_000

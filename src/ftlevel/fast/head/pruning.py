@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlevel.fast.packing.layout import PackedLayout, current_layout
+from ftlevel.fast.packing import PackedLayout, current_layout
 
 
 class LastLayerPruning:

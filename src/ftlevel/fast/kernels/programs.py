@@ -1,4 +1,15 @@
-"""Norms and GLUs: a program of a norm has a row, one of a GLU a block of numbers."""
+"""Norms and GLUs: a program of a norm has a row, one of a GLU a block of numbers.
+
+Cross-entropy and its gradient: a program has a row of scores, which it reads twice.
+
+Rounding where torch's operations would write a tensor.
+
+Rotary embeddings of queries and keys: a program has a token, with all of its heads.
+
+The Triton programs. Import these only where Triton is.
+
+All arithmetic is in float32, and a number is rounded where torch's operations would write it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +18,62 @@ import triton
 import triton.language as tl
 
 from ftlevel.fast.kernels.formulas import Pair
-from ftlevel.fast.kernels.programs.rounding import rounded
+
+VOCABULARY_BLOCK = 4096
+"""Scores that a program reads at once."""
+
+
+@triton.jit
+def _cross_entropy(
+    s_ptr, target_ptr, loss_ptr, of_s_ptr, vocabulary, smoothing,
+    SMOOTHS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    begin = row.to(tl.int64) * vocabulary
+    target = tl.load(target_ptr + row)
+    places = tl.arange(0, SIZE)
+    top, total, plain = -3.0e38, 0.0, 0.0
+    for at in range(0, vocabulary, SIZE):
+        inside = at + places < vocabulary
+        s = tl.load(s_ptr + begin + at + places, mask=inside, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(s, axis=0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher), axis=0)
+        top = higher
+        if SMOOTHS:
+            plain += tl.sum(tl.where(inside, s, 0.0), axis=0)
+    is_there = (target >= 0) & (target < vocabulary)
+    wanted = tl.load(s_ptr + begin + target, mask=is_there, other=float("nan")).to(tl.float32)
+    loss = top + tl.log(total) - wanted
+    if SMOOTHS:
+        loss += smoothing * (wanted - plain / vocabulary)
+    tl.store(loss_ptr + row, loss)
+    for at in range(0, vocabulary, SIZE):
+        inside = at + places < vocabulary
+        s = tl.load(s_ptr + begin + at + places, mask=inside, other=0.0).to(tl.float32)
+        of_s = tl.exp(s - top) / total
+        if SMOOTHS:
+            of_s -= smoothing / vocabulary
+        of_s = tl.where(at + places == target, of_s - (1.0 - smoothing), of_s)
+        tl.store(of_s_ptr + begin + at + places, of_s.to(of_s_ptr.dtype.element_ty), mask=inside)
+
+
+def cross_entropy(scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
+    """Return the losses (targets,) in float32, and the gradient, of contiguous scores."""
+    losses = scores.new_empty(len(scores), dtype=torch.float32)
+    gradient = torch.empty_like(scores)
+    vocabulary = scores.shape[-1]
+    _cross_entropy[(len(scores),)](
+        scores, targets, losses, gradient, vocabulary, smoothing, SMOOTHS=smoothing > 0,
+        SIZE=min(VOCABULARY_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=8,
+    )  # fmt: skip
+    return losses, gradient
+
+
+@triton.jit
+def rounded(value, like):
+    """Round to the precision of what the pointer `like` points to, and go on in float32."""
+    return value.to(like.dtype.element_ty).to(tl.float32)
+
 
 BLOCK = 1024
 """Numbers of a program of a GLU."""
@@ -159,3 +225,59 @@ def glu_backward(kind: str, gradient: torch.Tensor, gate: torch.Tensor, up: torc
         gradient, gate, up, of_gate, of_up, gate.numel(), KIND=KINDS[kind], SIZE=BLOCK
     )
     return of_gate, of_up
+
+
+@triton.jit
+def _turn(
+    x_ptr, y_ptr, token, heads, half, cos_1, cos_2, sin_1, sin_2,
+    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (place < half)
+    at = (token.to(tl.int64) * heads + head) * 2 * half + place
+    one = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    two = tl.load(x_ptr + at + half, mask=inside, other=0.0).to(tl.float32)
+    if BACKWARD:
+        y_1 = rounded(one * cos_1, x_ptr) + rounded(two * sin_2, x_ptr)
+        y_2 = rounded(two * cos_2, x_ptr) - rounded(one * sin_1, x_ptr)
+    else:
+        y_1 = rounded(one * cos_1, x_ptr) - rounded(two * sin_1, x_ptr)
+        y_2 = rounded(two * cos_2, x_ptr) + rounded(one * sin_2, x_ptr)
+    tl.store(y_ptr + at, y_1.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + at + half, y_2.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rope(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, of_q_ptr, of_k_ptr, places, q_heads, k_heads, half,
+    BACKWARD: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    place = tl.arange(0, HALF)[None, :]
+    inside = place < half
+    at = (token % places).to(tl.int64) * 2 * half + place
+    cos_1 = tl.load(cos_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    cos_2 = tl.load(cos_ptr + at + half, mask=inside, other=0.0).to(tl.float32)
+    sin_1 = tl.load(sin_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    sin_2 = tl.load(sin_ptr + at + half, mask=inside, other=0.0).to(tl.float32)
+    _turn(q_ptr, of_q_ptr, token, q_heads, half, cos_1, cos_2, sin_1, sin_2,
+          BACKWARD, Q_HEADS, HALF)  # fmt: skip
+    _turn(k_ptr, of_k_ptr, token, k_heads, half, cos_1, cos_2, sin_1, sin_2,
+          BACKWARD, K_HEADS, HALF)  # fmt: skip
+
+
+def rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
+) -> Pair:
+    """Return q′ and k′, or with `backward` the gradients of q and k, of contiguous tensors."""
+    of_q, of_k = torch.empty_like(q), torch.empty_like(k)
+    batch, tokens, heads, width = q.shape
+    size = triton.next_power_of_2
+    _rope[(batch * tokens,)](
+        q, k, cos, sin, of_q, of_k, cos.numel() // width, heads, k.shape[2], width // 2,
+        BACKWARD=backward, Q_HEADS=size(heads), K_HEADS=size(k.shape[2]), HALF=size(width // 2),
+    )  # fmt: skip
+    return of_q, of_k
+
+
+__all__ = ["cross_entropy", "glu", "glu_backward", "norm", "norm_backward", "renorm", "rope"]

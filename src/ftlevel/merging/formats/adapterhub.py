@@ -11,7 +11,7 @@ from typing import Any
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.artifacts.files import write_json
 from ftlevel.config import ExportConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.errors import InputError, RunError
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter

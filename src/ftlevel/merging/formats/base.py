@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ftlevel.config import ExportConfig
-from ftlevel.config.choices import Choice
-from ftlevel.config.commands.export import FORMATS
-from ftlevel.evaluation.two_models.compare import Agreement
+from ftlevel.config.export import FORMATS
+from ftlevel.config.section import Choice
+from ftlevel.evaluation.two_models import Agreement
 from ftlevel.events import Listener
 from ftlevel.trained.model_ref import ModelRef
-from ftlevel.weights.gguf.blocks import Codes
+from ftlevel.weights.gguf.file import Codes
 
 ChooseCodes = Callable[[str], Codes]
 """Name of a weight of the model → its codes, (out, in)."""

@@ -18,10 +18,10 @@ from gguf import GGUFReader, GGUFWriter
 
 from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, listing
-from ftlevel.merging.normal_form.form import NormalForm
+from ftlevel.merging.normal_form import NormalForm
 from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
 from ftlevel.merging.serving.entry import Entry
-from ftlevel.methods.plain_form.factors import Factors
+from ftlevel.methods.plain_form import Factors
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.gguf.families import FAMILIES, convert, find_problems
 from ftlevel.weights.gguf.file import name_map

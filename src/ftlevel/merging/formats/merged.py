@@ -10,15 +10,13 @@ from typing import Any
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.config import ExportConfig
-from ftlevel.config.choices import Choice
-from ftlevel.config.commands.servers import SERVERS, Server
+from ftlevel.config.export import SERVERS, Server
+from ftlevel.config.section import Choice
 from ftlevel.errors import InputError, with_article
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter
-from ftlevel.merging.serving.card import serving_lines
-from ftlevel.merging.serving.recorded import FILE
-from ftlevel.merging.serving.start import check_command
-from ftlevel.merging.serving.whole import record_whole, start_of
+from ftlevel.merging.serving.entry import check_command, serving_lines
+from ftlevel.merging.serving.recorded import FILE, record_whole, start_of
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import ModelSource

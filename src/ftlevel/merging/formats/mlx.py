@@ -14,12 +14,12 @@ from pathlib import Path
 
 from ftlevel.artifacts.files import write_json
 from ftlevel.config import ExportConfig
-from ftlevel.config.commands.servers import SERVERS
+from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError, listing
-from ftlevel.merging.normal_form.form import NormalForm
+from ftlevel.merging.normal_form import NormalForm
 from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
 from ftlevel.merging.serving.entry import Entry
-from ftlevel.methods.plain_form.factors import Factors
+from ftlevel.methods.plain_form import Factors
 from ftlevel.trained.model_ref import ModelRef
 
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")

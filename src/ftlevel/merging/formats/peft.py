@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ftlevel.config import ExportConfig
-from ftlevel.merging.normal_form.files import read_normal, write_normal
-from ftlevel.merging.normal_form.form import NormalForm
+from ftlevel.merging.normal_form import NormalForm, read_normal, write_normal
 from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
 from ftlevel.merging.serving.entry import Entry
 from ftlevel.trained.model_ref import ModelRef

@@ -1,18 +1,24 @@
-"""One adapter that is to be served: how it was trained, its base, and how it is asked."""
+"""One adapter that is to be served: how it was trained, its base, and how it is asked.
+
+The command that starts a server with what was written for it.
+
+The README of an exported adapter: what it is, what was changed, and how it is served.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import Any
 
-from ftlevel.config.commands.servers import Server
-from ftlevel.data.encoding.prompts import PromptFormat, prompt_ids, read_format
-from ftlevel.errors import InputError, listing, with_article
-from ftlevel.merging.normal_form.form import BaseWeights, open_base
-from ftlevel.merging.serving.start import start_model
+from ftlevel.config.export import Server
+from ftlevel.data.encoding.encode import PromptFormat, prompt_ids, read_format
+from ftlevel.errors import ConfigError, InputError, listing, with_article
+from ftlevel.merging.normal_form import BaseWeights, open_base
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config, load_tokenizer
@@ -20,6 +26,133 @@ from ftlevel.tasks import TASKS
 from ftlevel.trained.adapterhub import is_adapterhub
 from ftlevel.trained.load import card_overrides
 from ftlevel.trained.model_ref import ModelRef, load_own_tokenizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of those that are served.
+
+    Attributes:
+        name: what the server calls it.
+        place: its file or directory.
+        rank: of its normal form.
+        template: the file of its chat template, where that is not the base's.
+    """
+
+    name: str
+    place: Path
+    rank: int
+    template: Path | None = None
+
+
+def rank_limit(server: Server, rank: int) -> int:
+    """Return the smallest limit of ranks that `server` may have and that `rank` is within."""
+    return next((limit for limit in server.ranks if limit >= rank), rank)
+
+
+def start_adapters(server: Server, base: str, parts: Sequence[Part]) -> list[str]:
+    """Return the commands, in their order, that serve `parts` beside `base`."""
+    rank = rank_limit(server, max(part.rank for part in parts))
+    named = [_pair(server, part) for part in parts]
+    template = next((part.template for part in parts if part.template is not None), None)
+    several = len(parts) > 1
+    if server.name == "vllm":
+        command = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
+        command += ["--max-loras", str(len(parts))] * several + ["--lora-modules", *named]
+        return [join(command + (["--chat-template", str(template)] if template else []))]
+    if server.name == "sglang":
+        command = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
+        command += ["--max-lora-rank", str(rank), "--lora-paths", *named]
+        return [join(command + (["--chat-template", str(template)] if template else []))]
+    if server.name == "tgi":
+        return [join(["text-generation-launcher", "--model-id", base,
+                      "--lora-adapters", ",".join(named)])]  # fmt: skip
+    if server.name == "mlx":
+        return [join(["mlx_lm.server", "--model", base, "--adapter-path", str(parts[0].place)])]
+    if server.name == "llama.cpp":
+        return _llama(base, parts, template)
+    return _openvino(base, f"{Path(base).name}-openvino", parts)
+
+
+def check_command(summary: Mapping[str, Any]) -> str:
+    """Return the command that holds what serves it to what was written, as `summary` says."""
+    inside = summary["server"] == "openvino"  # a library, with no server of its own
+    where = "--in openvino --python PYTHON" if inside else "--url http://127.0.0.1:PORT"
+    return f"ftlevel check-served {quote(summary['out'])} {where}"
+
+
+def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
+    """Refuse names and a place that the server's command line would take apart.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    signs = {"tgi": "=,", "llama.cpp": ","}.get(server.name, "")
+    for what, text in (*(("the name", name) for name in names), ("--out", str(out))):
+        if found := [sign for sign in signs if sign in text]:
+            raise ConfigError(
+                f"{what} {text} has a {found[0]!r}, at which {server.title} takes its command line "
+                "apart. Choose another."
+            )
+
+
+def _pair(server: Server, part: Part) -> str:
+    """Return NAME=PLACE; as JSON where a sign in one of them would be read as that between them."""
+    pair = f"{part.name}={part.place}"
+    if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
+        return pair
+    keys = ("name", "path") if server.name == "vllm" else ("lora_name", "lora_path")
+    return json.dumps(dict(zip(keys, (part.name, str(part.place)), strict=True)))
+
+
+def _llama(base: str, parts: Sequence[Part], template: Path | None) -> list[str]:
+    file = base if base.endswith(".gguf") else f"{Path(base).name}.gguf"
+    first = [] if base.endswith(".gguf") else [join(["ftlevel", "export", base, "--out", file])]
+    command = ["llama-server", "-m", file]
+    for part in parts:
+        command += ["--lora", str(part.place)]
+    if len(parts) > 1:
+        # Each request names those it wants, {"lora": [{"id": 0, "scale": 1.0}]}. What the server
+        # keeps of a prompt in memory it gives to other adapters too (xllamacpp 2026.10.11549).
+        command += ["--lora-init-without-apply", "--cache-ram", "0"]
+    if template:
+        command += ["--jinja", "--chat-template-file", str(template)]
+    return [*first, join(command)]
+
+
+def _openvino(model: str, place: str, parts: Sequence[Part] = ()) -> list[str]:
+    """Return what writes `model` in OpenVINO's format, and asks it: by each of `parts`, if any."""
+    files = [str(part.place / "adapter_model.safetensors") for part in parts]
+    said = '"Hello", max_new_tokens=8'
+    script = [f'pipe = ov.LLMPipeline({place!r}, "CPU")', f"print(pipe.generate({said}))"]
+    if files:
+        script = [
+            f"own = [ov.Adapter(file) for file in {files!r}]",
+            f'pipe = ov.LLMPipeline({place!r}, "CPU", adapters=ov.AdapterConfig(own))',
+            f"print([str(pipe.generate({said}, adapters=ov.AdapterConfig(one))) for one in own])",
+        ]
+    convert = ["optimum-cli", "export", "openvino", "--model", model,
+               "--task", "text-generation-with-past", "--weight-format", "fp16"]  # fmt: skip
+    run = "; ".join(["import openvino_genai as ov", *script])
+    return [join([*convert, place]), join(["python", "-c", run])]
+
+
+def start_model(server: Server, place: Path, name: str) -> list[str]:
+    """Return the commands that serve the whole model at `place`."""
+    path = str(place)
+    if server.name == "openvino":
+        return _openvino(path, f"{name}-openvino")
+    commands = {
+        "vllm": ["vllm", "serve", path],
+        "sglang": ["python", "-m", "sglang.launch_server", "--model-path", path],
+        "tgi": ["text-generation-launcher", "--model-id", path],
+        "llama.cpp": ["llama-server", "-m", path],
+        "ollama": ["ollama", "create", name, "-f", str(place.with_suffix(".Modelfile"))],
+        "mlx": ["mlx_lm.server", "--model", path],
+    }
+    more = [["ollama", "run", name]] if server.name == "ollama" else []
+    return [join(command) for command in [commands[server.name], *more]]
+
 
 TEXTS = (
     "Write a sentence about rain.",
@@ -264,3 +397,47 @@ def checked_form(form: Any, entry: Entry, server: Server | None) -> Any:
             f"it needs rank {form.rank}, and {server.title} ends at {server.ranks[-1]}. Merge it"
         )
     return form.on_every_layer(entry.base.model) if server.every_layer else form
+
+
+def write_card(place: Path, summary: Mapping[str, Any]) -> None:
+    """Write README.md of what `summary` says was written."""
+    names = [adapter["name"] for adapter in summary["adapters"]]
+    lines = [
+        "---",
+        f"base_model: {summary['base']}",
+        "library_name: peft",
+        "tags: [ftlevel, lora]",
+        "---",
+        "",
+        f"# {', '.join(names)}",
+        "",
+        f"Plain LoRA on `{summary['base']}`, written by ftlevel "
+        f"{summary['versions'].get('ftlevel', '')} from `{summary['model']}`: the scale is in B, "
+        "alpha is the rank of every module, so a reader that forgets a scale or a pattern is "
+        "right.",
+        "",
+    ]
+    for adapter in summary["adapters"]:
+        lines += [f"- **{adapter['name']}** ({adapter['method']}): rank {adapter['rank']}, "
+                  f"{adapter['modules']:,} modules", *(f"  - {said}" for said in
+                                                        adapter["changes"])]  # fmt: skip
+        if (check := adapter["check"]) is not None:
+            lines.append(
+                f"  - read back: logits within {check['max_difference']:.2g} of the run's (largest "
+                f"{check['largest_logit']:.3g}; the adapter moves them by {check['effect']:.2g})"
+            )
+    lines.append("")
+    lines += [f"{note}.\n" for note in summary["notes"]]
+    lines += serving_lines(summary)
+    (place / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def serving_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return how it is served and checked, in Markdown; nothing where no server was named."""
+    if not summary["start"]:
+        return []
+    lines = ["## Serve", "", "```sh", *summary["start"], "```", ""]
+    if summary.get("recorded", summary["verified"]):
+        lines += ["What it must answer is in served.json; what serves it is held to that by", "",
+                  "```sh", check_command(summary), "```", ""]  # fmt: skip
+    return lines

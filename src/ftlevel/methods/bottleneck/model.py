@@ -7,8 +7,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ftlevel.methods.bottleneck.config import BottleneckConfig
-from ftlevel.methods.bottleneck.layer import READS, BottleneckLayer, Reads
+from ftlevel.methods.base import UnmergeableTuner
+from ftlevel.methods.bottleneck.layer import READS, BottleneckConfig, BottleneckLayer, Reads
 from ftlevel.methods.bottleneck.sites import (
     SITES,
     block_of,
@@ -18,7 +18,6 @@ from ftlevel.methods.bottleneck.sites import (
     why_no_residual,
 )
 from ftlevel.methods.precision import PrecisionTuner
-from ftlevel.methods.unmergeable import UnmergeableTuner
 
 
 class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):

@@ -18,13 +18,12 @@ from ftlevel.methods.base import (
     refuse_other_forms,
     whole,
 )
-from ftlevel.methods.lora.facts import FACTS, RULES
+from ftlevel.methods.lora.facts import FACTS, RULES, build_optimizer
 from ftlevel.methods.lora.plain_form import as_lora
-from ftlevel.methods.lora.plus import build_optimizer
 from ftlevel.methods.lora.start import START
-from ftlevel.methods.plain_form.factors import PlainForm
+from ftlevel.methods.plain_form import PlainForm
 from ftlevel.methods.rates import Rates
-from ftlevel.models.strangers.time_limit import ending_in
+from ftlevel.models.untrusted import ending_in
 
 _SECONDS = 10.0  # patterns are matched in some milliseconds
 

@@ -14,13 +14,7 @@ from typing import Any
 
 from ftlevel.config.methods.lora import INSIDE_BASE
 from ftlevel.errors import InputError, listing
-from ftlevel.methods.plain_form.factors import (
-    OUTPUT_LAYERS,
-    AdapterFile,
-    Factors,
-    by_pattern,
-    spread,
-)
+from ftlevel.methods.plain_form import OUTPUT_LAYERS, AdapterFile, Factors, by_pattern, spread
 
 _NOT_PLAIN = {
     "use_dora": "DoRA scales each row of the merged weight by a norm of it",

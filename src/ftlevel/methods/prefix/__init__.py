@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from ftlevel.config.methods.prefix import PrefixSpec
-from ftlevel.methods.base import Base, Merging, Method, StepSupport
+from ftlevel.methods.base import VIRTUAL_TOKENS, Base, Merging, Method, StepSupport
 from ftlevel.methods.facts import MethodFacts, Rule, rows
 from ftlevel.methods.prefix.sites import find_attentions, why_no_prefix
 from ftlevel.methods.rates import Rates
-from ftlevel.methods.unmergeable import VIRTUAL_TOKENS
 from ftlevel.methods.upstream import register_tuner
 
 ENCODER_WIDTH = 512  # Li & Liang, 2021, section 4.3
@@ -28,8 +27,7 @@ are refused."""
 
 def register() -> None:
     """Make PEFT know the tuner."""
-    from ftlevel.methods.prefix.config import PREFIX_KV, PrefixKvConfig
-    from ftlevel.methods.prefix.model import PrefixModel
+    from ftlevel.methods.prefix.model import PREFIX_KV, PrefixKvConfig, PrefixModel
 
     register_tuner(PREFIX_KV, PrefixKvConfig, PrefixModel)
 
@@ -37,7 +35,7 @@ def register() -> None:
 def build(spec: PrefixSpec, base: Base) -> Any:
     """Return PEFT's config for `spec` on `base`."""
     register()
-    from ftlevel.methods.prefix.config import PrefixKvConfig
+    from ftlevel.methods.prefix.model import PrefixKvConfig
 
     return PrefixKvConfig(
         **base.shared,

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlevel.methods.soft_prompt.config import SoftPromptConfig
-from ftlevel.methods.soft_prompt.layer import Role, SoftPromptLayer
+from ftlevel.methods.soft_prompt.layer import Role, SoftPromptConfig, SoftPromptLayer
 from ftlevel.methods.soft_prompt.stacks import find_stacks
 from ftlevel.methods.virtual_tokens import VirtualTokenTuner
 

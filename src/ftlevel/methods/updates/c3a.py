@@ -8,7 +8,7 @@ from typing import Any
 from ftlevel.config.methods.updates.c3a import C3aSpec
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
-from ftlevel.methods.plain_form.factors import FULL_RANK, PlainForm
+from ftlevel.methods.plain_form import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
 from ftlevel.methods.updates.fit import LINEARS_ONLY, check_divides
 from ftlevel.methods.upstream import copy_base_outputs

@@ -8,7 +8,7 @@ from typing import Any
 from ftlevel.config.methods.updates.gralora import GraloraSpec
 from ftlevel.methods.base import Base, Merging, Method, whole
 from ftlevel.methods.facts import MERGES, MethodFacts
-from ftlevel.methods.plain_form.factors import AdapterFile, Factors, PlainForm
+from ftlevel.methods.plain_form import AdapterFile, Factors, PlainForm
 from ftlevel.methods.rates import Rates
 from ftlevel.methods.updates.fit import check_divides
 from ftlevel.methods.upstream import copy_base_outputs

@@ -7,7 +7,7 @@ from typing import Any
 from ftlevel.config.methods.updates.hira import HiraSpec
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
-from ftlevel.methods.plain_form.factors import FULL_RANK, PlainForm
+from ftlevel.methods.plain_form import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
 
 

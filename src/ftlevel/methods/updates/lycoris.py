@@ -7,7 +7,7 @@ from typing import Any
 from ftlevel.config.methods.updates.lycoris import LohaSpec, LokrSpec
 from ftlevel.methods.base import Base, Merging, Method, whole
 from ftlevel.methods.facts import CONV1D, MERGES, MethodFacts, Rule, rows
-from ftlevel.methods.plain_form.factors import AdapterFile, Factors, PlainForm, by_pattern
+from ftlevel.methods.plain_form import AdapterFile, Factors, PlainForm, by_pattern
 from ftlevel.methods.rates import Rates
 
 

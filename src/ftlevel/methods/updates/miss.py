@@ -9,7 +9,7 @@ from ftlevel.config.methods.updates.miss import MissSpec
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
-from ftlevel.methods.plain_form.factors import AdapterFile, Factors, PlainForm
+from ftlevel.methods.plain_form import AdapterFile, Factors, PlainForm
 from ftlevel.methods.rates import Rates
 from ftlevel.methods.updates.fit import LINEARS_ONLY
 

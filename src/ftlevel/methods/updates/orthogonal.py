@@ -8,7 +8,7 @@ from typing import Any
 from ftlevel.config.methods.updates.orthogonal import BoftSpec, OftSpec
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import CONV1D, MERGES, MethodFacts, Rule, rows
-from ftlevel.methods.plain_form.factors import FULL_RANK, PlainForm
+from ftlevel.methods.plain_form import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
 from ftlevel.methods.updates.fit import check_divides
 

@@ -9,7 +9,7 @@ from ftlevel.config.methods.updates.shira import ShiraSpec
 from ftlevel.errors import ConfigError
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
-from ftlevel.methods.plain_form.factors import FULL_RANK, PlainForm
+from ftlevel.methods.plain_form import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
 from ftlevel.methods.updates.fit import LINEARS_ONLY
 from ftlevel.methods.upstream import draw_shira_mask

@@ -8,7 +8,7 @@ from ftlevel.config.methods.updates.vera import VeraSpec
 from ftlevel.errors import InputError
 from ftlevel.methods.base import Base, Merging, Method
 from ftlevel.methods.facts import MERGES, MethodFacts
-from ftlevel.methods.plain_form.factors import AdapterFile, Factors, PlainForm
+from ftlevel.methods.plain_form import AdapterFile, Factors, PlainForm
 from ftlevel.methods.rates import Rates
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ftlevel.models.upstream.experts.which import NAMES, can_pack
+from ftlevel.models.upstream.architectures import NAMES, can_pack
 
 _AT_INDEX = (
     torch.ops.aten.index.Tensor,
@@ -330,7 +330,7 @@ def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
     from bitsandbytes.nn.parametrize import Bnb4bitParametrization
     from torch.nn.utils.parametrize import register_parametrization
 
-    from ftlevel.models.upstream.experts.forward import use_even_shares
+    from ftlevel.models.upstream.experts import use_even_shares
 
     for name in NAMES:
         state = _fake_state(

@@ -1,13 +1,23 @@
-"""Three doors for data: a chat's text, Trainer's order of rows, and staying off the network."""
+"""Three doors for data: a chat's text, Trainer's order of rows, and staying off the network.
+
+Trainer's private names, beside those that our subclass overrides.
+
+The libraries' releases that ftlevel needs, for whoever runs it from a source tree.
+
+pip asks for the same, and a test compares the two; but a tree on `PYTHONPATH` was never installed,
+and an older transformers would stop in the middle of a run at a name that it does not know.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ftlevel.models.strangers.memory_limit import taking_at_most
-from ftlevel.models.strangers.time_limit import ending_in
+from packaging.version import Version
+
+from ftlevel.models.untrusted import ending_in, taking_at_most
 
 _SECONDS = 10.0  # a template takes some microseconds
 _BYTES = 1 << 30
@@ -55,3 +65,50 @@ def datasets_offline(wanted: bool) -> Iterator[None]:
         yield
     finally:
         config.HF_HUB_OFFLINE = before
+
+
+def leave_sharded(trainer: Any) -> None:
+    """Have Trainer leave a model as it is (mutated), of which each process holds a part.
+
+    It does so with models that transformers has sharded as it loaded them, and has accelerate wrap
+    no other in DDP, which takes no DTensors. Asked for in its constructor, it would refuse to
+    write checkpoints; `training.sharding` writes them.
+
+    Args:
+        trainer: a Trainer before its first step.
+    """
+    trainer.is_distributed_loading_by_transformers = True
+
+
+def use_one_gpu(arguments: Any) -> None:
+    """Have Trainer use one GPU of a process (mutated), however many it sees.
+
+    With several it wraps the model in `nn.DataParallel`, which cuts the rows of a step over
+    threads, or takes as many rows more a step: neither is the step that was planned. Each process
+    of a run has a GPU of its own.
+
+    Args:
+        arguments: `TrainingArguments`.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # n_gpu sets it up
+
+
+LOWEST = {"torch": "2.8", "transformers": "5.24", "peft": "0.21", "accelerate": "1.15"}
+"""Library → its lowest release, as in pyproject.toml."""
+
+
+def find_old_libraries() -> list[str]:
+    """Return a sentence for each library that is too old or not there."""
+    problems = []
+    for name, lowest in LOWEST.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = ""
+        if not found or Version(found) < Version(lowest):
+            has = f"{name} {found} is installed" if found else f"{name} is not installed"
+            problems.append(
+                f"{has}, and ftlevel needs {name} {lowest} or later. "
+                f'pip install --upgrade "{name}>={lowest}".'
+            )
+    return problems

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlevel.data.formats.detect import Shape
-from ftlevel.data.formats.parts import Parts
-from ftlevel.data.formats.roles import Roles
+from ftlevel.data.formats.examples import Parts, Roles
 from ftlevel.data.formats.turns import Message, Unusable, check_text, parse_tools, parse_turns
 from ftlevel.data.sources.uniform import kind_of
 

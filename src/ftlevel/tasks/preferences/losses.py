@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.config.options.preference import PreferenceConfig
+    from ftlevel.config.preference import PreferenceConfig
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,24 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
-from ftlevel.config.choices import Choice
-from ftlevel.config.options.preference import LOSSES, SMOOTHING, PreferenceConfig
-from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.encoding.prompts import PromptFormat, choose_format
+from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, choose_format
 from ftlevel.data.formats.detect import Format, fits
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError
 from ftlevel.task import Objective
 from ftlevel.tasks.base import BaseTask, Speller
-from ftlevel.tasks.preferences.checks import judge_answers, look_at_pairs
-from ftlevel.tasks.preferences.encode import JudgedEncoder
 from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES
 from ftlevel.tasks.preferences.objective import build_preferences
 from ftlevel.tasks.preferences.rows import (
     ContrastedRows,
+    JudgedEncoder,
     JudgedRow,
     PairRow,
     ReferencedRows,
+    judge_answers,
+    look_at_pairs,
     pair_up,
 )
 from ftlevel.tasks.text import TASKS as TEXT_TASKS
@@ -33,8 +33,7 @@ from ftlevel.tasks.text import TextTask
 if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import Fitted
     from ftlevel.data.gate.flat import Mask
-    from ftlevel.data.prepare.context import EncodingContext, Prepared
-    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, Prepared
     from ftlevel.data.prepare.loading import Loaded
 
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ftlevel.config.options.preference import PreferenceConfig
+from ftlevel.config.preference import PreferenceConfig
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format, Shape
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.task import Checks, Meter, Objective
 from ftlevel.tasks.base import Column, PromptedModel, Reply, Wanted, refuse_wishes
-from ftlevel.tasks.preferences.encode import JudgedEncoder
 from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES, build_scored
 from ftlevel.tasks.preferences.losses import bradley_terry
 from ftlevel.tasks.preferences.policy import JudgedTask
+from ftlevel.tasks.preferences.rows import JudgedEncoder
 
 if TYPE_CHECKING:
     import torch

@@ -1,14 +1,28 @@
-"""Pass on what happens in a run."""
+"""Pass on what happens in a run.
+
+Stop a run between two steps, with a checkpoint.
+
+Let a run that goes on follow its settings where they are others than they were.
+
+Tell the rows and their order which epoch it is.
+"""
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.masking import MaskedRows
+from ftlevel.data.prepare.sampling import LengthGroups
 from ftlevel.events import Listener
+from ftlevel.models.upstream.libraries import shared_order
+from ftlevel.training.processes import Processes
 
 
 class Report(TrainerCallback):
@@ -123,3 +137,134 @@ class Report(TrainerCallback):
             now = time.perf_counter()
             self.train_s += now - self._seen_at
             self._seen_at = now
+
+
+class Interrupt(TrainerCallback):
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a checkpoint after the step, then stop.
+
+    SIGUSR1, by which SLURM warns of the end of a job, makes the checkpoint and goes on. A second
+    signal ends the process at once; of several processes, whose launcher passes on what the
+    terminal has sent them already, it does not. Use as a context manager around training.
+
+    Args:
+        processes: those of the run, which stop after the same step.
+
+    Attributes:
+        received: the signal's name, or empty.
+        exit_code: of a process that it ends, as shells have it.
+        has_stopped: whether the run was ended by it; one that comes later finds the run at its end.
+    """
+
+    _SAVE, _STOP = 1, 2
+
+    def __init__(self, processes: Processes) -> None:
+        self.received = ""
+        self.exit_code = 128 + signal.SIGINT
+        self._wish = 0
+        self.has_stopped = False
+        self._processes = processes
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has not all of them
+            if number is None or (
+                name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN  # by nohup
+            ):
+                continue
+            try:
+                self._before[number] = signal.signal(number, self._receive)
+            except ValueError:  # not in the main thread: the caller's handlers stay
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGUSR1":
+            self._wish = max(self._wish, self._SAVE)
+            return
+        if self.received and self._processes.count == 1:
+            before = self._before.get(number)
+            if callable(before):
+                before(number, frame)
+            raise KeyboardInterrupt
+        self.received, self.exit_code, self._wish = name, 128 + number, self._STOP
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> TrainerControl:
+        """Save, and stop, if a signal has come and the run is not over anyway."""
+        # What was agreed on counts, not what has come since: all stop after the same step.
+        wish = self._processes.most(self._wish)
+        if wish and state.global_step < state.max_steps:
+            control.should_save = True
+            self._wish = 0
+        if wish == self._STOP and state.global_step < state.max_steps:
+            self.received = self.received or "of another process"
+            self.has_stopped = True
+            control.should_training_stop = True
+        return control
+
+
+class FollowSettings(TrainerCallback):
+    """Take intervals and learning rates from the settings, not from the checkpoint.
+
+    Trainer reads the steps between two logs, evaluations or checkpoints from the checkpoint, and
+    the optimizer goes on at the rate that it had. After a run was made longer, that would be the
+    old schedule's for one more step: 0 at the end of a linear one. Where nothing has changed, the
+    values are the same.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        """Set both."""
+        if state.global_step == 0:
+            return
+        state.compute_steps(args, state.max_steps)
+        if not hasattr(lr_scheduler, "lr_lambdas"):
+            return  # reduce_lr_on_plateau: its rate comes of the losses so far, not of the settings
+        rates = [
+            base * share(lr_scheduler.last_epoch)
+            for base, share in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "_last_lr": rates})  # is logged
+
+
+class SetEpoch(TrainerCallback):
+    """Tell rows, and their order, which epoch begins, also after a resumption."""
+
+    def __init__(self, rows: Sequence[Encoded], order: Any) -> None:
+        self.rows = rows
+        self.order = order
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Set the epoch; Trainer takes the first row of it after this."""
+        if isinstance(self.rows, MaskedRows):
+            self.rows.epoch = int(state.epoch or 0)
+        if isinstance(self.order, LengthGroups):
+            self.order.epoch = int(state.epoch or 0)
+        elif isinstance(self.order, shared_order()):
+            self.order.set_epoch(int(state.epoch or 0))

@@ -20,7 +20,7 @@ from typing import Any
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import OutputConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.errors import RunError
 from ftlevel.events import Listener
 

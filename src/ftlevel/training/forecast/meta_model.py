@@ -1,29 +1,51 @@
-"""The model of a run as it is trained, of any depth, from its config alone: shapes, no numbers."""
+"""The model of a run as it is trained, of any depth, from its config alone: shapes, no numbers.
+
+What a run would be with rows, a card or a tokenizer that are not here.
+
+Bytes of tensors that are alive, by part, as operations make them and Python lets them go.
+
+    live(t) = Σ bytes of the storages that some tensor holds at t;  peak = max over t
+
+A storage is counted once, whatever views there are of it. What an operation takes and gives back
+within itself (a kernel's workspace) is not seen.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+import random
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ftlevel.config import TrainConfig
-from ftlevel.fast.plan.fused_lora import uses_fused_layers
+from ftlevel.config.section import Choice
+from ftlevel.data.prepare.encoder import Prepared
+from ftlevel.data.sources.table import Table
+from ftlevel.errors import InputError
+from ftlevel.fast.plan import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import DTYPES
-from ftlevel.models.loading import build_task_model, keep_heads
+from ftlevel.models.kinds import max_positions
+from ftlevel.models.loading import build_task_model, keep_heads, load_tokenizer
 from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantization import build_quantization_config, packs_experts
-from ftlevel.models.upstream.experts.which import can_pack
-from ftlevel.models.upstream.fake import fake_parameters, pack_fake
+from ftlevel.models.sources import ModelSource
+from ftlevel.models.upstream.architectures import can_pack
+from ftlevel.models.upstream.fake import OperationWatch, fake_parameters, pack_fake, storage_of
 from ftlevel.models.upstream.quantizers import quantize_shape
 from ftlevel.models.upstream.tensors import own_tensors
+from ftlevel.tasks import BaseTask
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.resolve import Imagined
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers",
            "decoder_layers")  # fmt: skip
@@ -111,7 +133,7 @@ def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
         packed = pack_fake(model, compute, experts)
     for module in filter(can_pack, model.modules()):
         if any(weight.dtype == torch.float32 for weight in module.parameters()):
-            from ftlevel.models.upstream.experts.forward import use_even_shares
+            from ftlevel.models.upstream.experts import use_even_shares
 
             use_even_shares(module.config)
     return packed
@@ -185,3 +207,158 @@ def describe_blocks(plan: Plan, layers: Sequence[int] | None = None) -> list[lis
         ]
         for stack in tree.blocks
     ]
+
+
+LONGEST = 1024
+"""Tokens of an imagined row where neither --max-length nor the model says less."""
+
+_PAD = 0
+
+
+def imagine_rows(config: TrainConfig, count: int) -> Callable[[BaseTask, str, Any], Prepared]:
+    """Return what gives `count` rows as long as they may be, of words that they do not share.
+
+    Args:
+        config: the whole configuration: says how long.
+        count: at least one.
+    """
+
+    def make(task: BaseTask, kind: str, model_config: Any) -> Prepared:  # noqa: ARG001
+        positions = max_positions(model_config) or LONGEST
+        asked = config.data.max_length
+        length = asked if isinstance(asked, int) else min(LONGEST, positions)
+        words, draw = model_config.get_text_config().vocab_size, random.Random(0)
+        rows = [
+            task.imagine_row([draw.randrange(3, words) for _ in range(length)], row)
+            for row in range(count)
+        ]
+        tokens = count * length
+        facts = {
+            "name": "imagined rows", "train_rows": count, "labels": list(task.imagined_labels),
+            "problem_type": None, "overlong": config.data.overlong, "fingerprint": "",
+            "target_language": None, "tokens": tokens,
+            "supervised": sum(row.supervised for row in rows), **task.imagined_facts,
+        }  # fmt: skip
+        table = Table(rows=[], lines=[], source="imagined rows", unit="row")
+        reason = "no --dataset: all as long as --max-length"
+        return Prepared(rows, [], None, length, table, facts,
+                        [Choice("rows", f"imagined, {length:,} tokens each", reason)])  # fmt: skip
+
+    return make
+
+
+def imagine_tokenizer(source: ModelSource) -> Any:
+    """Return the tokenizer of `source`, or what stands for it where there is none."""
+    try:
+        return load_tokenizer(source)
+    except InputError:
+        return SimpleNamespace(
+            pad_token_id=_PAD, pad_token="", eos_token_id=_PAD, eos_token="", bos_token_id=None,
+            chat_template=None, name_or_path=source.name,
+        )  # fmt: skip
+
+
+def imagine(
+    config: TrainConfig, source: ModelSource, card: str | None, rows: int, tokenizer: Any = None
+) -> Imagined:
+    """Return what stands for all that is not here.
+
+    Args:
+        config: the whole configuration.
+        source: the model.
+        card: name of a GPU that the run is planned for; None for this machine's device.
+        rows: how many rows to imagine; 0 for those of the data.
+        tokenizer: of the model, if it is loaded already; None loads it.
+    """
+    return Imagined(
+        source=source,
+        device=None if card is None else Choice("device", "cuda", f"planned for {card}"),
+        tokenizer=tokenizer or (imagine_tokenizer(source) if rows else None),
+        rows=imagine_rows(config, rows) if rows else None,
+    )
+
+
+ACTIVATIONS, WORKSPACE, LOGITS = "activations", "workspace", "logits"
+GRADIENTS, OPTIMIZER = "gradients", "optimizer"
+WEIGHTS, QUANTIZED, ADAPTER = "weights", "quantized weights", "adapter"
+CASTS = "weights in 16 bits"
+"""What autocast makes of trained weights, and keeps for the backward pass."""
+
+FORWARD, BACKWARD, FIRST_BLOCK, UPDATE = "forward", "backward", "end of backward", "optimizer step"
+MOMENTS = (FORWARD, BACKWARD, FIRST_BLOCK, UPDATE)
+
+_PART_OF = {FORWARD: ACTIVATIONS, UPDATE: OPTIMIZER}
+
+
+class LiveBytes(OperationWatch):
+    """Counts the bytes of the tensors that live, inside the block.
+
+    Args:
+        vocabulary: last axis of what is counted as logits; 0 for none.
+
+    Attributes:
+        moment: where in a step it is; a new storage belongs to the part of its moment.
+        peaks: moment → the bytes by part when most were alive in it.
+        begun: whether peaks are kept, which the first steps only prepare for.
+    """
+
+    def __init__(self, vocabulary: int = 0) -> None:
+        super().__init__()
+        self.moment = FORWARD
+        self.peaks: dict[str, Counter[str]] = {}
+        self.begun = True
+        self._vocabulary = vocabulary
+        # A list of one: who takes a storage off is told its part after the storage has gone.
+        self._held: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
+        self._alive: Counter[str] = Counter()
+        self._total = 0
+        self._highest: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """Bytes that are alive now."""
+        return self._total
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the storage of `tensor` is counted."""
+        return storage_of(tensor) in self._held
+
+    def hold(self, tensor: torch.Tensor, part: str) -> None:
+        """Count the storage of `tensor` under `part`, from now on if it is known already."""
+        storage = storage_of(tensor)
+        size, held = storage.nbytes(), self._held.get(storage)
+        if held is None:
+            held = self._held[storage] = [part]
+            weakref.finalize(storage, self._let_go, held, size)
+        else:
+            self._let_go(held, size)
+            held[0] = part
+        self._alive[part] += size
+        self._total += size
+        self._look()
+
+    def _let_go(self, held: list[str], size: int) -> None:
+        self._alive[held[0]] -= size
+        self._total -= size
+
+    def _look(self) -> None:
+        if self.begun and self._total > self._highest[self.moment]:
+            self._highest[self.moment] = self._total
+            self.peaks[self.moment] = Counter({k: v for k, v in self._alive.items() if v})
+
+    def made(self, tensor: torch.Tensor) -> None:
+        """Count `tensor` if its storage is new."""
+        if not self.knows(tensor):
+            self.hold(tensor, self._part_of(tensor))
+
+    def cast(self, tensor: torch.Tensor, result: torch.Tensor) -> None:
+        """Count `result` as a cast if `tensor` is a weight."""
+        held = self._held.get(storage_of(tensor))
+        if held == [WEIGHTS] and not self.knows(result):
+            self.hold(result, CASTS)
+
+    def _part_of(self, tensor: torch.Tensor) -> str:
+        is_scores = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
+        if is_scores and tensor.is_floating_point() and self.moment != UPDATE:
+            return LOGITS
+        return _PART_OF.get(self.moment, WORKSPACE)

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import psutil
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.store import lengths_of
 from ftlevel.errors import ConfigError
-from ftlevel.fast.plan.fast_plan import FEWEST_TOKENS
+from ftlevel.fast.plan import FEWEST_TOKENS
 from ftlevel.models.hardware import free_memory_bytes
-from ftlevel.training.forecast.live import ACTIVATIONS, LOGITS, WORKSPACE
+from ftlevel.training.forecast.fits import Device
 from ftlevel.training.forecast.memory import MemoryForecast
-from ftlevel.training.forecast.need import Device
+from ftlevel.training.forecast.meta_model import ACTIVATIONS, LOGITS, WORKSPACE
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
 

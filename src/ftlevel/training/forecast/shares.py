@@ -22,8 +22,8 @@ import torch
 from ftlevel.config import TrainConfig
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import DTYPES
-from ftlevel.training.forecast.fake_model import build_fake_model
-from ftlevel.training.forecast.live import (
+from ftlevel.training.forecast.memory import Layers, MemoryForecast, highest
+from ftlevel.training.forecast.meta_model import (
     ADAPTER,
     BACKWARD,
     CASTS,
@@ -33,10 +33,10 @@ from ftlevel.training.forecast.live import (
     QUANTIZED,
     UPDATE,
     WEIGHTS,
+    build_fake_model,
 )
-from ftlevel.training.forecast.memory import Layers, MemoryForecast, highest
-from ftlevel.training.memory.shards import blocks_of, cast_linears, kept_whole
 from ftlevel.training.plan.plan import Plan
+from ftlevel.training.shards import blocks_of, cast_linears, kept_whole
 
 GATHERED, REDUCED = "gathered", "reduction"
 

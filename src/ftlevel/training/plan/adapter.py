@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
-from ftlevel.artifacts.fingerprint import file_fingerprint
+from ftlevel.artifacts.files import file_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG, run_of
 from ftlevel.config import SPECS, Layer, MethodConfig, TrainConfig, build_config, read_recipe
-from ftlevel.config.choices import Choice
 from ftlevel.config.flags import FLAGS
+from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import load_config
-from ftlevel.models.quantized import stored_quantization
+from ftlevel.models.quantization import stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapterhub import is_adapterhub

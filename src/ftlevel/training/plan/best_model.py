@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import ConfigError, did_you_mean, listing
-from ftlevel.evaluation.metrics import generates_texts, keep_wanted, wants_texts
+from ftlevel.evaluation.intervals import generates_texts, keep_wanted, wants_texts
 from ftlevel.methods import METHODS
 from ftlevel.task import Objective
 from ftlevel.tasks import BaseTask

@@ -1,32 +1,38 @@
 """Turn a configuration into facts: what will be loaded, on what, with which targets.
 
 Everything that can be wrong before weights are read is found here.
+
+The task of a run where the user named none: an encoder's is read off the data's columns.
+
+Packages that only some settings need: found missing before the run, not in the middle of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
-from ftlevel.data.encoding.chat_templates import choose_chat_template
-from ftlevel.data.encoding.pad_token import choose_pad_token, pad_apart_from_eos
-from ftlevel.data.encoding.prompts import PROMPT_VERSION, read_format
-from ftlevel.data.prepare.context import EncodingContext, Prepared
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.chat import choose_chat_template
+from ftlevel.data.encoding.collate import choose_pad_token, pad_apart_from_eos
+from ftlevel.data.encoding.encode import PROMPT_VERSION, read_format
 from ftlevel.data.prepare.dataset import prepare_data
-from ftlevel.data.prepare.parallel import Progress, be_silent
-from ftlevel.data.sources.packed import STDIN, is_pipe
+from ftlevel.data.prepare.encoder import EncodingContext, Prepared, Progress, be_silent
+from ftlevel.data.sources.lines import PART, STDIN, is_pipe
 from ftlevel.data.sources.readers.files import is_pattern
-from ftlevel.errors import ConfigError
-from ftlevel.evaluation.metrics import check_metrics, generates_texts
-from ftlevel.fast.plan.fast_plan import plan_fast
-from ftlevel.fast.plan.fused_lora import fused_lora_choices
-from ftlevel.fast.plan.liger import kernel_choices
+from ftlevel.data.sources.splits import load_splits
+from ftlevel.errors import ConfigError, InputError
+from ftlevel.evaluation.intervals import check_metrics, generates_texts
+from ftlevel.fast.attention.gpu import fetch_kernel
+from ftlevel.fast.plan import fused_lora_choices, kernel_choices, plan_fast
 from ftlevel.methods.rates import RunFacts
-from ftlevel.models.hardware import choose_device, choose_tf32
+from ftlevel.models.hardware import choose_device, choose_tf32, choose_threads
 from ftlevel.models.kinds import model_kind, width_of
 from ftlevel.models.loading import (
     build_task_model,
@@ -36,33 +42,38 @@ from ftlevel.models.loading import (
     load_tokenizer,
 )
 from ftlevel.models.module_tree import ModuleTree
-from ftlevel.models.quantized import stored_quantization
+from ftlevel.models.quantization import stored_quantization
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
-from ftlevel.models.threads import choose_threads
+from ftlevel.models.upstream.libraries import find_old_libraries
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.tasks.distillation.objective import build_taught
+from ftlevel.tasks.distillation import build_taught
 from ftlevel.tasks.tokens import Tokens
 from ftlevel.training.plan.adapter import StartingAdapter
-from ftlevel.training.plan.adapter_form import check_form
 from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
-from ftlevel.training.plan.bounds import find_bounds
-from ftlevel.training.plan.choices import head_choices, method_choices, model_choice
-from ftlevel.training.plan.loss import choose_loss
-from ftlevel.training.plan.method_fit import (
+from ftlevel.training.plan.method import (
     check_method,
     choose_precision,
+    find_method_targets,
     resolve_experts,
     resolve_quantization,
 )
-from ftlevel.training.plan.method_targets import find_method_targets
-from ftlevel.training.plan.plan import Plan, PlannedModel
+from ftlevel.training.plan.plan import (
+    Plan,
+    PlannedModel,
+    head_choices,
+    method_choices,
+    model_choice,
+)
 from ftlevel.training.plan.schedule import (
     check_schedule,
+    choose_loss,
     choose_rates,
     count_steps,
+    find_bounds,
     steps_an_epoch,
 )
+from ftlevel.training.plan.trainable import check_form
 
 
 @dataclass(frozen=True)
@@ -395,3 +406,88 @@ def default_name(config: TrainConfig) -> str:
         data = next((part for part in reversed(parts) if not is_pattern(part)), "files")
     model, data = model.removesuffix(".gguf"), data.partition(".")[0]
     return f"{config.method.kind}-{model}-{data}"
+
+
+_OF_ENCODERS = ("text-classification", "token-classification", "question-answering", "masked-lm")
+"""What an encoder can learn, that which needs the most columns of its own first.
+
+Columns are taken by their own names before the user's `--map` is, which says what they are for.
+"""
+
+
+def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """Return `config` with the task that its model and its columns speak for, and the reason.
+
+    A task that the user named stays, and so does that of a model that writes text; then there is
+    no reason.
+
+    Raises:
+        ConfigError: the model or the data is not there, or the task does not go with the rest.
+        InputError: the columns speak for none.
+    """
+    wish, data = config.model, config.data
+    if "task" in config.model_fields_set or data.dataset.startswith("builtin:"):
+        return config, ""
+    source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
+    if model_kind(load_config(source)) != "encoder":
+        return config, ""
+    table = load_splits(
+        data.dataset,
+        split=data.split,
+        subset=data.subset,
+        on_bad_row=data.on_bad_row,
+        input_format=data.input_format,
+        ignored=data.ignore_columns,
+    ).train
+    by_name = data.model_copy(update={"columns": {}})
+    refusals: dict[str, InputError] = {}
+    for name, section in ((n, s) for s in (by_name, data) for n in _OF_ENCODERS):
+        try:
+            found = TASKS[name].find_format(table.columns, section, table.rows[:PART])
+        except InputError as error:
+            refusals[name] = error
+            continue
+        why = f"the model is an encoder, and the columns are {found.name}; --task names another"
+        return config.with_sections(task=name), why
+    try:
+        TASKS[config.task].find_format(table.columns, data, table.rows[:PART])
+    except InputError:
+        raise InputError(
+            f"--model {wish.name_or_path} is an encoder, and the columns speak for none of its "
+            f"tasks. {refusals[_OF_ENCODERS[0]]}"
+        ) from None
+    return config, ""
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Refuse libraries that are too old, and what needs a package that is not installed.
+
+    Raises:
+        ConfigError: naming the package.
+        InputError: as `fetch_kernel` does.
+    """
+    problems = find_old_libraries()
+    for wish in config.output.report_to:
+        if not find_spec(wish):
+            problems.append(
+                f"--report-to {wish} needs the package {wish}, which is not installed. "
+                f'pip install "ftlevel[{wish}]", or drop it.'
+            )
+    if config.model.attn_implementation == "flash_attention_2":
+        from transformers.utils import is_flash_attn_2_available
+
+        if not is_flash_attn_2_available():
+            problems.append(
+                "model.attn_implementation flash_attention_2 needs a CUDA device and the package "
+                "flash-attn, and not both are here. Use sdpa, or leave it at auto."
+            )
+    if named := config.speed.attention_kernel:
+        if torch.cuda.is_available():
+            fetch_kernel(named)
+        else:
+            problems.append(
+                f"speed.attention_kernel {named} is for an NVIDIA GPU, and none is here. Drop it: "
+                "a CPU attends by an attention of its own."
+            )
+    if problems:
+        raise ConfigError(problems)

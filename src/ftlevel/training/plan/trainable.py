@@ -1,15 +1,104 @@
-"""How much a run trains, known before weights load."""
+"""Whether the adapter that a run goes on from is what the run would build: form for form.
+
+How much a run trains, known before weights load.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
+from ftlevel.config.section import Choice
+from ftlevel.errors import ConfigError, listing
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
-from ftlevel.trained.adapt import apply_method
+from ftlevel.trained.adapt import apply_method, compact_targets, describe_state
+from ftlevel.trained.model_ref import ADAPTER_WEIGHTS
+from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.plan import Plan
+from ftlevel.weights.tensor_files import read_header
+
+_ELSEWHERE = {
+    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+    "task_type", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
+    "layers_pattern", "target_parameters", "fan_in_fan_out", "feedforward_modules",
+}  # fmt: skip
+"""Settings that are names, or that the names and shapes of the weights show."""
+
+
+def check_form(adapter: StartingAdapter, config: TrainConfig, plan: Plan) -> None:
+    """Refuse an adapter that the run would not build the same way, by settings and by weights.
+
+    Raises:
+        ConfigError: naming the first difference.
+    """
+    own, spec = METHODS[config.method.kind], config.method
+    meta = build_task_model(plan.model.config, plan.model.auto_class)
+    if own.build is None:
+        raise TypeError("a whole model has no adapter")
+    problem, known = plan.data.facts["problem_type"], adapter.card and adapter.card.options
+    if known and known.get("problem_type", problem) != problem:
+        raise ConfigError(
+            f"--adapter {adapter.name} was trained for {known['problem_type']}, and these rows are "
+            f"{problem}. Use other rows, or train a new adapter."
+        )
+    compact = replace(plan.base, targets=compact_targets(meta, plan.base.targets))
+    built = json.loads(json.dumps(own.build(spec, compact).to_dict(), default=_plain))
+    for name, value in adapter.settings.items():
+        if _is_other(name, value, built):
+            now = json.dumps(built.get(name))
+            raise ConfigError(
+                f"--adapter {adapter.name}: its {name} is {json.dumps(value)}, and in training it "
+                f"would be {now}. It cannot be gone on from."
+            )
+    needed, wanted = describe_state(apply_method(meta, spec, plan.base))
+    stored, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
+    found = {name: tensor.spec.shape for name, tensor in stored.items()}
+    other = {name for name, shape in found.items() if wanted.get(name) != shape}
+    if odd := sorted(other | (needed - found.keys())):
+        first = odd[0]
+        raise ConfigError(
+            f"--adapter {adapter.name}: {len(odd):,} of its tensors are not those that would be "
+            f"trained, such as {first}: {_shape(found.get(first))} in its file, and "
+            f"{_shape(wanted.get(first))} here. It cannot be gone on from."
+        )
+
+
+def find_adapter_warnings(adapter: StartingAdapter, config: TrainConfig, plan: Plan) -> list[str]:
+    """Return what should be known of classes without names, and of prompts that are others."""
+    labels = plan.data.facts["labels"]
+    if adapter.card is None and labels and not config.data.labels:
+        return [
+            f"--adapter {adapter.name} keeps no names of its classes: its head's are taken for "
+            f"{listing(labels)}, in this order. --set 'data.labels=[…]' says otherwise."
+        ]
+    own, now = adapter.card and adapter.card.prompt, plan.data.prompt_format
+    if not own or now is None or own == json.loads(json.dumps(now.to_dict())):
+        return []
+    return [
+        f"--adapter {adapter.name} has learned prompts that are laid out otherwise than those of "
+        "these rows, and so will the new adapter have: it is asked as these rows are. ftlevel "
+        "preview shows them."
+    ]
+
+
+def _is_other(name: str, value: Any, built: Mapping[str, Any]) -> bool:
+    """Whether a setting of an adapter says something else than what would be built."""
+    of_start = "init" in name or name.endswith("_config")
+    if name in _ELSEWHERE or of_start or name.endswith("dropout"):
+        return False
+    return bool((value or built.get(name)) and value != built.get(name))
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else "×".join(map(str, shape)) or "a number"
 
 
 def size_choices(config: TrainConfig, plan: Plan, *, try_method: bool) -> list[Choice]:

@@ -4,6 +4,10 @@ In float32 the two differ by the order of their sums and nothing else, so a faul
 is seen where bfloat16 would hide one of twenty. How much an order does is measured: the plain step
 with other rounding errors against the plain step. In the run's precision a step that
 is right is no farther from float32 than the plain step is, which is measured too.
+
+The whole model in float32 or float64 for a moment, where there is memory for it.
+
+The few rows on which every run compares its steps.
 """
 
 from __future__ import annotations
@@ -11,37 +15,189 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainConfig
-from ftlevel.config.choices import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.fit import prompt_length
 from ftlevel.errors import RunError
 from ftlevel.evaluation.scoring import batches
 from ftlevel.events import Listener
-from ftlevel.fast.plan.workers import find_randomness
+from ftlevel.fast.plan import find_randomness
 from ftlevel.methods import METHODS
+from ftlevel.models.hardware import free_memory_bytes
+from ftlevel.models.upstream.tensors import inner_tensors, own_tensors
 from ftlevel.training.build_trainer import build_trainer
-from ftlevel.training.going_on.resume import GoingOn
-from ftlevel.training.memory.shards import is_sharded
 from ftlevel.training.model import Adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
-from ftlevel.training.verify.bounds import KINK, Bounds, Rounding, Verified
-from ftlevel.training.verify.compare import Apart, added, compare_gradients, total
-from ftlevel.training.verify.few_rows import choose_few
-from ftlevel.training.verify.steps import Computed, Steps, moved_from_start
-from ftlevel.training.verify.widths import (
-    fits_in_float32,
-    fits_in_float64,
-    whole_in_float32,
-    whole_in_float64,
+from ftlevel.training.resume import GoingOn
+from ftlevel.training.shards import is_sharded
+from ftlevel.training.verify.bounds import (
+    KINK,
+    Apart,
+    Bounds,
+    Rounding,
+    Verified,
+    added,
+    compare_gradients,
+    total,
 )
+from ftlevel.training.verify.steps import Computed, Steps, moved_from_start
+
+NARROW = (torch.bfloat16, torch.float16)
+COPIES = 4
+"""Tensors as large as what is trained that a comparison holds: two gradients, where it began, and
+one that is on its way."""
+
+
+@contextlib.contextmanager
+def whole_in_float32(model: torch.nn.Module) -> Iterator[None]:
+    """Hold every narrow weight of `model` in float32 inside the block, and the same ones after it.
+
+    Unlike `evaluation.two_models.float32`, which widens a module while it runs, this serves a
+    backward pass, threads, and functions that read the weight of a module they do not call.
+    Quantized weights stay as they are, and are dequantized to float32.
+    """
+    dtypes = [(*what, getattr(*what)) for what in _dtypes_of_4_bits(model)]
+    for owner, name, _ in dtypes:
+        setattr(owner, name, torch.float32)
+    try:
+        with _held_in(torch.float32, _tensors_of(model, NARROW)):
+            yield
+    finally:
+        for owner, name, dtype in dtypes:
+            setattr(owner, name, dtype)
+
+
+@contextlib.contextmanager
+def whole_in_float64(model: torch.nn.Module) -> Iterator[None]:
+    """Hold every weight of `model`, which is in float32, in float64 inside the block.
+
+    What transformers computes in float32 whatever the weights are, such as a norm's mean of
+    squares, stays so.
+    """
+    with _held_in(torch.float64, _tensors_of(model, (torch.float32,))):
+        yield
+
+
+@contextlib.contextmanager
+def _held_in(dtype: torch.dtype, tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Hold `tensors` in `dtype` inside the block, and the values that they had after it."""
+    held = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor, data in held:
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in held:
+            tensor.data = data
+
+
+def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
+    """Whether `model`, and what comparing its gradients takes, can be held in float32 beside it.
+
+    One that is shared out over processes cannot: FSDP2 gathers the parts that it was given.
+    """
+    if is_sharded(model):
+        return False
+    return _fits(model, torch.float32, _tensors_of(model, NARROW), device)
+
+
+def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
+    """Whether `model`, which is in float32, can be held in float64 on `device`, and computed in.
+
+    One with quantized weights cannot: nothing dequantizes them to it.
+    """
+    wide = _tensors_of(model, (torch.float32,))
+    others = {id(tensor) for tensor in model.parameters()} - {id(tensor) for tensor in wide}
+    if others or device == "mps":
+        return False
+    return _fits(model, torch.float64, wide, device)
+
+
+def _fits(
+    model: torch.nn.Module, dtype: torch.dtype, tensors: list[torch.Tensor], device: str
+) -> bool:
+    """Whether there is memory for `tensors` of `model` in `dtype`, and to compare gradients."""
+    wide = sum(tensor.numel() for tensor in tensors)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return dtype.itemsize * (wide + COPIES * trained) < free_memory_bytes(device) // 2
+
+
+def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list[torch.Tensor]:
+    """Return the parameters and buffers of `dtypes`, each once; none that is quantized."""
+    found: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for own in own_tensors(module):
+            for tensor in own.values():
+                if tensor is not None and tensor.dtype in dtypes and not inner_tensors(tensor):
+                    found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def _dtypes_of_4_bits(model: torch.nn.Module) -> list[tuple[Any, str]]:
+    """Return whose attribute says what 4-bit linears and experts dequantize to and compute in."""
+    found: list[tuple[Any, str]] = []
+    for module in model.modules():
+        for tensor in own_tensors(module)[0].values():
+            if (state := getattr(tensor, "quant_state", None)) is not None:
+                found.append((state, "dtype"))
+                found += [(module, "compute_dtype")] * hasattr(module, "compute_dtype")
+    return found
+
+
+FEW_TOKENS = 256
+"""Two short rows, or a few: what costs less than one step of most runs."""
+FEW_ROWS = 4
+LOOKED_AT = 64
+LONGEST = 1_024
+"""A row that cannot be cut is left out where it is longer."""
+
+
+def choose_few(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Return the shortest of the first rows, cut where that can be, or none if all are long."""
+    first = [short for row in rows[:LOOKED_AT] if (short := shorten(row, FEW_TOKENS // 2))]
+    chosen: list[Encoded] = []
+    tokens = 0
+    for row in sorted(first, key=lambda row: len(row.input_ids)):
+        tokens += len(row.input_ids)
+        if len(chosen) >= 2 and (tokens > FEW_TOKENS or len(chosen) == FEW_ROWS):
+            break
+        chosen.append(row)
+    return chosen
+
+
+def shorten(row: Encoded, size: int) -> Encoded | None:
+    """Return `row` with `size` tokens at most, or as it is; None if it is long and cannot be cut.
+
+    A row with a label a token is cut to what leads to its last target; one with a number to learn
+    to its beginning. Others, such as spans, have labels that count tokens.
+    """
+    length = len(row.input_ids)
+    if length <= size:
+        return row
+    labels = row.labels
+    if len(row.branches) > 1:  # answers stay whole, and so does what tells them apart
+        surplus = min(length - size, (prompt_length(row) or 1) - 1)
+        return row.without(surplus) if surplus > 0 and length - surplus <= LONGEST else None
+    if isinstance(labels, list) and len(labels) == length:
+        end = max((at + 1 for at, label in enumerate(labels) if label != IGNORED), default=length)
+        kept = slice(max(0, end - size), max(end, size))
+        labels = labels[kept]
+    elif isinstance(labels, int | float):
+        kept = slice(0, size)
+    else:
+        return row if length <= LONGEST else None
+    extras = {name: values[kept] for name, values in row.extras.items()}
+    return replace(row, input_ids=row.input_ids[kept], labels=labels, extras=extras)
 
 
 class _NotFiniteError(Exception):

@@ -218,9 +218,7 @@ def _rounding_errors(model: Any, draw: int) -> Iterator[None]:
 
 
 def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    from ftlevel.fast.layers.fused_lora.forward import (
-        FusedForward,  # PEFT's layers import bitsandbytes
-    )
+    from ftlevel.fast.layers.fused_lora import FusedForward
 
     for module in model.modules():
         if isinstance(module, FusedForward | FusedNorm | FusedGlu) and isinstance(

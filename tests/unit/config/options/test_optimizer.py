@@ -11,11 +11,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
-from ftlevel.cli.typed.spelling import readings_of, rewrite
+from ftlevel.cli.spelling import readings_of, rewrite
 from ftlevel.config import TrainerConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.layers import Layer, build_config
-from ftlevel.config.options.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, Schedule
+from ftlevel.config.trainer import OPTIMIZERS, SCHEDULES, Optimizer, Schedule
 from ftlevel.errors import ConfigError
 
 _OF_THE_RUN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}

@@ -10,10 +10,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import published_chat_templates as published
-from ftlevel.data.encoding.chat import render, render_chat, turn_end
-from ftlevel.data.encoding.chat_templates import MARKERS, choose_chat_template
-from ftlevel.data.encoding.encode import IGNORED, encode_causal
-from ftlevel.data.encoding.prompts import PromptFormat, prompt_ids
+from ftlevel.data.encoding.chat import MARKERS, choose_chat_template, render, render_chat, turn_end
+from ftlevel.data.encoding.encode import IGNORED, PromptFormat, encode_causal, prompt_ids
 from ftlevel.data.formats.examples import Conversation
 from ftlevel.data.formats.turns import Message
 from ftlevel.errors import InputError
@@ -234,9 +232,9 @@ def test_a_template_from_a_file(tmp_path: Any) -> None:
 
 
 def test_every_named_template_is_in_the_package() -> None:
-    from ftlevel.data.encoding import chat_templates
+    from ftlevel.data.encoding import chat
 
-    assert {path.stem for path in chat_templates._FOLDER.glob("*.jinja")} == set(MARKERS)
+    assert {path.stem for path in chat._FOLDER.glob("*.jinja")} == set(MARKERS)
 
 
 TEXT = st.text(

@@ -10,8 +10,14 @@ import pytest
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.run_directory import CONFIG, SUMMARY
-from ftlevel.data.encoding.encode import IGNORED, encode_causal
-from ftlevel.data.encoding.prompts import PromptFormat, choose_format, prompt_ids, read_format
+from ftlevel.data.encoding.encode import (
+    IGNORED,
+    PromptFormat,
+    choose_format,
+    encode_causal,
+    prompt_ids,
+    read_format,
+)
 from ftlevel.data.formats.examples import Pair, PlainText
 from ftlevel.errors import InputError
 from tiny_tokenizers import build_tokenizer

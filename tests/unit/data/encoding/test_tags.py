@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ftlevel.data.encoding.tags import TaggedRow, encode_tagged, find_orphans, first_tokens
+from ftlevel.data.encoding.spans import TaggedRow, encode_tagged, find_orphans, first_tokens
 from ftlevel.data.formats.examples import Tagged
 from ftlevel.data.formats.labels import LabelSet, build_label_set
 from ftlevel.data.sources.table import Table

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 import published_chat_templates as published
-from ftlevel.data.encoding.chat import render
-from ftlevel.data.encoding.turn_layout import find_turn_layout
+from ftlevel.data.encoding.chat import find_turn_layout, render
 from tiny_tokenizers import CHATML, build_tokenizer
 
 LOOP = "{% for message in messages %}"

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.windows import Window, encode_questions, find_span
+from ftlevel.data.encoding.spans import Window, encode_questions, find_span
 from ftlevel.data.formats.examples import Question
 from ftlevel.errors import InputError
 from tiny_models import FAMILIES

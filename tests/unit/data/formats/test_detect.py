@@ -8,7 +8,7 @@ import pytest
 
 from ftlevel.config import DataConfig
 from ftlevel.data.formats import examples
-from ftlevel.data.formats.advice import write_flags
+from ftlevel.data.formats.columns import write_flags
 from ftlevel.data.formats.detect import Format
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS

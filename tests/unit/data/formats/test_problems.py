@@ -8,8 +8,7 @@ from ftlevel.config import DataConfig
 from ftlevel.data.formats.convert import to_examples
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.examples import Labelled, build_labelled
-from ftlevel.data.formats.labels import build_label_set, check_labels
-from ftlevel.data.formats.problems import choose_problem_type
+from ftlevel.data.formats.labels import build_label_set, check_labels, choose_problem_type
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ftlevel.data.formats.examples import Labelled, Tagged
-from ftlevel.data.formats.spellings import find_typos
+from ftlevel.data.formats.labels import find_typos
 
 
 def labelled(*labels: str | tuple[str, ...]) -> list[Labelled]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.spans import Window
 from ftlevel.data.encoding.store import rows_to_batches, write_store
-from ftlevel.data.encoding.windows import Window
 from ftlevel.data.gate import Flat, checks
 from ftlevel.data.gate.flat import examples_in
 from ftlevel.tasks import TASKS

@@ -20,10 +20,9 @@ from ftlevel.data.encoding.store import (
 )
 from ftlevel.data.formats.examples import Labelled, Pair, PlainText
 from ftlevel.data.gate import duplicates, similarity
-from ftlevel.data.gate.digests import Digests
+from ftlevel.data.gate.checks import TextsKnown
 from ftlevel.data.gate.duplicates import find_members, find_near, find_repeated
-from ftlevel.data.gate.similarity import SIMILARITY, find_similar
-from ftlevel.data.gate.texts import TextsKnown
+from ftlevel.data.gate.similarity import SIMILARITY, Digests, find_similar
 
 
 def example_keys(examples: list[Any]) -> Any:

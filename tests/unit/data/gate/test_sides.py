@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 from ftlevel.data.formats.examples import Labelled, Pair
-from ftlevel.data.gate.digests import Digests
-from ftlevel.data.gate.sides import find_conflicts, find_one_answer, find_swapped
-from ftlevel.data.gate.texts import TextsKnown
+from ftlevel.data.gate.checks import TextsKnown
+from ftlevel.data.gate.duplicates import find_conflicts, find_one_answer, find_swapped
+from ftlevel.data.gate.similarity import Digests
 
 
 def digest(examples: list[Pair] | list[Labelled]) -> Digests:

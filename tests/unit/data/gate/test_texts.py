@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ftlevel.data.formats.examples import Conversation, Labelled, Pair, PlainText
-from ftlevel.data.formats.parts import Parts, parts_of
+from ftlevel.data.formats.examples import Conversation, Labelled, Pair, Parts, PlainText, parts_of
 from ftlevel.data.formats.turns import Message
-from ftlevel.data.gate.digests import Digests
-from ftlevel.data.gate.texts import TEXT_CHECKS, TextsKnown
+from ftlevel.data.gate.checks import TEXT_CHECKS, TextsKnown
+from ftlevel.data.gate.similarity import Digests
 
 KNOWN = TextsKnown(("<|im_end|>", "<|im_start|>", "</s>"))
 

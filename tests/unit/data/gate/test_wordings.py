@@ -12,10 +12,15 @@ import pytest
 
 from ftlevel.data.formats.examples import Labelled, Pair, PlainText
 from ftlevel.data.gate import wordings
-from ftlevel.data.gate.digests import Digests, words_path
-from ftlevel.data.gate.distance import Texts, count_other_words, is_slip
-from ftlevel.data.gate.texts import TextsKnown
-from ftlevel.data.gate.wordings import find_near_between, find_near_texts
+from ftlevel.data.gate.checks import TextsKnown
+from ftlevel.data.gate.similarity import Digests, words_path
+from ftlevel.data.gate.wordings import (
+    Texts,
+    count_other_words,
+    find_near_between,
+    find_near_texts,
+    is_slip,
+)
 
 SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "ra", "se", "ti", "vo", "za", "chi", "gra", "plo", "sku"]
 

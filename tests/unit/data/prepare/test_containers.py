@@ -16,14 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from ftlevel.artifacts.rows.values import to_cell
+from ftlevel.artifacts.row_sinks import to_cell
 from ftlevel.config import DataConfig, RowsInMemory, TrainConfig
-from ftlevel.data.encoding.chat_templates import choose_chat_template
+from ftlevel.data.encoding.chat import choose_chat_template
 from ftlevel.data.encoding.fit import Bounds
-from ftlevel.data.prepare.context import EncodingContext, Prepared
 from ftlevel.data.prepare.dataset import prepare_data
-from ftlevel.data.prepare.parallel import be_silent
-from ftlevel.data.prepare.questions import GivenRows
+from ftlevel.data.prepare.encoder import EncodingContext, Prepared, be_silent
+from ftlevel.data.prepare.inference import GivenRows
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 from tiny_tokenizers import build_tokenizer

@@ -14,10 +14,9 @@ import pytest
 
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.fit import Bounds
-from ftlevel.data.prepare.context import EncodingContext, Prepared
+from ftlevel.data.prepare.encoder import EncodingContext, Prepared
 from ftlevel.data.prepare.row_stream import ChunkEncoder, Division, RowStream
-from ftlevel.data.prepare.streamed_rows import InOrder, StreamedRows
-from ftlevel.data.prepare.streaming import prepare_stream
+from ftlevel.data.prepare.streaming import InOrder, StreamedRows, prepare_stream
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.tasks import TASKS
 from tiny_tokenizers import build_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlevel.data.prepare.shuffle import ShuffleBuffer
+from ftlevel.data.prepare.row_stream import ShuffleBuffer
 
 
 def drain(buffer: ShuffleBuffer[int], items: list[int]) -> list[int]:

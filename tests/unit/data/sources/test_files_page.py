@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.data.sources.packed import PACKED
+from ftlevel.data.sources.lines import PACKED
 from ftlevel.data.sources.readers.files import READERS, Reading, read_table
 from ftlevel.errors import InputError
 

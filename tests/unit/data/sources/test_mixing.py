@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlevel.data.sources.mixing import join_tables, mix_tables
-from ftlevel.data.sources.splits import join_splits, load_splits
+from ftlevel.data.sources.splits import join_splits, join_tables, load_splits, mix_tables
 from ftlevel.data.sources.table import BadRow, Table
 from ftlevel.errors import InputError
 

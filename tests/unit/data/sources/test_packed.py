@@ -20,10 +20,10 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from ftlevel.data.prepare.cache import files_of
-from ftlevel.data.prepare.questions import FileRows
-from ftlevel.data.sources.readers.beginnings import tell_format
+from ftlevel.data.prepare.dataset import files_of
+from ftlevel.data.prepare.inference import FileRows
 from ftlevel.data.sources.readers.files import Reading, open_reader, open_stream, read_table
+from ftlevel.data.sources.readers.text import tell_format
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.data.sources.stream_sources import open_source
 from ftlevel.errors import InputError
@@ -281,7 +281,7 @@ def test_a_pipe_with_a_name_is_read_once(name: str, end: str, tmp_path: Path) ->
 def test_a_pipe_without_a_writer_or_without_rows_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ftlevel.data.sources.packed.WRITER_SECONDS", 0.2)
+    monkeypatch.setattr("ftlevel.data.sources.lines.WRITER_SECONDS", 0.2)
     pipe = tmp_path / "rows"
     os.mkfifo(pipe)
     with pytest.raises(InputError, match=r"no program has written in 0\.2 seconds\. Start the"):

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from ftlevel.data.sources.hub import IterableStream
+from ftlevel.data.sources.readers.arrow import Parquet
 from ftlevel.data.sources.readers.files import open_stream, read_table
-from ftlevel.data.sources.readers.json_lines import JsonLines
-from ftlevel.data.sources.readers.parquet import Parquet
+from ftlevel.data.sources.readers.json import JsonLines
 from ftlevel.data.sources.stream_sources import open_source
 from ftlevel.data.sources.streams import Chunk, Stream
 from ftlevel.errors import InputError

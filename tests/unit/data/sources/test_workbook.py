@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ftlevel.data.sources.readers.files import Reading, open_reader, read_table
-from ftlevel.data.sources.readers.workbook import show_value
+from ftlevel.data.sources.readers.tables import show_value
 from ftlevel.errors import InputError
 
 openpyxl = pytest.importorskip("openpyxl")

@@ -13,7 +13,7 @@ from ftlevel.fast.attention.blocked import (
     split_queries,
     visible,
 )
-from ftlevel.fast.packing.layout import Segment
+from ftlevel.fast.packing import Segment
 
 HEADS, GROUPS, WIDTH = 4, 2, 16
 SEQUENCES = (Segment(0, 5), Segment(5, 5 + QUERIES + 3), Segment(136, 137), Segment(137, 500))

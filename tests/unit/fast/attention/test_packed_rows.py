@@ -10,8 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 import tiny_models
 from ftlevel.fast.attention import packed as attention
-from ftlevel.fast.packing.blocks import PackedBlocks
-from ftlevel.fast.packing.layout import PackedLayout, using_layout
+from ftlevel.fast.packing import PackedBlocks, PackedLayout, using_layout
 from ftlevel.models.module_tree import find_blocks
 
 LENGTHS = (7, 40, 3, 19, 19, 1)

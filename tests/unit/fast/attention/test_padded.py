@@ -9,10 +9,9 @@ import torch
 from torch.nn import functional
 
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
-from ftlevel.fast.attention.capped import attend_capped
-from ftlevel.fast.attention.options import AttentionOptions
-from ftlevel.fast.attention.padded import attend_padded, pad_segments
-from ftlevel.fast.packing.layout import Segment
+from ftlevel.fast.attention.gpu import attend_padded, pad_segments
+from ftlevel.fast.attention.options import AttentionOptions, attend_capped
+from ftlevel.fast.packing import Segment
 
 ROWS = tuple(
     Segment(start, stop)

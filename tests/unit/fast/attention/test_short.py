@@ -9,7 +9,7 @@ import torch
 
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
 from ftlevel.fast.attention.short import LONGEST, PADDED, ShortAttention, are_short, batch_sequences
-from ftlevel.fast.packing.layout import Segment
+from ftlevel.fast.packing import Segment
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 

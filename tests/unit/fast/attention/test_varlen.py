@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from ftlevel.errors import InputError
-from ftlevel.fast.attention import hub
+from ftlevel.fast.attention import gpu
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
-from ftlevel.fast.attention.options import AttentionOptions
-from ftlevel.fast.attention.varlen import (
+from ftlevel.fast.attention.gpu import (
     Kernel,
     Lengths,
     attend_varlen,
@@ -26,7 +25,8 @@ from ftlevel.fast.attention.varlen import (
     measure,
     window_of,
 )
-from ftlevel.fast.packing.layout import Segment
+from ftlevel.fast.attention.options import AttentionOptions
+from ftlevel.fast.packing import Segment
 
 ROWS = (Segment(0, 5), Segment(5, 60), Segment(60, 61), Segment(61, 200))
 TREE = (
@@ -228,8 +228,8 @@ class Fetched:
 def fetched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fetched:
     package = Fetched(request.param[0], as_pair=request.param[1])
     monkeypatch.setitem(sys.modules, "kernels", package)
-    monkeypatch.setattr(hub, "find_spec", lambda _: object())
-    hub.fetch_kernel.cache_clear()
+    monkeypatch.setattr(gpu, "find_spec", lambda _: object())
+    gpu.fetch_kernel.cache_clear()
     return package
 
 
@@ -240,15 +240,15 @@ def test_a_kernel_of_the_hub_is_told_the_attention_of_sequences(
     fetched: Fetched,
 ) -> None:  # fmt: skip
     options = AttentionOptions(causal, window, 0.3, cap=cap)
-    kernel = hub.fetch_kernel("someone/flash@1")
-    assert kernel is hub.fetch_kernel("someone/flash@1")
+    kernel = gpu.fetch_kernel("someone/flash@1")
+    assert kernel is gpu.fetch_kernel("someone/flash@1")
     assert fetched.asked == [("someone/flash", {"version": 1})]
     parts = states(segments[-1].stop, torch.float64)
     found = attend_varlen(parts, segments, options, kernel)
     blocks = split_queries(segments, causal, window)
     torch.testing.assert_close(found, BlockedAttention.apply(*parts, blocks, 0.3, 0.0, cap))
     assert kernel.computes(options, 16)
-    old = hub.HubKernel.read(lambda q: q)
+    old = gpu.HubKernel.read(lambda q: q)
     assert old.computes(AttentionOptions(), 16)
     assert not old.computes(AttentionOptions(cap=0.7), 16)
     assert not old.computes(AttentionOptions(window=9), 16)
@@ -259,10 +259,10 @@ def test_a_kernel_that_is_not_there_is_refused(
     fetched: Fetched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match="no someone/nothing@abc123 for this machine: no build"):
-        hub.fetch_kernel("someone/nothing@abc123")
+        gpu.fetch_kernel("someone/nothing@abc123")
     assert fetched.asked == [("someone/nothing", {"revision": "abc123"})]
     with pytest.raises(InputError, match="someone/empty@2 has no flash_attn_varlen_func"):
-        hub.fetch_kernel("someone/empty@2")
-    monkeypatch.setattr(hub, "find_spec", lambda _: None)
+        gpu.fetch_kernel("someone/empty@2")
+    monkeypatch.setattr(gpu, "find_spec", lambda _: None)
     with pytest.raises(InputError, match="pip install kernels"):
-        hub.fetch_kernel("someone/flash@1")
+        gpu.fetch_kernel("someone/flash@1")

@@ -13,14 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny_models
 from ftlevel.config import SPECS
-from ftlevel.fast.layers.fused_lora.forward import FusedForward
-from ftlevel.fast.layers.fused_lora.function import FusedLoraFunction
-from ftlevel.fast.layers.fused_lora.layer import FusedLinear
+from ftlevel.fast.layers.fused_lora import FusedForward, FusedLinear, FusedLoraFunction
 from ftlevel.methods import Base
 from ftlevel.models.hardware import autocast
 from ftlevel.models.targets import find_heads
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.method_targets import find_method_targets
+from ftlevel.training.plan.method import find_method_targets
 from matrix_cells import pristine
 
 HEADS = {"llama": "causal", "gpt2": "causal", "bert": "seqcls", "t5": "seq2seq"}

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlevel.fast.packing.micro_batches import (
+from ftlevel.fast.packing import (
     MicroBatches,
     count_shared,
     split_packed,
     split_padded,
     split_shared,
 )
-from ftlevel.fast.prefixes.tree import build_prefix_tree, sort_by_prefix
+from ftlevel.fast.prefixes import build_prefix_tree, sort_by_prefix
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 

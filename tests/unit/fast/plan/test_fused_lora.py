@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ftlevel import TrainConfig, train
-from ftlevel.fast.layers.fused_lora.forward import FusedForward
-from ftlevel.fast.plan.fused_lora import fused_lora_choices, uses_fused_layers
+from ftlevel.fast.layers.fused_lora import FusedForward
+from ftlevel.fast.plan import fused_lora_choices, uses_fused_layers
 
 FUSED = "fused with the base (same gradients as PEFT's layers)"
 INT8 = "PEFT's layers (LLM.int8() multiplies in int8 on a GPU)"

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from ftlevel import TrainConfig
-from ftlevel.fast.plan.liger import OWN_LOSS, kernel_arguments, kernel_choices
+from ftlevel.fast.plan import OWN_LOSS, kernel_arguments, kernel_choices
 
 ON = {"liger_kernel": True}
 

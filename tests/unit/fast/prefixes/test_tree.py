@@ -7,12 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlevel.fast.prefixes.tree import (
-    build_prefix_tree,
-    count_common,
-    shared_fraction,
-    sort_by_prefix,
-)
+from ftlevel.fast.prefixes import build_prefix_tree, count_common, shared_fraction, sort_by_prefix
 
 # Few different tokens, so that rows begin alike by chance, at several depths.
 ROWS = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=14), min_size=1, max_size=8)

@@ -9,7 +9,7 @@ import tiny_models
 from ftlevel.config.methods import SPECS
 from ftlevel.methods import METHODS, Base
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.method_targets import find_method_targets
+from ftlevel.training.plan.method import find_method_targets
 
 HEADS = {"llama": "causal", "gpt2": "causal", "mixtral": "causal", "t5": "seq2seq", "bert": "mlm"}
 

@@ -12,8 +12,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize, quantize
 
 from ftlevel.errors import RunError
-from ftlevel.weights.gguf.blocks import CHOSEN, GRIDS, Codes
-from ftlevel.weights.gguf.file import OUTTYPES, Tensor, round_to, write_gguf
+from ftlevel.weights.gguf.file import CHOSEN, GRIDS, OUTTYPES, Codes, Tensor, round_to, write_gguf
 
 
 @pytest.mark.parametrize("outtype", OUTTYPES)

@@ -1,19 +1,238 @@
-"""Arrow's IPC files (Feather) and streams, batch by batch, as `datasets` and pandas write them."""
+"""Parquet, row group by row group, and rows of Arrow's tables as the Hub's library gives them.
+
+Arrow's IPC files (Feather) and streams, batch by batch, as `datasets` and pandas write them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftlevel.data.sources.lines import PART
-from ftlevel.data.sources.readers.parquet import (
-    arrow_rows,
-    check_columns,
-    class_names,
-    refuse_damaged,
-)
-from ftlevel.data.sources.streams import Chunk, Cursor, Reader
+from ftlevel.data.sources.readers.refused import describe_media, media_of_name
+from ftlevel.data.sources.streams import Chunk, Cursor, Reader, describe_null_keys
+from ftlevel.data.sources.table import Row, Table
+from ftlevel.errors import InputError, listing
+
+_BATCH = 1 << 10  # rows that are decoded to Arrow at once
+
+
+class Parquet(Reader):
+    """Parquet; its schema makes the rows uniform and names the classes."""
+
+    unit = "row"
+    uniform = True
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+        super().__init__(path)
+        with refuse_damaged(path, "Parquet"):
+            # Not pq.read_table, whose data set layer fails on two columns of one name.
+            self._file = pq.ParquetFile(path)
+        schema = self._file.schema_arrow
+        check_columns(schema.names, str(path))
+        self._groups = self._file.num_row_groups if schema.names else 0
+        self.schema = schema
+        self.label_names = class_names(schema.metadata)
+
+    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
+        """Yield the chunks from `cursor` on."""
+        at = cursor or {"group": 0, "row": 0, "number": 0}
+        skip, number = int(at["row"]), int(at["number"])
+        groups = range(int(at["group"]), self._groups)
+        with refuse_damaged(self.path, "Parquet"):
+            for group in groups:
+                row = 0
+                for batch in self._file.iter_batches(
+                    _BATCH, row_groups=[group], columns=self.schema.names if self.ignored else None
+                ):
+                    for begin in range(max(0, skip - row), batch.num_rows, PART):
+                        rows = arrow_rows(batch.slice(begin, PART), self.null_keys)
+                        numbers = list(range(number + 1, number + 1 + len(rows)))
+                        number += len(rows)
+                        after = {"group": group, "row": row + begin + len(rows), "number": number}
+                        yield self.chunk(rows, numbers, [], after)
+                    row += batch.num_rows
+                skip = 0
+
+    def share(self, chunk: Chunk) -> float | None:
+        """Return which part of the rows is read behind `chunk`."""
+        return chunk.cursor["number"] / max(1, self._file.metadata.num_rows)
+
+
+@contextmanager
+def refuse_damaged(path: Path, what: str) -> Iterator[None]:
+    """Turn Arrow's complaints about a file into an `InputError`."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowException as error:
+        first = str(error).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"{path}: not a readable {what} file ({first}). "
+            "Was the download or copy cut short? Fetch it again."
+        ) from None
+
+
+def build_arrow_table(table: Any, source: str) -> Table:
+    """Turn a `pyarrow.Table` into rows with their 1-based numbers.
+
+    Raises:
+        InputError: it has no rows, or two columns of one name.
+    """
+    names = table.schema.names
+    check_columns(names, source)
+    if table.num_rows == 0 or not names:
+        raise InputError(f"{source}: has 0 rows. Give a file with rows.")
+    refuse_media(table.schema, source)
+    null_keys: Counter[str] = Counter()
+    rows = arrow_rows(table, null_keys)
+    notes = tuple(describe_null_keys(null_keys, source))
+    return Table(rows, list(range(1, len(rows) + 1)), source, unit="row", notes=notes)
+
+
+def arrow_rows(content: Any, null_keys: Counter[str]) -> list[Row]:
+    """Return the rows of an Arrow table or batch as JSON would give them.
+
+    Arrow gives all objects of a list the same keys, with null for those that were missing. Null
+    keys of such objects are therefore dropped. Maps and columns of the JSON type keep theirs.
+
+    Args:
+        content: a `pyarrow.Table` or `RecordBatch`.
+        null_keys: counts the dropped keys by path (mutated).
+    """
+    rows: list[Row] = content.to_pylist(maps_as_pydicts="lossy")
+    return clean_rows(rows, content.schema, null_keys, decode=True)
+
+
+def clean_rows(
+    rows: list[Row], schema: Any, null_keys: Counter[str], *, decode: bool = False
+) -> list[Row]:
+    """Drop the null keys that Arrow may have added to `rows` (mutated), and return them.
+
+    Args:
+        rows: of a source that stores them in Arrow.
+        schema: Arrow's; None where it is unknown.
+        null_keys: counts the dropped keys by path (mutated).
+        decode: whether columns of the JSON type are still texts.
+    """
+    types = {} if schema is None else {field.name: field.type for field in schema}
+    cleaner = _Cleaner(null_keys, decode)
+    nested = [n for n in (rows[0] if rows else ()) if n not in types or _is_nested(types[n])]
+    for row in rows:
+        for name in nested:
+            row[name] = cleaner.clean(row[name], types.get(name), name)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Cleaner:
+    """Drops null keys; see `clean_rows`."""
+
+    null_keys: Counter[str]
+    decode: bool
+
+    def clean(self, value: Any, type_: Any, path: str, *, in_list: bool = False) -> Any:
+        """Return `value` of the Arrow type `type_`, which is None where it is unknown."""
+        if value is None:
+            return None
+        if _is_json(type_):
+            return json.loads(value) if self.decode else value
+        if isinstance(value, list):
+            inner = getattr(type_, "value_type", None)
+            return [self.clean(item, inner, path, in_list=True) for item in value]
+        if not isinstance(value, dict):
+            return value
+        kept = {}
+        is_struct = not hasattr(type_, "item_type")  # the keys of a map are those of its row
+        for key, item in value.items():
+            if item is None and in_list and is_struct:
+                self.null_keys[f"{path}.{key}"] += 1
+            else:
+                inner = _type_of_key(type_, key)
+                kept[key] = self.clean(item, inner, f"{path}.{key}", in_list=in_list)
+        return kept
+
+
+def clean_value(value: Any, path: str, null_keys: Counter[str]) -> Any:
+    """Return a value whose Arrow type is unknown without null keys; see `clean_rows`."""
+    return _Cleaner(null_keys, decode=False).clean(value, None, path)
+
+
+def _is_nested(type_: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_nested(type_) or _is_json(type_)
+
+
+def _is_json(type_: Any) -> bool:
+    return getattr(type_, "extension_name", "") == "arrow.json"
+
+
+def _type_of_key(type_: Any, key: str) -> Any:
+    """Return the type of an object's key; None where it is unknown."""
+    if hasattr(type_, "item_type"):
+        return type_.item_type
+    return None if type_ is None else type_.field(key).type
+
+
+def check_columns(names: list[str], source: str) -> None:
+    """Refuse two columns of one name.
+
+    Raises:
+        InputError: naming them.
+    """
+    if len(set(names)) < len(names):
+        twice = sorted({repr(name) for name in names if names.count(name) > 1})
+        raise InputError(f"{source}: has the column {listing(twice)} twice. Rename one.")
+
+
+def refuse_media(schema: Any, source: str) -> None:
+    """Refuse columns of images, audio or video that the types in a schema tell.
+
+    Raises:
+        InputError: naming them.
+    """
+    import pyarrow as pa
+
+    features, found = _features(schema.metadata), []
+    for field in schema:
+        feature, type_ = features.get(field.name, {}), field.type
+        while pa.types.is_list(type_) or pa.types.is_large_list(type_):
+            feature, type_ = feature.get("feature", {}), type_.value_type
+        kind = str(feature.get("_type", ""))
+        parts = [part.type for part in type_] if pa.types.is_struct(type_) else []
+        bytes_ = any(pa.types.is_binary(t) or pa.types.is_large_binary(t) for t in parts)
+        if kind in ("Image", "Audio", "Video", "Pdf") or bytes_:
+            what = {"Image": "images", "Audio": "audio", "Video": "videos"}.get(kind)
+            found.append((field.name, what or media_of_name(field.name) or "files"))
+    if found:
+        raise InputError(describe_media(source, found))
+
+
+def _features(metadata: dict[bytes, bytes] | None) -> Mapping[str, Any]:
+    """Return what `datasets` writes of each column into a schema."""
+    try:
+        found = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: each for name, each in found.items() if isinstance(each, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def class_names(metadata: dict[bytes, bytes] | None) -> Mapping[str, tuple[str, ...]]:
+    """Return the class names that `datasets` writes into a schema, for each column with some."""
+    return {
+        column: tuple(feature["names"])
+        for column, feature in _features(metadata).items()
+        if feature.get("_type") == "ClassLabel"
+    }
 
 
 class Arrow(Reader):
@@ -31,7 +250,7 @@ class Arrow(Reader):
 
     def _open(self) -> Any:
         """Return a reader of the file, or of the stream, which has no directory of its batches."""
-        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow as pa
 
         source = pa.memory_map(str(self.path))
         if source.read(6) == b"ARROW1":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-from ftlevel.data.sources.packed import (
+from ftlevel.data.sources.lines import (
     STDIN,
     is_packed,
     is_pipe,
@@ -16,16 +16,17 @@ from ftlevel.data.sources.packed import (
     plain_name,
     unpack,
 )
-from ftlevel.data.sources.readers.arrow import Arrow
-from ftlevel.data.sources.readers.beginnings import head_lines, looks_like_conll, tell_format
-from ftlevel.data.sources.readers.conll import Conll
-from ftlevel.data.sources.readers.json_array import JsonArray
-from ftlevel.data.sources.readers.json_lines import JsonLines
-from ftlevel.data.sources.readers.paragraphs import Paragraphs
-from ftlevel.data.sources.readers.parquet import Parquet, refuse_media
+from ftlevel.data.sources.readers.arrow import Arrow, Parquet, refuse_media
+from ftlevel.data.sources.readers.json import JsonArray, JsonLines
 from ftlevel.data.sources.readers.refused import check_is_file, refuse_unknown
-from ftlevel.data.sources.readers.separated import CommaSeparated, TabSeparated
-from ftlevel.data.sources.readers.workbook import Workbook
+from ftlevel.data.sources.readers.tables import CommaSeparated, TabSeparated, Workbook
+from ftlevel.data.sources.readers.text import (
+    Conll,
+    Paragraphs,
+    head_lines,
+    looks_like_conll,
+    tell_format,
+)
 from ftlevel.data.sources.streams import Reader, refuse_unreadable
 from ftlevel.data.sources.table import OnBadRow, Table, resolve_bad
 from ftlevel.errors import InputError, did_you_mean, listing

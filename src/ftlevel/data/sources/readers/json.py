@@ -2,6 +2,12 @@
 
 Strict means: one object a row, no key twice, no NaN, no half of a surrogate pair. What is wrong is
 collected with its line; nothing is raised for a single bad row.
+
+A JSON file that is one object: rows under a key, lists or objects a column, or SQuAD's articles.
+
+What it is taken for is said; what is none of these is refused.
+
+JSON: an array of objects, or one object with them; else objects are taken as JSON Lines.
 """
 
 from __future__ import annotations
@@ -9,18 +15,20 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from io import StringIO
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from ftlevel.data.sources import lines
 from ftlevel.data.sources.lines import PART, LineNumbers, LineRows, as_row
-from ftlevel.data.sources.readers.text_lines import TextLines, check_head
+from ftlevel.data.sources.readers.text import TextLines, check_head, read_text
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.data.sources.uniform import Shapes, kind_of
-from ftlevel.errors import InputError
+from ftlevel.errors import InputError, listing
 
 Found: TypeAlias = tuple[list[Row], list[int], list[BadRow]]  # rows, their lines, what is no row
 
@@ -160,3 +168,242 @@ def read_json_lines(some: Iterable[str], before: int = 0) -> Found:
             rows.append(row)
             lines.append(number)
     return rows, lines, bad
+
+
+_IN_A_ROW = {"messages", "conversations", "tools", "entities", "spans", "tokens", "words", "turns"}
+"""Columns that hold lists, so that an object with one may be a row."""
+
+
+@dataclass(frozen=True)
+class OneObject:
+    """What the one object of a file is.
+
+    Attributes:
+        rows: those that it gives; None where they are the elements of a list in the text.
+        list_at: where that list begins.
+        bad: places that gave no row.
+        note: what it was taken for; "" where it is nothing that gives rows.
+        hint: what to do then.
+    """
+
+    rows: list[Row] | None = None
+    list_at: int = 0
+    bad: tuple[BadRow, ...] = ()
+    note: str = ""
+    hint: str = ""
+    keys: tuple[str, ...] = ()
+
+
+def open_object(text: str) -> OneObject | None:
+    """Return what a text is that begins with an object; None where it is to be read by lines."""
+    begin = len(text) - len(text.lstrip())
+    try:
+        value, end = DECODER.raw_decode(text, begin)
+    except (ValueError, RecursionError):
+        return None  # several objects, or a broken one: the line reader says which
+    if text[end:].strip():
+        return None
+    one_line = "\n" not in text.strip()
+    if found := _articles(value) or _by_column(value, one_line=one_line):
+        return found
+    lists = [key for key, each in value.items() if _is_rows(each)]
+    others = [each for key, each in value.items() if key not in lists]
+    if len(lists) == 1 and lists[0] not in _IN_A_ROW and not any(map(_is_rows, others)):
+        at = re.search(rf'"{re.escape(lists[0])}"\s*:\s*(?=\[)', text)
+        if at is not None and DECODER.raw_decode(text, at.end())[0] == value[lists[0]]:
+            return OneObject(list_at=at.end(), note=f"the rows are the list under {lists[0]!r}")
+    if one_line:
+        return None
+    inner = [key for key, each in value.items() if isinstance(each, list)]
+    hint = f"Save the list in {inner[0]!r} as the file" if inner else "Write [ … ] around it"
+    return OneObject(hint=hint, keys=tuple(value))
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and type(value[0]) is dict
+
+
+def _by_column(value: Mapping[str, Any], *, one_line: bool) -> OneObject | None:
+    """Return the rows of columns, as pandas writes them: lists, objects by index, or split."""
+    note = "a column a key, as pandas writes them; a row is what has one place in all"
+    columns = list(value.values())
+    if {"columns", "data"} <= value.keys() and isinstance(value["data"], list):
+        names = value["columns"]
+        if isinstance(names, list) and all(
+            isinstance(row, list) and len(row) == len(names) for row in value["data"]
+        ):
+            rows = [dict(zip(names, row, strict=True)) for row in value["data"]]
+            return OneObject(rows, note="columns and data, as pandas writes them")
+    if all(type(column) is dict for column in columns):
+        indices = list(columns[0]) if columns else []
+        counted = bool(indices) and all(map(str.isdecimal, indices))
+        if counted and all(list(column) == indices for column in columns):
+            rows = [{key: value[key][index] for key in value} for index in indices]
+            return OneObject(rows, note=note)
+    if len(columns) > 1 and all(type(column) is list for column in columns):
+        counts = {len(column) for column in columns}
+        may_be_a_row = one_line and bool(_IN_A_ROW & value.keys())
+        if len(counts) == 1 and counts != {0} and not may_be_a_row:
+            cells = zip(*columns, strict=True)
+            return OneObject([dict(zip(value, row, strict=True)) for row in cells], note=note)
+    return None
+
+
+def _articles(value: Mapping[str, Any]) -> OneObject | None:
+    """Return the questions of SQuAD's files, a row each."""
+    data = value.get("data")
+    if not _is_rows(data) or not all(
+        type(article) is dict and type(article.get("paragraphs")) is list for article in data or ()
+    ):
+        return None
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    number = 0
+    for article in data or ():
+        for paragraph in article["paragraphs"]:
+            for asked in paragraph.get("qas", ()) if isinstance(paragraph, dict) else ():
+                number += 1
+                try:
+                    found = asked["answers"] if not asked.get("is_impossible") else []
+                    answers = {
+                        "text": [answer["text"] for answer in found],
+                        "answer_start": [answer["answer_start"] for answer in found],
+                    }
+                    row = {"id": asked.get("id"), "title": article.get("title"),
+                           "context": paragraph["context"], "question": asked["question"],
+                           "answers": answers}  # fmt: skip
+                except (KeyError, TypeError, AttributeError) as error:
+                    bad.append(BadRow(number, f"question {number} lacks {error}"))
+                else:
+                    rows.append(row)
+    return OneObject(rows, bad=tuple(bad), note="SQuAD's articles; a row is a question")
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class JsonArray(Reader):
+    """One array over any number of lines, of which no part can be read without the rest."""
+
+    in_parts = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        check_head(path)
+
+    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
+        """Yield one chunk; behind it there is nothing."""
+        if cursor is not None:
+            return
+        source, text = str(self.path), read_text(self.path)
+        start = text.lstrip()[:1]
+        one = open_object(text) if start == "{" else None
+        if start == "[":
+            elements = read_json_array(text, source)
+        elif one is None:
+            elements = Elements(*read_json_lines(StringIO(text, newline="\n")))
+        elif one.note:
+            elements = self._read_object(text, one)
+        else:
+            raise InputError(
+                f"{source}:1: one object (keys {listing([repr(key) for key in one.keys])}), "
+                f"where an array of objects is expected. {one.hint}."
+            )
+        self.unit = "row" if elements.numbered else "line"
+        yield self.chunk(
+            elements.rows, elements.lines, elements.bad, {"at": self.path.stat().st_size}
+        )
+
+    def _read_object(self, text: str, one: OneObject) -> Elements:
+        """Return the rows of a file that is one object."""
+        note = f"{self.shown}: {one.note}"
+        if note not in self.notes:
+            self.notes.append(note)
+        if one.rows is None:
+            return read_json_array(text, str(self.path), one.list_at)
+        taken = {row.line for row in one.bad}
+        numbers = (n for n in range(1, len(one.rows) + len(taken) + 1) if n not in taken)
+        return Elements(one.rows, list(numbers), list(one.bad), numbered=True)
+
+
+@dataclass
+class Elements:
+    """Elements of an array.
+
+    Attributes:
+        rows: those that are objects.
+        lines: for each the line that it begins on, or its number.
+        bad: the others.
+        numbered: whether `lines` and `bad` count elements: where several begin on one line.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    numbered: bool = False
+
+
+def read_json_array(text: str, source: str, begin: int = 0) -> Elements:
+    """Read an array of objects, each with the line that it begins on, or its number.
+
+    Args:
+        text: the whole file.
+        source: what errors call it.
+        begin: where the array begins; if not with the file, more may come behind it.
+
+    Raises:
+        InputError: the array itself is broken; past that place no row can be trusted.
+    """
+    values: list[tuple[Any, str]] = []  # with what is wrong with it
+    lines: list[int] = []
+    line, counted = 1, 0
+    at = _past_space(text, _past_space(text, begin) + 1)
+    more = text[at : at + 1] != "]"
+    while more:
+        line, counted = line + text.count("\n", counted, at), at
+        value, end = _decode_element(text, at, line, source)
+        value = as_row(value)
+        values.append((value, fault_of(text[at:end], value)))
+        lines.append(line)
+        at = _past_space(text, end)
+        mark = text[at : at + 1]
+        if mark not in (",", "]") or not mark:
+            here = line + text.count("\n", counted, at)
+            _refuse_array(text, source, here, "not valid JSON (expecting ',' or ']')")
+        more = mark == ","
+        at = _past_space(text, at + 1) if more else at
+    end = _past_space(text, at + 1)
+    if end < len(text) and not begin:
+        here = 1 + text.count("\n", 0, end)
+        _refuse_array(text, source, here, "not valid JSON (more text after the end of the array)")
+    numbered = len(set(lines)) < len(lines)
+    found = Elements(numbered=numbered)
+    for place, (value, fault) in zip(count(1) if numbered else lines, values, strict=False):
+        if fault:
+            found.bad.append(BadRow(place, fault))
+        else:
+            found.rows.append(value)
+            found.lines.append(place)
+    return found
+
+
+def _past_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return match.end() if match else at
+
+
+def _decode_element(text: str, at: int, line: int, source: str) -> tuple[Any, int]:
+    """Decode the value that begins at `at`, on `line`; return it and where it ends."""
+    try:
+        return DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError) as error:
+        place = error.lineno if isinstance(error, json.JSONDecodeError) else line
+        _refuse_array(text, source, place, complaint(error))
+
+
+def _refuse_array(text: str, source: str, line: int, reason: str) -> NoReturn:
+    cut = "" if text.rstrip().endswith(("]", "}")) else " (was the download or copy cut short?)"
+    raise InputError(
+        f"{source}:{line}: {reason}{cut}. Fix it, or write one object a line and name the file "
+        ".jsonl, where --on-bad-row skip can drop a bad row."
+    )

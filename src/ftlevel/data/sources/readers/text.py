@@ -1,13 +1,30 @@
-"""The lines of a UTF-8 file, counted in lines and bytes, and what is no UTF-8 by both."""
+"""The lines of a UTF-8 file, counted in lines and bytes, and what is no UTF-8 by both.
+
+What a file is by its beginning where its name does not say: stdin, CoNLL in .txt or .tsv.
+
+CoNLL: a line a word, its columns between tabs or spaces, a blank line between sentences.
+
+The first column is the word and the last one its tag; those between are named by their number.
+Tags stay in the file's scheme. `-DOCSTART-` and comments (`# …`) between sentences are no words.
+
+Plain text: a row a paragraph, a run of lines without a blank one between them, as "text".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
 from itertools import chain
 from pathlib import Path
 from shlex import quote
 
-from ftlevel.data.sources.streams import Cursor
+from ftlevel.data.sources.lines import PART
+from ftlevel.data.sources.streams import Chunk, Cursor, Reader
+from ftlevel.data.sources.table import BadRow, Row
 from ftlevel.errors import InputError
 
 _BLOCK = 1 << 13  # bytes that are decoded at once; a fault within them comes before any other
@@ -123,3 +140,200 @@ def check_head(path: Path) -> None:
 def _looks_like_utf16(head: bytes) -> bool:
     """Tell whether every other byte is zero, as in Latin text of UTF-16 without a mark."""
     return len(head) > 3 and max(head[::2].count(0), head[1::2].count(0)) > 0.4 * len(head)
+
+
+HEAD = 1 << 16
+"""Bytes of a file that are looked at."""
+
+_MARKS = ((b"PAR1", ".parquet"), (b"ARROW1", ".arrow"), (b"\xff" * 4, ".arrow"))
+_ENTITY = re.compile(r"[BIESLU]-\S+")
+_NAME = re.compile(r"[^\W\d][\w .()/-]{0,39}")
+
+
+def head_lines(path: Path) -> list[str]:
+    """Return the lines that a file begins with; the last is left out where it may be cut."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    text = io.StringIO(head.decode("utf-8", "replace").removeprefix("\ufeff"), newline=None)
+    lines = text.read().split("\n")
+    return lines[:-1] if len(head) == HEAD and len(lines) > 1 else lines
+
+
+def tell_format(path: Path, columns: Collection[str]) -> tuple[str, str] | None:
+    """Return the suffix for what is in a file, and by what it was told; None where it is open.
+
+    Args:
+        path: the file, which is not empty.
+        columns: names by which the header of a table is known.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+    for mark, suffix in _MARKS:
+        if start.startswith(mark):
+            return suffix, "by its first bytes"
+    lines = head_lines(path)
+    text = next((line.strip() for line in lines if line.strip()), "")
+    if text[:1] == "{" and _is_whole(text):
+        return ".jsonl", "its first line is an object"
+    if text[:1] == "{":
+        return ".json", "it begins with an object over several lines"
+    if text[:1] == "[":
+        return ".json", "it begins with a list"
+    if looks_like_conll(lines):
+        return ".conll", "its lines are words with tags"
+    for separator, suffix in (("\t", ".tsv"), (",", ".csv")):
+        if why := _table_sign(lines, separator, columns):
+            return suffix, why
+    return None
+
+
+def _is_whole(line: str) -> bool:
+    """Tell whether a line is JSON by itself, or so long that it was cut."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return len(line) > HEAD // 2
+    return True
+
+
+def _table_sign(lines: list[str], separator: str, columns: Collection[str]) -> str:
+    """Return what speaks for a table with this separator; "" if nothing does."""
+    rows = [row for row in csv.reader(lines, delimiter=separator) if row]
+    header = rows[0] if rows else []
+    if any(cell in columns or cell.lower() in columns for cell in header):
+        return "its first line has names of columns"
+    names = all(_NAME.fullmatch(cell) for cell in header)
+    if len(header) > 1 and names and len(rows) > 1 and {len(row) for row in rows} == {len(header)}:
+        return f"all of its first lines have {len(header)} cells"
+    return ""
+
+
+def looks_like_conll(lines: list[str]) -> bool:
+    """Tell whether every line has a word and, in its last column, a tag such as O or B-LOC."""
+    rows = [line.split() for line in lines if line.strip() and not line.startswith(("#", "-DOCS"))]
+    tags = {row[-1] for row in rows}
+    return (
+        len({len(row) for row in rows}) == 1
+        and len(rows[0]) > 1
+        and any(_ENTITY.fullmatch(tag) for tag in tags)
+        and all(tag == "O" or _ENTITY.fullmatch(tag) for tag in tags)
+    )
+
+
+_TAG = re.compile(r"O|[BIESLU]-\S+")
+
+
+class Conll(Reader):
+    """Sentences of words with tags; a row is `{"tokens": […], "2": […], …, "tags": […]}`."""
+
+    uniform = True
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        check_head(path)
+        skipped = ("#", "-DOCSTART-")
+        lines = [each for each in head_lines(path) if each.strip() and not each.startswith(skipped)]
+        self._tabs = bool(lines) and all("\t" in line for line in lines)
+        widths = Counter(len(self._cells(line)) for line in lines)
+        self._width = widths.most_common(1)[0][0] if widths else 0
+        if self._width < 1:
+            raise InputError(f"{path}: has 0 sentences. Give a file with words, one a line.")
+        between = [str(number) for number in range(2, self._width)]
+        self._names = ["tokens", *between, "tags"] if self._width > 1 else ["tokens"]
+
+    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
+        """Yield the chunks from `cursor` on."""
+        at = cursor or {"at": 0, "line": 0}
+        text = TextLines(self.path, **at)
+        rows: list[Row] = []
+        lines: list[int] = []
+        bad: list[BadRow] = []
+        words: list[list[str]] = []
+        fault: BadRow | None = None
+        number = begin = int(at["line"])
+
+        def end_sentence() -> None:
+            nonlocal fault
+            if fault is not None:
+                bad.append(fault)
+            elif words:
+                columns = (list(column) for column in zip(*words, strict=True))
+                rows.append(dict(zip(self._names, columns, strict=True)))
+                lines.append(begin)
+            words.clear()
+            fault = None
+
+        for number, line in enumerate(text, int(at["line"]) + 1):
+            if line.isspace():
+                end_sentence()
+                if len(rows) + len(bad) >= PART:
+                    yield self.chunk(rows, lines, bad, text.cursor(number))
+                    rows, lines, bad = [], [], []
+                continue
+            cells = self._cells(line)
+            if cells[0] == "-DOCSTART-" or self._is_comment(cells, not words):
+                continue
+            if not words and fault is None:
+                begin = number
+            if fault is None:
+                fault = self._fault(cells, number)
+            if fault is None:
+                words.append(cells)
+        end_sentence()
+        if rows or bad:
+            yield self.chunk(rows, lines, bad, text.cursor(number))
+
+    def _cells(self, line: str) -> list[str]:
+        return [cell.strip() for cell in line.split("\t")] if self._tabs else line.split()
+
+    def _is_comment(self, cells: list[str], at_start: bool) -> bool:
+        """Tell a comment from the word `#`, which has as many columns as others, and a tag."""
+        if not cells[0].startswith("#"):
+            return False
+        is_row = len(cells) == self._width
+        return not is_row or (at_start and self._width > 1 and not _TAG.fullmatch(cells[-1]))
+
+    def _fault(self, cells: list[str], number: int) -> BadRow | None:
+        if len(cells) != self._width:
+            count = f"{len(cells)} column{'s' * (len(cells) != 1)}"
+            return BadRow(number, f"has {count}, where most lines have {self._width}")
+        if not all(cells):
+            return BadRow(number, f"column {cells.index('') + 1} is empty")
+        return None
+
+
+class Paragraphs(Reader):
+    """Plain text; the line breaks inside a paragraph are kept."""
+
+    uniform = True
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        check_head(path)
+
+    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
+        """Yield the chunks from `cursor` on."""
+        at = cursor or {"at": 0, "line": 0}
+        text = TextLines(self.path, **at)
+        rows: list[Row] = []
+        lines: list[int] = []
+        run: list[str] = []
+        number = before = int(at["line"])
+
+        def end_run(after: int) -> None:
+            if run:
+                rows.append({"text": "\n".join(run)})
+                lines.append(after - len(run))
+                run.clear()
+
+        for number, line in enumerate(text, before + 1):
+            if not line.isspace():
+                run.append(line.rstrip("\r\n"))
+                continue
+            end_run(number)
+            if len(rows) >= PART:
+                yield self.chunk(rows, lines, [], text.cursor(number))
+                rows, lines = [], []
+        end_run(number + 1)
+        if rows:
+            yield self.chunk(rows, lines, [], text.cursor(number))

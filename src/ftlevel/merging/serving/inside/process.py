@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.errors import InputError
-from ftlevel.merging.serving.answers import TOKENS
 from ftlevel.merging.serving.client import Heard
+from ftlevel.merging.serving.recorded import TOKENS
 from ftlevel.workspace import Workspace
 
 _SCRIPTS = {

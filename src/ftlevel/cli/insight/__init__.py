@@ -1,1 +1,0 @@
-"""Commands about runs and machines that train nothing: plan, report, doctor."""

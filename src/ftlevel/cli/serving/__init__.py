@@ -1,1 +1,0 @@
-"""The commands that take a model to a server: export and check-served."""

@@ -1,1 +1,0 @@
-"""What happens before a command: imports without collection, heaps, further processes."""

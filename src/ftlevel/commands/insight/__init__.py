@@ -1,1 +1,0 @@
-"""What stands before and after a run: plan, report, doctor."""

@@ -1,1 +1,0 @@
-"""What a command beside train is told, one file each."""

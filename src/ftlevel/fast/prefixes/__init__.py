@@ -1,1 +1,0 @@
-"""What rows begin with alike, computed once: in a micro-batch, or before all of them."""

@@ -1,1 +1,0 @@
-"""A run that was broken off goes on: from which checkpoint, and only as the same run."""
