@@ -92,7 +92,7 @@ EXPORT = Addition(
     {"merging/formats/names.py": _read("names.py")},
     [
         (
-            "config/commands/export.py",
+            "config/export.py",
             _LAST_FORMAT,
             '    "names": ExportFormat("ftlevel.merging.formats.names", ".names"),',
         )
@@ -106,7 +106,7 @@ DATA_FORMAT = Addition(
         ("data/sources/readers/files.py", _LAST_READER, '    ".kv": KeyValue,'),
         (
             "data/sources/readers/files.py",
-            "from ftlevel.data.sources.readers.json import JsonLines",
+            "from ftlevel.data.sources.readers.json import JsonArray, JsonLines",
             "from ftlevel.data.sources.readers.key_value import KeyValue",
         ),
     ],

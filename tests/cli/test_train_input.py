@@ -71,7 +71,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--output-dir", "x" * 256], f"{'x' * 256}: File name too long. Name a shorter path."),
         (["--warmup-steps", "5", "--lr-scheduler-type", "constant"],
          "--warmup-steps 5: --lr-scheduler-type constant has no warm-up."),
-        (["--output-dir", "rows.jsonl"], "--output-dir rows.jsonl is a file."),
+        (["--output-dir", "rows.jsonl"], "rows.jsonl is the name of a file"),
         (["--output-dir", "."], "--output-dir . exists and is not empty."),
         (["--output-dir", ".", "--overwrite"], "--overwrite .: it is not a run of ftlevel"),
         (["--output-dir", ".", "--resume"], "--output-dir . is not a run"),

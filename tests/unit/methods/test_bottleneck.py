@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils.peft_types import PeftType
 
 from ftlevel.config.methods.bottleneck import ON_RESIDUAL, AdapterSpec
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.bottleneck.layer import BottleneckLayer
 from ftlevel.methods.bottleneck.sites import SITES, find_input
@@ -374,7 +374,7 @@ def test_a_family_that_does_not_add_the_residual_alone_is_refused(placement: str
 
 
 def test_their_positions_are_a_familys_own() -> None:
-    with pytest.raises(ValueError, match=r"seq_bn reads the residual.*drop target_modules"):
+    with pytest.raises(ConfigError, match=r"seq_bn reads the residual.*drop target_modules"):
         AdapterSpec(placement="seq_bn", target_modules=["o_proj"])
 
 

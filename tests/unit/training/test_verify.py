@@ -142,8 +142,8 @@ def test_a_fault_under_dropout_is_seen_when_asked(monkeypatch: pytest.MonkeyPatc
 def test_pairs_of_one_length_are_rounded(tmp_path: Path) -> None:
     """What two answers have in common cancels, and what is left is rounded far more coarsely.
 
-    The fast step is nearer to float64 than the plain one here, and 1.5e-3 from it, where rows in
-    another order are 1e-5 from it.
+    The fast step is nearer to float64 than the plain one here. Rows in another order differ by
+    1e-5; the two steps by 1.5e-3 on an AMD EPYC and by 4e-5 on an Intel Xeon with AMX.
     """
     rows = [
         {"prompt": f"What is {a}+{b}?", "chosen": f"It is {a + b}.", "rejected": f"It is {a + 1}."}
@@ -154,7 +154,7 @@ def test_pairs_of_one_length_are_rounded(tmp_path: Path) -> None:
     config, plan, adapted = build("float32", data=data, task="reward")
     verified = verify_step(config, plan, adapted, Silence())
     assert verified is not None
-    assert verified.gradient > 5e-5  # more than another order explains
+    assert verified.gradient > 2e-5  # more than another order explains
 
 
 def apart(difference: float, norm: float) -> Apart:

@@ -14,7 +14,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pydantic import ValidationError
 
 from ftlevel.artifacts.row_sinks import to_cell
 from ftlevel.config import DataConfig, RowsInMemory, TrainConfig
@@ -23,7 +22,7 @@ from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, Prepared, be_silent
 from ftlevel.data.prepare.inference import GivenRows
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.tasks import TASKS
 from tiny_tokenizers import build_tokenizer
 
@@ -247,7 +246,7 @@ def test_every_stream_gives_the_same_encoded_rows(
 @pytest.mark.parametrize("format_", ["answers", "spans", "tags", "several_labels"])
 def test_formats_that_take_all_rows_to_know_are_not_streamed(format_: str) -> None:
     task, *_ = FORMATS[format_]
-    with pytest.raises(ValidationError, match="take all rows to know"):
+    with pytest.raises(ConfigError, match="take all rows to know"):
         TrainConfig(
             task=task, data={"dataset": "x.jsonl", "streaming": True}, train={"max_steps": 1}
         )

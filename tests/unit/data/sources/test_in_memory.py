@@ -13,7 +13,7 @@ import pytest
 from ftlevel.config import RowsInMemory, TrainConfig
 from ftlevel.data.sources.splits import Splits, load_splits
 from ftlevel.data.sources.stream_sources import open_source
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError
 
 ROWS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
 
@@ -132,7 +132,7 @@ def test_a_configuration_shows_the_name_alone() -> None:
 )
 def test_no_error_shows_a_row(wrong: dict[str, Any]) -> None:
     values = {"data": {"dataset": pd.DataFrame({"text": ["SECRET"]})}, **wrong}
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - pydantic's is one
+    with pytest.raises(ConfigError) as caught:
         TrainConfig(**values)
     assert "SECRET" not in str(caught.value) + repr(caught.value)
 
