@@ -1,7 +1,6 @@
 """Example types, and the builders that convert a row to each of them.
 
-Text is kept as is; only an instruction and its input are joined. A row without a usable text,
-answer or role raises `Unusable`.
+Text is never trimmed. A row without a usable text, answer or role raises `Unusable`.
 """
 
 from __future__ import annotations
